@@ -1,0 +1,1 @@
+"""The Tilewave HTTP service."""
