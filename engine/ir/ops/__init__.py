@@ -1,0 +1,39 @@
+"""The operator set of the IR: small and closed. One module per family; import from here."""
+
+from engine.ir.ops.base import Cost, Op, OperandTypes, ResultTypes, broadcast_shapes
+from engine.ir.ops.heavy import Attention, Conv, Gemm
+from engine.ir.ops.light import Norm, NormKind, Pointwise, Pool, PoolKind, Reduce, ReduceKind, Softmax
+from engine.ir.ops.move import Concat, Gather, Opaque, Pad, PadMode, Resize, ResizeMode, ShapeTensor
+from engine.ir.ops.view import Expand, Reshape, Slice, Transpose, View
+
+__all__ = [
+    "Attention",
+    "Concat",
+    "Conv",
+    "Cost",
+    "Expand",
+    "Gather",
+    "Gemm",
+    "Norm",
+    "NormKind",
+    "Op",
+    "Opaque",
+    "OperandTypes",
+    "Pad",
+    "PadMode",
+    "Pointwise",
+    "Pool",
+    "PoolKind",
+    "Reduce",
+    "ReduceKind",
+    "Reshape",
+    "Resize",
+    "ResizeMode",
+    "ResultTypes",
+    "ShapeTensor",
+    "Slice",
+    "Softmax",
+    "Transpose",
+    "View",
+    "broadcast_shapes",
+]

@@ -1,0 +1,145 @@
+"""The heavy operators: matrix product, convolution, attention. Each carries its epilogue in `stores`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
+
+from engine.errors import ShapeError
+from engine.ir import expr as ex
+from engine.ir.dim import Dim, floordiv
+from engine.ir.ops.base import ConcreteShape, Op, OperandTypes, ResultTypes, broadcast_shapes
+
+IDENTITY = (ex.Acc(),)
+
+
+@dataclass(frozen=True)
+class Gemm(Op):
+    """Matrix product `a[…, m, k] @ b[…, k, n]` → [..., m, n] with NumPy broadcasting of the leading axes.
+
+    Transposed operands are `Transpose` views, not attributes. Accumulates in fp32 (fp64 for fp64 operands).
+    """
+
+    stores: tuple[ex.Expr, ...] = IDENTITY
+    arity: ClassVar[int] = 2
+
+    def infer(self, inputs: OperandTypes) -> ResultTypes:
+        a, b = inputs[0].shape, inputs[1].shape
+        if len(a) < 2 or len(b) < 2:
+            raise ShapeError(f"Gemm: operands of rank {len(a)} and {len(b)}; both need at least 2")
+        if isinstance(a[-1], int) and isinstance(b[-2], int) and a[-1] != b[-2]:
+            raise ShapeError(f"Gemm: inner sizes differ: {list(map(str, a))} @ {list(map(str, b))}")
+        shape = (*broadcast_shapes("Gemm", a[:-2], b[:-2]), a[-2], b[-1])
+        return tuple((store.dtype, shape) for store in self.stores)
+
+    def flops(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:
+        return outputs[0].elements * (2 * inputs[0].shape[-1] + ex.flops(*self.stores))
+
+
+@dataclass(frozen=True)
+class Conv(Op):
+    """Convolution `x[n, c, *spatial]` with `w[o, c/groups, *kernel]` → [n, o, *spatial'], any number of spatial axes.
+
+    `pads` gives (begin, end) per spatial axis. With `transposed` it is ONNX ConvTranspose: `w[c, o/groups, *kernel]`, and
+    `output_padding` enlarges the result. Bias is part of the epilogue: an input of shape [o, 1, …].
+    """
+
+    strides: tuple[int, ...]
+    pads: tuple[tuple[int, int], ...]
+    dilations: tuple[int, ...]
+    groups: int = 1
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+    stores: tuple[ex.Expr, ...] = IDENTITY
+    arity: ClassVar[int] = 2
+
+    def infer(self, inputs: OperandTypes) -> ResultTypes:
+        x, w = inputs[0].shape, inputs[1].shape
+        if len(x) != len(w) or len(x) != len(self.strides) + 2:
+            raise ShapeError(f"Conv: input rank {len(x)}, weight rank {len(w)}, {len(self.strides)} strides")
+        per_group = w[0] if self.transposed else w[1]
+        expected = per_group if self.transposed else per_group * self.groups
+        if isinstance(x[1], int) and isinstance(expected, int) and x[1] != expected:
+            raise ShapeError(f"Conv: input has {x[1]} channels, the weight expects {expected}")
+        channels = w[1] * self.groups if self.transposed else w[0]
+        spatial = tuple(self._output_size(i, x[i + 2], w[i + 2]) for i in range(len(self.strides)))
+        for size in spatial:
+            if isinstance(size, int) and size < 1:
+                raise ShapeError(f"Conv: the kernel is larger than the padded input: output size {size}")
+        return tuple((store.dtype, (x[0], channels, *spatial)) for store in self.stores)
+
+    def _output_size(self, i: int, size: Dim, kernel: Dim) -> Dim:
+        begin, end = self.pads[i]
+        extent = (kernel - 1) * self.dilations[i] + 1
+        if self.transposed:
+            extra = self.output_padding[i] if self.output_padding else 0
+            return (size - 1) * self.strides[i] + extent + extra - begin - end
+        return floordiv(size + begin + end - extent, self.strides[i]) + 1
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether strides, padding and dilation are those of a 1×1 convolution (the kernel size is the weight's)."""
+        return all(s == 1 for s in self.strides) and not any(b or e for b, e in self.pads)
+
+    def flops(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:
+        x, w = inputs[0], inputs[1]
+        if self.transposed:
+            return 2 * x.elements * prod(w.shape[1:]) + outputs[0].elements * ex.flops(*self.stores)
+        return outputs[0].elements * (2 * prod(w.shape[1:]) + ex.flops(*self.stores))
+
+    def bytes(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:
+        x, w = inputs[0], inputs[1]
+        total = sum(t.nbytes for t in (*inputs, *outputs))
+        if self.transposed:
+            return total
+        # A kernel smaller than its stride skips rows and columns of the input.
+        read = 1.0
+        for i, stride in enumerate(self.strides):
+            taps = min(w.shape[i + 2], -(-stride // self.dilations[i]) * 1) if self.dilations[i] else 1
+            touched = min(x.shape[i + 2], outputs[0].shape[i + 2] * max(1, taps))
+            if w.shape[i + 2] * self.dilations[i] < stride:
+                read *= touched / x.shape[i + 2]
+        return total - x.nbytes + int(x.nbytes * read)
+
+
+@dataclass(frozen=True)
+class Attention(Op):
+    """Softmax(scale · q kᵀ + bias) v for `q[…, heads, sq, d]`, `k[…, kv_heads, sk, d]`, `v[…, kv_heads, sk, dv]`.
+
+    Rank is 4 ([batch, heads, s, d]) or 3 ([batch, s, d], one head each). heads is a multiple of kv_heads (grouped
+    queries). A fourth operand, where `has_bias`, is added to the scaled scores and broadcasts against
+    [batch, heads, sq, sk]. `causal` masks keys after the query (aligned at the first position). Rows in which every
+    score is −inf give NaN as the softmax does, or 0 with `masked_rows_zero`. Never materialises the scores
+    (running maximum and sum: Milakov & Gimelshein 2018; Rabe & Staats 2021).
+    """
+
+    scale: float
+    causal: bool = False
+    has_bias: bool = False
+    masked_rows_zero: bool = False
+    stores: tuple[ex.Expr, ...] = IDENTITY
+
+    @property
+    def operands(self) -> int:
+        """Number of fixed operands: q, k, v and, where `has_bias`, the bias."""
+        return 4 if self.has_bias else 3
+
+    def infer(self, inputs: OperandTypes) -> ResultTypes:
+        q, k, v = (t.shape for t in inputs[:3])
+        if not len(q) == len(k) == len(v) or len(q) not in (3, 4):
+            raise ShapeError(f"Attention: ranks {len(q)}, {len(k)}, {len(v)}; all must be 3 or all 4")
+        if isinstance(q[-1], int) and isinstance(k[-1], int) and q[-1] != k[-1]:
+            raise ShapeError(f"Attention: q has {q[-1]} features a head, k {k[-1]}")
+        batch = broadcast_shapes("Attention", q[:1], k[:1], v[:1])
+        shape = (*batch, *q[1:-1], v[-1])
+        return tuple((store.dtype, shape) for store in self.stores)
+
+    def flops(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:
+        q, k, v = (t.shape for t in inputs[:3])
+        scores = prod(outputs[0].shape[:-1]) * k[-2]
+        if self.causal:
+            scores = prod(outputs[0].shape[:-2]) * sum(min(i + 1, k[-2]) for i in range(q[-2]))
+        # Per score: 2·d for q kᵀ, 2·dv for p v, and scale, maximum, subtract, exp, sum.
+        return scores * (2 * q[-1] + 2 * v[-1] + 5) + outputs[0].elements * ex.flops(*self.stores)
