@@ -20,7 +20,7 @@ import llvmlite.binding as llvm
 
 from engine.errors import DeviceError
 from engine.targets.cpu.codegen.isa import Isa, initialise_llvm
-from engine.targets.cpu.kernel import KernelSpec
+from engine.targets.cpu.kernel import Code
 
 CACHE_VARIABLE = "TILEWAVE_CACHE_DIR"
 _DIGEST_BYTES = 32
@@ -48,7 +48,7 @@ class Compiler:
         self._warned = False
         self.compiled = 0  # kernels compiled, not loaded from disk, since the start
 
-    def load(self, specs: Iterable[KernelSpec]) -> dict[str, int]:
+    def load(self, specs: Iterable[Code]) -> dict[str, int]:
         """The address of each spec's function by symbol. Compiles what is neither in memory nor on disk.
 
         Raises DeviceError where the system forbids making memory executable.
@@ -61,12 +61,12 @@ class Compiler:
                 self._link([spec.symbol for spec in missing], objects)
             return {symbol: self._addresses[symbol] for symbol in wanted}
 
-    def assembly(self, spec: KernelSpec) -> str:
+    def assembly(self, spec: Code) -> str:
         """The machine code as text: for tests that look for an instruction or a spill, and for curious people."""
         module = self._optimised(spec)
         return str(self._machine(spec.isa).emit_assembly(module))
 
-    def _object(self, spec: KernelSpec) -> bytes:
+    def _object(self, spec: Code) -> bytes:
         key = _key(spec)
         stored = self._read(key)
         if stored is not None:
@@ -77,7 +77,7 @@ class Compiler:
         self._write(key, code)
         return code
 
-    def _optimised(self, spec: KernelSpec) -> llvm.ModuleRef:
+    def _optimised(self, spec: Code) -> llvm.ModuleRef:
         module = llvm.parse_assembly(spec.ir())
         module.verify()
         # The kernels are written in the form that the back end wants, so inlining is all that is left to do: the usual
@@ -161,7 +161,7 @@ def compiler() -> Compiler:
     return Compiler(cache_directory())
 
 
-def _key(spec: KernelSpec) -> str:
+def _key(spec: Code) -> str:
     parts = (repr(spec), spec.symbol, _generator_digest(), repr(llvm.llvm_version_info), llvm.get_process_triple())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest() + ".o"
 

@@ -52,14 +52,28 @@ class KernelBuilder(Builder):
 
 
 @dataclass(frozen=True)
-class KernelSpec(ABC):
-    """Everything that the machine code of a kernel depends on. Subclasses are frozen dataclasses, one per kernel.
+class Code(ABC):
+    """A native function and everything that its machine code depends on.
 
-    `repr` is the identity: all fields must have a complete and stable one.
+    `repr` is the identity: all fields of the subclasses, frozen dataclasses, must have a complete and stable one.
     """
 
     isa: Isa
     family: ClassVar[str]
+
+    @cached_property
+    def symbol(self) -> str:
+        """The function's name: the family and a digest of the fields."""
+        return f"{self.family}_{hashlib.sha256(repr(self).encode()).hexdigest()[:20]}"
+
+    @abstractmethod
+    def ir(self) -> str:
+        """The LLVM IR of the function, as text."""
+
+
+@dataclass(frozen=True)
+class KernelSpec(Code):
+    """A kernel before compilation. Subclasses add its compile-time choices."""
 
     @property
     @abstractmethod
@@ -70,13 +84,7 @@ class KernelSpec(ABC):
     def emit(self, kernel: KernelBuilder) -> None:
         """Write the body."""
 
-    @cached_property
-    def symbol(self) -> str:
-        """The function's name: the family and a digest of the spec."""
-        return f"{self.family}_{hashlib.sha256(repr(self).encode()).hexdigest()[:20]}"
-
     def ir(self) -> str:
-        """The LLVM IR of the kernel, as text."""
         module = Module(self.isa)
         kernel = KernelBuilder(module, self.parameters)
         self.emit(kernel)

@@ -127,14 +127,15 @@ class Module:
         *,
         result: str = "void",
         inline: bool = False,
+        local: bool = False,
     ) -> None:
         """Define a function. `parameters` are (name, LLVM type); `build` writes its body and returns its result.
 
-        `inline` makes it private to the module and inlined into every caller; other functions are visible outside.
+        `local` makes it private to the module, `inline` also inlined into every caller.
         """
         builder = Builder(self)
         values = [Value(f"%{parameter}", type_.split(" ")[0]) for parameter, type_ in parameters]
-        self.define(name, parameters, builder, build(builder, values), result=result, inline=inline)
+        self.define(name, parameters, builder, build(builder, values), result=result, inline=inline, local=local)
 
     def define(
         self,
@@ -145,13 +146,14 @@ class Module:
         *,
         result: str = "void",
         inline: bool = False,
+        local: bool = False,
     ) -> None:
         """Define a function whose body `builder` holds."""
         builder.line("ret void" if returned is None else f"ret {returned.type} {returned.text}")
         signature = ", ".join(f"{type_} %{parameter}" for parameter, type_ in parameters)
         width = 8 * self.isa.vector_bytes
         attributes = f'nounwind "min-legal-vector-width"="{width}" "prefer-vector-width"="{width}"'
-        linkage, hint = ("internal ", "alwaysinline ") if inline else ("", "")
+        linkage, hint = "internal " if inline or local else "", "alwaysinline " if inline else ""
         body = "\n".join(builder.finish())
         self._functions.append(f"define {linkage}{result} @{name}({signature}) {hint}{attributes} {{\n{body}\n}}\n")
 
@@ -343,6 +345,16 @@ class Builder:
         narrow = self.emit(f"trunc i64 {clamped.text} to i32", "i32")
         index = f"<{', '.join(f'i32 {i}' for i in range(lanes))}>"
         return self.emit(f"icmp ult <{lanes} x i32> {index}, {self.splat(narrow, lanes).text}", f"<{lanes} x i1>")
+
+    def atomic_add(self, pointer: Value, value: Int) -> Value:
+        """Add to an i64 that other threads use; the value before. A full barrier, as all atomics here."""
+        return self.emit(f"atomicrmw add ptr {pointer.text}, i64 {self.i64(value).text} seq_cst", "i64")
+
+    def atomic_load(self, pointer: Value) -> Value:
+        return self.emit(f"load atomic i64, ptr {pointer.text} seq_cst, align 8", "i64")
+
+    def atomic_store(self, value: Int, pointer: Value) -> None:
+        self.line(f"store atomic i64 {self.i64(value).text}, ptr {pointer.text} seq_cst, align 8")
 
     def prefetch(self, pointer: Value, locality: int = 3) -> None:
         """Bring a cache line closer; `locality` 3 is the first level, 2 the second."""

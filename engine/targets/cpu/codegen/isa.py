@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import llvmlite.binding as llvm
@@ -22,12 +22,17 @@ class Isa:
     """
 
     name: str
+    architecture: str
     lanes: int
     registers: int
     fma: bool
     masked: bool
     cpu: str
     features: str
+
+    @property
+    def x86(self) -> bool:
+        return self.architecture == "x86_64"
 
     @property
     def vector_bytes(self) -> int:
@@ -56,17 +61,16 @@ def host_isas() -> dict[str, Isa]:
     host, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features()
     if triple.startswith("x86_64"):
         if all(features.get(name) for name in _AVX512):
-            found["avx512"] = Isa("avx512", 16, 32, True, True, "x86-64-v4", "")
+            found["avx512"] = Isa("avx512", "x86_64", 16, 32, True, True, "x86-64-v4", "")
         if features.get("avx2") and features.get("fma"):
-            found["avx2"] = Isa("avx2", 8, 16, True, False, "x86-64-v3", "")
-        found["generic"] = Isa("generic", 4, 16, False, False, "x86-64", "")
+            found["avx2"] = Isa("avx2", "x86_64", 8, 16, True, False, "x86-64-v3", "")
+        found["generic"] = Isa("generic", "x86_64", 4, 16, False, False, "x86-64", "")
     elif triple.startswith(("aarch64", "arm64")):
-        found["neon"] = Isa("neon", 4, 32, True, False, host, features.flatten())
+        found["neon"] = Isa("neon", "aarch64", 4, 32, True, False, host, features.flatten())
     else:
-        found["generic"] = Isa("generic", 4, 16, False, False, host, features.flatten())
+        found["generic"] = Isa("generic", "", 4, 16, False, False, host, features.flatten())
     best = next(iter(found))
-    exact = found[best]
-    found[best] = Isa(best, exact.lanes, exact.registers, exact.fma, exact.masked, host, features.flatten())
+    found[best] = replace(found[best], cpu=host, features=features.flatten())
     return found
 
 
