@@ -1,8 +1,8 @@
 """The thread pool of the process and the programs that run on it. `codegen/executor.py` is the native half.
 
-One pool serves all models of the process; one program runs at a time (`Pool.lock`). Workers are Python threads that never
-leave native code: they sleep on a condition variable when there is nothing to do and use no CPU time then. After a fork,
-the child starts a pool of its own when it first runs something; the parent's is untouched.
+One pool serves all models of the process; one program runs at a time (`Pool.lock`). Workers are Python threads that
+never leave native code: they sleep on a condition variable when there is nothing to do and use no CPU time then.
+After a fork, the child starts a pool of its own when it first runs something; the parent's is untouched.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +122,7 @@ class _PoolCache:
     """The process's pool, made on first use."""
 
     pool: Pool | None = None
-    lock: threading.Lock = threading.Lock()
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 _cache = _PoolCache()

@@ -1,10 +1,11 @@
 """The native half of the runtime: runs a program of launches on a pool of threads without Python.
 
-A program is a table of entries, one per launch. Every thread walks the table. Of each launch it takes tasks from its own
-share of the range, so that neighbouring steps find their data in the same core's cache, then from the shares of others, so
-that a core that is late or stolen only costs the task it holds. A thread goes on to the next launch when all tasks of the
-launch (and of the launches that may run beside it) are done; it spins briefly and then sleeps on a condition variable.
-The caller's thread is number 0 and needs nobody else: workers that wake too late find nothing left to do.
+A program is a table of entries, one per launch. Every thread walks the table. Of each launch it takes tasks from its
+own share of the range, so that neighbouring steps find their data in the same core's cache, then from the shares of
+others, so that a core that is late or stolen only costs the task it holds. A thread goes on to the next launch when
+all tasks of the launch (and of the launches that may run beside it) are done; it spins briefly and then sleeps on a
+condition variable. The caller's thread is number 0 and needs nobody else: workers that wake too late find nothing
+left to do.
 
 Layouts below are in bytes; words that different threads write lie on cache lines of their own.
 """
