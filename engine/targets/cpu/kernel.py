@@ -100,7 +100,13 @@ class Pointer:
     offset: int = 0
 
 
-Slot: TypeAlias = Pointer | int | float
+@dataclass(frozen=True)
+class StatusWord:
+    """The address of the i64 that a kernel sets to 1 when it meets a value that makes the answer wrong: an index out of
+    range. It is 0 when the step starts; afterwards the executor turns anything else into a ShapeError naming the step."""
+
+
+Slot: TypeAlias = Pointer | StatusWord | int | float
 
 
 def pointer_to(tensor: Tensor) -> Pointer:
