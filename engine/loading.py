@@ -7,13 +7,11 @@ import time
 from enum import Enum
 from pathlib import Path
 
-from engine import frontend, passes
 from engine.errors import DeviceError, UnsupportedOp
 from engine.ir.graph import Graph
 from engine.ir.ops import Opaque
 from engine.model import PLAN_CACHE_BYTES, Model
 from engine.targets.base import Target
-from engine.targets.cpu.target import CpuTarget
 
 
 class Precision(Enum):
@@ -44,6 +42,10 @@ def load(
     Raises ModelError (not a valid model), UnsupportedOp (valid, but not runnable here), DeviceError (no such device or
     precision there), ValueError (an argument that means nothing).
     """
+    # Imported here: the compiler and its dependencies are needed to load a model, not to name the engine's types.
+    from engine import frontend, passes
+    from engine.targets.cpu.target import CpuTarget
+
     start = time.perf_counter()
     target_name = _device(device)
     _check_precision(precision, target_name)
