@@ -14,7 +14,8 @@ from engine.ir.ops import Gather, Norm, Pointwise, View
 
 
 def check_feeds(inputs: Sequence[Value], feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The feeds as C-contiguous arrays, in the order of `inputs`. Raises ShapeError naming what is wrong and what to do.
+    """The feeds as C-contiguous arrays, in the order of `inputs`. Raises ShapeError naming what is wrong and what to
+    do.
 
     Missing and unknown names, dtypes and ranks are wrong, and fixed sizes that differ.
     """

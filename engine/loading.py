@@ -35,9 +35,10 @@ def load(
     """Load an ONNX model and make it ready to run.
 
     `path` is an .onnx file (external data beside it is found) or its bytes. `device` is ``auto`` or ``cpu``.
-    `precision` is ``auto`` or ``fp32`` on a CPU, where all float arithmetic is fp32 (fp64 stays fp64). With `strict`, an
-    operator without a kernel of ours is refused instead of run through onnx.reference. `threads` bounds the CPU threads
-    (default: every core this process may use). `plan_cache_bytes` bounds the plans kept ready for shapes seen before.
+    `precision` is ``auto`` or ``fp32`` on a CPU, where all float arithmetic is fp32 (fp64 stays fp64). With `strict`,
+    an operator without a kernel of ours is refused instead of run through onnx.reference. `threads` bounds the CPU
+    threads (default: every core this process may use). `plan_cache_bytes` bounds the plans kept ready for shapes seen
+    before.
 
     Raises ModelError (not a valid model), UnsupportedOp (valid, but not runnable here), DeviceError (no such device or
     precision there), ValueError (an argument that means nothing).

@@ -66,8 +66,8 @@ class Model:
     def run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Run the model. `feeds` maps every input name to an array of the input's dtype and shape (NumPy or CuPy).
 
-        Returns NumPy arrays with the ONNX dtypes and shapes, by output name. Raises ShapeError for feeds that do not fit
-        the model, OutOfMemory for sizes the device cannot hold, DeviceError where the device fails.
+        Returns NumPy arrays with the ONNX dtypes and shapes, by output name. Raises ShapeError for feeds that do not
+        fit the model, OutOfMemory for sizes the device cannot hold, DeviceError where the device fails.
         """
         arrays = check_feeds(self._graph.inputs, feeds)
         sizes = sizes_of(self._graph.inputs, arrays)

@@ -1,4 +1,5 @@
-"""The engine as an `onnx.backend.base.Backend`, for the ONNX conformance suite and for tools that speak that interface."""
+"""The engine as an `onnx.backend.base.Backend`, for the ONNX conformance suite and for tools that speak that
+interface."""
 
 from __future__ import annotations
 

@@ -66,7 +66,8 @@ class ProfileRow:
     flops: int
     bytes: int
     roofline: float
-    """max(FLOP rate / measured FLOP ceiling, byte rate / measured bandwidth). Above 1 where the data sits in a cache."""
+    """max(FLOP rate / measured FLOP ceiling, byte rate / measured bandwidth). Above 1 where the data sits in a
+    cache."""
 
     @property
     def flops_per_second(self) -> float:

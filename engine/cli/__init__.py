@@ -12,7 +12,9 @@ from engine.cli import check, inspect, profile, run
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0 done, 1 a check failed, 2 an error the user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m engine", description="Inspect, run, check and profile ONNX models.")
+    parser = argparse.ArgumentParser(
+        prog="python -m engine", description="Inspect, run, check and profile ONNX models."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for module in (inspect, run, check, profile):
         command = commands.add_parser(module.NAME, help=module.HELP, description=module.HELP)

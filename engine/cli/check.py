@@ -14,7 +14,9 @@ HELP = "compare a model's outputs with onnx.reference on the same inputs"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_feed_arguments(parser)
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest relative L2 error (default: %(default)s)")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-4, help="largest relative L2 error (default: %(default)s)"
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:

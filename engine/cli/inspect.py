@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 
 import engine
-from engine.plan.plan import Plan
 from engine.cli.common import open_model, quantity, shape_text, sizes, table
 from engine.ir.ops import Opaque
 from engine.ir.printer import op_text
+from engine.plan.plan import Plan
 
 NAME = "inspect"
 HELP = "show the inputs, the outputs, and the plan a model is compiled to"

@@ -42,17 +42,17 @@ def main(arguments: argparse.Namespace) -> int:
         )
         return 0
     lines = [["step", "kernel", "µs", "FLOP/s", "B/s", "roofline"]]
-    for row in rows:
-        lines.append(
-            [
-                row.step[-48:],
-                row.kernel,
-                f"{row.seconds * 1e6:.1f}",
-                quantity(row.flops_per_second, ""),
-                quantity(row.bytes_per_second, ""),
-                f"{row.roofline:.0%}",
-            ]
-        )
+    lines.extend(
+        [
+            row.step[-48:],
+            row.kernel,
+            f"{row.seconds * 1e6:.1f}",
+            quantity(row.flops_per_second, ""),
+            quantity(row.bytes_per_second, ""),
+            f"{row.roofline:.0%}",
+        ]
+        for row in rows
+    )
     print(table(lines, frozenset({2, 3, 4, 5})))
     total = sum(row.seconds for row in rows)
     flops = sum(row.flops for row in rows)

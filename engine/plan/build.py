@@ -185,7 +185,7 @@ class _Builder:
 
     def _concat(self, node: Node, op: Concat) -> None:
         parts = [self._tensor(value) for value in node.inputs]
-        ((dtype, shape),) = op.infer(parts)
+        ((_, shape),) = op.infer(parts)
         whole = self.destinations[node.output]
         if whole.shape != shape:
             raise ShapeError(f"the parts make {list(shape)}, the model says {list(whole.shape)}")

@@ -1,4 +1,5 @@
-"""Static memory planning: every intermediate gets a fixed place in one arena, buffers that never live together share it."""
+"""Static memory planning: every intermediate gets a fixed place in one arena, buffers that never live together share
+it."""
 
 from __future__ import annotations
 

@@ -78,7 +78,8 @@ def _same_strides(shape: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...]
 
 
 def broadcast_to(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """`tensor` seen in the broadcast `shape`: repeated axes get stride 0. Raises ValueError where it does not broadcast."""
+    """`tensor` seen in the broadcast `shape`: repeated axes get stride 0. Raises ValueError where it does not
+    broadcast."""
     missing = len(shape) - len(tensor.shape)
     if missing < 0:
         raise ValueError(f"a tensor of shape {tensor.shape} does not broadcast to {shape}")

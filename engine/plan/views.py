@@ -1,4 +1,5 @@
-"""View operators on concrete tensors: the same buffer with other shape, strides and offset. Called by the plan builder."""
+"""View operators on concrete tensors: the same buffer with other shape, strides and offset. Called by the plan
+builder."""
 
 from __future__ import annotations
 

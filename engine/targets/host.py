@@ -1,4 +1,5 @@
-"""Runs `Opaque` steps: rare ONNX operators without a kernel, through onnx.reference on the host. Any target may call it."""
+"""Runs `Opaque` steps: rare ONNX operators without a kernel, through onnx.reference on the host. Any target may call
+it."""
 
 from __future__ import annotations
 

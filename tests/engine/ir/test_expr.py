@@ -57,9 +57,7 @@ def test_casts_of_constants_fold_and_of_the_same_type_vanish() -> None:
     assert ex.cast(ex.const(2.7), DType.I64) == ex.Const(2, DType.I64)
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "expected"), [(7, 2, 3), (-7, 2, -3), (7, -2, -3), (-7, -2, 3), (0, 5, 0)]
-)
+@pytest.mark.parametrize(("a", "b", "expected"), [(7, 2, 3), (-7, 2, -3), (7, -2, -3), (-7, -2, 3), (0, 5, 0)])
 def test_integer_division_truncates(a: int, b: int, expected: int) -> None:
     root = ex.apply(PointOp.DIV, ex.Arg(0, DType.I64), ex.Arg(1, DType.I64))
     assert ex.evaluate(root, [np.int64(a), np.int64(b)]) == expected
