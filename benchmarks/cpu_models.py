@@ -1,7 +1,8 @@
 """``python -m benchmarks.cpu_models``: whole models on the CPU beside ONNX Runtime, in one interleaved run.
 
 Checks before it times: a case counts only if our outputs and the peer's agree. Rounds alternate between the two, with a
-pause so that the one's spinning threads do not slow the other. Each figure is the median over rounds of a round's median.
+pause so that the one's spinning threads do not slow the other. Each figure is the median over rounds of a round's
+median.
 """
 
 from __future__ import annotations
