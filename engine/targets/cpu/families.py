@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from engine.errors import UnsupportedOp
-from engine.ir.ops import Op
+from engine.ir.ops import Attention, Op, Pointwise
+from engine.targets.cpu import attention, pointwise
 from engine.targets.cpu.kernel import Family
 
-FAMILIES: dict[type[Op], Family] = {}
+FAMILIES: dict[type[Op], Family] = {
+    Attention: attention,
+    Pointwise: pointwise,
+}
 
 
 def family_of(op: Op) -> Family:
