@@ -37,6 +37,7 @@ from engine.targets.cpu.kernel import Context, KernelBuilder, KernelSpec, Launch
 from engine.targets.cpu.spaces import Axes, operand, read_operands
 
 KEY_BLOCK = 96  # keys of which the scores are in scratch: with 64 queries 24 KiB, and a multiple of every tile height
+_UNROLL = 8
 _F32 = 4
 _RANK = 4  # batch, head, query, feature
 
@@ -225,11 +226,13 @@ class _Block:
 
         self._store(b.loop(0, count, 1, weigh, total), self.sum)
         values = b.offset(self.v, b.mul(key, self.v_row))
-        tiles = self.spec.value_dim // self.tile
-        if tiles:
-            b.loop(0, tiles * self.tile, self.tile, lambda i, _: self._values(values, i, self.tile, count, shrink))
-        if self.spec.value_dim - tiles * self.tile:
-            self._values(values, tiles * self.tile, self.spec.value_dim - tiles * self.tile, count, shrink)
+        # Tiles as even as they can be: a small one at the end would wait for its own sums.
+        features = self.spec.value_dim
+        tiles = -(-features // self.tile)
+        small, tall = features // tiles, features % tiles
+        for first, stop, height in ((0, tall * (small + 1), small + 1), (tall * (small + 1), features, small)):
+            if first < stop:
+                b.loop(first, stop, height, lambda i, _, h=height: self._values(values, i, h, count, shrink))
 
     def _scores(self, key: Value, group: Value, count: Int, best: list[Value]) -> list[Value]:
         """Scores of `tile` keys, and the maximum with them. Keys beyond the last repeat it, which changes no maximum;
@@ -239,7 +242,7 @@ class _Block:
         rows = [b.smin(b.add(group, i), last) for i in range(self.tile)]
         pointers = [b.offset(self.k, b.mul(b.add(key, row), self.k_row)) for row in rows]
 
-        def feature(d: Value, sums: list[Value]) -> list[Value]:
+        def feature(d: Int, sums: list[Value]) -> list[Value]:
             queries = self._load(self.transposed_q, d)
             result = []
             for i, pointer in enumerate(pointers):
@@ -248,7 +251,7 @@ class _Block:
             return result
 
         zeros = [b.const(0, self.type)] * (self.tile * self.vectors)
-        flat = b.loop(0, self.spec.head_dim, 1, feature, zeros)
+        flat = self._unrolled(self.spec.head_dim, feature, zeros)
         scores = [flat[i * self.vectors : (i + 1) * self.vectors] for i in range(self.tile)]
         if self.spec.bias is not None:
             biases = [self._bias(b.add(key, row), row) for row in rows]
@@ -263,6 +266,25 @@ class _Block:
         for i, line in enumerate(scores):
             self._store(line, self.scores, b.add(group, i))
         return best
+
+    def _unrolled(
+        self, count: Int, body: Callable[[Int, list[Value]], list[Value]], carried: list[Value]
+    ) -> list[Value]:
+        """`body` for 0 … count-1, _UNROLL at a time: the processor foresees the end of a loop of few turns."""
+        b = self.b
+        whole = b.mul(b.div(count, _UNROLL), _UNROLL)
+
+        def several(first: Value, values: list[Value]) -> list[Value]:
+            for i in range(_UNROLL):
+                values = body(b.add(first, i), values)
+            return values
+
+        carried = b.loop(0, whole, _UNROLL, several, carried)
+        if isinstance(count, int):
+            for i in range(count // _UNROLL * _UNROLL, count):
+                carried = body(i, carried)
+            return carried
+        return b.loop(whole, count, 1, body, carried)
 
     def _mask_later(self, scores: list[Value], key: Int) -> list[Value]:
         """−∞ in the lanes of the queries before `key`."""
@@ -286,7 +308,7 @@ class _Block:
         ]
         column = b.at(values, first, _F32)
 
-        def key(i: Value, sums: list[Value]) -> list[Value]:
+        def key(i: Int, sums: list[Value]) -> list[Value]:
             weights = self._load(self.scores, i)
             pointer = b.offset(column, b.mul(i, self.v_row))
             result = []
@@ -295,7 +317,7 @@ class _Block:
                 result += [b.fma(element, w, sums[feature * self.vectors + v]) for v, w in enumerate(weights)]
             return result
 
-        flat = b.loop(0, count, 1, key, old)
+        flat = self._unrolled(count, key, old)
         for i in range(features):
             self._store(flat[i * self.vectors : (i + 1) * self.vectors], self.result, b.add(first, i))
 
@@ -367,7 +389,7 @@ class _Block:
 
     def _store_rows(self) -> None:
         b, spec = self.b, self.spec
-        operands = [Operand(b, name, access, _RANK) for name, access in spec.operands()]
+        operands = [Operand(b, name, a, _RANK, name.startswith("write")) for name, a in spec.operands()]
         cursors = [operand.start for operand in operands]
         for axis, place in enumerate((self.place.batch, self.place.head, self.place.first)):
             cursors = [o.moved(c, axis, place) for o, c in zip(operands, cursors, strict=True)]

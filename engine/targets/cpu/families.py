@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from engine.errors import UnsupportedOp
-from engine.ir.ops import Attention, Op, Pointwise
-from engine.targets.cpu import attention, pointwise
+from engine.ir.ops import Attention, Norm, Op, Pointwise
+from engine.targets.cpu import attention, norm, pointwise
 from engine.targets.cpu.kernel import Family
 
 FAMILIES: dict[type[Op], Family] = {
     Attention: attention,
+    Norm: norm,
     Pointwise: pointwise,
 }
 

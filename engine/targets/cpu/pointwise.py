@@ -41,13 +41,13 @@ class PointwiseSpec(KernelSpec):
     def parameters(self) -> tuple[str, ...]:
         names = [f"size{axis}" for axis in range(self.rank)]
         names += ["block_rows", "block_columns", "row_blocks", "column_blocks", "units", "units_per_task"]
-        for name, access in self._operands():
+        for name, access in self.operands():
             names += operand_parameters(name, access, self.rank)
         if any(access.index is not None for access in self.reads):
             names.append("status")
         return tuple(names)
 
-    def _operands(self) -> list[tuple[str, Access]]:
+    def operands(self) -> list[tuple[str, Access]]:
         reads = [(f"read{i}", access) for i, access in enumerate(self.reads)]
         return reads + [(f"write{i}", access) for i, access in enumerate(self.writes)]
 
@@ -67,7 +67,7 @@ class _Emitter:
         self.b = kernel
         self.lanes = spec.isa.lanes
         self.sizes: list[Int] = [kernel.integer(f"size{axis}") for axis in range(spec.rank)]
-        operands = [Operand(kernel, name, access, spec.rank) for name, access in spec._operands()]
+        operands = [Operand(kernel, name, a, spec.rank, name.startswith("write")) for name, a in spec.operands()]
         self.reads, self.writes = operands[: len(spec.reads)], operands[len(spec.reads) :]
         self.tiled = [i for i, access in enumerate(spec.reads) if access.walk is Walk.TILED]
 
@@ -247,7 +247,7 @@ def space_launches(
     args: dict[str, Slot] = {f"size{axis}": size for axis, size in enumerate(axes.sizes)}
     args |= {"block_rows": block_rows, "block_columns": block_columns, "row_blocks": row_blocks}
     args |= {"column_blocks": column_blocks, "units": units, "units_per_task": per_task}
-    for (name, _), o in zip(spec._operands(), axes.operands, strict=True):
+    for (name, _), o in zip(spec.operands(), axes.operands, strict=True):
         args |= o.slots(name)
     return [launch(spec, args, tasks, spec.tile_bytes(), concurrent)]
 
