@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from engine.errors import UnsupportedOp
-from engine.ir.ops import Attention, Norm, Op, Pointwise
-from engine.targets.cpu import attention, norm, pointwise
+from engine.ir.ops import Attention, Norm, Op, Pointwise, Reduce, Softmax
+from engine.targets.cpu import attention, norm, pointwise, reduce, softmax
 from engine.targets.cpu.kernel import Family
 
 FAMILIES: dict[type[Op], Family] = {
     Attention: attention,
     Norm: norm,
     Pointwise: pointwise,
+    Reduce: reduce,
+    Softmax: softmax,
 }
 
 

@@ -55,31 +55,28 @@ class NormSpec(KernelSpec):
         def source(load: Load) -> Value:
             return lower_expressions(b, [self.source], load, None, sweep.lanes)[0]
 
-        def add(a: list[Value], c: list[Value]) -> list[Value]:
-            return [b.binary("fadd", a[0], c[0])]
-
         def group() -> None:
             means = [zero] * sweep.sets
             if self.kind is NormKind.LAYER:
-                sums = sweep.fold(reads, [zero], lambda load, acc: add(acc, [source(load)]), add)
-                means = [b.binary("fdiv", total[0], count) for total in sums]
+                sums = sweep.sum(reads, zero, lambda load, partial: b.binary("fadd", partial, source(load)))
+                means = [b.binary("fdiv", total, count) for total in sums]
 
-            def square(load: Load, acc: list[Value]) -> list[Value]:
+            def square(load: Load, partial: Value) -> Value:
                 value = source(load)
                 if self.kind is NormKind.LAYER:
                     value = b.binary("fsub", value, means[sweep.current])
-                return [b.fma(value, value, acc[0])]
+                return b.fma(value, value, partial)
 
             factors = []
-            for total in sweep.fold(reads, [zero], square, add):
+            for total in sweep.sum(reads, zero, square):
                 if self.kind is NormKind.L2:
-                    length = b.intrinsic("llvm.sqrt", type_, total[0])
+                    length = b.intrinsic("llvm.sqrt", type_, total)
                     factors.append(b.binary("fdiv", one, b.maximum(epsilon, length)))
                 else:
-                    variance = b.binary("fadd", b.binary("fdiv", total[0], count), epsilon)
+                    variance = b.binary("fadd", b.binary("fdiv", total, count), epsilon)
                     factors.append(b.binary("fdiv", one, b.intrinsic("llvm.sqrt", type_, variance)))
 
-            def write(s: int, rows: list[Row], i: Int, mask: Value | None) -> None:
+            def write(s: int, rows: dict[int, Row], i: Int, mask: Value | None) -> None:
                 loaded: dict[int, Value] = {}
 
                 def load(j: int) -> Value:
@@ -90,8 +87,8 @@ class NormSpec(KernelSpec):
                     value = b.binary("fsub", value, means[s])
                 acc = b.binary("fmul", value, factors[s])
                 values = lower_expressions(b, self.stores, load, acc, sweep.lanes)
-                for row, result in zip(rows[-self.space.writes :], values, strict=True):
-                    row.store(i, result, mask)
+                for j, result in zip(self.space.written, values, strict=True):
+                    rows[j].store(i, result, mask)
 
             sweep.each(write)
 

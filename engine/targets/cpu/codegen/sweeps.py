@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias
 
-from engine.targets.cpu.codegen.emit import Int, Value, lanes_of, scalar_of
+from engine.targets.cpu.codegen.emit import Int, Value
 from engine.targets.cpu.codegen.operands import Access, Cursor, Operand, Row, operand_parameters
 from engine.targets.cpu.kernel import KernelBuilder
 
@@ -43,6 +43,11 @@ class Space:
         return self.kept + self.reduced + 1
 
     @property
+    def written(self) -> range:
+        """The operands that are written."""
+        return range(len(self.operands) - self.writes, len(self.operands))
+
+    @property
     def parameters(self) -> tuple[str, ...]:
         names = [*(f"size{axis}" for axis in range(self.rank)), "units", "units_per_task", "block", "blocks"]
         for i, access in enumerate(self.operands):
@@ -54,6 +59,7 @@ class Space:
 
 Load: TypeAlias = Callable[[int], Value]
 Step: TypeAlias = Callable[[Load, list[Value]], list[Value]]
+Visit: TypeAlias = Callable[[int, dict[int, Row], Int, Value | None], None]
 Combine: TypeAlias = Callable[[list[Value], list[Value]], list[Value]]
 
 
@@ -68,9 +74,8 @@ class Sweep:
         self.space = space
         self.lanes = kernel.isa.lanes
         self.sizes: list[Int] = [kernel.integer(f"size{axis}") for axis in range(space.rank)]
-        reads = len(space.operands) - space.writes
         self.operands = [
-            Operand(kernel, f"operand{i}", a, space.rank, i >= reads) for i, a in enumerate(space.operands)
+            Operand(kernel, f"operand{i}", a, space.rank, i in space.written) for i, a in enumerate(space.operands)
         ]
         self._cursors: list[Cursor] = []
         self.sets = 1
@@ -119,16 +124,36 @@ class Sweep:
 
     # --- reduction --------------------------------------------------------------------------------------------------
 
+    def sum(self, reads: Sequence[int], zero: Value, step: Callable[[Load, Value], Value]) -> list[Value]:
+        """The sum of floats for each set. `step(load, partial)` adds a vector of elements of the operands `reads`. Runs
+        are short; their sums are added with Kahan's compensation ("Further remarks on reducing truncation errors", 1965).
+        """
+        b = self.b
+
+        def plain(a: list[Value], c: list[Value]) -> list[Value]:
+            return [b.binary("fadd", x, y) for x, y in zip(a, c, strict=True)]
+
+        def compensated(total: list[Value], part: list[Value]) -> list[Value]:
+            change = b.binary("fsub", part[0], total[1])
+            after = b.binary("fadd", total[0], change)
+            return [after, b.binary("fsub", b.binary("fsub", after, total[0]), change)]
+
+        def one(load: Load, partial: list[Value]) -> list[Value]:
+            return [step(load, partial[0]), partial[1]]
+
+        return [total[0] for total in self.fold(reads, [zero, zero], one, plain, compensated)]
+
     def fold(
-        self, reads: Sequence[int], identity: Sequence[Value], step: Step, combine: Combine
+        self, reads: Sequence[int], identity: Sequence[Value], step: Step, combine: Combine, join: Combine | None = None
     ) -> list[list[Value]]:
         """Reduce: accumulators start as `identity`, `step(load, accumulators)` adds a vector of elements of the operands
-        `reads`, `combine` joins two lots of accumulators. Returns those of each set; in ROWS of one set, with the result
-        in every lane."""
+        `reads`, `combine` joins two lots of accumulators (`join` those of a run to the total). Returns those of each set;
+        in ROWS of one set, with the result in every lane."""
+        join = join or combine
         count = len(identity)
         self._reads = reads
         flat = self._descend(
-            0, self._cursors, list(identity) * self.sets, lambda cursors, totals: self._run(cursors, totals, identity, step, combine)
+            0, self._cursors, list(identity) * self.sets, lambda cursors, totals: self._run(cursors, totals, identity, step, combine, join)
         )
         groups = [flat[i * count : (i + 1) * count] for i in range(self.sets)]
         if self.space.along is Along.ROWS:
@@ -153,7 +178,8 @@ class Sweep:
         )  # fmt: skip
 
     def _run(
-        self, cursors: list[Cursor], totals: list[Value], identity: Sequence[Value], step: Step, combine: Combine
+        self, cursors: list[Cursor], totals: list[Value], identity: Sequence[Value], step: Step,
+        combine: Combine, join: Combine,
     ) -> list[Value]:
         """The innermost reduced axis, run by run."""
         b = self.b
@@ -166,7 +192,7 @@ class Sweep:
                 last = b.smin(b.add(first, _RUN), size)
                 start = list(identity) * self.sets
                 part = b.loop(first, last, 1, lambda i, v: self._column_step(cursors, i, v, step, len(identity)), start)
-                return self._joined(values, part, len(identity), combine)
+                return self._joined(values, part, len(identity), join)
 
             return b.loop(0, size, _RUN, run, totals)
 
@@ -198,7 +224,7 @@ class Sweep:
                 lambda: at(vectors, lots[0], b.tail_mask(self.lanes, rest)), lambda: lots[0],
             )  # fmt: skip
             part = combine(combine(lots[0], lots[1]), combine(lots[2], lots[3]))
-            return combine(values, part)
+            return join(values, part)
 
         return b.loop(0, size, _RUN * group, run_of_rows, totals)
 
@@ -231,19 +257,22 @@ class Sweep:
 
     # --- visits -----------------------------------------------------------------------------------------------------
 
-    def each(self, body: Callable[[int, list[Row], Int, Value | None], None]) -> None:
+    def each(self, body: Visit) -> None:
         """`body(set, rows, i, mask)` for every vector of elements: `rows[j].load(i, mask)` reads operand j, `store` writes."""
-        b = self.b
+        b, everything = self.b, range(len(self.operands))
 
         def innermost(cursors: list[Cursor], _: list[Value]) -> list[Value]:
             if self.space.along is Along.COLUMNS:
                 if self.space.reduced:
                     axis = self.space.kept + self.space.reduced - 1
-                    b.loop(0, self.sizes[axis], 1, lambda i, _: self._visit(self._moved(cursors, axis, i), body))
+                    b.loop(
+                        0, self.sizes[axis], 1,
+                        lambda i, _: self._visit(self._moved(cursors, axis, i), body, everything),
+                    )  # fmt: skip
                 else:
-                    self._visit(cursors, body)
+                    self._visit(cursors, body, everything)
                 return []
-            rows = [operand.row(cursor, self.lanes) for operand, cursor in zip(self.operands, cursors, strict=True)]
+            rows = {j: self.operands[j].row(cursors[j], self.lanes) for j in everything}
             whole = b.mul(b.div(self.sizes[-1], self.lanes), self.lanes)
             b.loop(0, whole, self.lanes, lambda i, _: body(0, rows, i, None))
             rest = b.sub(self.sizes[-1], whole)
@@ -252,22 +281,18 @@ class Sweep:
 
         self._descend(0, self._cursors, [], innermost)
 
-    def once(self, body: Callable[[int, list[Row], Int, Value | None], None]) -> None:
-        """`body(set, rows, i, mask)` once per group of results, where operands lie along the kept axes only. In ROWS the
-        rows are of scalars."""
+    def once(self, body: Visit, operands: Sequence[int]) -> None:
+        """`body(set, rows, i, mask)` once per group of results. Only `operands`, which lie along the kept axes, may be
+        used. In ROWS their rows are of scalars."""
         if self.space.along is Along.COLUMNS:
-            self._visit(self._cursors, body)
+            self._visit(self._cursors, body, operands)
         else:
-            body(0, [operand.row(cursor, 0) for operand, cursor in zip(self.operands, self._cursors, strict=True)], 0, None)
+            body(0, {j: self.operands[j].row(self._cursors[j], 0) for j in operands}, 0, None)
 
-    def _visit(self, cursors: list[Cursor], body: Callable[[int, list[Row], Int, Value | None], None]) -> None:
-        rows = [operand.row(cursor, self.lanes) for operand, cursor in zip(self.operands, cursors, strict=True)]
+    def _visit(self, cursors: list[Cursor], body: Visit, operands: Sequence[int]) -> None:
+        rows = {j: self.operands[j].row(cursors[j], self.lanes) for j in operands}
         for s in range(self.sets):
             body(s, rows, self.b.add(self._column, s * self.lanes), self._mask)
-
-    def scalar(self, value: Value) -> Value:
-        """In ROWS, where every lane has the result: one of them. In COLUMNS the vector itself."""
-        return self.b.extract(value, 0) if self.space.along is Along.ROWS and lanes_of(value.type) else value
 
 
 def _loader(rows: dict[int, Row], place: Int, mask: Value | None) -> Load:
