@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from engine.errors import UnsupportedOp
-from engine.ir.ops import Attention, Norm, Op, Pointwise, Reduce, Softmax
-from engine.targets.cpu import attention, norm, pointwise, reduce, softmax
+from engine.ir.ops import Attention, Concat, Gather, Norm, Op, Pad, Pointwise, Pool, Reduce, Softmax
+from engine.targets.cpu import attention, concat, gather, norm, pad, pointwise, pool, reduce, softmax
 from engine.targets.cpu.kernel import Family
 
 FAMILIES: dict[type[Op], Family] = {
     Attention: attention,
+    Concat: concat,
+    Gather: gather,
     Norm: norm,
+    Pad: pad,
     Pointwise: pointwise,
+    Pool: pool,
     Reduce: reduce,
     Softmax: softmax,
 }
