@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from engine.errors import UnsupportedOp
-from engine.ir.ops import Attention, Concat, Gather, Norm, Op, Pad, Pointwise, Pool, Reduce, Softmax
-from engine.targets.cpu import attention, concat, gather, norm, pad, pointwise, pool, reduce, softmax
+from engine.ir.ops import Attention, Concat, Gather, Norm, Op, Pad, Pointwise, Pool, Reduce, Resize, Softmax
+from engine.targets.cpu import attention, concat, gather, norm, pad, pointwise, pool, reduce, resize, softmax
 from engine.targets.cpu.kernel import Family
 
 FAMILIES: dict[type[Op], Family] = {
@@ -16,6 +16,7 @@ FAMILIES: dict[type[Op], Family] = {
     Pointwise: pointwise,
     Pool: pool,
     Reduce: reduce,
+    Resize: resize,
     Softmax: softmax,
 }
 
