@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from engine.errors import UnsupportedOp
-from engine.ir.ops import Op
+from engine.ir.ops import Gemm, Op
+from engine.targets.cpu import gemm
 from engine.targets.cpu.kernel import Family
 
-FAMILIES: dict[type[Op], Family] = {}
+FAMILIES: dict[type[Op], Family] = {Gemm: gemm}
 
 
 def family_of(op: Op) -> Family:
