@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from engine.errors import UnsupportedOp
-from engine.ir.ops import Gemm, Op
-from engine.targets.cpu import gemm
+from engine.ir.ops import Conv, Gemm, Op
+from engine.targets.cpu import conv, gemm
 from engine.targets.cpu.kernel import Family
 
-FAMILIES: dict[type[Op], Family] = {Gemm: gemm}
+FAMILIES: dict[type[Op], Family] = {Conv: conv, Gemm: gemm}
 
 
 def family_of(op: Op) -> Family:

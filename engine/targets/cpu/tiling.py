@@ -88,7 +88,8 @@ def packed(matrix: np.ndarray, parts: Sequence[Panels]) -> np.ndarray:
 
 @lru_cache(maxsize=65536)
 def task_grid(
-    rows: int, panels: int, width: int, depth: int, itemsize: int, batches: int, lanes: int, tile: int, threads: int
+    rows: int, panels: int, width: int, depth: int, itemsize: int, row_bytes: int, batches: int, lanes: int, tile: int,
+    threads: int,
 ) -> tuple[int, int]:
     """(row chunks, panel groups) for one batch: what makes the estimated time shortest.
 
@@ -96,7 +97,7 @@ def task_grid(
     """
     if threads == 1:
         return 1, 1
-    block = max(tile, ROWS_CACHE_BYTES // (depth * itemsize))
+    block = max(tile, ROWS_CACHE_BYTES // max(1, row_bytes))
     best, choice = float("inf"), (1, 1)
     most_chunks = -(-rows // tile)
     chunk_counts = sorted({min(most_chunks, c) for c in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 4 * threads, 8 * threads)})
@@ -104,7 +105,7 @@ def task_grid(
     for chunks, groups in product(chunk_counts, group_counts):
         task_rows, task_panels = rows / chunks, -(-panels // groups)
         multiply = task_rows * task_panels * depth * width / lanes
-        stream = (-(-task_rows // block) * task_panels * width + task_rows) * depth * itemsize / _STREAM_BYTES
+        stream = (-(-task_rows // block) * task_panels * width * depth * itemsize + task_rows * row_bytes) / _STREAM_BYTES
         # What is streamed is fetched ahead, for the most part.
         task = multiply + 0.3 * stream + _TASK_CYCLES
         tasks = batches * chunks * groups
@@ -188,7 +189,7 @@ class Product:
     """A matrix product to launch: `sizes` are those of the batch axes and of the rows, `operands` lie along them
     ("a", "b", outputs, epilogue inputs). The reduction has `depth` elements, in `segments` of `inner`; where it is split
     because it is long, in `split_segments`. `packs`: the second operand is packed by the tasks. `slots` are arguments of
-    the family's own.
+    the family's own. `row_bytes` is what a row adds to the working set, `scratch_per_row` what it needs of scratch.
     """
 
     dtype: DType
@@ -202,7 +203,8 @@ class Product:
     slots: Mapping[str, Slot]
     packs: bool = False
     split_segments: int = 0
-    scratch_per_tile: int = 0
+    row_bytes: int = 0
+    scratch_per_row: int = 0
 
 
 SpecMaker = Callable[[Panels, bool, bool, Epilogue], TileSpec]
@@ -214,9 +216,10 @@ def launches(
     make: SpecMaker,
     move_second: Callable[[Panels, int], int],
     context: Context,
+    concurrent: bool = False,
 ) -> list[Launch]:
     """One launch per part, side by side. `make(part, split, batched, epilogue)` gives the kernel, `move_second(part, panels
-    before it)` the bytes from the start of the second operand to that part."""
+    before it)` the bytes from the start of the second operand to that part. `concurrent`: beside what was launched before."""
     *batch, rows = product.sizes
     batches = prod(batch)
     itemsize = product.dtype.itemsize
@@ -232,17 +235,18 @@ def launches(
         segments = product.split_segments if split else product.segments
         spec = make(part, split, batches > 1, epilogue)
         chunks, groups = task_grid(
-            rows, part.count, part.width, product.depth, itemsize, batches,
+            rows, part.count, part.width, product.depth, itemsize, product.row_bytes, batches,
             context.isa.lanes_of(itemsize), tile, context.threads,
         )  # fmt: skip
         if product.packs:
             # Every chunk of rows packs anew: more of them only where there are too few panels to go round.
             chunks = chunks if batches * part.count < context.threads else 1
             groups = max(groups, min(part.count, -(-part.count * panel_bytes // PANEL_CACHE_BYTES)))
-        block = max(1, ROWS_CACHE_BYTES // max(1, product.depth * itemsize) // tile) * tile
+        block = max(1, ROWS_CACHE_BYTES // max(1, product.row_bytes) // tile) * tile
         block = min(block, -(-rows // chunks))
         tiles = -(-block // tile)
-        partials = _aligned(tiles * segments * tile * 8 + tiles * product.scratch_per_tile)
+        patches = _aligned(tiles * segments * tile * 8)
+        partials = _aligned(patches + tiles * tile * product.scratch_per_row)
         packed_at = partials + (_aligned(tiles * tile * part.width * itemsize) if split else 0)
         scratch = packed_at + (-(-part.count // groups) * panel_bytes if product.packs else 0)
         slots: dict[str, Slot] = {**tables, **row_slots, **product.slots}
@@ -253,10 +257,10 @@ def launches(
             "rows": rows, "chunks": chunks, "block_rows": block, "panels": part.count, "groups": groups,
             "panel_bytes": panel_bytes, "segments": segments, "inner": product.inner,
             "segments_per_block": max(1, PANEL_CACHE_BYTES // max(1, product.inner * part.width * itemsize)),
-            "columns": product.columns - part.start, "partials": partials, "packed": packed_at,
+            "columns": product.columns - part.start, "patches": patches, "partials": partials, "packed": packed_at,
         }  # fmt: skip
         arguments = {name: slots[name] for name in spec.parameters}
-        result.append(launch(spec, arguments, batches * chunks * groups, scratch, concurrent=bool(result)))
+        result.append(launch(spec, arguments, batches * chunks * groups, scratch, concurrent or bool(result)))
         before += part.count * panel_bytes
     return result
 

@@ -23,7 +23,7 @@ from engine.targets.cpu.codegen.expressions import lower
 from engine.targets.cpu.codegen.isa import Isa
 from engine.targets.cpu.kernel import KernelBuilder, KernelSpec
 
-_MAX_INLINE_NODES = 6  # longer epilogues run in a loop over the tile, which keeps the machine code small
+_MAX_INLINE_NODES = 8  # longer epilogues, and those with elementary functions, run in a loop over the tile, which keeps the machine code small
 
 
 def tile_rows(isa: Isa, vectors: int) -> int:
@@ -55,8 +55,10 @@ class Epilogue:
     args: tuple[EpilogueArg, ...]
 
     @property
-    def nodes(self) -> int:
-        return sum(isinstance(node, ex.Apply) for node in ex.walk(*self.stores))
+    def is_short(self) -> bool:
+        """Whether it is worth the machine code to have it once for every register of a tile."""
+        nodes = [node for node in ex.walk(*self.stores) if isinstance(node, ex.Apply)]
+        return len(nodes) <= _MAX_INLINE_NODES and not any(node.op in ex.UNARY_FLOAT for node in nodes)
 
     @property
     def tensors(self) -> list[tuple[str, DType, bool, bool]]:
@@ -293,7 +295,7 @@ class _Tiles:
                 place = k.offset(place, k.mul(job.row, k.integer(f"{name}.row")))
             places[name] = place
         # Full tiles, and those that an even spread makes next often, keep their values in registers.
-        if rows >= spec.rows - 1 and spec.epilogue.nodes <= _MAX_INLINE_NODES:
+        if rows >= spec.rows - 1 and spec.epilogue.is_short:
             fixed: dict[tuple[str, int], Value] = {}
             for r in range(rows):
                 values = acc[r * len(self.types) : (r + 1) * len(self.types)]
