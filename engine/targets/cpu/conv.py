@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product as cartesian
 from math import prod
 from typing import ClassVar, cast
@@ -22,12 +21,12 @@ from engine.errors import UnsupportedOp
 from engine.ir.dtype import DType
 from engine.ir.ops import Conv, Op
 from engine.plan.plan import Access, Requirement, Step
-from engine.plan.tensor import Buffer, BufferKind, Tensor
+from engine.plan.tensor import Tensor
 from engine.targets.cpu import depthwise, gemm
 from engine.targets.cpu.codegen.emit import Int, Value, element_type, vector_type
 from engine.targets.cpu.codegen.tile import Epilogue, TileSpec
 from engine.targets.cpu.kernel import Context, KernelBuilder, Launch, Pointer, Slot, is_constant, pointer_to, table
-from engine.targets.cpu.tiling import Operand, Panels, Product, epilogue_of, launches, merge_axes, packed, panels_of
+from engine.targets.cpu.tiling import Operand, Panels, Product, epilogue_of, launches, merge_axes, packed, panels_of, zeros
 
 _LONGEST_SPAN = 32  # elements of a row of taps up to which the taps are joined: beyond, a tap is long enough by itself
 _LONGEST_UNROLLED = 16  # elements of a segment up to which its loop is written out
@@ -302,7 +301,7 @@ def lower(step: Step, context: Context) -> list[Launch]:
         sizes, operands = merge_axes([out[axis] for axis in axes[:-1]], operands)
         return gemm.multiply(context, x, matrix, out[1], sizes, operands, epilogue)
     if depthwise.fits(conv, x, w):
-        return depthwise.lower(step, context)
+        return depthwise.lower(step, conv, context)
     plain = _Convolution(context, conv, x, w, epilogue)
     if not conv.transposed:
         return plain.launches(plain.taps(), conv.strides, [begin for begin, _ in conv.pads], out[2:], results)
@@ -410,7 +409,7 @@ class _Convolution:
                 for r, along in zip(results, row_strides, strict=True)
             ),
         ]
-        slots: dict[str, Slot] = {"zero": _zeros(segments.inner * itemsize), "taps": segments.table, **weight_slots}
+        slots: dict[str, Slot] = {"zero": zeros(segments.inner * itemsize), "taps": segments.table, **weight_slots}
         slots |= {"taps.x": w.shape[-1], "pixel": segments.pixel, "patch": _patch_bytes(segments.inner * itemsize)}
         positions = np.arange(prod(leading)) * rows
         slots["origin"] = table(np.tile(positions, x.shape[0] * groups))
@@ -517,16 +516,6 @@ class _Segments:
 
 def _patch_bytes(nbytes: int) -> int:
     return -(-nbytes // 64) * 64
-
-
-@lru_cache(maxsize=64)
-def _zeros_buffer(nbytes: int) -> Buffer:
-    return Buffer("zeros", BufferKind.PLAN, nbytes, np.zeros(nbytes, np.uint8))
-
-
-def _zeros(nbytes: int) -> Pointer:
-    """At least so many bytes of zeros."""
-    return Pointer(_zeros_buffer(1 << max(12, nbytes.bit_length())))
 
 
 def _byte_strides(tensor: Tensor, axes: Sequence[int]) -> tuple[int, ...]:

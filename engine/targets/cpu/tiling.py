@@ -17,7 +17,7 @@ from engine.errors import UnsupportedOp
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.ops import Op
-from engine.plan.tensor import Tensor
+from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cpu.codegen.isa import Isa
 from engine.targets.cpu.codegen.tile import Epilogue, EpilogueArg, TileSpec, tile_rows, tile_vectors
 from engine.targets.cpu.kernel import Context, Launch, Pointer, Slot, launch, table
@@ -267,3 +267,13 @@ def launches(
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // 64) * 64
+
+
+@lru_cache(maxsize=64)
+def _zeros_buffer(nbytes: int) -> Buffer:
+    return Buffer("zeros", BufferKind.PLAN, nbytes, np.zeros(nbytes, np.uint8))
+
+
+def zeros(nbytes: int) -> Pointer:
+    """At least so many bytes of zeros."""
+    return Pointer(_zeros_buffer(1 << max(12, nbytes.bit_length())))
