@@ -33,8 +33,8 @@ lint: $(call installed,test load)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict
 
-bench: models $(call installed,test)  ## the benchmarks; options in ARGS
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: models $(call installed,test)  ## both models on the CPU beside ONNX Runtime; options in ARGS
+	$(BIN)/python -m benchmarks.cpu_models $(ARGS)
 
 load: $(call installed,load)  ## 20 users for 30 s against a running service; TARGET=http://host:port
 	$(BIN)/locust -f load_tests/locustfile.py --headless -u 20 -r 20 -t 30s --host $(TARGET) $(ARGS)
