@@ -17,11 +17,11 @@ from engine.ir.dim import Dim
 from engine.ir.dtype import DType
 from engine.ir.graph import Value
 
-# Products in disguise, random numbers (a request must be reproducible), and what has no tensor for a result.
+# Products, random numbers (a request must be reproducible), and what has no tensor for a result.
 _NEVER = frozenset(
     {
-        "Attention", "Conv", "ConvInteger", "ConvTranspose", "DeformConv", "Einsum", "Gemm", "GRU", "LSTM", "MatMul",
-        "MatMulInteger", "QLinearConv", "QLinearMatMul", "RNN", "LinearAttention", "CausalConvWithState",
+        "Attention", "Conv", "ConvInteger", "ConvTranspose", "DeformConv", "Einsum", "Gemm", "MatMul",
+        "MatMulInteger", "QLinearConv", "QLinearMatMul", "LinearAttention", "CausalConvWithState",
         "If", "Loop", "Scan", "SequenceMap", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike",
         "Bernoulli", "Multinomial", "ImageDecoder",
     }
@@ -55,6 +55,13 @@ def function_body(node: OnnxNode, inputs: Sequence[Value | None]) -> onnx.Functi
         body = schema.get_context_dependent_function(proto.SerializeToString(), types)
         return onnx.FunctionProto.FromString(body) if body else None
     return None
+
+
+def default_attributes(node: OnnxNode) -> dict[str, onnx.AttributeProto]:
+    """The attributes that ONNX's definition takes for granted where the node does not give them."""
+    schema = _schema(node)
+    attributes = schema.attributes.values() if schema is not None else ()
+    return {attribute.name: attribute.default_value for attribute in attributes if attribute.default_value.name}
 
 
 def opaque(node: OnnxNode, inputs: Sequence[Value | None]) -> list[Value | None]:

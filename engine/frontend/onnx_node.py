@@ -131,6 +131,8 @@ class OnnxNode:
 
     def dims(self, value: Value, what: str) -> list[Dim]:
         """The integers in a small tensor, symbolic where they depend on the inputs' shapes."""
+        if value.dtype is not DType.I64 and value.dtype is not DType.I32:
+            raise self.invalid(f"{what} of type {value.dtype.value} instead of int64")
         known = self.builder.content(value)
         if known is None:
             raise self.unsupported(f"{what} computed from data ({value.name or 'unnamed'!r}: it decides a shape)")

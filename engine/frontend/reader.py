@@ -101,8 +101,10 @@ def _check_model(model: onnx.ModelProto, label: str) -> None:
 def check_opsets(opsets: dict[str, int], label: str) -> None:
     """Raises ModelError for an ONNX opset that is missing, too old or newer than the installed onnx package."""
     newest = onnx.defs.onnx_opset_version()
+    if not opsets:
+        raise ModelError(f"{label}: no opset given; the file is truncated or damaged")
     if "" not in opsets:
-        raise ModelError(f"{label}: no opset given for ONNX operators; the file is truncated or damaged")
+        return  # no operator of ONNX itself
     if opsets[""] > newest:
         raise ModelError(
             f"{label}: opset {opsets['']} is newer than the installed onnx knows ({newest}); "

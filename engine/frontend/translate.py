@@ -167,6 +167,7 @@ class Translator:
         if foreign.is_known(node):
             body = foreign.function_body(node, inputs)
             if body is not None:
+                node.attributes = foreign.default_attributes(node) | node.attributes
                 return self._call(node, body, inputs, scope, node.versions)
             return foreign.opaque(node, inputs)
         raise node.unsupported(f"operator {node.op_type!r} of domain {node.domain or 'ai.onnx'!r}")
@@ -189,8 +190,9 @@ class Translator:
         inner = Scope(versions, attributes=attributes, prefix=f"{node.origin}/", depth=scope.depth + 1)
         missing = [None] * (len(function.input) - len(inputs))
         inner.values.update(zip(function.input, [*inputs, *missing], strict=True))
-        self._translate(function.node, function.output, inner, function.input)
-        return [self._find(inner, name) for name in function.output]
+        wanted = [name for name, used in zip(function.output, node.outputs, strict=False) if used]
+        self._translate(function.node, wanted, inner, function.input)
+        return [self._find(inner, name) if name in wanted else None for name in function.output]
 
     def _inline(
         self, node: OnnxNode, attribute: str, values: Sequence[Value], scope: Scope, prefix: str

@@ -78,7 +78,7 @@ def _stores(stores: Sequence[ex.Expr], inputs: Sequence[Array], acc: Array) -> l
         dtypes = {leaf.dtype for leaf in ex.walk(store) if isinstance(leaf, ex.Acc)}
         rounded = acc.astype(dtypes.pop().numpy) if dtypes else acc
         value = ex.evaluate(store, list(inputs), rounded)
-        results.append(np.ascontiguousarray(np.broadcast_to(value, acc.shape)))
+        results.append(np.array(np.broadcast_to(value, acc.shape), order="C"))
     return results
 
 
@@ -358,7 +358,10 @@ def _opaque(op: ops.Opaque, inputs: Sequence[Array], sizes: Sizes, node: Node) -
     )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid(*pair) for pair in op.opsets])
     results = ReferenceEvaluator(model).run(None, dict(zip(names, inputs, strict=True)))
-    return [np.asarray(array) for array in results]
+    return [
+        np.asarray(array, value.dtype.numpy if value.dtype is DType.STRING else None)
+        for array, value in zip(results, node.outputs, strict=True)
+    ]
 
 
 def _reshape(op: ops.Reshape, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:

@@ -78,7 +78,7 @@ def Pow(node: OnnxNode, x: Value, exponent: Value) -> Value:
 @operator("Mod")
 def Mod(node: OnnxNode, a: Value, b: Value) -> Value:
     same_dtype(node, a, b)
-    op = PointOp.FMOD if node.integer("fmod", 0) or a.dtype.is_float else PointOp.MOD
+    op = PointOp.FMOD if node.integer("fmod", 0) else PointOp.MOD
     return node.pointwise(lambda x, y: f.apply(op, x, y), a, b)
 
 

@@ -139,10 +139,10 @@ def DepthToSpace(node: OnnxNode, x: Value) -> Value:
     if out * block * block != c:
         raise node.invalid(f"{c} channels with blocksize {block}")
     if node.choice("mode", "DCR", "CRD") == "DCR":
-        split, perm = (n, block, block, out, h, w), (0, 3, 4, 1, 5, 2)
+        apart = node.transpose(node.reshape(x, (n, block, block, out, h, w)), (0, 3, 4, 1, 5, 2))
     else:
-        split, perm = (n, out, block, block, h, w), (0, 1, 4, 2, 5, 3)
-    return node.reshape(node.transpose(node.reshape(x, split), perm), (n, out, h * block, w * block))
+        apart = node.transpose(node.reshape(x, (n, out, block, block, h, w)), (0, 1, 4, 2, 5, 3))
+    return node.reshape(apart, (n, out, h * block, w * block))
 
 
 @operator("SpaceToDepth")
@@ -152,7 +152,8 @@ def SpaceToDepth(node: OnnxNode, x: Value) -> Value:
     rows, columns = floordiv(h, block), floordiv(w, block)
     if rows * block != h or columns * block != w:
         raise node.unsupported(f"an image of {h} by {w} with blocksize {block}")
-    apart = node.transpose(node.reshape(x, (n, c, rows, block, columns, block)), (0, 3, 5, 1, 2, 4))
+    perm = (0, 3, 5, 1, 2, 4) if node.choice("mode", "DCR", "CRD") == "DCR" else (0, 1, 3, 5, 2, 4)
+    apart = node.transpose(node.reshape(x, (n, c, rows, block, columns, block)), perm)
     return node.reshape(apart, (n, c * block * block, rows, columns))
 
 
@@ -223,6 +224,8 @@ def Range(node: OnnxNode, start: Value, limit: Value, delta: Value) -> Value:
         if step == 0:
             raise node.invalid("delta is 0")
         count: Dim = max(0, int(np.ceil((last - first) / step)))
+    elif start.dtype.is_float:
+        raise node.unsupported("a range of floats that depends on data")
     else:
         (low,), (high,), (step,) = (node.dims(value, "a bound of Range") for value in (start, limit, delta))
         if not isinstance(step, int) or step == 0:
