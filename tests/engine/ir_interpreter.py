@@ -302,8 +302,8 @@ def _resize_weights(op: ops.Resize, before: int, size: int, scale: float) -> Arr
     i = np.arange(size, dtype=np.float64)
     x = {
         "half_pixel": (i + 0.5) / scale - 0.5,
-        "pytorch_half_pixel": (i + 0.5) / scale - 0.5 if size > 1 else np.zeros_like(i),
-        "align_corners": i * (before - 1) / (size - 1) if size > 1 else np.zeros_like(i),
+        "pytorch_half_pixel": (i + 0.5) / scale - 0.5 if scale * before > 1 else np.zeros_like(i),
+        "align_corners": i * (before - 1) / (scale * before - 1) if scale * before != 1 else np.zeros_like(i),
         "asymmetric": i / scale,
         "half_pixel_symmetric": before / 2 * (1 - size / (scale * before)) + (i + 0.5) / scale - 0.5,
     }[op.coordinates]
