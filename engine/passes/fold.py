@@ -98,4 +98,4 @@ def _equal_bytes(a: np.ndarray, b: np.ndarray) -> bool:
     if a is b:
         return True
     # Bytes, not values: 0.0 and -0.0 differ, and NaN equals itself.
-    return np.array_equal(np.ascontiguousarray(a).view(np.uint8), np.ascontiguousarray(b).view(np.uint8))
+    return np.array_equal(*(np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (a, b)))

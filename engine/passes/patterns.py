@@ -29,7 +29,7 @@ Matcher: TypeAlias = Callable[[ex.Expr, Captures], Iterator[Captures]]
 
 @dataclass(frozen=True)
 class Pattern:
-    """`matches` yields the captures of each way in which an expression fits. `root`: the operation at the top, if fixed."""
+    """`matches` yields the captures of each way in which an expression fits. `root`: the operation at the top."""
 
     matches: Matcher
     root: PointOp | None = None

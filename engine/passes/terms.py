@@ -1,9 +1,10 @@
 """Values as expressions: every value of a graph written over the values that are not point-wise.
 
 Recognising a norm or an attention means following data flow through point-wise nodes, however these are cut: one ONNX
-operator each, or fused already. `Terms` writes each value as one expression whose leaves (`Arg(i)`, in a numbering of the
-whole graph) are the values that no point-wise node computes. Broadcast views are looked through, for a right-aligned
-broadcast means the same one step later. A leaf can also be the raw accumulator of a `Reduce`, before its epilogue.
+operator each, or fused already. `Terms` writes each value as one expression whose leaves (`Arg(i)`, in a numbering of
+the whole graph) are the values that no point-wise node computes. Broadcast views are looked through, for a
+right-aligned broadcast means the same one step later. A leaf can also be the raw accumulator of a `Reduce`, before its
+epilogue.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
-from engine.ir.graph import Node, Value
+from engine.ir.graph import Node, Shape, Value
 from engine.ir.ops import Expand, Pointwise, Reduce, Reshape
 from engine.passes.editor import Editor
 
@@ -50,15 +51,15 @@ class Terms:
         """What the leaf `e` stands for; None where `e` is no leaf."""
         return self._leaves[e.index] if isinstance(e, ex.Arg) else None
 
-    def value(self, e: ex.Expr) -> Value | None:
-        """A value of the graph that holds `e`: of several the one with most elements' worth of axes, the first of those."""
-        return max(self._values.get(e, ()), key=lambda v: sum(dim != 1 for dim in v.shape), default=None)
+    def value(self, e: ex.Expr, shape: Shape | None = None) -> Value | None:
+        """The first value of the graph that holds `e` (before it is broadcast), or the one of the shape given."""
+        return next((v for v in self._values.get(e, ()) if shape is None or v.shape == shape), None)
 
     def lower(self, e: ex.Expr, given: dict[ex.Expr, Value] | None = None) -> tuple[ex.Expr, list[Value]] | None:
         """`e` over as few values of the graph as say it: (expression, the values that its arguments are).
 
-        Sub-expressions that a value already holds are read from it; `given` adds values that hold further ones. None where
-        that would need an accumulator which no value holds.
+        Sub-expressions that a value already holds are read from it; `given` adds values that hold further ones. None
+        where that would need an accumulator which no value holds. Broadcasts are left out: check the shape.
         """
         inputs: dict[Value, int] = {}
         given = given if given is not None else {}

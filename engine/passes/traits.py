@@ -11,7 +11,7 @@ from engine.ir.dtype import DType
 class Traits:
     """The capability table of a target, as far as graph rewrites are concerned.
 
-    `channels_last`: image kernels want the channel innermost in memory. `float_types`: the floating-point types that the
+    `channels_last`: image kernels want the channel innermost in memory. `float_types`: the floating-point types the
     target computes and stores; tensors of other float types are carried in fp32 inside the graph.
     """
 
