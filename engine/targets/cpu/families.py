@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from engine.errors import UnsupportedOp
-from engine.ir.ops import Conv, Gemm, Op
-from engine.targets.cpu import conv, gemm
+from engine.ir.ops import Attention, Conv, Gemm, Norm, Op, Pointwise, Reduce, Softmax
+from engine.targets.cpu import attention, conv, gemm, norm, pointwise, reduce, softmax
 from engine.targets.cpu.kernel import Family
 
-FAMILIES: dict[type[Op], Family] = {Conv: conv, Gemm: gemm}
+FAMILIES: dict[type[Op], Family] = {
+    Attention: attention,
+    Conv: conv,
+    Gemm: gemm,
+    Norm: norm,
+    Pointwise: pointwise,
+    Reduce: reduce,
+    Softmax: softmax,
+}
 
 
 def family_of(op: Op) -> Family:

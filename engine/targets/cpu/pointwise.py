@@ -23,7 +23,7 @@ from engine.targets.cpu.kernel import Context, KernelBuilder, KernelSpec, Launch
 from engine.targets.cpu.spaces import Axes, TensorOperand, by_memory, operand, read_operands, refuse_empty_tables, split_tasks
 
 _BLOCK = 16384  # elements of one unit of work
-_TILE_COLUMNS = 64
+_TILE_ROWS = _TILE_COLUMNS = 64  # long enough for the hardware to prefetch, small enough for the first-level cache
 _MIN_TILED = 8  # along shorter axes a transpose through tiles does not pay
 
 
@@ -41,23 +41,19 @@ class PointwiseSpec(KernelSpec):
     def parameters(self) -> tuple[str, ...]:
         names = [f"size{axis}" for axis in range(self.rank)]
         names += ["block_rows", "block_columns", "row_blocks", "column_blocks", "units", "units_per_task"]
-        for name, access in self._operands():
+        for name, access in self.operands():
             names += operand_parameters(name, access, self.rank)
         if any(access.index is not None for access in self.reads):
             names.append("status")
         return tuple(names)
 
-    def _operands(self) -> list[tuple[str, Access]]:
+    def operands(self) -> list[tuple[str, Access]]:
         reads = [(f"read{i}", access) for i, access in enumerate(self.reads)]
         return reads + [(f"write{i}", access) for i, access in enumerate(self.writes)]
 
-    @property
-    def tile_rows(self) -> int:
-        return self.isa.lanes
-
     def tile_bytes(self) -> int:
         """Scratch for the transposed tiles of all tiled operands."""
-        return sum(_TILE_COLUMNS * self.tile_rows * a.dtype.itemsize for a in self.reads if a.walk is Walk.TILED)
+        return sum(_TILE_COLUMNS * _TILE_ROWS * a.dtype.itemsize for a in self.reads if a.walk is Walk.TILED)
 
     def emit(self, kernel: KernelBuilder) -> None:
         _Emitter(self, kernel).emit()
@@ -71,7 +67,7 @@ class _Emitter:
         self.b = kernel
         self.lanes = spec.isa.lanes
         self.sizes: list[Int] = [kernel.integer(f"size{axis}") for axis in range(spec.rank)]
-        operands = [Operand(kernel, name, access, spec.rank) for name, access in spec._operands()]
+        operands = [Operand(kernel, name, a, spec.rank, name.startswith("write")) for name, a in spec.operands()]
         self.reads, self.writes = operands[: len(spec.reads)], operands[len(spec.reads) :]
         self.tiled = [i for i, access in enumerate(spec.reads) if access.walk is Walk.TILED]
 
@@ -136,17 +132,17 @@ class _Emitter:
     # --- tiles ------------------------------------------------------------------------------------------------------
 
     def _tiles(self, cursors: list[Cursor], rows: Int, columns: Int) -> None:
-        """The block in tiles of `tile_rows` × _TILE_COLUMNS: transpose the tiled operands into scratch, then row by row."""
-        b, rank, tile_rows = self.b, self.spec.rank, self.spec.tile_rows
+        """The block in tiles of _TILE_ROWS × _TILE_COLUMNS: transpose the tiled operands into scratch, then row by row."""
+        b, rank = self.b, self.spec.rank
         scratch: dict[int, Value] = {}
         place = b.scratch
         for i in self.tiled:
             scratch[i] = place
-            place = b.offset(place, _TILE_COLUMNS * tile_rows * self.spec.reads[i].dtype.itemsize)
+            place = b.offset(place, _TILE_COLUMNS * _TILE_ROWS * self.spec.reads[i].dtype.itemsize)
 
         def tile(row: Value, column: Value) -> None:
             at = self._moved(self._moved(cursors, rank - 2, row), rank - 1, column)
-            height = b.smin(tile_rows, b.sub(rows, row))
+            height = b.smin(_TILE_ROWS, b.sub(rows, row))
             width = b.smin(_TILE_COLUMNS, b.sub(columns, column))
             for i in self.tiled:
                 self._fill(self.reads[i], at[i].pointer, scratch[i], height, width)
@@ -159,13 +155,13 @@ class _Emitter:
 
             b.loop(0, height, 1, one)
 
-        b.loop(0, rows, tile_rows, lambda r, _: b.loop(0, columns, _TILE_COLUMNS, lambda c, _: tile(r, c)) and None)
+        b.loop(0, rows, _TILE_ROWS, lambda r, _: b.loop(0, columns, _TILE_COLUMNS, lambda c, _: tile(r, c)) and None)
 
     def _fill(self, operand: Operand, source: Value, target: Value, height: Int, width: Int) -> None:
         """scratch[r][c] = operand at (r, c) for a tile; neighbours in memory are neighbours in r."""
         b = self.b
         itemsize = operand.access.dtype.itemsize
-        square = min(self.spec.tile_rows, self.spec.isa.lanes_of(itemsize), 16)
+        square = min(self.spec.isa.lanes_of(itemsize), 16)
         type_ = vector_type(f"i{8 * itemsize}", square)
         whole_rows, whole_columns = b.mul(b.div(height, square), square), b.mul(b.div(width, square), square)
         target_row = _TILE_COLUMNS * itemsize
@@ -232,7 +228,7 @@ def space_launches(
         return []
     order = by_memory(writes[0], range(len(sizes)), sizes)
     axes, _ = axes.ordered(order).merged((0,) * len(order))
-    axes, tiled = _choose_tiles(axes, len(reads))
+    axes, tiled = _choose_tiles(_with_long_vectors(axes, len(reads)), len(reads))
     axes = axes.padded(0, max(0, 2 - len(axes.sizes)))
     rank = len(axes.sizes)
     accesses = [o.access(tiled=i in tiled) for i, o in enumerate(axes.operands)]
@@ -244,16 +240,28 @@ def space_launches(
     if tiled:
         # Square-ish blocks: both sides of the transpose stay within the pages and cache lines at hand.
         block_columns = min(columns, 4 * _TILE_COLUMNS)
-        block_rows = min(rows, max(spec.tile_rows, _BLOCK // block_columns // spec.tile_rows * spec.tile_rows))
+        block_rows = min(rows, max(_TILE_ROWS, _BLOCK // block_columns // _TILE_ROWS * _TILE_ROWS))
     row_blocks, column_blocks = -(-rows // block_rows), -(-columns // block_columns)
     units = axes.elements // (rows * columns) * row_blocks * column_blocks
     tasks, per_task = split_tasks(units, axes.elements, context.threads)
     args: dict[str, Slot] = {f"size{axis}": size for axis, size in enumerate(axes.sizes)}
     args |= {"block_rows": block_rows, "block_columns": block_columns, "row_blocks": row_blocks}
     args |= {"column_blocks": column_blocks, "units": units, "units_per_task": per_task}
-    for (name, _), o in zip(spec._operands(), axes.operands, strict=True):
+    for (name, _), o in zip(spec.operands(), axes.operands, strict=True):
         args |= o.slots(name)
     return [launch(spec, args, tasks, spec.tile_bytes(), concurrent)]
+
+
+def _with_long_vectors(axes: Axes, reads: int) -> Axes:
+    """Where the stores' innermost axis is short (the 3 channels of an image), walk along that of a read operand instead."""
+    rank = len(axes.sizes)
+    if rank < 2 or axes.sizes[-1] >= _MIN_TILED:
+        return axes
+    for o in axes.operands[:reads]:
+        for axis in range(rank - 1):
+            if o.strides[axis] == o.dtype.itemsize and axes.sizes[axis] > axes.sizes[-1]:
+                return axes.ordered([*(a for a in range(rank) if a != axis), axis])
+    return axes
 
 
 def _choose_tiles(axes: Axes, reads: int) -> tuple[Axes, frozenset[int]]:

@@ -6,7 +6,7 @@ merged, and the axis that the kernel walks with vectors is chosen. `codegen/oper
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -17,6 +17,7 @@ from engine.ir.ops.light import Gathers
 from engine.plan.plan import Step
 from engine.plan.tensor import Tensor
 from engine.targets.cpu.codegen.operands import Access, Walk
+from engine.targets.cpu.codegen.sweeps import Along, Space
 from engine.targets.cpu.kernel import Pointer, Slot, StatusWord, pointer_to
 
 
@@ -163,6 +164,47 @@ def _inserted(values: tuple[int, ...], at: int, count: int, value: int = 0) -> t
 def by_memory(operand: TensorOperand, axes: Sequence[int], sizes: Sequence[int]) -> list[int]:
     """`axes` in the order in which `operand` lies in memory, widest stride first (axes that it repeats come first)."""
     return sorted(axes, key=lambda axis: (operand.strides[axis] != 0 and sizes[axis] != 1, -abs(operand.strides[axis]), axis))
+
+
+_COLUMN_BLOCK = 4  # groups of vectors in one unit of work of a sweep over columns
+_SWEEP_GRAIN = 4096
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """A sweep over concrete axes: its compile-time shape, and its run-time arguments and tasks."""
+
+    space: Space
+    args: dict[str, Slot]
+    tasks: int
+
+
+def plan_sweep(axes: Axes, reduced: Collection[int], main: int, writes: int, lanes: int, threads: int) -> SweepPlan:
+    """Order the axes for a sweep that reduces `reduced`: operand `main` decides which axis is walked with vectors."""
+    rank = len(axes.sizes)
+    order = by_memory(axes.operands[main], range(rank), axes.sizes)
+    lengthy = [axis for axis in order if axes.sizes[axis] != 1]
+    along = Along.ROWS if lengthy and lengthy[-1] in reduced else Along.COLUMNS
+    order = sorted(order, key=lambda axis: axis in reduced)  # stable: each group stays in memory order
+    axes, groups = axes.ordered(order).merged([int(axis in reduced) for axis in order])
+    kept = groups.count(0)
+    if along is Along.COLUMNS:
+        if not kept:
+            axes, kept = axes.padded(0, 1), 1
+        total = len(axes.sizes)
+        axes = axes.ordered([*range(kept - 1), *range(kept, total), kept - 1])
+        kept -= 1
+    accesses = tuple(operand.access() for operand in axes.operands)
+    space = Space(along, kept, len(axes.sizes) - kept - 1, accesses, writes)
+    block = _COLUMN_BLOCK * 4 * lanes
+    blocks = -(-axes.sizes[-1] // block) if along is Along.COLUMNS else 1
+    units = prod(axes.sizes[:kept]) * blocks
+    tasks, per_task = split_tasks(units, axes.elements, threads, _SWEEP_GRAIN)
+    args: dict[str, Slot] = {f"size{axis}": size for axis, size in enumerate(axes.sizes)}
+    args |= {"units": units, "units_per_task": per_task, "block": block, "blocks": blocks}
+    for i, operand in enumerate(axes.operands):
+        args |= operand.slots(f"operand{i}")
+    return SweepPlan(space, args, tasks)
 
 
 def split_tasks(units: int, elements: int, threads: int, grain: int = 16384) -> tuple[int, int]:

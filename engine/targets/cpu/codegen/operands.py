@@ -56,9 +56,10 @@ def operand_parameters(name: str, access: Access, rank: int) -> tuple[str, ...]:
 class Operand:
     """One tensor of a kernel, with its run-time arguments in registers."""
 
-    def __init__(self, kernel: KernelBuilder, name: str, access: Access, rank: int) -> None:
+    def __init__(self, kernel: KernelBuilder, name: str, access: Access, rank: int, written: bool = False) -> None:
         self.b: Builder = kernel
         self.access = access
+        self.written = written
         self.rank = rank
         self.start = Cursor(kernel.pointer(name))
         self.strides: list[Int] = [kernel.integer(f"{name}.stride{axis}") for axis in range(rank)]
@@ -116,7 +117,7 @@ class Row:
             self._pointer = self.b.offset(self._pointer, self.b.mul(index, operand.row_stride))
             self._index = None
         self._fixed: Value | None = None
-        if access.walk is Walk.FIXED and self._index is None:
+        if access.walk is Walk.FIXED and self._index is None and not operand.written:
             self._fixed = self.b.load_splat(access.dtype, lanes, self._pointer)
 
     def load(self, i: Int, mask: Value | None = None) -> Value:
@@ -133,7 +134,7 @@ class Row:
     def store(self, i: Int, value: Value, mask: Value | None = None) -> None:
         """Write the vector that starts at element `i`; masked lanes touch no memory."""
         access = self.operand.access
-        if access.walk is Walk.UNIT:
+        if access.walk is Walk.UNIT or not self.lanes:
             self.b.store_elements(access.dtype, value, self.b.at(self._pointer, i, access.dtype.itemsize), mask)
         else:
             store_scattered(self.b, access.dtype, value, self._strided(i), mask)

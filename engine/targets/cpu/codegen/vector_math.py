@@ -16,6 +16,8 @@ from engine.targets.cpu.codegen.emit import Builder, Value, lanes_of, scalar_of,
 
 # exp(r) = 1 + r + r²·P(r) on |r| ≤ ln2/2, relative error 3e-9.
 _EXP = (0.4999999403953552, 0.1666652113199234, 0.041668280959129333, 0.008368690498173237, 0.0013819490559399128)
+# The same with a relative error of 1e-7.
+_EXP_SHORT = (0.4999922811985016, 0.16667117178440094, 0.04189065471291542, 0.008312421850860119)
 # log(1+f) = f − f²/2 + f³·P(f) on √½−1 ≤ f ≤ √2−1, relative error 6e-9.
 _LOG = (0.3333333134651184, -0.25000837445259094, 0.20001284778118134, -0.16622774302959442, 0.14199833571910858,
         -0.13164231181144714, 0.1277833729982376, -0.07645110040903091)  # fmt: skip
@@ -30,6 +32,7 @@ _ERF_SMALL = (0.12837915122509003, -0.3761247992515564, 0.11281619966030121, -0.
 _ERF_LARGE = (-0.00017749403195921332, -1.1277495622634888, -0.63705974817276, -0.10403738170862198,
               0.022277114912867546, -0.003055621637031436, 0.0001971842284547165)  # fmt: skip
 
+_LN2 = 0.6931471805599453
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440054690583e-4
 _LOG2_E = 1.44269504088896341
 _TWO_OVER_PI = 0.6366197723675814
@@ -186,6 +189,22 @@ class VectorMath:
         for c in reversed(coefficients[:-1]):
             result = self.b.fma(result, x, self._f32(c))
         return result
+
+
+def softmax_exp(b: Builder, x: Value) -> Value:
+    """eˣ for x ≤ 0 in a dozen instructions, for the inner loop of attention: relative error 3e-7, 0 below −87.7."""
+    f32 = x.type
+    x = b.maximum(b.const(-88.0, f32), x)
+    # The exponent's bias is part of the rounding constant: the low bits of the sum are the exponent field of 2ⁿ.
+    shifted = b.fma(x, b.const(_LOG2_E, f32), b.const(_ROUNDING + 127, f32))
+    n = b.binary("fsub", shifted, b.const(_ROUNDING + 127, f32))
+    r = b.fma(n, b.const(-_LN2, f32), x)
+    result = b.const(_EXP_SHORT[-1], f32)
+    for c in (*reversed(_EXP_SHORT[:-1]), 1.0, 1.0):
+        result = b.fma(result, r, b.const(c, f32))
+    i32 = vector_type("i32", lanes_of(f32))
+    scale = b.binary("shl", b.convert("bitcast", shifted, i32), b.const(23, i32))
+    return b.binary("fmul", result, b.convert("bitcast", scale, f32))
 
 
 def by_lane(b: Builder, name: str, *operands: Value) -> Value:
