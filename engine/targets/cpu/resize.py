@@ -182,7 +182,8 @@ def coordinates(op: Resize, scale: float, size: int, result: int) -> np.ndarray:
     if op.coordinates == "pytorch_half_pixel":
         return half if result > 1 else np.zeros(1)
     if op.coordinates == "align_corners":
-        return i * ((size - 1) / (result - 1)) if result > 1 else np.zeros(1)
+        length = size * scale  # with scales, ONNX means the length before it is rounded down
+        return i * ((size - 1) / (length - 1)) if result > 1 else np.zeros(1)
     if op.coordinates == "asymmetric":
         return i / scale
     if op.coordinates == "tf_half_pixel_for_nn":

@@ -21,7 +21,7 @@ from engine.errors import DeviceError
 from engine.targets.cpu.codegen import executor as native
 from engine.targets.cpu.codegen.isa import host_isa
 from engine.targets.cpu.jit import compiler
-from engine.targets.cpu.kernel import SLOT_BYTES, Launch, Pointer
+from engine.targets.cpu.kernel import SLOT_BYTES, Launch, Pointer, StatusWord
 
 _RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
 _WORKER = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
@@ -156,7 +156,8 @@ class Program:
     """Launches in the form that the native executor walks.
 
     `slots` holds the arguments of all launches; `pointers` says which slots are addresses, in the same order as
-    `pointer_slots`: the owner fills those in before a run. Steps are numbered as in `steps`: (launches of step 0, …).
+    `pointer_slots`: the owner fills those in before a run. `statistics` (runs and nanoseconds) and `status` (not 0
+    where a kernel met a value that makes the answer wrong) are per step.
     """
 
     def __init__(self, steps: Sequence[Sequence[Launch]], threads: int) -> None:
@@ -164,6 +165,7 @@ class Program:
         self.threads = threads
         self.scratch_bytes = max((-(-launch.scratch_bytes // 64) * 64 for launch in launches), default=0)
         self.statistics = _aligned_words(2 * max(1, len(steps)))
+        self.status = _aligned_words(max(1, len(steps)))
         self.pointers: list[Pointer] = []
         self._launches = launches
         self._steps = steps
@@ -171,12 +173,17 @@ class Program:
 
     def _build(self) -> None:
         values = [slot for launch in self._launches for slot in launch.args]
+        owners = [
+            number for number, step in enumerate(self._steps) for launch in step for _ in launch.args
+        ]
         self.slots = _aligned_words(max(1, len(values)))
         positions: list[int] = []
         for i, slot in enumerate(values):
             if isinstance(slot, Pointer):
                 self.pointers.append(slot)
                 positions.append(i)
+            elif isinstance(slot, StatusWord):
+                self.slots[i] = address(self.status) + _WORD * owners[i]
             elif isinstance(slot, float):
                 # Both halves hold what kernels may read: the single in the lower, which is all they load of it.
                 self.slots[i] = int(np.float32(slot).view(np.uint32))

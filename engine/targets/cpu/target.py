@@ -7,32 +7,25 @@ the compiled kernels are the process's.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
 import numpy as np
 
-from engine.errors import OutOfMemory, ShapeError, UnsupportedOp
+from engine.errors import OutOfMemory, ShapeError
+from engine.ir.dtype import DType
 from engine.ir.ops import Op, Opaque
+from engine.passes.traits import Traits
 from engine.plan.plan import Plan, Requirement, Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor
+from engine.specs import DeviceInfo, StepStat
+from engine.targets.cpu.ceilings import ceilings, processor_name
 from engine.targets.cpu.codegen.isa import host_isa
 from engine.targets.cpu.families import family_of
 from engine.targets.cpu.kernel import Context, Launch, Pointer, WeightStore, aligned_copy
-from engine.targets.cpu.runtime import Program, address, aligned_bytes, available_cores, pool
-
-HostCall = Callable[[Opaque, Sequence[np.ndarray]], Sequence[np.ndarray]]
-
-
-@dataclass(frozen=True)
-class StepStatistics:
-    """What one step of a plan has cost since it was bound. `kernel` is the kernel family that ran."""
-
-    step: Step
-    kernel: str
-    launches: int
-    seconds: float
+from engine.targets.cpu.runtime import Pool, Program, address, aligned_bytes, available_cores, pool
+from engine.targets.host import HostOperator
 
 
 @dataclass
@@ -51,19 +44,23 @@ class Arena:
 
 
 class CpuTarget:
-    """Runs plans on the processor with `threads` threads (default: the cores this process may use).
+    """Runs plans on the processor with `threads` threads (default: the cores this process may use)."""
 
-    `host_call` computes an `Opaque` operator on arrays; without it a plan that has one is refused.
-    """
+    traits = Traits(channels_last=True, float_types=frozenset({DType.F32, DType.F64}))
 
-    def __init__(self, threads: int | None = None, host_call: HostCall | None = None) -> None:
+    def __init__(self, threads: int | None = None) -> None:
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, not {threads}")
         self.isa = host_isa()
         self.threads = threads or available_cores()
         self.weights = WeightStore()
         self.arena = Arena()
-        self.host_call = host_call
+
+    @property
+    def device_info(self) -> DeviceInfo:
+        """The processor and its ceilings, measured on first use."""
+        measured = ceilings(self.isa, self.threads)
+        return DeviceInfo("cpu", processor_name(), self.isa.name, self.threads, measured.flops, measured.bytes)
 
     def requirements(
         self, op: Op, inputs: tuple[Tensor, ...]
@@ -71,64 +68,60 @@ class CpuTarget:
         """What the kernels of `op` ask of the layout of each input and output. Raises UnsupportedOp."""
         return family_of(op).requirements(op, inputs)
 
-    def bind(self, plan: Plan) -> Executable:
+    def bind(self, plan: Plan) -> CpuExecutable:
         """Choose and compile the kernels of a plan. Raises UnsupportedOp where a step has none."""
-        return Executable(self, plan)
+        return CpuExecutable(self, plan)
 
-    @property
-    def weight_bytes(self) -> int:
-        """Memory of the packed weights."""
-        return self.weights.nbytes
+    def memory(self) -> Mapping[str, int]:
+        """Bytes by kind."""
+        return {"weights": self.weights.nbytes, "arena": self.arena.memory.nbytes}
 
-    @property
-    def arena_bytes(self) -> int:
-        return self.arena.memory.nbytes
+    def close(self) -> None:
+        """Give arena and packed weights back. Executables of this target must not run afterwards."""
+        self.weights = WeightStore()
+        self.arena = Arena()
 
 
-class Executable:
+class CpuExecutable:
     """A plan with its kernels, ready to run. Safe to use from many threads: one run at a time."""
 
     def __init__(self, target: CpuTarget, plan: Plan) -> None:
-        self.plan = plan
         self._target = target
+        self._arena_bytes = plan.arena_bytes
         context = Context(target.isa, target.threads, target.weights)
         self._kernels: list[str] = []
         self._parts: list[_Native | _Host] = []
-        places = _Places(plan)
+        self._places = _Places(plan)
         for on_host, steps in groupby(plan.steps, lambda step: isinstance(step.op, Opaque)):
             if on_host:
-                if target.host_call is None:
-                    raise UnsupportedOp(f"step {next(steps).name}: operators without a kernel are not allowed here")
                 for step in steps:
                     self._kernels.append("host")
-                    self._parts.append(_Host(step, target.host_call, places))
+                    self._parts.append(_Host(step, self._places))
                 continue
             group = list(steps)
             launches = [family_of(step.op).lower(step, context) for step in group]
             self._kernels.extend(row[0].spec.family if row else "none" for row in launches)
-            self._parts.append(_Native(group, launches, target.threads, places))
-        self._places = places
+            self._parts.append(_Native(group, launches, target.threads, self._places))
 
     def run(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
         """Compute the plan's outputs into the arrays of `outputs`. All arrays are C-contiguous, of the plan's shapes
-        and dtypes. Raises ShapeError otherwise."""
+        and dtypes. Raises ShapeError otherwise, and for an index out of range."""
         workers = pool()
         with workers.lock:
-            arena = self._target.arena.at_least(self.plan.arena_bytes)
+            arena = self._target.arena.at_least(self._arena_bytes)
             arrays = self._places.bases(arena, inputs, outputs)
             addresses = np.asarray([address(array) for array in arrays], np.int64)
             for part in self._parts:
                 if isinstance(part, _Native):
-                    part.patch(addresses)
-                    workers.run(part.program)
+                    part.run(workers, addresses)
                 else:
                     part.run(arrays)
 
-    def step_stats(self) -> list[StepStatistics]:
+    def step_stats(self) -> Sequence[StepStat]:
         """Runs and time of every step since it was bound, in the plan's order."""
         rows = [row for part in self._parts for row in part.rows()]
         return [
-            StepStatistics(step, kernel, runs, nanoseconds * 1e-9)
+            StepStat(step.name, kernel, step.op.name, runs, nanoseconds * 1e-9, step.cost.flops, step.cost.bytes)
             for (step, runs, nanoseconds), kernel in zip(rows, self._kernels, strict=True)
         ]
 
@@ -136,6 +129,10 @@ class Executable:
     def nbytes(self) -> int:
         """Memory of this executable beside weights and arena."""
         return sum(part.program.nbytes for part in self._parts if isinstance(part, _Native)) + self._places.nbytes
+
+    def close(self) -> None:
+        """Give its memory back."""
+        self._parts = []
 
 
 class _Places:
@@ -208,12 +205,17 @@ class _Native:
         self._slots, self._bases, self._offsets = (np.ascontiguousarray(column) for column in columns.T)
         self._addresses: bytes | None = None
 
-    def patch(self, addresses: np.ndarray) -> None:
-        """Write the addresses of arena, inputs and outputs into the arguments, where they have changed."""
+    def run(self, workers: Pool, addresses: np.ndarray) -> None:
+        """Run with arena, inputs and outputs at `addresses`."""
         current = addresses.tobytes()
         if current != self._addresses:
             self.program.slots[self._slots] = addresses[self._bases] + self._offsets
             self._addresses = current
+        workers.run(self.program)
+        if self.program.status.any():
+            wrong = self.steps[int(self.program.status.argmax())].name
+            self.program.status[:] = 0
+            raise ShapeError(f"step {wrong!r}: an index is out of range for the table that it looks up")
 
     def rows(self) -> Iterable[tuple[Step, int, int]]:
         statistics = self.program.statistics.reshape(-1, 2)
@@ -228,15 +230,15 @@ def _place(pointer: Pointer, places: _Places) -> tuple[int | None, int]:
 class _Host:
     """A step that Python computes on views of the plan's memory."""
 
-    def __init__(self, step: Step, call: HostCall, places: _Places) -> None:
+    def __init__(self, step: Step, places: _Places) -> None:
         assert isinstance(step.op, Opaque)
-        self._step, self._op, self._call, self._places = step, step.op, call, places
+        self._step, self._operator, self._places = step, HostOperator(step.op), places
         self._runs = 0
         self._nanoseconds = 0
 
     def run(self, arrays: Sequence[np.ndarray]) -> None:
         start = time.perf_counter_ns()
-        results = self._call(self._op, [self._view(tensor, arrays) for tensor in self._step.inputs])
+        results = self._operator.run([self._view(tensor, arrays) for tensor in self._step.inputs])
         for tensor, result in zip(self._step.outputs, results, strict=True):
             self._view(tensor, arrays)[...] = result
         self._runs += 1
