@@ -63,7 +63,8 @@ def _expression(op: PointOp, dtype: DType) -> tuple[ex.Expr, list[np.ndarray]]:
     else:
         inputs = [_values(dtype, 1)]
     if op is PointOp.DIV and dtype.is_signed and dtype.is_int:
-        inputs[0][inputs[0] == np.iinfo(dtype.numpy).min] = 5  # of this one the reference has no absolute value
+        for x in inputs:
+            x[x == np.iinfo(dtype.numpy).min] = 5  # of this one the reference has no absolute value
     if op in (PointOp.SHL, PointOp.SHR):
         inputs[1] = (np.abs(inputs[1].astype(np.float64)) % (8 * dtype.itemsize + 2)).astype(dtype.numpy)
     return ex.apply(op, *(ex.Arg(i, DType.of(x.dtype)) for i, x in enumerate(inputs))), inputs
