@@ -193,7 +193,7 @@ def canonical(e: Expr) -> Expr:
     return simplified(_CANONICAL.rewrite(e))
 
 
-def canonicalise_activations(graph: Graph, traits: Traits) -> None:
+def canonicalise_activations(graph: Graph, _traits: Traits) -> None:
     """Every epilogue of the graph with its activations in canonical form."""
     for node in graph.nodes:
         stores = stores_of(node.op)

@@ -34,7 +34,7 @@ class _Affine:
     steps: int = 0
 
 
-def fold_affine(graph: Graph, traits: Traits) -> None:
+def fold_affine(graph: Graph, _traits: Traits) -> None:
     """Fold what stands before, then what stands after, every Conv and Gemm with constant weights."""
     editor = Editor(graph)
     for node in editor.nodes():

@@ -34,7 +34,7 @@ class _Probabilities:
     zero_rows: bool
 
 
-def recognise_attention(graph: Graph, traits: Traits) -> None:
+def recognise_attention(graph: Graph, _traits: Traits) -> None:
     """Replace every attention. One whose scores or probabilities are read elsewhere, or returned, stays as it is."""
     editor = Editor(graph)
     terms = Terms(editor)

@@ -15,7 +15,7 @@ from engine.passes.traits import Traits
 from engine.passes.views import inverse, reshape, transpose, view
 
 
-def flatten_gemms(graph: Graph, traits: Traits) -> None:
+def flatten_gemms(graph: Graph, _traits: Traits) -> None:
     """Gemm(Reshape(x), w) → Reshape(Gemm(x, w)) where the reshape only groups the rows in another way."""
     editor = Editor(graph)
     for node in editor.nodes():
@@ -42,7 +42,7 @@ def _flatten(editor: Editor, node: Node) -> None:
     editor.prune([old])
 
 
-def sink_views(graph: Graph, traits: Traits) -> None:
+def sink_views(graph: Graph, _traits: Traits) -> None:
     """Pointwise(View(x), …) → View(Pointwise(x, …)), once per point-wise node and chain of views."""
     editor = Editor(graph)
     for node in editor.nodes():

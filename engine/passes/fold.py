@@ -23,7 +23,7 @@ _LARGEST = 64 << 20
 _LARGEST_EXPANSION = 64 << 10
 
 
-def fold(graph: Graph, traits: Traits) -> None:
+def fold(graph: Graph, _traits: Traits) -> None:
     """Evaluate what is constant, drop what is useless, merge what is equal; one sweep in topological order."""
     editor = Editor(graph)
     _merge_constants(editor)

@@ -43,7 +43,7 @@ class _Match:
     shift: Expr | None = None
 
 
-def recognise_norms(graph: Graph, traits: Traits) -> None:
+def recognise_norms(graph: Graph, _traits: Traits) -> None:
     """Replace every normalisation in primitive form. What else reads its intermediate values still finds them."""
     editor = Editor(graph)
     terms = Terms(editor)

@@ -21,7 +21,7 @@ _CHEAP = 2  # arithmetic operations that may be repeated for every element of a 
 _COSTLY = ex.UNARY_FLOAT | {ex.PointOp.DIV, ex.PointOp.POW, ex.PointOp.MOD, ex.PointOp.FMOD}
 
 
-def inline_literals(graph: Graph, traits: Traits) -> None:
+def inline_literals(graph: Graph, _traits: Traits) -> None:
     """Constants of one element become literals of the expressions that read them."""
     editor = Editor(graph)
     for node in editor.nodes():
@@ -45,7 +45,7 @@ def _inline_literals(editor: Editor, node: Node, op: Pointwise) -> None:
         editor.update(node, new, operands.inputs)
 
 
-def drop_expands(graph: Graph, traits: Traits) -> None:
+def drop_expands(graph: Graph, _traits: Traits) -> None:
     """Point-wise nodes read what was expanded, not the expansion; where that makes them smaller, it comes after them."""
     editor = Editor(graph)
     for node in editor.nodes():
@@ -73,7 +73,7 @@ def _before_expand(editor: Editor, value: Value) -> Value:
     return node.inputs[0] if node is not None and isinstance(node.op, Expand) else value
 
 
-def hoist_slices(graph: Graph, traits: Traits) -> None:
+def hoist_slices(graph: Graph, _traits: Traits) -> None:
     """Slices of constants that a point-wise node reads move behind it, so that the node can be folded (causal masks)."""
     editor = Editor(graph)
     for node in editor.nodes():
@@ -100,7 +100,7 @@ def _hoist_slice(editor: Editor, node: Node) -> None:
     editor.remove(node)
 
 
-def fuse_pointwise(graph: Graph, traits: Traits) -> None:
+def fuse_pointwise(graph: Graph, _traits: Traits) -> None:
     """Fuse chains and diamonds of point-wise nodes, in topological order."""
     editor = Editor(graph)
     for node in editor.nodes():

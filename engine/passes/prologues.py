@@ -19,7 +19,7 @@ from engine.passes.traits import Traits
 _MOST_INPUTS = 12
 
 
-def fuse_gathers(graph: Graph, traits: Traits) -> None:
+def fuse_gathers(graph: Graph, _traits: Traits) -> None:
     """Lookups along axis 0 of a table move into the one norm or point-wise node that reads the rows."""
     editor = Editor(graph)
     for node in editor.nodes():
@@ -48,7 +48,7 @@ def _fuse_gather(editor: Editor, node: Node, user: Node) -> None:
         editor.remove(node)
 
 
-def fuse_prologues(graph: Graph, traits: Traits) -> None:
+def fuse_prologues(graph: Graph, _traits: Traits) -> None:
     """Point-wise nodes move into the source of the norm, softmax or reduction that reads them."""
     editor = Editor(graph)
     for node in editor.nodes():

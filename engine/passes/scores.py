@@ -146,7 +146,7 @@ def _nodes_between(editor: Editor, softmax: Node, product: Node) -> tuple[Node, 
                 leads(before, depth + 1)
                 for value in node.inputs
                 if (before := editor.producer(value)) is not None
-                and isinstance(before.op, Pointwise | Reshape | Expand)
+                and (before is product or isinstance(before.op, Pointwise | Reshape | Expand))
             )
         return depends[node]
 

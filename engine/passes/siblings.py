@@ -29,7 +29,7 @@ class _Sibling:
     rows: tuple[np.ndarray, ...]
 
 
-def merge_siblings(graph: Graph, traits: Traits) -> None:
+def merge_siblings(graph: Graph, _traits: Traits) -> None:
     """Merge every group of siblings."""
     editor = Editor(graph)
     groups: dict[tuple[Value, Expr], list[_Sibling]] = {}

@@ -92,7 +92,7 @@ def _compose(op: View, before: View, shape: Shape) -> View | None:
     return None
 
 
-def merge_views(graph: Graph, traits: Traits) -> None:
+def merge_views(graph: Graph, _traits: Traits) -> None:
     """Merge and drop views, and write as views what moves data without need."""
     editor = Editor(graph)
     for node in editor.nodes():
