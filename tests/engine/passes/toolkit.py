@@ -6,10 +6,8 @@ passes, so that a mistake would have to be made in three places to go unseen.
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -40,10 +38,7 @@ def model(text: str, weights: Arrays | None = None, opset: int = 18) -> onnx.Mod
 
 def load(proto: onnx.ModelProto) -> Graph:
     """The graph of the model, as the frontend writes it."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        onnx.save(proto, path)
-        return read(path)
+    return read(proto.SerializeToString())
 
 
 def rewritten(proto: onnx.ModelProto, passes: Sequence[Pass] = PASSES, traits: Traits = TRAITS) -> Graph:
