@@ -18,6 +18,9 @@ CONSTANTS = {
 FEEDS = {"x": np.concatenate([random(3, 17, scale=3), np.linspace(-8, 8, 17)[None]])}
 
 
+TOLERANCE = 1e-7  # attributes of operators are fp32, and so is onnx.reference's erf
+
+
 def only_expression(graph: Graph) -> ex.Expr:
     assert kinds(graph) == {"Pointwise": 1}
     op = only(graph, ops.Pointwise).op
@@ -27,7 +30,7 @@ def only_expression(graph: Graph) -> ex.Expr:
 
 
 def run(body: str, opset: int = 20) -> ex.Expr:
-    return only_expression(check(model(f"(double[n,17] x) => (double[n,17] y) {{ {body} }}", CONSTANTS, opset), FEEDS))
+    return only_expression(check(model(f"(double[n,17] x) => (double[n,17] y) {{ {body} }}", CONSTANTS, opset), FEEDS, tolerance=TOLERANCE))
 
 
 GELU_ERF = {
@@ -73,7 +76,7 @@ def test_gelu_with_erf(spelling: str) -> None:
 @pytest.mark.parametrize("spelling", GELU_TANH)
 def test_gelu_with_tanh(spelling: str) -> None:
     store = run(GELU_TANH[spelling].replace("'", '"'))
-    assert ex.to_text(store) == "(%0 * sigmoid((%0 * (((%0 * 0.0713548) * %0) + 1.59577))))"
+    assert ex.to_text(store) == "(%0 * sigmoid((%0 * (((%0 * %0) * 0.0713548) + 1.59577))))"
 
 
 @pytest.mark.parametrize("spelling", SILU)
@@ -98,5 +101,5 @@ def test_relu6_is_a_clamp() -> None:
 def test_a_product_with_another_factor_keeps_it() -> None:
     text = "(double[n,17] x, double[n,17] w) => (double[n,17] y) { a = Mul(x, rsqrt2) e = Erf(a) f = Add(e, one)" \
         " y = Mul(w, f) }"
-    graph = check(model(text, CONSTANTS), {**FEEDS, "w": random(4, 17, seed=5)})
+    graph = check(model(text, CONSTANTS), {**FEEDS, "w": random(4, 17, seed=5)}, tolerance=TOLERANCE)
     assert kinds(graph) == {"Pointwise": 1}

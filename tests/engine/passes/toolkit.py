@@ -32,7 +32,7 @@ def model(text: str, weights: Arrays | None = None, opset: int = 18) -> onnx.Mod
     head = f'<ir_version: 8, opset_import: ["" : {opset}]> test '
     proto = onnx.parser.parse_model(head + text)
     for name, array in (weights or {}).items():
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ascontiguousarray(array), name))
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(array, order="C"), name))
     return proto
 
 
@@ -62,7 +62,8 @@ def check(
 ) -> Graph:
     """The graph after `passes`, having compared its outputs with those of `onnx.reference` and of the graph before."""
     with np.errstate(all="ignore"):
-        expected = dict(zip([o.name for o in proto.graph.output], ReferenceEvaluator(proto).run(None, dict(feeds))))
+        names = [output.name for output in proto.graph.output]
+        expected = dict(zip(names, ReferenceEvaluator(proto).run(None, dict(feeds)), strict=True))
         graph = rewritten(proto, passes, traits)
         before = ir_interpreter.run(load(proto), feeds)
         after = ir_interpreter.run(graph, feeds)
