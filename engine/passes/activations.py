@@ -36,7 +36,8 @@ _MOST_FACTORS = 6
 
 def factors(e: Expr) -> tuple[float, list[Expr]]:
     """`e` as a literal and the other factors of the product that it is."""
-    value, rest = 1.0, []
+    value = 1.0
+    rest: list[Expr] = []
     pending = [e]
     while pending:
         part = pending.pop()

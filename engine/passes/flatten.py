@@ -1,8 +1,8 @@
 """The passes that move views out of the way of products and epilogues.
 
-`flatten_gemms`: a product does not care how its rows are grouped, so a reshape of the rows before it goes behind it, where
-it meets the exporter's reshape back and both vanish. `sink_views`: a reshape or transposition between an operator and the
-point-wise node after it goes behind the point-wise node, which can then become the operator's epilogue.
+`flatten_gemms`: a product does not care how its rows are grouped, so a reshape of the rows before it goes behind it,
+where it meets the exporter's reshape back and both vanish. `sink_views`: a reshape or transposition between an operator
+and the point-wise node after it goes behind the point-wise node, which can then become the operator's epilogue.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _sink(editor: Editor, node: Node, step: Node) -> Node | None:
 
 
 def undone(editor: Editor, value: Value, op: View, before: Shape, after: Shape, origin: str) -> Value | None:
-    """What to read beside a tensor of shape `before` for `value` beside its view `op`, of shape `after`; None: nothing."""
+    """What to read beside a tensor of shape `before` for `value` beside its view `op`, of shape `after`; or None."""
     if value.data is not None and value.data.size == 1:
         return value if value.rank <= len(before) else reshape(editor, value, (), origin)
     if isinstance(op, Transpose):

@@ -98,4 +98,5 @@ def _equal_bytes(a: np.ndarray, b: np.ndarray) -> bool:
     if a is b:
         return True
     # Bytes, not values: 0.0 and -0.0 differ, and NaN equals itself.
-    return np.array_equal(*(np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (a, b)))
+    x, y = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (a, b))
+    return np.array_equal(x, y)

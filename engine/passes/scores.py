@@ -1,4 +1,4 @@
-"""The way from the input of a softmax back to the product q kᵀ: scales and masks collected, in whatever order they come.
+"""The way from the input of a softmax back to the product q kᵀ: scales and masks collected, in whatever order.
 
 Used by `attention.py`. Masks come out as terms to add: `Where(mask, scores, −inf)` is the sum of the scores and a bias
 that is 0 or −inf. A finite fill is written as the lowest fp32 number instead, so that it absorbs the score it is added

@@ -1,4 +1,4 @@
-"""The pass `merge_siblings`: products of one input with constant weights become one wide product (Q, K and V above all).
+"""The pass `merge_siblings`: products of one input with constant weights become one wide product (Q, K, V above all).
 
 Their epilogues have to be the same expression; constants in it that run along the columns are laid side by side, as the
 weights are, and a product without a bias among some that have one gets zeros. The results are slices of the wide one.

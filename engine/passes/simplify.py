@@ -107,7 +107,7 @@ RULES = (
 
 
 def _structural(e: ex.Apply) -> Expr | None:
-    """What no pattern says: literals folded, literals to the right, the accumulator to the left, casts that lose nothing removed."""
+    """What no pattern says: literals folded or to the right, the accumulator to the left, needless casts removed."""
     if all(isinstance(arg, Const) for arg in e.args) and e.dtype is not DType.STRING:
         value = ex.evaluate(e, ())
         return ex.const(value.item(), e.dtype)

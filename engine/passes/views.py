@@ -46,7 +46,7 @@ def _merged(editor: Editor, op: View, value: Value) -> tuple[View | None, Value]
         before = editor.producer(value)
         if before is None or not isinstance(before.op, View):
             return op, value
-        joined = _compose(op, before.op, before.inputs[0].shape)
+        joined = _compose(op, before.op)
         if joined is None:
             return op, value
         op, value = joined, before.inputs[0]
@@ -76,8 +76,8 @@ def _canonical(op: View, shape: Shape) -> View:
     return op
 
 
-def _compose(op: View, before: View, shape: Shape) -> View | None:
-    """`op` after `before`, which is on a tensor of `shape`, as one view."""
+def _compose(op: View, before: View) -> View | None:
+    """`op` after `before` as one view."""
     if isinstance(op, Reshape) and isinstance(before, Reshape):
         return op
     if isinstance(op, Transpose) and isinstance(before, Transpose):

@@ -30,7 +30,8 @@ def only_expression(graph: Graph) -> ex.Expr:
 
 
 def run(body: str, opset: int = 20) -> ex.Expr:
-    return only_expression(check(model(f"(double[n,17] x) => (double[n,17] y) {{ {body} }}", CONSTANTS, opset), FEEDS, tolerance=TOLERANCE))
+    proto = model(f"(double[n,17] x) => (double[n,17] y) {{ {body} }}", CONSTANTS, opset)
+    return only_expression(check(proto, FEEDS, tolerance=TOLERANCE))
 
 
 GELU_ERF = {

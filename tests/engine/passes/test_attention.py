@@ -60,7 +60,8 @@ SPELLINGS = {
     " kt = Transpose<perm=[0,1,3,2]>(ks) t = MatMul(q, kt) " + SOFTMAX + VALUES + MERGE,
     "no scale": PROJECT + KEYS + "t = MatMul(q, kt) " + SOFTMAX + VALUES + MERGE,
     "k transposed in two steps": PROJECT + KEYS_IN_TWO_STEPS + SCORES + "t = Mul(s, scale) " + SOFTMAX + VALUES + MERGE,
-    "additive mask": PROJECT + KEYS + ADDITIVE + SCORES + "u = Div(s, root) t = Add(u, bias) " + SOFTMAX + VALUES + MERGE,
+    "additive mask": PROJECT + KEYS + ADDITIVE + SCORES + "u = Div(s, root) t = Add(u, bias) " + SOFTMAX + VALUES
+    + MERGE,
     "additive mask first": PROJECT + KEYS + ADDITIVE + SCORES + "u = Div(s, root) t = Add(bias, u) " + SOFTMAX + VALUES
     + MERGE,
     "expanded mask": PROJECT + KEYS + "m2 = Unsqueeze(mask, ones12) sh = Shape(s) e0 = Expand(m2, sh)"
@@ -164,9 +165,11 @@ def test_rank_three_as_torch_multihead_attention_writes_it() -> None:
 
 
 def test_scores_cut_into_heads_for_the_mask_only() -> None:
-    text = f"""(double[2,5,{H}] x, int64[2,5] mask) => (double[2,5,{H}] y) {{ {PROJECT} k = Transpose<perm=[0,2,1,3]>(ck)
-        q3 = Reshape(q, flat) k3 = Reshape(k, flat) v3 = Reshape(v, flat) kt = Transpose<perm=[0,2,1]>(k3) {ADDITIVE}
-        s3 = MatMul(q3, kt) s = Mul(s3, scale) s4 = Reshape(s, cut_scores) t4 = Add(s4, bias) t = Reshape(t4, flat_scores)
+    text = f"""(double[2,5,{H}] x, int64[2,5] mask) => (double[2,5,{H}] y) {{ {PROJECT}
+        k = Transpose<perm=[0,2,1,3]>(ck) q3 = Reshape(q, flat) k3 = Reshape(k, flat) v3 = Reshape(v, flat)
+        kt = Transpose<perm=[0,2,1]>(k3) {ADDITIVE}
+        s3 = MatMul(q3, kt) s = Mul(s3, scale) s4 = Reshape(s, cut_scores) t4 = Add(s4, bias)
+        t = Reshape(t4, flat_scores)
         {SOFTMAX} o3 = MatMul(p, v3) o = Reshape(o3, cut_result) {MERGE} }}"""
     weights = WEIGHTS | {
         "flat": np.array([B * HEADS, S, D]), "cut_scores": np.array([B, HEADS, S, S]),
