@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 from engine.errors import UnsupportedOp
-from engine.ir.ops import Attention, Conv, Gemm, Norm, Op, Pointwise, Reduce, Softmax
-from engine.targets.cpu import attention, conv, gemm, norm, pointwise, reduce, softmax
+from engine.ir.ops import Attention, Concat, Conv, Gather, Gemm, Norm, Op, Pad, Pointwise, Pool, Reduce, Resize, Softmax
+from engine.targets.cpu import (
+    attention,
+    concat,
+    conv,
+    gather,
+    gemm,
+    norm,
+    pad,
+    pointwise,
+    pool,
+    reduce,
+    resize,
+    softmax,
+)
 from engine.targets.cpu.kernel import Family
 
 FAMILIES: dict[type[Op], Family] = {
     Attention: attention,
+    Concat: concat,
     Conv: conv,
+    Gather: gather,
     Gemm: gemm,
     Norm: norm,
+    Pad: pad,
     Pointwise: pointwise,
+    Pool: pool,
     Reduce: reduce,
+    Resize: resize,
     Softmax: softmax,
 }
 
