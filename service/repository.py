@@ -72,10 +72,8 @@ def _looks_like_a_model(path: Path) -> bool:
 
 
 def _find_versions(path: Path) -> tuple[tuple[int, Path], ...]:
-    versions = []
-    for child in path.iterdir():
-        if child.is_dir() and _VERSION.fullmatch(child.name):
-            versions.append((int(child.name), _only_onnx(child)))
+    folders = [child for child in path.iterdir() if child.is_dir() and _VERSION.fullmatch(child.name)]
+    versions = [(int(folder.name), _only_onnx(folder)) for folder in folders]
     if not versions:
         versions.append((1, _only_onnx(path)))
     return tuple(sorted(versions))

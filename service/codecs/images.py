@@ -124,11 +124,12 @@ def _to_mode(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _crop(image: Image.Image, spec: ImageSpec) -> Image.Image:
-    """Resize of the shorter side, centre crop. Only what the crop needs is resampled, so long images cost nothing."""
+    """Resize of the shorter side, centre crop at whole pixels. Only what the crop shows is resampled."""
     scale = min(image.width, image.height) / spec.resize
-    wide, high = spec.width * scale, spec.height * scale
-    left, top = (image.width - wide) / 2, (image.height - high) / 2
-    return image.resize((spec.width, spec.height), spec.filter, box=(left, top, left + wide, top + high))
+    left = round((image.width / scale - spec.width) / 2) * scale
+    top = round((image.height / scale - spec.height) / 2) * scale
+    right, bottom = min(left + spec.width * scale, image.width), min(top + spec.height * scale, image.height)
+    return image.resize((spec.width, spec.height), spec.filter, box=(left, top, right, bottom))
 
 
 def _normalise(image: Image.Image, spec: ImageSpec) -> NDArray[Any]:

@@ -1,6 +1,7 @@
 """A small but honest engine: numpy models behind the same calls as the package `engine`.
 
-A "model file" is JSON: {"kind": …} plus arguments; `KINDS` lists what there is. It checks its feeds as strictly as the real one.
+A "model file" is JSON: {"kind": …} plus arguments; `KINDS` lists what there is. It checks its feeds as strictly as
+the real one.
 `FakeEngine.gate` can hold runs back, so that tests decide when a batch ends; `calls` records every run.
 """
 
@@ -88,7 +89,7 @@ def _context(feeds: Mapping[str, Array]) -> Array:
     ids, mask = feeds["input_ids"], feeds["attention_mask"].astype(np.float32)[:, :, None]
     outside = np.argwhere((ids < 0) | (ids >= VOCABULARY))
     if len(outside):
-        raise ShapeError(f"input 'input_ids': token id {ids[tuple(outside[0])]} is out of range; use 0 to {VOCABULARY - 1}")
+        raise ShapeError(f"input 'input_ids': token id {ids[tuple(outside[0])]} is out of range (0 to {VOCABULARY - 1})")
     vectors = _TABLE[ids]
     mean = (vectors * mask).sum(axis=1, keepdims=True) / np.maximum(mask.sum(axis=1, keepdims=True), 1)
     return (vectors + mean).astype(np.float32)
@@ -172,7 +173,6 @@ class FakeModel:
         self._owner = owner
         self._arguments = arguments
         self._launches = 0
-        self._rows = 0
         self._lock = threading.Lock()
 
     def run(self, feeds: Mapping[str, Array], /) -> dict[str, Array]:
@@ -193,7 +193,6 @@ class FakeModel:
         outputs = self._run(feeds)
         with self._lock:
             self._launches += 1
-            self._rows += 1
         return outputs
 
     def _check(self, feeds: Mapping[str, Array]) -> None:
@@ -203,7 +202,7 @@ class FakeModel:
         for spec in self.inputs:
             array = feeds[spec.name]
             if array.dtype != spec.dtype or array.ndim != len(spec.shape):
-                raise ShapeError(f"input '{spec.name}' is {array.dtype} {array.shape}; it takes {spec.dtype} {spec.shape}")
+                raise ShapeError(f"input '{spec.name}' is {array.dtype} {array.shape}, not {spec.dtype} {spec.shape}")
             for want, got in zip(spec.shape, array.shape, strict=True):
                 if isinstance(want, str):
                     want = symbols.setdefault(want, got)
