@@ -95,6 +95,9 @@ def serve(settings: Settings, engine: Callable[[], EngineModule] = real_engine) 
     host, port = listener.getsockname()[:2]
     log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     _Server(config, app.state.serving).run(sockets=[listener])
+    if not app.state.serving.finished:
+        logging.shutdown()
+        os._exit(0)  # a run of the engine cannot be interrupted, and Python would wait for its thread
     return 0
 
 

@@ -2,6 +2,7 @@
 that goes is still seen by the route. Called by the app for each request.
 """
 
+import asyncio
 import logging
 import re
 import secrets
@@ -12,9 +13,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.logs import request_id
 from service.metrics import Metrics
+from service.routes.responses import error_response
 
 log = logging.getLogger("service.access")
 
+_UNANSWERED = 499  # what is counted where no answer began: the client had gone
 _ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
@@ -35,7 +38,7 @@ class RequestMiddleware:
         given = Headers(scope=scope).get("x-request-id", "")
         identity = given if _ID.fullmatch(given) else secrets.token_hex(8)
         token = request_id.set(identity)
-        status = 499  # what stands if the client goes before an answer begins
+        status = _UNANSWERED
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -46,6 +49,10 @@ class RequestMiddleware:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # the server cancels what is still running when its drain time is over
+            if status == _UNANSWERED:
+                answer = error_response("the server shut down before the request was done", 503)
+                await answer(scope, receive, send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             self._responses.labels(route, str(status)).inc()

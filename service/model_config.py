@@ -3,12 +3,12 @@
 Read by `repository.py`. A wrong key, type or value is a `ModelConfigError` that names the key and what to do.
 """
 
+import json
 import tomllib
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from service.settings import Precision
@@ -55,7 +55,7 @@ class ModelConfigError(Exception):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 Extent = Annotated[int, Field(ge=1, le=16384)]
@@ -122,7 +122,7 @@ def read_model_config(path: Path) -> ModelConfig:
             )
         data = tomllib.loads(path.read_text(encoding="utf-8"))
         # JSON mode is what makes pydantic strict about types yet ready to read lists as tuples and strings as enums.
-        return ModelConfig.model_validate_json(orjson.dumps(data))
+        return ModelConfig.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if isinstance(part, str) and part.isidentifier())
@@ -130,5 +130,5 @@ def read_model_config(path: Path) -> ModelConfig:
             raise ModelConfigError(f"{path.name}: unknown key '{key}'; remove it or check its spelling") from None
         message = str(first["msg"]).removeprefix("Value error, ")
         raise ModelConfigError(f"{path.name}: key '{key}': {message}; correct it or remove it") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError, orjson.JSONEncodeError, RecursionError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise ModelConfigError(f"{path.name}: cannot be read: {error}; correct the file") from None

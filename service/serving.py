@@ -45,6 +45,7 @@ class Serving:
         self.preprocess = PreprocessPool(settings.preprocess_threads, settings.max_preprocess)
         self.engine = EngineClient(transport, self._on_report)
         self.draining = False
+        self.finished = False
         self._drain_began = 0.0
         self._repository = Repository(settings.models)
         self._models: dict[str, dict[int, ServedModel]] = {}
@@ -92,6 +93,7 @@ class Serving:
         left = self.settings.drain_timeout - (time.monotonic() - self._drain_began)
         try:
             await self.engine.stop(max(left, _STOP_S))
+            self.finished = True
         except TimeoutError:
             log.error("accepted requests did not finish within %s s", self.settings.drain_timeout)
         self.preprocess.close()

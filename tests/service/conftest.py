@@ -48,7 +48,11 @@ def add_tokenizer(folder: Path) -> None:
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     """One model of each common kind."""
-    root = tmp_path / "models"
+    return common_models(tmp_path / "models")
+
+
+def common_models(root: Path) -> Path:
+    """Make `root` a repository with one model of each common kind."""
     root.mkdir()
     add_model(root, "identity", "identity")
     colours = add_model(root, "colours", "colours", "[images]\nsize = 8\nresize = 8\n")
@@ -100,12 +104,14 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
 Start = Callable[..., Running]
 
 
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """Start servers: `start(root, engine, ready=True, **settings)`."""
-    stops: list[Callable[[], None]] = []
+class Starter:
+    """Starts servers, and stops them all."""
 
-    def run(root: Path, engine: FakeEngine | None = None, ready: bool = True, **settings: Any) -> Running:
+    def __init__(self) -> None:
+        self._stops: list[Callable[[], None]] = []
+
+    def __call__(self, root: Path, engine: FakeEngine | None = None, ready: bool = True, **settings: Any) -> Running:
+        """A server for `root`; `ready` waits until nothing loads any more."""
         engine = engine or FakeEngine()
         app = create_app(Settings(models=root, drain_timeout=5, **settings), lambda: engine)
         listener = socket.create_server(("127.0.0.1", 0))
@@ -125,15 +131,32 @@ def start() -> Iterator[Start]:
             assert not thread.is_alive(), "the server did not stop"
             assert all(model.closed for model in engine.models), "a model was not closed"
 
-        stops.append(stop)
+        self._stops.append(stop)
         wait_for(lambda: server.started)
         if ready:
             running.wait_ready()
         return running
 
-    yield run
-    for stop in stops:
-        stop()
+    def stop(self) -> None:
+        """Stop every server; each must end by itself and close its models."""
+        for stop in self._stops:
+            stop()
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Start servers: `start(root, engine, ready=True, **settings)`."""
+    starter = Starter()
+    yield starter
+    starter.stop()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server with the common models, for tests that leave no trace in it."""
+    starter = Starter()
+    yield starter(common_models(tmp_path_factory.mktemp("shared") / "models"))
+    starter.stop()
 
 
 @pytest.fixture

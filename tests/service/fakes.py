@@ -89,7 +89,9 @@ def _context(feeds: Mapping[str, Array]) -> Array:
     ids, mask = feeds["input_ids"], feeds["attention_mask"].astype(np.float32)[:, :, None]
     outside = np.argwhere((ids < 0) | (ids >= VOCABULARY))
     if len(outside):
-        raise ShapeError(f"input 'input_ids': token id {ids[tuple(outside[0])]} is out of range (0 to {VOCABULARY - 1})")
+        raise ShapeError(
+            f"input 'input_ids': token id {ids[tuple(outside[0])]} is out of range (0 to {VOCABULARY - 1})"
+        )
     vectors = _TABLE[ids]
     mean = (vectors * mask).sum(axis=1, keepdims=True) / np.maximum(mask.sum(axis=1, keepdims=True), 1)
     return (vectors + mean).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The queue, the policy and the batch maker, without threads: what may share a batch, and that nothing is lost or mixed."""
+"""The queue, the policy and the batch maker, without threads: what may share a batch; nothing is lost or mixed."""
 
 from __future__ import annotations
 
@@ -109,9 +109,7 @@ def run_all(queue: ModelQueue, entries: list[Entry], kind: str) -> list[tuple[in
     max_tokens=st.integers(1, 128),
     kind=st.sampled_from(["encoder", "maskless"]),
 )
-def test_batched_rows_equal_single_rows(
-    requests: list[list[int]], max_batch: int, max_tokens: int, kind: str
-) -> None:
+def test_batched_rows_equal_single_rows(requests: list[list[int]], max_batch: int, max_tokens: int, kind: str) -> None:
     """Any mix of requests, split and batched in any way, gives each row what it gets alone; budgets hold."""
     options = BatchingOptions(max_batch=max_batch, max_tokens=max_tokens)
     axes = find_axes(*infos(kind))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from service.codecs.images import ImageSpec, decode, make_image_spec
-from service.errors import InvalidRequest, ServiceError, TooLarge
+from service.errors import InvalidRequest, TooLarge
 from service.model_config import ImagesConfig
 from tests.service.conftest import Running, Start, add_model, error_of
 from tests.service.fakes import FakeEngine
@@ -152,11 +152,9 @@ def test_damaged_files_are_refused_or_decoded_never_worse(data: st.DataObject) -
     cut = data.draw(st.integers(0, len(original)))
     try:
         pixels = decode(bytes(original[:cut]), spec(), *LIMITS)
-    except ServiceError as error:
-        assert isinstance(error, InvalidRequest | TooLarge)
-        assert str(error)
-    else:
-        assert pixels.shape == (3, 8, 8)
+    except (InvalidRequest, TooLarge):
+        return
+    assert pixels.shape == (3, 8, 8)
 
 
 # ---- over HTTP
@@ -166,8 +164,8 @@ def post(server: Running, data: bytes, model: str = "colours", query: str = "", 
     return server.client.post(f"/v1/models/{model}/images{query}", content=data, **kwargs)
 
 
-def test_a_picture_gets_labels_most_probable_first(server: Running) -> None:
-    answer = post(server, file_of(plain((0, 255, 0)))).json()
+def test_a_picture_gets_labels_most_probable_first(shared: Running) -> None:
+    answer = post(shared, file_of(plain((0, 255, 0)))).json()
     assert (answer["model"], answer["version"]) == ("colours", "1")
     (prediction,) = answer["predictions"]
     labels = prediction["labels"]
@@ -176,27 +174,27 @@ def test_a_picture_gets_labels_most_probable_first(server: Running) -> None:
     assert labels[0]["probability"] == 1.0
 
 
-def test_scores_become_probabilities_by_softmax(server: Running) -> None:
-    labels = post(server, file_of(plain((255, 255, 0)))).json()["predictions"][0]["labels"]
+def test_scores_become_probabilities_by_softmax(shared: Running) -> None:
+    labels = post(shared, file_of(plain((255, 255, 0)))).json()["predictions"][0]["labels"]
     weights = np.exp([1, 1, 0]) / np.exp([1, 1, 0]).sum()
     np.testing.assert_allclose([entry["probability"] for entry in labels], weights, rtol=1e-5)
 
 
-def test_top_k_bounds_the_labels(server: Running) -> None:
-    answer = post(server, file_of(plain("red")), query="?top_k=1").json()
+def test_top_k_bounds_the_labels(shared: Running) -> None:
+    answer = post(shared, file_of(plain("red")), query="?top_k=1").json()
     assert [entry["label"] for entry in answer["predictions"][0]["labels"]] == ["red"]
-    assert len(post(server, file_of(plain("red")), query="?top_k=900").json()["predictions"][0]["labels"]) == 3
+    assert len(post(shared, file_of(plain("red")), query="?top_k=900").json()["predictions"][0]["labels"]) == 3
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1001", "x", "1.5", ""])
-def test_top_k_out_of_range_is_refused(server: Running, value: str) -> None:
-    response = post(server, file_of(plain("red")), query=f"?top_k={value}")
+def test_top_k_out_of_range_is_refused(shared: Running, value: str) -> None:
+    response = post(shared, file_of(plain("red")), query=f"?top_k={value}")
     assert response.status_code == 400
     assert "top_k" in error_of(response)
 
 
-def test_raw_answers_with_the_outputs(server: Running) -> None:
-    answer = post(server, file_of(plain((255, 0, 0))), query="?raw=true").json()
+def test_raw_answers_with_the_outputs(shared: Running) -> None:
+    answer = post(shared, file_of(plain((255, 0, 0))), query="?raw=true").json()
     assert answer["outputs"] == {"logits": [[1.0, 0.0, 0.0]]}
 
 
@@ -217,9 +215,9 @@ def test_a_model_of_one_row_gets_pictures_one_by_one(start: Start, tmp_path: Any
     assert [p["labels"][0]["index"] for p in answer["predictions"]] == [2, 0]
 
 
-def test_content_type_does_not_matter_for_a_plain_body(server: Running) -> None:
+def test_content_type_does_not_matter_for_a_plain_body(shared: Running) -> None:
     for kind in ("application/json", "text/plain", "image/gif", ""):
-        assert post(server, file_of(plain("red")), headers={"content-type": kind}).status_code == 200
+        assert post(shared, file_of(plain("red")), headers={"content-type": kind}).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -235,11 +233,11 @@ def test_content_type_does_not_matter_for_a_plain_body(server: Running) -> None:
     ],
     ids=["empty", "text", "bmp", "truncated jpeg", "truncated png", "40,000 px", "no width"],
 )
-def test_bad_pictures(server: Running, data: bytes, status: int, words: str) -> None:
-    response = post(server, data)
+def test_bad_pictures(shared: Running, data: bytes, status: int, words: str) -> None:
+    response = post(shared, data)
     assert response.status_code == status
     assert words in error_of(response)
-    assert post(server, file_of(plain("red"))).status_code == 200
+    assert post(shared, file_of(plain("red"))).status_code == 200
 
 
 def test_limits_are_settings(start: Start, repository: Any) -> None:
@@ -266,19 +264,19 @@ def test_limits_are_settings(start: Start, repository: Any) -> None:
         (b"", "multipart/form-data; boundary=x"),
     ],
 )
-def test_bad_forms(server: Running, body: bytes, kind: str) -> None:
-    response = post(server, body, headers={"content-type": kind})
+def test_bad_forms(shared: Running, body: bytes, kind: str) -> None:
+    response = post(shared, body, headers={"content-type": kind})
     assert response.status_code == 400
     assert error_of(response)
 
 
-def test_one_bad_picture_in_a_form_is_an_error_of_the_form(server: Running) -> None:
+def test_one_bad_picture_in_a_form_is_an_error_of_the_form(shared: Running) -> None:
     files = [("f", ("a", file_of(plain("red")))), ("f", ("b", b"junk"))]
-    assert server.client.post("/v1/models/colours/images", files=files).status_code == 400
+    assert shared.client.post("/v1/models/colours/images", files=files).status_code == 400
 
 
-def test_a_model_that_takes_no_pictures_says_so(server: Running) -> None:
-    response = post(server, file_of(plain("red")), model="encoder")
+def test_a_model_that_takes_no_pictures_says_so(shared: Running) -> None:
+    response = post(shared, file_of(plain("red")), model="encoder")
     assert response.status_code == 400
     assert "sentence-embedding" in error_of(response)
 

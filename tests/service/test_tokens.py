@@ -1,4 +1,4 @@
-"""Texts and token ids: `POST /v1/models/{model}/tokens` and `POST /v1/embeddings`, with the unmodified OpenAI client."""
+"""Texts and token ids: `POST /v1/models/{model}/tokens`, and `/v1/embeddings` with the unmodified OpenAI client."""
 
 from __future__ import annotations
 
@@ -30,43 +30,43 @@ def expected_vector(ids: list[int], kind: str = "encoder") -> np.ndarray:
     return np.asarray(mean / np.linalg.norm(mean))
 
 
-def test_ids_of_different_lengths_each_get_their_own_vector(server: Running) -> None:
+def test_ids_of_different_lengths_each_get_their_own_vector(shared: Running) -> None:
     rows = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12, 0]]
-    answer = post(server, {"ids": rows}).json()
+    answer = post(shared, {"ids": rows}).json()
     assert answer["usage"] == {"tokens": 13}
     for row, vector in zip(rows, answer["embeddings"], strict=True):
         np.testing.assert_allclose(vector, expected_vector(row), rtol=1e-5, atol=1e-6)
 
 
-def test_text_is_tokenized_as_the_model_wants(server: Running) -> None:
-    answer = post(server, {"text": ["a man is eating", "unheard words"]}).json()
+def test_text_is_tokenized_as_the_model_wants(shared: Running) -> None:
+    answer = post(shared, {"text": ["a man is eating", "unheard words"]}).json()
     np.testing.assert_allclose(answer["embeddings"][0], expected_vector([2, 4, 5, 6, 7, 3]), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(answer["embeddings"][1], expected_vector([2, 1, 1, 3]), rtol=1e-5, atol=1e-6)
     assert answer["usage"] == {"tokens": 10}
-    assert post(server, {"text": "a man is eating"}).json()["embeddings"] == [answer["embeddings"][0]]
+    assert post(shared, {"text": "a man is eating"}).json()["embeddings"] == [answer["embeddings"][0]]
 
 
-def test_long_text_is_cut_at_max_length(server: Running) -> None:
-    long = post(server, {"text": ["a man " * 1000]}).json()
+def test_long_text_is_cut_at_max_length(shared: Running) -> None:
+    long = post(shared, {"text": ["a man " * 1000]}).json()
     assert long["usage"] == {"tokens": 16}
 
 
-def test_ids_over_max_length_are_refused_not_cut(server: Running) -> None:
-    assert post(server, {"ids": [[1] * 16]}).status_code == 200
-    response = post(server, {"ids": [[1] * 17]})
+def test_ids_over_max_length_are_refused_not_cut(shared: Running) -> None:
+    assert post(shared, {"ids": [[1] * 16]}).status_code == 200
+    response = post(shared, {"ids": [[1] * 17]})
     assert response.status_code == 400
     assert "17 tokens" in error_of(response)
 
 
-def test_raw_gives_per_token_outputs_of_each_row(server: Running) -> None:
-    outputs = post(server, {"ids": [[1, 2, 3], [4]]}, query="?raw=true").json()["outputs"]["last_hidden_state"]
+def test_raw_gives_per_token_outputs_of_each_row(shared: Running) -> None:
+    outputs = post(shared, {"ids": [[1, 2, 3], [4]]}, query="?raw=true").json()["outputs"]["last_hidden_state"]
     assert [np.shape(row) for row in outputs] == [(3, HIDDEN), (1, HIDDEN)]
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=16), min_size=1, max_size=8))
-def test_any_rows_give_what_each_gives_alone(server: Running, rows: list[list[int]]) -> None:
-    together = post(server, {"ids": rows}).json()["embeddings"]
+def test_any_rows_give_what_each_gives_alone(shared: Running, rows: list[list[int]]) -> None:
+    together = post(shared, {"ids": rows}).json()["embeddings"]
     for row, vector in zip(rows, together, strict=True):
         np.testing.assert_allclose(vector, expected_vector(row), rtol=1e-4, atol=1e-5)
 
@@ -99,8 +99,8 @@ BAD_BODIES: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("body", "words"), BAD_BODIES, ids=[str(body)[:40] for body, _ in BAD_BODIES])
-def test_bad_bodies(server: Running, body: Any, words: str) -> None:
-    response = post(server, body)
+def test_bad_bodies(shared: Running, body: Any, words: str) -> None:
+    response = post(shared, body)
     assert response.status_code == 400
     assert words in error_of(response)
 
@@ -120,14 +120,14 @@ def test_bad_bodies(server: Running, body: Any, words: str) -> None:
     ],
     ids=["empty", "cut", "nan", "infinity", "bytes", "bomb", "deep", "deep objects", "lone surrogate"],
 )
-def test_bad_json(server: Running, body: bytes) -> None:
-    response = server.client.post("/v1/models/encoder/tokens", content=body)
+def test_bad_json(shared: Running, body: bytes) -> None:
+    response = shared.client.post("/v1/models/encoder/tokens", content=body)
     assert response.status_code == 400
     assert error_of(response)
 
 
-def test_ten_megabytes_of_text_are_too_large(server: Running) -> None:
-    response = post(server, {"text": ["man " * 2_500_000]})
+def test_ten_megabytes_of_text_are_too_large(shared: Running) -> None:
+    response = post(shared, {"text": ["man " * 2_500_000]})
     assert response.status_code == 413
     assert "1048576 bytes" in error_of(response)
 
@@ -179,9 +179,9 @@ def test_models_that_cannot_be_padded_still_get_ragged_rows_right(start: Start, 
         np.testing.assert_allclose(vector, expected_vector(row, kind), rtol=1e-5, atol=1e-6)
 
 
-def test_a_model_that_takes_no_tokens_says_so(server: Running) -> None:
+def test_a_model_that_takes_no_tokens_says_so(shared: Running) -> None:
     for model in ("colours", "identity"):
-        response = post(server, {"ids": [[1]]}, model=model)
+        response = post(shared, {"ids": [[1]]}, model=model)
         assert response.status_code == 400
         assert "takes no tokens" in error_of(response)
 
@@ -201,8 +201,8 @@ def test_pooling() -> None:
 
 
 @pytest.fixture
-def client(server: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+def client(shared: Running) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{shared.url}/v1", api_key="none", max_retries=0)
 
 
 @pytest.mark.parametrize(
@@ -261,16 +261,16 @@ def test_the_openai_client_lists_models(client: openai.OpenAI) -> None:
         ({"dimensions": 2}, "'dimensions'"),
     ],
 )
-def test_bad_embedding_requests(server: Running, changes: dict[str, Any], words: str) -> None:
+def test_bad_embedding_requests(shared: Running, changes: dict[str, Any], words: str) -> None:
     body = {"model": "encoder", "input": "a", **changes}
-    response = server.client.post("/v1/embeddings", json=body)
+    response = shared.client.post("/v1/embeddings", json=body)
     assert response.status_code == 400
     assert words in error_of(response)
 
 
-def test_dimensions_may_name_what_the_model_has(server: Running) -> None:
+def test_dimensions_may_name_what_the_model_has(shared: Running) -> None:
     body = {"model": "encoder", "input": "a", "dimensions": HIDDEN}
-    assert server.client.post("/v1/embeddings", json=body).status_code == 200
+    assert shared.client.post("/v1/embeddings", json=body).status_code == 200
 
 
 def test_a_tokenizer_that_cannot_be_read_makes_only_its_model_unavailable(start: Start, repository: Path) -> None:

@@ -346,5 +346,3 @@ def test_statistics_are_answered_while_the_engine_is_busy(harness: Harness) -> N
     report = harness.next(StatsReport)
     assert report.id == 5
     assert {kernel.kernel for kernel in report.models[0].kernels} == {"gemm_f32", "pointwise_f32"}
-
-
