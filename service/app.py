@@ -45,7 +45,7 @@ def create_app(settings: Settings, engine: Callable[[], EngineModule] = real_eng
         redirect_slashes=False,
     )
     app.state.serving = serving
-    for routes in (images, tokens, embeddings, infer, protocol, operations):
+    for routes in (infer, images, tokens, embeddings, protocol, operations):  # the busiest first: matching is linear
         app.include_router(routes.router)
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)

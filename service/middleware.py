@@ -3,6 +3,7 @@ that goes is still seen by the route. Called by the app for each request.
 """
 
 import asyncio
+import itertools
 import logging
 import re
 import secrets
@@ -28,6 +29,8 @@ class RequestMiddleware:
         self._app = app
         self._responses = metrics.responses
         self._access_log = access_log
+        self._prefix = secrets.token_hex(6)
+        self._numbers = itertools.count(1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -36,7 +39,7 @@ class RequestMiddleware:
             return
         started = time.monotonic()
         given = Headers(scope=scope).get("x-request-id", "")
-        identity = given if _ID.fullmatch(given) else secrets.token_hex(8)
+        identity = given if _ID.fullmatch(given) else f"{self._prefix}-{next(self._numbers):x}"
         token = request_id.set(identity)
         status = _UNANSWERED
 

@@ -6,6 +6,7 @@ groups waits as one `Piece` per group; a piece may be taken in parts.
 """
 
 import heapq
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,6 +89,7 @@ class ModelQueue:
         self.axes = axes
         self.capacity = capacity(options, axes)
         self.cost = 0
+        self.earliest_deadline = math.inf
         self.entries: dict[int, Entry] = {}
         self._groups: dict[Group, list[tuple[int, int, Piece]]] = {}
         self._sequence = 0
@@ -96,6 +98,7 @@ class ModelQueue:
         """Add an entry whose cost the scheduler has accepted."""
         self.entries[entry.request.id] = entry
         self.cost += entry.cost
+        self.earliest_deadline = min(self.earliest_deadline, entry.request.deadline)
         for group, rows in self._grouped(entry):
             self._sequence += 1
             item = (entry.request.priority, self._sequence, Piece(entry, rows))
@@ -123,8 +126,11 @@ class ModelQueue:
         return entry
 
     def expired(self, now: float) -> list[Entry]:
-        """Entries past their deadline that have not started."""
-        return [e for e in self.entries.values() if e.request.deadline <= now and e.started is None]
+        """Entries past their deadline that have not started; sets `earliest_deadline` to that of the others."""
+        waiting = [entry for entry in self.entries.values() if entry.started is None]
+        left = (entry.request.deadline for entry in waiting if entry.request.deadline > now)
+        self.earliest_deadline = min(left, default=math.inf)
+        return [entry for entry in waiting if entry.request.deadline <= now]
 
     def due(self, now: float) -> float | None:
         """When a batch may start: `now` or earlier if one may at once, None if nothing waits."""

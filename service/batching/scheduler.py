@@ -8,7 +8,7 @@ used: the one with the least goes next, and one that was idle starts level with 
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from service.batching.policy import BatchAxes
@@ -98,14 +98,15 @@ class Scheduler:
                 lane.dropped += 1
             self._condition.notify_all()
 
-    def finish(self, entry: Entry) -> bool:
-        """Take an answered or failed entry out of the books; False if it was cancelled meanwhile."""
+    def finish(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Take answered or failed entries out of the books; those that were not cancelled meanwhile."""
         with self._condition:
-            self._owner.pop(entry.request.id, None)
-            lane = self._lanes.get(entry.request.key)
-            known = lane is not None and lane.queue.remove(entry.request.id) is not None
-            self._condition.notify_all()
-            return known
+            return [entry for entry in entries if self._forget(entry)]
+
+    def _forget(self, entry: Entry) -> bool:
+        self._owner.pop(entry.request.id, None)
+        lane = self._lanes.get(entry.request.key)
+        return lane is not None and lane.queue.remove(entry.request.id) is not None
 
     def stop(self) -> None:
         """Accept nothing more; `take` returns None once everything accepted has been taken."""
@@ -155,6 +156,8 @@ class Scheduler:
 
     def _expire(self, now: float, on_expired: Callable[[Entry], None]) -> None:
         for lane in self._lanes.values():
+            if now < lane.queue.earliest_deadline:
+                continue
             for entry in lane.queue.expired(now):
                 lane.queue.remove(entry.request.id)
                 self._owner.pop(entry.request.id, None)

@@ -8,6 +8,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ _MAX_NAME = 64
 Array = NDArray[Any]
 
 
+@cache
 def datatype_of(dtype: np.dtype[Any]) -> str:
     """The protocol's name of a dtype."""
     return _NAMES[dtype.name]

@@ -140,7 +140,7 @@ _PARAMETERS: Schema = {
     },
 }
 _OUTPUT: Schema = _object({"name": _STRING, "parameters": {"type": "object"}}, ["name"])
-INFER_BODY: Schema = {
+_INFER_BODY: Schema = {
     "required": True,
     "content": {
         **_json(
@@ -152,6 +152,14 @@ INFER_BODY: Schema = {
         "application/octet-stream": {"schema": _FILE},
     },
 }
+
+
+def infer_operation(*path_parameters: str) -> Schema:
+    """The parts of an infer route that FastAPI cannot know."""
+    named = [{"name": name, "in": "path", "required": True, "schema": _STRING} for name in path_parameters]
+    return {"parameters": named, "requestBody": _INFER_BODY}
+
+
 INFER_ANSWER = _answer(
     _object(
         {"model_name": _STRING, "model_version": _STRING, "id": _STRING, "outputs": _list(_TENSOR)},

@@ -8,8 +8,9 @@ from starlette.responses import Response
 
 from service.codecs.tensors import InferDocument, format_outputs, parse_infer
 from service.inference import InferenceRequest, open_request
-from service.routes.documents import INFER_ANSWER, INFER_BODY
-from service.routes.responses import JsonResponse, ServingOf
+from service.routes.documents import INFER_ANSWER, infer_operation
+from service.routes.responses import JsonResponse
+from service.serving import Serving
 from service.workers.messages import LocalTensor
 
 router = APIRouter(tags=["open inference protocol v2"])
@@ -17,13 +18,17 @@ router = APIRouter(tags=["open inference protocol v2"])
 _LENGTH_HEADER = "inference-header-content-length"
 
 
-@router.post("/v2/models/{model}/infer", openapi_extra={"requestBody": INFER_BODY}, responses=INFER_ANSWER)
+# Path parameters are read by hand: resolving them would take FastAPI longer than all the rest of a small request.
+@router.post("/v2/models/{model}/infer", openapi_extra=infer_operation("model"), responses=INFER_ANSWER)
 @router.post(
-    "/v2/models/{model}/versions/{version}/infer", openapi_extra={"requestBody": INFER_BODY}, responses=INFER_ANSWER
+    "/v2/models/{model}/versions/{version}/infer",
+    openapi_extra=infer_operation("model", "version"),
+    responses=INFER_ANSWER,
 )
-async def infer(request: Request, serving: ServingOf, model: str, version: str | None = None) -> Response:
+async def infer(request: Request) -> Response:
     """Run a model on tensors."""
-    served = serving.accepting(model, version)
+    serving: Serving = request.app.state.serving
+    served = serving.accepting(request.path_params["model"], request.path_params.get("version"))
     with open_request(serving, served, request) as inference:
         specs = served.specs
         body = await inference.body()

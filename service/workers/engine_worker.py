@@ -8,7 +8,7 @@ the engine); `loader` loads, warms up, unloads; `statistics` reads counters, so 
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -51,9 +51,9 @@ log = logging.getLogger(__name__)
 class EngineWorker:
     """Owns the loaded models of one engine instance. `engine` is imported on the loader thread, not at start."""
 
-    def __init__(self, engine: Callable[[], EngineModule], report: Callable[[Report], None]) -> None:
+    def __init__(self, engine: Callable[[], EngineModule], report: Callable[[Sequence[Report]], None]) -> None:
         self._engine = engine
-        self._report = report
+        self._reports = report
         self._scheduler = Scheduler()
         self._models: dict[ModelKey, EngineModel] = {}
         self._loader = ThreadPoolExecutor(1, "loader")
@@ -82,6 +82,9 @@ class EngineWorker:
             case Stop():
                 self._scheduler.stop()
                 self._loader.submit(self._stop)
+
+    def _report(self, report: Report) -> None:
+        self._reports((report,))
 
     # ---- loader thread
 
@@ -173,22 +176,13 @@ class EngineWorker:
         for part in work.batch.parts:
             part.entry.compute_seconds += seconds
         batch = work.batch
-        for entry in finished:
-            self._answer(entry)
         padding = batch.rows * batch.width - batch.tokens if batch.width else 0
         rows = batch.rows if work.axes.mode is not BatchingMode.NONE else _rows(batch.parts[0].entry.arrays)
-        self._report(BatchDone(work.key, rows, batch.tokens, padding, seconds))
-
-    def _answer(self, entry: Entry) -> None:
-        if not self._scheduler.finish(entry):
-            return
-        request = entry.request
-        outputs = tuple((name, LocalTensor(entry.outputs[name])) for name in request.outputs)
-        waited = (entry.started or request.arrival) - request.arrival
-        self._report(InferResult(request.id, outputs, waited, entry.compute_seconds))
+        done = BatchDone(work.key, rows, batch.tokens, padding, seconds)
+        self._reports([done, *map(_answer, self._scheduler.finish(finished))])
 
     def _fail(self, entry: Entry, error: Exception) -> None:
-        if not self._scheduler.finish(entry):
+        if not self._scheduler.finish([entry]):
             return
         module = self._engine()
         code = FailureCode.ENGINE
@@ -204,6 +198,13 @@ class EngineWorker:
             else f"model {entry.request.key}: {type(error).__name__}"
         )
         self._report(InferFailed(entry.request.id, code, text))
+
+
+def _answer(entry: Entry) -> InferResult:
+    request = entry.request
+    outputs = tuple((name, LocalTensor(entry.outputs[name])) for name in request.outputs)
+    waited = (entry.started or request.arrival) - request.arrival
+    return InferResult(request.id, outputs, waited, entry.compute_seconds)
 
 
 def _rows(arrays: Mapping[str, NDArray[Any]]) -> int:

@@ -4,7 +4,7 @@ calls."""
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from service.workers.engine_api import EngineModule
@@ -45,10 +45,10 @@ class LocalTransport:
         """Hand a command to the worker's threads."""
         self._worker.handle(command)
 
-    def _report(self, report: Report) -> None:
-        """Any thread of the worker: queue the report and wake the loop once per bundle."""
+    def _report(self, reports: Sequence[Report]) -> None:
+        """Any thread of the worker: queue the reports and wake the loop once per bundle."""
         with self._lock:
-            self._reports.append(report)
+            self._reports.extend(reports)
             if self._scheduled:
                 return
             self._scheduled = True

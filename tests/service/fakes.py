@@ -186,7 +186,8 @@ class FakeModel:
             self._owner.calls.append((self.kind, first.shape))
             self._owner.running.release()
             assert self._owner.gate.wait(20), "the test never opened the gate"
-            time.sleep(self._arguments.get("sleep", 0.0))
+            if "sleep" in self._arguments:
+                time.sleep(self._arguments["sleep"])
             poison = self._arguments.get("poison")
             if poison is not None and bool((first == poison).any()):
                 raise self._owner.poison_error(f"{poison} makes this model fail")

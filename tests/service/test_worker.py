@@ -47,7 +47,7 @@ class Harness:
         self.root = root
         self.engine = FakeEngine()
         self.reports: queue.Queue[Report] = queue.Queue()
-        self.worker = EngineWorker(lambda: self.engine, self.reports.put)
+        self.worker = EngineWorker(lambda: self.engine, lambda reports: [self.reports.put(r) for r in reports])
         self.worker.start()
         self.stopped = False
 
