@@ -27,9 +27,12 @@ from service.workers.transport import LocalTransport
 log = logging.getLogger(__name__)
 
 
-def create_app(settings: Settings, engine: Callable[[], EngineModule] = real_engine) -> FastAPI:
-    """The app; `engine` returns the module that loads models, and is first called on the loading thread."""
-    serving = Serving(settings, LocalTransport(engine))
+def create_app(
+    settings: Settings, engine: Callable[[], EngineModule] = real_engine, on_loaded: Callable[[], None] = lambda: None
+) -> FastAPI:
+    """The app. `engine` returns the module that loads models, and is first called on the loading thread; `on_loaded` is
+    called whenever no model is loading any more."""
+    serving = Serving(settings, LocalTransport(engine), on_loaded)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -5,6 +5,7 @@ Made by `app.py`, used by every route. All of it runs on the event loop; the eng
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 from service.codecs.images import image_size
@@ -37,13 +38,14 @@ _STOP_S = 1.0  # for closing models when draining has used up its own time
 
 
 class Serving:
-    """The models of one server process."""
+    """The models of one server process. `on_loaded` is called whenever no model is loading any more."""
 
-    def __init__(self, settings: Settings, transport: Transport) -> None:
+    def __init__(self, settings: Settings, transport: Transport, on_loaded: Callable[[], None]) -> None:
         self.settings = settings
         self.metrics = Metrics()
         self.preprocess = PreprocessPool(settings.preprocess_threads, settings.max_preprocess)
         self.engine = EngineClient(transport, self._on_report)
+        self._on_loaded = on_loaded
         self.draining = False
         self.finished = False
         self._drain_began = 0.0
@@ -106,8 +108,14 @@ class Serving:
                 model.statistics.ran(report)
             case ModelReady():
                 self._accept(report)
+                self._check_loaded()
             case LoadFailed():
                 self._refuse(report.key, report.reason)
+                self._check_loaded()
+
+    def _check_loaded(self) -> None:
+        if not any(model.state is ModelState.LOADING for model in self.all_models()):
+            self._on_loaded()
 
     def _accept(self, report: ModelReady) -> None:
         model = self._models[report.key.name][report.key.version]
