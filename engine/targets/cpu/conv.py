@@ -93,13 +93,46 @@ class ConvSpec(TileSpec):
 
     def _coordinates(self, k: KernelBuilder, row: Int) -> dict[str, Value]:
         """The first input coordinate of each row of a tile, per axis: output coordinate times stride minus padding."""
-        current: dict[str, Int] = {}
+        sizes = {axis: k.i64(k.integer(f"out.{axis}")) for axis in self.axes[1:]}
+        first: dict[str, Int] = {}
         rest = row
         for axis in reversed(self.axes[1:]):
-            size = k.integer(f"out.{axis}")
-            current[axis], rest = k.rem(rest, size), k.div(rest, size)
-        current[self.axes[0]] = rest
+            first[axis], rest = k.rem(rest, sizes[axis]), k.div(rest, sizes[axis])
+        first[self.axes[0]] = rest
+        if self.spatial == 1:
+            places = [k.binary("add", self._splat(k, rest), self._counting())]
+        else:
+            # Lines of the output are seldom shorter than a tile; then a tile goes over one end of a line at most.
+            long = k.compare("sge", sizes["x"], self.rows)
+            places = k.branch(long, lambda: self._on_two_lines(k, first, sizes), lambda: self._one_by_one(k, first, sizes))
+        return {
+            axis: k.binary(
+                "sub",
+                k.binary("mul", place, self._splat(k, k.integer(f"stride.{axis}"))),
+                self._splat(k, k.integer(f"pad.{axis}")),
+            )
+            for axis, place in zip(self.axes, places, strict=True)
+        }
+
+    def _on_two_lines(self, k: KernelBuilder, first: dict[str, Int], sizes: dict[str, Value]) -> list[Value]:
+        """Coordinates of the rows of a tile, from those of its first row, when a line is at least as long as a tile."""
         type_ = vector_type("i64", self.rows)
+        places = {}
+        step = self._counting()
+        for axis in reversed(self.axes):
+            place = k.binary("add", self._splat(k, first[axis]), step)
+            if axis != self.axes[0]:
+                size = self._splat(k, sizes[axis])
+                over = k.compare("sge", place, size)
+                place = k.select(over, k.binary("sub", place, size), place)
+                step = k.convert("zext", over, type_)
+            places[axis] = place
+        return [places[axis] for axis in self.axes]
+
+    def _one_by_one(self, k: KernelBuilder, first: dict[str, Int], sizes: dict[str, Value]) -> list[Value]:
+        """The same for lines of any length."""
+        type_ = vector_type("i64", self.rows)
+        current = dict(first)
         vectors = {axis: Value("poison", type_) for axis in self.axes}
         for r in range(self.rows):
             for axis in self.axes:
@@ -110,20 +143,19 @@ class ConvSpec(TileSpec):
             carry: Int = 1
             for axis in reversed(self.axes):
                 moved = k.i64(k.add(current[axis], carry))
-                if axis == self.axes[0]:
-                    current[axis] = moved
-                    break
-                over = k.compare("sge", moved, k.integer(f"out.{axis}"))
-                current[axis] = k.select(over, k.i64(0), moved)
-                carry = k.convert("zext", over, "i64")
-        return {
-            axis: k.binary(
-                "sub",
-                k.binary("mul", vectors[axis], k.splat(k.integer(f"stride.{axis}"), self.rows)),
-                k.splat(k.integer(f"pad.{axis}"), self.rows),
-            )
-            for axis in self.axes
-        }
+                current[axis] = moved
+                if axis != self.axes[0]:
+                    over = k.compare("sge", moved, sizes[axis])
+                    current[axis] = k.select(over, k.i64(0), moved)
+                    carry = k.convert("zext", over, "i64")
+        return [vectors[axis] for axis in self.axes]
+
+    def _splat(self, k: KernelBuilder, value: Int) -> Value:
+        return k.splat(k.i64(value), self.rows)
+
+    def _counting(self) -> Value:
+        """0, 1, 2, … over the rows of a tile."""
+        return Value(f"<{', '.join(f'i64 {r}' for r in range(self.rows))}>", vector_type("i64", self.rows))
 
     def _tap(
         self,
