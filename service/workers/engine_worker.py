@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.batching.batcher import assemble, scatter
-from service.batching.queue import Batch, Entry
+from service.batching.queue import Batch, Entry, Taken
 from service.batching.scheduler import Scheduler, Work
 from service.workers.engine_api import EngineModel, EngineModule
 from service.workers.messages import (
@@ -157,20 +157,20 @@ class EngineWorker:
         self._report(InferFailed(entry.request.id, FailureCode.DEADLINE, text))
 
     def _execute(self, work: Work) -> None:
-        """Run a batch; if it fails and holds several requests, run each alone so that one cannot fail the others."""
+        """Run a batch; if it fails, run each request in it alone and without padding: neither its neighbours nor the
+        batch's common length shall fail it (the model's positions may end before that)."""
         started = time.monotonic()
         try:
             outputs = self._models[work.key].run(assemble(work.batch))
             seconds = time.monotonic() - started
             finished = scatter(work.batch, dict(outputs), work.axes)
         except Exception as error:
-            if len(work.batch.parts) == 1:
+            alone = [_alone(part) for part in work.batch.parts]
+            if alone == [work.batch]:
                 self._fail(work.batch.parts[0].entry, error)
                 return
-            for part in work.batch.parts:
-                tokens = sum(part.entry.lengths[row] for row in part.rows) if part.entry.lengths else 0
-                width = max((part.entry.lengths[row] for row in part.rows), default=0) if part.entry.lengths else 0
-                self._execute(Work(work.key, work.axes, Batch((part,), len(part.rows), width, tokens)))
+            for batch in alone:
+                self._execute(Work(work.key, work.axes, batch))
             return
         self._scheduler.record(work, seconds)
         for part in work.batch.parts:
@@ -198,6 +198,12 @@ class EngineWorker:
             else f"model {entry.request.key}: {type(error).__name__}"
         )
         self._report(InferFailed(entry.request.id, code, text))
+
+
+def _alone(part: Taken) -> Batch:
+    """One request's part of a batch as a batch of its own, as wide as its own longest row."""
+    lengths = [part.entry.lengths[row] for row in part.rows] if part.entry.lengths else []
+    return Batch((part,), len(part.rows), max(lengths, default=0), sum(lengths))
 
 
 def _answer(entry: Entry) -> InferResult:
