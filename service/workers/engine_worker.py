@@ -209,8 +209,8 @@ def _alone(part: Taken) -> Batch:
 def _answer(entry: Entry) -> InferResult:
     request = entry.request
     outputs = tuple((name, LocalTensor(entry.outputs[name])) for name in request.outputs)
-    waited = (entry.started or request.arrival) - request.arrival
-    return InferResult(request.id, outputs, waited, entry.compute_seconds)
+    waited = time.monotonic() - request.arrival - entry.compute_seconds
+    return InferResult(request.id, outputs, max(waited, 0.0), entry.compute_seconds)
 
 
 def _rows(arrays: Mapping[str, NDArray[Any]]) -> int:

@@ -178,7 +178,10 @@ class LoadFailed:
 
 @dataclass(frozen=True, slots=True)
 class InferResult:
-    """The answer to an `Infer`: outputs in the order asked for, and where the time went (seconds)."""
+    """The answer to an `Infer`: outputs in the order asked for, and where the time went (seconds).
+
+    `queue_seconds` is all the time on the engine side in which none of the request's rows ran.
+    """
 
     id: int
     outputs: NamedTensors
