@@ -62,7 +62,7 @@ def test_flipped_bytes(build: Any, seed: int) -> None:
         read_or_refuse(bytes(damaged))
 
 
-@pytest.mark.parametrize("data", [b"", b"\0", b"hello, this is no model", b"\x89PNG\r\n\x1a\n" + bytes(100), bytes(4096)])
+@pytest.mark.parametrize("data", [b"", b"\0", b"this is no model", b"\x89PNG\r\n\x1a\n" + bytes(100), bytes(4096)])
 def test_not_onnx(data: bytes) -> None:
     with pytest.raises(ModelError):
         read(data)
@@ -269,7 +269,7 @@ def folder(tmp_path: Path) -> Path:
 def test_external_data_is_read(folder: Path) -> None:
     graph = read(external(folder, "w.bin", offset=4, length=8))
     (weight,) = [value for value in graph.nodes[0].inputs if value.is_constant]
-    np.testing.assert_array_equal(weight.data, np.array([1, 2], np.float32))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(weight.data, np.array([1, 2], np.float32))
 
 
 def test_external_data_beside_the_real_file_of_a_link(tmp_path: Path, folder: Path) -> None:
@@ -285,7 +285,7 @@ def test_external_data_beside_the_real_file_of_a_link(tmp_path: Path, folder: Pa
 @pytest.mark.parametrize("location", ["../secret.bin", "/etc/passwd", "x/../../secret.bin", "", "w\0.bin", "link.bin"])
 def test_external_data_outside_the_folder(folder: Path, location: str) -> None:
     (folder / "link.bin").symlink_to(folder.parent / "secret.bin")
-    with pytest.raises(ModelError, match="outside the model's folder|usable location"):
+    with pytest.raises(ModelError, match=r"outside the model's folder|usable location"):
         read(external(folder, location))
 
 

@@ -75,10 +75,16 @@ def array(content: Any) -> Any:
     return content if isinstance(content, list) else np.asarray(content)
 
 
-def read_case(case: TestCase, model: onnx.ModelProto, inputs: list[Any]) -> Graph:
-    """The graph; where an input decides a shape, with the small inputs as constants."""
+def data_sets(case: TestCase) -> list[tuple[list[Any], list[Any]]]:
+    return [([*map(array, inputs)], [*map(array, outputs)]) for inputs, outputs in case.data_sets or ()]
+
+
+def read_case(case: TestCase, inputs: list[Any]) -> tuple[onnx.ModelProto, Graph]:
+    """The model and its graph; where an input decides a shape, with the small inputs as constants."""
+    model = case.model
+    assert model is not None
     try:
-        return read(model.SerializeToString())
+        return model, read(model.SerializeToString())
     except UnsupportedOp as error:
         if "data" not in str(error) and "constant" not in str(error):
             raise
@@ -87,7 +93,7 @@ def read_case(case: TestCase, model: onnx.ModelProto, inputs: list[Any]) -> Grap
     for info, content in list(zip(frozen.graph.input, inputs, strict=True))[first:]:
         if not isinstance(content, list) and content.ndim <= 1:
             frozen.graph.initializer.append(onnx.numpy_helper.from_array(content, info.name))
-    return read(frozen.SerializeToString())
+    return frozen, read(frozen.SerializeToString())
 
 
 def check(got: Any, want: Any, case: TestCase) -> None:
@@ -106,27 +112,26 @@ def check(got: Any, want: Any, case: TestCase) -> None:
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in CASES if reason(c.name) is None])
 def test_case_is_read_and_computed(case: TestCase) -> None:
-    for inputs, outputs in case.data_sets:
-        given = [array(content) for content in inputs]
-        graph = read_case(case, case.model, given)
+    for inputs, outputs in data_sets(case):
+        model, graph = read_case(case, inputs)
         graph.validate()
-        feeds = dict(zip([info.name for info in case.model.graph.input], given, strict=True))
+        feeds = dict(zip([info.name for info in model.graph.input], inputs, strict=True))
         results = run(graph, {value.name: feeds[value.name] for value in graph.inputs})
-        for info, want in zip(case.model.graph.output, outputs, strict=True):
-            check(results[info.name], array(want), case)
+        for info, want in zip(model.graph.output, outputs, strict=True):
+            check(results[info.name], want, case)
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in CASES if reason(c.name) is not None])
 def test_what_cannot_be_read_is_refused(case: TestCase) -> None:
-    given = [array(content) for content in case.data_sets[0][0]]
+    inputs, _ = data_sets(case)[0]
     with pytest.raises(ModelError):
-        read_case(case, case.model, given)
+        read_case(case, inputs)
 
 
 def test_no_heavy_operator_is_opaque() -> None:
     heavy = re.compile(r".*(Conv|Gemm|MatMul|Attention|Einsum)")
     for case in CASES:
         if reason(case.name) is None:
-            graph = read_case(case, case.model, [array(content) for content in case.data_sets[0][0]])
+            _, graph = read_case(case, data_sets(case)[0][0])
             opaque = [node.op.op_type for node in graph.nodes if isinstance(node.op, ops.Opaque)]
             assert not any(heavy.match(name) for name in opaque), case.name
