@@ -25,6 +25,8 @@ _LARGEST = 4096  # rows of a constant that are compared with a triangle
 
 def recognise_causal(graph: Graph, _traits: Traits) -> None:
     """Drop the bias of every attention where `causal` says the same."""
+    if not any(isinstance(node.op, Attention) and node.op.has_bias for node in graph.nodes):
+        return
     editor = Editor(graph)
     terms = Terms(editor)
     known: dict[Value, bool] = {}

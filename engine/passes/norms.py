@@ -16,7 +16,7 @@ from engine.ir.dim import Dim, floordiv
 from engine.ir.dtype import DType
 from engine.ir.expr import Apply, Const, Expr, PointOp
 from engine.ir.graph import Graph, Node, Value
-from engine.ir.ops import Norm, NormKind, Pointwise, ReduceKind, Reshape
+from engine.ir.ops import Norm, NormKind, Pointwise, Reduce, ReduceKind, Reshape
 from engine.ir.ops.light import iteration_shape
 from engine.passes.editor import Editor
 from engine.passes.patterns import anything, literal, match, op
@@ -48,6 +48,8 @@ class _Match:
 
 def recognise_norms(graph: Graph, _traits: Traits) -> None:
     """Replace every normalisation in primitive form. What else reads its intermediate values still finds them."""
+    if not any(isinstance(node.op, Reduce) for node in graph.nodes):
+        return
     editor = Editor(graph)
     terms = Terms(editor)
     made: dict[tuple[Norm, Value], Value] = {}
