@@ -9,7 +9,7 @@ so that merging the heads is a view. What the caller hands in or gets stays row-
 from __future__ import annotations
 
 from engine.ir.dim import product
-from engine.ir.graph import Graph, Node, Value
+from engine.ir.graph import Graph, Node, Value, constant
 from engine.ir.ops import (
     Attention,
     Concat,
@@ -145,7 +145,7 @@ def _permute_flattened(editor: Editor, node: Node) -> None:
         assert weight.data is not None
         columns = weight.data.shape[1]
         rows = weight.data.reshape(*sizes, columns).transpose(*range(1, image.rank - 1), 0, image.rank - 1)
-        permuted = editor.constant(weight.name, rows.reshape(-1, columns))
+        permuted = constant(weight.name, rows.reshape(-1, columns))
         editor.update(user, inputs=(value, permuted, *user.inputs[2:]))
 
 

@@ -28,7 +28,7 @@ from engine.passes.pointwise import drop_expands, fuse_pointwise, hoist_slices, 
 from engine.passes.precision import widen_floats
 from engine.passes.prologues import fuse_gathers, fuse_prologues
 from engine.passes.siblings import merge_siblings
-from engine.passes.simplify import simplify
+from engine.passes.simplify import drop_unread, simplify
 from engine.passes.traits import Traits
 from engine.passes.views import merge_views
 
@@ -63,6 +63,7 @@ PASSES: tuple[Pass, ...] = (
     fuse_gathers,
     fuse_prologues,
     fuse_epilogues,
+    drop_unread,
     permute_flattened,
     merge_views,
     fold,

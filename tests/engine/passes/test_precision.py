@@ -53,3 +53,29 @@ def test_foreign_operators_keep_the_types_of_onnx() -> None:
     after = ir_interpreter.run(graph, feeds)["y"]
     assert after.dtype == np.float16
     np.testing.assert_allclose(after, np.cumsum(np.exp(feeds["x"].astype(np.float64))), rtol=4e-3)
+
+
+def test_layer_norm_with_casts_between_two_types_is_recognised() -> None:
+    text = """(float16[n,8] x) => (float16[n,8] y) { f = Cast<to=1>(x) m = ReduceMean(f, axis) d = Sub(f, m)
+        q = Pow(d, two) v = ReduceMean(q, axis) e = Add(v, eps) r = Sqrt(e) i = Div(d, r) h = Cast<to=10>(i)
+        s = Mul(h, g) y = Add(s, b) }"""
+    weights = {
+        "axis": np.array([-1]), "two": np.array(2.0, np.float32), "eps": np.array(1e-5, np.float32),
+        "g": random(8).astype(np.float16), "b": random(8, seed=1).astype(np.float16),
+    }  # fmt: skip
+    proto = model(text, weights)
+    for traits in (Traits(), HALF):
+        graph = rewritten(proto, traits=traits)
+        counts = [type(node.op) for node in graph.nodes]
+        assert counts.count(ops.Norm) == 1
+        assert ops.Reduce not in counts
+    feeds = {"x": random(5, 8).astype(np.float16)}
+    before, after = ir_interpreter.run(load(proto), feeds)["y"], ir_interpreter.run(graph, feeds)["y"]
+    np.testing.assert_allclose(after, before, rtol=4e-3, atol=4e-3)
+
+
+def test_attention_in_half_precision_is_recognised() -> None:
+    text = """(float16[b,s,8] x) => (float16[b,s,8] y) { t = Transpose<perm=[0,2,1]>(x) a = MatMul(x, t) s = Mul(a, c)
+        f = Cast<to=1>(s) p = Softmax(f) h = Cast<to=10>(p) y = MatMul(h, x) }"""
+    graph = rewritten(model(text, {"c": np.array(0.5, np.float16)}), traits=HALF)
+    assert [type(node.op) for node in graph.nodes] == [ops.Attention]
