@@ -74,7 +74,7 @@ def dtype_of(number: int, what: str) -> DType:
 
 
 def check_tensor(tensor: onnx.TensorProto, what: str) -> tuple[DType, tuple[int, ...]]:
-    """dtype and shape of `tensor`, after checking that they are possible and, for inline data, that the data is there."""
+    """dtype and shape of `tensor`, once they are known to be possible and, for inline data, the data to be there."""
     dtype = dtype_of(tensor.data_type, what)
     shape = tuple(tensor.dims)
     if len(shape) > _MAX_RANK:
@@ -135,7 +135,7 @@ def _external(tensor: onnx.TensorProto, dtype: DType, shape: tuple[int, ...], so
     if length != needed:
         raise ModelError(f"{what}: external data of {length} bytes for shape {list(shape)} of {dtype.value}: {needed}")
     try:
-        with open(path, "rb") as file:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe must not block
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise ModelError(f"{what}: external data {path.name!r} is not a regular file")

@@ -1,4 +1,4 @@
-"""ModelProto → Graph: walks the nodes in order and calls the function of each operator. Called by `engine.frontend.read`.
+"""ModelProto → Graph: walks the nodes in order, calling the function of each operator. For `engine.frontend.read`.
 
 Names are resolved through scopes: the graph's, one for each inlined subgraph (which sees the names around it), and one
 for each call of a local function (which does not). Nodes that no output needs are skipped.
@@ -24,7 +24,7 @@ from engine.ir.dim import Dim, symbol
 from engine.ir.graph import Graph, Value
 
 _MAX_DEPTH = 32  # subgraphs in subgraphs, functions calling functions
-_MAX_NODES = 500_000  # after inlining: a file of a few kilobytes must not unfold without end
+_MAX_NODES = 100_000  # of functions and loops unfolded: a file of a few kilobytes must not become a graph without end
 
 
 @dataclass
@@ -123,7 +123,7 @@ class Translator:
         if scope.depth > _MAX_DEPTH:
             raise ModelError(f"{self.source.label}: {scope.prefix!r}: nested or recursive deeper than {_MAX_DEPTH}")
         for index, proto in needed(in_order(nodes, set(known), self.source.label), outputs):
-            self.nodes += 1
+            self.nodes += scope.depth > 0
             if self.nodes > _MAX_NODES:
                 raise ModelError(f"{self.source.label}: more than {_MAX_NODES} nodes once functions are unfolded")
             self._node(proto, scope, f"{scope.prefix}{proto.name or f'{proto.op_type}_{index}'}")
@@ -258,7 +258,7 @@ Indexed = tuple[int, onnx.NodeProto]
 def in_order(nodes: Sequence[onnx.NodeProto], known: set[str], label: str) -> list[Indexed]:
     """The nodes, with their place in the file, so that each follows those that it reads from.
 
-    Raises ModelError for a name computed twice and for a cycle. Names that nothing here computes are left to the lookup.
+    Raises ModelError for a name computed twice and for a cycle. Names that nothing here computes are the lookup's.
     """
     producer: dict[str, int] = {}
     for index, node in enumerate(nodes):

@@ -61,6 +61,8 @@ class Sym:
         return self * -1 + other
 
     def __mul__(self, other: Dim) -> Dim:
+        if len(self.terms) * len(_terms(other)) > _MAX_PRODUCT:
+            raise OverflowError("a symbolic size grows without end")
         return _from_terms([(_multiply(m1, m2), c1 * c2) for m1, c1 in self.terms for m2, c2 in _terms(other)])
 
     __rmul__ = __mul__
@@ -186,6 +188,7 @@ def is_symbol(dim: Dim) -> bool:
     return isinstance(dim, Sym) and symbols(dim) == {str(dim)}
 
 
+_MAX_PRODUCT = 4096  # terms of a product: real models have a few, hostile ones multiply without end
 _INFINITE = 2**31 - 1  # exporters write INT32_MAX or INT64_MAX for "to the end"
 
 
