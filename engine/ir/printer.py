@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from enum import Enum
 from itertools import count
@@ -33,9 +33,13 @@ def node_text(node: Node, names: _Names | None = None) -> str:
     """One node: ``outputs = Op(inputs) {attributes} : what its expressions say``."""
     names = names if names is not None else _Names()
     outputs = ", ".join(names.typed(value) for value in node.outputs)
-    attributes = _attributes(node.op)
-    text = f"{outputs} = {node.op.name}({', '.join(names[value] for value in node.inputs)})"
-    return text + (f" {{{attributes}}}" if attributes else "") + _expressions(node, names)
+    return f"{outputs} = {op_text(node.op, [names[value] for value in node.inputs])}"
+
+
+def op_text(op: Op, args: Sequence[str]) -> str:
+    """An operator applied to inputs called `args`: ``Op(args) {attributes} : what its expressions say``."""
+    attributes = _attributes(op)
+    return f"{op.name}({', '.join(args)})" + (f" {{{attributes}}}" if attributes else "") + _expressions(op, args)
 
 
 class _Names:
@@ -87,15 +91,15 @@ def _value(value: object) -> str:
     return str(value) if isinstance(value, Sym) else repr(value)
 
 
-def _expressions(node: Node, names: _Names) -> str:
-    args = [names[value] for value in node.inputs]
-    for table, index in getattr(node.op, "gathers", ()):
-        args[table] = f"{args[table]}[{args[index]}]"
+def _expressions(op: Op, names: Sequence[str]) -> str:
+    args = list(names)
+    for table, index in getattr(op, "gathers", ()):
+        args[table] = f"{names[table]}[{names[index]}]"
     parts: list[str] = []
-    source: ex.Expr | None = getattr(node.op, "source", None)
+    source: ex.Expr | None = getattr(op, "source", None)
     if source is not None and not isinstance(source, ex.Arg):
         parts.append(f"of {ex.to_text(source, args)}")
-    stores: Iterable[ex.Expr] = getattr(node.op, "stores", ())
+    stores: Iterable[ex.Expr] = getattr(op, "stores", ())
     if any(not isinstance(store, ex.Acc) for store in stores):
         parts.append("; ".join(ex.to_text(store, args) for store in stores))
     return f" : {' -> '.join(parts)}" if parts else ""
