@@ -89,17 +89,50 @@ class ConvSpec(TileSpec):
         last = k.binary("add", x, k.splat(k.integer("taps.x"), self.rows))
         outside = k.binary("or", k.compare("slt", x, k.const(0, lanes)), k.compare("sgt", last, sizes["x"]))
         some = k.reduce("or", outside)
-        k.branch(some, lambda: self._patches(k, table, block, outside, place, starts, sizes))
+        k.branch(some, lambda: self._patches(k, table, block, outside, place, starts))
 
     def _coordinates(self, k: KernelBuilder, row: Int) -> dict[str, Value]:
         """The first input coordinate of each row of a tile, per axis: output coordinate times stride minus padding."""
-        current: dict[str, Int] = {}
+        sizes = {axis: k.i64(k.integer(f"out.{axis}")) for axis in self.axes[1:]}
+        first: dict[str, Int] = {}
         rest = row
         for axis in reversed(self.axes[1:]):
-            size = k.integer(f"out.{axis}")
-            current[axis], rest = k.rem(rest, size), k.div(rest, size)
-        current[self.axes[0]] = rest
+            first[axis], rest = k.rem(rest, sizes[axis]), k.div(rest, sizes[axis])
+        first[self.axes[0]] = rest
+        if self.spatial == 1:
+            places = [k.binary("add", self._splat(k, rest), self._counting())]
+        else:
+            # Lines of the output are seldom shorter than a tile; then a tile goes over one end of a line at most.
+            long = k.compare("sge", sizes["x"], self.rows)
+            places = k.branch(long, lambda: self._on_two_lines(k, first, sizes), lambda: self._one_by_one(k, first, sizes))
+        return {
+            axis: k.binary(
+                "sub",
+                k.binary("mul", place, self._splat(k, k.integer(f"stride.{axis}"))),
+                self._splat(k, k.integer(f"pad.{axis}")),
+            )
+            for axis, place in zip(self.axes, places, strict=True)
+        }
+
+    def _on_two_lines(self, k: KernelBuilder, first: dict[str, Int], sizes: dict[str, Value]) -> list[Value]:
+        """Coordinates of the rows of a tile, from those of its first row, when a line is at least as long as a tile."""
         type_ = vector_type("i64", self.rows)
+        places = {}
+        step = self._counting()
+        for axis in reversed(self.axes):
+            place = k.binary("add", self._splat(k, first[axis]), step)
+            if axis != self.axes[0]:
+                size = self._splat(k, sizes[axis])
+                over = k.compare("sge", place, size)
+                place = k.select(over, k.binary("sub", place, size), place)
+                step = k.convert("zext", over, type_)
+            places[axis] = place
+        return [places[axis] for axis in self.axes]
+
+    def _one_by_one(self, k: KernelBuilder, first: dict[str, Int], sizes: dict[str, Value]) -> list[Value]:
+        """The same for lines of any length."""
+        type_ = vector_type("i64", self.rows)
+        current = dict(first)
         vectors = {axis: Value("poison", type_) for axis in self.axes}
         for r in range(self.rows):
             for axis in self.axes:
@@ -110,20 +143,19 @@ class ConvSpec(TileSpec):
             carry: Int = 1
             for axis in reversed(self.axes):
                 moved = k.i64(k.add(current[axis], carry))
-                if axis == self.axes[0]:
-                    current[axis] = moved
-                    break
-                over = k.compare("sge", moved, k.integer(f"out.{axis}"))
-                current[axis] = k.select(over, k.i64(0), moved)
-                carry = k.convert("zext", over, "i64")
-        return {
-            axis: k.binary(
-                "sub",
-                k.binary("mul", vectors[axis], k.splat(k.integer(f"stride.{axis}"), self.rows)),
-                k.splat(k.integer(f"pad.{axis}"), self.rows),
-            )
-            for axis in self.axes
-        }
+                current[axis] = moved
+                if axis != self.axes[0]:
+                    over = k.compare("sge", moved, sizes[axis])
+                    current[axis] = k.select(over, k.i64(0), moved)
+                    carry = k.convert("zext", over, "i64")
+        return [vectors[axis] for axis in self.axes]
+
+    def _splat(self, k: KernelBuilder, value: Int) -> Value:
+        return k.splat(k.i64(value), self.rows)
+
+    def _counting(self) -> Value:
+        """0, 1, 2, … over the rows of a tile."""
+        return Value(f"<{', '.join(f'i64 {r}' for r in range(self.rows))}>", vector_type("i64", self.rows))
 
     def _tap(
         self,
@@ -152,55 +184,55 @@ class ConvSpec(TileSpec):
         outside: Value,
         place: Value,
         starts: dict[str, Value],
-        sizes: dict[str, Value],
     ) -> None:
         """Give the rows whose taps are partly in the padding a copy with zeros in it."""
         rows, itemsize = self.rows, self.dtype.itemsize
         patch, segments = k.integer("patch"), k.integer("segments")
         area = k.offset(k.scratch, k.add(k.integer("patches"), k.mul(block, k.mul(k.mul(segments, rows), patch))))
         kept: dict[str, Value] = {}
-        for name, vector in {"outside": k.convert("zext", outside, place.type), "place": place, "x": starts["x"]}.items():
+        for name, vector in (("outside", k.convert("zext", outside, place.type)), ("place", place)):
             kept[name] = k.stack(rows * 8)
             k.store(vector, kept[name], 8)
-        others = [axis for axis in self.axes if axis != "x"]
-        x_size, pixel, step = k.integer("in.x"), k.integer("pixel"), k.integer("a.x")
+        for axis in self.axes:
+            kept[axis] = k.stack(rows * 8)
+            k.store(starts[axis], kept[axis], 8)
+        taps, x_size, pixel, step = k.pointer("taps"), k.integer("in.x"), k.integer("pixel"), k.integer("a.x")
+        type_ = element_type(self.dtype)
 
-        def segment(s: Value, _: list[Value]) -> None:
-            inside, offset = self._tap(k, k.pointer("taps"), s, starts, sizes, others)
-            valid = k.stack(rows * 8)
-            if inside is not None:
-                k.store(k.convert("zext", inside, place.type), valid, 8)
+        def row(r: Value, _: list[Value]) -> None:
+            def word(name: str) -> Value:
+                return k.load("i64", k.at(kept[name], r, 8), 8)
 
-            def row(r: Value, _: list[Value]) -> None:
+            def segment(s: Value, _: list[Value]) -> None:
+                entry = k.offset(taps, k.mul(s, _TAP_WORDS * 8))
+                target = k.offset(area, k.mul(k.add(k.mul(s, rows), r), patch))
+                start = k.add(word("place"), k.load("i64", k.offset(entry, 24), 8))
+                source = k.convert("inttoptr", k.i64(start), "ptr")
+
+                def tap(t: Value, _: list[Value]) -> None:
+                    fits = k.compare("ult", k.add(word("x"), t), x_size)
+
+                    def element(i: Value, _: list[Value]) -> None:
+                        at = k.offset(k.offset(source, k.mul(t, step)), k.mul(i, itemsize))
+                        (value,) = k.branch(fits, lambda: [k.load(type_, at, itemsize)], lambda: [k.const(0.0, type_)])
+                        k.store(value, k.at(target, k.add(k.mul(t, pixel), i), itemsize), itemsize)
+
+                    k.loop(0, pixel, 1, element)
+
                 def fill() -> None:
-                    target = k.offset(area, k.mul(k.add(k.mul(s, rows), r), patch))
-                    first = k.load("i64", k.at(kept["x"], r, 8), 8)
-                    source = k.convert("inttoptr", k.add(k.load("i64", k.at(kept["place"], r, 8), 8), offset), "ptr")
-
-                    def tap(t: Value, _: list[Value]) -> None:
-                        fits = k.compare("ult", k.add(first, t), x_size)
-
-                        def element(i: Value, _: list[Value]) -> None:
-                            type_ = element_type(self.dtype)
-                            at = k.offset(k.offset(source, k.mul(t, step)), k.mul(i, itemsize))
-                            (value,) = k.branch(
-                                fits, lambda: [k.load(type_, at, itemsize)], lambda: [k.const(0.0, type_)]
-                            )
-                            k.store(value, k.at(target, k.add(k.mul(t, pixel), i), itemsize), itemsize)
-
-                        k.loop(0, pixel, 1, element)
-
                     k.loop(0, k.integer("taps.x"), 1, tap)
                     k.store(target, k.offset(table, k.add(k.mul(s, rows * 8), k.mul(r, 8))), 8)
 
-                wanted = k.load("i64", k.at(kept["outside"], r, 8), 8)
-                if inside is not None:
-                    wanted = k.emit(f"and i64 {wanted.text}, {k.load('i64', k.at(valid, r, 8), 8).text}", "i64")
-                k.branch(k.compare("ne", wanted, 0), fill)
+                inside = Value("true", "i1")
+                for axis in self.axes[:-1]:
+                    at = k.add(word(axis), k.load("i64", k.offset(entry, 8 * _AXES.index(axis)), 8))
+                    inside = k.binary("and", inside, k.compare("ult", at, k.integer(f"in.{axis}")))
+                k.branch(inside, fill)
 
-            k.loop(0, rows, 1, row)
+            wanted = k.compare("ne", word("outside"), 0)
+            k.branch(wanted, lambda: _nothing(k.loop(0, segments, 1, segment)))
 
-        k.loop(0, segments, 1, segment)
+        k.loop(0, rows, 1, row)
 
     def emit_pack(self, kernel: KernelBuilder, b: Value, first: Int, last: Int) -> Value:
         if not self.packs:
@@ -236,6 +268,10 @@ class ConvSpec(TileSpec):
 
         k.loop(first, last, 1, panel)
         return k.offset(area, k.mul(k.sub(0, first), panel_bytes))
+
+
+def _nothing(_: object) -> None:
+    return None
 
 
 _TAP_WORDS = 5  # of an entry of the table of taps: steps along z, y, x; byte offset in the input; byte offset in weights
@@ -430,12 +466,13 @@ class _Convolution:
             return before if known else part.start * cast(int, column)
 
         count = len(segments.entries)
+        spanned = count * _patch_bytes(segments.inner * itemsize) if segments.span else 0
         problem = Product(
             x.dtype, sizes, columns, count * segments.inner, count, segments.inner, operands, self.epilogue, slots,
             packs=not known,
             split_segments=count if known else 0,
-            row_bytes=channels * itemsize * prod(strides),
-            scratch_per_row=count * _patch_bytes(segments.inner * itemsize) if segments.span else 0,
+            row_bytes=channels * itemsize * prod(strides) + 8 * count + spanned,
+            scratch_per_row=spanned,
         )  # fmt: skip
         return launches(problem, parts, make, move_second, context, concurrent)
 

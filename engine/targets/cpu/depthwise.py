@@ -8,6 +8,7 @@ So there are no variants for the edges. Rows in the padding are left out.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,6 +25,7 @@ from engine.targets.cpu.kernel import Context, KernelBuilder, KernelSpec, Launch
 from engine.targets.cpu.tiling import epilogue_of, zeros
 
 _BLOCKS = (8, 7, 6, 4, 2, 1)  # outputs at a time: 7 divides the widths of most image models
+_ADDRESSES = 8  # worked out at a time; no block is longer
 _LARGEST_KERNEL = 9  # columns: beyond, the sums and weights of a block leave no registers
 
 
@@ -115,38 +117,49 @@ class _Depthwise:
         rest = k.sub(self.last, full)
         mask = k.tail_mask(self.lanes, rest)
         k.branch(k.compare("sgt", rest, 0), lambda: self._channels(full, mask, from_row, to_row))
-        assert spec.block <= 8
 
     def _point_at_columns(self, x: Value, top: Int, from_row: Int, to_row: Int) -> None:
-        """Write where each column that the block reads lies, per kernel row."""
+        """Write where each column that the block reads lies, per kernel row. Eight addresses at a time."""
         k, spec = self.k, self.spec
         left = k.sub(k.mul(x, spec.stride), k.integer("pad_x"))
         row_bytes, column_bytes, width = k.integer("x.y"), k.integer("x.x"), k.integer("width")
+        padded = [*self.reads, *[self.reads[-1]] * (-len(self.reads) % _ADDRESSES)]
+        inside, offsets = [], []
+        for i in range(0, len(padded), _ADDRESSES):
+            columns = _vector(padded[i : i + _ADDRESSES])
+            inside.append(k.compare("ult", k.binary("add", columns, self._splat(left)), self._splat(width)))
+            offsets.append(k.binary("mul", columns, self._splat(column_bytes)))
+        zero = self._splat(k.convert("ptrtoint", self.zero, "i64"))
 
         def row(i: Value, _: list[Value]) -> None:
             line = k.offset(self.x, k.mul(k.add(top, k.mul(i, k.integer("dilation_y"))), row_bytes))
-            table = k.offset(self.columns_table, k.mul(i, 8 * len(self.reads)))
-            for number, read in enumerate(self.reads):
-                column = k.add(left, read)
-                inside = k.compare("ult", column, width)
-                place = k.select(inside, k.offset(line, k.mul(column, column_bytes)), self.zero)
-                k.store(place, k.offset(table, 8 * number), 8)
+            start = self._splat(k.convert("ptrtoint", k.offset(line, k.mul(left, column_bytes)), "i64"))
+            table = k.offset(self.columns_table, k.mul(i, 8 * len(padded)))
+            for number, (fits, offset) in enumerate(zip(inside, offsets, strict=True)):
+                place = k.select(fits, k.binary("add", start, offset), zero)
+                k.store(place, k.offset(table, 8 * _ADDRESSES * number), 8)
 
         k.loop(from_row, to_row, 1, row)
 
     def _point_at_outputs(self, x: Value, y: Value) -> None:
-        """Write where the outputs, and the epilogue inputs that belong to them, lie."""
+        """Write where the outputs, and the epilogue inputs that belong to them, lie. What is beyond the last output reads
+        like the last one and is written to scratch."""
         k = self.k
-        last = k.sub(k.integer("out_width"), 1)
+        columns = k.binary("add", _vector(range(_ADDRESSES)), self._splat(x))
+        last = self._splat(k.sub(k.integer("out_width"), 1))
+        beyond = k.compare("sgt", columns, last)
+        columns = k.select(beyond, last, columns)
+        dummy = self._splat(k.convert("ptrtoint", self.dummy, "i64"))
         for name in self.spec.moving:
-            line = k.offset(self.bases[name], k.mul(y, k.integer(f"{name}.y")))
-            step = k.integer(f"{name}.x")
-            for o in range(self.spec.block):
-                column = k.add(x, o)
-                place = k.offset(line, k.mul(k.smin(column, last), step))
-                if name.startswith("out") and o:
-                    place = k.select(k.compare("sle", column, last), place, self.dummy)
-                k.store(place, k.offset(self.tables[name], 8 * o), 8)
+            line = k.convert("ptrtoint", k.offset(self.bases[name], k.mul(y, k.integer(f"{name}.y"))), "i64")
+            steps = k.binary("mul", columns, self._splat(k.integer(f"{name}.x")))
+            place = k.binary("add", self._splat(line), steps)
+            if name.startswith("out"):
+                place = k.select(beyond, dummy, place)
+            k.store(place, self.tables[name], 8)
+
+    def _splat(self, value: Int) -> Value:
+        return self.k.splat(self.k.i64(value), _ADDRESSES)
 
     def _channels(self, c: Int, mask: Value | None, from_row: Int, to_row: Int) -> None:
         """One vector of channels of all outputs of the block."""
@@ -162,7 +175,7 @@ class _Depthwise:
                 k.load_elements(spec.dtype, self.lanes, k.offset(line, k.mul(tap_bytes, column)), mask)
                 for column in range(spec.columns)
             ]
-            table = k.offset(self.columns_table, k.mul(i, 8 * len(self.reads)))
+            table = k.offset(self.columns_table, k.mul(i, 8 * _padded(len(self.reads))))
             for number, read in enumerate(self.reads):
                 column = k.load("ptr", k.offset(table, 8 * number), 8)
                 value = k.load_elements(spec.dtype, self.lanes, k.offset(column, at), mask)
@@ -194,6 +207,15 @@ class _Depthwise:
             for number, (value, store) in enumerate(zip(values, spec.epilogue.stores, strict=True)):
                 place = k.load("ptr", k.offset(self.tables[f"out{number}"], 8 * o), 8)
                 k.store_elements(store.dtype, value, k.offset(place, k.mul(c, store.dtype.itemsize)), mask)
+
+
+def _padded(count: int) -> int:
+    return -(-count // _ADDRESSES) * _ADDRESSES
+
+
+def _vector(values: Sequence[int]) -> Value:
+    """A literal of as many i64 as are worked out at a time."""
+    return Value(f"<{', '.join(f'i64 {value}' for value in values)}>", vector_type("i64", len(values)))
 
 
 def fits(conv: Conv, x: Tensor, w: Tensor) -> bool:
@@ -241,7 +263,7 @@ def lower(step: Step, conv: Conv, context: Context) -> list[Launch]:
     channel_chunks = 1
     if batch * row_chunks < wanted or batch * out_height < 4 * wanted:
         row_chunks, channel_chunks = 1, min(vectors, -(-wanted // batch))
-    table_bytes = 64 * len(spec.moving) + -(-w.shape[2] * len(spec.reads) * 8 // 64) * 64
+    table_bytes = 64 * len(spec.moving) + w.shape[2] * _padded(len(spec.reads)) * 8
     widest = max(store.dtype.itemsize for store in conv.stores)
     slots |= {
         "channels": channels, "channel_chunks": channel_chunks, "row_chunks": row_chunks, "height": x.shape[2],

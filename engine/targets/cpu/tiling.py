@@ -26,6 +26,8 @@ from engine.targets.cpu.kernel import Context, Launch, Pointer, Slot, launch, ta
 ROWS_CACHE_BYTES = 256 * 1024
 # A part of a panel that stays in the second-level cache while all rows of a block pass over it.
 PANEL_CACHE_BYTES = 384 * 1024
+# Tiles per block where rows are read by one panel only: nothing is used again, and the table stays in the first cache.
+_TILES_OF_ONE_PANEL = 2
 # Bytes a core gets per cycle when it streams what it does not find in its second-level cache, and the cost of taking a
 # task, in cycles. Only their order of magnitude matters.
 _STREAM_BYTES = 12.0
@@ -243,6 +245,8 @@ def launches(
             chunks = chunks if batches * part.count < context.threads else 1
             groups = max(groups, min(part.count, -(-part.count * panel_bytes // PANEL_CACHE_BYTES)))
         block = max(1, ROWS_CACHE_BYTES // max(1, product.row_bytes) // tile) * tile
+        if part.count == 1:
+            block = min(block, _TILES_OF_ONE_PANEL * tile)
         block = min(block, -(-rows // chunks))
         tiles = -(-block // tile)
         patches = _aligned(tiles * segments * tile * 8)
