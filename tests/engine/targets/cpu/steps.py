@@ -1,4 +1,4 @@
-"""Runs one step of a plan through a kernel family, on memory with guard zones: what the kernel tests are written with."""
+"""Runs one step of a plan through a kernel family, on memory with guard zones: what kernel tests are written with."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cpu.codegen.isa import Isa, host_isas
 from engine.targets.cpu.families import family_of
 from engine.targets.cpu.jit import Compiler
-from engine.targets.cpu.kernel import Context, Launch, Pointer, StatusWord, WeightStore
+from engine.targets.cpu.kernel import Context, Launch, Pointer, StatusWord, WeightStore, pointer_to
 
 GUARD = 256
 POISON = 0xA7
-ISAS = [pytest_id for pytest_id in host_isas() if pytest_id != "generic"]
+ISAS = [name for name in host_isas() if name != "generic"]
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
 
 
@@ -32,6 +32,11 @@ class Layout:
     order: tuple[int, ...] | None = None
     gap: int = 0
     step: int = 1
+
+
+def pointer_of(tensor: Tensor) -> Pointer:
+    """The address of a tensor's first element."""
+    return pointer_to(tensor)
 
 
 class StepResult:
@@ -71,11 +76,13 @@ class _Memory:
         inside = np.lib.stride_tricks.as_strided(
             copy[GUARD : GUARD + self.view.itemsize].view(self.view.dtype), self.view.shape, self.view.strides
         )
-        inside.view(np.dtype(f"u{self.view.itemsize}"))[...] = int.from_bytes(bytes([POISON] * self.view.itemsize), "little")
+        inside.view(np.dtype(f"u{self.view.itemsize}"))[...] = int.from_bytes(
+            bytes([POISON] * self.view.itemsize), "little"
+        )
         return bool((copy == POISON).all())
 
 
-def place(array: np.ndarray, layout: Layout = Layout()) -> Tensor:  # noqa: B008
+def place(array: np.ndarray, layout: Layout = Layout()) -> Tensor:
     """A tensor with the content of `array`."""
     memory = _Memory(array.shape, DType.of(array.dtype), layout)
     memory.view[...] = array
