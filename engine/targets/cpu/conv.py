@@ -281,9 +281,8 @@ class _Convolution:
             if not conv.transposed:
                 grouped = grouped.swapaxes(1, 2)
             # [group, channel in, channel out, taps…] → [group, taps, channel in, channel out]
-            chosen = [grouped[(..., *index)] for index in indices]
-            none = np.zeros((conv.groups, 0, *grouped.shape[1:3]), weights.dtype)
-            matrix = np.stack(chosen, axis=1) if chosen else none
+            numbers = np.asarray([np.ravel_multi_index(index, w.shape[2:]) for index in indices], np.intp)
+            matrix = np.moveaxis(grouped.reshape(*grouped.shape[:3], -1)[..., numbers], -1, 1)
             if segments.channels_first:
                 matrix = matrix.swapaxes(1, 2)
             return packed(matrix.reshape(conv.groups, -1, columns), parts)
