@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import ModelError
-from engine.frontend import content
+from engine.frontend import content, grid
 from engine.ir import expr as ex
 from engine.ir import ops
 from engine.ir.dim import Dim, Sym, is_symbol
@@ -36,6 +36,8 @@ class Builder:
         self.equal_symbols: dict[tuple[str, str], None] = {}
         self._elements: dict[Value, Array] = {}
         self._pending: dict[Value, None] = {}
+        self._grids: dict[Value, content.Element | None] = {}
+        self._makers: dict[Value, Node] = {}
         self._sequences: dict[Value, tuple[Value, ...]] = {}
         self._named: set[Value] = set()
 
@@ -89,6 +91,18 @@ class Builder:
             return value.data if value.data.size <= content.MAX_NUMBERS else None
         return self._elements.get(value)
 
+    def grid(self, value: Value) -> content.Element | None:
+        """The elements as a function of their position (see `grid.py`), where they are one."""
+        if value not in self._grids:
+            known = self._elements.get(value)
+            one = known is not None and known.size == 1
+            self._grids[value] = known.reshape(()).item() if known is not None and one else grid.of_constant(value)
+        return self._grids[value]
+
+    def maker(self, value: Value) -> Node | None:
+        """The node that computes `value`; None for inputs, constants and tensors of sizes."""
+        return self._makers.get(value)
+
     def data(self, value: Value) -> Value:
         """`value`, computed by a node if it was pending."""
         if value in self._sequences:
@@ -122,11 +136,20 @@ class Builder:
         known = content.evaluate(op, inputs, [self.content(value) for value in inputs])
         if known is not None:
             return tuple(self._known(array, dtype) for array, (dtype, _) in zip(known, types, strict=True))
+        pattern = grid.evaluate(op, inputs, [self.grid(value) for value in inputs]) if grid.handles(op) else None
+        if isinstance(pattern, (bool, int, float)) and not (isinstance(op, ops.Expand) and inputs[0].is_constant):
+            # The same number everywhere: a broadcast constant says so to everything that reads it.
+            ((dtype, shape),) = types
+            return self.add(ops.Expand(shape), [self.constant(np.full((1,) * len(shape), pattern, dtype.numpy))], origin)
         for a, b in _equal_dims(op, inputs):
             if a != b and is_symbol(a) and is_symbol(b):
                 self.equal_symbols[str(a), str(b)] = None
         outputs = tuple(Value("", dtype, shape) for dtype, shape in types)
-        self.graph.nodes.append(Node(op, tuple(self.data(value) for value in inputs), outputs, origin))
+        node = Node(op, tuple(self.data(value) for value in inputs), outputs, origin)
+        self.graph.nodes.append(node)
+        self._makers.update((value, node) for value in outputs)
+        if pattern is not None:
+            self._grids[outputs[0]] = pattern
         return outputs
 
     def finish(self, outputs: Sequence[tuple[str, Value]]) -> Graph:

@@ -90,7 +90,8 @@ def lower_bound(dim: Dim) -> int | None:
         for factor, power in monomial:
             if coefficient < 0:
                 return None
-            bound = 1 if isinstance(factor, str) else _atom_bound(factor)
+            # A position (see `grid`) starts at 0, a size at 1.
+            bound = (0 if factor.startswith("@") else 1) if isinstance(factor, str) else _atom_bound(factor)
             if bound is None or bound < 0:
                 return None
             least *= bound**power
@@ -228,6 +229,11 @@ def _map(root: ex.Expr, inputs: Sequence[Array], acc: Array | None = None) -> Ar
             mapped = np.frompyfunc(operate, len(node.args), 1)(*(done[arg] for arg in node.args))
             done[node] = np.asarray(mapped, object)
     return done[root]
+
+
+def apply_elements(root: ex.Expr, elements: Sequence[Element]) -> Element:
+    """`root` where argument i is the single element `elements[i]`. Raises Undecided."""
+    return _map(root, [objects([element], ()) for element in elements]).item()
 
 
 def _element_operation(node: ex.Apply) -> Callable[..., Element]:

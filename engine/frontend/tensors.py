@@ -135,7 +135,7 @@ def _external(tensor: onnx.TensorProto, dtype: DType, shape: tuple[int, ...], so
     if length != needed:
         raise ModelError(f"{what}: external data of {length} bytes for shape {list(shape)} of {dtype.value}: {needed}")
     try:
-        with open(path, "rb") as file:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe must not block
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise ModelError(f"{what}: external data {path.name!r} is not a regular file")

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 from math import erf
 from typing import Any, TypeAlias
 
@@ -227,6 +228,7 @@ def replace_acc(root: Expr, value: Expr) -> Expr:
     return rewrite(root, lambda leaf: value if isinstance(leaf, Acc) else leaf)
 
 
+@lru_cache(maxsize=4096)
 def arguments(*roots: Expr) -> tuple[int, ...]:
     """The indices of the arguments read, ascending."""
     return tuple(sorted({node.index for node in walk(*roots) if isinstance(node, Arg)}))
@@ -236,6 +238,7 @@ def uses_acc(*roots: Expr) -> bool:
     return any(isinstance(node, Acc) for node in walk(*roots))
 
 
+@lru_cache(maxsize=4096)
 def flops(*roots: Expr) -> int:
     """Floating-point operations per element: one for each distinct arithmetic node on floats (a transcendental counts
     1)."""

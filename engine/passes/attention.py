@@ -35,6 +35,8 @@ class _Probabilities:
 
 def recognise_attention(graph: Graph, _traits: Traits) -> None:
     """Replace every attention. One whose scores or probabilities are read elsewhere, or returned, stays as it is."""
+    if not any(isinstance(node.op, Softmax) for node in graph.nodes):
+        return
     editor = Editor(graph)
     terms = Terms(editor)
     for node in editor.nodes():

@@ -8,7 +8,7 @@ from engine.frontend import content
 from engine.frontend.onnx_node import OnnxNode
 from engine.frontend.registry import operator
 from engine.ir import ops
-from engine.ir.dim import Dim, Sym, ceildiv, floordiv
+from engine.ir.dim import Dim, ceildiv, floordiv
 from engine.ir.graph import Value
 
 _INFINITE = 2**31 - 1  # exporters write INT32_MAX or INT64_MAX for "to the end", and their negatives
@@ -18,6 +18,13 @@ def take(node: OnnxNode, x: Value, axis: int, start: Dim, size: Dim, step: int =
     """`size` elements along one axis."""
     if start == 0 and step == 1 and size == x.shape[axis]:
         return x
+    maker = node.builder.maker(x)
+    if maker is not None and maker.op == ops.Concat(axis) and step == 1:
+        position: Dim = 0
+        for part in maker.inputs:  # one of the parts that were just joined
+            if position == start and part.shape[axis] == size:
+                return part
+            position = position + part.shape[axis]
     starts: list[Dim] = [0] * x.rank
     sizes, steps = list(x.shape), [1] * x.rank
     starts[axis], sizes[axis], steps[axis] = start, size, step
@@ -206,10 +213,6 @@ def drop_axis(node: OnnxNode, x: Value, axis: int, position: Dim) -> Value:
     return node.reshape(part, [dim for i, dim in enumerate(part.shape) if i != axis])
 
 
-def last(size: Dim, index: int) -> Dim:
+def last(size: Dim, index: Dim) -> Dim:
     """`index`, counted from the end where it is negative."""
-    return size + index if index < 0 else index
-
-
-def is_symbolic(dims: Sequence[Dim]) -> bool:
-    return any(isinstance(dim, Sym) for dim in dims)
+    return size + index if content.at_least(-index, 1) else index
