@@ -95,6 +95,7 @@ GROWING = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GROWING)
 def test_time_grows_with_the_nodes_and_not_with_their_square(name: str) -> None:
     small, large = (load(GROWING[name](n)) for n in (500, 5000))
