@@ -34,7 +34,8 @@ WEIGHTS = {
     "zero": np.array(0.0),
     "one": np.array(1.0),
     "ones12": np.array([1, 2]),
-    "a1": np.array([1]),
+    "rank3": np.array([-1, S, D]),
+    "rank4": np.array([B, HEADS, D, S]),
 }
 PROJECT = """pq = MatMul(x, wq) pk = MatMul(x, wk) pv = MatMul(x, wv) cq = Reshape(pq, cut) ck = Reshape(pk, cut)
     cv = Reshape(pv, cut) q = Transpose<perm=[0,2,1,3]>(cq) v = Transpose<perm=[0,2,1,3]>(cv) """
@@ -63,6 +64,9 @@ SPELLINGS = {
     " kt = Transpose<perm=[0,1,3,2]>(ks) t = MatMul(q, kt) " + SOFTMAX + VALUES + MERGE,
     "no scale": PROJECT + KEYS + "t = MatMul(q, kt) " + SOFTMAX + VALUES + MERGE,
     "k transposed in two steps": PROJECT + KEYS_IN_TWO_STEPS + SCORES + "t = Mul(s, scale) " + SOFTMAX + VALUES + MERGE,
+    "k transposed in rank three": PROJECT + "k = Transpose<perm=[0,2,1,3]>(ck) k3 = Reshape(k, rank3)"
+    " t3 = Transpose<perm=[0,2,1]>(k3) kt = Reshape(t3, rank4) qs = Mul(q, fourth_root) ks = Mul(kt, fourth_root)"
+    " t = MatMul(qs, ks) " + SOFTMAX + VALUES + MERGE,
     "additive mask": PROJECT + KEYS + ADDITIVE + SCORES + "u = Div(s, root) t = Add(u, bias) " + SOFTMAX + VALUES
     + MERGE,
     "additive mask first": PROJECT + KEYS + ADDITIVE + SCORES + "u = Div(s, root) t = Add(bias, u) " + SOFTMAX + VALUES
