@@ -103,7 +103,7 @@ class Pointer:
 @dataclass(frozen=True)
 class StatusWord:
     """The address of the i64 that a kernel sets to 1 when it meets a value that makes the answer wrong: an index out of
-    range. It is 0 when the step starts; afterwards the executor turns anything else into a ShapeError naming the step."""
+    range. It is 0 when the step starts; afterwards anything else becomes a ShapeError that names the step."""
 
 
 Slot: TypeAlias = Pointer | StatusWord | int | float
