@@ -62,9 +62,7 @@ class Sym:
     def __mul__(self, other: Dim) -> Dim:
         if len(self.terms) * len(_terms(other)) > _MAX_PRODUCT:
             raise OverflowError("a symbolic size grows without end")
-        return _from_terms(
-            [(_multiply(m1, m2), c1 * c2) for m1, c1 in self.terms for m2, c2 in _terms(other)]
-        )
+        return _from_terms([(_multiply(m1, m2), c1 * c2) for m1, c1 in self.terms for m2, c2 in _terms(other)])
 
     __rmul__ = __mul__
 

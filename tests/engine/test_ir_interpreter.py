@@ -49,9 +49,7 @@ def random(*shape: int) -> np.ndarray[Any, Any]:
 def test_conv_matches_reference(groups: int, stride: int, dilation: int) -> None:
     x, w = random(2, 4, 9, 8), random(8, 4 // groups, 3, 2)
     op = ops.Conv((stride, stride), ((1, 2), (0, 1)), (dilation, dilation), groups)
-    expected = reference(
-        "Conv", x, w, pads=[1, 0, 2, 1], strides=[stride] * 2, dilations=[dilation] * 2, group=groups
-    )
+    expected = reference("Conv", x, w, pads=[1, 0, 2, 1], strides=[stride] * 2, dilations=[dilation] * 2, group=groups)
     np.testing.assert_allclose(compute(op, x, w), expected, atol=TOLERANCE * 10)
 
 
