@@ -16,6 +16,7 @@ import numpy as np
 
 from engine.errors import ModelError
 from engine.frontend import content, grid
+from engine.frontend.content import Element
 from engine.ir import expr as ex
 from engine.ir import ops
 from engine.ir.dim import Dim, Sym, is_symbol
@@ -36,7 +37,7 @@ class Builder:
         self.equal_symbols: dict[tuple[str, str], None] = {}
         self._elements: dict[Value, Array] = {}
         self._pending: dict[Value, None] = {}
-        self._grids: dict[Value, content.Element | None] = {}
+        self._grids: dict[Value, Element | None] = {}
         self._makers: dict[Value, Node] = {}
         self._sequences: dict[Value, tuple[Value, ...]] = {}
         self._named: set[Value] = set()
@@ -57,7 +58,7 @@ class Builder:
             self._named.add(value)
         return value
 
-    def sizes(self, elements: Sequence[content.Element], shape: tuple[int, ...], dtype: DType = DType.I64) -> Value:
+    def sizes(self, elements: Sequence[Element], shape: tuple[int, ...], dtype: DType = DType.I64) -> Value:
         """A tensor of sizes, known while reading."""
         return self._known(content.objects(elements, shape), dtype)
 
@@ -91,7 +92,7 @@ class Builder:
             return value.data if value.data.size <= content.MAX_NUMBERS else None
         return self._elements.get(value)
 
-    def grid(self, value: Value) -> content.Element | None:
+    def grid(self, value: Value) -> Element | None:
         """The elements as a function of their position (see `grid.py`), where they are one."""
         if value not in self._grids:
             known = self._elements.get(value)
@@ -140,7 +141,8 @@ class Builder:
         if isinstance(pattern, (bool, int, float)) and not (isinstance(op, ops.Expand) and inputs[0].is_constant):
             # The same number everywhere: a broadcast constant says so to everything that reads it.
             ((dtype, shape),) = types
-            return self.add(ops.Expand(shape), [self.constant(np.full((1,) * len(shape), pattern, dtype.numpy))], origin)
+            number = self.constant(np.full((1,) * len(shape), pattern, dtype.numpy))
+            return self.add(ops.Expand(shape), [number], origin)
         for a, b in _equal_dims(op, inputs):
             if a != b and is_symbol(a) and is_symbol(b):
                 self.equal_symbols[str(a), str(b)] = None

@@ -1,8 +1,8 @@
 """Integer tensors whose elements follow from their position: ranges, and what is computed from ranges.
 
-Exporters build masks and position ids from `Range`, broadcasting and comparisons, and then look them up by index. A *grid*
-says such a tensor in one expression: a number, or a `Dim` in which the symbol ``@i`` stands for the position along axis i.
-With it a lookup by consecutive positions turns into a view, and a comparison that always holds into a constant.
+Exporters build masks and position ids from `Range`, broadcasting and comparisons, and then look them up by index. A
+*grid* says such a tensor in one expression: a number, or a `Dim` in which the symbol ``@i`` stands for the position along
+axis i. With it a lookup by consecutive positions turns into a view, and a comparison that always holds into a constant.
 The builder computes grids as it adds nodes; `operators/indexing.py` reads them.
 """
 
@@ -133,8 +133,7 @@ def _pointwise(op: ops.Pointwise, inputs: Sequence[Value], grids: Sequence[Eleme
 
 
 def _gather(op: ops.Gather, inputs: Sequence[Value], grids: Sequence[Element]) -> Element | None:
-    data, index = inputs
-    if op.axis or data.rank != 1:
+    if op.axis or inputs[0].rank != 1:
         return None if depends_on(grids[0]) else grids[0]
     return _moved(grids[0], {0: grids[1]})
 
