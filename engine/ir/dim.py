@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias, Union
+from typing import TypeAlias
 
 
 class DimOp(Enum):
@@ -35,7 +35,7 @@ class Atom:
         return f"({self.a} {self.op.value} {self.b})"
 
 
-Factor: TypeAlias = Union[str, Atom]
+Factor: TypeAlias = str | Atom
 Monomial: TypeAlias = tuple[tuple[Factor, int], ...]  # ((factor, power), …) sorted by text
 
 
@@ -87,7 +87,7 @@ class Sym:
     __repr__ = __str__
 
 
-Dim: TypeAlias = Union[int, Sym]
+Dim: TypeAlias = int | Sym
 
 
 def symbol(name: str) -> Sym:

@@ -173,9 +173,7 @@ class Program:
 
     def _build(self) -> None:
         values = [slot for launch in self._launches for slot in launch.args]
-        owners = [
-            number for number, step in enumerate(self._steps) for launch in step for _ in launch.args
-        ]
+        owners = [number for number, step in enumerate(self._steps) for launch in step for _ in launch.args]
         self.slots = _aligned_words(max(1, len(values)))
         positions: list[int] = []
         for i, slot in enumerate(values):
