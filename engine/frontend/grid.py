@@ -1,8 +1,8 @@
 """Integer tensors whose elements follow from their position: ranges, and what is computed from ranges.
 
 Exporters build masks and position ids from `Range`, broadcasting and comparisons, and then look them up by index. A
-*grid* says such a tensor in one expression: a number, or a `Dim` in which the symbol ``@i`` stands for the position along
-axis i. With it a lookup by consecutive positions turns into a view, and a comparison that always holds into a constant.
+*grid* says such a tensor in one expression: a number, or a `Dim` in which the symbol ``@i`` is the position along axis i.
+With it a lookup by consecutive positions turns into a view, and a comparison that always holds into a constant.
 The builder computes grids as it adds nodes; `operators/indexing.py` reads them.
 """
 

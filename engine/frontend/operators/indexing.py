@@ -26,8 +26,7 @@ def Gather(node: OnnxNode, data: Value, indices: Value) -> Value:
     if not indices.dtype.is_int:
         raise node.invalid(f"indices of type {indices.dtype.value}")
     known, size = node.known(indices), data.shape[axis]
-    fixed = known is not None and known.size and isinstance(size, int)
-    if fixed and not (known.min() >= -size and known.max() < size):
+    if known is not None and isinstance(size, int) and ((known < -size) | (known >= size)).any():
         raise node.invalid(f"an index out of range for an axis of {size}")
     return lookup(node, data, indices, axis)
 
