@@ -63,7 +63,7 @@ def evaluate(op: ops.Op, inputs: Sequence[Value], contents: Sequence[Array | Non
     if symbolic:
         known = [content.astype(object) for content in known]
     try:
-        results = run(op, known, symbolic)
+        results = run(op, known)
     except (Undecided, OverflowError, ZeroDivisionError):
         return None
     if results is None:
@@ -137,7 +137,7 @@ def complexity(dim: Dim) -> int:
 # --- views and moves: NumPy does them on numbers and on objects alike -------------------------------------------------
 
 
-def _slice(op: ops.Slice, inputs: list[Array], symbolic: bool) -> list[Array] | None:
+def _slice(op: ops.Slice, inputs: list[Array]) -> list[Array] | None:
     result = inputs[0]
     for axis, (start, size, step) in enumerate(zip(op.starts, op.sizes, op.steps, strict=True)):
         if isinstance(start, Sym) or isinstance(size, Sym):
@@ -146,7 +146,7 @@ def _slice(op: ops.Slice, inputs: list[Array], symbolic: bool) -> list[Array] | 
     return [result]
 
 
-def _gather(op: ops.Gather, inputs: list[Array], symbolic: bool) -> list[Array] | None:
+def _gather(op: ops.Gather, inputs: list[Array]) -> list[Array] | None:
     index = inputs[1]
     if any(isinstance(element, (Sym, Ratio)) for element in index.flat):
         return None
@@ -157,7 +157,7 @@ def _gather(op: ops.Gather, inputs: list[Array], symbolic: bool) -> list[Array] 
     return [np.asarray(np.take(inputs[0], index, axis=op.axis), inputs[0].dtype)]
 
 
-def _shape_tensor(op: ops.ShapeTensor, inputs: list[Array], symbolic: bool) -> list[Array] | None:
+def _shape_tensor(op: ops.ShapeTensor, _inputs: list[Array]) -> list[Array] | None:
     shape = tuple(int(size) for size in op.shape if isinstance(size, int))
     if op.values is None:
         return [np.arange(shape[0]).astype(op.dtype.numpy)]
@@ -172,7 +172,8 @@ def objects(elements: Sequence[Element], shape: tuple[int, ...]) -> Array:
     return array.reshape(shape)
 
 
-def _reduce(op: ops.Reduce, inputs: list[Array], symbolic: bool) -> list[Array] | None:
+def _reduce(op: ops.Reduce, inputs: list[Array]) -> list[Array] | None:
+    symbolic = any(array.dtype == object for array in inputs)
     source = _map(op.source, inputs) if symbolic else ex.evaluate(op.source, inputs)
     if op.kind is ops.ReduceKind.MEAN and symbolic:
         return None
@@ -202,9 +203,10 @@ _NUMPY_REDUCE: dict[ops.ReduceKind, Callable[..., Any]] = {
 }
 
 
-def _pointwise(op: ops.Pointwise, inputs: list[Array], symbolic: bool) -> list[Array] | None:
+def _pointwise(op: ops.Pointwise, inputs: list[Array]) -> list[Array] | None:
     if op.gathers:
         return None
+    symbolic = any(array.dtype == object for array in inputs)
     shape = np.broadcast_shapes(*(inputs[i].shape for i in ex.arguments(*op.stores)))
     results = [_map(store, inputs) if symbolic else ex.evaluate(store, inputs) for store in op.stores]
     return [np.broadcast_to(result, shape) for result in results]
@@ -404,8 +406,8 @@ _ELEMENTS: dict[PointOp, Callable[..., Element]] = {
     PointOp.EQ: _equal,
     PointOp.LT: _less,
     PointOp.LE: _less_or_equal,
-    PointOp.ISNAN: lambda a: False,
-    PointOp.ISINF: lambda a: False,
+    PointOp.ISNAN: lambda _: False,
+    PointOp.ISINF: lambda _: False,
 }
 _COMBINE: dict[ops.ReduceKind, Callable[[Element, Element], Element]] = {
     ops.ReduceKind.SUM: _add,
@@ -413,11 +415,11 @@ _COMBINE: dict[ops.ReduceKind, Callable[[Element, Element], Element]] = {
     ops.ReduceKind.MAX: _ELEMENTS[PointOp.MAX],
     ops.ReduceKind.MIN: _ELEMENTS[PointOp.MIN],
 }
-_RUNNERS: dict[type[ops.Op], Callable[[Any, list[Array], bool], list[Array] | None]] = {
-    ops.Reshape: lambda op, inputs, symbolic: [inputs[0].reshape(op.shape)],
-    ops.Transpose: lambda op, inputs, symbolic: [np.transpose(inputs[0], op.perm)],
-    ops.Expand: lambda op, inputs, symbolic: [np.broadcast_to(inputs[0], op.shape)],
-    ops.Concat: lambda op, inputs, symbolic: [np.concatenate(inputs, axis=op.axis)],
+_RUNNERS: dict[type[ops.Op], Callable[[Any, list[Array]], list[Array] | None]] = {
+    ops.Reshape: lambda op, inputs: [inputs[0].reshape(op.shape)],
+    ops.Transpose: lambda op, inputs: [np.transpose(inputs[0], op.perm)],
+    ops.Expand: lambda op, inputs: [np.broadcast_to(inputs[0], op.shape)],
+    ops.Concat: lambda op, inputs: [np.concatenate(inputs, axis=op.axis)],
     ops.Slice: _slice,
     ops.Gather: _gather,
     ops.ShapeTensor: _shape_tensor,

@@ -118,7 +118,15 @@ def test_expand_with_minus_one_replaced_by_where() -> None:
 
 @pytest.mark.parametrize(
     ("begin", "end", "step", "size"),
-    [(0, 2**63 - 1, 1, 9), (1, -1, 1, 9), (-3, 100, 1, 9), (-1, -(2**63), -1, 9), (8, 1, -2, 9), (5, 2, 1, 9), (0, 9, 4, 9)],
+    [
+        (0, 2**63 - 1, 1, 9),
+        (1, -1, 1, 9),
+        (-3, 100, 1, 9),
+        (-1, -(2**63), -1, 9),
+        (8, 1, -2, 9),
+        (5, 2, 1, 9),
+        (0, 9, 4, 9),
+    ],
 )
 def test_slice_bounds_are_those_of_python(begin: int, end: int, step: int, size: int) -> None:
     expected = list(range(size))[begin:end:step]
@@ -183,8 +191,12 @@ def test_lookup_by_consecutive_positions_is_a_view() -> None:
 
 
 def test_lookup_of_one_row_for_all_is_a_broadcast_row() -> None:
-    nodes = [node("Shape", "x", "s"), node("ConstantOfShape", "s", "zeros", value=onnx.numpy_helper.from_array(np.array([1])))]
-    nodes += [node("Gather", "table zeros", "row"), node("Add", "row row", "y")]
+    nodes = [
+        node("Shape", "x", "s"),
+        node("ConstantOfShape", "s", "ones", value=onnx.numpy_helper.from_array(np.array([1]))),
+        node("Gather", "table ones", "row"),
+        node("Add", "row row", "y"),
+    ]
     graph = build(nodes, [tensor("x", ["n", "m"])], table=np.eye(4, dtype=np.float32))
     assert not any(isinstance(n.op, ops.Gather) for n in graph.nodes)
     assert run(graph, {"x": np.zeros((2, 3), np.float32)})["y"][1, 2].tolist() == [0, 2, 0, 0]
@@ -207,7 +219,12 @@ def test_comparisons_of_positions_stay_where_they_differ() -> None:
 
 def test_broadcasts_are_looked_through() -> None:
     """What is computed from a broadcast tensor is computed before the broadcast."""
-    nodes = [node("Shape", "x", "s"), node("Expand", "row s", "wide"), node("Exp", "wide", "e"), node("Add", "e x", "y")]
+    nodes = [
+        node("Shape", "x", "s"),
+        node("Expand", "row s", "wide"),
+        node("Exp", "wide", "e"),
+        node("Add", "e x", "y"),
+    ]
     graph = build(nodes, [tensor("x", ["n", 4]), tensor("row", [1, 4])])
     assert [n.op.name for n in graph.nodes] == ["Pointwise", "Pointwise"]
     assert graph.nodes[0].output.shape == (1, 4)
