@@ -116,7 +116,7 @@ class Const:
         return hash((repr(self.value), self.dtype))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Apply:
     """`op` applied to `args`, giving an element of type `dtype`."""
 
@@ -127,6 +127,20 @@ class Apply:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_hash", hash((self.op, self.args, self.dtype)))
+
+    def __repr__(self) -> str:
+        # The distinct sub-expressions in a row, by number: kernels are keyed by this, and nested text would grow
+        # exponentially with the depth of a DAG that shares them.
+        numbers: dict[Expr, int] = {}
+        parts: list[str] = []
+        for node in walk(self):
+            numbers[node] = len(numbers)
+            if isinstance(node, Apply):
+                operands = ", ".join(str(numbers[arg]) for arg in node.args)
+                parts.append(f"{node.op.value}({operands}) -> {node.dtype.value}")
+            else:
+                parts.append(repr(node))
+        return f"Apply[{'; '.join(parts)}]"
 
     def __hash__(self) -> int:
         return self._hash

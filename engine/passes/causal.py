@@ -101,7 +101,7 @@ def _is_masked(e: Expr) -> bool:
 
 
 def _position(editor: Editor, value: Value | Reduction | None) -> str | None:
-    """"key" or "query" for a value that is a range of positions along the last axis, or the one before it."""
+    """ "key" or "query" for a value that is a range of positions along the last axis, or the one before it."""
     if not isinstance(value, Value):
         return None
     shape = value.shape

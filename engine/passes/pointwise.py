@@ -27,7 +27,7 @@ from engine.passes.simplify import simplified
 from engine.passes.traits import Traits
 from engine.passes.views import reshape, view
 
-_LONGEST = 128  # distinct operations of one expression: longer ones gain nothing and cost compile time
+_LONGEST = 64  # distinct operations of one expression: longer ones gain nothing and cost compile time
 _MOST_INPUTS = 16
 _LARGEST_UNIFORM = 1 << 16  # elements of a constant that are compared with each other
 _CHEAP = 2  # arithmetic operations that may be repeated for every element of a broadcast or for every reader

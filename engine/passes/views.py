@@ -162,4 +162,3 @@ def _gather_as_slice(editor: Editor, node: Node, op: Gather) -> Value | None:
 def inverse(perm: tuple[int, ...]) -> tuple[int, ...]:
     """The permutation that undoes `perm`."""
     return tuple(perm.index(axis) for axis in range(len(perm)))
-

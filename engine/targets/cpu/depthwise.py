@@ -1,9 +1,9 @@
 """Depthwise convolutions: every channel by itself, vectors along the channels, a few neighbouring outputs at a time.
 
-A block of outputs of one row keeps its sums in registers while the rows of the kernel pass; every input vector is loaded
-once for all the outputs of the block that read it. Where the columns of a block lie is worked out once per block and kept
-in scratch, for all channels: columns in the padding are a piece of zeros, outputs beyond the last are written to scratch.
-So there are no variants for the edges. Rows in the padding are left out.
+A block of outputs of one row keeps its sums in registers while the rows of the kernel pass; every input vector is
+loaded once for all the outputs of the block that read it. Where the columns of a block lie is worked out once per block
+and kept in scratch, for all channels: columns in the padding are a piece of zeros, outputs beyond the last are written
+to scratch. So there are no variants for the edges. Rows in the padding are left out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,17 @@ from engine.plan.tensor import Tensor
 from engine.targets.cpu.codegen.emit import Int, Value, element_type, vector_type
 from engine.targets.cpu.codegen.expressions import lower as lower_expressions
 from engine.targets.cpu.codegen.tile import Epilogue
-from engine.targets.cpu.kernel import Context, KernelBuilder, KernelSpec, Launch, Pointer, Slot, is_constant, launch, pointer_to
+from engine.targets.cpu.kernel import (
+    Context,
+    KernelBuilder,
+    KernelSpec,
+    Launch,
+    Pointer,
+    Slot,
+    is_constant,
+    launch,
+    pointer_to,
+)
 from engine.targets.cpu.tiling import epilogue_of, zeros
 
 _BLOCKS = (8, 7, 6, 4, 2, 1)  # outputs at a time: 7 divides the widths of most image models
@@ -57,8 +67,8 @@ class DepthwiseSpec(KernelSpec):
         return (
             "x", "x.n", "x.y", "x.x", "weights", "weights.tap", "zero", *names,
             *(f"{name}.{axis}" for name in names for axis in "nyx" if name in self.moving),
-            "channels", "channel_chunks", "row_chunks", "height", "width", "out_height", "out_width", "stride_y", "pad_y",
-            "pad_x", "kernel_rows", "dilation_y", "dummy",
+            "channels", "channel_chunks", "row_chunks", "height", "width", "out_height", "out_width", "stride_y",
+            "pad_y", "pad_x", "kernel_rows", "dilation_y", "dummy",
         )  # fmt: skip
 
     def emit(self, kernel: KernelBuilder) -> None:
@@ -109,7 +119,7 @@ class _Depthwise:
         k.loop(0, width, self.spec.block, lambda x, _: self._block(x, y, top, from_row, to_row))
 
     def _block(self, x: Value, y: Value, top: Int, from_row: Int, to_row: Int) -> None:
-        k, spec = self.k, self.spec
+        k = self.k
         self._point_at_columns(x, top, from_row, to_row)
         self._point_at_outputs(x, y)
         full = k.add(self.first, k.mul(k.div(k.sub(self.last, self.first), self.lanes), self.lanes))
@@ -142,8 +152,8 @@ class _Depthwise:
         k.loop(from_row, to_row, 1, row)
 
     def _point_at_outputs(self, x: Value, y: Value) -> None:
-        """Write where the outputs, and the epilogue inputs that belong to them, lie. What is beyond the last output reads
-        like the last one and is written to scratch."""
+        """Write where the outputs, and the epilogue inputs that belong to them, lie. What is beyond the last output
+        reads like the last one and is written to scratch."""
         k = self.k
         columns = k.binary("add", _vector(range(_ADDRESSES)), self._splat(x))
         last = self._splat(k.sub(k.integer("out_width"), 1))
@@ -239,7 +249,8 @@ def lower(step: Step, conv: Conv, context: Context) -> list[Launch]:
     (stride_y, stride_x), (dilation_y, dilation_x) = (_pair(v) for v in (conv.strides, conv.dilations))
     pads = [begin for begin, _ in conv.pads]
     pad_y, pad_x = pads if len(pads) == 2 else (0, pads[0])
-    block = min(_BLOCKS, key=lambda b: (-(-out_width // b) * (b + 1), -b))  # + 1: what every block costs beside its sums
+    # Every block costs about one output more than it has.
+    block = min(_BLOCKS, key=lambda b: (-(-out_width // b) * (b + 1), -b))
     spec = DepthwiseSpec(context.isa, x.dtype, w.shape[3], stride_x, dilation_x, block, epilogue)
     itemsize = x.dtype.itemsize
     slots: dict[str, Slot] = {

@@ -1,8 +1,8 @@
-"""Large batches in pieces: a plan whose intermediates do not fit the last-level cache runs a part of the batch at a time.
+"""Large batches in pieces: a plan whose intermediates do not fit the last-level cache runs part of the batch at a time.
 
 Image networks at a batch of eight keep some tens of megabytes alive between two layers, which then go out to memory and
-back. Nothing in such a network mixes the images, so running all layers for a few images, then for the next few, does the
-same work with the intermediates in the cache. Used by `target.py` when a plan is bound.
+back. Nothing in such a network mixes the images, so running all layers for a few images, then for the next few, does
+the same work with the intermediates in the cache. Used by `target.py` when a plan is bound.
 """
 
 from __future__ import annotations

@@ -107,7 +107,8 @@ def task_grid(
     for chunks, groups in product(chunk_counts, group_counts):
         task_rows, task_panels = rows / chunks, -(-panels // groups)
         multiply = task_rows * task_panels * depth * width / lanes
-        stream = (-(-task_rows // block) * task_panels * width * depth * itemsize + task_rows * row_bytes) / _STREAM_BYTES
+        panel_bytes = task_panels * width * depth * itemsize
+        stream = (-(-task_rows // block) * panel_bytes + task_rows * row_bytes) / _STREAM_BYTES
         # What is streamed is fetched ahead, for the most part.
         task = multiply + 0.3 * stream + _TASK_CYCLES
         tasks = batches * chunks * groups
@@ -164,8 +165,9 @@ def epilogue_of(
         tensor = inputs[index]
         missing = len(shape) - len(tensor.shape)
         if missing < 0:
-            raise UnsupportedOp(f"{op.name}: an epilogue input of rank {len(tensor.shape)} for an output of rank {len(shape)}")
-        own = [0 if size == 1 else s * tensor.dtype.itemsize for size, s in zip(tensor.shape, tensor.strides, strict=True)]
+            raise UnsupportedOp(f"{op.name}: an epilogue input of shape {tensor.shape} for an output of shape {shape}")
+        itemsize = tensor.dtype.itemsize
+        own = [0 if size == 1 else s * itemsize for size, s in zip(tensor.shape, tensor.strides, strict=True)]
         strides = [0] * missing + own
         along = tuple(0 if shape[axis] == 1 else strides[axis] for axis in order)
         args.append(EpilogueArg(tensor.dtype, bool(along[-1]), any(along[:-1])))
@@ -189,9 +191,10 @@ def row_strides(epilogue: Epilogue, operands: Sequence[Operand]) -> tuple[Epilog
 @dataclass(frozen=True)
 class Product:
     """A matrix product to launch: `sizes` are those of the batch axes and of the rows, `operands` lie along them
-    ("a", "b", outputs, epilogue inputs). The reduction has `depth` elements, in `segments` of `inner`; where it is split
-    because it is long, in `split_segments`. `packs`: the second operand is packed by the tasks. `slots` are arguments of
-    the family's own. `row_bytes` is what a row adds to the working set, `scratch_per_row` what it needs of scratch.
+    ("a", "b", outputs, epilogue inputs). The reduction has `depth` elements, in `segments` of `inner`; where it is
+    split because it is long, in `split_segments`. `packs`: the second operand is packed by the tasks. `slots` are
+    arguments of the family's own. `row_bytes` is what a row adds to the working set, `scratch_per_row` what it needs
+    of scratch.
     """
 
     dtype: DType
@@ -220,8 +223,9 @@ def launches(
     context: Context,
     concurrent: bool = False,
 ) -> list[Launch]:
-    """One launch per part, side by side. `make(part, split, batched, epilogue)` gives the kernel, `move_second(part, panels
-    before it)` the bytes from the start of the second operand to that part. `concurrent`: beside what was launched before."""
+    """One launch per part, side by side. `make(part, split, batched, epilogue)` gives the kernel, `move_second(part,
+    bytes before it)` the bytes from the start of the second operand to that part. `concurrent`: beside the launch
+    before."""
     *batch, rows = product.sizes
     batches = prod(batch)
     itemsize = product.dtype.itemsize

@@ -95,10 +95,10 @@ GROWING = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GROWING)
 def test_time_grows_with_the_nodes_and_not_with_their_square(name: str) -> None:
     small, large = (load(GROWING[name](n)) for n in (500, 5000))
     seconds, many_seconds = min(timed(load(GROWING[name](500))), timed(small)), timed(large)
     large.validate()
     assert many_seconds < max(0.5, 10 * seconds) * GENEROUS, f"{seconds:.2f} s, then {many_seconds:.2f} s"
-

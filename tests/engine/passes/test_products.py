@@ -85,8 +85,10 @@ CAUSAL_WEIGHTS = {
     "window": np.tri(16, dtype=np.bool_)[None] & ~np.tri(16, k=-3, dtype=np.bool_)[None],
 }  # fmt: skip
 SIZE = "w = Shape<start=1, end=2>(x) e = Concat<axis=0>(w, w) "
-RANGE = "w = Shape<start=1, end=2>(x) n = Squeeze(w, zero) r = Range(i0, n, i1) qi = Unsqueeze(r, u1)" \
+RANGE = (
+    "w = Shape<start=1, end=2>(x) n = Squeeze(w, zero) r = Range(i0, n, i1) qi = Unsqueeze(r, u1)"
     " ki = Unsqueeze(r, u0) "
+)
 CAUSAL = {
     "sliced triangle": SIZE + "m = Slice(tril, n0, e, ax) t = Where(m, s, low)",
     "sliced triangle, lowest number": SIZE + "m = Slice(tril, n0, e, ax) t = Where(m, s, lowest)",

@@ -16,7 +16,7 @@ from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cpu.codegen.isa import Isa, host_isas
 from engine.targets.cpu.families import family_of
 from engine.targets.cpu.jit import Compiler
-from engine.targets.cpu.kernel import Context, Launch, Pointer, StatusWord, WeightStore, pointer_to
+from engine.targets.cpu.kernel import Context, Launch, Pointer, StatusWord, WeightStore
 
 GUARD = 256
 POISON = 0xA7
@@ -32,11 +32,6 @@ class Layout:
     order: tuple[int, ...] | None = None
     gap: int = 0
     step: int = 1
-
-
-def pointer_of(tensor: Tensor) -> Pointer:
-    """The address of a tensor's first element."""
-    return pointer_to(tensor)
 
 
 class StepResult:

@@ -158,6 +158,12 @@ def test_epilogue_reads_a_residual_and_writes_two_layouts() -> None:
     np.testing.assert_allclose(result.outputs[1], _reference(q, k, v), rtol=0, atol=2e-3)
 
 
+def test_no_keys_is_a_fully_masked_row() -> None:
+    for zero in (False, True):
+        result = run_step(Attention(SCALE, masked_rows_zero=zero), _qkv(1, 2, 2, 5, 0, 8, 8)).outputs[0]
+        np.testing.assert_array_equal(result, np.full(result.shape, 0.0 if zero else np.nan))
+
+
 def test_scratch_does_not_grow_with_the_sequence() -> None:
     short, long = (run_step(Attention(SCALE), _qkv(1, 1, 1, n, n, 8, 8)).launches[0] for n in (64, 1024))
     assert short.scratch_bytes == long.scratch_bytes

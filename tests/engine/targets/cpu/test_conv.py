@@ -24,8 +24,8 @@ def channels_last(rank: int) -> tuple[int, ...]:
 
 @dataclass
 class Case:
-    """A convolution to check. `epilogue` inputs: 1 bias; 2 also a residual; 3 also a scale per image and channel; 4 also
-    a row along the last axis."""
+    """A convolution to check. `epilogue` inputs: 1 bias; 2 also a residual; 3 also a scale per image and channel; 4
+    also a row along the last axis."""
 
     x: tuple[int, ...]
     w: tuple[int, ...]
@@ -86,9 +86,8 @@ def test_random_convolutions(isa: str, seed: int) -> None:
     channels, outputs = groups * int(rng.integers(2, most)), groups * int(rng.integers(2, most))
     kernel, strides, dilations = draw(rng, 1, 4, axes), draw(rng, 1, 4, axes), draw(rng, 1, 3, axes)
     padding = pads(rng, axes)
-    size = tuple(
-        max(n, (k - 1) * d + 1) for n, k, d in zip(draw(rng, 1, (40, 14, 7)[axes - 1], axes), kernel, dilations, strict=True)
-    )
+    drawn = draw(rng, 1, (40, 14, 7)[axes - 1], axes)
+    size = tuple(max(n, (k - 1) * d + 1) for n, k, d in zip(drawn, kernel, dilations, strict=True))
     first = groups == 1 and channels <= 4 and kernel[-1] > 1 and dilations[-1] == 1
     case = Case(
         (int(rng.integers(1, 3)), channels, *size), (outputs, channels // groups, *kernel),
@@ -163,11 +162,8 @@ def test_random_depthwise_convolutions(isa: str, seed: int) -> None:
 def test_another_image_size_needs_no_other_kernel(isa: str) -> None:
     conv = Conv((1, 1), ((1, 1), (1, 1)), (1, 1))
     w = np.ones((20, 8, 3, 3), np.float32)
-    specs = {
-        launch.spec
-        for size in (3, 8, 21)
-        for launch in run_step(conv, [place(np.ones((1, 8, size, size), np.float32), Layout((0, 2, 3, 1))), w], isa).launches
-    }
+    images = [place(np.ones((1, 8, size, size), np.float32), Layout((0, 2, 3, 1))) for size in (3, 8, 21)]
+    specs = {launch.spec for x in images for launch in run_step(conv, [x, w], isa).launches}
     assert len(specs) == 1
 
 

@@ -78,8 +78,8 @@ def _check(expression: ex.Expr, inputs: list[np.ndarray], isa: str, rtol: float 
     if isinstance(expression, ex.Apply) and expression.op is not PointOp.CAST:
         arguments = [ex.substitute(arg, leaves) for arg in expression.args]
         reference = ex.apply(expression.op, *arguments)
-    expected = ex.evaluate(reference, wide).astype(expression.dtype.numpy)
     with np.errstate(all="ignore"):
+        expected = ex.evaluate(reference, wide).astype(expression.dtype.numpy)
         result = run_step(Pointwise((expression,)), inputs, isa).outputs[0]
         if expression.dtype.is_float:
             np.testing.assert_allclose(result.astype(np.float64), expected.astype(np.float64), rtol=rtol, atol=rtol)
@@ -150,3 +150,11 @@ def test_smallest_integer_by_minus_one_and_by_zero_does_not_trap() -> None:
     result = run_step(Pointwise(stores), [x, by])
     np.testing.assert_array_equal(result.outputs[0], [-(2**31), 0, 0])
     np.testing.assert_array_equal(result.outputs[1], [0, 0, 0])
+
+
+def test_deep_chain_of_shared_subexpressions_stays_linear() -> None:
+    value: ex.Expr = ex.Arg(0, DType.F32)
+    for _ in range(60):  # written out as a tree, this has 2⁶⁰ leaves
+        value = ex.apply(PointOp.MUL, value, ex.apply(PointOp.SIGMOID, value))
+    result = run_step(Pointwise((value,)), [np.float32([3, 40])])
+    np.testing.assert_allclose(result.outputs[0], ex.evaluate(value, [np.float64([3, 40])]), rtol=1e-5, atol=1e-12)

@@ -15,8 +15,8 @@ from engine.ir.expr import PointOp
 from engine.ir.ops import Pointwise
 from engine.targets.cpu.codegen.isa import host_isas
 from engine.targets.cpu.codegen.vector_math import VectorMath, softmax_exp
-from engine.targets.cpu.kernel import KernelBuilder, KernelSpec, launch
-from tests.engine.targets.cpu.steps import place, pointer_of, run_launches, run_step
+from engine.targets.cpu.kernel import KernelBuilder, KernelSpec, launch, pointer_to
+from tests.engine.targets.cpu.steps import place, run_launches, run_step
 
 # Largest error in units in the last place, as measured and rounded up; x86-64 without FMA rounds a little more often.
 ULPS = {"exp": 1.1, "log": 0.9, "tanh": 1.4, "sigmoid": 2.7, "erf": 1.3, "sin": 1.6, "cos": 1.6}
@@ -30,8 +30,8 @@ def _arguments() -> np.ndarray:
 
 
 def _reference(name: str, x: np.ndarray) -> np.ndarray:
-    wide = x.astype(np.float64)
     with np.errstate(all="ignore"):
+        wide = x.astype(np.float64)
         if name == "erf":
             return np.array([math.erf(v) for v in wide])
         if name == "sigmoid":
@@ -90,7 +90,7 @@ def test_exponentials_of_a_softmax_are_exact_at_the_ends(short: bool, isa: str) 
     x = x[: len(x) // 16 * 16].astype(np.float32)
     source, target = place(x), place(np.zeros_like(x))
     spec = _ExpSpec(host_isas()[isa], short)
-    run_launches([launch(spec, {"x": pointer_of(source), "y": pointer_of(target), "count": len(x)}, 1)])
+    run_launches([launch(spec, {"x": pointer_to(source), "y": pointer_to(target), "count": len(x)}, 1)])
     y = target.buffer.data.view(np.float32)[target.offset : target.offset + len(x)]
     exact = np.exp(x.astype(np.float64))
     dense = x >= -87.3
