@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.frontend.content import Element, Ratio, Undecided, apply_elements, complexity
+from engine.frontend.bounds import complexity
+from engine.frontend.elements import Element, Ratio, Undecided, apply_elements
 from engine.ir import dim as dims
 from engine.ir import expr as ex
 from engine.ir import ops

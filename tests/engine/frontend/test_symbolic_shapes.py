@@ -11,8 +11,8 @@ from onnx import TensorProto
 
 from engine.errors import UnsupportedOp
 from engine.frontend import read
-from engine.frontend.content import at_least, lower_bound, smaller
-from engine.frontend.operators.slicing import bounds
+from engine.frontend.bounds import at_least, lower_bound, smaller
+from engine.frontend.operators.slicing import slice_range
 from engine.ir import expr as ex
 from engine.ir import ops
 from engine.ir.dim import evaluate, floordiv, symbol
@@ -130,12 +130,12 @@ def test_expand_with_minus_one_replaced_by_where() -> None:
 )
 def test_slice_bounds_are_those_of_python(begin: int, end: int, step: int, size: int) -> None:
     expected = list(range(size))[begin:end:step]
-    start, count = bounds(size, begin, end, step)
+    start, count = slice_range(size, begin, end, step)
     assert isinstance(start, int)
     assert isinstance(count, int)
     assert [start + step * i for i in range(count)] == expected
     # The same with a size known only later, wherever it is large enough.
-    start, count = bounds(symbol("n"), begin, end, step)
+    start, count = slice_range(symbol("n"), begin, end, step)
     assert (evaluate(start, {"n": size}) if expected else 0) == (expected[0] if expected else 0)
     assert evaluate(count, {"n": size}) == len(expected)
 
