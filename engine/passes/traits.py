@@ -12,8 +12,10 @@ class Traits:
     """The capability table of a target, as far as graph rewrites are concerned.
 
     `channels_last`: image kernels want the channel innermost in memory. `float_types`: the floating-point types the
-    target computes and stores; tensors of other float types are carried in fp32 inside the graph.
+    target computes and stores; tensors of other float types are carried in fp32 inside the graph. `attention_types`:
+    the types for which it has a fused attention; in others scores and probabilities stay apart.
     """
 
     channels_last: bool = True
     float_types: frozenset[DType] = frozenset({DType.F32, DType.F64})
+    attention_types: frozenset[DType] = frozenset({DType.BF16, DType.F16, DType.F32, DType.F64})

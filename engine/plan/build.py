@@ -34,7 +34,7 @@ class Constants:
         found = self._buffers.get(id(value))
         if found is None:
             assert value.data is not None
-            data = np.ascontiguousarray(value.data)
+            data = np.asarray(value.data, order="C")
             found = (value, Buffer(value.name, BufferKind.CONSTANT, data.nbytes, data))
             self._buffers[id(value)] = found
         return found[1]
