@@ -26,6 +26,8 @@ Array = np.ndarray[Any, Any]
 
 MAX_NUMBERS = 65536  # elements of a constant that is folded here; larger ones are the folding pass's work
 MAX_SIZES = 2048  # elements of a tensor of symbolic sizes
+
+
 def evaluate(op: ops.Op, inputs: Sequence[Value], contents: Sequence[Array | None]) -> list[Array] | None:
     """The results of `op`, as arrays of numbers or object arrays of elements; None where they are not certain."""
     run = _RUNNERS.get(type(op))

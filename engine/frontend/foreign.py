@@ -113,10 +113,7 @@ def _folded(
     graph = helper.make_graph([proto], "fold", infos, outputs)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid(*pair) for pair in opsets.items()])
     computed: Any = ReferenceEvaluator(model).run(None, dict(zip(names, arrays, strict=True)))
-    return [
-        node.constant(np.asarray(array), dtype)
-        for array, (dtype, shape) in zip(computed, results, strict=True)
-    ]
+    return [node.constant(np.asarray(array), dtype) for array, (dtype, shape) in zip(computed, results, strict=True)]
 
 
 def opaque_value(node: OnnxNode, *inputs: Value) -> Value:
@@ -173,9 +170,7 @@ def _result_types(
     return tuple(_result_type(node, info, named) for info in inferred.graph.output)
 
 
-def _result_type(
-    node: OnnxNode, info: onnx.ValueInfoProto, named: dict[str, Dim]
-) -> tuple[DType, tuple[Dim, ...]]:
+def _result_type(node: OnnxNode, info: onnx.ValueInfoProto, named: dict[str, Dim]) -> tuple[DType, tuple[Dim, ...]]:
     tensor = info.type.tensor_type
     if not tensor.HasField("shape") or tensor.elem_type == TensorProto.UNDEFINED:
         raise node.unsupported("a result whose shape depends on the data")

@@ -201,9 +201,7 @@ class Translator:
         if held is None or held.type != onnx.AttributeProto.GRAPH:
             raise node.invalid(f"attribute {attribute!r} is not a graph")
         graph = held.g
-        inner = Scope(
-            scope.versions, attributes=scope.attributes, parent=scope, prefix=prefix, depth=scope.depth + 1
-        )
+        inner = Scope(scope.versions, attributes=scope.attributes, parent=scope, prefix=prefix, depth=scope.depth + 1)
         self._initializers(graph, inner)
         if len(values) != len(graph.input):
             raise node.invalid(f"the graph in {attribute!r} has {len(graph.input)} inputs, not {len(values)}")

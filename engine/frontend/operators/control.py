@@ -26,9 +26,7 @@ def If(node: OnnxNode, condition: Value) -> list[Value]:
 
 
 @operator("Loop")
-def Loop(
-    node: OnnxNode, trips: Value | None = None, condition: Value | None = None, *carried: Value
-) -> list[Value]:
+def Loop(node: OnnxNode, trips: Value | None = None, condition: Value | None = None, *carried: Value) -> list[Value]:
     count = node.static_ints(trips, "a trip count")[0] if trips is not None else _MAX_TRIPS + 1
     going = condition if condition is not None else node.constant(True)
     state = list(carried)

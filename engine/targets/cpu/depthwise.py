@@ -34,8 +34,8 @@ from engine.targets.cpu.kernel import (
 )
 from engine.targets.cpu.tiling import epilogue_of, zeros
 
-_BLOCKS = (8, 7, 6, 4, 2, 1)  # outputs at a time: 7 divides the widths of most image models
-_ADDRESSES = 8  # worked out at a time; no block is longer
+_BLOCKS = (14, 8, 7, 6, 4, 2, 1)  # outputs at a time: 7 divides the widths of most image models
+_ADDRESSES = 8  # worked out at a time
 _LARGEST_KERNEL = 9  # columns: beyond, the sums and weights of a block leave no registers
 
 
@@ -84,9 +84,10 @@ class _Depthwise:
         self.lanes = spec.isa.lanes_of(self.itemsize)
         self.reads = spec.reads
         self.columns_table = kernel.scratch
-        # One line of pointers per moving operand, in front of the columns of the kernel's rows.
-        self.tables = {name: kernel.offset(kernel.scratch, 64 * i) for i, name in enumerate(spec.moving)}
-        self.columns_table = kernel.offset(kernel.scratch, 64 * len(spec.moving))
+        # The places of the outputs, one table per moving operand, lie before those of the columns.
+        size = 8 * _padded(spec.block)
+        self.tables = {name: kernel.offset(kernel.scratch, size * i) for i, name in enumerate(spec.moving)}
+        self.columns_table = kernel.offset(kernel.scratch, size * len(spec.moving))
 
     def emit(self) -> None:
         k = self.k
@@ -155,18 +156,19 @@ class _Depthwise:
         """Write where the outputs, and the epilogue inputs that belong to them, lie. What is beyond the last output
         reads like the last one and is written to scratch."""
         k = self.k
-        columns = k.binary("add", _vector(range(_ADDRESSES)), self._splat(x))
         last = self._splat(k.sub(k.integer("out_width"), 1))
-        beyond = k.compare("sgt", columns, last)
-        columns = k.select(beyond, last, columns)
         dummy = self._splat(k.convert("ptrtoint", self.dummy, "i64"))
-        for name in self.spec.moving:
-            line = k.convert("ptrtoint", k.offset(self.bases[name], k.mul(y, k.integer(f"{name}.y"))), "i64")
-            steps = k.binary("mul", columns, self._splat(k.integer(f"{name}.x")))
-            place = k.binary("add", self._splat(line), steps)
-            if name.startswith("out"):
-                place = k.select(beyond, dummy, place)
-            k.store(place, self.tables[name], 8)
+        for first in range(0, self.spec.block, _ADDRESSES):
+            columns = k.binary("add", _vector(range(first, first + _ADDRESSES)), self._splat(x))
+            beyond = k.compare("sgt", columns, last)
+            columns = k.select(beyond, last, columns)
+            for name in self.spec.moving:
+                line = k.convert("ptrtoint", k.offset(self.bases[name], k.mul(y, k.integer(f"{name}.y"))), "i64")
+                steps = k.binary("mul", columns, self._splat(k.integer(f"{name}.x")))
+                place = k.binary("add", self._splat(line), steps)
+                if name.startswith("out"):
+                    place = k.select(beyond, dummy, place)
+                k.store(place, k.offset(self.tables[name], 8 * first), 8)
 
     def _splat(self, value: Int) -> Value:
         return self.k.splat(self.k.i64(value), _ADDRESSES)
@@ -249,8 +251,9 @@ def lower(step: Step, conv: Conv, context: Context) -> list[Launch]:
     (stride_y, stride_x), (dilation_y, dilation_x) = (_pair(v) for v in (conv.strides, conv.dilations))
     pads = [begin for begin, _ in conv.pads]
     pad_y, pad_x = pads if len(pads) == 2 else (0, pads[0])
-    # Every block costs about one output more than it has.
-    block = min(_BLOCKS, key=lambda b: (-(-out_width // b) * (b + 1), -b))
+    blocks = [block for block in _BLOCKS if block + w.shape[3] + 3 <= max(11, context.isa.registers)]
+    # Every block costs about two outputs more than it has.
+    block = min(blocks, key=lambda b: (-(-out_width // b) * (b + 2), -b))
     spec = DepthwiseSpec(context.isa, x.dtype, w.shape[3], stride_x, dilation_x, block, epilogue)
     itemsize = x.dtype.itemsize
     slots: dict[str, Slot] = {
@@ -274,7 +277,7 @@ def lower(step: Step, conv: Conv, context: Context) -> list[Launch]:
     channel_chunks = 1
     if batch * row_chunks < wanted or batch * out_height < 4 * wanted:
         row_chunks, channel_chunks = 1, min(vectors, -(-wanted // batch))
-    table_bytes = 64 * len(spec.moving) + w.shape[2] * _padded(len(spec.reads)) * 8
+    table_bytes = _padded(block) * 8 * len(spec.moving) + w.shape[2] * _padded(len(spec.reads)) * 8
     widest = max(store.dtype.itemsize for store in conv.stores)
     slots |= {
         "channels": channels, "channel_chunks": channel_chunks, "row_chunks": row_chunks, "height": x.shape[2],

@@ -187,7 +187,17 @@ def multiply(
 
     segments = -(-depth // _SEGMENT)
     product = Product(
-        a.dtype, sizes, columns, depth, 1, _SEGMENT, operands, epilogue, slots, not known, segments if known else 0,
+        a.dtype,
+        sizes,
+        columns,
+        depth,
+        1,
+        _SEGMENT,
+        operands,
+        epilogue,
+        slots,
+        not known,
+        segments if known else 0,
         depth * itemsize,
     )
     return launches(product, parts, make, move_second, context)

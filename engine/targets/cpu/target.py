@@ -153,6 +153,7 @@ class _Places:
         self._inputs = len(plan.inputs)
         self._base = {id(tensor.buffer): i for i, (_, tensor) in enumerate(self._tensors, start=1)}
         self._kept: dict[int, np.ndarray] = {}
+        self._table_bytes = 0
 
     def locate(self, buffer: Buffer) -> tuple[int | None, int]:
         """(base, offset in bytes) of a buffer; base None: the offset is an address."""
@@ -169,6 +170,7 @@ class _Places:
             assert data is not None, f"{buffer.name} has no content"
             whole = data.flags.c_contiguous and data.flags.aligned
             self._kept[id(buffer)] = data if whole else aligned_copy(data)
+            self._table_bytes += data.nbytes if buffer.kind is BufferKind.PLAN else 0
         return self._kept[id(buffer)]
 
     def bases(
@@ -189,7 +191,7 @@ class _Places:
     @property
     def nbytes(self) -> int:
         """Memory of the small tables that belong to the plan alone."""
-        return sum(array.nbytes for array in self._kept.values() if array.ndim == 1 and array.base is None)
+        return self._table_bytes
 
 
 class _Native:

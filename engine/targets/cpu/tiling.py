@@ -90,7 +90,15 @@ def packed(matrix: np.ndarray, parts: Sequence[Panels]) -> np.ndarray:
 
 @lru_cache(maxsize=65536)
 def task_grid(
-    rows: int, panels: int, width: int, depth: int, itemsize: int, row_bytes: int, batches: int, lanes: int, tile: int,
+    rows: int,
+    panels: int,
+    width: int,
+    depth: int,
+    itemsize: int,
+    row_bytes: int,
+    batches: int,
+    lanes: int,
+    tile: int,
     threads: int,
 ) -> tuple[int, int]:
     """(row chunks, panel groups) for one batch: what makes the estimated time shortest.
@@ -184,8 +192,6 @@ def row_strides(epilogue: Epilogue, operands: Sequence[Operand]) -> tuple[Epilog
     )
     result = Epilogue(epilogue.stores, args)
     return result, {f"{name}.row": by_name[name].strides[-1] for name, _, _, rows in result.tensors if rows}
-
-
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,15 @@ def test_a_cache_that_cannot_be_used_costs_a_warning(tmp_path: Path) -> None:
         assert stored(compiler, 4) == 4
 
 
+def test_a_cache_that_others_can_write_is_not_read(tmp_path: Path) -> None:
+    stored(Compiler(tmp_path), 8)
+    tmp_path.chmod(0o777)
+    compiler = Compiler(tmp_path)
+    with pytest.warns(UserWarning, match="by others"):
+        assert stored(compiler, 8) == 8
+    assert compiler.compiled == 1
+
+
 def test_nothing_half_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
