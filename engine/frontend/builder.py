@@ -16,7 +16,8 @@ import numpy as np
 
 from engine.errors import ModelError
 from engine.frontend import content, grid
-from engine.frontend.content import Element
+from engine.frontend.bounds import complexity
+from engine.frontend.elements import MAX_TERMS, Element, Ratio, objects
 from engine.ir import expr as ex
 from engine.ir import ops
 from engine.ir.dim import Dim, Sym, is_symbol
@@ -60,10 +61,10 @@ class Builder:
 
     def sizes(self, elements: Sequence[Element], shape: tuple[int, ...], dtype: DType = DType.I64) -> Value:
         """A tensor of sizes, known while reading."""
-        return self._known(content.objects(elements, shape), dtype)
+        return self._known(objects(elements, shape), dtype)
 
     def _known(self, array: Array, dtype: DType) -> Value:
-        if not any(isinstance(element, (Sym, content.Ratio)) for element in array.flat if array.dtype == object):
+        if not any(isinstance(element, (Sym, Ratio)) for element in array.flat if array.dtype == object):
             return self.constant(np.array(array, dtype.numpy, order="C"))
         value = Value("", dtype, array.shape)
         self._elements[value] = array
@@ -112,14 +113,14 @@ class Builder:
             return value
         del self._pending[value]
         elements = list(self._elements[value].flat)
-        whole = [e.numerator if isinstance(e, content.Ratio) else e for e in elements]
+        whole = [e.numerator if isinstance(e, Ratio) else e for e in elements]
         sizes: list[Dim] = [e if isinstance(e, Sym) else int(e) for e in whole]
         shape = value.shape
         if value.dtype.is_int:
             self.graph.nodes.append(Node(ops.ShapeTensor(shape, tuple(sizes), value.dtype), (), (value,), value.name))
             return value
         (counts,) = self.graph.add(ops.ShapeTensor(shape, tuple(sizes)), (), f"{value.name}/sizes")
-        divisors = np.array([e.denominator if isinstance(e, content.Ratio) else 1 for e in elements])
+        divisors = np.array([e.denominator if isinstance(e, Ratio) else 1 for e in elements])
         divisor = self.constant(divisors.astype(value.dtype.numpy).reshape(self._elements[value].shape))
         quotient = ex.apply(ex.PointOp.DIV, ex.cast(ex.Arg(0, DType.I64), value.dtype), ex.Arg(1, value.dtype))
         self.graph.nodes.append(Node(ops.Pointwise((quotient,)), (counts, divisor), (value,), value.name))
@@ -184,7 +185,7 @@ def _check_shape(shape: tuple[Dim, ...], what: str) -> None:
     for size in shape:
         if isinstance(size, int) and size < 0:
             raise ModelError(f"{what}: the result would have a negative size: {[str(dim) for dim in shape]}")
-        if isinstance(size, Sym) and content.complexity(size) > content.MAX_TERMS:
+        if isinstance(size, Sym) and complexity(size) > MAX_TERMS:
             raise ModelError(f"{what}: a size has become too complicated to follow; give the inputs fixed shapes")
     if prod(size for size in shape if isinstance(size, int)) > _MAX_SIZE:
         raise ModelError(f"{what}: the result would have {[str(dim) for dim in shape]} elements")

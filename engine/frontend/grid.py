@@ -1,8 +1,8 @@
 """Integer tensors whose elements follow from their position: ranges, and what is computed from ranges.
 
 Exporters build masks and position ids from `Range`, broadcasting and comparisons, and then look them up by index. A
-*grid* says such a tensor in one expression: a number, or a `Dim` in which the symbol ``@i`` stands for the position along
-axis i. With it a lookup by consecutive positions turns into a view, and a comparison that always holds into a constant.
+*grid* says such a tensor in one expression: a number, or a `Dim` in which the symbol ``@i`` is the position along axis
+i. With it a lookup by consecutive positions turns into a view, and a comparison that always holds into a constant.
 The builder computes grids as it adds nodes; `operators/indexing.py` reads them.
 """
 
@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.frontend.content import Element, Ratio, Undecided, apply_elements, complexity
+from engine.frontend.bounds import complexity
+from engine.frontend.elements import Element, Ratio, Undecided, apply_elements
 from engine.ir import dim as dims
 from engine.ir import expr as ex
 from engine.ir import ops
@@ -104,7 +105,7 @@ def _reshape(op: ops.Reshape, inputs: Sequence[Value], grids: Sequence[Element])
     return _moved(grids[0], {old: coordinate(new) for old, new in zip(before, after, strict=True)})
 
 
-def _transpose(op: ops.Transpose, inputs: Sequence[Value], grids: Sequence[Element]) -> Element:
+def _transpose(op: ops.Transpose, _inputs: Sequence[Value], grids: Sequence[Element]) -> Element:
     return _moved(grids[0], {old: coordinate(new) for new, old in enumerate(op.perm)})
 
 
@@ -116,7 +117,7 @@ def _aligned(grid: Element, rank: int, wanted: int) -> Element:
     return _moved(grid, {axis: coordinate(axis + wanted - rank) for axis in range(rank)})
 
 
-def _slice(op: ops.Slice, inputs: Sequence[Value], grids: Sequence[Element]) -> Element:
+def _slice(op: ops.Slice, _inputs: Sequence[Value], grids: Sequence[Element]) -> Element:
     moves: dict[int, Dim] = {}
     for axis, (start, step) in enumerate(zip(op.starts, op.steps, strict=True)):
         moves[axis] = start if op.sizes[axis] == 1 else coordinate(axis) * step + start
@@ -139,7 +140,7 @@ def _gather(op: ops.Gather, inputs: Sequence[Value], grids: Sequence[Element]) -
 
 
 _RUNNERS: dict[type[ops.Op], Callable[[Any, Sequence[Value], Sequence[Any]], Element | None]] = {
-    ops.ShapeTensor: lambda op, inputs, grids: coordinate(0) if op.values is None and op.dtype.is_int else None,
+    ops.ShapeTensor: lambda op, *_: coordinate(0) if op.values is None and op.dtype.is_int else None,
     ops.Reshape: _reshape,
     ops.Transpose: _transpose,
     ops.Expand: _expand,

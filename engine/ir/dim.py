@@ -2,8 +2,8 @@
 
 A `Dim` is an int, or a `Sym`: a polynomial with integer coefficients over atoms. An atom is a symbol's name or an
 operation that no polynomial can express (floor division, minimum, maximum, remainder). Polynomials are kept in one
-canonical form, so structural equality is equality of the mathematics; an expression that reduces to a constant is an int.
-Shape inference and shape folding use these; `evaluate` makes them concrete when a plan is built.
+canonical form, so structural equality is equality of the mathematics; an expression that reduces to a constant is an
+int. Shape inference and shape folding use these; `evaluate` makes them concrete when a plan is built.
 """
 
 from __future__ import annotations

@@ -43,9 +43,10 @@ def Loop(node: OnnxNode, trips: Value | None = None, condition: Value | None = N
         trip += 1
     if not scanned and len(node.outputs) > len(carried):
         raise node.unsupported("a loop without trips that collects results")
-    stacked = []
-    for column in zip(*scanned, strict=True):
-        stacked.append(concat(node, [node.reshape(value, (1, *value.shape)) for value in column], 0))
+    stacked = [
+        concat(node, [node.reshape(value, (1, *value.shape)) for value in column], 0)
+        for column in zip(*scanned, strict=True)
+    ]
     return [*state, *stacked]
 
 

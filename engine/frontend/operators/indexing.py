@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.frontend import content, grid
+from engine.frontend import bounds, grid
 from engine.frontend import formula as f
 from engine.frontend.onnx_node import OnnxNode, compute_dtype, source, store
 from engine.frontend.operators.shape import positions
@@ -26,8 +26,7 @@ def Gather(node: OnnxNode, data: Value, indices: Value) -> Value:
     if not indices.dtype.is_int:
         raise node.invalid(f"indices of type {indices.dtype.value}")
     known, size = node.known(indices), data.shape[axis]
-    fixed = known is not None and known.size and isinstance(size, int)
-    if fixed and not (known.min() >= -size and known.max() < size):
+    if known is not None and isinstance(size, int) and ((known < -size) | (known >= size)).any():
         raise node.invalid(f"an index out of range for an axis of {size}")
     return lookup(node, data, indices, axis)
 
@@ -41,7 +40,7 @@ def lookup(node: OnnxNode, data: Value, indices: Value, axis: int = 0) -> Value:
         apart = node.reshape(one, (*before, *(1,) * indices.rank, *after))
         return node.expand(apart, (*before, *indices.shape, *after))
     counted = grid.enumeration(pattern, indices.shape) if pattern is not None else None
-    if counted is not None and content.at_least(counted[0], 0):
+    if counted is not None and bounds.at_least(counted[0], 0):
         first, count, axes = counted
         part = take(node, data, axis, first, count)
         spread = [dim if i in axes else 1 for i, dim in enumerate(indices.shape)]
@@ -53,7 +52,7 @@ def _wrapped(node: OnnxNode, indices: Value, size: Dim) -> Value:
     """Indices with those that count from the end made positive, as int64."""
     count = node.builder.sizes([size], ())
     whole = node.cast(indices, DType.I64)
-    if isinstance(pattern := node.builder.grid(whole), (int, Sym)) and content.at_least(pattern, 0):
+    if isinstance(pattern := node.builder.grid(whole), (int, Sym)) and bounds.at_least(pattern, 0):
         return whole
     return node.pointwise(lambda i, n: f.where(f.less(i, 0), i + n, i), whole, count)
 
