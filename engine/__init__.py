@@ -1,1 +1,33 @@
-"""The Tilewave inference engine."""
+"""The Tilewave inference engine: runs ONNX CNN and Transformer models in fused kernels of its own.
+
+    import engine
+
+    model = engine.load("model.onnx")
+    outputs = model.run({"input": array})
+
+The names below are the public API; everything else may change.
+"""
+
+from __future__ import annotations
+
+from engine.errors import DeviceError, EngineError, ModelError, OutOfMemory, ShapeError, UnsupportedOp
+from engine.loading import load
+from engine.model import BoundModel, Model
+from engine.specs import DeviceInfo, KernelStat, ProfileRow, StepStat, TensorSpec
+
+__all__ = [
+    "BoundModel",
+    "DeviceError",
+    "DeviceInfo",
+    "EngineError",
+    "KernelStat",
+    "Model",
+    "ModelError",
+    "OutOfMemory",
+    "ProfileRow",
+    "ShapeError",
+    "StepStat",
+    "TensorSpec",
+    "UnsupportedOp",
+    "load",
+]

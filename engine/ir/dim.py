@@ -2,7 +2,8 @@
 
 A `Dim` is an int, or a `Sym`: a polynomial with integer coefficients over atoms. An atom is a symbol's name or an
 operation that no polynomial can express (floor division, minimum, maximum, remainder). Polynomials are kept in one
-canonical form, so structural equality is equality of the mathematics; an expression that reduces to a constant is an int.
+canonical form, so structural equality is equality of the mathematics; an expression that reduces to a constant is an
+int.
 Shape inference and shape folding use these; `evaluate` makes them concrete when a plan is built.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias, Union
+from typing import TypeAlias
 
 
 class DimOp(Enum):
@@ -35,7 +36,7 @@ class Atom:
         return f"({self.a} {self.op.value} {self.b})"
 
 
-Factor: TypeAlias = Union[str, Atom]
+Factor: TypeAlias = str | Atom
 Monomial: TypeAlias = tuple[tuple[Factor, int], ...]  # ((factor, power), …) sorted by text
 
 
@@ -60,9 +61,7 @@ class Sym:
         return self * -1 + other
 
     def __mul__(self, other: Dim) -> Dim:
-        return _from_terms(
-            [(_multiply(m1, m2), c1 * c2) for m1, c1 in self.terms for m2, c2 in _terms(other)]
-        )
+        return _from_terms([(_multiply(m1, m2), c1 * c2) for m1, c1 in self.terms for m2, c2 in _terms(other)])
 
     __rmul__ = __mul__
 
@@ -87,7 +86,7 @@ class Sym:
     __repr__ = __str__
 
 
-Dim: TypeAlias = Union[int, Sym]
+Dim: TypeAlias = int | Sym
 
 
 def symbol(name: str) -> Sym:

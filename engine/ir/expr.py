@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from math import erf
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -222,7 +223,8 @@ def uses_acc(*roots: Expr) -> bool:
 
 
 def flops(*roots: Expr) -> int:
-    """Floating-point operations per element: one for each distinct arithmetic node on floats (a transcendental counts 1)."""
+    """Floating-point operations per element: one for each distinct arithmetic node on floats (a transcendental counts
+    1)."""
     return sum(
         1
         for node in walk(*roots)
@@ -235,7 +237,8 @@ def flops(*roots: Expr) -> int:
 def evaluate(root: Expr, args: Sequence[np.ndarray | None], acc: np.ndarray | None = None) -> np.ndarray:
     """NumPy evaluation with broadcasting: the reference for tests, and what constant folding runs.
 
-    `args[i]` is the array for `Arg(i)` (None where unused), `acc` the one for `Acc`. The result has the expression's dtype.
+    `args[i]` is the array for `Arg(i)` (None where unused), `acc` the one for `Acc`. The result has the expression's
+    dtype.
     """
     done: dict[Expr, np.ndarray] = {}
     with np.errstate(all="ignore"):
@@ -266,14 +269,14 @@ def _evaluate_one(node: Apply, operands: list[np.ndarray]) -> Any:
 
 
 def _erf(x: np.ndarray) -> np.ndarray:
-    from math import erf
-
-    return np.vectorize(erf, otypes=[np.float64])(x.astype(np.float64))
+    result: np.ndarray = np.vectorize(erf, otypes=[np.float64])(x.astype(np.float64))
+    return result
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     e = np.exp(-np.abs(x))
-    return np.where(x >= 0, 1 / (1 + e), e / (1 + e))
+    result: np.ndarray = np.where(x >= 0, 1 / (1 + e), e / (1 + e))
+    return result
 
 
 _NUMPY_OPS: dict[PointOp, Callable[..., Any]] = {

@@ -27,9 +27,9 @@ Shape = tuple[Dim, ...]
 class Value:
     """A tensor of the graph.
 
-    `shape` is the logical (ONNX) shape. `order` lists the dimensions from the outermost to the innermost in memory, None
-    for row-major: an NHWC image is logically [N, C, H, W] with order (0, 2, 3, 1). `data` is the content of a constant,
-    None for what is computed; it is never written to.
+    `shape` is the logical (ONNX) shape. `order` lists the dimensions from the outermost to the innermost in memory,
+    None for row-major: an NHWC image is logically [N, C, H, W] with order (0, 2, 3, 1). `data` is the content of a
+    constant, None for what is computed; it is never written to.
     """
 
     name: str
@@ -129,7 +129,8 @@ class Graph:
         return changed
 
     def sort(self) -> None:
-        """Bring the nodes into topological order, keeping the present order where it is free. Raises ModelError on a cycle."""
+        """Bring the nodes into topological order, keeping the present order where it is free. Raises ModelError on a
+        cycle."""
         producer = self.producers()
         state: dict[int, bool] = {}
         ordered: list[Node] = []

@@ -55,7 +55,8 @@ class Step:
 class Plan:
     """Steps in order. `inputs` and `outputs` are the caller's tensors (always row-major); `sizes` the symbols' values.
 
-    `arena_bytes` is what the intermediates need with buffers shared by lifetime, `unshared_bytes` the sum of all of them.
+    `arena_bytes` is what the intermediates need with buffers shared by lifetime, `unshared_bytes` the sum of all of
+    them.
     """
 
     sizes: Mapping[str, int]

@@ -75,3 +75,17 @@ def row_major(shape: tuple[int, ...], order: tuple[int, ...] | None = None) -> t
 
 def _same_strides(shape: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     return all(size <= 1 or x == y for size, x, y in zip(shape, a, b, strict=True))
+
+
+def broadcast_to(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`tensor` seen in the broadcast `shape`: repeated axes get stride 0. Raises ValueError where it does not
+    broadcast."""
+    missing = len(shape) - len(tensor.shape)
+    if missing < 0:
+        raise ValueError(f"a tensor of shape {tensor.shape} does not broadcast to {shape}")
+    strides = [0] * missing
+    for size, stride, wanted in zip(tensor.shape, tensor.strides, shape[missing:], strict=True):
+        if size not in (1, wanted):
+            raise ValueError(f"a tensor of shape {tensor.shape} does not broadcast to {shape}")
+        strides.append(stride if size == wanted and size != 1 else 0)
+    return Tensor(tensor.buffer, tensor.dtype, shape, tuple(strides), tensor.offset)

@@ -5,7 +5,8 @@ The contract of fused operators (one for all targets):
 - `source` (of the lighter families) is an expression over the node's inputs, computed on the way in: the prologue;
 - `stores` holds one expression per output of the node, over `Acc()` (what the heavy part computed for the element) and
   over any input of the node, broadcast against the output: the epilogue. The expression's dtype is the output's dtype.
-Layouts are not part of an operator: they belong to values (`Value.order`) and, once sizes are known, to the plan's tensors.
+Layouts are not part of an operator: they belong to values (`Value.order`) and, once sizes are known, to the plan's
+tensors.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ ResultTypes: TypeAlias = tuple[tuple[DType, tuple[Dim, ...]], ...]
 
 @dataclass(frozen=True)
 class Cost:
-    """`flops`: floating-point operations of the mathematics. `bytes`: unique bytes read and written, at the dtypes in use."""
+    """`flops`: floating-point operations of the mathematics. `bytes`: unique bytes read and written, at the dtypes in
+    use."""
 
     flops: int
     bytes: int
@@ -57,11 +59,13 @@ class Op(ABC):
         """dtype and shape of each output. Raises ShapeError where the operands do not fit each other."""
 
     def flops(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:
-        """FLOPs of the mathematics for concrete shapes: a multiply-add is 2, one per point-wise operation and element."""
+        """FLOPs of the mathematics for concrete shapes: a multiply-add is 2, one per point-wise operation and
+        element."""
         return 0
 
     def bytes(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:
-        """Unique bytes touched: each operand and each result once, unless the operator reads only part of an operand."""
+        """Unique bytes touched: each operand and each result once, unless the operator reads only part of an
+        operand."""
         return sum(t.nbytes for t in (*inputs, *outputs))
 
     def cost(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> Cost:
@@ -82,8 +86,9 @@ class ConcreteShape(Protocol):
 
 
 def broadcast_shapes(what: str, *shapes: tuple[Dim, ...]) -> tuple[Dim, ...]:
-    """The NumPy broadcast of symbolic shapes. Two different symbols are taken to be equal (checked when a plan is built),
-    and a symbol beside a number above 1 to be that number. Raises ShapeError for numbers that differ; `what` names the node.
+    """The NumPy broadcast of symbolic shapes. Two different symbols are taken to be equal (checked when a plan is
+    built), and a symbol beside a number above 1 to be that number. Raises ShapeError for numbers that differ; `what`
+    names the node.
     """
     rank = max((len(shape) for shape in shapes), default=0)
     result: list[Dim] = [1] * rank

@@ -42,7 +42,8 @@ class Gemm(Op):
 class Conv(Op):
     """Convolution `x[n, c, *spatial]` with `w[o, c/groups, *kernel]` → [n, o, *spatial'], any number of spatial axes.
 
-    `pads` gives (begin, end) per spatial axis. With `transposed` it is ONNX ConvTranspose: `w[c, o/groups, *kernel]`, and
+    `pads` gives (begin, end) per spatial axis. With `transposed` it is ONNX ConvTranspose: `w[c, o/groups, *kernel]`,
+    and
     `output_padding` enlarges the result. Bias is part of the epilogue: an input of shape [o, 1, …].
     """
 
@@ -90,18 +91,23 @@ class Conv(Op):
         return outputs[0].elements * (2 * prod(w.shape[1:]) + ex.flops(*self.stores))
 
     def bytes(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:
-        x, w = inputs[0], inputs[1]
-        total = sum(t.nbytes for t in (*inputs, *outputs))
+        total = super().bytes(inputs, outputs)
         if self.transposed:
             return total
-        # A kernel smaller than its stride skips rows and columns of the input.
-        read = 1.0
-        for i, stride in enumerate(self.strides):
-            taps = min(w.shape[i + 2], -(-stride // self.dilations[i]) * 1) if self.dilations[i] else 1
-            touched = min(x.shape[i + 2], outputs[0].shape[i + 2] * max(1, taps))
-            if w.shape[i + 2] * self.dilations[i] < stride:
-                read *= touched / x.shape[i + 2]
-        return total - x.nbytes + int(x.nbytes * read)
+        x, w = inputs[0], inputs[1]
+        read = prod(
+            self._touched(i, size, kernel, out)
+            for i, (size, kernel, out) in enumerate(zip(x.shape[2:], w.shape[2:], outputs[0].shape[2:], strict=True))
+        )
+        return total - x.nbytes + x.nbytes * read // max(1, prod(x.shape[2:]))
+
+    def _touched(self, i: int, size: int, kernel: int, out: int) -> int:
+        """How many positions of spatial axis `i` some tap reads: all, unless stride or dilation leave gaps."""
+        if self.dilations[i] == 1 and kernel >= self.strides[i]:
+            return size
+        begin = self.pads[i][0]
+        read = {o * self.strides[i] + t * self.dilations[i] - begin for o in range(out) for t in range(kernel)}
+        return sum(0 <= position < size for position in read)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ Gathers = tuple[tuple[int, int], ...]
 
 
 def operand_shape(index: int, inputs: OperandTypes, gathers: Gathers) -> tuple[Dim, ...]:
-    """The logical shape in which an expression sees input `index`: gathered tables have their index's shape in front."""
+    """The logical shape in which an expression sees input `index`: gathered tables have their index's shape in
+    front."""
     for table, by in gathers:
         if table == index:
             return (*inputs[by].shape, *inputs[table].shape[1:])
@@ -73,8 +74,8 @@ class NormKind(Enum):
 class Norm(Op):
     """Normalisation of `source` over `axes` (non-negative, ascending); statistics in fp32, biased variance.
 
-    The normalised value is `Acc()` in `stores`, where scale and shift belong. Layer norm has trailing axes, instance norm
-    the spatial ones; group norm is written on a reshaped view.
+    The normalised value is `Acc()` in `stores`, where scale and shift belong. Layer norm has trailing axes, instance
+    norm the spatial ones; group norm is written on a reshaped view.
     """
 
     kind: NormKind
@@ -140,9 +141,7 @@ class Reduce(Op):
         shape = iteration_shape("Reduce", (self.source,), inputs, ())
         if any(axis >= len(shape) for axis in self.axes):
             raise ShapeError(f"Reduce: axes {self.axes} of a tensor of rank {len(shape)}")
-        kept = tuple(
-            1 if i in self.axes else dim for i, dim in enumerate(shape) if self.keepdims or i not in self.axes
-        )
+        kept = tuple(1 if i in self.axes else dim for i, dim in enumerate(shape) if self.keepdims or i not in self.axes)
         return tuple((store.dtype, kept) for store in self.stores)
 
     def flops(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:

@@ -1,4 +1,5 @@
-"""Operators that move data: concatenation, padding, gathering, resizing; tensors made of sizes; and foreign operators."""
+"""Operators that move data: concatenation, padding, gathering, resizing; tensors made of sizes; and foreign
+operators."""
 
 from __future__ import annotations
 
@@ -104,8 +105,8 @@ class Resize(Op):
 
 @dataclass(frozen=True)
 class ShapeTensor(Op):
-    """A tensor of `shape` whose elements are sizes: `values` in row-major order, or, where `values` is None, the numbers
-    0, 1, 2, … (`shape` has then one axis). It has no inputs; the plan computes it once when it is built."""
+    """A tensor of `shape` whose elements are sizes: `values` in row-major order, or, where `values` is None, the
+    numbers 0, 1, 2, … (`shape` has then one axis). It has no inputs; the plan computes it once when it is built."""
 
     shape: tuple[Dim, ...]
     values: tuple[Dim, ...] | None
@@ -122,9 +123,9 @@ class ShapeTensor(Op):
 
 @dataclass(frozen=True)
 class Opaque(Op):
-    """A rare ONNX operator without a kernel, run on the host through `onnx.reference`; counted, named, refused in strict
-    mode. `node` is the serialised NodeProto with its inputs renamed to ``i0, i1, …`` ("" where absent; the node's
-    inputs are those present, in order); `opsets` the (domain, version) pairs; `results` the output types."""
+    """A rare ONNX operator without a kernel, run on the host through `onnx.reference`; counted, named, refused in
+    strict mode. `node` is the serialised NodeProto with its inputs renamed to ``i0, i1, …`` ("" where absent; the
+    node's inputs are those present, in order); `opsets` the (domain, version) pairs; `results` the output types."""
 
     op_type: str
     node: bytes
@@ -137,5 +138,3 @@ class Opaque(Op):
 
     def infer(self, inputs: OperandTypes) -> ResultTypes:
         return self.results
-
-

@@ -42,7 +42,8 @@ class Transpose(View):
 
 @dataclass(frozen=True)
 class Slice(View):
-    """`sizes[i]` elements of axis i from `starts[i]` in steps of `steps[i]` (negative: backwards). All axes are listed."""
+    """`sizes[i]` elements of axis i from `starts[i]` in steps of `steps[i]` (negative: backwards). All axes are
+    listed."""
 
     starts: tuple[Dim, ...]
     sizes: tuple[Dim, ...]

@@ -1,0 +1,75 @@
+# Everything sets itself up: `make serve` in a fresh clone needs Python 3.11 or newer and make, nothing else.
+# Variables: ARGS (passed on to the command), EXTRAS (e.g. cuda), PYTHON, VENV, PYTEST_ARGS, TARGET (of `make load`).
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+EXTRAS ?=
+TARGET ?= http://127.0.0.1:8000
+PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist loadfile
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+installed = $(patsubst %,$(VENV)/.installed-%,runtime $(EXTRAS) $(1))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup models serve test lint bench load lock clean
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: models  ## .venv with the locked packages, and the default models
+
+models: $(call installed)
+	@$(BIN)/python -m models
+
+serve: models  ## the service; options in ARGS="--port 9000", on a GPU with EXTRAS=cuda
+	@exec $(BIN)/python -m service $(ARGS)
+
+test: models $(call installed,test load)  ## the tests; PYTEST_ARGS="tests/models -x" for some of them
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(call installed,test load)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict
+
+bench: models $(call installed,test)  ## the benchmarks; options in ARGS
+	$(BIN)/python -m benchmarks $(ARGS)
+
+load: $(call installed,load)  ## 20 users for 30 s against a running service; TARGET=http://host:port
+	$(BIN)/locust -f load_tests/locustfile.py --headless -u 20 -r 20 -t 30s --host $(TARGET) $(ARGS)
+
+lock: | $(BIN)/python  ## requirements.lock anew from pyproject.toml
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --upgrade \
+		--no-header --no-annotate --no-emit-index-url --no-emit-find-links --output-file requirements.lock pyproject.toml
+
+clean:  ## remove .venv, built models, downloads and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis models/.cache
+	rm -rf models/*/[0-9]* models/*/labels.txt models/*/tokenizer.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp per group of packages: `runtime` are the project's dependencies, the others its extras. The versions
+# are those of requirements.lock, whatever pyproject.toml would allow.
+REQUIREMENTS := import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	group = sys.argv[1]; \
+	print(*(project["dependencies"] if group == "runtime" else project["optional-dependencies"][group]), sep="\n")
+
+$(VENV)/.installed-%: pyproject.toml requirements.lock | $(BIN)/python
+	@echo "installing the $* packages into $(VENV)"
+	@$(BIN)/python -c '$(REQUIREMENTS)' $* > $@.txt
+	@$(BIN)/python -m pip install --quiet --no-compile --requirement $@.txt --constraint requirements.lock
+	@mv $@.txt $@
+
+$(BIN)/python:
+	@python="$(PYTHON)"; \
+	for candidate in $${python:-python3 python3.14 python3.13 python3.12 python3.11}; do \
+		if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			echo "making $(VENV) with $$("$$candidate" --version)"; \
+			"$$candidate" -m venv --clear $(VENV) && exit 0; \
+			rm -rf $(VENV); \
+			echo "error: $$candidate cannot make a virtual environment (on Debian: apt install python3-venv)" >&2; \
+			exit 1; \
+		fi; \
+	done; \
+	echo "error: Tilewave needs Python 3.11 or newer; name one with make PYTHON=/path/to/python3" >&2; exit 1

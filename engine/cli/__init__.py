@@ -1,0 +1,37 @@
+"""``python -m engine inspect | run | check | profile``: argument parsing and dispatch. One module per command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import engine
+from engine.cli import check, inspect, profile, run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit code: 0 done, 1 a check failed, 2 an error the user can mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m engine", description="Inspect, run, check and profile ONNX models."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for module in (inspect, run, check, profile):
+        command = commands.add_parser(module.NAME, help=module.HELP, description=module.HELP)
+        command.add_argument("model", help="the .onnx file")
+        command.add_argument("--device", default="auto", help="auto or cpu (default: %(default)s)")
+        command.add_argument("--precision", default="auto", help="auto or fp32 (default: %(default)s)")
+        command.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
+        command.add_argument("--strict", action="store_true", help="refuse operators without a kernel of ours")
+        command.add_argument(
+            "--size", action="append", default=[], metavar="NAME=N", help="size of a symbol, e.g. batch=8 (default: 1)"
+        )
+        module.add_arguments(command)
+        command.set_defaults(function=module.main)
+    arguments = parser.parse_args(argv)
+    try:
+        code: int = arguments.function(arguments)
+    except (engine.EngineError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return code

@@ -1,0 +1,76 @@
+"""What the commands share: opening the model, the sizes asked for, input files, and number formats."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+import engine
+
+
+def open_model(arguments: argparse.Namespace) -> engine.Model:
+    """The model named on the command line, loaded as the options say."""
+    return engine.load(
+        arguments.model,
+        device=arguments.device,
+        precision=arguments.precision,
+        strict=arguments.strict,
+        threads=arguments.threads,
+    )
+
+
+def sizes(arguments: argparse.Namespace, model: engine.Model) -> dict[str, int]:
+    """The size of every symbol: what ``--size`` says, else 1. Raises ValueError for a malformed or unknown one."""
+    names = dict.fromkeys(dim for spec in model.inputs for dim in spec.shape if isinstance(dim, str))
+    result = dict.fromkeys(names, 1)
+    for item in arguments.size:
+        name, separator, number = item.partition("=")
+        if not separator or not number.isdecimal() or int(number) < 1:
+            raise ValueError(f"--size {item}: write NAME=N with N at least 1")
+        if name not in result:
+            raise ValueError(f"--size {item}: the model has no size {name!r}; it has {', '.join(result) or 'none'}")
+        result[name] = int(number)
+    return result
+
+
+def add_feed_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input", action="append", default=[], metavar="NAME=FILE.npy", help="an input (default: random data)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default: %(default)s)")
+
+
+def feeds(arguments: argparse.Namespace, model: engine.Model) -> dict[str, np.ndarray]:
+    """The inputs: files where given, random data the model accepts elsewhere."""
+    result = model.sample_feeds(sizes(arguments, model), arguments.seed)
+    for item in arguments.input:
+        name, separator, path = item.partition("=")
+        if not separator or name not in result:
+            raise ValueError(f"--input {item}: write NAME=FILE.npy with one of {', '.join(result)}")
+        result[name] = np.load(Path(path), allow_pickle=False)
+    return result
+
+
+def table(rows: Sequence[Sequence[str]], right: frozenset[int]) -> str:
+    """Rows of text in aligned columns; the columns in `right` are right-aligned. The first row is the heading."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def quantity(value: float, unit: str) -> str:
+    """`value` with a decimal prefix, e.g. ``3.97 GFLOP``."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
+
+
+def shape_text(shape: Sequence[int | str]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"

@@ -1,0 +1,52 @@
+"""What the engine asks of a target: requirements for the plan, an executable for a plan, and facts about the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from engine.ir.ops import Op
+from engine.plan.plan import Plan, Requirement
+from engine.plan.tensor import Tensor
+from engine.specs import DeviceInfo, StepStat
+
+
+class Executable(Protocol):
+    """A plan bound to a device, ready to run."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the executable itself holds (arguments, tensors of sizes; not the arena, not the weights)."""
+        ...
+
+    def run(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
+        """Run once. All arrays are C-contiguous, of the plan's dtypes and shapes. Raises ShapeError for an index out of
+        range found on the way, DeviceError where the device failed."""
+        ...
+
+    def step_stats(self) -> Sequence[StepStat]:
+        """What every step has done since the executable was made, in plan order."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Target(Protocol):
+    """A device that runs plans. One instance serves one model: it owns that model's packed weights and its arena."""
+
+    @property
+    def device_info(self) -> DeviceInfo: ...
+
+    def requirements(
+        self, op: Op, inputs: tuple[Tensor, ...]
+    ) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]: ...
+
+    def bind(self, plan: Plan) -> Executable: ...
+
+    def memory(self) -> Mapping[str, int]:
+        """Bytes by kind: ``weights`` (packed), ``arena``."""
+        ...
+
+    def close(self) -> None: ...

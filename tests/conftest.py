@@ -1,0 +1,67 @@
+"""Fixtures every test may use: the default models, built once, real photos, and the marks' meaning."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from models import build
+
+ROOT = Path(__file__).parent.parent
+MODEL_REPOSITORY = ROOT / "models"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_items and not _has_gpu():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU here"))
+
+
+def _has_gpu() -> bool:
+    if importlib.util.find_spec("cupy") is None:
+        return False
+    import cupy
+
+    try:
+        return bool(cupy.cuda.runtime.getDeviceCount() > 0)
+    except cupy.cuda.runtime.CUDARuntimeError:
+        return False
+
+
+def _report(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+@pytest.fixture(scope="session")
+def model_repository() -> Path:
+    """The repository's own ``models/`` folder with every default model built in it."""
+    for name in ("efficientnet-lite0", "all-minilm-l6-v2"):
+        build(name, MODEL_REPOSITORY, _report)
+    return MODEL_REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def efficientnet_lite0() -> Path:
+    """The folder of EfficientNet-Lite0."""
+    return build("efficientnet-lite0", MODEL_REPOSITORY, _report)
+
+
+@pytest.fixture(scope="session")
+def all_minilm_l6_v2() -> Path:
+    """The folder of all-MiniLM-L6-v2."""
+    return build("all-minilm-l6-v2", MODEL_REPOSITORY, _report)
+
+
+@pytest.fixture(scope="session")
+def photos() -> Mapping[str, Path]:
+    """Real photos by name, from the scikit-image package: chelsea (a cat), coffee, camera, motorcycle."""
+    import skimage
+
+    data = Path(skimage.__file__).parent / "data"
+    files = {"chelsea": "chelsea.png", "coffee": "coffee.png", "camera": "camera.png"}
+    return {name: data / file for name, file in {**files, "motorcycle": "motorcycle_left.png"}.items()}

@@ -1,0 +1,404 @@
+"""A plain NumPy interpreter of the IR: the oracle for tests of the frontend, the passes, the plan and the targets.
+
+`run(graph, feeds)` computes every node in its textbook form, heavy parts in float64, point-wise parts with
+`expr.evaluate` in the dtypes that the expressions say. It checks every result against the shape and dtype that the
+graph declares. It is slow on purpose: nothing here shares code or tricks with a target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx.reference import ReferenceEvaluator
+
+from engine.ir import expr as ex
+from engine.ir import ops
+from engine.ir.dim import evaluate, is_symbol, symbols
+from engine.ir.dtype import DType
+from engine.ir.graph import Graph, Node, Value
+
+Array = np.ndarray[Any, Any]
+Sizes = dict[str, int]
+
+
+def run(graph: Graph, feeds: Mapping[str, Array], sizes: Mapping[str, int] | None = None) -> dict[str, Array]:
+    """The outputs of `graph` by output name. Symbols get their sizes from the shapes of `feeds`, or from `sizes`."""
+    results = run_values(graph, feeds, sizes)
+    return {name: results[value] for name, value in zip(graph.output_names, graph.outputs, strict=True)}
+
+
+def run_values(graph: Graph, feeds: Mapping[str, Array], sizes: Mapping[str, int] | None = None) -> dict[Value, Array]:
+    """The content of every value that the graph computes, reads or returns."""
+    bound = bind_sizes(graph, feeds) | dict(sizes or {})
+    content: dict[Value, Array] = {value: np.asarray(feeds[value.name]) for value in graph.inputs}
+    for value in (v for v in (*graph.outputs, *(i for node in graph.nodes for i in node.inputs)) if v.data is not None):
+        content[value] = np.asarray(value.data)
+    for node in graph.nodes:
+        results = run_node(node, [content[value] for value in node.inputs], bound)
+        for value, array in zip(node.outputs, results, strict=True):
+            content[value] = _checked(node, value, array, bound)
+    return content
+
+
+def bind_sizes(graph: Graph, feeds: Mapping[str, Array]) -> Sizes:
+    """The size of every symbol that is a bare dimension of an input. Raises AssertionError where inputs disagree."""
+    sizes: Sizes = {}
+    for value in graph.inputs:
+        shape = np.shape(feeds[value.name])
+        assert len(shape) == value.rank, f"{value!r} fed with shape {shape}"
+        for dim, size in zip(value.shape, shape, strict=True):
+            if is_symbol(dim):
+                assert sizes.setdefault(str(dim), size) == size, f"{value!r} fed with shape {shape}; {dim} was {sizes}"
+            elif isinstance(dim, int):
+                assert dim == size, f"{value!r} fed with shape {shape}"
+    return sizes
+
+
+def run_node(node: Node, inputs: Sequence[Array], sizes: Sizes) -> list[Array]:
+    """The results of one node for concrete inputs."""
+    return _RUNNERS[type(node.op)](node.op, inputs, sizes, node)
+
+
+def _checked(node: Node, value: Value, array: Array, sizes: Sizes) -> Array:
+    assert array.dtype == value.dtype.numpy, f"{node.origin} {node.op.name}: {value!r} computed as {array.dtype}"
+    known = all(isinstance(dim, int) or symbols(dim) <= sizes.keys() for dim in value.shape)
+    expected = tuple(evaluate(dim, sizes) for dim in value.shape) if known else array.shape
+    assert array.shape == expected, f"{node.origin} {node.op.name}: {value!r} has shape {array.shape}, not {expected}"
+    return array
+
+
+def _stores(stores: Sequence[ex.Expr], inputs: Sequence[Array], acc: Array) -> list[Array]:
+    """The epilogue: the accumulator, rounded to the dtype that the expressions give it, through every store."""
+    results = []
+    for store in stores:
+        dtypes = {leaf.dtype for leaf in ex.walk(store) if isinstance(leaf, ex.Acc)}
+        rounded = acc.astype(dtypes.pop().numpy) if dtypes else acc
+        value = ex.evaluate(store, list(inputs), rounded)
+        results.append(np.ascontiguousarray(np.broadcast_to(value, acc.shape)))
+    return results
+
+
+def _wide(array: Array) -> Array:
+    """Floats as float64, integers as int64, so that products and sums are exact or nearly so."""
+    return array.astype(np.float64 if DType.of(array.dtype).is_float else np.int64)
+
+
+def _gathered(inputs: Sequence[Array], gathers: tuple[tuple[int, int], ...]) -> list[Array]:
+    arrays = list(inputs)
+    for table, index in gathers:
+        arrays[table] = inputs[table][inputs[index]]
+    return arrays
+
+
+def _gemm(op: ops.Gemm, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    return _stores(op.stores, inputs, np.matmul(_wide(inputs[0]), _wide(inputs[1])))
+
+
+def _conv(op: ops.Conv, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    x, w = _wide(inputs[0]), _wide(inputs[1])
+    acc = _conv_transposed(op, x, w) if op.transposed else _conv_forward(op, x, w)
+    return _stores(op.stores, inputs, acc)
+
+
+def _conv_forward(op: ops.Conv, x: Array, w: Array) -> Array:
+    n, c = x.shape[:2]
+    o, per_group, *kernel = w.shape
+    out = [
+        (size + b + e - (k - 1) * d - 1) // s + 1
+        for size, (b, e), k, d, s in zip(x.shape[2:], op.pads, kernel, op.dilations, op.strides, strict=True)
+    ]
+    x = _pad_or_crop(x, ((0, 0), (0, 0), *op.pads))
+    acc = np.zeros((n, op.groups, o // op.groups, *out))
+    grouped = x.reshape(n, op.groups, c // op.groups, *x.shape[2:])
+    weights = w.reshape(op.groups, o // op.groups, per_group, *kernel)
+    for tap in product(*map(range, kernel)):
+        window: Any = tuple(
+            slice(t * d, t * d + (size - 1) * s + 1, s)
+            for t, d, s, size in zip(tap, op.dilations, op.strides, out, strict=True)
+        )
+        acc += np.einsum("ngc...,goc->ngo...", grouped[_at(*window)], weights[_at(*tap)])
+    return acc.reshape(n, o, *out)
+
+
+def _at(*index: Any) -> Any:
+    """The index of the trailing axes."""
+    return (..., *index)
+
+
+def _conv_transposed(op: ops.Conv, x: Array, w: Array) -> Array:
+    n, c = x.shape[:2]
+    _, per_group, *kernel = w.shape
+    extra = op.output_padding or (0,) * len(kernel)
+    full = [
+        (size - 1) * s + (k - 1) * d + 1 + max(0, more)
+        for size, s, k, d, more in zip(x.shape[2:], op.strides, kernel, op.dilations, extra, strict=True)
+    ]
+    acc = np.zeros((n, op.groups, per_group, *full))
+    grouped = x.reshape(n, op.groups, c // op.groups, *x.shape[2:])
+    weights = w.reshape(op.groups, c // op.groups, per_group, *kernel)
+    for tap in product(*map(range, kernel)):
+        window: Any = tuple(
+            slice(t * d, t * d + (size - 1) * s + 1, s)
+            for t, d, s, size in zip(tap, op.dilations, op.strides, x.shape[2:], strict=True)
+        )
+        acc[_at(*window)] += np.einsum("ngc...,gco->ngo...", grouped, weights[_at(*tap)])
+    acc = acc.reshape(n, op.groups * per_group, *full)
+    return _pad_or_crop(acc, ((0, 0), (0, 0), *((-b, -e) for b, e in op.pads)))
+
+
+def _pad_or_crop(x: Array, pads: Sequence[tuple[int, int]], mode: str = "constant", value: Any = 0) -> Array:
+    """`np.pad` in which negative numbers crop; the padding is added first, as ONNX does."""
+    grow = [(max(0, b), max(0, e)) for b, e in pads]
+    x = np.pad(x, grow, mode=mode, **({"constant_values": value} if mode == "constant" else {}))  # type: ignore[call-overload]
+    return x[tuple(slice(max(0, -b), size - max(0, -e)) for size, (b, e) in zip(x.shape, pads, strict=True))]
+
+
+def _attention(op: ops.Attention, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    q, k, v = (_wide(x) for x in inputs[:3])
+    if q.ndim == 4:
+        k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
+    with np.errstate(all="ignore"):
+        scores = op.scale * np.matmul(q, np.swapaxes(k, -1, -2))
+        if op.has_bias:
+            scores = scores + _wide(inputs[3])
+        if op.causal:
+            scores = np.where(np.tri(*scores.shape[-2:]) > 0, scores, -np.inf)
+        weights = _softmax(scores, -1)
+        if op.masked_rows_zero:
+            weights = np.where(np.all(scores == -np.inf, axis=-1, keepdims=True), 0.0, weights)
+    return _stores(op.stores, inputs, np.matmul(weights, v))
+
+
+def _softmax(x: Array, axis: int) -> Array:
+    e = np.exp(x - np.max(x, axis=axis, keepdims=True, initial=-np.inf))
+    return np.asarray(e / np.sum(e, axis=axis, keepdims=True))
+
+
+def _pointwise(op: ops.Pointwise, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    arrays = _gathered(inputs, op.gathers)
+    shape = np.broadcast_shapes(*(arrays[i].shape for i in ex.arguments(*op.stores)))
+    return _stores(op.stores, arrays, np.zeros(shape))
+
+
+def _source(source: ex.Expr, inputs: Sequence[Array]) -> Array:
+    shape = np.broadcast_shapes(*(inputs[i].shape for i in ex.arguments(source)))
+    return np.broadcast_to(ex.evaluate(source, list(inputs)), shape)
+
+
+def _norm(op: ops.Norm, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    arrays = _gathered(inputs, op.gathers)
+    x = _source(op.source, arrays).astype(np.float64)
+    if op.kind is ops.NormKind.LAYER:
+        centred = x - x.mean(axis=op.axes, keepdims=True)
+        acc = centred / np.sqrt(np.mean(centred**2, axis=op.axes, keepdims=True) + op.epsilon)
+    elif op.kind is ops.NormKind.RMS:
+        acc = x / np.sqrt(np.mean(x**2, axis=op.axes, keepdims=True) + op.epsilon)
+    else:
+        acc = x / np.maximum(np.sqrt(np.sum(x**2, axis=op.axes, keepdims=True)), op.epsilon)
+    return _stores(op.stores, arrays, acc)
+
+
+def _softmax_op(op: ops.Softmax, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    x = _source(op.source, inputs).astype(np.float64)
+    with np.errstate(all="ignore"):
+        if op.log:
+            shifted = x - np.max(x, axis=op.axis, keepdims=True, initial=-np.inf)
+            acc = shifted - np.log(np.sum(np.exp(shifted), axis=op.axis, keepdims=True))
+        else:
+            acc = _softmax(x, op.axis)
+    return _stores(op.stores, inputs, acc)
+
+
+_REDUCERS: dict[ops.ReduceKind, Callable[..., Any]] = {
+    ops.ReduceKind.SUM: np.sum,
+    ops.ReduceKind.MEAN: np.mean,
+    ops.ReduceKind.MAX: np.max,
+    ops.ReduceKind.MIN: np.min,
+    ops.ReduceKind.PROD: np.prod,
+}
+
+
+def _reduce(op: ops.Reduce, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    x = _source(op.source, inputs)
+    accumulated = x if op.kind in {ops.ReduceKind.MAX, ops.ReduceKind.MIN} else _wide(x)
+    empty: dict[str, Any] = {}
+    if op.kind in {ops.ReduceKind.MAX, ops.ReduceKind.MIN}:
+        empty = {"initial": _lowest(x.dtype) if op.kind is ops.ReduceKind.MAX else _highest(x.dtype)}
+    acc = np.asarray(_REDUCERS[op.kind](accumulated, axis=op.axes, keepdims=op.keepdims, **empty))
+    return _stores(op.stores, inputs, acc)
+
+
+def _lowest(dtype: np.dtype[Any]) -> Any:
+    return -np.inf if DType.of(dtype).is_float else np.False_ if dtype == np.bool_ else np.iinfo(dtype).min
+
+
+def _highest(dtype: np.dtype[Any]) -> Any:
+    return np.inf if DType.of(dtype).is_float else np.True_ if dtype == np.bool_ else np.iinfo(dtype).max
+
+
+def _pool(op: ops.Pool, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    x = inputs[0]
+    out = [int(evaluate(dim, {})) for dim in op.infer([Value("", DType.of(x.dtype), x.shape)])[0][1][2:]]
+    is_max = op.kind is ops.PoolKind.MAX
+    # Room for every window, the last of which may reach beyond the padded input (ceil_mode).
+    reach = [
+        (o - 1) * s + (k - 1) * d + 1 - size - b
+        for o, s, k, d, size, (b, _) in zip(out, op.strides, op.kernel, op.dilations, x.shape[2:], op.pads, strict=True)
+    ]
+    pads = ((0, 0), (0, 0), *((b, max(e, r)) for (b, e), r in zip(op.pads, reach, strict=True)))
+    padded = np.pad(x if is_max else _wide(x), pads, constant_values=_lowest(x.dtype) if is_max else 0)
+    # An element counts for an average where it is real, or declared padding with count_include_pad.
+    declared = ((0, 0), (0, 0), *op.pads) if op.count_include_pad else ((0, 0),) * x.ndim
+    counted = np.pad(np.ones_like(x, np.float64), declared, constant_values=1.0)
+    offset = [0 if op.count_include_pad else b for b, _ in op.pads]
+    counts = np.zeros(padded.shape)
+    counts[_at(*(slice(o, o + n) for o, n in zip(offset, counted.shape[2:], strict=True)))] = counted
+    acc: Array | None = None
+    total = np.zeros((*x.shape[:2], *out))
+    for tap in product(*map(range, op.kernel)):
+        window = _at(
+            *(
+                slice(t * d, t * d + (size - 1) * s + 1, s)
+                for t, d, s, size in zip(tap, op.dilations, op.strides, out, strict=True)
+            )
+        )
+        part = padded[window]
+        total += counts[window]
+        acc = part if acc is None else np.maximum(acc, part) if is_max else acc + part
+    assert acc is not None
+    return _stores(op.stores, inputs, acc if is_max else acc / total)
+
+
+def _concat(op: ops.Concat, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    return [np.concatenate(inputs, axis=op.axis)]
+
+
+def _pad(op: ops.Pad, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    return [_pad_or_crop(inputs[0], op.pads, op.mode.value, op.value)]
+
+
+def _gather(op: ops.Gather, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    return [np.asarray(np.take(inputs[0], inputs[1], axis=op.axis))]
+
+
+def _resize(op: ops.Resize, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    acc = _wide(inputs[0])
+    for axis, (dim, given) in enumerate(zip(op.shape, op.scales, strict=True)):
+        size, before = evaluate(dim, sizes), acc.shape[axis]
+        scale = given if given is not None else size / before
+        if size == before and scale == 1:
+            continue
+        weights = _resize_weights(op, before, size, scale)
+        acc = np.moveaxis(np.tensordot(weights, acc, axes=(1, axis)), 0, axis)
+    return _stores(op.stores, inputs, acc)
+
+
+def _resize_weights(op: ops.Resize, before: int, size: int, scale: float) -> Array:
+    """The [size, before] matrix of one axis."""
+    i = np.arange(size, dtype=np.float64)
+    x = {
+        "half_pixel": (i + 0.5) / scale - 0.5,
+        "pytorch_half_pixel": (i + 0.5) / scale - 0.5 if size > 1 else np.zeros_like(i),
+        "align_corners": i * (before - 1) / (size - 1) if size > 1 else np.zeros_like(i),
+        "asymmetric": i / scale,
+        "half_pixel_symmetric": before / 2 * (1 - size / (scale * before)) + (i + 0.5) / scale - 0.5,
+    }[op.coordinates]
+    weights = np.zeros((size, before))
+    rows = np.arange(size)
+    if op.mode is ops.ResizeMode.NEAREST:
+        near = {
+            "floor": np.floor(x),
+            "ceil": np.ceil(x),
+            "round_prefer_floor": np.ceil(x - 0.5),
+            "round_prefer_ceil": np.floor(x + 0.5),
+        }[op.rounding]
+        weights[rows, np.clip(near, 0, before - 1).astype(int)] = 1
+        return weights
+    base = np.floor(x).astype(int)
+    t = x - base
+    if op.mode is ops.ResizeMode.LINEAR:
+        taps = {0: 1 - t, 1: t}
+    else:
+        a = op.cubic_coefficient
+
+        def near_tap(d: Array) -> Array:
+            return ((a + 2) * d - (a + 3)) * d * d + 1
+
+        def far_tap(d: Array) -> Array:
+            return ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+
+        taps = {-1: far_tap(t + 1), 0: near_tap(t), 1: near_tap(1 - t), 2: far_tap(2 - t)}
+    for offset, weight in taps.items():
+        np.add.at(weights, (rows, np.clip(base + offset, 0, before - 1)), weight)
+    return weights
+
+
+def _shape_tensor(op: ops.ShapeTensor, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    shape = [evaluate(dim, sizes) for dim in op.shape]
+    if op.values is None:
+        return [np.arange(shape[0]).astype(op.dtype.numpy)]
+    return [np.array([evaluate(dim, sizes) for dim in op.values]).astype(op.dtype.numpy).reshape(shape)]
+
+
+def _opaque(op: ops.Opaque, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    proto = onnx.NodeProto.FromString(op.node)
+    names = [name for name in proto.input if name]
+    graph = onnx.helper.make_graph(
+        [proto],
+        "opaque",
+        [
+            onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+            for name, array in zip(names, inputs, strict=True)
+        ],
+        [onnx.helper.make_empty_tensor_value_info(name) for name in proto.output if name],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid(*pair) for pair in op.opsets])
+    results = ReferenceEvaluator(model).run(None, dict(zip(names, inputs, strict=True)))
+    return [np.asarray(array) for array in results]
+
+
+def _reshape(op: ops.Reshape, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    return [inputs[0].reshape([evaluate(dim, sizes) for dim in op.shape])]
+
+
+def _transpose(op: ops.Transpose, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    return [np.transpose(inputs[0], op.perm)]
+
+
+def _slice(op: ops.Slice, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    result = inputs[0]
+    for axis, (start, size, step) in enumerate(zip(op.starts, op.sizes, op.steps, strict=True)):
+        index = evaluate(start, sizes) + step * np.arange(evaluate(size, sizes))
+        assert index.size == 0 or (index.min() >= 0 and index.max() < result.shape[axis]), f"{op} of {result.shape}"
+        result = np.take(result, index, axis=axis)
+    return [result]
+
+
+def _expand(op: ops.Expand, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    return [np.broadcast_to(inputs[0], [evaluate(dim, sizes) for dim in op.shape])]
+
+
+_RUNNERS: dict[type[ops.Op], Callable[[Any, Sequence[Array], Sizes, Node], list[Array]]] = {
+    ops.Gemm: _gemm,
+    ops.Conv: _conv,
+    ops.Attention: _attention,
+    ops.Pointwise: _pointwise,
+    ops.Norm: _norm,
+    ops.Softmax: _softmax_op,
+    ops.Reduce: _reduce,
+    ops.Pool: _pool,
+    ops.Concat: _concat,
+    ops.Pad: _pad,
+    ops.Gather: _gather,
+    ops.Resize: _resize,
+    ops.ShapeTensor: _shape_tensor,
+    ops.Opaque: _opaque,
+    ops.Reshape: _reshape,
+    ops.Transpose: _transpose,
+    ops.Slice: _slice,
+    ops.Expand: _expand,
+}
