@@ -88,9 +88,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
       float score = s[i] * p.scale_log2;
       if constexpr (config::bias) {
         if (key < p.keys && row < p.queries) {
-          const i64 at = batch * p.bias_stride[0] + head * p.bias_stride[1] + row * p.bias_stride[2] + key * p.bias_stride[3];
           // A finite bias stays finite in units of log2, so that a row of equal, very negative ones is uniform, not empty.
-          const float bias = widen(static_cast<const config::bias_t*>(p.bias)[at]);
+          const float bias = Bias::at(p, batch, head, row, key);
           score += bias == -INFINITY ? bias : fmaxf(bias * LOG2_E, -1e38f);
         }
       }

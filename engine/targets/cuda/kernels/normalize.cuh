@@ -8,8 +8,10 @@
 #include "scheduler/group_reduce.cuh"
 #include "scheduler/stamp.cuh"
 
-enum class Kind { LAYER, RMS, L2, SOFTMAX, LOG_SOFTMAX };
-constexpr Kind KIND = Kind::config_kind;
+enum class Kind {  // in the order of _KINDS of normalize.py
+  LAYER, RMS, L2, SOFTMAX, LOG_SOFTMAX
+};
+constexpr Kind KIND = static_cast<Kind>(config::kind);
 constexpr int GROUP = config::threads_per_row, CHUNKS = config::chunks, ROWS = config::threads / GROUP;
 static_assert(GROUP == 32 || ROWS == 1, "a row belongs to a warp or to the block");
 

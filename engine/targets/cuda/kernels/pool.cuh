@@ -27,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(config::threads) kernel(const __gri
         counted += y < static_cast<int>(p.in_h) + p.pad_end_h && xx < static_cast<int>(p.in_w) + p.pad_end_w;
         if (static_cast<u32>(y) >= p.in_h || static_cast<u32>(xx) >= p.in_w) continue;
         ++inside;
-        load<config::input_t, Column::UNIT, config::x_vector>(p.x, image * p.x.row[0] + y * p.x.row[1] + xx * p.x.row[2], channel, count, x);
+        load_columns<config::input_t, Column::UNIT, config::x_vector>(p.x, image * p.x.row[0] + y * p.x.row[1] + xx * p.x.row[2], channel, count, x);
 #pragma unroll
         for (int i = 0; i < WIDTH; ++i) v[i] = config::maximum ? max_nan(v[i], x[i]) : v[i] + x[i];
       }

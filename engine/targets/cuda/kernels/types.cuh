@@ -12,6 +12,8 @@ using i32 = int;
 using i64 = long long;
 
 #define DEVICE __device__ __forceinline__
+#define INFINITY __int_as_float(0x7f800000)
+#define NAN __int_as_float(0x7fffffff)
 
 struct half { u16 bits; };
 struct bfloat16 { u16 bits; };

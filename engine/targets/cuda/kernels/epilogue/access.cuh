@@ -41,7 +41,7 @@ template <class T> struct alignas(sizeof(T) * 8 < 16 ? sizeof(T) * 8 : 16) Pack 
 
 // `count` columns from `column` on (at most WIDTH). ALIGNED: the caller has WIDTH of them, at a multiple of their size.
 template <class T, Column COLUMN, bool ALIGNED>
-DEVICE void load(const Tensor& t, i64 offset, u32 column, u32 count, compute_t<T> (&v)[WIDTH]) {
+DEVICE void load_columns(const Tensor& t, i64 offset, u32 column, u32 count, compute_t<T> (&v)[WIDTH]) {
   const T* p = static_cast<const T*>(t.data) + offset;
   if constexpr (COLUMN == Column::BROADCAST) {
     const compute_t<T> x = widen(*p);
@@ -59,7 +59,7 @@ DEVICE void load(const Tensor& t, i64 offset, u32 column, u32 count, compute_t<T
 }
 
 template <class T, Column COLUMN, bool ALIGNED, class V>
-DEVICE void store(const Tensor& t, i64 offset, u32 column, u32 count, const V (&v)[WIDTH]) {
+DEVICE void store_columns(const Tensor& t, i64 offset, u32 column, u32 count, const V (&v)[WIDTH]) {
   T* p = static_cast<T*>(t.data) + offset;
   if constexpr (COLUMN == Column::UNIT && ALIGNED) {
     Pack<T> pack;
