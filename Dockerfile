@@ -8,11 +8,12 @@ WORKDIR /src
 COPY . .
 RUN --mount=type=cache,target=/root/.cache/pip pip install --constraint requirements.lock .
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=cache,target=/models/.cache \
-    cd / && python -m models --dir /models
+    cd /opt && python -m models --dir /models
 
 # The load test: docker compose --profile load run --rm load
 FROM build AS load
 RUN --mount=type=cache,target=/root/.cache/pip pip install --constraint requirements.lock ".[load]"
+USER nobody
 ENTRYPOINT ["locust", "-f", "load_tests/locustfile.py"]
 
 FROM python:3.12-slim AS service

@@ -12,7 +12,7 @@ installed = $(patsubst %,$(VENV)/.installed-%,runtime $(EXTRAS) $(1))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup models serve test lint bench load lock clean
-.DELETE_ON_ERROR:
+.NOTPARALLEL:
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,13 +33,13 @@ lint: $(call installed,test load)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict
 
-bench: models $(call installed,test)  ## the benchmarks; options in ARGS
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: models $(call installed,test)  ## both models on the CPU beside ONNX Runtime; options in ARGS
+	$(BIN)/python -m benchmarks.cpu_models $(ARGS)
 
 load: $(call installed,load)  ## 20 users for 30 s against a running service; TARGET=http://host:port
 	$(BIN)/locust -f load_tests/locustfile.py --headless -u 20 -r 20 -t 30s --host $(TARGET) $(ARGS)
 
-lock: | $(BIN)/python  ## requirements.lock anew from pyproject.toml
+lock: | $(VENV)/.created  ## requirements.lock anew from pyproject.toml
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --upgrade \
 		--no-header --no-annotate --no-emit-index-url --no-emit-find-links --output-file requirements.lock pyproject.toml
@@ -55,18 +55,18 @@ REQUIREMENTS := import sys, tomllib; project = tomllib.load(open("pyproject.toml
 	group = sys.argv[1]; \
 	print(*(project["dependencies"] if group == "runtime" else project["optional-dependencies"][group]), sep="\n")
 
-$(VENV)/.installed-%: pyproject.toml requirements.lock | $(BIN)/python
+$(VENV)/.installed-%: pyproject.toml requirements.lock | $(VENV)/.created
 	@echo "installing the $* packages into $(VENV)"
 	@$(BIN)/python -c '$(REQUIREMENTS)' $* > $@.txt
 	@$(BIN)/python -m pip install --quiet --no-compile --requirement $@.txt --constraint requirements.lock
 	@mv $@.txt $@
 
-$(BIN)/python:
+$(VENV)/.created:
 	@python="$(PYTHON)"; \
 	for candidate in $${python:-python3 python3.14 python3.13 python3.12 python3.11}; do \
 		if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 			echo "making $(VENV) with $$("$$candidate" --version)"; \
-			"$$candidate" -m venv --clear $(VENV) && exit 0; \
+			"$$candidate" -m venv --clear $(VENV) && touch $@ && exit 0; \
 			rm -rf $(VENV); \
 			echo "error: $$candidate cannot make a virtual environment (on Debian: apt install python3-venv)" >&2; \
 			exit 1; \

@@ -33,7 +33,7 @@ def main(arguments: argparse.Namespace) -> int:
                 [
                     str(index),
                     step.name[-40:],
-                    op_text(step.op)[:70],
+                    op_text(step.op, [f"%{i}" for i in range(len(step.inputs))])[:90],
                     shape_text(step.outputs[0].shape),
                     quantity(step.cost.flops, ""),
                     quantity(step.cost.bytes, "B"),

@@ -78,7 +78,7 @@ def _stores(stores: Sequence[ex.Expr], inputs: Sequence[Array], acc: Array) -> l
         dtypes = {leaf.dtype for leaf in ex.walk(store) if isinstance(leaf, ex.Acc)}
         rounded = acc.astype(dtypes.pop().numpy) if dtypes else acc
         value = ex.evaluate(store, list(inputs), rounded)
-        results.append(np.ascontiguousarray(np.broadcast_to(value, acc.shape)))
+        results.append(np.array(np.broadcast_to(value, acc.shape), order="C"))
     return results
 
 
@@ -302,8 +302,8 @@ def _resize_weights(op: ops.Resize, before: int, size: int, scale: float) -> Arr
     i = np.arange(size, dtype=np.float64)
     x = {
         "half_pixel": (i + 0.5) / scale - 0.5,
-        "pytorch_half_pixel": (i + 0.5) / scale - 0.5 if size > 1 else np.zeros_like(i),
-        "align_corners": i * (before - 1) / (size - 1) if size > 1 else np.zeros_like(i),
+        "pytorch_half_pixel": (i + 0.5) / scale - 0.5 if scale * before > 1 else np.zeros_like(i),
+        "align_corners": i * (before - 1) / (scale * before - 1) if scale * before != 1 else np.zeros_like(i),
         "asymmetric": i / scale,
         "half_pixel_symmetric": before / 2 * (1 - size / (scale * before)) + (i + 0.5) / scale - 0.5,
     }[op.coordinates]
@@ -358,7 +358,10 @@ def _opaque(op: ops.Opaque, inputs: Sequence[Array], sizes: Sizes, node: Node) -
     )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid(*pair) for pair in op.opsets])
     results = ReferenceEvaluator(model).run(None, dict(zip(names, inputs, strict=True)))
-    return [np.asarray(array) for array in results]
+    return [
+        np.asarray(array, value.dtype.numpy if value.dtype is DType.STRING else None)
+        for array, value in zip(results, node.outputs, strict=True)
+    ]
 
 
 def _reshape(op: ops.Reshape, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:

@@ -1,0 +1,41 @@
+"""One function per ONNX operator, named as the operator, grouped by theme. Importing this package registers them all."""
+
+from engine.frontend.operators import (
+    activation,
+    attention,
+    contrib,
+    control,
+    convolution,
+    elementwise,
+    indexing,
+    linalg,
+    logic,
+    normalization,
+    pooling,
+    quantization,
+    reduction,
+    resize,
+    sequence,
+    shape,
+    slicing,
+)
+
+__all__ = [
+    "activation",
+    "attention",
+    "contrib",
+    "control",
+    "convolution",
+    "elementwise",
+    "indexing",
+    "linalg",
+    "logic",
+    "normalization",
+    "pooling",
+    "quantization",
+    "reduction",
+    "resize",
+    "sequence",
+    "shape",
+    "slicing",
+]

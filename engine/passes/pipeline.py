@@ -1,0 +1,76 @@
+"""The order of the passes, and `run`.
+
+The order in one sentence: make everything constant that is, carry types and views in one form, recognise what was written
+in pieces while the pieces are still whole, bring point-wise chains together, hang them onto the operators around them,
+move constants into weights, and choose memory orders last.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TypeAlias
+
+from engine.ir.graph import Graph
+from engine.ir.printer import graph_text
+from engine.passes.activations import canonicalise_activations
+from engine.passes.affine import fold_affine
+from engine.passes.attention import recognise_attention
+from engine.passes.epilogues import fuse_epilogues
+from engine.passes.flatten import flatten_gemms, sink_views
+from engine.passes.fold import fold
+from engine.passes.layout import choose_orders
+from engine.passes.norms import recognise_norms
+from engine.passes.pads import fold_pads
+from engine.passes.pointwise import drop_expands, fuse_pointwise, hoist_slices, inline_literals
+from engine.passes.precision import widen_floats
+from engine.passes.prologues import fuse_gathers, fuse_prologues
+from engine.passes.siblings import merge_siblings
+from engine.passes.simplify import simplify
+from engine.passes.traits import Traits
+from engine.passes.views import merge_views
+
+Pass: TypeAlias = Callable[[Graph, Traits], None]
+
+PASSES: tuple[Pass, ...] = (
+    fold,
+    widen_floats,
+    merge_views,
+    inline_literals,
+    simplify,
+    drop_expands,
+    hoist_slices,
+    fold,
+    recognise_norms,
+    recognise_attention,
+    merge_views,
+    flatten_gemms,
+    sink_views,
+    merge_views,
+    fuse_pointwise,
+    canonicalise_activations,
+    fold,
+    fold_pads,
+    fuse_epilogues,
+    fold_affine,
+    merge_siblings,
+    fuse_gathers,
+    fuse_prologues,
+    fuse_epilogues,
+    merge_views,
+    fold,
+    choose_orders,
+)
+
+_PRINT_AFTER = "TILEWAVE_PRINT_AFTER"
+
+
+def run(graph: Graph, traits: Traits) -> Graph:
+    """Rewrite `graph` in place for a target with `traits`, and return it."""
+    printed = os.environ.get(_PRINT_AFTER, "")
+    for rewrite in PASSES:
+        rewrite(graph, traits)
+        if printed in (rewrite.__name__, "all"):
+            print(f"# after {rewrite.__name__}\n{graph_text(graph)}\n", file=sys.stderr)
+    return graph

@@ -1,0 +1,19 @@
+"""What a pass may know of a target: a small table of traits, filled in by whoever calls `engine.passes.run`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.ir.dtype import DType
+
+
+@dataclass(frozen=True)
+class Traits:
+    """The capability table of a target, as far as graph rewrites are concerned.
+
+    `channels_last`: image kernels want the channel innermost in memory. `float_types`: the floating-point types the
+    target computes and stores; tensors of other float types are carried in fp32 inside the graph.
+    """
+
+    channels_last: bool = True
+    float_types: frozenset[DType] = frozenset({DType.F32, DType.F64})
