@@ -33,18 +33,22 @@ _MAX_DEPTHWISE = 7  # kernel sizes up to here are unrolled
 
 
 def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]:
-    """Images in NHWC. Weights are constants and are packed."""
+    """Images in NHWC, but for those whose channels do not come in vectors. Weights are constants and are packed.
+
+    An fp32 image is a model's input: it is read as it comes and rounded in the kernel, which saves a pass over it.
+    """
     assert isinstance(op, Conv)
     x, w = inputs[0], inputs[1]
     if op.transposed or len(op.strides) > 2:
         raise UnsupportedOp(f"Conv with {len(op.strides)} spatial axes, transposed={op.transposed}: no CUDA kernel yet")
-    if x.dtype is not DType.F16 or w.dtype is not DType.F16:
+    if x.dtype not in (DType.F16, DType.F32) or w.dtype is not DType.F16:
         raise UnsupportedOp(f"Conv of {x.dtype.value} and {w.dtype.value}: the CUDA kernels take f16 (precision='fp16')")
     if not is_constant(w):
         raise UnsupportedOp("Conv with a computed weight: no CUDA kernel yet")
     image = Requirement(Access.INNER, channels_last(len(x.shape)))
+    single = x.dtype is DType.F32 or (w.shape[1] % VECTOR and (op.groups == 1 or op.groups % VECTOR))
     return (
-        (image, Requirement(), *(Requirement() for _ in inputs[2:])),
+        (Requirement() if single else image, Requirement(), *(Requirement() for _ in inputs[2:])),
         tuple(image for _ in op.stores),
     )
 
@@ -74,6 +78,7 @@ class Geometry:
         self.pads = (0, *(begin for begin, _ in op.pads))[-2:]
         strides = operand(x, len(x.shape)).strides  # 0 for axes of size 1
         self.x_strides = (strides[0], 0 if flat else strides[2], strides[-1])  # image, row, pixel
+        self.x_channel = strides[1] or 1
         self.x = pointer_to(x)
         self.rows = self.images * prod(self.output)
         self.k = prod(self.kernel) * self.channels
@@ -81,8 +86,13 @@ class Geometry:
     @property
     def x_vector(self) -> bool:
         """Whether channels can be read in 16-byte chunks."""
-        counts = (self.channels, *self.x_strides, self.x.offset // 2)
-        return all(count % VECTOR == 0 for count in counts)
+        return self.channels % VECTOR == 0 and self._pixels_aligned
+
+    @property
+    def _pixels_aligned(self) -> bool:
+        """Whether every pixel is a run of halves that starts on a 16-byte boundary."""
+        whole = self.x.ctype == "half" and self.x_channel == 1
+        return whole and all(count % VECTOR == 0 for count in (*self.x_strides, self.x.offset // 2))
 
     @property
     def is_depthwise(self) -> bool:
@@ -91,7 +101,7 @@ class Geometry:
             and self.n == 1
             and self.groups % VECTOR == 0
             and max(self.kernel) <= _MAX_DEPTHWISE
-            and all(count % VECTOR == 0 for count in (*self.x_strides, self.x.offset // 2))
+            and self._pixels_aligned
         )
 
     def arguments(self) -> dict[str, Argument]:
@@ -128,6 +138,7 @@ def _as_product(step: Step, geometry: Geometry, packed: Pointer) -> Product | No
     op = step.op
     assert isinstance(op, Conv)
     pointwise = geometry.kernel == (1, 1) and geometry.groups == 1 and op.is_pointwise
+    pointwise &= geometry.x.ctype == "half" and geometry.x_channel == 1
     x = step.inputs[0]
     order = channels_last(len(x.shape))
     pixels = space(x.shape, order[:-1], order[-1:], [operand(x, len(x.shape))])
@@ -158,10 +169,10 @@ def launch_conv(geometry: Geometry, epilogue: Functor, w: Pointer, tile: MmaTile
     return launch(
         "conv",
         "conv_mma.cuh",
-        {**tile.config, "x_vector": geometry.x_vector},
+        {**tile.config, "x_vector": geometry.x_vector, "x_t": geometry.x.ctype},
         [epilogue],
         {
-            **geometry.arguments(), "w": w, "w_stride": I64(ceildiv(geometry.k, VECTOR) * VECTOR), "n": geometry.n,
+            **geometry.arguments(), "x_channel": I64(geometry.x_channel), "w": w, "w_stride": I64(ceildiv(geometry.k, VECTOR) * VECTOR), "n": geometry.n,
             "k": geometry.k, "channels": geometry.channels, "kernel_w": geometry.kernel[1],
         },
         (tiles, geometry.groups, 1),

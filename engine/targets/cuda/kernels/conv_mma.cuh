@@ -1,7 +1,8 @@
 // Convolution as an implicit matrix product on mma.sync: rows are output pixels (image, y, x), columns output channels, k runs
 // over (kernel row, kernel column, input channel). Patches are gathered into shared memory by cp.async; im2col never exists.
-// x is NHWC (channels neighbours, other strides free), w is packed [group, output channel, k] with rows of `w_stride` halves.
-// NOTES: x_vector wants channels per group, all strides and offsets of x in multiples of 8; without it halves are read singly.
+// w is packed [group, output channel, k] with rows of `w_stride` halves. x_vector: x is NHWC in halves, with channels per group,
+// strides and offset in multiples of 8. Without it x has any strides and may be fp32 (a model's image input): elements are read
+// one by one and rounded on the way.
 #pragma once
 #include "epilogue/fragment.cuh"
 #include "mma/tile.cuh"
@@ -43,12 +44,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
   const TileIndex tile = tile_of<8>(blockIdx.x, (rows + TILE_M - 1) / TILE_M, (p.n + TILE_N - 1) / TILE_N);
   const u32 row0 = tile.m * TILE_M, column0 = tile.n * TILE_N;
   const u32 chunk = threadIdx.x % CHUNKS, local_row = threadIdx.x / CHUNKS;
-  const half* x = p.x + static_cast<i64>(group) * p.channels;
+  const config::x_t* x = p.x + group * p.channels * p.x_channel;
   const half* w = p.w + static_cast<i64>(group) * p.n * p.w_stride;
 
   // The pixels whose patches this thread gathers: upper left corner in the input (may lie outside) and its image.
   int corner_y[A_PASSES], corner_x[A_PASSES];
-  const half* image[A_PASSES];
+  const config::x_t* image[A_PASSES];
 #pragma unroll
   for (int i = 0; i < A_PASSES; ++i) {
     const u32 row = row0 + i * ROWS_PER_PASS + local_row, y = row / p.out_w, n = y / p.out_h;
@@ -77,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
         for (int j = 0; j < 8; ++j) {
           const int y = corner_y[i] + static_cast<int>(t.r * p.dilation_h), xx = corner_x[i] + static_cast<int>(t.s * p.dilation_w);
           const bool inside = k + j < p.k && static_cast<u32>(y) < p.in_h && static_cast<u32>(xx) < p.in_w;
-          const u32 bits = inside ? image[i][y * p.x_row + xx * p.x_pixel + t.channel].bits : 0;
+          const u32 bits = inside ? narrow<half>(widen(image[i][y * p.x_row + xx * p.x_pixel + t.channel * p.x_channel])).bits : 0;
           packed[j / 2] = j & 1 ? packed[j / 2] | bits << 16 : bits;
           t.advance(1, p.channels, p.kernel_w);
         }

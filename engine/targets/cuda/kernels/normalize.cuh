@@ -44,8 +44,9 @@ extern "C" __global__ void __launch_bounds__(config::threads) kernel(const __gri
       maximum = reduce_group<Maximum, GROUP>(maximum);
       each([&](float& x) { x -= maximum; sum += exp2_approx(x * 1.44269504f); });
       sum = reduce_group<Sum, GROUP>(sum);
-      if constexpr (KIND == Kind::SOFTMAX) each([&](float& x) { x = exp2_approx(x * 1.44269504f) / sum; });
-      else each([&](float& x) { x -= logf(sum); });
+      const float scale = KIND == Kind::SOFTMAX ? 1.0f / sum : logf(sum);
+      if constexpr (KIND == Kind::SOFTMAX) each([&](float& x) { x = exp2_approx(x * 1.44269504f) * scale; });
+      else each([&](float& x) { x -= scale; });
     } else {
       float mean = 0.0f, squares = 0.0f;
       if constexpr (KIND == Kind::LAYER) {
