@@ -65,8 +65,8 @@ def lower(step: Step, context: Context) -> list[Launch]:
     config: dict[str, int | bool | str] = {
         "warps": warps, "keys": keys, "head_padded": head_padded, "value_padded": value_padded, "causal": op.causal,
         "bias": op.has_bias, "masked_rows_zero": op.masked_rows_zero, "shared_bytes": shared,
-        # So many warps leave each thread 168 registers, or 255 for wide heads: what the gate shows to be spill-free.
-        "blocks": (12 if head_padded <= 64 and value_padded <= 64 else 8) // warps,
+        # 12 warps leave each thread 168 registers, 8 all 255: what the gate shows to be free of spills.
+        "blocks": 3 if warps == 4 and max(head_padded, value_padded) <= 64 else 8 // warps,
     }  # fmt: skip
     arguments: dict[str, Argument] = {"scale_log2": op.scale * _LOG2_E}
     for name, tensor in zip(("q", "k", "v"), step.inputs, strict=False):

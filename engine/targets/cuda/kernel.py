@@ -108,9 +108,9 @@ class Launch:
     arguments: tuple[tuple[str, Argument], ...]
 
 
-_TENSOR = np.dtype([("data", "u8"), ("row", "i8", MAX_LEVELS), ("column", "i8")])
-_LEVELS = np.dtype([("size", "u4", MAX_LEVELS)])
-_TENSOR_MAP = np.dtype([("words", "u8", 16)])
+_TENSOR = np.dtype([("data", "u8"), ("row", "i8", MAX_LEVELS), ("column", "i8")], align=True)
+_LEVELS = np.dtype([("size", "u4", MAX_LEVELS)], align=True)
+_TENSOR_MAP = np.dtype([("words", "u8", 16)], align=True)
 
 
 def _declaration(name: str, argument: Argument) -> tuple[str, np.dtype]:

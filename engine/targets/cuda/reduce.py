@@ -68,7 +68,7 @@ def lower(step: Step, context: Context) -> list[Launch]:
     arguments: dict[str, Argument] = {"kept_rows": kept_rows, "reduced_rows": reduced_rows, "columns": source.columns}
     blocks = ceildiv(source.columns, column_threads * VECTOR) if columns_kept else 1
     grid = (blocks, min(kept_rows, _MAX_GRID), ceildiv(kept_rows, _MAX_GRID))
-    identity = f"namespace config {{ constexpr {codegen.COMPUTE[op.source.dtype]} identity = {_identity(op)}; }}\n"
+    identity = f"DEVICE {codegen.COMPUTE[op.source.dtype]} identity() {{ return {_identity(op)}; }}\n"
     return [
         launch(
             "reduce", "reduce.cuh", config, [prologue, epilogue], arguments, grid, column_threads * row_threads,
@@ -96,7 +96,7 @@ def _innermost(shape: tuple[int, ...], reads: list[Operand]) -> int:
 
 
 def _identity(op: Reduce) -> str:
-    """The value that changes nothing, as a constant expression."""
+    """The value that changes nothing, as an expression."""
     dtype = op.source.dtype
     if op.kind in (ReduceKind.SUM, ReduceKind.MEAN):
         return "0"
@@ -104,6 +104,6 @@ def _identity(op: Reduce) -> str:
         return "1"
     lowest = op.kind is ReduceKind.MAX
     if dtype.is_float:
-        return "-__builtin_huge_valf()" if lowest else "__builtin_huge_valf()"
+        return "-INFINITY" if lowest else "INFINITY"
     limits = np.iinfo(dtype.numpy)
     return codegen.literal(int(limits.min if lowest else limits.max), dtype)

@@ -204,6 +204,7 @@ class Executable:
         if self._generation == target.generation:
             return
         self._graphs = {sampled: self._capture(sampled) for sampled in (False, True)}
+        cupy.cuda.runtime.deviceSynchronize()  # constants were uploaded on another stream
         self._generation = target.generation
 
     def _capture(self, stamped: bool) -> cupy.cuda.Graph:

@@ -21,9 +21,9 @@ constexpr float LOG2_E = 1.4426950408889634f;
 // `count` rows of `features` halves into a swizzled tile of ROWS rows; the rest of the tile becomes zero.
 template <int ROWS, int ROW_BYTES, int PADDED>
 DEVICE void copy_rows(u32 tile, const half* source, i64 stride, u32 count, u32 features) {
-  constexpr int CHUNKS = PADDED / 8;
-#pragma unroll
-  for (int i = 0; i < (ROWS * CHUNKS + THREADS - 1) / THREADS; ++i) {
+  constexpr int CHUNKS = PADDED / 8, PASSES = (ROWS * CHUNKS + THREADS - 1) / THREADS;
+#pragma unroll(PASSES > 8 ? 4 : PASSES)  // many addresses at once would spill
+  for (int i = 0; i < PASSES; ++i) {
     const u32 index = i * THREADS + threadIdx.x, row = index / CHUNKS, chunk = index % CHUNKS;
     if (ROWS * CHUNKS % THREADS != 0 && index >= ROWS * CHUNKS) break;
     copy_async_16(tile + swizzled<ROW_BYTES>(row, chunk), source + row * stride + 8 * chunk, row < count && 8 * chunk < features);

@@ -15,7 +15,7 @@ constexpr Kind KIND = static_cast<Kind>(config::kind);
 constexpr int GROUP = config::threads_per_row, CHUNKS = config::chunks, ROWS = config::threads / GROUP;
 static_assert(GROUP == 32 || ROWS == 1, "a row belongs to a warp or to the block");
 
-extern "C" __global__ void __launch_bounds__(config::threads) kernel(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(config::threads, 1) kernel(const __grid_constant__ Params p) {
   let_next_kernel_start();
   wait_for_previous_kernel();
   stamp_begin(p.stamp);

@@ -6,7 +6,7 @@
 #include "ptx/grid.cuh"
 #include "scheduler/stamp.cuh"
 
-extern "C" __global__ void __launch_bounds__(config::threads) kernel(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(config::threads, 1) kernel(const __grid_constant__ Params p) {
   let_next_kernel_start();
   wait_for_previous_kernel();
   stamp_begin(p.stamp);

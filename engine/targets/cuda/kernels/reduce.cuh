@@ -1,6 +1,6 @@
 // Sum, mean, product, maximum and minimum over any axes. The prologue's rows are (kept row, reduced row), the reduced one
 // running fastest; columns are either kept (a thread holds WIDTH of them, the block's second axis shares the reduced rows) or
-// reduced as well (one block per result).
+// reduced as well (one block per result). `identity` comes from reduce.py.
 #pragma once
 #include "epilogue/access.cuh"
 #include "epilogue/math.cuh"
@@ -12,7 +12,7 @@ using Operation = config::operation;
 using Value = Prologue::value_t;
 constexpr int COLUMN_THREADS = config::column_threads, ROW_THREADS = config::row_threads, THREADS = COLUMN_THREADS * ROW_THREADS;
 
-extern "C" __global__ void __launch_bounds__(THREADS) kernel(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Params p) {
   let_next_kernel_start();
   wait_for_previous_kernel();
   stamp_begin(p.stamp);
@@ -24,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) kernel(const __grid_consta
     const u32 column = (blockIdx.x * COLUMN_THREADS + lane) * WIDTH, count = column < p.columns ? min(static_cast<u32>(WIDTH), p.columns - column) : 0;
     Value sum[WIDTH];
 #pragma unroll
-    for (int i = 0; i < WIDTH; ++i) sum[i] = static_cast<Value>(config::identity);
+    for (int i = 0; i < WIDTH; ++i) sum[i] = identity();
     if (kept < p.kept_rows && count > 0) {
 #pragma unroll 4
       for (u32 r = share; r < p.reduced_rows; r += ROW_THREADS) {
@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) kernel(const __grid_consta
     }
   } else if (kept < p.kept_rows) {
     const u32 chunks = (p.columns + WIDTH - 1) / WIDTH;
-    Value sum = static_cast<Value>(config::identity);
+    Value sum = identity();
     for (u32 r = 0; r < p.reduced_rows; ++r)
       for (u32 chunk = threadIdx.x; chunk < chunks; chunk += THREADS) {
         const u32 column = chunk * WIDTH, count = min(static_cast<u32>(WIDTH), p.columns - column);

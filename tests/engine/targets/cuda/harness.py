@@ -6,6 +6,7 @@ Operands are random, every byte the step could write is poisoned before it runs,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import sqrt
 
@@ -16,8 +17,9 @@ from engine.ir.dtype import DType
 from engine.ir.graph import Node, Value
 from engine.plan.plan import Plan, Step
 from engine.plan.tensor import BufferKind, Tensor
+from engine.targets.cuda.compiler import CompileError
 from engine.targets.cuda.families import family_of
-from engine.targets.cuda.kernel import Launch, Pointer, content, is_constant
+from engine.targets.cuda.kernel import Kernel, Launch, Pointer, content, is_constant
 from engine.targets.cuda.target import CudaTarget, Executable
 from tests.engine import ir_interpreter
 
@@ -38,13 +40,26 @@ class Case:
 def run_cases(target: CudaTarget, cases: Sequence[Case], seed: int = 0) -> list[str]:
     """Check every case; returns a line for each that fails."""
     lowered = [case.lowered or family_of(case.step.op).lower(case.step, target.context) for case in cases]
-    target.device.load(launch.kernel for launches in lowered for launch in launches)
-    failures = []
+    kernels = list(dict.fromkeys(launch.kernel for launches in lowered for launch in launches))
+    with ThreadPoolExecutor(target.device.compiler.workers) as pool:
+        problems = dict(zip(kernels, pool.map(lambda kernel: _compile(target, kernel), kernels), strict=True))
+    failures = [problem for problem in problems.values() if problem]
     for i, (case, launches) in enumerate(zip(cases, lowered, strict=True)):
+        if any(problems[launch.kernel] for launch in launches):
+            continue
         problem = check(target, case, launches, np.random.default_rng((seed, i)))
         if problem:
             failures.append(f"{case.label}: {problem}; kernels {[launch.kernel.source.name for launch in launches]}")
     return failures
+
+
+def _compile(target: CudaTarget, kernel: Kernel) -> str | None:
+    """Bring a kernel into the compiler's cache, in parallel; what is wrong with it, if anything."""
+    try:
+        target.device.compiler.cubin(kernel.source)
+    except CompileError as error:
+        return str(error)
+    return None
 
 
 def check(target: CudaTarget, case: Case, launches: list[Launch], rng: np.random.Generator) -> str | None:
