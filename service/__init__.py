@@ -1,1 +1,3 @@
-"""The Tilewave HTTP service."""
+"""The Tilewave HTTP service: HTTP, batching and models. It knows nothing of kernels."""
+
+__version__ = "0.1.0"

@@ -1,9 +1,9 @@
-"""The frontend: an .onnx file becomes a `Graph`. `engine.load` and the tests call `read`; nothing else of the engine knows ONNX.
+"""The frontend: an .onnx file becomes a `Graph`. `engine.load` and tests call `read`; no other part knows ONNX.
 
-reader.py      file → checked ModelProto            operators/   one function per ONNX operator
-tensors.py     TensorProto → array                  foreign.py   operators without a function: ONNX's own definition, or Opaque
-translate.py   ModelProto → Graph                   content.py   sizes and small constants, known while reading
-builder.py     adds IR nodes                        unify.py     which symbols are one size
+reader.py      file → checked ModelProto        operators/   one function per ONNX operator
+tensors.py     TensorProto → array              foreign.py   operators without one: ONNX's definition, or Opaque
+translate.py   ModelProto → Graph               content.py   sizes and small constants, known while reading
+builder.py     adds IR nodes                    unify.py     which symbols are one size
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""Builds the IR graph node by node while a model is read, and keeps what is known of small tensors' contents.
+"""Builds the IR graph node by node while a model is read; keeps what is known of small tensors' contents.
 
 One `Builder` per model; `OnnxNode` (what operator functions receive) adds nodes through it. A node whose result is
-certain while reading (see `content`) is not added: its result becomes a constant, or a *pending* value of symbolic sizes
-that turns into a `ShapeTensor` only when something reads it as data.
+certain while reading (see `content`) is not added: its result becomes a constant, or a *pending* value of symbolic
+sizes that turns into a `ShapeTensor` only when something reads it as data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -104,7 +105,7 @@ class Builder:
             return value
         (counts,) = self.graph.add(ops.ShapeTensor(shape, tuple(sizes)), (), f"{value.name}/sizes")
         divisors = np.array([e.denominator if isinstance(e, content.Ratio) else 1 for e in elements])
-        divisor = self.constant(divisors.astype(value.dtype.numpy).reshape([int(size) for size in shape]))
+        divisor = self.constant(divisors.astype(value.dtype.numpy).reshape(self._elements[value].shape))
         quotient = ex.apply(ex.PointOp.DIV, ex.cast(ex.Arg(0, DType.I64), value.dtype), ex.Arg(1, value.dtype))
         self.graph.nodes.append(Node(ops.Pointwise((quotient,)), (counts, divisor), (value,), value.name))
         return value
@@ -179,5 +180,5 @@ def _equal_dims(op: ops.Op, inputs: Sequence[Value]) -> Iterator[tuple[Dim, Dim]
         shapes = [operand_shape(i, inputs, op.gathers) for i in ex.arguments(*op.stores)]
     else:
         return
-    for first, second in zip(shapes, shapes[1:], strict=False):
+    for first, second in pairwise(shapes):
         yield from ((a, b) for a, b in zip(reversed(first), reversed(second), strict=False) if 1 not in (a, b))

@@ -57,7 +57,8 @@ def evaluate(op: ops.Op, inputs: Sequence[Value], contents: Sequence[Array | Non
     shapes = [shape for _, shape in op.infer(inputs)]
     limit = MAX_SIZES if symbolic else MAX_NUMBERS
     for shape in shapes:
-        if any(isinstance(size, Sym) for size in shape) or prod(shape) > limit:  # type: ignore[arg-type]
+        sizes = [size for size in shape if isinstance(size, int)]
+        if len(sizes) < len(shape) or prod(sizes) > limit:
             return None
     if symbolic:
         known = [content.astype(object) for content in known]

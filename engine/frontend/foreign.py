@@ -1,11 +1,12 @@
-"""Operators without a function of their own: ONNX's own definition in terms of others, or an `Opaque` node.
+"""Operators without a function of their own: ONNX's definition in terms of others, or an `Opaque` node.
 
-`translate` comes here for an operator that is not in the registry. Never for convolutions, matrix products or attention.
+`translate` comes here for an operator that is not in the registry. Never for convolutions, matrix products, attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
@@ -26,6 +27,7 @@ _NEVER = frozenset(
         "Bernoulli", "Multinomial", "ImageDecoder",
     }
 )  # fmt: skip
+_DOMAINS = frozenset({"", "ai.onnx.ml"})  # those of onnx.reference; training operators are not for inference
 _DATA_DEPENDENT = frozenset({"NonZero", "Unique", "Compress", "NonMaxSuppression"})
 _MAX_CONTENT = 4096  # elements of a constant given to shape inference
 
@@ -35,7 +37,7 @@ def is_known(node: OnnxNode) -> bool:
     return _schema(node) is not None
 
 
-def _schema(node: OnnxNode) -> onnx.defs.OpSchema | None:
+def _schema(node: OnnxNode) -> Any:  # the stubs of OpSchema lack its functions
     try:
         return onnx.defs.get_schema(node.op_type, node.version, node.domain)
     except onnx.defs.SchemaError:
@@ -48,12 +50,13 @@ def function_body(node: OnnxNode, inputs: Sequence[Value | None]) -> onnx.Functi
     if schema is None:
         return None
     if schema.has_function:
-        return schema.function_body
+        body: onnx.FunctionProto = schema.function_body
+        return body
     if schema.has_context_dependent_function:
         proto = _renamed(node, inputs)
         types = [_type_proto(value).SerializeToString() for value in inputs if value is not None]
-        body = schema.get_context_dependent_function(proto.SerializeToString(), types)
-        return onnx.FunctionProto.FromString(body) if body else None
+        serialised: bytes = schema.get_context_dependent_function(proto.SerializeToString(), types)
+        return onnx.FunctionProto.FromString(serialised) if serialised else None
     return None
 
 
@@ -66,14 +69,18 @@ def default_attributes(node: OnnxNode) -> dict[str, onnx.AttributeProto]:
 
 def opaque(node: OnnxNode, inputs: Sequence[Value | None]) -> list[Value | None]:
     """An `Opaque` node, with result types from ONNX's shape inference."""
-    if node.op_type in _NEVER:
+    if node.op_type in _NEVER or node.domain not in _DOMAINS:
         raise node.unsupported(f"operator {node.op_type!r}")
     if node.op_type in _DATA_DEPENDENT:
         raise node.unsupported(f"operator {node.op_type!r}, whose result's shape depends on the data,")
     present = [value for value in inputs if value is not None]
+    node.attributes = default_attributes(node) | node.attributes
     proto = _renamed(node, inputs)
-    results = _result_types(node, proto, inputs)
-    opsets = tuple(sorted(node.versions.items()))
+    versions = dict(node.versions)
+    if node.op_type == "Scatter":  # the old name of ScatterElements, which onnx.reference does not know
+        proto.op_type, versions[""] = "ScatterElements", 11
+    results = _result_types(node, proto, versions, inputs)
+    opsets = tuple(sorted(versions.items()))
     op = ops.Opaque(node.op_type, proto.SerializeToString(), opsets, results)
     values = iter(node.add_all(op, *present))
     return [next(values) if name else None for name in node.outputs]
@@ -109,9 +116,10 @@ def _type_proto(value: Value) -> onnx.TypeProto:
 
 
 def _result_types(
-    node: OnnxNode, proto: onnx.NodeProto, inputs: Sequence[Value | None]
+    node: OnnxNode, proto: onnx.NodeProto, opsets: dict[str, int], inputs: Sequence[Value | None]
 ) -> tuple[tuple[DType, tuple[Dim, ...]], ...]:
-    infos, initializers, named = [], [], {}
+    infos, initializers = [], []
+    named: dict[str, Dim] = {}
     for name, value in zip(proto.input, inputs, strict=True):
         if value is None:
             continue
@@ -123,7 +131,7 @@ def _result_types(
             infos.append(onnx.ValueInfoProto(name=name, type=_type_proto(value)))
     outputs = [onnx.ValueInfoProto(name=name) for name in proto.output if name]
     graph = helper.make_graph([proto], "shapes", infos, outputs, initializers)
-    versions = {"": onnx.defs.onnx_opset_version()} | node.versions
+    versions = {"": onnx.defs.onnx_opset_version()} | opsets
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid(*pair) for pair in versions.items()])
     try:
         inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)

@@ -150,7 +150,9 @@ class OnnxNode:
     def known(self, value: Value) -> Array | None:
         """The numbers in `value` where all are known, else None."""
         found = value.data if value.data is not None else self.builder.content(value)
-        return None if found is None or found.dtype == object and value.dtype is not DType.STRING else found
+        if found is not None and found.dtype == object and value.dtype is not DType.STRING:
+            return None  # sizes
+        return found
 
     def static(self, value: Value, what: str) -> Array:
         """The numbers in `value`, which must be a constant."""

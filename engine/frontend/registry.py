@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from engine.ir.graph import Value
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from engine.frontend.onnx_node import OnnxNode
 
 Results: TypeAlias = "Value | Sequence[Value | None]"
-OperatorFunction: TypeAlias = Callable[..., Any]
+F = TypeVar("F", bound=Callable[..., Any])
 
 MICROSOFT = "com.microsoft"
 
@@ -23,7 +23,7 @@ MICROSOFT = "com.microsoft"
 class Operator:
     """A registered function: from opset `since` on, taking between `least` and `most` inputs (None: any number)."""
 
-    function: OperatorFunction
+    function: Callable[..., Any]
     since: int
     required: tuple[bool, ...]
     variadic: bool
@@ -36,15 +36,13 @@ class Operator:
 _OPERATORS: dict[tuple[str, str], list[Operator]] = {}
 
 
-def operator(
-    *names: str, since: int = 1, domain: str = ""
-) -> Callable[[OperatorFunction], OperatorFunction]:
+def operator(*names: str, since: int = 1, domain: str = "") -> Callable[[F], F]:
     """Register the decorated function for `names` from opset `since` of `domain` on.
 
     The function takes the node and then one `Value` per ONNX input; inputs with a default are optional.
     """
 
-    def register(function: OperatorFunction) -> OperatorFunction:
+    def register(function: F) -> F:
         parameters = list(inspect.signature(function).parameters.values())[1:]
         entry = Operator(
             function,

@@ -74,7 +74,7 @@ def dtype_of(number: int, what: str) -> DType:
 
 
 def check_tensor(tensor: onnx.TensorProto, what: str) -> tuple[DType, tuple[int, ...]]:
-    """dtype and shape of `tensor`, after checking that they are possible and, for inline data, that the data is there."""
+    """dtype and shape of `tensor`, once they are known to be possible and, for inline data, the data to be there."""
     dtype = dtype_of(tensor.data_type, what)
     shape = tuple(tensor.dims)
     if len(shape) > _MAX_RANK:

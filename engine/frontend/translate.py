@@ -1,4 +1,4 @@
-"""ModelProto → Graph: walks the nodes in order and calls the function of each operator. Called by `engine.frontend.read`.
+"""ModelProto → Graph: walks the nodes in order, calling the function of each operator. For `engine.frontend.read`.
 
 Names are resolved through scopes: the graph's, one for each inlined subgraph (which sees the names around it), and one
 for each call of a local function (which does not). Nodes that no output needs are skipped.
@@ -258,7 +258,7 @@ Indexed = tuple[int, onnx.NodeProto]
 def in_order(nodes: Sequence[onnx.NodeProto], known: set[str], label: str) -> list[Indexed]:
     """The nodes, with their place in the file, so that each follows those that it reads from.
 
-    Raises ModelError for a name computed twice and for a cycle. Names that nothing here computes are left to the lookup.
+    Raises ModelError for a name computed twice and for a cycle. Names that nothing here computes are the lookup's.
     """
     producer: dict[str, int] = {}
     for index, node in enumerate(nodes):

@@ -2,8 +2,7 @@
 
 A `Dim` is an int, or a `Sym`: a polynomial with integer coefficients over atoms. An atom is a symbol's name or an
 operation that no polynomial can express (floor division, minimum, maximum, remainder). Polynomials are kept in one
-canonical form, so structural equality is equality of the mathematics; an expression that reduces to a constant is an
-int.
+canonical form, so structural equality is equality of the mathematics; an expression that reduces to a constant is an int.
 Shape inference and shape folding use these; `evaluate` makes them concrete when a plan is built.
 """
 
@@ -12,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias
+from typing import TypeAlias, Union
 
 
 class DimOp(Enum):
@@ -36,7 +35,7 @@ class Atom:
         return f"({self.a} {self.op.value} {self.b})"
 
 
-Factor: TypeAlias = str | Atom
+Factor: TypeAlias = Union[str, Atom]
 Monomial: TypeAlias = tuple[tuple[Factor, int], ...]  # ((factor, power), …) sorted by text
 
 
@@ -61,6 +60,8 @@ class Sym:
         return self * -1 + other
 
     def __mul__(self, other: Dim) -> Dim:
+        if len(self.terms) * len(_terms(other)) > _MAX_PRODUCT:
+            raise OverflowError("a symbolic size grows without end")
         return _from_terms([(_multiply(m1, m2), c1 * c2) for m1, c1 in self.terms for m2, c2 in _terms(other)])
 
     __rmul__ = __mul__
@@ -86,7 +87,7 @@ class Sym:
     __repr__ = __str__
 
 
-Dim: TypeAlias = int | Sym
+Dim: TypeAlias = Union[int, Sym]
 
 
 def symbol(name: str) -> Sym:
@@ -186,6 +187,7 @@ def is_symbol(dim: Dim) -> bool:
     return isinstance(dim, Sym) and symbols(dim) == {str(dim)}
 
 
+_MAX_PRODUCT = 4096  # terms of a product: real models have a few, hostile ones multiply without end
 _INFINITE = 2**31 - 1  # exporters write INT32_MAX or INT64_MAX for "to the end"
 
 

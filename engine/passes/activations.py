@@ -36,7 +36,8 @@ _MOST_FACTORS = 6
 
 def factors(e: Expr) -> tuple[float, list[Expr]]:
     """`e` as a literal and the other factors of the product that it is."""
-    value, rest = 1.0, []
+    value = 1.0
+    rest: list[Expr] = []
     pending = [e]
     while pending:
         part = pending.pop()
@@ -193,7 +194,7 @@ def canonical(e: Expr) -> Expr:
     return simplified(_CANONICAL.rewrite(e))
 
 
-def canonicalise_activations(graph: Graph, traits: Traits) -> None:
+def canonicalise_activations(graph: Graph, _traits: Traits) -> None:
     """Every epilogue of the graph with its activations in canonical form."""
     for node in graph.nodes:
         stores = stores_of(node.op)

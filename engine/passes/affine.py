@@ -1,8 +1,8 @@
-"""The pass `fold_affine`: scales and shifts per channel beside a product with constant weights go into weights and bias.
+"""The pass `fold_affine`: scales and shifts per channel beside a product with constant weights go into weights, bias.
 
 Batch normalisation above all. After a product: the chain of constant operations that starts at the accumulator. Before
-one: a point-wise node that only scales and shifts the input per channel; a shift does not pass a padded convolution, for
-the padding is not shifted. Weights are computed in float64 and rounded once.
+one: a point-wise node that only scales and shifts the input per channel; a shift does not pass a padded convolution,
+for the padding is not shifted. Weights are computed in float64 and rounded once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Affine:
     steps: int = 0
 
 
-def fold_affine(graph: Graph, traits: Traits) -> None:
+def fold_affine(graph: Graph, _traits: Traits) -> None:
     """Fold what stands before, then what stands after, every Conv and Gemm with constant weights."""
     editor = Editor(graph)
     for node in editor.nodes():
@@ -86,7 +86,7 @@ def _replaced(root: Expr, part: Expr, new: Expr) -> Expr:
 
 
 def _after_accumulator(node: Node) -> _Affine | None:
-    """The longest chain of constant operations on the accumulator that all stores share, if folding it saves anything."""
+    """The longest chain of constant operations on the accumulator that all stores share, if folding it helps."""
     stores = stores_of(node.op)
     parents: dict[Expr, list[Apply]] = {}
     for e in ex.walk(*stores):

@@ -24,7 +24,6 @@ from engine.passes.traits import Traits
 from engine.passes.views import reshape, transpose, view
 
 
-
 @dataclass(frozen=True)
 class _Probabilities:
     """What feeds the second product: the softmax, the nodes after it, and whether fully masked rows become 0."""
@@ -34,7 +33,7 @@ class _Probabilities:
     zero_rows: bool
 
 
-def recognise_attention(graph: Graph, traits: Traits) -> None:
+def recognise_attention(graph: Graph, _traits: Traits) -> None:
     """Replace every attention. One whose scores or probabilities are read elsewhere, or returned, stays as it is."""
     editor = Editor(graph)
     terms = Terms(editor)
@@ -96,7 +95,7 @@ def _probabilities(editor: Editor, node: Node) -> _Probabilities | None:
 
 
 def _nan_guard(editor: Editor, node: Node) -> tuple[Value, list[Node], bool] | None:
-    """where(isnan(p), 0, p), in one node or two, or a mere cast of p: (p, nodes beside `node`, whether it is a guard)."""
+    """where(isnan(p), 0, p), in one node or two, or a mere cast of p: (p, nodes beside `node`, whether a guard)."""
     assert isinstance(node.op, Pointwise)
     store = node.op.stores[0]
     if _is_cast(store):

@@ -18,7 +18,7 @@ _MOST_STORES = 2
 _MOST_INPUTS = 12
 
 
-def fuse_epilogues(graph: Graph, traits: Traits) -> None:
+def fuse_epilogues(graph: Graph, _traits: Traits) -> None:
     """Fuse every point-wise node that can ride in an epilogue, in topological order."""
     editor = Editor(graph)
     position = {node: i for i, node in enumerate(graph.nodes)}

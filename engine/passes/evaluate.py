@@ -1,4 +1,4 @@
-"""NumPy evaluation of single nodes on constants: what constant folding runs. Light operators only, and small products."""
+"""NumPy evaluation of single nodes on constants: what constant folding runs. Light operators, and small products."""
 
 from __future__ import annotations
 
@@ -85,17 +85,17 @@ def _pad(op: Pad, inputs: Sequence[Array]) -> list[Array] | None:
 
 
 def _slice(op: Slice, inputs: Sequence[Array]) -> list[Array] | None:
-    if not all(isinstance(d, int) for d in (*op.starts, *op.sizes)):
-        return None
     index = []
-    for start, size, step in zip(op.starts, op.sizes, op.steps, strict=True):
-        assert isinstance(start, int) and isinstance(size, int)
+    starts, sizes = _concrete(op.starts), _concrete(op.sizes)
+    if starts is None or sizes is None:
+        return None
+    for start, size, step in zip(starts, sizes, op.steps, strict=True):
         stop = start + size * step
         index.append(slice(start, stop if stop >= 0 else None, step))
     return [inputs[0][tuple(index)]]
 
 
-def _shape_tensor(op: ShapeTensor, inputs: Sequence[Array]) -> list[Array] | None:
+def _shape_tensor(op: ShapeTensor, _inputs: Sequence[Array]) -> list[Array] | None:
     shape = _concrete(op.shape)
     if shape is None:
         return None

@@ -1,8 +1,8 @@
 """The passes that move views out of the way of products and epilogues.
 
-`flatten_gemms`: a product does not care how its rows are grouped, so a reshape of the rows before it goes behind it, where
-it meets the exporter's reshape back and both vanish. `sink_views`: a reshape or transposition between an operator and the
-point-wise node after it goes behind the point-wise node, which can then become the operator's epilogue.
+`flatten_gemms`: a product does not care how its rows are grouped, so a reshape of the rows before it goes behind it,
+where it meets the exporter's reshape back and both vanish. `sink_views`: a reshape or transposition between an operator
+and the point-wise node after it goes behind the point-wise node, which can then become the operator's epilogue.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from engine.passes.traits import Traits
 from engine.passes.views import inverse, reshape, transpose, view
 
 
-def flatten_gemms(graph: Graph, traits: Traits) -> None:
+def flatten_gemms(graph: Graph, _traits: Traits) -> None:
     """Gemm(Reshape(x), w) → Reshape(Gemm(x, w)) where the reshape only groups the rows in another way."""
     editor = Editor(graph)
     for node in editor.nodes():
@@ -42,7 +42,7 @@ def _flatten(editor: Editor, node: Node) -> None:
     editor.prune([old])
 
 
-def sink_views(graph: Graph, traits: Traits) -> None:
+def sink_views(graph: Graph, _traits: Traits) -> None:
     """Pointwise(View(x), …) → View(Pointwise(x, …)), once per point-wise node and chain of views."""
     editor = Editor(graph)
     for node in editor.nodes():
@@ -94,7 +94,7 @@ def _sink(editor: Editor, node: Node, step: Node) -> Node | None:
 
 
 def undone(editor: Editor, value: Value, op: View, before: Shape, after: Shape, origin: str) -> Value | None:
-    """What to read beside a tensor of shape `before` for `value` beside its view `op`, of shape `after`; None: nothing."""
+    """What to read beside a tensor of shape `before` for `value` beside its view `op`, of shape `after`; or None."""
     if value.data is not None and value.data.size == 1:
         return value if value.rank <= len(before) else reshape(editor, value, (), origin)
     if isinstance(op, Transpose):

@@ -23,7 +23,7 @@ _LARGEST = 64 << 20
 _LARGEST_EXPANSION = 64 << 10
 
 
-def fold(graph: Graph, traits: Traits) -> None:
+def fold(graph: Graph, _traits: Traits) -> None:
     """Evaluate what is constant, drop what is useless, merge what is equal; one sweep in topological order."""
     editor = Editor(graph)
     _merge_constants(editor)
@@ -98,4 +98,5 @@ def _equal_bytes(a: np.ndarray, b: np.ndarray) -> bool:
     if a is b:
         return True
     # Bytes, not values: 0.0 and -0.0 differ, and NaN equals itself.
-    return np.array_equal(*(np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (a, b)))
+    x, y = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (a, b))
+    return np.array_equal(x, y)

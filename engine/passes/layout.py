@@ -1,9 +1,9 @@
 """The pass `choose_orders`: in which order the axes of every computed tensor lie in memory (`Value.order`).
 
 Image kernels want the channel innermost. Convolutions start that order and everything that hands images on follows it:
-each operator takes the order of its largest image operand, seen through views, so that NHWC exports, whose transpositions
-are views of channels-last tensors, need no copy. Attention results lie head by head inside each token, so that merging
-the heads is a view. What the caller hands in or gets stays row-major.
+each operator takes the order of its largest image operand, seen through views, so that NHWC exports, whose
+transpositions are views of channels-last tensors, need no copy. Attention results lie head by head inside each token,
+so that merging the heads is a view. What the caller hands in or gets stays row-major.
 """
 
 from __future__ import annotations

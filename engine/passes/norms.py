@@ -1,9 +1,9 @@
 """The pass `recognise_norms`: normalisations written in primitive operators become `Norm` nodes.
 
-Layer norm (with it instance and group norm on their views), RMS norm and L2 normalisation are all `a · f(statistic of a)`
-with a reduction for the statistic. The root looked for is therefore a product or quotient in which one factor is an
-inverse square root over a `Reduce`, and another is the very expression that the reduction squares. Scale and shift are
-left around the new node for the epilogue fusion.
+Layer norm (with it instance and group norm on their views), RMS norm and L2 normalisation are all `a · f(statistic)`
+with a reduction for the statistic of a. The root looked for is therefore a product or quotient in which one factor is
+an inverse square root over a `Reduce`, and another is the very expression that the reduction squares. Scale and shift
+are left around the new node for the epilogue fusion.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ ADD, SUB, MUL, DIV, SQRT, MAX = PointOp.ADD, PointOp.SUB, PointOp.MUL, PointOp.D
 _FACTOR_LIMIT = 8  # factors of one product that are looked at: a longer product is no norm
 _STATISTIC_PLUS = op(ADD, anything("statistic"), literal("epsilon", lambda v: v >= 0))
 _STATISTIC_FLOOR = op(MAX, anything("statistic"), literal("epsilon", lambda v: v >= 0))
-_TWO_STEP = op(ADD, op(MUL, anything("x"), anything("s")), op(SUB, anything("b"), op(MUL, anything("m"), anything("s"))))
+_SHIFT = op(SUB, anything("b"), op(MUL, anything("m"), anything("s")))
+_TWO_STEP = op(ADD, op(MUL, anything("x"), anything("s")), _SHIFT)
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class _Match:
     shift: Expr | None = None
 
 
-def recognise_norms(graph: Graph, traits: Traits) -> None:
+def recognise_norms(graph: Graph, _traits: Traits) -> None:
     """Replace every normalisation in primitive form. What else reads its intermediate values still finds them."""
     editor = Editor(graph)
     terms = Terms(editor)
@@ -108,7 +109,7 @@ def _factors(e: Expr) -> list[tuple[Expr, bool]]:
 
 
 def _statistic(terms: Terms, divisor: Expr) -> tuple[Reduction, ReduceKind, float, bool] | None:
-    """sqrt(mean + ε), max(sqrt(sum), ε), sqrt(max(sum, ε)), sqrt(sum): (reduction, its kind, ε, whether ε is a floor)."""
+    """sqrt(mean + ε), max(sqrt(sum), ε), sqrt(max(sum, ε)), sqrt(sum): (reduction, its kind, ε, is ε a floor)."""
     e = without_casts(divisor)
     floor: float | None = None
     if (found := match(_STATISTIC_FLOOR, e)) is not None:

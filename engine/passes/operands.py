@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from engine.ir import expr as ex
+from engine.ir.dim import Dim
 from engine.ir.dtype import DType
-from engine.ir.graph import Node, Value
+from engine.ir.graph import Node, Shape, Value
 from engine.ir.ops import Attention, Conv, Gemm, Norm, Op, Pointwise, Pool, Reduce, Resize, Softmax
 from engine.ir.ops.light import Gathers
 
@@ -93,7 +94,7 @@ def with_expressions(
         changes["source"] = source
     if gathers is not None and isinstance(op, Pointwise | Norm):
         changes["gathers"] = gathers
-    return replace(op, **changes)  # type: ignore[arg-type]
+    return replace(op, **changes)
 
 
 def with_literals(e: ex.Expr, inputs: Sequence[Value]) -> ex.Expr:
@@ -112,3 +113,12 @@ def with_same_shape(op: Op, inputs: Sequence[Value], like: Node) -> bool:
     """Whether `op` of `inputs` has results of the shapes that `like` has."""
     types = op.infer(tuple(inputs))
     return all(shape == value.shape for (_, shape), value in zip(types, like.outputs, strict=False))
+
+
+def alike(a: Shape, b: Shape) -> bool:
+    """Whether two shapes are equal as far as the IR tells: a symbol beside a size other than 1 is taken to be it."""
+
+    def equal(x: Dim, y: Dim) -> bool:
+        return x == y or (1 not in (x, y) and not (isinstance(x, int) and isinstance(y, int)))
+
+    return len(a) == len(b) and all(map(equal, a, b))

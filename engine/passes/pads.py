@@ -15,7 +15,7 @@ from engine.passes.traits import Traits
 _LOWEST = -1e30  # a padding at or below this never wins a maximum
 
 
-def fold_pads(graph: Graph, traits: Traits) -> None:
+def fold_pads(graph: Graph, _traits: Traits) -> None:
     """Fold every padding of spatial axes with the value that the reader would pad with itself."""
     editor = Editor(graph)
     for node in editor.nodes():

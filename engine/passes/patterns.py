@@ -35,23 +35,23 @@ class Pattern:
     root: PointOp | None = None
 
 
-def anything(name: str, test: Callable[[ex.Expr], bool] = lambda e: True) -> Pattern:
-    """Any expression for which `test` holds, captured as `name`."""
+def anything(name: str, test: Callable[[ex.Expr], bool] | None = None) -> Pattern:
+    """Any expression (for which `test` holds), captured as `name`."""
 
     def matches(e: ex.Expr, captures: Captures) -> Iterator[Captures]:
         known = captures.get(name)
         if known is not None:
             if known == e:
                 yield captures
-        elif test(e):
+        elif test is None or test(e):
             yield {**captures, name: e}
 
     return Pattern(matches)
 
 
-def literal(name: str, test: Callable[[float], bool] = lambda value: True) -> Pattern:
-    """A constant for whose value `test` holds, captured as `name`."""
-    return anything(name, lambda e: isinstance(e, ex.Const) and test(e.value))
+def literal(name: str, test: Callable[[float], bool] | None = None) -> Pattern:
+    """A constant (for whose value `test` holds), captured as `name`."""
+    return anything(name, lambda e: isinstance(e, ex.Const) and (test is None or test(e.value)))
 
 
 def number(value: float) -> Pattern:
@@ -108,7 +108,11 @@ class RuleSet:
             self._by_root.setdefault(rule.pattern.root, []).append(rule)
         self._extra = extra
         # Layers of a model repeat the same few expressions: a small cache makes rewriting them all but free.
-        self.rewrite = lru_cache(maxsize=4096)(self._rewrite)
+        self._cached = lru_cache(maxsize=4096)(self._rewrite)
+
+    def rewrite(self, root: ex.Expr) -> ex.Expr:
+        """`root` with every rule applied wherever it can be."""
+        return self._cached(root)
 
     def _rewrite(self, root: ex.Expr) -> ex.Expr:
         done: dict[ex.Expr, ex.Expr] = {}
@@ -128,7 +132,7 @@ class RuleSet:
     def _step(self, e: ex.Expr) -> ex.Expr | None:
         if not isinstance(e, ex.Apply):
             return None
-        changed = self._extra(e) if self._extra is not None else None
+        changed: ex.Expr | None = self._extra(e) if self._extra is not None else None
         if changed is not None and changed != e:
             return changed
         for rule in (*self._by_root.get(e.op, ()), *self._by_root.get(None, ())):

@@ -1,8 +1,8 @@
 """The order of the passes, and `run`.
 
-The order in one sentence: make everything constant that is, carry types and views in one form, recognise what was written
-in pieces while the pieces are still whole, bring point-wise chains together, hang them onto the operators around them,
-move constants into weights, and choose memory orders last.
+The order in one sentence: make everything constant that is, carry types and views in one form, recognise what was
+written in pieces while the pieces are still apart, bring point-wise chains together, hang them onto the operators
+around them, move constants into weights, and choose memory orders last.
 """
 
 from __future__ import annotations
@@ -72,5 +72,5 @@ def run(graph: Graph, traits: Traits) -> Graph:
     for rewrite in PASSES:
         rewrite(graph, traits)
         if printed in (rewrite.__name__, "all"):
-            print(f"# after {rewrite.__name__}\n{graph_text(graph)}\n", file=sys.stderr)
+            sys.stderr.write(f"# after {rewrite.__name__}\n{graph_text(graph)}\n\n")
     return graph

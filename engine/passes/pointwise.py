@@ -10,7 +10,15 @@ from engine.ir import expr as ex
 from engine.ir.graph import Graph, Node, Value
 from engine.ir.ops import Expand, Pointwise, Slice, View
 from engine.passes.editor import Editor, joined_origin
-from engine.passes.operands import FUSED_OPS, Operands, with_expressions, with_literals, with_same_shape
+from engine.passes.operands import (
+    FUSED_OPS,
+    Operands,
+    alike,
+    stores_of,
+    with_expressions,
+    with_literals,
+    with_same_shape,
+)
 from engine.passes.simplify import simplified
 from engine.passes.traits import Traits
 from engine.passes.views import reshape, view
@@ -21,7 +29,7 @@ _CHEAP = 2  # arithmetic operations that may be repeated for every element of a 
 _COSTLY = ex.UNARY_FLOAT | {ex.PointOp.DIV, ex.PointOp.POW, ex.PointOp.MOD, ex.PointOp.FMOD}
 
 
-def inline_literals(graph: Graph, traits: Traits) -> None:
+def inline_literals(graph: Graph, _traits: Traits) -> None:
     """Constants of one element become literals of the expressions that read them."""
     editor = Editor(graph)
     for node in editor.nodes():
@@ -45,8 +53,8 @@ def _inline_literals(editor: Editor, node: Node, op: Pointwise) -> None:
         editor.update(node, new, operands.inputs)
 
 
-def drop_expands(graph: Graph, traits: Traits) -> None:
-    """Point-wise nodes read what was expanded, not the expansion; where that makes them smaller, it comes after them."""
+def drop_expands(graph: Graph, _traits: Traits) -> None:
+    """Point-wise nodes read what was expanded, not the expansion; where that makes them smaller, it comes after."""
     editor = Editor(graph)
     for node in editor.nodes():
         if isinstance(node.op, Pointwise) and not node.op.gathers and len(node.outputs) == 1:
@@ -73,8 +81,8 @@ def _before_expand(editor: Editor, value: Value) -> Value:
     return node.inputs[0] if node is not None and isinstance(node.op, Expand) else value
 
 
-def hoist_slices(graph: Graph, traits: Traits) -> None:
-    """Slices of constants that a point-wise node reads move behind it, so that the node can be folded (causal masks)."""
+def hoist_slices(graph: Graph, _traits: Traits) -> None:
+    """Slices of constants that a point-wise node reads move behind it, so that it can be folded (causal masks)."""
     editor = Editor(graph)
     for node in editor.nodes():
         if isinstance(node.op, Pointwise) and not node.op.gathers and len(node.outputs) == 1:
@@ -100,7 +108,7 @@ def _hoist_slice(editor: Editor, node: Node) -> None:
     editor.remove(node)
 
 
-def fuse_pointwise(graph: Graph, traits: Traits) -> None:
+def fuse_pointwise(graph: Graph, _traits: Traits) -> None:
     """Fuse chains and diamonds of point-wise nodes, in topological order."""
     editor = Editor(graph)
     for node in editor.nodes():
@@ -127,7 +135,7 @@ def _fusable(editor: Editor, node: Node) -> Node | None:
 
 
 def _is_free(editor: Editor, producer: Node, node: Node) -> bool:
-    return editor.only_user(producer.output) is node and producer.output.shape == node.outputs[0].shape
+    return editor.only_user(producer.output) is node and alike(producer.output.shape, node.outputs[0].shape)
 
 
 def _is_cheap(editor: Editor, producer: Node) -> bool:
@@ -146,15 +154,13 @@ def _is_cheap(editor: Editor, producer: Node) -> bool:
 def _fits(producer: Node, node: Node) -> bool:
     if len(dict.fromkeys((*producer.inputs, *node.inputs))) > _MOST_INPUTS:
         return False
-    assert isinstance(producer.op, Pointwise) and isinstance(node.op, Pointwise)
-    return sum(1 for _ in ex.walk(*producer.op.stores)) + sum(1 for _ in ex.walk(*node.op.stores)) <= _LONGEST
+    return sum(1 for _ in ex.walk(*stores_of(producer.op), *stores_of(node.op))) <= _LONGEST
 
 
 def _fuse(editor: Editor, producer: Node, node: Node) -> None:
-    assert isinstance(producer.op, Pointwise) and isinstance(node.op, Pointwise)
     operands = Operands()
-    inner = operands.adopt(producer.op.stores[0], producer)
-    stores = tuple(operands.adopt(store, node, {producer.output: inner}) for store in node.op.stores)
+    inner = operands.adopt(stores_of(producer.op)[0], producer)
+    stores = tuple(operands.adopt(store, node, {producer.output: inner}) for store in stores_of(node.op))
     value = producer.output
     editor.update(node, with_expressions(node.op, stores), operands.inputs, origin=joined_origin(producer, node))
     editor.prune([value])

@@ -83,7 +83,7 @@ def _retyped(op: Op, narrow: frozenset[DType]) -> Op:
             changes[item.name] = _retyped_expression(value, narrow)
         elif item.name == "stores":
             changes[item.name] = tuple(_retyped_expression(store, narrow) for store in value)
-    return replace(op, **changes) if changes else op  # type: ignore[arg-type]
+    return replace(op, **changes) if changes else op
 
 
 def _retyped_expression(root: Expr, narrow: frozenset[DType]) -> Expr:

@@ -1,8 +1,8 @@
 """The passes that bring point-wise nodes and embedding lookups into the operator after them.
 
 `fuse_prologues`: what a norm, softmax or reduction is taken of becomes its `source`; where other nodes need that value
-too (a residual sum before a norm), the norm stores it beside its own result. `fuse_gathers`: a lookup of rows of a table
-becomes a gathered operand of the point-wise node or norm that reads it.
+too (a residual sum before a norm), the norm stores it beside its own result. `fuse_gathers`: a lookup of rows of a
+table becomes a gathered operand of the point-wise node or norm that reads it.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 from engine.ir import expr as ex
 from engine.ir.graph import Graph, Node
 from engine.ir.ops import Gather, Norm, Pointwise, Reduce, Softmax
-from engine.ir.ops.light import iteration_shape, operand_shape
+from engine.ir.ops.light import iteration_shape
 from engine.passes.editor import Editor, joined_origin
-from engine.passes.operands import Operands, gathers_of, stores_of, with_expressions
+from engine.passes.operands import Operands, alike, gathers_of, stores_of, with_expressions
 from engine.passes.simplify import simplified
 from engine.passes.traits import Traits
 
 _MOST_INPUTS = 12
 
 
-def fuse_gathers(graph: Graph, traits: Traits) -> None:
+def fuse_gathers(graph: Graph, _traits: Traits) -> None:
     """Lookups along axis 0 of a table move into the one norm or point-wise node that reads the rows."""
     editor = Editor(graph)
     for node in editor.nodes():
@@ -48,7 +48,7 @@ def _fuse_gather(editor: Editor, node: Node, user: Node) -> None:
         editor.remove(node)
 
 
-def fuse_prologues(graph: Graph, traits: Traits) -> None:
+def fuse_prologues(graph: Graph, _traits: Traits) -> None:
     """Point-wise nodes move into the source of the norm, softmax or reduction that reads them."""
     editor = Editor(graph)
     for node in editor.nodes():
@@ -70,7 +70,7 @@ def _fuse(editor: Editor, producer: Node, node: Node) -> bool:
     value = producer.output
     read = [i for i in ex.arguments(op.source) if node.inputs[i] is value]
     shape = iteration_shape("source", (op.source,), node.inputs, gathers_of(op))
-    if not read or value.shape != shape or operand_shape(read[0], node.inputs, gathers_of(op)) != shape:
+    if not read or not alike(value.shape, shape) or read[0] in dict(gathers_of(op)):
         return False
     keeps = editor.only_user(value) is not node
     if keeps and (not isinstance(op, Norm) or len(op.stores) > 1 or not _reads_only_there(editor, producer, node)):
@@ -91,5 +91,5 @@ def _fuse(editor: Editor, producer: Node, node: Node) -> bool:
 
 
 def _reads_only_there(editor: Editor, producer: Node, node: Node) -> bool:
-    """Whether no input of `node` besides the value itself is computed from it: as one node they would wait in a circle."""
+    """Whether no input of `node` besides the value itself is computed from it: one node would wait for itself."""
     return not editor.depends([value for value in node.inputs if value is not producer.output], producer)

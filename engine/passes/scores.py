@@ -1,4 +1,4 @@
-"""The way from the input of a softmax back to the product q kᵀ: scales and masks collected, in whatever order they come.
+"""The way from the input of a softmax back to the product q kᵀ: scales and masks collected, in whatever order.
 
 Used by `attention.py`. Masks come out as terms to add: `Where(mask, scores, −inf)` is the sum of the scores and a bias
 that is 0 or −inf. A finite fill is written as the lowest fp32 number instead, so that it absorbs the score it is added
@@ -146,7 +146,7 @@ def _nodes_between(editor: Editor, softmax: Node, product: Node) -> tuple[Node, 
                 leads(before, depth + 1)
                 for value in node.inputs
                 if (before := editor.producer(value)) is not None
-                and isinstance(before.op, Pointwise | Reshape | Expand)
+                and (before is product or isinstance(before.op, Pointwise | Reshape | Expand))
             )
         return depends[node]
 

@@ -1,4 +1,4 @@
-"""The pass `merge_siblings`: products of one input with constant weights become one wide product (Q, K and V above all).
+"""The pass `merge_siblings`: products of one input with constant weights become one wide product (Q, K, V above all).
 
 Their epilogues have to be the same expression; constants in it that run along the columns are laid side by side, as the
 weights are, and a product without a bias among some that have one gets zeros. The results are slices of the wide one.
@@ -29,7 +29,7 @@ class _Sibling:
     rows: tuple[np.ndarray, ...]
 
 
-def merge_siblings(graph: Graph, traits: Traits) -> None:
+def merge_siblings(graph: Graph, _traits: Traits) -> None:
     """Merge every group of siblings."""
     editor = Editor(graph)
     groups: dict[tuple[Value, Expr], list[_Sibling]] = {}

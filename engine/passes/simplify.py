@@ -107,12 +107,13 @@ RULES = (
 
 
 def _structural(e: ex.Apply) -> Expr | None:
-    """What no pattern says: literals folded, literals to the right, casts that lose nothing removed."""
+    """What no pattern says: literals folded or to the right, the accumulator to the left, needless casts removed."""
     if all(isinstance(arg, Const) for arg in e.args) and e.dtype is not DType.STRING:
         value = ex.evaluate(e, ())
         return ex.const(value.item(), e.dtype)
-    if e.op in COMMUTATIVE and isinstance(e.args[0], Const):
-        return ex.Apply(e.op, e.args[::-1], e.dtype)
+    if e.op in COMMUTATIVE and (isinstance(e.args[0], Const) or isinstance(e.args[1], ex.Acc)):
+        swapped = ex.Apply(e.op, e.args[::-1], e.dtype)
+        return swapped if not isinstance(e.args[0], ex.Acc) and not isinstance(e.args[1], Const) else None
     if e.op is PointOp.CAST:
         return _cast(e)
     return None
@@ -150,7 +151,7 @@ def simplified(e: Expr) -> Expr:
     return _SIMPLER.rewrite(e)
 
 
-def simplify(graph: Graph, traits: Traits) -> None:
+def simplify(graph: Graph, _traits: Traits) -> None:
     """Every expression of the graph in its simplest form that reads the same arguments: they give nodes their shape."""
     for node in graph.nodes:
         op_ = node.op

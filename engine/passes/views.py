@@ -27,27 +27,26 @@ def transpose(editor: Editor, value: Value, perm: tuple[int, ...], origin: str) 
 
 def view(editor: Editor, op: View, value: Value, origin: str) -> Value:
     """`op` of `value`, merged with the view that makes `value` where two are as good as one."""
-    merged = _merged(editor, op, value)
+    merged, value = _merged(editor, op, value)
     if merged is None:
         return value
-    op, value = merged
     for user in editor.users(value):
-        if user.op == op:
+        if user.op == merged:
             return user.output
-    return editor.add(op, (value,), value.name, origin).output
+    return editor.add(merged, (value,), value.name, origin).output
 
 
-def _merged(editor: Editor, op: View, value: Value) -> tuple[View, Value] | None:
-    """The one view and its source that `op` of `value` comes to; None where it is `value` itself."""
+def _merged(editor: Editor, op: View, value: Value) -> tuple[View | None, Value]:
+    """The one view and its source that `op` of `value` comes to; no view where it comes to the source itself."""
     while True:
         op = _canonical(op, value.shape)
         ((_, shape),) = op.infer((value,))
         if not _changes(op, value.shape, shape):
-            return None
+            return None, value
         before = editor.producer(value)
         if before is None or not isinstance(before.op, View):
             return op, value
-        joined = _compose(op, before.op, before.inputs[0].shape)
+        joined = _compose(op, before.op)
         if joined is None:
             return op, value
         op, value = joined, before.inputs[0]
@@ -77,8 +76,8 @@ def _canonical(op: View, shape: Shape) -> View:
     return op
 
 
-def _compose(op: View, before: View, shape: Shape) -> View | None:
-    """`op` after `before`, which is on a tensor of `shape`, as one view."""
+def _compose(op: View, before: View) -> View | None:
+    """`op` after `before` as one view."""
     if isinstance(op, Reshape) and isinstance(before, Reshape):
         return op
     if isinstance(op, Transpose) and isinstance(before, Transpose):
@@ -92,7 +91,7 @@ def _compose(op: View, before: View, shape: Shape) -> View | None:
     return None
 
 
-def merge_views(graph: Graph, traits: Traits) -> None:
+def merge_views(graph: Graph, _traits: Traits) -> None:
     """Merge and drop views, and write as views what moves data without need."""
     editor = Editor(graph)
     for node in editor.nodes():
@@ -127,10 +126,7 @@ def _simpler_view(editor: Editor, node: Node, op: View) -> Value | None:
         kept = replace(before.op, keepdims=True)
         if all(op.shape == shape for _, shape in kept.infer(before.inputs)) and len(kept.stores) == 1:
             return editor.add(kept, before.inputs, node.output.name, before.origin).output
-    merged = _merged(editor, op, source)
-    if merged == (op, source):
-        return None
-    return source if merged is None else view(editor, op, source, node.origin)
+    return None if _merged(editor, op, source) == (op, source) else view(editor, op, source, node.origin)
 
 
 def _gather_as_slice(editor: Editor, node: Node, op: Gather) -> Value | None:

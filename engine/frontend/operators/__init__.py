@@ -1,4 +1,4 @@
-"""One function per ONNX operator, named as the operator, grouped by theme. Importing this package registers them all."""
+"""One function per ONNX operator, named as the operator, grouped by theme. Importing this registers them all."""
 
 from engine.frontend.operators import (
     activation,

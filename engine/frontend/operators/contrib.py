@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from engine.frontend import formula as f
-from engine.frontend.onnx_node import OnnxNode
+from engine.frontend.onnx_node import OnnxNode, source, store
 from engine.frontend.operators.activation import gelu_exact, gelu_tanh
 from engine.frontend.operators.attention import Scores, attend, join_heads, mask_bias, split_heads
 from engine.frontend.operators.indexing import Gather
@@ -14,7 +15,7 @@ from engine.frontend.operators.normalization import layer_statistics, normalize
 from engine.frontend.operators.slicing import split_at
 from engine.frontend.registry import MICROSOFT, operator
 from engine.ir import ops
-from engine.ir.dim import floordiv
+from engine.ir.dim import Dim, floordiv
 from engine.ir.dtype import DType
 from engine.ir.graph import Value
 
@@ -90,25 +91,20 @@ def EmbedLayerNormalization(
         if mask is None:
             lengths = node.expand(node.constant([0], DType.I32), (words.shape[0],))
         else:
-            count = ops.Reduce(ops.ReduceKind.SUM, (1,), False, f.Term(_first(mask)).expr, (_total(mask),))
+            count = ops.Reduce(ops.ReduceKind.SUM, (1,), False, source(mask.dtype), store(mask.dtype))
             lengths = node.cast(node.add(count, mask), DType.I32)
         return [result, lengths, total]
     return [result, None, total]
-
-
-def _first(value: Value) -> f.ex.Expr:
-    return f.ex.Arg(0, value.dtype)
-
-
-def _total(value: Value) -> f.ex.Expr:
-    return f.ex.Acc(value.dtype)
 
 
 @operator("FusedGemm", domain=MICROSOFT)
 def FusedGemm(node: OnnxNode, a: Value, b: Value, c: Value | None = None) -> Value:
     result = Gemm(node, a, b, c)
     name = node.text("activation", "")
-    formulas = {"": None, "Relu": lambda t: f.maximum(t, 0), "Tanh": f.tanh, "Sigmoid": f.sigmoid}
+    formulas: dict[str, Callable[[f.Term], f.Term] | None] = {
+        "": None,
+        "Relu": lambda t: f.maximum(t, 0), "Tanh": f.tanh, "Sigmoid": f.sigmoid,
+    }
     if name not in formulas:
         raise node.unsupported(f"activation {name!r}")
     formula = formulas[name]
@@ -125,7 +121,8 @@ def Attention(
     if bias is not None:
         product = node.pointwise(lambda a, b: a + b, product, bias)
     width = weight.shape[1]
-    parts = list(node.integers("qkv_hidden_sizes", ())) or [floordiv(width, 3)] * 3
+    parts: list[Dim] = list(node.integers("qkv_hidden_sizes", ()))
+    parts = parts or [floordiv(width, 3)] * 3
     q, k, v = (split_heads(node, part, heads) for part in split_at(node, product, 2, parts))
     scores = _scores(node, q, mask, bool(node.integer("unidirectional", 0)))
     return join_heads(node, attend(node, q, k, v, scores))

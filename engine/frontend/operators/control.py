@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engine.frontend import formula as f
 from engine.frontend.onnx_node import OnnxNode
-from engine.frontend.operators.slicing import concat
+from engine.frontend.operators.slicing import concat, drop_axis
 from engine.frontend.registry import operator
 from engine.ir.graph import Value
 
@@ -53,4 +53,32 @@ def Loop(
 
 @operator("Scan", since=9)
 def Scan(node: OnnxNode, *values: Value) -> list[Value]:
-    raise node.unsupported("operator 'Scan'")
+    count = node.integer("num_scan_inputs")
+    carried = len(values) - count
+    if count < 1 or carried < 0:
+        raise node.invalid(f"{count} scanned inputs of {len(values)}")
+    collected = max(0, len(node.outputs) - carried)
+    scanned = values[carried:]
+    axes = [node.axis(a, v.rank) for a, v in zip(node.integers("scan_input_axes", (0,) * count), scanned, strict=True)]
+    backwards = node.integers("scan_input_directions", (0,) * count)
+    length = scanned[0].shape[axes[0]]
+    if not isinstance(length, int) or not 1 <= length <= _MAX_TRIPS:
+        raise node.unsupported(f"a scan over {length} positions")
+    state = list(values[:carried])
+    collection: list[list[Value]] = []
+    for trip in range(length):
+        parts = [
+            drop_axis(node, value, axis, length - 1 - trip if reverse else trip)
+            for value, axis, reverse in zip(scanned, axes, backwards, strict=True)
+        ]
+        results = node.inline("body", (*state, *parts), f"{trip}/")
+        state = results[:carried]
+        collection.append(results[carried : carried + collected])
+    out_axes = node.integers("scan_output_axes", (0,) * collected)
+    reversed_out = node.integers("scan_output_directions", (0,) * collected)
+    stacked = []
+    for column, given, reverse in zip(zip(*collection, strict=True), out_axes, reversed_out, strict=True):
+        axis = node.axis(given, column[0].rank + 1)
+        rows = [node.reshape(value, (*value.shape[:axis], 1, *value.shape[axis:])) for value in column]
+        stacked.append(concat(node, rows[::-1] if reverse else rows, axis))
+    return [*state, *stacked]

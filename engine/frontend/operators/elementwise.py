@@ -84,6 +84,7 @@ def Mod(node: OnnxNode, a: Value, b: Value) -> Value:
 
 @operator("BitShift")
 def BitShift(node: OnnxNode, a: Value, b: Value) -> Value:
+    same_dtype(node, a, b)
     op = PointOp.SHL if node.choice("direction", "LEFT", "RIGHT") == "LEFT" else PointOp.SHR
     return node.pointwise(lambda x, y: f.apply(op, x, y), a, b)
 

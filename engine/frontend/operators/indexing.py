@@ -1,4 +1,4 @@
-"""Looking up by index. The rare forms (GatherND, ScatterElements, TopK, …) have no function here: they become `Opaque`."""
+"""Looking up by index. The rare forms (GatherND, ScatterElements, TopK, …) have no function: they become `Opaque`."""
 
 from __future__ import annotations
 

@@ -27,10 +27,7 @@ def _square(x: Term) -> Term:
 
 def reduce_axes(node: OnnxNode, x: Value, axes: Value | None) -> tuple[int, ...]:
     """The axes from the attribute or the input; all of them where none are given, unless the model says otherwise."""
-    if axes is not None:
-        given = tuple(node.static_ints(axes, "axes"))
-    else:
-        given = node.integers("axes", ())
+    given = node.integers("axes", ()) if axes is None else tuple(node.static_ints(axes, "axes"))
     if not given and node.integer("noop_with_empty_axes", 0):
         return ()
     return node.axes(given, x.rank) if given else tuple(range(x.rank))

@@ -10,7 +10,7 @@ from engine.frontend import content, foreign
 from engine.frontend.onnx_node import OnnxNode, store
 from engine.frontend.registry import Results, operator
 from engine.ir import ops
-from engine.ir.dim import Dim, floordiv
+from engine.ir.dim import Dim, Sym, floordiv
 from engine.ir.graph import Value
 
 _COORDINATES = ("half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric", "half_pixel_symmetric")
@@ -32,7 +32,7 @@ def _scale_numbers(node: OnnxNode, scales: Value) -> list[float]:
     known = node.builder.content(scales)
     if known is None:
         raise node.unsupported("scales computed from data")
-    if any(isinstance(element, (content.Sym, content.Ratio)) for element in known.flat):
+    if any(isinstance(element, (Sym, content.Ratio)) for element in known.flat):
         raise node.unsupported("scales that depend on the inputs' shapes; give sizes instead")
     return [float(element) for element in known.flat]
 

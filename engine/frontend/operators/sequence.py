@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.frontend.onnx_node import OnnxNode
-from engine.frontend.operators.slicing import concat, equal_parts, split_at
+from engine.frontend.operators.slicing import concat, split_at
 from engine.frontend.registry import operator
 from engine.ir.dim import Dim
 from engine.ir.graph import Value
@@ -73,7 +73,7 @@ def SplitToSequence(node: OnnxNode, x: Value, split: Value | None = None) -> Val
         chunk = node.static_ints(split, "split")[0] if split is not None else 1
         if chunk < 1:
             raise node.invalid(f"parts of {chunk}")
-        parts = [min(chunk, size - start) for start in range(0, size, chunk)] if split else equal_parts(node, size, size)
+        parts = [min(chunk, size - start) for start in range(0, size, chunk)]
     pieces = split_at(node, x, axis, parts)
     if split is None and not node.integer("keepdims", 1):
         pieces = [node.reshape(piece, (*piece.shape[:axis], *piece.shape[axis + 1 :])) for piece in pieces]

@@ -186,7 +186,7 @@ def Constant(node: OnnxNode) -> Value:
     raise node.invalid("no value")
 
 
-def _dense(node: OnnxNode, sparse: onnx.SparseTensorProto) -> np.ndarray:  # type: ignore[type-arg]
+def _dense(node: OnnxNode, sparse: onnx.SparseTensorProto) -> np.ndarray:
     shape = tuple(sparse.dims)
     if any(dim < 0 for dim in shape) or np.prod([float(dim) for dim in shape]) > _MAX_DENSE:
         raise node.unsupported(f"a sparse tensor of shape {list(shape)}")

@@ -40,7 +40,8 @@ LAYER_NORMS = {
     " e = Add(v, eps) r = Sqrt(e) i = Reciprocal(r) gi = Mul(i, g) xs = Mul(x, gi) ms = Mul(m, gi) t = Sub(b, ms)"
     " y = Add(xs, t)",
     "casts around": "xf = Cast<to=11>(x) m = ReduceMean(xf, axis) d = Sub(xf, m) q = Pow(d, two)"
-    " v = ReduceMean(q, axis) e = Add(v, eps) r = Sqrt(e) n = Div(d, r) nc = Cast<to=11>(n) s = Mul(nc, g) y = Add(s, b)",
+    " v = ReduceMean(q, axis) e = Add(v, eps) r = Sqrt(e) n = Div(d, r) nc = Cast<to=11>(n) s = Mul(nc, g)"
+    " y = Add(s, b)",
     "the operator": "y = LayerNormalization<axis=-1, epsilon=1e-5>(x, g, b)",
 }
 

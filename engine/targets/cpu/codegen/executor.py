@@ -1,0 +1,293 @@
+"""The native half of the runtime: runs a program of launches on a pool of threads without Python.
+
+A program is a table of entries, one per launch. Every thread walks the table. Of each launch it takes tasks from its
+own share of the range, so that neighbouring steps find their data in the same core's cache, then from the shares of
+others, so that a core that is late or stolen only costs the task it holds. A thread goes on to the next launch when
+all tasks of the launch (and of the launches that may run beside it) are done; it spins briefly and then sleeps on a
+condition variable. The caller's thread is number 0 and needs nobody else: workers that wake too late find nothing
+left to do.
+
+Layouts below are in bytes; words that different threads write lie on cache lines of their own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from engine.targets.cpu.codegen.emit import Builder, Int, Module, Value
+from engine.targets.cpu.kernel import Code
+
+LINE = 64
+
+# The pool: shared by all threads.
+POOL_SEQUENCE = 0  # counts jobs; workers wait for a change
+POOL_STATE = LINE  # OPEN while a job may be joined, plus the number of workers inside
+POOL_WAITERS = 2 * LINE  # threads that sleep, or are about to
+POOL_JOB = 3 * LINE  # pointer to the job
+POOL_MUTEX = 4 * LINE  # pthread_mutex_t: 40 bytes in glibc, 64 in macOS
+POOL_CONDITION = 6 * LINE  # pthread_cond_t: 48 bytes in both
+POOL_STOP = 8 * LINE
+POOL_BYTES = 9 * LINE
+
+# A job: what one run executes. Constant while it runs.
+JOB_PROGRAM, JOB_COUNT, JOB_THREADS, JOB_COUNTERS, JOB_SCRATCH, JOB_SCRATCH_STRIDE, JOB_STATISTICS = range(0, 56, 8)
+JOB_BYTES = LINE
+
+# An entry of a program. `GROUP` is the first launch of those that run side by side: it holds their common count of
+# finished tasks. `GROUP_TASKS` is the number of tasks of the whole group. `GROUP_END` and `STEP_END` are 1 in the last
+# launch of a group and of a step, else 0.
+ENTRY_FUNCTION, ENTRY_ARGS, ENTRY_TASKS, ENTRY_GROUP, ENTRY_GROUP_TASKS, ENTRY_GROUP_END = range(0, 48, 8)
+ENTRY_STEP, ENTRY_STEP_END = range(48, 64, 8)
+ENTRY_BYTES = LINE
+
+# Counters: per launch one line for the finished tasks, then one per thread for the tasks taken from its share.
+# Statistics: per step two words, runs and nanoseconds.
+
+_OPEN = 1 << 40
+_SPIN_NANOSECONDS = 60_000  # about the price of sleeping and being woken
+_CLOCK_MONOTONIC = 6 if sys.platform == "darwin" else 1
+
+
+@dataclass(frozen=True)
+class RunCode(Code):
+    """``void run(ptr pool, ptr job)``: called by the thread that wants the result, which becomes thread 0."""
+
+    family: ClassVar[str] = "executor_run"
+
+    def ir(self) -> str:
+        module = Module(self.isa)
+        _define_wait(module)
+        _define_execute(module)
+
+        def run(b: Builder, values: list[Value]) -> None:
+            pool, job = values
+            threads = b.load("i64", b.offset(job, JOB_THREADS), 8)
+            lines = b.mul(b.load("i64", b.offset(job, JOB_COUNT), 8), b.add(threads, 1))
+            counters = b.load("ptr", b.offset(job, JOB_COUNTERS), 8)
+            b.loop(0, b.mul(lines, LINE), LINE, lambda i, _: b.store(b.i64(0), b.offset(counters, i), 8))
+            state = b.offset(pool, POOL_STATE)
+
+            def with_workers() -> None:
+                b.store(job, b.offset(pool, POOL_JOB), 8)
+                b.atomic_add(state, _OPEN)
+                b.atomic_add(b.offset(pool, POOL_SEQUENCE), 1)
+                _wake(b, pool)
+
+            alone = b.compare("eq", threads, 1)
+            b.branch(alone, lambda: None, with_workers)
+            b.call_local("execute", "void", pool, job, b.i64(0))
+
+            def close() -> None:
+                b.atomic_add(state, -_OPEN)
+                # The counters may be set to zero again only when nobody looks at them.
+                b.call_local("wait_for", "void", pool, state, b.i64(0))
+
+            b.branch(alone, lambda: None, close)
+
+        module.function(self.symbol, [("pool", "ptr"), ("job", "ptr")], run)
+        return module.text()
+
+
+@dataclass(frozen=True)
+class WorkerCode(Code):
+    """``void worker(ptr pool, i64 me)``: the life of worker `me` (from 1), until the pool is stopped."""
+
+    family: ClassVar[str] = "executor_worker"
+
+    def ir(self) -> str:
+        module = Module(self.isa)
+        _define_wait(module)
+        _define_execute(module)
+
+        def worker(b: Builder, values: list[Value]) -> None:
+            pool, me = values
+            state, sequence = b.offset(pool, POOL_STATE), b.offset(pool, POOL_SEQUENCE)
+
+            def turn(carried: list[Value]) -> tuple[Value, list[Value]]:
+                _wait_until(b, pool, lambda: b.compare("ne", b.atomic_load(sequence), carried[0]))
+                now = b.atomic_load(sequence)
+                before = b.atomic_add(state, 1)
+
+                def join() -> None:
+                    job = b.load("ptr", b.offset(pool, POOL_JOB), 8)
+                    wanted = b.compare("slt", me, b.load("i64", b.offset(job, JOB_THREADS), 8))
+                    b.branch(wanted, lambda: _discard(b.call_local("execute", "void", pool, job, me)))
+
+                b.branch(b.compare("sge", before, _OPEN), join)
+                b.atomic_add(state, -1)
+                _wake(b, pool)
+                stop = b.atomic_load(b.offset(pool, POOL_STOP))
+                return b.compare("eq", stop, 0), [now]
+
+            b.repeat(turn, [b.i64(0)])
+
+        module.function(self.symbol, [("pool", "ptr"), ("me", "i64")], worker)
+        return module.text()
+
+
+def _discard(_: Value) -> None:
+    return None
+
+
+def _now(b: Builder, place: Value) -> Int:
+    """Nanoseconds of the monotonic clock; `place` is 16 bytes of stack."""
+    b.call("clock_gettime", "i32", Value(str(_CLOCK_MONOTONIC), "i32"), place)
+    return b.add(b.mul(b.load("i64", place, 8), 1_000_000_000), b.load("i64", b.offset(place, 8), 8))
+
+
+def _pause(b: Builder) -> None:
+    if b.isa.name == "neon":
+        b.call("llvm.aarch64.hint", "void", Value("1", "i32"))
+    elif b.isa.x86:
+        b.call("llvm.x86.sse2.pause", "void")
+
+
+def _wake(b: Builder, pool: Value) -> None:
+    """Wake the sleepers after a word has changed. Costs one load when nobody sleeps."""
+    mutex = b.offset(pool, POOL_MUTEX)
+
+    def broadcast() -> None:
+        b.call("pthread_mutex_lock", "i32", mutex)
+        b.call("pthread_cond_broadcast", "i32", b.offset(pool, POOL_CONDITION))
+        b.call("pthread_mutex_unlock", "i32", mutex)
+
+    b.branch(b.compare("ne", b.atomic_load(b.offset(pool, POOL_WAITERS)), 0), broadcast)
+
+
+def _wait_until(b: Builder, pool: Value, holds: Callable[[], Value]) -> None:
+    """Spin, then sleep, until `holds`. Whoever makes it true calls `_wake` afterwards.
+
+    No wake-up is lost: a sleeper announces itself before it looks at the word for the last time, the other side changes
+    the word before it looks for sleepers, and both are sequentially consistent.
+    """
+
+    def wait() -> None:
+        clock = b.stack(16, 16)
+        deadline = b.add(_now(b, clock), _SPIN_NANOSECONDS)
+
+        def spin(_: list[Value]) -> tuple[Value, list[Value]]:
+            def turn(_i: Value, carried: list[Value]) -> list[Value]:
+                def pause() -> list[Value]:
+                    _pause(b)
+                    return [holds()]
+
+                return b.branch(carried[0], lambda: [carried[0]], pause)
+
+            (ready,) = b.loop(0, 16, 1, turn, [Value("false", "i1")])
+            late = b.compare("sge", _now(b, clock), deadline)
+            finished = b.emit(f"or i1 {ready.text}, {late.text}", "i1")
+            return b.emit(f"xor i1 {finished.text}, true", "i1"), []
+
+        b.repeat(spin)
+        b.branch(holds(), lambda: None, sleep)
+
+    def sleep() -> None:
+        mutex, waiters = b.offset(pool, POOL_MUTEX), b.offset(pool, POOL_WAITERS)
+        b.atomic_add(waiters, 1)
+        b.call("pthread_mutex_lock", "i32", mutex)
+
+        def turn(_: list[Value]) -> tuple[Value, list[Value]]:
+            def again() -> list[Value]:
+                b.call("pthread_cond_wait", "i32", b.offset(pool, POOL_CONDITION), mutex)
+                return [Value("true", "i1")]
+
+            (more,) = b.branch(holds(), lambda: [Value("false", "i1")], again)
+            return more, []
+
+        b.repeat(turn)
+        b.call("pthread_mutex_unlock", "i32", mutex)
+        b.atomic_add(waiters, -1)
+
+    b.branch(holds(), lambda: None, wait)
+
+
+def _define_wait(module: Module) -> None:
+    """``wait_for(pool, word, value)``: returns when the word has the value."""
+
+    def build(b: Builder, values: list[Value]) -> None:
+        pool, word, target = values
+        _wait_until(b, pool, lambda: b.compare("eq", b.atomic_load(word), target))
+
+    module.function("wait_for", [("pool", "ptr"), ("word", "ptr"), ("target", "i64")], build, local=True)
+
+
+def _define_execute(module: Module) -> None:
+    """``execute(pool, job, me)``: walk the program as thread `me`."""
+
+    def build(b: Builder, values: list[Value]) -> None:
+        pool, job, me = values
+
+        def field(name: int, type_: str = "i64") -> Value:
+            return b.load(type_, b.offset(job, name), 8)
+
+        program, counters, statistics = (field(f, "ptr") for f in (JOB_PROGRAM, JOB_COUNTERS, JOB_STATISTICS))
+        threads, count = field(JOB_THREADS), field(JOB_COUNT)
+        scratch = b.offset(field(JOB_SCRATCH, "ptr"), b.mul(me, field(JOB_SCRATCH_STRIDE)))
+        clock = b.stack(16, 16)
+        counter_stride = b.mul(b.add(threads, 1), LINE)
+        is_caller = b.compare("eq", me, 0)
+
+        def launch(i: Value, carried: list[Value]) -> list[Value]:
+            entry = b.offset(program, b.mul(i, ENTRY_BYTES))
+
+            def of(name: int, type_: str = "i64") -> Value:
+                return b.load(type_, b.offset(entry, name), 8)
+
+            function, args, tasks = of(ENTRY_FUNCTION, "ptr"), of(ENTRY_ARGS, "ptr"), of(ENTRY_TASKS)
+            taken = b.offset(b.offset(counters, b.mul(i, counter_stride)), LINE)
+            finished = b.offset(counters, b.mul(of(ENTRY_GROUP), counter_stride))
+
+            def share(turn: Value, done: list[Value]) -> list[Value]:
+                owner = b.rem(b.add(me, turn), threads)
+                first = b.div(b.mul(tasks, owner), threads)
+                size = b.i64(b.sub(b.div(b.mul(tasks, b.add(owner, 1)), threads), first))
+                counter = b.offset(taken, b.mul(owner, LINE))
+
+                def take(now: list[Value]) -> tuple[Value, list[Value]]:
+                    def claim() -> list[Value]:
+                        task = b.atomic_add(counter, 1)
+
+                        def run() -> list[Value]:
+                            b.call_pointer(function, "void", args, b.i64(b.add(first, task)), scratch)
+                            return [b.i64(b.add(now[0], 1)), Value("true", "i1")]
+
+                        return b.branch(b.compare("slt", task, size), run, lambda: [now[0], Value("false", "i1")])
+
+                    # Looking first keeps the line shared where there is nothing to take.
+                    left = b.compare("slt", b.atomic_load(counter), size)
+                    after, more = b.branch(left, claim, lambda: [now[0], Value("false", "i1")])
+                    return more, [after]
+
+                return b.repeat(take, done)
+
+            (mine,) = b.loop(0, threads, 1, share, [b.i64(0)])
+            total = of(ENTRY_GROUP_TASKS)
+
+            def account() -> None:
+                complete = b.compare("eq", b.add(b.atomic_add(finished, mine), mine), total)
+                b.branch(complete, lambda: _wake(b, pool))
+
+            b.branch(b.compare("ne", mine, 0), account)
+
+            def end_of_group() -> list[Value]:
+                b.call_local("wait_for", "void", pool, finished, total)
+
+                def stamp() -> list[Value]:
+                    now = b.i64(_now(b, clock))
+                    row = b.offset(statistics, b.mul(of(ENTRY_STEP), 16))
+                    spent = b.offset(row, 8)
+                    b.store(b.i64(b.add(b.load("i64", row, 8), of(ENTRY_STEP_END))), row, 8)
+                    b.store(b.i64(b.add(b.load("i64", spent, 8), b.sub(now, carried[0]))), spent, 8)
+                    return [now]
+
+                return b.branch(is_caller, stamp, lambda: [carried[0]])
+
+            return b.branch(b.compare("ne", of(ENTRY_GROUP_END), 0), end_of_group, lambda: [carried[0]])
+
+        start = b.branch(is_caller, lambda: [b.i64(_now(b, clock))], lambda: [b.i64(0)])
+        b.loop(0, count, 1, launch, start)
+
+    module.function("execute", [("pool", "ptr"), ("job", "ptr"), ("me", "i64")], build, local=True)

@@ -1,0 +1,25 @@
+"""ONNX Gather along any axis: a copy whose source is read through the index. An index out of range is reported through
+the step's status word."""
+
+from __future__ import annotations
+
+from engine.ir.ops import Gather, Op
+from engine.plan.plan import Requirement, Step
+from engine.plan.tensor import Tensor
+from engine.targets.cpu.kernel import Context, Launch
+from engine.targets.cpu.pointwise import copy_launches
+from engine.targets.cpu.spaces import gathered, refuse_empty_tables
+
+
+def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]:
+    """Any strides."""
+    return (Requirement(),) * len(inputs), (Requirement(),)
+
+
+def lower(step: Step, context: Context) -> list[Launch]:
+    op, output = step.op, step.outputs[0]
+    assert isinstance(op, Gather)
+    data, indices = step.inputs
+    source = gathered(data, indices, op.axis, len(output.shape))
+    refuse_empty_tables(step, [source])
+    return copy_launches(output, source, context)

@@ -1,0 +1,235 @@
+"""The thread pool of the process and the programs that run on it. `codegen/executor.py` is the native half.
+
+One pool serves all models of the process; one program runs at a time (`Pool.lock`). Workers are Python threads that
+never leave native code: they sleep on a condition variable when there is nothing to do and use no CPU time then.
+After a fork, the child starts a pool of its own when it first runs something; the parent's is untouched.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from engine.errors import DeviceError
+from engine.targets.cpu.codegen import executor as native
+from engine.targets.cpu.codegen.isa import host_isa
+from engine.targets.cpu.jit import compiler
+from engine.targets.cpu.kernel import SLOT_BYTES, Launch, Pointer, StatusWord
+
+_RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
+_WORKER = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
+_WORD = 8
+
+
+def available_cores() -> int:
+    """Cores this process may use: its CPU affinity, limited by the cgroup's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return max(1, cores)
+
+
+def aligned_bytes(nbytes: int) -> np.ndarray:
+    """Uninitialised memory whose address is a multiple of 64."""
+    raw = np.empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes]
+
+
+def _aligned_words(count: int) -> np.ndarray:
+    words = aligned_bytes(count * _WORD).view(np.int64)
+    words[:] = 0
+    return words
+
+
+def address(array: np.ndarray) -> int:
+    """Where the array's first element lies."""
+    return int(array.__array_interface__["data"][0])
+
+
+class Pool:
+    """Worker threads and their scratch memory. Get the process's pool with `pool()`."""
+
+    def __init__(self) -> None:
+        isa = host_isa()
+        run, worker = native.RunCode(isa), native.WorkerCode(isa)
+        addresses = compiler().load([run, worker])
+        self._run = _RUN(addresses[run.symbol])
+        self._worker = _WORKER(addresses[worker.symbol])
+        self._block = _aligned_words(native.POOL_BYTES // _WORD)
+        self._address = address(self._block)
+        libc = ctypes.CDLL(None)
+        mutex, condition = self._address + native.POOL_MUTEX, self._address + native.POOL_CONDITION
+        if libc.pthread_mutex_init(ctypes.c_void_p(mutex), None) or libc.pthread_cond_init(
+            ctypes.c_void_p(condition), None
+        ):
+            raise DeviceError("the thread pool cannot be set up: pthread_mutex_init failed")
+        self._threads: list[threading.Thread] = []
+        self._scratch = aligned_bytes(0)
+        self._scratch_stride = 0
+        self.lock = threading.Lock()
+
+    def run(self, program: Program) -> None:
+        """Run a program to its end. The caller holds `lock` and works as thread 0; the GIL is released."""
+        while len(self._threads) + 1 < program.threads:
+            self._start_worker()
+        needed = program.scratch_bytes
+        if needed > self._scratch_stride or self._scratch.nbytes < self._scratch_stride * program.threads:
+            self._scratch_stride = max(needed, self._scratch_stride)
+            self._scratch = aligned_bytes(self._scratch_stride * max(program.threads, len(self._threads) + 1))
+        program.job[native.JOB_SCRATCH // _WORD] = address(self._scratch)
+        program.job[native.JOB_SCRATCH_STRIDE // _WORD] = self._scratch_stride
+        self._run(self._address, program.job_address)
+
+    @property
+    def scratch_bytes(self) -> int:
+        return self._scratch.nbytes
+
+    def _start_worker(self) -> None:
+        number = len(self._threads) + 1
+        thread = threading.Thread(
+            target=self._worker, args=(self._address, number), name=f"tilewave-{number}", daemon=True
+        )
+        thread.start()
+        self._threads.append(thread)
+
+    def stop(self) -> None:
+        """End the workers. For the end of the process: native threads must not outlive the code they run."""
+        with self.lock:
+            self._block[native.POOL_STOP // _WORD] = 1
+            empty = Program([], 2 if self._threads else 1)
+            empty.prepare()
+            if self._threads:
+                self._run(self._address, empty.job_address)
+            for thread in self._threads:
+                thread.join()
+            self._threads = []
+
+
+@dataclass
+class _PoolCache:
+    """The process's pool, made on first use."""
+
+    pool: Pool | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+_cache = _PoolCache()
+
+
+def pool() -> Pool:
+    """The process's pool."""
+    with _cache.lock:
+        if _cache.pool is None:
+            _cache.pool = Pool()
+        return _cache.pool
+
+
+def _forget_pool() -> None:
+    _cache.pool = None
+    _cache.lock = threading.Lock()
+
+
+def _stop_pool() -> None:
+    if _cache.pool is not None:
+        _cache.pool.stop()
+        _cache.pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)
+atexit.register(_stop_pool)
+
+
+class Program:
+    """Launches in the form that the native executor walks.
+
+    `slots` holds the arguments of all launches; `pointers` says which slots are addresses, in the same order as
+    `pointer_slots`: the owner fills those in before a run. `statistics` (runs and nanoseconds) and `status` (not 0
+    where a kernel met a value that makes the answer wrong) are per step.
+    """
+
+    def __init__(self, steps: Sequence[Sequence[Launch]], threads: int) -> None:
+        launches = [launch for step in steps for launch in step]
+        self.threads = threads
+        self.scratch_bytes = max((-(-launch.scratch_bytes // 64) * 64 for launch in launches), default=0)
+        self.statistics = _aligned_words(2 * max(1, len(steps)))
+        self.status = _aligned_words(max(1, len(steps)))
+        self.pointers: list[Pointer] = []
+        self._launches = launches
+        self._steps = steps
+        self._build()
+
+    def _build(self) -> None:
+        values = [slot for launch in self._launches for slot in launch.args]
+        owners = [
+            number for number, step in enumerate(self._steps) for launch in step for _ in launch.args
+        ]
+        self.slots = _aligned_words(max(1, len(values)))
+        positions: list[int] = []
+        for i, slot in enumerate(values):
+            if isinstance(slot, Pointer):
+                self.pointers.append(slot)
+                positions.append(i)
+            elif isinstance(slot, StatusWord):
+                self.slots[i] = address(self.status) + _WORD * owners[i]
+            elif isinstance(slot, float):
+                # Both halves hold what kernels may read: the single in the lower, which is all they load of it.
+                self.slots[i] = int(np.float32(slot).view(np.uint32))
+            else:
+                self.slots[i] = slot
+        self.pointer_slots = np.asarray(positions, np.intp)
+
+    def prepare(self) -> None:
+        """Compile and lay out the program. Needed once before the first run."""
+        addresses = compiler().load([launch.spec for launch in self._launches])
+        lines = native.ENTRY_BYTES // _WORD
+        table = _aligned_words(max(1, len(self._launches)) * lines).reshape(-1, lines)
+        argument = address(self.slots)
+        row = group = 0
+        for number, step in enumerate(self._steps):
+            for i, launch in enumerate(step):
+                if i == 0 or not launch.concurrent:
+                    group = row
+                ends = i + 1 == len(step) or not step[i + 1].concurrent
+                entry = table[row]
+                entry[native.ENTRY_FUNCTION // _WORD] = addresses[launch.spec.symbol]
+                entry[native.ENTRY_ARGS // _WORD] = argument
+                entry[native.ENTRY_TASKS // _WORD] = launch.tasks
+                entry[native.ENTRY_GROUP // _WORD] = group
+                entry[native.ENTRY_GROUP_END // _WORD] = ends
+                entry[native.ENTRY_STEP // _WORD] = number
+                entry[native.ENTRY_STEP_END // _WORD] = i + 1 == len(step)
+                if ends:
+                    members = slice(group, row + 1)
+                    table[members, native.ENTRY_GROUP_TASKS // _WORD] = table[
+                        members, native.ENTRY_TASKS // _WORD
+                    ].sum()
+                argument += len(launch.args) * SLOT_BYTES
+                row += 1
+        self._table = table
+        words = native.LINE // _WORD
+        self._counters = _aligned_words(max(1, len(self._launches)) * (self.threads + 1) * words)
+        self.job = _aligned_words(native.JOB_BYTES // _WORD)
+        self.job[native.JOB_PROGRAM // _WORD] = address(table)
+        self.job[native.JOB_COUNT // _WORD] = len(self._launches)
+        self.job[native.JOB_THREADS // _WORD] = self.threads
+        self.job[native.JOB_COUNTERS // _WORD] = address(self._counters)
+        self.job[native.JOB_STATISTICS // _WORD] = address(self.statistics)
+        self.job_address = address(self.job)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tables."""
+        return sum(a.nbytes for a in (self.slots, self._table, self._counters, self.job, self.statistics))

@@ -1,0 +1,257 @@
+"""The CPU target: binds plans to kernels and memory, and runs them.
+
+A `CpuTarget` belongs to one model: it owns the arena that its plans share and the packed weights. The thread pool and
+the compiled kernels are the process's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import numpy as np
+
+from engine.errors import OutOfMemory, ShapeError
+from engine.ir.dtype import DType
+from engine.ir.ops import Op, Opaque
+from engine.passes.traits import Traits
+from engine.plan.plan import Plan, Requirement, Step
+from engine.plan.tensor import Buffer, BufferKind, Tensor
+from engine.specs import DeviceInfo, StepStat
+from engine.targets.cpu.ceilings import ceilings, processor_name
+from engine.targets.cpu.codegen.isa import host_isa
+from engine.targets.cpu.families import family_of
+from engine.targets.cpu.kernel import Context, Launch, Pointer, WeightStore, aligned_copy
+from engine.targets.cpu.runtime import Pool, Program, address, aligned_bytes, available_cores, pool
+from engine.targets.host import HostOperator
+
+
+@dataclass
+class Arena:
+    """Memory for the intermediates of the plan that runs. Grows to the largest plan; `release` gives it back."""
+
+    memory: np.ndarray = field(default_factory=lambda: aligned_bytes(0))
+
+    def at_least(self, nbytes: int) -> np.ndarray:
+        if self.memory.nbytes < nbytes:
+            try:
+                self.memory = aligned_bytes(nbytes)
+            except MemoryError:
+                raise OutOfMemory(f"the intermediates need {nbytes} bytes; use a smaller batch or sequence") from None
+        return self.memory
+
+
+class CpuTarget:
+    """Runs plans on the processor with `threads` threads (default: the cores this process may use)."""
+
+    traits = Traits(channels_last=True, float_types=frozenset({DType.F32, DType.F64}))
+
+    def __init__(self, threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be at least 1, not {threads}")
+        self.isa = host_isa()
+        self.threads = threads or available_cores()
+        self.weights = WeightStore()
+        self.arena = Arena()
+
+    @property
+    def device_info(self) -> DeviceInfo:
+        """The processor and its ceilings, measured on first use."""
+        measured = ceilings(self.isa, self.threads)
+        return DeviceInfo("cpu", processor_name(), self.isa.name, self.threads, measured.flops, measured.bytes)
+
+    def requirements(
+        self, op: Op, inputs: tuple[Tensor, ...]
+    ) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]:
+        """What the kernels of `op` ask of the layout of each input and output. Raises UnsupportedOp."""
+        return family_of(op).requirements(op, inputs)
+
+    def bind(self, plan: Plan) -> CpuExecutable:
+        """Choose and compile the kernels of a plan. Raises UnsupportedOp where a step has none."""
+        return CpuExecutable(self, plan)
+
+    def memory(self) -> Mapping[str, int]:
+        """Bytes by kind."""
+        return {"weights": self.weights.nbytes, "arena": self.arena.memory.nbytes}
+
+    def close(self) -> None:
+        """Give arena and packed weights back. Executables of this target must not run afterwards."""
+        self.weights = WeightStore()
+        self.arena = Arena()
+
+
+class CpuExecutable:
+    """A plan with its kernels, ready to run. Safe to use from many threads: one run at a time."""
+
+    def __init__(self, target: CpuTarget, plan: Plan) -> None:
+        self._target = target
+        self._arena_bytes = plan.arena_bytes
+        context = Context(target.isa, target.threads, target.weights)
+        self._kernels: list[str] = []
+        self._parts: list[_Native | _Host] = []
+        self._places = _Places(plan)
+        for on_host, steps in groupby(plan.steps, lambda step: isinstance(step.op, Opaque)):
+            if on_host:
+                for step in steps:
+                    self._kernels.append("host")
+                    self._parts.append(_Host(step, self._places))
+                continue
+            group = list(steps)
+            launches = [family_of(step.op).lower(step, context) for step in group]
+            self._kernels.extend(row[0].spec.family if row else "none" for row in launches)
+            self._parts.append(_Native(group, launches, target.threads, self._places))
+
+    def run(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
+        """Compute the plan's outputs into the arrays of `outputs`. All arrays are C-contiguous, of the plan's shapes
+        and dtypes. Raises ShapeError otherwise, and for an index out of range."""
+        workers = pool()
+        with workers.lock:
+            arena = self._target.arena.at_least(self._arena_bytes)
+            arrays = self._places.bases(arena, inputs, outputs)
+            addresses = np.asarray([address(array) for array in arrays], np.int64)
+            for part in self._parts:
+                if isinstance(part, _Native):
+                    part.run(workers, addresses)
+                else:
+                    part.run(arrays)
+
+    def step_stats(self) -> Sequence[StepStat]:
+        """Runs and time of every step since it was bound, in the plan's order."""
+        rows = [row for part in self._parts for row in part.rows()]
+        return [
+            StepStat(step.name, kernel, step.op.name, runs, nanoseconds * 1e-9, step.cost.flops, step.cost.bytes)
+            for (step, runs, nanoseconds), kernel in zip(rows, self._kernels, strict=True)
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of this executable beside weights and arena."""
+        return sum(part.program.nbytes for part in self._parts if isinstance(part, _Native)) + self._places.nbytes
+
+    def close(self) -> None:
+        """Give its memory back."""
+        self._parts = []
+
+
+class _Places:
+    """Where buffers live: constants stay where they are, the others are relative to a base that a run supplies.
+
+    Base 0 is the arena; the inputs and outputs of the plan follow.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._tensors = [*plan.inputs.items(), *plan.outputs.items()]
+        self._inputs = len(plan.inputs)
+        self._base = {id(tensor.buffer): i for i, (_, tensor) in enumerate(self._tensors, start=1)}
+        self._kept: dict[int, np.ndarray] = {}
+
+    def locate(self, buffer: Buffer) -> tuple[int | None, int]:
+        """(base, offset in bytes) of a buffer; base None: the offset is an address."""
+        if buffer.kind is BufferKind.ARENA:
+            return 0, buffer.offset
+        if buffer.kind in (BufferKind.INPUT, BufferKind.OUTPUT):
+            return self._base[id(buffer)], 0
+        return None, address(self.content(buffer))
+
+    def content(self, buffer: Buffer) -> np.ndarray:
+        """The content of a constant buffer, kept alive and aligned for its element type."""
+        if id(buffer) not in self._kept:
+            data = buffer.data
+            assert data is not None, f"{buffer.name} has no content"
+            whole = data.flags.c_contiguous and data.flags.aligned
+            self._kept[id(buffer)] = data if whole else aligned_copy(data)
+        return self._kept[id(buffer)]
+
+    def bases(
+        self, arena: np.ndarray, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]
+    ) -> list[np.ndarray]:
+        """The arrays of all bases for one run, checked."""
+        arrays = [arena]
+        for i, (name, tensor) in enumerate(self._tensors):
+            array = (inputs if i < self._inputs else outputs)[name]
+            if array.shape != tensor.shape or array.dtype != tensor.dtype.numpy or not array.flags.c_contiguous:
+                raise ShapeError(
+                    f"{name!r}: expected a C-contiguous {tensor.dtype.value} array of shape {list(tensor.shape)}, "
+                    f"got {array.dtype} of shape {list(array.shape)}"
+                )
+            arrays.append(array)
+        return arrays
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the small tables that belong to the plan alone."""
+        return sum(array.nbytes for array in self._kept.values() if array.ndim == 1 and array.base is None)
+
+
+class _Native:
+    """Consecutive steps that run as one native call."""
+
+    def __init__(
+        self, steps: Sequence[Step], launches: Sequence[Sequence[Launch]], threads: int, places: _Places
+    ) -> None:
+        self.steps = steps
+        self.program = Program(launches, threads)
+        self.program.prepare()
+        moving: list[tuple[int, int, int]] = []
+        for slot, pointer in zip(self.program.pointer_slots, self.program.pointers, strict=True):
+            base, offset = _place(pointer, places)
+            if base is None:
+                self.program.slots[slot] = offset
+            else:
+                moving.append((int(slot), base, offset))
+        columns = np.asarray(moving, np.int64).reshape(-1, 3)
+        self._slots, self._bases, self._offsets = (np.ascontiguousarray(column) for column in columns.T)
+        self._addresses: bytes | None = None
+
+    def run(self, workers: Pool, addresses: np.ndarray) -> None:
+        """Run with arena, inputs and outputs at `addresses`."""
+        current = addresses.tobytes()
+        if current != self._addresses:
+            self.program.slots[self._slots] = addresses[self._bases] + self._offsets
+            self._addresses = current
+        workers.run(self.program)
+        if self.program.status.any():
+            wrong = self.steps[int(self.program.status.argmax())].name
+            self.program.status[:] = 0
+            raise ShapeError(f"step {wrong!r}: an index is out of range for the table that it looks up")
+
+    def rows(self) -> Iterable[tuple[Step, int, int]]:
+        statistics = self.program.statistics.reshape(-1, 2)
+        return [(step, int(runs), int(spent)) for step, (runs, spent) in zip(self.steps, statistics, strict=False)]
+
+
+def _place(pointer: Pointer, places: _Places) -> tuple[int | None, int]:
+    base, offset = places.locate(pointer.buffer)
+    return base, offset + pointer.offset
+
+
+class _Host:
+    """A step that Python computes on views of the plan's memory."""
+
+    def __init__(self, step: Step, places: _Places) -> None:
+        assert isinstance(step.op, Opaque)
+        self._step, self._operator, self._places = step, HostOperator(step.op), places
+        self._runs = 0
+        self._nanoseconds = 0
+
+    def run(self, arrays: Sequence[np.ndarray]) -> None:
+        start = time.perf_counter_ns()
+        results = self._operator.run([self._view(tensor, arrays) for tensor in self._step.inputs])
+        for tensor, result in zip(self._step.outputs, results, strict=True):
+            self._view(tensor, arrays)[...] = result
+        self._runs += 1
+        self._nanoseconds += time.perf_counter_ns() - start
+
+    def _view(self, tensor: Tensor, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        base, offset = self._places.locate(tensor.buffer)
+        memory = self._places.content(tensor.buffer) if base is None else arrays[base]
+        start = (0 if base is None else offset) + tensor.offset * tensor.dtype.itemsize
+        itemsize = tensor.dtype.itemsize
+        first = memory.reshape(-1).view(np.uint8)[start : start + itemsize].view(tensor.dtype.numpy)
+        strides = tuple(stride * itemsize for stride in tensor.strides)
+        return np.lib.stride_tricks.as_strided(first, tensor.shape, strides)
+
+    def rows(self) -> Iterable[tuple[Step, int, int]]:
+        return [(self._step, self._runs, self._nanoseconds)]

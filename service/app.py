@@ -1,0 +1,87 @@
+"""The FastAPI app: routes, the one place where errors become answers, start and end of the service.
+
+`create_app` is called by `__main__` and by tests, which put another engine behind it.
+"""
+
+import logging
+import math
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from service import __version__
+from service.errors import ServiceError, TooLarge, describe
+from service.middleware import RequestMiddleware
+from service.routes import embeddings, images, infer, operations, protocol, tokens
+from service.routes.responses import error_response
+from service.serving import Serving
+from service.settings import Settings
+from service.workers.engine_api import EngineModule, real_engine
+from service.workers.transport import LocalTransport
+
+log = logging.getLogger(__name__)
+
+
+def create_app(
+    settings: Settings, engine: Callable[[], EngineModule] = real_engine, on_loaded: Callable[[], None] = lambda: None
+) -> FastAPI:
+    """The app. `engine` returns the module that loads models, and is first called on the loading thread; `on_loaded` is
+    called whenever no model is loading any more."""
+    serving = Serving(settings, LocalTransport(engine), on_loaded)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        serving.start()
+        yield
+        await serving.close()
+
+    app = FastAPI(
+        title="Tilewave",
+        version=__version__,
+        summary="HTTP inference for ONNX models on an engine of our own.",
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    app.state.serving = serving
+    for routes in (infer, images, tokens, embeddings, protocol, operations):  # the busiest first: matching is linear
+        app.include_router(routes.router)
+    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(Exception, _unknown_error)
+    app.add_middleware(RequestMiddleware, metrics=serving.metrics, access_log=settings.access_log)
+    return app
+
+
+async def _service_error(_: Request, error: Exception) -> Response:
+    row = describe(error)
+    headers = {}
+    retry_after = getattr(error, "retry_after", None)
+    if retry_after is not None:
+        headers["retry-after"] = str(max(1, math.ceil(retry_after)))
+    if isinstance(error, TooLarge):
+        headers["connection"] = "close"  # the rest of the body may still be on its way
+    return error_response(str(error), row.status, headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    text = {404: f"there is nothing at {request.url.path[:200]}", 405: f"{request.method} is not allowed here"}
+    message = text.get(error.status_code, HTTPStatus(error.status_code).phrase)
+    return error_response(message, error.status_code, error.headers)
+
+
+async def _validation_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    return error_response(f"parameter '{first['loc'][-1]}': {first['msg']}", 400)
+
+
+async def _unknown_error(_: Request, error: Exception) -> Response:
+    log.error("unhandled error", exc_info=error)
+    return error_response("internal error; the server's log has it under this request's id", 500)

@@ -1,0 +1,85 @@
+"""Rows of requests → the feeds of one run, and its outputs → the answers of the requests. Pure array work, no state.
+
+Runs on the engine worker's thread, between `Scheduler.take` and the next one.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.batching.policy import BatchAxes
+from service.batching.queue import Batch, Entry, Taken
+from service.workers.messages import BatchingMode
+
+Array = NDArray[Any]
+
+
+def assemble(batch: Batch) -> dict[str, Array]:
+    """The inputs of a batch: (rows, …); sequence inputs are cut and zero-padded to (rows, batch.width)."""
+    names = batch.parts[0].entry.arrays
+    return {name: _gather(batch, name) for name in names}
+
+
+def _gather(batch: Batch, name: str) -> Array:
+    arrays = [part.entry.arrays[name] for part in batch.parts]
+    if len(arrays) == 1 and _is_whole(batch.parts[0]) and (not batch.width or arrays[0].shape[1] == batch.width):
+        return arrays[0]
+    if not batch.width:
+        pairs = zip(arrays, batch.parts, strict=True)
+        return np.concatenate([array if _is_whole(part) else array[part.rows] for array, part in pairs])
+    out = np.zeros((batch.rows, batch.width, *arrays[0].shape[2:]), arrays[0].dtype)
+    position = 0
+    for array, part in zip(arrays, batch.parts, strict=True):
+        for row in part.rows:
+            length = part.entry.lengths[row]
+            out[position, :length] = array[row, :length]
+            position += 1
+    return out
+
+
+def _is_whole(part: Taken) -> bool:
+    return len(part.rows) == part.entry.rows
+
+
+def scatter(batch: Batch, outputs: dict[str, Array], axes: BatchAxes) -> list[Entry]:
+    """Give each entry its rows of `outputs`, padding cut off; returns the entries that now have all their rows.
+
+    A request whose rows ran in several batches gets one array per output; where its rows have unequal lengths, what
+    lies beyond a row's own length along the sequence axis is zero.
+    """
+    finished: list[Entry] = []
+    position = 0
+    for part in batch.parts:
+        entry = part.entry
+        for name in entry.request.outputs:
+            if axes.mode is BatchingMode.NONE:
+                entry.outputs[name] = outputs[name]
+            else:
+                rows = outputs[name][position : position + len(part.rows)]
+                _place(entry, name, rows, part.rows, axes.sequence_outputs.get(name, ()))
+        if not entry.rows_left and not entry.closed:
+            finished.append(entry)
+        position += len(part.rows)
+    return finished
+
+
+def _place(entry: Entry, name: str, source: Array, rows: list[int], sequence_axes: Sequence[int]) -> None:
+    even = not sequence_axes or all(length == entry.width for length in entry.lengths)
+    if len(rows) == entry.rows and even:
+        entry.outputs[name] = source[_cut(source.ndim, sequence_axes, entry.width)] if sequence_axes else source
+        return
+    target = entry.outputs.get(name)
+    if target is None:
+        shape = [entry.rows, *source.shape[1:]]
+        for axis in sequence_axes:
+            shape[axis] = entry.width
+        target = entry.outputs[name] = np.zeros(shape, source.dtype)
+    for position, row in enumerate(rows):
+        cut = _cut(source.ndim, sequence_axes, entry.lengths[row] if entry.lengths else 0)
+        target[row : row + 1][cut] = source[position : position + 1][cut]
+
+
+def _cut(ndim: int, axes: Sequence[int], length: int) -> tuple[slice, ...]:
+    return tuple(slice(length) if axis in axes else slice(None) for axis in range(ndim))

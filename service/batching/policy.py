@@ -1,0 +1,82 @@
+"""What may share a batch: the axes of a model, the group of a row, the cost of a request. Pure functions, no state, no
+thread.
+
+Called by the queue (grouping, cost) and by the engine worker at load (axes). A model whose first dim is not one symbol
+shared by all inputs and outputs is never batched.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from service.workers.messages import BatchingMode, BatchingOptions, TensorInfo
+
+MASK_NAMES = ("attention_mask", "input_mask", "mask")
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchAxes:
+    """The axes of a model that batching needs.
+
+    `sequence` is the symbol of axis 1 of the token inputs (None for models without one); `outputs` are, per output
+    name, the axes that carry it.
+    """
+
+    mode: BatchingMode
+    sequence: str | None
+    sequence_outputs: dict[str, tuple[int, ...]]
+    reason: str
+
+    def without_padding(self, reason: str) -> "BatchAxes":
+        """The same model with rows of equal length only."""
+        return replace(self, mode=BatchingMode.ROWS, reason=reason)
+
+    def without_batching(self, reason: str) -> "BatchAxes":
+        """The same model, one request at a time."""
+        return replace(self, mode=BatchingMode.NONE, reason=reason)
+
+
+def find_axes(inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo]) -> BatchAxes:
+    """Read from the specs how a model may be batched; the worker's probe may still narrow it."""
+    sequence = _sequence_symbol(inputs)
+    sequence_outputs = {
+        spec.name: tuple(axis for axis, dim in enumerate(spec.shape) if axis > 0 and dim == sequence)
+        for spec in outputs
+    }
+    axes = BatchAxes(BatchingMode.NONE, sequence, sequence_outputs, "")
+    first = {spec.shape[0] if spec.shape else None for spec in (*inputs, *outputs)}
+    symbol = next(iter(first)) if len(first) == 1 else None
+    if not isinstance(symbol, str):
+        return axes.without_batching("the first dim is not one symbol shared by every input and output")
+    if any(symbol in spec.shape[1:] for spec in (*inputs, *outputs)):
+        return axes.without_batching(f"dim '{symbol}' is the first dim and also another one")
+    if sequence is None:
+        return axes.without_padding(f"rows along '{symbol}'")
+    known = {dim for spec in inputs for dim in spec.shape if isinstance(dim, str)}
+    if any(isinstance(dim, str) and dim not in known for spec in outputs for dim in spec.shape):
+        return axes.without_padding("rows of equal length: an output has a dim that no input has")
+    if not any(spec.name in MASK_NAMES for spec in inputs):
+        return axes.without_padding("rows of equal length: there is no mask input to pad under")
+    return replace(axes, mode=BatchingMode.PADDED, reason=f"rows along '{symbol}', padded along '{sequence}'")
+
+
+def _sequence_symbol(inputs: Sequence[TensorInfo]) -> str | None:
+    """The symbol at axis 1 of every input, where all are integer (batch, sequence) tensors."""
+    symbols = {spec.shape[1] if len(spec.shape) == 2 and spec.dtype.kind in "iub" else None for spec in inputs}
+    symbol = next(iter(symbols)) if len(symbols) == 1 else None
+    return symbol if isinstance(symbol, str) else None
+
+
+def bucket_of(length: int, buckets: Sequence[int]) -> int:
+    """The smallest bucket edge that holds `length`; above the last edge, the next multiple of it."""
+    for edge in buckets:
+        if length <= edge:
+            return edge
+    last = buckets[-1] if buckets else 1
+    return -(-length // last) * last
+
+
+def capacity(options: BatchingOptions, axes: BatchAxes) -> int:
+    """The cost that may wait for a model: tokens for sequence models, else rows."""
+    return options.queue_batches * (options.max_batch if axes.sequence is None else options.max_tokens)

@@ -1,0 +1,212 @@
+"""The waiting requests of one model: bounded by cost, ordered by priority then arrival, grouped by what may share a
+batch.
+
+Owned by the scheduler, which holds its lock around every call; no thread of its own. A request with rows of several
+groups waits as one `Piece` per group; a piece may be taken in parts.
+"""
+
+import heapq
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
+
+from service.batching.policy import BatchAxes, Shape, bucket_of, capacity
+from service.workers.messages import BatchingMode, BatchingOptions, Infer
+
+Group = tuple[int, tuple[Shape, ...]]
+
+
+@dataclass(slots=True)
+class Entry:
+    """A request on the engine side, from its arrival to its last row."""
+
+    request: Infer
+    arrays: dict[str, NDArray[Any]]
+    rows: int
+    lengths: tuple[int, ...]
+    cost: int
+    rows_left: int
+    started: float | None = None
+    compute_seconds: float = 0.0
+    outputs: dict[str, NDArray[Any]] = field(default_factory=dict)
+    closed: bool = False
+
+    @property
+    def width(self) -> int:
+        """The longest row in tokens; 0 for models without a sequence."""
+        return max(self.lengths, default=0)
+
+
+@dataclass(slots=True)
+class Piece:
+    """Rows of one entry that belong to one group; `first` of them have been taken already."""
+
+    entry: Entry
+    rows: list[int]
+    first: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Rows of one entry inside a batch."""
+
+    entry: Entry
+    rows: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one run of the engine computes. `width` is the padded length in tokens (0 without a sequence)."""
+
+    parts: tuple[Taken, ...]
+    rows: int
+    width: int
+    tokens: int
+
+
+def make_entry(request: Infer, axes: BatchAxes) -> Entry:
+    """Wrap a request; its cost is tokens for sequence models, else rows. Never batched: the whole request is one
+    row."""
+    arrays = {name: handle.view() for name, handle in request.inputs}
+    if axes.mode is BatchingMode.NONE:
+        return Entry(request, arrays, 1, (), 1, 1)
+    first = next(iter(arrays.values()))
+    rows = int(first.shape[0])
+    if axes.sequence is None:
+        return Entry(request, arrays, rows, (), rows, rows)
+    lengths = request.lengths or (int(first.shape[1]),) * rows
+    return Entry(request, arrays, rows, lengths, sum(lengths), rows)
+
+
+class ModelQueue:
+    """The queue of one model."""
+
+    def __init__(self, options: BatchingOptions, axes: BatchAxes) -> None:
+        self.options = options
+        self.axes = axes
+        self.capacity = capacity(options, axes)
+        self.cost = 0
+        self.earliest_deadline = math.inf
+        self.entries: dict[int, Entry] = {}
+        self._groups: dict[Group, list[tuple[int, int, Piece]]] = {}
+        self._sequence = 0
+
+    def push(self, entry: Entry) -> None:
+        """Add an entry whose cost the scheduler has accepted."""
+        self.entries[entry.request.id] = entry
+        self.cost += entry.cost
+        self.earliest_deadline = min(self.earliest_deadline, entry.request.deadline)
+        for group, rows in self._grouped(entry):
+            self._sequence += 1
+            item = (entry.request.priority, self._sequence, Piece(entry, rows))
+            heapq.heappush(self._groups.setdefault(group, []), item)
+
+    def _grouped(self, entry: Entry) -> Iterator[tuple[Group, list[int]]]:
+        if not entry.lengths:
+            skip = 0 if self.axes.mode is BatchingMode.NONE else 1
+            yield (0, tuple(array.shape[skip:] for array in entry.arrays.values())), list(range(entry.rows))
+            return
+        shapes = tuple(array.shape[2:] for array in entry.arrays.values())
+        grouped: dict[int, list[int]] = {}
+        for row, length in enumerate(entry.lengths):
+            padded = self.axes.mode is BatchingMode.PADDED
+            grouped.setdefault(bucket_of(length, self.options.buckets) if padded else length, []).append(row)
+        for width, rows in grouped.items():
+            yield (width, shapes), rows
+
+    def remove(self, request_id: int) -> Entry | None:
+        """Forget an entry (cancelled, expired, failed); rows in a running batch are dropped when it ends."""
+        entry = self.entries.pop(request_id, None)
+        if entry is not None:
+            entry.closed = True
+            self.cost -= self._waiting_cost(entry)
+        return entry
+
+    def expired(self, now: float) -> list[Entry]:
+        """Entries past their deadline that have not started; sets `earliest_deadline` to that of the others."""
+        waiting = [entry for entry in self.entries.values() if entry.started is None]
+        left = (entry.request.deadline for entry in waiting if entry.request.deadline > now)
+        self.earliest_deadline = min(left, default=math.inf)
+        return [entry for entry in waiting if entry.request.deadline <= now]
+
+    def due(self, now: float) -> float | None:
+        """When a batch may start: `now` or earlier if one may at once, None if nothing waits."""
+        head = self._head()
+        if head is None:
+            return None
+        if self.options.max_delay_s <= 0 or self.axes.mode is BatchingMode.NONE or self._full(head):
+            return now
+        return self._groups[head][0][2].entry.request.arrival + self.options.max_delay_s
+
+    def _full(self, group: Group) -> bool:
+        rows = sum(len(piece.rows) - piece.first for _, _, piece in self._groups[group])
+        return rows >= self.options.max_batch or rows * group[0] >= self.options.max_tokens
+
+    def _head(self) -> Group | None:
+        """The group whose first piece is the most urgent; closed pieces and empty groups go on the way."""
+        best: Group | None = None
+        for group in list(self._groups):
+            heap = self._groups[group]
+            while heap and heap[0][2].entry.closed:
+                heapq.heappop(heap)
+            if not heap:
+                del self._groups[group]
+            elif best is None or heap[0][:2] < self._groups[best][0][:2]:
+                best = group
+        return best
+
+    def take(self, now: float) -> Batch | None:
+        """The next batch: the most urgent piece and what fits beside it in its group; None if nothing waits."""
+        group = self._head()
+        if group is None:
+            return None
+        heap = self._groups[group]
+        parts: list[Taken] = []
+        total = width = tokens = 0
+        while heap:
+            piece = heap[0][2]
+            if piece.entry.closed:
+                heapq.heappop(heap)
+                continue
+            taken, width = self._fitting(piece, total, width)
+            if not taken:
+                break
+            entry = piece.entry
+            entry.started = entry.started if entry.started is not None else now
+            parts.append(Taken(entry, taken))
+            total += len(taken)
+            tokens += self._row_cost(entry, taken) if entry.lengths else 0
+            self.cost -= self._row_cost(entry, taken)
+            entry.rows_left -= len(taken)
+            piece.first += len(taken)
+            if piece.first == len(piece.rows):
+                heapq.heappop(heap)
+            if self.axes.mode is BatchingMode.NONE:
+                break
+        return Batch(tuple(parts), total, width, tokens)
+
+    def _fitting(self, piece: Piece, total: int, width: int) -> tuple[list[int], int]:
+        """Rows of `piece` that fit beside `total` rows of `width` tokens, and the width they make."""
+        taken: list[int] = []
+        for row in piece.rows[piece.first :]:
+            wider = max(width, piece.entry.lengths[row]) if piece.entry.lengths else 0
+            rows = total + len(taken) + 1
+            if rows > 1 and (rows > self.options.max_batch or rows * wider > self.options.max_tokens):
+                break
+            taken.append(row)
+            width = wider
+        return taken, width
+
+    def _row_cost(self, entry: Entry, rows: list[int]) -> int:
+        return sum(entry.lengths[row] for row in rows) if entry.lengths else len(rows)
+
+    def _waiting_cost(self, entry: Entry) -> int:
+        if entry.rows_left == entry.rows:
+            return entry.cost
+        if not entry.lengths:
+            return entry.rows_left
+        pieces = (piece for heap in self._groups.values() for _, _, piece in heap if piece.entry is entry)
+        return sum(self._row_cost(entry, piece.rows[piece.first :]) for piece in pieces)

@@ -1,0 +1,188 @@
+"""Which model runs next: the queues of all models of one engine, behind one lock.
+
+The receiving thread (HTTP side in-process) calls `submit` and `cancel`; the engine thread alone calls `take` and
+`record`, and sleeps in `take` on a condition, never on a timer that polls. Models share the engine by the seconds they
+used: the one with the least goes next, and one that was idle starts level with the others.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from service.batching.policy import BatchAxes
+from service.batching.queue import Batch, Entry, ModelQueue, make_entry
+from service.workers.messages import BatchingOptions, FailureCode, Infer, InferFailed, ModelKey
+
+_RATE_WEIGHT = 0.2  # of the newest batch in the running mean of a model's rate
+
+
+@dataclass(slots=True)
+class _Lane:
+    """One model in the scheduler. `used` are engine seconds; `rate` is cost per engine second, 0 until measured."""
+
+    queue: ModelQueue
+    used: float = 0.0
+    rate: float = 0.0
+    dropped: int = 0
+    removed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A batch and the model it belongs to."""
+
+    key: ModelKey
+    axes: BatchAxes
+    batch: Batch
+
+
+class Scheduler:
+    """Queues of all models of one engine thread."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._condition = threading.Condition()
+        self._lanes: dict[ModelKey, _Lane] = {}
+        self._owner: dict[int, ModelKey] = {}
+        self._running: ModelKey | None = None
+        self._stopping = False
+
+    def add(self, key: ModelKey, options: BatchingOptions, axes: BatchAxes) -> None:
+        """Accept requests for a model from now on."""
+        with self._condition:
+            self._lanes[key] = _Lane(ModelQueue(options, axes), used=self._level())
+
+    def remove(self, key: ModelKey) -> None:
+        """Accept no more requests for a model and wait until what it accepted is done."""
+        with self._condition:
+            lane = self._lanes.get(key)
+            if lane is None:
+                return
+            lane.removed = True
+            self._condition.wait_for(lambda: not lane.queue.entries and self._running != key)
+            del self._lanes[key]
+
+    def submit(self, request: Infer) -> InferFailed | None:
+        """Queue a request; the refusal if there is no such model or its queue is full."""
+        with self._condition:
+            lane = self._lanes.get(request.key)
+            if lane is None or lane.removed or self._stopping:
+                return InferFailed(request.id, FailureCode.NOT_LOADED, f"model {request.key} is not loaded")
+            queue = lane.queue
+            entry = make_entry(request, queue.axes)
+            if entry.cost > queue.capacity:
+                unit = "rows" if not entry.lengths else "tokens"
+                text = f"the request has {entry.cost} {unit}; the most that one request may have is {queue.capacity}"
+                return InferFailed(request.id, FailureCode.TOO_LARGE, text)
+            if queue.cost + entry.cost > queue.capacity:
+                text = f"the queue of model {request.key.name} is full"
+                return InferFailed(request.id, FailureCode.OVERLOADED, text, self._retry_after())
+            if not queue.entries:
+                lane.used = max(lane.used, self._level())
+            queue.push(entry)
+            self._owner[request.id] = request.key
+            self._condition.notify_all()
+        return None
+
+    def cancel(self, request_id: int) -> None:
+        """Drop a request; rows that are computing now are thrown away when they are done."""
+        with self._condition:
+            key = self._owner.pop(request_id, None)
+            lane = self._lanes.get(key) if key is not None else None
+            if lane is None:
+                return
+            entry = lane.queue.remove(request_id)
+            if entry is not None and entry.started is None:
+                lane.dropped += 1
+            self._condition.notify_all()
+
+    def finish(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Take answered or failed entries out of the books; those that were not cancelled meanwhile."""
+        with self._condition:
+            return [entry for entry in entries if self._forget(entry)]
+
+    def _forget(self, entry: Entry) -> bool:
+        self._owner.pop(entry.request.id, None)
+        lane = self._lanes.get(entry.request.key)
+        return lane is not None and lane.queue.remove(entry.request.id) is not None
+
+    def stop(self) -> None:
+        """Accept nothing more; `take` returns None once everything accepted has been taken."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify_all()
+
+    def take(self, on_expired: Callable[[Entry], None]) -> Work | None:
+        """The next batch, waiting for one as long as it takes; None when stopped and empty.
+
+        Entries whose deadline passed in the queue are handed to `on_expired` (engine thread, lock held) and dropped.
+        """
+        with self._condition:
+            self._running = None
+            self._condition.notify_all()
+            while True:
+                now = self._clock()
+                self._expire(now, on_expired)
+                key, due = self._next(now)
+                if key is not None:
+                    queue = self._lanes[key].queue
+                    batch = queue.take(now)
+                    if batch is not None:
+                        self._running = key
+                        return Work(key, queue.axes, batch)
+                elif due is None and self._stopping:
+                    return None
+                self._condition.wait(None if due is None else max(due - now, 0.0))
+
+    def record(self, work: Work, seconds: float) -> None:
+        """Account the engine time of a batch."""
+        with self._condition:
+            lane = self._lanes.get(work.key)
+            if lane is None or seconds <= 0:
+                return
+            lane.used += seconds
+            rate = (work.batch.tokens or work.batch.rows) / seconds
+            lane.rate = rate if not lane.rate else lane.rate + _RATE_WEIGHT * (rate - lane.rate)
+
+    def depth(self, key: ModelKey) -> tuple[int, int]:
+        """Requests of a model that wait and that were dropped before compute."""
+        with self._condition:
+            lane = self._lanes.get(key)
+            if lane is None:
+                return 0, 0
+            return sum(entry.started is None for entry in lane.queue.entries.values()), lane.dropped
+
+    def _expire(self, now: float, on_expired: Callable[[Entry], None]) -> None:
+        for lane in self._lanes.values():
+            if now < lane.queue.earliest_deadline:
+                continue
+            for entry in lane.queue.expired(now):
+                lane.queue.remove(entry.request.id)
+                self._owner.pop(entry.request.id, None)
+                lane.dropped += 1
+                on_expired(entry)
+
+    def _next(self, now: float) -> tuple[ModelKey | None, float | None]:
+        """The model to run now, or None and when the next batch is due (None: nothing waits)."""
+        best: ModelKey | None = None
+        soonest: float | None = None
+        for key, lane in self._lanes.items():
+            due = lane.queue.due(now)
+            if due is None:
+                continue
+            if due > now and not (self._stopping or lane.removed):
+                soonest = due if soonest is None else min(soonest, due)
+            elif best is None or lane.used < self._lanes[best].used:
+                best = key
+        return best, soonest
+
+    def _level(self) -> float:
+        """Engine seconds of the busy model that used least: where a model that comes back starts."""
+        return min((lane.used for lane in self._lanes.values() if lane.queue.entries), default=0.0)
+
+    def _retry_after(self) -> float:
+        """Seconds until what waits now is done at the measured rates; at least one."""
+        waiting = sum(lane.queue.cost / lane.rate for lane in self._lanes.values() if lane.rate)
+        return float(max(1, math.ceil(waiting)))

@@ -1,0 +1,142 @@
+"""Image files → model input. Pillow decodes; limits are checked on the header, before any pixel is decoded.
+
+Called on the preprocessing threads. The geometry is that of torchvision's usual evaluation transform: resize of the
+shorter side, centre crop, then (value - mean) / std on 0-255 values.
+"""
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from service.errors import InvalidRequest, TooLarge
+from service.model_config import ImagesConfig, Interpolation, Layout
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+
+_FILTERS = {
+    Interpolation.NEAREST: Image.Resampling.NEAREST,
+    Interpolation.BILINEAR: Image.Resampling.BILINEAR,
+    Interpolation.BICUBIC: Image.Resampling.BICUBIC,
+    Interpolation.LANCZOS: Image.Resampling.LANCZOS,
+}
+_DEFAULT_SIZE = 224
+_CROP_FRACTION = 0.875  # 224 of 256: the shorter side before the crop where model.toml names none
+
+# Our own limit on pixels is checked on the header; Pillow's would be a second, global one.
+Image.MAX_IMAGE_PIXELS = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSpec:
+    """How an image becomes a tensor: `height`, `width` of the crop, `resize` of the shorter side."""
+
+    input: str
+    height: int
+    width: int
+    resize: int
+    channels: int
+    filter: Image.Resampling
+    mean: NDArray[np.float32]
+    std: NDArray[np.float32]
+    layout: Layout
+    dtype: np.dtype[Any]
+
+
+def image_size(config: ImagesConfig) -> tuple[int, int] | None:
+    """(height, width) from model.toml, if it says."""
+    return (config.size, config.size) if isinstance(config.size, int) else config.size
+
+
+def make_image_spec(
+    name: str, dtype: np.dtype[Any], shape: tuple[int | str, ...], config: ImagesConfig
+) -> ImageSpec | None:
+    """The spec for an input of `shape`, if it is one that an image fits: 4-D, 1 or 3 channels. Raises ValueError."""
+    if len(shape) != 4 or dtype.kind not in "fu":
+        return None
+    layout = config.layout or (Layout.NHWC if shape[3] in (1, 3) and shape[1] not in (1, 3) else Layout.NCHW)
+    channels, height, width = shape[1:] if layout is Layout.NCHW else (shape[3], shape[1], shape[2])
+    if channels not in (1, 3):
+        return None
+    wanted = image_size(config) or (_DEFAULT_SIZE, _DEFAULT_SIZE)
+    for axis, (fixed, size) in {"height": (height, wanted[0]), "width": (width, wanted[1])}.items():
+        if isinstance(fixed, int) and config.size is not None and fixed != size:
+            raise ValueError(
+                f"model.toml: key 'images.size': {size}, but the model's {axis} is {fixed}; correct or remove it"
+            )
+    height = height if isinstance(height, int) else wanted[0]
+    width = width if isinstance(width, int) else wanted[1]
+    for key, values in {"mean": config.mean, "std": config.std}.items():
+        if len(values) not in (1, channels):
+            raise ValueError(f"model.toml: key 'images.{key}' has {len(values)} values; give 1 or {channels}")
+    resize = config.resize or round(max(height, width) / _CROP_FRACTION)
+    if resize < max(height, width):
+        raise ValueError(f"model.toml: key 'images.resize': {resize} is smaller than the crop; raise it or remove it")
+    mean, std = np.array(config.mean, np.float32), np.array(config.std, np.float32)
+    return ImageSpec(name, height, width, resize, channels, _FILTERS[config.interpolation], mean, std, layout, dtype)
+
+
+def decode(data: bytes, spec: ImageSpec, max_bytes: int, max_pixels: int) -> NDArray[Any]:
+    """One image file as (channels, height, width), or (height, width, channels) for NHWC, in the input's dtype.
+
+    Raises TooLarge over a limit and InvalidRequest for anything that is not a whole JPEG, PNG or WebP image.
+    """
+    if not data:
+        raise InvalidRequest("the image is empty; send the bytes of a JPEG, PNG or WebP file")
+    if len(data) > max_bytes:
+        raise TooLarge(f"the image has {len(data)} bytes; the limit is {max_bytes}")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise TooLarge(f"the image has {image.width} x {image.height} pixels; the limit is {max_pixels} in all")
+            image.load()
+            pixels = _crop(_to_mode(_upright(image), spec.channels), spec)
+    except UnidentifiedImageError:
+        raise InvalidRequest("the body is not a JPEG, PNG or WebP image") from None
+    except TooLarge:
+        raise
+    except Exception as error:  # a hostile file makes Pillow's plugins raise nearly anything
+        raise InvalidRequest(f"the image cannot be decoded: {str(error)[:200]}") from None
+    return _normalise(pixels, spec)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says; an EXIF block that cannot be read is no reason to refuse the picture."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
+
+
+def _to_mode(image: Image.Image, channels: int) -> Image.Image:
+    """RGB or L. 16-bit grey is scaled, not clipped; transparency lies on white."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image, np.float32)
+        image = Image.fromarray(np.clip(values / 257.0, 0, 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        colour = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour)
+    mode = "RGB" if channels == 3 else "L"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _crop(image: Image.Image, spec: ImageSpec) -> Image.Image:
+    """Resize of the shorter side, centre crop at whole pixels. Only what the crop shows is resampled."""
+    scale = min(image.width, image.height) / spec.resize
+    left = round((image.width / scale - spec.width) / 2) * scale
+    top = round((image.height / scale - spec.height) / 2) * scale
+    right, bottom = min(left + spec.width * scale, image.width), min(top + spec.height * scale, image.height)
+    return image.resize((spec.width, spec.height), spec.filter, box=(left, top, right, bottom))
+
+
+def _normalise(image: Image.Image, spec: ImageSpec) -> NDArray[Any]:
+    pixels = np.asarray(image)
+    if spec.channels == 1:
+        pixels = pixels[:, :, None]
+    if spec.dtype.kind == "f":
+        pixels = (pixels.astype(np.float32) - spec.mean) / spec.std
+    ordered = pixels.transpose(2, 0, 1) if spec.layout is Layout.NCHW else pixels
+    return np.ascontiguousarray(ordered, spec.dtype)

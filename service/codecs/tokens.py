@@ -1,0 +1,195 @@
+"""Texts or token ids → model inputs, and per-token outputs → one vector per sentence.
+
+Called by the tokens and the embeddings routes (long texts on the preprocessing threads). Texts are cut to `max_length`
+tokens; ids that the client counted itself are never cut but refused when they are too many.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.errors import InvalidRequest, TooLarge
+from service.model_config import Pooling, TokensConfig
+from service.workers.messages import LocalTensor, NamedTensors, TensorInfo
+
+# The service has threads of its own; a second pool inside the tokenizer would fight them for the cores.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import tokenizers
+
+_DEFAULT_MAX_LENGTH = 512
+_IDS = ("input_ids", "ids", "tokens")
+_MASKS = ("attention_mask", "input_mask", "mask")
+_TYPES = ("token_type_ids", "segment_ids")
+_POSITIONS = ("position_ids",)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Token inputs of one request: tensors of (rows, longest row), and the tokens of each row."""
+
+    inputs: NamedTensors
+    lengths: tuple[int, ...]
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """(rows, longest row): true where there is a token."""
+        return np.arange(max(self.lengths))[None, :] < np.array(self.lengths)[:, None]
+
+
+class TokenCodec:
+    """Tokenizer and input names of one model."""
+
+    def __init__(self, inputs: Sequence[TensorInfo], config: TokensConfig, tokenizer: Path | None) -> None:
+        """Raises ValueError if the inputs are not those of a token model or the tokenizer file cannot be read."""
+        self._roles = {spec.name: _role(spec.name, len(inputs)) for spec in inputs}
+        self._dtypes = {spec.name: spec.dtype for spec in inputs}
+        unknown = [spec.name for spec in inputs if not self._roles[spec.name] or len(spec.shape) != 2]
+        if unknown or _IDS not in self._roles.values():
+            raise ValueError(
+                f"not a token model: the service cannot fill input '{unknown[0] if unknown else 'input_ids'}'"
+            )
+        self._tokenizer = _read_tokenizer(tokenizer) if tokenizer is not None else None
+        self.max_length = config.max_length or self._cut_of_tokenizer() or _DEFAULT_MAX_LENGTH
+        for spec in inputs:
+            fixed = spec.shape[1]
+            if isinstance(fixed, int):
+                self.max_length = min(self.max_length, fixed)
+        self.fixed_length = next((spec.shape[1] for spec in inputs if isinstance(spec.shape[1], int)), None)
+        self._vocabulary: int | None = None
+        if self._tokenizer is not None:
+            self._vocabulary = self._tokenizer.get_vocab_size(with_added_tokens=True)
+            self._tokenizer.no_padding()
+            self._tokenizer.enable_truncation(self.max_length)
+
+    def _cut_of_tokenizer(self) -> int | None:
+        cut = self._tokenizer.truncation if self._tokenizer is not None else None
+        return int(cut["max_length"]) if cut else None
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether texts can be read, not only ids."""
+        return self._tokenizer is not None
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, special tokens included, cut to `max_length`. Raises InvalidRequest."""
+        if self._tokenizer is None:
+            raise InvalidRequest("this model has no tokenizer.json; send token ids")
+        try:
+            rows = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise InvalidRequest(f"the text cannot be tokenized: {str(error)[:200]}") from None
+        for position, row in enumerate(rows):
+            if not row:
+                raise InvalidRequest(f"text {position} has no tokens")
+        return rows
+
+    def batch(self, rows: Sequence[Sequence[int]]) -> TokenBatch:
+        """Tensors for checked rows of ids. Raises InvalidRequest naming an id that is out of range."""
+        lengths = tuple(len(row) for row in rows)
+        for position, length in enumerate(lengths):
+            if length > self.max_length:
+                raise InvalidRequest(f"row {position} has {length} tokens; the model takes at most {self.max_length}")
+        width = self.fixed_length if isinstance(self.fixed_length, int) else max(lengths)
+        ids = np.zeros((len(rows), width), np.int64)
+        mask = np.zeros((len(rows), width), np.int64)
+        for position, row in enumerate(rows):
+            ids[position, : len(row)] = row
+            mask[position, : len(row)] = 1
+        limit = self._vocabulary
+        if limit is not None and int(ids.max()) >= limit:
+            row_index, column = (int(i) for i in np.argwhere(ids >= limit)[0])
+            found = int(ids[row_index, column])
+            raise InvalidRequest(
+                f"token id {found} in row {row_index} is out of range; the vocabulary has {limit} tokens"
+            )
+        values = {_IDS: ids, _MASKS: mask, _TYPES: np.zeros_like(ids), _POSITIONS: np.arange(width) * mask}
+        tensors = tuple(
+            (name, LocalTensor(values[role].astype(self._dtypes[name], copy=False)))
+            for name, role in self._roles.items()
+        )
+        return TokenBatch(tensors, lengths)
+
+
+def _role(name: str, inputs: int) -> tuple[str, ...]:
+    for role in (_IDS, _MASKS, _TYPES, _POSITIONS):
+        if name in role:
+            return role
+    return _IDS if inputs == 1 else ()
+
+
+def _read_tokenizer(path: Path) -> Any:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ValueError(f"{path.name}: cannot be read: {str(error)[:200]}; copy the model's own file") from None
+
+
+def check_texts(value: Any, name: str, max_inputs: int, max_bytes: int) -> list[str]:
+    """A list of non-empty strings within the limits. Raises InvalidRequest, TooLarge."""
+    texts = _check_list(value, name, max_inputs)
+    size = 0
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InvalidRequest(f"{name}[{position}] is {_kind(text)}; send a string")
+        if not text:
+            raise InvalidRequest(f"{name}[{position}] is empty; send some text")
+        size += len(text)
+    if size > max_bytes or sum(len(text.encode("utf-8", "replace")) for text in texts) > max_bytes:
+        raise TooLarge(f"the text is larger than {max_bytes} bytes; send it in parts")
+    return texts
+
+
+def check_ids(value: Any, name: str, max_inputs: int) -> list[list[int]]:
+    """A list of non-empty lists of integers from 0 to 2^31 - 1, of any lengths. Raises InvalidRequest."""
+    rows = _check_list(value, name, max_inputs)
+    for position, row in enumerate(rows):
+        if not isinstance(row, list):
+            raise InvalidRequest(f"{name}[{position}] is {_kind(row)}; send a list of token ids")
+        if not row:
+            raise InvalidRequest(f"{name}[{position}] is empty; send at least one token id")
+        for column, token in enumerate(row):
+            if type(token) is not int:
+                raise InvalidRequest(f"{name}[{position}][{column}] is {_kind(token)}; token ids are integers")
+            if not 0 <= token < 1 << 31:
+                raise InvalidRequest(f"{name}[{position}][{column}]: token id {token} is out of range")
+    return rows
+
+
+def _check_list(value: Any, name: str, max_inputs: int) -> list[Any]:
+    if not isinstance(value, list):
+        raise InvalidRequest(f"'{name}' is {_kind(value)}; send a list")
+    if not value:
+        raise InvalidRequest(f"'{name}' is empty; send at least one entry")
+    if len(value) > max_inputs:
+        raise TooLarge(f"'{name}' has {len(value)} entries; the limit is {max_inputs}")
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "a boolean", int: "an integer", float: "a number with a fraction", str: "a string", list: "a list"}
+    return "null" if value is None else names.get(type(value), "an object")
+
+
+def pool(vectors: NDArray[Any], mask: NDArray[np.bool_], pooling: Pooling, normalize: bool) -> NDArray[np.float32]:
+    """Sentence vectors (rows, hidden) from per-token ones (rows, tokens, hidden), or from (rows, hidden) as they are.
+
+    `normalize` scales each to length 1 (a zero vector stays zero).
+    """
+    values = vectors.astype(np.float32, copy=False)
+    if values.ndim == 3:
+        if pooling is Pooling.MEAN:
+            counts = mask.sum(axis=1, dtype=np.float32)[:, None]
+            weights = mask[:, : values.shape[1]].astype(np.float32)
+            values = np.matmul(weights[:, None, :], values)[:, 0] / counts
+        else:
+            values = values[:, 0]
+    if normalize:
+        lengths = np.linalg.norm(values, axis=1, keepdims=True)
+        values = values / np.maximum(lengths, np.float32(1e-12))
+    return np.ascontiguousarray(values, np.float32)

@@ -1,0 +1,126 @@
+"""Every error the service answers with: one table from exception to HTTP status and metric label.
+
+Codecs, the repository, the engine client and the routes raise these; `app.py` turns them into `{"error": "…"}` through
+`describe`. Adding an error is adding a class and its row in `TABLE`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from starlette.exceptions import HTTPException
+
+from service.workers.messages import FailureCode
+
+
+class Outcome(StrEnum):
+    """The `outcome` label of `inference_requests_total`."""
+
+    SUCCESS = "success"
+    INVALID = "invalid"
+    TOO_LARGE = "too_large"
+    NOT_FOUND = "not_found"
+    OVERLOADED = "overloaded"
+    UNAVAILABLE = "unavailable"
+    DEADLINE = "deadline"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+class ServiceError(Exception):
+    """An error whose message goes to the client as it is. `retry_after` is in seconds."""
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class InvalidRequest(ServiceError):
+    """The client sent something that can never be answered."""
+
+
+class UnsupportedEncoding(ServiceError):
+    """A Content-Encoding that the service does not read."""
+
+
+class TooLarge(ServiceError):
+    """The request is over a limit of the service."""
+
+
+class SlowBody(ServiceError):
+    """The body did not arrive in time."""
+
+
+class NotFound(ServiceError):
+    """No such model, version or path."""
+
+
+class Overloaded(ServiceError):
+    """A bounded queue is full."""
+
+
+class Unavailable(ServiceError):
+    """The model is not loaded, or the server is starting or draining."""
+
+
+class DeadlineExceeded(ServiceError):
+    """The request's own deadline, or the server's, passed before the answer was there."""
+
+
+class ClientGone(ServiceError):
+    """The client closed the connection; nobody reads this answer."""
+
+
+class EngineFailed(ServiceError):
+    """The engine could not run a request that looked right."""
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorRow:
+    """What an exception means to a client and to the metrics."""
+
+    status: int
+    outcome: Outcome
+
+
+TABLE: Mapping[type[BaseException], ErrorRow] = {
+    InvalidRequest: ErrorRow(400, Outcome.INVALID),
+    UnsupportedEncoding: ErrorRow(415, Outcome.INVALID),
+    TooLarge: ErrorRow(413, Outcome.TOO_LARGE),
+    SlowBody: ErrorRow(408, Outcome.CANCELLED),
+    NotFound: ErrorRow(404, Outcome.NOT_FOUND),
+    Overloaded: ErrorRow(429, Outcome.OVERLOADED),
+    Unavailable: ErrorRow(503, Outcome.UNAVAILABLE),
+    DeadlineExceeded: ErrorRow(504, Outcome.DEADLINE),
+    ClientGone: ErrorRow(499, Outcome.CANCELLED),
+    EngineFailed: ErrorRow(500, Outcome.FAILED),
+}
+
+_UNKNOWN = ErrorRow(500, Outcome.FAILED)
+
+_FROM_ENGINE: Mapping[FailureCode, type[ServiceError]] = {
+    FailureCode.INVALID_INPUT: InvalidRequest,
+    FailureCode.TOO_LARGE: TooLarge,
+    FailureCode.OVERLOADED: Overloaded,
+    FailureCode.DEADLINE: DeadlineExceeded,
+    FailureCode.NOT_LOADED: Unavailable,
+    FailureCode.OUT_OF_MEMORY: Unavailable,
+    FailureCode.ENGINE: EngineFailed,
+}
+
+
+def describe(error: BaseException) -> ErrorRow:
+    """The table's row for an exception: that of its nearest listed class, else 500."""
+    if isinstance(error, HTTPException):
+        outcome = Outcome.NOT_FOUND if error.status_code == 404 else Outcome.INVALID
+        return ErrorRow(error.status_code, outcome)
+    for kind in type(error).__mro__:
+        row = TABLE.get(kind)
+        if row is not None:
+            return row
+    return _UNKNOWN
+
+
+def from_engine(code: FailureCode, reason: str, retry_after: float | None) -> ServiceError:
+    """The exception for a failure that a worker reported."""
+    return _FROM_ENGINE[code](reason, retry_after)

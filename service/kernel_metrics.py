@@ -1,0 +1,158 @@
+"""What the engine did, as Prometheus sees it: cumulative counters per kernel, and its speed over the last minute.
+
+`EngineCollector` renders a snapshot that the metrics route puts in before each scrape; it never calls the engine
+itself. Speeds are over the kernel's own running time: FLOPs done in the window / seconds the kernel ran in the window.
+A kernel that did not run in the window has no sample, so that an idle model does not look slow.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from service.workers.messages import Device, KernelCounters, ModelKey, ModelStats
+
+WINDOW_S = 60.0
+_SNAPSHOT_EVERY_S = 5.0
+_KERNEL = ("model", "version", "kernel", "op")
+_MODEL = ("model", "version")
+
+KernelKey = tuple[ModelKey, str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """Facts of a loaded model that do not change."""
+
+    device: Device
+    load_seconds: float
+    fallback_ops: int
+
+
+class EngineCollector(Collector):
+    """Holds the newest statistics of the engine and enough older ones for the window."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._models: tuple[ModelStats, ...] = ()
+        self._loaded: dict[ModelKey, LoadedModel] = {}
+        self._history: deque[tuple[float, dict[KernelKey, KernelCounters]]] = deque()
+
+    def loaded(self, key: ModelKey, model: LoadedModel) -> None:
+        """A model is ready (again): its counters start at zero."""
+        self._loaded[key] = model
+        for _, kernels in self._history:
+            for kernel in [kernel for kernel in kernels if kernel[0] == key]:
+                del kernels[kernel]
+
+    def unloaded(self, key: ModelKey) -> None:
+        """A model is gone; its series end."""
+        self._loaded.pop(key, None)
+
+    def update(self, models: tuple[ModelStats, ...]) -> None:
+        """Put in the newest statistics; called before a scrape."""
+        now = self._clock()
+        self._models = models
+        if not self._history or now - self._history[-1][0] >= _SNAPSHOT_EVERY_S:
+            self._history.append((now, _by_kernel(models)))
+        while len(self._history) > 1 and now - self._history[1][0] >= WINDOW_S:
+            self._history.popleft()
+
+    def collect(self) -> Iterator[Metric]:
+        """The families of one scrape."""
+        yield from self._kernel_counters()
+        yield from self._kernel_speeds()
+        yield from self._models_and_devices()
+
+    def _kernel_counters(self) -> Iterable[Metric]:
+        texts = {
+            "launches": "Times a kernel was launched.",
+            "seconds": "Time a kernel ran, in seconds.",
+            "flops": "Floating-point operations of the mathematics that a kernel did.",
+            "bytes": "Bytes that a kernel had to touch.",
+        }
+        for field, text in texts.items():
+            family = CounterMetricFamily(f"engine_kernel_{field}", text, labels=_KERNEL)
+            for (key, kernel, op), counters in _by_kernel(self._models).items():
+                family.add_metric((key.name, str(key.version), kernel, op), float(getattr(counters, field)))
+            yield family
+
+    def _kernel_speeds(self) -> Iterable[Metric]:
+        window = f"over the time it ran in the last {WINDOW_S:g} seconds"
+        flops = GaugeMetricFamily("engine_kernel_flops_per_second", f"FLOP rate of a kernel {window}.", labels=_KERNEL)
+        moved = GaugeMetricFamily("engine_kernel_bytes_per_second", f"Byte rate of a kernel {window}.", labels=_KERNEL)
+        ratio = GaugeMetricFamily(
+            "engine_kernel_roofline_ratio",
+            f"The nearer of both rates to the device's own ceiling {window}.",
+            labels=_KERNEL,
+        )
+        before = self._history[0][1] if self._history else {}
+        for (key, kernel, op), now in _by_kernel(self._models).items():
+            then = before.get((key, kernel, op), KernelCounters(kernel, op, 0, 0.0, 0.0, 0.0))
+            loaded = self._loaded.get(key)
+            seconds = now.seconds - then.seconds
+            if seconds <= 0 or loaded is None:
+                continue
+            labels = (key.name, str(key.version), kernel, op)
+            flop_rate, byte_rate = (now.flops - then.flops) / seconds, (now.bytes - then.bytes) / seconds
+            flops.add_metric(labels, flop_rate)
+            moved.add_metric(labels, byte_rate)
+            device = loaded.device
+            parts = [
+                r / peak for r, peak in ((flop_rate, device.peak_flops), (byte_rate, device.peak_bytes)) if peak > 0
+            ]
+            if parts:
+                ratio.add_metric(labels, max(parts))
+        yield from (flops, moved, ratio)
+
+    def _models_and_devices(self) -> Iterable[Metric]:
+        depth = GaugeMetricFamily("inference_queue_depth", "Requests that wait for the engine.", labels=_MODEL)
+        dropped = CounterMetricFamily(
+            "inference_dropped_requests",
+            "Requests dropped before compute: client gone or deadline passed.",
+            labels=_MODEL,
+        )
+        memory: dict[tuple[str, str], int] = {}
+        for stats in self._models:
+            labels = (stats.key.name, str(stats.key.version))
+            depth.add_metric(labels, stats.queued)
+            dropped.add_metric(labels, stats.dropped)
+            loaded = self._loaded.get(stats.key)
+            for kind, size in stats.memory:
+                place = (loaded.device.device if loaded else "unknown", kind)
+                memory[place] = memory.get(place, 0) + size
+        used = GaugeMetricFamily(
+            "engine_device_memory_bytes", "Memory that the engine holds, by kind.", labels=("device", "kind")
+        )
+        for place, size in memory.items():
+            used.add_metric(place, size)
+        seconds = GaugeMetricFamily("engine_model_load_seconds", "Time to load and warm up a model.", labels=_MODEL)
+        fallback = GaugeMetricFamily(
+            "engine_fallback_ops", "Operations of a model that run without a kernel of the engine.", labels=_MODEL
+        )
+        info = InfoMetricFamily("engine", "Devices that models run on.", labels=("device",))
+        for key, loaded in self._loaded.items():
+            seconds.add_metric((key.name, str(key.version)), loaded.load_seconds)
+            fallback.add_metric((key.name, str(key.version)), loaded.fallback_ops)
+        for device in {loaded.device.device: loaded.device for loaded in self._loaded.values()}.values():
+            about = {"name": device.name, "arch": device.arch, "threads": str(device.threads)}
+            info.add_metric((device.device,), about)
+        yield from (depth, dropped, used, seconds, fallback, info)
+
+
+def _by_kernel(models: Iterable[ModelStats]) -> dict[KernelKey, KernelCounters]:
+    """Counters by label values; kernels of one name and op are added up."""
+    merged: dict[KernelKey, KernelCounters] = {}
+    for stats in models:
+        for new in stats.kernels:
+            key = (stats.key, new.kernel, new.op)
+            old = merged.get(key, KernelCounters(new.kernel, new.op, 0, 0.0, 0.0, 0.0))
+            launches, seconds = old.launches + new.launches, old.seconds + new.seconds
+            merged[key] = KernelCounters(
+                new.kernel, new.op, launches, seconds, old.flops + new.flops, old.bytes + new.bytes
+            )
+    return merged

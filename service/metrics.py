@@ -1,0 +1,115 @@
+"""The service's own Prometheus metrics: every name, help text and bucket in one place (docs/metrics.md is its reader's
+side).
+
+`Metrics` belongs to one app and has its own registry. Requests stamp it once, at their end; models hold bound
+children, so no label is looked up on the way. Unknown model names never become label values.
+"""
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.exposition import choose_encoder
+
+from service.errors import Outcome
+from service.kernel_metrics import EngineCollector
+from service.workers.messages import BatchDone, ModelKey
+
+_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_MODEL = ("model", "version")
+
+# `_created` series double the size of a scrape, and promtool objects to their names.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+class ModelMetrics:
+    """The children of one model version."""
+
+    def __init__(self, metrics: "Metrics", key: ModelKey) -> None:
+        labels = (key.name, str(key.version))
+        self._requests = {outcome: metrics.requests.labels(*labels, outcome.value) for outcome in Outcome}
+        self._duration = metrics.duration.labels(*labels)
+        self._queue = metrics.queue.labels(*labels)
+        self._preprocess = metrics.preprocess.labels(*labels)
+        self._compute = metrics.compute.labels(*labels)
+        self._batch_size = metrics.batch_size.labels(*labels)
+        self._batch_tokens = metrics.batch_tokens.labels(*labels)
+        self._padding = metrics.padding.labels(*labels)
+        self.inflight = metrics.inflight.labels(*labels)
+
+    def answered(self, seconds: float, queue: float, preprocess: float, compute: float) -> None:
+        """One request was answered."""
+        self._requests[Outcome.SUCCESS].inc()
+        self._duration.observe(seconds)
+        self._queue.observe(queue)
+        self._preprocess.observe(preprocess)
+        self._compute.observe(compute)
+
+    def failed(self, outcome: Outcome, seconds: float) -> None:
+        """One request was refused, failed or dropped."""
+        self._requests[outcome].inc()
+        self._duration.observe(seconds)
+
+    def ran(self, batch: BatchDone) -> None:
+        """One batch was computed."""
+        self._batch_size.observe(batch.rows)
+        if batch.tokens:
+            self._batch_tokens.observe(batch.tokens)
+            self._padding.inc(batch.padding)
+
+
+class Metrics:
+    """All metrics of one server process."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry(auto_describe=False)
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+        self.engine = EngineCollector()
+        registry.register(self.engine)
+        self.requests = Counter(
+            "inference_requests_total", "Inference requests by how they ended.", (*_MODEL, "outcome"), registry=registry
+        )
+        self.duration = self._histogram(
+            "inference_request_duration_seconds", "From the first byte read to the answer.", _SECONDS
+        )
+        self.queue = self._histogram(
+            "inference_queue_duration_seconds", "From the queue to the start of compute.", _SECONDS
+        )
+        self.preprocess = self._histogram("inference_preprocess_duration_seconds", "Decoding and tokenizing.", _SECONDS)
+        self.compute = self._histogram(
+            "inference_compute_duration_seconds", "Runs of the engine a request was part of.", _SECONDS
+        )
+        self.batch_size = self._histogram("inference_batch_size", "Rows of a batch.", _ROWS)
+        self.batch_tokens = self._histogram("inference_batch_tokens", "Tokens of a batch, padding left out.", _TOKENS)
+        self.padding = Counter(
+            "inference_padding_tokens_total",
+            "Tokens computed only to make rows equally long.",
+            _MODEL,
+            registry=registry,
+        )
+        self.inflight = Gauge(
+            "inference_inflight", "Requests accepted and not answered yet.", _MODEL, registry=registry
+        )
+        self.responses = Counter(
+            "http_responses_total", "HTTP answers by route and status.", ("route", "status"), registry=registry
+        )
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, text, _MODEL, buckets=buckets, registry=self.registry)
+
+    def model(self, key: ModelKey) -> ModelMetrics:
+        """The children of a model version; made once per load, so that its series exist from the start."""
+        return ModelMetrics(self, key)
+
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """The exposition and its content type: OpenMetrics where `accept` asks for it, else the text format."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type

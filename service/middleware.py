@@ -1,0 +1,65 @@
+"""Around every request: its id, the count of answers by route and status, one log line. Pure ASGI, so that a client
+that goes is still seen by the route. Called by the app for each request.
+"""
+
+import asyncio
+import itertools
+import logging
+import re
+import secrets
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.logs import request_id
+from service.metrics import Metrics
+from service.routes.responses import error_response
+
+log = logging.getLogger("service.access")
+
+_UNANSWERED = 499  # what is counted where no answer began: the client had gone
+_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+
+
+class RequestMiddleware:
+    """Wraps the whole app."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, access_log: bool) -> None:
+        self._app = app
+        self._responses = metrics.responses
+        self._access_log = access_log
+        self._prefix = secrets.token_hex(6)
+        self._numbers = itertools.count(1)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.monotonic()
+        given = Headers(scope=scope).get("x-request-id", "")
+        identity = given if _ID.fullmatch(given) else f"{self._prefix}-{next(self._numbers):x}"
+        token = request_id.set(identity)
+        status = _UNANSWERED
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = identity
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # the server cancels what is still running when its drain time is over
+            if status == _UNANSWERED:
+                answer = error_response("the server shut down before the request was done", 503)
+                await answer(scope, receive, send_with_id)
+        finally:
+            route = getattr(scope.get("route"), "path", "unmatched")
+            self._responses.labels(route, str(status)).inc()
+            if self._access_log:
+                seconds = time.monotonic() - started
+                log.info("%s %s %d %.1f ms", scope["method"], scope["path"][:200], status, seconds * 1e3)
+            request_id.reset(token)

@@ -1,0 +1,120 @@
+"""A model version as the routes see it: its state, its task, its codecs, its metrics and statistics.
+
+Made by `serving.py` when the repository is scanned, filled in when the worker reports the model ready. Event loop only.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from service.codecs.images import ImageSpec, make_image_spec
+from service.codecs.tokens import TokenCodec
+from service.errors import InvalidRequest, Unavailable
+from service.metrics import ModelMetrics
+from service.model_config import Pooling, Task
+from service.repository import ModelFolder
+from service.statistics import ModelStatistics
+from service.workers.messages import BatchingOptions, ModelKey, ModelReady, TensorInfo
+
+
+class ModelState(StrEnum):
+    """The states of the Open Inference Protocol's repository index."""
+
+    LOADING = "LOADING"
+    READY = "READY"
+    UNAVAILABLE = "UNAVAILABLE"
+
+
+@dataclass(slots=True)
+class ServedModel:
+    """One version of one model. `reason` says why it is not READY."""
+
+    key: ModelKey
+    folder: ModelFolder
+    options: BatchingOptions
+    metrics: ModelMetrics
+    statistics: ModelStatistics
+    state: ModelState = ModelState.LOADING
+    reason: str = ""
+    ready: ModelReady | None = None
+    task: Task = Task.TENSORS
+    images: ImageSpec | None = None
+    tokens: TokenCodec | None = None
+    not_tokens: str = ""
+
+    def accept(self, ready: ModelReady) -> None:
+        """The worker has it: find its task and its codecs. Raises ValueError if model.toml and model disagree."""
+        config = self.folder.config
+        if len(ready.inputs) == 1:
+            only = ready.inputs[0]
+            self.images = make_image_spec(only.name, only.dtype, only.shape, config.images)
+        meant = self.folder.tokenizer is not None or config.task in _TOKEN_TASKS
+        if self.images is None and (meant or looks_like_tokens(ready.inputs)):
+            try:
+                self.tokens = TokenCodec(ready.inputs, config.tokens, self.folder.tokenizer)
+            except ValueError as error:
+                if meant:
+                    raise
+                self.not_tokens = str(error)
+        self.task = config.task or self._infer_task(ready)
+        if self.task is Task.IMAGE_CLASSIFICATION and self.images is None:
+            raise ValueError(
+                "model.toml: key 'task' says images, but no input of the model fits an image; correct the task"
+            )
+        self.ready = ready
+        self._check_labels()
+        self.state, self.reason = ModelState.READY, ""
+
+    def _infer_task(self, ready: ModelReady) -> Task:
+        ranks = {len(spec.shape) for spec in ready.outputs}
+        if self.images is not None:
+            return Task.IMAGE_CLASSIFICATION if 2 in ranks else Task.TENSORS
+        if self.tokens is None:
+            return Task.TENSORS
+        logits = bool(self.folder.labels) or any(spec.name == "logits" for spec in ready.outputs)
+        if 3 in ranks and not logits:
+            return Task.SENTENCE_EMBEDDING
+        if 3 in ranks:
+            return Task.TOKEN_CLASSIFICATION
+        if 2 in ranks:
+            return Task.TEXT_CLASSIFICATION if logits else Task.SENTENCE_EMBEDDING
+        return Task.TENSORS
+
+    def _check_labels(self) -> None:
+        labels = self.folder.labels
+        if not labels or self.task in (Task.TENSORS, Task.SENTENCE_EMBEDDING) or self.ready is None:
+            return
+        counts = {spec.shape[1 if len(spec.shape) == 4 else -1] for spec in self.ready.outputs if len(spec.shape) >= 2}
+        if all(isinstance(count, int) for count in counts) and len(labels) not in counts:
+            raise ValueError(f"labels.txt has {len(labels)} lines, but no output has as many classes; correct the file")
+
+    @property
+    def specs(self) -> ModelReady:
+        """What the worker said of a loaded model. Raises Unavailable."""
+        if self.ready is None or self.state is not ModelState.READY:
+            what = self.reason or ("it is loading" if self.state is ModelState.LOADING else "it is not loaded")
+            raise Unavailable(
+                f"model '{self.key.name}' version {self.key.version} is not ready: {what}", retry_after=1.0
+            )
+        return self.ready
+
+    def main_output(self) -> TensorInfo:
+        """The output that the task is about: per-token vectors for pooling, else (batch, n). Raises InvalidRequest."""
+        ranks = {Task.TOKEN_CLASSIFICATION: (3,), Task.IMAGE_CLASSIFICATION: (2, 4), Task.TEXT_CLASSIFICATION: (2,)}
+        wanted = ranks.get(self.task, (3, 2))
+        if self.task is Task.SENTENCE_EMBEDDING and self.folder.config.tokens.pooling is Pooling.NONE:
+            wanted = (2,)
+        for rank in wanted:
+            for spec in self.specs.outputs:
+                if len(spec.shape) == rank:
+                    return spec
+        raise InvalidRequest(
+            f"model '{self.key.name}' has no output that fits its task '{self.task}'; use /v2 for its tensors"
+        )
+
+
+_TOKEN_TASKS = (Task.SENTENCE_EMBEDDING, Task.TEXT_CLASSIFICATION, Task.TOKEN_CLASSIFICATION)
+
+
+def looks_like_tokens(inputs: tuple[TensorInfo, ...]) -> bool:
+    """Whether every input is an integer (batch, sequence) tensor."""
+    return all(len(spec.shape) == 2 and spec.dtype.kind in "iu" for spec in inputs)

@@ -1,0 +1,118 @@
+"""The model repository on disk: which folders are models, their versions, settings, labels and tokenizer.
+
+Reads files only; loads nothing. Called by `serving.py`. A folder that cannot be used becomes a `ModelFolder` with
+`problem` set and never disturbs the others.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from service.errors import InvalidRequest
+from service.model_config import ModelConfig, ModelConfigError, read_model_config
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+_MAX_LABELS_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A model on disk. `versions` are (number, .onnx file), lowest first; `problem` says why it cannot be loaded."""
+
+    name: str
+    path: Path
+    config: ModelConfig
+    versions: tuple[tuple[int, Path], ...]
+    labels: tuple[str, ...]
+    tokenizer: Path | None
+    problem: str = ""
+
+
+def check_name(name: str) -> str:
+    """The name itself if it is one that a model folder may have. Raises InvalidRequest (it may hold '../')."""
+    if not _NAME.fullmatch(name):
+        raise InvalidRequest("a model name has letters, digits, '.', '_' and '-', and starts with a letter or a digit")
+    return name
+
+
+class Repository:
+    """The folder that holds a folder per model."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def scan(self) -> list[ModelFolder]:
+        """Every model folder, by name. Folders that hold nothing of a model are passed over."""
+        folders = (path for path in sorted(self.root.iterdir()) if path.is_dir() and _NAME.fullmatch(path.name))
+        return [self._read(path) for path in folders if _looks_like_a_model(path)]
+
+    def _read(self, path: Path) -> ModelFolder:
+        config = ModelConfig()
+        versions: tuple[tuple[int, Path], ...] = ()
+        labels: tuple[str, ...] = ()
+        tokenizer: Path | None = None
+        problem = ""
+        try:
+            config = read_model_config(path / "model.toml")
+            versions = _find_versions(path)
+            labels = _read_labels(path / "labels.txt")
+            tokenizer = _find_tokenizer(path, config)
+        except ModelConfigError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"the folder cannot be read: {error}"
+        return ModelFolder(path.name, path, config, versions, labels, tokenizer, problem)
+
+
+def _looks_like_a_model(path: Path) -> bool:
+    if (path / "model.toml").exists() or any(path.glob("*.onnx")):
+        return True
+    return any(_VERSION.fullmatch(child.name) and child.is_dir() for child in path.iterdir())
+
+
+def _find_versions(path: Path) -> tuple[tuple[int, Path], ...]:
+    folders = [child for child in path.iterdir() if child.is_dir() and _VERSION.fullmatch(child.name)]
+    versions = [(int(folder.name), _only_onnx(folder)) for folder in folders]
+    if not versions:
+        versions.append((1, _only_onnx(path)))
+    return tuple(sorted(versions))
+
+
+def _only_onnx(folder: Path) -> Path:
+    """model.onnx, or the one .onnx file there is."""
+    named = folder / "model.onnx"
+    files = [named] if named.exists() else sorted(folder.glob("*.onnx"))
+    if len(files) == 1:
+        return files[0]
+    where = "the model folder" if not _VERSION.fullmatch(folder.name) else f"version folder '{folder.name}'"
+    if files:
+        raise ModelConfigError(f"{where} has several .onnx files; name one of them model.onnx")
+    raise ModelConfigError(f"{where} has no model.onnx; build or copy the model there")
+
+
+def _read_labels(path: Path) -> tuple[str, ...]:
+    if not path.exists():
+        return ()
+    if path.stat().st_size > _MAX_LABELS_BYTES:
+        raise ModelConfigError(
+            f"{path.name}: the file is over {_MAX_LABELS_BYTES} bytes; it should have a label a line"
+        )
+    try:
+        return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    except UnicodeDecodeError as error:
+        raise ModelConfigError(f"{path.name}: not UTF-8 text ({error.reason}); write one label a line") from None
+
+
+def _find_tokenizer(path: Path, config: ModelConfig) -> Path | None:
+    name = config.tokens.tokenizer
+    file = path / name
+    if not file.resolve().is_relative_to(path.resolve()):
+        raise ModelConfigError(
+            f"model.toml: key 'tokens.tokenizer': '{name}' leaves the model's folder; name a file in it"
+        )
+    if file.is_file():
+        return file
+    if "tokenizer" in config.tokens.model_fields_set:
+        raise ModelConfigError(f"model.toml: key 'tokens.tokenizer': there is no file '{name}' in the model's folder")
+    return None

@@ -1,0 +1,66 @@
+"""`POST /v1/embeddings`: the OpenAI shape, so that unmodified OpenAI clients work."""
+
+import base64
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request
+from numpy.typing import NDArray
+
+from service.codecs.body import parse_object, read_body
+from service.codecs.tokens import check_ids, check_texts
+from service.errors import InvalidRequest
+from service.inference import open_request
+from service.model_config import Task
+from service.routes.documents import EMBEDDINGS_ANSWER, EMBEDDINGS_BODY
+from service.routes.responses import JsonResponse, ServingOf
+from service.routes.tokens import embed, encode, token_codec
+
+router = APIRouter()
+
+_FORMATS = ("float", "base64")
+
+
+@router.post(
+    "/v1/embeddings", tags=["inference"], openapi_extra={"requestBody": EMBEDDINGS_BODY}, responses=EMBEDDINGS_ANSWER
+)
+async def create_embeddings(request: Request, serving: ServingOf) -> JsonResponse:
+    """Embed a text, texts, a list of token ids or several. Texts are cut to the model's length."""
+    document = parse_object(await read_body(request, serving.settings))
+    name = document.get("model")
+    if not isinstance(name, str):
+        raise InvalidRequest("'model' is missing or no string; send the name of an embedding model")
+    served = serving.accepting(name)
+    with open_request(serving, served, request) as inference:
+        inference.received()
+        codec = token_codec(served)
+        if served.task is not Task.SENTENCE_EMBEDDING:
+            raise InvalidRequest(f"model '{name}' makes no embeddings (its task is '{served.task}')")
+        encoding = document.get("encoding_format", "float")
+        if encoding not in _FORMATS:
+            raise InvalidRequest("'encoding_format' is neither 'float' nor 'base64'")
+        value = document.get("input")
+        settings = serving.settings
+        if isinstance(value, list) and value and not isinstance(value[0], str):
+            rows = check_ids(value if isinstance(value[0], list) else [value], "input", settings.max_inputs)
+        else:
+            texts = [value] if isinstance(value, str) else value
+            rows = await encode(
+                serving, codec, check_texts(texts, "input", settings.max_inputs, settings.max_text_bytes)
+            )
+        vectors = await embed(inference, codec, rows)
+        dimensions = document.get("dimensions")
+        if dimensions is not None and dimensions != vectors.shape[1]:
+            raise InvalidRequest(f"'dimensions': the vectors of model '{name}' have {vectors.shape[1]}; leave it out")
+        tokens = sum(len(row) for row in rows)
+        data = [
+            {"object": "embedding", "index": index, "embedding": _encode(vector, encoding)}
+            for index, vector in enumerate(vectors)
+        ]
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        answer = {"object": "list", "data": data, "model": name, "usage": usage}
+        return JsonResponse(answer, headers=inference.headers())
+
+
+def _encode(vector: NDArray[np.float32], encoding: str) -> Any:
+    return vector if encoding == "float" else base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")

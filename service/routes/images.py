@@ -1,0 +1,88 @@
+"""`POST /v1/models/{model}/images`: pictures in, labels out."""
+
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, Query, Request
+from numpy.typing import NDArray
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from service.codecs.classify import probabilities, top_labels
+from service.codecs.images import decode
+from service.errors import InvalidRequest, TooLarge
+from service.inference import open_request
+from service.model_config import Task
+from service.routes.documents import IMAGES_ANSWER, IMAGES_BODY
+from service.routes.responses import JsonResponse, ServingOf
+from service.workers.messages import LocalTensor
+
+router = APIRouter(tags=["inference"])
+
+TopK = Annotated[int, Query(ge=1, le=1000, description="How many labels, most probable first.")]
+Raw = Annotated[bool, Query(description="Answer with the model's outputs as they are.")]
+Version = Annotated[str | None, Query(description="A version of the model; the highest when not given.")]
+
+
+@router.post("/v1/models/{model}/images", openapi_extra={"requestBody": IMAGES_BODY}, responses=IMAGES_ANSWER)
+async def classify_images(
+    request: Request, serving: ServingOf, model: str, top_k: TopK = 5, raw: Raw = False, version: Version = None
+) -> JsonResponse:
+    """Classify the image in the body (JPEG, PNG, WebP), or every file of a multipart form."""
+    served = serving.accepting(model, version)
+    with open_request(serving, served, request) as inference:
+        if served.images is None:
+            raise InvalidRequest(f"model '{model}' takes no images (its task is '{served.task}')")
+        spec = served.images
+        settings = serving.settings
+        files = await _files(await inference.body(), request.headers, settings.max_images)
+        limits = (settings.max_image_bytes, settings.max_image_pixels)
+        arrays = await serving.preprocess.run([partial(decode, data, spec, *limits) for data in files])
+        names = tuple(o.name for o in served.specs.outputs) if raw else (served.main_output().name,)
+        batch = arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
+        outputs = await inference.run_rows(((spec.input, LocalTensor(batch)),), names)
+        answer: dict[str, Any] = {"model": served.key.name, "version": str(served.key.version)}
+        if raw:
+            answer["outputs"] = {name: np.ascontiguousarray(array) for name, array in outputs.items()}
+        else:
+            if served.task is not Task.IMAGE_CLASSIFICATION:
+                raise InvalidRequest(f"model '{model}' does not classify; ask for ?raw=true")
+            answer["predictions"] = _predictions(outputs[names[0]], served.folder.labels, top_k)
+        return JsonResponse(answer, headers=inference.headers())
+
+
+def _predictions(scores: NDArray[Any], labels: tuple[str, ...], top_k: int) -> list[dict[str, Any]]:
+    rows = probabilities(scores.reshape(scores.shape[0], -1))
+    return [{"labels": top_labels(row, labels, top_k)} for row in rows]
+
+
+async def _files(body: bytes, headers: Headers, max_images: int) -> list[bytes]:
+    """The images of a request. Raises InvalidRequest, TooLarge."""
+    if not headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        if not body:
+            raise InvalidRequest("the body is empty; send the bytes of a JPEG, PNG or WebP file")
+        return [body]
+
+    async def stream() -> AsyncIterator[bytes]:
+        yield body
+
+    parser = MultiPartParser(headers, stream(), max_files=max_images, max_fields=16)  # type: ignore[arg-type]
+    parser.spool_max_size = len(body) + 1  # never a temporary file: the body is in memory already
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        if "Too many files" in error.message:
+            raise TooLarge(f"the form has more than {max_images} images; send them in parts") from None
+        raise InvalidRequest(f"the multipart form cannot be read: {error.message}") from None
+    except (KeyError, ValueError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the multipart form cannot be read: {error}") from None
+    files = []
+    for name, value in form.multi_items():
+        if not isinstance(value, UploadFile):
+            raise InvalidRequest(f"form field '{name[:64]}' is no file; send images as files")
+        files.append(await value.read())
+    if not files:
+        raise InvalidRequest("the form holds no file; send at least one image")
+    return files

@@ -1,0 +1,50 @@
+"""What operators and newcomers look at: `/metrics`, `/v1/models`, `/`."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from service import __version__
+from service.routes.documents import ERRORS
+from service.routes.responses import JsonResponse, ServingOf
+
+router = APIRouter(tags=["operations"], responses=ERRORS)
+
+
+@router.get("/")
+async def landing(serving: ServingOf) -> JsonResponse:
+    """What this server is and where to go on."""
+    links = {"models": "/v1/models", "metrics": "/metrics", "documentation": "/docs", "protocol": "/v2"}
+    models = sorted({model.key.name for model in serving.all_models()})
+    return JsonResponse({"name": "tilewave", "version": __version__, "models": models, "links": links})
+
+
+@router.get("/v1/models")
+async def list_models(serving: ServingOf) -> JsonResponse:
+    """Every model version, in the OpenAI list shape with what we know beside it."""
+    entries: list[dict[str, Any]] = [
+        {
+            "id": model.key.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "tilewave",
+            "version": str(model.key.version),
+            "state": model.state,
+            "reason": model.reason,
+            "task": model.task if model.ready else None,
+            "source": model.folder.config.source,
+            "license": model.folder.config.license,
+            "batching": model.ready.batching_reason if model.ready else None,
+        }
+        for model in serving.all_models()
+    ]
+    return JsonResponse({"object": "list", "data": entries})
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(request: Request, serving: ServingOf) -> Response:
+    """Prometheus metrics; docs/metrics.md explains each."""
+    await serving.refresh_statistics()
+    body, content_type = serving.metrics.render(request.headers.get("accept", ""))
+    return Response(body, headers={"content-type": content_type})

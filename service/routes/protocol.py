@@ -1,0 +1,137 @@
+"""Open Inference Protocol v2, all but infer: health, metadata, configuration, statistics, repository index."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from service import __version__
+from service.codecs.body import parse_object, read_body
+from service.codecs.tensors import datatype_of
+from service.errors import InvalidRequest, Unavailable
+from service.model import ModelState, ServedModel
+from service.routes.documents import ERRORS
+from service.routes.responses import JsonResponse, ServingOf
+from service.workers.messages import BatchingMode, TensorInfo
+
+router = APIRouter(prefix="/v2", tags=["open inference protocol v2"], responses=ERRORS)
+
+# Only what works: perf_analyzer and the clients read this list.
+EXTENSIONS = ("binary_tensor_data", "model_configuration", "statistics")
+
+
+@router.get("")
+async def server_metadata() -> JsonResponse:
+    """Name, version and protocol extensions of the server."""
+    return JsonResponse({"name": "tilewave", "version": __version__, "extensions": list(EXTENSIONS)})
+
+
+@router.get("/health/live")
+async def server_live() -> JsonResponse:
+    """200 as soon as the server answers at all."""
+    return JsonResponse({"live": True})
+
+
+@router.get("/health/ready")
+async def server_ready(serving: ServingOf) -> JsonResponse:
+    """200 when every model that can be loaded is loaded and warm, and the server is not shutting down; else 503."""
+    reason = serving.not_ready()
+    if reason:
+        raise Unavailable(f"not ready: {reason}")
+    return JsonResponse({"ready": True})
+
+
+@router.get("/models/stats")
+async def all_statistics(serving: ServingOf) -> JsonResponse:
+    """Counters of every model."""
+    return _statistics([model for model in serving.all_models() if model.state is ModelState.READY])
+
+
+@router.get("/models/{model}")
+@router.get("/models/{model}/versions/{version}")
+async def model_metadata(serving: ServingOf, model: str, version: str | None = None) -> JsonResponse:
+    """Inputs and outputs of a model; open dims are -1."""
+    served = serving.find(model, version)
+    specs = served.specs
+    return JsonResponse(
+        {
+            "name": served.key.name,
+            "versions": [str(other.key.version) for other in serving.versions(model)],
+            "platform": "tilewave_onnx",
+            "inputs": [_tensor(spec) for spec in specs.inputs],
+            "outputs": [_tensor(spec) for spec in specs.outputs],
+        }
+    )
+
+
+@router.get("/models/{model}/ready")
+@router.get("/models/{model}/versions/{version}/ready")
+async def model_ready(serving: ServingOf, model: str, version: str | None = None) -> JsonResponse:
+    """200 when this model answers; 503 with the reason when it does not."""
+    served = serving.accepting(model, version)
+    return JsonResponse({"name": served.key.name, "ready": True})
+
+
+@router.get("/models/{model}/config")
+@router.get("/models/{model}/versions/{version}/config")
+async def model_configuration(serving: ServingOf, model: str, version: str | None = None) -> JsonResponse:
+    """The model's configuration in the form of the protocol's clients."""
+    served = serving.find(model, version)
+    specs = served.specs
+    batched = specs.batching is not BatchingMode.NONE
+    document: dict[str, Any] = {
+        "name": served.key.name,
+        "platform": "tilewave_onnx",
+        "backend": "tilewave",
+        "max_batch_size": served.options.max_batch if batched else 0,
+        "input": [_config_tensor(spec, batched) for spec in specs.inputs],
+        "output": [_config_tensor(spec, batched) for spec in specs.outputs],
+        "model_transaction_policy": {"decoupled": False},
+        "response_cache": {"enable": False},
+    }
+    if batched:
+        delay = round(served.options.max_delay_s * 1e6)
+        document["dynamic_batching"] = {"max_queue_delay_microseconds": delay}
+    return JsonResponse(document)
+
+
+@router.get("/models/{model}/stats")
+@router.get("/models/{model}/versions/{version}/stats")
+async def model_statistics(serving: ServingOf, model: str, version: str | None = None) -> JsonResponse:
+    """Counters of one model: all versions, or the one named."""
+    return _statistics(serving.versions(model) if version is None else [serving.find(model, version)])
+
+
+@router.post("/repository/index")
+async def repository_index(request: Request, serving: ServingOf) -> JsonResponse:
+    """Every model and its state; an optional body `{"ready": true}` leaves only what can be served."""
+    body = await read_body(request, serving.settings)
+    only_ready = parse_object(body).get("ready", False) if body else False
+    if type(only_ready) is not bool:
+        raise InvalidRequest("'ready' is not a boolean")
+    entries = [
+        {"name": name, "version": "", "state": ModelState.UNAVAILABLE, "reason": reason}
+        for name, reason in serving.broken().items()
+    ] + [
+        {"name": m.key.name, "version": str(m.key.version), "state": m.state, "reason": m.reason}
+        for m in serving.all_models()
+    ]
+    wanted = (entry for entry in entries if not only_ready or entry["state"] is ModelState.READY)
+    return JsonResponse(sorted(wanted, key=lambda entry: (entry["name"], entry["version"])))
+
+
+def _statistics(models: list[ServedModel]) -> JsonResponse:
+    return JsonResponse({"model_stats": [m.statistics.document(m.key.name, m.key.version) for m in models]})
+
+
+def _dims(shape: tuple[int | str, ...]) -> list[int]:
+    return [dim if isinstance(dim, int) else -1 for dim in shape]
+
+
+def _tensor(spec: TensorInfo) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": datatype_of(spec.dtype), "shape": _dims(spec.shape)}
+
+
+def _config_tensor(spec: TensorInfo, batched: bool) -> dict[str, Any]:
+    datatype = datatype_of(spec.dtype)
+    kind = "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}"
+    return {"name": spec.name, "data_type": kind, "dims": _dims(spec.shape[1:] if batched else spec.shape)}

@@ -1,0 +1,34 @@
+"""What all routes share: the JSON answer, and the running service behind the app."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import orjson
+from fastapi import Depends, Request
+from starlette.responses import Response
+
+from service.serving import Serving
+
+
+class JsonResponse(Response):
+    """JSON through orjson; numpy arrays are written without a detour over lists (NaN and infinity become null)."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def error_response(message: str, status: int, headers: Mapping[str, str] | None = None) -> JsonResponse:
+    """`{"error": message}`: the one form of every error."""
+    return JsonResponse({"error": message}, status, headers)
+
+
+async def get_serving(request: Request) -> Serving:
+    """The service that an app serves."""
+    serving: Serving = request.app.state.serving
+    return serving
+
+
+ServingOf = Annotated[Serving, Depends(get_serving)]

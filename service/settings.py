@@ -1,0 +1,126 @@
+"""All settings of the service, from the command line (`--max-body-bytes`) or the environment
+(`TILEWAVE_MAX_BODY_BYTES`).
+
+One class for both; the command line wins. `read_settings` turns every wrong value into one line that names the setting
+and the remedy. Called by `__main__` and by tests.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+
+PREFIX = "TILEWAVE_"
+
+
+class Precision(StrEnum):
+    """Arithmetic of the engine."""
+
+    AUTO = "auto"
+    FP32 = "fp32"
+    TF32 = "tf32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+
+class LogFormat(StrEnum):
+    """How log lines look."""
+
+    CONSOLE = "console"
+    JSON = "json"
+
+
+class LogLevel(StrEnum):
+    """What is logged."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class SettingsError(Exception):
+    """A setting has a value that cannot be used; the message is one line."""
+
+
+class Settings(BaseSettings):
+    """Settings of one server process. Sizes are bytes, times seconds unless the name says otherwise."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        frozen=True,
+        cli_kebab_case=True,
+        cli_prog_name="python -m service",
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+    )
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on")
+    port: int = Field(default=8000, ge=0, le=65535, description="TCP port to listen on; 0 picks a free one")
+    models: Path = Field(default=Path("models"), description="folder of the model repository")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    precision: Precision = Field(default=Precision.AUTO, description="arithmetic where model.toml says nothing")
+    threads: int | None = Field(default=None, ge=1, le=1024, description="engine threads; all cores when not set")
+    preprocess_threads: int = Field(
+        default=2, ge=1, le=256, description="threads that decode images and tokenize long texts"
+    )
+
+    request_timeout: float = Field(default=30.0, gt=0, description="deadline of a request that names none, seconds")
+    body_timeout: float = Field(default=30.0, gt=0, description="time for a request body to arrive, seconds")
+    drain_timeout: int = Field(
+        default=25, ge=0, description="time for accepted requests to finish after SIGTERM, seconds"
+    )
+
+    max_body_bytes: int = Field(default=64 << 20, ge=1, description="largest request body, after decompression too")
+    max_image_bytes: int = Field(default=32 << 20, ge=1, description="largest image file")
+    max_image_pixels: int = Field(default=50_000_000, ge=1, description="largest image, width times height")
+    max_images: int = Field(default=64, ge=1, description="images in one request")
+    max_text_bytes: int = Field(default=1 << 20, ge=1, description="text in one request, UTF-8 bytes")
+    max_inputs: int = Field(default=2048, ge=1, description="texts or token lists in one request")
+    max_preprocess: int = Field(default=256, ge=1, description="images and texts that may wait to be decoded")
+
+    log_level: LogLevel = Field(default=LogLevel.INFO, description="debug, info, warning or error")
+    log_format: LogFormat = Field(default=LogFormat.CONSOLE, description="console or json")
+    access_log: bool = Field(default=False, description="log every request")
+
+    @field_validator("port", mode="before")
+    @classmethod
+    def _not_a_service_link(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.startswith("tcp://"):
+            raise ValueError(
+                "Kubernetes set this for a Service named 'tilewave'; "
+                "set enableServiceLinks: false in the pod, or give --port"
+            )
+        return value
+
+    @field_validator("models")
+    @classmethod
+    def _is_a_folder(cls, value: Path) -> Path:
+        if not value.is_dir():
+            raise ValueError(f"'{value}' is not a folder; name the folder that holds a folder per model")
+        return value
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """Names in the environment that look like settings and are none (a typing error would else go unseen)."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    return sorted(name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in known)
+
+
+def read_settings(arguments: Sequence[str]) -> Settings:
+    """Settings from the command line, then the environment, then the defaults. Raises SettingsError."""
+    try:
+        return CliApp.run(Settings, cli_args=list(arguments))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "settings"
+        message = str(first["msg"]).removeprefix("Value error, ")
+        flag, variable = "--" + name.replace("_", "-"), PREFIX + name.upper()
+        source = variable if variable in os.environ and flag not in " ".join(arguments) else flag
+        value = f" (got {first['input']!r})" if isinstance(first.get("input"), str) else ""
+        about = Settings.model_fields[name].description if name in Settings.model_fields else ""
+        raise SettingsError(f"{source}: {message}{value}; expected: {about}") from None

@@ -1,0 +1,90 @@
+"""The part of the `engine` package that a worker uses, as types. Tests put a small engine of their own behind it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class EngineTensorSpec(Protocol):
+    """`engine.TensorSpec`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    @property
+    def shape(self) -> tuple[int | str, ...]: ...
+
+
+class EngineKernelStat(Protocol):
+    """`engine.KernelStat`: cumulative since load."""
+
+    @property
+    def kernel(self) -> str: ...
+    @property
+    def op(self) -> str: ...
+    @property
+    def launches(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def flops(self) -> float: ...
+    @property
+    def bytes(self) -> float: ...
+
+
+class EngineDeviceInfo(Protocol):
+    """`engine.DeviceInfo`."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def arch(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def peak_flops(self) -> float: ...
+    @property
+    def peak_bytes(self) -> float: ...
+
+
+class EngineModel(Protocol):
+    """`engine.Model`."""
+
+    @property
+    def inputs(self) -> Sequence[EngineTensorSpec]: ...
+    @property
+    def outputs(self) -> Sequence[EngineTensorSpec]: ...
+    @property
+    def device_info(self) -> EngineDeviceInfo: ...
+    @property
+    def fallback_ops(self) -> int: ...
+    @property
+    def load_seconds(self) -> float: ...
+    def run(self, feeds: Mapping[str, NDArray[Any]], /) -> Mapping[str, NDArray[Any]]: ...
+    def kernel_stats(self) -> Sequence[EngineKernelStat]: ...
+    def memory(self) -> Mapping[str, int]: ...
+    def close(self) -> None: ...
+
+
+class EngineModule(Protocol):
+    """The module `engine`."""
+
+    EngineError: type[Exception]
+    ShapeError: type[Exception]
+    OutOfMemory: type[Exception]
+
+    def load(self, path: str, *, device: str, precision: str, threads: int | None) -> EngineModel:
+        """Load a model file; raises a subclass of `EngineError`."""
+        ...
+
+
+def real_engine() -> EngineModule:
+    """The engine of this project, imported when the first worker starts."""
+    import engine
+
+    return cast(EngineModule, engine)

@@ -1,0 +1,212 @@
+"""One engine instance: takes commands, runs batches, sends reports.
+
+Threads: `engine` alone runs batches (so the cores are shared fairly between models and nothing waits for a lock inside
+the engine); `loader` loads, warms up, unloads; `statistics` reads counters, so that a scrape never waits for either.
+`handle` may be called by one receiving thread and returns at once.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.batching.batcher import assemble, scatter
+from service.batching.queue import Batch, Entry
+from service.batching.scheduler import Scheduler, Work
+from service.workers.engine_api import EngineModel, EngineModule
+from service.workers.messages import (
+    BatchDone,
+    BatchingMode,
+    Cancel,
+    Command,
+    FailureCode,
+    Infer,
+    InferFailed,
+    InferResult,
+    KernelCounters,
+    LoadFailed,
+    LoadModel,
+    LocalTensor,
+    ModelKey,
+    ModelReady,
+    ModelStats,
+    Report,
+    Stats,
+    StatsReport,
+    Stop,
+    Stopped,
+    Unload,
+    Unloaded,
+)
+from service.workers.warmup import describe_device, describe_tensors, probe
+
+log = logging.getLogger(__name__)
+
+
+class EngineWorker:
+    """Owns the loaded models of one engine instance. `engine` is imported on the loader thread, not at start."""
+
+    def __init__(self, engine: Callable[[], EngineModule], report: Callable[[Sequence[Report]], None]) -> None:
+        self._engine = engine
+        self._reports = report
+        self._scheduler = Scheduler()
+        self._models: dict[ModelKey, EngineModel] = {}
+        self._loader = ThreadPoolExecutor(1, "loader")
+        self._statistics = ThreadPoolExecutor(1, "statistics")
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the engine thread."""
+        self._thread.start()
+
+    def handle(self, command: Command) -> None:
+        """Take one command; never blocks."""
+        match command:
+            case Infer():
+                refusal = self._scheduler.submit(command)
+                if refusal is not None:
+                    self._report(refusal)
+            case Cancel():
+                self._scheduler.cancel(command.id)
+            case Stats():
+                self._statistics.submit(self._stats, command)
+            case LoadModel():
+                self._loader.submit(self._load, command)
+            case Unload():
+                self._loader.submit(self._unload, command.key)
+            case Stop():
+                self._scheduler.stop()
+                self._loader.submit(self._stop)
+
+    def _report(self, report: Report) -> None:
+        self._reports((report,))
+
+    # ---- loader thread
+
+    def _load(self, command: LoadModel) -> None:
+        model: EngineModel | None = None
+        try:
+            started = time.monotonic()
+            module = self._engine()
+            model = module.load(
+                command.path, device=command.device, precision=command.precision, threads=command.threads
+            )
+            axes = probe(model, command, module.EngineError)
+            seconds = time.monotonic() - started
+        except Exception as error:
+            log.warning("model %s could not be loaded: %s", command.key, error)
+            if model is not None:
+                model.close()
+            self._report(LoadFailed(command.key, str(error) or type(error).__name__))
+            return
+        self._models[command.key] = model
+        self._scheduler.add(command.key, command.batching, axes)
+        self._report(
+            ModelReady(
+                key=command.key,
+                inputs=describe_tensors(model.inputs),
+                outputs=describe_tensors(model.outputs),
+                device=describe_device(model.device_info),
+                load_seconds=seconds,
+                fallback_ops=model.fallback_ops,
+                batching=axes.mode,
+                batching_reason=axes.reason,
+            )
+        )
+
+    def _unload(self, key: ModelKey) -> None:
+        self._scheduler.remove(key)
+        model = self._models.pop(key, None)
+        if model is not None:
+            model.close()
+        self._report(Unloaded(key))
+
+    def _stop(self) -> None:
+        self._thread.join()
+        for key in list(self._models):
+            self._models.pop(key).close()
+        self._statistics.shutdown(wait=False)
+        self._loader.shutdown(wait=False)
+        self._report(Stopped())
+
+    # ---- statistics thread
+
+    def _stats(self, command: Stats) -> None:
+        models = []
+        for key, model in list(self._models.items()):
+            kernels = tuple(
+                KernelCounters(k.kernel, k.op, k.launches, k.seconds, k.flops, k.bytes) for k in model.kernel_stats()
+            )
+            queued, dropped = self._scheduler.depth(key)
+            models.append(ModelStats(key, kernels, tuple(model.memory().items()), queued, dropped))
+        self._report(StatsReport(command.id, tuple(models)))
+
+    # ---- engine thread
+
+    def _run(self) -> None:
+        while (work := self._scheduler.take(self._expired)) is not None:
+            self._execute(work)
+
+    def _expired(self, entry: Entry) -> None:
+        text = "the deadline passed while the request waited in the queue"
+        self._report(InferFailed(entry.request.id, FailureCode.DEADLINE, text))
+
+    def _execute(self, work: Work) -> None:
+        """Run a batch; if it fails and holds several requests, run each alone so that one cannot fail the others."""
+        started = time.monotonic()
+        try:
+            outputs = self._models[work.key].run(assemble(work.batch))
+            seconds = time.monotonic() - started
+            finished = scatter(work.batch, dict(outputs), work.axes)
+        except Exception as error:
+            if len(work.batch.parts) == 1:
+                self._fail(work.batch.parts[0].entry, error)
+                return
+            for part in work.batch.parts:
+                tokens = sum(part.entry.lengths[row] for row in part.rows) if part.entry.lengths else 0
+                width = max((part.entry.lengths[row] for row in part.rows), default=0) if part.entry.lengths else 0
+                self._execute(Work(work.key, work.axes, Batch((part,), len(part.rows), width, tokens)))
+            return
+        self._scheduler.record(work, seconds)
+        for part in work.batch.parts:
+            part.entry.compute_seconds += seconds
+        batch = work.batch
+        padding = batch.rows * batch.width - batch.tokens if batch.width else 0
+        rows = batch.rows if work.axes.mode is not BatchingMode.NONE else _rows(batch.parts[0].entry.arrays)
+        done = BatchDone(work.key, rows, batch.tokens, padding, seconds)
+        self._reports([done, *map(_answer, self._scheduler.finish(finished))])
+
+    def _fail(self, entry: Entry, error: Exception) -> None:
+        if not self._scheduler.finish([entry]):
+            return
+        module = self._engine()
+        code = FailureCode.ENGINE
+        if isinstance(error, module.ShapeError):
+            code = FailureCode.INVALID_INPUT
+        elif isinstance(error, module.OutOfMemory | MemoryError):
+            code = FailureCode.OUT_OF_MEMORY
+        elif not isinstance(error, module.EngineError):
+            log.error("the engine raised an error of no known kind", exc_info=error)
+        text = (
+            f"model {entry.request.key}: {error}"
+            if str(error)
+            else f"model {entry.request.key}: {type(error).__name__}"
+        )
+        self._report(InferFailed(entry.request.id, code, text))
+
+
+def _answer(entry: Entry) -> InferResult:
+    request = entry.request
+    outputs = tuple((name, LocalTensor(entry.outputs[name])) for name in request.outputs)
+    waited = (entry.started or request.arrival) - request.arrival
+    return InferResult(request.id, outputs, waited, entry.compute_seconds)
+
+
+def _rows(arrays: Mapping[str, NDArray[Any]]) -> int:
+    first = next(iter(arrays.values()), np.empty(0))
+    return int(first.shape[0]) if first.ndim else 1

@@ -1,0 +1,253 @@
+"""What the HTTP side and an engine worker say to each other: frozen dataclasses of plain data and tensor handles.
+
+The HTTP side sends `Command`s through a `Transport` (transport.py) and gets `Report`s back; nothing else crosses, so
+that a worker may live in this process or in another. Times are seconds of `time.monotonic()`, which processes of one
+host share.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class FailureCode(StrEnum):
+    """Why a worker could not answer."""
+
+    INVALID_INPUT = "invalid_input"
+    TOO_LARGE = "too_large"
+    OVERLOADED = "overloaded"
+    DEADLINE = "deadline"
+    NOT_LOADED = "not_loaded"
+    OUT_OF_MEMORY = "out_of_memory"
+    ENGINE = "engine"
+
+
+class BatchingMode(StrEnum):
+    """How rows of different requests may share one run of a model."""
+
+    NONE = "none"
+    ROWS = "rows"  # rows of equal shape
+    PADDED = "padded"  # rows of unequal length, padded along the sequence axis under a mask
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ModelKey:
+    """One version of one model."""
+
+    name: str
+    version: int
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class LocalTensor:
+    """A tensor in the memory of this process; both sides see the same array and neither writes to it."""
+
+    array: NDArray[Any]
+
+    def view(self) -> NDArray[Any]:
+        """The array behind the handle, not copied."""
+        return self.array
+
+
+TensorHandle = LocalTensor
+NamedTensors = tuple[tuple[str, TensorHandle], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Name, dtype and shape of a model's input or output; symbolic dims are strings."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchingOptions:
+    """How a model's requests are put together.
+
+    `max_batch` rows and `max_tokens` tokens (padding included) bound one run; `buckets` are the edges that group
+    sequences of similar length; `queue_batches` full runs may wait before requests are refused.
+    """
+
+    max_batch: int = 32
+    max_tokens: int = 2048
+    max_delay_s: float = 0.0
+    buckets: tuple[int, ...] = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+    queue_batches: int = 16
+
+
+@dataclass(frozen=True, slots=True)
+class LoadModel:
+    """Load a model file, warm it up, then report `ModelReady` or `LoadFailed`.
+
+    `sizes` gives the extent of symbolic dims for the warm-up run, by axis name or by "height"/"width" for images.
+    """
+
+    key: ModelKey
+    path: str
+    device: str
+    precision: str
+    threads: int | None
+    batching: BatchingOptions
+    image_size: tuple[int, int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Infer:
+    """Run one request. `lengths` are the tokens of each row where rows are shorter than the tensors are wide."""
+
+    id: int
+    key: ModelKey
+    inputs: NamedTensors
+    outputs: tuple[str, ...]
+    lengths: tuple[int, ...]
+    arrival: float
+    deadline: float
+    priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Nobody waits for this request any more; drop what has not started."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unload:
+    """Finish what waits for a model, then give its memory back; report `Unloaded`."""
+
+    key: ModelKey
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Report `StatsReport` under the same id."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Finish everything accepted, close every model, report `Stopped`."""
+
+
+Command = LoadModel | Infer | Cancel | Unload | Stats | Stop
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where a model runs; the peaks are measured ceilings (FLOP/s, bytes/s)."""
+
+    device: str
+    name: str
+    arch: str
+    threads: int
+    peak_flops: float
+    peak_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReady:
+    """A model is loaded and warm. `batching_reason` says in words why `batching` is what it is."""
+
+    key: ModelKey
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    device: Device
+    load_seconds: float
+    fallback_ops: int
+    batching: BatchingMode
+    batching_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    """A model could not be loaded; nothing of it is left in memory."""
+
+    key: ModelKey
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class InferResult:
+    """The answer to an `Infer`: outputs in the order asked for, and where the time went (seconds)."""
+
+    id: int
+    outputs: NamedTensors
+    queue_seconds: float
+    compute_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class InferFailed:
+    """The refusal of an `Infer`. `retry_after` (seconds) comes from the measured rate."""
+
+    id: int
+    code: FailureCode
+    reason: str
+    retry_after: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchDone:
+    """One run of a model that succeeded, for the metrics. `tokens` and `padding` are 0 for models without sequences."""
+
+    key: ModelKey
+    rows: int
+    tokens: int
+    padding: int
+    compute_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Unloaded:
+    """A model's memory is back."""
+
+    key: ModelKey
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCounters:
+    """What one kernel of a model did since it was loaded."""
+
+    kernel: str
+    op: str
+    launches: int
+    seconds: float
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStats:
+    """Counters of one loaded model: kernels, bytes of memory by kind, requests waiting."""
+
+    key: ModelKey
+    kernels: tuple[KernelCounters, ...]
+    memory: tuple[tuple[str, int], ...]
+    queued: int
+    dropped: int
+
+
+@dataclass(frozen=True, slots=True)
+class StatsReport:
+    """The answer to `Stats`."""
+
+    id: int
+    models: tuple[ModelStats, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The worker is done; no report follows."""
+
+
+Report = ModelReady | LoadFailed | InferResult | InferFailed | BatchDone | Unloaded | StatsReport | Stopped

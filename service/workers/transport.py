@@ -1,0 +1,65 @@
+"""How commands get to a worker and reports come back. In-process here; a child process per GPU implements the same two
+calls."""
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from service.workers.engine_api import EngineModule
+from service.workers.engine_worker import EngineWorker
+from service.workers.messages import Command, Report
+
+
+class Transport(Protocol):
+    """One worker as the HTTP side sees it."""
+
+    def start(self, receive: Callable[[Report], None]) -> None:
+        """Begin; `receive` is called on the running event loop, in the order of the worker's reports."""
+        ...
+
+    def send(self, command: Command) -> None:
+        """Hand a command over; never blocks the event loop."""
+        ...
+
+
+class LocalTransport:
+    """A worker in this process: commands are method calls, reports come back in bundles through the event loop."""
+
+    def __init__(self, engine: Callable[[], EngineModule]) -> None:
+        self._worker = EngineWorker(engine, self._report)
+        self._reports: deque[Report] = deque()
+        self._lock = threading.Lock()
+        self._scheduled = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._receive: Callable[[Report], None] | None = None
+
+    def start(self, receive: Callable[[Report], None]) -> None:
+        """Begin on the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._receive = receive
+        self._worker.start()
+
+    def send(self, command: Command) -> None:
+        """Hand a command to the worker's threads."""
+        self._worker.handle(command)
+
+    def _report(self, reports: Sequence[Report]) -> None:
+        """Any thread of the worker: queue the reports and wake the loop once per bundle."""
+        with self._lock:
+            self._reports.extend(reports)
+            if self._scheduled:
+                return
+            self._scheduled = True
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        with self._lock:
+            reports = list(self._reports)
+            self._reports.clear()
+            self._scheduled = False
+        if self._receive is not None:
+            for report in reports:
+                self._receive(report)

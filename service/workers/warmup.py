@@ -1,0 +1,126 @@
+"""A model's first runs: they warm it up and check that batching changes no answer. Called on the loader thread.
+
+Batching is read from the specs (policy.find_axes), then proved: two rows together must equal each row alone, and a
+padded row must equal the same row without padding. A model that fails the proof is served with less batching, never
+wrongly.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.batching.policy import MASK_NAMES, BatchAxes, find_axes
+from service.workers.engine_api import EngineDeviceInfo, EngineModel, EngineTensorSpec
+from service.workers.messages import BatchingMode, Device, LoadModel, TensorInfo
+
+log = logging.getLogger(__name__)
+
+_TOLERANCE = 2e-2  # relative L2: wide enough for fp16 and for another tile order, far below a mixed-up row
+_SHORT, _LONG = 5, 8  # tokens of the probe's rows
+_GUESS = 8  # extent of a symbolic dim that nothing says more about
+
+Array = NDArray[Any]
+
+
+def describe_tensors(specs: Iterable[EngineTensorSpec]) -> tuple[TensorInfo, ...]:
+    """The engine's tensor specs as message data."""
+    return tuple(TensorInfo(s.name, np.dtype(s.dtype), tuple(s.shape)) for s in specs)
+
+
+def describe_device(info: EngineDeviceInfo) -> Device:
+    """The engine's device as message data."""
+    return Device(info.device, info.name, info.arch, info.threads, info.peak_flops, info.peak_bytes)
+
+
+def probe(model: EngineModel, command: LoadModel, engine_error: type[Exception]) -> BatchAxes:
+    """Warm a model up and return how it may be batched.
+
+    Raises the engine's error if a model whose shapes are all known cannot run; where extents had to be guessed, a
+    failed run proves nothing about the model, and it is served unbatched.
+    """
+    inputs, outputs = describe_tensors(model.inputs), describe_tensors(model.outputs)
+    axes = find_axes(inputs, outputs)
+    guessed = any(isinstance(dim, str) for spec in inputs for dim in spec.shape[1:]) and axes.sequence is None
+    try:
+        one = _feeds(inputs, axes, command, rows=1, width=_SHORT)
+        first = model.run(one)
+        if axes.mode is BatchingMode.NONE:
+            return axes
+        second = {name: _other(array) for name, array in one.items()}
+        both = model.run({name: np.concatenate([one[name], second[name]]) for name in one})
+        apart = model.run(second)
+    except engine_error as error:
+        if not guessed or command.image_size is not None:
+            raise
+        log.info("model %s: no warm-up, the guessed shapes do not run: %s", command.key, error)
+        return axes.without_batching("the warm-up run with guessed shapes failed, so batching could not be checked")
+    for name in both:
+        if not _close(both[name][:1], first[name]) or not _close(both[name][1:], apart[name]):
+            return axes.without_batching(f"two rows together give another '{name}' than each alone")
+    if axes.mode is BatchingMode.PADDED:
+        return _probe_padding(model, inputs, axes, one, first)
+    return axes
+
+
+def _probe_padding(
+    model: EngineModel,
+    inputs: tuple[TensorInfo, ...],
+    axes: BatchAxes,
+    one: dict[str, Array],
+    first: Mapping[str, Array],
+) -> BatchAxes:
+    padded = {spec.name: np.pad(one[spec.name], ((0, 0), (0, _LONG - _SHORT))) for spec in inputs}
+    wide = model.run(padded)
+    for name, expected in first.items():
+        cut = tuple(slice(extent) for extent in expected.shape)
+        if not _close(wide[name][cut], expected):
+            return axes.without_padding(f"rows of equal length: padding changes '{name}'")
+    return axes
+
+
+def _feeds(
+    inputs: tuple[TensorInfo, ...], axes: BatchAxes, command: LoadModel, rows: int, width: int
+) -> dict[str, Array]:
+    generator = np.random.default_rng(0)
+    feeds: dict[str, Array] = {}
+    for spec in inputs:
+        shape = list(spec.shape)
+        if shape and isinstance(shape[0], str):
+            shape[0] = rows
+        if axes.sequence is not None:
+            shape[1] = width
+        if len(shape) == 4 and command.image_size is not None:
+            spatial = (1, 2) if shape[3] in (1, 3, 4) else (2, 3)
+            for axis, extent in zip(spatial, command.image_size, strict=True):
+                shape[axis] = extent if isinstance(shape[axis], str) else shape[axis]
+        extents = tuple(dim if isinstance(dim, int) else _GUESS for dim in shape)
+        if spec.name in MASK_NAMES:
+            feeds[spec.name] = np.ones(extents, spec.dtype)
+        elif spec.dtype.kind in "iub" and "type" not in spec.name:
+            feeds[spec.name] = generator.integers(0, 2, extents).astype(spec.dtype)
+        elif spec.dtype.kind == "f":
+            feeds[spec.name] = generator.standard_normal(extents).astype(spec.dtype)
+        else:
+            feeds[spec.name] = np.zeros(extents, spec.dtype)
+    return feeds
+
+
+def _other(array: Array) -> Array:
+    """Another row: what the first one is not, so that a mixed-up batch shows; all-one masks stay."""
+    if array.dtype.kind in "iub":
+        return array if array.all() or not array.any() else (1 - array.astype(np.int64)).astype(array.dtype)
+    if array.dtype.kind != "f":
+        return array
+    return (array.astype(np.float32) * -0.5 + 0.25).astype(array.dtype)
+
+
+def _close(got: Array, expected: Array) -> bool:
+    if got.shape != expected.shape:
+        return False
+    a, b = got.astype(np.float64), expected.astype(np.float64)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return bool(np.array_equal(a, b, equal_nan=True))
+    return bool(np.linalg.norm(a - b) <= _TOLERANCE * max(float(np.linalg.norm(b)), 1e-6))

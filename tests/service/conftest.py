@@ -1,0 +1,173 @@
+"""Fixtures of the service's tests: a model repository of fake models and a real server around it on a free port."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from service.app import create_app
+from service.serving import Serving
+from service.settings import Settings
+from tests.service.fakes import FakeEngine
+
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "man", "is", "eating", "food", "bread", "the", "market", "fell")
+
+
+def add_model(root: Path, name: str, kind: str, toml: str = "", version: int | None = 1, **arguments: Any) -> Path:
+    """A folder with a fake model; `version=None` puts the file straight into the folder."""
+    folder = root / name
+    place = folder if version is None else folder / str(version)
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "model.onnx").write_text(json.dumps({"kind": kind, **arguments}))
+    if toml:
+        (folder / "model.toml").write_text(toml)
+    return folder
+
+
+def add_tokenizer(folder: Path) -> None:
+    """A word-level tokenizer that puts [CLS] and [SEP] around a text."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """One model of each common kind."""
+    return common_models(tmp_path / "models")
+
+
+def common_models(root: Path) -> Path:
+    """Make `root` a repository with one model of each common kind."""
+    root.mkdir()
+    add_model(root, "identity", "identity")
+    colours = add_model(root, "colours", "colours", "[images]\nsize = 8\nresize = 8\n")
+    (colours / "labels.txt").write_text("red\ngreen\nblue\n")
+    add_tokenizer(add_model(root, "encoder", "encoder", "[tokens]\nmax_length = 16\n"))
+    return root
+
+
+@dataclass
+class Running:
+    """A server that runs, the engine behind it and a client."""
+
+    url: str
+    client: httpx.Client
+    engine: FakeEngine
+    serving: Serving
+
+    def identity(self, values: list[float], **kwargs: Any) -> httpx.Response:
+        """Infer the identity model on rows of four values."""
+        tensor = {"name": "input", "shape": [len(values) // 4, 4], "datatype": "FP32", "data": values}
+        return self.client.post("/v2/models/identity/infer", json={"inputs": [tensor]}, **kwargs)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """A sample of /metrics; 0 if it is not there."""
+        return sample(self.client.get("/metrics").text, name, **labels)
+
+    def wait_ready(self) -> None:
+        """Until nothing loads any more."""
+        wait_for(lambda: not any(m.state == "LOADING" for m in self.serving.all_models()))
+
+
+def sample(text: str, name: str, **labels: str) -> float:
+    """One sample of a Prometheus exposition."""
+    for line in text.splitlines():
+        head, _, value = line.rpartition(" ")
+        if head.split("{")[0] == name and all(f'{key}="{wanted}"' in head for key, wanted in labels.items()):
+            return float(value)
+    return 0.0
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Wait until a condition holds; fail if it never does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the condition never came true"
+        time.sleep(0.002)
+
+
+Start = Callable[..., Running]
+
+
+class Starter:
+    """Starts servers, and stops them all."""
+
+    def __init__(self) -> None:
+        self._stops: list[Callable[[], None]] = []
+
+    def __call__(self, root: Path, engine: FakeEngine | None = None, ready: bool = True, **settings: Any) -> Running:
+        """A server for `root`; `ready` waits until nothing loads any more."""
+        engine = engine or FakeEngine()
+        app = create_app(Settings(models=root, drain_timeout=5, **settings), lambda: engine)
+        listener = socket.create_server(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        client = httpx.Client(base_url=url, timeout=20)
+        running = Running(url, client, engine, app.state.serving)
+
+        def stop() -> None:
+            engine.gate.set()
+            engine.load_gate.set()
+            client.close()
+            server.should_exit = True
+            thread.join(15)
+            assert not thread.is_alive(), "the server did not stop"
+            assert all(model.closed for model in engine.models), "a model was not closed"
+
+        self._stops.append(stop)
+        wait_for(lambda: server.started)
+        if ready:
+            running.wait_ready()
+        return running
+
+    def stop(self) -> None:
+        """Stop every server; each must end by itself and close its models."""
+        for stop in self._stops:
+            stop()
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Start servers: `start(root, engine, ready=True, **settings)`."""
+    starter = Starter()
+    yield starter
+    starter.stop()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server with the common models, for tests that leave no trace in it."""
+    starter = Starter()
+    yield starter(common_models(tmp_path_factory.mktemp("shared") / "models"))
+    starter.stop()
+
+
+@pytest.fixture
+def server(start: Start, repository: Path) -> Running:
+    """A server with the common models."""
+    return start(repository)
+
+
+def error_of(response: httpx.Response) -> str:
+    """The message of an error answer; it must be the one form we have."""
+    body: Mapping[str, Any] = response.json()
+    assert list(body) == ["error"], body
+    assert isinstance(body["error"], str)
+    return body["error"]

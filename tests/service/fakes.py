@@ -1,0 +1,262 @@
+"""A small but honest engine: numpy models behind the same calls as the package `engine`.
+
+A "model file" is JSON: {"kind": …} plus arguments; `KINDS` lists what there is. It checks its feeds as strictly as
+the real one.
+`FakeEngine.gate` can hold runs back, so that tests decide when a batch ends; `calls` records every run.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+VOCABULARY = 100
+HIDDEN = 4
+
+
+class EngineError(Exception):
+    """Root of the fake's errors."""
+
+
+class ModelError(EngineError):
+    """Not a model."""
+
+
+class ShapeError(EngineError):
+    """Wrong feeds."""
+
+
+class OutOfMemory(EngineError):
+    """Too large."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class KernelStat:
+    kernel: str
+    op: str
+    launches: int
+    seconds: float
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    device: str = "cpu"
+    name: str = "Fake CPU"
+    arch: str = "test"
+    threads: int = 1
+    peak_flops: float = 1e12
+    peak_bytes: float = 1e11
+
+
+def _spec(name: str, dtype: str, *shape: int | str) -> TensorSpec:
+    return TensorSpec(name, np.dtype(dtype), shape)
+
+
+def _identity(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    return {"output": feeds["input"].copy()}
+
+
+def _colours(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """Scores of three classes: the mean of each colour channel."""
+    return {"logits": feeds["input"].mean(axis=(2, 3)).astype(np.float32)}
+
+
+def _grey(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    mean = feeds["input"].mean(axis=(1, 2, 3))
+    return {"scores": np.stack([mean, 1 - mean], axis=1).astype(np.float32)}
+
+
+_TABLE = np.random.default_rng(7).standard_normal((VOCABULARY, HIDDEN)).astype(np.float32)
+
+
+def _context(feeds: Mapping[str, Array]) -> Array:
+    """Each token's vector plus the masked mean of its row: tokens see each other, padding is unseen."""
+    ids, mask = feeds["input_ids"], feeds["attention_mask"].astype(np.float32)[:, :, None]
+    outside = np.argwhere((ids < 0) | (ids >= VOCABULARY))
+    if len(outside):
+        raise ShapeError(
+            f"input 'input_ids': token id {ids[tuple(outside[0])]} is out of range (0 to {VOCABULARY - 1})"
+        )
+    vectors = _TABLE[ids]
+    mean = (vectors * mask).sum(axis=1, keepdims=True) / np.maximum(mask.sum(axis=1, keepdims=True), 1)
+    return (vectors + mean).astype(np.float32)
+
+
+def _encoder(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    return {"last_hidden_state": _context(feeds)}
+
+
+def _unmasked(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """An encoder whose mask input does nothing: padding would change its answers."""
+    return {"last_hidden_state": _context({**feeds, "attention_mask": np.ones_like(feeds["attention_mask"])})}
+
+
+def _maskless(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    return {"last_hidden_state": _context({**feeds, "attention_mask": np.ones_like(feeds["input_ids"])})}
+
+
+def _text_classes(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    mask = feeds["attention_mask"].astype(np.float32)[:, :, None]
+    pooled = (_context(feeds) * mask).sum(axis=1) / mask.sum(axis=1)
+    return {"logits": pooled[:, :2].astype(np.float32)}
+
+
+def _token_classes(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    return {"logits": _context(feeds)[:, :, :2]}
+
+
+def _mixing(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """Looks batchable, is not: every row sees the mean over the first axis."""
+    return {"output": (feeds["input"] - feeds["input"].mean(axis=0, keepdims=True)).astype(np.float32)}
+
+
+def _halves(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    return {"output": (feeds["input"] / 2).astype(feeds["input"].dtype)}
+
+
+_IDS = (_spec("input_ids", "int64", "batch", "sequence"), _spec("attention_mask", "int64", "batch", "sequence"))
+_HIDDEN = (_spec("last_hidden_state", "float32", "batch", "sequence", HIDDEN),)
+_VECTOR = _spec("input", "float32", "batch", 4)
+
+Runner = Callable[[Mapping[str, Array]], dict[str, Array]]
+KINDS: dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], Runner]] = {
+    "identity": ((_VECTOR,), (_spec("output", "float32", "batch", 4),), _identity),
+    "fixed": ((_spec("input", "float32", 2, 4),), (_spec("output", "float32", 2, 4),), _identity),
+    "mixing": ((_VECTOR,), (_spec("output", "float32", "batch", 4),), _mixing),
+    "half": ((_spec("input", "float16", "batch", 2),), (_spec("output", "float16", "batch", 2),), _halves),
+    "int32": ((_spec("input", "int32", "batch", 2),), (_spec("output", "int32", "batch", 2),), _identity),
+    "bool": ((_spec("input", "bool", "batch", 2),), (_spec("output", "bool", "batch", 2),), _identity),
+    "bytes": ((_spec("input", "object", 2),), (_spec("output", "object", 2),), _identity),
+    "colours": (
+        (_spec("input", "float32", "batch", 3, 8, 8),),
+        (_spec("logits", "float32", "batch", 3),),
+        _colours,
+    ),
+    "one_image": ((_spec("input", "float32", 1, 3, 8, 8),), (_spec("logits", "float32", 1, 3),), _colours),
+    "grey": ((_spec("input", "float32", "n", 8, 8, 1),), (_spec("scores", "float32", "n", 2),), _grey),
+    "encoder": (_IDS, _HIDDEN, _encoder),
+    "unmasked": (_IDS, _HIDDEN, _unmasked),
+    "maskless": (_IDS[:1], _HIDDEN, _maskless),
+    "one_row": (
+        (_spec("input_ids", "int64", 1, "sequence"),),
+        (_spec("last_hidden_state", "float32", 1, "sequence", HIDDEN),),
+        _maskless,
+    ),
+    "text_classes": (_IDS, (_spec("logits", "float32", "batch", 2),), _text_classes),
+    "token_classes": (_IDS, (_spec("logits", "float32", "batch", "sequence", 2),), _token_classes),
+}
+
+
+class FakeModel:
+    """One loaded model."""
+
+    def __init__(self, owner: "FakeEngine", path: str, kind: str, arguments: dict[str, Any]) -> None:
+        self.inputs, self.outputs, self._run = KINDS[kind]
+        self.kind, self.path = kind, path
+        self.device_info = DeviceInfo()
+        self.fallback_ops = 0
+        self.load_seconds = 0.01
+        self.closed = False
+        self._owner = owner
+        self._arguments = arguments
+        self._launches = 0
+        self._lock = threading.Lock()
+
+    def run(self, feeds: Mapping[str, Array], /) -> dict[str, Array]:
+        """Check like the real engine, wait for the gate, compute."""
+        assert not self.closed, "run after close"
+        self._check(feeds)
+        if threading.current_thread().name == "engine":
+            first = next(iter(feeds.values()))
+            self._owner.calls.append((self.kind, first.shape))
+            self._owner.running.release()
+            assert self._owner.gate.wait(20), "the test never opened the gate"
+            if "sleep" in self._arguments:
+                time.sleep(self._arguments["sleep"])
+            poison = self._arguments.get("poison")
+            if poison is not None and bool((first == poison).any()):
+                raise self._owner.poison_error(f"{poison} makes this model fail")
+            if self._arguments.get("crash") and bool((first == -1).any()):
+                raise RuntimeError("a bug in the engine")
+        outputs = self._run(feeds)
+        with self._lock:
+            self._launches += 1
+        return outputs
+
+    def _check(self, feeds: Mapping[str, Array]) -> None:
+        if set(feeds) != {spec.name for spec in self.inputs}:
+            raise ShapeError(f"inputs {sorted(feeds)}; the model has {[spec.name for spec in self.inputs]}")
+        symbols: dict[str, int] = {}
+        for spec in self.inputs:
+            array = feeds[spec.name]
+            if array.dtype != spec.dtype or array.ndim != len(spec.shape):
+                raise ShapeError(f"input '{spec.name}' is {array.dtype} {array.shape}, not {spec.dtype} {spec.shape}")
+            for want, got in zip(spec.shape, array.shape, strict=True):
+                if isinstance(want, str):
+                    want = symbols.setdefault(want, got)
+                if want != got:
+                    raise ShapeError(f"input '{spec.name}' has shape {array.shape}; it takes {spec.shape}")
+
+    def kernel_stats(self) -> tuple[KernelStat, ...]:
+        """Two kernels, so much a launch."""
+        n = self._launches
+        return (
+            KernelStat("gemm_f32", "Gemm", n, n * 1e-3, n * 5e8, n * 1e6),
+            KernelStat("pointwise_f32", "Pointwise", n, n * 1e-4, n * 1e5, n * 5e6),
+        )
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by kind."""
+        return {"weights": 1000, "arena": 200, "plans": 30}
+
+    def close(self) -> None:
+        """Give it back."""
+        self.closed = True
+
+
+@dataclass
+class FakeEngine:
+    """The module `engine`. `running` is released at the start of each run on the engine thread."""
+
+    calls: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    models: list[FakeModel] = field(default_factory=list)
+    gate: threading.Event = field(default_factory=threading.Event)
+    load_gate: threading.Event = field(default_factory=threading.Event)
+    running: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    poison_error: type[Exception] = ShapeError
+    EngineError: type[Exception] = EngineError
+    ShapeError: type[Exception] = ShapeError
+    OutOfMemory: type[Exception] = OutOfMemory
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+        self.load_gate.set()
+
+    def load(
+        self, path: str, *, device: str = "auto", precision: str = "auto", threads: int | None = None
+    ) -> FakeModel:
+        """Read the JSON; anything else is a ModelError."""
+        assert self.load_gate.wait(20), "the test never opened the load gate"
+        with open(path, "rb") as file:
+            try:
+                arguments = json.load(file)
+                model = FakeModel(self, path, arguments["kind"], arguments)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ModelError(f"{path.rsplit('/', 1)[-1]} is no ONNX model: {error}") from None
+        self.models.append(model)
+        return model

@@ -1,0 +1,213 @@
+"""The queue, the policy and the batch maker, without threads: what may share a batch; nothing is lost or mixed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.batching.batcher import assemble, scatter
+from service.batching.policy import bucket_of, capacity, find_axes
+from service.batching.queue import Entry, ModelQueue, make_entry
+from service.workers.messages import BatchingMode, BatchingOptions, Infer, LocalTensor, ModelKey, TensorInfo
+from tests.service.fakes import HIDDEN, KINDS, VOCABULARY
+
+KEY = ModelKey("m", 1)
+
+
+def infos(kind: str) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
+    inputs, outputs, _ = KINDS[kind]
+    return tuple(TensorInfo(s.name, s.dtype, s.shape) for s in inputs), tuple(
+        TensorInfo(s.name, s.dtype, s.shape) for s in outputs
+    )
+
+
+def info(name: str, dtype: str, *shape: int | str) -> TensorInfo:
+    return TensorInfo(name, np.dtype(dtype), shape)
+
+
+def request(number: int, arrays: dict[str, np.ndarray], lengths: tuple[int, ...] = (), **changes: Any) -> Infer:
+    values = {"arrival": 0.0, "deadline": 1e9, "priority": 50, "outputs": ("last_hidden_state",), **changes}
+    inputs = tuple((name, LocalTensor(array)) for name, array in arrays.items())
+    return Infer(id=number, key=KEY, inputs=inputs, lengths=lengths, **values)
+
+
+def token_rows(lengths: list[int], seed: int = 0) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    ids = np.zeros((len(lengths), max(lengths)), np.int64)
+    mask = np.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = generator.integers(1, VOCABULARY, length)
+        mask[row, :length] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        ("identity", BatchingMode.ROWS),
+        ("colours", BatchingMode.ROWS),
+        ("fixed", BatchingMode.NONE),
+        ("bytes", BatchingMode.NONE),
+        ("one_row", BatchingMode.NONE),
+        ("encoder", BatchingMode.PADDED),
+        ("text_classes", BatchingMode.PADDED),
+        ("maskless", BatchingMode.ROWS),
+    ],
+)
+def test_axes_of_a_model_say_how_it_may_be_batched(kind: str, mode: BatchingMode) -> None:
+    assert find_axes(*infos(kind)).mode is mode
+
+
+def test_no_batching_where_an_output_lacks_the_batch_symbol() -> None:
+    axes = find_axes([info("x", "float32", "n", 4)], [info("y", "float32", "n", 4), info("total", "float32")])
+    assert axes.mode is BatchingMode.NONE
+    assert "first dim" in axes.reason
+
+
+def test_no_batching_where_the_batch_symbol_is_another_dim_too() -> None:
+    assert find_axes([info("x", "float32", "n", 4)], [info("y", "float32", "n", "n")]).mode is BatchingMode.NONE
+
+
+def test_no_batching_where_inputs_name_the_first_dim_differently() -> None:
+    inputs = [info("a", "float32", "n", 4), info("b", "float32", "m", 4)]
+    assert find_axes(inputs, [info("y", "float32", "n", 4)]).mode is BatchingMode.NONE
+
+
+def test_no_padding_where_an_output_has_a_dim_of_unknown_origin() -> None:
+    inputs, _ = infos("encoder")
+    assert find_axes(inputs, [info("y", "float32", "batch", "kept", 4)]).mode is BatchingMode.ROWS
+
+
+@given(length=st.integers(1, 5000))
+def test_a_bucket_holds_its_length_and_bounds_the_padding(length: int) -> None:
+    edge = bucket_of(length, BatchingOptions().buckets)
+    assert length <= edge
+    assert edge <= 8 or edge <= 2 * length
+
+
+def run_all(queue: ModelQueue, entries: list[Entry], kind: str) -> list[tuple[int, int, int]]:
+    """Run a queue dry; returns (rows, width, tokens) of every batch."""
+    compute = KINDS[kind][2]
+    batches = []
+    done: list[Entry] = []
+    while (batch := queue.take(now=1.0)) is not None:
+        outputs = compute(assemble(batch))
+        done += scatter(batch, outputs, queue.axes)
+        batches.append((batch.rows, batch.width, batch.tokens))
+    assert sorted(id(e) for e in done) == sorted(id(e) for e in entries)
+    return batches
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    requests=st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=9), min_size=1, max_size=12),
+    max_batch=st.integers(1, 8),
+    max_tokens=st.integers(1, 128),
+    kind=st.sampled_from(["encoder", "maskless"]),
+)
+def test_batched_rows_equal_single_rows(requests: list[list[int]], max_batch: int, max_tokens: int, kind: str) -> None:
+    """Any mix of requests, split and batched in any way, gives each row what it gets alone; budgets hold."""
+    options = BatchingOptions(max_batch=max_batch, max_tokens=max_tokens)
+    axes = find_axes(*infos(kind))
+    queue = ModelQueue(options, axes)
+    compute = KINDS[kind][2]
+    entries, feeds = [], []
+    for number, lengths in enumerate(requests):
+        arrays = token_rows(lengths, seed=number)
+        arrays = arrays if kind == "encoder" else {"input_ids": arrays["input_ids"]}
+        entries.append(make_entry(request(number, arrays, tuple(lengths)), axes))
+        feeds.append(arrays)
+        queue.push(entries[-1])
+    assert queue.cost == sum(map(sum, requests))
+    batches = run_all(queue, entries, kind)
+    assert queue.cost == 0
+    assert sum(tokens for _, _, tokens in batches) == sum(map(sum, requests))
+    for rows, width, _ in batches:
+        assert rows <= max_batch
+        assert rows == 1 or rows * width <= max_tokens
+    for entry, arrays, lengths in zip(entries, feeds, requests, strict=True):
+        got = entry.outputs["last_hidden_state"]
+        assert got.shape == (len(lengths), max(lengths), HIDDEN)
+        for row, length in enumerate(lengths):
+            alone = compute({name: array[row : row + 1, :length] for name, array in arrays.items()})
+            np.testing.assert_allclose(got[row, :length], alone["last_hidden_state"][0], rtol=1e-5, atol=1e-6)
+            assert not got[row, length:].any()
+
+
+@settings(deadline=None, max_examples=30)
+@given(sizes=st.lists(st.integers(1, 20), min_size=1, max_size=10), max_batch=st.integers(1, 8))
+def test_a_request_larger_than_a_batch_is_split_and_put_together_again(sizes: list[int], max_batch: int) -> None:
+    axes = find_axes(*infos("identity"))
+    queue = ModelQueue(BatchingOptions(max_batch=max_batch), axes)
+    generator = np.random.default_rng(0)
+    arrays = [generator.standard_normal((size, 4)).astype(np.float32) for size in sizes]
+    entries = [make_entry(request(i, {"input": a}, outputs=("output",)), axes) for i, a in enumerate(arrays)]
+    for entry in entries:
+        queue.push(entry)
+    batches = run_all(queue, entries, "identity")
+    assert len(batches) == -(-sum(sizes) // max_batch)
+    for entry, array in zip(entries, arrays, strict=True):
+        np.testing.assert_array_equal(entry.outputs["output"], array)
+
+
+def test_rows_of_different_shape_never_share_a_batch() -> None:
+    shape = ("n", "height")
+    axes = find_axes([info("x", "float32", *shape)], [info("y", "float32", *shape)])
+    queue = ModelQueue(BatchingOptions(), axes)
+    for number, width in enumerate((3, 4, 3)):
+        queue.push(make_entry(request(number, {"x": np.zeros((1, width), np.float32)}), axes))
+    taken = [[part.entry.request.id for part in batch.parts] for batch in iter(lambda: queue.take(0.0), None)]
+    assert taken == [[0, 2], [1]]
+
+
+def test_a_model_without_batch_axis_runs_one_request_at_a_time() -> None:
+    axes = find_axes(*infos("fixed"))
+    queue = ModelQueue(BatchingOptions(), axes)
+    for number in range(3):
+        queue.push(make_entry(request(number, {"input": np.ones((2, 4), np.float32)}), axes))
+    assert [len(batch.parts) for batch in iter(lambda: queue.take(0.0), None)] == [1, 1, 1]
+
+
+def test_an_urgent_request_goes_before_those_that_came_earlier() -> None:
+    axes = find_axes(*infos("identity"))
+    queue = ModelQueue(BatchingOptions(max_batch=1), axes)
+    for number, priority in enumerate((50, 50, 1)):
+        queue.push(make_entry(request(number, {"input": np.ones((1, 4), np.float32)}, priority=priority), axes))
+    taken = [batch.parts[0].entry.request.id for batch in iter(lambda: queue.take(0.0), None)]
+    assert taken == [2, 0, 1]
+
+
+def test_removing_a_request_gives_its_waiting_cost_back() -> None:
+    axes = find_axes(*infos("encoder"))
+    queue = ModelQueue(BatchingOptions(max_batch=2), axes)
+    queue.push(make_entry(request(1, token_rows([5, 5, 5, 30]), (5, 5, 5, 30)), axes))
+    queue.push(make_entry(request(2, token_rows([7]), (7,)), axes))
+    assert queue.cost == 52
+    queue.take(0.0)
+    assert queue.cost == 42
+    queue.remove(1)
+    assert queue.cost == 7
+    batch = queue.take(0.0)
+    assert batch is not None
+    assert [part.entry.request.id for part in batch.parts] == [2]
+    assert queue.take(0.0) is None
+    assert queue.cost == 0
+
+
+def test_a_batch_waits_for_company_only_as_long_as_it_may_and_not_when_full() -> None:
+    axes = find_axes(*infos("identity"))
+    queue = ModelQueue(BatchingOptions(max_batch=2, max_delay_s=0.5), axes)
+    queue.push(make_entry(request(1, {"input": np.ones((1, 4), np.float32)}, arrival=10.0), axes))
+    assert queue.due(now=10.1) == 10.5
+    queue.push(make_entry(request(2, {"input": np.ones((1, 4), np.float32)}, arrival=10.2), axes))
+    assert queue.due(now=10.2) == 10.2
+
+
+def test_capacity_is_in_tokens_for_sequence_models_and_in_rows_for_others() -> None:
+    options = BatchingOptions(max_batch=3, max_tokens=100, queue_batches=2)
+    assert capacity(options, find_axes(*infos("encoder"))) == 200
+    assert capacity(options, find_axes(*infos("identity"))) == 6

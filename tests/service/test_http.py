@@ -1,0 +1,290 @@
+"""What holds for every endpoint: one form of error, bounded bodies, deadlines, overload, clients that go."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import itertools
+import socket
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.service.conftest import Running, Start, add_model, error_of, wait_for
+
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "HEAD")
+PATHS = (
+    "/",
+    "/nope",
+    "/v1/models",
+    "/v1/models/identity",
+    "/v1/models/identity/images",
+    "/v1/models/encoder/tokens",
+    "/v1/models/nobody/tokens",
+    "/v1/embeddings",
+    "/v2",
+    "/v2/",
+    "/v2/health/live",
+    "/v2/health/ready",
+    "/v2/models/identity",
+    "/v2/models/nobody",
+    "/v2/models/identity/versions/1",
+    "/v2/models/identity/versions/x",
+    "/v2/models/identity/ready",
+    "/v2/models/identity/config",
+    "/v2/models/identity/stats",
+    "/v2/models/stats",
+    "/v2/models/identity/infer",
+    "/v2/models/identity/versions/9/infer",
+    "/v2/repository/index",
+    "/v2/repository/models/identity/load",
+    "/v2/models/..%2f..%2fetc/infer",
+    "/v2/models/%00/infer",
+    "/v2/models/a%0d%0ab",
+    "/metrics",
+    "/v1/models/%2e%2e/images",
+    "//v2",
+    "/v2/models/" + "x" * 3000,
+)
+BODIES = (b"", b"{}", b"[]", b"null", b"{", b'{"inputs": []}', b"\x00" * 100, b"[" * 5000)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=[path[:40] for path in PATHS])
+def test_every_method_and_body_gets_a_known_answer(shared: Running, path: str) -> None:
+    for method, body in itertools.product(METHODS, BODIES):
+        response = shared.client.request(method, path, content=body)
+        assert response.status_code in (200, 400, 404, 405, 415), (method, body)
+        if response.status_code != 200 and method != "HEAD":
+            assert error_of(response)
+    assert shared.client.get("/v2/health/ready").status_code == 200
+
+
+def test_unknown_paths_methods_and_models_name_themselves(shared: Running) -> None:
+    assert "/nope" in error_of(shared.client.get("/nope"))
+    response = shared.client.delete("/v2/health/live")
+    assert response.status_code == 405
+    assert "DELETE" in error_of(response)
+    assert response.headers["allow"] == "GET"
+    response = shared.client.get("/v2/models/nobody")
+    assert response.status_code == 404
+    assert "nobody" in error_of(response)
+
+
+def chunks(count: int, size: int = 65536) -> Iterator[bytes]:
+    for _ in range(count):
+        yield b"x" * size
+
+
+def test_a_body_over_the_limit_is_refused_whatever_its_headers_say(start: Start, repository: Path) -> None:
+    server = start(repository, max_body_bytes=300_000)
+    url = "/v2/models/identity/infer"
+    for content in (b"x" * 400_000, chunks(7)):
+        response = server.client.post(url, content=content)
+        assert response.status_code == 413
+        assert "300000" in error_of(response)
+    assert server.client.post(url, content=chunks(4)).status_code == 400
+    assert server.identity([1, 2, 3, 4]).status_code == 200
+
+
+def test_an_endless_body_is_cut_off(start: Start, repository: Path) -> None:
+    server = start(repository, max_body_bytes=300_000)
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as raw:
+        raw.sendall(b"POST /v2/models/identity/infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        sent = 0
+        with contextlib.suppress(OSError):
+            while sent < 100 << 20:
+                raw.sendall(b"10000\r\n" + b"x" * 65536 + b"\r\n")
+                sent += 65536
+    assert sent < 50 << 20
+    assert server.identity([1, 2, 3, 4]).status_code == 200
+
+
+def test_a_body_that_does_not_arrive_is_given_up(start: Start, repository: Path) -> None:
+    server = start(repository, body_timeout=0.1)
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as raw:
+        raw.sendall(b"POST /v2/models/identity/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+        answer = raw.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b'"error"' in answer
+
+
+def test_compressed_bodies(start: Start, repository: Path) -> None:
+    server = start(repository, max_body_bytes=300_000)
+    body = b'{"inputs":[{"name":"input","shape":[1,4],"datatype":"FP32","data":[1,2,3,4]}]}'
+    url = "/v2/models/identity/infer"
+
+    def post(content: bytes, encoding: str) -> httpx.Response:
+        return server.client.post(url, content=content, headers={"content-encoding": encoding})
+
+    assert post(gzip.compress(body), "gzip").status_code == 200
+    assert post(zlib.compress(body), "deflate").status_code == 200
+    assert post(body, "identity").status_code == 200
+    assert post(gzip.compress(b"x" * 10_000_000), "gzip").status_code == 413
+    assert post(gzip.compress(body)[:-9], "gzip").status_code == 400
+    assert post(body, "gzip").status_code == 400
+    response = post(body, "br")
+    assert response.status_code == 415
+    assert "'br'" in error_of(response)
+
+
+def test_bytes_that_are_not_http_get_a_clean_end(shared: Running) -> None:
+    host, port = shared.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as raw:
+        raw.sendall(b"\x16\x03\x01 not http\r\n\r\n")
+        assert raw.recv(65536).startswith(b"HTTP/1.1 400")
+    assert shared.identity([1, 2, 3, 4]).status_code == 200
+
+
+def test_the_answer_says_where_the_time_went(shared: Running) -> None:
+    response = shared.identity([1, 2, 3, 4])
+    parts = dict(part.split(";dur=") for part in response.headers["server-timing"].split(", "))
+    assert list(parts) == ["queue", "preprocess", "compute", "postprocess"]
+    assert all(0 <= float(value) < 5000 for value in parts.values())
+
+
+def test_request_ids_are_echoed_or_made(shared: Running) -> None:
+    given = shared.client.get("/v2", headers={"x-request-id": "abc-1.2"})
+    assert given.headers["x-request-id"] == "abc-1.2"
+    first, second = (shared.client.get("/nope").headers["x-request-id"] for _ in range(2))
+    assert first
+    assert first != second
+    assert shared.client.get("/v2", headers={"x-request-id": "a b<script>"}).headers["x-request-id"] != "a b<script>"
+
+
+def test_a_deadline_in_a_header_ends_the_wait(server: Running) -> None:
+    server.engine.gate.clear()
+    started = time.monotonic()
+    response = server.identity([1, 2, 3, 4], headers={"x-timeout-ms": "50"})
+    assert time.monotonic() - started < 5
+    assert response.status_code == 504
+    assert "deadline" in error_of(response)
+    server.engine.gate.set()
+    assert server.identity([1, 2, 3, 4], headers={"x-timeout-ms": "5000"}).status_code == 200
+    assert server.metric("inference_requests_total", model="identity", outcome="deadline") == 1
+
+
+def test_the_servers_own_deadline_holds_for_all(start: Start, repository: Path) -> None:
+    server = start(repository, request_timeout=0.05)
+    server.engine.gate.clear()
+    assert server.identity([1, 2, 3, 4]).status_code == 504
+    assert server.identity([1, 2, 3, 4], headers={"x-timeout-ms": "60000"}).status_code == 504
+    server.engine.gate.set()
+
+
+@pytest.mark.parametrize("header", ["x-timeout-ms", "x-priority"])
+@pytest.mark.parametrize("value", ["-1", "x", "1.5", "9999999999", "", "٣"])
+def test_bad_deadlines_and_priorities(shared: Running, header: str, value: str) -> None:
+    response = shared.identity([1, 2, 3, 4], headers={header: value.encode()})
+    assert response.status_code == 400
+    assert header.lower() in error_of(response).lower()
+
+
+def test_overload_is_refused_at_once_and_what_was_accepted_is_answered(start: Start, repository: Path) -> None:
+    add_model(repository, "identity", "identity", "[batching]\nmax_batch = 1\n")
+    server = start(repository)
+    server.engine.gate.clear()
+    limits = httpx.Limits(max_connections=60)
+    with ThreadPoolExecutor(40) as pool, httpx.Client(base_url=server.url, timeout=20, limits=limits) as client:
+        body = {"inputs": [{"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}
+        futures = [pool.submit(client.post, "/v2/models/identity/infer", json=body) for _ in range(40)]
+        wait_for(lambda: sum(future.done() for future in futures) == 40 - 17)
+        server.engine.gate.set()
+        answers = [future.result() for future in futures]
+    statuses = sorted(answer.status_code for answer in answers)
+    # One runs, sixteen full batches wait, the rest is refused.
+    assert statuses == [200] * 17 + [429] * 23
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert all(int(answer.headers["retry-after"]) >= 1 and "full" in error_of(answer) for answer in refused)
+    assert server.metric("inference_requests_total", model="identity", outcome="overloaded") == 23
+    assert server.metric("inference_requests_total", model="identity", outcome="success") == 17
+
+
+def test_requests_that_wait_together_run_together(server: Running) -> None:
+    server.engine.gate.clear()
+    with ThreadPoolExecutor(9) as pool:
+        first = pool.submit(server.identity, [0.0] * 4)
+        assert server.engine.running.acquire(timeout=10)
+        others = [pool.submit(server.identity, [float(i)] * 4) for i in range(1, 9)]
+        wait_for(lambda: server.metric("inference_queue_depth", model="identity") == 8)
+        server.engine.gate.set()
+        assert first.result().status_code == 200
+        for i, future in enumerate(others, start=1):
+            assert future.result().json()["outputs"][0]["data"] == [float(i)] * 4
+    assert server.engine.calls == [("identity", (1, 4)), ("identity", (8, 4))]
+
+
+def test_a_client_that_goes_is_dropped_before_compute(server: Running) -> None:
+    server.engine.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(server.identity, [0.0] * 4)
+        assert server.engine.running.acquire(timeout=10)
+        host, port = server.url.removeprefix("http://").split(":")
+        body = b'{"inputs":[{"name":"input","shape":[1,4],"datatype":"FP32","data":[1,2,3,4]}]}'
+        head = f"POST /v2/models/identity/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        clients = [socket.create_connection((host, int(port))) for _ in range(5)]
+        for raw in clients:
+            raw.sendall(head.encode() + body)
+        wait_for(lambda: server.metric("inference_queue_depth", model="identity") == 5)
+        for raw in clients:
+            raw.close()
+        wait_for(lambda: server.metric("inference_queue_depth", model="identity") == 0)
+        server.engine.gate.set()
+        assert busy.result().status_code == 200
+    assert server.engine.calls == [("identity", (1, 4))]
+    assert server.metric("inference_dropped_requests_total", model="identity") == 5
+    assert server.metric("inference_requests_total", model="identity", outcome="cancelled") == 5
+    assert server.metric("inference_inflight", model="identity") == 0
+
+
+def test_one_models_failure_is_that_requests_500_and_no_more(start: Start, tmp_path: Path) -> None:
+    add_model(tmp_path, "identity", "identity", crash=True)
+    server = start(tmp_path)
+    response = server.identity([-1.0] * 4)
+    assert response.status_code == 500
+    assert error_of(response)
+    assert server.identity([1.0] * 4).status_code == 200
+
+
+def test_openapi_documents_every_route(shared: Running) -> None:
+    document = shared.client.get("/openapi.json").json()
+    paths = document["paths"]
+    for path in (
+        "/v1/models/{model}/images",
+        "/v1/models/{model}/tokens",
+        "/v1/embeddings",
+        "/v2/models/{model}/infer",
+    ):
+        operation = paths[path]["post"]
+        assert operation["requestBody"]["content"]
+        assert {"200", "400", "404", "413", "429", "503", "504"} <= set(operation["responses"])
+    assert shared.client.get("/docs").status_code == 200
+
+
+def test_the_landing_page_points_onwards(shared: Running) -> None:
+    links = shared.client.get("/").json()["links"]
+    for link in links.values():
+        assert shared.client.get(link).status_code == 200
+
+
+def test_many_threads_get_their_own_answers(shared: Running) -> None:
+    def work(seed: int) -> bool:
+        with httpx.Client(base_url=shared.url, timeout=20) as client:
+            for i in range(40):
+                value = float(seed * 1000 + i)
+                body = {"inputs": [{"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [value] * 4}]}
+                answer = client.post("/v2/models/identity/infer", json=body).json()
+                if answer["outputs"][0]["data"] != [value] * 4:
+                    return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+    assert threading.active_count() < 60

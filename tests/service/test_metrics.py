@@ -1,0 +1,168 @@
+"""/metrics: what is counted, the kernels' counters and speeds, bounded labels, Prometheus's own checker."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from service.kernel_metrics import WINDOW_S, EngineCollector, LoadedModel
+from service.workers.messages import Device, KernelCounters, ModelKey, ModelStats
+from tests.service.conftest import Running, Start, add_model, sample
+
+KEY = ModelKey("m", 1)
+DEVICE = Device("cpu", "Test CPU", "x", 2, peak_flops=1e9, peak_bytes=1e8)
+
+NAMES = """
+inference_requests_total inference_request_duration_seconds inference_queue_duration_seconds
+inference_preprocess_duration_seconds inference_compute_duration_seconds inference_batch_size inference_batch_tokens
+inference_padding_tokens_total inference_queue_depth inference_inflight engine_kernel_launches_total
+engine_kernel_seconds_total engine_kernel_flops_total engine_kernel_bytes_total engine_kernel_flops_per_second
+engine_kernel_bytes_per_second engine_kernel_roofline_ratio engine_device_memory_bytes engine_model_load_seconds
+engine_fallback_ops engine_info process_start_time_seconds
+""".split()
+
+
+def load(server: Running) -> None:
+    for _ in range(3):
+        assert server.identity([1, 2, 3, 4]).status_code == 200
+    assert server.client.post("/v1/models/encoder/tokens", json={"ids": [[1, 2, 3], [4]]}).status_code == 200
+    assert server.identity([1, 2, 3]).status_code == 400
+
+
+def test_every_promised_metric_is_there_after_load(server: Running) -> None:
+    load(server)
+    text = server.client.get("/metrics").text
+    declared = set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
+    assert set(NAMES) <= declared
+    promised = (Path(__file__).parent.parent.parent / "docs" / "metrics.md").read_text()
+    assert [name for name in NAMES if name not in promised] == []
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian package prometheus) is not installed")
+def test_promtool_has_no_complaint(server: Running) -> None:
+    load(server)
+    text = server.client.get("/metrics").text
+    done = subprocess.run(["promtool", "check", "metrics"], input=text, text=True, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_requests_are_counted_by_outcome(server: Running) -> None:
+    load(server)
+    text = server.client.get("/metrics").text
+    assert sample(text, "inference_requests_total", model="identity", version="1", outcome="success") == 3
+    assert sample(text, "inference_requests_total", model="identity", version="1", outcome="invalid") == 1
+    assert sample(text, "inference_request_duration_seconds_count", model="identity") == 4
+    assert sample(text, "inference_compute_duration_seconds_count", model="identity") == 3
+    assert sample(text, "inference_batch_size_count", model="identity") == 3
+    assert sample(text, "inference_batch_tokens_sum", model="encoder") == 4
+    assert sample(text, "inference_padding_tokens_total", model="encoder") == 2
+    assert sample(text, "http_responses_total", route="/v2/models/{model}/infer", status="200") == 3
+
+
+def test_every_outcome_exists_before_it_happens(shared: Running) -> None:
+    text = shared.client.get("/metrics").text
+    assert 'inference_requests_total{model="identity",outcome="overloaded",version="1"} 0.0' in text
+
+
+def test_strange_names_make_no_series(server: Running) -> None:
+    before = len(server.client.get("/metrics").text.splitlines())
+    for i in range(30):
+        server.client.post(f"/v2/models/strange{i}/infer", json={})
+        server.client.get(f"/strange{i}")
+        server.client.post("/v1/embeddings", json={"model": f"strange{i}", "input": "a"})
+    text = server.client.get("/metrics").text
+    assert "strange" not in text
+    assert len(text.splitlines()) <= before + 6
+
+
+def test_kernels_are_the_engines_own_counters(server: Running) -> None:
+    load(server)
+    model = next(model for model in server.engine.models if model.kind == "identity")
+    text = server.client.get("/metrics").text
+    for stat in model.kernel_stats():
+        labels = {"model": "identity", "version": "1", "kernel": stat.kernel, "op": stat.op}
+        for field in ("launches", "seconds", "flops", "bytes"):
+            assert sample(text, f"engine_kernel_{field}_total", **labels) == pytest.approx(getattr(stat, field))
+    assert sample(text, "engine_device_memory_bytes", device="cpu", kind="weights") == 3000
+
+
+def test_openmetrics_where_asked_for(shared: Running) -> None:
+    response = shared.client.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
+    assert response.headers["content-type"].startswith("application/openmetrics-text")
+    assert response.text.endswith("# EOF\n")
+
+
+def stats(launches: int, seconds: float, flops: float, moved: float, kernel: str = "k") -> tuple[ModelStats, ...]:
+    counters = (KernelCounters(kernel, "Gemm", launches, seconds, flops, moved),)
+    return (ModelStats(KEY, counters, (("weights", 7),), 0, 0),)
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def speeds(collector: EngineCollector) -> dict[str, list[float]]:
+    families = {family.name: family for family in collector.collect()}
+    names = ("engine_kernel_flops_per_second", "engine_kernel_bytes_per_second", "engine_kernel_roofline_ratio")
+    return {name: [sample.value for sample in families[name].samples] for name in names}
+
+
+def test_speeds_are_over_running_time_in_the_window() -> None:
+    clock = Clock()
+    collector = EngineCollector(clock)
+    collector.loaded(KEY, LoadedModel(DEVICE, 0.1, 0))
+    collector.update(stats(10, 1.0, 1e8, 1e6))
+    clock.now += WINDOW_S / 2
+    collector.update(stats(20, 3.0, 9e8, 3e6))
+    found = speeds(collector)
+    assert found["engine_kernel_flops_per_second"] == pytest.approx([4e8])
+    assert found["engine_kernel_bytes_per_second"] == pytest.approx([1e6])
+    assert found["engine_kernel_roofline_ratio"] == pytest.approx([0.4])
+    for _ in range(3):
+        clock.now += WINDOW_S
+        collector.update(stats(20, 3.0, 9e8, 3e6))
+    assert speeds(collector) == {name: [] for name in found}
+
+
+def test_the_window_slides() -> None:
+    clock = Clock()
+    collector = EngineCollector(clock)
+    collector.loaded(KEY, LoadedModel(DEVICE, 0.1, 0))
+    for step in range(30):
+        collector.update(stats(step, step * 1.0, min(step, 20) * 1e8, 0.0))
+        clock.now += 10.0
+    assert speeds(collector)["engine_kernel_flops_per_second"] == [0.0]
+    assert len(collector._history) <= WINDOW_S / 10 + 2
+
+
+def test_a_reloaded_model_starts_again() -> None:
+    clock = Clock()
+    collector = EngineCollector(clock)
+    collector.loaded(KEY, LoadedModel(DEVICE, 0.1, 0))
+    collector.update(stats(100, 10.0, 1e10, 1e6))
+    clock.now += 10
+    collector.loaded(KEY, LoadedModel(DEVICE, 0.1, 0))
+    collector.update(stats(1, 0.5, 1e8, 1e6))
+    assert speeds(collector)["engine_kernel_flops_per_second"] == pytest.approx([2e8])
+
+
+def test_a_device_without_known_peaks_has_no_roofline() -> None:
+    collector = EngineCollector()
+    collector.loaded(KEY, LoadedModel(Device("cpu", "c", "x", 1, 0.0, 0.0), 0.1, 0))
+    collector.update(stats(1, 0.5, 1e8, 1e6))
+    assert speeds(collector)["engine_kernel_roofline_ratio"] == []
+
+
+def test_fallback_ops_and_load_time_of_each_model(start: Start, tmp_path: Path) -> None:
+    add_model(tmp_path, "identity", "identity")
+    text = start(tmp_path).client.get("/metrics").text
+    assert 'engine_fallback_ops{model="identity",version="1"} 0.0' in text
+    assert 0 < sample(text, "engine_model_load_seconds", model="identity") < 10
+    assert 'name="Fake CPU"' in text

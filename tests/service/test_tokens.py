@@ -1,0 +1,283 @@
+"""Texts and token ids: `POST /v1/models/{model}/tokens`, and `/v1/embeddings` with the unmodified OpenAI client."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from service.codecs.tokens import pool
+from service.model_config import Pooling
+from tests.service.conftest import Running, Start, add_model, add_tokenizer, error_of
+from tests.service.fakes import HIDDEN, KINDS, VOCABULARY
+
+
+def post(server: Running, body: Any, model: str = "encoder", query: str = "") -> Any:
+    return server.client.post(f"/v1/models/{model}/tokens{query}", json=body)
+
+
+def expected_vector(ids: list[int], kind: str = "encoder") -> np.ndarray:
+    """The mean of the model's token vectors, normalised, in float64."""
+    row = np.array([ids], np.int64)
+    hidden = KINDS[kind][2]({"input_ids": row, "attention_mask": np.ones_like(row)})["last_hidden_state"]
+    mean = hidden.astype(np.float64)[0].mean(axis=0)
+    return np.asarray(mean / np.linalg.norm(mean))
+
+
+def test_ids_of_different_lengths_each_get_their_own_vector(shared: Running) -> None:
+    rows = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12, 0]]
+    answer = post(shared, {"ids": rows}).json()
+    assert answer["usage"] == {"tokens": 13}
+    for row, vector in zip(rows, answer["embeddings"], strict=True):
+        np.testing.assert_allclose(vector, expected_vector(row), rtol=1e-5, atol=1e-6)
+
+
+def test_text_is_tokenized_as_the_model_wants(shared: Running) -> None:
+    answer = post(shared, {"text": ["a man is eating", "unheard words"]}).json()
+    np.testing.assert_allclose(answer["embeddings"][0], expected_vector([2, 4, 5, 6, 7, 3]), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(answer["embeddings"][1], expected_vector([2, 1, 1, 3]), rtol=1e-5, atol=1e-6)
+    assert answer["usage"] == {"tokens": 10}
+    assert post(shared, {"text": "a man is eating"}).json()["embeddings"] == [answer["embeddings"][0]]
+
+
+def test_long_text_is_cut_at_max_length(shared: Running) -> None:
+    long = post(shared, {"text": ["a man " * 1000]}).json()
+    assert long["usage"] == {"tokens": 16}
+
+
+def test_ids_over_max_length_are_refused_not_cut(shared: Running) -> None:
+    assert post(shared, {"ids": [[1] * 16]}).status_code == 200
+    response = post(shared, {"ids": [[1] * 17]})
+    assert response.status_code == 400
+    assert "17 tokens" in error_of(response)
+
+
+def test_raw_gives_per_token_outputs_of_each_row(shared: Running) -> None:
+    outputs = post(shared, {"ids": [[1, 2, 3], [4]]}, query="?raw=true").json()["outputs"]["last_hidden_state"]
+    assert [np.shape(row) for row in outputs] == [(3, HIDDEN), (1, HIDDEN)]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=16), min_size=1, max_size=8))
+def test_any_rows_give_what_each_gives_alone(shared: Running, rows: list[list[int]]) -> None:
+    together = post(shared, {"ids": rows}).json()["embeddings"]
+    for row, vector in zip(rows, together, strict=True):
+        np.testing.assert_allclose(vector, expected_vector(row), rtol=1e-4, atol=1e-5)
+
+
+BAD_BODIES: list[tuple[Any, str]] = [
+    ({}, "send either"),
+    ({"ids": [[1]], "text": ["a"]}, "send either"),
+    ({"idz": [[1]]}, "idz"),
+    ([], "object"),
+    (3, "object"),
+    ({"ids": []}, "empty"),
+    ({"ids": [[]]}, "ids[0] is empty"),
+    ({"ids": [1, 2]}, "ids[0] is an integer"),
+    ({"ids": "1 2"}, "'ids' is a string"),
+    ({"ids": None}, "'ids' is null"),
+    ({"ids": [[1, 2.5]]}, "ids[0][1] is a number with a fraction"),
+    ({"ids": [[1, "2"]]}, "ids[0][1] is a string"),
+    ({"ids": [[True]]}, "ids[0][0] is a boolean"),
+    ({"ids": [[None]]}, "ids[0][0] is null"),
+    ({"ids": [[1, -7]]}, "-7"),
+    ({"ids": [[1, 13]]}, "token id 13"),
+    ({"ids": [[1 << 40]]}, str(1 << 40)),
+    ({"ids": [[1e30]]}, "ids[0][0]"),
+    ({"text": []}, "empty"),
+    ({"text": [""]}, "text[0] is empty"),
+    ({"text": ""}, "text[0] is empty"),
+    ({"text": [3]}, "text[0] is an integer"),
+    ({"text": {"a": 1}}, "'text' is an object"),
+]
+
+
+@pytest.mark.parametrize(("body", "words"), BAD_BODIES, ids=[str(body)[:40] for body, _ in BAD_BODIES])
+def test_bad_bodies(shared: Running, body: Any, words: str) -> None:
+    response = post(shared, body)
+    assert response.status_code == 400
+    assert words in error_of(response)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b'{"ids": [[NaN]]}',
+        b'{"ids": [[Infinity]]}',
+        b"\xff\xfe",
+        b"[" * 200_000,
+        b'{"ids": ' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"a":' * 100_000,
+        b'{"text": ["\\ud800"]}',
+    ],
+    ids=["empty", "cut", "nan", "infinity", "bytes", "bomb", "deep", "deep objects", "lone surrogate"],
+)
+def test_bad_json(shared: Running, body: bytes) -> None:
+    response = shared.client.post("/v1/models/encoder/tokens", content=body)
+    assert response.status_code == 400
+    assert error_of(response)
+
+
+def test_ten_megabytes_of_text_are_too_large(shared: Running) -> None:
+    response = post(shared, {"text": ["man " * 2_500_000]})
+    assert response.status_code == 413
+    assert "1048576 bytes" in error_of(response)
+
+
+def test_too_many_entries_are_too_large(start: Start, repository: Path) -> None:
+    server = start(repository, max_inputs=3)
+    assert post(server, {"ids": [[1]] * 3}).status_code == 200
+    assert post(server, {"ids": [[1]] * 4}).status_code == 413
+    assert post(server, {"text": ["a"] * 4}).status_code == 413
+
+
+def test_an_id_that_only_the_engine_refuses_is_the_clients_error(start: Start, tmp_path: Path) -> None:
+    """Without a tokenizer the service does not know the vocabulary; the engine names the id."""
+    add_model(tmp_path, "m", "encoder")
+    server = start(tmp_path)
+    response = post(server, {"ids": [[1, VOCABULARY]]}, model="m")
+    assert response.status_code == 400
+    assert str(VOCABULARY) in error_of(response)
+    response = post(server, {"text": ["a"]}, model="m")
+    assert response.status_code == 400
+    assert "tokenizer.json" in error_of(response)
+
+
+def test_tasks_shape_the_answer(start: Start, tmp_path: Path) -> None:
+    (add_model(tmp_path, "sentiment", "text_classes") / "labels.txt").write_text("bad\ngood\n")
+    (add_model(tmp_path, "entities", "token_classes") / "labels.txt").write_text("O\nNAME\n")
+    add_model(tmp_path, "plain", "encoder", 'task = "tensors"')
+    server = start(tmp_path)
+    answer = post(server, {"ids": [[1, 2], [3]]}, model="sentiment").json()
+    assert np.shape(answer["logits"]) == (2, 2)
+    for prediction, logits in zip(answer["predictions"], answer["logits"], strict=True):
+        labels = prediction["labels"]
+        assert labels[0]["label"] == ("bad", "good")[int(np.argmax(logits))]
+        assert sum(entry["probability"] for entry in labels) == pytest.approx(1, abs=1e-6)
+    answer = post(server, {"ids": [[1, 2], [3]]}, model="entities").json()
+    assert [len(row["tokens"]) for row in answer["predictions"]] == [2, 1]
+    assert {token["label"] for row in answer["predictions"] for token in row["tokens"]} <= {"O", "NAME"}
+    answer = post(server, {"ids": [[1, 2], [3]]}, model="plain").json()
+    assert [np.shape(row) for row in answer["outputs"]["last_hidden_state"]] == [(2, HIDDEN), (1, HIDDEN)]
+
+
+@pytest.mark.parametrize("kind", ["maskless", "one_row", "unmasked"])
+def test_models_that_cannot_be_padded_still_get_ragged_rows_right(start: Start, tmp_path: Path, kind: str) -> None:
+    add_model(tmp_path, "m", kind, 'task = "sentence-embedding"', version=None)
+    server = start(tmp_path)
+    rows = [[1, 2, 3, 4], [5], [6, 7]]
+    vectors = post(server, {"ids": rows}, model="m").json()["embeddings"]
+    for row, vector in zip(rows, vectors, strict=True):
+        np.testing.assert_allclose(vector, expected_vector(row, kind), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_that_takes_no_tokens_says_so(shared: Running) -> None:
+    for model in ("colours", "identity"):
+        response = post(shared, {"ids": [[1]]}, model=model)
+        assert response.status_code == 400
+        assert "takes no tokens" in error_of(response)
+
+
+def test_pooling() -> None:
+    vectors = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
+    mask = np.array([[True, True, False], [True, True, True]])
+    np.testing.assert_allclose(pool(vectors, mask, Pooling.MEAN, False), [[1, 2], [8, 9]])
+    np.testing.assert_allclose(pool(vectors, mask, Pooling.CLS, False), [[0, 1], [6, 7]])
+    lengths = np.linalg.norm(pool(vectors, mask, Pooling.MEAN, True), axis=1)
+    np.testing.assert_allclose(lengths, 1, rtol=1e-6)
+    zero = pool(np.zeros((1, 2), np.float32), mask[:1], Pooling.NONE, True)
+    np.testing.assert_array_equal(zero, [[0, 0]])
+
+
+# ---- the OpenAI shape
+
+
+@pytest.fixture
+def client(shared: Running) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{shared.url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.mark.parametrize(
+    ("value", "rows"),
+    [
+        ("a man", [[2, 4, 5, 3]]),
+        (["a man", "food"], [[2, 4, 5, 3], [2, 8, 3]]),
+        ([4, 5], [[4, 5]]),
+        ([[4, 5], [6]], [[4, 5], [6]]),
+    ],
+    ids=["text", "texts", "ids", "lists of ids"],
+)
+@pytest.mark.parametrize("encoding", ["float", "base64", None])
+def test_the_openai_client_gets_embeddings(
+    client: openai.OpenAI, value: Any, rows: list[list[int]], encoding: Any
+) -> None:
+    options = {} if encoding is None else {"encoding_format": encoding}
+    answer = client.embeddings.create(model="encoder", input=value, **options)
+    assert (answer.object, answer.model) == ("list", "encoder")
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens == sum(map(len, rows))
+    assert [entry.index for entry in answer.data] == list(range(len(rows)))
+    for row, entry in zip(rows, answer.data, strict=True):
+        vector: Any = entry.embedding
+        if isinstance(vector, str):
+            vector = np.frombuffer(base64.b64decode(vector), "<f4")
+        np.testing.assert_allclose(vector, expected_vector(row), rtol=1e-5, atol=1e-6)
+
+
+def test_the_openai_client_reads_our_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.embeddings.create(model="nobody", input="a")
+    assert missing.value.body == "there is no model 'nobody'"
+    with pytest.raises(openai.BadRequestError) as wrong:
+        client.embeddings.create(model="encoder", input="")
+    assert "empty" in str(wrong.value.body)
+
+
+def test_the_openai_client_lists_models(client: openai.OpenAI) -> None:
+    assert sorted(model.id for model in client.models.list()) == ["colours", "encoder", "identity"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": None}, "'model'"),
+        ({"model": 3}, "'model'"),
+        ({"model": "colours"}, "takes no tokens"),
+        ({"input": None}, "'input' is null"),
+        ({"input": []}, "empty"),
+        ({"input": [[]]}, "input[0] is empty"),
+        ({"input": [1, "a"]}, "input[0][1] is a string"),
+        ({"input": ["a", 1]}, "input[1] is an integer"),
+        ({"input": [1.5]}, "fraction"),
+        ({"encoding_format": "int8"}, "encoding_format"),
+        ({"encoding_format": {}}, "encoding_format"),
+        ({"dimensions": 2}, "'dimensions'"),
+    ],
+)
+def test_bad_embedding_requests(shared: Running, changes: dict[str, Any], words: str) -> None:
+    body = {"model": "encoder", "input": "a", **changes}
+    response = shared.client.post("/v1/embeddings", json=body)
+    assert response.status_code == 400
+    assert words in error_of(response)
+
+
+def test_dimensions_may_name_what_the_model_has(shared: Running) -> None:
+    body = {"model": "encoder", "input": "a", "dimensions": HIDDEN}
+    assert shared.client.post("/v1/embeddings", json=body).status_code == 200
+
+
+def test_a_tokenizer_that_cannot_be_read_makes_only_its_model_unavailable(start: Start, repository: Path) -> None:
+    (repository / "encoder" / "tokenizer.json").write_text('{"model": 3}')
+    add_tokenizer(add_model(repository, "other", "encoder"))
+    server = start(repository)
+    response = post(server, {"text": ["a"]})
+    assert response.status_code == 503
+    assert "tokenizer.json" in error_of(response)
+    assert post(server, {"text": ["a"]}, model="other").status_code == 200

@@ -1,0 +1,348 @@
+"""The engine worker and its scheduler through messages alone, as a process of its own would see them."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+
+from service.workers.engine_worker import EngineWorker
+from service.workers.messages import (
+    BatchDone,
+    BatchingMode,
+    BatchingOptions,
+    Cancel,
+    FailureCode,
+    Infer,
+    InferFailed,
+    InferResult,
+    LoadFailed,
+    LoadModel,
+    LocalTensor,
+    ModelKey,
+    ModelReady,
+    Report,
+    Stats,
+    StatsReport,
+    Stop,
+    Stopped,
+    Unload,
+    Unloaded,
+)
+from tests.service.conftest import add_model, wait_for
+from tests.service.fakes import EngineError, FakeEngine
+
+T = TypeVar("T", bound=Report)
+
+
+class Harness:
+    """A worker, its engine and its reports."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.engine = FakeEngine()
+        self.reports: queue.Queue[Report] = queue.Queue()
+        self.worker = EngineWorker(lambda: self.engine, lambda reports: [self.reports.put(r) for r in reports])
+        self.worker.start()
+        self.stopped = False
+
+    def stop(self) -> None:
+        """Tell the worker to end, once."""
+        if not self.stopped:
+            self.worker.handle(Stop())
+        self.stopped = True
+
+    def load(self, kind: str, options: BatchingOptions | None = None, name: str = "", **arguments: Any) -> ModelReady:
+        key = ModelKey(name or kind, 1)
+        path = add_model(self.root, key.name, kind, **arguments) / "1" / "model.onnx"
+        command = LoadModel(key, str(path), "cpu", "auto", None, options or BatchingOptions(), None)
+        self.worker.handle(command)
+        return self.next(ModelReady)
+
+    def infer(self, number: int, value: float, name: str = "identity", rows: int = 1, **changes: Any) -> None:
+        array = np.full((rows, 4), value, np.float32)
+        values = {"deadline": time.monotonic() + 20, "priority": 50, "lengths": (), **changes}
+        inputs = (("input", LocalTensor(array)),)
+        now = time.monotonic()
+        self.worker.handle(Infer(number, ModelKey(name, 1), inputs, ("output",), arrival=now, **values))
+
+    def next(self, kind: type[T]) -> T:
+        """The next report of a kind; others are passed over."""
+        while True:
+            report = self.reports.get(timeout=10)
+            if isinstance(report, kind):
+                return report
+
+    def answers(self, count: int) -> dict[int, InferResult | InferFailed]:
+        found: dict[int, InferResult | InferFailed] = {}
+        while len(found) < count:
+            report = self.reports.get(timeout=10)
+            if isinstance(report, InferResult | InferFailed):
+                assert report.id not in found
+                found[report.id] = report
+        return found
+
+    def hold(self) -> None:
+        """Start a run that stays in the engine until `engine.gate.set()`; what follows waits."""
+        self.engine.gate.clear()
+        self.infer(0, 0.0)
+        assert self.engine.running.acquire(timeout=10)
+
+
+@pytest.fixture
+def harness(tmp_path: Path) -> Iterator[Harness]:
+    harness = Harness(tmp_path)
+    yield harness
+    harness.engine.gate.set()
+    if not harness.stopped:
+        harness.stop()
+        harness.next(Stopped)
+    assert all(model.closed for model in harness.engine.models)
+
+
+def value_of(answer: InferResult | InferFailed) -> float:
+    assert isinstance(answer, InferResult), answer
+    return float(dict(answer.outputs)["output"].view()[0, 0])
+
+
+def test_what_waits_while_the_engine_is_busy_goes_as_one_batch(harness: Harness) -> None:
+    harness.load("identity")
+    harness.hold()
+    for number in range(1, 6):
+        harness.infer(number, float(number))
+    harness.engine.gate.set()
+    answers = harness.answers(6)
+    assert {number: value_of(answer) for number, answer in answers.items()} == {n: float(n) for n in range(6)}
+    assert [shape for _, shape in harness.engine.calls] == [(1, 4), (5, 4)]
+
+
+def test_an_idle_engine_starts_a_request_at_once(harness: Harness) -> None:
+    harness.load("identity")
+    for number in range(20):
+        harness.infer(number, 1.0)
+        answer = harness.next(InferResult)
+        assert answer.queue_seconds < 0.5
+    assert [shape for _, shape in harness.engine.calls] == [(1, 4)] * 20
+
+
+def test_max_delay_lets_a_batch_fill(harness: Harness) -> None:
+    harness.load("identity", BatchingOptions(max_batch=3, max_delay_s=5.0))
+    started = time.monotonic()
+    for number in range(3):
+        harness.infer(number, 1.0)
+    harness.answers(3)
+    assert time.monotonic() - started < 4
+    assert [shape for _, shape in harness.engine.calls] == [(3, 4)]
+
+
+def test_max_delay_ends(harness: Harness) -> None:
+    harness.load("identity", BatchingOptions(max_batch=3, max_delay_s=0.05))
+    harness.infer(1, 1.0)
+    assert harness.next(InferResult).queue_seconds >= 0.05
+
+
+def test_a_cancelled_request_never_reaches_the_engine(harness: Harness) -> None:
+    harness.load("identity")
+    harness.hold()
+    harness.infer(1, 1.0)
+    harness.infer(2, 2.0)
+    harness.worker.handle(Cancel(1))
+    harness.engine.gate.set()
+    assert set(harness.answers(2)) == {0, 2}
+    assert [shape for _, shape in harness.engine.calls] == [(1, 4), (1, 4)]
+    harness.worker.handle(Stats(9))
+    (stats,) = harness.next(StatsReport).models
+    assert (stats.dropped, stats.queued) == (1, 0)
+
+
+def test_cancelling_what_runs_loses_only_that_answer(harness: Harness) -> None:
+    harness.load("identity")
+    harness.hold()
+    harness.worker.handle(Cancel(0))
+    harness.engine.gate.set()
+    harness.infer(1, 1.0)
+    assert set(harness.answers(1)) == {1}
+
+
+def test_a_request_past_its_deadline_is_dropped_before_compute(harness: Harness) -> None:
+    harness.load("identity")
+    harness.hold()
+    harness.infer(1, 1.0, deadline=time.monotonic() + 0.02)
+    time.sleep(0.05)
+    harness.engine.gate.set()
+    answer = harness.answers(2)[1]
+    assert isinstance(answer, InferFailed)
+    assert answer.code is FailureCode.DEADLINE
+    assert len(harness.engine.calls) == 1
+
+
+def test_a_full_queue_refuses_with_a_time_to_come_back(harness: Harness) -> None:
+    harness.load("identity", BatchingOptions(max_batch=2, queue_batches=2), sleep=0.05)
+    harness.infer(100, 1.0)
+    harness.next(InferResult)
+    harness.engine.running.acquire()
+    harness.hold()
+    for number in range(1, 7):
+        harness.infer(number, 1.0)
+    harness.engine.gate.set()
+    answers = harness.answers(7)
+    refused = {number: a for number, a in answers.items() if isinstance(a, InferFailed)}
+    assert set(refused) == {5, 6}
+    assert {a.code for a in refused.values()} == {FailureCode.OVERLOADED}
+    assert all(a.retry_after is not None and a.retry_after >= 1 for a in refused.values())
+
+
+def test_a_request_that_could_never_be_queued_is_too_large(harness: Harness) -> None:
+    harness.load("identity", BatchingOptions(max_batch=2, queue_batches=2))
+    harness.infer(1, 1.0, rows=5)
+    answer = harness.next(InferFailed)
+    assert answer.code is FailureCode.TOO_LARGE
+    assert "5 rows" in answer.reason
+    harness.infer(2, 1.0, rows=4)
+    assert dict(harness.next(InferResult).outputs)["output"].view().shape == (4, 4)
+
+
+def test_a_request_that_fails_does_not_fail_its_neighbours(harness: Harness) -> None:
+    harness.load("identity", poison=666)
+    harness.hold()
+    for number, value in enumerate((1.0, 666.0, 3.0), start=1):
+        harness.infer(number, value)
+    harness.engine.gate.set()
+    answers = harness.answers(4)
+    assert value_of(answers[1]) == 1.0
+    assert value_of(answers[3]) == 3.0
+    failed = answers[2]
+    assert isinstance(failed, InferFailed)
+    assert failed.code is FailureCode.INVALID_INPUT
+    assert "666" in failed.reason
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [("OutOfMemory", FailureCode.OUT_OF_MEMORY), ("EngineError", FailureCode.ENGINE)],
+)
+def test_engine_errors_have_codes(harness: Harness, error: str, code: FailureCode) -> None:
+    harness.engine.poison_error = getattr(harness.engine, error)
+    assert issubclass(harness.engine.poison_error, EngineError)
+    harness.load("identity", poison=666)
+    harness.infer(1, 666.0)
+    assert harness.next(InferFailed).code is code
+    harness.infer(2, 2.0)
+    assert value_of(harness.next(InferResult)) == 2.0
+
+
+def test_the_worker_survives_a_bug_in_the_engine(harness: Harness) -> None:
+    harness.load("identity", crash=True)
+    harness.infer(1, -1.0)
+    assert harness.next(InferFailed).code is FailureCode.ENGINE
+    harness.infer(2, 2.0)
+    assert value_of(harness.next(InferResult)) == 2.0
+
+
+def test_two_busy_models_share_the_engine_by_time(harness: Harness) -> None:
+    """A model with slow runs and a long queue does not starve one with fast runs: seconds are shared, not turns."""
+    options = BatchingOptions(max_batch=1, queue_batches=500)
+    harness.load("identity", options, name="slow", sleep=0.02)
+    harness.load("identity", options, name="fast", sleep=0.001)
+    harness.engine.gate.clear()
+    for number in range(20):
+        harness.infer(number, 0.0, name="slow")
+    for number in range(100, 140):
+        harness.infer(number, 0.0, name="fast")
+    harness.engine.gate.set()
+    finished = []
+    while len(finished) < 60:
+        report = harness.reports.get(timeout=10)
+        if isinstance(report, InferResult):
+            finished.append(report.id)
+    slow_before_fast_ended = [number for number in finished[: finished.index(139)] if number < 100]
+    assert 1 <= len(slow_before_fast_ended) <= 8
+
+
+def test_a_model_whose_rows_see_each_other_is_found_out_and_never_batched(harness: Harness) -> None:
+    ready = harness.load("mixing")
+    assert ready.batching is BatchingMode.NONE
+    assert "two rows together" in ready.batching_reason
+
+
+def test_a_model_whose_padding_shows_is_batched_without_padding(harness: Harness) -> None:
+    ready = harness.load("unmasked")
+    assert ready.batching is BatchingMode.ROWS
+    assert "padding changes" in ready.batching_reason
+    assert harness.load("encoder").batching is BatchingMode.PADDED
+
+
+def test_a_file_that_is_no_model_is_reported_with_its_reason(harness: Harness, tmp_path: Path) -> None:
+    file = tmp_path / "x.onnx"
+    file.write_bytes(b"\x00junk")
+    harness.worker.handle(LoadModel(ModelKey("x", 1), str(file), "cpu", "auto", None, BatchingOptions(), None))
+    assert "no ONNX model" in harness.next(LoadFailed).reason
+
+
+def test_unloading_finishes_what_waits_and_closes_the_model(harness: Harness) -> None:
+    harness.load("identity")
+    harness.hold()
+    harness.infer(1, 1.0)
+    harness.worker.handle(Unload(ModelKey("identity", 1)))
+    wait_for(lambda: _refuses(harness))
+    assert not harness.engine.models[0].closed
+    harness.engine.gate.set()
+    assert value_of(harness.answers(2)[1]) == 1.0
+    harness.next(Unloaded)
+    assert harness.engine.models[0].closed
+
+
+def _refuses(harness: Harness) -> bool:
+    """Whether a new request is refused as not loaded; if it was accepted, take it back."""
+    harness.infer(777, 0.0)
+    try:
+        report = harness.reports.get(timeout=0.05)
+    except queue.Empty:
+        harness.worker.handle(Cancel(777))
+        return False
+    assert isinstance(report, InferFailed)
+    return report.code is FailureCode.NOT_LOADED
+
+
+def test_stopping_answers_everything_accepted_first(harness: Harness) -> None:
+    harness.load("identity")
+    harness.hold()
+    for number in range(1, 4):
+        harness.infer(number, 1.0)
+    harness.stop()
+    harness.infer(9, 1.0)
+    refused = harness.next(InferFailed)
+    assert (refused.id, refused.code) == (9, FailureCode.NOT_LOADED)
+    harness.engine.gate.set()
+    assert set(harness.answers(4)) == {0, 1, 2, 3}
+    harness.next(Stopped)
+
+
+def test_padding_is_counted(harness: Harness) -> None:
+    harness.load("encoder", BatchingOptions(buckets=(16,)))
+    harness.load("identity")
+    harness.hold()
+    for number, length in ((1, 9), (2, 16)):
+        ids, mask = np.ones((1, length), np.int64), np.ones((1, length), np.int64)
+        inputs = (("input_ids", LocalTensor(ids)), ("attention_mask", LocalTensor(mask)))
+        now = time.monotonic()
+        outputs = ("last_hidden_state",)
+        harness.worker.handle(Infer(number, ModelKey("encoder", 1), inputs, outputs, (length,), now, now + 20, 50))
+    harness.engine.gate.set()
+    done = [harness.next(BatchDone), harness.next(BatchDone)]
+    (batch,) = [d for d in done if d.key.name == "encoder"]
+    assert (batch.rows, batch.tokens, batch.padding) == (2, 25, 7)
+
+
+def test_statistics_are_answered_while_the_engine_is_busy(harness: Harness) -> None:
+    harness.load("identity")
+    harness.hold()
+    harness.worker.handle(Stats(5))
+    report = harness.next(StatsReport)
+    assert report.id == 5
+    assert {kernel.kernel for kernel in report.models[0].kernels} == {"gemm_f32", "pointwise_f32"}
