@@ -1,9 +1,9 @@
-"""The pass `narrow_floats`: fp32 activations and weights are stored in the target's narrower type (`Traits.storage`).
+"""The pass `narrow_floats`: fp32 activations and weights are stored in the target's narrower type, `Traits.storage`.
 
-Arithmetic stays fp32: every expression widens what it reads and rounds once, when it stores. Only memory changes, and the
+Arithmetic stays fp32: an expression widens what it reads and rounds once, when it stores. Only memory changes, and the
 operands of matrix units. What stays fp32 in memory: the model's inputs and outputs, scores and masks of softmax and
-attention, sums, biases, scales of norms, numbers the narrow type cannot hold, and what foreign operators touch. A product
-that needs such a tensor reads a rounded copy, which the operator that computes the tensor writes beside it where it can.
+attention, sums, biases, scales of norms, numbers out of the narrow range, and what foreign operators touch. A product
+that needs such a tensor reads a rounded copy, which the operator that computes it writes beside it where it can.
 """
 
 from __future__ import annotations
@@ -11,12 +11,25 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import ml_dtypes
 import numpy as np
 
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.graph import Graph, Node, Value, make_node
-from engine.ir.ops import Attention, Concat, Conv, Gather, Gemm, Opaque, Pad, Pointwise, Reduce, ReduceKind, Softmax, View
+from engine.ir.ops import (
+    Attention,
+    Concat,
+    Conv,
+    Gather,
+    Gemm,
+    Pad,
+    Pointwise,
+    Reduce,
+    ReduceKind,
+    Softmax,
+    View,
+)
 from engine.passes.epilogues import fuse_epilogues
 from engine.passes.operands import FUSED_OPS, fixed_operands, gathers_of, stores_of, with_expressions
 from engine.passes.traits import Traits
@@ -181,7 +194,7 @@ class _Groups:
 def _numbers_fit(node: Node, storage: DType) -> bool:
     """Whether every number in the expressions of a point-wise node is within the range of the narrow type (masks often
     hold the lowest fp32 number)."""
-    limit = float(_largest(storage))
+    limit = _largest(storage)
     for e in ex.walk(*stores_of(node.op)):
         if isinstance(e, ex.Const) and e.dtype.is_float and abs(e.value) > limit and np.isfinite(e.value):
             return False
@@ -193,8 +206,8 @@ def _holds(storage: DType, data: np.ndarray | None) -> bool:
     if data is None or not data.size:
         return True
     finite = data[np.isfinite(data)]
-    return not finite.size or float(np.abs(finite).max()) <= float(_largest(storage))
+    return not finite.size or float(np.abs(finite).max()) <= _largest(storage)
 
 
 def _largest(storage: DType) -> float:
-    return {DType.F16: 65504.0, DType.BF16: 3.3895313892515355e38}[storage]
+    return float(ml_dtypes.finfo(storage.numpy).max)
