@@ -11,7 +11,7 @@ The names below are the public API; everything else may change.
 from __future__ import annotations
 
 from engine.errors import DeviceError, EngineError, ModelError, OutOfMemory, ShapeError, UnsupportedOp
-from engine.loading import load
+from engine.loading import choose_device, load
 from engine.model import BoundModel, Model
 from engine.specs import DeviceInfo, KernelStat, ProfileRow, StepStat, TensorSpec
 
@@ -29,5 +29,6 @@ __all__ = [
     "StepStat",
     "TensorSpec",
     "UnsupportedOp",
+    "choose_device",
     "load",
 ]

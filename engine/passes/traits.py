@@ -12,8 +12,8 @@ class Traits:
     """The capability table of a target, as far as graph rewrites are concerned.
 
     `channels_last`: image kernels want the channel innermost in memory. `float_types`: the floating-point types the
-    target computes and stores; tensors of other float types are carried in fp32 inside the graph. `storage`: the type in
-    which fp32 activations and weights lie in memory; where it is narrower, arithmetic stays fp32 (`narrow_floats`).
+    target computes and stores; tensors of other float types are carried in fp32 inside the graph. `storage`: the type
+    in which fp32 activations and weights lie in memory; arithmetic stays fp32 where it is narrower (`narrow_floats`).
     """
 
     channels_last: bool = True
