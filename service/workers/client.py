@@ -98,6 +98,10 @@ class EngineClient:
         async with asyncio.timeout(timeout):
             await self._stopped
 
+    def close(self) -> None:
+        """End what is left of the worker."""
+        self._transport.close()
+
     def _receive(self, report: Report) -> None:
         match report:
             case InferResult():

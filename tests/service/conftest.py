@@ -81,7 +81,7 @@ class Running:
 
     def wait_ready(self) -> None:
         """Until nothing loads any more."""
-        wait_for(lambda: not any(m.state == "LOADING" for m in self.serving.all_models()))
+        wait_for(lambda: not any(m.state == "LOADING" for m in self.serving.all_models()), 60)
 
 
 def sample(text: str, name: str, **labels: str) -> float:
@@ -110,10 +110,19 @@ class Starter:
     def __init__(self) -> None:
         self._stops: list[Callable[[], None]] = []
 
-    def __call__(self, root: Path, engine: FakeEngine | None = None, ready: bool = True, **settings: Any) -> Running:
-        """A server for `root`; `ready` waits until nothing loads any more."""
+    def __call__(
+        self,
+        root: Path,
+        engine: FakeEngine | None = None,
+        ready: bool = True,
+        engine_process: str = "never",
+        **settings: Any,
+    ) -> Running:
+        """A server for `root`; `ready` waits until nothing loads any more. In a process of its own (`always`) the
+        engine is another one than the `Running.engine` that the test sees."""
         engine = engine or FakeEngine()
-        app = create_app(Settings(models=root, drain_timeout=5, **settings), lambda: engine)
+        chosen = Settings(models=root, drain_timeout=5, engine_process=engine_process, **settings)
+        app = create_app(chosen, FakeEngine if engine_process == "always" else lambda: engine)
         listener = socket.create_server(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5))
@@ -151,11 +160,12 @@ def start() -> Iterator[Start]:
     starter.stop()
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server with the common models, for tests that leave no trace in it."""
+@pytest.fixture(scope="module", params=["never", "always"], ids=["same process", "own process"])
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server with the common models, the engine in its process and in another, for tests that leave no trace in it
+    and do not look into the engine."""
     starter = Starter()
-    yield starter(common_models(tmp_path_factory.mktemp("shared") / "models"))
+    yield starter(common_models(tmp_path_factory.mktemp("shared") / "models"), engine_process=request.param)
     starter.stop()
 
 

@@ -6,6 +6,8 @@ the real one.
 """
 
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -34,6 +36,10 @@ class ShapeError(EngineError):
 
 class OutOfMemory(EngineError):
     """Too large."""
+
+
+class DeviceLost(EngineError):
+    """The device is gone."""
 
 
 @dataclass(frozen=True)
@@ -191,12 +197,26 @@ class FakeModel:
             poison = self._arguments.get("poison")
             if poison is not None and bool((first == poison).any()):
                 raise self._owner.poison_error(f"{poison} makes this model fail")
+            self._fail_as_told(first)
             if self._arguments.get("crash") and bool((first == -1).any()):
                 raise RuntimeError("a bug in the engine")
         outputs = self._run(feeds)
         with self._lock:
             self._launches += 1
         return outputs
+
+    def _fail_as_told(self, first: Array) -> None:
+        """`faults` maps an element of the first input to what happens to this process when it is met."""
+        for element, fault in self._arguments.get("faults", {}).items():
+            if not bool((first == float(element)).any()):
+                continue
+            if fault == "lost":
+                raise DeviceLost("an illegal address was met")
+            if fault == "abort":
+                print("last words of a library", flush=True)
+                os.abort()
+            if fault == "stuck":
+                time.sleep(60)
 
     def _check(self, feeds: Mapping[str, Array]) -> None:
         if set(feeds) != {spec.name for spec in self.inputs}:
@@ -242,6 +262,7 @@ class FakeEngine:
     EngineError: type[Exception] = EngineError
     ShapeError: type[Exception] = ShapeError
     OutOfMemory: type[Exception] = OutOfMemory
+    DeviceLost: type[Exception] = DeviceLost
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -255,6 +276,8 @@ class FakeEngine:
         with open(path, "rb") as file:
             try:
                 arguments = json.load(file)
+                if arguments.get("fatal"):
+                    os.kill(os.getpid(), signal.SIGKILL)
                 model = FakeModel(self, path, arguments["kind"], arguments)
             except (ValueError, KeyError, TypeError) as error:
                 raise ModelError(f"{path.rsplit('/', 1)[-1]} is no ONNX model: {error}") from None

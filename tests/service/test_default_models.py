@@ -145,4 +145,4 @@ def test_kernels_of_both_models_are_in_the_metrics(client: httpx.Client, photos:
         for field in ("launches", "seconds", "flops", "bytes"):
             assert sample(text, f"engine_kernel_{field}_total", model=model) > 0
         assert sample(text, "engine_fallback_ops", model=model) == 0
-        assert 0 < sample(text, "engine_kernel_roofline_ratio", model=model)
+        assert sample(text, "engine_kernel_roofline_ratio", model=model) > 0
