@@ -3,7 +3,10 @@
 reader.py      file → checked ModelProto        operators/   one function per ONNX operator
 tensors.py     TensorProto → array              foreign.py   operators without one: ONNX's definition, or Opaque
 translate.py   ModelProto → Graph               content.py   sizes and small constants, known while reading
-builder.py     adds IR nodes                    unify.py     which symbols are one size
+builder.py     adds IR nodes                   grid.py      tensors that follow from their positions
+registry.py    operator name → function        elements.py, bounds.py   arithmetic on sizes, and what is certain of it
+onnx_node.py   what operator functions get     unify.py     which symbols are one size
+formula.py     point-wise formulas
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ and the point-wise node after it goes behind the point-wise node, which can then
 
 from __future__ import annotations
 
+from engine.ir.dim import Dim, mod
 from engine.ir.graph import Graph, Node, Shape, Value
 from engine.ir.ops import Gemm, Pointwise, Reshape, Transpose, View
 from engine.passes.editor import Editor
@@ -66,13 +67,20 @@ def _chain(editor: Editor, node: Node) -> list[Node]:
             before = editor.producer(before.inputs[0])
         if not chain or before is None or value.shape != node.output.shape:
             continue
-        root = chain[-1].inputs[0]
-        if not editor.single_use(root) or not isinstance(before.op, (*FUSED_OPS, Pointwise)):
+        if not editor.single_use(chain[-1].inputs[0]) or not isinstance(before.op, (*FUSED_OPS, Pointwise)):
             continue
         if isinstance(before.op, HEAVY_OPS):
             return chain
-        best = best or chain
+        # For a light operator it is not worth putting new views on other tensors of full size.
+        if all(_is_small(editor, other, value.shape) for other in node.inputs if other is not value):
+            best = best or chain
     return best
+
+
+def _is_small(editor: Editor, value: Value, shape: Shape) -> bool:
+    """Whether a view of this operand costs nothing: a constant, a broadcast, or a view that may be undone."""
+    before = editor.producer(value)
+    return value.is_constant or value.shape != shape or (before is not None and isinstance(before.op, View))
 
 
 def _sink(editor: Editor, node: Node, step: Node) -> Node | None:
@@ -102,9 +110,36 @@ def undone(editor: Editor, value: Value, op: View, before: Shape, after: Shape, 
         return transpose(editor, full, inverse(op.perm), origin)
     if value.shape == after:
         return reshape(editor, value, before, origin)
-    # Axes that the reshape leaves alone at the end can carry a broadcast.
-    kept = 0
-    while kept < min(len(before), len(after)) and before[-1 - kept] == after[-1 - kept]:
-        kept += 1
-    leading, trailing = value.shape[: max(0, value.rank - kept)], value.shape[max(0, value.rank - kept) :]
-    return reshape(editor, value, trailing, origin) if all(dim == 1 for dim in leading) else None
+    padded = (*[1] * (len(after) - value.rank), *value.shape)
+    regrouped = _regrouped(padded, before, after)
+    return None if regrouped is None else reshape(editor, value, regrouped, origin)
+
+
+def _regrouped(shape: Shape, before: Shape, after: Shape) -> Shape | None:
+    """The shape that broadcasts against `before` as `shape` does against its reshape `after`.
+
+    Axes of both are matched in groups of equal size; in each group `shape` has to be all ones, or all of the group.
+    """
+    result: list[Dim] = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        first_i, first_j = i, j
+        inner: Dim = 1
+        outer: Dim = 1
+        while True:
+            if i < len(before) and (i == first_i or (j > first_j and inner != outer and mod(outer, inner) == 0)):
+                inner, i = inner * before[i], i + 1
+            elif j < len(after) and (j == first_j or (inner != outer and mod(inner, outer) == 0)):
+                outer, j = outer * after[j], j + 1
+            else:
+                break
+        if inner != outer:
+            return None
+        part = shape[first_j:j]
+        if all(dim == 1 for dim in part):
+            result += [1] * (i - first_i)
+        elif part == after[first_j:j]:
+            result += before[first_i:i]
+        else:
+            return None
+    return tuple(result)

@@ -1,7 +1,8 @@
 """`python -m service.workers.child`: the engine worker in a process of its own. Started by process.py alone.
 
-Threads besides the worker's own: the main one reads commands, `pulse` sends heartbeats and gives shared memory back. The
-process ends when its socket does, whatever the reason; signals are for the HTTP process, which decides what they mean.
+Threads besides the worker's own: the main one reads commands, `pulse` sends heartbeats and gives shared memory back.
+The process ends when its socket does, whatever the reason; signals are for the HTTP process, which decides what they
+mean.
 """
 
 import gc

@@ -1,4 +1,4 @@
-"""The HTTP process's end of the socket to an engine process: bytes in, messages out, and the shared memory of both ways.
+"""The HTTP process's end of the socket to an engine process: bytes in, messages out, shared memory both ways.
 
 Runs on the event loop; arrays of answers may die on any thread.
 """

@@ -1,8 +1,8 @@
 """The worker in a process of its own: starts it, talks to it, notices its end, starts it again. Event loop only.
 
 What a child's end means: requests in flight fail at once, `WorkerLost` tells the service that no model is loaded, and
-after a pause that grows with every failure a new child gets the same models to load. A model whose loading ends the child
-again and again is given up, so that the others can be served.
+after a pause that grows with every failure a new child gets the same models to load. A model whose loading ends the
+child again and again is given up, so that the others can be served.
 """
 
 import asyncio
@@ -253,15 +253,16 @@ class ProcessTransport:
         loop = asyncio.get_running_loop()
         near, far = socket.socketpair()
         with far, contextlib.ExitStack() as opened:
-            descriptors = [create_region(self._options.transfer_bytes) for _ in range(2)]
-            for descriptor in descriptors:
+            inward, outward = (create_region(self._options.transfer_bytes) for _ in range(2))
+            for descriptor in (inward, outward):
                 opened.callback(os.close, descriptor)
-            requests, answers = map(map_region, descriptors)
-            arguments = ChildArguments(far.fileno(), *descriptors, self._options.engine, logging.getLogger().level)
+            requests, answers = map_region(inward), map_region(outward)
+            level = logging.getLogger().level
+            arguments = ChildArguments(far.fileno(), inward, outward, self._options.engine, level)
             self._process = await loop.run_in_executor(None, _spawn, arguments)
         self._blocks = Blocks(requests)
-        ended = loop.create_future()
-        link = Link(self._blocks, answers, self._hear, lambda: ended.done() or ended.set_result(None))
+        ended = asyncio.Event()
+        link = Link(self._blocks, answers, self._hear, ended.set)
         await loop.create_unix_connection(lambda: link, sock=near)
         self._link, self._heard = link, time.monotonic()
         threading.Thread(target=_log_output, args=(self._process,), name="engine output", daemon=True).start()
@@ -270,7 +271,7 @@ class ProcessTransport:
             self._forward(link, command)
         watch = loop.create_task(self._watch())
         try:
-            await ended
+            await ended.wait()
         finally:
             watch.cancel()
             self._lost()

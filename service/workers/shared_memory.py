@@ -111,7 +111,7 @@ class Leases:
         if start < 0 or nbytes < 0 or start + nbytes > self._region.nbytes:
             raise ValueError(f"a block of {nbytes} bytes at {start} is not within the region")
         # Over a memoryview, so that views of these bytes keep this very array alive, not the region's.
-        array: Bytes = np.frombuffer(memoryview(self._region)[start : start + nbytes], np.uint8)
+        array: Bytes = np.frombuffer(self._region.data[start : start + nbytes], np.uint8)
         array.flags.writeable = False
         reference = weakref.ref(array, self._end)
         self._open[id(reference)] = reference, start

@@ -83,7 +83,7 @@ class _Writer:
     def copy_to(self, target: bytearray | Array) -> None:
         for place, content in self._arrays:
             if isinstance(content, bytes):
-                memoryview(target)[place : place + len(content)] = content
+                np.frombuffer(target, np.uint8)[place : place + len(content)] = np.frombuffer(content, np.uint8)
             elif content.size:
                 np.ndarray(content.shape, content.dtype, target, place)[...] = content
 
@@ -95,8 +95,8 @@ class _Reader:
         self._payload = payload
 
     def array(self, dtype: np.dtype[Any], shape: tuple[int, ...], place: int) -> Array:
-        if dtype == object:
-            return _unpack_strings(memoryview(self._payload)[place:], shape)
+        if dtype.hasobject:
+            return _unpack_strings(bytes(self._payload[place:]), shape)
         if 0 in shape:
             return np.empty(shape, dtype)
         array: Array = np.ndarray(shape, dtype, self._payload, place)
@@ -111,13 +111,13 @@ def _pack_strings(array: Array) -> bytes:
     return b"".join(parts)
 
 
-def _unpack_strings(data: memoryview, shape: tuple[int, ...]) -> Array:
+def _unpack_strings(data: bytes, shape: tuple[int, ...]) -> Array:
     array = np.empty(shape, object)
     position = 0
     for index in np.ndindex(shape):
         is_bytes, size = struct.unpack_from("<?I", data, position)
         position += 5
-        item = bytes(data[position : position + size])
+        item = data[position : position + size]
         array[index] = item if is_bytes else item.decode()
         position += size
     return array

@@ -133,7 +133,7 @@ def test_an_id_out_of_range_is_named(client: httpx.Client) -> None:
     ]
     response = client.post("/v2/models/all-minilm-l6-v2/infer", json={"inputs": inputs})
     assert response.status_code == 400
-    assert "99999" in error_of(response)
+    assert "out of range" in error_of(response)
     assert embed(client, {"ids": [[101, 102]]}).shape == (1, 384)
 
 

@@ -24,6 +24,7 @@ from engine.targets.cpu.ceilings import ceilings, processor_name
 from engine.targets.cpu.codegen.isa import host_isa
 from engine.targets.cpu.families import family_of
 from engine.targets.cpu.kernel import Context, Launch, Pointer, WeightStore, aligned_copy
+from engine.targets.cpu.pieces import in_pieces
 from engine.targets.cpu.runtime import Pool, Program, address, aligned_bytes, available_cores, pool
 from engine.targets.host import HostOperator, HostResident
 
@@ -91,11 +92,13 @@ class CpuExecutable:
 
     def __init__(self, target: CpuTarget, plan: Plan) -> None:
         self._target = target
+        self._places = _Places(plan)
+        pieces = in_pieces(plan)
+        plan, self._pieces = pieces.plan, pieces.count
         self._arena_bytes = plan.arena_bytes
         context = Context(target.isa, target.threads, target.weights)
         self._kernels: list[str] = []
         self._parts: list[_Native | _Host] = []
-        self._places = _Places(plan)
         for on_host, steps in groupby(plan.steps, lambda step: isinstance(step.op, Opaque)):
             if on_host:
                 for step in steps:
@@ -115,11 +118,14 @@ class CpuExecutable:
             arena = self._target.arena.at_least(self._arena_bytes)
             arrays = self._places.bases(arena, inputs, outputs)
             addresses = np.asarray([address(array) for array in arrays], np.int64)
-            for part in self._parts:
-                if isinstance(part, _Native):
-                    part.run(workers, addresses)
-                else:
-                    part.run(arrays)
+            # From piece to piece the inputs and outputs move on; the arena is used again.
+            steps = np.asarray([0, *(array.nbytes // self._pieces for array in arrays[1:])], np.int64)
+            for piece in range(self._pieces):
+                for part in self._parts:
+                    if isinstance(part, _Native):
+                        part.run(workers, addresses + piece * steps)
+                    else:
+                        part.run(arrays)
 
     def step_stats(self) -> Sequence[StepStat]:
         """Runs and time of every step since it was bound, in the plan's order."""
@@ -146,10 +152,12 @@ class _Places:
     """
 
     def __init__(self, plan: Plan) -> None:
+        # A piece of the plan has tensors of its own but shares these buffers.
         self._tensors = [*plan.inputs.items(), *plan.outputs.items()]
         self._inputs = len(plan.inputs)
         self._base = {id(tensor.buffer): i for i, (_, tensor) in enumerate(self._tensors, start=1)}
         self._kept: dict[int, np.ndarray] = {}
+        self._table_bytes = 0
 
     def locate(self, buffer: Buffer) -> tuple[int | None, int]:
         """(base, offset in bytes) of a buffer; base None: the offset is an address."""
@@ -166,6 +174,7 @@ class _Places:
             assert data is not None, f"{buffer.name} has no content"
             whole = data.flags.c_contiguous and data.flags.aligned
             self._kept[id(buffer)] = data if whole else aligned_copy(data)
+            self._table_bytes += data.nbytes if buffer.kind is BufferKind.PLAN else 0
         return self._kept[id(buffer)]
 
     def bases(
@@ -186,7 +195,7 @@ class _Places:
     @property
     def nbytes(self) -> int:
         """Memory of the small tables that belong to the plan alone."""
-        return sum(array.nbytes for array in self._kept.values() if array.ndim == 1 and array.base is None)
+        return self._table_bytes
 
 
 class _Native:
