@@ -21,7 +21,7 @@ from service.workers.engine_api import EngineModule
 from service.workers.engine_worker import EngineWorker
 from service.workers.messages import FailureCode, InferFailed, InferResult, ModelReady, Report
 from service.workers.shared_memory import Blocks, Leases, RegionFull, map_region
-from service.workers.wire import Beat, Dying, FrameReader, FromEngine, LogLine, Release, decode_command, encode
+from service.workers.wire import Beat, Dying, FrameReader, FromEngine, LogLine, Release, Starved, decode_command, encode
 
 BEAT_S = 1.0
 EXIT_LOST = 70  # EX_SOFTWARE
@@ -92,14 +92,22 @@ class Child:
                 self._send(Beat(self._worker.busy_seconds))
 
     def _report(self, reports: Sequence[Report]) -> None:
-        """Any thread of the worker: all reports in one write."""
+        """Any thread of the worker: all reports in one write, unless answers have to wait for memory, which may be that
+        of answers before them."""
         if isinstance(reports[0], ModelReady):
             gc.collect()
             gc.freeze()  # what loading left behind is not looked at again and again
-        self._send_bytes(b"".join([self._encoded(report) for report in reports]))
+        ready: list[bytes] = []
+        for report in reports:
+            try:
+                ready.append(encode(report, self._blocks))
+            except RegionFull:
+                self._send_bytes(b"".join((*ready, encode(Starved(), self._blocks))))
+                ready = [self._encoded_late(report)]
+        self._send_bytes(b"".join(ready))
 
-    def _encoded(self, report: Report) -> bytes:
-        """The report; in its place, where it does not fit the shared memory, that the request failed."""
+    def _encoded_late(self, report: Report) -> bytes:
+        """The report once there is memory for it; where there never is, that the request failed."""
         try:
             return encode(report, self._blocks, _WAIT_FOR_MEMORY_S)
         except RegionFull as error:
@@ -121,7 +129,7 @@ class Child:
             os._exit(0)  # the HTTP process is gone
 
     def _lost(self, reason: str) -> None:
-        """The device has failed for good; a new process may use it again."""
+        """The device has failed for good; a new process may use it again. What is in flight fails when this one ends."""
         self._send(Dying(reason))
         os._exit(EXIT_LOST)
 

@@ -157,3 +157,4 @@ class _Watch:
         self._timer.cancel()
         if self._task is not None:
             self._task.cancel()
+            self._task = None  # its traceback leads back here: a cycle would keep the answer until it is collected

@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 
 class EngineWorker:
     """Owns the loaded models of one engine instance. `engine` is imported on the loader thread, not at start; `on_lost`
-    is called when the device has failed for good, with everything that ran on it already answered."""
+    is called when the device has failed for good."""
 
     def __init__(
         self,
@@ -190,9 +190,9 @@ class EngineWorker:
             finished = scatter(work.batch, dict(outputs), work.axes)
         except Exception as error:
             if isinstance(error, self._engine().DeviceLost):
+                self._on_lost(str(error))
                 for part in work.batch.parts:
                     self._fail(part.entry, error)
-                self._on_lost(str(error))
                 return
             alone = [_alone(part) for part in work.batch.parts]
             if alone == [work.batch]:

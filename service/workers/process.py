@@ -7,6 +7,7 @@ child again and again is given up, so that the others can be served.
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -42,7 +43,7 @@ from service.workers.messages import (
     WorkerLost,
 )
 from service.workers.shared_memory import Blocks, RegionFull, create_region, map_region
-from service.workers.wire import Beat, Dying, FromEngine, LogLine, Release
+from service.workers.wire import Beat, Dying, FromEngine, LogLine, Release, Starved
 
 log = logging.getLogger(__name__)
 
@@ -177,6 +178,9 @@ class ProcessTransport:
             case Beat():
                 if message.busy_seconds > self._options.stuck_s:
                     self._kill(f"one batch has been computing for {message.busy_seconds:.0f} s")
+                return
+            case Starved():
+                gc.collect()  # an answer in a reference cycle lives until then
                 return
             case LogLine():
                 logging.getLogger(message.logger).log(message.level, "%s", message.text)

@@ -43,6 +43,11 @@ class Beat:
 
 
 @dataclass(frozen=True, slots=True)
+class Starved:
+    """An answer waits for shared memory: answers that nobody looks at any more should be let go."""
+
+
+@dataclass(frozen=True, slots=True)
 class LogLine:
     """A line for the log of the HTTP process."""
 
@@ -59,7 +64,7 @@ class Dying:
 
 
 ToEngine = Command | Release
-FromEngine = Report | Release | Beat | LogLine | Dying
+FromEngine = Report | Release | Beat | Starved | LogLine | Dying
 
 
 class WireError(Exception):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +24,7 @@ from service.serving import Serving
 from service.settings import Settings
 from tests.service.fakes import FakeEngine
 
+ROOT = Path(__file__).parent.parent.parent
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "man", "is", "eating", "food", "bread", "the", "market", "fell")
 
 
@@ -181,3 +185,45 @@ def error_of(response: httpx.Response) -> str:
     assert list(body) == ["error"], body
     assert isinstance(body["error"], str)
     return body["error"]
+
+
+class Process:
+    """`python -m service` with the fake engine."""
+
+    def __init__(self, root: Path, *arguments: str, **environment: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "tests.service.serve_fake", "--models", str(root), "--port", str(self.port)]
+        self.process = subprocess.Popen(
+            [*command, *arguments],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def wait_ready(self) -> None:
+        def ready() -> bool:
+            assert self.process.poll() is None, self.process.communicate()
+            try:
+                return httpx.get(f"{self.url}/v2/health/ready").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        wait_for(ready, 60)
+
+    def wait_inflight(self, count: int) -> None:
+        """Until `count` requests of the identity model have been accepted."""
+        url = f"{self.url}/metrics"
+        wait_for(lambda: sample(httpx.get(url).text, "inference_inflight", model="identity") == count)
+
+
+@pytest.fixture
+def processes() -> Iterator[list[Process]]:
+    started: list[Process] = []
+    yield started
+    for process in started:
+        process.process.kill()
+        process.process.communicate()

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 VOCABULARY = 100
 HIDDEN = 4
+WIDTH = 1 << 16  # floats in a row of "wide": 256 KiB
 
 
 class EngineError(Exception):
@@ -142,13 +143,21 @@ def _halves(feeds: Mapping[str, Array]) -> dict[str, Array]:
     return {"output": (feeds["input"] / 2).astype(feeds["input"].dtype)}
 
 
+def _grow(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """A mebibyte of answer for every row."""
+    return {"output": np.repeat(feeds["input"], 1 << 16, axis=1)}
+
+
 _IDS = (_spec("input_ids", "int64", "batch", "sequence"), _spec("attention_mask", "int64", "batch", "sequence"))
 _HIDDEN = (_spec("last_hidden_state", "float32", "batch", "sequence", HIDDEN),)
 _VECTOR = _spec("input", "float32", "batch", 4)
+_WIDE = _spec("input", "float32", "batch", WIDTH)
 
 Runner = Callable[[Mapping[str, Array]], dict[str, Array]]
 KINDS: dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], Runner]] = {
     "identity": ((_VECTOR,), (_spec("output", "float32", "batch", 4),), _identity),
+    "wide": ((_WIDE,), (_spec("output", "float32", "batch", WIDTH),), _identity),
+    "grow": ((_VECTOR,), (_spec("output", "float32", "batch", 4 << 16),), _grow),
     "fixed": ((_spec("input", "float32", 2, 4),), (_spec("output", "float32", 2, 4),), _identity),
     "mixing": ((_VECTOR,), (_spec("output", "float32", "batch", 4),), _mixing),
     "half": ((_spec("input", "float16", "batch", 2),), (_spec("output", "float16", "batch", 2),), _halves),
@@ -284,6 +293,7 @@ class FakeEngine:
         with open(path, "rb") as file:
             try:
                 arguments = json.load(file)
+                time.sleep(arguments.get("load_sleep", 0))
                 if arguments.get("fatal"):
                     os.kill(os.getpid(), signal.SIGKILL)
                 model = FakeModel(self, path, arguments["kind"], arguments)
