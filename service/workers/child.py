@@ -129,7 +129,7 @@ class Child:
             os._exit(0)  # the HTTP process is gone
 
     def _lost(self, reason: str) -> None:
-        """The device has failed for good; a new process may use it again. What is in flight fails when this one ends."""
+        """The device has failed for good, and what is in flight fails when this process ends; a new one may use it."""
         self._send(Dying(reason))
         os._exit(EXIT_LOST)
 
