@@ -1,8 +1,8 @@
 """Expressions of the IR as CUDA C++: the prologue and epilogue functors that every kernel takes.
 
 A functor computes WIDTH neighbouring columns of one row of the kernel's iteration space: `Epilogue::store(p, row, column,
-count, acc)` writes every output of the node, `Prologue::load(p, row, column, count, value)` reads its source. Floats are
-computed in fp32 (fp64 where the expression says so) and rounded once, when stored. Adding an operation to the IR adds a
+count, acc, Epilogue::fetch(p, row, column, count))` writes every output of the node, `Prologue::load(p, row, column, count,
+value)` reads its source. A kernel may fetch what an epilogue reads long before it stores. Floats are computed in fp32 (fp64 where the expression says so) and rounded once, when stored. Adding an operation to the IR adds a
 line to `_FLOAT` or `_INTEGER`, and a device function to kernels/epilogue/math.cuh where the language lacks it.
 """
 
@@ -76,8 +76,9 @@ def epilogue(
             f"(p.epilogue_out{j}, row_offset(p.epilogue_out{j}, r), column, count, out{j});"
         )
     results = {f"out{j}[i]": (store, output.dtype) for j, (store, output) in enumerate(zip(stores, outputs, strict=True))}
-    signature = f"void store(const Params& p, u32 row, u32 column, u32 count, const {COMPUTE[acc]} (&acc)[WIDTH])"
-    return writer.functor("Epilogue", signature, results)
+    arguments = f"const Params& p, u32 row, u32 column, u32 count, const {COMPUTE[acc]} (&acc)[WIDTH]"
+    short = f"  DEVICE static void store({arguments}) {{ store(p, row, column, count, acc, fetch(p, row, column, count)); }}\n"
+    return writer.functor("Epilogue", f"void store({arguments}, const Inputs& inputs)", results, short)
 
 
 def prologue(source: ex.Expr, space: Space, inputs: Mapping[int, Operand], granularity: int) -> Functor:
@@ -86,6 +87,7 @@ def prologue(source: ex.Expr, space: Space, inputs: Mapping[int, Operand], granu
     writer.read(inputs)
     value = COMPUTE[source.dtype]
     signature = f"void load(const Params& p, u32 row, u32 column, u32 count, {value} (&value)[WIDTH])"
+    writer.prepare.append("const Inputs inputs = fetch(p, row, column, count);")
     return writer.functor("Prologue", signature, {"value[i]": (source, source.dtype)}, f"  using value_t = {value};\n")
 
 
@@ -97,6 +99,8 @@ class _Writer:
         self.space = space
         self.granularity = granularity
         self.arguments: dict[str, Argument] = {f"{prefix}_levels": LevelSizes(space.levels)}
+        self.members: list[str] = []
+        self.fetches: list[str] = []
         self.prepare: list[str] = []
         self.finish: list[str] = []
 
@@ -117,18 +121,22 @@ class _Writer:
                 self.arguments[f"{name}_row_stride"] = I64(operand.table_stride)
                 row = f"table_row<{STORAGE[operand.index.dtype]}>(p.{name}_index, row_offset(p.{name}_index, r), p.{name}_rows)"
                 offset += f" + {row} * p.{name}_row_stride"
-            self.prepare.append(f"{COMPUTE[operand.dtype]} a{i}[WIDTH];")
-            self.prepare.append(
-                f"load_columns<{STORAGE[operand.dtype]}, {_column(operand)}, {self.aligned(operand)}>"
-                f"(p.{name}, {offset}, column, count, a{i});"
+            dtype, column = STORAGE[operand.dtype], _column(operand)
+            self.members.append(f"Fetched<{dtype}, {column}> a{i};")
+            self.fetches.append(
+                f"inputs.a{i} = fetch_columns<{dtype}, {column}, {self.aligned(operand)}>(p.{name}, {offset}, column, count);"
             )
 
     def functor(self, name: str, signature: str, results: Mapping[str, tuple[ex.Expr, DType]], head: str = "") -> Functor:
         body = _expression_lines([root for root, _ in results.values()])
         names = body.names
         loop = [*body.lines, *(f"{target} = {_convert(names[root], root.dtype, to)};" for target, (root, to) in results.items())]
+        split = f"const RowIndex<{len(self.space.levels)}> r = split_row<{len(self.space.levels)}>(p.{self.prefix}_levels, row);"
+        fetch = _indented([split, "Inputs inputs;", *self.fetches, "return inputs;"])
+        head += f"  struct Inputs {{ {' '.join(self.members)} }};\n"
+        head += f"  DEVICE static Inputs fetch(const Params& p, u32 row, u32 column, u32 count) {{\n{fetch}\n  }}\n"
         lines = [
-            f"const RowIndex<{len(self.space.levels)}> r = split_row<{len(self.space.levels)}>(p.{self.prefix}_levels, row);",
+            split,
             *self.prepare,
             "#pragma unroll",
             "for (int i = 0; i < WIDTH; ++i) {",
@@ -136,9 +144,12 @@ class _Writer:
             "}",
             *self.finish,
         ]
-        indented = "\n".join(line if line.startswith("#") else f"    {line}" for line in lines)
-        code = f"struct {name} {{\n{head}  DEVICE static {signature} {{\n{indented}\n  }}\n}};\n"
+        code = f"struct {name} {{\n{head}  DEVICE static {signature} {{\n{_indented(lines)}\n  }}\n}};\n"
         return Functor(code, tuple(self.arguments.items()))
+
+
+def _indented(lines: Sequence[str]) -> str:
+    return "\n".join(line if line.startswith("#") else f"    {line}" for line in lines)
 
 
 def _column(operand: Operand) -> str:
@@ -156,7 +167,7 @@ def _expression_lines(roots: Sequence[ex.Expr]) -> _Lines:
     result = _Lines()
     for node in ex.walk(*roots):
         if isinstance(node, ex.Arg):
-            result.names[node] = f"a{node.index}[i]"
+            result.names[node] = f"inputs.a{node.index}[i]"
         elif isinstance(node, ex.Acc):
             result.names[node] = "acc[i]"
         elif isinstance(node, ex.Const):

@@ -146,11 +146,11 @@ def steps() -> Iterator[Step]:
     for kernel, stride in ((3, 1), (3, 2), (5, 1), (5, 2)):
         w = weight(64, 1, kernel, kernel)
         yield make_step(conv_op(kernel, stride, 64), [image, w, weight(64, 1, 1)], f"depthwise {kernel} stride {stride}")
-    for head, causal, bias in ((32, False, True), (64, False, False), (64, True, False), (128, False, False)):
+    for head, causal, bias in ((32, False, True), (64, False, True), (64, False, False), (64, True, False), (128, False, False)):
         heads: tuple[DType, tuple[int, ...]] = (F16, (2, 4, 100, head))
         inputs: list[Given] = [heads, heads, heads]
         if bias:
-            inputs.append((F32, (2, 1, 1, 100)))
+            inputs.append((F32, (2, 1, 1 if head == 32 else 100, 100)))
         op = Attention(head**-0.5, causal=causal, has_bias=bias, stores=(stored(ACC),))
         yield make_step(op, inputs, f"attention {head}{' causal' * causal}{' bias' * bias}")
     row = (F16, (4, 100, 384))
@@ -202,14 +202,15 @@ def launches(architecture: Architecture) -> Iterator[tuple[str, Launch]]:
             yield step.name, launch
     inputs: list[Given] = [(F16, (300, 384)), weight(384, 400), weight(400)]
     step = make_step(Gemm((BIAS_GELU,)), inputs)
-    epilogue = epilogue_of(step, (BIAS_GELU,), (0, 1), 400)
+    residual = make_step(Gemm((BIAS_RESIDUAL,)), [*inputs, (F16, (300, 400))])
     product = product_of(step, context)
-    for tile in MMA_TILES:
-        if tile.shared_bytes <= architecture.shared_bytes:
-            yield f"gemm {tile.m}x{tile.n}", launch_product(product, epilogue, tile, portable)
-    if architecture.wgmma:
-        for wgmma_tile in WGMMA_TILES:
-            yield f"gemm wgmma {wgmma_tile.m}x{wgmma_tile.n}", launch_product(product, epilogue, wgmma_tile, context)
+    for epilogue in (epilogue_of(step, (BIAS_GELU,), (0, 1), 400), epilogue_of(residual, (BIAS_RESIDUAL,), (0, 1), 400)):
+        for tile in MMA_TILES:
+            if tile.shared_bytes <= architecture.shared_bytes:
+                yield f"gemm {tile.m}x{tile.n}", launch_product(product, epilogue, tile, portable)
+        if architecture.wgmma:
+            for wgmma_tile in WGMMA_TILES:
+                yield f"gemm wgmma {wgmma_tile}", launch_product(product, epilogue, wgmma_tile, context)
     op = conv_op(3)
     conv = make_step(op, [(F16, (2, 64, 28, 28)), weight(128, 64, 3, 3), weight(128, 1, 1)])
     packed = Pointer(context.weights.packed(conv.inputs[1], "n,rsc8", pack_filter))

@@ -37,7 +37,7 @@ _STAMP_EMPTY = 0xFF
 class CudaTarget:
     """Runs plans on GPU number `index`. `overlap` lets kernels start while the one before drains, where the GPU can."""
 
-    traits = Traits(channels_last=True)
+    traits = Traits(channels_last=True, storage_type=DType.F16)
 
     def __init__(self, index: int = 0, cache: Path | None = None, overlap: bool = True) -> None:
         self.device = Device(index, cache)
@@ -187,11 +187,13 @@ class Executable:
         if nbytes:
             cupy.cuda.runtime.memcpyAsync(to, source, nbytes, kind, self._target.device.stream.ptr)
 
-    def launch(self) -> None:
-        """Queue one run on the device's stream, on the inputs as they lie in device memory."""
+    def launch(self, stream: int | None = None) -> None:
+        """Queue one run on the inputs as they lie in device memory. `stream` is a CUDA stream's handle; default: the
+        device's own."""
         self._prepare()
         sampled = self._runs % SAMPLE_EVERY == 1
-        self._graphs[sampled].launch(self._target.device.stream)
+        own = self._target.device.stream
+        self._graphs[sampled].launch(own if stream is None else cupy.cuda.ExternalStream(stream))
         self._runs += 1
         self._pending_sample = sampled
 

@@ -49,11 +49,12 @@ MMA_TILES = (
 
 @dataclass(frozen=True)
 class WgmmaTile:
-    """A consumer warpgroup's tile for wgmma; two consumers take turns."""
+    """A tile for wgmma. Two consumer warpgroups take tiles in turn, or (`cooperative`) halve the rows of each."""
 
     m: int
     n: int
     stages: int
+    cooperative: bool = False
 
     @property
     def shared_bytes(self) -> int:
@@ -62,7 +63,10 @@ class WgmmaTile:
 
     @property
     def config(self) -> dict[str, int | bool | str]:
-        return {"tile_m": self.m, "tile_n": self.n, "stages": self.stages, "shared_bytes": self.shared_bytes}
+        return {
+            "tile_m": self.m, "tile_n": self.n, "stages": self.stages, "cooperative": self.cooperative,
+            "shared_bytes": self.shared_bytes,
+        }  # fmt: skip
 
 
 WGMMA_TILES = (
@@ -72,6 +76,11 @@ WGMMA_TILES = (
     WgmmaTile(64, 128, 8),
     WgmmaTile(64, 64, 12),
     WgmmaTile(128, 32, 10),
+    WgmmaTile(128, 256, 4, cooperative=True),
+    WgmmaTile(128, 192, 5, cooperative=True),
+    WgmmaTile(128, 128, 6, cooperative=True),
+    WgmmaTile(128, 96, 7, cooperative=True),
+    WgmmaTile(128, 64, 8, cooperative=True),
 )
 
 # Per multiprocessor and clock: multiply-adds on fp16 (NVIDIA's architecture papers: A100 1024, H100 2048 of which mma.sync
