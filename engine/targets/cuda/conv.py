@@ -198,6 +198,8 @@ def launch_conv(geometry: Geometry, epilogue: Functor, w: Pointer, tile: MmaTile
 
 # Outputs a thread of the depthwise kernel computes, rows × columns: more reuse, or more threads.
 _PATCHES = ((2, 4), (1, 4), (1, 2))
+_SMALL_PATCHES = ((2, 2), (1, 2), (1, 1))
+_SMALLEST_PATCHES = ((1, 2), (1, 1))
 
 
 def launch_depthwise(geometry: Geometry, epilogue: Functor, w: Buffer, multiprocessors: int) -> Launch:
@@ -207,10 +209,9 @@ def launch_depthwise(geometry: Geometry, epilogue: Functor, w: Buffer, multiproc
         patches = ceildiv(geometry.output[0], patch[0]) * ceildiv(geometry.output[1], patch[1])
         return geometry.images * patches * 4 * ceildiv(geometry.groups // VECTOR, 4)
 
-    narrow = (2, 2) if geometry.strides[1] == 1 else (2, 1)  # a wide span at stride 2 would outgrow the registers
-    patches = [(rows, columns if geometry.strides[1] == 1 else max(1, columns // 2)) for rows, columns in _PATCHES]
-    if max(geometry.kernel) > 5 or max(geometry.dilations) > 1:
-        patches = [narrow, (1, 1)]
+    # At stride 2, or with a large filter, a patch of the same size spans more inputs than there are registers for.
+    wide = geometry.strides[1] > 1 or max(geometry.kernel) > 3
+    patches = _SMALLEST_PATCHES if max(geometry.dilations) > 1 else _SMALL_PATCHES if wide else _PATCHES
     patch = next((p for p in patches if threads_for(p) >= multiprocessors * 512), patches[-1])
     total = threads_for(patch)
     threads = 128 if total >= multiprocessors * 256 else 64

@@ -70,7 +70,6 @@ class WgmmaTile:
 
 
 WGMMA_TILES = (
-    WgmmaTile(128, 192, 5),
     WgmmaTile(128, 128, 6),
     WgmmaTile(128, 64, 8),
     WgmmaTile(64, 128, 8),

@@ -18,8 +18,9 @@ constexpr int PARTS = CONSUMER_M / 64;  // one instruction covers 64 rows
 // Rows of 32 columns whose epilogue operands fit the registers beside the accumulators.
 constexpr int AHEAD = PARTS * TILE_N <= 128 ? TILE_N / 16 : PARTS * TILE_N <= 256 ? 4 : 1;
 constexpr int THREADS = 128 * (1 + CONSUMERS);
-constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 240;
-static_assert(128 * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS) <= 65536, "a multiprocessor's registers");
+constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+// A block starts with 168 registers for each of its 384 threads; asking for more than these in all waits for ever.
+static_assert(128 * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS) <= 168 * THREADS, "");
 
 constexpr int A_BYTES = TILE_M * TILE_K * 2, B_BYTES = TILE_N * TILE_K * 2, STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int BARRIERS = STAGES * STAGE_BYTES;  // full[STAGES], empty[STAGES], turn[CONSUMERS]
@@ -70,7 +71,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_con
     constexpr u32 TURNS = COOPERATIVE ? 1 : CONSUMERS;
     u32 ordinal = COOPERATIVE ? 0 : consumer;  // of this block's tiles
     for (u32 t = blockIdx.x + ordinal * gridDim.x; t < tiles; t += TURNS * gridDim.x, ordinal += TURNS) {
-      const TileIndex tile = tile_of<16>(t, tiles_m, tiles_n);
       u32 stage = ordinal * steps % STAGES, parity = ordinal * steps / STAGES & 1, previous = stage;
       // A barrier's parity says nothing two phases later: wait until the other consumer is through with the stages before.
       if (!COOPERATIVE && ordinal > 0) barrier_wait(turn + 8 * consumer, (ordinal - 1) / CONSUMERS & 1);
@@ -95,6 +95,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_con
       if (!COOPERATIVE && leader) barrier_arrive(turn + 8 * (consumer ^ 1));
       wgmma_wait<0>();
       if (leader) barrier_arrive(empty + 8 * previous);
+      const TileIndex tile = tile_of<16>(t, tiles_m, tiles_n);
 #pragma unroll
       for (int i = 0; i < PARTS; ++i) {
         wgmma_settle(d[i]);

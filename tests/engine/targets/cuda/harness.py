@@ -146,7 +146,7 @@ _OPERAND_EPSILON = 2.0**-11
 
 def mismatch(got: np.ndarray, want: np.ndarray, length: int) -> str | None:
     """What differs beyond rounding. An element may be off by two roundings of its own size, plus a share of the typical
-    size: the fp32 sum of `length` terms, and one rounding of operands to fp16."""
+    size of the largest row: the fp32 sum of `length` terms, and one rounding of operands to fp16."""
     dtype = DType.of(want.dtype)
     if not dtype.is_float:
         return None if np.array_equal(got, want) else f"{np.count_nonzero(got != want)} of {want.size} integers differ"
@@ -156,7 +156,8 @@ def mismatch(got: np.ndarray, want: np.ndarray, length: int) -> str | None:
     finite = np.isfinite(b)
     if not np.array_equal(a[~finite], b[~finite], equal_nan=True):
         return "infinities differ"
-    size = sqrt(float(np.mean(b[finite] ** 2))) if finite.any() else 0.0
+    rows = np.where(finite, b, 0.0).reshape(-1, b.shape[-1] if b.ndim else 1)
+    size = sqrt(float(np.max(np.mean(rows**2, axis=1))))
     bound = 2 * _EPSILON[dtype] * np.where(finite, np.abs(b), 0.0) + size * (2 * _OPERAND_EPSILON + 2.0**-22 * sqrt(length))
     with np.errstate(invalid="ignore"):
         off = np.where(finite, np.abs(a - b), 0.0)

@@ -27,7 +27,14 @@ from engine.ir.ops import (
 )
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda import covering as cv
-from engine.targets.cuda.conv import Geometry, channels_last, launch_conv, pack_filter
+from engine.targets.cuda.conv import (
+    Geometry,
+    channels_last,
+    launch_conv,
+    launch_depthwise,
+    pack_depthwise,
+    pack_filter,
+)
 from engine.targets.cuda.covering import ACC, F16, F32, I64, make_step, weight
 from engine.targets.cuda.gemm import epilogue_of, launch_product, product_of
 from engine.targets.cuda.kernel import Pointer
@@ -83,6 +90,18 @@ def test_gemm_with_weight_matches_float64(target: CudaTarget) -> None:
             product_of(step, target.context), epilogue_of(step, (GEMM_STORES[name],), (0, 1), n), tile, target.context
         )
         cases.append(Case(f"{m}x{n}x{k} {name}", step, k, lowered=[launch]))
+    check(target, cases)
+
+
+def test_gemm_of_more_tiles_than_multiprocessors(target: CudaTarget) -> None:
+    """A persistent block takes several tiles: its rings and turns wrap around."""
+    cases = []
+    for m, n, k in ((3000, 1512, 200), (5000, 1000, 1096), (20000, 200, 40)):
+        step = make_step(Gemm((cv.BIAS_RESIDUAL,)), [(F16, (m, k)), weight(k, n), weight(n), (F16, (m, n))])
+        product, epilogue = product_of(step, target.context), epilogue_of(step, (cv.BIAS_RESIDUAL,), (0, 1), n)
+        for tile in [*MMA_TILES, *(WGMMA_TILES if target.device.architecture.wgmma else ())]:
+            launch = launch_product(product, epilogue, tile, target.context)
+            cases.append(Case(f"{m}x{n}x{k} {tile}", step, k, lowered=[launch]))
     check(target, cases)
 
 
@@ -154,7 +173,11 @@ def test_depthwise_matches_float64(target: CudaTarget) -> None:
         op = Conv((stride, stride), pads, (dilation, dilation), c, stores=(cv.BIAS_RELU6,))
         image = (F16, (int(rng.integers(1, 4)), c, *size))
         step = make_step(op, [image, weight(c, 1, kernel, kernel), weight(c, 1, 1)])
-        cases.append(Case(f"{image} {kernel} {stride} {dilation} {pads}", step, 25))
+        taps = target.weights.packed(step.inputs[1], "f32 r,s,c", pack_depthwise)
+        epilogue = epilogue_of(step, op.stores, channels_last(4), 8)
+        # The patch grows as there are fewer multiprocessors to fill.
+        launch = launch_depthwise(Geometry(step), epilogue, taps, int(rng.choice([0, 2, 132])))
+        cases.append(Case(f"{image} {kernel} {stride} {dilation} {pads}", step, 25, lowered=[launch]))
     check(target, cases)
 
 
