@@ -17,7 +17,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F  # noqa: N812  (the name everybody knows it by)
+import torch.nn.functional as F
 
 from benchmarks.cuda_timing import Prepared, captured, interleaved_us
 from engine.errors import EngineError
@@ -102,7 +102,13 @@ def conv_cases() -> Iterator[Case]:
 
 
 def attention_cases() -> Iterator[Case]:
-    for batch, sequence, heads, head in ((1, 128, 12, 32), (32, 128, 12, 32), (32, 256, 12, 32), (32, 128, 12, 64), (8, 512, 12, 64)):
+    for batch, sequence, heads, head in (
+        (1, 128, 12, 32),
+        (32, 128, 12, 32),
+        (32, 256, 12, 32),
+        (32, 128, 12, 64),
+        (8, 512, 12, 64),
+    ):
         shape = (batch, heads, sequence, head)
         inputs: list[cv.Given] = [(F16, shape), (F16, shape), (F16, shape), (F16, (batch, 1, 1, sequence))]
         op = Attention(head**-0.5, has_bias=True, stores=(cv.stored(cv.ACC),))
@@ -146,9 +152,7 @@ def measure(target: CudaTarget, case: Case, ceilings: tuple[float, float], commi
     if not error <= TOLERANCE:
         raise RuntimeError(f"{case.suite} {case.name}: relative error {error:.1e}; not timed")
     count = len(prepared.sets)
-    times = interleaved_us(
-        {"ours": (prepared.graph(), count), "peer": (prepared.peer_graph(case.peer), count)}
-    )
+    times = interleaved_us({"ours": (prepared.graph(), count), "peer": (prepared.peer_graph(case.peer), count)})
     floor = max(case.step.cost.flops / ceilings[0], case.step.cost.bytes / ceilings[1]) * 1e6
     return Row(
         case.suite, case.name, round(times["ours"], 2), round(times["peer"], 2), round(times["peer"] / times["ours"], 3),
@@ -178,9 +182,12 @@ def main() -> int:
     parser.add_argument("--commit", default="")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    commit = options.commit or subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    commit = (
+        options.commit
+        or subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+    )
     target = CudaTarget(0)
     ceilings = ceilings_of_this_run()
     print(f"{target.device.name}: {ceilings[0] / 1e12:.0f} TFLOP/s, {ceilings[1] / 1e12:.2f} TB/s")

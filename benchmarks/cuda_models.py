@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
+import cupy
 import numpy as np
 import onnxruntime
 import torch
@@ -53,7 +54,7 @@ class _Replay:
         self.executable, self.target = executable, target
 
     def replay(self) -> None:
-        self.executable.launch(torch.cuda.current_stream().cuda_stream)
+        self.executable.launch(cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream))
 
 
 def peer_of(name: str, feeds: Mapping[str, np.ndarray]) -> Callable[[], torch.Tensor]:
@@ -120,16 +121,21 @@ def main() -> int:
     parser.add_argument("--commit", default="")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    commit = options.commit or subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    commit = (
+        options.commit
+        or subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+    )
     rows, failed = [], 0
     for path in options.models:
         start = time.perf_counter()
         target = CudaTarget(0)
         model = Model(passes.run(frontend.read(path), CudaTarget.traits), target)
         images = any(spec.name == "input" for spec in model.inputs)
-        every = [{"batch": b} for b in IMAGE_BATCHES] if images else [{"batch": b, "sequence": s} for b, s in TOKEN_SIZES]
+        every = (
+            [{"batch": b} for b in IMAGE_BATCHES] if images else [{"batch": b, "sequence": s} for b, s in TOKEN_SIZES]
+        )
         model.run(sample_feeds(model.graph, every[0]))
         print(f"{path.parent.parent.name}: first answer {time.perf_counter() - start:.2f} s after the start of loading")
         for sizes in every:

@@ -80,7 +80,9 @@ class _Narrowing:
                 with np.errstate(over="ignore"):
                     found = Value(value.name, dtype, value.shape, data=value.data.astype(dtype.numpy))
             else:
-                node = make_node(Pointwise((ex.cast(ex.Arg(0, value.dtype), dtype),)), (value,), f"{value.name}.{dtype.value}")
+                node = make_node(
+                    Pointwise((ex.cast(ex.Arg(0, value.dtype), dtype),)), (value,), f"{value.name}.{dtype.value}"
+                )
                 node.output.order = value.order
                 self.nodes.append(node)
                 found = node.output
@@ -92,17 +94,17 @@ class _Narrowing:
         changes: dict[str, object] = {}
         for item in fields(op):
             if item.name == "source":
-                changes["source"] = self._reading(getattr(op, "source"), inputs)
+                changes["source"] = self._reading(op.source, inputs)
             elif item.name == "stores":
                 narrow = self._narrows(op, inputs)
                 changes["stores"] = tuple(
                     ex.cast(read, self.storage) if narrow and read.dtype is _F32 and value not in self.wide else read
                     for read, value in (
                         (self._reading(store, inputs), value)
-                        for store, value in zip(getattr(op, "stores"), outputs, strict=True)
+                        for store, value in zip(op.stores, outputs, strict=True)
                     )
                 )
-        return replace(op, **changes) if changes else op  # type: ignore[arg-type]
+        return replace(op, **changes) if changes else op
 
     def _narrows(self, op: Op, inputs: tuple[Value, ...]) -> bool:
         if isinstance(op, Gemm | Conv | Attention | Norm):

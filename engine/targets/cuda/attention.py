@@ -35,7 +35,9 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
         raise UnsupportedOp(f"Attention of {q.dtype.value}: the CUDA kernels take f16 (precision='fp16')")
     for size in (q.shape[-1], v.shape[-1]):
         if size > _MAX_HEAD or size % VECTOR:
-            raise UnsupportedOp(f"Attention with {size} features a head: the CUDA kernels take multiples of 8 up to 128")
+            raise UnsupportedOp(
+                f"Attention with {size} features a head: the CUDA kernels take multiples of 8 up to 128"
+            )
     if op.has_bias and inputs[3].dtype not in (DType.F16, DType.F32):
         raise UnsupportedOp(f"Attention with a bias of {inputs[3].dtype.value}: the CUDA kernels take f16 and f32")
     inner = Requirement(Access.INNER, tuple(range(len(q.shape))))

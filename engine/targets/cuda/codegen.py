@@ -75,7 +75,9 @@ def epilogue(
             f"store_columns<{STORAGE[output.dtype]}, {_column(output)}, {writer.aligned(output)}>"
             f"(p.epilogue_out{j}, row_offset(p.epilogue_out{j}, r), column, count, out{j});"
         )
-    results = {f"out{j}[i]": (store, output.dtype) for j, (store, output) in enumerate(zip(stores, outputs, strict=True))}
+    results = {
+        f"out{j}[i]": (store, output.dtype) for j, (store, output) in enumerate(zip(stores, outputs, strict=True))
+    }
     arguments = f"const Params& p, u32 row, u32 column, u32 count, const {COMPUTE[acc]} (&acc)[WIDTH]"
     short = f"  DEVICE static void store({arguments}) {{ store(p, row, column, count, acc, fetch(p, row, column, count)); }}\n"
     return writer.functor("Epilogue", f"void store({arguments}, const Inputs& inputs)", results, short)
@@ -127,10 +129,15 @@ class _Writer:
                 f"inputs.a{i} = fetch_columns<{dtype}, {column}, {self.aligned(operand)}>(p.{name}, {offset}, column, count);"
             )
 
-    def functor(self, name: str, signature: str, results: Mapping[str, tuple[ex.Expr, DType]], head: str = "") -> Functor:
+    def functor(
+        self, name: str, signature: str, results: Mapping[str, tuple[ex.Expr, DType]], head: str = ""
+    ) -> Functor:
         body = _expression_lines([root for root, _ in results.values()])
         names = body.names
-        loop = [*body.lines, *(f"{target} = {_convert(names[root], root.dtype, to)};" for target, (root, to) in results.items())]
+        loop = [
+            *body.lines,
+            *(f"{target} = {_convert(names[root], root.dtype, to)};" for target, (root, to) in results.items()),
+        ]
         split = f"const RowIndex<{len(self.space.levels)}> r = split_row<{len(self.space.levels)}>(p.{self.prefix}_levels, row);"
         fetch = _indented([split, "Inputs inputs;", *self.fetches, "return inputs;"])
         head += f"  struct Inputs {{ {' '.join(self.members)} }};\n"
@@ -186,7 +193,10 @@ def _apply(node: ex.Apply, operands: Sequence[str]) -> str:
     args = [arg.dtype for arg in node.args]
     if node.op is PointOp.WHERE:
         common = node.dtype
-        typed = [operands[0], *(_convert(text, dtype, common) for text, dtype in zip(operands[1:], args[1:], strict=True))]
+        typed = [
+            operands[0],
+            *(_convert(text, dtype, common) for text, dtype in zip(operands[1:], args[1:], strict=True)),
+        ]
     elif node.op in ex.COMPARISONS:
         common = next((dtype for dtype in args if dtype.is_float), args[0])
         typed = [_convert(text, dtype, common) for text, dtype in zip(operands, args, strict=True)]
@@ -236,5 +246,3 @@ def literal(value: float | int | bool, dtype: DType) -> str:
         return "(-9223372036854775807ll - 1)"
     suffix = {"u64": "ull", "u32": "u", "i64": "ll"}.get(kind, "")
     return f"static_cast<{kind}>({integer}{suffix})"
-
-

@@ -43,7 +43,9 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
     if op.transposed or len(op.strides) > 2:
         raise UnsupportedOp(f"Conv with {len(op.strides)} spatial axes, transposed={op.transposed}: no CUDA kernel yet")
     if x.dtype not in (DType.F16, DType.F32) or w.dtype is not DType.F16:
-        raise UnsupportedOp(f"Conv of {x.dtype.value} and {w.dtype.value}: the CUDA kernels take f16 (precision='fp16')")
+        raise UnsupportedOp(
+            f"Conv of {x.dtype.value} and {w.dtype.value}: the CUDA kernels take f16 (precision='fp16')"
+        )
     if not is_constant(w):
         raise UnsupportedOp("Conv with a computed weight: no CUDA kernel yet")
     image = Requirement(Access.INNER, channels_last(len(x.shape)))

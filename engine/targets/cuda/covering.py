@@ -56,7 +56,9 @@ def make_step(op: Op, inputs: Sequence[Given], name: str = "step") -> Step:
         for tensor, need, given in zip(tensors, needs, inputs, strict=True)
     )
     outputs = tuple(
-        _fresh(f"output{i}", BufferKind.OUTPUT, dtype, tuple(size for size in shape if isinstance(size, int)), need.order)
+        _fresh(
+            f"output{i}", BufferKind.OUTPUT, dtype, tuple(size for size in shape if isinstance(size, int)), need.order
+        )
         for i, ((dtype, shape), need) in enumerate(zip(op.infer(placed), results, strict=True))
     )
     return Step(name, op, placed, outputs, op.cost(placed, outputs))
@@ -80,7 +82,8 @@ def weight(*shape: int, dtype: DType = F16) -> np.ndarray:
     """A random constant; a matrix [k, n] or a filter [n, c, …] keeps unit variance."""
     rng = np.random.default_rng(shape)
     fan_in = shape[0] if len(shape) == 2 else prod(shape[1:])
-    return (rng.standard_normal(shape) / np.sqrt(max(1, fan_in))).astype(dtype.numpy)
+    scaled: np.ndarray = rng.standard_normal(shape) / np.sqrt(max(1, fan_in))
+    return scaled.astype(dtype.numpy)
 
 
 def arg(index: int, dtype: DType = F16) -> ex.Expr:
@@ -145,8 +148,16 @@ def steps() -> Iterator[Step]:
     yield make_step(conv_op(3, groups=4), [image, weight(64, 16, 3, 3), weight(64, 1, 1)], "conv grouped")
     for kernel, stride in ((3, 1), (3, 2), (5, 1), (5, 2)):
         w = weight(64, 1, kernel, kernel)
-        yield make_step(conv_op(kernel, stride, 64), [image, w, weight(64, 1, 1)], f"depthwise {kernel} stride {stride}")
-    for head, causal, bias in ((32, False, True), (64, False, True), (64, False, False), (64, True, False), (128, False, False)):
+        yield make_step(
+            conv_op(kernel, stride, 64), [image, w, weight(64, 1, 1)], f"depthwise {kernel} stride {stride}"
+        )
+    for head, causal, bias in (
+        (32, False, True),
+        (64, False, True),
+        (64, False, False),
+        (64, True, False),
+        (128, False, False),
+    ):
         heads: tuple[DType, tuple[int, ...]] = (F16, (2, 4, 100, head))
         inputs: list[Given] = [heads, heads, heads]
         if bias:
@@ -156,7 +167,9 @@ def steps() -> Iterator[Step]:
     row = (F16, (4, 100, 384))
     residual = add(arg(0), arg(3))
     yield make_step(
-        Norm(NormKind.LAYER, (2,), 1e-12, residual, stores=(SCALE_SHIFT,)), [row, weight(384), weight(384), row], "layer norm"
+        Norm(NormKind.LAYER, (2,), 1e-12, residual, stores=(SCALE_SHIFT,)),
+        [row, weight(384), weight(384), row],
+        "layer norm",
     )
     yield embedding_norm(4, 100, 384)
     yield make_step(Norm(NormKind.RMS, (1,), 1e-6, arg(0), stores=(stored(ACC),)), [(F16, (9, 4096))], "rms norm")
@@ -164,7 +177,9 @@ def steps() -> Iterator[Step]:
     yield make_step(Softmax(1, source=arg(0), stores=(ACC,)), [(F16, (9, 1000))], "softmax")
     yield make_step(Softmax(1, True, arg(0), (ACC,)), [(F16, (9, 999))], "log softmax")
     yield make_step(Reduce(ReduceKind.MEAN, (2, 3), False, arg(0), (stored(ACC),)), [image], "global average")
-    yield make_step(Reduce(ReduceKind.SUM, (1,), False, mul(arg(0), arg(1)), (ACC,)), [row, (F16, (4, 100, 1))], "masked sum")
+    yield make_step(
+        Reduce(ReduceKind.SUM, (1,), False, mul(arg(0), arg(1)), (ACC,)), [row, (F16, (4, 100, 1))], "masked sum"
+    )
     yield make_step(Reduce(ReduceKind.MAX, (1,), True, ex.Arg(0, I64), (ex.Acc(I64),)), [(I64, (9, 77))], "integer max")
     for kind in PoolKind:
         op_pool = Pool(kind, (3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1), stores=(stored(ACC),))
@@ -204,7 +219,10 @@ def launches(architecture: Architecture) -> Iterator[tuple[str, Launch]]:
     step = make_step(Gemm((BIAS_GELU,)), inputs)
     residual = make_step(Gemm((BIAS_RESIDUAL,)), [*inputs, (F16, (300, 400))])
     product = product_of(step, context)
-    for epilogue in (epilogue_of(step, (BIAS_GELU,), (0, 1), 400), epilogue_of(residual, (BIAS_RESIDUAL,), (0, 1), 400)):
+    for epilogue in (
+        epilogue_of(step, (BIAS_GELU,), (0, 1), 400),
+        epilogue_of(residual, (BIAS_RESIDUAL,), (0, 1), 400),
+    ):
         for tile in MMA_TILES:
             if tile.shared_bytes <= architecture.shared_bytes:
                 yield f"gemm {tile.m}x{tile.n}", launch_product(product, epilogue, tile, portable)

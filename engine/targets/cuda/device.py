@@ -29,7 +29,9 @@ class Device:
         try:
             count = cupy.cuda.runtime.getDeviceCount()
         except cupy.cuda.runtime.CUDARuntimeError as error:
-            raise DeviceError(f"no usable CUDA driver: {error}. Use device='cpu', or install NVIDIA driver 580 or newer") from None
+            raise DeviceError(
+                f"no usable CUDA driver: {error}. Use device='cpu', or install NVIDIA driver 580 or newer"
+            ) from None
         if index >= count:
             raise DeviceError(f"device 'cuda:{index}' does not exist: the machine has {count} CUDA device(s)")
         self.index = index

@@ -100,6 +100,7 @@ class CudaTarget:
 
     def staging(self, nbytes: int) -> np.ndarray:
         """The first bytes of the pinned staging memory."""
+        assert self._staging is not None
         return np.frombuffer(self._staging, np.uint8, nbytes)
 
     def memory(self) -> Mapping[str, int]:
@@ -112,7 +113,9 @@ class CudaTarget:
         """The device with its ceilings, measured once: our fp16 product of 4096³ and a copy of 1 GiB."""
         with self.lock, self.device.errors(), self.device.current():
             flops, nbytes = _measure_ceilings(self)
-        return DeviceInfo(f"cuda:{self.device.index}", self.device.name, self.device.architecture.name, 0, flops, nbytes)
+        return DeviceInfo(
+            f"cuda:{self.device.index}", self.device.name, self.device.architecture.name, 0, flops, nbytes
+        )
 
     def close(self) -> None:
         """Give all memory back."""
@@ -187,13 +190,11 @@ class Executable:
         if nbytes:
             cupy.cuda.runtime.memcpyAsync(to, source, nbytes, kind, self._target.device.stream.ptr)
 
-    def launch(self, stream: int | None = None) -> None:
-        """Queue one run on the inputs as they lie in device memory. `stream` is a CUDA stream's handle; default: the
-        device's own."""
+    def launch(self, stream: cupy.cuda.Stream | None = None) -> None:
+        """Queue one run on the inputs as they lie in device memory. `stream`: default, the device's own."""
         self._prepare()
         sampled = self._runs % SAMPLE_EVERY == 1
-        own = self._target.device.stream
-        self._graphs[sampled].launch(own if stream is None else cupy.cuda.ExternalStream(stream))
+        self._graphs[sampled].launch(stream or self._target.device.stream)
         self._runs += 1
         self._pending_sample = sampled
 
@@ -248,7 +249,7 @@ class Executable:
                     assert buffer.data is not None
                     self._own[id(buffer)] = cupy.asarray(np.ascontiguousarray(buffer.data).reshape(-1).view(np.uint8))
                 base = int(self._own[id(buffer)].data.ptr)
-        return base + pointer.offset
+        return int(base) + pointer.offset
 
     # Figures
 

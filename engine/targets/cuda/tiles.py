@@ -90,7 +90,9 @@ _L2_RATE = 48
 _LAUNCH_CYCLES = 1500  # first loads and the drain of the last tile
 
 
-def _cycles(m: int, n: int, k: int, batch: int, tile: tuple[int, int, int], rate: int, workers: int, share: int) -> float:
+def _cycles(
+    m: int, n: int, k: int, batch: int, tile: tuple[int, int, int], rate: int, workers: int, share: int
+) -> float:
     """Estimated cycles of a product in tiles over `workers` multiprocessors, `share` tiles at once on each."""
     tile_m, tile_n, tile_k = tile
     tiles = ceildiv(m, tile_m) * ceildiv(n, tile_n) * batch

@@ -158,7 +158,9 @@ def mismatch(got: np.ndarray, want: np.ndarray, length: int) -> str | None:
         return "infinities differ"
     rows = np.where(finite, b, 0.0).reshape(-1, b.shape[-1] if b.ndim else 1)
     size = sqrt(float(np.max(np.mean(rows**2, axis=1))))
-    bound = 2 * _EPSILON[dtype] * np.where(finite, np.abs(b), 0.0) + size * (2 * _OPERAND_EPSILON + 2.0**-22 * sqrt(length))
+    bound = 2 * _EPSILON[dtype] * np.where(finite, np.abs(b), 0.0) + size * (
+        2 * _OPERAND_EPSILON + 2.0**-22 * sqrt(length)
+    )
     with np.errstate(invalid="ignore"):
         off = np.where(finite, np.abs(a - b), 0.0)
     worst = int(np.argmax(off - bound))

@@ -80,7 +80,11 @@ def test_gemm_with_weight_matches_float64(target: CudaTarget) -> None:
     for i in range(CASES):
         tile = tiles[i % len(tiles)]
         aligned = tile in WGMMA_TILES or rng.random() < 0.6
-        m, k, n = ragged(rng, 700), ragged(rng, 900, 8 if aligned else 1), ragged(rng, 500, 8 if rng.random() < 0.6 else 1)
+        m, k, n = (
+            ragged(rng, 700),
+            ragged(rng, 900, 8 if aligned else 1),
+            ragged(rng, 500, 8 if rng.random() < 0.6 else 1),
+        )
         name = list(GEMM_STORES)[i % 4]
         inputs: list[cv.Given] = [(F16, (m, k)), weight(k, n)]
         inputs += [] if name == "plain" else [weight(n)]
@@ -146,7 +150,9 @@ def test_convolution_matches_float64(target: CudaTarget) -> None:
         packed = Pointer(target.weights.packed(step.inputs[1], "n,rsc8", pack_filter))
         epilogue = epilogue_of(step, (store,), channels_last(4), n // groups)
         launch = launch_conv(Geometry(step), epilogue, packed, tile)
-        cases.append(Case(f"{x} * {n} {kernel} {op.strides} {pads} {dilations} g{groups}", step, c * 16, feeds, [launch]))
+        cases.append(
+            Case(f"{x} * {n} {kernel} {op.strides} {pads} {dilations} g{groups}", step, c * 16, feeds, [launch])
+        )
     check(target, cases)
 
 
@@ -213,7 +219,9 @@ def test_attention_rows_without_keys(target: CudaTarget) -> None:
         for lowest in (-np.inf, float(np.finfo(np.float32).min)):
             bias = np.zeros((2, 1, 1, 70), np.float32)
             bias[1] = lowest
-            cases.append(Case(f"{zero} {lowest}", make_step(op, [heads, heads, heads, (F32, bias.shape)]), 70, {3: bias}))
+            cases.append(
+                Case(f"{zero} {lowest}", make_step(op, [heads, heads, heads, (F32, bias.shape)]), 70, {3: bias})
+            )
     check(target, cases)
 
 
@@ -298,7 +306,11 @@ def test_pools_match_float64(target: CudaTarget) -> None:
         size = tuple(k + int(rng.integers(0, 20)) for k in kernel)
         shape = (int(rng.integers(1, 4)), ragged(rng, 70, 8 if i % 3 else 1), *size)
         op = Pool(list(PoolKind)[i % 2], kernel, strides, pads, (1, 1), i % 4 > 1, i % 3 == 0, (cv.stored(ACC),))
-        if op.kind is PoolKind.AVERAGE and not op.count_include_pad and any(b >= k or e >= k for (b, e), k in zip(pads, kernel, strict=True)):
+        if (
+            op.kind is PoolKind.AVERAGE
+            and not op.count_include_pad
+            and any(b >= k or e >= k for (b, e), k in zip(pads, kernel, strict=True))
+        ):
             continue
         cases.append(Case(f"{op} {shape}", make_step(op, [(F16, shape)]), 25))
     check(target, cases)
@@ -322,7 +334,16 @@ FLOAT_OPS = [
     PointOp.FLOOR, PointOp.CEIL, PointOp.ROUND, PointOp.EXP, PointOp.SIN, PointOp.COS, PointOp.TAN, PointOp.ATAN,
     PointOp.SINH, PointOp.COSH, PointOp.ASINH, PointOp.TANH, PointOp.ERF, PointOp.SIGMOID, PointOp.SQRT, PointOp.LOG,
 ]  # fmt: skip
-INTEGER_OPS = [PointOp.ADD, PointOp.SUB, PointOp.MUL, PointOp.DIV, PointOp.MOD, PointOp.FMOD, PointOp.BITAND, PointOp.EQ]
+INTEGER_OPS = [
+    PointOp.ADD,
+    PointOp.SUB,
+    PointOp.MUL,
+    PointOp.DIV,
+    PointOp.MOD,
+    PointOp.FMOD,
+    PointOp.BITAND,
+    PointOp.EQ,
+]
 BINARY = {
     PointOp.ADD, PointOp.SUB, PointOp.MUL, PointOp.DIV, PointOp.MIN, PointOp.MAX, PointOp.MOD, PointOp.FMOD, PointOp.BITAND,
     PointOp.EQ,
@@ -337,7 +358,9 @@ def test_every_operation_matches_numpy(target: CudaTarget) -> None:
         cases.append(Case(op.value, step, 1))
     for op in INTEGER_OPS:
         for dtype in (I64, DType.I32, DType.U8, DType.I8):
-            step = make_step(Pointwise((ex.apply(op, ex.Arg(0, dtype), ex.Arg(1, dtype)),)), [(dtype, (200,)), (dtype, (200,))])
+            step = make_step(
+                Pointwise((ex.apply(op, ex.Arg(0, dtype), ex.Arg(1, dtype)),)), [(dtype, (200,)), (dtype, (200,))]
+            )
             feeds = {i: rng.integers(1, 100, 200).astype(dtype.numpy) for i in range(2)}
             cases.append(Case(f"{op.value} {dtype}", step, 1, feeds))
     for source in (F16, F32, I64, DType.I32, DType.U8, DType.BOOL, DType.BF16):
