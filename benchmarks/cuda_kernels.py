@@ -1,9 +1,9 @@
 """``python -m benchmarks.cuda_kernels``: our CUDA kernels beside cuBLAS, cuDNN and SDPA (through PyTorch), in one run.
 
-Checks before it times: a row counts only where our result is within 1e-2 of the peer computed in fp32. Prints a table and
-writes ``benchmarks/results/cuda-<device>.json``. The peer is what PyTorch eager runs for the same mathematics on the same
-operands (NHWC images, fp16 masks), captured in a CUDA graph as ours is. `floor_us` is the larger of FLOPs over this run's
-best product rate and bytes over its copy rate.
+Checks before it times: a row counts only where our result is within 1e-2 of the peer computed in fp32. Prints a table
+and writes ``benchmarks/results/cuda-<device>.json``. The peer is what PyTorch eager runs for the same mathematics on
+the same operands (NHWC images, fp16 masks), captured in a CUDA graph as ours is. `floor_us` is the larger of FLOPs over
+this run's best product rate and bytes over its copy rate.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""``python -m benchmarks.cuda_models MODEL.onnx …``: whole models on the GPU, checked against ONNX Runtime on the CPU in fp32,
-then timed beside PyTorch eager in fp16 under a CUDA graph (the same architecture from timm and transformers, NHWC).
+"""``python -m benchmarks.cuda_models MODEL.onnx …``: whole models on the GPU, checked against ONNX Runtime on the CPU
+in fp32, then timed beside PyTorch eager in fp16 under a CUDA graph (the same architecture from timm and transformers,
+NHWC).
 
 A row counts only where every output is within 5e-3 (relative L2) of the fp32 reference.
 """
@@ -33,7 +34,8 @@ TOKEN_SIZES = ((1, 16), (1, 128), (7, 33), (32, 128), (128, 128), (4, 256))
 
 @dataclass(frozen=True)
 class Row:
-    """One model at one size. `run_us` is `Model.run` with host copies; `ours_us` and `peer_us` device time of a graph."""
+    """One model at one size. `run_us` is `Model.run` with host copies; `ours_us` and `peer_us` device time of a
+    graph."""
 
     suite: str
     case: str

@@ -1,9 +1,9 @@
 """The pass `narrow_floats`: what a target stores in fewer bits than it computes in.
 
-With `Traits.storage_type` f16 (or bf16), fp32 values between operators and the weights of matrix operators are kept in that
-type; expressions still compute in fp32 and round once, when they store. Kept in fp32: the model's outputs, sums (they outgrow
-the range), per-channel constants such as biases (they cost nothing), and what is computed from no stored activation, such as
-attention masks (their lowest values must stay finite).
+With `Traits.storage_type` f16 (or bf16), fp32 values between operators and the weights of matrix operators are kept in
+that type; expressions still compute in fp32 and round once, when they store. Kept in fp32: the model's outputs, sums
+(they outgrow the range), per-channel constants such as biases (they cost nothing), and what is computed from no stored
+activation, such as attention masks (their lowest values must stay finite).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _F32 = DType.F32
 
 
 def narrow_floats(graph: Graph, traits: Traits) -> None:
-    """Retype the graph for the storage type, where that is not fp32. Runs last: it adds casts that nothing should move."""
+    """Retype the graph for the storage type, where that is not fp32. Runs last: it adds casts that nothing should
+    move."""
     if traits.storage_type is not _F32:
         _Narrowing(graph, traits.storage_type).run()
 

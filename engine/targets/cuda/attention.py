@@ -119,7 +119,8 @@ _WITHOUT_BIAS = """struct Bias {
 
 
 def _strides(tensor: Tensor, rank: int) -> tuple[int, int, int, int]:
-    """Strides along the four axes of a tensor that broadcasts to `rank` axes; without a head axis (rank 3) that one is 0."""
+    """Strides along the four axes of a tensor that broadcasts to `rank` axes; without a head axis (rank 3) that one is
+    0."""
     batch, *heads, positions, last = operand(tensor, rank).strides
     return batch, heads[0] if heads else 0, positions, last
 

@@ -1,8 +1,9 @@
 """Expressions of the IR as CUDA C++: the prologue and epilogue functors that every kernel takes.
 
-A functor computes WIDTH neighbouring columns of one row of the kernel's iteration space: `Epilogue::store(p, row, column,
-count, acc, Epilogue::fetch(p, row, column, count))` writes every output of the node, `Prologue::load(p, row, column, count,
-value)` reads its source. A kernel may fetch what an epilogue reads long before it stores. Floats are computed in fp32 (fp64 where the expression says so) and rounded once, when stored. Adding an operation to the IR adds a
+A functor computes WIDTH neighbouring columns of one row of the kernel's iteration space: `Epilogue::store(p, row,
+column, count, acc, Epilogue::fetch(p, row, column, count))` writes every output of the node, `Prologue::load(p, row,
+column, count, value)` reads its source. A kernel may fetch what an epilogue reads long before it stores. Floats are
+computed in fp32 (fp64 where the expression says so) and rounded once, when stored. Adding an operation to the IR adds a
 line to `_FLOAT` or `_INTEGER`, and a device function to kernels/epilogue/math.cuh where the language lacks it.
 """
 

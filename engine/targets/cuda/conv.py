@@ -1,5 +1,5 @@
-"""Convolutions: 1×1 ones as matrix products, the rest as implicit ones (conv_mma.cuh); depthwise ones (depthwise.cuh) and
-those of images with few channels (conv_direct.cuh) on the fp32 units."""
+"""Convolutions: 1×1 ones as matrix products, the rest as implicit ones (conv_mma.cuh); depthwise ones (depthwise.cuh)
+and those of images with few channels (conv_direct.cuh) on the fp32 units."""
 
 from __future__ import annotations
 

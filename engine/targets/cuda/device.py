@@ -1,7 +1,7 @@
 """One GPU: its architecture, loaded kernels, tensor maps and launches. The only file that calls the driver.
 
-CuPy holds memory, streams and modules; what it does not wrap (launch attributes, tensor maps) goes through cuda.bindings.
-Importing this file needs the CUDA packages; making a `Device` needs a driver and a supported GPU.
+CuPy holds memory, streams and modules; what it does not wrap (launch attributes, tensor maps) goes through
+cuda.bindings. Importing this file needs the CUDA packages; making a `Device` needs a driver and a supported GPU.
 """
 
 from __future__ import annotations

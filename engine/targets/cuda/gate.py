@@ -1,8 +1,9 @@
-"""``python -m engine.targets.cuda.gate``: compiles the covering set for every architecture and inspects the machine code.
+"""``python -m engine.targets.cuda.gate``: compiles the covering set for every architecture and inspects the machine
+code.
 
-Needs no GPU. A kernel fails that does not compile cleanly, spills registers, uses local memory, asks for more shared memory
-than its architecture has, or lacks the matrix instruction it is built around. The last line gives the counts; the exit
-status is 1 where anything failed.
+Needs no GPU. A kernel fails that does not compile cleanly, spills registers, uses local memory, asks for more shared
+memory than its architecture has, or lacks the matrix instruction it is built around. The last line gives the counts;
+the exit status is 1 where anything failed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from engine.targets.cuda.kernel import Instruction, Kernel
 
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _LOCAL_ACCESS = re.compile(r"^\s*/\*\w+\*/\s+(?:@!?\w+ )?(LDL|STL)\b", re.MULTILINE)
-# ptxas keeps a system's share of shared memory for itself from sm_90 on (1 KiB a block); the limit is on what we ask for.
+# ptxas keeps a system's share of shared memory for itself from sm_90 on (1 KiB a block); the limit is on what we ask
+# for.
 _RESERVED = 1024
 
 

@@ -1,4 +1,5 @@
-"""Reductions over any axes (reduce.cuh). The innermost axis in memory of the first input decides which columns are read."""
+"""Reductions over any axes (reduce.cuh). The innermost axis in memory of the first input decides which columns are
+read."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Iteration spaces: which logical axes are a kernel's rows and columns, and how each operand lies along them.
 
-Broadcasting becomes strides of 0; neighbouring row axes that lie together for every operand merge into one level, so that
-most kernels split no row index at run time. The device side is kernels/epilogue/access.cuh.
+Broadcasting becomes strides of 0; neighbouring row axes that lie together for every operand merge into one level, so
+that most kernels split no row index at run time. The device side is kernels/epilogue/access.cuh.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ class Space:
 def space(sizes: Sequence[int], row_axes: Sequence[int], column_axes: Sequence[int], every: Sequence[Operand]) -> Space:
     """The space whose rows run over `row_axes` and whose columns run over `column_axes`, in that order.
 
-    Raises UnsupportedOp where the operands need more row levels than a kernel has, or do not lie together along the columns.
+    Raises UnsupportedOp where the operands need more row levels than a kernel has, or do not lie together along the
+    columns.
     """
     row_sizes, rows = _merge(sizes, row_axes, every)
     column_sizes, columns = _merge(sizes, column_axes, every)

@@ -1,8 +1,8 @@
 """The CUDA target: binds plans to kernels and memory, captures them in CUDA graphs, and runs them.
 
-A `CudaTarget` belongs to one model. It owns the device's copy of the weights and one region of device memory that all its
-plans share: their inputs, outputs and intermediates, one plan running at a time. A run is: copy the feeds to pinned memory,
-one transfer in, one graph launch, one transfer out. Nothing is allocated on that path.
+A `CudaTarget` belongs to one model. It owns the device's copy of the weights and one region of device memory that all
+its plans share: their inputs, outputs and intermediates, one plan running at a time. A run is: copy the feeds to pinned
+memory, one transfer in, one graph launch, one transfer out. Nothing is allocated on that path.
 """
 
 from __future__ import annotations

@@ -82,8 +82,8 @@ WGMMA_TILES = (
     WgmmaTile(128, 64, 8, cooperative=True),
 )
 
-# Per multiprocessor and clock: multiply-adds on fp16 (NVIDIA's architecture papers: A100 1024, H100 2048 of which mma.sync
-# reaches about 0.6), and bytes from L2 (64 nominal; 48 leaves room for what never overlaps).
+# Per multiprocessor and clock: multiply-adds on fp16 (NVIDIA's architecture papers: A100 1024, H100 2048 of which
+# mma.sync reaches about 0.6), and bytes from L2 (64 nominal; 48 leaves room for what never overlaps).
 _MMA_RATE = 1024
 _WGMMA_RATE = 2048
 _L2_RATE = 48
@@ -97,7 +97,8 @@ def _cycles(
     tile_m, tile_n, tile_k = tile
     tiles = ceildiv(m, tile_m) * ceildiv(n, tile_n) * batch
     step = max(tile_m * tile_n * tile_k / rate, (tile_m + tile_n) * tile_k * 2 / _L2_RATE)
-    # A lone block hides little of its own latency: charge a step as at least this many cycles, shared by its neighbours.
+    # A lone block hides little of its own latency: charge a step as at least this many cycles, shared by its
+    # neighbours.
     step = max(step, 250 / share)
     epilogue = tile_m * tile_n * 4 / _L2_RATE
     return _LAUNCH_CYCLES + ceildiv(tiles, workers) * (ceildiv(k, tile_k) * step + epilogue)

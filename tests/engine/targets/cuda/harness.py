@@ -1,6 +1,7 @@
 """Runs single steps on the GPU and compares them with the NumPy interpreter of the IR, in float64.
 
-Operands are random, every byte the step could write is poisoned before it runs, and bytes beyond its results must stay so.
+Operands are random, every byte the step could write is poisoned before it runs, and bytes beyond its results must stay
+so.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ POISON = 0xFF  # every float type reads NaN, integers −1
 
 @dataclass
 class Case:
-    """A step to check. `length` is the number of terms in its sums; `lowered` its launches where the test chose them."""
+    """A step to check. `length` is the number of terms in its sums; `lowered` its launches where the test chose
+    them."""
 
     label: str
     step: Step
