@@ -155,7 +155,8 @@ def measure(target: CudaTarget, case: Case, ceilings: tuple[float, float], commi
     times = interleaved_us({"ours": (prepared.graph(), count), "peer": (prepared.peer_graph(case.peer), count)})
     floor = max(case.step.cost.flops / ceilings[0], case.step.cost.bytes / ceilings[1]) * 1e6
     return Row(
-        case.suite, case.name, round(times["ours"], 2), round(times["peer"], 2), round(times["peer"] / times["ours"], 3),
+        case.suite, case.name, round(times["ours"], 2), round(times["peer"], 2),
+        round(times["peer"] / times["ours"], 3),
         round(floor, 2), float(f"{error:.1e}"), launches[0].kernel.source.name, commit, date.today().isoformat(),
     )  # fmt: skip
 

@@ -149,7 +149,8 @@ def main() -> int:
                 continue
             rows.append(row)
             print(
-                f"{row.case:46} ours {row.ours_us:8.1f} us  peer {row.peer_us:8.1f}  x{row.ratio:5.2f}  run {row.run_us:8.1f} us  "
+                f"{row.case:46} ours {row.ours_us:8.1f} us  peer {row.peer_us:8.1f}  x{row.ratio:5.2f}  "
+                f"run {row.run_us:8.1f} us  "
                 f"{row.launches} launches  err {row.rel_err:.1e}",
                 flush=True,
             )

@@ -95,14 +95,14 @@ class _Narrowing:
         changes: dict[str, object] = {}
         for item in fields(op):
             if item.name == "source":
-                changes["source"] = self._reading(op.source, inputs)
+                changes["source"] = self._reading(getattr(op, item.name), inputs)
             elif item.name == "stores":
                 narrow = self._narrows(op, inputs)
                 changes["stores"] = tuple(
                     ex.cast(read, self.storage) if narrow and read.dtype is _F32 and value not in self.wide else read
                     for read, value in (
                         (self._reading(store, inputs), value)
-                        for store, value in zip(op.stores, outputs, strict=True)
+                        for store, value in zip(getattr(op, item.name), outputs, strict=True)
                     )
                 )
         return replace(op, **changes) if changes else op

@@ -19,8 +19,9 @@ from engine.targets.cuda.kernel import I64, STORAGE, Argument, Functor, LevelSiz
 from engine.targets.cuda.spaces import Operand, Space
 
 COMPUTE = {
-    DType.F64: "double", DType.F32: "float", DType.F16: "float", DType.BF16: "float", DType.I64: "i64", DType.I32: "i32",
-    DType.I16: "i32", DType.I8: "i32", DType.U64: "u64", DType.U32: "u32", DType.U16: "i32", DType.U8: "i32",
+    DType.F64: "double", DType.F32: "float", DType.F16: "float", DType.BF16: "float", DType.I64: "i64",
+    DType.I32: "i32", DType.I16: "i32", DType.I8: "i32", DType.U64: "u64", DType.U32: "u32", DType.U16: "i32",
+    DType.U8: "i32",
     DType.BOOL: "bool",
 }  # fmt: skip
 """The types in which elements are computed (`compute_t` of kernels/types.cuh)."""
@@ -28,13 +29,15 @@ COMPUTE = {
 _SMALL = frozenset({DType.I16, DType.I8, DType.U16, DType.U8})
 
 _FLOAT = {
-    PointOp.POW: "powf({}, {})", PointOp.MIN: "min_nan({}, {})", PointOp.MAX: "max_nan({}, {})", PointOp.ABS: "fabsf({})",
-    PointOp.MOD: "floor_mod({}, {})", PointOp.FMOD: "trunc_mod({}, {})", PointOp.SIGN: "sign({})",
-    PointOp.FLOOR: "floorf({})", PointOp.CEIL: "ceilf({})", PointOp.ROUND: "rintf({})", PointOp.SQRT: "sqrtf({})",
+    PointOp.POW: "powf({}, {})", PointOp.MIN: "min_nan({}, {})", PointOp.MAX: "max_nan({}, {})",
+    PointOp.ABS: "fabsf({})", PointOp.MOD: "floor_mod({}, {})", PointOp.FMOD: "trunc_mod({}, {})",
+    PointOp.SIGN: "sign({})", PointOp.FLOOR: "floorf({})", PointOp.CEIL: "ceilf({})",
+    PointOp.ROUND: "rintf({})", PointOp.SQRT: "sqrtf({})",
     PointOp.EXP: "expf({})", PointOp.LOG: "logf({})", PointOp.SIN: "sinf({})", PointOp.COS: "cosf({})",
     PointOp.TAN: "tanf({})", PointOp.ASIN: "asinf({})", PointOp.ACOS: "acosf({})", PointOp.ATAN: "atanf({})",
     PointOp.SINH: "sinhf({})", PointOp.COSH: "coshf({})", PointOp.ASINH: "asinhf({})", PointOp.ACOSH: "acoshf({})",
-    PointOp.ATANH: "atanhf({})", PointOp.TANH: "tanhf({})", PointOp.ERF: "erf_approx({})", PointOp.SIGMOID: "sigmoid({})",
+    PointOp.ATANH: "atanhf({})", PointOp.TANH: "tanhf({})", PointOp.ERF: "erf_approx({})",
+    PointOp.SIGMOID: "sigmoid({})",
 }  # fmt: skip
 _DOUBLE = {
     **{op: text.replace("f(", "(") for op, text in _FLOAT.items()},
@@ -80,7 +83,8 @@ def epilogue(
         f"out{j}[i]": (store, output.dtype) for j, (store, output) in enumerate(zip(stores, outputs, strict=True))
     }
     arguments = f"const Params& p, u32 row, u32 column, u32 count, const {COMPUTE[acc]} (&acc)[WIDTH]"
-    short = f"  DEVICE static void store({arguments}) {{ store(p, row, column, count, acc, fetch(p, row, column, count)); }}\n"
+    fetched = "store(p, row, column, count, acc, fetch(p, row, column, count));"
+    short = f"  DEVICE static void store({arguments}) {{ {fetched} }}\n"
     return writer.functor("Epilogue", f"void store({arguments}, const Inputs& inputs)", results, short)
 
 
@@ -122,12 +126,14 @@ class _Writer:
                 self.declare(f"{name}_index", operand.index)
                 self.arguments[f"{name}_rows"] = operand.table_rows
                 self.arguments[f"{name}_row_stride"] = I64(operand.table_stride)
-                row = f"table_row<{STORAGE[operand.index.dtype]}>(p.{name}_index, row_offset(p.{name}_index, r), p.{name}_rows)"
+                by = STORAGE[operand.index.dtype]
+                row = f"table_row<{by}>(p.{name}_index, row_offset(p.{name}_index, r), p.{name}_rows)"
                 offset += f" + {row} * p.{name}_row_stride"
             dtype, column = STORAGE[operand.dtype], _column(operand)
             self.members.append(f"Fetched<{dtype}, {column}> a{i};")
             self.fetches.append(
-                f"inputs.a{i} = fetch_columns<{dtype}, {column}, {self.aligned(operand)}>(p.{name}, {offset}, column, count);"
+                f"inputs.a{i} = fetch_columns<{dtype}, {column}, {self.aligned(operand)}>"
+                f"(p.{name}, {offset}, column, count);"
             )
 
     def functor(
@@ -139,7 +145,8 @@ class _Writer:
             *body.lines,
             *(f"{target} = {_convert(names[root], root.dtype, to)};" for target, (root, to) in results.items()),
         ]
-        split = f"const RowIndex<{len(self.space.levels)}> r = split_row<{len(self.space.levels)}>(p.{self.prefix}_levels, row);"
+        levels = len(self.space.levels)
+        split = f"const RowIndex<{levels}> r = split_row<{levels}>(p.{self.prefix}_levels, row);"
         fetch = _indented([split, "Inputs inputs;", *self.fetches, "return inputs;"])
         head += f"  struct Inputs {{ {' '.join(self.members)} }};\n"
         head += f"  DEVICE static Inputs fetch(const Params& p, u32 row, u32 column, u32 count) {{\n{fetch}\n  }}\n"

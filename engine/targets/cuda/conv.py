@@ -115,7 +115,8 @@ class Geometry:
     def arguments(self) -> dict[str, Argument]:
         """What the kernels of this module are told."""
         return {
-            "x": self.x, "x_image": I64(self.x_strides[0]), "x_row": I64(self.x_strides[1]), "x_pixel": I64(self.x_strides[2]),
+            "x": self.x, "x_image": I64(self.x_strides[0]), "x_row": I64(self.x_strides[1]),
+            "x_pixel": I64(self.x_strides[2]),
             "images": self.images, "in_h": self.input[0], "in_w": self.input[1], "out_h": self.output[0],
             "out_w": self.output[1], "stride_h": self.strides[0], "stride_w": self.strides[1], "pad_h": self.pads[0],
             "pad_w": self.pads[1], "dilation_h": self.dilations[0], "dilation_w": self.dilations[1],
@@ -188,7 +189,8 @@ def launch_conv(geometry: Geometry, epilogue: Functor, w: Pointer, tile: MmaTile
         {**tile.config, "x_vector": geometry.x_vector, "x_t": geometry.x.ctype},
         [epilogue],
         {
-            **geometry.arguments(), "x_channel": I64(geometry.x_channel), "w": w, "w_stride": I64(ceildiv(geometry.k, VECTOR) * VECTOR), "n": geometry.n,
+            **geometry.arguments(), "x_channel": I64(geometry.x_channel), "w": w,
+            "w_stride": I64(ceildiv(geometry.k, VECTOR) * VECTOR), "n": geometry.n,
             "k": geometry.k, "channels": geometry.channels, "kernel_w": geometry.kernel[1],
         },
         (tiles, geometry.groups, 1),

@@ -36,6 +36,7 @@ from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.conv import Geometry, channels_last, launch_conv, pack_filter
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.gemm import epilogue_of, launch_product, product_of
+from engine.targets.cuda.image import Filter, centre_box, launch_images
 from engine.targets.cuda.kernel import Context, Launch, Pointer, WeightStore
 from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES
 
@@ -208,6 +209,15 @@ def layout_copy(n: int, c: int, h: int, w: int) -> Step:
     return make_step(Pointwise((ex.Arg(0, F16),)), [image], "layout copy")
 
 
+def images() -> Iterator[tuple[str, Launch]]:
+    """Image preprocessing for every filter, in both layouts and types."""
+    pixels = Buffer("pixels", BufferKind.INPUT, 300 * 400 * 3)
+    for filter_, dtype in zip(Filter, (F16, F32), strict=True):
+        output = _fresh("output0", BufferKind.OUTPUT, dtype, (1, 3, 224, 224), channels_last(4))
+        box = centre_box(0, 300, 400, 256, (224, 224))
+        yield f"image {filter_.name.lower()}", launch_images(pixels, [box], output, (0, 0, 0), (1, 1, 1), filter_)
+
+
 def launches(architecture: Architecture) -> Iterator[tuple[str, Launch]]:
     """(name, launch) of everything in the covering set, with every tile of the matrix kernels."""
     context = Context(architecture, 128, WeightStore())
@@ -215,6 +225,7 @@ def launches(architecture: Architecture) -> Iterator[tuple[str, Launch]]:
     for step in steps():
         for launch in family_of(step.op).lower(step, context):
             yield step.name, launch
+    yield from images()
     inputs: list[Given] = [(F16, (300, 384)), weight(384, 400), weight(400)]
     step = make_step(Gemm((BIAS_GELU,)), inputs)
     residual = make_step(Gemm((BIAS_RESIDUAL,)), [*inputs, (F16, (300, 400))])

@@ -139,7 +139,8 @@ def product_of(step: Step, context: Context) -> Product:
     outer, inner = (1, *batch.levels)[-2:]
     strides = [(0, *operand.strides[:-1]) for operand in batch.operands]
     return Product(
-        a.shape[-2], n, k, pointer_to(a), a.strides[-2], b_pointer, b_stride, b_k_inner, (outer, inner), (strides[0][-2], strides[0][-1]), (strides[1][-2], strides[1][-1])
+        a.shape[-2], n, k, pointer_to(a), a.strides[-2], b_pointer, b_stride, b_k_inner, (outer, inner),
+        (strides[0][-2], strides[0][-1]), (strides[1][-2], strides[1][-1]),
     )  # fmt: skip
 
 

@@ -285,6 +285,8 @@ def launch(
             "}",
             '#include "epilogue/access.cuh"',
             '#include "epilogue/math.cuh"',
+            # Structs of one kernel file, which a member may point to.
+            *dict.fromkeys(a.ctype + ";" for _, a in every if isinstance(a, Pointer) and a.ctype.startswith("struct ")),
             params_struct(every),
             *(functor.code for functor in functors),
             helpers,

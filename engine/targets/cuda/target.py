@@ -282,7 +282,8 @@ class Executable:
     @property
     def nbytes(self) -> int:
         """Memory of this executable beside weights and region: stamps, tensors of sizes, launch arguments."""
-        return int(self._stamps.nbytes) + sum(array.nbytes for array in self._own.values()) + 4096 * len(self._launches)
+        own = sum(int(array.nbytes) for array in self._own.values())
+        return int(self._stamps.nbytes) + own + 4096 * len(self._launches)
 
     def close(self) -> None:
         """Forget the graphs."""

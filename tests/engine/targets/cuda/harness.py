@@ -169,4 +169,5 @@ def mismatch(got: np.ndarray, want: np.ndarray, length: int) -> str | None:
     if off.flat[worst] <= bound.flat[worst]:
         return None
     count = int(np.count_nonzero(off > bound))
-    return f"{count} of {b.size} off, worst {a.flat[worst]:.6g} for {b.flat[worst]:.6g} at {np.unravel_index(worst, b.shape)} of {b.shape}"
+    place = [int(i) for i in np.unravel_index(worst, b.shape)]
+    return f"{count} of {b.size} off, worst {a.flat[worst]:.6g} for {b.flat[worst]:.6g} at {place} of {list(b.shape)}"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-cupy = pytest.importorskip("cupy")
+pytest.importorskip("cupy")
 
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
@@ -197,7 +197,8 @@ def test_attention_matches_float64(target: CudaTarget) -> None:
         bias = [None, (batch, 1, 1, keys), (1, heads, queries, keys), (queries, keys)][i % 4]
         op = Attention(head**-0.5, bool(rng.random() < 0.3), bias is not None, stores=(cv.stored(ACC),))
         inputs: list[cv.Given] = [
-            (F16, (batch, heads, queries, head)), (F16, (batch, kv_heads, keys, head)), (F16, (batch, kv_heads, keys, value)),
+            (F16, (batch, heads, queries, head)), (F16, (batch, kv_heads, keys, head)),
+            (F16, (batch, kv_heads, keys, value)),
         ]  # fmt: skip
         feeds: dict[int, np.ndarray] = {}
         if bias is not None:
@@ -330,8 +331,9 @@ def test_pointwise_matches_float64(target: CudaTarget) -> None:
 
 
 FLOAT_OPS = [
-    PointOp.SUB, PointOp.DIV, PointOp.MIN, PointOp.MAX, PointOp.MOD, PointOp.FMOD, PointOp.NEG, PointOp.ABS, PointOp.SIGN,
-    PointOp.FLOOR, PointOp.CEIL, PointOp.ROUND, PointOp.EXP, PointOp.SIN, PointOp.COS, PointOp.TAN, PointOp.ATAN,
+    PointOp.SUB, PointOp.DIV, PointOp.MIN, PointOp.MAX, PointOp.MOD, PointOp.FMOD, PointOp.NEG, PointOp.ABS,
+    PointOp.SIGN, PointOp.FLOOR, PointOp.CEIL, PointOp.ROUND, PointOp.EXP, PointOp.SIN, PointOp.COS,
+    PointOp.TAN, PointOp.ATAN,
     PointOp.SINH, PointOp.COSH, PointOp.ASINH, PointOp.TANH, PointOp.ERF, PointOp.SIGMOID, PointOp.SQRT, PointOp.LOG,
 ]  # fmt: skip
 INTEGER_OPS = [
@@ -345,8 +347,8 @@ INTEGER_OPS = [
     PointOp.EQ,
 ]
 BINARY = {
-    PointOp.ADD, PointOp.SUB, PointOp.MUL, PointOp.DIV, PointOp.MIN, PointOp.MAX, PointOp.MOD, PointOp.FMOD, PointOp.BITAND,
-    PointOp.EQ,
+    PointOp.ADD, PointOp.SUB, PointOp.MUL, PointOp.DIV, PointOp.MIN, PointOp.MAX, PointOp.MOD, PointOp.FMOD,
+    PointOp.BITAND, PointOp.EQ,
 }  # fmt: skip
 
 
