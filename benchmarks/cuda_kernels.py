@@ -1,9 +1,9 @@
 """``python -m benchmarks.cuda_kernels``: our CUDA kernels beside cuBLAS, cuDNN and SDPA (through PyTorch), in one run.
 
-Checks before it times: a row counts only where our result is within 1e-2 of the peer computed in fp32. Prints a table and
-writes ``benchmarks/results/cuda-<device>.json``. The peer is what PyTorch eager runs for the same mathematics on the same
-operands (NHWC images, fp16 masks), captured in a CUDA graph as ours is. `floor_us` is the larger of FLOPs over this run's
-best product rate and bytes over its copy rate.
+Checks before it times: a row counts only where our result is within 1e-2 of the peer computed in fp32. Prints a table
+and writes ``benchmarks/results/cuda-<device>.json``. The peer is what PyTorch eager runs for the same mathematics on
+the same operands (NHWC images, fp16 masks), captured in a CUDA graph as ours is. `floor_us` is the larger of FLOPs over
+this run's best product rate and bytes over its copy rate.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F  # noqa: N812  (the name everybody knows it by)
+import torch.nn.functional as F
 
 from benchmarks.cuda_timing import Prepared, captured, interleaved_us
 from engine.errors import EngineError
@@ -102,7 +102,13 @@ def conv_cases() -> Iterator[Case]:
 
 
 def attention_cases() -> Iterator[Case]:
-    for batch, sequence, heads, head in ((1, 128, 12, 32), (32, 128, 12, 32), (32, 256, 12, 32), (32, 128, 12, 64), (8, 512, 12, 64)):
+    for batch, sequence, heads, head in (
+        (1, 128, 12, 32),
+        (32, 128, 12, 32),
+        (32, 256, 12, 32),
+        (32, 128, 12, 64),
+        (8, 512, 12, 64),
+    ):
         shape = (batch, heads, sequence, head)
         inputs: list[cv.Given] = [(F16, shape), (F16, shape), (F16, shape), (F16, (batch, 1, 1, sequence))]
         op = Attention(head**-0.5, has_bias=True, stores=(cv.stored(cv.ACC),))
@@ -146,24 +152,28 @@ def measure(target: CudaTarget, case: Case, ceilings: tuple[float, float], commi
     if not error <= TOLERANCE:
         raise RuntimeError(f"{case.suite} {case.name}: relative error {error:.1e}; not timed")
     count = len(prepared.sets)
-    times = interleaved_us(
-        {"ours": (prepared.graph(), count), "peer": (prepared.peer_graph(case.peer), count)}
-    )
+    times = interleaved_us({"ours": (prepared.graph(), count), "peer": (prepared.peer_graph(case.peer), count)})
     floor = max(case.step.cost.flops / ceilings[0], case.step.cost.bytes / ceilings[1]) * 1e6
     return Row(
-        case.suite, case.name, round(times["ours"], 2), round(times["peer"], 2), round(times["peer"] / times["ours"], 3),
+        case.suite, case.name, round(times["ours"], 2), round(times["peer"], 2),
+        round(times["peer"] / times["ours"], 3),
         round(floor, 2), float(f"{error:.1e}"), launches[0].kernel.source.name, commit, date.today().isoformat(),
     )  # fmt: skip
+
+
+def _discard(value: object) -> None:
+    del value
 
 
 def ceilings_of_this_run() -> tuple[float, float]:
     """(FLOP/s, bytes/s): the best of cuBLAS at 8192³ in fp16 and a copy of 1 GiB, measured now."""
     a = torch.randn(8192, 8192, device="cuda").half()
     b = torch.randn(8192, 8192, device="cuda").half()
-    product = captured(lambda: [torch.matmul(a, b) for _ in range(4)] and None)
-    source, copy = (torch.empty(1 << 29, dtype=torch.uint8, device="cuda") for _ in range(2))
-    moved = captured(lambda: [copy.copy_(source) for _ in range(4)] and None)
-    times = interleaved_us({"product": (product, 4), "copy": (moved, 4)})
+    source = torch.randn(1 << 28, device="cuda").half()
+    result = torch.empty_like(source)
+    product = captured(lambda: _discard(torch.matmul(a, b)))
+    moved = captured(lambda: _discard(torch.neg(source, out=result)))  # a copy by the multiprocessors, as kernels do it
+    times = interleaved_us({"product": (product, 1), "copy": (moved, 1)})
     return 2 * 8192**3 / times["product"] * 1e6, 2 * source.nbytes / times["copy"] * 1e6
 
 
@@ -173,9 +183,12 @@ def main() -> int:
     parser.add_argument("--commit", default="")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    commit = options.commit or subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    commit = (
+        options.commit
+        or subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+    )
     target = CudaTarget(0)
     ceilings = ceilings_of_this_run()
     print(f"{target.device.name}: {ceilings[0] / 1e12:.0f} TFLOP/s, {ceilings[1] / 1e12:.2f} TB/s")

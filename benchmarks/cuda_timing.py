@@ -1,7 +1,8 @@
-"""Steps on the GPU beside PyTorch: operands in rotating sets, launches in CUDA graphs, rounds interleaved. Needs PyTorch.
+"""Steps on the GPU beside PyTorch: operands in rotating sets, launches in CUDA graphs, rounds interleaved. Needs
+PyTorch.
 
-Used by `cuda_kernels.py`. A set is one copy of all the tensors of a step; a graph runs the step once on every set, and there
-are so many sets that together they outgrow the L2 cache, unless the case says that it lives there.
+Used by `cuda_kernels.py`. A set is one copy of all the tensors of a step; a graph runs the step once on every set, and
+there are so many sets that together they outgrow the L2 cache, unless the case says that it lives there.
 """
 
 from __future__ import annotations

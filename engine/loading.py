@@ -190,7 +190,7 @@ class _Loader:
     def _model(self, target: Target, precision: Precision) -> Model:
         from engine import passes
 
-        graph = passes.run(self._read(), replace(target.traits, storage=precision.storage))
+        graph = passes.run(self._read(), replace(target.traits, storage_type=precision.storage))
         if self.strict:
             _refuse_opaque(graph)
         model = Model(graph, target, self.plan_cache_bytes)

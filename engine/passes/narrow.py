@@ -1,4 +1,4 @@
-"""The pass `narrow_floats`: fp32 activations and weights are stored in the target's narrower type, `Traits.storage`.
+"""The pass `narrow_floats`: fp32 activations and weights are stored in the target's narrower type, `Traits.storage_type`.
 
 Arithmetic stays fp32: an expression widens what it reads and rounds once, when it stores. Only memory changes, and the
 operands of matrix units. What stays fp32 in memory: the model's inputs and outputs, scores and masks of softmax and
@@ -40,8 +40,8 @@ _FUSED = (*FUSED_OPS, Pointwise)
 
 def narrow_floats(graph: Graph, traits: Traits) -> None:
     """Retype the graph where the target stores floats in a type narrower than fp32."""
-    if traits.storage is not DType.F32:
-        narrowing = _Narrowing(graph, traits.storage)
+    if traits.storage_type is not DType.F32:
+        narrowing = _Narrowing(graph, traits.storage_type)
         narrowing.run()
         if narrowing.copies:
             fuse_epilogues(graph, traits)

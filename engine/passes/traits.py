@@ -12,10 +12,11 @@ class Traits:
     """The capability table of a target, as far as graph rewrites are concerned.
 
     `channels_last`: image kernels want the channel innermost in memory. `float_types`: the floating-point types the
-    target computes and stores; tensors of other float types are carried in fp32 inside the graph. `storage`: the type
-    in which fp32 activations and weights lie in memory; arithmetic stays fp32 where it is narrower (`narrow_floats`).
+    target computes and stores; tensors of other float types are carried in fp32 inside the graph. `storage_type` is
+    what fp32 activations and weights are kept in between operators, which compute in fp32 all the same
+    (`narrow_floats`).
     """
 
     channels_last: bool = True
     float_types: frozenset[DType] = frozenset({DType.F32, DType.F64})
-    storage: DType = DType.F32
+    storage_type: DType = DType.F32

@@ -11,8 +11,8 @@ KIB = 1024
 
 @dataclass(frozen=True)
 class Architecture:
-    """One compilation target. `shared_bytes` is the most dynamic shared memory a block may ask for (CUDA C++ Programming
-    Guide, "Technical Specifications per Compute Capability")."""
+    """One compilation target. `shared_bytes` is the most dynamic shared memory a block may ask for (CUDA C++
+    Programming Guide, "Technical Specifications per Compute Capability")."""
 
     name: str
     shared_bytes: int

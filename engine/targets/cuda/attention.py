@@ -35,7 +35,9 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
         raise UnsupportedOp(f"Attention of {q.dtype.value}: the CUDA kernels take f16 (precision='fp16')")
     for size in (q.shape[-1], v.shape[-1]):
         if size > _MAX_HEAD or size % VECTOR:
-            raise UnsupportedOp(f"Attention with {size} features a head: the CUDA kernels take multiples of 8 up to 128")
+            raise UnsupportedOp(
+                f"Attention with {size} features a head: the CUDA kernels take multiples of 8 up to 128"
+            )
     if op.has_bias and inputs[3].dtype not in (DType.F16, DType.F32):
         raise UnsupportedOp(f"Attention with a bias of {inputs[3].dtype.value}: the CUDA kernels take f16 and f32")
     inner = Requirement(Access.INNER, tuple(range(len(q.shape))))
@@ -45,7 +47,7 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
     )
 
 
-def lower(step: Step, context: Context) -> list[Launch]:
+def lower(step: Step, context: Context) -> list[Launch]:  # noqa: ARG001  (the signature of a Family)
     op = step.op
     assert isinstance(op, Attention)
     queries, shape = step.inputs[0].shape[-2], step.outputs[0].shape
@@ -59,14 +61,18 @@ def lower(step: Step, context: Context) -> list[Launch]:
 
     head, value = step.inputs[0].shape[-1], shape[-1]
     head_padded, value_padded = ceildiv(head, 16) * 16, ceildiv(value, 32) * 32
+    narrow = max(head_padded, value_padded) <= 64
     warps = 4 if queries > 32 else 2 if queries > 16 else 1
+    fragments = 2 if narrow and queries > 64 else 1
     keys = 64
-    shared = 16 * warps * _row_bytes(head_padded) + 2 * keys * (_row_bytes(head_padded) + _row_bytes(value_padded))
+    bias = _bias_strides(step, len(shape))
+    shared = 16 * warps * fragments * _row_bytes(head_padded)
+    shared += 2 * keys * (_row_bytes(head_padded) + _row_bytes(value_padded) + 4)
     config: dict[str, int | bool | str] = {
-        "warps": warps, "keys": keys, "head_padded": head_padded, "value_padded": value_padded, "causal": op.causal,
-        "bias": op.has_bias, "masked_rows_zero": op.masked_rows_zero, "shared_bytes": shared,
+        "warps": warps, "fragments": fragments, "keys": keys, "head_padded": head_padded, "value_padded": value_padded,
+        "causal": op.causal, "bias": _bias_kind(bias), "masked_rows_zero": op.masked_rows_zero, "shared_bytes": shared,
         # 12 warps leave each thread 168 registers, 8 all 255: what the gate shows to be free of spills.
-        "blocks": 3 if warps == 4 and max(head_padded, value_padded) <= 64 else 8 // warps,
+        "blocks": 3 if warps == 4 and fragments == 1 and narrow else 8 // warps,
     }  # fmt: skip
     arguments: dict[str, Argument] = {"scale_log2": op.scale * _LOG2_E}
     for name, tensor in zip(("q", "k", "v"), step.inputs, strict=False):
@@ -74,19 +80,29 @@ def lower(step: Step, context: Context) -> list[Launch]:
         if any(stride % VECTOR for stride in strides[:-1]) or tensor.offset % VECTOR:
             raise UnsupportedOp(f"{step.name}: {name} starts or strides off a 16-byte boundary")
         arguments |= {name: pointer_to(tensor), f"{name}_stride": I64s(strides[:-1])}
-    if op.has_bias:
-        arguments |= {"bias": pointer_to(step.inputs[3]), "bias_stride": I64s(_strides(step.inputs[3], len(shape)))}
+    if bias is not None:
+        arguments |= {"bias": pointer_to(step.inputs[3]), "bias_stride": I64s(bias)}
     arguments |= {
         "queries": queries, "keys": step.inputs[1].shape[-2], "head_size": head, "value_size": value,
         "heads_per_kv": heads // kv_heads,
     }  # fmt: skip
-    grid = (ceildiv(queries, 16 * warps), heads, shape[0])
+    grid = (ceildiv(queries, 16 * warps * fragments), heads, shape[0])
     return [
         launch(
             "attention", "attention_mma.cuh", config, [epilogue], arguments, grid, 32 * warps, shared, Instruction.MMA,
             _WITH_BIAS if op.has_bias else _WITHOUT_BIAS,
         )
     ]  # fmt: skip
+
+
+def _bias_strides(step: Step, rank: int) -> tuple[int, int, int, int] | None:
+    assert isinstance(step.op, Attention)
+    return _strides(step.inputs[3], rank) if step.op.has_bias else None
+
+
+def _bias_kind(strides: tuple[int, int, int, int] | None) -> int:
+    """As in attention_mma.cuh: none, the same for all queries, or full."""
+    return 0 if strides is None else 1 if strides[2] == 0 else 2
 
 
 _WITH_BIAS = """struct Bias {
@@ -103,7 +119,8 @@ _WITHOUT_BIAS = """struct Bias {
 
 
 def _strides(tensor: Tensor, rank: int) -> tuple[int, int, int, int]:
-    """Strides along the four axes of a tensor that broadcasts to `rank` axes; without a head axis (rank 3) that one is 0."""
+    """Strides along the four axes of a tensor that broadcasts to `rank` axes; without a head axis (rank 3) that one is
+    0."""
     batch, *heads, positions, last = operand(tensor, rank).strides
     return batch, heads[0] if heads else 0, positions, last
 

@@ -1,7 +1,8 @@
 """Expressions of the IR as CUDA C++: the prologue and epilogue functors that every kernel takes.
 
-A functor computes WIDTH neighbouring columns of one row of the kernel's iteration space: `Epilogue::store(p, row, column,
-count, acc)` writes every output of the node, `Prologue::load(p, row, column, count, value)` reads its source. Floats are
+A functor computes WIDTH neighbouring columns of one row of the kernel's iteration space: `Epilogue::store(p, row,
+column, count, acc, Epilogue::fetch(p, row, column, count))` writes every output of the node, `Prologue::load(p, row,
+column, count, value)` reads its source. A kernel may fetch what an epilogue reads long before it stores. Floats are
 computed in fp32 (fp64 where the expression says so) and rounded once, when stored. Adding an operation to the IR adds a
 line to `_FLOAT` or `_INTEGER`, and a device function to kernels/epilogue/math.cuh where the language lacks it.
 """
@@ -18,8 +19,9 @@ from engine.targets.cuda.kernel import I64, STORAGE, Argument, Functor, LevelSiz
 from engine.targets.cuda.spaces import Operand, Space
 
 COMPUTE = {
-    DType.F64: "double", DType.F32: "float", DType.F16: "float", DType.BF16: "float", DType.I64: "i64", DType.I32: "i32",
-    DType.I16: "i32", DType.I8: "i32", DType.U64: "u64", DType.U32: "u32", DType.U16: "i32", DType.U8: "i32",
+    DType.F64: "double", DType.F32: "float", DType.F16: "float", DType.BF16: "float", DType.I64: "i64",
+    DType.I32: "i32", DType.I16: "i32", DType.I8: "i32", DType.U64: "u64", DType.U32: "u32", DType.U16: "i32",
+    DType.U8: "i32",
     DType.BOOL: "bool",
 }  # fmt: skip
 """The types in which elements are computed (`compute_t` of kernels/types.cuh)."""
@@ -27,13 +29,15 @@ COMPUTE = {
 _SMALL = frozenset({DType.I16, DType.I8, DType.U16, DType.U8})
 
 _FLOAT = {
-    PointOp.POW: "powf({}, {})", PointOp.MIN: "min_nan({}, {})", PointOp.MAX: "max_nan({}, {})", PointOp.ABS: "fabsf({})",
-    PointOp.MOD: "floor_mod({}, {})", PointOp.FMOD: "trunc_mod({}, {})", PointOp.SIGN: "sign({})",
-    PointOp.FLOOR: "floorf({})", PointOp.CEIL: "ceilf({})", PointOp.ROUND: "rintf({})", PointOp.SQRT: "sqrtf({})",
+    PointOp.POW: "powf({}, {})", PointOp.MIN: "min_nan({}, {})", PointOp.MAX: "max_nan({}, {})",
+    PointOp.ABS: "fabsf({})", PointOp.MOD: "floor_mod({}, {})", PointOp.FMOD: "trunc_mod({}, {})",
+    PointOp.SIGN: "sign({})", PointOp.FLOOR: "floorf({})", PointOp.CEIL: "ceilf({})",
+    PointOp.ROUND: "rintf({})", PointOp.SQRT: "sqrtf({})",
     PointOp.EXP: "expf({})", PointOp.LOG: "logf({})", PointOp.SIN: "sinf({})", PointOp.COS: "cosf({})",
     PointOp.TAN: "tanf({})", PointOp.ASIN: "asinf({})", PointOp.ACOS: "acosf({})", PointOp.ATAN: "atanf({})",
     PointOp.SINH: "sinhf({})", PointOp.COSH: "coshf({})", PointOp.ASINH: "asinhf({})", PointOp.ACOSH: "acoshf({})",
-    PointOp.ATANH: "atanhf({})", PointOp.TANH: "tanhf({})", PointOp.ERF: "erf_approx({})", PointOp.SIGMOID: "sigmoid({})",
+    PointOp.ATANH: "atanhf({})", PointOp.TANH: "tanhf({})", PointOp.ERF: "erf_approx({})",
+    PointOp.SIGMOID: "sigmoid({})",
 }  # fmt: skip
 _DOUBLE = {
     **{op: text.replace("f(", "(") for op, text in _FLOAT.items()},
@@ -75,9 +79,13 @@ def epilogue(
             f"store_columns<{STORAGE[output.dtype]}, {_column(output)}, {writer.aligned(output)}>"
             f"(p.epilogue_out{j}, row_offset(p.epilogue_out{j}, r), column, count, out{j});"
         )
-    results = {f"out{j}[i]": (store, output.dtype) for j, (store, output) in enumerate(zip(stores, outputs, strict=True))}
-    signature = f"void store(const Params& p, u32 row, u32 column, u32 count, const {COMPUTE[acc]} (&acc)[WIDTH])"
-    return writer.functor("Epilogue", signature, results)
+    results = {
+        f"out{j}[i]": (store, output.dtype) for j, (store, output) in enumerate(zip(stores, outputs, strict=True))
+    }
+    arguments = f"const Params& p, u32 row, u32 column, u32 count, const {COMPUTE[acc]} (&acc)[WIDTH]"
+    fetched = "store(p, row, column, count, acc, fetch(p, row, column, count));"
+    short = f"  DEVICE static void store({arguments}) {{ {fetched} }}\n"
+    return writer.functor("Epilogue", f"void store({arguments}, const Inputs& inputs)", results, short)
 
 
 def prologue(source: ex.Expr, space: Space, inputs: Mapping[int, Operand], granularity: int) -> Functor:
@@ -86,6 +94,7 @@ def prologue(source: ex.Expr, space: Space, inputs: Mapping[int, Operand], granu
     writer.read(inputs)
     value = COMPUTE[source.dtype]
     signature = f"void load(const Params& p, u32 row, u32 column, u32 count, {value} (&value)[WIDTH])"
+    writer.prepare.append("const Inputs inputs = fetch(p, row, column, count);")
     return writer.functor("Prologue", signature, {"value[i]": (source, source.dtype)}, f"  using value_t = {value};\n")
 
 
@@ -97,6 +106,8 @@ class _Writer:
         self.space = space
         self.granularity = granularity
         self.arguments: dict[str, Argument] = {f"{prefix}_levels": LevelSizes(space.levels)}
+        self.members: list[str] = []
+        self.fetches: list[str] = []
         self.prepare: list[str] = []
         self.finish: list[str] = []
 
@@ -115,20 +126,32 @@ class _Writer:
                 self.declare(f"{name}_index", operand.index)
                 self.arguments[f"{name}_rows"] = operand.table_rows
                 self.arguments[f"{name}_row_stride"] = I64(operand.table_stride)
-                row = f"table_row<{STORAGE[operand.index.dtype]}>(p.{name}_index, row_offset(p.{name}_index, r), p.{name}_rows)"
+                by = STORAGE[operand.index.dtype]
+                row = f"table_row<{by}>(p.{name}_index, row_offset(p.{name}_index, r), p.{name}_rows)"
                 offset += f" + {row} * p.{name}_row_stride"
-            self.prepare.append(f"{COMPUTE[operand.dtype]} a{i}[WIDTH];")
-            self.prepare.append(
-                f"load_columns<{STORAGE[operand.dtype]}, {_column(operand)}, {self.aligned(operand)}>"
-                f"(p.{name}, {offset}, column, count, a{i});"
+            dtype, column = STORAGE[operand.dtype], _column(operand)
+            self.members.append(f"Fetched<{dtype}, {column}> a{i};")
+            self.fetches.append(
+                f"inputs.a{i} = fetch_columns<{dtype}, {column}, {self.aligned(operand)}>"
+                f"(p.{name}, {offset}, column, count);"
             )
 
-    def functor(self, name: str, signature: str, results: Mapping[str, tuple[ex.Expr, DType]], head: str = "") -> Functor:
+    def functor(
+        self, name: str, signature: str, results: Mapping[str, tuple[ex.Expr, DType]], head: str = ""
+    ) -> Functor:
         body = _expression_lines([root for root, _ in results.values()])
         names = body.names
-        loop = [*body.lines, *(f"{target} = {_convert(names[root], root.dtype, to)};" for target, (root, to) in results.items())]
+        loop = [
+            *body.lines,
+            *(f"{target} = {_convert(names[root], root.dtype, to)};" for target, (root, to) in results.items()),
+        ]
+        levels = len(self.space.levels)
+        split = f"const RowIndex<{levels}> r = split_row<{levels}>(p.{self.prefix}_levels, row);"
+        fetch = _indented([split, "Inputs inputs;", *self.fetches, "return inputs;"])
+        head += f"  struct Inputs {{ {' '.join(self.members)} }};\n"
+        head += f"  DEVICE static Inputs fetch(const Params& p, u32 row, u32 column, u32 count) {{\n{fetch}\n  }}\n"
         lines = [
-            f"const RowIndex<{len(self.space.levels)}> r = split_row<{len(self.space.levels)}>(p.{self.prefix}_levels, row);",
+            split,
             *self.prepare,
             "#pragma unroll",
             "for (int i = 0; i < WIDTH; ++i) {",
@@ -136,9 +159,12 @@ class _Writer:
             "}",
             *self.finish,
         ]
-        indented = "\n".join(line if line.startswith("#") else f"    {line}" for line in lines)
-        code = f"struct {name} {{\n{head}  DEVICE static {signature} {{\n{indented}\n  }}\n}};\n"
+        code = f"struct {name} {{\n{head}  DEVICE static {signature} {{\n{_indented(lines)}\n  }}\n}};\n"
         return Functor(code, tuple(self.arguments.items()))
+
+
+def _indented(lines: Sequence[str]) -> str:
+    return "\n".join(line if line.startswith("#") else f"    {line}" for line in lines)
 
 
 def _column(operand: Operand) -> str:
@@ -156,7 +182,7 @@ def _expression_lines(roots: Sequence[ex.Expr]) -> _Lines:
     result = _Lines()
     for node in ex.walk(*roots):
         if isinstance(node, ex.Arg):
-            result.names[node] = f"a{node.index}[i]"
+            result.names[node] = f"inputs.a{node.index}[i]"
         elif isinstance(node, ex.Acc):
             result.names[node] = "acc[i]"
         elif isinstance(node, ex.Const):
@@ -175,7 +201,10 @@ def _apply(node: ex.Apply, operands: Sequence[str]) -> str:
     args = [arg.dtype for arg in node.args]
     if node.op is PointOp.WHERE:
         common = node.dtype
-        typed = [operands[0], *(_convert(text, dtype, common) for text, dtype in zip(operands[1:], args[1:], strict=True))]
+        typed = [
+            operands[0],
+            *(_convert(text, dtype, common) for text, dtype in zip(operands[1:], args[1:], strict=True)),
+        ]
     elif node.op in ex.COMPARISONS:
         common = next((dtype for dtype in args if dtype.is_float), args[0])
         typed = [_convert(text, dtype, common) for text, dtype in zip(operands, args, strict=True)]
@@ -225,5 +254,3 @@ def literal(value: float | int | bool, dtype: DType) -> str:
         return "(-9223372036854775807ll - 1)"
     suffix = {"u64": "ull", "u32": "u", "i64": "ll"}.get(kind, "")
     return f"static_cast<{kind}>({integer}{suffix})"
-
-

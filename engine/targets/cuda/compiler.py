@@ -1,8 +1,8 @@
 """CUDA C++ source to machine code: NVRTC, in parallel, through a cache on disk.
 
-Called by `target.py` for the kernels of a plan and by `gate.py` for the covering set. Needs no GPU and no driver. A source
-is complete text: `expand` puts the `#include "…"` files of `kernels/` in line, so a cache key (text, flags, compiler
-version, architecture) changes with any kernel file. The kernels include no header of the CUDA toolkit.
+Called by `target.py` for the kernels of a plan and by `gate.py` for the covering set. Needs no GPU and no driver. A
+source is complete text: `expand` puts the `#include "…"` files of `kernels/` in line, so a cache key (text, flags,
+compiler version, architecture) changes with any kernel file. The kernels include no header of the CUDA toolkit.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def default_cache() -> Path:
 
 
 class DiskCache:
-    """Files ``<key>.cubin`` = SHA-256 of the content, then the content. Any failure of the disk means a miss, never an error.
+    """Files ``<key>.cubin`` = SHA-256 of the content, then the content. Any failure of the disk means a miss, never an
+    error.
 
     A folder that others could write to is not used: a cubin runs on the GPU with this process's memory.
     """
@@ -148,7 +149,8 @@ class Compiler:
     def cubins(
         self, sources: Iterable[Source], progress: Callable[[int, int], None] | None = None
     ) -> dict[Source, bytes]:
-        """Machine code of every distinct source, compiled in parallel. `progress(done, total)` is called as they finish."""
+        """Machine code of every distinct source, compiled in parallel. `progress(done, total)` is called as they
+        finish."""
         distinct = list(dict.fromkeys(sources))
         result: dict[Source, bytes] = {}
         with ThreadPoolExecutor(self.workers, thread_name_prefix="nvrtc") as pool:

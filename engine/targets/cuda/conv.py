@@ -1,4 +1,5 @@
-"""Convolutions: 1×1 ones as matrix products, the rest as implicit ones (conv_mma.cuh), depthwise ones directly."""
+"""Convolutions: 1×1 ones as matrix products, the rest as implicit ones (conv_mma.cuh); depthwise ones (depthwise.cuh)
+and those of images with few channels (conv_direct.cuh) on the fp32 units."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ from engine.targets.cuda.kernel import (
 from engine.targets.cuda.spaces import VECTOR, operand, space
 from engine.targets.cuda.tiles import MmaTile, pick_mma
 
-DEPTHWISE_THREADS = 128
 _MAX_DEPTHWISE = 7  # kernel sizes up to here are unrolled
+_MAX_DIRECT = 48  # filter elements per output up to which the fp32 units beat padded matrix tiles
 
 
 def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]:
@@ -42,7 +43,9 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
     if op.transposed or len(op.strides) > 2:
         raise UnsupportedOp(f"Conv with {len(op.strides)} spatial axes, transposed={op.transposed}: no CUDA kernel yet")
     if x.dtype not in (DType.F16, DType.F32) or w.dtype is not DType.F16:
-        raise UnsupportedOp(f"Conv of {x.dtype.value} and {w.dtype.value}: the CUDA kernels take f16 (precision='fp16')")
+        raise UnsupportedOp(
+            f"Conv of {x.dtype.value} and {w.dtype.value}: the CUDA kernels take f16 (precision='fp16')"
+        )
     if not is_constant(w):
         raise UnsupportedOp("Conv with a computed weight: no CUDA kernel yet")
     image = Requirement(Access.INNER, channels_last(len(x.shape)))
@@ -104,10 +107,16 @@ class Geometry:
             and self._pixels_aligned
         )
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether the image has so few channels that its products do not fill matrix tiles."""
+        return self.groups == 1 and self.channels % VECTOR != 0 and self.k <= _MAX_DIRECT and self.n % VECTOR == 0
+
     def arguments(self) -> dict[str, Argument]:
-        """What both kernels of this module are told."""
+        """What the kernels of this module are told."""
         return {
-            "x": self.x, "x_image": I64(self.x_strides[0]), "x_row": I64(self.x_strides[1]), "x_pixel": I64(self.x_strides[2]),
+            "x": self.x, "x_image": I64(self.x_strides[0]), "x_row": I64(self.x_strides[1]),
+            "x_pixel": I64(self.x_strides[2]),
             "images": self.images, "in_h": self.input[0], "in_w": self.input[1], "out_h": self.output[0],
             "out_w": self.output[1], "stride_h": self.strides[0], "stride_w": self.strides[1], "pad_h": self.pads[0],
             "pad_w": self.pads[1], "dilation_h": self.dilations[0], "dilation_w": self.dilations[1],
@@ -118,11 +127,14 @@ def lower(step: Step, context: Context) -> list[Launch]:
     assert isinstance(step.op, Conv)
     geometry = Geometry(step)
     w = step.inputs[1]
-    # A depthwise kernel takes 8 channels at a time, whatever their groups.
+    # The depthwise kernel takes 8 channels at a time, whatever their groups.
     granularity = VECTOR if geometry.is_depthwise else geometry.n
     epilogue = epilogue_of(step, step.op.stores, channels_last(len(step.outputs[0].shape)), granularity)
     if geometry.is_depthwise:
-        return [launch_depthwise(geometry, epilogue, context.weights.packed(w, "r,s,c", pack_depthwise))]
+        taps = context.weights.packed(w, "f32 r,s,c", pack_depthwise)
+        return [launch_depthwise(geometry, epilogue, taps, context.multiprocessors)]
+    if geometry.is_direct:
+        return [launch_direct(geometry, epilogue, context.weights.packed(w, "f32 r,s,c,n", pack_direct))]
     packed = Pointer(context.weights.packed(w, "n,rsc8", pack_filter))
     product = _as_product(step, geometry, packed)
     if product is not None:
@@ -159,8 +171,13 @@ def pack_filter(w: np.ndarray) -> np.ndarray:
 
 
 def pack_depthwise(w: np.ndarray) -> np.ndarray:
-    """[c, 1, *kernel] → [*kernel, c]."""
-    return np.ascontiguousarray(np.moveaxis(w[:, 0], 0, -1), np.float16)
+    """[c, 1, *kernel] → [*kernel, c] in fp32."""
+    return np.ascontiguousarray(np.moveaxis(w[:, 0], 0, -1), np.float32)
+
+
+def pack_direct(w: np.ndarray) -> np.ndarray:
+    """[n, c, *kernel] → [*kernel, c, n] in fp32."""
+    return np.ascontiguousarray(np.moveaxis(w, (0, 1), (-1, -2)), np.float32)
 
 
 def launch_conv(geometry: Geometry, epilogue: Functor, w: Pointer, tile: MmaTile) -> Launch:
@@ -172,7 +189,8 @@ def launch_conv(geometry: Geometry, epilogue: Functor, w: Pointer, tile: MmaTile
         {**tile.config, "x_vector": geometry.x_vector, "x_t": geometry.x.ctype},
         [epilogue],
         {
-            **geometry.arguments(), "x_channel": I64(geometry.x_channel), "w": w, "w_stride": I64(ceildiv(geometry.k, VECTOR) * VECTOR), "n": geometry.n,
+            **geometry.arguments(), "x_channel": I64(geometry.x_channel), "w": w,
+            "w_stride": I64(ceildiv(geometry.k, VECTOR) * VECTOR), "n": geometry.n,
             "k": geometry.k, "channels": geometry.channels, "kernel_w": geometry.kernel[1],
         },
         (tiles, geometry.groups, 1),
@@ -182,16 +200,50 @@ def launch_conv(geometry: Geometry, epilogue: Functor, w: Pointer, tile: MmaTile
     )  # fmt: skip
 
 
-def launch_depthwise(geometry: Geometry, epilogue: Functor, w: Buffer) -> Launch:
-    """The launch of a depthwise convolution: a thread for 8 channels of a strip of outputs."""
-    strip = 4 if geometry.strides[1] == 1 else 2
-    threads = geometry.images * geometry.output[0] * ceildiv(geometry.output[1], strip) * (geometry.groups // VECTOR)
+# Outputs a thread of the depthwise kernel computes, rows × columns: more reuse, or more threads.
+_PATCHES = ((2, 4), (1, 4), (1, 2))
+_SMALL_PATCHES = ((2, 2), (1, 2), (1, 1))
+_SMALLEST_PATCHES = ((1, 2), (1, 1))
+
+
+def launch_depthwise(geometry: Geometry, epilogue: Functor, w: Buffer, multiprocessors: int) -> Launch:
+    """The launch of a depthwise convolution: the largest patch that still gives every multiprocessor some warps."""
+
+    def threads_for(patch: tuple[int, int]) -> int:
+        patches = ceildiv(geometry.output[0], patch[0]) * ceildiv(geometry.output[1], patch[1])
+        return geometry.images * patches * 4 * ceildiv(geometry.groups // VECTOR, 4)
+
+    # At stride 2, or with a large filter, a patch of the same size spans more inputs than there are registers for.
+    wide = geometry.strides[1] > 1 or max(geometry.kernel) > 3
+    patches = _SMALLEST_PATCHES if max(geometry.dilations) > 1 else _SMALL_PATCHES if wide else _PATCHES
+    patch = next((p for p in patches if threads_for(p) >= multiprocessors * 512), patches[-1])
+    total = threads_for(patch)
+    threads = 128 if total >= multiprocessors * 256 else 64
     config: dict[str, int | bool | str] = {
-        "kernel_h": geometry.kernel[0], "kernel_w": geometry.kernel[1], "stride_w": geometry.strides[1],
-        "dilation_w": geometry.dilations[1], "strip": strip, "threads": DEPTHWISE_THREADS, "blocks": 4,
+        "kernel_h": geometry.kernel[0], "kernel_w": geometry.kernel[1], "stride_h": geometry.strides[0],
+        "stride_w": geometry.strides[1], "dilation_h": geometry.dilations[0], "dilation_w": geometry.dilations[1],
+        "rows": patch[0], "strip": patch[1], "threads": threads, "blocks": 256 // threads,
     }  # fmt: skip
-    arguments = {**geometry.arguments(), "w": Pointer(w), "channels": geometry.groups}
+    arguments = {**geometry.arguments(), "w": Pointer(w, ctype="float"), "channels": geometry.groups}
+    for name in ("stride_h", "stride_w", "dilation_h", "dilation_w"):
+        del arguments[name]
+    return launch("depthwise", "depthwise.cuh", config, [epilogue], arguments, (ceildiv(total, threads), 1, 1), threads)
+
+
+def launch_direct(geometry: Geometry, epilogue: Functor, w: Buffer) -> Launch:
+    """The launch of a convolution on the fp32 units: a thread for two outputs of up to 32 channels."""
+    pixels, threads = 2, 128
+    outputs = next(count for count in (32, 16, 8) if geometry.n % count == 0)
+    config: dict[str, int | bool | str] = {
+        "channels": geometry.channels, "kernel_h": geometry.kernel[0], "kernel_w": geometry.kernel[1],
+        "stride_w": geometry.strides[1], "dilation_w": geometry.dilations[1], "pixels": pixels, "outputs": outputs,
+        "threads": threads, "blocks": 3, "x_t": geometry.x.ctype,
+    }  # fmt: skip
+    arguments = {
+        **geometry.arguments(), "x_channel": I64(geometry.x_channel), "w": Pointer(w, ctype="float"), "n": geometry.n,
+    }  # fmt: skip
     for name in ("stride_w", "dilation_w"):
         del arguments[name]
-    grid = (ceildiv(threads, DEPTHWISE_THREADS), 1, 1)
-    return launch("depthwise", "depthwise.cuh", config, [epilogue], arguments, grid, DEPTHWISE_THREADS)
+    total = geometry.images * geometry.output[0] * ceildiv(geometry.output[1], pixels)
+    grid = (ceildiv(total, threads), geometry.n // outputs, 1)
+    return launch("conv", "conv_direct.cuh", config, [epilogue], arguments, grid, threads)

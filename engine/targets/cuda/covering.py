@@ -36,6 +36,7 @@ from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.conv import Geometry, channels_last, launch_conv, pack_filter
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.gemm import epilogue_of, launch_product, product_of
+from engine.targets.cuda.image import Filter, centre_box, launch_images
 from engine.targets.cuda.kernel import Context, Launch, Pointer, WeightStore
 from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES
 
@@ -56,7 +57,9 @@ def make_step(op: Op, inputs: Sequence[Given], name: str = "step") -> Step:
         for tensor, need, given in zip(tensors, needs, inputs, strict=True)
     )
     outputs = tuple(
-        _fresh(f"output{i}", BufferKind.OUTPUT, dtype, tuple(size for size in shape if isinstance(size, int)), need.order)
+        _fresh(
+            f"output{i}", BufferKind.OUTPUT, dtype, tuple(size for size in shape if isinstance(size, int)), need.order
+        )
         for i, ((dtype, shape), need) in enumerate(zip(op.infer(placed), results, strict=True))
     )
     return Step(name, op, placed, outputs, op.cost(placed, outputs))
@@ -80,7 +83,8 @@ def weight(*shape: int, dtype: DType = F16) -> np.ndarray:
     """A random constant; a matrix [k, n] or a filter [n, c, …] keeps unit variance."""
     rng = np.random.default_rng(shape)
     fan_in = shape[0] if len(shape) == 2 else prod(shape[1:])
-    return (rng.standard_normal(shape) / np.sqrt(max(1, fan_in))).astype(dtype.numpy)
+    scaled: np.ndarray = rng.standard_normal(shape) / np.sqrt(max(1, fan_in))
+    return scaled.astype(dtype.numpy)
 
 
 def arg(index: int, dtype: DType = F16) -> ex.Expr:
@@ -145,18 +149,28 @@ def steps() -> Iterator[Step]:
     yield make_step(conv_op(3, groups=4), [image, weight(64, 16, 3, 3), weight(64, 1, 1)], "conv grouped")
     for kernel, stride in ((3, 1), (3, 2), (5, 1), (5, 2)):
         w = weight(64, 1, kernel, kernel)
-        yield make_step(conv_op(kernel, stride, 64), [image, w, weight(64, 1, 1)], f"depthwise {kernel} stride {stride}")
-    for head, causal, bias in ((32, False, True), (64, False, False), (64, True, False), (128, False, False)):
+        yield make_step(
+            conv_op(kernel, stride, 64), [image, w, weight(64, 1, 1)], f"depthwise {kernel} stride {stride}"
+        )
+    for head, causal, bias in (
+        (32, False, True),
+        (64, False, True),
+        (64, False, False),
+        (64, True, False),
+        (128, False, False),
+    ):
         heads: tuple[DType, tuple[int, ...]] = (F16, (2, 4, 100, head))
         inputs: list[Given] = [heads, heads, heads]
         if bias:
-            inputs.append((F32, (2, 1, 1, 100)))
+            inputs.append((F32, (2, 1, 1 if head == 32 else 100, 100)))
         op = Attention(head**-0.5, causal=causal, has_bias=bias, stores=(stored(ACC),))
         yield make_step(op, inputs, f"attention {head}{' causal' * causal}{' bias' * bias}")
     row = (F16, (4, 100, 384))
     residual = add(arg(0), arg(3))
     yield make_step(
-        Norm(NormKind.LAYER, (2,), 1e-12, residual, stores=(SCALE_SHIFT,)), [row, weight(384), weight(384), row], "layer norm"
+        Norm(NormKind.LAYER, (2,), 1e-12, residual, stores=(SCALE_SHIFT,)),
+        [row, weight(384), weight(384), row],
+        "layer norm",
     )
     yield embedding_norm(4, 100, 384)
     yield make_step(Norm(NormKind.RMS, (1,), 1e-6, arg(0), stores=(stored(ACC),)), [(F16, (9, 4096))], "rms norm")
@@ -164,7 +178,9 @@ def steps() -> Iterator[Step]:
     yield make_step(Softmax(1, source=arg(0), stores=(ACC,)), [(F16, (9, 1000))], "softmax")
     yield make_step(Softmax(1, True, arg(0), (ACC,)), [(F16, (9, 999))], "log softmax")
     yield make_step(Reduce(ReduceKind.MEAN, (2, 3), False, arg(0), (stored(ACC),)), [image], "global average")
-    yield make_step(Reduce(ReduceKind.SUM, (1,), False, mul(arg(0), arg(1)), (ACC,)), [row, (F16, (4, 100, 1))], "masked sum")
+    yield make_step(
+        Reduce(ReduceKind.SUM, (1,), False, mul(arg(0), arg(1)), (ACC,)), [row, (F16, (4, 100, 1))], "masked sum"
+    )
     yield make_step(Reduce(ReduceKind.MAX, (1,), True, ex.Arg(0, I64), (ex.Acc(I64),)), [(I64, (9, 77))], "integer max")
     for kind in PoolKind:
         op_pool = Pool(kind, (3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1), stores=(stored(ACC),))
@@ -193,6 +209,15 @@ def layout_copy(n: int, c: int, h: int, w: int) -> Step:
     return make_step(Pointwise((ex.Arg(0, F16),)), [image], "layout copy")
 
 
+def images() -> Iterator[tuple[str, Launch]]:
+    """Image preprocessing for every filter, in both layouts and types."""
+    pixels = Buffer("pixels", BufferKind.INPUT, 300 * 400 * 3)
+    for filter_, dtype in zip(Filter, (F16, F32), strict=True):
+        output = _fresh("output0", BufferKind.OUTPUT, dtype, (1, 3, 224, 224), channels_last(4))
+        box = centre_box(0, 300, 400, 256, (224, 224))
+        yield f"image {filter_.name.lower()}", launch_images(pixels, [box], output, (0, 0, 0), (1, 1, 1), filter_)
+
+
 def launches(architecture: Architecture) -> Iterator[tuple[str, Launch]]:
     """(name, launch) of everything in the covering set, with every tile of the matrix kernels."""
     context = Context(architecture, 128, WeightStore())
@@ -200,16 +225,21 @@ def launches(architecture: Architecture) -> Iterator[tuple[str, Launch]]:
     for step in steps():
         for launch in family_of(step.op).lower(step, context):
             yield step.name, launch
+    yield from images()
     inputs: list[Given] = [(F16, (300, 384)), weight(384, 400), weight(400)]
     step = make_step(Gemm((BIAS_GELU,)), inputs)
-    epilogue = epilogue_of(step, (BIAS_GELU,), (0, 1), 400)
+    residual = make_step(Gemm((BIAS_RESIDUAL,)), [*inputs, (F16, (300, 400))])
     product = product_of(step, context)
-    for tile in MMA_TILES:
-        if tile.shared_bytes <= architecture.shared_bytes:
-            yield f"gemm {tile.m}x{tile.n}", launch_product(product, epilogue, tile, portable)
-    if architecture.wgmma:
-        for wgmma_tile in WGMMA_TILES:
-            yield f"gemm wgmma {wgmma_tile.m}x{wgmma_tile.n}", launch_product(product, epilogue, wgmma_tile, context)
+    for epilogue in (
+        epilogue_of(step, (BIAS_GELU,), (0, 1), 400),
+        epilogue_of(residual, (BIAS_RESIDUAL,), (0, 1), 400),
+    ):
+        for tile in MMA_TILES:
+            if tile.shared_bytes <= architecture.shared_bytes:
+                yield f"gemm {tile.m}x{tile.n}", launch_product(product, epilogue, tile, portable)
+        if architecture.wgmma:
+            for wgmma_tile in WGMMA_TILES:
+                yield f"gemm wgmma {wgmma_tile}", launch_product(product, epilogue, wgmma_tile, context)
     op = conv_op(3)
     conv = make_step(op, [(F16, (2, 64, 28, 28)), weight(128, 64, 3, 3), weight(128, 1, 1)])
     packed = Pointer(context.weights.packed(conv.inputs[1], "n,rsc8", pack_filter))

@@ -1,7 +1,7 @@
 """One GPU: its architecture, loaded kernels, tensor maps and launches. The only file that calls the driver.
 
-CuPy holds memory, streams and modules; what it does not wrap (launch attributes, tensor maps) goes through cuda.bindings.
-Importing this file needs the CUDA packages; making a `Device` needs a driver and a supported GPU.
+CuPy holds memory, streams and modules; what it does not wrap (launch attributes, tensor maps) goes through
+cuda.bindings. Importing this file needs the CUDA packages; making a `Device` needs a driver and a supported GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class Device:
         try:
             count = cupy.cuda.runtime.getDeviceCount()
         except cupy.cuda.runtime.CUDARuntimeError as error:
-            raise DeviceError(f"no usable CUDA driver: {error}. Use device='cpu', or install NVIDIA driver 580 or newer") from None
+            raise DeviceError(
+                f"no usable CUDA driver: {error}. Use device='cpu', or install NVIDIA driver 580 or newer"
+            ) from None
         if index >= count:
             raise DeviceError(f"device 'cuda:{index}' does not exist: the machine has {count} CUDA device(s)")
         self.index = index

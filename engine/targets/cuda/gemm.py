@@ -16,9 +16,9 @@ from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Tensor
 from engine.targets.cuda import codegen
 from engine.targets.cuda.kernel import (
+    I64,
     Context,
     Functor,
-    I64,
     I64s,
     Instruction,
     Launch,
@@ -40,7 +40,9 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
     assert isinstance(op, Gemm)
     a, b = inputs[0], inputs[1]
     if a.dtype is not DType.F16 or b.dtype is not DType.F16:
-        raise UnsupportedOp(f"Gemm of {a.dtype.value} and {b.dtype.value}: the CUDA kernels take f16 (precision='fp16')")
+        raise UnsupportedOp(
+            f"Gemm of {a.dtype.value} and {b.dtype.value}: the CUDA kernels take f16 (precision='fp16')"
+        )
     rank = len(b.shape)
     k_inner = b.strides[-2] == 1 and b.strides[-1] != 1
     order = (*range(rank - 2), rank - 1, rank - 2) if k_inner else tuple(range(rank))
@@ -120,7 +122,7 @@ def product_of(step: Step, context: Context) -> Product:
         packed = context.weights.packed(b, "n,k8", pack_weight)
         b_pointer, b_stride, b_k_inner = Pointer(packed), ceildiv(k, VECTOR) * VECTOR, True
     else:
-        b_k_inner = b.strides[-2] == 1 and (b.strides[-1] != 1 or k > 1 and n == 1)
+        b_k_inner = b.strides[-2] == 1 and (b.strides[-1] != 1 or (k > 1 and n == 1))
         b_pointer, b_stride = pointer_to(b), b.strides[-1 if b_k_inner else -2]
     rows = space(a.shape, range(len(a.shape) - 1), (len(a.shape) - 1,), [operand(a, len(a.shape))])
     if prod(b.shape[:-2]) == 1 and len(rows.levels) == 1:
@@ -135,9 +137,10 @@ def product_of(step: Step, context: Context) -> Product:
     if len(batch.levels) > 2:
         raise UnsupportedOp(f"{step.name}: the batch axes of a product of shape {step.outputs[0].shape} do not merge")
     outer, inner = (1, *batch.levels)[-2:]
-    strides = [(0, *operand.strides[:-1])[-2:] for operand in batch.operands]
+    strides = [(0, *operand.strides[:-1]) for operand in batch.operands]
     return Product(
-        a.shape[-2], n, k, pointer_to(a), a.strides[-2], b_pointer, b_stride, b_k_inner, (outer, inner), strides[0], strides[1]
+        a.shape[-2], n, k, pointer_to(a), a.strides[-2], b_pointer, b_stride, b_k_inner, (outer, inner),
+        (strides[0][-2], strides[0][-1]), (strides[1][-2], strides[1][-1]),
     )  # fmt: skip
 
 
@@ -152,9 +155,7 @@ def pack_weight(b: np.ndarray) -> np.ndarray:
 def pick_tile(product: Product, context: Context) -> Tile:
     if context.architecture.wgmma and product.suits_tma:
         return pick_wgmma(product.m, product.n, product.k, context.multiprocessors)
-    return pick_mma(
-        product.m, product.n, product.k, prod(product.batch), context.architecture, context.multiprocessors
-    )
+    return pick_mma(product.m, product.n, product.k, prod(product.batch), context.architecture, context.multiprocessors)
 
 
 def launch_product(product: Product, epilogue: Functor, tile: Tile, context: Context) -> Launch:
@@ -215,4 +216,3 @@ def wgmma_function(n: int) -> str:
         'p, 1, 1, 0, 0;\\n}"\n'
         f'               : {operands} : "l"(a), "l"(b), "r"(accumulate));\n}}\n'
     )
-

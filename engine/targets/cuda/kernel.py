@@ -1,9 +1,10 @@
 """The kernel contract of the CUDA target: what a kernel is before compilation, and what one launch of it looks like.
 
-Every kernel is ``kernel(const __grid_constant__ Params p)``; `Params` is generated from the launch's arguments, so the host's
-packing and the device's struct come from one list. Compile-time: tiles, stages, dtypes, expressions, whether accesses are
-aligned. Run-time: sizes, strides, addresses. The last argument is always the stamp slot, null where nobody measures.
-Lowering needs no device: arguments name buffers, and `target.py` turns them into addresses when it binds a plan.
+Every kernel is ``kernel(const __grid_constant__ Params p)``; `Params` is generated from the launch's arguments, so the
+host's packing and the device's struct come from one list. Compile-time: tiles, stages, dtypes, expressions, whether
+accesses are aligned. Run-time: sizes, strides, addresses. The last argument is always the stamp slot, null where nobody
+measures. Lowering needs no device: arguments name buffers, and `target.py` turns them into addresses when it binds a
+plan.
 """
 
 from __future__ import annotations
@@ -284,6 +285,8 @@ def launch(
             "}",
             '#include "epilogue/access.cuh"',
             '#include "epilogue/math.cuh"',
+            # Structs of one kernel file, which a member may point to.
+            *dict.fromkeys(a.ctype + ";" for _, a in every if isinstance(a, Pointer) and a.ctype.startswith("struct ")),
             params_struct(every),
             *(functor.code for functor in functors),
             helpers,

@@ -1,4 +1,5 @@
-"""Reductions over any axes (reduce.cuh). The innermost axis in memory of the first input decides which columns are read."""
+"""Reductions over any axes (reduce.cuh). The innermost axis in memory of the first input decides which columns are
+read."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
     return tuple(Requirement() for _ in inputs), tuple(Requirement() for _ in op.stores)
 
 
-def lower(step: Step, context: Context) -> list[Launch]:
+def lower(step: Step, context: Context) -> list[Launch]:  # noqa: ARG001  (the signature of a Family)
     op = step.op
     assert isinstance(op, Reduce)
     dims = iteration_shape("Reduce", (op.source,), step.inputs, ())

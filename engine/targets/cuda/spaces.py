@@ -1,7 +1,7 @@
 """Iteration spaces: which logical axes are a kernel's rows and columns, and how each operand lies along them.
 
-Broadcasting becomes strides of 0; neighbouring row axes that lie together for every operand merge into one level, so that
-most kernels split no row index at run time. The device side is kernels/epilogue/access.cuh.
+Broadcasting becomes strides of 0; neighbouring row axes that lie together for every operand merge into one level, so
+that most kernels split no row index at run time. The device side is kernels/epilogue/access.cuh.
 """
 
 from __future__ import annotations
@@ -57,8 +57,12 @@ def operands(inputs: Sequence[Tensor], used: Sequence[int], gathers: Gathers, ra
 
 def _gathered(table: Tensor, index: Tensor, rank: int) -> Operand:
     shape = (*index.shape, *table.shape[1:])
-    own = operand(Tensor(table.buffer, table.dtype, shape, (*(0,) * len(index.shape), *table.strides[1:]), table.offset), rank)
-    by = operand(Tensor(index.buffer, index.dtype, shape, (*index.strides, *(0,) * (len(table.shape) - 1)), index.offset), rank)
+    own = operand(
+        Tensor(table.buffer, table.dtype, shape, (*(0,) * len(index.shape), *table.strides[1:]), table.offset), rank
+    )
+    by = operand(
+        Tensor(index.buffer, index.dtype, shape, (*index.strides, *(0,) * (len(table.shape) - 1)), index.offset), rank
+    )
     return Operand(own.pointer, own.dtype, own.strides, own.offset, by, table.shape[0], table.strides[0])
 
 
@@ -84,12 +88,15 @@ class Space:
 def space(sizes: Sequence[int], row_axes: Sequence[int], column_axes: Sequence[int], every: Sequence[Operand]) -> Space:
     """The space whose rows run over `row_axes` and whose columns run over `column_axes`, in that order.
 
-    Raises UnsupportedOp where the operands need more row levels than a kernel has, or do not lie together along the columns.
+    Raises UnsupportedOp where the operands need more row levels than a kernel has, or do not lie together along the
+    columns.
     """
     row_sizes, rows = _merge(sizes, row_axes, every)
     column_sizes, columns = _merge(sizes, column_axes, every)
     if len(row_sizes) > MAX_LEVELS or len(column_sizes) > 1:
-        raise UnsupportedOp(f"operands of shape {list(sizes)} need {len(row_sizes)} row levels and {len(column_sizes)} of columns")
+        raise UnsupportedOp(
+            f"operands of shape {list(sizes)} need {len(row_sizes)} row levels and {len(column_sizes)} of columns"
+        )
     # Powers of two only, so that another batch size rarely means another kernel.
     padding = {0: 1, 1: 0, 2: 0, 3: 1, 4: 0}[len(row_sizes)]
     levels = (1,) * padding + row_sizes
@@ -118,4 +125,6 @@ def _padded(operand: Operand, rows: Sequence[int], padding: int, columns: Sequen
     index = operand.index and _padded(operand.index, rows, padding, columns)
     column = operand.strides[columns[0]] if columns else 1  # of a single column nothing depends on the stride
     strides = (*(0,) * padding, *(operand.strides[axis] for axis in rows), column)
-    return Operand(operand.pointer, operand.dtype, strides, operand.offset, index, operand.table_rows, operand.table_stride)
+    return Operand(
+        operand.pointer, operand.dtype, strides, operand.offset, index, operand.table_rows, operand.table_stride
+    )

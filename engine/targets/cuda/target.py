@@ -1,8 +1,8 @@
 """The CUDA target: binds plans to kernels and memory, captures them in CUDA graphs, and runs them.
 
-A `CudaTarget` belongs to one model. It owns the device's copy of the weights and one region of device memory that all its
-plans share: their inputs, outputs and intermediates, one plan running at a time. A run is: copy the feeds to pinned memory,
-one transfer in, one graph launch, one transfer out. Nothing is allocated on that path.
+A `CudaTarget` belongs to one model. It owns the device's copy of the weights and one region of device memory that all
+its plans share: their inputs, outputs and intermediates, one plan running at a time. A run is: copy the feeds to pinned
+memory, one transfer in, one graph launch, one transfer out. Nothing is allocated on that path.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _STAMP_EMPTY = 0xFF
 class CudaTarget:
     """Runs plans on GPU number `index`. `overlap` lets kernels start while the one before drains, where the GPU can."""
 
-    traits = Traits(channels_last=True)
+    traits = Traits(channels_last=True, storage_type=DType.F16)
 
     def __init__(self, index: int = 0, cache: Path | None = None, overlap: bool = True) -> None:
         self.device = Device(index, cache)
@@ -108,6 +108,7 @@ class CudaTarget:
 
     def staging(self, nbytes: int) -> np.ndarray:
         """The first bytes of the pinned staging memory."""
+        assert self._staging is not None
         return np.frombuffer(self._staging, np.uint8, nbytes)
 
     def memory(self) -> Mapping[str, int]:
@@ -120,7 +121,9 @@ class CudaTarget:
         """The device with its ceilings, measured once: our fp16 product of 4096³ and a copy of 1 GiB."""
         with self.lock, self.device.errors(), self.device.current():
             flops, nbytes = _measure_ceilings(self)
-        return DeviceInfo(f"cuda:{self.device.index}", self.device.name, self.device.architecture.name, 0, flops, nbytes)
+        return DeviceInfo(
+            f"cuda:{self.device.index}", self.device.name, self.device.architecture.name, 0, flops, nbytes
+        )
 
     def close(self) -> None:
         """Give all memory back."""
@@ -195,11 +198,11 @@ class Executable:
         if nbytes:
             cupy.cuda.runtime.memcpyAsync(to, source, nbytes, kind, self._target.device.stream.ptr)
 
-    def launch(self) -> None:
-        """Queue one run on the device's stream, on the inputs as they lie in device memory."""
+    def launch(self, stream: cupy.cuda.Stream | None = None) -> None:
+        """Queue one run on the inputs as they lie in device memory. `stream`: default, the device's own."""
         self._prepare()
         sampled = self._runs % SAMPLE_EVERY == 1
-        self._graphs[sampled].launch(self._target.device.stream)
+        self._graphs[sampled].launch(stream or self._target.device.stream)
         self._runs += 1
         self._pending_sample = sampled
 
@@ -254,7 +257,7 @@ class Executable:
                     assert buffer.data is not None
                     self._own[id(buffer)] = cupy.asarray(np.ascontiguousarray(buffer.data).reshape(-1).view(np.uint8))
                 base = int(self._own[id(buffer)].data.ptr)
-        return base + pointer.offset
+        return int(base) + pointer.offset
 
     # Figures
 
@@ -287,7 +290,8 @@ class Executable:
     @property
     def nbytes(self) -> int:
         """Memory of this executable beside weights and region: stamps, tensors of sizes, launch arguments."""
-        return int(self._stamps.nbytes) + sum(array.nbytes for array in self._own.values()) + 4096 * len(self._launches)
+        own = sum(int(array.nbytes) for array in self._own.values())
+        return int(self._stamps.nbytes) + own + 4096 * len(self._launches)
 
     def close(self) -> None:
         """Forget the graphs."""

@@ -49,11 +49,12 @@ MMA_TILES = (
 
 @dataclass(frozen=True)
 class WgmmaTile:
-    """A consumer warpgroup's tile for wgmma; two consumers take turns."""
+    """A tile for wgmma. Two consumer warpgroups take tiles in turn, or (`cooperative`) halve the rows of each."""
 
     m: int
     n: int
     stages: int
+    cooperative: bool = False
 
     @property
     def shared_bytes(self) -> int:
@@ -62,32 +63,42 @@ class WgmmaTile:
 
     @property
     def config(self) -> dict[str, int | bool | str]:
-        return {"tile_m": self.m, "tile_n": self.n, "stages": self.stages, "shared_bytes": self.shared_bytes}
+        return {
+            "tile_m": self.m, "tile_n": self.n, "stages": self.stages, "cooperative": self.cooperative,
+            "shared_bytes": self.shared_bytes,
+        }  # fmt: skip
 
 
 WGMMA_TILES = (
-    WgmmaTile(128, 192, 5),
     WgmmaTile(128, 128, 6),
     WgmmaTile(128, 64, 8),
     WgmmaTile(64, 128, 8),
     WgmmaTile(64, 64, 12),
     WgmmaTile(128, 32, 10),
+    WgmmaTile(128, 256, 4, cooperative=True),
+    WgmmaTile(128, 192, 5, cooperative=True),
+    WgmmaTile(128, 128, 6, cooperative=True),
+    WgmmaTile(128, 96, 7, cooperative=True),
+    WgmmaTile(128, 64, 8, cooperative=True),
 )
 
-# Per multiprocessor and clock: multiply-adds on fp16 (NVIDIA's architecture papers: A100 1024, H100 2048 of which mma.sync
-# reaches about 0.6), and bytes from L2 (64 nominal; 48 leaves room for what never overlaps).
+# Per multiprocessor and clock: multiply-adds on fp16 (NVIDIA's architecture papers: A100 1024, H100 2048 of which
+# mma.sync reaches about 0.6), and bytes from L2 (64 nominal; 48 leaves room for what never overlaps).
 _MMA_RATE = 1024
 _WGMMA_RATE = 2048
 _L2_RATE = 48
 _LAUNCH_CYCLES = 1500  # first loads and the drain of the last tile
 
 
-def _cycles(m: int, n: int, k: int, batch: int, tile: tuple[int, int, int], rate: int, workers: int, share: int) -> float:
+def _cycles(
+    m: int, n: int, k: int, batch: int, tile: tuple[int, int, int], rate: int, workers: int, share: int
+) -> float:
     """Estimated cycles of a product in tiles over `workers` multiprocessors, `share` tiles at once on each."""
     tile_m, tile_n, tile_k = tile
     tiles = ceildiv(m, tile_m) * ceildiv(n, tile_n) * batch
     step = max(tile_m * tile_n * tile_k / rate, (tile_m + tile_n) * tile_k * 2 / _L2_RATE)
-    # A lone block hides little of its own latency: charge a step as at least this many cycles, shared by its neighbours.
+    # A lone block hides little of its own latency: charge a step as at least this many cycles, shared by its
+    # neighbours.
     step = max(step, 250 / share)
     epilogue = tile_m * tile_n * 4 / _L2_RATE
     return _LAUNCH_CYCLES + ceildiv(tiles, workers) * (ceildiv(k, tile_k) * step + epilogue)

@@ -17,8 +17,8 @@ from engine.passes import Traits
 from tests.engine import ir_interpreter
 from tests.engine.passes.toolkit import load, model, only, random, rewritten
 
-F16 = Traits(storage=DType.F16)
-BF16 = Traits(storage=DType.BF16)
+F16 = Traits(storage_type=DType.F16)
+BF16 = Traits(storage_type=DType.BF16)
 # Relative L2: a rounding of each activation and weight, 2⁻¹¹ or 2⁻⁸, over the depth of the models.
 BOUNDS = {DType.F16: 5e-3, DType.BF16: 4e-2}
 Feeds = Mapping[str, np.ndarray]
@@ -32,7 +32,7 @@ def narrowed(proto: onnx.ModelProto, feeds: Feeds, traits: Traits = F16) -> Grap
     got, expected = ir_interpreter.run(graph, feeds), ir_interpreter.run(load(proto), feeds)
     for name, array in expected.items():
         assert got[name].dtype == array.dtype and got[name].shape == array.shape
-        assert relative_error(got[name], array) <= BOUNDS[traits.storage]
+        assert relative_error(got[name], array) <= BOUNDS[traits.storage_type]
     return graph
 
 
@@ -58,8 +58,8 @@ def test_products_store_narrow_and_outputs_stay(traits: Traits) -> None:
     proto = model(TWO_LAYERS, weights(w=(8, 16), b=(16,), v=(16, 4)))
     graph = narrowed(proto, {"x": feed(5, 8)}, traits)
     first, second = (node for node in graph.nodes if isinstance(node.op, ops.Gemm))
-    assert first.output.dtype is traits.storage and second.output.dtype is DType.F32
-    assert all(value.dtype is traits.storage for node in (first, second) for value in node.inputs[:2])
+    assert first.output.dtype is traits.storage_type and second.output.dtype is DType.F32
+    assert all(value.dtype is traits.storage_type for node in (first, second) for value in node.inputs[:2])
     assert first.inputs[2].dtype is DType.F32, "a bias stays fp32"
 
 
@@ -164,7 +164,7 @@ def _default_model(folder: Path, storage: DType, feeds: Feeds) -> Graph:
     """The narrow graph of a default model, within the bound of fp32 and without a step more."""
     path = folder / "1" / "model.onnx"
     plain = passes.run(frontend.read(path), Traits())
-    graph = passes.run(frontend.read(path), Traits(storage=storage))
+    graph = passes.run(frontend.read(path), Traits(storage_type=storage))
     graph.validate()
     assert len(graph.nodes) == len(plain.nodes)
     expected, got = ir_interpreter.run(plain, feeds), ir_interpreter.run(graph, feeds)

@@ -1,7 +1,8 @@
 // Attention on mma.sync: softmax(scale · q kᵀ + bias) v for one tile of queries of one head, keys taken KEYS at a time with a
 // running maximum and a running sum; scores and probabilities live in registers only. fp16 operands, fp32 sums.
 // q, k, v: features are neighbours, every other stride is free, so slices of a fused projection are read in place.
-// Head sizes are padded to a multiple of 16 (values: 32) by zero chunks. A warp owns 16 queries.
+// Head sizes are padded to a multiple of 16 (values: 32) by zero chunks. A warp owns FRAGMENTS × 16 queries.
+// `Bias::at` comes from attention.py; a bias that is the same for all queries (a padding mask) goes through shared memory.
 #pragma once
 #include "epilogue/fragment.cuh"
 #include "epilogue/math.cuh"
@@ -9,13 +10,17 @@
 #include "ptx/grid.cuh"
 #include "scheduler/stamp.cuh"
 
-constexpr int WARPS = config::warps, THREADS = 32 * WARPS, QUERIES = 16 * WARPS, KEYS = config::keys;
+enum class BiasKind { NONE, PER_KEY, FULL };  // in the order of attention.py
+constexpr BiasKind BIAS = static_cast<BiasKind>(config::bias);
+constexpr int WARPS = config::warps, THREADS = 32 * WARPS, FRAGMENTS = config::fragments, QUERIES = 16 * WARPS * FRAGMENTS;
 constexpr int HEAD = config::head_padded, VALUE = config::value_padded;  // features a head of q and k, and of v, padded
+constexpr int KEYS = config::keys, STAGES = 2;
 // Tile rows: 64 bytes, or a multiple of 128 (see `swizzled`).
 constexpr int K_ROW = HEAD <= 32 ? 64 : (HEAD * 2 + 127) / 128 * 128, V_ROW = VALUE <= 32 ? 64 : (VALUE * 2 + 127) / 128 * 128;
-constexpr int Q_BYTES = QUERIES * K_ROW, K_BYTES = KEYS * K_ROW, V_BYTES = KEYS * V_ROW, STAGE_BYTES = K_BYTES + V_BYTES, STAGES = 2;
+constexpr int Q_BYTES = QUERIES * K_ROW, K_BYTES = KEYS * K_ROW, STAGE_BYTES = K_BYTES + KEYS * V_ROW;
+constexpr int BIAS_BYTES = KEYS * 4;  // behind the ring, for each stage
 static_assert(HEAD % 16 == 0 && VALUE % 32 == 0 && KEYS % 16 == 0, "");
-static_assert(Q_BYTES + STAGES * STAGE_BYTES == config::shared_bytes, "the host asks for the shared memory that the tiles need");
+static_assert(Q_BYTES + STAGES * (STAGE_BYTES + BIAS_BYTES) == config::shared_bytes, "the host asks for tiles and biases");
 constexpr float LOG2_E = 1.4426950408889634f;
 
 // `count` rows of `features` halves into a swizzled tile of ROWS rows; the rest of the tile becomes zero.
@@ -30,9 +35,13 @@ DEVICE void copy_rows(u32 tile, const half* source, i64 stride, u32 count, u32 f
   }
 }
 
+// In units of log2. A finite bias stays finite, so that a row of equal, very negative ones is uniform, not empty.
+DEVICE float bias_log2(float bias) { return bias == -INFINITY ? bias : fmaxf(bias * LOG2_E, -1e38f); }
+
 extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 q_tile = shared_address(shared), ring = q_tile + Q_BYTES;
+  float* biases = reinterpret_cast<float*>(shared + Q_BYTES + STAGES * STAGE_BYTES);
   let_next_kernel_start();
   wait_for_previous_kernel();
   stamp_begin(p.stamp);
@@ -50,15 +59,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
     copy_rows<KEYS, K_ROW, HEAD>(stage, k + key * p.k_stride[2], p.k_stride[2], keys - key, p.head_size);
     copy_rows<KEYS, V_ROW, VALUE>(stage + K_BYTES, v + key * p.v_stride[2], p.v_stride[2], keys - key, p.value_size);
     copy_async_commit();
+    if constexpr (BIAS == BiasKind::PER_KEY) {
+      for (u32 i = threadIdx.x; i < KEYS; i += THREADS)
+        biases[tile % STAGES * KEYS + i] = key + i < p.keys ? bias_log2(Bias::at(p, batch, head, 0, key + i)) : -INFINITY;
+    }
   };
   copy_rows<QUERIES, K_ROW, HEAD>(q_tile, q, p.q_stride[2], p.queries - query0, p.head_size);
   copy_stage(0);
 
-  const u32 lane = threadIdx.x & 31, warp_row = threadIdx.x / 32 * 16, quad = lane & 3;
-  const u32 query = query0 + warp_row + lane / 4;  // this lane's rows: `query` and `query` + 8
-  u32 q_fragment[HEAD / 16][4];
-  float out[VALUE / 2] = {};
-  float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
+  const u32 lane = threadIdx.x & 31, warp_row = threadIdx.x / 32 * 16 * FRAGMENTS, quad = lane & 3;
+  const u32 query = query0 + warp_row + lane / 4;  // fragment f holds this lane's rows query + 16 f and query + 16 f + 8
+  u32 q_fragment[FRAGMENTS][HEAD / 16][4];
+  float out[FRAGMENTS][VALUE / 2] = {};
+  float maximum[FRAGMENTS][2], sum[FRAGMENTS][2];
+#pragma unroll
+  for (int f = 0; f < FRAGMENTS; ++f)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      maximum[f][h] = -INFINITY;
+      sum[f][h] = 0.0f;
+    }
 
   for (u32 tile = 0; tile < tiles; ++tile) {
     if (tile + 1 < tiles) { copy_stage(tile + 1); copy_async_wait<1>(); } else copy_async_wait<0>();
@@ -66,84 +86,107 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
     const u32 stage = ring + (tile % STAGES) * STAGE_BYTES, key0 = tile * KEYS;
     if (tile == 0) {
 #pragma unroll
-      for (int i = 0; i < HEAD / 16; ++i) load_a<K_ROW>(q_fragment[i], q_tile, warp_row, i);
+      for (int f = 0; f < FRAGMENTS; ++f)
+#pragma unroll
+        for (int i = 0; i < HEAD / 16; ++i) load_a<K_ROW>(q_fragment[f][i], q_tile, warp_row + 16 * f, i);
     }
 
-    float s[KEYS / 2] = {};
+    float s[FRAGMENTS][KEYS / 2] = {};
 #pragma unroll
     for (int i = 0; i < HEAD / 16; ++i)
 #pragma unroll
       for (int j = 0; j < KEYS / 16; ++j) {
         u32 b[4];
         load_b_k_inner<K_ROW>(b, stage, 16 * j, i);
-        mma_f16_16816(*reinterpret_cast<float(*)[4]>(&s[8 * j]), q_fragment[i], b[0], b[1]);
-        mma_f16_16816(*reinterpret_cast<float(*)[4]>(&s[8 * j + 4]), q_fragment[i], b[2], b[3]);
-      }
-
-    // Scores in units of log2, so that the exponential is one instruction.
-    float tile_maximum[2] = {-INFINITY, -INFINITY};
 #pragma unroll
-    for (int i = 0; i < KEYS / 2; ++i) {
-      const u32 key = key0 + i / 4 * 8 + quad * 2 + (i & 1), row = query + (i & 2 ? 8 : 0);
-      float score = s[i] * p.scale_log2;
-      if constexpr (config::bias) {
-        if (key < p.keys && row < p.queries) {
-          // A finite bias stays finite in units of log2, so that a row of equal, very negative ones is uniform, not empty.
-          const float bias = Bias::at(p, batch, head, row, key);
-          score += bias == -INFINITY ? bias : fmaxf(bias * LOG2_E, -1e38f);
+        for (int f = 0; f < FRAGMENTS; ++f) {
+          mma_f16_16816(*reinterpret_cast<float(*)[4]>(&s[f][8 * j]), q_fragment[f][i], b[0], b[1]);
+          mma_f16_16816(*reinterpret_cast<float(*)[4]>(&s[f][8 * j + 4]), q_fragment[f][i], b[2], b[3]);
         }
       }
-      if (key >= p.keys || (config::causal && key > row)) score = -INFINITY;
-      s[i] = score;
-      tile_maximum[i >> 1 & 1] = fmaxf(tile_maximum[i >> 1 & 1], score);
-    }
-    float shift[2];
+
+    // Scores in units of log2, so that the exponential is one instruction. A per-key bias hides keys past the end itself.
+    const bool ragged = BIAS != BiasKind::PER_KEY && key0 + KEYS > p.keys, diagonal = config::causal && key0 + KEYS > query0;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float m = tile_maximum[h];
-      m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
-      m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
-      m = fmaxf(m, maximum[h]);
-      shift[h] = m == -INFINITY ? 0.0f : m;  // a row masked so far: every exponential is then 0, not NaN
-      const float correction = exp2_approx(maximum[h] - shift[h]);
-      maximum[h] = m;
-      sum[h] *= correction;
+    for (int f = 0; f < FRAGMENTS; ++f) {
 #pragma unroll
-      for (int i = 0; i < VALUE / 2; ++i)
-        if ((i >> 1 & 1) == h) out[i] *= correction;
-    }
+      for (int i = 0; i < KEYS / 2; ++i) {
+        const u32 local = i / 4 * 8 + quad * 2 + (i & 1);
+        float add = 0.0f;
+        if constexpr (BIAS == BiasKind::PER_KEY) add = biases[tile % STAGES * KEYS + local];
+        if constexpr (BIAS == BiasKind::FULL) {
+          const u32 row = query + 16 * f + (i & 2 ? 8 : 0);
+          if (key0 + local < p.keys && row < p.queries) add = bias_log2(Bias::at(p, batch, head, row, key0 + local));
+        }
+        s[f][i] = BIAS == BiasKind::NONE ? s[f][i] * p.scale_log2 : fmaf(s[f][i], p.scale_log2, add);
+      }
+      if (ragged || diagonal) {
 #pragma unroll
-    for (int i = 0; i < KEYS / 2; ++i) {
-      s[i] = exp2_approx(s[i] - shift[i >> 1 & 1]);
-      sum[i >> 1 & 1] += s[i];
+        for (int i = 0; i < KEYS / 2; ++i) {
+          const u32 key = key0 + i / 4 * 8 + quad * 2 + (i & 1), row = query + 16 * f + (i & 2 ? 8 : 0);
+          if (key >= p.keys || (config::causal && key > row)) s[f][i] = -INFINITY;
+        }
+      }
+
+      float tile_maximum[2] = {-INFINITY, -INFINITY}, shift[2];
+#pragma unroll
+      for (int i = 0; i < KEYS / 2; ++i) tile_maximum[i >> 1 & 1] = fmaxf(tile_maximum[i >> 1 & 1], s[f][i]);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float m = tile_maximum[h];
+        m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
+        m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
+        m = fmaxf(m, maximum[f][h]);
+        shift[h] = m == -INFINITY ? 0.0f : m;  // a row masked so far: every exponential is then 0, not NaN
+        const float correction = exp2_approx(maximum[f][h] - shift[h]);
+        maximum[f][h] = m;
+        sum[f][h] *= correction;
+#pragma unroll
+        for (int i = 0; i < VALUE / 2; ++i)
+          if ((i >> 1 & 1) == h) out[f][i] *= correction;
+      }
+#pragma unroll
+      for (int i = 0; i < KEYS / 2; ++i) {
+        s[f][i] = exp2_approx(s[f][i] - shift[i >> 1 & 1]);
+        sum[f][i >> 1 & 1] += s[f][i];
+      }
     }
 
-    // The accumulator layout of s is the operand layout of p: 16 keys are two 8-column blocks.
+    // The accumulator layout of s is the operand layout of the probabilities: 16 keys are two 8-column blocks.
 #pragma unroll
     for (int i = 0; i < KEYS / 16; ++i) {
-      const u32 a[4] = {pack_half2(s[8 * i], s[8 * i + 1]), pack_half2(s[8 * i + 2], s[8 * i + 3]),
-                        pack_half2(s[8 * i + 4], s[8 * i + 5]), pack_half2(s[8 * i + 6], s[8 * i + 7])};
+      u32 a[FRAGMENTS][4];
+#pragma unroll
+      for (int f = 0; f < FRAGMENTS; ++f)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) a[f][r] = pack_half2(s[f][8 * i + 2 * r], s[f][8 * i + 2 * r + 1]);
 #pragma unroll
       for (int j = 0; j < VALUE / 16; ++j) {
         u32 b[4];
         load_b_n_inner<V_ROW>(b, stage + K_BYTES, 16 * j, i);
-        mma_f16_16816(*reinterpret_cast<float(*)[4]>(&out[8 * j]), a, b[0], b[1]);
-        mma_f16_16816(*reinterpret_cast<float(*)[4]>(&out[8 * j + 4]), a, b[2], b[3]);
+#pragma unroll
+        for (int f = 0; f < FRAGMENTS; ++f) {
+          mma_f16_16816(*reinterpret_cast<float(*)[4]>(&out[f][8 * j]), a[f], b[0], b[1]);
+          mma_f16_16816(*reinterpret_cast<float(*)[4]>(&out[f][8 * j + 4]), a[f], b[2], b[3]);
+        }
       }
     }
     __syncthreads();  // the stage is free for the copy that the next round issues
   }
 
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
-    sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
-    // With no key left 0 / 0 gives the NaN that the softmax gives, unless the operator asks for zeros.
-    const float scale = config::masked_rows_zero && sum[h] == 0.0f ? 0.0f : 1.0f / sum[h];
+  for (int f = 0; f < FRAGMENTS; ++f) {
 #pragma unroll
-    for (int i = 0; i < VALUE / 2; ++i)
-      if ((i >> 1 & 1) == h) out[i] *= scale;
+    for (int h = 0; h < 2; ++h) {
+      sum[f][h] += __shfl_xor_sync(~0u, sum[f][h], 1);
+      sum[f][h] += __shfl_xor_sync(~0u, sum[f][h], 2);
+      // With no key left 0 / 0 gives the NaN that the softmax gives, unless the operator asks for zeros.
+      const float scale = config::masked_rows_zero && sum[f][h] == 0.0f ? 0.0f : 1.0f / sum[f][h];
+#pragma unroll
+      for (int i = 0; i < VALUE / 2; ++i)
+        if ((i >> 1 & 1) == h) out[f][i] *= scale;
+    }
+    emit_fragment<Epilogue, VALUE / 8>(p, out[f], (batch * gridDim.y + head) * p.queries, query + 16 * f, p.queries, 0, p.value_size);
   }
-  emit_fragment<Epilogue, VALUE / 8>(p, out, (batch * gridDim.y + head) * p.queries, query, p.queries, 0, p.value_size);
   stamp_end(p.stamp);
 }

@@ -1,13 +1,16 @@
 // Depthwise convolution, NHWC: every channel with its own k×k filter. Bound by memory, so no matrix units: a thread computes
-// 8 channels of STRIP neighbouring outputs of one row; each 16-byte load of x serves all the outputs whose window holds it.
-// w is packed [kernel row, kernel column, channel]. Sums in fp32.
+// 8 channels of a patch of ROWS × STRIP outputs; each input it reads is converted once and serves all of them. Sums in fp32.
+// Four neighbouring threads take 32 neighbouring channels, the others neighbouring patches: reads of x fill their sectors and
+// a filter element is one broadcast. w is fp32, packed [kernel row, kernel column, channel].
 #pragma once
 #include "epilogue/access.cuh"
 #include "ptx/grid.cuh"
 #include "scheduler/stamp.cuh"
 
-constexpr int KERNEL_H = config::kernel_h, KERNEL_W = config::kernel_w, STRIDE = config::stride_w, DILATION = config::dilation_w;
-constexpr int STRIP = config::strip, SPAN = (STRIP - 1) * STRIDE + (KERNEL_W - 1) * DILATION + 1;
+constexpr int KERNEL_H = config::kernel_h, KERNEL_W = config::kernel_w, ROWS = config::rows, STRIP = config::strip;
+constexpr int STRIDE_H = config::stride_h, STRIDE_W = config::stride_w, DILATION_H = config::dilation_h, DILATION_W = config::dilation_w;
+constexpr int SPAN_H = (ROWS - 1) * STRIDE_H + (KERNEL_H - 1) * DILATION_H + 1;
+constexpr int SPAN_W = (STRIP - 1) * STRIDE_W + (KERNEL_W - 1) * DILATION_W + 1;
 
 DEVICE void unpack(uint4 packed, float (&v)[8]) {
   const u32 word[4] = {packed.x, packed.y, packed.z, packed.w};
@@ -24,43 +27,56 @@ extern "C" __global__ void __launch_bounds__(config::threads, config::blocks) ke
   wait_for_previous_kernel();
   stamp_begin(p.stamp);
 
-  const u32 vectors = p.channels / 8, strips = (p.out_w + STRIP - 1) / STRIP;
-  const u32 index = blockIdx.x * config::threads + threadIdx.x, total = p.images * p.out_h * strips * vectors;
-  if (index < total) {
-    const u32 vector = index % vectors, rest = index / vectors;
-    const u32 strip = rest % strips, row = rest / strips, image = row / p.out_h, out_y = row - image * p.out_h;
-    const u32 channel = 8 * vector, out_x = strip * STRIP;
-    const int y0 = static_cast<int>(out_y * p.stride_h) - p.pad_h, x0 = static_cast<int>(out_x * STRIDE) - p.pad_w;
+  const u32 vectors = p.channels / 8, groups = (vectors + 3) / 4;
+  const u32 strips = (p.out_w + STRIP - 1) / STRIP, bands = (p.out_h + ROWS - 1) / ROWS;
+  u32 index = (blockIdx.x * config::threads + threadIdx.x) / 4;
+  const u32 strip = index % strips;
+  index /= strips;
+  const u32 band = index % bands;
+  index /= bands;
+  const u32 vector = index % groups * 4 + threadIdx.x % 4, image = index / groups;
+  if (image < p.images && vector < vectors) {
+    const u32 channel = 8 * vector, out_x = strip * STRIP, out_y = band * ROWS;
+    const int y0 = static_cast<int>(out_y * STRIDE_H) - p.pad_h, x0 = static_cast<int>(out_x * STRIDE_W) - p.pad_w;
     const half* x = p.x + image * p.x_image + channel;
-    const half* w = p.w + channel;
+    const float* w = p.w + channel;
 
-    float sum[STRIP][8] = {};
+    float sum[ROWS][STRIP][8] = {};
 #pragma unroll
-    for (int r = 0; r < KERNEL_H; ++r) {
-      const int y = y0 + r * static_cast<int>(p.dilation_h);
-      if (static_cast<u32>(y) >= p.in_h) continue;
-      float weight[KERNEL_W][8];
+    for (int i = 0; i < SPAN_H; ++i) {
+      const int y = y0 + i;
+      float value[SPAN_W][8];
 #pragma unroll
-      for (int s = 0; s < KERNEL_W; ++s)
-        unpack(*reinterpret_cast<const uint4*>(w + static_cast<i64>(r * KERNEL_W + s) * p.channels), weight[s]);
+      for (int j = 0; j < SPAN_W; ++j) {
+        const int xx = x0 + j;
+        uint4 packed = make_uint4(0, 0, 0, 0);
+        if (static_cast<u32>(y) < p.in_h && static_cast<u32>(xx) < p.in_w)
+          packed = *reinterpret_cast<const uint4*>(x + y * p.x_row + xx * p.x_pixel);
+        unpack(packed, value[j]);
+      }
 #pragma unroll
-      for (int i = 0; i < SPAN; ++i) {
-        const int xx = x0 + i;
-        float value[8] = {};
-        if (static_cast<u32>(xx) < p.in_w) unpack(*reinterpret_cast<const uint4*>(x + y * p.x_row + xx * p.x_pixel), value);
+      for (int o = 0; o < ROWS; ++o) {
+        const int offset = i - o * STRIDE_H, r = offset / DILATION_H;
+        if (offset < 0 || offset % DILATION_H != 0 || r >= KERNEL_H) continue;
 #pragma unroll
         for (int s = 0; s < KERNEL_W; ++s) {
-          const int distance = i - s * DILATION;
-          if (distance >= 0 && distance % STRIDE == 0 && distance / STRIDE < STRIP) {
+          const float4* tap = reinterpret_cast<const float4*>(w + (r * KERNEL_W + s) * p.channels);
+          const float4 low = tap[0], high = tap[1];
+          const float weight[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-            for (int c = 0; c < 8; ++c) sum[distance / STRIDE][c] = fmaf(value[c], weight[s][c], sum[distance / STRIDE][c]);
-          }
+          for (int j = 0; j < STRIP; ++j)
+#pragma unroll
+            for (int c = 0; c < 8; ++c)
+              sum[o][j][c] = fmaf(value[j * STRIDE_W + s * DILATION_W][c], weight[c], sum[o][j][c]);
         }
       }
     }
 #pragma unroll
-    for (int i = 0; i < STRIP; ++i)
-      if (out_x + i < p.out_w) Epilogue::store(p, row * p.out_w + out_x + i, channel, 8, sum[i]);
+    for (int o = 0; o < ROWS; ++o)
+#pragma unroll
+      for (int j = 0; j < STRIP; ++j)
+        if (out_y + o < p.out_h && out_x + j < p.out_w)
+          Epilogue::store(p, (image * p.out_h + out_y + o) * p.out_w + out_x + j, channel, 8, sum[o][j]);
   }
   stamp_end(p.stamp);
 }

@@ -1,6 +1,7 @@
 // Matrix product for sm_90a: a[m, k] · b[n, k]ᵀ, fp16 operands that the copy engine can read, fp32 accumulation.
-// Persistent and warp-specialised: one thread keeps a ring of STAGES tiles filled through TMA, two consumer warpgroups take
-// output tiles in turn (ping-pong), so that one multiplies while the other runs its epilogue.
+// Persistent and warp-specialised: one thread keeps a ring of STAGES tiles filled through TMA for two consumer warpgroups.
+// These take output tiles in turn (ping-pong), so that one multiplies while the other runs its epilogue; or, COOPERATIVE, each
+// takes half the rows of every tile, which is faster where a block has a single tile, and allows wider ones.
 #pragma once
 #include "epilogue/fragment.cuh"
 #include "ptx/barrier.cuh"
@@ -11,10 +12,15 @@
 #include "scheduler/tiles.cuh"
 
 constexpr int TILE_M = config::tile_m, TILE_N = config::tile_n, TILE_K = 64, STAGES = config::stages;
-constexpr int PARTS = TILE_M / 64;  // one instruction covers 64 rows
-constexpr int CONSUMERS = 2, THREADS = 128 * (1 + CONSUMERS);
+constexpr bool COOPERATIVE = config::cooperative;
+constexpr int CONSUMERS = 2, CONSUMER_M = COOPERATIVE ? TILE_M / CONSUMERS : TILE_M;
+constexpr int PARTS = CONSUMER_M / 64;  // one instruction covers 64 rows
+// Rows of 32 columns whose epilogue operands fit the registers beside the accumulators.
+constexpr int AHEAD = PARTS * TILE_N <= 128 ? TILE_N / 16 : PARTS * TILE_N <= 256 ? 4 : 1;
+constexpr int THREADS = 128 * (1 + CONSUMERS);
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
-static_assert(128 * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS) <= 65536, "a multiprocessor's registers");
+// A block starts with 168 registers for each of its 384 threads; asking for more than these in all waits for ever.
+static_assert(128 * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS) <= 168 * THREADS, "");
 
 constexpr int A_BYTES = TILE_M * TILE_K * 2, B_BYTES = TILE_N * TILE_K * 2, STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int BARRIERS = STAGES * STAGE_BYTES;  // full[STAGES], empty[STAGES], turn[CONSUMERS]
@@ -29,7 +35,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_con
   if (threadIdx.x == 0) {
     prefetch_tensor_map(p.map_a);
     prefetch_tensor_map(p.map_b);
-    for (int i = 0; i < 2 * STAGES + CONSUMERS; ++i) barrier_init(full + 8 * i, 1);
+    for (int i = 0; i < 2 * STAGES + CONSUMERS; ++i)
+      barrier_init(full + 8 * i, COOPERATIVE && i >= STAGES && i < 2 * STAGES ? CONSUMERS : 1);
     barrier_init_fence();
   }
   __syncthreads();
@@ -59,13 +66,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_con
     take_registers<CONSUMER_REGISTERS>();
     const u32 consumer = warpgroup - 1, lane = threadIdx.x & 31, warp = threadIdx.x / 32 & 3;
     const bool leader = threadIdx.x % 128 == 0;
-    const u64 a0 = operand_descriptor(ring), b0 = operand_descriptor(ring + A_BYTES);
-    u32 ordinal = consumer;  // of this block's tiles
-    for (u32 t = blockIdx.x + ordinal * gridDim.x; t < tiles; t += CONSUMERS * gridDim.x, ordinal += CONSUMERS) {
-      const TileIndex tile = tile_of<16>(t, tiles_m, tiles_n);
+    const u32 row0 = COOPERATIVE ? consumer * CONSUMER_M : 0;  // within the tile
+    const u64 a0 = operand_descriptor(ring + row0 * 128), b0 = operand_descriptor(ring + A_BYTES);
+    constexpr u32 TURNS = COOPERATIVE ? 1 : CONSUMERS;
+    u32 ordinal = COOPERATIVE ? 0 : consumer;  // of this block's tiles
+    for (u32 t = blockIdx.x + ordinal * gridDim.x; t < tiles; t += TURNS * gridDim.x, ordinal += TURNS) {
       u32 stage = ordinal * steps % STAGES, parity = ordinal * steps / STAGES & 1, previous = stage;
       // A barrier's parity says nothing two phases later: wait until the other consumer is through with the stages before.
-      if (ordinal > 0) barrier_wait(turn + 8 * consumer, (ordinal - 1) / CONSUMERS & 1);
+      if (!COOPERATIVE && ordinal > 0) barrier_wait(turn + 8 * consumer, (ordinal - 1) / CONSUMERS & 1);
 
       float d[PARTS][TILE_N / 2];
       for (u32 step = 0; step < steps; ++step) {
@@ -84,13 +92,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_con
         previous = stage;
         if (++stage == STAGES) { stage = 0; parity ^= 1; }
       }
-      if (leader) barrier_arrive(turn + 8 * (consumer ^ 1));
+      if (!COOPERATIVE && leader) barrier_arrive(turn + 8 * (consumer ^ 1));
       wgmma_wait<0>();
       if (leader) barrier_arrive(empty + 8 * previous);
+      const TileIndex tile = tile_of<16>(t, tiles_m, tiles_n);
 #pragma unroll
       for (int i = 0; i < PARTS; ++i) {
         wgmma_settle(d[i]);
-        emit_fragment<Epilogue, TILE_N / 8>(p, d[i], 0, tile.m * TILE_M + 64 * i + 16 * warp + lane / 4, p.m, tile.n * TILE_N, p.n);
+        emit_fragment<Epilogue, TILE_N / 8, AHEAD>(p, d[i], 0, tile.m * TILE_M + row0 + 64 * i + 16 * warp + lane / 4, p.m, tile.n * TILE_N, p.n);
       }
     }
   }

@@ -16,7 +16,7 @@ extern "C" __global__ void __launch_bounds__(config::threads, 1) kernel(const __
     const u32 line = row / p.out_w, image = line / p.out_h, count = min(static_cast<u32>(WIDTH), p.channels - channel);
     const int x0 = static_cast<int>((row - line * p.out_w) * p.stride_w) - p.pad_w;
     const int y0 = static_cast<int>((line - image * p.out_h) * p.stride_h) - p.pad_h;
-    float v[WIDTH], x[WIDTH];
+    float v[WIDTH];
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) v[i] = config::maximum ? -INFINITY : 0.0f;
     u32 inside = 0, counted = 0;
@@ -27,7 +27,8 @@ extern "C" __global__ void __launch_bounds__(config::threads, 1) kernel(const __
         counted += y < static_cast<int>(p.in_h) + p.pad_end_h && xx < static_cast<int>(p.in_w) + p.pad_end_w;
         if (static_cast<u32>(y) >= p.in_h || static_cast<u32>(xx) >= p.in_w) continue;
         ++inside;
-        load_columns<config::input_t, Column::UNIT, config::x_vector>(p.x, image * p.x.row[0] + y * p.x.row[1] + xx * p.x.row[2], channel, count, x);
+        const i64 pixel = image * p.x.row[0] + y * p.x.row[1] + xx * p.x.row[2];
+        const auto x = fetch_columns<config::input_t, Column::UNIT, config::x_vector>(p.x, pixel, channel, count);
 #pragma unroll
         for (int i = 0; i < WIDTH; ++i) v[i] = config::maximum ? max_nan(v[i], x[i]) : v[i] + x[i];
       }

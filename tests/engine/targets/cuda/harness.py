@@ -1,6 +1,7 @@
 """Runs single steps on the GPU and compares them with the NumPy interpreter of the IR, in float64.
 
-Operands are random, every byte the step could write is poisoned before it runs, and bytes beyond its results must stay so.
+Operands are random, every byte the step could write is poisoned before it runs, and bytes beyond its results must stay
+so.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ POISON = 0xFF  # every float type reads NaN, integers −1
 
 @dataclass
 class Case:
-    """A step to check. `length` is the number of terms in its sums; `lowered` its launches where the test chose them."""
+    """A step to check. `length` is the number of terms in its sums; `lowered` its launches where the test chose
+    them."""
 
     label: str
     step: Step
@@ -146,7 +148,7 @@ _OPERAND_EPSILON = 2.0**-11
 
 def mismatch(got: np.ndarray, want: np.ndarray, length: int) -> str | None:
     """What differs beyond rounding. An element may be off by two roundings of its own size, plus a share of the typical
-    size: the fp32 sum of `length` terms, and one rounding of operands to fp16."""
+    size of the largest row: the fp32 sum of `length` terms, and one rounding of operands to fp16."""
     dtype = DType.of(want.dtype)
     if not dtype.is_float:
         return None if np.array_equal(got, want) else f"{np.count_nonzero(got != want)} of {want.size} integers differ"
@@ -156,12 +158,16 @@ def mismatch(got: np.ndarray, want: np.ndarray, length: int) -> str | None:
     finite = np.isfinite(b)
     if not np.array_equal(a[~finite], b[~finite], equal_nan=True):
         return "infinities differ"
-    size = sqrt(float(np.mean(b[finite] ** 2))) if finite.any() else 0.0
-    bound = 2 * _EPSILON[dtype] * np.where(finite, np.abs(b), 0.0) + size * (2 * _OPERAND_EPSILON + 2.0**-22 * sqrt(length))
+    rows = np.where(finite, b, 0.0).reshape(-1, b.shape[-1] if b.ndim else 1)
+    size = sqrt(float(np.max(np.mean(rows**2, axis=1))))
+    bound = 2 * _EPSILON[dtype] * np.where(finite, np.abs(b), 0.0) + size * (
+        2 * _OPERAND_EPSILON + 2.0**-22 * sqrt(length)
+    )
     with np.errstate(invalid="ignore"):
         off = np.where(finite, np.abs(a - b), 0.0)
     worst = int(np.argmax(off - bound))
     if off.flat[worst] <= bound.flat[worst]:
         return None
     count = int(np.count_nonzero(off > bound))
-    return f"{count} of {b.size} off, worst {a.flat[worst]:.6g} for {b.flat[worst]:.6g} at {np.unravel_index(worst, b.shape)} of {b.shape}"
+    place = [int(i) for i in np.unravel_index(worst, b.shape)]
+    return f"{count} of {b.size} off, worst {a.flat[worst]:.6g} for {b.flat[worst]:.6g} at {place} of {list(b.shape)}"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-cupy = pytest.importorskip("cupy")
+pytest.importorskip("cupy")
 
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
@@ -27,7 +27,14 @@ from engine.ir.ops import (
 )
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda import covering as cv
-from engine.targets.cuda.conv import Geometry, channels_last, launch_conv, pack_filter
+from engine.targets.cuda.conv import (
+    Geometry,
+    channels_last,
+    launch_conv,
+    launch_depthwise,
+    pack_depthwise,
+    pack_filter,
+)
 from engine.targets.cuda.covering import ACC, F16, F32, I64, make_step, weight
 from engine.targets.cuda.gemm import epilogue_of, launch_product, product_of
 from engine.targets.cuda.kernel import Pointer
@@ -73,7 +80,11 @@ def test_gemm_with_weight_matches_float64(target: CudaTarget) -> None:
     for i in range(CASES):
         tile = tiles[i % len(tiles)]
         aligned = tile in WGMMA_TILES or rng.random() < 0.6
-        m, k, n = ragged(rng, 700), ragged(rng, 900, 8 if aligned else 1), ragged(rng, 500, 8 if rng.random() < 0.6 else 1)
+        m, k, n = (
+            ragged(rng, 700),
+            ragged(rng, 900, 8 if aligned else 1),
+            ragged(rng, 500, 8 if rng.random() < 0.6 else 1),
+        )
         name = list(GEMM_STORES)[i % 4]
         inputs: list[cv.Given] = [(F16, (m, k)), weight(k, n)]
         inputs += [] if name == "plain" else [weight(n)]
@@ -83,6 +94,18 @@ def test_gemm_with_weight_matches_float64(target: CudaTarget) -> None:
             product_of(step, target.context), epilogue_of(step, (GEMM_STORES[name],), (0, 1), n), tile, target.context
         )
         cases.append(Case(f"{m}x{n}x{k} {name}", step, k, lowered=[launch]))
+    check(target, cases)
+
+
+def test_gemm_of_more_tiles_than_multiprocessors(target: CudaTarget) -> None:
+    """A persistent block takes several tiles: its rings and turns wrap around."""
+    cases = []
+    for m, n, k in ((3000, 1512, 200), (5000, 1000, 1096), (20000, 200, 40)):
+        step = make_step(Gemm((cv.BIAS_RESIDUAL,)), [(F16, (m, k)), weight(k, n), weight(n), (F16, (m, n))])
+        product, epilogue = product_of(step, target.context), epilogue_of(step, (cv.BIAS_RESIDUAL,), (0, 1), n)
+        for tile in [*MMA_TILES, *(WGMMA_TILES if target.device.architecture.wgmma else ())]:
+            launch = launch_product(product, epilogue, tile, target.context)
+            cases.append(Case(f"{m}x{n}x{k} {tile}", step, k, lowered=[launch]))
     check(target, cases)
 
 
@@ -127,7 +150,9 @@ def test_convolution_matches_float64(target: CudaTarget) -> None:
         packed = Pointer(target.weights.packed(step.inputs[1], "n,rsc8", pack_filter))
         epilogue = epilogue_of(step, (store,), channels_last(4), n // groups)
         launch = launch_conv(Geometry(step), epilogue, packed, tile)
-        cases.append(Case(f"{x} * {n} {kernel} {op.strides} {pads} {dilations} g{groups}", step, c * 16, feeds, [launch]))
+        cases.append(
+            Case(f"{x} * {n} {kernel} {op.strides} {pads} {dilations} g{groups}", step, c * 16, feeds, [launch])
+        )
     check(target, cases)
 
 
@@ -154,7 +179,11 @@ def test_depthwise_matches_float64(target: CudaTarget) -> None:
         op = Conv((stride, stride), pads, (dilation, dilation), c, stores=(cv.BIAS_RELU6,))
         image = (F16, (int(rng.integers(1, 4)), c, *size))
         step = make_step(op, [image, weight(c, 1, kernel, kernel), weight(c, 1, 1)])
-        cases.append(Case(f"{image} {kernel} {stride} {dilation} {pads}", step, 25))
+        taps = target.weights.packed(step.inputs[1], "f32 r,s,c", pack_depthwise)
+        epilogue = epilogue_of(step, op.stores, channels_last(4), 8)
+        # The patch grows as there are fewer multiprocessors to fill.
+        launch = launch_depthwise(Geometry(step), epilogue, taps, int(rng.choice([0, 2, 132])))
+        cases.append(Case(f"{image} {kernel} {stride} {dilation} {pads}", step, 25, lowered=[launch]))
     check(target, cases)
 
 
@@ -168,7 +197,8 @@ def test_attention_matches_float64(target: CudaTarget) -> None:
         bias = [None, (batch, 1, 1, keys), (1, heads, queries, keys), (queries, keys)][i % 4]
         op = Attention(head**-0.5, bool(rng.random() < 0.3), bias is not None, stores=(cv.stored(ACC),))
         inputs: list[cv.Given] = [
-            (F16, (batch, heads, queries, head)), (F16, (batch, kv_heads, keys, head)), (F16, (batch, kv_heads, keys, value)),
+            (F16, (batch, heads, queries, head)), (F16, (batch, kv_heads, keys, head)),
+            (F16, (batch, kv_heads, keys, value)),
         ]  # fmt: skip
         feeds: dict[int, np.ndarray] = {}
         if bias is not None:
@@ -190,7 +220,9 @@ def test_attention_rows_without_keys(target: CudaTarget) -> None:
         for lowest in (-np.inf, float(np.finfo(np.float32).min)):
             bias = np.zeros((2, 1, 1, 70), np.float32)
             bias[1] = lowest
-            cases.append(Case(f"{zero} {lowest}", make_step(op, [heads, heads, heads, (F32, bias.shape)]), 70, {3: bias}))
+            cases.append(
+                Case(f"{zero} {lowest}", make_step(op, [heads, heads, heads, (F32, bias.shape)]), 70, {3: bias})
+            )
     check(target, cases)
 
 
@@ -275,7 +307,11 @@ def test_pools_match_float64(target: CudaTarget) -> None:
         size = tuple(k + int(rng.integers(0, 20)) for k in kernel)
         shape = (int(rng.integers(1, 4)), ragged(rng, 70, 8 if i % 3 else 1), *size)
         op = Pool(list(PoolKind)[i % 2], kernel, strides, pads, (1, 1), i % 4 > 1, i % 3 == 0, (cv.stored(ACC),))
-        if op.kind is PoolKind.AVERAGE and not op.count_include_pad and any(b >= k or e >= k for (b, e), k in zip(pads, kernel, strict=True)):
+        if (
+            op.kind is PoolKind.AVERAGE
+            and not op.count_include_pad
+            and any(b >= k or e >= k for (b, e), k in zip(pads, kernel, strict=True))
+        ):
             continue
         cases.append(Case(f"{op} {shape}", make_step(op, [(F16, shape)]), 25))
     check(target, cases)
@@ -295,14 +331,24 @@ def test_pointwise_matches_float64(target: CudaTarget) -> None:
 
 
 FLOAT_OPS = [
-    PointOp.SUB, PointOp.DIV, PointOp.MIN, PointOp.MAX, PointOp.MOD, PointOp.FMOD, PointOp.NEG, PointOp.ABS, PointOp.SIGN,
-    PointOp.FLOOR, PointOp.CEIL, PointOp.ROUND, PointOp.EXP, PointOp.SIN, PointOp.COS, PointOp.TAN, PointOp.ATAN,
+    PointOp.SUB, PointOp.DIV, PointOp.MIN, PointOp.MAX, PointOp.MOD, PointOp.FMOD, PointOp.NEG, PointOp.ABS,
+    PointOp.SIGN, PointOp.FLOOR, PointOp.CEIL, PointOp.ROUND, PointOp.EXP, PointOp.SIN, PointOp.COS,
+    PointOp.TAN, PointOp.ATAN,
     PointOp.SINH, PointOp.COSH, PointOp.ASINH, PointOp.TANH, PointOp.ERF, PointOp.SIGMOID, PointOp.SQRT, PointOp.LOG,
 ]  # fmt: skip
-INTEGER_OPS = [PointOp.ADD, PointOp.SUB, PointOp.MUL, PointOp.DIV, PointOp.MOD, PointOp.FMOD, PointOp.BITAND, PointOp.EQ]
-BINARY = {
-    PointOp.ADD, PointOp.SUB, PointOp.MUL, PointOp.DIV, PointOp.MIN, PointOp.MAX, PointOp.MOD, PointOp.FMOD, PointOp.BITAND,
+INTEGER_OPS = [
+    PointOp.ADD,
+    PointOp.SUB,
+    PointOp.MUL,
+    PointOp.DIV,
+    PointOp.MOD,
+    PointOp.FMOD,
+    PointOp.BITAND,
     PointOp.EQ,
+]
+BINARY = {
+    PointOp.ADD, PointOp.SUB, PointOp.MUL, PointOp.DIV, PointOp.MIN, PointOp.MAX, PointOp.MOD, PointOp.FMOD,
+    PointOp.BITAND, PointOp.EQ,
 }  # fmt: skip
 
 
@@ -314,7 +360,9 @@ def test_every_operation_matches_numpy(target: CudaTarget) -> None:
         cases.append(Case(op.value, step, 1))
     for op in INTEGER_OPS:
         for dtype in (I64, DType.I32, DType.U8, DType.I8):
-            step = make_step(Pointwise((ex.apply(op, ex.Arg(0, dtype), ex.Arg(1, dtype)),)), [(dtype, (200,)), (dtype, (200,))])
+            step = make_step(
+                Pointwise((ex.apply(op, ex.Arg(0, dtype), ex.Arg(1, dtype)),)), [(dtype, (200,)), (dtype, (200,))]
+            )
             feeds = {i: rng.integers(1, 100, 200).astype(dtype.numpy) for i in range(2)}
             cases.append(Case(f"{op.value} {dtype}", step, 1, feeds))
     for source in (F16, F32, I64, DType.I32, DType.U8, DType.BOOL, DType.BF16):

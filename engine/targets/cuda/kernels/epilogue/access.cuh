@@ -39,23 +39,30 @@ template <int LEVELS> DEVICE i64 row_offset(const Tensor& t, const RowIndex<LEVE
 
 template <class T> struct alignas(sizeof(T) * 8 < 16 ? sizeof(T) * 8 : 16) Pack { T element[WIDTH]; };
 
-// `count` columns from `column` on (at most WIDTH). ALIGNED: the caller has WIDTH of them, at a multiple of their size.
-template <class T, Column COLUMN, bool ALIGNED>
-DEVICE void load_columns(const Tensor& t, i64 offset, u32 column, u32 count, compute_t<T> (&v)[WIDTH]) {
+// `count` columns from `column` on (at most WIDTH), as they lie in memory: fetched early, widened when they are used, so that
+// many loads can be under way before the first store. ALIGNED: the caller has WIDTH columns, at a multiple of their size.
+template <class T, Column COLUMN> struct Fetched {
+  Pack<T> pack;
+  DEVICE compute_t<T> operator[](int i) const { return widen(pack.element[i]); }
+};
+template <class T> struct Fetched<T, Column::BROADCAST> {
+  T element;
+  DEVICE compute_t<T> operator[](int) const { return widen(element); }
+};
+
+template <class T, Column COLUMN, bool ALIGNED> DEVICE Fetched<T, COLUMN> fetch_columns(const Tensor& t, i64 offset, u32 column, u32 count) {
   const T* p = static_cast<const T*>(t.data) + offset;
+  Fetched<T, COLUMN> result;
   if constexpr (COLUMN == Column::BROADCAST) {
-    const compute_t<T> x = widen(*p);
-#pragma unroll
-    for (int i = 0; i < WIDTH; ++i) v[i] = x;
+    result.element = *p;
   } else if constexpr (COLUMN == Column::UNIT && ALIGNED) {
-    const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(p + column);
-#pragma unroll
-    for (int i = 0; i < WIDTH; ++i) v[i] = widen(pack.element[i]);
+    result.pack = *reinterpret_cast<const Pack<T>*>(p + column);
   } else {
     const i64 stride = COLUMN == Column::UNIT ? 1 : t.column;
 #pragma unroll
-    for (int i = 0; i < WIDTH; ++i) v[i] = i < count ? widen(p[(column + i) * stride]) : compute_t<T>();
+    for (int i = 0; i < WIDTH; ++i) result.pack.element[i] = i < count ? p[(column + i) * stride] : T();
   }
+  return result;
 }
 
 template <class T, Column COLUMN, bool ALIGNED, class V>

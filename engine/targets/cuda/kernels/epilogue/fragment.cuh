@@ -23,15 +23,26 @@ DEVICE void transpose_quad(float (&v)[8], int quad) {
 }
 
 // Hands a 16-row fragment of BLOCKS 8-column blocks to the epilogue. `row` is this lane's first row (the other is row + 8) of
-// `rows`; `first_row` is added to make the row of the iteration space. Columns start at `column` of `columns`.
-template <class EPILOGUE, int BLOCKS>
+// `rows`; `first_row` is added to make the row of the iteration space. Columns start at `column` of `columns`. What the
+// epilogue reads is fetched for AHEAD pieces (a row of four blocks) at a time: as many as the kernel has registers for.
+template <class EPILOGUE, int BLOCKS, int AHEAD = BLOCKS / 2>
 DEVICE void emit_fragment(const Params& p, const float (&d)[BLOCKS * 4], u32 first_row, u32 row, u32 rows, u32 column, u32 columns) {
   static_assert(BLOCKS % 4 == 0, "four lanes hold the columns of four blocks");
+  constexpr int PIECES = BLOCKS / 2;
+  static_assert(PIECES % AHEAD == 0, "");
   const int quad = threadIdx.x & 3;
 #pragma unroll
-  for (int group = 0; group < BLOCKS / 4; ++group) {
+  for (int first = 0; first < PIECES; first += AHEAD) {
+    typename EPILOGUE::Inputs inputs[AHEAD];
 #pragma unroll
-    for (int lower = 0; lower < 2; ++lower) {
+    for (int i = 0; i < AHEAD; ++i) {
+      const int group = (first + i) / 2, lower = (first + i) % 2;
+      const u32 r = row + 8 * lower, c = column + 32 * group + 8 * quad;
+      if (r < rows && c < columns) inputs[i] = EPILOGUE::fetch(p, first_row + r, c, min(8u, columns - c));
+    }
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      const int group = (first + i) / 2, lower = (first + i) % 2;
       float v[8];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -40,7 +51,7 @@ DEVICE void emit_fragment(const Params& p, const float (&d)[BLOCKS * 4], u32 fir
       }
       transpose_quad(v, quad);
       const u32 r = row + 8 * lower, c = column + 32 * group + 8 * quad;
-      if (r < rows && c < columns) EPILOGUE::store(p, first_row + r, c, min(8u, columns - c), v);
+      if (r < rows && c < columns) EPILOGUE::store(p, first_row + r, c, min(8u, columns - c), v, inputs[i]);
     }
   }
 }
