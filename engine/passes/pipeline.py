@@ -2,7 +2,7 @@
 
 The order in one sentence: make everything constant that is, carry types and views in one form, recognise what was
 written in pieces while the pieces are still apart, bring point-wise chains together, hang them onto the operators
-around them, move constants into weights, and choose memory orders last.
+around them, move constants into weights, and choose types and orders in memory last.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from engine.passes.epilogues import fuse_epilogues
 from engine.passes.flatten import flatten_gemms, sink_views
 from engine.passes.fold import fold
 from engine.passes.layout import choose_orders, permute_flattened
+from engine.passes.narrow import narrow_floats
 from engine.passes.norms import recognise_norms, split_norm_groups
 from engine.passes.pads import fold_pads
 from engine.passes.pointwise import drop_expands, fuse_pointwise, hoist_slices, inline_literals
@@ -68,6 +69,7 @@ PASSES: tuple[Pass, ...] = (
     permute_flattened,
     merge_views,
     fold,
+    narrow_floats,
     choose_orders,
 )
 

@@ -1,0 +1,256 @@
+"""Expressions of the IR as CUDA C++: the prologue and epilogue functors that every kernel takes.
+
+A functor computes WIDTH neighbouring columns of one row of the kernel's iteration space: `Epilogue::store(p, row,
+column, count, acc, Epilogue::fetch(p, row, column, count))` writes every output of the node, `Prologue::load(p, row,
+column, count, value)` reads its source. A kernel may fetch what an epilogue reads long before it stores. Floats are
+computed in fp32 (fp64 where the expression says so) and rounded once, when stored. Adding an operation to the IR adds a
+line to `_FLOAT` or `_INTEGER`, and a device function to kernels/epilogue/math.cuh where the language lacks it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from engine.ir import expr as ex
+from engine.ir.dtype import DType
+from engine.ir.expr import PointOp
+from engine.targets.cuda.kernel import I64, STORAGE, Argument, Functor, LevelSizes, TensorArgument
+from engine.targets.cuda.spaces import Operand, Space
+
+COMPUTE = {
+    DType.F64: "double", DType.F32: "float", DType.F16: "float", DType.BF16: "float", DType.I64: "i64",
+    DType.I32: "i32", DType.I16: "i32", DType.I8: "i32", DType.U64: "u64", DType.U32: "u32", DType.U16: "i32",
+    DType.U8: "i32",
+    DType.BOOL: "bool",
+}  # fmt: skip
+"""The types in which elements are computed (`compute_t` of kernels/types.cuh)."""
+
+_SMALL = frozenset({DType.I16, DType.I8, DType.U16, DType.U8})
+
+_FLOAT = {
+    PointOp.POW: "powf({}, {})", PointOp.MIN: "min_nan({}, {})", PointOp.MAX: "max_nan({}, {})",
+    PointOp.ABS: "fabsf({})", PointOp.MOD: "floor_mod({}, {})", PointOp.FMOD: "trunc_mod({}, {})",
+    PointOp.SIGN: "sign({})", PointOp.FLOOR: "floorf({})", PointOp.CEIL: "ceilf({})",
+    PointOp.ROUND: "rintf({})", PointOp.SQRT: "sqrtf({})",
+    PointOp.EXP: "expf({})", PointOp.LOG: "logf({})", PointOp.SIN: "sinf({})", PointOp.COS: "cosf({})",
+    PointOp.TAN: "tanf({})", PointOp.ASIN: "asinf({})", PointOp.ACOS: "acosf({})", PointOp.ATAN: "atanf({})",
+    PointOp.SINH: "sinhf({})", PointOp.COSH: "coshf({})", PointOp.ASINH: "asinhf({})", PointOp.ACOSH: "acoshf({})",
+    PointOp.ATANH: "atanhf({})", PointOp.TANH: "tanhf({})", PointOp.ERF: "erf_approx({})",
+    PointOp.SIGMOID: "sigmoid({})",
+}  # fmt: skip
+_DOUBLE = {
+    **{op: text.replace("f(", "(") for op, text in _FLOAT.items()},
+    PointOp.MIN: "min_nan({}, {})", PointOp.MAX: "max_nan({}, {})", PointOp.MOD: "floor_mod({}, {})",
+    PointOp.ERF: "erf({})", PointOp.SIGMOID: "(1.0 / (1.0 + exp(-({}))))",
+}  # fmt: skip
+_INTEGER = {
+    PointOp.DIV: "trunc_div({}, {})", PointOp.POW: "integer_power({}, {})", PointOp.MIN: "min_nan({}, {})",
+    PointOp.MAX: "max_nan({}, {})", PointOp.MOD: "floor_mod({}, {})", PointOp.FMOD: "trunc_mod({}, {})",
+    PointOp.ABS: "({0} < 0 ? -{0} : {0})", PointOp.SIGN: "sign({})", PointOp.FLOOR: "({})", PointOp.CEIL: "({})",
+    PointOp.ROUND: "({})",
+}  # fmt: skip
+_ANY = {
+    PointOp.ADD: "({} + {})", PointOp.SUB: "({} - {})", PointOp.MUL: "({} * {})", PointOp.DIV: "({} / {})",
+    PointOp.NEG: "(-{})", PointOp.AND: "({} && {})", PointOp.OR: "({} || {})", PointOp.XOR: "({} != {})",
+    PointOp.NOT: "(!{})", PointOp.BITAND: "({} & {})", PointOp.BITOR: "({} | {})", PointOp.BITXOR: "({} ^ {})",
+    PointOp.BITNOT: "(~{})", PointOp.SHL: "({} << {})", PointOp.SHR: "({} >> {})", PointOp.EQ: "({} == {})",
+    PointOp.LT: "({} < {})", PointOp.LE: "({} <= {})", PointOp.ISNAN: "isnan({})", PointOp.ISINF: "isinf({})",
+    PointOp.WHERE: "({} ? {} : {})",
+}  # fmt: skip
+
+
+def epilogue(
+    stores: Sequence[ex.Expr],
+    space: Space,
+    inputs: Mapping[int, Operand],
+    outputs: Sequence[Operand],
+    granularity: int,
+    acc: DType = DType.F32,
+) -> Functor:
+    """`Epilogue`: the stores of a node. `inputs` and `outputs` are operands of `space`; `granularity` as in
+    `Space.is_aligned`."""
+    writer = _Writer("epilogue", space, granularity)
+    writer.read(inputs)
+    for j, output in enumerate(outputs):
+        writer.declare(f"epilogue_out{j}", output)
+        writer.prepare.append(f"{COMPUTE[output.dtype]} out{j}[WIDTH];")
+        writer.finish.append(
+            f"store_columns<{STORAGE[output.dtype]}, {_column(output)}, {writer.aligned(output)}>"
+            f"(p.epilogue_out{j}, row_offset(p.epilogue_out{j}, r), column, count, out{j});"
+        )
+    results = {
+        f"out{j}[i]": (store, output.dtype) for j, (store, output) in enumerate(zip(stores, outputs, strict=True))
+    }
+    arguments = f"const Params& p, u32 row, u32 column, u32 count, const {COMPUTE[acc]} (&acc)[WIDTH]"
+    fetched = "store(p, row, column, count, acc, fetch(p, row, column, count));"
+    short = f"  DEVICE static void store({arguments}) {{ {fetched} }}\n"
+    return writer.functor("Epilogue", f"void store({arguments}, const Inputs& inputs)", results, short)
+
+
+def prologue(source: ex.Expr, space: Space, inputs: Mapping[int, Operand], granularity: int) -> Functor:
+    """`Prologue`: the source of a node, as elements of `value_t`."""
+    writer = _Writer("prologue", space, granularity)
+    writer.read(inputs)
+    value = COMPUTE[source.dtype]
+    signature = f"void load(const Params& p, u32 row, u32 column, u32 count, {value} (&value)[WIDTH])"
+    writer.prepare.append("const Inputs inputs = fetch(p, row, column, count);")
+    return writer.functor("Prologue", signature, {"value[i]": (source, source.dtype)}, f"  using value_t = {value};\n")
+
+
+class _Writer:
+    """Collects the parts of one functor: arguments, loads, the loop over columns, stores."""
+
+    def __init__(self, prefix: str, space: Space, granularity: int) -> None:
+        self.prefix = prefix
+        self.space = space
+        self.granularity = granularity
+        self.arguments: dict[str, Argument] = {f"{prefix}_levels": LevelSizes(space.levels)}
+        self.members: list[str] = []
+        self.fetches: list[str] = []
+        self.prepare: list[str] = []
+        self.finish: list[str] = []
+
+    def aligned(self, operand: Operand) -> str:
+        return "true" if self.space.is_aligned(operand, self.granularity) else "false"
+
+    def declare(self, name: str, operand: Operand) -> None:
+        self.arguments[name] = TensorArgument(operand.pointer, operand.strides[:-1], operand.strides[-1])
+
+    def read(self, inputs: Mapping[int, Operand]) -> None:
+        for i, operand in inputs.items():
+            name = f"{self.prefix}_{i}"
+            self.declare(name, operand)
+            offset = f"row_offset(p.{name}, r)"
+            if operand.index is not None:
+                self.declare(f"{name}_index", operand.index)
+                self.arguments[f"{name}_rows"] = operand.table_rows
+                self.arguments[f"{name}_row_stride"] = I64(operand.table_stride)
+                by = STORAGE[operand.index.dtype]
+                row = f"table_row<{by}>(p.{name}_index, row_offset(p.{name}_index, r), p.{name}_rows)"
+                offset += f" + {row} * p.{name}_row_stride"
+            dtype, column = STORAGE[operand.dtype], _column(operand)
+            self.members.append(f"Fetched<{dtype}, {column}> a{i};")
+            self.fetches.append(
+                f"inputs.a{i} = fetch_columns<{dtype}, {column}, {self.aligned(operand)}>"
+                f"(p.{name}, {offset}, column, count);"
+            )
+
+    def functor(
+        self, name: str, signature: str, results: Mapping[str, tuple[ex.Expr, DType]], head: str = ""
+    ) -> Functor:
+        body = _expression_lines([root for root, _ in results.values()])
+        names = body.names
+        loop = [
+            *body.lines,
+            *(f"{target} = {_convert(names[root], root.dtype, to)};" for target, (root, to) in results.items()),
+        ]
+        levels = len(self.space.levels)
+        split = f"const RowIndex<{levels}> r = split_row<{levels}>(p.{self.prefix}_levels, row);"
+        fetch = _indented([split, "Inputs inputs;", *self.fetches, "return inputs;"])
+        head += f"  struct Inputs {{ {' '.join(self.members)} }};\n"
+        head += f"  DEVICE static Inputs fetch(const Params& p, u32 row, u32 column, u32 count) {{\n{fetch}\n  }}\n"
+        lines = [
+            split,
+            *self.prepare,
+            "#pragma unroll",
+            "for (int i = 0; i < WIDTH; ++i) {",
+            *(f"  {line}" for line in loop),
+            "}",
+            *self.finish,
+        ]
+        code = f"struct {name} {{\n{head}  DEVICE static {signature} {{\n{_indented(lines)}\n  }}\n}};\n"
+        return Functor(code, tuple(self.arguments.items()))
+
+
+def _indented(lines: Sequence[str]) -> str:
+    return "\n".join(line if line.startswith("#") else f"    {line}" for line in lines)
+
+
+def _column(operand: Operand) -> str:
+    return "Column::" + {0: "BROADCAST", 1: "UNIT"}.get(operand.strides[-1], "STRIDED")
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.names: dict[ex.Expr, str] = {}
+
+
+def _expression_lines(roots: Sequence[ex.Expr]) -> _Lines:
+    """One statement per operation, shared sub-expressions once."""
+    result = _Lines()
+    for node in ex.walk(*roots):
+        if isinstance(node, ex.Arg):
+            result.names[node] = f"inputs.a{node.index}[i]"
+        elif isinstance(node, ex.Acc):
+            result.names[node] = "acc[i]"
+        elif isinstance(node, ex.Const):
+            result.names[node] = literal(node.value, node.dtype)
+        else:
+            name = f"t{len(result.lines)}"
+            value = _apply(node, [result.names[arg] for arg in node.args])
+            result.lines.append(f"const {COMPUTE[node.dtype]} {name} = {value};")
+            result.names[node] = name
+    return result
+
+
+def _apply(node: ex.Apply, operands: Sequence[str]) -> str:
+    if node.op is PointOp.CAST:
+        return _convert(operands[0], node.args[0].dtype, node.dtype)
+    args = [arg.dtype for arg in node.args]
+    if node.op is PointOp.WHERE:
+        common = node.dtype
+        typed = [
+            operands[0],
+            *(_convert(text, dtype, common) for text, dtype in zip(operands[1:], args[1:], strict=True)),
+        ]
+    elif node.op in ex.COMPARISONS:
+        common = next((dtype for dtype in args if dtype.is_float), args[0])
+        typed = [_convert(text, dtype, common) for text, dtype in zip(operands, args, strict=True)]
+    else:
+        common = node.dtype
+        typed = [_convert(text, dtype, common) for text, dtype in zip(operands, args, strict=True)]
+    if node.op is PointOp.POW and common.is_float and isinstance(node.args[1], ex.Const):
+        special = _power(typed[0], float(node.args[1].value))
+        if special is not None:
+            return special
+    table = {"double": _DOUBLE, "float": _FLOAT}.get(COMPUTE[common], _INTEGER)
+    value = table.get(node.op, _ANY.get(node.op))
+    assert value is not None, f"no code for {node.op} on {common}"
+    text = value.format(*typed)
+    # Narrow integers are computed in 32 bits and wrap when the result is taken.
+    return f"static_cast<i32>(static_cast<{STORAGE[node.dtype]}>({text}))" if node.dtype in _SMALL else text
+
+
+def _power(base: str, exponent: float) -> str | None:
+    return {2.0: f"({base} * {base})", 3.0: f"({base} * {base} * {base})", 1.0: f"({base})"}.get(exponent)
+
+
+def _convert(text: str, source: DType, target: DType) -> str:
+    if COMPUTE[source] == COMPUTE[target] and not (target in _SMALL and source is not target):
+        return text
+    if target is DType.BOOL:
+        return f"({text} != {COMPUTE[source]}(0))"
+    narrowed = f"static_cast<{STORAGE[target]}>({text})" if target in _SMALL else text
+    return f"static_cast<{COMPUTE[target]}>({narrowed})"
+
+
+def literal(value: float | int | bool, dtype: DType) -> str:
+    """A constant of the compute type of `dtype`."""
+    kind = COMPUTE[dtype]
+    if kind == "bool":
+        return "true" if value else "false"
+    if dtype.is_float:
+        number = float(value)
+        if math.isnan(number):
+            return f"static_cast<{kind}>(NAN)"
+        if math.isinf(number):
+            return f"static_cast<{kind}>({'-' if number < 0 else ''}INFINITY)"
+        # Hexadecimal digits are exact; a literal too small for fp32 becomes 0 there as everywhere.
+        return f"static_cast<{kind}>({number.hex()})"
+    integer = int(value)
+    if integer == -(2**63):
+        return "(-9223372036854775807ll - 1)"
+    suffix = {"u64": "ull", "u32": "u", "i64": "ll"}.get(kind, "")
+    return f"static_cast<{kind}>({integer}{suffix})"

@@ -1,0 +1,249 @@
+"""The covering set: steps that between them make every kernel file, tile and functor shape that the engine can ask for.
+
+The gate compiles it for every architecture; the GPU tests and benchmarks build their steps with `make_step`, too. No
+device is needed to make them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from math import prod
+from typing import TypeAlias
+
+import numpy as np
+
+from engine.ir import expr as ex
+from engine.ir.dtype import DType
+from engine.ir.expr import PointOp
+from engine.ir.ops import (
+    Attention,
+    Conv,
+    Gemm,
+    Norm,
+    NormKind,
+    Op,
+    Pointwise,
+    Pool,
+    PoolKind,
+    Reduce,
+    ReduceKind,
+    Softmax,
+)
+from engine.plan.plan import Step
+from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
+from engine.targets.cuda.architecture import Architecture
+from engine.targets.cuda.conv import Geometry, channels_last, launch_conv, pack_filter
+from engine.targets.cuda.families import family_of
+from engine.targets.cuda.gemm import epilogue_of, launch_product, product_of
+from engine.targets.cuda.image import Filter, centre_box, launch_images
+from engine.targets.cuda.kernel import Context, Launch, Pointer, WeightStore
+from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES
+
+F16, F32, I64 = DType.F16, DType.F32, DType.I64
+ACC = ex.Acc()
+Given: TypeAlias = tuple[DType, tuple[int, ...]] | np.ndarray | Tensor
+
+
+def make_step(op: Op, inputs: Sequence[Given], name: str = "step") -> Step:
+    """A step of `op` alone: operands where (dtype, shape) is given, constants where an array is, tensors as they are.
+
+    Operands and results lie densely in the order that the kernels ask for.
+    """
+    tensors = [_tensor(i, given) for i, given in enumerate(inputs)]
+    needs, results = family_of(op).requirements(op, tuple(tensors))
+    placed = tuple(
+        replace(tensor, strides=row_major(tensor.shape, need.order or None)) if isinstance(given, tuple) else tensor
+        for tensor, need, given in zip(tensors, needs, inputs, strict=True)
+    )
+    outputs = tuple(
+        _fresh(
+            f"output{i}", BufferKind.OUTPUT, dtype, tuple(size for size in shape if isinstance(size, int)), need.order
+        )
+        for i, ((dtype, shape), need) in enumerate(zip(op.infer(placed), results, strict=True))
+    )
+    return Step(name, op, placed, outputs, op.cost(placed, outputs))
+
+
+def _tensor(i: int, given: Given) -> Tensor:
+    if isinstance(given, Tensor):
+        return given
+    if isinstance(given, np.ndarray):
+        data = np.ascontiguousarray(given)
+        buffer = Buffer(f"constant{i}", BufferKind.CONSTANT, data.nbytes, data)
+        return Tensor(buffer, DType.of(data.dtype), data.shape, row_major(data.shape))
+    return _fresh(f"input{i}", BufferKind.INPUT, given[0], given[1], ())
+
+
+def _fresh(name: str, kind: BufferKind, dtype: DType, shape: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
+    return Tensor(Buffer(name, kind, prod(shape) * dtype.itemsize), dtype, shape, row_major(shape, order or None))
+
+
+def weight(*shape: int, dtype: DType = F16) -> np.ndarray:
+    """A random constant; a matrix [k, n] or a filter [n, c, …] keeps unit variance."""
+    rng = np.random.default_rng(shape)
+    fan_in = shape[0] if len(shape) == 2 else prod(shape[1:])
+    scaled: np.ndarray = rng.standard_normal(shape) / np.sqrt(max(1, fan_in))
+    return scaled.astype(dtype.numpy)
+
+
+def arg(index: int, dtype: DType = F16) -> ex.Expr:
+    """Input `index` in fp32."""
+    return ex.cast(ex.Arg(index, dtype), F32)
+
+
+def stored(value: ex.Expr, dtype: DType = F16) -> ex.Expr:
+    return ex.cast(value, dtype)
+
+
+def constant(value: float) -> ex.Expr:
+    return ex.Const(value, F32)
+
+
+def relu6(value: ex.Expr) -> ex.Expr:
+    return ex.apply(PointOp.MIN, ex.apply(PointOp.MAX, value, constant(0.0)), constant(6.0))
+
+
+def gelu(value: ex.Expr) -> ex.Expr:
+    erf = ex.apply(PointOp.ERF, ex.apply(PointOp.MUL, value, constant(0.7071067811865476)))
+    return ex.apply(PointOp.MUL, ex.apply(PointOp.MUL, value, constant(0.5)), add(erf, constant(1.0)))
+
+
+def add(a: ex.Expr, b: ex.Expr) -> ex.Expr:
+    return ex.apply(PointOp.ADD, a, b)
+
+
+def mul(a: ex.Expr, b: ex.Expr) -> ex.Expr:
+    return ex.apply(PointOp.MUL, a, b)
+
+
+BIAS = stored(add(ACC, arg(2)))
+BIAS_GELU = stored(gelu(add(ACC, arg(2))))
+BIAS_RELU6 = stored(relu6(add(ACC, arg(2))))
+BIAS_RESIDUAL = stored(add(add(ACC, arg(2)), arg(3)))
+SCALE_SHIFT = stored(add(mul(ACC, arg(1)), arg(2)))
+
+
+def conv_op(kernel: int, stride: int = 1, groups: int = 1, store: ex.Expr = BIAS_RELU6, dilation: int = 1) -> Conv:
+    """A 2-D convolution with "same" padding at stride 1."""
+    pad = (kernel - 1) * dilation // 2
+    return Conv((stride, stride), ((pad, pad), (pad, pad)), (dilation, dilation), groups, stores=(store,))
+
+
+def steps() -> Iterator[Step]:
+    """Steps in which the target chooses the kernels."""
+    yield make_step(Gemm((BIAS_GELU,)), [(F16, (4, 100, 384)), weight(384, 1536), weight(1536)], "gemm bias gelu")
+    yield make_step(
+        Gemm((BIAS_RESIDUAL,)), [(F16, (77, 384)), weight(384, 384), weight(384), (F16, (77, 384))], "gemm residual"
+    )
+    yield make_step(Gemm((BIAS,)), [(F16, (5, 63)), weight(63, 37), weight(37)], "gemm odd")
+    yield make_step(Gemm((stored(ACC),)), [(F16, (2, 3, 40, 64)), (F16, (2, 3, 64, 72))], "gemm batch")
+    yield make_step(Gemm((ACC,)), [(F16, (2, 40, 33)), (F16, (2, 33, 17))], "gemm batch odd")
+    image = (F16, (2, 64, 28, 28))
+    yield make_step(conv_op(1), [image, weight(32, 64, 1, 1), weight(32, 1, 1)], "conv 1x1")
+    yield make_step(
+        conv_op(1, store=BIAS_RESIDUAL), [image, weight(64, 64, 1, 1), weight(64, 1, 1), image], "conv 1x1 residual"
+    )
+    yield make_step(conv_op(3), [image, weight(64, 64, 3, 3), weight(64, 1, 1)], "conv 3x3")
+    yield make_step(conv_op(3, 2), [(F16, (2, 3, 32, 32)), weight(32, 3, 3, 3), weight(32, 1, 1)], "conv stem")
+    yield make_step(conv_op(3, groups=4), [image, weight(64, 16, 3, 3), weight(64, 1, 1)], "conv grouped")
+    for kernel, stride in ((3, 1), (3, 2), (5, 1), (5, 2)):
+        w = weight(64, 1, kernel, kernel)
+        yield make_step(
+            conv_op(kernel, stride, 64), [image, w, weight(64, 1, 1)], f"depthwise {kernel} stride {stride}"
+        )
+    for head, causal, bias in (
+        (32, False, True),
+        (64, False, True),
+        (64, False, False),
+        (64, True, False),
+        (128, False, False),
+    ):
+        heads: tuple[DType, tuple[int, ...]] = (F16, (2, 4, 100, head))
+        inputs: list[Given] = [heads, heads, heads]
+        if bias:
+            inputs.append((F32, (2, 1, 1 if head == 32 else 100, 100)))
+        op = Attention(head**-0.5, causal=causal, has_bias=bias, stores=(stored(ACC),))
+        yield make_step(op, inputs, f"attention {head}{' causal' * causal}{' bias' * bias}")
+    row = (F16, (4, 100, 384))
+    residual = add(arg(0), arg(3))
+    yield make_step(
+        Norm(NormKind.LAYER, (2,), 1e-12, residual, stores=(SCALE_SHIFT,)),
+        [row, weight(384), weight(384), row],
+        "layer norm",
+    )
+    yield embedding_norm(4, 100, 384)
+    yield make_step(Norm(NormKind.RMS, (1,), 1e-6, arg(0), stores=(stored(ACC),)), [(F16, (9, 4096))], "rms norm")
+    yield make_step(Norm(NormKind.L2, (1,), 1e-12, arg(0), stores=(ACC,)), [(F16, (9, 384))], "l2 norm")
+    yield make_step(Softmax(1, source=arg(0), stores=(ACC,)), [(F16, (9, 1000))], "softmax")
+    yield make_step(Softmax(1, True, arg(0), (ACC,)), [(F16, (9, 999))], "log softmax")
+    yield make_step(Reduce(ReduceKind.MEAN, (2, 3), False, arg(0), (stored(ACC),)), [image], "global average")
+    yield make_step(
+        Reduce(ReduceKind.SUM, (1,), False, mul(arg(0), arg(1)), (ACC,)), [row, (F16, (4, 100, 1))], "masked sum"
+    )
+    yield make_step(Reduce(ReduceKind.MAX, (1,), True, ex.Arg(0, I64), (ex.Acc(I64),)), [(I64, (9, 77))], "integer max")
+    for kind in PoolKind:
+        op_pool = Pool(kind, (3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1), stores=(stored(ACC),))
+        yield make_step(op_pool, [image], f"{kind.value} pool")
+    yield make_step(Pointwise((stored(gelu(add(arg(0), arg(1)))),)), [row, (F16, (384,))], "pointwise")
+    yield make_step(Pointwise((stored(arg(0, F32)),)), [(F32, (2, 3, 32, 32))], "cast")
+    yield layout_copy(2, 32, 20, 20)
+    mask = mul(ex.apply(PointOp.SUB, constant(1.0), ex.cast(ex.Arg(0, I64), F32)), constant(-65504.0))
+    yield make_step(Pointwise((mask,)), [(I64, (4, 1, 1, 100))], "mask")
+
+
+def embedding_norm(batch: int, sequence: int, features: int) -> Step:
+    """Layer norm of the sum of word, position and type embeddings: BERT's first step."""
+    source = add(add(arg(0), arg(1)), arg(2))
+    store = stored(add(mul(ACC, arg(4)), arg(5)))
+    op = Norm(NormKind.LAYER, (2,), 1e-12, source, ((0, 3), (2, 6)), (store,))
+    ids = (I64, (batch, sequence))
+    tables = [weight(1000, features), weight(1, sequence, features), weight(2, features)]
+    return make_step(op, [*tables, ids, weight(features), weight(features), ids], "embedding norm")
+
+
+def layout_copy(n: int, c: int, h: int, w: int) -> Step:
+    """NHWC to NCHW."""
+    buffer = Buffer("input0", BufferKind.INPUT, 2 * n * c * h * w)
+    image = Tensor(buffer, F16, (n, c, h, w), row_major((n, c, h, w), channels_last(4)))
+    return make_step(Pointwise((ex.Arg(0, F16),)), [image], "layout copy")
+
+
+def images() -> Iterator[tuple[str, Launch]]:
+    """Image preprocessing for every filter, in both layouts and types."""
+    pixels = Buffer("pixels", BufferKind.INPUT, 300 * 400 * 3)
+    for filter_, dtype in zip(Filter, (F16, F32), strict=True):
+        output = _fresh("output0", BufferKind.OUTPUT, dtype, (1, 3, 224, 224), channels_last(4))
+        box = centre_box(0, 300, 400, 256, (224, 224))
+        yield f"image {filter_.name.lower()}", launch_images(pixels, [box], output, (0, 0, 0), (1, 1, 1), filter_)
+
+
+def launches(architecture: Architecture) -> Iterator[tuple[str, Launch]]:
+    """(name, launch) of everything in the covering set, with every tile of the matrix kernels."""
+    context = Context(architecture, 128, WeightStore())
+    portable = Context(replace(architecture, wgmma=False), 128, context.weights)
+    for step in steps():
+        for launch in family_of(step.op).lower(step, context):
+            yield step.name, launch
+    yield from images()
+    inputs: list[Given] = [(F16, (300, 384)), weight(384, 400), weight(400)]
+    step = make_step(Gemm((BIAS_GELU,)), inputs)
+    residual = make_step(Gemm((BIAS_RESIDUAL,)), [*inputs, (F16, (300, 400))])
+    product = product_of(step, context)
+    for epilogue in (
+        epilogue_of(step, (BIAS_GELU,), (0, 1), 400),
+        epilogue_of(residual, (BIAS_RESIDUAL,), (0, 1), 400),
+    ):
+        for tile in MMA_TILES:
+            if tile.shared_bytes <= architecture.shared_bytes:
+                yield f"gemm {tile.m}x{tile.n}", launch_product(product, epilogue, tile, portable)
+        if architecture.wgmma:
+            for wgmma_tile in WGMMA_TILES:
+                yield f"gemm wgmma {wgmma_tile}", launch_product(product, epilogue, wgmma_tile, context)
+    op = conv_op(3)
+    conv = make_step(op, [(F16, (2, 64, 28, 28)), weight(128, 64, 3, 3), weight(128, 1, 1)])
+    packed = Pointer(context.weights.packed(conv.inputs[1], "n,rsc8", pack_filter))
+    conv_epilogue = epilogue_of(conv, op.stores, channels_last(4), 128)
+    for tile in MMA_TILES:
+        if tile.shared_bytes <= architecture.shared_bytes:
+            yield f"conv {tile.m}x{tile.n}", launch_conv(Geometry(conv), conv_epilogue, packed, tile)

@@ -1,0 +1,134 @@
+"""One GPU: its architecture, loaded kernels, tensor maps and launches. The only file that calls the driver.
+
+CuPy holds memory, streams and modules; what it does not wrap (launch attributes, tensor maps) goes through
+cuda.bindings. Importing this file needs the CUDA packages; making a `Device` needs a driver and a supported GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import cupy
+from cuda.bindings import driver
+
+from engine.errors import DeviceError, DeviceLost, OutOfMemory
+from engine.targets.cuda.architecture import Architecture, for_capability
+from engine.targets.cuda.compiler import Compiler, default_cache
+from engine.targets.cuda.kernel import Kernel, TensorMap
+
+_STATIC_LIMIT = 48 << 10  # more dynamic shared memory than this has to be asked for
+
+
+class Device:
+    """GPU number `index`, with the kernels loaded on it. `cache` is the folder of compiled kernels (None: no cache)."""
+
+    def __init__(self, index: int = 0, cache: Path | None = None) -> None:
+        try:
+            count = cupy.cuda.runtime.getDeviceCount()
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            raise DeviceError(
+                f"no usable CUDA driver: {error}. Use device='cpu', or install NVIDIA driver 580 or newer"
+            ) from None
+        if index >= count:
+            raise DeviceError(f"device 'cuda:{index}' does not exist: the machine has {count} CUDA device(s)")
+        self.index = index
+        with self.errors(), self.current():
+            properties = cupy.cuda.runtime.getDeviceProperties(index)
+            self.name: str = properties["name"].decode()
+            self.multiprocessors: int = properties["multiProcessorCount"]
+            self.architecture: Architecture = for_capability(properties["major"], properties["minor"])
+            self.stream = cupy.cuda.Stream(non_blocking=True)
+        self.compiler = Compiler(self.architecture.name, cache or default_cache())
+        self._functions: dict[Kernel, driver.CUfunction] = {}
+        self._modules: list[cupy.cuda.function.Module] = []
+
+    def current(self) -> cupy.cuda.Device:
+        """A context manager that makes this the calling thread's device."""
+        return cupy.cuda.Device(self.index)
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Failures of the driver as errors of the engine."""
+        try:
+            yield
+        except cupy.cuda.memory.OutOfMemoryError as error:
+            raise OutOfMemory(f"the GPU has too little memory: {error}. Use a smaller batch or sequence") from None
+        except (cupy.cuda.runtime.CUDARuntimeError, cupy.cuda.driver.CUDADriverError) as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> DeviceError:
+        """A sticky error shows in whatever is called next: the GPU is lost to this process."""
+        try:
+            cupy.cuda.runtime.deviceSynchronize()
+        except cupy.cuda.runtime.CUDARuntimeError as lasting:
+            return DeviceLost(f"GPU {self.index} failed and is lost to this process: {lasting}")
+        return DeviceError(f"GPU {self.index} failed: {error}")
+
+    def load(self, kernels: Iterable[Kernel]) -> None:
+        """Compile (in parallel, or from the cache) and load what is not loaded yet. Raises CompileError."""
+        missing = [kernel for kernel in dict.fromkeys(kernels) if kernel not in self._functions]
+        code = self.compiler.cubins(kernel.source for kernel in missing)
+        for kernel in missing:
+            module = cupy.cuda.function.Module()
+            module.load(code[kernel.source])
+            function = driver.CUfunction(module.get_function("kernel").ptr)
+            if kernel.shared_bytes > _STATIC_LIMIT:
+                attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                check(driver.cuFuncSetAttribute(function, attribute, kernel.shared_bytes), kernel.source.name)
+            self._modules.append(module)
+            self._functions[kernel] = function
+
+    def launch(
+        self, kernel: Kernel, grid: tuple[int, int, int], params: bytes, stream: cupy.cuda.Stream, overlap: bool
+    ) -> None:
+        """Launch a loaded kernel. With `overlap` it may start while the kernel before it on the stream still drains."""
+        block = ctypes.create_string_buffer(params, len(params))
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(block))
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = kernel.threads, 1, 1
+        config.sharedMemBytes = kernel.shared_bytes
+        config.hStream = driver.CUstream(stream.ptr)
+        if overlap:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs = [attribute]
+            config.numAttrs = 1
+        check(
+            driver.cuLaunchKernelEx(config, self._functions[kernel], ctypes.addressof(pointers), 0), kernel.source.name
+        )
+
+    def encode(self, map_: TensorMap, address: int) -> bytes:
+        """The 128 bytes of a tensor map: fp16, 128-byte swizzle, zeros outside."""
+        sizes = [driver.cuuint64_t(map_.columns), driver.cuuint64_t(map_.rows)]
+        box = [driver.cuuint32_t(map_.box_columns), driver.cuuint32_t(map_.box_rows)]
+        error, encoded = driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            2,
+            address,
+            sizes,
+            [driver.cuuint64_t(map_.row_stride * 2)],
+            box,
+            [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+        check((error,), "cuTensorMapEncodeTiled")
+        return ctypes.string_at(encoded.getPtr(), 128)
+
+    def close(self) -> None:
+        """Unload every kernel."""
+        self._functions.clear()
+        self._modules.clear()
+
+
+def check(result: tuple[driver.CUresult, ...], what: str) -> None:
+    """Raise DeviceError where a driver call failed."""
+    if int(result[0]):
+        raise DeviceError(f"{what}: {result[0].name}")

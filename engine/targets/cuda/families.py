@@ -1,0 +1,27 @@
+"""Which module has the kernels of which operator. Adding a kernel family adds a line here and nowhere else."""
+
+from __future__ import annotations
+
+from engine.errors import UnsupportedOp
+from engine.ir.ops import Attention, Conv, Gemm, Norm, Op, Pointwise, Pool, Reduce, Softmax
+from engine.targets.cuda import attention, conv, gemm, normalize, pointwise, pool, reduce
+from engine.targets.cuda.kernel import Family
+
+FAMILIES: dict[type[Op], Family] = {
+    Attention: attention,
+    Conv: conv,
+    Gemm: gemm,
+    Norm: normalize,
+    Pointwise: pointwise,
+    Pool: pool,
+    Reduce: reduce,
+    Softmax: normalize,
+}
+
+
+def family_of(op: Op) -> Family:
+    """The family that runs `op`. Raises UnsupportedOp where there is none."""
+    family = FAMILIES.get(type(op))
+    if family is None:
+        raise UnsupportedOp(f"{op.name}: the CUDA target has no kernel for this operator")
+    return family

@@ -1,0 +1,132 @@
+"""``python -m engine.targets.cuda.gate``: compiles the covering set for every architecture and inspects the machine
+code.
+
+Needs no GPU. A kernel fails that does not compile cleanly, spills registers, uses local memory, asks for more shared
+memory than its architecture has, or lacks the matrix instruction it is built around. The last line gives the counts;
+the exit status is 1 where anything failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.targets.cuda import covering
+from engine.targets.cuda.architecture import ARCHITECTURES, Architecture
+from engine.targets.cuda.compiler import CompileError, Compiler
+from engine.targets.cuda.kernel import Instruction, Kernel
+
+_RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+_LOCAL_ACCESS = re.compile(r"^\s*/\*\w+\*/\s+(?:@!?\w+ )?(LDL|STL)\b", re.MULTILINE)
+# ptxas keeps a system's share of shared memory for itself from sm_90 on (1 KiB a block); the limit is on what we ask
+# for.
+_RESERVED = 1024
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the machine code of one kernel says."""
+
+    architecture: str
+    name: str
+    registers: int = 0
+    shared_bytes: int = 0
+    failure: str = ""
+
+
+def tool(name: str) -> str:
+    """The path of a CUDA binary tool: on the PATH, or from its pip package. Exits where it is missing."""
+    found = shutil.which(name)
+    if found is None:
+        import nvidia  # type: ignore[import-untyped]
+
+        for root in nvidia.__path__:
+            for candidate in Path(root).glob(f"**/bin/{name}"):
+                return str(candidate)
+        sys.exit(f"{name} is missing: install nvidia-cuda-{name}")
+    return found
+
+
+def inspect(architecture: Architecture, kernel: Kernel, code: bytes, cuobjdump: str) -> Verdict:
+    """Check one cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        usage = _run([cuobjdump, "--dump-resource-usage", file.name])
+        machine = _run([cuobjdump, "--dump-sass", file.name])
+    match = _RESOURCES.search(usage)
+    if match is None:
+        return Verdict(architecture.name, kernel.source.name, failure=f"no resource usage in {usage!r}")
+    registers, stack, static_shared, local = map(int, match.groups())
+    shared = kernel.shared_bytes + static_shared
+    failures = [
+        f"stack {stack}" if stack else "",
+        f"local memory {local}" if local or _LOCAL_ACCESS.search(machine) else "",
+        "" if shared <= architecture.shared_bytes + _RESERVED else f"{shared} bytes of shared memory",
+        *_wrong_instructions(kernel, machine),
+    ]
+    failure = ", ".join(filter(None, failures))
+    return Verdict(architecture.name, kernel.source.name, registers, shared, failure)
+
+
+def _wrong_instructions(kernel: Kernel, machine: str) -> Iterator[str]:
+    if kernel.instruction is not Instruction.NONE and kernel.instruction.value not in machine:
+        yield f"no {kernel.instruction.value}"
+
+
+def _run(command: Sequence[str]) -> str:
+    # cuobjdump finds nvdisasm on the PATH; the pip packages put both in one folder, or in folders of their own.
+    path = {str(Path(tool(name)).parent) for name in ("nvdisasm", "cuobjdump")}
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={"PATH": ":".join([*path, "/usr/bin", "/bin"])}
+    )
+    if result.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{result.stderr}")
+    return result.stdout
+
+
+def check(architecture: Architecture, workers: int) -> list[Verdict]:
+    """Compile and inspect the covering set for one architecture."""
+    kernels = {launch.kernel.source: launch.kernel for _, launch in covering.launches(architecture)}
+    compiler = Compiler(architecture.name, cache=None, workers=workers)
+    cuobjdump = tool("cuobjdump")
+
+    def one(kernel: Kernel) -> Verdict:
+        try:
+            return inspect(architecture, kernel, compiler.cubin(kernel.source), cuobjdump)
+        except CompileError as error:
+            return Verdict(architecture.name, kernel.source.name, failure=str(error))
+
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(one, kernels.values()))
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m engine.targets.cuda.gate", description=__doc__)
+    parser.add_argument("architectures", nargs="*", default=list(ARCHITECTURES), help="default: all")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--verbose", action="store_true", help="a line for every kernel")
+    options = parser.parse_args(None if arguments is None else list(arguments))
+    time.monotonic()
+    verdicts: list[Verdict] = []
+    for name in options.architectures:
+        verdicts += check(ARCHITECTURES[name], options.workers)
+    for verdict in verdicts:
+        if verdict.failure or options.verbose:
+            pass
+    failed = sum(1 for verdict in verdicts if verdict.failure)
+    max((verdict.registers for verdict in verdicts), default=0)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,313 @@
+"""The kernel contract of the CUDA target: what a kernel is before compilation, and what one launch of it looks like.
+
+Every kernel is ``kernel(const __grid_constant__ Params p)``; `Params` is generated from the launch's arguments, so the
+host's packing and the device's struct come from one list. Compile-time: tiles, stages, dtypes, expressions, whether
+accesses are aligned. Run-time: sizes, strides, addresses. The last argument is always the stamp slot, null where nobody
+measures. Lowering needs no device: arguments name buffers, and `target.py` turns them into addresses when it binds a
+plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol, TypeAlias
+
+import numpy as np
+
+from engine.ir.dtype import DType
+from engine.ir.ops import Op
+from engine.plan.plan import Requirement, Step
+from engine.plan.tensor import Buffer, BufferKind, Tensor
+from engine.targets.cuda.architecture import Architecture
+from engine.targets.cuda.compiler import Source
+
+MAX_LEVELS = 4  # kernels/epilogue/access.cuh
+ALIGNMENT = 256  # bytes; every device buffer starts at a multiple
+
+
+@dataclass(frozen=True, eq=False)
+class Pointer:
+    """The address of byte `offset` of a buffer. `ctype` is the element type the kernel sees."""
+
+    buffer: Buffer
+    offset: int = 0
+    ctype: str = "half"
+
+
+@dataclass(frozen=True, eq=False)
+class TensorArgument:
+    """A `Tensor` struct of kernels/epilogue/access.cuh."""
+
+    pointer: Pointer
+    rows: tuple[int, ...]
+    column: int
+
+
+@dataclass(frozen=True)
+class LevelSizes:
+    """A `Levels` struct of kernels/epilogue/access.cuh, outermost first."""
+
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class TensorMap:
+    """A 2-D TMA descriptor of fp16 rows: `columns` are contiguous, `rows` lie `row_stride` elements apart."""
+
+    pointer: Pointer
+    rows: int
+    columns: int
+    row_stride: int
+    box_rows: int
+    box_columns: int
+
+
+@dataclass(frozen=True)
+class I64:
+    """A 64-bit integer, such as a stride. Plain integers are 32 bits wide."""
+
+    value: int
+
+
+@dataclass(frozen=True)
+class I64s:
+    """An array of 64-bit integers."""
+
+    values: tuple[int, ...]
+
+
+Argument: TypeAlias = Pointer | TensorArgument | LevelSizes | TensorMap | I64 | I64s | int | float
+
+
+class Instruction(Enum):
+    """The matrix instruction a kernel is built around, by its name in the machine code."""
+
+    NONE = ""
+    MMA = "HMMA"
+    WGMMA = "HGMMA"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel before compilation. `family` is what metrics call it."""
+
+    family: str
+    source: Source
+    threads: int
+    shared_bytes: int = 0
+    instruction: Instruction = Instruction.NONE
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """One run of a kernel over `grid` blocks."""
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    arguments: tuple[tuple[str, Argument], ...]
+
+
+_TENSOR = np.dtype([("data", "u8"), ("row", "i8", MAX_LEVELS), ("column", "i8")], align=True)
+_LEVELS = np.dtype([("size", "u4", MAX_LEVELS)], align=True)
+_TENSOR_MAP = np.dtype([("words", "u8", 16)], align=True)
+
+
+def _declaration(name: str, argument: Argument) -> tuple[str, np.dtype]:
+    """The member's C++ declaration and its NumPy type."""
+    match argument:
+        case Pointer(ctype=ctype):
+            return f"{ctype}* {name};", np.dtype("u8")
+        case TensorArgument():
+            return f"Tensor {name};", _TENSOR
+        case LevelSizes():
+            return f"Levels {name};", _LEVELS
+        case TensorMap():
+            return f"TensorMap {name};", _TENSOR_MAP
+        case I64():
+            return f"i64 {name};", np.dtype("i8")
+        case I64s(values=values):
+            return f"i64 {name}[{len(values)}];", np.dtype(("i8", (len(values),)))
+        case float():
+            return f"float {name};", np.dtype("f4")
+        case _:
+            return f"{'int' if name.startswith('pad_') else 'u32'} {name};", np.dtype("i4")
+
+
+def params_struct(arguments: Sequence[tuple[str, Argument]]) -> str:
+    """`struct Params` of a launch. Tensor maps come first: they are aligned to 64 bytes."""
+    lines = [f"  {_declaration(name, argument)[0]}" for name, argument in _ordered(arguments)]
+    return "struct Params {\n" + "\n".join(lines) + "\n  Stamp* stamp;\n};\n"
+
+
+def _ordered(arguments: Sequence[tuple[str, Argument]]) -> list[tuple[str, Argument]]:
+    return sorted(arguments, key=lambda item: not isinstance(item[1], TensorMap))
+
+
+def pack(
+    arguments: Sequence[tuple[str, Argument]],
+    address: Callable[[Pointer], int],
+    encode: Callable[[TensorMap], bytes],
+    stamp: int,
+) -> bytes:
+    """The bytes of `Params`. `address` places pointers, `encode` makes the 128 bytes of a tensor map."""
+    ordered = _ordered(arguments)
+    fields = [(name, _declaration(name, argument)[1]) for name, argument in ordered]
+    record = np.zeros(1, np.dtype([*fields, ("stamp", "u8")], align=True))
+    for name, argument in ordered:
+        match argument:
+            case Pointer():
+                record[name] = address(argument)
+            case TensorArgument(pointer=pointer, rows=rows, column=column):
+                record[name]["data"] = address(pointer)
+                record[name]["row"][0, : len(rows)] = rows
+                record[name]["column"] = column
+            case LevelSizes(sizes=sizes):
+                record[name]["size"][0, : len(sizes)] = sizes
+            case TensorMap():
+                record[name]["words"] = np.frombuffer(encode(argument), "u8")
+            case I64(value=value):
+                record[name] = value
+            case I64s(values=values):
+                record[name] = values
+            case _:
+                record[name] = argument
+    record["stamp"] = stamp
+    packed = record.tobytes()
+    maps = any(isinstance(argument, TensorMap) for _, argument in arguments)
+    return packed + bytes(-len(packed) % 64) if maps else packed
+
+
+@dataclass
+class WeightStore:
+    """Weights in the layouts that kernels want: each packed once, on the host, and shared by all plans of a model.
+
+    `target.py` keeps the device's copy of each buffer.
+    """
+
+    _packed: dict[tuple[object, ...], tuple[np.ndarray, Buffer]] = field(default_factory=dict)
+
+    def packed(self, tensor: Tensor, layout: str, transform: Callable[[np.ndarray], np.ndarray]) -> Buffer:
+        """`transform(content of tensor)` as a buffer. `layout` names what `transform` does, completely."""
+        source = tensor.buffer.data
+        assert source is not None, f"{tensor.buffer.name} is not a constant"
+        key = (id(source), tensor.offset, tensor.shape, tensor.strides, tensor.dtype, layout)
+        if key not in self._packed:
+            data = np.ascontiguousarray(transform(content(tensor)))
+            buffer = Buffer(f"{tensor.buffer.name}:{layout}", BufferKind.CONSTANT, data.nbytes, data)
+            # The source is kept alive with its packed form, so that its id stays its own.
+            self._packed[key] = (source, buffer)
+        return self._packed[key][1]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What lowering a step needs to know beside the step."""
+
+    architecture: Architecture
+    multiprocessors: int
+    weights: WeightStore
+
+
+class Family(Protocol):
+    """A module that has kernels for some operators."""
+
+    def requirements(
+        self, op: Op, inputs: tuple[Tensor, ...]
+    ) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]:
+        """What the kernels ask of each input and output. Raises UnsupportedOp where there is no kernel."""
+        ...
+
+    def lower(self, step: Step, context: Context) -> list[Launch]:
+        """The launches that compute the step."""
+        ...
+
+
+STORAGE = {
+    DType.F64: "double", DType.F32: "float", DType.F16: "half", DType.BF16: "bfloat16", DType.I64: "i64",
+    DType.I32: "i32", DType.I16: "i16", DType.I8: "i8", DType.U64: "u64", DType.U32: "u32", DType.U16: "u16",
+    DType.U8: "u8", DType.BOOL: "bool",
+}  # fmt: skip
+"""Types of kernels/types.cuh in which elements lie in memory."""
+
+
+def pointer_to(tensor: Tensor) -> Pointer:
+    """The address of a tensor's first element."""
+    return Pointer(tensor.buffer, tensor.offset * tensor.dtype.itemsize, STORAGE[tensor.dtype])
+
+
+def is_constant(tensor: Tensor) -> bool:
+    """Whether the content is known before the plan runs and shared by all plans."""
+    return tensor.buffer.kind is BufferKind.CONSTANT
+
+
+def content(tensor: Tensor) -> np.ndarray:
+    """The elements of a constant tensor as a NumPy view."""
+    data = tensor.buffer.data
+    assert data is not None
+    flat = data.reshape(-1).view(tensor.dtype.numpy)
+    strides = tuple(stride * tensor.dtype.itemsize for stride in tensor.strides)
+    return np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.shape, strides, writeable=False)
+
+
+def launch(
+    family: str,
+    body: str,
+    config: Mapping[str, int | bool | str],
+    functors: Sequence[Functor],
+    arguments: Mapping[str, Argument],
+    grid: tuple[int, int, int],
+    threads: int,
+    shared_bytes: int = 0,
+    instruction: Instruction = Instruction.NONE,
+    helpers: str = "",
+) -> Launch:
+    """A launch of kernel file `body` with the compile-time `config` and the generated `functors`.
+
+    A `config` value that is a string is a type. `helpers` is device code that the body calls.
+    """
+    every = [*arguments.items(), *(item for functor in functors for item in functor.arguments)]
+    config = {"width": 8, **config}
+    constants = [
+        f"using {name} = {value};" if isinstance(value, str) else f"constexpr {_ctype(value)} {name} = {int(value)};"
+        for name, value in config.items()
+    ]
+    tensor_map = any(isinstance(argument, TensorMap) for _, argument in every)
+    text = "\n".join(
+        [
+            '#include "types.cuh"',
+            '#include "scheduler/stamp.cuh"',
+            '#include "scheduler/group_reduce.cuh"' if "operation" in config else "",
+            *(['#include "ptx/tma.cuh"'] if tensor_map else []),
+            "namespace config {",
+            *constants,
+            "}",
+            '#include "epilogue/access.cuh"',
+            '#include "epilogue/math.cuh"',
+            # Structs of one kernel file, which a member may point to.
+            *dict.fromkeys(a.ctype + ";" for _, a in every if isinstance(a, Pointer) and a.ctype.startswith("struct ")),
+            params_struct(every),
+            *(functor.code for functor in functors),
+            helpers,
+            f'#include "{body}"\n',
+        ]
+    )
+    name = "_".join([family, *(f"{key}{int(value)}" for key, value in config.items() if not isinstance(value, str))])
+    return Launch(Kernel(family, Source(name, text), threads, shared_bytes, instruction), grid, tuple(every))
+
+
+def _ctype(value: int | bool) -> str:
+    return "bool" if isinstance(value, bool) else "int"
+
+
+@dataclass(frozen=True, eq=False)
+class Functor:
+    """Generated device code (a struct) and the arguments it reads. Made by `codegen.py`."""
+
+    code: str
+    arguments: tuple[tuple[str, Argument], ...]
+
+
+def ceildiv(a: int, b: int) -> int:
+    return -(-a // b)

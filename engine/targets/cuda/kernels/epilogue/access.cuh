@@ -1,0 +1,90 @@
+// How generated expressions read and write tensors. An element is addressed by a row of the kernel's iteration space and a
+// column. Rows split into LEVELS nested counters (batch, head, position …), each with its own stride per tensor, so a kernel
+// whose rows are simply 0 … m−1 reads a broadcast, strided or split operand. WIDTH neighbouring columns move at once.
+#pragma once
+#include "types.cuh"
+
+constexpr int WIDTH = config::width;  // elements a thread handles at once: 8, or 1 where columns are not neighbours
+constexpr int MAX_LEVELS = 4;
+
+struct Tensor {  // strides in elements; `data` points at element (0, 0)
+  void* data;
+  i64 row[MAX_LEVELS];  // outermost level first
+  i64 column;
+};
+struct Levels { u32 size[MAX_LEVELS]; };  // size[0] is not needed to split a row
+
+enum class Column { BROADCAST, UNIT, STRIDED };
+
+template <int LEVELS> struct RowIndex { u32 level[LEVELS]; };
+
+template <int LEVELS> DEVICE RowIndex<LEVELS> split_row(const Levels& levels, u32 row) {
+  RowIndex<LEVELS> index;
+#pragma unroll
+  for (int i = LEVELS - 1; i > 0; --i) {
+    const u32 outer = row / levels.size[i];
+    index.level[i] = row - outer * levels.size[i];
+    row = outer;
+  }
+  index.level[0] = row;
+  return index;
+}
+
+template <int LEVELS> DEVICE i64 row_offset(const Tensor& t, const RowIndex<LEVELS>& index) {
+  i64 offset = 0;
+#pragma unroll
+  for (int i = 0; i < LEVELS; ++i) offset += index.level[i] * t.row[i];
+  return offset;
+}
+
+template <class T> struct alignas(sizeof(T) * 8 < 16 ? sizeof(T) * 8 : 16) Pack { T element[WIDTH]; };
+
+// `count` columns from `column` on (at most WIDTH), as they lie in memory: fetched early, widened when they are used, so that
+// many loads can be under way before the first store. ALIGNED: the caller has WIDTH columns, at a multiple of their size.
+template <class T, Column COLUMN> struct Fetched {
+  Pack<T> pack;
+  DEVICE compute_t<T> operator[](int i) const { return widen(pack.element[i]); }
+};
+template <class T> struct Fetched<T, Column::BROADCAST> {
+  T element;
+  DEVICE compute_t<T> operator[](int) const { return widen(element); }
+};
+
+template <class T, Column COLUMN, bool ALIGNED> DEVICE Fetched<T, COLUMN> fetch_columns(const Tensor& t, i64 offset, u32 column, u32 count) {
+  const T* p = static_cast<const T*>(t.data) + offset;
+  Fetched<T, COLUMN> result;
+  if constexpr (COLUMN == Column::BROADCAST) {
+    result.element = *p;
+  } else if constexpr (COLUMN == Column::UNIT && ALIGNED) {
+    result.pack = *reinterpret_cast<const Pack<T>*>(p + column);
+  } else {
+    const i64 stride = COLUMN == Column::UNIT ? 1 : t.column;
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) result.pack.element[i] = i < count ? p[(column + i) * stride] : T();
+  }
+  return result;
+}
+
+template <class T, Column COLUMN, bool ALIGNED, class V>
+DEVICE void store_columns(const Tensor& t, i64 offset, u32 column, u32 count, const V (&v)[WIDTH]) {
+  T* p = static_cast<T*>(t.data) + offset;
+  if constexpr (COLUMN == Column::UNIT && ALIGNED) {
+    Pack<T> pack;
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) pack.element[i] = narrow<T>(v[i]);
+    *reinterpret_cast<Pack<T>*>(p + column) = pack;
+  } else {
+    const i64 stride = COLUMN == Column::UNIT ? 1 : t.column;
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i)
+      if (i < count) p[(column + i) * stride] = narrow<T>(v[i]);
+  }
+}
+
+// The row of a table that an index tensor names. Indices count from the end when negative; one outside the table reads its
+// nearest row instead of foreign memory (the service refuses such requests before they get here).
+template <class INDEX> DEVICE i64 table_row(const Tensor& index, i64 offset, i64 rows) {
+  i64 i = static_cast<i64>(static_cast<const INDEX*>(index.data)[offset]);
+  if (i < 0) i += rows;
+  return i < 0 ? 0 : i < rows ? i : rows - 1;
+}

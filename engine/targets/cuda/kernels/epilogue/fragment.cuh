@@ -1,0 +1,57 @@
+// From the accumulator layout of the matrix instructions (mma.sync and wgmma share it) to rows of eight neighbouring
+// columns, which is what an epilogue reads and writes with 16-byte accesses. No shared memory, safe on ragged edges.
+#pragma once
+#include "types.cuh"
+
+// A 4×4 transpose of pairs within four neighbouring lanes: v[2j], v[2j+1] are this lane's two columns of 8-column block j;
+// after it they are lane j's two columns of block `quad` — so the eight values are the columns of one block, in order.
+DEVICE void transpose_quad(float (&v)[8], int quad) {
+  const bool odd = quad & 1;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float x = __shfl_xor_sync(~0u, odd ? v[0 + i] : v[2 + i], 1);
+    const float y = __shfl_xor_sync(~0u, odd ? v[4 + i] : v[6 + i], 1);
+    if (odd) { v[0 + i] = x; v[4 + i] = y; } else { v[2 + i] = x; v[6 + i] = y; }
+  }
+  const bool upper = quad & 2;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float x = __shfl_xor_sync(~0u, upper ? v[0 + i] : v[4 + i], 2);
+    const float y = __shfl_xor_sync(~0u, upper ? v[2 + i] : v[6 + i], 2);
+    if (upper) { v[0 + i] = x; v[2 + i] = y; } else { v[4 + i] = x; v[6 + i] = y; }
+  }
+}
+
+// Hands a 16-row fragment of BLOCKS 8-column blocks to the epilogue. `row` is this lane's first row (the other is row + 8) of
+// `rows`; `first_row` is added to make the row of the iteration space. Columns start at `column` of `columns`. What the
+// epilogue reads is fetched for AHEAD pieces (a row of four blocks) at a time: as many as the kernel has registers for.
+template <class EPILOGUE, int BLOCKS, int AHEAD = BLOCKS / 2>
+DEVICE void emit_fragment(const Params& p, const float (&d)[BLOCKS * 4], u32 first_row, u32 row, u32 rows, u32 column, u32 columns) {
+  static_assert(BLOCKS % 4 == 0, "four lanes hold the columns of four blocks");
+  constexpr int PIECES = BLOCKS / 2;
+  static_assert(PIECES % AHEAD == 0, "");
+  const int quad = threadIdx.x & 3;
+#pragma unroll
+  for (int first = 0; first < PIECES; first += AHEAD) {
+    typename EPILOGUE::Inputs inputs[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      const int group = (first + i) / 2, lower = (first + i) % 2;
+      const u32 r = row + 8 * lower, c = column + 32 * group + 8 * quad;
+      if (r < rows && c < columns) inputs[i] = EPILOGUE::fetch(p, first_row + r, c, min(8u, columns - c));
+    }
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      const int group = (first + i) / 2, lower = (first + i) % 2;
+      float v[8];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        v[2 * j] = d[(4 * group + j) * 4 + 2 * lower];
+        v[2 * j + 1] = d[(4 * group + j) * 4 + 2 * lower + 1];
+      }
+      transpose_quad(v, quad);
+      const u32 r = row + 8 * lower, c = column + 32 * group + 8 * quad;
+      if (r < rows && c < columns) EPILOGUE::store(p, first_row + r, c, min(8u, columns - c), v, inputs[i]);
+    }
+  }
+}

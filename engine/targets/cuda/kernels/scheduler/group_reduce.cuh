@@ -1,0 +1,25 @@
+// Sums and extremes over the THREADS threads that share a row: shuffles within a warp, shared memory across warps.
+#pragma once
+#include "types.cuh"
+
+struct Sum { template <class T> DEVICE static T of(T a, T b) { return a + b; } };
+struct Product { template <class T> DEVICE static T of(T a, T b) { return a * b; } };
+struct Maximum { template <class T> DEVICE static T of(T a, T b) { return a > b || a != a ? a : b; } };
+struct Minimum { template <class T> DEVICE static T of(T a, T b) { return a < b || a != a ? a : b; } };
+
+// Every thread gets the result. All threads of the block call it where THREADS > 32 (then a block is one group).
+template <class OPERATION, int THREADS, class T> DEVICE T reduce_group(T v) {
+  static_assert(THREADS == 32 || THREADS % 32 == 0, "groups are whole warps");
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) v = OPERATION::of(v, __shfl_xor_sync(~0u, v, distance));
+  if constexpr (THREADS > 32) {
+    __shared__ T partial[THREADS / 32];
+    __syncthreads();  // the last reduction's reads are over
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
+    __syncthreads();
+    v = partial[0];
+#pragma unroll
+    for (int i = 1; i < THREADS / 32; ++i) v = OPERATION::of(v, partial[i]);
+  }
+  return v;
+}

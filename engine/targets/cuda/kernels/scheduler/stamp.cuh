@@ -1,0 +1,16 @@
+// The stamp slot every kernel carries: when its first block started and its last ended, by the GPU's nanosecond clock.
+// The slot is null when nobody measures; it is filled with ones before a launch, so both words are minima (the end is
+// stored as its complement).
+#pragma once
+#include "types.cuh"
+
+struct Stamp { u64 begin; u64 end_complement; };
+
+DEVICE u64 global_nanoseconds() { u64 t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); return t; }
+
+DEVICE void stamp_begin(Stamp* stamp) {
+  if (stamp != nullptr && threadIdx.x == 0) atomicMin(&stamp->begin, global_nanoseconds());
+}
+DEVICE void stamp_end(Stamp* stamp) {
+  if (stamp != nullptr && threadIdx.x == 0) atomicMin(&stamp->end_complement, ~global_nanoseconds());
+}

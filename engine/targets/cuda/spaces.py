@@ -1,0 +1,130 @@
+"""Iteration spaces: which logical axes are a kernel's rows and columns, and how each operand lies along them.
+
+Broadcasting becomes strides of 0; neighbouring row axes that lie together for every operand merge into one level, so
+that most kernels split no row index at run time. The device side is kernels/epilogue/access.cuh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from engine.errors import UnsupportedOp
+from engine.ir.dtype import DType
+from engine.ir.ops.light import Gathers
+from engine.plan.tensor import Tensor
+from engine.targets.cuda.kernel import MAX_LEVELS, Pointer, pointer_to
+
+VECTOR = 8  # elements that a thread moves at once
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """A tensor along iteration axes: element strides, 0 where it is broadcast. `index` selects the row of a table."""
+
+    pointer: Pointer
+    dtype: DType
+    strides: tuple[int, ...]
+    offset: int  # elements from the start of the buffer, for alignment
+    index: Operand | None = None
+    table_rows: int = 0
+    table_stride: int = 0
+
+    def along(self, axes: Sequence[int]) -> Operand:
+        """The same with its axes picked and ordered anew."""
+        index = self.index and self.index.along(axes)
+        strides = tuple(self.strides[axis] for axis in axes)
+        return Operand(self.pointer, self.dtype, strides, self.offset, index, self.table_rows, self.table_stride)
+
+    @property
+    def walks(self) -> list[tuple[int, ...]]:
+        """All its stride vectors."""
+        return [self.strides, *(self.index.walks if self.index else [])]
+
+
+def operand(tensor: Tensor, rank: int) -> Operand:
+    """A tensor broadcast NumPy-style to `rank` axes."""
+    own = tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
+    return Operand(pointer_to(tensor), tensor.dtype, (0,) * (rank - len(own)) + own, tensor.offset)
+
+
+def operands(inputs: Sequence[Tensor], used: Sequence[int], gathers: Gathers, rank: int) -> dict[int, Operand]:
+    """The inputs numbered `used`; a gathered table is seen as `table[index[…]]`."""
+    tables = dict(gathers)
+    return {i: _gathered(inputs[i], inputs[tables[i]], rank) if i in tables else operand(inputs[i], rank) for i in used}
+
+
+def _gathered(table: Tensor, index: Tensor, rank: int) -> Operand:
+    shape = (*index.shape, *table.shape[1:])
+    own = operand(
+        Tensor(table.buffer, table.dtype, shape, (*(0,) * len(index.shape), *table.strides[1:]), table.offset), rank
+    )
+    by = operand(
+        Tensor(index.buffer, index.dtype, shape, (*index.strides, *(0,) * (len(table.shape) - 1)), index.offset), rank
+    )
+    return Operand(own.pointer, own.dtype, own.strides, own.offset, by, table.shape[0], table.strides[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """Rows (levels, outermost first) × columns, and the operands along them: their last axis is the column."""
+
+    levels: tuple[int, ...]
+    columns: int
+    operands: tuple[Operand, ...]
+
+    @property
+    def rows(self) -> int:
+        return prod(self.levels)
+
+    def is_aligned(self, operand: Operand, granularity: int) -> bool:
+        """Whether every VECTOR of columns starts at a multiple of VECTOR elements. `granularity` divides the columns at
+        which the kernel starts and ends."""
+        strides = (*operand.strides[:-1], operand.offset, operand.table_stride, granularity)
+        return operand.strides[-1] == 1 and all(stride % VECTOR == 0 for stride in strides)
+
+
+def space(sizes: Sequence[int], row_axes: Sequence[int], column_axes: Sequence[int], every: Sequence[Operand]) -> Space:
+    """The space whose rows run over `row_axes` and whose columns run over `column_axes`, in that order.
+
+    Raises UnsupportedOp where the operands need more row levels than a kernel has, or do not lie together along the
+    columns.
+    """
+    row_sizes, rows = _merge(sizes, row_axes, every)
+    column_sizes, columns = _merge(sizes, column_axes, every)
+    if len(row_sizes) > MAX_LEVELS or len(column_sizes) > 1:
+        raise UnsupportedOp(
+            f"operands of shape {list(sizes)} need {len(row_sizes)} row levels and {len(column_sizes)} of columns"
+        )
+    # Powers of two only, so that another batch size rarely means another kernel.
+    padding = {0: 1, 1: 0, 2: 0, 3: 1, 4: 0}[len(row_sizes)]
+    levels = (1,) * padding + row_sizes
+    picked = tuple(_padded(operand, rows, padding, columns) for operand in every)
+    return Space(levels, prod(column_sizes), picked)
+
+
+def _merge(sizes: Sequence[int], axes: Sequence[int], every: Sequence[Operand]) -> tuple[tuple[int, ...], list[int]]:
+    """Sizes after merging, and the innermost old axis of each new one."""
+    walks = [walk for operand in every for walk in operand.walks]
+    merged: list[int] = []
+    last: list[int] = []
+    for axis in axes:
+        if sizes[axis] == 1:
+            continue
+        if last and all(walk[last[-1]] == walk[axis] * sizes[axis] for walk in walks):
+            merged[-1] *= sizes[axis]
+            last[-1] = axis
+        else:
+            merged.append(sizes[axis])
+            last.append(axis)
+    return tuple(merged), last
+
+
+def _padded(operand: Operand, rows: Sequence[int], padding: int, columns: Sequence[int]) -> Operand:
+    index = operand.index and _padded(operand.index, rows, padding, columns)
+    column = operand.strides[columns[0]] if columns else 1  # of a single column nothing depends on the stride
+    strides = (*(0,) * padding, *(operand.strides[axis] for axis in rows), column)
+    return Operand(
+        operand.pointer, operand.dtype, strides, operand.offset, index, operand.table_rows, operand.table_stride
+    )
