@@ -12,8 +12,8 @@ class Traits:
     """The capability table of a target, as far as graph rewrites are concerned.
 
     `channels_last`: image kernels want the channel innermost in memory. `float_types`: the floating-point types the
-    target computes and stores; tensors of other float types are carried in fp32 inside the graph. `storage_type` is what
-    fp32 values are kept in between operators, which compute in fp32 all the same.
+    target computes and stores; tensors of other float types are carried in fp32 inside the graph. `storage_type` is
+    what fp32 values are kept in between operators, which compute in fp32 all the same.
     """
 
     channels_last: bool = True
