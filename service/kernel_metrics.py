@@ -34,7 +34,10 @@ class LoadedModel:
 
 
 class EngineCollector(Collector):
-    """Holds the newest statistics of the engine and enough older ones for the window."""
+    """Holds the newest statistics of the engine (last in the history) and enough older ones for the window.
+
+    Until there is an older one, the window reaches back to when the model was loaded.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -57,9 +60,10 @@ class EngineCollector(Collector):
         """Put in the newest statistics; called before a scrape."""
         now = self._clock()
         self._models = models
-        if not self._history or now - self._history[-1][0] >= _SNAPSHOT_EVERY_S:
-            self._history.append((now, _by_kernel(models)))
-        while len(self._history) > 1 and now - self._history[1][0] >= WINDOW_S:
+        if len(self._history) > 1 and now - self._history[-2][0] < _SNAPSHOT_EVERY_S:
+            self._history.pop()
+        self._history.append((now, _by_kernel(models)))
+        while len(self._history) > 2 and now - self._history[1][0] >= WINDOW_S:
             self._history.popleft()
 
     def collect(self) -> Iterator[Metric]:
@@ -90,7 +94,7 @@ class EngineCollector(Collector):
             f"The nearer of both rates to the device's own ceiling {window}.",
             labels=_KERNEL,
         )
-        before = self._history[0][1] if self._history else {}
+        before = self._history[0][1] if len(self._history) > 1 else {}
         for (key, kernel, op), now in _by_kernel(self._models).items():
             then = before.get((key, kernel, op), KernelCounters(kernel, op, 0, 0.0, 0.0, 0.0))
             loaded = self._loaded.get(key)

@@ -81,7 +81,7 @@ class Metrics:
             "inference_request_duration_seconds", "From the first byte read to the answer.", _SECONDS
         )
         self.queue = self._histogram(
-            "inference_queue_duration_seconds", "From the queue to the start of compute.", _SECONDS
+            "inference_queue_duration_seconds", "Waiting for the engine, before and between the runs.", _SECONDS
         )
         self.preprocess = self._histogram("inference_preprocess_duration_seconds", "Decoding and tokenizing.", _SECONDS)
         self.compute = self._histogram(

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from engine.errors import ModelError
-from engine.frontend import content
+from engine.frontend import content, grid
+from engine.frontend.bounds import complexity
+from engine.frontend.elements import MAX_TERMS, Element, Ratio, objects
 from engine.ir import expr as ex
 from engine.ir import ops
 from engine.ir.dim import Dim, Sym, is_symbol
@@ -36,6 +38,8 @@ class Builder:
         self.equal_symbols: dict[tuple[str, str], None] = {}
         self._elements: dict[Value, Array] = {}
         self._pending: dict[Value, None] = {}
+        self._grids: dict[Value, Element | None] = {}
+        self._makers: dict[Value, Node] = {}
         self._sequences: dict[Value, tuple[Value, ...]] = {}
         self._named: set[Value] = set()
 
@@ -55,12 +59,12 @@ class Builder:
             self._named.add(value)
         return value
 
-    def sizes(self, elements: Sequence[content.Element], shape: tuple[int, ...], dtype: DType = DType.I64) -> Value:
+    def sizes(self, elements: Sequence[Element], shape: tuple[int, ...], dtype: DType = DType.I64) -> Value:
         """A tensor of sizes, known while reading."""
-        return self._known(content.objects(elements, shape), dtype)
+        return self._known(objects(elements, shape), dtype)
 
     def _known(self, array: Array, dtype: DType) -> Value:
-        if not any(isinstance(element, (Sym, content.Ratio)) for element in array.flat if array.dtype == object):
+        if not any(isinstance(element, (Sym, Ratio)) for element in array.flat if array.dtype == object):
             return self.constant(np.array(array, dtype.numpy, order="C"))
         value = Value("", dtype, array.shape)
         self._elements[value] = array
@@ -89,6 +93,18 @@ class Builder:
             return value.data if value.data.size <= content.MAX_NUMBERS else None
         return self._elements.get(value)
 
+    def grid(self, value: Value) -> Element | None:
+        """The elements as a function of their position (see `grid.py`), where they are one."""
+        if value not in self._grids:
+            known = self._elements.get(value)
+            one = known is not None and known.size == 1
+            self._grids[value] = known.reshape(()).item() if known is not None and one else grid.of_constant(value)
+        return self._grids[value]
+
+    def maker(self, value: Value) -> Node | None:
+        """The node that computes `value`; None for inputs, constants and tensors of sizes."""
+        return self._makers.get(value)
+
     def data(self, value: Value) -> Value:
         """`value`, computed by a node if it was pending."""
         if value in self._sequences:
@@ -97,14 +113,14 @@ class Builder:
             return value
         del self._pending[value]
         elements = list(self._elements[value].flat)
-        whole = [e.numerator if isinstance(e, content.Ratio) else e for e in elements]
+        whole = [e.numerator if isinstance(e, Ratio) else e for e in elements]
         sizes: list[Dim] = [e if isinstance(e, Sym) else int(e) for e in whole]
         shape = value.shape
         if value.dtype.is_int:
             self.graph.nodes.append(Node(ops.ShapeTensor(shape, tuple(sizes), value.dtype), (), (value,), value.name))
             return value
         (counts,) = self.graph.add(ops.ShapeTensor(shape, tuple(sizes)), (), f"{value.name}/sizes")
-        divisors = np.array([e.denominator if isinstance(e, content.Ratio) else 1 for e in elements])
+        divisors = np.array([e.denominator if isinstance(e, Ratio) else 1 for e in elements])
         divisor = self.constant(divisors.astype(value.dtype.numpy).reshape(self._elements[value].shape))
         quotient = ex.apply(ex.PointOp.DIV, ex.cast(ex.Arg(0, DType.I64), value.dtype), ex.Arg(1, value.dtype))
         self.graph.nodes.append(Node(ops.Pointwise((quotient,)), (counts, divisor), (value,), value.name))
@@ -122,11 +138,21 @@ class Builder:
         known = content.evaluate(op, inputs, [self.content(value) for value in inputs])
         if known is not None:
             return tuple(self._known(array, dtype) for array, (dtype, _) in zip(known, types, strict=True))
+        pattern = grid.evaluate(op, inputs, [self.grid(value) for value in inputs]) if grid.handles(op) else None
+        if isinstance(pattern, (bool, int, float)) and not (isinstance(op, ops.Expand) and inputs[0].is_constant):
+            # The same number everywhere: a broadcast constant says so to everything that reads it.
+            ((dtype, shape),) = types
+            number = self.constant(np.full((1,) * len(shape), pattern, dtype.numpy))
+            return self.add(ops.Expand(shape), [number], origin)
         for a, b in _equal_dims(op, inputs):
             if a != b and is_symbol(a) and is_symbol(b):
                 self.equal_symbols[str(a), str(b)] = None
         outputs = tuple(Value("", dtype, shape) for dtype, shape in types)
-        self.graph.nodes.append(Node(op, tuple(self.data(value) for value in inputs), outputs, origin))
+        node = Node(op, tuple(self.data(value) for value in inputs), outputs, origin)
+        self.graph.nodes.append(node)
+        self._makers.update((value, node) for value in outputs)
+        if pattern is not None:
+            self._grids[outputs[0]] = pattern
         return outputs
 
     def finish(self, outputs: Sequence[tuple[str, Value]]) -> Graph:
@@ -159,7 +185,7 @@ def _check_shape(shape: tuple[Dim, ...], what: str) -> None:
     for size in shape:
         if isinstance(size, int) and size < 0:
             raise ModelError(f"{what}: the result would have a negative size: {[str(dim) for dim in shape]}")
-        if isinstance(size, Sym) and content.complexity(size) > content.MAX_TERMS:
+        if isinstance(size, Sym) and complexity(size) > MAX_TERMS:
             raise ModelError(f"{what}: a size has become too complicated to follow; give the inputs fixed shapes")
     if prod(size for size in shape if isinstance(size, int)) > _MAX_SIZE:
         raise ModelError(f"{what}: the result would have {[str(dim) for dim in shape]} elements")

@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import onnx
 from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
 
+from engine.frontend.content import MAX_NUMBERS
 from engine.frontend.onnx_node import OnnxNode
 from engine.frontend.tensors import DTYPES, PROTO_TYPES
 from engine.ir import ops
-from engine.ir.dim import Dim
+from engine.ir.dim import Dim, Sym, product
 from engine.ir.dtype import DType
 from engine.ir.graph import Value
 
@@ -81,9 +84,36 @@ def opaque(node: OnnxNode, inputs: Sequence[Value | None]) -> list[Value | None]
         proto.op_type, versions[""] = "ScatterElements", 11
     results = _result_types(node, proto, versions, inputs)
     opsets = tuple(sorted(versions.items()))
+    folded = _folded(node, proto, versions, present, results)
+    if folded is not None:
+        values = iter(folded)
+        return [next(values) if name else None for name in node.outputs]
     op = ops.Opaque(node.op_type, proto.SerializeToString(), opsets, results)
     values = iter(node.add_all(op, *present))
     return [next(values) if name else None for name in node.outputs]
+
+
+def _folded(
+    node: OnnxNode,
+    proto: onnx.NodeProto,
+    opsets: dict[str, int],
+    inputs: Sequence[Value],
+    results: Sequence[tuple[DType, tuple[Dim, ...]]],
+) -> list[Value] | None:
+    """The results as constants where all inputs are small constants (exporters write masks that way)."""
+    arrays = [node.known(value) for value in inputs]
+    sizes = [product(shape) for _, shape in results]
+    if any(isinstance(size, Sym) or size > MAX_NUMBERS for size in sizes):
+        return None
+    if any(array is None or array.size > MAX_NUMBERS or array.dtype == object for array in arrays):
+        return None
+    names = [name for name in proto.input if name]
+    infos = [onnx.ValueInfoProto(name=name, type=_type_proto(v)) for name, v in zip(names, inputs, strict=True)]
+    outputs = [onnx.ValueInfoProto(name=name) for name in proto.output if name]
+    graph = helper.make_graph([proto], "fold", infos, outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid(*pair) for pair in opsets.items()])
+    computed: Any = ReferenceEvaluator(model).run(None, dict(zip(names, arrays, strict=True)))
+    return [node.constant(np.asarray(array), dtype) for array, (dtype, shape) in zip(computed, results, strict=True)]
 
 
 def opaque_value(node: OnnxNode, *inputs: Value) -> Value:
@@ -140,9 +170,7 @@ def _result_types(
     return tuple(_result_type(node, info, named) for info in inferred.graph.output)
 
 
-def _result_type(
-    node: OnnxNode, info: onnx.ValueInfoProto, named: dict[str, Dim]
-) -> tuple[DType, tuple[Dim, ...]]:
+def _result_type(node: OnnxNode, info: onnx.ValueInfoProto, named: dict[str, Dim]) -> tuple[DType, tuple[Dim, ...]]:
     tensor = info.type.tensor_type
     if not tensor.HasField("shape") or tensor.elem_type == TensorProto.UNDEFINED:
         raise node.unsupported("a result whose shape depends on the data")

@@ -61,7 +61,22 @@ class Term:
 
 
 def apply(op: PointOp, first: Term, *others: Operand) -> Term:
+    terms = [first, *(first.like(other) for other in others)]
+    for i, term in enumerate(terms):
+        if len(terms) == 2 and isinstance(term.expr, ex.Const) and _is_neutral(op, term.expr, i == 1):
+            return terms[1 - i]
     return Term(ex.apply(op, first.expr, *(first.like(other).expr for other in others)))
+
+
+def _is_neutral(op: PointOp, constant: ex.Const, is_second: bool) -> bool:
+    """Whether the constant changes nothing: ranges and masks of exporters are full of such steps."""
+    value, dtype = constant.value, constant.dtype
+    if dtype is DType.BOOL:
+        return (op is PointOp.AND and value is True) or (op is PointOp.OR and value is False)
+    if op is PointOp.MUL or (op is PointOp.DIV and is_second):
+        return value == 1
+    # Not for floats: -0.0 + 0.0 is 0.0.
+    return dtype.is_int and value == 0 and (op is PointOp.ADD or (op is PointOp.SUB and is_second))
 
 
 def minimum(a: Term, b: Operand) -> Term:

@@ -17,6 +17,7 @@ from engine.ir import ops
 from engine.ir.dim import Dim, Sym
 from engine.ir.dtype import DType
 from engine.ir.graph import Value
+from engine.ir.ops.base import broadcast_shapes
 
 Array = np.ndarray[Any, Any]
 AttributeType = onnx.AttributeProto
@@ -214,19 +215,48 @@ class OnnxNode:
     @overload
     def pointwise(self, formula: Callable[..., Term], /, *values: Value) -> Value: ...
     def pointwise(self, formula: Callable[..., Term], *values: Value) -> Value:
-        """`formula` of the broadcast values. Constants of one element become literals."""
-        terms, operands = self.operands(values)
-        return self.add(ops.Pointwise((formula(*terms).expr,)), *operands)
+        """`formula` of the broadcast values. Constants of one element become literals; broadcasts are looked through,
+        so that nothing is computed twice: the result is broadcast instead where it has to be."""
+        shape = broadcast_shapes("operands", *(value.shape for value in values))
+        narrow = [self._before_expand(value) for value in values]
+        terms, operands = self._operands(narrow)
+        root = formula(*terms).expr
+        used = ex.arguments(root)
+        if not used:
+            result = self.constant(ex.evaluate(root, []))
+        elif isinstance(root, ex.Arg):
+            result = operands[root.index]
+        else:
+            root = ex.renumber(root, {old: new for new, old in enumerate(used)})
+            result = self.add(ops.Pointwise((root,)), *(operands[i] for i in used))
+        return self.expand(result, shape)
 
-    def operands(self, values: Sequence[Value]) -> tuple[list[Term], list[Value]]:
+    def _before_expand(self, value: Value) -> Value:
+        """The value that a broadcast repeats, with its axes aligned at the end."""
+        maker = self.builder.maker(value)
+        while maker is not None and isinstance(maker.op, ops.Expand):
+            value = maker.inputs[0]
+            maker = self.builder.maker(value)
+        return value
+
+    def _literal(self, value: Value) -> ex.Const | None:
+        """The number that all elements of a constant are."""
+        if value.data is None or value.dtype is DType.STRING:
+            return None
+        if value.data.size == 1:
+            return ex.const(value.data.reshape(()).item(), value.dtype)
+        pattern = self.builder.grid(value)
+        return ex.const(pattern, value.dtype) if isinstance(pattern, (bool, int, float)) else None
+
+    def _operands(self, values: Sequence[Value]) -> tuple[list[Term], list[Value]]:
         """A term per value, and the inputs that the terms' arguments number."""
-        literal = [_is_literal(value) for value in values]
-        rank = max((v.rank for v, is_literal in zip(values, literal, strict=True) if not is_literal), default=-1)
+        literals = [self._literal(value) for value in values]
+        anchored = None in literals  # else the values stay operands, and are folded as such
         terms: list[Term] = []
         inputs: list[Value] = []
-        for value, is_literal in zip(values, literal, strict=True):
-            if is_literal and value.rank <= rank and value.data is not None:
-                terms.append(Term(ex.const(value.data.reshape(()).item(), value.dtype)))
+        for value, literal in zip(values, literals, strict=True):
+            if anchored and literal is not None:
+                terms.append(Term(literal))
             else:
                 known = next((i for i, other in enumerate(inputs) if other is value), len(inputs))
                 if known == len(inputs):
@@ -257,7 +287,3 @@ def store(dtype: DType) -> tuple[ex.Expr, ...]:
 def source(dtype: DType) -> ex.Expr:
     """The plain prologue: the first input in its compute dtype."""
     return ex.cast(ex.Arg(0, dtype), compute_dtype(dtype))
-
-
-def _is_literal(value: Value) -> bool:
-    return value.data is not None and value.data.size == 1 and value.dtype is not DType.STRING

@@ -94,14 +94,18 @@ def _check_inline(tensor: onnx.TensorProto, dtype: DType, elements: int, what: s
     if tensor.HasField("raw_data"):
         if dtype is DType.STRING:
             raise ModelError(f"{what}: a string tensor cannot have raw data; the file is damaged")
-        present, needed, unit = len(tensor.raw_data), elements * dtype.itemsize, "bytes"
-    else:
-        present, needed, unit = len(getattr(tensor, _TYPED_FIELDS.get(dtype, "int32_data"))), elements, "elements"
-    if present != needed:
-        raise ModelError(
-            f"{what}: shape {list(tensor.dims)} of {dtype.value} needs {needed} {unit} but the file has {present}; "
-            "the file is truncated or damaged"
-        )
+        # Reading the field would copy it; that its size is exact is checked when it is read for good.
+        if tensor.ByteSize() < elements * dtype.itemsize:
+            raise _wrong_amount(tensor, dtype, elements * dtype.itemsize, "bytes", what)
+    elif len(getattr(tensor, _TYPED_FIELDS.get(dtype, "int32_data"))) != elements:
+        raise _wrong_amount(tensor, dtype, elements, "elements", what)
+
+
+def _wrong_amount(tensor: onnx.TensorProto, dtype: DType, needed: int, unit: str, what: str) -> ModelError:
+    return ModelError(
+        f"{what}: shape {list(tensor.dims)} of {dtype.value} needs {needed} {unit} but the file has another number; "
+        "the file is truncated or damaged"
+    )
 
 
 def tensor_array(tensor: onnx.TensorProto, source: Source, what: str) -> Array:
@@ -110,8 +114,10 @@ def tensor_array(tensor: onnx.TensorProto, source: Source, what: str) -> Array:
     if tensor.data_location == TensorProto.EXTERNAL:
         return _external(tensor, dtype, shape, source, what)
     if tensor.HasField("raw_data"):
-        little = dtype.numpy.newbyteorder("<") if dtype is not DType.BF16 else dtype.numpy
-        return np.frombuffer(tensor.raw_data, dtype=little).reshape(shape)
+        data = tensor.raw_data
+        if len(data) != prod(shape) * dtype.itemsize:
+            raise _wrong_amount(tensor, dtype, prod(shape) * dtype.itemsize, "bytes", what)
+        return np.frombuffer(data, dtype=dtype.numpy).reshape(shape)
     return _typed(tensor, dtype).reshape(shape)
 
 
@@ -135,7 +141,7 @@ def _external(tensor: onnx.TensorProto, dtype: DType, shape: tuple[int, ...], so
     if length != needed:
         raise ModelError(f"{what}: external data of {length} bytes for shape {list(shape)} of {dtype.value}: {needed}")
     try:
-        with open(path, "rb") as file:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe must not block
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise ModelError(f"{what}: external data {path.name!r} is not a regular file")

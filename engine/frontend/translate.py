@@ -24,7 +24,7 @@ from engine.ir.dim import Dim, symbol
 from engine.ir.graph import Graph, Value
 
 _MAX_DEPTH = 32  # subgraphs in subgraphs, functions calling functions
-_MAX_NODES = 500_000  # after inlining: a file of a few kilobytes must not unfold without end
+_MAX_NODES = 100_000  # of functions and loops unfolded: a file of a few kilobytes must not become a graph without end
 
 
 @dataclass
@@ -123,7 +123,7 @@ class Translator:
         if scope.depth > _MAX_DEPTH:
             raise ModelError(f"{self.source.label}: {scope.prefix!r}: nested or recursive deeper than {_MAX_DEPTH}")
         for index, proto in needed(in_order(nodes, set(known), self.source.label), outputs):
-            self.nodes += 1
+            self.nodes += scope.depth > 0
             if self.nodes > _MAX_NODES:
                 raise ModelError(f"{self.source.label}: more than {_MAX_NODES} nodes once functions are unfolded")
             self._node(proto, scope, f"{scope.prefix}{proto.name or f'{proto.op_type}_{index}'}")
@@ -201,9 +201,7 @@ class Translator:
         if held is None or held.type != onnx.AttributeProto.GRAPH:
             raise node.invalid(f"attribute {attribute!r} is not a graph")
         graph = held.g
-        inner = Scope(
-            scope.versions, attributes=scope.attributes, parent=scope, prefix=prefix, depth=scope.depth + 1
-        )
+        inner = Scope(scope.versions, attributes=scope.attributes, parent=scope, prefix=prefix, depth=scope.depth + 1)
         self._initializers(graph, inner)
         if len(values) != len(graph.input):
             raise node.invalid(f"the graph in {attribute!r} has {len(graph.input)} inputs, not {len(values)}")

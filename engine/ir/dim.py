@@ -2,8 +2,8 @@
 
 A `Dim` is an int, or a `Sym`: a polynomial with integer coefficients over atoms. An atom is a symbol's name or an
 operation that no polynomial can express (floor division, minimum, maximum, remainder). Polynomials are kept in one
-canonical form, so structural equality is equality of the mathematics; an expression that reduces to a constant is an int.
-Shape inference and shape folding use these; `evaluate` makes them concrete when a plan is built.
+canonical form, so structural equality is equality of the mathematics; an expression that reduces to a constant is an
+int. Shape inference and shape folding use these; `evaluate` makes them concrete when a plan is built.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias, Union
+from typing import TypeAlias
 
 
 class DimOp(Enum):
@@ -35,7 +35,7 @@ class Atom:
         return f"({self.a} {self.op.value} {self.b})"
 
 
-Factor: TypeAlias = Union[str, Atom]
+Factor: TypeAlias = str | Atom
 Monomial: TypeAlias = tuple[tuple[Factor, int], ...]  # ((factor, power), …) sorted by text
 
 
@@ -87,7 +87,7 @@ class Sym:
     __repr__ = __str__
 
 
-Dim: TypeAlias = Union[int, Sym]
+Dim: TypeAlias = int | Sym
 
 
 def symbol(name: str) -> Sym:

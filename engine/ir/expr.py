@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 from math import erf
 from typing import Any, TypeAlias
 
@@ -115,7 +116,7 @@ class Const:
         return hash((repr(self.value), self.dtype))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Apply:
     """`op` applied to `args`, giving an element of type `dtype`."""
 
@@ -127,22 +128,47 @@ class Apply:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_hash", hash((self.op, self.args, self.dtype)))
 
+    def __repr__(self) -> str:
+        # The distinct sub-expressions in a row, by number: kernels are keyed by this, and nested text would grow
+        # exponentially with the depth of a DAG that shares them.
+        numbers: dict[Expr, int] = {}
+        parts: list[str] = []
+        for node in walk(self):
+            numbers[node] = len(numbers)
+            if isinstance(node, Apply):
+                operands = ", ".join(str(numbers[arg]) for arg in node.args)
+                parts.append(f"{node.op.value}({operands}) -> {node.dtype.value}")
+            else:
+                parts.append(repr(node))
+        return f"Apply[{'; '.join(parts)}]"
+
     def __hash__(self) -> int:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        return (
-            isinstance(other, Apply)
-            and self._hash == other._hash
-            and self.op is other.op
-            and self.dtype is other.dtype
-            and self.args == other.args
-        )
+        return isinstance(other, Apply) and self._hash == other._hash and _same_structure(self, other)
 
 
 Expr: TypeAlias = Arg | Acc | Const | Apply
+
+
+def _same_structure(a: Expr, b: Expr) -> bool:
+    """Structural equality in time linear in the distinct pairs met: shared parts are compared once."""
+    pending = [(a, b)]
+    seen: set[tuple[int, int]] = set()
+    while pending:
+        x, y = pending.pop()
+        if x is y or (id(x), id(y)) in seen:
+            continue
+        seen.add((id(x), id(y)))
+        if not isinstance(x, Apply) or not isinstance(y, Apply):
+            if x != y:
+                return False
+        elif x.op is not y.op or x.dtype is not y.dtype or len(x.args) != len(y.args):
+            return False
+        else:
+            pending.extend(zip(x.args, y.args, strict=True))
+    return True
 
 
 def apply(op: PointOp, *args: Expr) -> Expr:
@@ -213,6 +239,7 @@ def replace_acc(root: Expr, value: Expr) -> Expr:
     return rewrite(root, lambda leaf: value if isinstance(leaf, Acc) else leaf)
 
 
+@lru_cache(maxsize=4096)
 def arguments(*roots: Expr) -> tuple[int, ...]:
     """The indices of the arguments read, ascending."""
     return tuple(sorted({node.index for node in walk(*roots) if isinstance(node, Arg)}))
@@ -222,6 +249,7 @@ def uses_acc(*roots: Expr) -> bool:
     return any(isinstance(node, Acc) for node in walk(*roots))
 
 
+@lru_cache(maxsize=4096)
 def flops(*roots: Expr) -> int:
     """Floating-point operations per element: one for each distinct arithmetic node on floats (a transcendental counts
     1)."""
@@ -335,16 +363,30 @@ _INFIX = {PointOp.ADD: "+", PointOp.SUB: "-", PointOp.MUL: "*", PointOp.DIV: "/"
           PointOp.LE: "<="}  # fmt: skip
 
 
+_LONGEST_TEXT = 2000
+"""Characters of a printed expression: sharing can make the text of a small expression astronomically long."""
+
+
 def to_text(root: Expr, names: Sequence[str] | None = None) -> str:
-    """A readable form such as ``min(max(acc + %2, 0), 6)``; `names[i]` replaces the default ``%i`` of an argument."""
-    if isinstance(root, Arg):
-        return names[root.index] if names else f"%{root.index}"
-    if isinstance(root, Acc):
+    """A readable form such as ``min(max(acc + %2, 0), 6)``; `names[i]` replaces the default ``%i`` of an argument.
+
+    Parts whose own text is too long are printed as ``…``.
+    """
+    texts: dict[Expr, str] = {}
+    for node in walk(root):
+        text = _text_of(node, [texts[arg] for arg in node.args] if isinstance(node, Apply) else [], names)
+        texts[node] = text if len(text) <= _LONGEST_TEXT else "…"
+    return texts[root]
+
+
+def _text_of(node: Expr, parts: Sequence[str], names: Sequence[str] | None) -> str:
+    if isinstance(node, Arg):
+        return names[node.index] if names else f"%{node.index}"
+    if isinstance(node, Acc):
         return "acc"
-    if isinstance(root, Const):
-        return f"{root.value:g}" if isinstance(root.value, float) else str(root.value).lower()
-    parts = [to_text(arg, names) for arg in root.args]
-    if root.op in _INFIX:
-        return f"({parts[0]} {_INFIX[root.op]} {parts[1]})"
-    name = root.dtype.value if root.op is PointOp.CAST else root.op.value
+    if isinstance(node, Const):
+        return f"{node.value:g}" if isinstance(node.value, float) else str(node.value).lower()
+    if node.op in _INFIX:
+        return f"({parts[0]} {_INFIX[node.op]} {parts[1]})"
+    name = node.dtype.value if node.op is PointOp.CAST else node.op.value
     return f"{name}({', '.join(parts)})"

@@ -1,6 +1,6 @@
 """Graphs as text that people can read: one line per node. Used by `TILEWAVE_PRINT_AFTER`, `inspect` and test failures.
 
-    %conv1: f32[batch, 32, 112, 112] order=(0, 2, 3, 1) = Conv(%input, stem.weight, stem.bias) {strides=(2, 2)} : min(max((acc + stem.bias), 0), 6)
+%conv1: f32[batch, 32, 112, 112] order=(0, 2, 3, 1) = Conv(%input, stem.weight, stem.bias) {strides=(2, 2)} : min(max((acc + stem.bias), 0), 6)
 """  # noqa: E501 - one line per node is the point
 
 from __future__ import annotations

@@ -11,13 +11,12 @@ matter; the constants are the model's own. Rewrites here may change the last bit
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import isclose, isfinite
 
 from engine.ir import expr as ex
 from engine.ir.expr import Apply, Const, Expr, PointOp
 from engine.ir.graph import Graph
-from engine.passes.operands import stores_of
+from engine.passes.operands import stores_of, with_expressions
 from engine.passes.patterns import Captures, Rule, RuleSet, anything, literal, match, number, op
 from engine.passes.simplify import simplified
 from engine.passes.traits import Traits
@@ -200,4 +199,4 @@ def canonicalise_activations(graph: Graph, _traits: Traits) -> None:
         stores = stores_of(node.op)
         new = tuple(canonical(store) for store in stores)
         if new != stores and all(ex.arguments(a) == ex.arguments(b) for a, b in zip(new, stores, strict=True)):
-            node.op = replace(node.op, stores=new)  # type: ignore[call-arg]
+            node.op = with_expressions(node.op, new)

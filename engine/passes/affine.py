@@ -13,7 +13,7 @@ import numpy as np
 
 from engine.ir import expr as ex
 from engine.ir.expr import Apply, Const, Expr, PointOp
-from engine.ir.graph import Graph, Node, Value
+from engine.ir.graph import Graph, Node, Value, constant
 from engine.ir.ops import Conv, Gemm, Pointwise
 from engine.passes.editor import Editor, joined_origin
 from engine.passes.operands import Operands, stores_of, with_expressions
@@ -54,8 +54,8 @@ def _fold_after(editor: Editor, node: Node) -> None:
     if found is None:
         return
     acc = next(e for e in ex.walk(*stores_of(node.op)) if isinstance(e, ex.Acc))
-    operands = Operands((node.inputs[0], _scaled_outputs(editor, node, found.scale)))
-    shifted = _shifted(editor, node, operands, acc, found.shift)
+    operands = Operands((node.inputs[0], _scaled_outputs(node, found.scale)))
+    shifted = _shifted(node, operands, acc, found.shift)
     stores = []
     for store in stores_of(node.op):
         bare = operands.adopt(_replaced(store, found.whole, acc), node)
@@ -63,12 +63,12 @@ def _fold_after(editor: Editor, node: Node) -> None:
     editor.update(node, with_expressions(node.op, tuple(stores)), operands.inputs)
 
 
-def _shifted(editor: Editor, node: Node, operands: Operands, acc: Expr, shift: _Array) -> Expr:
+def _shifted(node: Node, operands: Operands, acc: Expr, shift: _Array) -> Expr:
     """The accumulator plus a bias per channel, where there is one."""
     if not np.any(shift):
         return acc
     channels = (-1, *[1] * (node.outputs[0].rank - 2)) if isinstance(node.op, Conv) else (-1,)
-    bias = editor.constant(f"{node.inputs[1].name}.bias", shift.reshape(channels).astype(acc.dtype.numpy))
+    bias = constant(f"{node.inputs[1].name}.bias", shift.reshape(channels).astype(acc.dtype.numpy))
     return ex.apply(ADD, acc, operands.arg(bias))
 
 
@@ -146,12 +146,12 @@ def _per_channel(e: Expr, inputs: tuple[Value, ...], axis: int, channels: int, r
     return data.reshape(-1).astype(np.float64)
 
 
-def _scaled_outputs(editor: Editor, node: Node, scale: _Array) -> Value:
+def _scaled_outputs(node: Node, scale: _Array) -> Value:
     """The weight with every output channel multiplied by its scale."""
     weight = node.inputs[1]
     if np.all(scale == 1):
         return weight
-    return _scaled(editor, weight, _along_outputs(node, scale))
+    return _scaled(weight, _along_outputs(node, scale))
 
 
 def _along_outputs(node: Node, scale: _Array) -> _Array:
@@ -178,10 +178,10 @@ def _along_inputs(node: Node, scale: _Array) -> _Array:
     return by_group.reshape(_size(weight, 0), -1, *ones)
 
 
-def _scaled(editor: Editor, weight: Value, factor: _Array) -> Value:
+def _scaled(weight: Value, factor: _Array) -> Value:
     assert weight.data is not None
     data = (weight.data.astype(np.float64) * factor).astype(weight.data.dtype)
-    return editor.constant(weight.name, data)
+    return constant(weight.name, data)
 
 
 def _size(value: Value, axis: int) -> int:
@@ -211,9 +211,9 @@ def _fold_before(editor: Editor, node: Node) -> None:
         return
     shift = weight.data.astype(np.float64) * _along_inputs(node, affine.shift)
     bias = shift.sum(axis=tuple(range(1, weight.rank)) if isinstance(op, Conv) else 0)
-    operands = Operands((source, _scaled(editor, weight, _along_inputs(node, affine.scale))))
+    operands = Operands((source, _scaled(weight, _along_inputs(node, affine.scale))))
     acc = next(e for e in ex.walk(*stores_of(op)) if isinstance(e, ex.Acc))
-    shifted = _shifted(editor, node, operands, acc, bias)
+    shifted = _shifted(node, operands, acc, bias)
     stores = tuple(ex.replace_acc(operands.adopt(store, node), shifted) for store in stores_of(op))
     editor.update(node, with_expressions(op, stores), operands.inputs, origin=joined_origin(before, node))
     editor.remove(before)

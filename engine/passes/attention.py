@@ -33,12 +33,14 @@ class _Probabilities:
     zero_rows: bool
 
 
-def recognise_attention(graph: Graph, _traits: Traits) -> None:
+def recognise_attention(graph: Graph, traits: Traits) -> None:
     """Replace every attention. One whose scores or probabilities are read elsewhere, or returned, stays as it is."""
+    if not any(isinstance(node.op, Softmax) for node in graph.nodes):
+        return
     editor = Editor(graph)
     terms = Terms(editor)
     for node in editor.nodes():
-        if isinstance(node.op, Gemm) and len(node.inputs) >= 2:
+        if isinstance(node.op, Gemm) and len(node.inputs) >= 2 and node.inputs[1].dtype in traits.attention_types:
             _try(editor, terms, node)
     editor.finish()
 
@@ -137,7 +139,7 @@ def _rewrite(editor: Editor, terms: Terms, node: Node, found: _Probabilities, sc
     q_scale, q = take_scale(editor, scores.product.inputs[0])
     k_scale, k = take_scale(editor, scores.product.inputs[1])
     v = node.inputs[1]
-    k = transpose(editor, k, _swap_last(k.rank), origin)
+    k = _untransposed(editor, k, origin)
     bias = bias_value(editor, terms, scores, origin) if scores.bias is not None else None
     if (bias is None) != (scores.bias is None):
         return
@@ -225,6 +227,15 @@ def _with_literals(e: ex.Expr, inputs: tuple[Value, ...]) -> ex.Expr:
         return ex.const(data.item(), leaf.dtype) if data is not None and data.size == 1 else leaf
 
     return ex.rewrite(e, literal)
+
+
+def _untransposed(editor: Editor, value: Value, origin: str) -> Value:
+    """`value` with its last two axes swapped; a reshape of the axes before them (kᵀ made in rank 3) is passed by."""
+    node = editor.producer(value)
+    if node is not None and isinstance(node.op, Reshape) and node.inputs[0].shape[-2:] == value.shape[-2:]:
+        inner = _untransposed(editor, node.inputs[0], origin)
+        return reshape(editor, inner, (*value.shape[:-2], *inner.shape[-2:]), origin)
+    return transpose(editor, value, _swap_last(value.rank), origin)
 
 
 def _swap_last(rank: int) -> tuple[int, ...]:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
-from engine.ir.graph import Graph, Node, Value, constant, make_node
+from engine.ir.graph import Graph, Node, Value, make_node
 from engine.ir.ops import Op
 
 _ORIGIN_LIMIT = 160  # characters: names of long fused chains are cut, they are for people
@@ -60,9 +58,6 @@ class Editor:
         node = make_node(op, inputs, name, origin)
         self._link(node)
         return node
-
-    def constant(self, name: str, data: np.ndarray) -> Value:
-        return constant(name, data)
 
     def update(
         self,

@@ -7,8 +7,10 @@ and the point-wise node after it goes behind the point-wise node, which can then
 
 from __future__ import annotations
 
+from engine.ir.dim import Dim
 from engine.ir.graph import Graph, Node, Shape, Value
 from engine.ir.ops import Gemm, Pointwise, Reshape, Transpose, View
+from engine.ir.regroup import axis_groups
 from engine.passes.editor import Editor
 from engine.passes.operands import FUSED_OPS, HEAVY_OPS
 from engine.passes.traits import Traits
@@ -66,13 +68,20 @@ def _chain(editor: Editor, node: Node) -> list[Node]:
             before = editor.producer(before.inputs[0])
         if not chain or before is None or value.shape != node.output.shape:
             continue
-        root = chain[-1].inputs[0]
-        if not editor.single_use(root) or not isinstance(before.op, (*FUSED_OPS, Pointwise)):
+        if not editor.single_use(chain[-1].inputs[0]) or not isinstance(before.op, (*FUSED_OPS, Pointwise)):
             continue
         if isinstance(before.op, HEAVY_OPS):
             return chain
-        best = best or chain
+        # For a light operator it is not worth putting new views on other tensors of full size.
+        if all(_is_small(editor, other, value.shape) for other in node.inputs if other is not value):
+            best = best or chain
     return best
+
+
+def _is_small(editor: Editor, value: Value, shape: Shape) -> bool:
+    """Whether a view of this operand costs nothing: a constant, a broadcast, or a view that may be undone."""
+    before = editor.producer(value)
+    return value.is_constant or value.shape != shape or (before is not None and isinstance(before.op, View))
 
 
 def _sink(editor: Editor, node: Node, step: Node) -> Node | None:
@@ -102,9 +111,26 @@ def undone(editor: Editor, value: Value, op: View, before: Shape, after: Shape, 
         return transpose(editor, full, inverse(op.perm), origin)
     if value.shape == after:
         return reshape(editor, value, before, origin)
-    # Axes that the reshape leaves alone at the end can carry a broadcast.
-    kept = 0
-    while kept < min(len(before), len(after)) and before[-1 - kept] == after[-1 - kept]:
-        kept += 1
-    leading, trailing = value.shape[: max(0, value.rank - kept)], value.shape[max(0, value.rank - kept) :]
-    return reshape(editor, value, trailing, origin) if all(dim == 1 for dim in leading) else None
+    padded = (*[1] * (len(after) - value.rank), *value.shape)
+    regrouped = _regrouped(padded, before, after)
+    return None if regrouped is None else reshape(editor, value, regrouped, origin)
+
+
+def _regrouped(shape: Shape, before: Shape, after: Shape) -> Shape | None:
+    """The shape that broadcasts against `before` as `shape` does against its reshape `after`.
+
+    In each group of axes that the reshape leaves apart `shape` has to be all ones, or all of the group.
+    """
+    groups = axis_groups(before, after)
+    if groups is None:
+        return None
+    result: list[Dim] = []
+    for old, new in groups:
+        part = shape[new.start : new.stop]
+        if all(dim == 1 for dim in part):
+            result += [1] * len(old)
+        elif part == after[new.start : new.stop]:
+            result += before[old.start : old.stop]
+        else:
+            return None
+    return tuple(result)

@@ -65,7 +65,7 @@ def _may_grow(node: Node) -> bool:
 
 
 def _drop_identity(editor: Editor, node: Node) -> bool:
-    """A point-wise node that only hands its input on. Copies of the caller's own tensors stay: they are the output."""
+    """A point-wise node that only hands its input on. Where that is a graph output, the plan writes the copy."""
     op = node.op
     if not isinstance(op, Pointwise) or op.gathers or len(op.stores) != 1 or not isinstance(op.stores[0], ex.Arg):
         return False

@@ -8,20 +8,22 @@ are left around the new node for the epilogue fusion.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 
 from engine.ir import expr as ex
+from engine.ir.dim import Dim, floordiv
 from engine.ir.dtype import DType
 from engine.ir.expr import Apply, Const, Expr, PointOp
 from engine.ir.graph import Graph, Node, Value
-from engine.ir.ops import Norm, NormKind, Pointwise, ReduceKind
+from engine.ir.ops import Norm, NormKind, Pointwise, Reduce, ReduceKind, Reshape
 from engine.ir.ops.light import iteration_shape
 from engine.passes.editor import Editor
 from engine.passes.patterns import anything, literal, match, op
 from engine.passes.simplify import simplified
 from engine.passes.terms import Reduction, Terms, same, without_casts
 from engine.passes.traits import Traits
+from engine.passes.views import reshape
 
 ADD, SUB, MUL, DIV, SQRT, MAX = PointOp.ADD, PointOp.SUB, PointOp.MUL, PointOp.DIV, PointOp.SQRT, PointOp.MAX
 
@@ -46,6 +48,8 @@ class _Match:
 
 def recognise_norms(graph: Graph, _traits: Traits) -> None:
     """Replace every normalisation in primitive form. What else reads its intermediate values still finds them."""
+    if not any(isinstance(node.op, Reduce) for node in graph.nodes):
+        return
     editor = Editor(graph)
     terms = Terms(editor)
     made: dict[tuple[Norm, Value], Value] = {}
@@ -197,3 +201,38 @@ def _rewrite(
 def _number(e: Expr) -> float:
     assert isinstance(e, Const)
     return float(e.value)
+
+
+def split_norm_groups(graph: Graph, _traits: Traits) -> None:
+    """Group norm on a view [n, groups, rest] is one on [n, groups, channels / groups, *spatial], which is a view of a
+    channels-last image too, and behind which a scale per channel can be put."""
+    editor = Editor(graph)
+    for node in editor.nodes():
+        if isinstance(node.op, Norm) and not node.op.gathers and len(node.outputs) == 1 and len(node.inputs) >= 1:
+            _split_groups(editor, node, node.op)
+    editor.finish()
+
+
+def _split_groups(editor: Editor, node: Node, norm: Norm) -> None:
+    before, after = editor.producer(node.inputs[0]), editor.only_user(node.output)
+    if before is None or after is None or not isinstance(before.op, Reshape) or not isinstance(after.op, Reshape):
+        return
+    x, grouped = before.inputs[0], node.inputs[0].shape
+    if x.rank < 3 or x.shape != after.output.shape or len(grouped) < 3 or grouped[0] != x.shape[0]:
+        return
+    groups, channels = grouped[1], x.shape[1]
+    is_plain = isinstance(norm.source, ex.Arg) and norm.source.index == 0 and ex.arguments(*norm.stores) == ()
+    if not is_plain or norm.axes != tuple(range(2, len(grouped))) or not _divides(groups, channels):
+        return
+    shape = (x.shape[0], groups, floordiv(channels, groups), *x.shape[2:])
+    if shape == grouped:
+        return
+    split = reshape(editor, x, shape, before.origin)
+    new = replace(norm, axes=tuple(range(2, len(shape))))
+    value = editor.add(new, (split,), node.output.name, node.origin).output
+    editor.redirect(after.output, reshape(editor, value, x.shape, after.origin))
+    editor.prune([after.output])
+
+
+def _divides(groups: Dim, channels: Dim) -> bool:
+    return isinstance(groups, int) and isinstance(channels, int) and channels % groups == 0

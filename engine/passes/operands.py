@@ -11,7 +11,6 @@ from dataclasses import replace
 
 from engine.ir import expr as ex
 from engine.ir.dim import Dim
-from engine.ir.dtype import DType
 from engine.ir.graph import Node, Shape, Value
 from engine.ir.ops import Attention, Conv, Gemm, Norm, Op, Pointwise, Pool, Reduce, Resize, Softmax
 from engine.ir.ops.light import Gathers
@@ -95,18 +94,6 @@ def with_expressions(
     if gathers is not None and isinstance(op, Pointwise | Norm):
         changes["gathers"] = gathers
     return replace(op, **changes)
-
-
-def with_literals(e: ex.Expr, inputs: Sequence[Value]) -> ex.Expr:
-    """`e` with arguments that are constants of one element written as literals."""
-
-    def literal(part: ex.Expr) -> ex.Expr:
-        data = inputs[part.index].data if isinstance(part, ex.Arg) else None
-        if data is None or data.size != 1 or part.dtype is DType.STRING:
-            return part
-        return ex.const(data.item(), part.dtype)
-
-    return ex.rewrite(e, literal)
 
 
 def with_same_shape(op: Op, inputs: Sequence[Value], like: Node) -> bool:

@@ -64,6 +64,4 @@ def _is_never_negative(node: Node | None, value: Value) -> bool:
     e = stores[node.outputs.index(value)]
     while isinstance(e, ex.Apply) and e.op is PointOp.MIN and isinstance(e.args[1], ex.Const) and e.args[1].value >= 0:
         e = e.args[0]
-    return (
-        isinstance(e, ex.Apply) and e.op is PointOp.MAX and isinstance(e.args[1], ex.Const) and e.args[1].value >= 0
-    )
+    return isinstance(e, ex.Apply) and e.op is PointOp.MAX and isinstance(e.args[1], ex.Const) and e.args[1].value >= 0

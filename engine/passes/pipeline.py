@@ -17,18 +17,19 @@ from engine.ir.printer import graph_text
 from engine.passes.activations import canonicalise_activations
 from engine.passes.affine import fold_affine
 from engine.passes.attention import recognise_attention
+from engine.passes.causal import recognise_causal
 from engine.passes.epilogues import fuse_epilogues
 from engine.passes.flatten import flatten_gemms, sink_views
 from engine.passes.fold import fold
-from engine.passes.layout import choose_orders
+from engine.passes.layout import choose_orders, permute_flattened
 from engine.passes.narrow import narrow_floats
-from engine.passes.norms import recognise_norms
+from engine.passes.norms import recognise_norms, split_norm_groups
 from engine.passes.pads import fold_pads
 from engine.passes.pointwise import drop_expands, fuse_pointwise, hoist_slices, inline_literals
 from engine.passes.precision import widen_floats
 from engine.passes.prologues import fuse_gathers, fuse_prologues
 from engine.passes.siblings import merge_siblings
-from engine.passes.simplify import simplify
+from engine.passes.simplify import drop_unread, simplify
 from engine.passes.traits import Traits
 from engine.passes.views import merge_views
 
@@ -38,15 +39,20 @@ PASSES: tuple[Pass, ...] = (
     fold,
     widen_floats,
     merge_views,
+    drop_expands,
     inline_literals,
     simplify,
-    drop_expands,
     hoist_slices,
     fold,
     recognise_norms,
+    split_norm_groups,
     recognise_attention,
+    hoist_slices,
+    fold,
+    recognise_causal,
     merge_views,
     flatten_gemms,
+    fuse_pointwise,
     sink_views,
     merge_views,
     fuse_pointwise,
@@ -59,6 +65,8 @@ PASSES: tuple[Pass, ...] = (
     fuse_gathers,
     fuse_prologues,
     fuse_epilogues,
+    drop_unread,
+    permute_flattened,
     merge_views,
     fold,
     choose_orders,

@@ -6,7 +6,10 @@ reader's shape. Cheap producers (a cast, a scale) of tensors that no other fusio
 
 from __future__ import annotations
 
+import numpy as np
+
 from engine.ir import expr as ex
+from engine.ir.dtype import DType
 from engine.ir.graph import Graph, Node, Value
 from engine.ir.ops import Expand, Pointwise, Slice, View
 from engine.passes.editor import Editor, joined_origin
@@ -14,41 +17,57 @@ from engine.passes.operands import (
     FUSED_OPS,
     Operands,
     alike,
+    fixed_operands,
+    gathers_of,
     stores_of,
     with_expressions,
-    with_literals,
     with_same_shape,
 )
 from engine.passes.simplify import simplified
 from engine.passes.traits import Traits
 from engine.passes.views import reshape, view
 
-_LONGEST = 128  # distinct operations of one expression: longer ones gain nothing and cost compile time
+_LONGEST = 64  # distinct operations of one expression: longer ones gain nothing and cost compile time
 _MOST_INPUTS = 16
+_LARGEST_UNIFORM = 1 << 16  # elements of a constant that are compared with each other
 _CHEAP = 2  # arithmetic operations that may be repeated for every element of a broadcast or for every reader
 _COSTLY = ex.UNARY_FLOAT | {ex.PointOp.DIV, ex.PointOp.POW, ex.PointOp.MOD, ex.PointOp.FMOD}
 
 
 def inline_literals(graph: Graph, _traits: Traits) -> None:
-    """Constants of one element become literals of the expressions that read them."""
+    """Constants of one element, or with all elements equal, become literals of the expressions that read them."""
     editor = Editor(graph)
+    uniform: dict[Value, ex.Const | None] = {}
     for node in editor.nodes():
-        if isinstance(node.op, Pointwise) and not node.op.gathers:
-            _inline_literals(editor, node, node.op)
+        if isinstance(node.op, (Pointwise, *FUSED_OPS)) and not gathers_of(node.op):
+            for value in node.inputs:
+                if value not in uniform:
+                    uniform[value] = _uniform(value)
+            if any(uniform[value] is not None for value in node.inputs):
+                _inline_literals(editor, node, uniform)
     editor.finish()
 
 
-def _inline_literals(editor: Editor, node: Node, op: Pointwise) -> None:
-    if not any(value.data is not None and value.data.size == 1 for value in node.inputs):
+def _uniform(value: Value) -> ex.Const | None:
+    data = value.data
+    if data is None or value.dtype is DType.STRING or not 0 < data.size <= _LARGEST_UNIFORM:
+        return None
+    first = data.reshape(-1)[0]
+    return ex.const(first.item(), value.dtype) if data.size == 1 or bool(np.all(data == first)) else None
+
+
+def _inline_literals(editor: Editor, node: Node, uniform: dict[Value, ex.Const | None]) -> None:
+    op = node.op
+    given: dict[Value, ex.Expr] = {value: found for value in node.inputs if (found := uniform[value]) is not None}
+    operands = Operands(node.inputs[: fixed_operands(op)])
+    source: ex.Expr | None = getattr(op, "source", None)
+    source = None if source is None else simplified(operands.adopt(source, node, given))
+    stores = tuple(simplified(operands.adopt(store, node, given)) for store in stores_of(op))
+    shaping = stores if isinstance(op, Pointwise) else (source,) if source is not None else ()
+    # A prologue, or a point-wise node, takes its shape from the arguments it reads: it must keep one, and the shape.
+    if any(not ex.arguments(e) for e in shaping):
         return
-    operands = Operands()
-    stores = []
-    for store in op.stores:
-        literal = simplified(with_literals(store, node.inputs))
-        if not ex.arguments(literal):
-            return
-        stores.append(operands.adopt(literal, node))
-    new = Pointwise(tuple(stores))
+    new = with_expressions(op, stores, source)
     if with_same_shape(new, operands.inputs, node):
         editor.update(node, new, operands.inputs)
 

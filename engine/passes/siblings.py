@@ -12,7 +12,7 @@ import numpy as np
 
 from engine.ir import expr as ex
 from engine.ir.expr import Expr, PointOp
-from engine.ir.graph import Graph, Node, Value
+from engine.ir.graph import Graph, Node, Value, constant
 from engine.ir.ops import Gemm, Slice
 from engine.passes.editor import Editor, joined_origin
 from engine.passes.traits import Traits
@@ -73,12 +73,12 @@ def _merge(editor: Editor, group: list[_Sibling]) -> None:
     nodes = [sibling.node for sibling in group]
     origin = joined_origin(*nodes)
     weights = [data for node in nodes if (data := node.inputs[1].data) is not None]
-    wide = editor.constant(nodes[0].inputs[1].name, np.concatenate(weights, axis=1))
+    wide = constant(nodes[0].inputs[1].name, np.concatenate(weights, axis=1))
     rows = [np.concatenate(parts) for parts in zip(*(sibling.rows for sibling in group), strict=True)]
     store = ex.renumber(first.store, {i: i + 2 for i in range(len(rows))})
     if isinstance(first.node.op, Gemm) and not any(np.any(row) for row in rows) and _is_sum(first.store):
         store, rows = ex.Acc(first.store.args[0].dtype), []  # type: ignore[union-attr]
-    constants = [editor.constant(f"{wide.name}.{i}", row) for i, row in enumerate(rows)]
+    constants = [constant(f"{wide.name}.{i}", row) for i, row in enumerate(rows)]
     result = editor.add(Gemm((store,)), (nodes[0].inputs[0], wide, *constants), nodes[0].output.name, origin).output
     start = 0
     for sibling in group:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import frexp, isfinite
 
 import numpy as np
@@ -14,6 +13,7 @@ from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.expr import Const, Expr, PointOp
 from engine.ir.graph import Graph
+from engine.passes.operands import Operands, fixed_operands, gathers_of, stores_of, with_expressions
 from engine.passes.patterns import COMMUTATIVE, Captures, Rule, RuleSet, anything, literal, number, op
 from engine.passes.traits import Traits
 
@@ -155,17 +155,31 @@ def simplify(graph: Graph, _traits: Traits) -> None:
     """Every expression of the graph in its simplest form that reads the same arguments: they give nodes their shape."""
     for node in graph.nodes:
         op_ = node.op
-        stores = getattr(op_, "stores", None)
-        if stores is not None:
-            new = tuple(_keeping_arguments(store) for store in stores)
-            if new != stores:
-                op_ = replace(op_, stores=new)  # type: ignore[call-arg]
-        source = getattr(op_, "source", None)
-        if source is not None and (new_source := _keeping_arguments(source)) != source:
-            op_ = replace(op_, source=new_source)  # type: ignore[call-arg]
-        node.op = op_
+        stores = stores_of(op_)
+        source: Expr | None = getattr(op_, "source", None)
+        if stores:
+            new_source = None if source is None else _keeping_arguments(source)
+            node.op = with_expressions(op_, tuple(_keeping_arguments(store) for store in stores), new_source)
 
 
 def _keeping_arguments(e: Expr) -> Expr:
     new = simplified(e)
     return new if ex.arguments(new) == ex.arguments(e) else e
+
+
+def drop_unread(graph: Graph, _traits: Traits) -> None:
+    """Inputs that no operand and no expression of a node reads any more are taken off it."""
+    for node in graph.nodes:
+        stores = stores_of(node.op)
+        source: Expr | None = getattr(node.op, "source", None)
+        if not stores:
+            continue
+        fixed = fixed_operands(node.op)
+        gathers = gathers_of(node.op)
+        read = ex.arguments(*stores, *([] if source is None else [source]))
+        if len({*range(fixed), *read, *(by for _, by in gathers)}) == len(node.inputs):
+            continue
+        operands = Operands(node.inputs[:fixed])
+        new_source = None if source is None else operands.adopt(source, node)
+        new_stores = tuple(operands.adopt(store, node) for store in stores)
+        node.op, node.inputs = with_expressions(node.op, new_stores, new_source, operands.gathers), operands.inputs

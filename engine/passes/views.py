@@ -122,7 +122,13 @@ def _replacement(editor: Editor, node: Node) -> Value | None:
 def _simpler_view(editor: Editor, node: Node, op: View) -> Value | None:
     source = node.inputs[0]
     before = editor.producer(source)
-    if isinstance(op, Reshape) and before is not None and isinstance(before.op, Reduce) and not before.op.keepdims:
+    if (
+        isinstance(op, Reshape)
+        and before is not None
+        and isinstance(before.op, Reduce)
+        and not before.op.keepdims
+        and editor.single_use(source)
+    ):
         kept = replace(before.op, keepdims=True)
         if all(op.shape == shape for _, shape in kept.infer(before.inputs)) and len(kept.stores) == 1:
             return editor.add(kept, before.inputs, node.output.name, before.origin).output
@@ -156,4 +162,3 @@ def _gather_as_slice(editor: Editor, node: Node, op: Gather) -> Value | None:
 def inverse(perm: tuple[int, ...]) -> tuple[int, ...]:
     """The permutation that undoes `perm`."""
     return tuple(perm.index(axis) for axis in range(len(perm)))
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import lru_cache
 from typing import Any
 
 from engine.ir import dim as dims
@@ -18,12 +19,13 @@ def concrete_shape(shape: tuple[Dim, ...], sizes: Mapping[str, int]) -> tuple[in
 
 def concrete_op(op: Op, sizes: Mapping[str, int]) -> Op:
     """`op` with every symbolic attribute evaluated (itself where it has none)."""
-    changes = {}
-    for item in fields(op):
-        value = getattr(op, item.name)
-        if _has_symbol(value):
-            changes[item.name] = _evaluate(value, sizes)
-    return replace(op, **changes) if changes else op
+    names = _symbolic_attributes(op)
+    return replace(op, **{name: _evaluate(getattr(op, name), sizes) for name in names}) if names else op
+
+
+@lru_cache(maxsize=4096)
+def _symbolic_attributes(op: Op) -> tuple[str, ...]:
+    return tuple(item.name for item in fields(op) if _has_symbol(getattr(op, item.name)))
 
 
 def _has_symbol(value: Any) -> bool:

@@ -12,6 +12,8 @@ from service.workers.messages import BatchingMode, BatchingOptions, TensorInfo
 
 MASK_NAMES = ("attention_mask", "input_mask", "mask")
 
+_LENGTH_STEP = 8
+
 Shape = tuple[int, ...]
 
 
@@ -75,6 +77,15 @@ def bucket_of(length: int, buckets: Sequence[int]) -> int:
             return edge
     last = buckets[-1] if buckets else 1
     return -(-length // last) * last
+
+
+def padded_width(longest: int, buckets: Sequence[int]) -> int:
+    """The common length of a batch whose longest row is `longest`: the next multiple of 8, within its bucket.
+
+    Every new shape costs the engine a plan: 15 to 40 ms for a six-layer encoder on two cores, where seven tokens run in
+    1.2 ms (measured through `Model.run`). A few tokens of padding are cheaper than a plan per length.
+    """
+    return min(-(-longest // _LENGTH_STEP) * _LENGTH_STEP, bucket_of(longest, buckets))
 
 
 def capacity(options: BatchingOptions, axes: BatchAxes) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from service.batching.policy import BatchAxes, Shape, bucket_of, capacity
+from service.batching.policy import BatchAxes, Shape, bucket_of, capacity, padded_width
 from service.workers.messages import BatchingMode, BatchingOptions, Infer
 
 Group = tuple[int, tuple[Shape, ...]]
@@ -192,13 +192,16 @@ class ModelQueue:
         """Rows of `piece` that fit beside `total` rows of `width` tokens, and the width they make."""
         taken: list[int] = []
         for row in piece.rows[piece.first :]:
-            wider = max(width, piece.entry.lengths[row]) if piece.entry.lengths else 0
+            wider = max(width, self._width(piece.entry.lengths[row])) if piece.entry.lengths else 0
             rows = total + len(taken) + 1
             if rows > 1 and (rows > self.options.max_batch or rows * wider > self.options.max_tokens):
                 break
             taken.append(row)
             width = wider
         return taken, width
+
+    def _width(self, length: int) -> int:
+        return padded_width(length, self.options.buckets) if self.axes.mode is BatchingMode.PADDED else length
 
     def _row_cost(self, entry: Entry, rows: list[int]) -> int:
         return sum(entry.lengths[row] for row in rows) if entry.lengths else len(rows)

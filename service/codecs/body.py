@@ -23,35 +23,29 @@ async def read_body(request: Request, settings: Settings) -> bytes:
     if encoding not in ("identity", "") and encoding not in _WINDOW_BITS:
         raise UnsupportedEncoding(f"Content-Encoding '{encoding[:40]}' is not read; send gzip, deflate or none")
     declared = request.headers.get("content-length", "0")
+    claimed = int(declared) if declared.isdecimal() else 0
     oversized = TooLarge(f"the body is larger than {limit} bytes")
+    if claimed > limit and "expect" in request.headers:
+        raise oversized  # the client asks before it sends
+    body = bytearray()
+    seen = 0
     try:
         async with asyncio.timeout(settings.body_timeout):
-            body = bytearray()
-            if declared.isdecimal() and int(declared) > limit:
-                await _discard(request, limit)
-                raise oversized
             async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    body.clear()
-                    await _discard(request, limit)
-                    raise oversized
+                seen += len(chunk)
+                if max(seen, claimed) <= limit:
+                    body += chunk
+                elif seen > 2 * limit:
+                    break  # until here it was read on, so that a client that is still sending gets to read the answer
     except TimeoutError:
         raise SlowBody(f"the body did not arrive within {settings.body_timeout:g} s") from None
     except ClientDisconnect:
         raise ClientGone("the client closed the connection while sending") from None
+    if max(seen, claimed) > limit:
+        raise oversized
     if encoding in _WINDOW_BITS:
         return _decompress(bytes(body), encoding, limit)
     return bytes(body)
-
-
-async def _discard(request: Request, limit: int) -> None:
-    """Read on for a bounded while, so that a client that is still sending gets to read the answer."""
-    seen = 0
-    async for chunk in request.stream():
-        seen += len(chunk)
-        if seen > limit:
-            return
 
 
 def _decompress(body: bytes, encoding: str, limit: int) -> bytes:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.batching.batcher import assemble, scatter
-from service.batching.queue import Batch, Entry
+from service.batching.queue import Batch, Entry, Taken
 from service.batching.scheduler import Scheduler, Work
 from service.workers.engine_api import EngineModel, EngineModule
 from service.workers.messages import (
@@ -157,20 +157,20 @@ class EngineWorker:
         self._report(InferFailed(entry.request.id, FailureCode.DEADLINE, text))
 
     def _execute(self, work: Work) -> None:
-        """Run a batch; if it fails and holds several requests, run each alone so that one cannot fail the others."""
+        """Run a batch; if it fails, run each request in it alone and without padding: neither its neighbours nor the
+        batch's common length shall fail it (the model's positions may end before that)."""
         started = time.monotonic()
         try:
             outputs = self._models[work.key].run(assemble(work.batch))
             seconds = time.monotonic() - started
             finished = scatter(work.batch, dict(outputs), work.axes)
         except Exception as error:
-            if len(work.batch.parts) == 1:
+            alone = [_alone(part) for part in work.batch.parts]
+            if alone == [work.batch]:
                 self._fail(work.batch.parts[0].entry, error)
                 return
-            for part in work.batch.parts:
-                tokens = sum(part.entry.lengths[row] for row in part.rows) if part.entry.lengths else 0
-                width = max((part.entry.lengths[row] for row in part.rows), default=0) if part.entry.lengths else 0
-                self._execute(Work(work.key, work.axes, Batch((part,), len(part.rows), width, tokens)))
+            for batch in alone:
+                self._execute(Work(work.key, work.axes, batch))
             return
         self._scheduler.record(work, seconds)
         for part in work.batch.parts:
@@ -200,11 +200,17 @@ class EngineWorker:
         self._report(InferFailed(entry.request.id, code, text))
 
 
+def _alone(part: Taken) -> Batch:
+    """One request's part of a batch as a batch of its own, as wide as its own longest row."""
+    lengths = [part.entry.lengths[row] for row in part.rows] if part.entry.lengths else []
+    return Batch((part,), len(part.rows), max(lengths, default=0), sum(lengths))
+
+
 def _answer(entry: Entry) -> InferResult:
     request = entry.request
     outputs = tuple((name, LocalTensor(entry.outputs[name])) for name in request.outputs)
-    waited = (entry.started or request.arrival) - request.arrival
-    return InferResult(request.id, outputs, waited, entry.compute_seconds)
+    waited = time.monotonic() - request.arrival - entry.compute_seconds
+    return InferResult(request.id, outputs, max(waited, 0.0), entry.compute_seconds)
 
 
 def _rows(arrays: Mapping[str, NDArray[Any]]) -> int:

@@ -76,8 +76,8 @@ class BatchingOptions:
     sequences of similar length; `queue_batches` full runs may wait before requests are refused.
     """
 
-    max_batch: int = 32
-    max_tokens: int = 2048
+    max_batch: int = 16
+    max_tokens: int = 1024
     max_delay_s: float = 0.0
     buckets: tuple[int, ...] = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
     queue_batches: int = 16
@@ -178,7 +178,10 @@ class LoadFailed:
 
 @dataclass(frozen=True, slots=True)
 class InferResult:
-    """The answer to an `Infer`: outputs in the order asked for, and where the time went (seconds)."""
+    """The answer to an `Infer`: outputs in the order asked for, and where the time went (seconds).
+
+    `queue_seconds` is all the time on the engine side in which none of the request's rows ran.
+    """
 
     id: int
     outputs: NamedTensors

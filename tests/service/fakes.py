@@ -101,6 +101,13 @@ def _encoder(feeds: Mapping[str, Array]) -> dict[str, Array]:
     return {"last_hidden_state": _context(feeds)}
 
 
+def _short(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """An encoder with positions for ten tokens."""
+    if feeds["input_ids"].shape[1] > 10:
+        raise ShapeError("the positions end at 10 tokens")
+    return _encoder(feeds)
+
+
 def _unmasked(feeds: Mapping[str, Array]) -> dict[str, Array]:
     """An encoder whose mask input does nothing: padding would change its answers."""
     return {"last_hidden_state": _context({**feeds, "attention_mask": np.ones_like(feeds["attention_mask"])})}
@@ -150,6 +157,7 @@ KINDS: dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], Runner]] 
     "one_image": ((_spec("input", "float32", 1, 3, 8, 8),), (_spec("logits", "float32", 1, 3),), _colours),
     "grey": ((_spec("input", "float32", "n", 8, 8, 1),), (_spec("scores", "float32", "n", 2),), _grey),
     "encoder": (_IDS, _HIDDEN, _encoder),
+    "short": (_IDS, _HIDDEN, _short),
     "unmasked": (_IDS, _HIDDEN, _unmasked),
     "maskless": (_IDS[:1], _HIDDEN, _maskless),
     "one_row": (

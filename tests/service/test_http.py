@@ -92,6 +92,15 @@ def test_a_body_over_the_limit_is_refused_whatever_its_headers_say(start: Start,
     assert server.identity([1, 2, 3, 4]).status_code == 200
 
 
+def test_a_client_that_asks_before_sending_is_told_at_once(start: Start, repository: Path) -> None:
+    server = start(repository, max_body_bytes=1000)
+    host, port = server.url.removeprefix("http://").split(":")
+    head = b"POST /v2/models/identity/infer HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 2000\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=10) as raw:
+        raw.sendall(head)
+        assert raw.recv(65536).startswith(b"HTTP/1.1 413")
+
+
 def test_an_endless_body_is_cut_off(start: Start, repository: Path) -> None:
     server = start(repository, max_body_bytes=300_000)
     host, port = server.url.removeprefix("http://").split(":")

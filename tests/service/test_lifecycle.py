@@ -20,7 +20,7 @@ from service.errors import InvalidRequest
 from service.model_config import ModelConfigError, Pooling, Task, read_model_config
 from service.repository import Repository, check_name
 from service.settings import Settings, SettingsError, read_settings, unknown_variables
-from tests.service.conftest import Running, Start, add_model, error_of, wait_for
+from tests.service.conftest import Running, Start, add_model, error_of, sample, wait_for
 from tests.service.fakes import FakeEngine
 
 ROOT = Path(__file__).parent.parent.parent
@@ -294,6 +294,11 @@ class Process:
 
         wait_for(ready, 20)
 
+    def wait_inflight(self, count: int) -> None:
+        """Until `count` requests of the identity model have been accepted."""
+        url = f"{self.url}/metrics"
+        wait_for(lambda: sample(httpx.get(url).text, "inference_inflight", model="identity") == count)
+
 
 @pytest.fixture
 def processes() -> Iterator[list[Process]]:
@@ -305,7 +310,7 @@ def processes() -> Iterator[list[Process]]:
 
 
 def test_sigterm_answers_what_was_accepted_and_exits_0(tmp_path: Path, processes: list[Process]) -> None:
-    add_model(tmp_path, "identity", "identity", sleep=0.8)
+    add_model(tmp_path, "identity", "identity", sleep=1.0)
     process = Process(tmp_path)
     processes.append(process)
     process.wait_ready()
@@ -318,7 +323,7 @@ def test_sigterm_answers_what_was_accepted_and_exits_0(tmp_path: Path, processes
     threads = [threading.Thread(target=infer) for _ in range(3)]
     for thread in threads:
         thread.start()
-    time.sleep(0.3)
+    process.wait_inflight(3)
     process.process.send_signal(signal.SIGTERM)
     for thread in threads:
         thread.join()
@@ -342,7 +347,7 @@ def test_sigterm_does_not_wait_for_ever(tmp_path: Path, processes: list[Process]
 
     thread = threading.Thread(target=infer)
     thread.start()
-    time.sleep(0.3)
+    process.wait_inflight(1)
     started = time.monotonic()
     process.process.send_signal(signal.SIGTERM)
     _, errors = process.process.communicate(timeout=20)

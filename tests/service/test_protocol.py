@@ -52,7 +52,7 @@ def test_health_and_metadata(client: triton.InferenceServerClient) -> None:
 
 def test_configuration(client: triton.InferenceServerClient, start: Start, tmp_path: Path) -> None:
     config = client.get_model_config("colours")
-    assert config["max_batch_size"] == 32
+    assert config["max_batch_size"] == 16
     assert config["input"] == [{"name": "input", "data_type": "TYPE_FP32", "dims": [3, 8, 8]}]
     assert config["dynamic_batching"] == {"max_queue_delay_microseconds": 0}
     assert config["model_transaction_policy"] == {"decoupled": False}

@@ -179,6 +179,17 @@ def test_models_that_cannot_be_padded_still_get_ragged_rows_right(start: Start, 
         np.testing.assert_allclose(vector, expected_vector(row, kind), rtol=1e-5, atol=1e-6)
 
 
+def test_padding_never_reaches_past_a_models_positions(start: Start, tmp_path: Path) -> None:
+    add_model(tmp_path, "m", "short")
+    server = start(tmp_path)
+    row = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    vectors = post(server, {"ids": [row, row[:3]]}, model="m").json()["embeddings"]
+    np.testing.assert_allclose(vectors[0], expected_vector(row), rtol=1e-5, atol=1e-6)
+    response = post(server, {"ids": [row + row]}, model="m")
+    assert response.status_code == 400
+    assert "positions end" in error_of(response)
+
+
 def test_a_model_that_takes_no_tokens_says_so(shared: Running) -> None:
     for model in ("colours", "identity"):
         response = post(shared, {"ids": [[1]]}, model=model)

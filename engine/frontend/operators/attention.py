@@ -52,9 +52,7 @@ def attend(node: OnnxNode, q: Value, k: Value, v: Value, scores: Scores) -> Valu
     """The fused `Attention` of [batch, heads, s, d] operands; scores with a soft cap are computed in parts."""
     if scores.softcap:
         return _in_parts(node, q, k, v, scores)[0]
-    op = ops.Attention(
-        scores.scale, scores.causal, scores.bias is not None, scores.zero_masked_rows, store(q.dtype)
-    )
+    op = ops.Attention(scores.scale, scores.causal, scores.bias is not None, scores.zero_masked_rows, store(q.dtype))
     return node.add(op, q, k, v, *([scores.bias] if scores.bias is not None else []))
 
 
@@ -175,9 +173,7 @@ def _padded(node: OnnxNode, bias: Value, keys: Dim) -> Value:
 
 
 @operator("RotaryEmbedding", since=23)
-def RotaryEmbedding(
-    node: OnnxNode, x: Value, cosines: Value, sines: Value, position_ids: Value | None = None
-) -> Value:
+def RotaryEmbedding(node: OnnxNode, x: Value, cosines: Value, sines: Value, position_ids: Value | None = None) -> Value:
     """Pairs of features turned by an angle that grows with the position (Su et al. 2021)."""
     folded = x.rank == 3
     heads = split_heads(node, x, node.integer("num_heads")) if folded else x
@@ -202,5 +198,3 @@ def RotaryEmbedding(
     if turned != width:
         result = concat(node, [result, take(node, heads, 3, turned, width - turned)], 3)
     return join_heads(node, result) if folded else result
-
-

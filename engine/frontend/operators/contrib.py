@@ -103,7 +103,9 @@ def FusedGemm(node: OnnxNode, a: Value, b: Value, c: Value | None = None) -> Val
     name = node.text("activation", "")
     formulas: dict[str, Callable[[f.Term], f.Term] | None] = {
         "": None,
-        "Relu": lambda t: f.maximum(t, 0), "Tanh": f.tanh, "Sigmoid": f.sigmoid,
+        "Relu": lambda t: f.maximum(t, 0),
+        "Tanh": f.tanh,
+        "Sigmoid": f.sigmoid,
     }
     if name not in formulas:
         raise node.unsupported(f"activation {name!r}")
@@ -112,9 +114,7 @@ def FusedGemm(node: OnnxNode, a: Value, b: Value, c: Value | None = None) -> Val
 
 
 @operator("Attention", domain=MICROSOFT)
-def Attention(
-    node: OnnxNode, x: Value, weight: Value, bias: Value | None = None, mask: Value | None = None
-) -> Value:
+def Attention(node: OnnxNode, x: Value, weight: Value, bias: Value | None = None, mask: Value | None = None) -> Value:
     """The input times a packed [q, k, v] weight, then attention; the form of ONNX Runtime's BERT optimizer."""
     heads = node.integer("num_heads")
     product = MatMul(node, x, weight)

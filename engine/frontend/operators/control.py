@@ -26,9 +26,7 @@ def If(node: OnnxNode, condition: Value) -> list[Value]:
 
 
 @operator("Loop")
-def Loop(
-    node: OnnxNode, trips: Value | None = None, condition: Value | None = None, *carried: Value
-) -> list[Value]:
+def Loop(node: OnnxNode, trips: Value | None = None, condition: Value | None = None, *carried: Value) -> list[Value]:
     count = node.static_ints(trips, "a trip count")[0] if trips is not None else _MAX_TRIPS + 1
     going = condition if condition is not None else node.constant(True)
     state = list(carried)
@@ -45,9 +43,10 @@ def Loop(
         trip += 1
     if not scanned and len(node.outputs) > len(carried):
         raise node.unsupported("a loop without trips that collects results")
-    stacked = []
-    for column in zip(*scanned, strict=True):
-        stacked.append(concat(node, [node.reshape(value, (1, *value.shape)) for value in column], 0))
+    stacked = [
+        concat(node, [node.reshape(value, (1, *value.shape)) for value in column], 0)
+        for column in zip(*scanned, strict=True)
+    ]
     return [*state, *stacked]
 
 

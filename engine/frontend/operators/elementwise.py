@@ -158,7 +158,7 @@ def CastLike(node: OnnxNode, x: Value, like: Value) -> Value:
 
 
 @operator("Identity")
-def Identity(node: OnnxNode, x: Value) -> Value:
+def Identity(_node: OnnxNode, x: Value) -> Value:
     return x
 
 

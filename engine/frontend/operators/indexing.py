@@ -1,13 +1,21 @@
-"""Looking up by index. The rare forms (GatherND, ScatterElements, TopK, …) have no function: they become `Opaque`."""
+"""Looking up by index, and finding an index. Scatters, TopK and the like have no function: they become `Opaque`.
+
+All gathers are one lookup along one axis; where the indices follow from their position (see `grid.py`), a view.
+"""
 
 from __future__ import annotations
 
+import numpy as np
+
+from engine.frontend import bounds, grid
 from engine.frontend import formula as f
-from engine.frontend.onnx_node import OnnxNode
+from engine.frontend.onnx_node import OnnxNode, compute_dtype, source, store
 from engine.frontend.operators.shape import positions
-from engine.frontend.operators.slicing import drop_axis, last
+from engine.frontend.operators.slicing import drop_axis, last, take
 from engine.frontend.registry import operator
+from engine.ir import expr as ex
 from engine.ir import ops
+from engine.ir.dim import Dim, Sym, product
 from engine.ir.dtype import DType
 from engine.ir.graph import Value
 
@@ -17,14 +25,124 @@ def Gather(node: OnnxNode, data: Value, indices: Value) -> Value:
     axis = node.axis(node.integer("axis", 0), data.rank)
     if not indices.dtype.is_int:
         raise node.invalid(f"indices of type {indices.dtype.value}")
-    known = node.known(indices)
-    if known is not None and known.size:
-        size = data.shape[axis]
-        if isinstance(size, int) and not (known.min() >= -size and known.max() < size):
-            raise node.invalid(f"an index out of range for an axis of {size}")
-        if known.ndim == 0:
-            return drop_axis(node, data, axis, last(size, int(known)))
+    known, size = node.known(indices), data.shape[axis]
+    if known is not None and isinstance(size, int) and ((known < -size) | (known >= size)).any():
+        raise node.invalid(f"an index out of range for an axis of {size}")
+    return lookup(node, data, indices, axis)
+
+
+def lookup(node: OnnxNode, data: Value, indices: Value, axis: int = 0) -> Value:
+    """data.take(indices, axis); a view where the indices follow from their position."""
+    before, size, after = data.shape[:axis], data.shape[axis], data.shape[axis + 1 :]
+    pattern = node.builder.grid(indices)
+    if isinstance(pattern, (int, Sym)) and not grid.depends_on(pattern):
+        one = drop_axis(node, data, axis, last(size, pattern))
+        apart = node.reshape(one, (*before, *(1,) * indices.rank, *after))
+        return node.expand(apart, (*before, *indices.shape, *after))
+    counted = grid.enumeration(pattern, indices.shape) if pattern is not None else None
+    if counted is not None and bounds.at_least(counted[0], 0):
+        first, count, axes = counted
+        part = take(node, data, axis, first, count)
+        spread = [dim if i in axes else 1 for i, dim in enumerate(indices.shape)]
+        return node.expand(node.reshape(part, (*before, *spread, *after)), (*before, *indices.shape, *after))
     return node.add(ops.Gather(axis), data, indices)
+
+
+def _wrapped(node: OnnxNode, indices: Value, size: Dim) -> Value:
+    """Indices with those that count from the end made positive, as int64."""
+    count = node.builder.sizes([size], ())
+    whole = node.cast(indices, DType.I64)
+    if isinstance(pattern := node.builder.grid(whole), (int, Sym)) and bounds.at_least(pattern, 0):
+        return whole
+    return node.pointwise(lambda i, n: f.where(f.less(i, 0), i + n, i), whole, count)
+
+
+def _flat_index(node: OnnxNode, parts: list[tuple[Value, Dim]]) -> Value:
+    """The sum of indices times their strides."""
+    total: Value | None = None
+    for index, stride in parts:
+        scaled = index if stride == 1 else node.pointwise(lambda i, s: i * s, index, node.builder.sizes([stride], ()))
+        total = scaled if total is None else node.pointwise(lambda a, b: a + b, total, scaled)
+    assert total is not None
+    return total
+
+
+@operator("GatherElements")
+def GatherElements(node: OnnxNode, data: Value, indices: Value) -> Value:
+    """One lookup in the flattened data: the index along `axis`, and each element's own position along the others."""
+    axis = node.axis(node.integer("axis", 0), data.rank)
+    if indices.rank != data.rank or not data.rank:
+        raise node.invalid(f"indices of rank {indices.rank} for data of rank {data.rank}")
+    parts: list[tuple[Value, Dim]] = []
+    for i in range(data.rank):
+        stride = product(data.shape[i + 1 :])
+        if i == axis:
+            parts.append((_wrapped(node, indices, data.shape[i]), stride))
+        elif indices.shape[i] != 1:
+            parts.append((positions(node, indices.shape[i], i, data.rank), stride))
+    return lookup(node, node.reshape(data, (product(data.shape),)), _flat_index(node, parts))
+
+
+@operator("GatherND")
+def GatherND(node: OnnxNode, data: Value, indices: Value) -> Value:
+    """One lookup in the data with its leading axes flattened."""
+    batch = node.integer("batch_dims", 0)
+    depth = indices.shape[-1] if indices.rank else 0
+    if not isinstance(depth, int) or not 1 <= depth <= data.rank - batch or not 0 <= batch < indices.rank:
+        raise node.invalid(f"indices of shape {list(map(str, indices.shape))} for data of rank {data.rank}")
+    parts: list[tuple[Value, Dim]] = []
+    leading = batch + depth
+    for i in range(leading):
+        stride = product(data.shape[i + 1 : leading])
+        if i < batch:
+            parts.append((positions(node, data.shape[i], i, indices.rank - 1), stride))
+        else:
+            component = drop_axis(node, indices, indices.rank - 1, i - batch)
+            parts.append((_wrapped(node, component, data.shape[i]), stride))
+    flat = node.reshape(data, (product(data.shape[:leading]), *data.shape[leading:]))
+    return lookup(node, flat, _flat_index(node, parts))
+
+
+@operator("CumSum")
+def CumSum(node: OnnxNode, x: Value, axis: Value) -> Value:
+    """A sum, for every position, over the positions up to it; nothing of size n² is ever stored."""
+    over = node.axis(int(node.scalar(axis, "axis")), x.rank)
+    if not isinstance(x.dtype, DType) or not (x.dtype.is_float or x.dtype.is_int):
+        raise node.invalid(f"elements of type {x.dtype.value}")
+    size = x.shape[over]
+    columns = node.reshape(x, (*x.shape[:over], 1, *x.shape[over:]))
+    to, of = positions(node, size, over, columns.rank), positions(node, size, over + 1, columns.rank)
+    if node.integer("reverse", 0):
+        to, of = of, to
+    wide = compute_dtype(x.dtype)
+    element, i, j = f.Term(ex.Arg(0, x.dtype)), f.Term(ex.Arg(1, DType.I64)), f.Term(ex.Arg(2, DType.I64))
+    included = f.less(j, i) if node.integer("exclusive", 0) else f.less_equal(j, i)
+    source = f.where(included, element.cast(wide), 0)
+    op = ops.Reduce(ops.ReduceKind.SUM, (over + 1,), False, source.expr, store(x.dtype))
+    return node.add(op, columns, to, of)
+
+
+@operator("ArgMax")
+def ArgMax(node: OnnxNode, x: Value) -> Value:
+    return _position(node, x, ops.ReduceKind.MAX)
+
+
+@operator("ArgMin")
+def ArgMin(node: OnnxNode, x: Value) -> Value:
+    return _position(node, x, ops.ReduceKind.MIN)
+
+
+def _position(node: OnnxNode, x: Value, kind: ops.ReduceKind) -> Value:
+    """The first (or last) position at which the extreme stands: two reductions."""
+    axis = node.axis(node.integer("axis", 0), x.rank)
+    best = node.add(ops.Reduce(kind, (axis,), True, source(x.dtype), store(x.dtype)), x)
+    line = positions(node, x.shape[axis], axis, x.rank)
+    final = bool(node.integer("select_last_index", 0))
+    value, extreme, place = f.Term(ex.Arg(0, x.dtype)), f.Term(ex.Arg(1, x.dtype)), f.Term(ex.Arg(2, DType.I64))
+    found = f.where(f.equal(value, extreme), place, -1 if final else int(np.iinfo(np.int64).max))
+    pick = ops.ReduceKind.MAX if final else ops.ReduceKind.MIN
+    op = ops.Reduce(pick, (axis,), bool(node.integer("keepdims", 1)), found.expr, store(DType.I64))
+    return node.add(op, x, best, line)
 
 
 @operator("OneHot")

@@ -43,9 +43,7 @@ def per_channel(node: OnnxNode, values: Value, rank: int) -> Value:
 
 
 @operator("BatchNormalization")
-def BatchNormalization(
-    node: OnnxNode, x: Value, scale: Value, bias: Value, mean: Value, variance: Value
-) -> Value:
+def BatchNormalization(node: OnnxNode, x: Value, scale: Value, bias: Value, mean: Value, variance: Value) -> Value:
     if node.integer("training_mode", 0):
         raise node.unsupported("training mode; export the model after model.eval()")
     epsilon = node.number("epsilon", 1e-5)
@@ -70,9 +68,7 @@ def BatchNormalization(
 @operator("InstanceNormalization")
 def InstanceNormalization(node: OnnxNode, x: Value, scale: Value, bias: Value) -> Value:
     scale, bias = per_channel(node, scale, x.rank), per_channel(node, bias, x.rank)
-    return normalize(
-        node, ops.NormKind.LAYER, tuple(range(2, x.rank)), node.number("epsilon", 1e-5), x, scale, bias
-    )
+    return normalize(node, ops.NormKind.LAYER, tuple(range(2, x.rank)), node.number("epsilon", 1e-5), x, scale, bias)
 
 
 @operator("GroupNormalization")

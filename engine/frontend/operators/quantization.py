@@ -103,9 +103,7 @@ def MatMulInteger(
 
 
 @operator("ConvInteger")
-def ConvInteger(
-    node: OnnxNode, x: Value, w: Value, x_zero: Value | None = None, w_zero: Value | None = None
-) -> Value:
+def ConvInteger(node: OnnxNode, x: Value, w: Value, x_zero: Value | None = None, w_zero: Value | None = None) -> Value:
     return node.cast(Conv(node, _levels(node, x, x_zero, 1), _levels(node, w, w_zero, 0)), DType.I32)
 
 

@@ -6,7 +6,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from engine.frontend import content, foreign
+from engine.frontend import foreign
+from engine.frontend.elements import Ratio
 from engine.frontend.onnx_node import OnnxNode, store
 from engine.frontend.registry import Results, operator
 from engine.ir import ops
@@ -32,7 +33,7 @@ def _scale_numbers(node: OnnxNode, scales: Value) -> list[float]:
     known = node.builder.content(scales)
     if known is None:
         raise node.unsupported("scales computed from data")
-    if any(isinstance(element, (Sym, content.Ratio)) for element in known.flat):
+    if any(isinstance(element, (Sym, Ratio)) for element in known.flat):
         raise node.unsupported("scales that depend on the inputs' shapes; give sizes instead")
     return [float(element) for element in known.flat]
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 
 from engine.errors import ShapeError
-from engine.frontend import content
+from engine.frontend import bounds
 from engine.frontend import formula as f
 from engine.frontend.onnx_node import OnnxNode
 from engine.frontend.registry import operator
@@ -230,7 +230,7 @@ def Range(node: OnnxNode, start: Value, limit: Value, delta: Value) -> Value:
         (low,), (high,), (step,) = (node.dims(value, "a bound of Range") for value in (start, limit, delta))
         if not isinstance(step, int) or step == 0:
             raise node.unsupported(f"delta {step}")
-        count = content.larger(0, ceildiv(high - low, step) if step > 0 else ceildiv(low - high, -step))
+        count = bounds.larger(0, ceildiv(high - low, step) if step > 0 else ceildiv(low - high, -step))
     line = positions(node, count, dtype=DType.I64)
     return node.pointwise(lambda i, s, d: i.cast(s.dtype) * d + s, line, start, delta)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.frontend import content
+from engine.frontend.bounds import at_least, larger, smaller
 from engine.frontend.onnx_node import OnnxNode
 from engine.frontend.registry import operator
 from engine.ir import ops
-from engine.ir.dim import Dim, Sym, ceildiv, floordiv
+from engine.ir.dim import Dim, ceildiv, floordiv
 from engine.ir.graph import Value
 
 _INFINITE = 2**31 - 1  # exporters write INT32_MAX or INT64_MAX for "to the end", and their negatives
@@ -18,6 +18,13 @@ def take(node: OnnxNode, x: Value, axis: int, start: Dim, size: Dim, step: int =
     """`size` elements along one axis."""
     if start == 0 and step == 1 and size == x.shape[axis]:
         return x
+    maker = node.builder.maker(x)
+    if maker is not None and maker.op == ops.Concat(axis) and step == 1:
+        position: Dim = 0
+        for part in maker.inputs:  # one of the parts that were just joined
+            if position == start and part.shape[axis] == size:
+                return part
+            position = position + part.shape[axis]
     starts: list[Dim] = [0] * x.rank
     sizes, steps = list(x.shape), [1] * x.rank
     starts[axis], sizes[axis], steps[axis] = start, size, step
@@ -52,20 +59,20 @@ def _slice(
         axis = node.axis(given, x.rank)
         if s == 0:
             raise node.invalid("a step of 0")
-        starts[axis], sizes[axis] = bounds(x.shape[axis], b, e, s)
+        starts[axis], sizes[axis] = slice_range(x.shape[axis], b, e, s)
         steps[axis] = s if sizes[axis] != 1 else 1
     if sizes == list(x.shape) and all(s == 1 for s in steps):
         return x
     return node.add(ops.Slice(tuple(starts), tuple(sizes), tuple(steps)), x)
 
 
-def bounds(size: Dim, begin: Dim, end: Dim, step: int) -> tuple[Dim, Dim]:
+def slice_range(size: Dim, begin: Dim, end: Dim, step: int) -> tuple[Dim, Dim]:
     """First position and number of elements of Python's `[begin:end:step]` along an axis of `size`."""
     low, high = (0, size) if step > 0 else (-1, size - 1)
     first = _place(begin, size, 0, high)
     last = _place(end, size, low, high)
     count = ceildiv(last - first, step) if step > 0 else ceildiv(first - last, -step)
-    count = content.larger(0, count)
+    count = larger(0, count)
     return (first if count != 0 else 0), count
 
 
@@ -73,9 +80,9 @@ def _place(bound: Dim, size: Dim, low: int, high: Dim) -> Dim:
     if isinstance(bound, int) and abs(bound) >= _INFINITE:
         return high if bound > 0 else low
     # A symbolic bound whose sign is open (a difference of sizes) is never meant to count from the end.
-    if (isinstance(bound, int) and bound < 0) or content.at_least(-bound, 1):
-        return content.larger(low, bound + size)
-    return content.smaller(bound, high)
+    if (isinstance(bound, int) and bound < 0) or at_least(-bound, 1):
+        return larger(low, bound + size)
+    return smaller(bound, high)
 
 
 @operator("Split")
@@ -206,10 +213,6 @@ def drop_axis(node: OnnxNode, x: Value, axis: int, position: Dim) -> Value:
     return node.reshape(part, [dim for i, dim in enumerate(part.shape) if i != axis])
 
 
-def last(size: Dim, index: int) -> Dim:
+def last(size: Dim, index: Dim) -> Dim:
     """`index`, counted from the end where it is negative."""
-    return size + index if index < 0 else index
-
-
-def is_symbolic(dims: Sequence[Dim]) -> bool:
-    return any(isinstance(dim, Sym) for dim in dims)
+    return size + index if at_least(-index, 1) else index

@@ -14,6 +14,7 @@ from engine.targets.cpu.spaces import operand
 
 def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]:
     """Any strides."""
+    assert isinstance(op, Concat)
     return (Requirement(),) * len(inputs), (Requirement(),)
 
 

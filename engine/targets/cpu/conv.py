@@ -1,10 +1,9 @@
 """Convolutions (`Conv`) on activations whose channels are innermost, as a matrix product that reads the input in place.
 
-The rows of the product are output positions, its columns output channels. The reduction runs over *segments*: one tap of
-the kernel each, of all channels of the group, or, where there are few channels, a whole row of taps, which lie together in
-memory. For every row and segment the kernel works out where the input lies; positions in the padding read a piece of
-zeros, rows of taps that are partly in the padding a small copy in scratch. There is no im2col buffer and no padded copy.
-A transposed convolution is one such product for each phase of its stride. Depthwise convolutions have `depthwise.py`.
+The rows of the product are output positions, its columns output channels. The reduction runs over *segments*: one tap
+of the kernel each, of all channels of the group, or, where there are few channels, a whole row of taps, which lie
+together in memory. There is no im2col buffer and no padded copy: see `codegen/taps.py`, the device side. A transposed
+convolution is one such product for each phase of its stride. Depthwise convolutions have `depthwise.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product as cartesian
 from math import prod
-from typing import ClassVar, cast
+from typing import cast
 
 import numpy as np
 
@@ -23,222 +22,24 @@ from engine.ir.ops import Conv, Op
 from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Tensor
 from engine.targets.cpu import depthwise, gemm
-from engine.targets.cpu.codegen.emit import Int, Value, element_type, vector_type
-from engine.targets.cpu.codegen.tile import Epilogue, TileSpec
-from engine.targets.cpu.kernel import Context, KernelBuilder, Launch, Pointer, Slot, is_constant, pointer_to, table
-from engine.targets.cpu.tiling import Operand, Panels, Product, epilogue_of, launches, merge_axes, packed, panels_of, zeros
+from engine.targets.cpu.codegen.taps import AXES, TAP_WORDS, ConvSpec
+from engine.targets.cpu.codegen.tile import Epilogue
+from engine.targets.cpu.kernel import Context, Launch, Pointer, Slot, is_constant, pointer_to, table
+from engine.targets.cpu.tiling import (
+    Operand,
+    Panels,
+    Product,
+    epilogue_of,
+    launches,
+    merge_axes,
+    packed,
+    panels_of,
+    zeros,
+)
 
 _LONGEST_SPAN = 32  # elements of a row of taps up to which the taps are joined: beyond, a tap is long enough by itself
 _LONGEST_UNROLLED = 16  # elements of a segment up to which its loop is written out
 _FEW_CHANNELS = 4  # inputs with at most so many channels may come channels first
-_AXES = "zyx"
-
-
-@dataclass(frozen=True)
-class ConvSpec(TileSpec):
-    """Rows are positions of an output of `spatial` axes. `span`: a segment is a row of taps, else one tap. `packs`: the
-    weights are packed by the tasks."""
-
-    spatial: int
-    span: bool
-    packs: bool
-    family: ClassVar[str] = "conv"
-
-    @property
-    def axes(self) -> str:
-        """Names of the spatial axes, outermost first."""
-        return _AXES[-self.spatial :]
-
-    @property
-    def row_parameters(self) -> tuple[str, ...]:
-        names = ["zero", "taps", *(["origin"] if self.batched else [])]
-        for axis in self.axes:
-            names += [f"in.{axis}", f"out.{axis}", f"stride.{axis}", f"pad.{axis}", f"a.{axis}"]
-        if self.span:
-            names += ["taps.x", "pixel", "patch", "patches"]
-        if self.packs:
-            names += ["b.depth", "b.column"]
-        return tuple(names)
-
-    def emit_pointers(self, kernel: KernelBuilder, a: Value, table: Value, row: Int, count: Int, block: Int) -> None:
-        k = kernel
-        if self.batched:
-            batch = k.div(k.task, k.mul(k.integer("groups"), k.integer("chunks")))
-            row = k.add(row, k.load("i64", k.at(k.pointer("origin"), batch, 8), 8))
-        starts = self._coordinates(k, row)
-        lanes = vector_type("i64", self.rows)
-        place = k.splat(k.convert("ptrtoint", a, "i64"), self.rows)
-        for axis, start in starts.items():
-            place = k.binary("add", place, k.binary("mul", start, k.splat(k.integer(f"a.{axis}"), self.rows)))
-        sizes = {axis: k.splat(k.integer(f"in.{axis}"), self.rows) for axis in self.axes}
-        zero = k.splat(k.convert("ptrtoint", k.pointer("zero"), "i64"), self.rows)
-        taps = k.pointer("taps")
-        checked = [axis for axis in self.axes if not (self.span and axis == "x")]
-
-        def segment(s: Value, _: list[Value]) -> None:
-            inside, offset = self._tap(k, taps, s, starts, sizes, checked)
-            where = k.binary("add", place, k.splat(offset, self.rows))
-            if inside is not None:
-                where = k.select(inside, where, zero)
-            k.store(where, k.offset(table, k.mul(s, self.rows * 8)), 8)
-
-        k.loop(0, k.integer("segments"), 1, segment)
-        if not self.span:
-            return
-        x = starts["x"]
-        last = k.binary("add", x, k.splat(k.integer("taps.x"), self.rows))
-        outside = k.binary("or", k.compare("slt", x, k.const(0, lanes)), k.compare("sgt", last, sizes["x"]))
-        some = k.reduce("or", outside)
-        k.branch(some, lambda: self._patches(k, table, block, outside, place, starts, sizes))
-
-    def _coordinates(self, k: KernelBuilder, row: Int) -> dict[str, Value]:
-        """The first input coordinate of each row of a tile, per axis: output coordinate times stride minus padding."""
-        current: dict[str, Int] = {}
-        rest = row
-        for axis in reversed(self.axes[1:]):
-            size = k.integer(f"out.{axis}")
-            current[axis], rest = k.rem(rest, size), k.div(rest, size)
-        current[self.axes[0]] = rest
-        type_ = vector_type("i64", self.rows)
-        vectors = {axis: Value("poison", type_) for axis in self.axes}
-        for r in range(self.rows):
-            for axis in self.axes:
-                value = k.i64(current[axis])
-                text = f"insertelement {type_} {vectors[axis].text}, i64 {value.text}, i64 {r}"
-                vectors[axis] = k.emit(text, type_)
-            # One step on, with carry from the innermost axis outwards.
-            carry: Int = 1
-            for axis in reversed(self.axes):
-                moved = k.i64(k.add(current[axis], carry))
-                if axis == self.axes[0]:
-                    current[axis] = moved
-                    break
-                over = k.compare("sge", moved, k.integer(f"out.{axis}"))
-                current[axis] = k.select(over, k.i64(0), moved)
-                carry = k.convert("zext", over, "i64")
-        return {
-            axis: k.binary(
-                "sub",
-                k.binary("mul", vectors[axis], k.splat(k.integer(f"stride.{axis}"), self.rows)),
-                k.splat(k.integer(f"pad.{axis}"), self.rows),
-            )
-            for axis in self.axes
-        }
-
-    def _tap(
-        self,
-        k: KernelBuilder,
-        taps: Value,
-        s: Value,
-        starts: dict[str, Value],
-        sizes: dict[str, Value],
-        checked: Sequence[str],
-    ) -> tuple[Value | None, Value]:
-        """Which rows of a segment lie inside the input along the axes `checked`, and the segment's byte offset."""
-        entry = k.offset(taps, k.mul(s, _TAP_WORDS * 8))
-        inside: Value | None = None
-        for axis in checked:
-            step = k.load("i64", k.offset(entry, 8 * _AXES.index(axis)), 8)
-            at = k.binary("add", starts[axis], k.splat(step, self.rows))
-            fits = k.compare("ult", at, sizes[axis])
-            inside = fits if inside is None else k.binary("and", inside, fits)
-        return inside, k.load("i64", k.offset(entry, 24), 8)
-
-    def _patches(
-        self,
-        k: KernelBuilder,
-        table: Value,
-        block: Int,
-        outside: Value,
-        place: Value,
-        starts: dict[str, Value],
-        sizes: dict[str, Value],
-    ) -> None:
-        """Give the rows whose taps are partly in the padding a copy with zeros in it."""
-        rows, itemsize = self.rows, self.dtype.itemsize
-        patch, segments = k.integer("patch"), k.integer("segments")
-        area = k.offset(k.scratch, k.add(k.integer("patches"), k.mul(block, k.mul(k.mul(segments, rows), patch))))
-        kept: dict[str, Value] = {}
-        for name, vector in {"outside": k.convert("zext", outside, place.type), "place": place, "x": starts["x"]}.items():
-            kept[name] = k.stack(rows * 8)
-            k.store(vector, kept[name], 8)
-        others = [axis for axis in self.axes if axis != "x"]
-        x_size, pixel, step = k.integer("in.x"), k.integer("pixel"), k.integer("a.x")
-
-        def segment(s: Value, _: list[Value]) -> None:
-            inside, offset = self._tap(k, k.pointer("taps"), s, starts, sizes, others)
-            valid = k.stack(rows * 8)
-            if inside is not None:
-                k.store(k.convert("zext", inside, place.type), valid, 8)
-
-            def row(r: Value, _: list[Value]) -> None:
-                def fill() -> None:
-                    target = k.offset(area, k.mul(k.add(k.mul(s, rows), r), patch))
-                    first = k.load("i64", k.at(kept["x"], r, 8), 8)
-                    source = k.convert("inttoptr", k.add(k.load("i64", k.at(kept["place"], r, 8), 8), offset), "ptr")
-
-                    def tap(t: Value, _: list[Value]) -> None:
-                        fits = k.compare("ult", k.add(first, t), x_size)
-
-                        def element(i: Value, _: list[Value]) -> None:
-                            type_ = element_type(self.dtype)
-                            at = k.offset(k.offset(source, k.mul(t, step)), k.mul(i, itemsize))
-                            (value,) = k.branch(
-                                fits, lambda: [k.load(type_, at, itemsize)], lambda: [k.const(0.0, type_)]
-                            )
-                            k.store(value, k.at(target, k.add(k.mul(t, pixel), i), itemsize), itemsize)
-
-                        k.loop(0, pixel, 1, element)
-
-                    k.loop(0, k.integer("taps.x"), 1, tap)
-                    k.store(target, k.offset(table, k.add(k.mul(s, rows * 8), k.mul(r, 8))), 8)
-
-                wanted = k.load("i64", k.at(kept["outside"], r, 8), 8)
-                if inside is not None:
-                    wanted = k.emit(f"and i64 {wanted.text}, {k.load('i64', k.at(valid, r, 8), 8).text}", "i64")
-                k.branch(k.compare("ne", wanted, 0), fill)
-
-            k.loop(0, rows, 1, row)
-
-        k.loop(0, segments, 1, segment)
-
-    def emit_pack(self, kernel: KernelBuilder, b: Value, first: Int, last: Int) -> Value:
-        if not self.packs:
-            return b
-        k, itemsize = kernel, self.dtype.itemsize
-        area = k.offset(k.scratch, k.integer("packed"))
-        panel_bytes, inner = k.integer("panel_bytes"), k.integer("inner")
-        down, across = k.integer("b.depth"), k.integer("b.column")
-
-        def panel(p: Value, _: list[Value]) -> None:
-            target = k.offset(area, k.mul(k.sub(p, first), panel_bytes))
-            columns = k.sub(k.integer("columns"), k.mul(p, self.width))
-
-            def segment(s: Value, _: list[Value]) -> None:
-                offset = k.load("i64", k.offset(k.offset(k.pointer("taps"), k.mul(s, _TAP_WORDS * 8)), 32), 8)
-                to = k.offset(target, k.mul(k.mul(s, inner), self.width * itemsize))
-
-                def column(j: Value, _: list[Value]) -> None:
-                    used = k.compare("slt", j, columns)
-                    at = k.add(k.mul(p, self.width), k.smin(j, k.sub(columns, 1)))
-                    source = k.offset(k.offset(b, offset), k.mul(at, across))
-
-                    def element(i: Value, _: list[Value]) -> None:
-                        value = k.load(element_type(self.dtype), k.offset(source, k.mul(i, down)), itemsize)
-                        value = k.select(used, value, k.const(0.0, value.type))
-                        k.store(value, k.at(k.at(to, j, itemsize), i, self.width * itemsize), itemsize)
-
-                    k.loop(0, inner, 1, element)
-
-                k.loop(0, self.width, 1, column)
-
-            k.loop(0, k.integer("segments"), 1, segment)
-
-        k.loop(first, last, 1, panel)
-        return k.offset(area, k.mul(k.sub(0, first), panel_bytes))
-
-
-_TAP_WORDS = 5  # of an entry of the table of taps: steps along z, y, x; byte offset in the input; byte offset in weights
 
 
 def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]:
@@ -248,8 +49,8 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
     if x.dtype is not w.dtype or x.dtype not in (DType.F32, DType.F64):
         raise UnsupportedOp(f"Conv of {x.dtype.value} and {w.dtype.value}: the CPU target convolves f32 and f64")
     spatial = len(conv.strides)
-    if spatial > len(_AXES):
-        raise UnsupportedOp(f"Conv with {spatial} spatial axes: the CPU target has at most {len(_AXES)}")
+    if spatial > len(AXES):
+        raise UnsupportedOp(f"Conv with {spatial} spatial axes: the CPU target has at most {len(AXES)}")
     rank = spatial + 2
     nhwc = Requirement(Access.INNER, _channels_last(rank))
     first = Requirement(Access.INNER) if _reads_channels_first(conv, x, w) else nhwc
@@ -307,14 +108,7 @@ def lower(step: Step, context: Context) -> list[Launch]:
         return plain.launches(plain.taps(), conv.strides, [begin for begin, _ in conv.pads], out[2:], results)
     found: list[Launch] = []
     for phase in plain.phases(out[2:]):
-        moved = [
-            Operand(
-                o.name,
-                Pointer(o.pointer.buffer, o.pointer.offset + sum(s * p for s, p in zip(o.strides[1:], phase.start, strict=False))),
-                (o.strides[0], *(s * step for s, step in zip(o.strides[1:-1], conv.strides, strict=True)), o.strides[-1]),
-            )
-            for o in results
-        ]  # fmt: skip
+        moved = [_phase_of(o, phase, conv.strides) for o in results]
         ones = (1,) * len(conv.strides)
         found += plain.launches(phase.taps, ones, [0] * len(ones), phase.size, moved, concurrent=bool(found))
     return found
@@ -353,7 +147,7 @@ class _Convolution:
         return [Tap(i, tuple(d * k for d, k in zip(self.conv.dilations, i, strict=True))) for i in indices]
 
     def phases(self, out: tuple[int, ...]) -> Iterator[Phase]:
-        """The phases of a transposed convolution: output o gets input i by tap k where o + pad = i·stride + k·dilation."""
+        """The phases of a transposed convolution: output o gets input i by tap k if o + pad = i·stride + k·dilation."""
         for start in cartesian(*(range(min(s, size)) for s, size in zip(self.conv.strides, out, strict=True))):
             taps = []
             for index in cartesian(*(range(size) for size in self.w.shape[2:])):
@@ -377,7 +171,7 @@ class _Convolution:
         results: list[Operand],
         concurrent: bool = False,
     ) -> list[Launch]:
-        """The product over `taps` for `out` positions, written to `results` (strides over n, spatial axes, channels)."""
+        """The product over `taps` for `out` positions, to `results` (strides over n, spatial axes, channels)."""
         x, w, conv, context = self.x, self.w, self.conv, self.context
         itemsize = x.dtype.itemsize
         groups = conv.groups
@@ -413,7 +207,7 @@ class _Convolution:
         slots |= {"taps.x": w.shape[-1], "pixel": segments.pixel, "patch": _patch_bytes(segments.inner * itemsize)}
         positions = np.arange(prod(leading)) * rows
         slots["origin"] = table(np.tile(positions, x.shape[0] * groups))
-        names = _AXES[-len(out) :]
+        names = AXES[-len(out) :]
         for axis, name in enumerate(names):
             slots |= {f"in.{name}": x.shape[axis + 2], f"out.{name}": out[axis], f"stride.{name}": strides[axis]}
             slots |= {f"pad.{name}": pads[axis], f"a.{name}": steps[axis + 2]}
@@ -430,12 +224,13 @@ class _Convolution:
             return before if known else part.start * cast(int, column)
 
         count = len(segments.entries)
+        spanned = count * _patch_bytes(segments.inner * itemsize) if segments.span else 0
         problem = Product(
             x.dtype, sizes, columns, count * segments.inner, count, segments.inner, operands, self.epilogue, slots,
             packs=not known,
             split_segments=count if known else 0,
-            row_bytes=channels * itemsize * prod(strides),
-            scratch_per_row=count * _patch_bytes(segments.inner * itemsize) if segments.span else 0,
+            row_bytes=channels * itemsize * prod(strides) + 8 * count + spanned,
+            scratch_per_row=spanned,
         )  # fmt: skip
         return launches(problem, parts, make, move_second, context, concurrent)
 
@@ -452,7 +247,7 @@ class _Convolution:
             and not conv.transposed
             and conv.groups == 1
             and conv.dilations[-1] == 1
-            and 1 < width
+            and width > 1
             and width * pixel <= _LONGEST_SPAN
             and joined
         )
@@ -477,8 +272,8 @@ class _Convolution:
         channel, column = (0, 1) if conv.transposed else (1, 0)
         if not is_constant(w):
             group = w.strides[0] * (w.shape[0] // conv.groups)
-            slots: dict[str, Slot] = {"b.depth": w.strides[channel] * itemsize, "b.column": w.strides[column] * itemsize}
-            return Operand("b", pointer_to(w), (group * itemsize,)), slots
+            along: dict[str, Slot] = {"b.depth": w.strides[channel] * itemsize}
+            return Operand("b", pointer_to(w), (group * itemsize,)), along | {"b.column": w.strides[column] * itemsize}
         indices = [tap.index for tap in taps]
 
         def pack(weights: np.ndarray) -> np.ndarray:
@@ -486,8 +281,8 @@ class _Convolution:
             if not conv.transposed:
                 grouped = grouped.swapaxes(1, 2)
             # [group, channel in, channel out, taps…] → [group, taps, channel in, channel out]
-            chosen = [grouped[(slice(None), slice(None), slice(None), *index)] for index in indices]
-            matrix = np.stack(chosen, axis=1) if chosen else np.zeros((conv.groups, 0, *grouped.shape[1:3]), weights.dtype)
+            numbers = np.asarray([np.ravel_multi_index(index, w.shape[2:]) for index in indices], np.intp)
+            matrix = np.moveaxis(grouped.reshape(*grouped.shape[:3], -1)[..., numbers], -1, 1)
             if segments.channels_first:
                 matrix = matrix.swapaxes(1, 2)
             return packed(matrix.reshape(conv.groups, -1, columns), parts)
@@ -511,11 +306,20 @@ class _Segments:
 
     @property
     def table(self) -> Pointer:
-        return table(np.asarray(self.entries, np.int64).reshape(-1, _TAP_WORDS))
+        return table(np.asarray(self.entries, np.int64).reshape(-1, TAP_WORDS))
 
 
 def _patch_bytes(nbytes: int) -> int:
     return -(-nbytes // 64) * 64
+
+
+def _phase_of(result: Operand, phase: Phase, strides: tuple[int, ...]) -> Operand:
+    """A result restricted to the positions of a phase."""
+    batch, *spatial, channel = result.strides
+    start = sum(stride * first for stride, first in zip(spatial, phase.start, strict=True))
+    steps = (stride * step for stride, step in zip(spatial, strides, strict=True))
+    pointer = Pointer(result.pointer.buffer, result.pointer.offset + start)
+    return Operand(result.name, pointer, (batch, *steps, channel))
 
 
 def _byte_strides(tensor: Tensor, axes: Sequence[int]) -> tuple[int, ...]:

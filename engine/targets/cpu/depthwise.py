@@ -1,13 +1,14 @@
 """Depthwise convolutions: every channel by itself, vectors along the channels, a few neighbouring outputs at a time.
 
-A block of outputs of one row keeps its sums in registers while the rows of the kernel pass; every input vector is loaded
-once for all the outputs of the block that read it. Where the columns of a block lie is worked out once per block and kept
-in scratch, for all channels: columns in the padding are a piece of zeros, outputs beyond the last are written to scratch.
-So there are no variants for the edges. Rows in the padding are left out.
+A block of outputs of one row keeps its sums in registers while the rows of the kernel pass; every input vector is
+loaded once for all the outputs of the block that read it. Where the columns of a block lie is worked out once per block
+and kept in scratch, for all channels: columns in the padding are a piece of zeros, outputs beyond the last are written
+to scratch. So there are no variants for the edges. Rows in the padding are left out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,10 +21,21 @@ from engine.plan.tensor import Tensor
 from engine.targets.cpu.codegen.emit import Int, Value, element_type, vector_type
 from engine.targets.cpu.codegen.expressions import lower as lower_expressions
 from engine.targets.cpu.codegen.tile import Epilogue
-from engine.targets.cpu.kernel import Context, KernelBuilder, KernelSpec, Launch, Pointer, Slot, is_constant, launch, pointer_to
+from engine.targets.cpu.kernel import (
+    Context,
+    KernelBuilder,
+    KernelSpec,
+    Launch,
+    Pointer,
+    Slot,
+    is_constant,
+    launch,
+    pointer_to,
+)
 from engine.targets.cpu.tiling import epilogue_of, zeros
 
-_BLOCKS = (8, 7, 6, 4, 2, 1)  # outputs at a time: 7 divides the widths of most image models
+_BLOCKS = (14, 8, 7, 6, 4, 2, 1)  # outputs at a time: 7 divides the widths of most image models
+_ADDRESSES = 8  # worked out at a time
 _LARGEST_KERNEL = 9  # columns: beyond, the sums and weights of a block leave no registers
 
 
@@ -55,8 +67,8 @@ class DepthwiseSpec(KernelSpec):
         return (
             "x", "x.n", "x.y", "x.x", "weights", "weights.tap", "zero", *names,
             *(f"{name}.{axis}" for name in names for axis in "nyx" if name in self.moving),
-            "channels", "channel_chunks", "row_chunks", "height", "width", "out_height", "out_width", "stride_y", "pad_y",
-            "pad_x", "kernel_rows", "dilation_y", "dummy",
+            "channels", "channel_chunks", "row_chunks", "height", "width", "out_height", "out_width", "stride_y",
+            "pad_y", "pad_x", "kernel_rows", "dilation_y", "dummy",
         )  # fmt: skip
 
     def emit(self, kernel: KernelBuilder) -> None:
@@ -72,9 +84,10 @@ class _Depthwise:
         self.lanes = spec.isa.lanes_of(self.itemsize)
         self.reads = spec.reads
         self.columns_table = kernel.scratch
-        # One line of pointers per moving operand, in front of the columns of the kernel's rows.
-        self.tables = {name: kernel.offset(kernel.scratch, 64 * i) for i, name in enumerate(spec.moving)}
-        self.columns_table = kernel.offset(kernel.scratch, 64 * len(spec.moving))
+        # The places of the outputs, one table per moving operand, lie before those of the columns.
+        size = 8 * _padded(spec.block)
+        self.tables = {name: kernel.offset(kernel.scratch, size * i) for i, name in enumerate(spec.moving)}
+        self.columns_table = kernel.offset(kernel.scratch, size * len(spec.moving))
 
     def emit(self) -> None:
         k = self.k
@@ -107,7 +120,7 @@ class _Depthwise:
         k.loop(0, width, self.spec.block, lambda x, _: self._block(x, y, top, from_row, to_row))
 
     def _block(self, x: Value, y: Value, top: Int, from_row: Int, to_row: Int) -> None:
-        k, spec = self.k, self.spec
+        k = self.k
         self._point_at_columns(x, top, from_row, to_row)
         self._point_at_outputs(x, y)
         full = k.add(self.first, k.mul(k.div(k.sub(self.last, self.first), self.lanes), self.lanes))
@@ -115,38 +128,50 @@ class _Depthwise:
         rest = k.sub(self.last, full)
         mask = k.tail_mask(self.lanes, rest)
         k.branch(k.compare("sgt", rest, 0), lambda: self._channels(full, mask, from_row, to_row))
-        assert spec.block <= 8
 
     def _point_at_columns(self, x: Value, top: Int, from_row: Int, to_row: Int) -> None:
-        """Write where each column that the block reads lies, per kernel row."""
+        """Write where each column that the block reads lies, per kernel row. Eight addresses at a time."""
         k, spec = self.k, self.spec
         left = k.sub(k.mul(x, spec.stride), k.integer("pad_x"))
         row_bytes, column_bytes, width = k.integer("x.y"), k.integer("x.x"), k.integer("width")
+        padded = [*self.reads, *[self.reads[-1]] * (-len(self.reads) % _ADDRESSES)]
+        inside, offsets = [], []
+        for i in range(0, len(padded), _ADDRESSES):
+            columns = _vector(padded[i : i + _ADDRESSES])
+            inside.append(k.compare("ult", k.binary("add", columns, self._splat(left)), self._splat(width)))
+            offsets.append(k.binary("mul", columns, self._splat(column_bytes)))
+        zero = self._splat(k.convert("ptrtoint", self.zero, "i64"))
 
         def row(i: Value, _: list[Value]) -> None:
             line = k.offset(self.x, k.mul(k.add(top, k.mul(i, k.integer("dilation_y"))), row_bytes))
-            table = k.offset(self.columns_table, k.mul(i, 8 * len(self.reads)))
-            for number, read in enumerate(self.reads):
-                column = k.add(left, read)
-                inside = k.compare("ult", column, width)
-                place = k.select(inside, k.offset(line, k.mul(column, column_bytes)), self.zero)
-                k.store(place, k.offset(table, 8 * number), 8)
+            start = self._splat(k.convert("ptrtoint", k.offset(line, k.mul(left, column_bytes)), "i64"))
+            table = k.offset(self.columns_table, k.mul(i, 8 * len(padded)))
+            for number, (fits, offset) in enumerate(zip(inside, offsets, strict=True)):
+                place = k.select(fits, k.binary("add", start, offset), zero)
+                k.store(place, k.offset(table, 8 * _ADDRESSES * number), 8)
 
         k.loop(from_row, to_row, 1, row)
 
     def _point_at_outputs(self, x: Value, y: Value) -> None:
-        """Write where the outputs, and the epilogue inputs that belong to them, lie."""
+        """Write where the outputs, and the epilogue inputs that belong to them, lie. What is beyond the last output
+        reads like the last one and is written to scratch."""
         k = self.k
-        last = k.sub(k.integer("out_width"), 1)
-        for name in self.spec.moving:
-            line = k.offset(self.bases[name], k.mul(y, k.integer(f"{name}.y")))
-            step = k.integer(f"{name}.x")
-            for o in range(self.spec.block):
-                column = k.add(x, o)
-                place = k.offset(line, k.mul(k.smin(column, last), step))
-                if name.startswith("out") and o:
-                    place = k.select(k.compare("sle", column, last), place, self.dummy)
-                k.store(place, k.offset(self.tables[name], 8 * o), 8)
+        last = self._splat(k.sub(k.integer("out_width"), 1))
+        dummy = self._splat(k.convert("ptrtoint", self.dummy, "i64"))
+        for first in range(0, self.spec.block, _ADDRESSES):
+            columns = k.binary("add", _vector(range(first, first + _ADDRESSES)), self._splat(x))
+            beyond = k.compare("sgt", columns, last)
+            columns = k.select(beyond, last, columns)
+            for name in self.spec.moving:
+                line = k.convert("ptrtoint", k.offset(self.bases[name], k.mul(y, k.integer(f"{name}.y"))), "i64")
+                steps = k.binary("mul", columns, self._splat(k.integer(f"{name}.x")))
+                place = k.binary("add", self._splat(line), steps)
+                if name.startswith("out"):
+                    place = k.select(beyond, dummy, place)
+                k.store(place, k.offset(self.tables[name], 8 * first), 8)
+
+    def _splat(self, value: Int) -> Value:
+        return self.k.splat(self.k.i64(value), _ADDRESSES)
 
     def _channels(self, c: Int, mask: Value | None, from_row: Int, to_row: Int) -> None:
         """One vector of channels of all outputs of the block."""
@@ -162,7 +187,7 @@ class _Depthwise:
                 k.load_elements(spec.dtype, self.lanes, k.offset(line, k.mul(tap_bytes, column)), mask)
                 for column in range(spec.columns)
             ]
-            table = k.offset(self.columns_table, k.mul(i, 8 * len(self.reads)))
+            table = k.offset(self.columns_table, k.mul(i, 8 * _padded(len(self.reads))))
             for number, read in enumerate(self.reads):
                 column = k.load("ptr", k.offset(table, 8 * number), 8)
                 value = k.load_elements(spec.dtype, self.lanes, k.offset(column, at), mask)
@@ -196,6 +221,15 @@ class _Depthwise:
                 k.store_elements(store.dtype, value, k.offset(place, k.mul(c, store.dtype.itemsize)), mask)
 
 
+def _padded(count: int) -> int:
+    return -(-count // _ADDRESSES) * _ADDRESSES
+
+
+def _vector(values: Sequence[int]) -> Value:
+    """A literal of as many i64 as are worked out at a time."""
+    return Value(f"<{', '.join(f'i64 {value}' for value in values)}>", vector_type("i64", len(values)))
+
+
 def fits(conv: Conv, x: Tensor, w: Tensor) -> bool:
     """Whether the convolution is depthwise, in one or two dimensions, with weights known beforehand."""
     return (
@@ -217,7 +251,9 @@ def lower(step: Step, conv: Conv, context: Context) -> list[Launch]:
     (stride_y, stride_x), (dilation_y, dilation_x) = (_pair(v) for v in (conv.strides, conv.dilations))
     pads = [begin for begin, _ in conv.pads]
     pad_y, pad_x = pads if len(pads) == 2 else (0, pads[0])
-    block = min(_BLOCKS, key=lambda b: (-(-out_width // b) * (b + 1), -b))  # + 1: what every block costs beside its sums
+    blocks = [block for block in _BLOCKS if block + w.shape[3] + 3 <= max(11, context.isa.registers)]
+    # Every block costs about two outputs more than it has.
+    block = min(blocks, key=lambda b: (-(-out_width // b) * (b + 2), -b))
     spec = DepthwiseSpec(context.isa, x.dtype, w.shape[3], stride_x, dilation_x, block, epilogue)
     itemsize = x.dtype.itemsize
     slots: dict[str, Slot] = {
@@ -241,7 +277,7 @@ def lower(step: Step, conv: Conv, context: Context) -> list[Launch]:
     channel_chunks = 1
     if batch * row_chunks < wanted or batch * out_height < 4 * wanted:
         row_chunks, channel_chunks = 1, min(vectors, -(-wanted // batch))
-    table_bytes = 64 * len(spec.moving) + -(-w.shape[2] * len(spec.reads) * 8 // 64) * 64
+    table_bytes = _padded(block) * 8 * len(spec.moving) + w.shape[2] * _padded(len(spec.reads)) * 8
     widest = max(store.dtype.itemsize for store in conv.stores)
     slots |= {
         "channels": channels, "channel_chunks": channel_chunks, "row_chunks": row_chunks, "height": x.shape[2],

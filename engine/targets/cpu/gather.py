@@ -13,6 +13,7 @@ from engine.targets.cpu.spaces import gathered, refuse_empty_tables
 
 def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]:
     """Any strides."""
+    assert isinstance(op, Gather)
     return (Requirement(),) * len(inputs), (Requirement(),)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from math import prod
 from typing import ClassVar, cast
 
 import numpy as np
@@ -173,7 +174,7 @@ def multiply(
     if known:
         second = Second.PACKED
         # Strides of 0 mark axes along which the matrix is repeated: it is packed once for each other index.
-        operands[1] = _pack(context, b, parts, sizes, operands[1])
+        operands[1] = _pack(context, b, parts, operands[1])
     else:
         second = Second.ROWS if b.strides[-1] == 1 or columns == 1 else Second.STRIDED
         slots |= {"b.depth": b.strides[-2] * itemsize, "b.column": b.strides[-1] * itemsize}
@@ -186,13 +187,23 @@ def multiply(
 
     segments = -(-depth // _SEGMENT)
     product = Product(
-        a.dtype, sizes, columns, depth, 1, _SEGMENT, operands, epilogue, slots, not known, segments if known else 0,
+        a.dtype,
+        sizes,
+        columns,
+        depth,
+        1,
+        _SEGMENT,
+        operands,
+        epilogue,
+        slots,
+        not known,
+        segments if known else 0,
         depth * itemsize,
     )
     return launches(product, parts, make, move_second, context)
 
 
-def _pack(context: Context, b: Tensor, parts: Sequence[Panels], sizes: tuple[int, ...], operand: Operand) -> Operand:
+def _pack(context: Context, b: Tensor, parts: Sequence[Panels], operand: Operand) -> Operand:
     """The operand of a packed constant. Its batches lie one after the other, repeated ones once."""
     distinct = tuple(
         slice(None) if size > 1 and stride else slice(0, 1)
@@ -201,7 +212,8 @@ def _pack(context: Context, b: Tensor, parts: Sequence[Panels], sizes: tuple[int
     layout = f"panels {context.isa.name} {[(part.widths, part.count) for part in parts]}"
 
     def pack(matrix: np.ndarray) -> np.ndarray:
-        return packed(matrix[distinct].reshape(-1, *matrix.shape[-2:]), parts)
+        chosen = matrix[distinct]
+        return packed(chosen.reshape(prod(chosen.shape[:-2]), *matrix.shape[-2:]), parts)
 
     buffer = context.weights.packed(b, layout, pack)
     batch_bytes = sum(part.count * part.width for part in parts) * b.shape[-2] * b.dtype.itemsize

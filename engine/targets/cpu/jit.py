@@ -42,7 +42,7 @@ class Compiler:
         initialise_llvm()
         self._directory = directory
         self._addresses: dict[str, int] = {}
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._machines: dict[Isa, llvm.TargetMachine] = {}
         self._engine: llvm.ExecutionEngine | None = None
         self._warned = False
@@ -53,7 +53,7 @@ class Compiler:
 
         Raises DeviceError where the system forbids making memory executable.
         """
-        with self._lock:
+        with self.lock:
             wanted = {spec.symbol: spec for spec in specs}
             missing = [spec for symbol, spec in wanted.items() if symbol not in self._addresses]
             if missing:
@@ -121,6 +121,9 @@ class Compiler:
         if self._directory is None:
             return None
         try:
+            if not _is_trusted(self._directory):
+                self._warn("can be written by others")
+                return None
             content = (self._directory / key).read_bytes()
         except FileNotFoundError:
             return None
@@ -159,6 +162,24 @@ class Compiler:
 def compiler() -> Compiler:
     """The process's compiler, with the cache directory of the environment."""
     return Compiler(cache_directory())
+
+
+def _unlock_in_child() -> None:
+    # Another thread of the parent may have been compiling; the child has only the thread that forked.
+    if compiler.cache_info().currsize:
+        compiler().lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock_in_child)
+
+
+def _is_trusted(directory: Path) -> bool:
+    """Whether only we, or the administrator, can have put machine code there. Raises OSError if it cannot be read."""
+    if not hasattr(os, "getuid"):
+        return True
+    status = directory.stat()
+    return status.st_uid in (os.getuid(), 0) and not status.st_mode & 0o022
 
 
 def _key(spec: Code) -> str:

@@ -14,7 +14,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import ClassVar, Protocol, TypeAlias
 
 import numpy as np
@@ -64,7 +64,7 @@ class Code(ABC):
     @cached_property
     def symbol(self) -> str:
         """The function's name: the family and a digest of the fields."""
-        return f"{self.family}_{hashlib.sha256(repr(self).encode()).hexdigest()[:20]}"
+        return _symbol(self)
 
     @abstractmethod
     def ir(self) -> str:
@@ -92,6 +92,12 @@ class KernelSpec(Code):
         return module.text()
 
 
+@lru_cache(maxsize=4096)
+def _symbol(spec: KernelSpec) -> str:
+    # Looked up by the spec's hash: equal specs are made anew for every plan, and writing one out takes long.
+    return f"{spec.family}_{hashlib.sha256(repr(spec).encode()).hexdigest()[:20]}"
+
+
 @dataclass(frozen=True, eq=False)
 class Pointer:
     """The address of byte `offset` of a buffer."""
@@ -103,7 +109,7 @@ class Pointer:
 @dataclass(frozen=True)
 class StatusWord:
     """The address of the i64 that a kernel sets to 1 when it meets a value that makes the answer wrong: an index out of
-    range. It is 0 when the step starts; afterwards the executor turns anything else into a ShapeError naming the step."""
+    range. It is 0 when the step starts; afterwards anything else becomes a ShapeError that names the step."""
 
 
 Slot: TypeAlias = Pointer | StatusWord | int | float

@@ -1,4 +1,4 @@
-"""Padding in all modes, negative pads too: the output is cut into boxes, each a strided copy of the input or a constant.
+"""Padding in all modes, negative pads too: the output is cut into boxes, each a strided copy of the input or constant.
 
 Along each axis, the source index as a function of the output index is computed once and cut into segments in which it
 is constant or moves by a fixed step: reflection is a segment that walks backwards, an edge one that stands still.
@@ -65,7 +65,8 @@ def _runs(index: list[int]) -> Iterator[Segment]:
 
 def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]:
     """Any strides."""
-    return (Requirement(),), (Requirement(),)
+    assert isinstance(op, Pad)
+    return (Requirement(),) * len(inputs), (Requirement(),)
 
 
 def lower(step: Step, context: Context) -> list[Launch]:

@@ -20,7 +20,15 @@ from engine.targets.cpu.codegen.emit import Int, Value, vector_type
 from engine.targets.cpu.codegen.expressions import lower as lower_expressions
 from engine.targets.cpu.codegen.operands import Access, Cursor, Operand, Row, Walk, operand_parameters, transpose
 from engine.targets.cpu.kernel import Context, KernelBuilder, KernelSpec, Launch, Slot, launch
-from engine.targets.cpu.spaces import Axes, TensorOperand, by_memory, operand, read_operands, refuse_empty_tables, split_tasks
+from engine.targets.cpu.spaces import (
+    Axes,
+    TensorOperand,
+    by_memory,
+    operand,
+    read_operands,
+    refuse_empty_tables,
+    split_tasks,
+)
 
 _BLOCK = 16384  # elements of one unit of work
 _TILE_ROWS = _TILE_COLUMNS = 64  # long enough for the hardware to prefetch, small enough for the first-level cache
@@ -104,7 +112,7 @@ class _Emitter:
         return [operand.moved(cursor, axis, count) for operand, cursor in zip(operands, cursors, strict=True)]
 
     def _row(self, cursors: list[Cursor], columns: Int, tiles: dict[int, Value]) -> None:
-        """One row: whole vectors, then the rest under a mask. `tiles` are the rows of transposed operands in scratch."""
+        """One row: whole vectors, then the rest under a mask. `tiles` are rows of transposed operands in scratch."""
         b, lanes = self.b, self.lanes
         rows: list[Row | None] = [
             None if i in tiles else operand.row(cursor, lanes)
@@ -132,7 +140,7 @@ class _Emitter:
     # --- tiles ------------------------------------------------------------------------------------------------------
 
     def _tiles(self, cursors: list[Cursor], rows: Int, columns: Int) -> None:
-        """The block in tiles of _TILE_ROWS × _TILE_COLUMNS: transpose the tiled operands into scratch, then row by row."""
+        """The block in tiles of _TILE_ROWS × _TILE_COLUMNS: tiled operands transposed into scratch, then row by row."""
         b, rank = self.b, self.spec.rank
         scratch: dict[int, Value] = {}
         place = b.scratch
@@ -148,9 +156,7 @@ class _Emitter:
                 self._fill(self.reads[i], at[i].pointer, scratch[i], height, width)
 
             def one(r: Value, _: list[Value]) -> None:
-                tiles = {
-                    i: b.at(scratch[i], r, _TILE_COLUMNS * self.spec.reads[i].dtype.itemsize) for i in self.tiled
-                }
+                tiles = {i: b.at(scratch[i], r, _TILE_COLUMNS * self.spec.reads[i].dtype.itemsize) for i in self.tiled}
                 self._row(self._moved(at, rank - 2, r), width, tiles)
 
             b.loop(0, height, 1, one)
@@ -167,13 +173,17 @@ class _Emitter:
         target_row = _TILE_COLUMNS * itemsize
 
         def block(r: Value, c: Value) -> None:
-            lines = [b.offset(b.at(source, r, itemsize), b.mul(b.add(c, i), operand.strides[-1])) for i in range(square)]
+            lines = [
+                b.offset(b.at(source, r, itemsize), b.mul(b.add(c, i), operand.strides[-1])) for i in range(square)
+            ]
             turned = transpose(b, [b.load(type_, line, itemsize) for line in lines])
             for i, line in enumerate(turned):
                 b.store(line, b.offset(b.at(target, b.add(r, i), target_row), b.mul(c, itemsize)), itemsize)
 
         def single(r: Value, c: Value) -> None:
-            value = b.load(f"i{8 * itemsize}", b.offset(b.at(source, r, itemsize), b.mul(c, operand.strides[-1])), itemsize)
+            value = b.load(
+                f"i{8 * itemsize}", b.offset(b.at(source, r, itemsize), b.mul(c, operand.strides[-1])), itemsize
+            )
             b.store(value, b.offset(b.at(target, r, target_row), b.mul(c, itemsize)), itemsize)
 
         def box(rows: tuple[Int, Int], columns: tuple[Int, Int]) -> None:
@@ -204,7 +214,12 @@ def lower(step: Step, context: Context) -> list[Launch]:
 
 
 def copy_launches(
-    target: Tensor, source: TensorOperand | None, context: Context, *, value: ex.Expr | None = None, concurrent: bool = False
+    target: Tensor,
+    source: TensorOperand | None,
+    context: Context,
+    *,
+    value: ex.Expr | None = None,
+    concurrent: bool = False,
 ) -> list[Launch]:
     """Copy `source`, which lies along the axes of `target`, or fill `target` with the constant `value`."""
     store = value if value is not None else ex.Arg(0, target.dtype)
@@ -253,7 +268,7 @@ def space_launches(
 
 
 def _with_long_vectors(axes: Axes, reads: int) -> Axes:
-    """Where the stores' innermost axis is short (the 3 channels of an image), walk along that of a read operand instead."""
+    """Where the stores' innermost axis is short (the 3 channels of an image), walk along that of a read operand."""
     rank = len(axes.sizes)
     if rank < 2 or axes.sizes[-1] >= _MIN_TILED:
         return axes
@@ -279,5 +294,3 @@ def _choose_tiles(axes: Axes, reads: int) -> tuple[Axes, frozenset[int]]:
     axis = max(best, key=lambda a: len(best[a]))
     rank = len(axes.sizes)
     return axes.ordered([*(a for a in range(rank - 1) if a != axis), axis, rank - 1]), frozenset(best[axis])
-
-

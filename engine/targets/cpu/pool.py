@@ -1,4 +1,4 @@
-"""Max and average pooling over any number of spatial axes, on channels-last tensors: the lanes of a vector are channels.
+"""Max and average pooling over any number of spatial axes, on channels-last tensors: the lanes are channels.
 
 The window of each output pixel is cut to the part inside the image before it is walked, so that nothing is padded.
 """
@@ -17,7 +17,7 @@ from engine.plan.plan import Requirement, Step
 from engine.plan.tensor import Tensor
 from engine.targets.cpu.codegen.emit import Int, Value, element_type, vector_type
 from engine.targets.cpu.codegen.expressions import lower as lower_expressions
-from engine.targets.cpu.codegen.expressions import widen, working_dtype
+from engine.targets.cpu.codegen.expressions import working_dtype
 from engine.targets.cpu.codegen.operands import Access, Cursor, Operand, operand_parameters
 from engine.targets.cpu.kernel import Context, KernelBuilder, KernelSpec, Launch, Slot, launch, pointer_to
 from engine.targets.cpu.reduce import combined, identity_of
@@ -44,7 +44,9 @@ class PoolSpec(KernelSpec):
     def parameters(self) -> tuple[str, ...]:
         names = ["x", "x.batch", "channels", "units", "units_per_task"]
         for i in range(self.spatial):
-            names += [f"{name}{i}" for name in ("x.stride", "size", "out", "kernel", "step", "begin", "end", "dilation")]
+            names += [
+                f"{name}{i}" for name in ("x.stride", "size", "out", "kernel", "step", "begin", "end", "dilation")
+            ]
         for name, access in self.operands():
             names += operand_parameters(name, access, self.spatial + 2)
         return tuple(names)
@@ -127,7 +129,9 @@ class _Emitter:
             return b.smin(kernel, b.div(b.add(distance, b.sub(dilation, 1)), dilation))
 
         first, last = taps_before(0), taps_before(size)
-        counted = taps_before(b.add(size, b.integer(f"end{axis}"))) if self.spec.count_include_pad else b.sub(last, first)
+        counted = (
+            taps_before(b.add(size, b.integer(f"end{axis}"))) if self.spec.count_include_pad else b.sub(last, first)
+        )
         return _Window(b.mul(b.integer(f"x.stride{axis}"), dilation), first, last, counted), origin
 
     def _channels(
@@ -145,8 +149,7 @@ class _Emitter:
                     lambda k, v: walk(depth + 1, b.offset(at, b.mul(k, window.stride)), v), values,
                 )  # fmt: skip
             loaded = [
-                widen(b, b.load_elements(spec.dtype, self.lanes, b.at(at, place, spec.dtype.itemsize), mask))
-                for place in places
+                b.load_elements(spec.dtype, self.lanes, b.at(at, place, spec.dtype.itemsize), mask) for place in places
             ]
             return [combined(b, kind, self.dtype, v, x) for v, x in zip(values, loaded, strict=True)]
 

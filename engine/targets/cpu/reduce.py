@@ -30,7 +30,7 @@ _SUMS = frozenset({ReduceKind.SUM, ReduceKind.MEAN})
 
 @dataclass(frozen=True)
 class ReduceSpec(KernelSpec):
-    """`source` reads the first `source_reads` operands of `space`, `stores` those after them; the results are the last."""
+    """`source` reads the first `source_reads` operands of `space`, `stores` those after; the results are the last."""
 
     space: Space
     kind: ReduceKind
@@ -97,7 +97,8 @@ def identity_of(kind: ReduceKind, dtype: DType) -> float | int | bool:
         return not lowest
     bits = 8 * dtype.itemsize
     if dtype.is_signed:
-        return -(2 ** (bits - 1)) if lowest else 2 ** (bits - 1) - 1
+        limit = 1 << (bits - 1)
+        return -limit if lowest else limit - 1
     return 0 if lowest else -1  # all bits set
 
 

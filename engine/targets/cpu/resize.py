@@ -20,11 +20,16 @@ from engine.plan.plan import Requirement, Step
 from engine.plan.tensor import Tensor
 from engine.targets.cpu.codegen.emit import Int, Value, vector_type
 from engine.targets.cpu.codegen.expressions import lower as lower_expressions
-from engine.targets.cpu.codegen.expressions import widen
 from engine.targets.cpu.codegen.operands import Access, Operand, addresses, load_gathered, operand_parameters
 from engine.targets.cpu.kernel import Context, KernelBuilder, KernelSpec, Launch, Slot, launch, table
 from engine.targets.cpu.spaces import Axes, by_memory, operand, read_operands, split_tasks
 
+_ROUNDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "round_prefer_floor": lambda x: np.ceil(x - 0.5),
+    "round_prefer_ceil": lambda x: np.floor(x + 0.5),
+    "floor": np.floor,
+    "ceil": np.ceil,
+}
 _TAPS = {ResizeMode.NEAREST: 1, ResizeMode.LINEAR: 2, ResizeMode.CUBIC: 4}
 
 
@@ -138,7 +143,9 @@ class _Emitter:
         """How vectors are read from a row of the source: by its stride, or through the table of the vector axis."""
         b, spec, dtype, last = self.b, self.spec, self.spec.x.dtype, self.spec.rank - 1
         if not spec.resized[last]:
-            return lambda pointer: self._number(self.x.row(replace(self.x.start, pointer=pointer), self.lanes).load(i, mask))
+            return lambda pointer: self._number(
+                self.x.row(replace(self.x.start, pointer=pointer), self.lanes).load(i, mask)
+            )
         offsets, weights = [], []
         for tap in range(spec.taps):
             index = b.add(b.mul(self.sizes[last], tap), i)
@@ -162,7 +169,6 @@ class _Emitter:
         dtype = self.spec.x.dtype
         if not self.interpolates:
             return value
-        value = widen(self.b, value)
         if dtype.is_float:
             return value
         return self.b.convert("sitofp" if dtype.is_signed else "uitofp", value, vector_type("float", self.lanes))
@@ -195,15 +201,9 @@ def taps_of(op: Resize, scale: float, size: int, result: int) -> tuple[np.ndarra
     """(source indices, weights) of shape [taps, result] along one axis."""
     x = coordinates(op, scale, size, result)
     if op.mode is ResizeMode.NEAREST:
-        rounded = {
-            "round_prefer_floor": lambda v: np.ceil(v - 0.5),
-            "round_prefer_ceil": lambda v: np.floor(v + 0.5),
-            "floor": np.floor,
-            "ceil": np.ceil,
-        }
-        if op.rounding not in rounded:
+        if op.rounding not in _ROUNDINGS:
             raise UnsupportedOp(f"Resize: nearest_mode {op.rounding!r}")
-        index = rounded[op.rounding](x)[None]
+        index = _ROUNDINGS[op.rounding](x)[None]
         weights = np.ones_like(index)
     else:
         floor = np.floor(x)
@@ -214,9 +214,9 @@ def taps_of(op: Resize, scale: float, size: int, result: int) -> tuple[np.ndarra
             # Keys, "Cubic convolution interpolation for digital image processing", 1981.
             a = op.cubic_coefficient
             index = np.stack([floor - 1, floor, floor + 1, floor + 2])
-            near = lambda d: ((a + 2) * d - (a + 3)) * d * d + 1  # noqa: E731
-            far = lambda d: ((a * d - 5 * a) * d + 8 * a) * d - 4 * a  # noqa: E731
-            weights = np.stack([far(1 + f), near(f), near(1 - f), far(2 - f)])
+            inner = [((a + 2) * d - (a + 3)) * d * d + 1 for d in (f, 1 - f)]
+            outer = [((a * d - 5 * a) * d + 8 * a) * d - 4 * a for d in (1 + f, 2 - f)]
+            weights = np.stack([outer[0], *inner, outer[1]])
     return np.clip(index, 0, max(0, size - 1)).astype(np.int64), weights.astype(np.float32)
 
 

@@ -29,15 +29,33 @@ _WORD = 8
 
 
 def available_cores() -> int:
-    """Cores this process may use: its CPU affinity, limited by the cgroup's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Physical cores this process may use: those of its CPU affinity, limited by the cgroup's quota."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cores = len({_siblings(number) for number in os.sched_getaffinity(0)})
+    return max(1, min(cores, _quota() or cores))
+
+
+def _siblings(number: int) -> str:
+    """The logical processors of the core of processor `number`, as the system names them: two threads of a core share
+    its multipliers."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cores = min(cores, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
-    return max(1, cores)
+        return Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list").read_text()
+    except OSError:
+        return str(number)
+
+
+def _quota() -> int | None:
+    """Whole processors that the cgroup (version 2, then 1) grants; None where it does not limit them."""
+    root = Path("/sys/fs/cgroup")
+    for files in ((root / "cpu.max",), (root / "cpu/cpu.cfs_quota_us", root / "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join(path.read_text() for path in files).split()
+            if int(quota) > 0:
+                return max(1, int(quota) // int(period))
+        except (OSError, ValueError):
+            continue
+    return None
 
 
 def aligned_bytes(nbytes: int) -> np.ndarray:
@@ -62,6 +80,8 @@ class Pool:
     """Worker threads and their scratch memory. Get the process's pool with `pool()`."""
 
     def __init__(self) -> None:
+        if os.name != "posix":
+            raise DeviceError("the CPU target needs POSIX threads, which this system does not have")
         isa = host_isa()
         run, worker = native.RunCode(isa), native.WorkerCode(isa)
         addresses = compiler().load([run, worker])
@@ -173,9 +193,7 @@ class Program:
 
     def _build(self) -> None:
         values = [slot for launch in self._launches for slot in launch.args]
-        owners = [
-            number for number, step in enumerate(self._steps) for launch in step for _ in launch.args
-        ]
+        owners = [number for number, step in enumerate(self._steps) for launch in step for _ in launch.args]
         self.slots = _aligned_words(max(1, len(values)))
         positions: list[int] = []
         for i, slot in enumerate(values):

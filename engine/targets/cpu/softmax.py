@@ -68,7 +68,9 @@ class SoftmaxSpec(KernelSpec):
                     return loaded[j] if j in loaded else loaded.setdefault(j, rows[j].load(i, mask))
 
                 shifted = b.binary("fsub", source(load), maxima[s][0])
-                acc = b.binary("fsub", shifted, finals[s]) if self.log else b.binary("fmul", _exp(b, shifted), finals[s])
+                acc = (
+                    b.binary("fsub", shifted, finals[s]) if self.log else b.binary("fmul", _exp(b, shifted), finals[s])
+                )
                 values = lower_expressions(b, self.stores, load, acc, sweep.lanes)
                 for j, result in zip(self.space.written, values, strict=True):
                     rows[j].store(i, result, mask)

@@ -1,4 +1,4 @@
-"""Iteration spaces of the light kernels: which axes a kernel walks, in which order, and how each operand lies along them.
+"""Iteration spaces of the light kernels: which axes a kernel walks, in which order, and how operands lie along them.
 
 Host side, run when a step is lowered: broadcasting becomes strides of 0, axes that lie together for every operand are
 merged, and the axis that the kernel walks with vectors is chosen. `codegen/operands.py` is the device side.
@@ -163,7 +163,11 @@ def _inserted(values: tuple[int, ...], at: int, count: int, value: int = 0) -> t
 
 def by_memory(operand: TensorOperand, axes: Sequence[int], sizes: Sequence[int]) -> list[int]:
     """`axes` in the order in which `operand` lies in memory, widest stride first (axes that it repeats come first)."""
-    return sorted(axes, key=lambda axis: (operand.strides[axis] != 0 and sizes[axis] != 1, -abs(operand.strides[axis]), axis))
+
+    def place(axis: int) -> tuple[bool, int, int]:
+        return operand.strides[axis] != 0 and sizes[axis] != 1, -abs(operand.strides[axis]), axis
+
+    return sorted(axes, key=place)
 
 
 _COLUMN_BLOCK = 4  # groups of vectors in one unit of work of a sweep over columns

@@ -24,6 +24,7 @@ from engine.targets.cpu.ceilings import ceilings, processor_name
 from engine.targets.cpu.codegen.isa import host_isa
 from engine.targets.cpu.families import family_of
 from engine.targets.cpu.kernel import Context, Launch, Pointer, WeightStore, aligned_copy
+from engine.targets.cpu.pieces import in_pieces
 from engine.targets.cpu.runtime import Pool, Program, address, aligned_bytes, available_cores, pool
 from engine.targets.host import HostOperator
 
@@ -46,7 +47,11 @@ class Arena:
 class CpuTarget:
     """Runs plans on the processor with `threads` threads (default: the cores this process may use)."""
 
-    traits = Traits(channels_last=True, float_types=frozenset({DType.F32, DType.F64}))
+    traits = Traits(
+        channels_last=True,
+        float_types=frozenset({DType.F32, DType.F64}),
+        attention_types=frozenset({DType.F32}),
+    )
 
     def __init__(self, threads: int | None = None) -> None:
         if threads is not None and threads < 1:
@@ -87,11 +92,13 @@ class CpuExecutable:
 
     def __init__(self, target: CpuTarget, plan: Plan) -> None:
         self._target = target
+        self._places = _Places(plan)
+        pieces = in_pieces(plan)
+        plan, self._pieces = pieces.plan, pieces.count
         self._arena_bytes = plan.arena_bytes
         context = Context(target.isa, target.threads, target.weights)
         self._kernels: list[str] = []
         self._parts: list[_Native | _Host] = []
-        self._places = _Places(plan)
         for on_host, steps in groupby(plan.steps, lambda step: isinstance(step.op, Opaque)):
             if on_host:
                 for step in steps:
@@ -111,11 +118,14 @@ class CpuExecutable:
             arena = self._target.arena.at_least(self._arena_bytes)
             arrays = self._places.bases(arena, inputs, outputs)
             addresses = np.asarray([address(array) for array in arrays], np.int64)
-            for part in self._parts:
-                if isinstance(part, _Native):
-                    part.run(workers, addresses)
-                else:
-                    part.run(arrays)
+            # From piece to piece the inputs and outputs move on; the arena is used again.
+            steps = np.asarray([0, *(array.nbytes // self._pieces for array in arrays[1:])], np.int64)
+            for piece in range(self._pieces):
+                for part in self._parts:
+                    if isinstance(part, _Native):
+                        part.run(workers, addresses + piece * steps)
+                    else:
+                        part.run(arrays)
 
     def step_stats(self) -> Sequence[StepStat]:
         """Runs and time of every step since it was bound, in the plan's order."""
@@ -142,10 +152,12 @@ class _Places:
     """
 
     def __init__(self, plan: Plan) -> None:
+        # A piece of the plan has tensors of its own but shares these buffers.
         self._tensors = [*plan.inputs.items(), *plan.outputs.items()]
         self._inputs = len(plan.inputs)
         self._base = {id(tensor.buffer): i for i, (_, tensor) in enumerate(self._tensors, start=1)}
         self._kept: dict[int, np.ndarray] = {}
+        self._table_bytes = 0
 
     def locate(self, buffer: Buffer) -> tuple[int | None, int]:
         """(base, offset in bytes) of a buffer; base None: the offset is an address."""
@@ -162,7 +174,18 @@ class _Places:
             assert data is not None, f"{buffer.name} has no content"
             whole = data.flags.c_contiguous and data.flags.aligned
             self._kept[id(buffer)] = data if whole else aligned_copy(data)
+            self._table_bytes += data.nbytes if buffer.kind is BufferKind.PLAN else 0
         return self._kept[id(buffer)]
+
+    def strings(self, tensor: Tensor, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """A tensor of strings: Python objects, which cannot lie in the arena."""
+        buffer = tensor.buffer
+        if buffer.kind is BufferKind.ARENA:
+            memory = self._kept.setdefault(id(buffer), np.empty(tensor.elements, object))
+        else:
+            memory = self.content(buffer) if buffer.data is not None else arrays[self._base[id(buffer)]]
+        strides = tuple(stride * memory.itemsize for stride in tensor.strides)
+        return np.lib.stride_tricks.as_strided(memory.reshape(-1)[tensor.offset :], tensor.shape, strides)
 
     def bases(
         self, arena: np.ndarray, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]
@@ -182,7 +205,7 @@ class _Places:
     @property
     def nbytes(self) -> int:
         """Memory of the small tables that belong to the plan alone."""
-        return sum(array.nbytes for array in self._kept.values() if array.ndim == 1 and array.base is None)
+        return self._table_bytes
 
 
 class _Native:
@@ -245,6 +268,8 @@ class _Host:
         self._nanoseconds += time.perf_counter_ns() - start
 
     def _view(self, tensor: Tensor, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        if tensor.dtype is DType.STRING:
+            return self._places.strings(tensor, arrays)
         base, offset = self._places.locate(tensor.buffer)
         memory = self._places.content(tensor.buffer) if base is None else arrays[base]
         start = (0 if base is None else offset) + tensor.offset * tensor.dtype.itemsize

@@ -26,6 +26,8 @@ from engine.targets.cpu.kernel import Context, Launch, Pointer, Slot, launch, ta
 ROWS_CACHE_BYTES = 256 * 1024
 # A part of a panel that stays in the second-level cache while all rows of a block pass over it.
 PANEL_CACHE_BYTES = 384 * 1024
+# Tiles per block where rows are read by one panel only: nothing is used again, and the table stays in the first cache.
+_TILES_OF_ONE_PANEL = 2
 # Bytes a core gets per cycle when it streams what it does not find in its second-level cache, and the cost of taking a
 # task, in cycles. Only their order of magnitude matters.
 _STREAM_BYTES = 12.0
@@ -88,7 +90,15 @@ def packed(matrix: np.ndarray, parts: Sequence[Panels]) -> np.ndarray:
 
 @lru_cache(maxsize=65536)
 def task_grid(
-    rows: int, panels: int, width: int, depth: int, itemsize: int, row_bytes: int, batches: int, lanes: int, tile: int,
+    rows: int,
+    panels: int,
+    width: int,
+    depth: int,
+    itemsize: int,
+    row_bytes: int,
+    batches: int,
+    lanes: int,
+    tile: int,
     threads: int,
 ) -> tuple[int, int]:
     """(row chunks, panel groups) for one batch: what makes the estimated time shortest.
@@ -105,7 +115,8 @@ def task_grid(
     for chunks, groups in product(chunk_counts, group_counts):
         task_rows, task_panels = rows / chunks, -(-panels // groups)
         multiply = task_rows * task_panels * depth * width / lanes
-        stream = (-(-task_rows // block) * task_panels * width * depth * itemsize + task_rows * row_bytes) / _STREAM_BYTES
+        panel_bytes = task_panels * width * depth * itemsize
+        stream = (-(-task_rows // block) * panel_bytes + task_rows * row_bytes) / _STREAM_BYTES
         # What is streamed is fetched ahead, for the most part.
         task = multiply + 0.3 * stream + _TASK_CYCLES
         tasks = batches * chunks * groups
@@ -162,8 +173,9 @@ def epilogue_of(
         tensor = inputs[index]
         missing = len(shape) - len(tensor.shape)
         if missing < 0:
-            raise UnsupportedOp(f"{op.name}: an epilogue input of rank {len(tensor.shape)} for an output of rank {len(shape)}")
-        own = [0 if size == 1 else s * tensor.dtype.itemsize for size, s in zip(tensor.shape, tensor.strides, strict=True)]
+            raise UnsupportedOp(f"{op.name}: an epilogue input of shape {tensor.shape} for an output of shape {shape}")
+        itemsize = tensor.dtype.itemsize
+        own = [0 if size == 1 else s * itemsize for size, s in zip(tensor.shape, tensor.strides, strict=True)]
         strides = [0] * missing + own
         along = tuple(0 if shape[axis] == 1 else strides[axis] for axis in order)
         args.append(EpilogueArg(tensor.dtype, bool(along[-1]), any(along[:-1])))
@@ -182,14 +194,13 @@ def row_strides(epilogue: Epilogue, operands: Sequence[Operand]) -> tuple[Epilog
     return result, {f"{name}.row": by_name[name].strides[-1] for name, _, _, rows in result.tensors if rows}
 
 
-
-
 @dataclass(frozen=True)
 class Product:
     """A matrix product to launch: `sizes` are those of the batch axes and of the rows, `operands` lie along them
-    ("a", "b", outputs, epilogue inputs). The reduction has `depth` elements, in `segments` of `inner`; where it is split
-    because it is long, in `split_segments`. `packs`: the second operand is packed by the tasks. `slots` are arguments of
-    the family's own. `row_bytes` is what a row adds to the working set, `scratch_per_row` what it needs of scratch.
+    ("a", "b", outputs, epilogue inputs). The reduction has `depth` elements, in `segments` of `inner`; where it is
+    split because it is long, in `split_segments`. `packs`: the second operand is packed by the tasks. `slots` are
+    arguments of the family's own. `row_bytes` is what a row adds to the working set, `scratch_per_row` what it needs
+    of scratch.
     """
 
     dtype: DType
@@ -218,8 +229,9 @@ def launches(
     context: Context,
     concurrent: bool = False,
 ) -> list[Launch]:
-    """One launch per part, side by side. `make(part, split, batched, epilogue)` gives the kernel, `move_second(part, panels
-    before it)` the bytes from the start of the second operand to that part. `concurrent`: beside what was launched before."""
+    """One launch per part, side by side. `make(part, split, batched, epilogue)` gives the kernel, `move_second(part,
+    bytes before it)` the bytes from the start of the second operand to that part. `concurrent`: beside the launch
+    before."""
     *batch, rows = product.sizes
     batches = prod(batch)
     itemsize = product.dtype.itemsize
@@ -243,6 +255,8 @@ def launches(
             chunks = chunks if batches * part.count < context.threads else 1
             groups = max(groups, min(part.count, -(-part.count * panel_bytes // PANEL_CACHE_BYTES)))
         block = max(1, ROWS_CACHE_BYTES // max(1, product.row_bytes) // tile) * tile
+        if part.count == 1:
+            block = min(block, _TILES_OF_ONE_PANEL * tile)
         block = min(block, -(-rows // chunks))
         tiles = -(-block // tile)
         patches = _aligned(tiles * segments * tile * 8)

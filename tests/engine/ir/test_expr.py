@@ -46,6 +46,16 @@ def test_a_deep_shared_chain_stays_linear() -> None:
     assert ex.arguments(ex.substitute(root, {0: Y})) == (1,)
 
 
+def test_deep_shared_chains_compare_and_print_quickly() -> None:
+    a: ex.Expr = X
+    b: ex.Expr = ex.Arg(0, DType.F32)
+    for _ in range(2000):
+        a, b = ex.apply(PointOp.ADD, a, a), ex.apply(PointOp.ADD, b, b)
+    assert a == b
+    assert a != ex.apply(PointOp.ADD, b, b)
+    assert len(ex.to_text(a)) < 10_000
+
+
 def test_comparisons_are_bool_and_where_takes_its_branches_type() -> None:
     condition = ex.apply(PointOp.LT, X, Y)
     assert condition.dtype is DType.BOOL

@@ -100,7 +100,9 @@ def test_relu6_is_a_clamp() -> None:
 
 
 def test_a_product_with_another_factor_keeps_it() -> None:
-    text = "(double[n,17] x, double[n,17] w) => (double[n,17] y) { a = Mul(x, rsqrt2) e = Erf(a) f = Add(e, one)" \
+    text = (
+        "(double[n,17] x, double[n,17] w) => (double[n,17] y) { a = Mul(x, rsqrt2) e = Erf(a) f = Add(e, one)"
         " y = Mul(w, f) }"
+    )
     graph = check(model(text, CONSTANTS), {**FEEDS, "w": random(4, 17, seed=5)}, tolerance=TOLERANCE)
     assert kinds(graph) == {"Pointwise": 1}

@@ -120,13 +120,13 @@ def test_padding_node_becomes_the_padding() -> None:
     assert kinds(check(model(positive, values), IMAGE)) == {"Pool": 1, "Pointwise": 1}
 
 
-@pytest.mark.parametrize("pad", ["p = Pad(x, pads, one)", "p = Pad(x, channels, zero)", 'p = Pad<mode="edge">(x, pads)'])
+@pytest.mark.parametrize("pad", ["Pad(x, pads, one)", "Pad(x, channels, zero)", 'Pad<mode="edge">(x, pads)'])
 def test_other_paddings_stay(pad: str) -> None:
     values = weights(5) | {"pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]), "zero": np.array(0.0), "one": np.array(1.0),
                            "channels": np.array([0, 1, 0, 0, 0, 0, 0, 0])}  # fmt: skip
     channels = 5 if "channels" in pad else 4
     values["k"] = random(5, channels, 3, 3)
-    graph = check(model(f"(double[n,4,6,6] x) => (double[n,5,h,w] y) {{ {pad} y = Conv(p, k) }}", values), IMAGE)
+    graph = check(model(f"(double[n,4,6,6] x) => (double[n,5,h,w] y) {{ p = {pad} y = Conv(p, k) }}", values), IMAGE)
     assert kinds(graph) == {"Pad": 1, "Conv": 1}
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
 from engine.ir import ops
+from engine.ir.graph import Graph
 from tests.engine.passes.toolkit import Arrays, check, kinds, model, only, random, views
 
 B, S, HEADS, D = 2, 5, 3, 4
@@ -31,7 +34,8 @@ WEIGHTS = {
     "zero": np.array(0.0),
     "one": np.array(1.0),
     "ones12": np.array([1, 2]),
-    "a1": np.array([1]),
+    "rank3": np.array([-1, S, D]),
+    "rank4": np.array([B, HEADS, D, S]),
 }
 PROJECT = """pq = MatMul(x, wq) pk = MatMul(x, wk) pv = MatMul(x, wv) cq = Reshape(pq, cut) ck = Reshape(pk, cut)
     cv = Reshape(pv, cut) q = Transpose<perm=[0,2,1,3]>(cq) v = Transpose<perm=[0,2,1,3]>(cv) """
@@ -60,6 +64,9 @@ SPELLINGS = {
     " kt = Transpose<perm=[0,1,3,2]>(ks) t = MatMul(q, kt) " + SOFTMAX + VALUES + MERGE,
     "no scale": PROJECT + KEYS + "t = MatMul(q, kt) " + SOFTMAX + VALUES + MERGE,
     "k transposed in two steps": PROJECT + KEYS_IN_TWO_STEPS + SCORES + "t = Mul(s, scale) " + SOFTMAX + VALUES + MERGE,
+    "k transposed in rank three": PROJECT + "k = Transpose<perm=[0,2,1,3]>(ck) k3 = Reshape(k, rank3)"
+    " t3 = Transpose<perm=[0,2,1]>(k3) kt = Reshape(t3, rank4) qs = Mul(q, fourth_root) ks = Mul(kt, fourth_root)"
+    " t = MatMul(qs, ks) " + SOFTMAX + VALUES + MERGE,
     "additive mask": PROJECT + KEYS + ADDITIVE + SCORES + "u = Div(s, root) t = Add(u, bias) " + SOFTMAX + VALUES
     + MERGE,
     "additive mask first": PROJECT + KEYS + ADDITIVE + SCORES + "u = Div(s, root) t = Add(bias, u) " + SOFTMAX + VALUES
@@ -108,7 +115,7 @@ def test_one_attention_node(spelling: str) -> None:
     assert only(graph, ops.Attention).output.order == (0, 2, 1, 3)
 
 
-def _read_inputs(graph: ops.Op) -> set[str]:
+def _read_inputs(graph: Graph) -> set[str]:
     return {value.name.split("#")[0] for node in graph.nodes for value in node.inputs}
 
 
@@ -213,8 +220,6 @@ def test_layers_share_one_mask() -> None:
 
 
 def _renamed(text: str, old: str, new: str) -> str:
-    import re
-
     return re.sub(rf"\b{old}\b", new, text)
 
 
@@ -249,3 +254,41 @@ def test_causal_mask_from_a_constant() -> None:
     weights = WEIGHTS | {"tril": np.tril(np.ones((1, 1, 16, 16), np.uint8))}
     graph = check(model(text, weights), {"x": random(B, S, H, seed=9)})
     assert kinds(graph)["Attention"] == 1
+
+
+def test_packed_projection_of_torch_multihead_attention() -> None:
+    heads = """ {0} = Gather<axis=0>(sq, i{1}) {0}2 = Reshape({0}, rows) {0}3 = Transpose<perm=[1,0,2]>({0}2)
+        {0}4 = Reshape({0}3, cut_heads)"""
+    text = f"""(double[5,2,{H}] x) => (double[5,2,{H}] y) {{ f = MatMul(x, wqkv) g = Add(f, bqkv) r = Reshape(g, three)
+        u = Unsqueeze(r, a0) t = Transpose<perm=[3,1,2,0,4]>(u) sq = Squeeze(t, a3)
+        {heads.format("q", 0)} {heads.format("k", 1)} {heads.format("v", 2)} kt = Transpose<perm=[0,1,3,2]>(k4)
+        qs = Mul(q4, fourth_root) ks = Mul(kt, fourth_root) s = MatMul(qs, ks) p = Softmax<axis=-1>(s)
+        o = MatMul(p, v4) ot = Transpose<perm=[2,0,1,3]>(o) o2 = Reshape(ot, flat) z = Gemm<transB=1>(o2, wq, bq)
+        z3 = Reshape(z, back) y = Add(x, z3) }}"""
+    weights = WEIGHTS | {
+        "three": np.array([5, 2, 3, H]), "a0": np.array([0]), "a3": np.array([3]), "bqkv": random(3 * H, seed=8),
+        "i0": np.array(0), "i1": np.array(1), "i2": np.array(2), "rows": np.array([5, 2 * HEADS, D]),
+        "cut_heads": np.array([2, HEADS, 5, D]), "flat": np.array([10, H]), "back": np.array([5, 2, H]),
+    }  # fmt: skip
+    graph = check(model(text, weights), {"x": random(5, 2, H, seed=9)})
+    assert kinds(graph) == {"Gemm": 2, "Attention": 1}
+    assert only(graph, ops.Attention).output.order == (2, 0, 1, 3)
+
+
+def test_block_of_a_causal_language_model() -> None:
+    text = f"""(double[b,5,{H}] x) => (double[b,5,{H}] y) {{ n = LayerNormalization(x, bq, bk) n2 = Reshape(n, flat)
+        f = Gemm(n2, wqkv, bqkv) f3 = Reshape(f, wide) pq, pk, pv = Split<axis=-1, num_outputs=3>(f3)
+        cq = Reshape(pq, cut) ck = Reshape(pk, cut) cv = Reshape(pv, cut) q = Transpose<perm=[0,2,1,3]>(cq)
+        v = Transpose<perm=[0,2,1,3]>(cv) {KEYS} {SCORES} u = Div(s, root) t = Where(tril, u, lowest)
+        {SOFTMAX} {VALUES} ot = Transpose<perm=[0,2,1,3]>(o) o2 = Reshape(ot, flat) z = Gemm(o2, wq, bq)
+        z3 = Reshape(z, back) y = Add(z3, x) }}"""
+    weights = WEIGHTS | {
+        "flat": np.array([-1, H]), "wide": np.array([-1, 5, 3 * H]), "back": np.array([-1, 5, H]),
+        "bqkv": random(3 * H, seed=8), "tril": np.tril(np.ones((1, 1, 5, 5), np.bool_)),
+    }  # fmt: skip
+    graph = check(model(text, weights), {"x": random(B, 5, H, seed=9)}, tolerance=1e-6)
+    assert kinds(graph) == {"Norm": 1, "Gemm": 2, "Attention": 1}
+    op = only(graph, ops.Attention).op
+    assert isinstance(op, ops.Attention)
+    assert op.causal
+    assert not op.has_bias

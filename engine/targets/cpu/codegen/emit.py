@@ -29,16 +29,22 @@ class Value:
 Int = Value | int
 
 _ELEMENT = {
-    DType.F64: "double", DType.F32: "float", DType.F16: "half", DType.BF16: "bfloat",
+    DType.F64: "double", DType.F32: "float", DType.F16: "float", DType.BF16: "float",
     DType.I64: "i64", DType.I32: "i32", DType.I16: "i16", DType.I8: "i8",
     DType.U64: "i64", DType.U32: "i32", DType.U16: "i16", DType.U8: "i8", DType.BOOL: "i1",
 }  # fmt: skip
-_FLOATS = frozenset({"float", "double", "half", "bfloat"})
+_MEMORY = {DType.F16: "i16", DType.BF16: "i16", DType.BOOL: "i8"}
+_FLOATS = frozenset({"float", "double"})
 
 
 def element_type(dtype: DType) -> str:
-    """The LLVM type of one element in a register (a bool is an i1; in memory it is a byte)."""
+    """The LLVM type of one element in a register: a bool is an i1, 16-bit floats are computed in float32."""
     return _ELEMENT[dtype]
+
+
+def memory_type(dtype: DType) -> str:
+    """The LLVM type in which one element is loaded and stored."""
+    return _MEMORY.get(dtype) or _ELEMENT[dtype]
 
 
 def vector_type(element: str, lanes: int) -> str:
@@ -68,7 +74,7 @@ def _mangled(type_: str) -> str:
     """The suffix that intrinsics carry for a type: v16f32, i64, p0…"""
     if type_ == "ptr":
         return "p0"
-    short = {"float": "f32", "double": "f64", "half": "f16", "bfloat": "bf16"}
+    short = {"float": "f32", "double": "f64"}
     scalar = scalar_of(type_)
     lanes = lanes_of(type_)
     return (f"v{lanes}" if lanes else "") + short.get(scalar, scalar)
@@ -81,21 +87,12 @@ def _literal(value: float | int | bool, type_: str) -> str:
         number = float(value)
         if scalar == "float":
             number = struct.unpack("f", struct.pack("f", number))[0] if abs(number) != float("inf") else number
-        if scalar in ("half", "bfloat"):
-            text = f"0x{'H' if scalar == 'half' else 'R'}{_narrow_bits(number, scalar):04X}"
-        else:
-            text = f"0x{struct.unpack('<Q', struct.pack('<d', number))[0]:016X}"
+        text = f"0x{struct.unpack('<Q', struct.pack('<d', number))[0]:016X}"
     elif scalar == "i1":
         text = "true" if value else "false"
     else:
         text = str(int(value))
     return f"splat ({scalar} {text})" if lanes_of(type_) else text
-
-
-def _narrow_bits(number: float, scalar: str) -> int:
-    if scalar == "half":
-        return int(struct.unpack("<H", struct.pack("<e", number))[0])
-    return int(DType.BF16.numpy.type(number).view("uint16"))
 
 
 class Module:
@@ -311,7 +308,7 @@ class Builder:
 
     def load_elements(self, dtype: DType, lanes: int, pointer: Value, mask: Value | None = None) -> Value:
         """`lanes` consecutive elements (0: a scalar) in registers; masked lanes read as zero and touch no memory."""
-        type_ = vector_type("i8" if dtype is DType.BOOL else element_type(dtype), lanes)
+        type_ = vector_type(memory_type(dtype), lanes)
         if mask is None:
             value = self.load(type_, pointer, dtype.itemsize)
         else:
@@ -319,21 +316,87 @@ class Builder:
                 "llvm.masked.load", type_, pointer, Value(str(dtype.itemsize), "i32"), mask,
                 Value("zeroinitializer", type_), overload=[type_, "ptr"],
             )  # fmt: skip
-        if dtype is DType.BOOL:
-            zero = _literal(0, type_)
-            return self.emit(f"icmp ne {type_} {value.text}, {zero}", vector_type("i1", lanes))
-        return value
+        return self.decode(dtype, value)
 
     def store_elements(self, dtype: DType, value: Value, pointer: Value, mask: Value | None = None) -> None:
         """Store register values as elements of `dtype`; masked lanes touch no memory."""
-        if dtype is DType.BOOL:
-            wide = vector_type("i8", lanes_of(value.type))
-            value = self.emit(f"zext {value.type} {value.text} to {wide}", wide)
+        value = self.encode(dtype, value)
         if mask is None:
             self.store(value, pointer, dtype.itemsize)
             return
         self.intrinsic("llvm.masked.store", "void", value, pointer, Value(str(dtype.itemsize), "i32"), mask,
                        overload=[value.type, "ptr"])  # fmt: skip
+
+    def decode(self, dtype: DType, value: Value) -> Value:
+        """What a register holds for elements of `dtype` as they were in memory."""
+        if dtype is DType.BOOL:
+            return self.compare("ne", value, self.const(0, value.type))
+        if dtype is DType.BF16:
+            return self.convert("bitcast", self._shifted(self._widened(value), "shl", 16), self._float_of(value))
+        if dtype is not DType.F16:
+            return value
+        if self.isa.fma:
+            half = self.convert("bitcast", value, vector_type("half", lanes_of(value.type)))
+            return self.convert("fpext", half, self._float_of(value))
+        # Without the instruction LLVM would call a function that is not there: shift exponent and mantissa into place.
+        bits = self._widened(value)
+        magnitude = self._shifted(self._masked(bits, 0x7FFF), "shl", 13)
+        scaled = self.convert("bitcast", magnitude, self._float_of(value))
+        scaled = self.binary("fmul", scaled, self.const(2.0**112, scaled.type))
+        result = self.convert("bitcast", scaled, bits.type)
+        special = self.compare("uge", self._masked(bits, 0x7FFF), self.const(0x7C00, bits.type))
+        infinite = self.binary("or", magnitude, self.const(0x7F800000, bits.type))
+        sign = self._shifted(self._masked(bits, 0x8000), "shl", 16)
+        result = self.binary("or", self.select(special, infinite, result), sign)
+        return self.convert("bitcast", result, self._float_of(value))
+
+    def encode(self, dtype: DType, value: Value) -> Value:
+        """What memory holds for a register value stored as `dtype`; floats are rounded to nearest, ties to even."""
+        lanes = lanes_of(value.type)
+        stored = vector_type(memory_type(dtype), lanes)
+        if dtype is DType.BOOL:
+            return self.convert("zext", value, stored)
+        if dtype not in (DType.F16, DType.BF16):
+            return value
+        if dtype is DType.F16 and self.isa.fma:
+            return self.convert("bitcast", self.convert("fptrunc", value, vector_type("half", lanes)), stored)
+        bits = self.convert("bitcast", value, vector_type("i32", lanes))
+        result = self._half_bits(value, bits) if dtype is DType.F16 else self._bfloat_bits(value, bits)
+        return self.convert("trunc", result, stored)
+
+    def _bfloat_bits(self, value: Value, bits: Value) -> Value:
+        rounded = self.binary("add", bits, self.const(0x7FFF, bits.type))
+        rounded = self.binary("add", rounded, self._masked(self._shifted(bits, "lshr", 16), 1))
+        quiet = self.binary("or", bits, self.const(0x400000, bits.type))
+        return self._shifted(self.select(self.fcmp("uno", value, value), quiet, rounded), "lshr", 16)
+
+    def _half_bits(self, value: Value, bits: Value) -> Value:
+        magnitude = self._masked(bits, 0x7FFFFFFF)
+        sign = self._masked(self._shifted(bits, "lshr", 16), 0x8000)
+        # Rebiased by 112 and rounded; a number below the least normal one is aligned by adding ½ instead.
+        rounded = self.binary("add", magnitude, self.const((-112 << 23) + 0xFFF, bits.type))
+        rounded = self.binary("add", rounded, self._masked(self._shifted(bits, "lshr", 13), 1))
+        rounded = self._shifted(rounded, "lshr", 13)
+        absolute = self.convert("bitcast", magnitude, value.type)
+        aligned = self.convert("bitcast", self.binary("fadd", absolute, self.const(0.5, value.type)), bits.type)
+        tiny = self.compare("ult", magnitude, self.const(0x38800000, bits.type))
+        rounded = self.select(tiny, self.binary("sub", aligned, self.const(0x3F000000, bits.type)), rounded)
+        large = self.compare("uge", magnitude, self.const(0x47800000, bits.type))
+        rounded = self.select(large, self.const(0x7C00, bits.type), rounded)
+        rounded = self.select(self.fcmp("uno", value, value), self.const(0x7E00, bits.type), rounded)
+        return self.binary("or", rounded, sign)
+
+    def _widened(self, value: Value) -> Value:
+        return self.convert("zext", value, vector_type("i32", lanes_of(value.type)))
+
+    def _float_of(self, value: Value) -> str:
+        return vector_type("float", lanes_of(value.type))
+
+    def _masked(self, value: Value, mask: int) -> Value:
+        return self.binary("and", value, self.const(mask, value.type))
+
+    def _shifted(self, value: Value, op: str, count: int) -> Value:
+        return self.binary(op, value, self.const(count, value.type))
 
     def load_splat(self, dtype: DType, lanes: int, pointer: Value) -> Value:
         """One element repeated over the lanes."""

@@ -43,9 +43,11 @@ ENTRY_FUNCTION, ENTRY_ARGS, ENTRY_TASKS, ENTRY_GROUP, ENTRY_GROUP_TASKS, ENTRY_G
 ENTRY_STEP, ENTRY_STEP_END = range(48, 64, 8)
 ENTRY_BYTES = LINE
 
-# Counters: per launch one line for the finished tasks, then one per thread for the tasks taken from its share.
+# Counters: per launch one line for the finished tasks of its group and the time when they were (`STAMP`), then one per
+# thread for the tasks taken from its share.
 # Statistics: per step two words, runs and nanoseconds.
 
+STAMP = 8
 _OPEN = 1 << 40
 _SPIN_NANOSECONDS = 60_000  # about the price of sleeping and being woken
 _CLOCK_MONOTONIC = 6 if sys.platform == "darwin" else 1
@@ -69,6 +71,8 @@ class RunCode(Code):
             counters = b.load("ptr", b.offset(job, JOB_COUNTERS), 8)
             b.loop(0, b.mul(lines, LINE), LINE, lambda i, _: b.store(b.i64(0), b.offset(counters, i), 8))
             state = b.offset(pool, POOL_STATE)
+            clock = b.stack(16, 16)
+            start = b.i64(_now(b, clock))
 
             def with_workers() -> None:
                 b.store(job, b.offset(pool, POOL_JOB), 8)
@@ -86,6 +90,7 @@ class RunCode(Code):
                 b.call_local("wait_for", "void", pool, state, b.i64(0))
 
             b.branch(alone, lambda: None, close)
+            _account(b, job, start)
 
         module.function(self.symbol, [("pool", "ptr"), ("job", "ptr")], run)
         return module.text()
@@ -223,14 +228,13 @@ def _define_execute(module: Module) -> None:
         def field(name: int, type_: str = "i64") -> Value:
             return b.load(type_, b.offset(job, name), 8)
 
-        program, counters, statistics = (field(f, "ptr") for f in (JOB_PROGRAM, JOB_COUNTERS, JOB_STATISTICS))
+        program, counters = field(JOB_PROGRAM, "ptr"), field(JOB_COUNTERS, "ptr")
         threads, count = field(JOB_THREADS), field(JOB_COUNT)
         scratch = b.offset(field(JOB_SCRATCH, "ptr"), b.mul(me, field(JOB_SCRATCH_STRIDE)))
         clock = b.stack(16, 16)
         counter_stride = b.mul(b.add(threads, 1), LINE)
-        is_caller = b.compare("eq", me, 0)
 
-        def launch(i: Value, carried: list[Value]) -> list[Value]:
+        def launch(i: Value, _: list[Value]) -> None:
             entry = b.offset(program, b.mul(i, ENTRY_BYTES))
 
             def of(name: int, type_: str = "i64") -> Value:
@@ -267,27 +271,50 @@ def _define_execute(module: Module) -> None:
             total = of(ENTRY_GROUP_TASKS)
 
             def account() -> None:
+                now = b.i64(_now(b, clock))
                 complete = b.compare("eq", b.add(b.atomic_add(finished, mine), mine), total)
-                b.branch(complete, lambda: _wake(b, pool))
+
+                def completed() -> None:
+                    b.store(now, b.offset(finished, STAMP), 8)
+                    _wake(b, pool)
+
+                b.branch(complete, completed)
 
             b.branch(b.compare("ne", mine, 0), account)
+            last = b.compare("ne", of(ENTRY_GROUP_END), 0)
+            b.branch(last, lambda: _discard(b.call_local("wait_for", "void", pool, finished, total)))
 
-            def end_of_group() -> list[Value]:
-                b.call_local("wait_for", "void", pool, finished, total)
-
-                def stamp() -> list[Value]:
-                    now = b.i64(_now(b, clock))
-                    row = b.offset(statistics, b.mul(of(ENTRY_STEP), 16))
-                    spent = b.offset(row, 8)
-                    b.store(b.i64(b.add(b.load("i64", row, 8), of(ENTRY_STEP_END))), row, 8)
-                    b.store(b.i64(b.add(b.load("i64", spent, 8), b.sub(now, carried[0]))), spent, 8)
-                    return [now]
-
-                return b.branch(is_caller, stamp, lambda: [carried[0]])
-
-            return b.branch(b.compare("ne", of(ENTRY_GROUP_END), 0), end_of_group, lambda: [carried[0]])
-
-        start = b.branch(is_caller, lambda: [b.i64(_now(b, clock))], lambda: [b.i64(0)])
-        b.loop(0, count, 1, launch, start)
+        b.loop(0, count, 1, launch)
 
     module.function("execute", [("pool", "ptr"), ("job", "ptr"), ("me", "i64")], build, local=True)
+
+
+def _account(b: Builder, job: Value, start: Value) -> None:
+    """Add what the run took to the statistics of each step: from the end of the group before to the end of its own.
+
+    Whoever finishes a group stamps it: the caller itself may be late, having lost its core while others worked. Runs
+    after all threads have left the program, so that the stamps are there.
+    """
+    program, counters, statistics = (
+        b.load("ptr", b.offset(job, f), 8) for f in (JOB_PROGRAM, JOB_COUNTERS, JOB_STATISTICS)
+    )
+    stride = b.mul(b.add(b.load("i64", b.offset(job, JOB_THREADS), 8), 1), LINE)
+
+    def launch(i: Value, carried: list[Value]) -> list[Value]:
+        entry = b.offset(program, b.mul(i, ENTRY_BYTES))
+
+        def of(name: int) -> Value:
+            return b.load("i64", b.offset(entry, name), 8)
+
+        def group() -> list[Value]:
+            stamp = b.load("i64", b.offset(counters, b.add(b.mul(of(ENTRY_GROUP), stride), STAMP)), 8)
+            end = b.i64(b.smax(stamp, carried[0]))  # no stamp, 0, where there was no task
+            row = b.offset(statistics, b.mul(of(ENTRY_STEP), 16))
+            spent = b.offset(row, 8)
+            b.store(b.i64(b.add(b.load("i64", row, 8), of(ENTRY_STEP_END))), row, 8)
+            b.store(b.i64(b.add(b.load("i64", spent, 8), b.sub(end, carried[0]))), spent, 8)
+            return [end]
+
+        return b.branch(b.compare("ne", of(ENTRY_GROUP_END), 0), group, lambda: [carried[0]])
+
+    b.loop(0, b.load("i64", b.offset(job, JOB_COUNT), 8), 1, launch, [start])

@@ -13,11 +13,17 @@ from engine.errors import UnsupportedOp
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.expr import PointOp
-from engine.targets.cpu.codegen.emit import Builder, Value, element_type, lanes_of, scalar_of, vector_type
+from engine.targets.cpu.codegen.emit import Builder, Value, element_type, scalar_of, vector_type
 from engine.targets.cpu.codegen.vector_math import VectorMath, by_lane
 
 _HALVES = frozenset({DType.F16, DType.BF16})
-_FLOAT_BINARY = {PointOp.ADD: "fadd", PointOp.SUB: "fsub", PointOp.MUL: "fmul", PointOp.DIV: "fdiv", PointOp.FMOD: "frem"}
+_FLOAT_BINARY = {
+    PointOp.ADD: "fadd",
+    PointOp.SUB: "fsub",
+    PointOp.MUL: "fmul",
+    PointOp.DIV: "fdiv",
+    PointOp.FMOD: "frem",
+}
 _INT_BINARY = {
     PointOp.ADD: "add", PointOp.SUB: "sub", PointOp.MUL: "mul", PointOp.BITAND: "and", PointOp.BITOR: "or",
     PointOp.BITXOR: "xor", PointOp.AND: "and", PointOp.OR: "or", PointOp.XOR: "xor",
@@ -49,54 +55,26 @@ def lower(
     """The values of `roots` for `lanes` neighbouring elements (0: one element as a scalar).
 
     `load_arg(i)` gives the register value of `Arg(i)` (called at most once for each i), `acc` that of `Acc`. Register
-    types are those of `element_type`: a bool is an i1. Sub-expressions that are shared are computed once.
+    types are those of `element_type`. Sub-expressions that are shared are computed once.
     """
     lowering = _Lowering(builder, lanes)
     done: dict[ex.Expr, Value] = {}
     for node in ex.walk(*roots):
         if isinstance(node, ex.Arg):
-            done[node] = widen(builder, load_arg(node.index))
+            done[node] = load_arg(node.index)
         elif isinstance(node, ex.Acc):
             assert acc is not None
-            done[node] = widen(builder, acc)
+            done[node] = acc
         elif isinstance(node, ex.Const):
             done[node] = builder.const(node.value, lowering.type_of(node.dtype))
         else:
             done[node] = lowering.apply(node, [done[arg] for arg in node.args])
-    return [narrow(builder, done[root], root.dtype) for root in roots]
+    return [done[root] for root in roots]
 
 
 def working_dtype(dtype: DType) -> DType:
     """The dtype in which elements of `dtype` are computed."""
     return DType.F32 if dtype in _HALVES else dtype
-
-
-def widen(b: Builder, value: Value) -> Value:
-    """A 16-bit float as float32; any other value as it is."""
-    scalar, lanes = scalar_of(value.type), lanes_of(value.type)
-    if scalar == "half":
-        return b.convert("fpext", value, vector_type("float", lanes))
-    if scalar == "bfloat":
-        bits = b.convert("zext", b.convert("bitcast", value, vector_type("i16", lanes)), vector_type("i32", lanes))
-        return b.convert("bitcast", b.binary("shl", bits, b.const(16, bits.type)), vector_type("float", lanes))
-    return value
-
-
-def narrow(b: Builder, value: Value, dtype: DType) -> Value:
-    """A float32 rounded to nearest, ties to even, to `dtype` where that is a 16-bit float; else as it is."""
-    lanes = lanes_of(value.type)
-    if dtype is DType.F16 and scalar_of(value.type) == "float":
-        return b.convert("fptrunc", value, vector_type("half", lanes))
-    if dtype is DType.BF16 and scalar_of(value.type) == "float":
-        # In integers: LLVM would call a library function that is not there on processors without the instruction.
-        bits = b.convert("bitcast", value, vector_type("i32", lanes))
-        constant = lambda n: b.const(n, bits.type)  # noqa: E731
-        odd = b.binary("and", b.binary("lshr", bits, constant(16)), constant(1))
-        rounded = b.binary("add", bits, b.binary("add", odd, constant(0x7FFF)))
-        rounded = b.select(b.fcmp("uno", value, value), b.binary("or", bits, constant(0x400000)), rounded)
-        half = b.convert("trunc", b.binary("lshr", rounded, constant(16)), vector_type("i16", lanes))
-        return b.convert("bitcast", half, vector_type("bfloat", lanes))
-    return value
 
 
 class _Lowering:
@@ -120,7 +98,9 @@ class _Lowering:
             return self._compare(node.op, operands, source)
         result = self._float(node, operands) if source.is_float else self._integer(node.op, operands, source)
         if result is None:
-            raise UnsupportedOp(f"{node.op.value} on {source.value} has no meaning, so the CPU target has no code for it")
+            raise UnsupportedOp(
+                f"{node.op.value} on {source.value} has no meaning, so the CPU target has no code for it"
+            )
         return result
 
     # --- floats -----------------------------------------------------------------------------------------------------
@@ -287,7 +267,7 @@ class _Lowering:
             return self._cast_float(x, target)
         if target.is_float:
             result = b.convert("sitofp" if source.is_signed else "uitofp", x, type_)
-            return widen(b, narrow(b, result, target))
+            return b.decode(target, b.encode(target, result))
         if target.itemsize > source.itemsize or source is DType.BOOL:
             return b.convert("sext" if source.is_signed else "zext", x, type_)
         return b.convert("trunc", x, type_) if target.itemsize < source.itemsize else x
@@ -298,7 +278,7 @@ class _Lowering:
             return x if x.type == type_ else b.convert("fpext", x, type_)
         if target.is_float:
             value = x if x.type == type_ else b.convert("fptrunc", x, type_)
-            return widen(b, narrow(b, value, target))
+            return b.decode(target, b.encode(target, value))
         if target is DType.U64:
             # Negative numbers wrap as in C and NumPy; the unsigned conversion alone has no meaning for them.
             signed = b.convert("fptosi", x, type_)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from engine.ir.dtype import DType
-from engine.targets.cpu.codegen.emit import Builder, Int, Value, element_type, scalar_of, vector_type
+from engine.targets.cpu.codegen.emit import Builder, Int, Value, element_type, memory_type, vector_type
 from engine.targets.cpu.kernel import KernelBuilder
 
 
@@ -46,10 +46,15 @@ class Cursor:
 
 
 def operand_parameters(name: str, access: Access, rank: int) -> tuple[str, ...]:
-    """The argument slots of an operand: addresses and byte strides; of a table also its number of rows and row stride."""
+    """The argument slots of an operand: addresses and byte strides; of a table also its rows and their stride."""
     slots = [name, *(f"{name}.stride{axis}" for axis in range(rank))]
     if access.index is not None:
-        slots += [f"{name}.index", *(f"{name}.index_stride{axis}" for axis in range(rank)), f"{name}.rows", f"{name}.row"]
+        slots += [
+            f"{name}.index",
+            *(f"{name}.index_stride{axis}" for axis in range(rank)),
+            f"{name}.rows",
+            f"{name}.row",
+        ]
     return tuple(slots)
 
 
@@ -84,17 +89,19 @@ class Operand:
         return Row(self, cursor, lanes)
 
     def checked(self, index: Value, mask: Value | None) -> Value:
-        """Indices (i64, scalar or vector) with negative ones counted from the end; 0 and a raised status if out of range."""
+        """Indices (i64, scalar or vector), negative ones counted from the end; out of range: 0 and a raised status."""
         b = self.b
         lanes_type = index.type
         is_vector = lanes_type != "i64"
         rows = b.splat(self.rows, _lanes(lanes_type))
         zero = b.const(0, lanes_type)
-        index = b.select(b.compare("slt", index, zero), b.emit(f"add {lanes_type} {index.text}, {rows.text}", lanes_type), index)
+        index = b.select(
+            b.compare("slt", index, zero), b.emit(f"add {lanes_type} {index.text}, {rows.text}", lanes_type), index
+        )
         bad = b.compare("uge", index, rows)
         if mask is not None:
             bad = b.binary("and", bad, mask)
-        b.branch(b.reduce("or", bad) if is_vector else bad, lambda: self._raise())
+        b.branch(b.reduce("or", bad) if is_vector else bad, self._raise)
         return b.select(bad, zero, index)
 
     def _raise(self) -> None:
@@ -113,7 +120,9 @@ class Row:
         access = operand.access
         if access.index is not None and access.index_walk is Walk.FIXED:
             assert cursor.index is not None
-            index = operand.checked(_as_i64(self.b, self.b.load(element_type(access.index), cursor.index), access.index), None)
+            index = operand.checked(
+                _as_i64(self.b, self.b.load(element_type(access.index), cursor.index), access.index), None
+            )
             self._pointer = self.b.offset(self._pointer, self.b.mul(index, operand.row_stride))
             self._index = None
         self._fixed: Value | None = None
@@ -128,7 +137,9 @@ class Row:
         if self._fixed is not None:
             return self._fixed
         if access.walk is Walk.UNIT:
-            return self.b.load_elements(access.dtype, self.lanes, self.b.at(self._pointer, i, access.dtype.itemsize), mask)
+            return self.b.load_elements(
+                access.dtype, self.lanes, self.b.at(self._pointer, i, access.dtype.itemsize), mask
+            )
         return load_gathered(self.b, access.dtype, self._strided(i), self.lanes, mask)
 
     def store(self, i: Int, value: Value, mask: Value | None = None) -> None:
@@ -146,7 +157,8 @@ class Row:
     def _addresses(self, i: Int, mask: Value | None) -> Value:
         """One address per lane of a table whose index varies along the vector axis."""
         b, operand, dtype = self.b, self.operand, self.operand.access.index
-        assert dtype is not None and self._index is not None
+        assert dtype is not None
+        assert self._index is not None
         stride = operand.index_strides[-1]
         place = b.offset(self._index, b.mul(i, stride))
         if operand.access.index_walk is Walk.UNIT:
@@ -186,24 +198,16 @@ def _all(lanes: int) -> Value:
 
 def load_gathered(b: Builder, dtype: DType, pointers: Value, lanes: int, mask: Value | None) -> Value:
     """One element from each address; masked lanes are zero and touch no memory."""
-    memory = "i8" if dtype is DType.BOOL else element_type(dtype)
-    # 16-bit floats are moved as integers: there is no gather of them on any processor, and LLVM does not split them well.
-    raw = {"half": "i16", "bfloat": "i16"}.get(memory, memory)
-    type_ = vector_type(raw, lanes)
+    type_ = vector_type(memory_type(dtype), lanes)
     value = b.intrinsic("llvm.masked.gather", type_, pointers, Value(str(dtype.itemsize), "i32"), mask or _all(lanes),
                         Value("zeroinitializer", type_), overload=[type_, pointers.type])  # fmt: skip
-    if dtype is DType.BOOL:
-        return b.compare("ne", value, b.const(0, type_))
-    return value if raw == memory else b.convert("bitcast", value, vector_type(memory, lanes))
+    return b.decode(dtype, value)
 
 
 def store_scattered(b: Builder, dtype: DType, value: Value, pointers: Value, mask: Value | None) -> None:
     """One element to each address; masked lanes touch no memory."""
+    value = b.encode(dtype, value)
     lanes = _lanes(value.type)
-    if dtype is DType.BOOL:
-        value = b.convert("zext", value, vector_type("i8", lanes))
-    elif scalar_of(value.type) in ("half", "bfloat"):
-        value = b.convert("bitcast", value, vector_type("i16", lanes))
     b.intrinsic("llvm.masked.scatter", "void", value, pointers, Value(str(dtype.itemsize), "i32"), mask or _all(lanes),
                 overload=[value.type, pointers.type])  # fmt: skip
 

@@ -1,9 +1,8 @@
 """Loops over a space of which some axes are reduced: what norms, softmaxes and reductions are written with.
 
-The axes are, from the outermost: kept ones, reduced ones, and the vector axis, which is either reduced (`Along.ROWS`: lanes
-are combined at the end) or kept (`Along.COLUMNS`: each lane is a result of its own, e.g. channels in a mean over pixels).
-`fold` reduces, `each` visits every element once more. Sums are blocked: short runs are added up on their own and then to
-the total, so that the error grows with the square root of the length at worst.
+The axes are, from the outermost: kept ones, reduced ones, and the vector axis, which is either reduced (`Along.ROWS`:
+lanes are combined at the end) or kept (`Along.COLUMNS`: each lane is a result of its own, e.g. a channel in a mean over
+pixels). `fold` reduces, `sum` does so for floats without losing digits, `each` visits every element once more.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class Along(Enum):
 
 @dataclass(frozen=True)
 class Space:
-    """The compile-time shape of a sweep: how many axes are kept and reduced beside the vector axis, and its operands."""
+    """The compile-time shape of a sweep: how many axes are kept and reduced beside the vector axis; its operands."""
 
     along: Along
     kept: int
@@ -85,7 +84,7 @@ class Sweep:
         self._reads: Sequence[int] = ()
 
     def run(self, body: Callable[[], None]) -> None:
-        """`body` once for each group of results (in COLUMNS its code is written twice: for whole groups and for the rest)."""
+        """`body` once for each group of results (in COLUMNS its code is written twice: whole groups, and the rest)."""
         b = self.b
         per_task = b.integer("units_per_task")
         first = b.mul(b.task, per_task)
@@ -126,7 +125,7 @@ class Sweep:
 
     def sum(self, reads: Sequence[int], zero: Value, step: Callable[[Load, Value], Value]) -> list[Value]:
         """The sum of floats for each set. `step(load, partial)` adds a vector of elements of the operands `reads`. Runs
-        are short; their sums are added with Kahan's compensation ("Further remarks on reducing truncation errors", 1965).
+        are short, their sums added with compensation (Kahan, "Further remarks on reducing truncation errors", 1965).
         """
         b = self.b
 
@@ -146,14 +145,17 @@ class Sweep:
     def fold(
         self, reads: Sequence[int], identity: Sequence[Value], step: Step, combine: Combine, join: Combine | None = None
     ) -> list[list[Value]]:
-        """Reduce: accumulators start as `identity`, `step(load, accumulators)` adds a vector of elements of the operands
-        `reads`, `combine` joins two lots of accumulators (`join` those of a run to the total). Returns those of each set;
-        in ROWS of one set, with the result in every lane."""
+        """Reduce: accumulators start as `identity`, `step(load, accumulators)` adds a vector of the operands
+        `reads`, `combine` joins two lots of accumulators (`join` those of a run to the total). Returns those of each
+        set; in ROWS of one set, with the result in every lane."""
         join = join or combine
         count = len(identity)
         self._reads = reads
         flat = self._descend(
-            0, self._cursors, list(identity) * self.sets, lambda cursors, totals: self._run(cursors, totals, identity, step, combine, join)
+            0,
+            self._cursors,
+            list(identity) * self.sets,
+            lambda cursors, totals: self._run(cursors, totals, identity, step, combine, join),
         )
         groups = [flat[i * count : (i + 1) * count] for i in range(self.sets)]
         if self.space.along is Along.ROWS:
@@ -178,8 +180,13 @@ class Sweep:
         )  # fmt: skip
 
     def _run(
-        self, cursors: list[Cursor], totals: list[Value], identity: Sequence[Value], step: Step,
-        combine: Combine, join: Combine,
+        self,
+        cursors: list[Cursor],
+        totals: list[Value],
+        identity: Sequence[Value],
+        step: Step,
+        combine: Combine,
+        join: Combine,
     ) -> list[Value]:
         """The innermost reduced axis, run by run."""
         b = self.b
@@ -258,7 +265,8 @@ class Sweep:
     # --- visits -----------------------------------------------------------------------------------------------------
 
     def each(self, body: Visit) -> None:
-        """`body(set, rows, i, mask)` for every vector of elements: `rows[j].load(i, mask)` reads operand j, `store` writes."""
+        """`body(set, rows, i, mask)` for every vector of elements: `rows[j].load(i, mask)` reads operand j, `store`
+        writes it."""
         b, everything = self.b, range(len(self.operands))
 
         def innermost(cursors: list[Cursor], _: list[Value]) -> list[Value]:
@@ -297,4 +305,3 @@ class Sweep:
 
 def _loader(rows: dict[int, Row], place: Int, mask: Value | None) -> Load:
     return lambda j: rows[j].load(place, mask)
-

@@ -1,12 +1,12 @@
-"""The register-tiled matrix product that Gemm and Conv share: rows × columns accumulated over segments, then the epilogue.
+"""The register-tiled matrix product that Gemm and Conv share: sums over segments, then the epilogue.
 
-A tile has up to `tile_rows(isa)` rows and one panel of columns, a few vectors wide, all in registers. The second operand
-is packed in panels, ``[panel][depth][width]``. The first is never copied: of every row, and of every *segment* of the
-reduction (all of it for a matrix product, one tap or one row of taps for a convolution), a table in scratch says where it
-lies. What builds that table makes a matrix product or a convolution: see the subclasses in `gemm.py` and `conv.py`.
+A tile has up to `tile_rows(isa)` rows and one panel of columns, a few vectors wide, all in registers. The second
+operand is packed in panels, ``[panel][depth][width]``. The first is never copied: of every row, and of every *segment*
+of the reduction (all of it for a matrix product, one tap or one row of taps for a convolution), a table in scratch says
+where it lies. What builds that table makes a matrix product (`gemm.py`) or a convolution (`codegen/taps.py`).
 
-Order of a task: blocks of rows that fit the second-level cache → panels → tiles. The rows of a block are spread evenly over
-its tiles, so that 49 rows become 7 tiles of 7 and not 6 of 8 and one of 1.
+Order of a task: blocks of rows that fit the second-level cache → panels → tiles. The rows of a block are spread evenly
+over its tiles, so that 49 rows become 7 tiles of 7 and not 6 of 8 and one of 1.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from engine.targets.cpu.codegen.expressions import lower
 from engine.targets.cpu.codegen.isa import Isa
 from engine.targets.cpu.kernel import KernelBuilder, KernelSpec
 
-_MAX_INLINE_NODES = 8  # longer epilogues, and those with elementary functions, run in a loop over the tile, which keeps the machine code small
+# Longer epilogues, and those with elementary functions, loop over the tile, which keeps the machine code small.
+_MAX_INLINE_NODES = 8
 
 
 def tile_rows(isa: Isa, vectors: int) -> int:
-    """Rows of a tile that is `vectors` wide: what leaves registers for one row of the panel and one broadcast element."""
+    """Rows of a tile `vectors` wide: leaves registers for one row of the panel and one broadcast element."""
     if isa.registers >= 32:
         return 8
     return {1: 6, 2: 6, 3: 4}[vectors]
@@ -102,8 +103,8 @@ class TileSpec(KernelSpec):
             *self.tensors,
             *(f"{name}.batch" for name in self.tensors if self.batched),
             *(f"{name}.row" for name, _, _, rows in self.epilogue.tensors if rows),
-            "rows", "chunks", "block_rows", "panels", "groups", "panel_bytes", "segments", "segments_per_block", "inner",
-            "columns", "partials", "packed",
+            "rows", "chunks", "block_rows", "panels", "groups", "panel_bytes", "segments", "segments_per_block",
+            "inner", "columns", "partials", "packed",
             *self.row_parameters,
         )  # fmt: skip
 
@@ -273,7 +274,8 @@ class _Tiles:
     def _save(self, place: Value, acc: list[Value]) -> None:
         for i, value in enumerate(acc):
             r, j = divmod(i, len(self.types))
-            self.k.store(value, self.k.offset(place, r * self.row_bytes + self.starts[j] * self.itemsize), self.itemsize)
+            offset = r * self.row_bytes + self.starts[j] * self.itemsize
+            self.k.store(value, self.k.offset(place, offset), self.itemsize)
 
     def _load_partials(self, job: _Job, rows: int) -> list[Value]:
         return [
@@ -308,7 +310,7 @@ class _Tiles:
         k.call_local("finish", "void", Value("%args", "ptr"), tile, k.i64(rows), k.i64(columns), *places.values())
 
     def _define_finish(self) -> None:
-        """``finish(args, tile, rows, columns left, places…)``: the epilogue as a loop over the rows of a stored tile."""
+        """``finish(args, tile, rows, columns left, places…)``: the epilogue, looping over the rows of a stored tile."""
         spec, tensors = self.spec, self.spec.epilogue.tensors
 
         def build(b: Builder, values: list[Value]) -> None:

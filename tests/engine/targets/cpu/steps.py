@@ -1,4 +1,4 @@
-"""Runs one step of a plan through a kernel family, on memory with guard zones: what the kernel tests are written with."""
+"""Runs one step of a plan through a kernel family, on memory with guard zones: what kernel tests are written with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from engine.targets.cpu.kernel import Context, Launch, Pointer, StatusWord, Weig
 
 GUARD = 256
 POISON = 0xA7
-ISAS = [pytest_id for pytest_id in host_isas() if pytest_id != "generic"]
+ISAS = [name for name in host_isas() if name != "generic"]
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
 
 
@@ -71,11 +71,13 @@ class _Memory:
         inside = np.lib.stride_tricks.as_strided(
             copy[GUARD : GUARD + self.view.itemsize].view(self.view.dtype), self.view.shape, self.view.strides
         )
-        inside.view(np.dtype(f"u{self.view.itemsize}"))[...] = int.from_bytes(bytes([POISON] * self.view.itemsize), "little")
+        inside.view(np.dtype(f"u{self.view.itemsize}"))[...] = int.from_bytes(
+            bytes([POISON] * self.view.itemsize), "little"
+        )
         return bool((copy == POISON).all())
 
 
-def place(array: np.ndarray, layout: Layout = Layout()) -> Tensor:  # noqa: B008
+def place(array: np.ndarray, layout: Layout = Layout()) -> Tensor:
     """A tensor with the content of `array`."""
     memory = _Memory(array.shape, DType.of(array.dtype), layout)
     memory.view[...] = array

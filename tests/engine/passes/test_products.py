@@ -1,0 +1,127 @@
+"""Products: sibling projections merged, rows flattened, causal masks recognised, flattened images read as they lie."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from engine.ir import ops
+from tests.engine.passes.toolkit import check, kinds, model, only, random, views
+
+W = {
+    "wa": random(8, 6, seed=1), "wb": random(8, 4, seed=2), "wc": random(8, 2, seed=3),
+    "ba": random(6, seed=4), "bb": random(4, seed=5), "zero": np.array([0]),
+}  # fmt: skip
+X = {"x": random(2, 5, 8)}
+HEAD = "(double[n,5,8] x) => (double[n,5,6] y, double[n,5,4] z) "
+# Reversed along the batch, so that no result is an output of the graph itself.
+TAIL = " y = Softmax(a) z = Softmax(b)"
+
+
+def test_three_siblings_of_which_one_has_no_bias() -> None:
+    text = """(double[n,5,8] x) => (double[n,5,6] y, double[n,5,4] z, double[n,5,2] u) {
+        p = MatMul(x, wa) a = Add(p, ba) q = MatMul(x, wb) b = Add(bb, q) c = MatMul(x, wc)
+        y = Softmax(a) z = Softmax(b) u = Softmax(c) }"""
+    graph = check(model(text, W), X)
+    assert kinds(graph) == {"Gemm": 1, "Softmax": 3}
+    assert only(graph, ops.Gemm).output.shape[-1] == 12
+    assert [view for view in views(graph) if isinstance(view, ops.Slice)] == views(graph)
+
+
+def test_siblings_without_any_bias_get_none() -> None:
+    graph = check(model(HEAD + "{ a = MatMul(x, wa) b = MatMul(x, wb)" + TAIL + "}", W), X)
+    assert kinds(graph) == {"Gemm": 1, "Softmax": 2}
+    assert len(only(graph, ops.Gemm).inputs) == 2
+
+
+NOT_MERGED = {
+    "different epilogues": HEAD + "{ p = MatMul(x, wa) a = Relu(p) b = MatMul(x, wb)" + TAIL + "}",
+    "a result is an output": HEAD + "{ y = MatMul(x, wa) b = MatMul(x, wb) z = Softmax(b) }",
+    "different inputs": HEAD + "{ e = Exp(x) a = MatMul(e, wa) b = MatMul(x, wb)" + TAIL + "}",
+    "a residual": "(double[n,5,8] x, double[n,5,6] r) => (double[n,5,6] y, double[n,5,4] z) { p = MatMul(x, wa)"
+    " a = Add(p, r) b = MatMul(x, wb)" + TAIL + "}",
+}
+
+
+@pytest.mark.parametrize("case", NOT_MERGED)
+def test_products_that_are_no_siblings(case: str) -> None:
+    graph = check(model(NOT_MERGED[case], W), {**X, "r": random(2, 5, 6)} if "residual" in case else X)
+    assert kinds(graph)["Gemm"] == 2
+
+
+def test_rows_are_not_regrouped_for_a_product() -> None:
+    text = """(double[n,5,8] x) => (double[n,5,6] y) { f = Reshape(x, rows) m = MatMul(f, wa) a = Add(m, ba)
+        y = Reshape(a, back) }"""
+    graph = check(model(text, W | {"rows": np.array([-1, 8]), "back": np.array([-1, 5, 6])}), X)
+    assert kinds(graph) == {"Gemm": 1}
+    assert views(graph) == []
+
+
+def test_a_reshape_that_changes_the_columns_stays() -> None:
+    text = "(double[n,2,4] x) => (double[n,6] y) { f = Reshape(x, rows) y = MatMul(f, wa) }"
+    graph = check(model(text, W | {"rows": np.array([-1, 8])}), {"x": random(3, 2, 4)})
+    assert len(views(graph)) == 1
+
+
+def test_flattened_image_is_read_channels_last() -> None:
+    text = """(double[n,3,6,6] x) => (double[n,7] y) { c = Conv(x, k) r = Relu(c) f = Flatten(r) m = MatMul(f, w)
+        y = Add(m, b) }"""
+    weights = {"k": random(5, 3, 3, 3), "w": random(80, 7), "b": random(7)}
+    graph = check(model(text, weights), {"x": random(2, 3, 6, 6)})
+    assert kinds(graph) == {"Conv": 1, "Gemm": 1}
+    assert [type(view) for view in views(graph)] == [ops.Transpose, ops.Reshape]
+    assert only(graph, ops.Conv).output.order == (0, 2, 3, 1)
+
+
+ATTENTION = """q = MatMul(x, wq) k = MatMul(x, wk) v = MatMul(x, wv) kt = Transpose<perm=[0,2,1]>(k) s = MatMul(q, kt)
+    {mask} p = Softmax(t) y = MatMul(p, v)"""
+CAUSAL_WEIGHTS = {
+    "wq": random(8, 8, seed=1), "wk": random(8, 8, seed=2), "wv": random(8, 8, seed=3),
+    "low": np.array(-np.inf), "lowest": np.array(float(np.finfo(np.float32).min)), "z": np.array(0.0),
+    "tril": np.tril(np.ones((1, 16, 16), np.bool_)), "i0": np.array(0), "i1": np.array(1),
+    "additive": np.where(np.tril(np.ones((16, 16))) > 0, 0.0, -np.inf), "n0": np.array([0, 0]), "ax": np.array([1, 2]),
+    "ax2": np.array([0, 1]), "u0": np.array([0]), "u1": np.array([1]),
+    "shifted": np.tril(np.ones((1, 16, 16), np.bool_), 1),
+    "window": np.tri(16, dtype=np.bool_)[None] & ~np.tri(16, k=-3, dtype=np.bool_)[None],
+}  # fmt: skip
+SIZE = "w = Shape<start=1, end=2>(x) e = Concat<axis=0>(w, w) "
+RANGE = (
+    "w = Shape<start=1, end=2>(x) n = Squeeze(w, zero) r = Range(i0, n, i1) qi = Unsqueeze(r, u1)"
+    " ki = Unsqueeze(r, u0) "
+)
+CAUSAL = {
+    "sliced triangle": SIZE + "m = Slice(tril, n0, e, ax) t = Where(m, s, low)",
+    "sliced triangle, lowest number": SIZE + "m = Slice(tril, n0, e, ax) t = Where(m, s, lowest)",
+    "additive triangle": SIZE + "m = Slice(additive, n0, e, ax2) t = Add(s, m)",
+    "positions, LessOrEqual": RANGE + "m = LessOrEqual(ki, qi) t = Where(m, s, low)",
+    "positions, Greater": RANGE + "m = Greater(ki, qi) t = Where(m, lowest, s)",
+    "positions, Less and Not": RANGE + "f = Less(qi, ki) m = Not(f) b = Where(m, z, low) t = Add(s, b)",
+}
+NOT_CAUSAL = {
+    "shifted triangle": SIZE + "m = Slice(shifted, n0, e, ax) t = Where(m, s, low)",
+    "window": SIZE + "m = Slice(window, n0, e, ax) t = Where(m, s, low)",
+    "later queries": RANGE + "m = LessOrEqual(qi, ki) t = Where(m, s, low)",
+    "strictly earlier keys": RANGE + "m = Less(ki, qi) t = Where(m, s, lowest)",
+}
+
+
+def causal(mask: str) -> ops.Attention:
+    text = f"(double[b,n,8] x) => (double[b,n,8] y) {{ {ATTENTION.format(mask=mask)} }}"
+    graph = check(model(text, CAUSAL_WEIGHTS | {"zero": np.array([0])}), {"x": random(2, 5, 8)})
+    op = only(graph, ops.Attention).op
+    assert isinstance(op, ops.Attention)
+    return op
+
+
+@pytest.mark.parametrize("spelling", CAUSAL)
+def test_causal_mask(spelling: str) -> None:
+    op = causal(CAUSAL[spelling])
+    assert op.causal
+    assert not op.has_bias
+
+
+@pytest.mark.parametrize("spelling", NOT_CAUSAL)
+def test_masks_that_are_not_causal(spelling: str) -> None:
+    op = causal(NOT_CAUSAL[spelling])
+    assert op.has_bias
+    assert not op.causal

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from engine.plan.tensor import Buffer, BufferKind
+from engine.targets.cpu.codegen.emit import Value
+from engine.targets.cpu.codegen.isa import host_isa
+from engine.targets.cpu.kernel import KernelBuilder, KernelSpec, Launch, Pointer, StatusWord, launch
+from engine.targets.cpu.runtime import Program, address, available_cores, pool
+
+
+@dataclass(frozen=True)
+class CountSpec(KernelSpec):
+    """Adds 1 to the word of the task, `turns` times, if the word before it in `after` says that it may."""
+
+    family: ClassVar[str] = "count"
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return ("words", "turns", "status")
+
+    def emit(self, kernel: KernelBuilder) -> None:
+        word = kernel.at(kernel.pointer("words"), kernel.task, 8)
+        kernel.store(kernel.task, kernel.scratch, 8)
+
+        def turn(_: Value, carried: list[Value]) -> list[Value]:
+            return [kernel.i64(kernel.add(carried[0], 1))]
+
+        (total,) = kernel.loop(0, kernel.integer("turns"), 1, turn, [kernel.load("i64", word, 8)])
+        kernel.store(total, word, 8)
+        wrong = kernel.compare("sgt", kernel.integer("turns"), 1000)
+        kernel.branch(wrong, lambda: kernel.store(kernel.i64(1), kernel.pointer("status"), 8))
+
+
+@dataclass(frozen=True)
+class SumSpec(KernelSpec):
+    """out = number of words among `count` that are at least `least`: looks whether a step before is complete."""
+
+    family: ClassVar[str] = "sum"
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return ("words", "count", "least", "out")
+
+    def emit(self, kernel: KernelBuilder) -> None:
+        words, least = kernel.pointer("words"), kernel.integer("least")
+
+        def word(i: Value, carried: list[Value]) -> list[Value]:
+            reached = kernel.compare("sge", kernel.load("i64", kernel.at(words, i, 8), 8), least)
+            return [kernel.i64(kernel.add(carried[0], kernel.convert("zext", reached, "i64")))]
+
+        (total,) = kernel.loop(0, kernel.integer("count"), 1, word, [kernel.i64(0)])
+        kernel.store(total, kernel.at(kernel.pointer("out"), kernel.task, 8), 8)
+
+
+def words(count: int) -> tuple[np.ndarray, Buffer]:
+    data = np.zeros(count, np.int64)
+    return data, Buffer("words", BufferKind.PLAN, data.nbytes, data)
+
+
+def count_launch(buffer: Buffer, tasks: int, first: int = 0, turns: int = 1, concurrent: bool = False) -> Launch:
+    arguments = {"words": Pointer(buffer, 8 * first), "turns": turns, "status": StatusWord()}
+    return launch(CountSpec(host_isa()), arguments, tasks, 64, concurrent)
+
+
+def program(steps: Sequence[Sequence[Launch]], threads: int) -> Program:
+    made = Program(steps, threads)
+    made.prepare()
+    for slot, pointer in zip(made.pointer_slots, made.pointers, strict=True):
+        assert pointer.buffer.data is not None
+        made.slots[slot] = address(pointer.buffer.data) + pointer.offset
+    return made
+
+
+def run(made: Program, times: int = 1) -> None:
+    workers = pool()
+    with workers.lock:
+        for _ in range(times):
+            workers.run(made)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("tasks", [0, 1, 2, 7, 100])
+def test_every_task_runs_once(threads: int, tasks: int) -> None:
+    data, buffer = words(128)
+    run(program([[count_launch(buffer, tasks)] for _ in range(20)], threads), 50)
+    assert (data[:tasks] == 1000).all()
+    assert not data[tasks:].any()
+
+
+@pytest.mark.parametrize("threads", [2, 4])
+def test_a_step_sees_all_of_the_step_before(threads: int) -> None:
+    data, buffer = words(64)
+    seen, out = words(64)
+    steps: list[list[Launch]] = []
+    for i in range(30):
+        arguments = {"words": Pointer(buffer), "count": 64, "least": i + 1, "out": Pointer(out)}
+        steps += [[count_launch(buffer, 64)], [launch(SumSpec(host_isa()), arguments, 64)]]
+    made = program(steps, threads)
+    for _ in range(200):
+        data[:] = 0
+        seen[:] = 0
+        run(made)
+        assert (seen == 64).all()
+
+
+def test_concurrent_launches_of_a_step_are_all_done_before_the_next() -> None:
+    data, buffer = words(30)
+    seen, out = words(1)
+    check = launch(SumSpec(host_isa()), {"words": Pointer(buffer), "count": 30, "least": 1, "out": Pointer(out)}, 1)
+    first = [count_launch(buffer, 10, 10 * i, concurrent=i > 0) for i in range(3)]
+    made = program([first, [check]], 3)
+    for _ in range(200):
+        data[:] = 0
+        run(made)
+        assert seen[0] == 30
+
+
+def test_statistics_count_runs_and_time_of_each_step() -> None:
+    _, buffer = words(8)
+    made = program([[count_launch(buffer, 4, turns=10)], [count_launch(buffer, 4, turns=10_000_000)]], 2)
+    start = time.perf_counter_ns()
+    run(made, 3)
+    elapsed = time.perf_counter_ns() - start
+    runs, spent = made.statistics.reshape(-1, 2).T
+    assert runs.tolist() == [3, 3]
+    assert 0 < spent[0] < spent[1] <= elapsed
+
+
+def test_a_status_word_belongs_to_its_step() -> None:
+    _, buffer = words(8)
+    made = program([[count_launch(buffer, 4)], [count_launch(buffer, 4, turns=2000)], [count_launch(buffer, 4)]], 2)
+    run(made)
+    assert made.status.tolist() == [0, 1, 0]
+
+
+def test_runs_from_many_python_threads() -> None:
+    data = [words(16) for _ in range(8)]
+    programs = [program([[count_launch(buffer, 16)]] * 5, 2) for _, buffer in data]
+    threads = [threading.Thread(target=run, args=(made, 300)) for made in programs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all((array == 1500).all() for array, _ in data)
+
+
+def test_idle_workers_use_no_processor_time() -> None:
+    _, buffer = words(8)
+    run(program([[count_launch(buffer, 8)]], 4))
+    time.sleep(0.01)
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.01
+
+
+def test_python_goes_on_while_a_program_runs() -> None:
+    _, buffer = words(8)
+    made = program([[count_launch(buffer, 1, turns=100_000_000)]], 1)
+    thread = threading.Thread(target=run, args=(made,))
+    thread.start()
+    turns = 0
+    while thread.is_alive():
+        turns += 1
+    assert turns > 100
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_has_a_pool_of_its_own() -> None:
+    data, buffer = words(8)
+    made = program([[count_launch(buffer, 8)]], 3)
+    run(made)
+    child = os.fork()
+    if child == 0:
+        run(made)
+        os._exit(0 if (data == 2).all() else 1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    run(made)
+    assert (data == 2).all()
+
+
+def test_available_cores_is_at_least_one() -> None:
+    assert 1 <= available_cores() <= (os.cpu_count() or 1)

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+import engine
+from engine.errors import ShapeError
+from engine.ir import expr as ex
+from engine.ir.dtype import DType
+from engine.ir.expr import PointOp
+from engine.ir.graph import Graph, Value, constant
+from engine.ir.ops import Conv, Gemm, Op, Reduce, ReduceKind
+from engine.plan.build import Constants, build
+from engine.targets.cpu import pieces
+from engine.targets.cpu.ceilings import ceilings
+from engine.targets.cpu.codegen.isa import host_isa
+from engine.targets.cpu.target import CpuExecutable, CpuTarget
+from tests.engine import ir_interpreter
+
+
+def network(seed: int = 0) -> Graph:
+    """Two convolutions, a mean over the image and a matrix product."""
+    rng = np.random.default_rng(seed)
+
+    def weight(name: str, *shape: int) -> Value:
+        return constant(name, rng.standard_normal(shape).astype(np.float32))
+
+    graph = Graph("network", inputs=[Value("image", DType.F32, (4, 3, 16, 16))])
+    padded = ((1, 1), (1, 1))
+    bias = ex.apply(PointOp.MAX, ex.apply(PointOp.ADD, ex.Acc(), ex.Arg(2, DType.F32)), ex.const(0.0))
+    layers: list[tuple[Op, tuple[Value, ...]]] = [
+        (Conv((2, 2), padded, (1, 1), stores=(bias,)), (weight("w0", 24, 3, 3, 3), weight("b0", 24, 1, 1))),
+        (Conv((1, 1), padded, (1, 1), 24, stores=(bias,)), (weight("w1", 24, 1, 3, 3), weight("b1", 24, 1, 1))),
+        (Reduce(ReduceKind.MEAN, (2, 3), False), ()),
+        (Gemm(), (weight("w2", 24, 10),)),
+    ]
+    value = graph.inputs[0]
+    for i, (op, weights) in enumerate(layers):
+        (value,) = graph.add(op, (value, *weights), f"layer{i}")
+        if len(value.shape) == 4:
+            value.order = (0, 2, 3, 1)
+    graph.outputs, graph.output_names = [value], ["logits"]
+    return graph
+
+
+def bound(graph: Graph, threads: int = 2) -> tuple[CpuTarget, CpuExecutable]:
+    target = CpuTarget(threads)
+    return target, target.bind(build(graph, {}, target, Constants()))
+
+
+def image(seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((4, 3, 16, 16)).astype(np.float32)
+
+
+def run(executable: CpuExecutable, x: np.ndarray) -> np.ndarray:
+    out = np.full((4, 10), np.nan, np.float32)
+    executable.run({"image": x}, {"logits": out})
+    return out
+
+
+def expected(graph: Graph, x: np.ndarray) -> np.ndarray:
+    return ir_interpreter.run(graph, {"image": x})["logits"]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_network_gives_what_the_interpreter_gives(threads: int) -> None:
+    graph = network()
+    _, executable = bound(graph, threads)
+    for seed in range(3):
+        x = image(seed)
+        np.testing.assert_allclose(run(executable, x), expected(graph, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_in_pieces_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, x = network(), image()
+    _, whole = bound(graph)
+    monkeypatch.setattr(pieces, "last_level_cache_bytes", lambda: 40_000)
+    target, parts = bound(graph)
+    assert (run(parts, x) == run(whole, x)).all()
+    (first, *_), (alone, *_) = parts.step_stats(), whole.step_stats()
+    assert first.launches == 4
+    assert first.launches * first.flops == alone.launches * alone.flops
+    assert target.memory()["arena"] < 40_000
+
+
+def test_plans_that_mix_the_batch_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "last_level_cache_bytes", lambda: 1)
+    graph = Graph("mean", inputs=[Value("x", DType.F32, (4, 5))])
+    (mean,) = graph.add(Reduce(ReduceKind.MEAN, (0,), True), graph.inputs, "mean")
+    graph.outputs, graph.output_names = [mean], ["y"]
+    target = CpuTarget(1)
+    assert pieces.in_pieces(build(graph, {}, target, Constants())).count == 1
+
+
+def test_runs_from_many_threads_do_not_mix() -> None:
+    graph = network()
+    _, executable = bound(graph)
+    images = [image(seed) for seed in range(6)]
+    answers = [expected(graph, x) for x in images]
+    failures: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(30):
+            close = np.allclose(run(executable, images[i]), answers[i], rtol=1e-4, atol=1e-4)
+            failures.extend([] if close else [i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_plans_of_one_target_share_arena_and_weights() -> None:
+    graph = network()
+    target = CpuTarget(2)
+    constants = Constants()
+    one, two = (target.bind(build(graph, {}, target, constants)) for _ in range(2))
+    run(one, image())
+    before = dict(target.memory())
+    run(two, image())
+    assert dict(target.memory()) == before
+    assert before["weights"] > 0
+    target.close()
+    assert set(target.memory().values()) == {0}
+
+
+def test_statistics_name_steps_and_kernels() -> None:
+    _, executable = bound(network())
+    for _ in range(5):
+        run(executable, image())
+    stats = executable.step_stats()
+    assert [row.kernel for row in stats] == ["conv", "depthwise", "reduce", "gemm"]
+    assert [row.op for row in stats] == ["Conv", "Conv", "Reduce", "Gemm"]
+    assert {row.launches for row in stats} == {5}
+    assert all(row.seconds > 0 for row in stats)
+    assert executable.nbytes > 0
+
+
+@pytest.mark.parametrize("wrong", ["shape", "dtype", "layout"])
+def test_arrays_that_do_not_fit_are_refused(wrong: str) -> None:
+    _, executable = bound(network())
+    x = {
+        "shape": np.zeros((4, 3, 16, 15), np.float32),
+        "dtype": np.zeros((4, 3, 16, 16)),
+        "layout": np.zeros((4, 3, 16, 16), np.float32).transpose(0, 1, 3, 2),
+    }[wrong]
+    with pytest.raises(ShapeError, match="'image'"):
+        run(executable, x)
+
+
+def test_threads_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        CpuTarget(0)
+
+
+def test_ceilings_are_plausible() -> None:
+    measured = ceilings(host_isa(), 1)
+    assert 1e9 < measured.flops < 1e12
+    assert 1e9 < measured.bytes < 1e12
+
+
+def test_strings_pass_through_host_operators() -> None:
+    """Two in a row: the strings between them cannot lie in the arena."""
+    nodes = [helper.make_node("StringConcat", ["a", "b"], ["ab"]), helper.make_node("StringConcat", ["ab", "b"], ["y"])]
+    names = [helper.make_tensor_value_info(name, TensorProto.STRING, ["n"]) for name in ("a", "b", "y")]
+    proto = helper.make_model(
+        helper.make_graph(nodes, "strings", names[:2], names[2:]), opset_imports=[helper.make_opsetid("", 20)]
+    )
+    proto.ir_version = 10
+    with engine.load(proto.SerializeToString(), device="cpu") as model:
+        feeds = {"a": np.array(["x", "yz"], object), "b": np.array(["1", "é"], object)}
+        assert model.run(feeds)["y"].tolist() == ["x11", "yzéé"]
+
+
+def test_attention_in_doubles_runs_in_pieces() -> None:
+    """The fused kernel computes float32: products and a softmax take its place, in full precision."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 5, 4)) for _ in range(3))
+    infos = [helper.make_tensor_value_info(name, TensorProto.DOUBLE, [2, 5, 4]) for name in "qkvy"]
+    nodes = [
+        helper.make_node("Transpose", ["k"], ["t"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["q", "t"], ["s"]),
+        helper.make_node("Softmax", ["s"], ["p"]),
+        helper.make_node("MatMul", ["p", "v"], ["y"]),
+    ]
+    graph = helper.make_graph(nodes, "attention", infos[:3], infos[3:])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    with engine.load(proto.SerializeToString(), device="cpu") as model:
+        got = model.run({"q": q, "k": k, "v": v})["y"]
+    weights = np.exp(q @ k.transpose(0, 2, 1))
+    np.testing.assert_allclose(got, weights / weights.sum(-1, keepdims=True) @ v, rtol=1e-12)
