@@ -161,7 +161,10 @@ def main() -> int:
         print(f"    memory {dict(target.memory())}, unchanged: {before == target.memory()}")
         model.close()
     options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "cuda-models.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    device = torch.cuda.get_device_name(0)
+    file = options.results / f"cuda-models-{device.lower().replace(' ', '-')}.json"
+    record = {"device": device, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
+    file.write_text(json.dumps(record, indent=1) + "\n")
     return 1 if failed else 0
 
 

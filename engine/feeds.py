@@ -43,7 +43,7 @@ def _check_one(value: Value, feeds: Mapping[str, Any]) -> np.ndarray:
             raise ShapeError(
                 f"input {value.name!r} has {size} elements on axis {axis}, the model wants {dim} ({describe(value)})"
             )
-    return np.ascontiguousarray(array)
+    return np.asarray(array, order="C")
 
 
 def sizes_of(inputs: Sequence[Value], arrays: Mapping[str, np.ndarray]) -> dict[str, int]:

@@ -17,7 +17,6 @@ from engine.errors import ModelError
 from engine.frontend.tensors import Source, check_tensor
 
 OLDEST_OPSET = 9
-DOMAINS = ("", "ai.onnx", "com.microsoft", "pkg.onnxscript.torch_lib", "ai.onnx.ml")
 _LARGEST_FILE = 2**31 - 1  # protobuf's own limit
 
 

@@ -33,14 +33,14 @@ class _Probabilities:
     zero_rows: bool
 
 
-def recognise_attention(graph: Graph, _traits: Traits) -> None:
+def recognise_attention(graph: Graph, traits: Traits) -> None:
     """Replace every attention. One whose scores or probabilities are read elsewhere, or returned, stays as it is."""
     if not any(isinstance(node.op, Softmax) for node in graph.nodes):
         return
     editor = Editor(graph)
     terms = Terms(editor)
     for node in editor.nodes():
-        if isinstance(node.op, Gemm) and len(node.inputs) >= 2:
+        if isinstance(node.op, Gemm) and len(node.inputs) >= 2 and node.inputs[1].dtype in traits.attention_types:
             _try(editor, terms, node)
     editor.finish()
 

@@ -7,9 +7,10 @@ and the point-wise node after it goes behind the point-wise node, which can then
 
 from __future__ import annotations
 
-from engine.ir.dim import Dim, mod
+from engine.ir.dim import Dim
 from engine.ir.graph import Graph, Node, Shape, Value
 from engine.ir.ops import Gemm, Pointwise, Reshape, Transpose, View
+from engine.ir.regroup import axis_groups
 from engine.passes.editor import Editor
 from engine.passes.operands import FUSED_OPS, HEAVY_OPS
 from engine.passes.traits import Traits
@@ -118,28 +119,18 @@ def undone(editor: Editor, value: Value, op: View, before: Shape, after: Shape, 
 def _regrouped(shape: Shape, before: Shape, after: Shape) -> Shape | None:
     """The shape that broadcasts against `before` as `shape` does against its reshape `after`.
 
-    Axes of both are matched in groups of equal size; in each group `shape` has to be all ones, or all of the group.
+    In each group of axes that the reshape leaves apart `shape` has to be all ones, or all of the group.
     """
+    groups = axis_groups(before, after)
+    if groups is None:
+        return None
     result: list[Dim] = []
-    i = j = 0
-    while i < len(before) or j < len(after):
-        first_i, first_j = i, j
-        inner: Dim = 1
-        outer: Dim = 1
-        while True:
-            if i < len(before) and (i == first_i or (j > first_j and inner != outer and mod(outer, inner) == 0)):
-                inner, i = inner * before[i], i + 1
-            elif j < len(after) and (j == first_j or (inner != outer and mod(inner, outer) == 0)):
-                outer, j = outer * after[j], j + 1
-            else:
-                break
-        if inner != outer:
-            return None
-        part = shape[first_j:j]
+    for old, new in groups:
+        part = shape[new.start : new.stop]
         if all(dim == 1 for dim in part):
-            result += [1] * (i - first_i)
-        elif part == after[first_j:j]:
-            result += before[first_i:i]
+            result += [1] * len(old)
+        elif part == after[new.start : new.stop]:
+            result += before[old.start : old.stop]
         else:
             return None
     return tuple(result)

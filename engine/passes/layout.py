@@ -28,12 +28,14 @@ from engine.ir.ops import (
     Transpose,
     View,
 )
+from engine.ir.regroup import is_view, reshaped_order
 from engine.passes.editor import Editor
 from engine.passes.traits import Traits
 from engine.passes.views import inverse, reshape, transpose
 
 Order = tuple[int, ...]
 
+_IMAGE = (Conv, Pool)
 _FOLLOWERS = (Pointwise, Concat, Pad, Resize, Pool, Norm, Softmax, Reduce)
 
 
@@ -47,6 +49,9 @@ def choose_orders(graph: Graph, traits: Traits) -> None:
         for value in node.outputs:
             if order is None or len(order) != value.rank:
                 continue
+            if isinstance(node.op, Reshape):
+                order = _reshaped(node, order, seen, users, traits)
+                value.order = order if order != tuple(range(value.rank)) else None
             seen[value] = order
             if isinstance(node.op, View):
                 continue
@@ -101,9 +106,22 @@ def _through_view(op: View, source: Value, seen: dict[Value, Order]) -> Order | 
         return tuple(back[axis] for axis in (order if order is not None else range(source.rank)))
     if order is None:
         return None
+    if isinstance(op, Reshape):
+        return reshaped_order(source.shape, op.shape, order)
     if isinstance(op, Slice) or (isinstance(op, Expand) and len(op.shape) == source.rank):
         return order
     return None
+
+
+def _reshaped(
+    node: Node, order: Order, seen: dict[Value, Order], users: dict[Value, list[Node]], traits: Traits
+) -> Order:
+    """The order of a reshaped tensor: where it takes a copy (a pixel shuffle), that which the readers want."""
+    source = node.inputs[0]
+    is_copied = not is_view(source.shape, node.output.shape, seen[source])
+    if is_copied and traits.channels_last and any(isinstance(user.op, _IMAGE) for user in users.get(node.output, ())):
+        return channels_last(node.output.rank)
+    return order
 
 
 def _as_read(value: Value, users: dict[Value, list[Node]]) -> Order | None:

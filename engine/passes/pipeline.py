@@ -52,6 +52,7 @@ PASSES: tuple[Pass, ...] = (
     recognise_causal,
     merge_views,
     flatten_gemms,
+    fuse_pointwise,
     sink_views,
     merge_views,
     fuse_pointwise,

@@ -8,7 +8,7 @@ straight into its slice, also through transposes and reshapes in between (`_Dest
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from engine.errors import EngineError, ShapeError
 from engine.ir import expr as ex
 from engine.ir.graph import Graph, Node, Value
 from engine.ir.ops import Concat, Op, Opaque, Pointwise, Reshape, ShapeTensor, Transpose, View
+from engine.ir.regroup import is_view, reshaped_order
 from engine.plan.concrete import concrete_op, concrete_shape
 from engine.plan.memory import Lifetime, assign_offsets
 from engine.plan.plan import Access, Capabilities, Plan, Requirement, Step
@@ -33,7 +34,7 @@ class Constants:
         found = self._buffers.get(id(value))
         if found is None:
             assert value.data is not None
-            data = np.ascontiguousarray(value.data)
+            data = np.asarray(value.data, order="C")
             found = (value, Buffer(value.name, BufferKind.CONSTANT, data.nbytes, data))
             self._buffers[id(value)] = found
         return found[1]
@@ -118,10 +119,10 @@ class _Builder:
             if not isinstance(node.op, Concat):
                 continue
             shape = concrete_shape(node.output.shape, self.sizes)
-            whole = destinations.get(node.output)
+            whole = destinations.get(node.output) or _joined(node.op, [destinations.get(v) for v in node.inputs])
             if whole is None:
                 whole = self._dense(node.output.name, BufferKind.ARENA, node.output, shape, node.output.order)
-                destinations[node.output] = whole
+            destinations[node.output] = whole
             for value, part in zip(node.inputs, concat_slices(node.op, whole, self._shapes(node)), strict=True):
                 self._push_destination(value, part, producers, destinations)
         return destinations
@@ -178,10 +179,17 @@ class _Builder:
         op.infer((operand,))
         result = apply_view(op, operand)
         if result is None:
-            packed = self._copy(operand, f"{node.origin}.copy")
+            packed = self._copy(operand, f"{node.origin}.copy", Requirement(order=self._packed(node, operand)))
             result = apply_view(op, packed)
             assert result is not None
         return result
+
+    def _packed(self, node: Node, operand: Tensor) -> tuple[int, ...]:
+        """The order in which to copy `operand` so that its reshape is a view, in the order the graph gives it."""
+        shape = concrete_shape(node.output.shape, self.sizes)
+        order = node.output.order
+        packed = reshaped_order(shape, operand.shape, order) if order is not None else None
+        return packed if packed is not None and is_view(operand.shape, shape, packed) else ()
 
     def _concat(self, node: Node, op: Concat) -> None:
         parts = [self._tensor(value) for value in node.inputs]
@@ -271,6 +279,22 @@ def concat_slices(op: Concat, whole: Tensor, shapes: list[tuple[int, ...]]) -> l
         slices.append(Tensor(whole.buffer, whole.dtype, shape, whole.strides, offset))
         start += shape[op.axis]
     return slices
+
+
+def _joined(op: Concat, parts: list[Tensor | None]) -> Tensor | None:
+    """The window that the parts make where they already lie side by side: one later concatenation, which has them all
+    (as in a DenseNet, where each repeats the last with one more), serves for both."""
+    first = parts[0]
+    if first is None:
+        return None
+    size = 0
+    for part in parts:
+        if part is None or part.buffer is not first.buffer or part.strides != first.strides:
+            return None
+        if part.offset != first.offset + size * first.strides[op.axis]:
+            return None
+        size += part.shape[op.axis]
+    return replace(first, shape=(*first.shape[: op.axis], size, *first.shape[op.axis + 1 :]))
 
 
 def _shape_tensor(name: str, op: ShapeTensor) -> Tensor:

@@ -47,7 +47,11 @@ class Arena:
 class CpuTarget:
     """Runs plans on the processor with `threads` threads (default: the cores this process may use)."""
 
-    traits = Traits(channels_last=True, float_types=frozenset({DType.F32, DType.F64}))
+    traits = Traits(
+        channels_last=True,
+        float_types=frozenset({DType.F32, DType.F64}),
+        attention_types=frozenset({DType.F32}),
+    )
 
     def __init__(self, threads: int | None = None) -> None:
         if threads is not None and threads < 1:
@@ -177,6 +181,16 @@ class _Places:
             self._table_bytes += data.nbytes if buffer.kind is BufferKind.PLAN else 0
         return self._kept[id(buffer)]
 
+    def strings(self, tensor: Tensor, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """A tensor of strings: Python objects, which cannot lie in the arena."""
+        buffer = tensor.buffer
+        if buffer.kind is BufferKind.ARENA:
+            memory = self._kept.setdefault(id(buffer), np.empty(tensor.elements, object))
+        else:
+            memory = self.content(buffer) if buffer.data is not None else arrays[self._base[id(buffer)]]
+        strides = tuple(stride * memory.itemsize for stride in tensor.strides)
+        return np.lib.stride_tricks.as_strided(memory.reshape(-1)[tensor.offset :], tensor.shape, strides)
+
     def bases(
         self, arena: np.ndarray, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]
     ) -> list[np.ndarray]:
@@ -258,6 +272,8 @@ class _Host:
         self._nanoseconds += time.perf_counter_ns() - start
 
     def _view(self, tensor: Tensor, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        if tensor.dtype is DType.STRING:
+            return self._places.strings(tensor, arrays)
         base, offset = self._places.locate(tensor.buffer)
         memory = self._places.content(tensor.buffer) if base is None else arrays[base]
         start = (0 if base is None else offset) + tensor.offset * tensor.dtype.itemsize

@@ -95,3 +95,25 @@ def test_group_norm_of_a_channels_last_image_is_a_view() -> None:
                    "c1": random(8, 1, 1, seed=9)}  # fmt: skip
     graph = check(model(text, weights), {"x": random(2, 4, 8, 8)}, tolerance=1e-7)
     assert kinds(graph) == {"Conv": 2, "Norm": 1}
+
+
+def test_group_norm_and_silu_between_convolutions_copy_nothing() -> None:
+    """The order is followed through the views that split the channels into groups; Sigmoid and Mul are one store."""
+    text = """(double[n,4,8,8] x) => (double[n,5] y) { c = Conv<pads=[1,1,1,1]>(x, k) g = Reshape(c, grouped)
+        i = InstanceNormalization(g, ones, zeros) s = Shape(c) u = Reshape(i, s) m = Mul(u, se1) a = Add(m, c1)
+        t = Sigmoid(a) r = Mul(a, t) d = Conv<pads=[1,1,1,1]>(r, k2) p = GlobalAveragePool(d) f = Flatten(p)
+        y = MatMul(f, w) }"""
+    weights = W | {"grouped": np.array([0, 4, -1]), "ones": np.ones(4), "zeros": np.zeros(4), "se1": random(8, 1, 1),
+                   "c1": random(8, 1, 1, seed=9)}  # fmt: skip
+    graph = check(model(text, weights), {"x": random(2, 4, 8, 8)}, tolerance=1e-7)
+    assert kinds(graph) == {"Conv": 2, "Norm": 1, "Reduce": 1, "Gemm": 1}
+    assert copies(plan(graph, n=2)) == ["Conv_0.layout"]  # of the input
+
+
+def test_a_shuffled_image_is_copied_once() -> None:
+    text = """(double[n,4,8,8] x) => (double[n,5] y) { c = Conv<pads=[1,1,1,1]>(x, k) g = Reshape(c, grouped)
+        t = Transpose<perm=[0,2,1,3,4]>(g) s = Reshape(t, whole) d = Conv<pads=[1,1,1,1]>(s, k2)
+        p = GlobalAveragePool(d) f = Flatten(p) y = MatMul(f, w) }"""
+    weights = W | {"grouped": np.array([0, 2, 4, 8, 8]), "whole": np.array([0, 8, 8, 8])}
+    graph = check(model(text, weights), {"x": random(2, 4, 8, 8)})
+    assert copies(plan(graph, n=2)) == ["Conv_0.layout", "Reshape_3.copy"]

@@ -101,6 +101,38 @@ def test_concat_parts_are_written_in_place(target: AnyLayout | DenseOnly) -> Non
         assert len(plan.steps) == 5
 
 
+def test_growing_concats_share_one_buffer() -> None:
+    """As in a DenseNet: every layer reads all that came before it."""
+    x = Value("x", F32, (BATCH, 3, 5))
+    graph = graph_of(x)
+    parts = list(graph.add(relu(), [x], "stem"))
+    for i in range(4):
+        value = parts[0]
+        if len(parts) > 1:
+            (value,) = graph.add(ops.Concat(1), parts, f"joined{i}")
+        parts += graph.add(relu(), [value], f"layer{i}")
+    (last,) = graph.add(ops.Concat(1), parts, "last")
+    (y,) = graph.add(relu(), [last], "y")
+    plan = check(finish(graph, y=y), {"batch": 2})
+    assert len(plan.steps) == 6  # the stem, four layers, y
+
+
+def test_a_copied_reshape_is_laid_out_as_its_readers_want() -> None:
+    """A channel shuffle of a channels-last image: one copy, and the result is channels-last again."""
+    x = Value("x", F32, (BATCH, 6, 4, 4))
+    graph = graph_of(x)
+    (image,) = graph.add(relu(), [x], "image")
+    image.order = (0, 2, 3, 1)
+    (split,) = graph.add(ops.Reshape((BATCH, 2, 3, 4, 4)), [image], "split")
+    (turned,) = graph.add(ops.Transpose((0, 2, 1, 3, 4)), [split], "turned")
+    (shuffled,) = graph.add(ops.Reshape((BATCH, 6, 4, 4)), [turned], "shuffled")
+    shuffled.order = (0, 2, 3, 1)
+    (y,) = graph.add(relu(), [shuffled], "y")
+    plan = check(finish(graph, y=y), {"batch": 2})
+    assert [step.name for step in plan.steps] == ["image", "shuffled.copy", "y"]
+    assert plan.steps[-1].inputs[0].is_contiguous_in((0, 2, 3, 1))
+
+
 def test_the_same_value_twice_in_a_concat() -> None:
     x = Value("x", F32, (2, 3))
     graph = graph_of(x)

@@ -29,8 +29,11 @@ _TANH = (-0.33333277702331543, 0.13331322371959686, -0.05372936278581619, 0.0206
 # erf(x) = x + x·P(x²) on |x| < 0.9375 (relative error 2e-8); log(1 − erf(x)) = P(x) above (error of erf 2e-9).
 _ERF_SMALL = (0.12837915122509003, -0.3761247992515564, 0.11281619966030121, -0.0267587099224329, 0.004980969708412886,
               -0.0005926818703301251)  # fmt: skip
-_ERF_LARGE = (-0.00017749403195921332, -1.1277495622634888, -0.63705974817276, -0.10403738170862198,
-              0.022277114912867546, -0.003055621637031436, 0.0001971842284547165)  # fmt: skip
+_ERF_LARGE = (-0.0002560697596949442, -1.6269987008422344, -0.9190829394388127, -0.15009421465810108,
+              0.03213908321010758, -0.004408330182578269, 0.00028447670853313595)  # fmt: skip
+# 2ʳ on |r| ≤ ½, exact at 0, relative error 9.2e-8.
+_EXP2 = (1.0, 0.6931469775965886, 0.24022242081843187, 0.05550733745645652, 0.009671512862187263,
+         0.0013264727080165293)  # fmt: skip
 
 _LN2 = 0.6931471805599453
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440054690583e-4
@@ -125,9 +128,19 @@ class VectorMath:
         magnitude = self._absolute(x)
         small = b.fma(self._polynomial(b.binary("fmul", x, x), _ERF_SMALL), x, x)
         capped = b.minimum(self._f32(4.0), magnitude)  # erf is 1 in float32 from 3.92
-        complement = self.exp_nonpositive(self._polynomial(capped, _ERF_LARGE))
+        # log₂ of the complement; what is left of its error in 1 − complement is below ⅓ ulp.
+        complement = self._exp2_moderate(self._polynomial(capped, _ERF_LARGE))
         large = self._copysign(b.binary("fsub", self._f32(1.0), complement), x)
-        return b.select(b.fcmp("olt", magnitude, self._f32(0.9375)), small, large)
+        return b.select(b.fcmp("ult", magnitude, self._f32(0.9375)), small, large)
+
+    def _exp2_moderate(self, x: Value) -> Value:
+        """2ˣ for |x| < 100, to 9.2e-8; anything for NaN."""
+        b = self.b
+        shifted = b.binary("fadd", x, self._f32(_ROUNDING))
+        r = b.binary("fsub", x, b.binary("fsub", shifted, self._f32(_ROUNDING)))
+        # Only the integer part of `shifted` is left when the bits below the exponent move into its place.
+        exponent = self._int("shl", self._bits(shifted), 23)
+        return self._from_bits(b.binary("add", self._bits(self._polynomial(r, _EXP2)), exponent))
 
     def sin(self, x: Value) -> Value:
         return self._sine_or_cosine(x, "sin", 0)

@@ -1,6 +1,6 @@
 // Photos to a model's input, in one pass: resampling of a box of each image (a resize and a crop), normalisation, layout.
 // Filters are those of Pillow: widened by the scale when shrinking, so that no pixel is skipped; centres half a pixel in;
-// weights renormalised at the edges; the resampled value rounded to the 8 bits that it came from.
+// weights renormalised at the edges; rows first, then columns, each rounded to the 8 bits that the pixels came from.
 #pragma once
 #include "ptx/grid.cuh"
 #include "scheduler/stamp.cuh"
@@ -20,6 +20,8 @@ DEVICE float filter_weight(float x) {
   if (x < 1.0f) return ((A + 2.0f) * x - (A + 3.0f)) * x * x + 1.0f;
   return x < 2.0f ? (((x - 5.0f) * x + 8.0f) * x - 4.0f) * A : 0.0f;
 }
+
+DEVICE float level_of(float x) { return fminf(fmaxf(rintf(x), 0.0f), 255.0f); }
 
 // The input positions that output position `i` is made of: [first, last), around `centre`, weights `filter_weight((x + 0.5 −
 // centre) · narrowing)`.
@@ -46,22 +48,26 @@ extern "C" __global__ void __launch_bounds__(config::threads, 1) kernel(const __
   if (image < p.images) {
     const ImageBox box = p.boxes[image];
     const Window columns(out_x, box.left, box.box_width, p.out_w, box.width), rows(out_y, box.top, box.box_height, p.out_h, box.height);
-    float sum[CHANNELS] = {}, total = 0.0f;
+    float column_total = 0.0f, row_total = 0.0f, sum[CHANNELS] = {};
+    for (int x = columns.first; x < columns.last; ++x) column_total += columns.weight(x);
     for (int y = rows.first; y < rows.last; ++y) {
       const u8* pixels = p.pixels + box.offset + static_cast<i64>(y) * box.width * CHANNELS;
-      const float row_weight = rows.weight(y);
+      float line_sum[CHANNELS] = {};
       for (int x = columns.first; x < columns.last; ++x) {
-        const float weight = row_weight * columns.weight(x);
-        total += weight;
+        const float weight = columns.weight(x);
 #pragma unroll
-        for (int c = 0; c < CHANNELS; ++c) sum[c] = fmaf(weight, static_cast<float>(pixels[x * CHANNELS + c]), sum[c]);
+        for (int c = 0; c < CHANNELS; ++c) line_sum[c] = fmaf(weight, static_cast<float>(pixels[x * CHANNELS + c]), line_sum[c]);
       }
+      const float weight = rows.weight(y);
+      row_total += weight;
+#pragma unroll
+      for (int c = 0; c < CHANNELS; ++c) sum[c] = fmaf(weight, level_of(line_sum[c] / column_total), sum[c]);
     }
     const float mean[3] = {p.mean_0, p.mean_1, p.mean_2}, scale[3] = {p.scale_0, p.scale_1, p.scale_2};
     const i64 at = image * p.out_stride[0] + out_y * p.out_stride[2] + out_x * p.out_stride[3];
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
-      const float level = fminf(fmaxf(rintf(sum[c] / total), 0.0f), 255.0f);
+      const float level = level_of(sum[c] / row_total);
       p.out[at + c * p.out_stride[1]] = narrow<config::out_t>((level - mean[c]) * scale[c]);
     }
   }

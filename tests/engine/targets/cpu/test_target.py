@@ -4,7 +4,9 @@ import threading
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
+import engine
 from engine.errors import ShapeError
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
@@ -160,3 +162,35 @@ def test_ceilings_are_plausible() -> None:
     measured = ceilings(host_isa(), 1)
     assert 1e9 < measured.flops < 1e12
     assert 1e9 < measured.bytes < 1e12
+
+
+def test_strings_pass_through_host_operators() -> None:
+    """Two in a row: the strings between them cannot lie in the arena."""
+    nodes = [helper.make_node("StringConcat", ["a", "b"], ["ab"]), helper.make_node("StringConcat", ["ab", "b"], ["y"])]
+    names = [helper.make_tensor_value_info(name, TensorProto.STRING, ["n"]) for name in ("a", "b", "y")]
+    proto = helper.make_model(
+        helper.make_graph(nodes, "strings", names[:2], names[2:]), opset_imports=[helper.make_opsetid("", 20)]
+    )
+    proto.ir_version = 10
+    with engine.load(proto.SerializeToString(), device="cpu") as model:
+        feeds = {"a": np.array(["x", "yz"], object), "b": np.array(["1", "é"], object)}
+        assert model.run(feeds)["y"].tolist() == ["x11", "yzéé"]
+
+
+def test_attention_in_doubles_runs_in_pieces() -> None:
+    """The fused kernel computes float32: products and a softmax take its place, in full precision."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 5, 4)) for _ in range(3))
+    infos = [helper.make_tensor_value_info(name, TensorProto.DOUBLE, [2, 5, 4]) for name in "qkvy"]
+    nodes = [
+        helper.make_node("Transpose", ["k"], ["t"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["q", "t"], ["s"]),
+        helper.make_node("Softmax", ["s"], ["p"]),
+        helper.make_node("MatMul", ["p", "v"], ["y"]),
+    ]
+    graph = helper.make_graph(nodes, "attention", infos[:3], infos[3:])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    with engine.load(proto.SerializeToString(), device="cpu") as model:
+        got = model.run({"q": q, "k": k, "v": v})["y"]
+    weights = np.exp(q @ k.transpose(0, 2, 1))
+    np.testing.assert_allclose(got, weights / weights.sum(-1, keepdims=True) @ v, rtol=1e-12)

@@ -19,7 +19,7 @@ from engine.targets.cpu.kernel import KernelBuilder, KernelSpec, launch, pointer
 from tests.engine.targets.cpu.steps import place, run_launches, run_step
 
 # Largest error in units in the last place, as measured and rounded up; x86-64 without FMA rounds a little more often.
-ULPS = {"exp": 1.1, "log": 0.9, "tanh": 1.4, "sigmoid": 2.7, "erf": 1.3, "sin": 1.6, "cos": 1.6}
+ULPS = {"exp": 1.1, "log": 0.9, "tanh": 1.4, "sigmoid": 2.7, "erf": 1.5, "sin": 1.6, "cos": 1.6}
 SPECIAL = np.float32([0, -0.0, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 3.4e38, -3.4e38, 1, -1, 88.8, -103.9, -104.1])
 
 

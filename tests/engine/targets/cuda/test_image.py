@@ -17,7 +17,7 @@ from engine.targets.cuda.image import Filter, centre_box, launch_images
 from engine.targets.cuda.kernel import Pointer, pack
 
 pytestmark = pytest.mark.gpu
-LEVELS = 1.01  # Pillow rounds between its two passes as well
+LEVELS = 1.01  # Pillow's weights are fixed-point: a value halfway between levels may fall on the other side
 CROP = (56, 60)
 
 

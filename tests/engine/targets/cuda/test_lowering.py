@@ -1,0 +1,143 @@
+"""What lowering chooses, and what it packs. Needs the CUDA packages, no GPU."""
+
+
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("cuda.bindings.nvrtc")
+
+from engine.errors import DeviceError, UnsupportedOp
+from engine.ir import expr as ex
+from engine.ir.dtype import DType
+from engine.ir.ops import Attention, Conv, Gemm, Pointwise
+from engine.plan.tensor import Buffer, BufferKind, Tensor
+from engine.targets.cuda import covering as cv
+from engine.targets.cuda.architecture import ARCHITECTURES, SM_80, SM_90A, for_capability
+from engine.targets.cuda.conv import pack_depthwise, pack_filter
+from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
+from engine.targets.cuda.families import family_of
+from engine.targets.cuda.gemm import pack_weight
+from engine.targets.cuda.kernel import (
+    I64,
+    Context,
+    Instruction,
+    Launch,
+    LevelSizes,
+    Pointer,
+    TensorArgument,
+    WeightStore,
+    pack,
+)
+from engine.targets.cuda.spaces import operand, space
+from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES
+
+
+def lower(step, architecture=SM_90A) -> Launch:
+    (launch,) = family_of(step.op).lower(step, Context(architecture, 132, WeightStore()))
+    return launch
+
+
+def test_hopper_takes_wgmma_where_the_copy_engine_can_read() -> None:
+    aligned = make_step(Gemm((cv.stored(ACC),)), [(F16, (64, 384)), weight(384, 384)])
+    odd = make_step(Gemm((cv.stored(ACC),)), [(F16, (64, 383)), weight(383, 384)])
+    assert lower(aligned).kernel.instruction is Instruction.WGMMA
+    assert lower(aligned, SM_80).kernel.instruction is Instruction.MMA
+    assert lower(odd).kernel.instruction is Instruction.MMA
+
+
+def test_a_pointwise_convolution_is_a_product() -> None:
+    step = make_step(cv.conv_op(1), [(F16, (2, 64, 9, 9)), weight(32, 64, 1, 1), weight(32, 1, 1)])
+    assert lower(step).kernel.family == "gemm"
+
+
+def test_every_tile_fits_some_architecture_and_the_smallest_has_one() -> None:
+    least = min(architecture.shared_bytes for architecture in ARCHITECTURES.values())
+    assert any(tile.shared_bytes <= least for tile in MMA_TILES)
+    assert all(tile.shared_bytes <= SM_90A.shared_bytes for tile in WGMMA_TILES)
+
+
+def test_one_kernel_serves_every_batch() -> None:
+    def kernel(batch: int):
+        inputs: list[cv.Given] = [(F16, (batch, 128, 384)), weight(384, 1536), weight(1536)]
+        return lower(make_step(Gemm((cv.BIAS_GELU,)), inputs)).kernel
+
+    assert kernel(32) == kernel(33)
+    assert len({kernel(batch) for batch in range(1, 65)}) <= len(WGMMA_TILES)
+
+
+@pytest.mark.parametrize(
+    ("op", "inputs"),
+    [
+        (Gemm((ACC,)), [(F32, (4, 8)), (F32, (8, 4))]),
+        (Attention(1.0, stores=(ACC,)), [(F16, (1, 1, 4, 12))] * 3),
+        (Conv((1, 1), ((0, 0),) * 2, (1, 1), transposed=True), [(F16, (1, 8, 4, 4)), weight(8, 8, 3, 3)]),
+        (Conv((1, 1), ((0, 0),) * 2, (1, 1)), [(F16, (1, 8, 4, 4)), (F16, (8, 8, 3, 3))]),
+    ],
+)  # fmt: skip
+def test_what_has_no_kernel_is_refused(op, inputs) -> None:
+    with pytest.raises(UnsupportedOp):
+        make_step(op, inputs)
+
+
+def test_weights_are_packed_once() -> None:
+    store = WeightStore()
+    (w,) = make_step(Gemm((ACC,)), [(F16, (1, 8)), weight(8, 8)]).inputs[1:]
+    assert store.packed(w, "n,k8", pack_weight) is store.packed(w, "n,k8", pack_weight)
+    assert store.packed(w, "n,k8", pack_weight) is not store.packed(w, "k,n", lambda array: array)
+
+
+def test_weight_layouts() -> None:
+    rng = np.random.default_rng(0)
+    b, w = rng.standard_normal((5, 3)).astype(np.float16), rng.standard_normal((4, 3, 2, 2)).astype(np.float16)
+    assert np.array_equal(pack_weight(b)[:, :5], b.T)
+    assert not pack_weight(b)[:, 5:].any()
+    assert np.array_equal(pack_filter(w)[1, :12].reshape(2, 2, 3), w[1].transpose(1, 2, 0))
+    assert np.array_equal(pack_depthwise(w[:, :1])[1, 0], w[:, 0, 1, 0].astype(np.float32))
+
+
+def test_parameters_lie_as_a_c_compiler_lays_them() -> None:
+    buffer = Buffer("b", BufferKind.INPUT, 64)
+    arguments = (
+        ("m", 7), ("t", TensorArgument(Pointer(buffer), (1, 2, 3), 4)), ("levels", LevelSizes((5, 6))), ("n", 9),
+        ("stride", I64(-1)), ("scale", 0.5),
+    )  # fmt: skip
+    words = np.frombuffer(pack(arguments, lambda _: 1234, lambda _: b"", 99), np.int64)
+    assert words[0] == 7
+    assert words[1:7].tolist() == [1234, 1, 2, 3, 0, 4]
+    assert words[7] == 5 | 6 << 32
+    assert words[9] == 9  # padded before the stride, which is aligned to 8 bytes
+    assert words[10] == -1
+    assert np.float32(0.5) == words[11:12].view(np.float32)[0]
+    assert words[12] == 99
+
+
+def test_rows_that_lie_together_merge() -> None:
+    buffer = Buffer("b", BufferKind.INPUT, 2 * 8 * 5 * 16)
+    dense = operand(Tensor(buffer, F16, (8, 5, 16), (80, 16, 1)), 3)
+    broadcast = operand(Tensor(buffer, F16, (5, 16), (16, 1)), 3)
+    assert space((8, 5, 16), (0, 1), (2,), [dense]).levels == (40,)
+    assert space((8, 5, 16), (0, 1), (2,), [dense, broadcast]).levels == (8, 5)
+    assert space((8, 1, 16), (0, 1), (2,), [dense]).levels == (8,)
+
+
+def test_a_layout_that_needs_too_many_levels_is_refused() -> None:
+    shape, strides = (2, 3, 2, 3, 2, 8), (1000, 1, 300, 20, 7, 31)
+    tensor = Tensor(Buffer("b", BufferKind.INPUT, 1 << 20), F16, shape, strides)
+    with pytest.raises(UnsupportedOp, match="levels"):
+        space(shape, range(5), (5,), [operand(tensor, 6)])
+
+
+def test_old_gpus_are_refused_by_name() -> None:
+    with pytest.raises(DeviceError, match=r"7\.5"):
+        for_capability(7, 5)
+    assert for_capability(9, 0).name == "sm_90a"
+
+
+def test_a_copy_between_layouts_runs_along_the_result() -> None:
+    launch = lower(cv.layout_copy(1, 32, 10, 10))
+    arguments = dict(launch.arguments)
+    assert arguments["columns"] == 100
+    assert isinstance(make_step(Pointwise((ex.Arg(0, DType.I64),)), [(DType.I64, (3,))]).op, Pointwise)
