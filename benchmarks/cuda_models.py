@@ -95,7 +95,7 @@ def measure(path: Path, sizes: Mapping[str, int], model: Model, target: CudaTarg
     with torch.inference_mode():
         work = peer_of(path.parent.parent.name, feeds)
         peer = captured(lambda: _discard(work()))
-        times = interleaved_us({"ours": (_Replay(executable, target), 1), "peer": (peer, 1)})  # type: ignore[dict-item]
+        times = interleaved_us({"ours": (_Replay(executable, target), 1), "peer": (peer, 1)})
     case = f"{path.parent.parent.name} {' '.join(f'{k}={v}' for k, v in sizes.items())}"
     return Row(
         "model", case, round(times["ours"], 1), round(times["peer"], 1), round(times["peer"] / times["ours"], 2),

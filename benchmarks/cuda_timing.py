@@ -67,7 +67,7 @@ class Prepared:
         """Queue the launches on one set."""
 
         def address(pointer: Pointer) -> int:
-            return operands.memory[id(pointer.buffer)].data_ptr() + pointer.offset
+            return int(operands.memory[id(pointer.buffer)].data_ptr()) + pointer.offset
 
         def encode(map_: TensorMap) -> bytes:
             return self.target.device.encode(map_, address(map_.pointer))

@@ -22,7 +22,8 @@ class DeviceError(EngineError):
 
 
 class DeviceLost(DeviceError):
-    """The device has failed for good as far as this process goes (a sticky CUDA error): only a new process can use it."""
+    """The device has failed for good as far as this process goes (a sticky CUDA error): only a new process can use
+    it."""
 
 
 class OutOfMemory(EngineError):

@@ -1,4 +1,5 @@
-"""The pass `narrow_floats`: fp32 activations and weights are stored in the target's narrower type, `Traits.storage_type`.
+"""The pass `narrow_floats`: fp32 activations and weights are stored in the target's narrower type,
+`Traits.storage_type`.
 
 Arithmetic stays fp32: an expression widens what it reads and rounds once, when it stores. Only memory changes, and the
 operands of matrix units. What stays fp32 in memory: the model's inputs and outputs, scores and masks of softmax and

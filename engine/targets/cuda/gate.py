@@ -47,7 +47,7 @@ def tool(name: str) -> str:
     """The path of a CUDA binary tool: on the PATH, or from its pip package. Exits where it is missing."""
     found = shutil.which(name)
     if found is None:
-        import nvidia  # type: ignore[import-untyped]
+        import nvidia
 
         for root in nvidia.__path__:
             for candidate in Path(root).glob(f"**/bin/{name}"):

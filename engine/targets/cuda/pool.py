@@ -23,7 +23,7 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
     return (image, *(Requirement() for _ in inputs[1:])), tuple(image for _ in op.stores)
 
 
-def lower(step: Step, context: Context) -> list[Launch]:  # noqa: ARG001  (the signature of a Family)
+def lower(step: Step, context: Context) -> list[Launch]:
     op = step.op
     assert isinstance(op, Pool)
     x, y = step.inputs[0], step.outputs[0]

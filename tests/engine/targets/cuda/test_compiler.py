@@ -1,7 +1,5 @@
 """The compiler and its cache on disk. Needs NVRTC, no GPU."""
 
-
-
 from __future__ import annotations
 
 import os

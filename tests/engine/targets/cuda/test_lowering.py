@@ -1,7 +1,5 @@
 """What lowering chooses, and what it packs. Needs the CUDA packages, no GPU."""
 
-
-
 from __future__ import annotations
 
 import numpy as np
