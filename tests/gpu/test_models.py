@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from pathlib import Path
 
@@ -132,4 +133,5 @@ def test_closing_gives_the_memory_back(all_minilm_l6_v2: Path) -> None:
     model.run(token_feeds(8, 64))
     assert pool.used_bytes() > before
     model.close()
+    gc.collect()
     assert pool.used_bytes() == before
