@@ -47,7 +47,7 @@ def tool(name: str) -> str:
     """The path of a CUDA binary tool: on the PATH, or from its pip package. Exits where it is missing."""
     found = shutil.which(name)
     if found is None:
-        import nvidia  # type: ignore[import-untyped]
+        import nvidia
 
         for root in nvidia.__path__:
             for candidate in Path(root).glob(f"**/bin/{name}"):
@@ -104,7 +104,7 @@ def check(architecture: Architecture, workers: int) -> list[Verdict]:
         try:
             return inspect(architecture, kernel, compiler.cubin(kernel.source), cuobjdump)
         except CompileError as error:
-            return Verdict(architecture.name, kernel.source.name, failure=str(error))
+            return Verdict(architecture.name, kernel.source.name, failure=" ".join(str(error).split()))
 
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(one, kernels.values()))
@@ -116,15 +116,21 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--verbose", action="store_true", help="a line for every kernel")
     options = parser.parse_args(None if arguments is None else list(arguments))
-    time.monotonic()
+    start = time.monotonic()
     verdicts: list[Verdict] = []
     for name in options.architectures:
         verdicts += check(ARCHITECTURES[name], options.workers)
     for verdict in verdicts:
         if verdict.failure or options.verbose:
-            pass
+            outcome = f"FAILED: {verdict.failure}" if verdict.failure else "ok"
+            used = f"{verdict.registers} registers, {verdict.shared_bytes} B"
+            print(f"{verdict.architecture} {verdict.name}: {used}: {outcome}")
     failed = sum(1 for verdict in verdicts if verdict.failure)
-    max((verdict.registers for verdict in verdicts), default=0)
+    widest = max((verdict.registers for verdict in verdicts), default=0)
+    print(
+        f"{len(verdicts)} kernels for {len(options.architectures)} architectures: {len(verdicts) - failed} passed, "
+        f"{failed} failed; at most {widest} registers, 0 spills in what passed; {time.monotonic() - start:.0f} s"
+    )
     return 1 if failed else 0
 
 
