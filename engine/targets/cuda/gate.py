@@ -116,15 +116,21 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--verbose", action="store_true", help="a line for every kernel")
     options = parser.parse_args(None if arguments is None else list(arguments))
-    time.monotonic()
+    start = time.monotonic()
     verdicts: list[Verdict] = []
     for name in options.architectures:
         verdicts += check(ARCHITECTURES[name], options.workers)
     for verdict in verdicts:
         if verdict.failure or options.verbose:
-            pass
+            outcome = f"FAILED: {verdict.failure}" if verdict.failure else "ok"
+            usage = f"{verdict.registers} registers, {verdict.shared_bytes} bytes of shared memory"
+            print(f"{verdict.architecture} {verdict.name}: {usage}: {outcome}")
     failed = sum(1 for verdict in verdicts if verdict.failure)
-    max((verdict.registers for verdict in verdicts), default=0)
+    widest = max((verdict.registers for verdict in verdicts), default=0)
+    print(
+        f"{len(verdicts)} kernels for {len(options.architectures)} architectures: {len(verdicts) - failed} passed, "
+        f"{failed} failed; at most {widest} registers; {time.monotonic() - start:.0f} s"
+    )
     return 1 if failed else 0
 
 
