@@ -61,8 +61,8 @@ def expand(text: str) -> str:
 
 
 def default_cache() -> Path:
-    """``$TILEWAVE_CACHE/kernels``, else ``~/.cache/tilewave/kernels`` (or under ``$XDG_CACHE_HOME``)."""
-    root = os.environ.get("TILEWAVE_CACHE")
+    """``$TILEWAVE_CACHE_DIR/kernels``, else ``~/.cache/tilewave/kernels`` (or under ``$XDG_CACHE_HOME``)."""
+    root = os.environ.get("TILEWAVE_CACHE_DIR")
     if root:
         return Path(root) / "kernels"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tilewave" / "kernels"

@@ -6,7 +6,7 @@ and back for every run. This one has CuPy arrays instead; a launch moves nothing
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import cupy
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from engine.ir.dtype import DType
 from engine.plan.plan import Plan
 from engine.plan.tensor import BufferKind, Tensor
+from engine.specs import StepStat
 from engine.targets.cuda.kernel import Pointer
 from engine.targets.cuda.target import CudaTarget, Executable
 
@@ -28,6 +29,9 @@ class ResidentExecutable(Executable):
         self.outputs = {name: self._arrays[id(tensor.buffer)] for name, tensor in plan.outputs.items()}
         self._before = cupy.cuda.Event(disable_timing=True)
         self._after = cupy.cuda.Event(disable_timing=True)
+        self._stamped = cupy.cuda.Event(disable_timing=True)
+        self._stamps_wait = False
+        """A launch that wrote stamps has been queued (`_stamped` follows it) and they have not been read."""
 
     def _place(self, tensors: Mapping[str, Tensor], start: int) -> int:
         """Give each tensor an array; nothing lies in the shared region."""
@@ -50,17 +54,30 @@ class ResidentExecutable(Executable):
         device = self._target.device
         with self._target.lock, device.errors(), device.current():
             caller = stream if isinstance(stream, cupy.cuda.Stream | cupy.cuda.ExternalStream) else None
-            if self._pending_sample and self._after.done:
-                self._collect_stamps()
+            self._read_stamps()
             self._before.record(caller or cupy.cuda.get_current_stream())
             device.stream.wait_event(self._before)
             super().launch()
+            if self._pending_sample:
+                self._stamped.record(device.stream)
+                self._stamps_wait, self._pending_sample = True, False
             self._after.record(device.stream)
             if caller is not None:
                 caller.wait_event(self._after)
             else:
                 self._after.synchronize()
-                self._collect_stamps()
+
+    def _read_stamps(self) -> None:
+        """Add up the newest stamps, once the launch that wrote them is done."""
+        if self._stamps_wait and self._stamped.done:
+            self._stamps_wait, self._pending_sample = False, True
+            self._collect_stamps()
+
+    def step_stats(self) -> Sequence[StepStat]:
+        """Runs and time of every step since it was bound."""
+        with self._target.lock, self._target.device.current():
+            self._read_stamps()
+            return super().step_stats()
 
     def close(self) -> None:
         """Forget graphs and arrays."""
