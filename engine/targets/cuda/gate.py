@@ -97,7 +97,7 @@ def _run(command: Sequence[str]) -> str:
 def check(architecture: Architecture, workers: int) -> list[Verdict]:
     """Compile and inspect the covering set for one architecture."""
     kernels = {launch.kernel.source: launch.kernel for _, launch in covering.launches(architecture)}
-    compiler = Compiler(architecture.name, cache=None, workers=workers)
+    compiler = Compiler(architecture.name, cache=None, workers=workers, strict=True)
     cuobjdump = tool("cuobjdump")
 
     def one(kernel: Kernel) -> Verdict:
