@@ -1,21 +1,23 @@
 # Everything sets itself up: `make serve` in a fresh clone needs Python 3.11 or newer and make, nothing else.
-# Variables: ARGS (passed on to the command), EXTRAS (e.g. cuda), PYTHON, VENV, PYTEST_ARGS, TARGET (of `make load`).
+# Variables: ARGS (passed on to the command), EXTRAS (e.g. cuda), PYTHON, VENV, PYTEST_ARGS, TARGET (of `make load`),
+# KERNEL_ARCHITECTURES (of `make kernels`).
 
 VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS ?=
 TARGET ?= http://127.0.0.1:8000
+KERNEL_ARCHITECTURES ?= sm_80 sm_90a
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 installed = $(patsubst %,$(VENV)/.installed-%,runtime $(EXTRAS) $(1))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models serve test lint bench load lock clean
+.PHONY: help setup models serve test lint bench kernels kernels-all load lock clean
 .NOTPARALLEL:
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: models  ## .venv with the locked packages, and the default models
 
@@ -35,6 +37,12 @@ lint: $(call installed,test load)  ## ruff and mypy
 
 bench: models $(call installed,test)  ## both models on the CPU beside ONNX Runtime; options in ARGS
 	$(BIN)/python -m benchmarks.cpu_models $(ARGS)
+
+kernels: $(call installed,kernels)  ## the CUDA kernels compiled for Ampere and Hopper and inspected; needs no GPU
+	$(BIN)/python -m engine.targets.cuda.gate $(KERNEL_ARCHITECTURES) $(ARGS)
+
+kernels-all: $(call installed,kernels)  ## the same for every architecture
+	$(BIN)/python -m engine.targets.cuda.gate $(ARGS)
 
 load: $(call installed,load)  ## 20 users for 30 s against a running service; TARGET=http://host:port
 	$(BIN)/locust -f load_tests/locustfile.py --headless -u 20 -r 20 -t 30s --host $(TARGET) $(ARGS)

@@ -10,8 +10,8 @@ The names below are the public API; everything else may change.
 
 from __future__ import annotations
 
-from engine.errors import DeviceError, EngineError, ModelError, OutOfMemory, ShapeError, UnsupportedOp
-from engine.loading import load
+from engine.errors import DeviceError, DeviceLost, EngineError, ModelError, OutOfMemory, ShapeError, UnsupportedOp
+from engine.loading import choose_device, load
 from engine.model import BoundModel, Model
 from engine.specs import DeviceInfo, KernelStat, ProfileRow, StepStat, TensorSpec
 
@@ -19,6 +19,7 @@ __all__ = [
     "BoundModel",
     "DeviceError",
     "DeviceInfo",
+    "DeviceLost",
     "EngineError",
     "KernelStat",
     "Model",
@@ -29,5 +30,6 @@ __all__ = [
     "StepStat",
     "TensorSpec",
     "UnsupportedOp",
+    "choose_device",
     "load",
 ]

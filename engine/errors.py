@@ -21,5 +21,10 @@ class DeviceError(EngineError):
     """The device asked for is absent, unsupported or has failed."""
 
 
+class DeviceLost(DeviceError):
+    """The device has failed for good as far as this process goes (a sticky CUDA error): only a new process can use
+    it."""
+
+
 class OutOfMemory(EngineError):
     """The device has too little memory for the model or the shapes asked for."""

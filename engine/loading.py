@@ -1,27 +1,30 @@
-"""From a file to a model that runs: read, rewrite for the target, check. Holds `engine.load`."""
+"""From a file to a model that runs: pick the device, read, rewrite for its target, settle the precision. Holds
+`engine.load`."""
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from enum import Enum
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engine.errors import DeviceError, UnsupportedOp
+import numpy as np
+
+from engine.errors import DeviceError, ShapeError, UnsupportedOp
+from engine.feeds import free_symbols
 from engine.ir.graph import Graph
 from engine.ir.ops import Opaque
 from engine.model import PLAN_CACHE_BYTES, Model
+from engine.precision import CANDIDATES, Precision, Verdict, Verdicts, decide, fingerprint, probe_sizes, source_hash
 from engine.targets.base import Target
+from engine.targets.cuda import probe
+from engine.targets.cuda.probe import Gpu
 
+log = logging.getLogger(__name__)
 
-class Precision(Enum):
-    """Storage and compute type of the heavy operators."""
-
-    AUTO = "auto"
-    FP32 = "fp32"
-    TF32 = "tf32"
-    BF16 = "bf16"
-    FP16 = "fp16"
+_ON_CPU = (Precision.AUTO, Precision.FP32)
 
 
 def load(
@@ -34,50 +37,173 @@ def load(
 ) -> Model:
     """Load an ONNX model and make it ready to run.
 
-    `path` is an .onnx file (external data beside it is found) or its bytes. `device` is ``auto`` or ``cpu``.
-    `precision` is ``auto`` or ``fp32`` on a CPU, where all float arithmetic is fp32 (fp64 stays fp64). With `strict`,
-    an operator without a kernel of ours is refused instead of run through onnx.reference. `threads` bounds the CPU
-    threads (default: every core this process may use). `plan_cache_bytes` bounds the plans kept ready for shapes seen
-    before.
+    `path` is an .onnx file (external data beside it is found) or its bytes. `device` is ``cpu``, ``cuda`` (the first
+    usable GPU), ``cuda:N``, or ``auto``: a GPU where one can be used and has kernels for the model, else the CPU; the
+    log says why a GPU was not used. `precision` is ``fp16``, ``bf16``, ``tf32``, ``fp32``, or ``auto``: fp32 on a CPU,
+    where all float arithmetic is fp32 (fp64 stays fp64); on a GPU the fastest whose outputs agree with fp32 (see
+    `engine.precision`). With `strict`, an operator without a kernel of ours is refused instead of run through
+    onnx.reference. `threads` bounds the CPU threads (default: every core this process may use). `plan_cache_bytes`
+    bounds the plans kept ready for shapes seen before.
 
     Raises ModelError (not a valid model), UnsupportedOp (valid, but not runnable here), DeviceError (no such device or
-    precision there), ValueError (an argument that means nothing).
+    precision there), OutOfMemory, ValueError (an argument that means nothing).
     """
-    # Imported here: the compiler and its dependencies are needed to load a model, not to name the engine's types.
-    from engine import frontend, passes
-    from engine.targets.cpu.target import CpuTarget
-
     start = time.perf_counter()
-    target_name = _device(device)
-    _check_precision(precision, target_name)
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, not {threads}")
     source = path if isinstance(path, bytes) else Path(path)
-    graph = passes.run(frontend.read(source), CpuTarget.traits)
-    if strict:
-        _refuse_opaque(graph)
-    target: Target = CpuTarget(threads)
-    model = Model(graph, target, plan_cache_bytes)
+    loader = _Loader(source, strict, threads, plan_cache_bytes)
+    wanted = _precision(precision)
+    gpu = _gpu(device)
+    if gpu is None:
+        model = loader.on_cpu(wanted)
+    else:
+        try:
+            model = loader.on_gpu(gpu, wanted)
+        except (UnsupportedOp, DeviceError) as error:
+            if device != "auto" or wanted not in _ON_CPU:
+                raise
+            log.warning("the model runs on the CPU, not on GPU %d (%s): %s", gpu.index, gpu.name, error)
+            model = loader.on_cpu(wanted)
     model.load_seconds = time.perf_counter() - start
     return model
 
 
-def _device(device: str) -> str:
-    if device in ("auto", "cpu"):
-        return "cpu"
-    if device == "cuda" or device.startswith("cuda:"):
-        raise DeviceError(f"device {device!r}: this version runs on the CPU only; use device='cpu' or 'auto'")
-    raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:<number>', not {device!r}")
+def choose_device(device: str = "auto") -> str:
+    """What `load` makes of `device` before it has seen a model: ``cpu`` or ``cuda:N``.
+
+    Raises DeviceError for a GPU asked for that cannot be used, ValueError for a device that means nothing.
+    """
+    gpu = _gpu(device)
+    return "cpu" if gpu is None else f"cuda:{gpu.index}"
 
 
-def _check_precision(precision: str, device: str) -> None:
+def _gpu(device: str) -> Gpu | None:
+    """The GPU that `device` names; None for the CPU."""
+    if device == "cpu":
+        return None
+    if device == "auto":
+        try:
+            return probe.usable_gpu()
+        except DeviceError as error:
+            if probe.survey().cuda is not None:
+                log.warning("the GPU is not used: %s", error)
+            return None
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or device == "cuda:" or (number and not (number.isascii() and number.isdigit())):
+        raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:<number>', not {device!r}")
+    return probe.usable_gpu(int(number) if number else None)
+
+
+def _precision(name: str) -> Precision:
     try:
-        chosen = Precision(precision)
+        return Precision(name)
     except ValueError:
         names = ", ".join(repr(item.value) for item in Precision)
-        raise ValueError(f"precision must be one of {names}, not {precision!r}") from None
-    if device == "cpu" and chosen not in (Precision.AUTO, Precision.FP32):
-        raise DeviceError(f"the CPU computes in fp32; precision {precision!r} needs a GPU (use 'auto' or 'fp32')")
+        raise ValueError(f"precision must be one of {names}, not {name!r}") from None
+
+
+def cuda_target(gpu: Gpu) -> Target:
+    """The target of one GPU. Tests put another in its place."""
+    from engine.targets.cuda.target import CudaTarget
+
+    return CudaTarget(gpu.index)
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """One call of `load`."""
+
+    source: Path | bytes
+    strict: bool
+    threads: int | None
+    plan_cache_bytes: int
+
+    def on_cpu(self, wanted: Precision) -> Model:
+        """The model on the CPU. Raises DeviceError for a precision that the CPU does not have."""
+        # Imported here: the compiler and its dependencies are needed to load a model, not to name the engine's types.
+        from engine.targets.cpu.target import CpuTarget
+
+        if wanted not in _ON_CPU:
+            raise DeviceError(
+                f"the CPU computes in fp32; precision {wanted.value!r} needs a GPU (use 'auto' or 'fp32')"
+            )
+        return self._model(CpuTarget(self.threads), Precision.FP32)
+
+    def on_gpu(self, gpu: Gpu, wanted: Precision) -> Model:
+        """The model on a GPU, in the precision wanted or found out. Raises UnsupportedOp for a missing kernel."""
+        if wanted is not Precision.AUTO:
+            return self._checked(gpu, wanted)
+        verdicts = Verdicts()
+        path = verdicts.path(fingerprint(self._read()), gpu.name, str(gpu.capability), source_hash())
+        known = verdicts.read(path)
+        if known is not None:
+            log.info("precision %s, as found before", known)
+            return self._checked(gpu, known.precision)
+        model, verdict = self._decide(gpu)
+        log.info("precision %s", verdict)
+        verdicts.write(path, verdict)
+        return model
+
+    def _checked(self, gpu: Gpu, precision: Precision) -> Model:
+        """The model in a given precision, after a look whether the target has the kernels."""
+        model = self._model(cuda_target(gpu), precision)
+        try:
+            _probe(model)
+        except ShapeError:
+            log.info("whether every operator has a kernel was not checked: no sizes could be guessed")
+        except UnsupportedOp:
+            model.close()
+            raise
+        return model
+
+    def _decide(self, gpu: Gpu) -> tuple[Model, Verdict]:
+        """The model in the first precision that holds against the CPU."""
+        with self.on_cpu(Precision.FP32) as plain:
+            try:
+                sizes = _probe(plain)
+            except ShapeError as error:
+                log.warning("the precision is not checked: no sizes could be guessed: %s", error)
+                return self._checked(gpu, CANDIDATES[0]), Verdict(CANDIDATES[0], None)
+            feeds = plain.sample_feeds(sizes)
+            reference = plain.run(feeds)
+        tried: list[Model] = []
+
+        def attempt(precision: Precision) -> Mapping[str, np.ndarray]:
+            for model in tried:
+                model.close()
+            tried.append(self._model(cuda_target(gpu), precision))
+            return tried[-1].run(feeds)
+
+        try:
+            verdict = decide(attempt, reference)
+        except Exception:
+            tried[-1].close()
+            raise
+        return tried[-1], verdict
+
+    def _read(self) -> Graph:
+        from engine import frontend
+
+        return frontend.read(self.source)
+
+    def _model(self, target: Target, precision: Precision) -> Model:
+        from engine import passes
+
+        graph = passes.run(self._read(), replace(target.traits, storage_type=precision.storage))
+        if self.strict:
+            _refuse_opaque(graph)
+        model = Model(graph, target, self.plan_cache_bytes)
+        model.precision = precision.value
+        return model
+
+
+def _probe(model: Model) -> dict[str, int]:
+    """Sizes that the model accepts. Raises ShapeError where none could be guessed, UnsupportedOp for a missing
+    kernel."""
+    inputs = model.graph.inputs
+    batches = {str(value.shape[0]) for value in inputs if value.shape}
+    return probe_sizes(((name, name in batches) for name in free_symbols(inputs)), model.plan)
 
 
 def _refuse_opaque(graph: Graph) -> None:

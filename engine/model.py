@@ -21,7 +21,7 @@ from engine.plan.build import Constants, build
 from engine.plan.cache import LeastRecentlyUsed
 from engine.plan.plan import Plan
 from engine.specs import DeviceInfo, KernelStat, ProfileRow, StepStat, TensorSpec, roofline
-from engine.targets.base import Executable, Target
+from engine.targets.base import Executable, Resident, Target
 
 PLAN_CACHE_BYTES = 64 << 20
 PROFILE_RUNS = 20
@@ -33,7 +33,6 @@ class _Bound:
     def __init__(self, plan: Plan, executable: Executable) -> None:
         self.executable = executable
         self.outputs = {name: (tensor.shape, tensor.dtype.numpy) for name, tensor in plan.outputs.items()}
-        self.inputs = {name: (tensor.shape, tensor.dtype.numpy) for name, tensor in plan.inputs.items()}
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +49,7 @@ class Model:
         self._constants = Constants()
         self._retired: dict[tuple[str, str], KernelStat] = {}
         self._plans: LeastRecentlyUsed[tuple[int, ...], _Bound] = LeastRecentlyUsed(plan_cache_bytes, self._retire)
-        self._pinned: list[_Bound] = []
+        self._pinned: list[Resident] = []
         self._closed = False
         self._symbols = free_symbols(graph.inputs)
         self.inputs = tuple(_spec(value.name, value.dtype.numpy, value.shape) for value in graph.inputs)
@@ -60,6 +59,8 @@ class Model:
         )
         self.load_seconds = 0.0
         """Seconds that `engine.load` took."""
+        self.precision = "fp32"
+        """The precision that `engine.load` chose."""
 
     # Running
 
@@ -78,16 +79,16 @@ class Model:
         return outputs
 
     def bind(self, sizes: Mapping[str, int]) -> BoundModel:
-        """A plan for fixed sizes with its own input and output arrays, for repeated runs without allocation.
+        """A plan for fixed sizes with its own input and output arrays in the device's memory, for repeated runs without
+        allocation and without transfers.
 
         `sizes` gives every symbol of the input shapes. Raises ShapeError where one is missing, unknown or not positive.
         """
         self._check_sizes(sizes)
         with self._lock:
-            plan = self._build(sizes)
-            bound = _Bound(plan, self._target.bind(plan))
-            self._pinned.append(bound)
-        return BoundModel(self, bound)
+            resident = self._target.resident(self._build(sizes))
+            self._pinned.append(resident)
+        return BoundModel(self, resident)
 
     def plan(self, sizes: Mapping[str, int]) -> Plan:
         """The plan for `sizes`, for inspection: its steps, tensors, memory and costs."""
@@ -126,8 +127,10 @@ class Model:
         """Launches, seconds, FLOPs and bytes of every kernel family and operator since the model was loaded."""
         with self._lock:
             totals = dict(self._retired)
-            for bound in (*self._plans.values(), *self._pinned):
+            for bound in self._plans.values():
                 _accumulate(totals, bound.executable.step_stats())
+            for resident in self._pinned:
+                _accumulate(totals, resident.step_stats())
         return tuple(totals[key] for key in sorted(totals))
 
     @property
@@ -162,9 +165,8 @@ class Model:
             if not self._closed:
                 self._closed = True
                 self._plans.clear()
-                for bound in self._pinned:
-                    self._retire(bound)
-                self._pinned.clear()
+                for resident in list(self._pinned):
+                    self._unpin(resident)
                 self._target.close()
 
     def __enter__(self) -> Model:
@@ -206,38 +208,43 @@ class Model:
         _accumulate(self._retired, bound.executable.step_stats())
         bound.executable.close()
 
-    def _launch(self, bound: _Bound, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
+    def _launch(self, resident: Resident, stream: object) -> None:
         with self._lock:
-            if bound not in self._pinned:
+            if resident not in self._pinned:
                 raise EngineError("the bound model, or its model, is closed")
-            bound.executable.run(inputs, outputs)
+            resident.launch(stream)
 
-    def _unpin(self, bound: _Bound) -> None:
+    def _unpin(self, resident: Resident) -> None:
         with self._lock:
-            if bound in self._pinned:
-                self._pinned.remove(bound)
-                self._retire(bound)
+            if resident in self._pinned:
+                self._pinned.remove(resident)
+                _accumulate(self._retired, resident.step_stats())
+                resident.close()
 
 
 class BoundModel:
-    """A model at fixed sizes with its own arrays: fill `inputs`, call `launch`, read `outputs`."""
+    """A model at fixed sizes with its own arrays: fill `inputs`, call `launch`, read `outputs`.
 
-    def __init__(self, model: Model, bound: _Bound) -> None:
+    The arrays are NumPy's on a CPU and CuPy's, in device memory, on a GPU.
+    """
+
+    def __init__(self, model: Model, resident: Resident) -> None:
         self._model = model
-        self._bound = bound
-        self.inputs = {name: np.zeros(shape, dtype) for name, (shape, dtype) in bound.inputs.items()}
-        self.outputs = {name: np.zeros(shape, dtype) for name, (shape, dtype) in bound.outputs.items()}
+        self._resident = resident
+        self.inputs = resident.inputs
+        self.outputs = resident.outputs
 
     def launch(self, stream: object = None) -> None:
-        """Run once on the arrays as they are. `stream` orders the launch on devices that have streams; a CPU has none.
+        """Run once on the arrays as they are, and wait for the result.
 
-        Raises ShapeError for an index out of range among the inputs.
+        With `stream`, a `cupy.cuda.Stream`, the run takes its place among the work of that stream instead, and nothing
+        waits. A CPU has no streams. Raises ShapeError for an index out of range among the inputs (on a CPU).
         """
-        self._model._launch(self._bound, self.inputs, self.outputs)
+        self._model._launch(self._resident, stream)
 
     def close(self) -> None:
         """Give the plan back; closing twice does nothing."""
-        self._model._unpin(self._bound)
+        self._model._unpin(self._resident)
 
 
 def _spec(name: str, dtype: np.dtype, shape: Sequence[Any]) -> TensorSpec:

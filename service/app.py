@@ -20,9 +20,10 @@ from service.middleware import RequestMiddleware
 from service.routes import embeddings, images, infer, operations, protocol, tokens
 from service.routes.responses import error_response
 from service.serving import Serving
-from service.settings import Settings
-from service.workers.engine_api import EngineModule, real_engine
-from service.workers.transport import LocalTransport
+from service.settings import EngineProcess, Settings
+from service.workers.engine_api import EngineModule, import_path, real_engine, uses_gpu
+from service.workers.process import ProcessOptions, ProcessTransport
+from service.workers.transport import LocalTransport, Transport
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +31,9 @@ log = logging.getLogger(__name__)
 def create_app(
     settings: Settings, engine: Callable[[], EngineModule] = real_engine, on_loaded: Callable[[], None] = lambda: None
 ) -> FastAPI:
-    """The app. `engine` returns the module that loads models, and is first called on the loading thread; `on_loaded` is
-    called whenever no model is loading any more."""
-    serving = Serving(settings, LocalTransport(engine), on_loaded)
+    """The app. `engine` returns the module that loads models, and is first called on the loading thread, or in the
+    engine's process; `on_loaded` is called whenever no model is loading any more."""
+    serving = Serving(settings, _transport(settings, engine), on_loaded)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -56,6 +57,14 @@ def create_app(
     app.add_exception_handler(Exception, _unknown_error)
     app.add_middleware(RequestMiddleware, metrics=serving.metrics, access_log=settings.access_log)
     return app
+
+
+def _transport(settings: Settings, engine: Callable[[], EngineModule]) -> Transport:
+    """The worker where the settings want it: a GPU that fails takes its whole process with it."""
+    where = settings.engine_process
+    if where is EngineProcess.ALWAYS or (where is EngineProcess.AUTO and uses_gpu(settings.device)):
+        return ProcessTransport(ProcessOptions(import_path(engine), settings.transfer_bytes))
+    return LocalTransport(engine)
 
 
 async def _service_error(_: Request, error: Exception) -> Response:

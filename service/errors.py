@@ -105,6 +105,7 @@ _FROM_ENGINE: Mapping[FailureCode, type[ServiceError]] = {
     FailureCode.DEADLINE: DeadlineExceeded,
     FailureCode.NOT_LOADED: Unavailable,
     FailureCode.OUT_OF_MEMORY: Unavailable,
+    FailureCode.WORKER_LOST: Unavailable,
     FailureCode.ENGINE: EngineFailed,
 }
 

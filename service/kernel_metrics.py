@@ -46,11 +46,8 @@ class EngineCollector(Collector):
         self._history: deque[tuple[float, dict[KernelKey, KernelCounters]]] = deque()
 
     def loaded(self, key: ModelKey, model: LoadedModel) -> None:
-        """A model is ready (again): its counters start at zero."""
+        """A model is ready (again)."""
         self._loaded[key] = model
-        for _, kernels in self._history:
-            for kernel in [kernel for kernel in kernels if kernel[0] == key]:
-                del kernels[kernel]
 
     def unloaded(self, key: ModelKey) -> None:
         """A model is gone; its series end."""
@@ -60,11 +57,18 @@ class EngineCollector(Collector):
         """Put in the newest statistics; called before a scrape."""
         now = self._clock()
         self._models = models
+        self._drop_history(_by_kernel(models))
         if len(self._history) > 1 and now - self._history[-2][0] < _SNAPSHOT_EVERY_S:
             self._history.pop()
         self._history.append((now, _by_kernel(models)))
         while len(self._history) > 2 and now - self._history[1][0] >= WINDOW_S:
             self._history.popleft()
+
+    def _drop_history(self, newest: dict[KernelKey, KernelCounters]) -> None:
+        """Forget kernels that count from zero again, as those of a model do that was loaded anew."""
+        for _, kernels in self._history:
+            for key in [key for key, old in kernels.items() if key in newest and newest[key].launches < old.launches]:
+                del kernels[key]
 
     def collect(self) -> Iterator[Metric]:
         """The families of one scrape."""

@@ -98,6 +98,9 @@ class Metrics:
         self.inflight = Gauge(
             "inference_inflight", "Requests accepted and not answered yet.", _MODEL, registry=registry
         )
+        self.restarts = Counter(
+            "engine_process_restarts_total", "Times the engine's process was lost and started again.", registry=registry
+        )
         self.responses = Counter(
             "http_responses_total", "HTTP answers by route and status.", ("route", "status"), registry=registry
         )

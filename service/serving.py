@@ -28,6 +28,7 @@ from service.workers.messages import (
     ModelReady,
     Report,
     Unload,
+    WorkerLost,
 )
 from service.workers.transport import Transport
 
@@ -98,6 +99,7 @@ class Serving:
             self.finished = True
         except TimeoutError:
             log.error("accepted requests did not finish within %s s", self.settings.drain_timeout)
+        self.engine.close()
         self.preprocess.close()
 
     def _on_report(self, report: Report) -> None:
@@ -112,6 +114,8 @@ class Serving:
             case LoadFailed():
                 self._refuse(report.key, report.reason)
                 self._check_loaded()
+            case WorkerLost():
+                self._lose_worker(report.reason)
 
     def _check_loaded(self) -> None:
         if not any(model.state is ModelState.LOADING for model in self.all_models()):
@@ -135,6 +139,14 @@ class Serving:
             report.batching_reason,
         )
 
+    def _lose_worker(self, reason: str) -> None:
+        """The worker starts again and loads what was loaded, or was to be."""
+        self.metrics.restarts.inc()
+        log.error("%s; it is started again", reason)
+        for model in self.all_models():
+            if model.state is not ModelState.UNAVAILABLE:
+                model.state, model.reason = ModelState.LOADING, "the engine process is being restarted"
+
     def _refuse(self, key: ModelKey, reason: str) -> None:
         model = self._models[key.name][key.version]
         model.state, model.reason = ModelState.UNAVAILABLE, reason
@@ -147,9 +159,9 @@ class Serving:
         if self.draining:
             return "the server is shutting down"
         models = self.all_models()
-        loading = [str(model.key) for model in models if model.state is ModelState.LOADING]
+        loading = [model for model in models if model.state is ModelState.LOADING]
         if loading:
-            return f"loading {', '.join(loading[:5])}"
+            return loading[0].reason or f"loading {', '.join(str(model.key) for model in loading[:5])}"
         if not any(model.state is ModelState.READY for model in models):
             return "no model can be served"
         return ""

@@ -27,6 +27,14 @@ class Precision(StrEnum):
     FP16 = "fp16"
 
 
+class EngineProcess(StrEnum):
+    """Where the engine runs."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
 class LogFormat(StrEnum):
     """How log lines look."""
 
@@ -65,6 +73,13 @@ class Settings(BaseSettings):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     precision: Precision = Field(default=Precision.AUTO, description="arithmetic where model.toml says nothing")
     threads: int | None = Field(default=None, ge=1, le=1024, description="engine threads; all cores when not set")
+    engine_process: EngineProcess = Field(
+        default=EngineProcess.AUTO,
+        description="engine in a process of its own: always, never, or auto: where it runs on a GPU",
+    )
+    transfer_bytes: int = Field(
+        default=1 << 30, ge=1 << 20, description="shared memory for tensors to the engine's process, and as much back"
+    )
     preprocess_threads: int = Field(
         default=2, ge=1, le=256, description="threads that decode images and tokenize long texts"
     )

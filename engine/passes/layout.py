@@ -3,7 +3,8 @@
 Image kernels want the channel innermost. Convolutions start that order and everything that hands images on follows it:
 each operator takes the order of its largest image operand, seen through views, so that NHWC exports, whose
 transpositions are views of channels-last tensors, need no copy. Attention results lie head by head inside each token,
-so that merging the heads is a view. What the caller hands in or gets stays row-major.
+so that merging the heads is a view; the directions of a recurrent network likewise. What the caller hands in or gets
+stays row-major.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from engine.ir.ops import (
     Pad,
     Pointwise,
     Pool,
+    Recurrent,
     Reduce,
     Reshape,
     Resize,
@@ -66,7 +68,7 @@ def _order(node: Node, seen: dict[Value, Order], users: dict[Value, list[Node]],
     op = node.op
     if isinstance(op, View):
         return _through_view(op, node.inputs[0], seen)
-    if isinstance(op, Attention):
+    if isinstance(op, Attention | Recurrent):
         return _as_read(node.outputs[0], users)
     if not traits.channels_last:
         return None

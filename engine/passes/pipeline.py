@@ -2,7 +2,7 @@
 
 The order in one sentence: make everything constant that is, carry types and views in one form, recognise what was
 written in pieces while the pieces are still apart, bring point-wise chains together, hang them onto the operators
-around them, move constants into weights, choose memory orders, and choose storage types last.
+around them, move constants into weights, and choose types and orders in memory last.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ PASSES: tuple[Pass, ...] = (
     permute_flattened,
     merge_views,
     fold,
-    choose_orders,
     narrow_floats,
+    choose_orders,
 )
 
 _PRINT_AFTER = "TILEWAVE_PRINT_AFTER"

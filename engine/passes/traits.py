@@ -14,7 +14,7 @@ class Traits:
     `channels_last`: image kernels want the channel innermost in memory. `float_types`: the floating-point types the
     target computes and stores; tensors of other float types are carried in fp32 inside the graph. `attention_types`:
     the types for which it has a fused attention; in others scores and probabilities stay apart. `storage_type`: what
-    fp32 values are kept in between operators, which compute in fp32 all the same.
+    fp32 activations and weights are kept in between operators, which compute in fp32 all the same (`narrow_floats`).
     """
 
     channels_last: bool = True

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from engine.ir.ops import Op
+from engine.passes.traits import Traits
 from engine.plan.plan import Plan, Requirement
 from engine.plan.tensor import Tensor
 from engine.specs import DeviceInfo, StepStat
@@ -33,9 +34,29 @@ class Executable(Protocol):
     def close(self) -> None: ...
 
 
+class Resident(Protocol):
+    """A plan bound to inputs and outputs of its own in the device's memory (NumPy arrays on a CPU, CuPy on a GPU)."""
+
+    @property
+    def inputs(self) -> Mapping[str, Any]: ...
+    @property
+    def outputs(self) -> Mapping[str, Any]: ...
+
+    def launch(self, stream: object) -> None:
+        """Run once on the arrays as they are. Waits for the result where `stream` is None, else the run takes its
+        place in the stream. Raises what `Executable.run` does."""
+        ...
+
+    def step_stats(self) -> Sequence[StepStat]: ...
+
+    def close(self) -> None: ...
+
+
 class Target(Protocol):
     """A device that runs plans. One instance serves one model: it owns that model's packed weights and its arena."""
 
+    @property
+    def traits(self) -> Traits: ...
     @property
     def device_info(self) -> DeviceInfo: ...
 
@@ -44,6 +65,8 @@ class Target(Protocol):
     ) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]: ...
 
     def bind(self, plan: Plan) -> Executable: ...
+
+    def resident(self, plan: Plan) -> Resident: ...
 
     def memory(self) -> Mapping[str, int]:
         """Bytes by kind: ``weights`` (packed), ``arena``."""

@@ -1,5 +1,5 @@
-"""Runs `Opaque` steps: rare ONNX operators without a kernel, through onnx.reference on the host. Any target may call
-it."""
+"""What targets share that runs on the host: `Opaque` steps (rare ONNX operators without a kernel, through
+onnx.reference), and plans bound to NumPy arrays."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from onnx.reference import ReferenceEvaluator
 
 from engine.errors import EngineError
 from engine.ir.ops import Opaque
+from engine.plan.plan import Plan
+from engine.specs import StepStat
+from engine.targets.base import Executable
 
 
 class HostOperator:
@@ -37,3 +40,22 @@ class HostOperator:
         except Exception as error:  # onnx.reference raises whatever NumPy or its own code does
             raise EngineError(f"operator {self._op.op_type} failed in onnx.reference: {error}") from error
         return [np.asarray(result) for result in results]
+
+
+class HostResident:
+    """A plan with NumPy arrays for its inputs and outputs."""
+
+    def __init__(self, plan: Plan, executable: Executable) -> None:
+        self._executable = executable
+        self.inputs = {name: np.zeros(tensor.shape, tensor.dtype.numpy) for name, tensor in plan.inputs.items()}
+        self.outputs = {name: np.zeros(tensor.shape, tensor.dtype.numpy) for name, tensor in plan.outputs.items()}
+
+    def launch(self, stream: object) -> None:
+        """Run once; a CPU has no streams."""
+        self._executable.run(self.inputs, self.outputs)
+
+    def step_stats(self) -> Sequence[StepStat]:
+        return self._executable.step_stats()
+
+    def close(self) -> None:
+        self._executable.close()

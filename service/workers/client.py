@@ -98,6 +98,10 @@ class EngineClient:
         async with asyncio.timeout(timeout):
             await self._stopped
 
+    def close(self) -> None:
+        """End what is left of the worker."""
+        self._transport.close()
+
     def _receive(self, report: Report) -> None:
         match report:
             case InferResult():
@@ -153,3 +157,4 @@ class _Watch:
         self._timer.cancel()
         if self._task is not None:
             self._task.cancel()
+            self._task = None  # its traceback leads back here: a cycle would keep the answer until it is collected

@@ -1,6 +1,6 @@
 """The part of the `engine` package that a worker uses, as types. Tests put a small engine of their own behind it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -75,6 +75,7 @@ class EngineModule(Protocol):
     """The module `engine`."""
 
     EngineError: type[Exception]
+    DeviceLost: type[Exception]
     ShapeError: type[Exception]
     OutOfMemory: type[Exception]
 
@@ -88,3 +89,23 @@ def real_engine() -> EngineModule:
     import engine
 
     return cast(EngineModule, engine)
+
+
+def uses_gpu(device: str) -> bool:
+    """Whether models asked to run on `device` will try a GPU."""
+    if device != "auto":
+        return device.startswith("cuda")
+    import engine
+
+    return engine.choose_device() != "cpu"
+
+
+def import_path(engine: Callable[[], EngineModule]) -> str:
+    """ "module:name" of a function or class that returns the engine, for another process to import.
+
+    Raises ValueError for one that cannot be imported by name.
+    """
+    name: str = engine.__qualname__
+    if not name.isidentifier() or engine.__module__ == "__main__":
+        raise ValueError(f"{engine.__module__}.{name} cannot be imported by the engine's process")
+    return f"{engine.__module__}:{name}"

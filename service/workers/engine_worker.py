@@ -49,11 +49,19 @@ log = logging.getLogger(__name__)
 
 
 class EngineWorker:
-    """Owns the loaded models of one engine instance. `engine` is imported on the loader thread, not at start."""
+    """Owns the loaded models of one engine instance. `engine` is imported on the loader thread, not at start; `on_lost`
+    is called when the device has failed for good."""
 
-    def __init__(self, engine: Callable[[], EngineModule], report: Callable[[Sequence[Report]], None]) -> None:
+    def __init__(
+        self,
+        engine: Callable[[], EngineModule],
+        report: Callable[[Sequence[Report]], None],
+        on_lost: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._engine = engine
         self._reports = report
+        self._on_lost = on_lost
+        self._busy_since = 0.0
         self._scheduler = Scheduler()
         self._models: dict[ModelKey, EngineModel] = {}
         self._loader = ThreadPoolExecutor(1, "loader")
@@ -149,8 +157,24 @@ class EngineWorker:
     # ---- engine thread
 
     def _run(self) -> None:
-        while (work := self._scheduler.take(self._expired)) is not None:
-            self._execute(work)
+        while self._run_next():
+            pass
+
+    def _run_next(self) -> bool:
+        """One batch; nothing of it is kept until the next one comes. False when there is none any more."""
+        work = self._scheduler.take(self._expired)
+        if work is None:
+            return False
+        self._busy_since = time.monotonic()
+        self._execute(work)
+        self._busy_since = 0.0
+        return True
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long the present batch has been running; 0 when none is."""
+        since = self._busy_since
+        return time.monotonic() - since if since else 0.0
 
     def _expired(self, entry: Entry) -> None:
         text = "the deadline passed while the request waited in the queue"
@@ -165,6 +189,11 @@ class EngineWorker:
             seconds = time.monotonic() - started
             finished = scatter(work.batch, dict(outputs), work.axes)
         except Exception as error:
+            if isinstance(error, self._engine().DeviceLost):
+                self._on_lost(str(error))
+                for part in work.batch.parts:
+                    self._fail(part.entry, error)
+                return
             alone = [_alone(part) for part in work.batch.parts]
             if alone == [work.batch]:
                 self._fail(work.batch.parts[0].entry, error)
@@ -190,6 +219,8 @@ class EngineWorker:
             code = FailureCode.INVALID_INPUT
         elif isinstance(error, module.OutOfMemory | MemoryError):
             code = FailureCode.OUT_OF_MEMORY
+        elif isinstance(error, module.DeviceLost):
+            code = FailureCode.WORKER_LOST
         elif not isinstance(error, module.EngineError):
             log.error("the engine raised an error of no known kind", exc_info=error)
         text = (

@@ -1,8 +1,8 @@
 """What the HTTP side and an engine worker say to each other: frozen dataclasses of plain data and tensor handles.
 
 The HTTP side sends `Command`s through a `Transport` (transport.py) and gets `Report`s back; nothing else crosses, so
-that a worker may live in this process or in another. Times are seconds of `time.monotonic()`, which processes of one
-host share.
+that a worker may live in this process or in another (wire.py makes bytes of them). Times are seconds of
+`time.monotonic()`, which processes of one host share.
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ class FailureCode(StrEnum):
     DEADLINE = "deadline"
     NOT_LOADED = "not_loaded"
     OUT_OF_MEMORY = "out_of_memory"
+    WORKER_LOST = "worker_lost"
     ENGINE = "engine"
 
 
@@ -46,7 +47,7 @@ class ModelKey:
 
 @dataclass(frozen=True, slots=True)
 class LocalTensor:
-    """A tensor in the memory of this process; both sides see the same array and neither writes to it."""
+    """A tensor that this process sees, in its own memory or in shared memory; neither side writes to it."""
 
     array: NDArray[Any]
 
@@ -253,4 +254,11 @@ class Stopped:
     """The worker is done; no report follows."""
 
 
-Report = ModelReady | LoadFailed | InferResult | InferFailed | BatchDone | Unloaded | StatsReport | Stopped
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """The worker's process is gone, and with it every loaded model; it is started again and loads them again."""
+
+    reason: str
+
+
+Report = ModelReady | LoadFailed | InferResult | InferFailed | BatchDone | Unloaded | StatsReport | Stopped | WorkerLost

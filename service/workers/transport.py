@@ -1,5 +1,5 @@
-"""How commands get to a worker and reports come back. In-process here; a child process per GPU implements the same two
-calls."""
+"""How commands get to a worker and reports come back: the interface, and the worker in this process. process.py has the
+worker in a process of its own."""
 
 import asyncio
 import threading
@@ -23,6 +23,10 @@ class Transport(Protocol):
         """Hand a command over; never blocks the event loop."""
         ...
 
+    def close(self) -> None:
+        """End what is left of the worker, whether or not it has stopped."""
+        ...
+
 
 class LocalTransport:
     """A worker in this process: commands are method calls, reports come back in bundles through the event loop."""
@@ -44,6 +48,9 @@ class LocalTransport:
     def send(self, command: Command) -> None:
         """Hand a command to the worker's threads."""
         self._worker.handle(command)
+
+    def close(self) -> None:
+        """Nothing to do: a worker in this process ends with it."""
 
     def _report(self, reports: Sequence[Report]) -> None:
         """Any thread of the worker: queue the reports and wake the loop once per bundle."""

@@ -385,9 +385,41 @@ def _expand(op: ops.Expand, inputs: Sequence[Array], sizes: Sizes, node: Node) -
     return [np.broadcast_to(inputs[0], [evaluate(dim, sizes) for dim in op.shape])]
 
 
+def _recurrent(op: ops.Recurrent, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    x, r, h, *extra = (_wide(array) for array in inputs)
+    c = extra[0] if op.cell is ops.Cell.LSTM else np.zeros_like(h)
+    every = np.zeros((*x.shape[:3], h.shape[-1]))
+    h, c = h.copy(), c.copy()
+    for direction, i in product(range(x.shape[1]), range(x.shape[0])):
+        t = len(x) - 1 - i if direction == op.reversed else i
+        before = h[direction]
+        gates = np.split(x[t, direction], op.cell.gates, -1)
+        recurrent = np.split(before @ r[direction].T, op.cell.gates, -1)
+        match op.cell:
+            case ops.Cell.LSTM:
+                enter, leave, keep, new = (a + b for a, b in zip(gates, recurrent, strict=True))
+                c[direction] = _sigmoid(keep) * c[direction] + _sigmoid(enter) * np.tanh(new)
+                h[direction] = _sigmoid(leave) * np.tanh(c[direction])
+            case ops.Cell.GRU:
+                update, reset = (_sigmoid(gates[gate] + recurrent[gate]) for gate in range(2))
+                new = np.tanh(gates[2] + reset * (recurrent[2] + extra[0][direction]))
+                h[direction] = (1 - update) * new + update * before
+            case _:
+                total = gates[0] + recurrent[0]
+                h[direction] = np.tanh(total) if op.cell is ops.Cell.RNN_TANH else np.maximum(total, 0)
+        every[t, direction] = h[direction]
+    results = [every, h, c] if op.cell is ops.Cell.LSTM else [every, h]
+    return [result.astype(inputs[0].dtype) for result in results]
+
+
+def _sigmoid(x: Array) -> Array:
+    return 1 / (1 + np.exp(-x))
+
+
 _RUNNERS: dict[type[ops.Op], Callable[[Any, Sequence[Array], Sizes, Node], list[Array]]] = {
     ops.Gemm: _gemm,
     ops.Conv: _conv,
+    ops.Recurrent: _recurrent,
     ops.Attention: _attention,
     ops.Pointwise: _pointwise,
     ops.Norm: _norm,

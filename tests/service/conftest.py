@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +24,7 @@ from service.serving import Serving
 from service.settings import Settings
 from tests.service.fakes import FakeEngine
 
+ROOT = Path(__file__).parent.parent.parent
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "man", "is", "eating", "food", "bread", "the", "market", "fell")
 
 
@@ -81,7 +85,7 @@ class Running:
 
     def wait_ready(self) -> None:
         """Until nothing loads any more."""
-        wait_for(lambda: not any(m.state == "LOADING" for m in self.serving.all_models()))
+        wait_for(lambda: not any(m.state == "LOADING" for m in self.serving.all_models()), 60)
 
 
 def sample(text: str, name: str, **labels: str) -> float:
@@ -110,10 +114,19 @@ class Starter:
     def __init__(self) -> None:
         self._stops: list[Callable[[], None]] = []
 
-    def __call__(self, root: Path, engine: FakeEngine | None = None, ready: bool = True, **settings: Any) -> Running:
-        """A server for `root`; `ready` waits until nothing loads any more."""
+    def __call__(
+        self,
+        root: Path,
+        engine: FakeEngine | None = None,
+        ready: bool = True,
+        engine_process: str = "never",
+        **settings: Any,
+    ) -> Running:
+        """A server for `root`; `ready` waits until nothing loads any more. In a process of its own (`always`) the
+        engine is another one than the `Running.engine` that the test sees."""
         engine = engine or FakeEngine()
-        app = create_app(Settings(models=root, drain_timeout=5, **settings), lambda: engine)
+        chosen = Settings(models=root, drain_timeout=5, engine_process=engine_process, **settings)
+        app = create_app(chosen, FakeEngine if engine_process == "always" else lambda: engine)
         listener = socket.create_server(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5))
@@ -151,11 +164,12 @@ def start() -> Iterator[Start]:
     starter.stop()
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server with the common models, for tests that leave no trace in it."""
+@pytest.fixture(scope="module", params=["never", "always"], ids=["same process", "own process"])
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server with the common models, the engine in its process and in another, for tests that leave no trace in it
+    and do not look into the engine."""
     starter = Starter()
-    yield starter(common_models(tmp_path_factory.mktemp("shared") / "models"))
+    yield starter(common_models(tmp_path_factory.mktemp("shared") / "models"), engine_process=request.param)
     starter.stop()
 
 
@@ -171,3 +185,45 @@ def error_of(response: httpx.Response) -> str:
     assert list(body) == ["error"], body
     assert isinstance(body["error"], str)
     return body["error"]
+
+
+class Process:
+    """`python -m service` with the fake engine."""
+
+    def __init__(self, root: Path, *arguments: str, **environment: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "tests.service.serve_fake", "--models", str(root), "--port", str(self.port)]
+        self.process = subprocess.Popen(
+            [*command, *arguments],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def wait_ready(self) -> None:
+        def ready() -> bool:
+            assert self.process.poll() is None, self.process.communicate()
+            try:
+                return httpx.get(f"{self.url}/v2/health/ready").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        wait_for(ready, 60)
+
+    def wait_inflight(self, count: int) -> None:
+        """Until `count` requests of the identity model have been accepted."""
+        url = f"{self.url}/metrics"
+        wait_for(lambda: sample(httpx.get(url).text, "inference_inflight", model="identity") == count)
+
+
+@pytest.fixture
+def processes() -> Iterator[list[Process]]:
+    started: list[Process] = []
+    yield started
+    for process in started:
+        process.process.kill()
+        process.process.communicate()

@@ -6,6 +6,8 @@ the real one.
 """
 
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 VOCABULARY = 100
 HIDDEN = 4
+WIDTH = 1 << 16  # floats in a row of "wide": 256 KiB
 
 
 class EngineError(Exception):
@@ -34,6 +37,10 @@ class ShapeError(EngineError):
 
 class OutOfMemory(EngineError):
     """Too large."""
+
+
+class DeviceLost(EngineError):
+    """The device is gone."""
 
 
 @dataclass(frozen=True)
@@ -136,13 +143,21 @@ def _halves(feeds: Mapping[str, Array]) -> dict[str, Array]:
     return {"output": (feeds["input"] / 2).astype(feeds["input"].dtype)}
 
 
+def _grow(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """A mebibyte of answer for every row."""
+    return {"output": np.repeat(feeds["input"], 1 << 16, axis=1)}
+
+
 _IDS = (_spec("input_ids", "int64", "batch", "sequence"), _spec("attention_mask", "int64", "batch", "sequence"))
 _HIDDEN = (_spec("last_hidden_state", "float32", "batch", "sequence", HIDDEN),)
 _VECTOR = _spec("input", "float32", "batch", 4)
+_WIDE = _spec("input", "float32", "batch", WIDTH)
 
 Runner = Callable[[Mapping[str, Array]], dict[str, Array]]
 KINDS: dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], Runner]] = {
     "identity": ((_VECTOR,), (_spec("output", "float32", "batch", 4),), _identity),
+    "wide": ((_WIDE,), (_spec("output", "float32", "batch", WIDTH),), _identity),
+    "grow": ((_VECTOR,), (_spec("output", "float32", "batch", 4 << 16),), _grow),
     "fixed": ((_spec("input", "float32", 2, 4),), (_spec("output", "float32", 2, 4),), _identity),
     "mixing": ((_VECTOR,), (_spec("output", "float32", "batch", 4),), _mixing),
     "half": ((_spec("input", "float16", "batch", 2),), (_spec("output", "float16", "batch", 2),), _halves),
@@ -199,12 +214,26 @@ class FakeModel:
             poison = self._arguments.get("poison")
             if poison is not None and bool((first == poison).any()):
                 raise self._owner.poison_error(f"{poison} makes this model fail")
+            self._fail_as_told(first)
             if self._arguments.get("crash") and bool((first == -1).any()):
                 raise RuntimeError("a bug in the engine")
         outputs = self._run(feeds)
         with self._lock:
             self._launches += 1
         return outputs
+
+    def _fail_as_told(self, first: Array) -> None:
+        """`faults` maps an element of the first input to what happens to this process when it is met."""
+        for element, fault in self._arguments.get("faults", {}).items():
+            if not bool((first == float(element)).any()):
+                continue
+            if fault == "lost":
+                raise DeviceLost("an illegal address was met")
+            if fault == "abort":
+                print("last words of a library", flush=True)
+                os.abort()
+            if fault == "stuck":
+                time.sleep(60)
 
     def _check(self, feeds: Mapping[str, Array]) -> None:
         if set(feeds) != {spec.name for spec in self.inputs}:
@@ -250,6 +279,7 @@ class FakeEngine:
     EngineError: type[Exception] = EngineError
     ShapeError: type[Exception] = ShapeError
     OutOfMemory: type[Exception] = OutOfMemory
+    DeviceLost: type[Exception] = DeviceLost
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -263,6 +293,9 @@ class FakeEngine:
         with open(path, "rb") as file:
             try:
                 arguments = json.load(file)
+                time.sleep(arguments.get("load_sleep", 0))
+                if arguments.get("fatal"):
+                    os.kill(os.getpid(), signal.SIGKILL)
                 model = FakeModel(self, path, arguments["kind"], arguments)
             except (ValueError, KeyError, TypeError) as error:
                 raise ModelError(f"{path.rsplit('/', 1)[-1]} is no ONNX model: {error}") from None

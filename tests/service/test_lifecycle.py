@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -20,7 +16,7 @@ from service.errors import InvalidRequest
 from service.model_config import ModelConfigError, Pooling, Task, read_model_config
 from service.repository import Repository, check_name
 from service.settings import Settings, SettingsError, read_settings, unknown_variables
-from tests.service.conftest import Running, Start, add_model, error_of, sample, wait_for
+from tests.service.conftest import Process, Running, Start, add_model, error_of, wait_for
 from tests.service.fakes import FakeEngine
 
 ROOT = Path(__file__).parent.parent.parent
@@ -267,51 +263,10 @@ def test_every_setting_has_a_description() -> None:
 # ---- the process
 
 
-class Process:
-    """`python -m service` with the fake engine."""
-
-    def __init__(self, root: Path, *arguments: str, **environment: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "tests.service.serve_fake", "--models", str(root), "--port", str(self.port)]
-        self.process = subprocess.Popen(
-            [*command, *arguments],
-            cwd=ROOT,
-            env={**os.environ, **environment},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def wait_ready(self) -> None:
-        def ready() -> bool:
-            assert self.process.poll() is None, self.process.communicate()
-            try:
-                return httpx.get(f"{self.url}/v2/health/ready").status_code == 200
-            except httpx.TransportError:
-                return False
-
-        wait_for(ready, 20)
-
-    def wait_inflight(self, count: int) -> None:
-        """Until `count` requests of the identity model have been accepted."""
-        url = f"{self.url}/metrics"
-        wait_for(lambda: sample(httpx.get(url).text, "inference_inflight", model="identity") == count)
-
-
-@pytest.fixture
-def processes() -> Iterator[list[Process]]:
-    started: list[Process] = []
-    yield started
-    for process in started:
-        process.process.kill()
-        process.process.communicate()
-
-
-def test_sigterm_answers_what_was_accepted_and_exits_0(tmp_path: Path, processes: list[Process]) -> None:
+@pytest.mark.parametrize("where", ["never", "always"], ids=["same process", "own process"])
+def test_sigterm_answers_what_was_accepted_and_exits_0(tmp_path: Path, processes: list[Process], where: str) -> None:
     add_model(tmp_path, "identity", "identity", sleep=1.0)
-    process = Process(tmp_path)
+    process = Process(tmp_path, "--engine-process", where)
     processes.append(process)
     process.wait_ready()
     body = {"inputs": [{"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}
@@ -333,9 +288,10 @@ def test_sigterm_answers_what_was_accepted_and_exits_0(tmp_path: Path, processes
     assert "Traceback" not in errors
 
 
-def test_sigterm_does_not_wait_for_ever(tmp_path: Path, processes: list[Process]) -> None:
+@pytest.mark.parametrize("where", ["never", "always"], ids=["same process", "own process"])
+def test_sigterm_does_not_wait_for_ever(tmp_path: Path, processes: list[Process], where: str) -> None:
     add_model(tmp_path, "identity", "identity", sleep=60)
-    process = Process(tmp_path, "--drain-timeout", "1")
+    process = Process(tmp_path, "--drain-timeout", "1", "--engine-process", where)
     processes.append(process)
     process.wait_ready()
     body = {"inputs": [{"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 from engine.frontend.formula import Term
@@ -11,7 +12,7 @@ from engine.frontend.operators.elementwise import same_dtype
 from engine.frontend.registry import operator
 from engine.ir import expr as ex
 from engine.ir import ops
-from engine.ir.dim import Dim, ceildiv
+from engine.ir.dim import Dim, ceildiv, floordiv, maximum
 from engine.ir.graph import Value
 
 Pads = tuple[tuple[int, int], ...]
@@ -64,6 +65,32 @@ def explicit_pads(node: OnnxNode, axes: int) -> Pads:
     return tuple(zip(pads[:axes], pads[axes:], strict=True))
 
 
+def same_by_hand(node: OnnxNode, x: Value, kernel: Sequence[int], fill: float) -> tuple[Value, OnnxNode]:
+    """`x` padded for a SAME `auto_pad` that depends on sizes of `x` that are not known (as in detection models from
+    TensorFlow), and the node without its `auto_pad`.
+
+    The padding is at most extent − 1: that much is added, and a slice with symbolic bounds leaves the part it takes.
+    """
+    mode = node.choice("auto_pad", "NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER")
+    strides, dilations = (_per_axis(node, name, x.rank - 2) for name in ("strides", "dilations"))
+    known = all(isinstance(size, int) or stride == 1 for size, stride in zip(x.shape[2:], strides, strict=True))
+    if not mode.startswith("SAME") or known or len(kernel) != x.rank - 2:
+        return x, node
+    pads, sizes = [(0, 0), (0, 0)], list(x.shape[:2])
+    starts: list[Dim] = [0, 0]
+    for size, k, dilation, stride in zip(x.shape[2:], kernel, dilations, strides, strict=True):
+        most = (k - 1) * dilation
+        total = maximum((ceildiv(size, stride) - 1) * stride + most + 1 - size, 0)
+        small, large = floordiv(total, 2), total - floordiv(total, 2)
+        pads.append((most - most // 2, most - most // 2))
+        starts.append(pads[-1][0] - (small if mode == "SAME_UPPER" else large))
+        sizes.append(size + total)
+    padded = node.add(ops.Pad(tuple(pads), ops.PadMode.CONSTANT, fill), x)
+    bare = copy(node)
+    bare.attributes = {name: value for name, value in node.attributes.items() if name not in ("auto_pad", "pads")}
+    return node.add(ops.Slice(tuple(starts), tuple(sizes), (1,) * x.rank), padded), bare
+
+
 def _same(node: OnnxNode, size: Dim, extent: int, stride: int, upper: bool) -> tuple[int, int]:
     total = extent - 1 if stride == 1 else (ceildiv(size, stride) - 1) * stride + extent - size
     if not isinstance(total, int):
@@ -112,6 +139,7 @@ def _check(node: OnnxNode, x: Value, w: Value, bias: Value | None, channels: Dim
 @operator("Conv")
 def Conv(node: OnnxNode, x: Value, w: Value, bias: Value | None = None) -> Value:
     groups = _check(node, x, w, bias, w.shape[0] if w.rank else 0)
+    x, node = same_by_hand(node, x, kernel_of(node, w), 0.0)
     moves = window(node, x, kernel_of(node, w))
     op = ops.Conv(moves.strides, moves.pads, moves.dilations, groups, stores=store(x.dtype))
     return with_bias(node, op, x, w, bias)

@@ -99,10 +99,20 @@ def Einsum(node: OnnxNode, *operands: Value) -> Value:
         current, labels = _sum_out(node, current, labels, result)
     for i in range(1, len(operands)):
         keep = set(result) | set("".join(terms[i + 1 :]))
-        current, labels = _contract(node, current, labels, operands[i], terms[i], keep, sizes)
+        pair = [(current, labels), (operands[i], terms[i])]
+        if i == len(operands) - 1 and _comes_first(terms[i], labels, result):
+            pair.reverse()
+        current, labels = _contract(node, *pair[0], *pair[1], keep, sizes)
     current, labels = _sum_out(node, current, labels, result)
     current = node.transpose(current, [labels.index(c) for c in result])
     return node.expand(current, [sizes[c] for c in result])
+
+
+def _comes_first(b_labels: str, a_labels: str, result: str) -> bool:
+    """Whether the rows of the result come from the second operand, as Keras writes q kᵀ: the product is then made that
+    way round, instead of transposed afterwards."""
+    own = [c for c in result if (c in a_labels) != (c in b_labels)]
+    return bool(own) and own[0] in b_labels
 
 
 def _expand_ellipsis(node: OnnxNode, terms: list[str], operands: tuple[Value, ...]) -> list[str]:

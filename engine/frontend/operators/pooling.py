@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from engine.frontend import foreign
 from engine.frontend import formula as f
 from engine.frontend.onnx_node import OnnxNode, compute_dtype, source, store
-from engine.frontend.operators.convolution import window
+from engine.frontend.operators.convolution import same_by_hand, window
 from engine.frontend.registry import Results, operator
 from engine.ir import expr as ex
 from engine.ir import ops
@@ -27,6 +29,8 @@ def AveragePool(node: OnnxNode, x: Value) -> Value:
 
 
 def _pool(node: OnnxNode, x: Value, kind: ops.PoolKind, include: bool, stores: tuple[ex.Expr, ...] = ()) -> Value:
+    if kind is ops.PoolKind.MAX and x.dtype.is_float:
+        x, node = same_by_hand(node, x, node.integers("kernel_shape"), -math.inf)
     moves = window(node, x, node.integers("kernel_shape"))
     ceil_mode = bool(node.integer("ceil_mode", 0)) and node.text("auto_pad", "NOTSET") == "NOTSET"
     for (begin, end), kernel, dilation in zip(moves.pads, moves.kernel, moves.dilations, strict=True):

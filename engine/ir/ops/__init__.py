@@ -4,10 +4,12 @@ from engine.ir.ops.base import Cost, Op, OperandTypes, ResultTypes, broadcast_sh
 from engine.ir.ops.heavy import Attention, Conv, Gemm
 from engine.ir.ops.light import Norm, NormKind, Pointwise, Pool, PoolKind, Reduce, ReduceKind, Softmax
 from engine.ir.ops.move import Concat, Gather, Opaque, Pad, PadMode, Resize, ResizeMode, ShapeTensor
+from engine.ir.ops.recurrent import Cell, Recurrent
 from engine.ir.ops.view import Expand, Reshape, Slice, Transpose, View
 
 __all__ = [
     "Attention",
+    "Cell",
     "Concat",
     "Conv",
     "Cost",
@@ -24,6 +26,7 @@ __all__ = [
     "Pointwise",
     "Pool",
     "PoolKind",
+    "Recurrent",
     "Reduce",
     "ReduceKind",
     "Reshape",

@@ -3,7 +3,22 @@
 from __future__ import annotations
 
 from engine.errors import UnsupportedOp
-from engine.ir.ops import Attention, Concat, Conv, Gather, Gemm, Norm, Op, Pad, Pointwise, Pool, Reduce, Resize, Softmax
+from engine.ir.ops import (
+    Attention,
+    Concat,
+    Conv,
+    Gather,
+    Gemm,
+    Norm,
+    Op,
+    Pad,
+    Pointwise,
+    Pool,
+    Recurrent,
+    Reduce,
+    Resize,
+    Softmax,
+)
 from engine.targets.cpu import (
     attention,
     concat,
@@ -14,6 +29,7 @@ from engine.targets.cpu import (
     pad,
     pointwise,
     pool,
+    recurrent,
     reduce,
     resize,
     softmax,
@@ -30,6 +46,7 @@ FAMILIES: dict[type[Op], Family] = {
     Pad: pad,
     Pointwise: pointwise,
     Pool: pool,
+    Recurrent: recurrent,
     Reduce: reduce,
     Resize: resize,
     Softmax: softmax,

@@ -26,7 +26,7 @@ from engine.targets.cpu.families import family_of
 from engine.targets.cpu.kernel import Context, Launch, Pointer, WeightStore, aligned_copy
 from engine.targets.cpu.pieces import in_pieces
 from engine.targets.cpu.runtime import Pool, Program, address, aligned_bytes, available_cores, pool
-from engine.targets.host import HostOperator
+from engine.targets.host import HostOperator, HostResident
 
 
 @dataclass
@@ -76,6 +76,10 @@ class CpuTarget:
     def bind(self, plan: Plan) -> CpuExecutable:
         """Choose and compile the kernels of a plan. Raises UnsupportedOp where a step has none."""
         return CpuExecutable(self, plan)
+
+    def resident(self, plan: Plan) -> HostResident:
+        """The plan with arrays of its own."""
+        return HostResident(plan, self.bind(plan))
 
     def memory(self) -> Mapping[str, int]:
         """Bytes by kind."""

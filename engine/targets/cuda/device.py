@@ -14,7 +14,7 @@ from pathlib import Path
 import cupy
 from cuda.bindings import driver
 
-from engine.errors import DeviceError, OutOfMemory
+from engine.errors import DeviceError, DeviceLost, OutOfMemory
 from engine.targets.cuda.architecture import Architecture, for_capability
 from engine.targets.cuda.compiler import Compiler, default_cache
 from engine.targets.cuda.kernel import Kernel, TensorMap
@@ -57,7 +57,15 @@ class Device:
         except cupy.cuda.memory.OutOfMemoryError as error:
             raise OutOfMemory(f"the GPU has too little memory: {error}. Use a smaller batch or sequence") from None
         except (cupy.cuda.runtime.CUDARuntimeError, cupy.cuda.driver.CUDADriverError) as error:
-            raise DeviceError(f"GPU {self.index} failed: {error}") from error
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> DeviceError:
+        """A sticky error shows in whatever is called next: the GPU is lost to this process."""
+        try:
+            cupy.cuda.runtime.deviceSynchronize()
+        except cupy.cuda.runtime.CUDARuntimeError as lasting:
+            return DeviceLost(f"GPU {self.index} failed and is lost to this process: {lasting}")
+        return DeviceError(f"GPU {self.index} failed: {error}")
 
     def load(self, kernels: Iterable[Kernel]) -> None:
         """Compile (in parallel, or from the cache) and load what is not loaded yet. Raises CompileError."""

@@ -123,13 +123,13 @@ def main(arguments: Iterable[str] | None = None) -> int:
     for verdict in verdicts:
         if verdict.failure or options.verbose:
             outcome = f"FAILED: {verdict.failure}" if verdict.failure else "ok"
-            used = f"{verdict.registers} registers, {verdict.shared_bytes} B"
-            print(f"{verdict.architecture} {verdict.name}: {used}: {outcome}")
+            usage = f"{verdict.registers} registers, {verdict.shared_bytes} bytes of shared memory"
+            print(f"{verdict.architecture} {verdict.name}: {usage}: {outcome}")
     failed = sum(1 for verdict in verdicts if verdict.failure)
     widest = max((verdict.registers for verdict in verdicts), default=0)
     print(
         f"{len(verdicts)} kernels for {len(options.architectures)} architectures: {len(verdicts) - failed} passed, "
-        f"{failed} failed; at most {widest} registers, 0 spills in what passed; {time.monotonic() - start:.0f} s"
+        f"{failed} failed; at most {widest} registers; {time.monotonic() - start:.0f} s"
     )
     return 1 if failed else 0
 

@@ -24,6 +24,7 @@ from engine.passes.traits import Traits
 from engine.plan.plan import Plan, Requirement, Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.specs import DeviceInfo, StepStat
+from engine.targets.base import Resident
 from engine.targets.cuda.device import Device
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.kernel import ALIGNMENT, Context, Launch, Pointer, TensorMap, WeightStore, ceildiv, pack
@@ -65,6 +66,13 @@ class CudaTarget:
             executable = Executable(self, plan)
         self._executables.add(executable)
         return executable
+
+    def resident(self, plan: Plan) -> Resident:
+        """The plan with CuPy arrays of its own. Raises as `bind` does."""
+        from engine.targets.cuda.resident import ResidentExecutable  # which derives from this module's Executable
+
+        with self.lock, self.device.errors(), self.device.current():
+            return ResidentExecutable(self, plan)
 
     @property
     def context(self) -> Context:

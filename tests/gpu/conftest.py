@@ -1,0 +1,62 @@
+"""Fixtures of the tests that need a GPU: both default models on it and on the CPU, and feeds for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import engine
+
+
+@dataclass(frozen=True)
+class Both:
+    """One model on the GPU, and in fp32 on the CPU."""
+
+    gpu: engine.Model
+    cpu: engine.Model
+
+    def error(self, feeds: dict[str, np.ndarray]) -> float:
+        """The largest relative L2 distance of an output on the GPU from that on the CPU."""
+        got, expected = self.gpu.run(feeds), self.cpu.run(feeds)
+        for name, array in expected.items():
+            assert got[name].shape == array.shape and got[name].dtype == array.dtype
+        return max(relative_error(got[name], array) for name, array in expected.items())
+
+
+def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
+    a, b = got.astype(np.float64), expected.astype(np.float64)
+    assert np.isfinite(a).all()
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def image_feeds(batch: int, seed: int = 0) -> dict[str, np.ndarray]:
+    return {"input": np.random.default_rng(seed).standard_normal((batch, 3, 224, 224)).astype(np.float32)}
+
+
+def token_feeds(batch: int, sequence: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random tokens; the rows of a batch have different lengths, so that the mask matters."""
+    rng = np.random.default_rng(seed)
+    mask = np.ones((batch, sequence), np.int64)
+    for row in range(1, batch):
+        mask[row, rng.integers(1, sequence + 1) :] = 0
+    ids = rng.integers(0, 30522, (batch, sequence)) * mask
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+
+
+def _both(path: Path) -> Iterator[Both]:
+    with engine.load(path, device="cuda", strict=True) as gpu, engine.load(path, device="cpu") as cpu:
+        yield Both(gpu, cpu)
+
+
+@pytest.fixture(scope="session")
+def efficientnet(efficientnet_lite0: Path) -> Iterator[Both]:
+    yield from _both(efficientnet_lite0 / "1" / "model.onnx")
+
+
+@pytest.fixture(scope="session")
+def minilm(all_minilm_l6_v2: Path) -> Iterator[Both]:
+    yield from _both(all_minilm_l6_v2 / "1" / "model.onnx")

@@ -1,0 +1,49 @@
+"""The engine with a fault in it: an input that begins with `FAULT` makes a kernel write where nothing is.
+
+`tests/gpu/test_service.py` puts it into the engine's process; the error that follows is the driver's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+
+import engine
+from service.workers.engine_api import EngineModule
+
+FAULT = -777.0
+_KERNEL = r'extern "C" __global__ void fault(int* nowhere) { *nowhere = 1; }'
+
+
+class _Model:
+    def __init__(self, model: engine.Model) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if next(iter(feeds.values())).flat[0] == FAULT:
+            import cupy
+
+            cupy.RawKernel(_KERNEL, "fault")((1,), (1,), (np.uint64(64),))
+        return self._model.run(feeds)
+
+
+class FaultyEngine:
+    """The module `engine`, as far as a worker uses it."""
+
+    EngineError = engine.EngineError
+    ShapeError = engine.ShapeError
+    OutOfMemory = engine.OutOfMemory
+    DeviceLost = engine.DeviceLost
+
+    def load(self, path: str, *, device: str, precision: str, threads: int | None) -> _Model:
+        return _Model(engine.load(path, device=device, precision=precision, threads=threads))
+
+
+def faulty_engine() -> EngineModule:
+    """What the engine's process imports."""
+    return cast(EngineModule, FaultyEngine())

@@ -1,0 +1,137 @@
+"""The default models on the GPU against the CPU target in fp32; what they launch; their memory over many runs."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import engine
+from engine.ir import ops
+from tests.gpu.conftest import Both, image_feeds, relative_error, token_feeds
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = 5e-3  # relative L2, storage in fp16
+SAME_ROW = 2e-3  # the same row in a batch of another size: other tiles, other order of sums
+RUNS = 10_000
+
+
+def test_auto_takes_the_gpu_and_fp16(efficientnet: Both, minilm: Both) -> None:
+    for both in (efficientnet, minilm):
+        assert both.gpu.device_info.device.startswith("cuda:")
+        assert both.gpu.precision == "fp16"
+        assert both.gpu.fallback_ops == 0
+
+
+@pytest.mark.parametrize("batch", [1, 7, 32])
+def test_efficientnet_matches_the_cpu(efficientnet: Both, batch: int) -> None:
+    assert efficientnet.error(image_feeds(batch)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("batch", "sequence"), [*itertools.product([1, 7, 32], [1, 2, 7, 16, 33, 64, 127, 128, 200, 256])]
+)
+def test_minilm_matches_the_cpu(minilm: Both, batch: int, sequence: int) -> None:
+    assert minilm.error(token_feeds(batch, sequence)) <= TOLERANCE
+
+
+def test_every_length_from_1_to_256_matches_the_cpu(minilm: Both) -> None:
+    worst = max((minilm.error(token_feeds(2, length, length)), length) for length in range(1, 257, 5))
+    assert worst[0] <= TOLERANCE, f"worst at {worst[1]} tokens"
+
+
+def test_a_row_is_the_same_in_any_batch(efficientnet: Both, minilm: Both) -> None:
+    images = image_feeds(7)
+    together = efficientnet.gpu.run(images)["logits"]
+    tokens = token_feeds(7, 60)
+    hidden = minilm.gpu.run(tokens)["last_hidden_state"]
+    for row in range(7):
+        alone = efficientnet.gpu.run({"input": images["input"][row : row + 1]})["logits"]
+        assert relative_error(together[row : row + 1], alone) <= SAME_ROW
+        length = int(tokens["attention_mask"][row].sum())
+        cut = {name: array[row : row + 1, :length] for name, array in tokens.items()}
+        alone = minilm.gpu.run(cut)["last_hidden_state"]
+        assert relative_error(hidden[row : row + 1, :length], alone) <= SAME_ROW
+
+
+def test_a_run_gives_the_same_bits_again(efficientnet: Both, minilm: Both) -> None:
+    for both, feeds in ((efficientnet, image_feeds(7)), (minilm, token_feeds(7, 60))):
+        first = both.gpu.run(feeds)
+        for _ in range(20):
+            again = both.gpu.run(feeds)
+            assert all(np.array_equal(again[name], array) for name, array in first.items())
+
+
+def test_every_kernel_launched_is_ours(efficientnet: Both, minilm: Both) -> None:
+    families = {"gemm", "conv", "depthwise", "attention", "norm", "softmax", "pool", "reduce", "pointwise"}
+    for both, sizes in ((efficientnet, {"batch": 1}), (minilm, {"batch": 1, "sequence": 16})):
+        both.gpu.run(both.gpu.sample_feeds(sizes))
+        stats = both.gpu.kernel_stats()
+        assert {stat.kernel.removesuffix("_direct") for stat in stats} <= families
+        assert all(stat.seconds > 0 and stat.launches > 0 for stat in stats)
+        plan = both.gpu.plan(sizes)
+        assert not any(isinstance(step.op, ops.Opaque) for step in plan.steps)
+        assert not any(name in step.name for step in plan.steps for name in (".layout", ".copy")), "a copy is launched"
+
+
+def test_the_verdict_is_read_from_the_cache(
+    all_minilm_l6_v2: Path, minilm: Both, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"), engine.load(all_minilm_l6_v2 / "1" / "model.onnx", device="cuda") as again:
+        assert again.precision == minilm.gpu.precision
+    assert "as found before" in caplog.text
+
+
+def test_a_precision_without_kernels_is_refused(efficientnet_lite0: Path) -> None:
+    with pytest.raises(engine.UnsupportedOp, match="fp16"):
+        engine.load(efficientnet_lite0 / "1" / "model.onnx", device="cuda", precision="fp32")
+
+
+@pytest.mark.parametrize("number", [99, 10_000])
+def test_a_gpu_that_is_not_there_is_refused(number: int) -> None:
+    with pytest.raises(engine.DeviceError, match="does not exist; there is cuda:0"):
+        engine.choose_device(f"cuda:{number}")
+
+
+@pytest.mark.slow
+def test_ten_thousand_runs_allocate_nothing_on_the_device(efficientnet: Both, minilm: Both) -> None:
+    import cupy
+
+    work = [
+        (minilm.gpu, token_feeds(1, 16)),
+        (minilm.gpu, token_feeds(7, 33)),
+        (efficientnet.gpu, image_feeds(1)),
+    ]
+    for model, feeds in work * 2:
+        model.run(feeds)
+    pool = cupy.get_default_memory_pool()
+    before = pool.used_bytes(), pool.total_bytes(), cupy.cuda.runtime.memGetInfo()[0]
+    for i in range(RUNS):
+        model, feeds = work[i % len(work)]
+        model.run(feeds)
+    assert (pool.used_bytes(), pool.total_bytes(), cupy.cuda.runtime.memGetInfo()[0]) == before
+
+
+def test_out_of_memory_is_an_error_that_leaves_the_model_serving(efficientnet: Both) -> None:
+    feeds = image_feeds(1)
+    expected = efficientnet.gpu.run(feeds)["logits"]
+    with pytest.raises(engine.OutOfMemory):
+        efficientnet.gpu.bind({"batch": 400_000})
+    assert np.array_equal(efficientnet.gpu.run(feeds)["logits"], expected)
+
+
+def test_closing_gives_the_memory_back(all_minilm_l6_v2: Path) -> None:
+    import cupy
+
+    pool = cupy.get_default_memory_pool()
+    before = pool.used_bytes()
+    model = engine.load(all_minilm_l6_v2 / "1" / "model.onnx", device="cuda")
+    model.run(token_feeds(8, 64))
+    assert pool.used_bytes() > before
+    model.close()
+    gc.collect()
+    assert pool.used_bytes() == before

@@ -1,0 +1,396 @@
+"""The engine in a process of its own: what happens when it dies, hangs, fills its memory or is told to stop.
+
+That it answers like the engine in the server's process is what the tests with the fixture `shared` show.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from service import app
+from service.settings import Settings
+from service.workers.engine_api import import_path, real_engine
+from service.workers.process import ProcessOptions, ProcessTransport
+from service.workers.transport import LocalTransport
+from tests.service.conftest import Process, Running, Start, add_model, error_of, wait_for
+from tests.service.fakes import WIDTH, FakeEngine
+
+
+def own(start: Start, root: Path, **settings: Any) -> Running:
+    return start(root, engine_process="always", **settings)
+
+
+def transport(server: Running) -> ProcessTransport:
+    found = server.serving.engine._transport
+    assert isinstance(found, ProcessTransport)
+    return found
+
+
+def pid(server: Running) -> int:
+    found = transport(server).pid
+    assert found is not None
+    return found
+
+
+def ready(server: Running) -> bool:
+    return server.client.get("/v2/health/ready").status_code == 200
+
+
+def wide(server: Running, rows: int, seed: int = 0) -> tuple[httpx.Response, np.ndarray]:
+    """An inference of `rows` × 256 KiB in binary form, and what the answer should be."""
+    array = np.random.default_rng(seed).standard_normal((rows, WIDTH)).astype(np.float32)
+    tensor = {
+        "name": "input",
+        "shape": [rows, WIDTH],
+        "datatype": "FP32",
+        "parameters": {"binary_data_size": array.nbytes},
+    }
+    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    headers = {"inference-header-content-length": str(len(head))}
+    return server.client.post("/v2/models/wide/infer", content=head + array.tobytes(), headers=headers), array
+
+
+def content(response: httpx.Response, rows: int) -> np.ndarray:
+    head = int(response.headers["inference-header-content-length"])
+    return np.frombuffer(response.content[head:], np.float32).reshape(rows, WIDTH)
+
+
+# ---- the end of the process
+
+
+def test_kill_9_fails_what_is_in_flight_at_once_and_comes_back(start: Start, tmp_path: Path) -> None:
+    add_model(tmp_path, "identity", "identity", sleep=30, load_sleep=0.5)
+    server = own(start, tmp_path)
+    answers: list[tuple[float, httpx.Response]] = []
+
+    def infer() -> None:
+        response = server.identity([1, 2, 3, 4])
+        answers.append((time.monotonic(), response))
+
+    threads = [threading.Thread(target=infer) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: server.metric("inference_inflight", model="identity") == 4)
+    before = pid(server)
+    killed = time.monotonic()
+    os.kill(before, signal.SIGKILL)
+    for thread in threads:
+        thread.join()
+    assert len(answers) == 4
+    for at, response in answers:
+        assert at - killed < 2
+        assert response.status_code == 503
+        assert error_of(response) == "the engine process ended unexpectedly; it is being restarted"
+        assert response.headers["retry-after"] == "1"
+    assert not ready(server)
+    response = server.identity([1, 2, 3, 4])
+    assert response.status_code == 503 and "restarted" in error_of(response)
+    assert "restarted" in error_of(server.client.get("/v2/health/ready"))
+    wait_for(lambda: ready(server), 60)
+    assert pid(server) != before
+    assert server.metric("engine_process_restarts_total") == 1
+
+
+def test_kill_9_under_load_loses_only_what_was_in_flight(start: Start, repository: Path) -> None:
+    server = own(start, repository)
+    ended = time.monotonic() + 3
+    wrong: list[httpx.Response] = []
+    count = {200: 0, 503: 0}
+    lock = threading.Lock()
+
+    def client(number: int) -> None:
+        while time.monotonic() < ended or not ready(server):
+            response = server.identity([number] * 4)
+            with lock:
+                count[response.status_code] += 1
+                if response.status_code == 200 and response.json()["outputs"][0]["data"] != [number] * 4:
+                    wrong.append(response)
+
+    with ThreadPoolExecutor(6) as pool:
+        running = [pool.submit(client, number) for number in range(6)]
+        for _ in range(2):
+            wait_for(lambda: ready(server), 60)
+            time.sleep(0.3)
+            os.kill(pid(server), signal.SIGKILL)
+            wait_for(lambda: not ready(server))
+        for future in running:
+            future.result(90)
+    assert not wrong
+    assert count[200] > 50 and count[503] > 0
+    assert server.identity([1, 2, 3, 4]).status_code == 200
+
+
+def test_kernel_counters_never_go_back(start: Start, repository: Path) -> None:
+    server = own(start, repository)
+
+    def launches() -> float:
+        return server.metric("engine_kernel_launches_total", model="identity", kernel="gemm_f32")
+
+    for _ in range(20):
+        server.identity([1, 2, 3, 4])
+    before = launches()
+    assert before >= 20
+    os.kill(pid(server), signal.SIGKILL)
+    wait_for(lambda: not ready(server))
+    assert launches() == before
+    assert server.metric("engine_device_memory_bytes") == 0
+    wait_for(lambda: ready(server), 60)
+    for _ in range(5):
+        server.identity([1, 2, 3, 4])
+    assert before + 5 <= launches() < 2 * before + 5
+    stats = server.client.get("/v2/models/identity/stats").json()["model_stats"][0]
+    assert stats["inference_count"] == stats["inference_stats"]["success"]["count"] == 25
+
+
+@pytest.mark.parametrize("fault", ["lost", "abort"])
+def test_a_failed_device_costs_the_process_and_nothing_else(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    add_model(tmp_path, "identity", "identity", faults={"-7": fault})
+    add_model(tmp_path, "encoder", "encoder")
+    server = own(start, tmp_path)
+    before = pid(server)
+    with caplog.at_level(logging.INFO):
+        response = server.identity([-7] * 4)
+        assert response.status_code == 503
+        wait_for(lambda: ready(server), 60)
+        assert pid(server) != before
+        assert server.identity([1, 2, 3, 4]).status_code == 200
+        assert server.client.post("/v1/models/encoder/tokens", json={"ids": [[1, 2]]}).status_code == 200
+        wait_for(lambda: ("exit status 70" if fault == "lost" else "SIGABRT") in caplog.text)
+    if fault == "lost":
+        assert "illegal address" in error_of(response)
+    else:
+        assert "last words of a library" in caplog.text
+
+
+def test_a_batch_that_loses_the_device_fails_as_a_whole(start: Start, tmp_path: Path) -> None:
+    """Not request by request: every further run would fail, too."""
+    add_model(tmp_path, "identity", "identity", "[batching]\nmax_delay_ms = 300\n", faults={"-7": "lost"})
+    server = own(start, tmp_path)
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(server.identity, ([1] * 4, [-7] * 4, [2] * 4)))
+    assert [answer.status_code for answer in answers] == [503, 503, 503]
+    wait_for(lambda: ready(server), 60)
+    assert server.metric("engine_process_restarts_total") == 1
+
+
+def test_a_model_that_kills_the_process_while_loading_is_given_up(start: Start, tmp_path: Path) -> None:
+    add_model(tmp_path, "bad", "identity", fatal=True)
+    add_model(tmp_path, "identity", "identity")
+    server = own(start, tmp_path)
+    assert ready(server)
+    assert server.identity([1, 2, 3, 4]).status_code == 200
+    response = server.client.get("/v2/models/bad/ready")
+    assert response.status_code == 503 and "ended the engine process 3 times" in error_of(response)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that waits for its engine process for a second or two only."""
+
+    def options(engine: str, transfer_bytes: int) -> ProcessOptions:
+        return ProcessOptions(engine, transfer_bytes, silence_s=4.0, stuck_s=1.5)
+
+    monkeypatch.setattr(app, "ProcessOptions", options)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("hang", ["stopped", "stuck"])
+def test_a_process_that_hangs_is_ended(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture, hang: str
+) -> None:
+    add_model(tmp_path, "identity", "identity", faults={"-7": "stuck"})
+    server = own(start, tmp_path)
+    before = pid(server)
+    if hang == "stopped":
+        os.kill(before, signal.SIGSTOP)
+    response = server.identity([-7] * 4)
+    assert response.status_code == 503
+    assert ("said nothing" if hang == "stopped" else "computing for") in error_of(response)
+    wait_for(lambda: ready(server), 60)
+    assert pid(server) != before
+
+
+def test_signals_for_the_whole_group_do_not_end_the_process(start: Start, repository: Path) -> None:
+    """Ctrl-C reaches it too; when it ends is for the server to say, which drains first."""
+    server = own(start, repository)
+    before = pid(server)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(before, number)
+    time.sleep(0.2)
+    assert server.identity([1, 2, 3, 4]).status_code == 200
+    assert pid(server) == before
+
+
+def test_the_process_ends_with_a_server_that_is_killed(tmp_path: Path, processes: list[Process]) -> None:
+    add_model(tmp_path, "identity", "identity")
+    process = Process(tmp_path, "--engine-process", "always")
+    processes.append(process)
+    process.wait_ready()
+    (child,) = children(process.process.pid)
+    process.process.kill()
+    wait_for(lambda: not Path(f"/proc/{child}").exists(), 20)
+
+
+def test_the_log_has_what_the_process_says(tmp_path: Path, processes: list[Process]) -> None:
+    add_model(tmp_path, "identity", "identity", faults={"-7": "abort"})
+    (tmp_path / "junk" / "1").mkdir(parents=True)
+    (tmp_path / "junk" / "1" / "model.onnx").write_bytes(b"junk")
+    process = Process(tmp_path, "--engine-process", "always", "--log-format", "json")
+    processes.append(process)
+    process.wait_ready()
+    body = {"inputs": [{"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [-7] * 4}]}
+    assert httpx.post(f"{process.url}/v2/models/identity/infer", json=body).status_code == 503
+    process.wait_ready()
+    process.process.send_signal(signal.SIGTERM)
+    _, errors = process.process.communicate(timeout=30)
+    lines = [json.loads(line) for line in errors.splitlines()]
+    said = {(line["logger"], line["message"]) for line in lines}
+    assert ("engine.output", "last words of a library") in said
+    assert any(
+        logger == "service.workers.engine_worker" and "junk/1 could not be loaded" in text for logger, text in said
+    )
+    assert process.process.returncode == 0
+
+
+def children(parent: int) -> list[int]:
+    tasks = Path(f"/proc/{parent}/task").iterdir()
+    return [int(word) for task in tasks for word in (task / "children").read_text().split()]
+
+
+# ---- shared memory
+
+
+def test_a_thousand_requests_leave_nothing_behind(start: Start, tmp_path: Path) -> None:
+    add_model(tmp_path, "wide", "wide")
+    server = own(start, tmp_path)
+
+    def some(count: int) -> None:
+        with ThreadPoolExecutor(4) as pool:
+            for response, array in pool.map(lambda seed: wide(server, 1, seed), range(count)):
+                assert response.status_code == 200
+                assert np.array_equal(content(response, 1), array)
+
+    def held() -> tuple[list[str], int, int]:
+        gc.collect()
+        descriptors = sum(len(os.listdir(f"/proc/{process}/fd")) for process in ("self", pid(server)))
+        return sorted(os.listdir("/dev/shm")), descriptors, transport(server).shared_bytes
+
+    some(50)
+    wait_for(lambda: transport(server).shared_bytes == 0)
+    before, resident = held(), resident_bytes(pid(server))
+    some(1000)
+    wait_for(lambda: transport(server).shared_bytes == 0)
+    after = held()
+    assert after[0] == before[0] and after[2] == 0
+    assert abs(after[1] - before[1]) <= 8, "file descriptors (idle connections of the client come and go)"
+    assert resident_bytes(pid(server)) - resident < 32 << 20
+
+
+def resident_bytes(process: int) -> int:
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * 4096
+
+
+def test_large_tensors_cross_exactly(start: Start, tmp_path: Path) -> None:
+    add_model(tmp_path, "wide", "wide", "[batching]\nmax_batch = 64\n")
+    server = own(start, tmp_path)
+    for rows in (1, 3, 64):
+        response, array = wide(server, rows)
+        assert response.status_code == 200, response.text
+        assert np.array_equal(content(response, rows), array)
+
+
+def test_a_request_larger_than_the_shared_memory_is_refused(start: Start, tmp_path: Path) -> None:
+    add_model(tmp_path, "wide", "wide")
+    server = own(start, tmp_path, transfer_bytes=1 << 20)
+    response, _ = wide(server, 5)
+    assert response.status_code == 413
+    assert "--transfer-bytes" in error_of(response)
+    response, array = wide(server, 4)
+    assert response.status_code == 200 and np.array_equal(content(response, 4), array)
+
+
+def test_an_answer_larger_than_the_shared_memory_is_refused(start: Start, tmp_path: Path) -> None:
+    add_model(tmp_path, "grow", "grow")
+    server = own(start, tmp_path, transfer_bytes=1 << 20)
+
+    def infer(rows: int) -> httpx.Response:
+        tensor = {"name": "input", "shape": [rows, 4], "datatype": "FP32", "data": [1.0] * rows * 4}
+        body = {"inputs": [tensor], "parameters": {"binary_data_output": True}}
+        return server.client.post("/v2/models/grow/infer", json=body)
+
+    response = infer(2)
+    assert response.status_code == 413 and "--transfer-bytes" in error_of(response)
+    assert infer(1).status_code == 200
+
+
+def test_full_shared_memory_is_back_pressure(start: Start, tmp_path: Path) -> None:
+    """More requests than fit at once: each is answered rightly or told to come back, and the memory comes back."""
+    add_model(tmp_path, "wide", "wide", sleep=0.05)
+    server = own(start, tmp_path, transfer_bytes=1 << 20)
+    statuses: list[int] = []
+    with ThreadPoolExecutor(12) as pool:
+        for response, array in pool.map(lambda seed: wide(server, 1, seed), range(120)):
+            statuses.append(response.status_code)
+            if response.status_code == 200:
+                assert np.array_equal(content(response, 1), array)
+            else:
+                assert response.status_code == 429 and response.headers["retry-after"] == "1"
+                assert "shared memory" in error_of(response)
+    assert statuses.count(200) > 10 and statuses.count(429) > 0
+    wait_for(lambda: transport(server).shared_bytes == 0)
+
+
+def test_a_cancelled_request_gives_its_memory_back(start: Start, tmp_path: Path) -> None:
+    add_model(tmp_path, "wide", "wide", sleep=0.3)
+    server = own(start, tmp_path)
+    url = f"{server.url}/v2/models/wide/infer"
+    array = np.zeros((1, WIDTH), np.float32)
+    headers = {"content-type": "application/octet-stream", "inference-header-content-length": "0"}
+    for _ in range(4):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, content=array.tobytes(), headers=headers, timeout=0.1)
+    wait_for(lambda: transport(server).shared_bytes == 0)
+
+
+# ---- which transport
+
+
+@pytest.mark.parametrize(
+    ("where", "gpu", "expected"),
+    [
+        ("auto", False, LocalTransport),
+        ("auto", True, ProcessTransport),
+        ("always", False, ProcessTransport),
+        ("never", True, LocalTransport),
+    ],
+)
+def test_the_engine_runs_where_the_setting_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: Any, gpu: bool, expected: type
+) -> None:
+    monkeypatch.setattr(app, "uses_gpu", lambda device: gpu)
+    made = app._transport(Settings(models=tmp_path, engine_process=where), real_engine)
+    assert isinstance(made, expected)
+
+
+def test_an_engine_for_another_process_must_have_a_name() -> None:
+    assert import_path(real_engine) == "service.workers.engine_api:real_engine"
+    assert import_path(FakeEngine) == "tests.service.fakes:FakeEngine"
+    unnamed: Callable[[], Any] = lambda: FakeEngine()  # noqa: E731  (a lambda is the point)
+    with pytest.raises(ValueError, match="cannot be imported"):
+        import_path(unnamed)
