@@ -10,6 +10,8 @@ The names below are the public API; everything else may change.
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from engine.errors import DeviceError, DeviceLost, EngineError, ModelError, OutOfMemory, ShapeError, UnsupportedOp
 from engine.loading import choose_device, load
 from engine.model import BoundModel, Model
@@ -33,3 +35,10 @@ __all__ = [
     "choose_device",
     "load",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # The ONNX backend imports onnx, which a caller of `load` alone need not wait for here.
+    if name == "onnx_backend":
+        return import_module("engine.onnx_backend")
+    raise AttributeError(f"module 'engine' has no attribute {name!r}")

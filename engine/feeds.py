@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import ShapeError
-from engine.ir.dim import Sym, is_symbol
+from engine.ir.dim import Sym, is_symbol, limits_within
 from engine.ir.graph import Graph, Value
 from engine.ir.ops import Gather, Norm, Pointwise, View
 
@@ -86,6 +86,33 @@ def sample_feeds(graph: Graph, sizes: Mapping[str, int], seed: int = 0) -> dict[
         else:
             feeds[value.name] = np.ones(shape, dtype)
     return feeds
+
+
+def index_out_of_range(graph: Graph, arrays: Mapping[str, np.ndarray]) -> str | None:
+    """Which input holds an index outside the table it looks up, in words; None where none does."""
+    limits = _index_limits(graph)
+    for value in graph.inputs:
+        rows, array = limits.get(value), arrays.get(value.name)
+        if rows is None or array is None or not array.size:
+            continue
+        wrong = (array < -rows) | (array >= rows)
+        if wrong.any():
+            where = tuple(int(i) for i in np.argwhere(wrong)[0])
+            return (
+                f"input {value.name!r} holds {array[where]} at {list(where)}; it looks up a table of {rows} rows: "
+                f"use 0 to {rows - 1}"
+            )
+    return None
+
+
+def size_out_of_range(graph: Graph, sizes: Mapping[str, int]) -> str | None:
+    """Which size is beyond a fixed limit of the model (such as its position table), in words; None where none is."""
+    for node in graph.nodes:
+        for value in node.outputs:
+            for name, limit in limits_within(*value.shape):
+                if sizes.get(name, 0) > limit:
+                    return f"size {name!r} is {sizes[name]}, the model takes at most {limit} (node {node.origin!r})"
+    return None
 
 
 def _index_limits(graph: Graph) -> dict[Value, int]:

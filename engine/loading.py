@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import time
@@ -49,8 +50,12 @@ def load(
     precision there), OutOfMemory, ValueError (an argument that means nothing).
     """
     start = time.perf_counter()
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, not {threads}")
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise ValueError(f"threads must be an int of at least 1, not {threads!r}")
+    if not isinstance(plan_cache_bytes, int) or plan_cache_bytes < 0:
+        raise ValueError(f"plan_cache_bytes must be an int of at least 0, not {plan_cache_bytes!r}")
+    if not isinstance(device, str):
+        raise ValueError(f"device must be a str such as 'auto', not {device!r}")
     source = path if isinstance(path, bytes) else Path(path)
     loader = _Loader(source, strict, threads, plan_cache_bytes)
     wanted = _precision(precision)
@@ -65,6 +70,8 @@ def load(
                 raise
             log.warning("the model runs on the CPU, not on GPU %d (%s): %s", gpu.index, gpu.name, error)
             model = loader.on_cpu(wanted)
+    # Reading leaves the file's protobuf messages in reference cycles: as much memory as the file itself.
+    gc.collect()
     model.load_seconds = time.perf_counter() - start
     return model
 

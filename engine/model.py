@@ -6,15 +6,23 @@ One lock per model covers its plans and its runs; the target may serialise furth
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from engine.errors import EngineError, ShapeError
-from engine.feeds import check_feeds, free_symbols, sample_feeds, sizes_of
+from engine.errors import EngineError, OutOfMemory, ShapeError
+from engine.feeds import (
+    check_feeds,
+    free_symbols,
+    index_out_of_range,
+    sample_feeds,
+    size_out_of_range,
+    sizes_of,
+)
 from engine.ir.graph import Graph
 from engine.ir.ops import Opaque
 from engine.plan.build import Constants, build
@@ -72,11 +80,23 @@ class Model:
         """
         arrays = check_feeds(self._graph.inputs, feeds)
         sizes = sizes_of(self._graph.inputs, arrays)
-        with self._lock:
+        with self._lock, self._explained(sizes, arrays):
             bound = self._bound(sizes)
             outputs = {name: np.empty(shape, dtype) for name, (shape, dtype) in bound.outputs.items()}
             bound.executable.run(arrays, outputs)
         return outputs
+
+    @contextmanager
+    def _explained(self, sizes: Mapping[str, int], arrays: Mapping[str, np.ndarray]) -> Iterator[None]:
+        """Errors in the caller's terms: the sizes at fault, the input that holds a wild index, the memory asked for."""
+        try:
+            yield
+        except ShapeError as error:
+            told = index_out_of_range(self._graph, arrays) or size_out_of_range(self._graph, sizes)
+            raise (ShapeError(told) if told else error) from error
+        except MemoryError as error:
+            asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
+            raise OutOfMemory(f"no memory for {asked or 'this model'}; use smaller sizes") from error
 
     def bind(self, sizes: Mapping[str, int]) -> BoundModel:
         """A plan for fixed sizes with its own input and output arrays in the device's memory, for repeated runs without
@@ -85,7 +105,7 @@ class Model:
         `sizes` gives every symbol of the input shapes. Raises ShapeError where one is missing, unknown or not positive.
         """
         self._check_sizes(sizes)
-        with self._lock:
+        with self._lock, self._explained(sizes, {}):
             resident = self._target.resident(self._build(sizes))
             self._pinned.append(resident)
         return BoundModel(self, resident)
@@ -93,7 +113,7 @@ class Model:
     def plan(self, sizes: Mapping[str, int]) -> Plan:
         """The plan for `sizes`, for inspection: its steps, tensors, memory and costs."""
         self._check_sizes(sizes)
-        with self._lock:
+        with self._lock, self._explained(sizes, {}):
             return self._build(sizes)
 
     def sample_feeds(self, sizes: Mapping[str, int], seed: int = 0) -> dict[str, np.ndarray]:
@@ -185,8 +205,9 @@ class Model:
             known = ", ".join(self._symbols) or "none: all its sizes are fixed"
             raise ShapeError(f"the model has no size {unknown[0]!r}; it has {known}")
         for name in self._symbols:
-            if sizes.get(name, 0) < 1:
-                raise ShapeError(f"size {name!r} must be given and at least 1, not {sizes.get(name)!r}")
+            size = sizes.get(name)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ShapeError(f"size {name!r} must be given, an int and at least 1, not {size!r}")
 
     def _build(self, sizes: Mapping[str, int]) -> Plan:
         if self._closed:

@@ -8,7 +8,7 @@ int. Shape inference and shape folding use these; `evaluate` makes them concrete
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias
@@ -180,6 +180,20 @@ def symbols(*dims: Dim) -> frozenset[str]:
                 for factor, _power in monomial:
                     found |= {factor} if isinstance(factor, str) else symbols(factor.a, factor.b)
     return frozenset(found)
+
+
+def limits_within(*dims: Dim) -> Iterator[tuple[str, int]]:
+    """(symbol, number) for every ``min(number, symbol)`` in `dims`: where a model cuts a size off."""
+    for dim in dims:
+        for monomial, _ in dim.terms if isinstance(dim, Sym) else ():
+            for factor, _power in monomial:
+                if isinstance(factor, Atom):
+                    pair = (factor.a, factor.b)
+                    number = next((d for d in pair if isinstance(d, int)), None)
+                    name = next((str(d) for d in pair if is_symbol(d)), None)
+                    if factor.op is DimOp.MIN and number is not None and name is not None:
+                        yield name, number
+                    yield from limits_within(*pair)
 
 
 def is_symbol(dim: Dim) -> bool:

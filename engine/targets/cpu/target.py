@@ -38,6 +38,8 @@ class Arena:
     def at_least(self, nbytes: int) -> np.ndarray:
         if self.memory.nbytes < nbytes:
             try:
+                if nbytes > physical_memory_bytes():
+                    raise MemoryError  # the system might promise it all the same, and kill the process on first use
                 self.memory = aligned_bytes(nbytes)
             except MemoryError:
                 raise OutOfMemory(f"the intermediates need {nbytes} bytes; use a smaller batch or sequence") from None
@@ -89,6 +91,7 @@ class CpuTarget:
         """Give arena and packed weights back. Executables of this target must not run afterwards."""
         self.weights = WeightStore()
         self.arena = Arena()
+        return_free_memory()
 
 
 class CpuExecutable:

@@ -63,7 +63,8 @@ def lower(step: Step, context: Context) -> list[Launch]:
     head_padded, value_padded = ceildiv(head, 16) * 16, ceildiv(value, 32) * 32
     narrow = max(head_padded, value_padded) <= 64
     warps = 4 if queries > 32 else 2 if queries > 16 else 1
-    fragments = 2 if narrow and queries > 64 else 1
+    # Two rows of fragments halve the reads of k and v; a causal mask on wide heads leaves no registers for them.
+    fragments = 2 if narrow and queries > 64 and not (op.causal and head_padded > 32) else 1
     keys = 64
     bias = _bias_strides(step, len(shape))
     shared = 16 * warps * fragments * _row_bytes(head_padded)

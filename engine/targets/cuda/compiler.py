@@ -25,8 +25,9 @@ from engine.errors import DeviceError, EngineError
 KERNELS = Path(__file__).parent / "kernels"
 _INCLUDE = re.compile(r'^#include "([^"]+)"\n', re.MULTILINE)
 _DIGEST = hashlib.sha256().digest_size
-# ptxas advice that has meant wrong or slow code: serialised wgmma (C7510 to C7514), an unreachable register count.
-_FATAL_ADVICE = re.compile(r"C75\d\d|C7602|spilled|Local memory used")
+# ptxas advice that has meant wrong code: serialised wgmma (C7510 to C7514), an unreachable register count.
+_FATAL_ADVICE = re.compile(r"C75\d\d|C7602")
+_SPILLS = re.compile(r"spilled|Local memory used")
 
 
 class CompileError(EngineError):
@@ -110,10 +111,14 @@ def _make_private(folder: Path) -> bool:
 
 
 class Compiler:
-    """Compiles sources for one architecture. `log` of the last compilation of each source is kept for the gate."""
+    """Compiles sources for one architecture. `strict` refuses kernels that spill registers: the gate's rule. A user
+    whose GPU or NVRTC the gate has not seen gets a slower kernel rather than none."""
 
-    def __init__(self, architecture: str, cache: Path | None = None, workers: int | None = None) -> None:
+    def __init__(
+        self, architecture: str, cache: Path | None = None, workers: int | None = None, strict: bool = False
+    ) -> None:
         self.architecture = architecture
+        self.strict = strict
         self.cache = DiskCache(cache)
         self.workers = workers or min(16, os.cpu_count() or 1)
         error, *version = nvrtc.nvrtcVersion()
@@ -170,7 +175,7 @@ class Compiler:
             buffer = bytearray(size)
             nvrtc.nvrtcGetProgramLog(program, buffer)
             log = bytes(buffer).rstrip(b"\0").decode(errors="replace").strip()
-            if int(status) or _FATAL_ADVICE.search(log):
+            if int(status) or _FATAL_ADVICE.search(log) or (self.strict and _SPILLS.search(log)):
                 raise CompileError(f"kernel {name!r} does not compile cleanly for {self.architecture}:\n{log}")
             error, size = nvrtc.nvrtcGetCUBINSize(program)
             _check(error, "nvrtcGetCUBINSize")

@@ -154,15 +154,18 @@ def steps() -> Iterator[Step]:
         )
     for head, causal, bias in (
         (32, False, True),
+        (32, True, True),
         (64, False, True),
+        (64, True, True),
         (64, False, False),
         (64, True, False),
         (128, False, False),
+        (128, True, True),
     ):
         heads: tuple[DType, tuple[int, ...]] = (F16, (2, 4, 100, head))
         inputs: list[Given] = [heads, heads, heads]
         if bias:
-            inputs.append((F32, (2, 1, 1 if head == 32 else 100, 100)))
+            inputs.append((F32, (2, 1, 1 if head == 32 and not causal else 100, 100)))
         op = Attention(head**-0.5, causal=causal, has_bias=bias, stores=(stored(ACC),))
         yield make_step(op, inputs, f"attention {head}{' causal' * causal}{' bias' * bias}")
     row = (F16, (4, 100, 384))

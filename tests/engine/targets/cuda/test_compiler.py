@@ -84,13 +84,14 @@ def test_an_error_names_the_kernel_and_the_architecture() -> None:
         Compiler("sm_80").cubin(Source("broken", "no C++"))
 
 
-def test_spills_are_errors() -> None:
+def test_spills_are_errors_of_the_gate_only() -> None:
     # 300 live values with at most 40 registers.
     body = "".join(f"float v{i} = x[{i} * threadIdx.x];\n" for i in range(300))
     body += "__syncthreads();\n" + "".join(f"x[{i}] = v{i} * v{(i + 151) % 300};\n" for i in range(300))
     text = f'extern "C" __global__ void __launch_bounds__(1024, 1) kernel(float* x) {{ {body} }}\n'
+    assert Compiler("sm_80").cubin(Source("spills", text))
     with pytest.raises(CompileError, match="spilled"):
-        Compiler("sm_80").cubin(Source("spills", text))
+        Compiler("sm_80", strict=True).cubin(Source("spills", text))
 
 
 def test_includes_are_put_in_line_once() -> None:

@@ -1,7 +1,5 @@
 """The gate on kernels that should and should not pass. Needs NVRTC and the CUDA binary tools, no GPU."""
 
-
-
 from __future__ import annotations
 
 import shutil
