@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 
 import numpy as np
 
@@ -22,6 +23,12 @@ from engine.plan.memory import Lifetime, assign_offsets
 from engine.plan.plan import Access, Capabilities, Plan, Requirement, Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.plan.views import apply_view, reshape
+
+MAX_ELEMENTS = 1 << 33
+"""Elements of any tensor a step reads or writes, repeated ones counted. No device here holds more; what claims more is
+a broken or hostile model or request, and would keep the device busy for minutes even where nothing is stored."""
+MAX_SIZE_ELEMENTS = 1 << 26
+"""Elements of a tensor of sizes, which is computed on the host when the plan is built."""
 
 
 class Constants:
@@ -82,6 +89,10 @@ class _Builder:
 
     def _input(self, value: Value) -> Tensor:
         shape = concrete_shape(value.shape, self.sizes)
+        try:
+            _check_elements(shape)
+        except ShapeError as error:
+            raise ShapeError(f"input {value.name!r}: {error}") from None
         tensor = self._dense(value.name, BufferKind.INPUT, value, shape)
         self.tensors[value] = tensor
         return tensor
@@ -205,6 +216,10 @@ class _Builder:
     def _step(self, node: Node, op: Op) -> None:
         inputs = tuple(self._tensor(value) for value in node.inputs)
         types = op.infer(inputs)
+        for tensor in inputs:
+            _check_elements(tensor.shape)
+        for _, shape in types:
+            _check_elements(_concrete(shape))
         if isinstance(op, Opaque):
             dense = Requirement(Access.DENSE)
             input_needs: tuple[Requirement, ...] = (dense,) * len(inputs)
@@ -297,8 +312,17 @@ def _joined(op: Concat, parts: list[Tensor | None]) -> Tensor | None:
     return replace(first, shape=(*first.shape[: op.axis], size, *first.shape[op.axis + 1 :]))
 
 
+def _check_elements(shape: tuple[int, ...], limit: int = MAX_ELEMENTS) -> None:
+    elements = prod(shape)
+    if elements > limit:
+        raise ShapeError(
+            f"a tensor of shape {list(shape)} has {elements:,} elements, the limit is {limit:,}; use smaller inputs"
+        )
+
+
 def _shape_tensor(name: str, op: ShapeTensor) -> Tensor:
     shape = _concrete(op.shape)
+    _check_elements(shape, MAX_SIZE_ELEMENTS)
     values = np.arange(shape[0]) if op.values is None else np.array(op.values, np.int64)
     data = values.astype(op.dtype.numpy).reshape(shape)
     return Tensor(Buffer(name, BufferKind.PLAN, data.nbytes, data), op.dtype, shape, row_major(shape))

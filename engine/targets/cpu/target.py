@@ -26,6 +26,7 @@ from engine.targets.cpu.families import family_of
 from engine.targets.cpu.kernel import Context, Launch, Pointer, WeightStore, aligned_copy
 from engine.targets.cpu.pieces import in_pieces
 from engine.targets.cpu.runtime import Pool, Program, address, aligned_bytes, available_cores, pool
+from engine.targets.cpu.system import physical_memory_bytes, return_free_memory
 from engine.targets.host import HostOperator, HostResident
 
 
