@@ -24,9 +24,11 @@ from engine.plan.plan import Access, Capabilities, Plan, Requirement, Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.plan.views import apply_view, reshape
 
-MAX_ELEMENTS = 1 << 33
-"""Elements of any tensor a step reads or writes, repeated ones counted. No device here holds more; what claims more is
-a broken or hostile model or request, and would keep the device busy for minutes even where nothing is stored."""
+MAX_ELEMENTS = 1 << 40
+"""Elements of any tensor: beyond all memory there is. What fits no device below that is an OutOfMemory of the target."""
+MAX_REPEATED_ELEMENTS = 1 << 33
+"""Elements of an operand that takes little memory because it repeats itself (a broadcast). A hostile model can make a
+device walk over such a tensor for hours without storing anything."""
 MAX_SIZE_ELEMENTS = 1 << 26
 """Elements of a tensor of sizes, which is computed on the host when the plan is built."""
 
@@ -106,7 +108,7 @@ class _Builder:
     def _dense(
         self, name: str, kind: BufferKind, value: Value, shape: tuple[int, ...], order: tuple[int, ...] | None = None
     ) -> Tensor:
-        nbytes = int(np.prod(shape, dtype=np.int64)) * value.dtype.itemsize
+        nbytes = prod(shape) * value.dtype.itemsize
         return Tensor(Buffer(name, kind, nbytes), value.dtype, shape, row_major(shape, order))
 
     def _tensor(self, value: Value) -> Tensor:
@@ -217,7 +219,8 @@ class _Builder:
         inputs = tuple(self._tensor(value) for value in node.inputs)
         types = op.infer(inputs)
         for tensor in inputs:
-            _check_elements(tensor.shape)
+            repeats = tensor.nbytes < tensor.elements * tensor.dtype.itemsize
+            _check_elements(tensor.shape, MAX_REPEATED_ELEMENTS if repeats else MAX_ELEMENTS)
         for _, shape in types:
             _check_elements(_concrete(shape))
         if isinstance(op, Opaque):
