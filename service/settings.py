@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
 PREFIX = "TILEWAVE_"
+_OF_THE_ENGINE = frozenset({"TILEWAVE_CACHE_DIR", "TILEWAVE_CPU_ISA", "TILEWAVE_PRINT_AFTER"})
 
 
 class Precision(StrEnum):
@@ -122,7 +123,7 @@ class Settings(BaseSettings):
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """Names in the environment that look like settings and are none (a typing error would else go unseen)."""
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | _OF_THE_ENGINE
     return sorted(name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in known)
 
 

@@ -253,6 +253,7 @@ def test_a_wrong_setting_is_one_line_that_names_it(
 
 
 def test_unknown_variables_are_noticed() -> None:
+    assert not unknown_variables({"TILEWAVE_CACHE_DIR": "/", "TILEWAVE_CPU_ISA": "avx2", "TILEWAVE_PRINT_AFTER": "all"})
     assert unknown_variables({"TILEWAVE_PROT": "1", "TILEWAVE_PORT": "1", "HOME": "/"}) == ["TILEWAVE_PROT"]
 
 
