@@ -86,11 +86,13 @@ class Settings(BaseSettings):
     )
 
     request_timeout: float = Field(default=30.0, gt=0, description="deadline of a request that names none, seconds")
+    header_timeout: float = Field(default=10.0, gt=0, description="time for a request's header to arrive, seconds")
     body_timeout: float = Field(default=30.0, gt=0, description="time for a request body to arrive, seconds")
     drain_timeout: int = Field(
         default=25, ge=0, description="time for accepted requests to finish after SIGTERM, seconds"
     )
 
+    max_header_bytes: int = Field(default=64 << 10, ge=256, description="largest request line and header together")
     max_body_bytes: int = Field(default=64 << 20, ge=1, description="largest request body, after decompression too")
     max_image_bytes: int = Field(default=32 << 20, ge=1, description="largest image file")
     max_image_pixels: int = Field(default=50_000_000, ge=1, description="largest image, width times height")
