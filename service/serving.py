@@ -191,7 +191,7 @@ class Serving:
         return dict(self._broken)
 
     def find(self, name: str, version: str | None = None) -> ServedModel:
-        """A version of a model: the one asked for, else the highest that is not unavailable. Raises NotFound, Unavailable."""
+        """A version of a model: the one asked for, else the highest usable one. Raises NotFound, Unavailable."""
         versions = self.versions(name)
         if version is None:
             usable = [model for model in versions if model.state is not ModelState.UNAVAILABLE]
