@@ -13,9 +13,9 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.app import create_app
+from service.connection import limited
 from service.logs import configure
 from service.serving import Serving
 from service.settings import Settings, SettingsError, read_settings, unknown_variables
@@ -26,15 +26,6 @@ log = logging.getLogger("service")
 # Engine and HTTP share this process on a CPU. The default of 5 ms is how long a thread that wants the interpreter
 # waits for one that is busy; answers of a few milliseconds need less.
 _SWITCH_INTERVAL_S = 0.0005
-
-
-class _Protocol(HttpToolsProtocol):
-    def send_400_response(self, msg: str) -> None:
-        """Bytes that are not HTTP get our error form too."""
-        body = b'{"error":"not a valid HTTP request"}'
-        head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-        self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
-        self.transport.close()
 
 
 class _Server(uvicorn.Server):
@@ -93,7 +84,7 @@ def serve(settings: Settings, engine: Callable[[], EngineModule] = real_engine) 
     app: FastAPI = create_app(settings, engine, _spare_the_collector)
     config = uvicorn.Config(
         app,
-        http=_Protocol,
+        http=limited(settings),
         ws="none",
         log_config=None,
         access_log=False,

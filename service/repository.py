@@ -18,7 +18,8 @@ _MAX_LABELS_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """A model on disk. `versions` are (number, .onnx file), lowest first; `problem` says why it cannot be loaded."""
+    """A model on disk. `versions` are (number, .onnx file), lowest first; `broken` are the version
+    folders that hold no model, and why; `problem` says why nothing of it can be loaded."""
 
     name: str
     path: Path
@@ -27,6 +28,7 @@ class ModelFolder:
     labels: tuple[str, ...]
     tokenizer: Path | None
     problem: str = ""
+    broken: tuple[tuple[int, str], ...] = ()
 
 
 def check_name(name: str) -> str:
@@ -50,19 +52,20 @@ class Repository:
     def _read(self, path: Path) -> ModelFolder:
         config = ModelConfig()
         versions: tuple[tuple[int, Path], ...] = ()
+        broken: tuple[tuple[int, str], ...] = ()
         labels: tuple[str, ...] = ()
         tokenizer: Path | None = None
         problem = ""
         try:
             config = read_model_config(path / "model.toml")
-            versions = _find_versions(path)
+            versions, broken = _find_versions(path)
             labels = _read_labels(path / "labels.txt")
             tokenizer = _find_tokenizer(path, config)
         except ModelConfigError as error:
             problem = str(error)
         except OSError as error:
             problem = f"the folder cannot be read: {error}"
-        return ModelFolder(path.name, path, config, versions, labels, tokenizer, problem)
+        return ModelFolder(path.name, path, config, versions, labels, tokenizer, problem, broken)
 
 
 def _looks_like_a_model(path: Path) -> bool:
@@ -71,12 +74,21 @@ def _looks_like_a_model(path: Path) -> bool:
     return any(_VERSION.fullmatch(child.name) and child.is_dir() for child in path.iterdir())
 
 
-def _find_versions(path: Path) -> tuple[tuple[int, Path], ...]:
+def _find_versions(path: Path) -> tuple[tuple[tuple[int, Path], ...], tuple[tuple[int, str], ...]]:
+    """The versions that hold a model and those that do not. Raises ModelConfigError where none does."""
     folders = [child for child in path.iterdir() if child.is_dir() and _VERSION.fullmatch(child.name)]
-    versions = [(int(folder.name), _only_onnx(folder)) for folder in folders]
+    if not folders:
+        return ((1, _only_onnx(path)),), ()
+    versions: list[tuple[int, Path]] = []
+    broken: list[tuple[int, str]] = []
+    for folder in folders:
+        try:
+            versions.append((int(folder.name), _only_onnx(folder)))
+        except ModelConfigError as error:
+            broken.append((int(folder.name), str(error)))
     if not versions:
-        versions.append((1, _only_onnx(path)))
-    return tuple(sorted(versions))
+        raise ModelConfigError(max(broken)[1])
+    return tuple(sorted(versions)), tuple(sorted(broken))
 
 
 def _only_onnx(folder: Path) -> Path:

@@ -65,12 +65,16 @@ class Serving:
                 self._broken[folder.name] = folder.problem
             else:
                 self._models[folder.name] = {version: self._load(folder, version) for version, _ in folder.versions}
+                for version, reason in folder.broken:
+                    key = ModelKey(folder.name, version)
+                    self._models[folder.name][version] = self._known(folder, key)
+                    self._refuse(key, reason)
         if not self._models:
             log.warning("no model can be loaded from %s", self.settings.models)
 
     def _load(self, folder: ModelFolder, version: int) -> ServedModel:
         key = ModelKey(folder.name, version)
-        options = _batching_options(folder.config.batching)
+        served = self._known(folder, key)
         settings = self.settings
         command = LoadModel(
             key=key,
@@ -78,10 +82,14 @@ class Serving:
             device=settings.device,
             precision=(folder.config.precision or settings.precision).value,
             threads=settings.threads,
-            batching=options,
+            batching=served.options,
             image_size=image_size(folder.config.images),
         )
         self.engine.send(command)
+        return served
+
+    def _known(self, folder: ModelFolder, key: ModelKey) -> ServedModel:
+        options = _batching_options(folder.config.batching)
         return ServedModel(key, folder, options, self.metrics.model(key), ModelStatistics())
 
     def begin_drain(self) -> None:
@@ -183,10 +191,11 @@ class Serving:
         return dict(self._broken)
 
     def find(self, name: str, version: str | None = None) -> ServedModel:
-        """A version of a model: the one asked for, else the highest. Raises NotFound, Unavailable."""
+        """A version of a model: the one asked for, else the highest usable one. Raises NotFound, Unavailable."""
         versions = self.versions(name)
         if version is None:
-            return versions[-1]
+            usable = [model for model in versions if model.state is not ModelState.UNAVAILABLE]
+            return (usable or versions)[-1]
         for model in versions:
             if str(model.key.version) == version:
                 return model

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
 PREFIX = "TILEWAVE_"
+_OF_THE_ENGINE = frozenset({"TILEWAVE_CACHE_DIR", "TILEWAVE_CPU_ISA", "TILEWAVE_PRINT_AFTER"})
 
 
 class Precision(StrEnum):
@@ -85,11 +86,13 @@ class Settings(BaseSettings):
     )
 
     request_timeout: float = Field(default=30.0, gt=0, description="deadline of a request that names none, seconds")
+    header_timeout: float = Field(default=10.0, gt=0, description="time for a request's header to arrive, seconds")
     body_timeout: float = Field(default=30.0, gt=0, description="time for a request body to arrive, seconds")
     drain_timeout: int = Field(
         default=25, ge=0, description="time for accepted requests to finish after SIGTERM, seconds"
     )
 
+    max_header_bytes: int = Field(default=64 << 10, ge=256, description="largest request line and header together")
     max_body_bytes: int = Field(default=64 << 20, ge=1, description="largest request body, after decompression too")
     max_image_bytes: int = Field(default=32 << 20, ge=1, description="largest image file")
     max_image_pixels: int = Field(default=50_000_000, ge=1, description="largest image, width times height")
@@ -122,7 +125,7 @@ class Settings(BaseSettings):
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """Names in the environment that look like settings and are none (a typing error would else go unseen)."""
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | _OF_THE_ENGINE
     return sorted(name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in known)
 
 

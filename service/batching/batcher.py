@@ -66,8 +66,7 @@ def scatter(batch: Batch, outputs: dict[str, Array], axes: BatchAxes) -> list[En
 
 
 def _place(entry: Entry, name: str, source: Array, rows: list[int], sequence_axes: Sequence[int]) -> None:
-    even = not sequence_axes or all(length == entry.width for length in entry.lengths)
-    if len(rows) == entry.rows and even:
+    if len(rows) == entry.rows and (entry.even or not sequence_axes):
         entry.outputs[name] = source[_cut(source.ndim, sequence_axes, entry.width)] if sequence_axes else source
         return
     target = entry.outputs.get(name)

@@ -21,7 +21,11 @@ Group = tuple[int, tuple[Shape, ...]]
 
 @dataclass(slots=True)
 class Entry:
-    """A request on the engine side, from its arrival to its last row."""
+    """A request on the engine side, from its arrival to its last row.
+
+    `width` is the longest row in tokens, 0 for models without a sequence; `even` says that all rows have that length.
+    Both are found once: a request of many rows is looked at once per batch that holds a part of it.
+    """
 
     request: Infer
     arrays: dict[str, NDArray[Any]]
@@ -29,15 +33,18 @@ class Entry:
     lengths: tuple[int, ...]
     cost: int
     rows_left: int
+    width: int = field(init=False)
+    even: bool = field(init=False)
+    cost_left: int = field(init=False)
     started: float | None = None
     compute_seconds: float = 0.0
     outputs: dict[str, NDArray[Any]] = field(default_factory=dict)
     closed: bool = False
 
-    @property
-    def width(self) -> int:
-        """The longest row in tokens; 0 for models without a sequence."""
-        return max(self.lengths, default=0)
+    def __post_init__(self) -> None:
+        self.width = max(self.lengths, default=0)
+        self.even = min(self.lengths, default=0) == self.width
+        self.cost_left = self.cost
 
 
 @dataclass(slots=True)
@@ -122,7 +129,7 @@ class ModelQueue:
         entry = self.entries.pop(request_id, None)
         if entry is not None:
             entry.closed = True
-            self.cost -= self._waiting_cost(entry)
+            self.cost -= entry.cost_left
         return entry
 
     def expired(self, now: float) -> list[Entry]:
@@ -178,8 +185,10 @@ class ModelQueue:
             entry.started = entry.started if entry.started is not None else now
             parts.append(Taken(entry, taken))
             total += len(taken)
-            tokens += self._row_cost(entry, taken) if entry.lengths else 0
-            self.cost -= self._row_cost(entry, taken)
+            cost = self._row_cost(entry, taken)
+            tokens += cost if entry.lengths else 0
+            self.cost -= cost
+            entry.cost_left -= cost
             entry.rows_left -= len(taken)
             piece.first += len(taken)
             if piece.first == len(piece.rows):
@@ -191,7 +200,8 @@ class ModelQueue:
     def _fitting(self, piece: Piece, total: int, width: int) -> tuple[list[int], int]:
         """Rows of `piece` that fit beside `total` rows of `width` tokens, and the width they make."""
         taken: list[int] = []
-        for row in piece.rows[piece.first :]:
+        for index in range(piece.first, len(piece.rows)):
+            row = piece.rows[index]
             wider = max(width, self._width(piece.entry.lengths[row])) if piece.entry.lengths else 0
             rows = total + len(taken) + 1
             if rows > 1 and (rows > self.options.max_batch or rows * wider > self.options.max_tokens):
@@ -205,11 +215,3 @@ class ModelQueue:
 
     def _row_cost(self, entry: Entry, rows: list[int]) -> int:
         return sum(entry.lengths[row] for row in rows) if entry.lengths else len(rows)
-
-    def _waiting_cost(self, entry: Entry) -> int:
-        if entry.rows_left == entry.rows:
-            return entry.cost
-        if not entry.lengths:
-            return entry.rows_left
-        pieces = (piece for heap in self._groups.values() for _, _, piece in heap if piece.entry is entry)
-        return sum(self._row_cost(entry, piece.rows[piece.first :]) for piece in pieces)

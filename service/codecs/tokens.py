@@ -154,6 +154,8 @@ def check_ids(value: Any, name: str, max_inputs: int) -> list[list[int]]:
         if not row:
             raise InvalidRequest(f"{name}[{position}] is empty; send at least one token id")
         for column, token in enumerate(row):
+            if type(token) is float and abs(token) >= 1 << 63:  # the JSON parser makes larger integers floats
+                raise InvalidRequest(f"{name}[{position}][{column}] is out of the range of int64")
             if type(token) is not int:
                 raise InvalidRequest(f"{name}[{position}][{column}] is {_kind(token)}; token ids are integers")
             if not 0 <= token < 1 << 31:

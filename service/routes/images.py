@@ -39,7 +39,8 @@ async def classify_images(
         settings = serving.settings
         files = await _files(await inference.body(), request.headers, settings.max_images)
         limits = (settings.max_image_bytes, settings.max_image_pixels)
-        arrays = await serving.preprocess.run([partial(decode, data, spec, *limits) for data in files])
+        jobs = [partial(decode, data, spec, *limits) for data in files]
+        arrays = await serving.preprocess.run(jobs, inference.deadline)
         names = tuple(o.name for o in served.specs.outputs) if raw else (served.main_output().name,)
         batch = arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
         outputs = await inference.run_rows(((spec.input, LocalTensor(batch)),), names)

@@ -52,6 +52,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 30.0
 _HEALTHY_S = 60.0  # a child that lived this long had no trouble of its own starting
 _MOST_CRASHES = 3  # while loading the same model
 _WATCH_EVERY_S = 1.0
+_LAST_WAIT_S = 3.0  # a driver needs a while to let go of a GPU
 _LONGEST_LINE = 4000
 
 
@@ -119,7 +120,7 @@ class ProcessTransport:
             self._link.close()
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(0.2)  # it goes by itself when its socket ends
+                self._process.wait(_LAST_WAIT_S)  # it goes by itself when its socket ends
             self._process.kill()
             self._process.wait()
 
@@ -280,7 +281,10 @@ class ProcessTransport:
             watch.cancel()
             self._lost()
             status = await loop.run_in_executor(None, _reap, self._process)
-            (log.info if self._stopped else log.error)("engine process %d ended: %s", self._process.pid, _said(status))
+            if self._stopped:
+                log.info("engine process %d was stopped", self._process.pid)
+            else:
+                log.error("engine process %d ended: %s", self._process.pid, _said(status))
 
     async def _watch(self) -> None:
         while True:
@@ -306,7 +310,7 @@ def _spawn(arguments: ChildArguments) -> "subprocess.Popen[bytes]":
 def _reap(process: "subprocess.Popen[bytes]") -> int:
     """The exit status of a child whose socket has ended."""
     try:
-        return process.wait(2.0)
+        return process.wait(_LAST_WAIT_S)
     except subprocess.TimeoutExpired:
         process.kill()
         return process.wait()

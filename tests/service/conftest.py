@@ -20,6 +20,7 @@ import uvicorn
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from service.app import create_app
+from service.connection import limited
 from service.serving import Serving
 from service.settings import Settings
 from tests.service.fakes import FakeEngine
@@ -129,7 +130,10 @@ class Starter:
         app = create_app(chosen, FakeEngine if engine_process == "always" else lambda: engine)
         listener = socket.create_server(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5))
+        config = uvicorn.Config(
+            app, http=limited(chosen), log_config=None, access_log=False, timeout_graceful_shutdown=5
+        )
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         client = httpx.Client(base_url=url, timeout=20)

@@ -211,3 +211,37 @@ def test_capacity_is_in_tokens_for_sequence_models_and_in_rows_for_others() -> N
     options = BatchingOptions(max_batch=3, max_tokens=100, queue_batches=2)
     assert capacity(options, find_axes(*infos("encoder"))) == 200
     assert capacity(options, find_axes(*infos("identity"))) == 6
+
+
+def test_the_work_for_a_request_grows_with_its_rows_only() -> None:
+    """Lengths are read a few times each, however many batches the rows are spread over."""
+
+    class Counted(tuple[int, ...]):
+        reads = 0
+
+        def __iter__(self) -> Any:
+            for value in super().__iter__():
+                Counted.reads += 1
+                yield value
+
+        def __getitem__(self, index: Any) -> Any:
+            Counted.reads += 1
+            return super().__getitem__(index)
+
+    rows = 4000
+    axes = find_axes(*infos("encoder"))
+    queue = ModelQueue(BatchingOptions(max_batch=8), axes)
+    lengths = Counted([2] * (rows - 1) + [1])
+    queue.push(make_entry(request(1, token_rows([2] * rows), lengths), axes))
+    batches = 0
+    while (batch := queue.take(0.0)) is not None:
+        batches += 1
+        shape = (batch.rows, batch.width, HIDDEN)
+        assemble(batch)
+        finished = scatter(batch, {"last_hidden_state": np.ones(shape, np.float32)}, axes)
+    assert batches == rows // 8
+    assert finished[0].outputs["last_hidden_state"].shape == (rows, 2, HIDDEN)
+    assert queue.cost == 0
+    assert queue.remove(1) is not None
+    assert queue.cost == 0
+    assert Counted.reads < 20 * rows

@@ -297,3 +297,62 @@ def test_many_threads_get_their_own_answers(shared: Running) -> None:
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(8)))
     assert threading.active_count() < 60
+
+
+def answer_to(server: Running, *pieces: bytes) -> bytes:
+    """What comes back until the server closes the connection."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as raw:
+        received = b""
+        try:
+            for piece in pieces:
+                raw.sendall(piece)
+                time.sleep(0.02)
+            while data := raw.recv(65536):
+                received += data
+        except ConnectionResetError:
+            pass
+        return received
+
+
+LINE, ASK = b"GET /v2/health/live HTTP/1.1\r\nhost: x\r\n", b"GET /v2/health/live HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        (LINE + b"a: " + b"b" * 3000 + b"\r\n\r\n",),
+        (LINE + b"a: " + b"b" * 1500, b"b" * 1500),
+        (LINE, *[b"a: " + b"b" * 900 + b"\r\n"] * 3),
+        (b"GET /" + b"x" * 3000,),
+    ],
+    ids=["whole", "one line", "many lines", "path"],
+)
+@pytest.mark.parametrize("before", [(), (ASK,)], ids=["first", "second"])
+def test_a_large_header_is_refused(
+    start: Start, repository: Path, pieces: tuple[bytes, ...], before: tuple[bytes, ...]
+) -> None:
+    server = start(repository, max_header_bytes=2048)
+    answer = answer_to(server, *before, *pieces)
+    assert answer.count(b"HTTP/1.1 200") == len(before)
+    assert b"HTTP/1.1 431" in answer
+    assert b"more than 2048 bytes" in answer
+    assert server.identity([1.2345678] * 400).status_code == 200, "a body is no header"
+
+
+@pytest.mark.parametrize("pieces", [(), (LINE,), (ASK, LINE), (ASK, b"\r\n")], ids=["none", "half", "second", "blank"])
+def test_a_header_that_does_not_arrive_is_given_up(start: Start, repository: Path, pieces: tuple[bytes, ...]) -> None:
+    server = start(repository, header_timeout=0.3)
+    began = time.monotonic()
+    answer = answer_to(server, *pieces)
+    assert time.monotonic() - began < 3
+    assert answer.startswith(b"HTTP/1.1 200" if ASK in pieces else b"HTTP/1.1 408" if pieces else b"")
+
+
+def test_a_long_answer_and_an_idle_connection_are_no_late_header(start: Start, repository: Path) -> None:
+    server = start(repository, header_timeout=0.2)
+    for _ in range(2):
+        server.engine.gate.clear()
+        threading.Timer(0.5, server.engine.gate.set).start()
+        assert server.identity([1, 2, 3, 4]).status_code == 200
+        time.sleep(0.4)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import struct
+import threading
+import time
 import zlib
 from typing import Any
 
@@ -14,8 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from service.codecs.images import ImageSpec, decode, make_image_spec
-from service.errors import InvalidRequest, TooLarge
+from service.errors import DeadlineExceeded, InvalidRequest, TooLarge
 from service.model_config import ImagesConfig
+from service.preprocess import PreprocessPool
 from tests.service.conftest import Running, Start, add_model, error_of
 from tests.service.fakes import FakeEngine
 
@@ -291,3 +295,38 @@ def test_overload_of_the_decoder_is_refused_at_once(start: Start, repository: An
     pool._jobs -= 2
     assert response.status_code == 429
     assert int(response.headers["retry-after"]) >= 1
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_a_request_of_many_images_leaves_room_for_others_and_ends_at_its_deadline(threads: int) -> None:
+    running = most = begun = 0
+    lock = threading.Lock()
+
+    def slow() -> None:
+        nonlocal running, most, begun
+        with lock:
+            running, begun = running + 1, begun + 1
+            most = max(most, running)
+        time.sleep(0.05)
+        with lock:
+            running -= 1
+
+    async def work() -> tuple[int, float]:
+        pool = PreprocessPool(threads, 256)
+        began = time.monotonic()
+        large = asyncio.ensure_future(pool.run([slow] * 64, began + 0.6))
+        await asyncio.sleep(0.01)
+        assert await pool.run([lambda: 7]) == [7]
+        waited = time.monotonic() - began
+        with pytest.raises(DeadlineExceeded):
+            await large
+        assert time.monotonic() - began < 2
+        before = begun
+        await asyncio.sleep(0.2)
+        assert begun == before, "decoding went on after the deadline"
+        pool.close()
+        return most, waited
+
+    parallel, waited = asyncio.run(work())
+    assert parallel == min(2, max(1, threads - 1))
+    assert waited < 0.4

@@ -253,6 +253,7 @@ def test_a_wrong_setting_is_one_line_that_names_it(
 
 
 def test_unknown_variables_are_noticed() -> None:
+    assert not unknown_variables({"TILEWAVE_CACHE_DIR": "/", "TILEWAVE_CPU_ISA": "avx2", "TILEWAVE_PRINT_AFTER": "all"})
     assert unknown_variables({"TILEWAVE_PROT": "1", "TILEWAVE_PORT": "1", "HOME": "/"}) == ["TILEWAVE_PROT"]
 
 
@@ -347,3 +348,15 @@ def test_a_taken_port_is_said_in_one_line(tmp_path: Path, processes: list[Proces
     assert process.process.returncode == 1
     assert "cannot listen on 127.0.0.1" in errors
     assert "Traceback" not in errors
+
+
+def test_the_highest_version_that_loads_is_served(start: Start, tmp_path: Path) -> None:
+    add_model(tmp_path, "identity", "identity", version=1)
+    add_model(tmp_path, "identity", "broken", version=2)
+    (tmp_path / "identity" / "3").mkdir()
+    server = start(tmp_path)
+    assert server.identity([1, 2, 3, 4]).json()["model_version"] == "1"
+    index = {entry["version"]: entry for entry in server.client.post("/v2/repository/index").json()}
+    assert [index[version]["state"] for version in "123"] == ["READY", "UNAVAILABLE", "UNAVAILABLE"]
+    assert "model.onnx" in index["3"]["reason"]
+    assert server.client.get("/v2/models/identity/versions/3/ready").status_code == 503

@@ -87,6 +87,8 @@ BAD_BODIES: list[tuple[Any, str]] = [
     ({"ids": [[True]]}, "ids[0][0] is a boolean"),
     ({"ids": [[None]]}, "ids[0][0] is null"),
     ({"ids": [[1, -7]]}, "-7"),
+    ({"ids": [[1, 10**18]]}, "is out of range"),
+    ({"ids": [[1, 1e23]]}, "ids[0][1] is out of the range of int64"),
     ({"ids": [[1, 13]]}, "token id 13"),
     ({"ids": [[1 << 40]]}, str(1 << 40)),
     ({"ids": [[1e30]]}, "ids[0][0]"),
