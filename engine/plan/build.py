@@ -25,7 +25,8 @@ from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.plan.views import apply_view, reshape
 
 MAX_ELEMENTS = 1 << 40
-"""Elements of any tensor: beyond all memory there is. What fits no device below that is an OutOfMemory of the target."""
+"""Elements of any tensor: beyond all memory there is. What fits no device below that is an OutOfMemory of the
+target."""
 MAX_REPEATED_ELEMENTS = 1 << 33
 """Elements of an operand that takes little memory because it repeats itself (a broadcast). A hostile model can make a
 device walk over such a tensor for hours without storing anything."""
