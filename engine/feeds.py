@@ -99,7 +99,7 @@ def index_out_of_range(graph: Graph, arrays: Mapping[str, np.ndarray]) -> str | 
         if wrong.any():
             where = tuple(int(i) for i in np.argwhere(wrong)[0])
             return (
-                f"input {value.name!r} holds {array[where]} at {list(where)}; it looks up a table of {rows} rows: "
+                f"input {value.name!r} holds {array[where]} at {list(where)}, out of range for a table of {rows} rows: "
                 f"use 0 to {rows - 1}"
             )
     return None
