@@ -6,13 +6,13 @@ RUN python -m venv /opt/tilewave
 ENV PATH=/opt/tilewave/bin:$PATH
 WORKDIR /src
 COPY . .
-RUN --mount=type=cache,target=/root/.cache/pip pip install --constraint requirements.lock .
-RUN --mount=type=cache,target=/root/.cache/pip --mount=type=cache,target=/models/.cache \
+RUN --mount=type=cache,target=/var/cache/pip pip install --cache-dir /var/cache/pip --constraint requirements.lock .
+RUN --mount=type=cache,target=/var/cache/pip --mount=type=cache,target=/models/.cache \
     cd /opt && python -m models --dir /models
 
 # The load test: docker compose --profile load run --rm load
 FROM build AS load
-RUN --mount=type=cache,target=/root/.cache/pip pip install --constraint requirements.lock ".[load]"
+RUN --mount=type=cache,target=/var/cache/pip pip install --cache-dir /var/cache/pip --constraint requirements.lock ".[load]"
 USER nobody
 ENTRYPOINT ["locust", "-f", "load_tests/locustfile.py"]
 
