@@ -1,8 +1,8 @@
 """CUDA C++ source to machine code: NVRTC, in parallel, through a cache on disk.
 
-Called by `target.py` for the kernels of a plan and by `gate.py` for the covering set. Needs no GPU and no driver. A
-source is complete text: `expand` puts the `#include "…"` files of `kernels/` in line, so a cache key (text, flags,
-compiler version, architecture) changes with any kernel file. The kernels include no header of the CUDA toolkit.
+Called by `target.py` for the kernels of a plan and by `gate.py` for the covering set. Needs no GPU and no driver. What
+is compiled is the expanded source (`source.py`), so a cache key (text, flags, compiler version, architecture) changes
+with any kernel file.
 """
 
 from __future__ import annotations
@@ -14,16 +14,13 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from cuda.bindings import nvrtc
 
 from engine.errors import DeviceError, EngineError
+from engine.targets.cuda.source import Source, expand
 
-KERNELS = Path(__file__).parent / "kernels"
-_INCLUDE = re.compile(r'^#include "([^"]+)"\n', re.MULTILINE)
 _DIGEST = hashlib.sha256().digest_size
 # ptxas advice that has meant wrong code: serialised wgmma (C7510 to C7514), an unreachable register count.
 _FATAL_ADVICE = re.compile(r"C75\d\d|C7602")
@@ -32,33 +29,6 @@ _SPILLS = re.compile(r"spilled|Local memory used")
 
 class CompileError(EngineError):
     """A kernel source did not compile, or did not compile cleanly: a defect of the engine, not of the model."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A translation unit with one `kernel` entry. `name` is for people: messages, profiles, the gate's table."""
-
-    name: str
-    text: str
-
-
-@lru_cache(maxsize=64)
-def _file(name: str) -> str:
-    return (KERNELS / name).read_text(encoding="utf-8")
-
-
-def expand(text: str) -> str:
-    """`text` with every quoted include of `kernels/` in line, each file once, at its first mention."""
-    seen: set[str] = set()
-
-    def replace(match: re.Match[str]) -> str:
-        name = match.group(1)
-        if name in seen:
-            return ""
-        seen.add(name)
-        return _INCLUDE.sub(replace, _file(name))
-
-    return _INCLUDE.sub(replace, text)
 
 
 def default_cache() -> Path:

@@ -21,7 +21,7 @@ from engine.ir.ops import Op
 from engine.plan.plan import Requirement, Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda.architecture import Architecture
-from engine.targets.cuda.compiler import Source
+from engine.targets.cuda.source import Source
 
 MAX_LEVELS = 4  # kernels/epilogue/access.cuh
 ALIGNMENT = 256  # bytes; every device buffer starts at a multiple

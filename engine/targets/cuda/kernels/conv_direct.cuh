@@ -12,7 +12,7 @@ constexpr int TAPS = KERNEL_H * KERNEL_W * CHANNELS, SPAN = (PIXELS - 1) * STRID
 static_assert(OUTPUTS % 8 == 0, "outputs are stored eight at a time");
 
 extern "C" __global__ void __launch_bounds__(config::threads, config::blocks) kernel(const __grid_constant__ Params p) {
-  __shared__ alignas(16) float filter[TAPS][OUTPUTS];
+  __shared__ __align__(16) float filter[TAPS][OUTPUTS];
   const u32 n0 = blockIdx.y * OUTPUTS;
   let_next_kernel_start();
   // Filters are constants: no kernel before this one writes them.

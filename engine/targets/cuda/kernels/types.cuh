@@ -23,17 +23,8 @@ template <class A> struct same<A, A> { static constexpr bool value = true; };
 template <bool CONDITION, class A, class B> struct choose { using type = A; };
 template <class A, class B> struct choose<false, A, B> { using type = B; };
 
-DEVICE float to_float(half h) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h.bits)); return f; }
-DEVICE float to_float(bfloat16 h) { return __int_as_float(static_cast<int>(h.bits) << 16); }
-DEVICE half to_half(float f) { half h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h.bits) : "f"(f)); return h; }
-DEVICE bfloat16 to_bfloat16(float f) { bfloat16 h; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h.bits) : "f"(f)); return h; }
+#include "ptx/convert.cuh"
 
-// Two halves in one register, the first in the low bits.
-DEVICE u32 pack_half2(float low, float high) {
-  u32 r;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-  return r;
-}
 DEVICE float2 unpack_half2(u32 packed) {
   const half low{static_cast<u16>(packed & 0xffff)}, high{static_cast<u16>(packed >> 16)};
   return make_float2(to_float(low), to_float(high));

@@ -1,4 +1,4 @@
-"""Runs single steps on the GPU and compares them with the NumPy interpreter of the IR, in float64.
+"""Runs the kernels of single steps and compares them with the NumPy interpreter of the IR, in float64.
 
 Operands are random, every byte the step could write is poisoned before it runs, and bytes beyond its results must stay
 so.
@@ -6,22 +6,21 @@ so.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import sqrt
+from typing import Protocol
 
-import cupy
 import numpy as np
 
 from engine.ir.dtype import DType
 from engine.ir.graph import Node, Value
-from engine.plan.plan import Plan, Step
-from engine.plan.tensor import BufferKind, Tensor
-from engine.targets.cuda.compiler import CompileError
+from engine.plan.plan import Step
+from engine.plan.tensor import Tensor
 from engine.targets.cuda.families import family_of
-from engine.targets.cuda.kernel import Kernel, Launch, Pointer, content, is_constant
-from engine.targets.cuda.target import CudaTarget, Executable
+from engine.targets.cuda.kernel import Context, Kernel, Launch, content, is_constant
 from tests.engine import ir_interpreter
 
 POISON = 0xFF  # every float type reads NaN, integers −1
@@ -39,97 +38,57 @@ class Case:
     lowered: list[Launch] | None = None
 
 
-def run_cases(target: CudaTarget, cases: Sequence[Case], seed: int = 0) -> list[str]:
+class Runner(Protocol):
+    """What runs the launches of one step: a GPU (gpu_runner.py) or the emulator (emulator/runner.py)."""
+
+    @property
+    def context(self) -> Context: ...
+
+    def prepare(self, kernel: Kernel) -> str | None:
+        """Compile a kernel. What is wrong with it, if anything."""
+        ...
+
+    def run(self, step: Step, launches: Sequence[Launch], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The results of a step on `arrays`. Raises RunError where a launch fails, or writes beyond its results."""
+        ...
+
+
+class RunError(Exception):
+    """A launch failed, or did what it must not."""
+
+
+def run_cases(runner: Runner, cases: Sequence[Case], seed: int = 0) -> list[str]:
     """Check every case; returns a line for each that fails."""
-    lowered = [case.lowered or family_of(case.step.op).lower(case.step, target.context) for case in cases]
+    lowered = [case.lowered or family_of(case.step.op).lower(case.step, runner.context) for case in cases]
     kernels = list(dict.fromkeys(launch.kernel for launches in lowered for launch in launches))
-    with ThreadPoolExecutor(target.device.compiler.workers) as pool:
-        problems = dict(zip(kernels, pool.map(lambda kernel: _compile(target, kernel), kernels), strict=True))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        problems = dict(zip(kernels, pool.map(runner.prepare, kernels), strict=True))
     failures = [problem for problem in problems.values() if problem]
     for i, (case, launches) in enumerate(zip(cases, lowered, strict=True)):
         if any(problems[launch.kernel] for launch in launches):
             continue
-        problem = check(target, case, launches, np.random.default_rng((seed, i)))
+        problem = check(runner, case, launches, np.random.default_rng((seed, i)))
         if problem:
             failures.append(f"{case.label}: {problem}; kernels {[launch.kernel.source.name for launch in launches]}")
     return failures
 
 
-def _compile(target: CudaTarget, kernel: Kernel) -> str | None:
-    """Bring a kernel into the compiler's cache, in parallel; what is wrong with it, if anything."""
-    try:
-        target.device.compiler.cubin(kernel.source)
-    except CompileError as error:
-        return str(error)
-    return None
-
-
-def check(target: CudaTarget, case: Case, launches: list[Launch], rng: np.random.Generator) -> str | None:
+def check(runner: Runner, case: Case, launches: list[Launch], rng: np.random.Generator) -> str | None:
+    """What is wrong with the results of a case, if anything."""
     step = case.step
     arrays = [content(t) if is_constant(t) else case.feeds.get(i, random(rng, t)) for i, t in enumerate(step.inputs)]
     values = tuple(Value(f"i{i}", t.dtype, t.shape) for i, t in enumerate(step.inputs))
     results = tuple(Value(f"o{i}", t.dtype, t.shape) for i, t in enumerate(step.outputs))
     expected = ir_interpreter.run_node(Node(step.op, values, results), arrays, {})
-    outputs = run_step(target, step, launches, arrays)
+    try:
+        outputs = runner.run(step, launches, arrays)
+    except RunError as error:
+        return str(error)
     for got, want in zip(outputs, expected, strict=True):
         problem = mismatch(got, want, case.length)
         if problem:
             return problem
     return None
-
-
-def run_step(target: CudaTarget, step: Step, launches: list[Launch], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The results of one step on the GPU."""
-    executable = bind_step(target, step, launches)
-    with target.device.current(), target.device.stream:
-        whole = _bytes(target, target.region, target.region_bytes)
-        whole[...] = POISON
-        for tensor, array in zip(step.inputs, arrays, strict=True):
-            if tensor.buffer.kind is BufferKind.INPUT:
-                view(target, executable, tensor)[...] = cupy.asarray(_as_stored(array))
-        executable.launch()
-        target.device.stream.synchronize()
-        results = [view(target, executable, tensor).get() for tensor in step.outputs]
-        for tensor in step.outputs:
-            used = executable.address(Pointer(tensor.buffer)) + tensor.buffer.nbytes
-            if -used % 256:
-                beyond = _bytes(target, used, -used % 256)
-                assert bool((beyond == POISON).all()), f"{step.name}: wrote beyond its result"
-    executable.close()
-    return [result.view(tensor.dtype.numpy) for result, tensor in zip(results, step.outputs, strict=True)]
-
-
-def bind_step(target: CudaTarget, step: Step, launches: list[Launch]) -> Executable:
-    """An executable of one step whose operands and results are a plan's."""
-    fed = {tensor.buffer: tensor for tensor in step.inputs if tensor.buffer.kind is BufferKind.INPUT}
-    inputs = {f"operand{i}": _whole(tensor) for i, tensor in enumerate(fed.values())}
-    outputs = {f"result{i}": _whole(tensor) for i, tensor in enumerate(step.outputs)}
-    buffers = tuple(tensor.buffer for tensor in (*step.inputs, *step.outputs))
-    with target.device.errors(), target.device.current():
-        return Executable(target, Plan({}, (step,), inputs, outputs, buffers, 0, 0), [launches])
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """The buffer of a tensor as bytes."""
-    return Tensor(tensor.buffer, DType.U8, (tensor.buffer.nbytes,), (1,))
-
-
-def view(target: CudaTarget, executable: Executable, tensor: Tensor) -> cupy.ndarray:
-    """A tensor in device memory, as an array (bfloat16 as bits)."""
-    start = executable.address(Pointer(tensor.buffer, tensor.offset * tensor.dtype.itemsize))
-    memory = cupy.cuda.UnownedMemory(start, max(1, tensor.buffer.nbytes), target, target.device.index)
-    dtype = np.dtype(np.uint16) if tensor.dtype is DType.BF16 else tensor.dtype.numpy
-    strides = tuple(stride * dtype.itemsize for stride in tensor.strides)
-    return cupy.ndarray(tensor.shape, dtype, cupy.cuda.MemoryPointer(memory, 0), strides)
-
-
-def _bytes(target: CudaTarget, start: int, count: int) -> cupy.ndarray:
-    memory = cupy.cuda.UnownedMemory(start, max(1, count), target, target.device.index)
-    return cupy.ndarray((count,), np.uint8, cupy.cuda.MemoryPointer(memory, 0))
-
-
-def _as_stored(array: np.ndarray) -> np.ndarray:
-    return array.view(np.uint16) if array.dtype == DType.BF16.numpy else array
 
 
 def random(rng: np.random.Generator, tensor: Tensor) -> np.ndarray:

@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
-from engine.targets.cuda.compiler import CompileError, Compiler, Source, expand
+from engine.targets.cuda.compiler import CompileError, Compiler
+from engine.targets.cuda.source import Source, expand
 
 SOURCE = Source("tiny", 'extern "C" __global__ void kernel(float* x) { x[threadIdx.x] += 1.0f; }\n')
 

@@ -12,8 +12,9 @@ pytest.importorskip("cuda.bindings.nvrtc")
 
 from engine.targets.cuda import covering, gate
 from engine.targets.cuda.architecture import SM_80
-from engine.targets.cuda.compiler import Compiler, Source
+from engine.targets.cuda.compiler import Compiler
 from engine.targets.cuda.kernel import Instruction, Kernel, Launch
+from engine.targets.cuda.source import Source
 
 
 def _has_tools() -> bool:

@@ -1,11 +1,7 @@
 // What expressions call beyond the operators of the language. fp32 in, fp32 out; errors are absolute unless said.
 #pragma once
-#include "types.cuh"
+#include "ptx/arithmetic.cuh"
 
-DEVICE float exp2_approx(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }  // 2 ulp
-DEVICE float reciprocal_approx(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }  // 1 ulp
-DEVICE float max_nan(float a, float b) { float y; asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b)); return y; }
-DEVICE float min_nan(float a, float b) { float y; asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b)); return y; }
 template <class T> DEVICE T max_nan(T a, T b) { return a > b || a != a ? a : b; }
 template <class T> DEVICE T min_nan(T a, T b) { return a < b || a != a ? a : b; }
 

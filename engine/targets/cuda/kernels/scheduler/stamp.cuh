@@ -2,11 +2,9 @@
 // The slot is null when nobody measures; it is filled with ones before a launch, so both words are minima (the end is
 // stored as its complement).
 #pragma once
-#include "types.cuh"
+#include "ptx/clock.cuh"
 
 struct Stamp { u64 begin; u64 end_complement; };
-
-DEVICE u64 global_nanoseconds() { u64 t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t)); return t; }
 
 DEVICE void stamp_begin(Stamp* stamp) {
   if (stamp != nullptr && threadIdx.x == 0) atomicMin(&stamp->begin, global_nanoseconds());

@@ -1,0 +1,103 @@
+"""Runs the CUDA kernels without a GPU: their own source, compiled for the CPU by the machine's C++ compiler.
+
+The kernels reach the hardware only through `kernels/ptx/`, one instruction a function. `device.h` stands for CUDA C++
+(threads are fibers), `ptx/` beside it for those instructions. What it cannot show: speed, races between blocks, and
+what the real instructions do beyond their description; for those there are the GPU tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from engine.targets.cuda.kernel import Launch, Pointer, TensorMap, pack
+from engine.targets.cuda.source import Source, expand
+
+_HERE = Path(__file__).parent
+_MESSAGE_BYTES = 256
+_FLAGS = ("-std=c++17", "-O1", "-march=native", "-fno-strict-aliasing", "-shared", "-fPIC", "-w")
+# The product is generated as machine instructions (gemm.py); ptx/wgmma.cuh beside this file has it for every width.
+_GENERATED_PRODUCT = re.compile(r"^template <int N> DEVICE void wgmma\(.*?^}\n", re.MULTILINE | re.DOTALL)
+_DYNAMIC_SHARED = re.compile(r"^.*extern __shared__ .*$", re.MULTILINE)
+
+
+def compiler() -> str | None:
+    """The C++ compiler that makes kernels runnable here, or None: g++ on x86-64."""
+    return shutil.which("g++") if platform.machine() == "x86_64" else None
+
+
+class EmulationError(Exception):
+    """A kernel does not compile for the CPU, or did what a GPU would not have survived."""
+
+
+def host_source(source: Source, architecture: int) -> str:
+    """The kernel's whole source for the CPU."""
+    emulated = {f"ptx/{path.name}" for path in (_HERE / "ptx").iterdir()}
+    text = expand(source.text, lambda name: (_HERE / name).read_text(encoding="utf-8") if name in emulated else None)
+    text = _GENERATED_PRODUCT.sub("", text)
+    text = _DYNAMIC_SHARED.sub("u8* const shared = emulator::shared_memory;", text)
+    head, tail = ((_HERE / name).read_text(encoding="utf-8") for name in ("device.h", "driver.h"))
+    # Named only where the kernel asks, so that architectures share what is the same on all.
+    define = f"#define __CUDA_ARCH__ {architecture}\n" if "__CUDA_ARCH__" in text else ""
+    return f"{define}{head}\n{text}\n{tail}"
+
+
+@cache
+def load(source: Source, architecture: int) -> Callable[..., int]:
+    """The kernel as a function of this process. Raises EmulationError where it does not compile."""
+    gxx = compiler()
+    assert gxx is not None, "the caller checks that there is a compiler"
+    text = host_source(source, architecture)
+    key = hashlib.sha256("\0".join((text, gxx, *_FLAGS)).encode()).hexdigest()
+    library = _cache() / f"{key}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = Path(folder) / "kernel.so"
+            command = [gxx, *_FLAGS, "-x", "c++", "-", "-o", str(made)]
+            done = subprocess.run(command, input=text, text=True, capture_output=True, check=False)
+            if done.returncode:
+                raise EmulationError(f"{source.name} does not compile for the CPU:\n{done.stderr[:3000]}")
+            os.replace(made, library)
+    function = ctypes.CDLL(str(library)).emulate
+    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
+    return function
+
+
+def _cache() -> Path:
+    root = (
+        os.environ.get("TILEWAVE_CACHE_DIR")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tilewave"
+    )
+    folder = Path(root) / "emulated-kernels"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+def run(launch: Launch, address: Callable[[Pointer], int], stamp: int, architecture: int) -> None:
+    """Run one launch; `address` places pointers in host memory. Raises EmulationError."""
+    kernel = launch.kernel
+    params = pack(launch.arguments, address, lambda map_: encode(map_, address(map_.pointer)), stamp)
+    memory = ctypes.create_string_buffer(len(params) + 64)
+    start = -ctypes.addressof(memory) % 64 + ctypes.addressof(memory)  # tensor maps are aligned to 64 bytes
+    ctypes.memmove(start, params, len(params))
+    sizes = (ctypes.c_uint * 4)(*launch.grid, kernel.threads)
+    message = ctypes.create_string_buffer(_MESSAGE_BYTES)
+    if load(kernel.source, architecture)(start, sizes, message):
+        raise EmulationError(f"{kernel.source.name}: {message.value.decode()}")
+
+
+def encode(map_: TensorMap, address: int) -> bytes:
+    """The `TensorMap` of ptx/tma.cuh beside this file."""
+    size = 2
+    words = (address, size, map_.columns, map_.rows, map_.row_stride * size, map_.box_columns, map_.box_rows)
+    return struct.pack("<16Q", *words, *(0,) * (16 - len(words)))

@@ -1,0 +1,11 @@
+// Emulates kernels/ptx/convert.cuh.
+#pragma once
+inline float to_float(bfloat16 h) { return __int_as_float(static_cast<int>(static_cast<u32>(h.bits) << 16)); }
+inline float to_float(half h) { return static_cast<float>(bits_as<_Float16>(h.bits)); }
+inline half to_half(float f) { return {bits_as<u16>(static_cast<_Float16>(f))}; }
+inline bfloat16 to_bfloat16(float f) {
+  const u32 bits = __float_as_uint(f);
+  if (f != f) return {static_cast<u16>(0x7fff)};
+  return {static_cast<u16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+inline u32 pack_half2(float low, float high) { return to_half(low).bits | static_cast<u32>(to_half(high).bits) << 16; }

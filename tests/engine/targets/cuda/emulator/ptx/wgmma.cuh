@@ -1,0 +1,36 @@
+// Emulates kernels/ptx/wgmma.cuh, and `wgmma<N>` itself: a product happens when it is waited for, every thread computing the
+// results that it holds.
+#pragma once
+inline u64 operand_descriptor(u32 address) { return 1ull << 62 | 64ull << 32 | 1ull << 16 | (address & 0x3FFFF) >> 4; }
+inline void wgmma_fence() {}
+inline void wgmma_commit() {
+  auto& fiber = emulator::fibers[emulator::current];
+  fiber.products.push_back(std::move(fiber.open_products));
+  fiber.open_products.clear();
+}
+template <int PENDING> void wgmma_wait() { emulator::run_groups(emulator::fibers[emulator::current].products, PENDING); }
+template <int N> void wgmma_settle(float (&)[N]) {}
+
+namespace emulator {
+// Element (row, k) of a K-major operand under the 128-byte swizzle.
+inline float operand_at(u64 descriptor, u32 row, u32 k) {
+  if (descriptor >> 62 != 1) fail("only the 128-byte swizzle is emulated");
+  const u32 start = (descriptor & 0x3FFF) << 4, stride = (descriptor >> 32 & 0x3FFF) << 4;
+  const u32 linear = start + row / 8 * stride + row % 8 * 128 + 2 * k, address = linear ^ (linear >> 7 & 7) << 4;
+  half h;
+  memcpy(&h.bits, shared_memory + address, 2);
+  return to_float(h);
+}
+}  // namespace emulator
+template <int N> void wgmma(float (&d)[N / 2], u64 a, u64 b, u32 accumulate) {
+  const u32 thread = threadIdx.x % 128, first_row = thread / 32 * 16 + thread % 32 / 4, first_column = thread % 4 * 2;
+  float* out = d;
+  emulator::fibers[emulator::current].open_products.push_back([=] {
+    for (u32 i = 0; i < N / 2; ++i) {
+      const u32 row = first_row + (i & 2 ? 8 : 0), column = i / 4 * 8 + first_column + (i & 1);
+      float sum = accumulate ? out[i] : 0.0f;
+      for (u32 k = 0; k < 16; ++k) sum += emulator::operand_at(a, row, k) * emulator::operand_at(b, column, k);
+      out[i] = sum;
+    }
+  });
+}
