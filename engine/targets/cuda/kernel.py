@@ -203,11 +203,13 @@ class WeightStore:
 
 @dataclass(frozen=True)
 class Context:
-    """What lowering a step needs to know beside the step."""
+    """What lowering a step needs to know beside the step. `tf32`: products of fp32 operands round them to tf32; else
+    they are as exact as fp32."""
 
     architecture: Architecture
     multiprocessors: int
     weights: WeightStore
+    tf32: bool = False
 
 
 class Family(Protocol):
