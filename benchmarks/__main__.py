@@ -13,6 +13,7 @@ from benchmarks.hashes import kernel_hash
 from benchmarks.measure import ROUNDS
 from benchmarks.recorder import Recorder
 from benchmarks.results import FOLDER, Ceilings, Device, Results
+from benchmarks.tables import DOCUMENTS, check, regenerated
 from engine.errors import DeviceError
 
 _COMPILE_SECONDS = 120.0
@@ -93,13 +94,11 @@ def merge(options: argparse.Namespace) -> int:
 
 def tables(options: argparse.Namespace) -> int:
     """The tables of the documents."""
-    from benchmarks.tables import DOCUMENTS, check, regenerated
-
     if not options.check:
-        for document in DOCUMENTS:
+        for document in options.documents:
             document.write_text(regenerated(document.read_text(encoding="utf-8"), options.results), encoding="utf-8")
         return 0
-    problems = list(check(options.results))
+    problems = list(check(options.results, options.documents))
     print(*problems, f"{len(problems)} problems", sep="\n")
     return 1 if problems else 0
 
@@ -133,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--threads", type=int, default=cores, help="of each side (default: %(default)s)")
     command.add_argument("--rounds", type=int, default=ROUNDS, help="alternating rounds (default: %(default)s)")
     command = commands.add_parser("tables", parents=[results], help="the documents' tables, from the results")
+    command.add_argument("documents", nargs="*", type=Path, default=list(DOCUMENTS), help="(default: README and docs)")
     command.add_argument("--check", action="store_true", help="change nothing; say what is missing, stale or failed")
     command = commands.add_parser("merge", parents=[results], help="rows of files measured elsewhere, into the results")
     command.add_argument("files", nargs="+", type=Path)

@@ -51,6 +51,8 @@ class Recorder:
         now = time.monotonic()
         print(f"{line(row)}  {now - self._last:.1f} s", flush=True)
         self._last = now
+        for peer, reason in row.reasons.items():
+            print(f"{'':10}{peer}: {reason}", flush=True)
 
     def end(self) -> int:
         """Print what came of it; returns the exit status."""

@@ -94,7 +94,7 @@ def _origin(results: Results, rows: Sequence[Row]) -> str:
     return f"µs a run. {'; '.join(facts)}."
 
 
-def check(folder: Path, documents: Sequence[Path] = DOCUMENTS) -> Iterator[str]:
+def check(folder: Path, documents: Sequence[Path]) -> Iterator[str]:
     """What is wrong, a line each: with the documents' tables, and with the results files they name or that exist."""
     stems = {path.stem for path in folder.glob("*.json")}
     for document in documents:

@@ -19,6 +19,7 @@ from benchmarks.gpu.timing import GraphContender, full_precision
 from benchmarks.measure import Contender, Entry, Measurement, measure, reason
 from benchmarks.results import Ceilings
 from engine.errors import EngineError
+from engine.plan.plan import Step
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.kernel import Launch
 from engine.targets.cuda.target import CudaTarget
@@ -34,44 +35,50 @@ def measure_all(
     parallel. `compile_seconds` is how long torch.compile may take for a case; 0: it takes no part."""
     full_precision()
     torch.backends.cudnn.benchmark = True
-    lowered = {case.name: _lowered(target, case) for case in cases}
-    every = [launch.kernel for launches in lowered.values() if isinstance(launches, list) for launch in launches]
+    lowered = [_lowered(target, case) for case in cases]
     try:
-        target.device.load(every)
+        target.device.load(launch.kernel for one in lowered for launch in one.launches)
     except EngineError as error:
         print(f"not every kernel compiles; each case will say so: {reason(error)}")
-    for case in cases:
+    for case, one in zip(cases, lowered, strict=True):
         with torch.inference_mode():
-            measurement, floor = _measure(target, case, lowered[case.name], ceilings, compile_seconds)
+            floor = ceilings.floor_us([(one.step.cost.flops, one.step.cost.bytes)])
+            measurement = _measure(target, case, one, compile_seconds)
         yield case, measurement, floor
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def _lowered(target: CudaTarget, case: KernelCase) -> list[Launch] | EngineError:
-    try:
-        step = step_of(case)
-        return family_of(step.op).lower(step, target.context)
-    except EngineError as error:
-        return error
+@dataclass(frozen=True)
+class _Lowered:
+    """A case's step with its launches, or why it has none."""
+
+    step: Step
+    launches: Sequence[Launch]
+    failure: str = ""
 
 
-def _measure(
-    target: CudaTarget, case: KernelCase, launches: list[Launch] | EngineError, ceilings: Ceilings, seconds: float
-) -> tuple[Measurement, float]:
+def _lowered(target: CudaTarget, case: KernelCase) -> _Lowered:
     step = step_of(case)
-    floor = ceilings.floor_us([(step.cost.flops, step.cost.bytes)])
-    if isinstance(launches, EngineError):
-        return Measurement(failure=reason(launches)), floor
-    operands = Operands(step, peers.reference(case), launches, fills_of(case))
+    try:
+        return _Lowered(step, family_of(step.op).lower(step, target.context))
+    except EngineError as error:
+        return _Lowered(step, (), reason(error))
+
+
+def _measure(target: CudaTarget, case: KernelCase, lowered: _Lowered, compile_seconds: float) -> Measurement:
+    if lowered.failure:
+        return Measurement(failure=lowered.failure)
+    operands = Operands(lowered.step, peers.reference(case), lowered.launches, fills_of(case))
     entries = [
         Entry(peer.name, partial(peer_contender, peer, operands), peer.part is not None) for peer in peers.peers(case)
     ]
-    if not seconds:
-        return measure(lambda: our_contender(target, launches, operands), entries, TOLERANCE), floor
-    with Remote(CompiledKernel(case), seconds) as remote:
+    ours = partial(our_contender, target, lowered.launches, operands)
+    if not compile_seconds:
+        return measure(ours, entries, TOLERANCE)
+    with Remote(CompiledKernel(case), compile_seconds) as remote:
         entries.insert(1, Entry(COMPILE, partial(remote.contender, COMPILE)))
-        return measure(lambda: our_contender(target, launches, operands), entries, TOLERANCE), floor
+        return measure(ours, entries, TOLERANCE)
 
 
 def peer_contender(peer: peers.Peer, operands: Operands) -> GraphContender:

@@ -87,6 +87,11 @@ class Remote:
             raise TimeoutError(f"no answer within {seconds:.0f} s")
         return self._connection.recv()
 
+    @property
+    def alive(self) -> bool:
+        """Whether the process is there."""
+        return self._process.is_alive()
+
     def close(self) -> None:
         """End the process."""
         self._process.kill()

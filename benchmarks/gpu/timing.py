@@ -59,6 +59,7 @@ class GraphContender(CallContender):
         super().__init__(lambda: work(0), check)
         self.runs = runs
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # libraries choose algorithms and take workspaces outside the capture
             for _ in range(2):
                 work(0)
