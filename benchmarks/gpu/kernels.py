@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,7 @@ def measure_all(
 ) -> Iterator[tuple[KernelCase, Measurement, float]]:
     """(case, what came out, floor in µs), one after the other. The kernels of all cases are compiled first, in
     parallel. `compile_seconds` is how long torch.compile may take for a case; 0: it takes no part."""
+    begin = time.monotonic()
     full_precision()
     torch.backends.cudnn.benchmark = True
     lowered = [_lowered(target, case) for case in cases]
@@ -40,6 +42,7 @@ def measure_all(
         target.device.load(launch.kernel for one in lowered for launch in one.launches)
     except EngineError as error:
         print(f"not every kernel compiles; each case will say so: {reason(error)}")
+    print(f"lowering and compiling: {time.monotonic() - begin:.0f} s", flush=True)
     for case, one in zip(cases, lowered, strict=True):
         with torch.inference_mode():
             floor = ceilings.floor_us([(one.step.cost.flops, one.step.cost.bytes)])

@@ -27,6 +27,7 @@ from benchmarks.measure import Contender, Entry, Measurement, measure
 from benchmarks.results import Ceilings
 from engine import frontend, passes
 from engine.model import Model
+from engine.plan.plan import Plan
 from engine.targets.cuda.target import CudaTarget, Executable
 
 TOLERANCE = 5e-3
@@ -48,6 +49,7 @@ def measure_all(
 ) -> Iterator[tuple[ModelCase, Outcome]]:
     """One case after the other. torch.compile begins with all of them at once and has `compile_seconds`; 0: it takes no
     part."""
+    begin = time.monotonic()
     torch.backends.cudnn.benchmark = True
     with ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
         expected: dict[str, Path] = {}
@@ -64,6 +66,7 @@ def measure_all(
             stack.callback(model.close)
         for remote in remotes.values():
             remote.wait()  # nothing else is to run while something is timed
+        print(f"references and torch.compile: {time.monotonic() - begin:.0f} s", flush=True)
         for case in cases:
             outputs = dict(np.load(expected[case.name]))
             with torch.inference_mode():
@@ -123,8 +126,8 @@ class _OurModel:
         self.model = Model(passes.run(frontend.read(path), CudaTarget.traits), self.target)
 
     def contender(self, case: ModelCase, expected: Mapping[str, np.ndarray]) -> Contender:
-        executable = self.target.bind(self.model.plan(case.sizes))
-        return _OurContender(executable, case.feeds(), expected)
+        plan = self.model.plan(case.sizes)
+        return _OurContender(self.target.bind(plan), plan, case.feeds(), expected)
 
     def run_us(self, feeds: Mapping[str, np.ndarray]) -> float:
         """The median of `Model.run` calls, NumPy arrays to NumPy arrays."""
@@ -145,19 +148,22 @@ class _OurContender(CallContender):
     """Replays the plan's graph on its inputs as they lie in device memory."""
 
     def __init__(
-        self, executable: Executable, feeds: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]
+        self,
+        executable: Executable,
+        plan: Plan,
+        feeds: Mapping[str, np.ndarray],
+        expected: Mapping[str, np.ndarray],
     ) -> None:
         super().__init__(self._queue, lambda i, result: 0.0)
         self._executable = executable
+        self._plan = plan
         self._feeds = feeds
         self._expected = expected
 
     def error(self) -> float:
         """The largest error of an output, all of them poisoned before. Leaves the inputs in device memory."""
-        outputs = {
-            name: np.full(tensor.shape, np.nan, tensor.dtype.numpy)
-            for name, tensor in self._executable.plan.outputs.items()
-        }
+        shapes = {name: (tensor.shape, tensor.dtype.numpy) for name, tensor in self._plan.outputs.items()}
+        outputs = {name: np.full(shape, np.nan, dtype) for name, (shape, dtype) in shapes.items()}
         self._executable.run(self._feeds, outputs)
         return max(check_of(self._expected[name])(0, torch.from_numpy(array)) for name, array in outputs.items())
 

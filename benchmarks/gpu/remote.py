@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from benchmarks.measure import Contender, reason
 
 _ANSWER_SECONDS = 60.0  # for a check or a round, once compiled
+_ALL = ""  # stands for all contenders where failures are named
 
 
 class Recipe(Protocol):
@@ -55,17 +56,17 @@ class Remote:
         try:
             self._failures = dict(self._receive(self._deadline - time.monotonic()))
         except TimeoutError:
-            self._failures = {"": f"did not finish within {self._seconds:g} s"}
+            self._failures = {_ALL: f"did not finish within {self._seconds:g} s"}
         except EOFError:
-            self._failures = {"": "its process ended"}
-        if "" in self._failures:
+            self._failures = {_ALL: "its process ended"}
+        if _ALL in self._failures:
             self.close()
 
     def contender(self, name: str) -> Contender:
         """One of the contenders, ready. Raises RuntimeError that says why it is not."""
         self.wait()
         assert self._failures is not None
-        failure = self._failures.get(name) or self._failures.get("")
+        failure = self._failures.get(name) or self._failures.get(_ALL)
         if failure:
             raise RuntimeError(failure)
         return _RemoteContender(self, name)
@@ -117,7 +118,11 @@ def _serve(connection: Connection, recipe: Recipe, seconds: float) -> None:
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     contenders: dict[str, Contender] = {}
     failures: dict[str, str] = {}
-    for name, make in recipe.build().items():
+    try:
+        makers = recipe.build()
+    except Exception as problem:
+        makers, failures = {}, {_ALL: reason(problem)}
+    for name, make in makers.items():
         passed = time.monotonic() - begin
         if contenders and passed > seconds / 2:
             failures[name] = f"not tried: {passed:.0f} of {seconds:g} s had passed"

@@ -66,3 +66,11 @@ class Dying:
 
     def build(self) -> Mapping[str, Callable[[], Contender]]:
         os._exit(3)
+
+
+@dataclass(frozen=True)
+class Impossible:
+    """Cannot even begin."""
+
+    def build(self) -> Mapping[str, Callable[[], Contender]]:
+        raise ImportError("No module named 'timm'")
