@@ -21,10 +21,10 @@ from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import ARCHITECTURES
-from engine.targets.cuda.compiler import expand
 from engine.targets.cuda.conv import channels_last
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.kernel import Context, WeightStore
+from engine.targets.cuda.source import expand
 
 KERNEL_CASES = (GemmCase, ConvCase, AttentionCase, LightCase)
 F16, F32 = DType.F16, DType.F32
