@@ -44,7 +44,7 @@ class ResidentExecutable:
                 self._arrays[id(tensor.buffer)] = cupy.zeros(tensor.shape, dtype)
             self._program = Program(target, plan)
             self._stamps_at = ceildiv(self._program.status_bytes, STAMP_BYTES) * STAMP_BYTES
-            self._device_words = cupy.zeros(self._stamps_at + self._program.stamp_bytes, cupy.uint8)
+            self._device_words = cupy.zeros(self._stamps_at + self._program.stamp_bytes, np.uint8)
             self._host_words = pinned_bytes(max(1, self._device_words.nbytes))
             target.reserve_arena(plan.arena_bytes)
         except BaseException:
