@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.expr import PointOp
-from engine.targets.cuda.kernel import I64, STORAGE, Argument, Functor, LevelSizes, TensorArgument
+from engine.targets.cuda.kernel import I64, STORAGE, Argument, Functor, LevelSizes, StatusWord, TensorArgument
 from engine.targets.cuda.spaces import Operand, Space
 
 COMPUTE = {
@@ -127,7 +127,9 @@ class _Writer:
                 self.arguments[f"{name}_rows"] = operand.table_rows
                 self.arguments[f"{name}_row_stride"] = I64(operand.table_stride)
                 by = STORAGE[operand.index.dtype]
-                row = f"table_row<{by}>(p.{name}_index, row_offset(p.{name}_index, r), p.{name}_rows)"
+                self.arguments[f"{self.prefix}_status"] = StatusWord()
+                place = f"p.{name}_index, row_offset(p.{name}_index, r)"
+                row = f"table_row<{by}>({place}, p.{name}_rows, p.{self.prefix}_status)"
                 offset += f" + {row} * p.{name}_row_stride"
             dtype, column = STORAGE[operand.dtype], _column(operand)
             self.members.append(f"Fetched<{dtype}, {column}> a{i};")
