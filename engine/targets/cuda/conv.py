@@ -12,7 +12,7 @@ from engine.ir.dtype import DType
 from engine.ir.ops import Conv, Op
 from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Buffer, Tensor
-from engine.targets.cuda.gemm import Product, epilogue_of, launch_product, pick_tile
+from engine.targets.cuda.gemm import epilogue_of, launch_product, pick_tile
 from engine.targets.cuda.kernel import (
     I64,
     Argument,
@@ -26,8 +26,9 @@ from engine.targets.cuda.kernel import (
     launch,
     pointer_to,
 )
+from engine.targets.cuda.product import Matrix, Product
 from engine.targets.cuda.spaces import VECTOR, operand, space
-from engine.targets.cuda.tiles import MmaTile, pick_mma
+from engine.targets.cuda.tiles import MmaTile, Operands, pick_mma
 
 _MAX_DEPTHWISE = 7  # kernel sizes up to here are unrolled
 _MAX_DIRECT = 48  # filter elements per output up to which the fp32 units beat padded matrix tiles
@@ -158,7 +159,8 @@ def _as_product(step: Step, geometry: Geometry, packed: Pointer) -> Product | No
         return None
     k_padded = ceildiv(geometry.k, VECTOR) * VECTOR
     stride = pixels.operands[0].strides[0] or k_padded
-    return Product(geometry.rows, geometry.n, geometry.k, geometry.x, stride, packed, k_padded, True)
+    a, b = Matrix(geometry.x, stride), Matrix(packed, k_padded, padded=True)
+    return Product(geometry.rows, geometry.n, geometry.k, DType.F16, a, b)
 
 
 def pack_filter(w: np.ndarray) -> np.ndarray:
@@ -186,7 +188,7 @@ def launch_conv(geometry: Geometry, epilogue: Functor, w: Pointer, tile: MmaTile
     return launch(
         "conv",
         "conv_mma.cuh",
-        {**tile.config, "x_vector": geometry.x_vector, "x_t": geometry.x.ctype},
+        {**tile.config(Operands.HALF), "x_vector": geometry.x_vector, "x_t": geometry.x.ctype},
         [epilogue],
         {
             **geometry.arguments(), "x_channel": I64(geometry.x_channel), "w": w,

@@ -84,7 +84,7 @@ class Executable:
         self._program = Program(target, plan, lowered)
         self._layout = lay_out(plan, self._program.status_bytes, self._program.stamp_bytes)
         self._captured: dict[int, _Captured] = {}
-        target.reserve_arena(plan.arena_bytes)
+        target.reserve_arena(self._program.arena_bytes)
 
     # Running
 
@@ -136,7 +136,7 @@ class Executable:
     def _graphs(self, slot: Slot) -> Graphs:
         """The graphs for a slot, captured anew where the arena or the slot has moved since. Under the target's lock."""
         target = self._target
-        target.reserve_arena(self.plan.arena_bytes)
+        target.reserve_arena(self._program.arena_bytes)
         found = self._captured.get(slot.index)
         if found is None or (found.arena, found.slot) != (target.arena_generation, slot.generation):
             self._captured.pop(slot.index, None)

@@ -17,7 +17,7 @@ from engine.plan.plan import Plan, Step
 from engine.plan.tensor import Buffer, BufferKind
 from engine.specs import StepStat
 from engine.targets.cuda.families import family_of
-from engine.targets.cuda.kernel import Launch, Pointer, TensorMap, pack
+from engine.targets.cuda.kernel import ALIGNMENT, Launch, Pointer, TensorMap, ceildiv, pack, workspace_bytes
 
 if TYPE_CHECKING:
     from engine.targets.cuda.target import CudaTarget
@@ -68,6 +68,8 @@ class Program:
         self._status_of = {step: word for word, step in enumerate(looking_up)}
         self.status_bytes = STATUS_BYTES * len(looking_up)
         self.stamp_bytes = STAMP_BYTES * len(plan.steps)
+        self._workspace = ceildiv(plan.arena_bytes, ALIGNMENT) * ALIGNMENT  # behind the plan's own part of the arena
+        self.arena_bytes = self._workspace + workspace_bytes(launch for _, row in self.launches for launch in row)
         self._own: dict[int, cupy.ndarray] = {}
         self._runs = 0
         self._samples = 0
@@ -77,7 +79,7 @@ class Program:
 
     def capture(self, place: Place) -> Graphs:
         """The graphs for a place, and for the arena where it is now."""
-        self._target.reserve_arena(self.plan.arena_bytes)
+        self._target.reserve_arena(self.arena_bytes)
         try:
             return Graphs(self._capture(place, False), self._capture(place, True))
         finally:
@@ -117,6 +119,8 @@ class Program:
         match buffer.kind:
             case BufferKind.ARENA:
                 base = self._target.arena_address + buffer.offset
+            case BufferKind.WORKSPACE:  # one place for all steps
+                base = self._target.arena_address + self._workspace
             case BufferKind.INPUT | BufferKind.OUTPUT:
                 base = place.io(buffer)
             case BufferKind.CONSTANT:

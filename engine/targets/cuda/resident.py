@@ -46,7 +46,7 @@ class ResidentExecutable:
             self._stamps_at = ceildiv(self._program.status_bytes, STAMP_BYTES) * STAMP_BYTES
             self._device_words = cupy.zeros(self._stamps_at + self._program.stamp_bytes, np.uint8)
             self._host_words = pinned_bytes(max(1, self._device_words.nbytes))
-            target.reserve_arena(plan.arena_bytes)
+            target.reserve_arena(self._program.arena_bytes)
         except BaseException:
             self._arrays.clear()  # whoever keeps the exception, and with it this frame, shall not keep the memory
             raise
@@ -101,7 +101,7 @@ class ResidentExecutable:
     def _captured(self) -> Graphs:
         """The graphs, captured anew where the arena has moved since."""
         target = self._target
-        target.reserve_arena(self._program.plan.arena_bytes)
+        target.reserve_arena(self._program.arena_bytes)
         if self._graphs is None or self._generation != target.arena_generation:
             self._graphs = None
             self._graphs = self._program.capture(self._place())

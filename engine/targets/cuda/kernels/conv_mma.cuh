@@ -10,7 +10,7 @@
 #include "scheduler/stamp.cuh"
 #include "scheduler/tiles.cuh"
 
-constexpr int TILE_M = config::tile_m, TILE_N = config::tile_n, TILE_K = config::tile_k, STAGES = config::stages;
+constexpr int TILE_M = config::tile_m, TILE_N = config::tile_n, TILE_K = config::tile_k_bytes / 2, STAGES = config::stages;
 constexpr int WARPS_M = config::warps_m, WARPS_N = config::warps_n, THREADS = 32 * WARPS_M * WARPS_N;
 constexpr int WARP_M = TILE_M / WARPS_M, WARP_N = TILE_N / WARPS_N;
 
@@ -110,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
     if (step + STAGES - 1 < steps) copy_stage((step + STAGES - 1) % STAGES);
     copy_async_commit();
     const u32 stage = ring + (step % STAGES) * STAGE_BYTES;
-    multiply_stage<WARP_M, WARP_N, TILE_K, true, ROW_BYTES>(d, stage, stage + A_BYTES, warp_row, warp_column);
+    multiply_stage<MmaOperand<half>, WARP_M, WARP_N, TILE_K, true, ROW_BYTES, true, ROW_BYTES>(d, stage, stage + A_BYTES, warp_row, warp_column);
   }
 
   // Columns of the iteration space are channels of the whole tensor: this group's begin at group · n.
