@@ -70,7 +70,8 @@ def test_one_kernel_serves_every_batch() -> None:
     ("op", "inputs"),
     [
         (Gemm((ACC,)), [(F32, (4, 8)), (F16, (8, 4))]),
-        (Attention(1.0, stores=(ACC,)), [(F16, (1, 1, 4, 12))] * 3),
+        (Attention(1.0, stores=(ACC,)), [(F16, (1, 1, 4, 264))] * 3),
+        (Attention(1.0, stores=(ACC,)), [(F16, (1, 1, 4, 8)), *[(F32, (1, 1, 4, 8))] * 2]),
         (Conv((1, 1), ((0, 0),) * 2, (1, 1), transposed=True), [(F16, (1, 8, 4, 4)), weight(8, 8, 3, 3)]),
         (Conv((1, 1), ((0, 0),) * 2, (1, 1)), [(F16, (1, 8, 4, 4)), (F16, (8, 8, 3, 3))]),
     ],

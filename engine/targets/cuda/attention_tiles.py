@@ -1,0 +1,130 @@
+"""Tile shapes of the attention kernel and the cost model that ranks them. Called by `attention.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from engine.targets.cuda.architecture import Architecture
+from engine.targets.cuda.kernel import ceildiv
+
+MAX_HEAD = 256  # features a head; beyond, one fragment of the output outgrows the registers
+MAX_SPLITS = 64
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What the registers and the shared memory of a kernel depend on. `itemsize`: bytes of an element of q, k and v;
+    `head`, `value`: features of q and k, and of v; `exact`: fp32 operands are not rounded to tf32."""
+
+    head: int
+    value: int
+    itemsize: int
+    exact: bool = False
+
+    @property
+    def head_padded(self) -> int:
+        return _padded(self.head, 16)
+
+    @property
+    def value_padded(self) -> int:
+        return _padded(self.value, 32)
+
+    @property
+    def widest(self) -> int:
+        return max(self.head_padded, self.value_padded)
+
+
+def _padded(features: int, multiple: int) -> int:
+    """Beyond 128 features in larger steps: fewer kernels, of a kind that is rare."""
+    return max(multiple, ceildiv(features, multiple if features <= 128 else 64) * (multiple if features <= 128 else 64))
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """A block's tile: `warps` warps of `fragments` × 16 queries, `keys` keys at a time. `ring`: k and v two deep;
+    `q_in_registers`: read once from shared memory, not for every tile of keys; `blocks` blocks share a
+    multiprocessor's registers."""
+
+    warps: int
+    fragments: int
+    keys: int
+    ring: bool
+    q_in_registers: bool
+    blocks: int
+
+    @property
+    def queries(self) -> int:
+        return 16 * self.warps * self.fragments
+
+    def shared_bytes(self, heads: Heads) -> int:
+        """Tiles of q, k and v, and two stages of biases (attention_mma.cuh)."""
+        k, v = (row_bytes(features, heads.itemsize) for features in (heads.head_padded, heads.value_padded))
+        return self.queries * k + (2 if self.ring else 1) * self.keys * (k + v) + 2 * self.keys * 4
+
+
+def row_bytes(features: int, itemsize: int) -> int:
+    """Bytes of a row of a tile in shared memory: 64 or a multiple of 128."""
+    nbytes = features * itemsize
+    return 64 if nbytes <= 64 else ceildiv(nbytes, 128) * 128
+
+
+def candidates(heads: Heads, causal: bool, full_bias: bool) -> Iterator[AttentionTile]:
+    """Tiles whose kernels have no spills on any architecture, and fit the shared memory of all."""
+    if heads.itemsize == 2 and heads.widest <= 64:
+        # Two rows of fragments halve the reads of k and v; a mask on wide heads leaves no registers for them.
+        if not (causal and heads.head_padded > 32):
+            yield AttentionTile(4, 2, 64, ring=True, q_in_registers=True, blocks=2)
+        for warps, blocks in ((4, 3), (2, 4), (1, 8)):
+            yield AttentionTile(warps, 1, 64, ring=True, q_in_registers=True, blocks=blocks)
+        return
+    if heads.itemsize == 2:
+        keys, ring, in_registers = (64, True, True) if heads.widest <= 128 else (32, False, False)
+    else:
+        keys = 32 if heads.widest <= 128 else 16
+        ring, in_registers = heads.widest <= 64, False
+    for warps in (4, 2, 1):
+        yield AttentionTile(warps, 1, keys, ring, in_registers, 8 // warps)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much work there is: `groups` products of batch and heads."""
+
+    queries: int
+    keys: int
+    groups: int
+    causal: bool
+
+
+def pick(
+    heads: Heads, sizes: Sizes, full_bias: bool, architecture: Architecture, multiprocessors: int
+) -> AttentionTile:
+    """The tile with the least estimated time."""
+    fitting = list(candidates(heads, sizes.causal, full_bias))
+    return min(fitting, key=lambda tile: _cycles(tile, heads, sizes, architecture, multiprocessors))
+
+
+def _cycles(tile: AttentionTile, heads: Heads, sizes: Sizes, architecture: Architecture, multiprocessors: int) -> float:
+    """Estimated cycles of an attention in these tiles."""
+    # Multiply-adds, exponentials and bytes from L2 a cycle and multiprocessor (tiles.py; tf32 runs at half the rate).
+    rate = 1024 if heads.itemsize == 2 else 512 if not heads.exact else 512 / 3
+    exponentials, bytes_per_cycle = 16, 48
+    latency, launch = 900, 1500  # of one tile of keys: product, maximum, exponential, product; of the first loads
+    query_tiles = ceildiv(sizes.queries, tile.queries)
+    keys = sizes.keys
+    if sizes.causal:
+        keys = sum(min(keys, (i + 1) * tile.queries) for i in range(query_tiles)) // max(1, query_tiles)
+    steps = ceildiv(keys, tile.keys)
+    blocks = query_tiles * sizes.groups
+    rounds = ceildiv(blocks, multiprocessors)
+    resident = min(rounds, tile.blocks, max(1, architecture.shared_bytes // tile.shared_bytes(heads)))
+    scores = tile.queries * tile.keys
+    step = max(
+        scores * (heads.head_padded + heads.value_padded) / rate,
+        scores / exponentials,
+        tile.keys * (heads.head + heads.value) * heads.itemsize / bytes_per_cycle,
+        latency / resident,
+    )
+    ends = tile.queries * (heads.head + heads.value) * heads.itemsize / bytes_per_cycle
+    return launch + rounds * (steps * step + ends)
