@@ -38,9 +38,9 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
     if len(set(types)) > 1 or types[0] not in _FLOATS:
         names = ", ".join(dtype.value for dtype in types)
         raise UnsupportedOp(f"Attention of {names}: the CUDA kernels take f16, bf16 or f32, the same for q, k and v")
-    for size in (inputs[0].shape[-1], inputs[2].shape[-1]):
-        if size > MAX_HEAD:
-            raise UnsupportedOp(f"Attention with {size} features a head: the CUDA kernels take up to {MAX_HEAD}")
+    if inputs[0].shape[-1] > MAX_HEAD:
+        head = inputs[0].shape[-1]
+        raise UnsupportedOp(f"Attention with {head} features of q and k a head: the CUDA kernels take up to {MAX_HEAD}")
     if op.has_bias and inputs[3].dtype not in _FLOATS:
         raise UnsupportedOp(f"Attention with a bias of {inputs[3].dtype.value}: the CUDA kernels take f16, bf16, f32")
     inner, free = Requirement(Access.INNER, tuple(range(len(inputs[0].shape)))), Requirement()
@@ -51,7 +51,7 @@ def lower(step: Step, context: Context) -> list[Launch]:
     if not step.outputs[0].elements:
         return []
     heads, sizes = heads_of(step, context), sizes_of(step)
-    tile = pick(heads, sizes, _bias_kind(step) == _FULL, context.architecture, context.multiprocessors)
+    tile = pick(heads, sizes, context.architecture, context.multiprocessors)
     return launch_attention(step, heads, tile)
 
 
@@ -87,14 +87,14 @@ def launch_attention(step: Step, sizes: Heads, tile: AttentionTile) -> list[Laun
         arguments |= {"bias": pointer_to(step.inputs[3]), "bias_stride": I64s(_bias_strides(step))}
     arguments |= {
         "queries": queries, "keys": step.inputs[1].shape[-2], "head_size": sizes.head, "value_size": sizes.value,
-        "splits": 1, "heads": heads, "heads_per_k": heads // _four(step.inputs[1].shape, 1)[1],
+        "parts": sizes.parts, "heads": heads, "heads_per_k": heads // _four(step.inputs[1].shape, 1)[1],
         "heads_per_v": heads // _four(step.inputs[2].shape, 1)[1],
     }  # fmt: skip
-    grid = (ceildiv(queries, tile.queries) * heads * batch, 1, 1)
+    grid = (ceildiv(queries, tile.queries) * sizes.parts * heads * batch, 1, 1)
     return [
         launch(
             "attention", "attention_mma.cuh", config, [_epilogue(step)], arguments, grid, 32 * tile.warps,
-            tile.shared_bytes(sizes), Instruction.MMA, _bias_code(op.has_bias) + _WHOLE,
+            tile.shared_bytes(sizes), Instruction.MMA, _bias_code(op.has_bias),
         )
     ]  # fmt: skip
 
@@ -133,12 +133,6 @@ def _bias_code(has_bias: bool) -> str:
     const i64* stride = p.bias_stride;
     return widen(p.bias[batch * stride[0] + head * stride[1] + query * stride[2] + key * stride[3]]);
   }
-};
-"""
-
-
-_WHOLE = """struct Partial {
-  DEVICE static void store_weight(const Params&, u32, float) {}
 };
 """
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.kernel import ceildiv
 
-MAX_HEAD = 256  # features a head; beyond, one fragment of the output outgrows the registers
-MAX_SPLITS = 64
+MAX_HEAD = 512  # features of q and k a head; beyond, no tile of them fits the shared memory of all architectures
+_SHARED = 99 << 10  # bytes of shared memory a block may have on every architecture
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,14 @@ class Heads:
         return _padded(self.head, 16)
 
     @property
+    def parts(self) -> int:
+        """Among how many blocks the features of v are divided: the registers of a warp hold so many of the results."""
+        return max(1, ceildiv(self.value, 128 if self.exact else 256))
+
+    @property
     def value_padded(self) -> int:
-        return _padded(self.value, 32)
+        """Features of v that one block takes."""
+        return _padded(ceildiv(self.value, self.parts), 32)
 
     @property
     def widest(self) -> int:
@@ -37,7 +43,8 @@ class Heads:
 
 def _padded(features: int, multiple: int) -> int:
     """Beyond 128 features in larger steps: fewer kernels, of a kind that is rare."""
-    return max(multiple, ceildiv(features, multiple if features <= 128 else 64) * (multiple if features <= 128 else 64))
+    multiple = multiple if features <= 128 else 64
+    return max(multiple, ceildiv(features, multiple) * multiple)
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ def row_bytes(features: int, itemsize: int) -> int:
     return 64 if nbytes <= 64 else ceildiv(nbytes, 128) * 128
 
 
-def candidates(heads: Heads, causal: bool, full_bias: bool) -> Iterator[AttentionTile]:
+def candidates(heads: Heads, causal: bool) -> Iterator[AttentionTile]:
     """Tiles whose kernels have no spills on any architecture, and fit the shared memory of all."""
     if heads.itemsize == 2 and heads.widest <= 64:
         # Two rows of fragments halve the reads of k and v; a mask on wide heads leaves no registers for them.
@@ -81,10 +88,13 @@ def candidates(heads: Heads, causal: bool, full_bias: bool) -> Iterator[Attentio
     if heads.itemsize == 2:
         keys, ring, in_registers = (64, True, True) if heads.widest <= 128 else (32, False, False)
     else:
-        keys = 32 if heads.widest <= 128 else 16
-        ring, in_registers = heads.widest <= 64, False
+        keys, ring, in_registers = 32 if heads.widest <= (64 if heads.exact else 128) else 16, heads.widest <= 64, False
+    if heads.head_padded > 256:
+        keys = 16
     for warps in (4, 2, 1):
-        yield AttentionTile(warps, 1, keys, ring, in_registers, 8 // warps)
+        tile = AttentionTile(warps, 1, keys, ring, in_registers, 8 // warps)
+        if tile.shared_bytes(heads) <= _SHARED:
+            yield tile
 
 
 @dataclass(frozen=True)
@@ -97,12 +107,10 @@ class Sizes:
     causal: bool
 
 
-def pick(
-    heads: Heads, sizes: Sizes, full_bias: bool, architecture: Architecture, multiprocessors: int
-) -> AttentionTile:
+def pick(heads: Heads, sizes: Sizes, architecture: Architecture, multiprocessors: int) -> AttentionTile:
     """The tile with the least estimated time."""
-    fitting = list(candidates(heads, sizes.causal, full_bias))
-    return min(fitting, key=lambda tile: _cycles(tile, heads, sizes, architecture, multiprocessors))
+    every = candidates(heads, sizes.causal)
+    return min(every, key=lambda tile: _cycles(tile, heads, sizes, architecture, multiprocessors))
 
 
 def _cycles(tile: AttentionTile, heads: Heads, sizes: Sizes, architecture: Architecture, multiprocessors: int) -> float:
@@ -116,15 +124,15 @@ def _cycles(tile: AttentionTile, heads: Heads, sizes: Sizes, architecture: Archi
     if sizes.causal:
         keys = sum(min(keys, (i + 1) * tile.queries) for i in range(query_tiles)) // max(1, query_tiles)
     steps = ceildiv(keys, tile.keys)
-    blocks = query_tiles * sizes.groups
+    blocks = query_tiles * sizes.groups * heads.parts
     rounds = ceildiv(blocks, multiprocessors)
     resident = min(rounds, tile.blocks, max(1, architecture.shared_bytes // tile.shared_bytes(heads)))
     scores = tile.queries * tile.keys
     step = max(
         scores * (heads.head_padded + heads.value_padded) / rate,
         scores / exponentials,
-        tile.keys * (heads.head + heads.value) * heads.itemsize / bytes_per_cycle,
+        tile.keys * (heads.head + heads.value_padded) * heads.itemsize / bytes_per_cycle,
         latency / resident,
     )
-    ends = tile.queries * (heads.head + heads.value) * heads.itemsize / bytes_per_cycle
+    ends = tile.queries * (heads.head + heads.value_padded) * heads.itemsize / bytes_per_cycle
     return launch + rounds * (steps * step + ends)

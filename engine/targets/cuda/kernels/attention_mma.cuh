@@ -1,13 +1,14 @@
 // Attention on mma.sync, for every GPU from Ampere on: softmax(scale · q kᵀ + bias) v for one tile of queries of one head, keys taken
 // KEYS at a time with a running maximum and a running sum; scores and probabilities live in registers only. Operands are fp16, bf16
-// or fp32 (rounded to tf32, or `exact`); sums are fp32.
+// or fp32 (rounded to tf32, or `exact`); sums are fp32. Where v has too many features for the registers, blocks divide them.
 // q, k, v: features are neighbours, every other stride is free, so slices of a fused projection are read in place. Heads are padded
 // to HEAD and VALUE features by zeros. A warp owns FRAGMENTS × 16 queries.
 // RING: tiles of k and v are two deep, the next pair travels while this one is used. Else there is one of each, for heads so wide
 // that two pairs do not fit: v travels during q kᵀ, the next k during the softmax and p v.
-// SPLIT: the keys are dealt to several blocks, whose results attention_combine.cuh puts together.
-// `Bias` and `Partial` come from attention.py.
+// SPLIT: the keys are dealt to several blocks, for few queries (attention_split.cuh).
+// `Bias` comes from attention.py.
 #pragma once
+#include "attention_split.cuh"
 #include "attention_tiles.cuh"
 #include "epilogue/math.cuh"
 #include "ptx/grid.cuh"
@@ -38,18 +39,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
   wait_for_previous_kernel();
   stamp_begin(p.stamp);
 
-  const u32 query_tiles = (p.queries + QUERIES - 1) / QUERIES, splits = SPLIT ? p.splits : 1u;
-  u32 rest = blockIdx.x / query_tiles;
-  // Causal tiles cost more the later they stand: the longest of a head start first.
-  const u32 query_tile = CAUSAL ? query_tiles - 1 - blockIdx.x % query_tiles : blockIdx.x % query_tiles;
-  const u32 split = rest % splits;
-  rest /= splits;
-  const u32 query0 = query_tile * QUERIES, head = rest % p.heads, batch = rest / p.heads;
+  // Blocks that read the same k and v are neighbours. Causal tiles cost more the later they stand: the longest of a head start first.
+  const u32 query_tiles = (p.queries + QUERIES - 1) / QUERIES, splits = splits_of<SPLIT>(p);
+  u32 rest = blockIdx.x;
+  const auto deal = [&](u32 count) {
+    const u32 index = rest % count;
+    rest /= count;
+    return index;
+  };
+  const u32 dealt = deal(query_tiles), query_tile = CAUSAL ? query_tiles - 1 - dealt : dealt, query0 = query_tile * QUERIES;
+  const u32 part = deal(p.parts), split = deal(splits), head = deal(p.heads), batch = rest;
+  const u32 value0 = part * VALUE;  // of the features of v this block takes VALUE
   const Element* q = p.q + batch * p.q_stride[0] + head * p.q_stride[1] + query0 * p.q_stride[2];
   const Element* k = p.k + batch * p.k_stride[0] + head / p.heads_per_k * p.k_stride[1];
-  const Element* v = p.v + batch * p.v_stride[0] + head / p.heads_per_v * p.v_stride[1];
+  const Element* v = p.v + batch * p.v_stride[0] + head / p.heads_per_v * p.v_stride[1] + value0;
   const u32 keys = CAUSAL ? min(p.keys, query0 + QUERIES) : p.keys, all_tiles = (keys + KEYS - 1) / KEYS;
-  const u32 share = (all_tiles + splits - 1) / splits, first_tile = split * share, tiles = min(all_tiles, first_tile + share);
+  const u32 each = (all_tiles + splits - 1) / splits, first_tile = split * each, tiles = min(all_tiles, first_tile + each);
 
   const auto copy_k = [&](u32 tile) {
     const u32 key = tile * KEYS;
@@ -57,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
   };
   const auto copy_v = [&](u32 tile) {
     const u32 key = tile * KEYS;
-    copy_rows<THREADS, KEYS, VALUE>(ring + tile % STAGES * STAGE_BYTES + K_BYTES, v + key * p.v_stride[2], p.v_stride[2], p.keys - key, p.value_size);
+    copy_rows<THREADS, KEYS, VALUE>(ring + tile % STAGES * STAGE_BYTES + K_BYTES, v + key * p.v_stride[2], p.v_stride[2], p.keys - key, p.value_size - value0);
   };
   // Biases that are the same for all queries pass through registers: asked for early, stored after a product.
   float bias[BIASES_PER_THREAD];
@@ -123,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
         for (int i = 0; i < HEAD / Operand::K; ++i) Operand::load_a<true, K_ROW>(q_fragment[f][Q_IN_REGISTERS ? i : 0], q_tile, warp_row + 16 * f, i);
     }
     float s[FRAGMENTS][KEYS / 2] = {};
-#pragma unroll
+#pragma unroll(config::exact ? 2 : HEAD / Operand::K)  // steps that are independent of each other would all be begun, and spill
     for (int i = 0; i < HEAD / Operand::K; ++i) {
       if constexpr (!Q_IN_REGISTERS) {
 #pragma unroll
@@ -195,27 +200,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
       copy_async_wait<1>();
       __syncthreads();  // v is complete for all threads
     }
-    add_values<Operand, FRAGMENTS, KEYS, VALUE>(out, s, shared + Q_BYTES + tile % STAGES * STAGE_BYTES + K_BYTES);
+    add_values<Operand, FRAGMENTS, KEYS, VALUE>(out, s, stage + K_BYTES);
   }
 
+  const u32 group = batch * p.heads + head, share = ((group * p.parts + part) * query_tiles + query_tile) * WARPS + threadIdx.x / 32;
+  if (combine_splits<SPLIT>(p, out, maximum, sum, share, split)) {
 #pragma unroll
-  for (int f = 0; f < FRAGMENTS; ++f) {
-    const u32 rows = ((batch * p.heads + head) * splits + split) * p.queries;
+    for (int f = 0; f < FRAGMENTS; ++f) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      sum[f][h] += __shfl_xor_sync(~0u, sum[f][h], 1);
-      sum[f][h] += __shfl_xor_sync(~0u, sum[f][h], 2);
-      // With every key masked 0 / 0 gives the NaN that the softmax gives, unless the operator asks for zeros. A sum over no keys, or
-      // over none of this split's, is zero.
-      const bool zero = SPLIT || config::masked_rows_zero || p.keys == 0;
-      const float scale = zero && sum[f][h] == 0.0f ? 0.0f : 1.0f / sum[f][h];
+      for (int h = 0; h < 2; ++h) {
+        sum[f][h] += __shfl_xor_sync(~0u, sum[f][h], 1);
+        sum[f][h] += __shfl_xor_sync(~0u, sum[f][h], 2);
+        // With every key masked 0 / 0 gives the NaN that the softmax gives, unless the operator asks for zeros. A sum over no keys is 0.
+        const bool zero = sum[f][h] == 0.0f && (config::masked_rows_zero || p.keys == 0);
+        const float scale = zero ? 0.0f : 1.0f / sum[f][h];
 #pragma unroll
-      for (int i = 0; i < VALUE / 2; ++i)
-        if ((i >> 1 & 1) == h) out[f][i] *= scale;
-      const u32 row = query + 16 * f + 8 * h;
-      if (SPLIT && quad == 0 && row < p.queries) Partial::store_weight(p, rows + row, maximum[f][h] + log2f(sum[f][h]));
+        for (int i = 0; i < VALUE / 2; ++i)
+          if ((i >> 1 & 1) == h) out[f][i] *= scale;
+      }
+      emit_values<Epilogue, VALUE>(p, out[f], group * p.queries, query + 16 * f, p.queries, value0, p.value_size);
     }
-    emit_values<Epilogue, VALUE>(p, out[f], rows, query + 16 * f, p.queries, p.value_size);
   }
   stamp_end(p.stamp);
 }

@@ -23,7 +23,7 @@ template <int N, int COUNT> DEVICE float (&columns_of(float (&d)[COUNT], int i))
 template <int THREADS, int ROWS, int PADDED>
 DEVICE void copy_rows(u32 tile, const Element* source, i64 stride, u32 count, u32 features) {
   constexpr int PER_CHUNK = Operand::PER_CHUNK, CHUNKS = PADDED / PER_CHUNK, PASSES = (ROWS * CHUNKS + THREADS - 1) / THREADS;
-#pragma unroll(PASSES > 8 ? 4 : PASSES)  // many addresses at once would spill
+#pragma unroll(config::access < 16 ? 1 : PASSES > 8 ? 4 : PASSES)  // many addresses at once would spill
   for (int i = 0; i < PASSES; ++i) {
     const u32 index = i * THREADS + threadIdx.x, row = index / CHUNKS, chunk = index % CHUNKS, column = PER_CHUNK * chunk;
     if (ROWS * CHUNKS % THREADS != 0 && index >= ROWS * CHUNKS) break;
@@ -33,54 +33,77 @@ DEVICE void copy_rows(u32 tile, const Element* source, i64 stride, u32 count, u3
 }
 
 // out += p · v: the probabilities of KEYS keys, as they lie in the accumulators of the scores, and a tile of v.
-// 16-bit operands: the accumulators of 16 keys are, rounded, operand A. fp32: those of 8 keys are, if operand A's column c stands for
-// key 2c and column c + 4 for key 2c + 1. In v, four neighbouring features are then read at once, for four 8-column blocks: column c
-// of block b of a group of 32 features is feature 4c + b, so a lane ends up with eight neighbouring ones.
+// 16-bit operands: the accumulators of 16 keys are, rounded, operand A.
 template <class OPERAND, int FRAGMENTS, int KEYS, int VALUE>
-DEVICE void add_values(float (&out)[FRAGMENTS][VALUE / 2], const float (&s)[FRAGMENTS][KEYS / 2], const u8* tile) {
-  constexpr int ROW = row_bytes(VALUE);
+DEVICE void add_values_16(float (&out)[FRAGMENTS][VALUE / 2], const float (&s)[FRAGMENTS][KEYS / 2], u32 tile) {
 #pragma unroll
-  for (int i = 0; i < KEYS / OPERAND::K; ++i) {
+  for (int i = 0; i < KEYS / 16; ++i) {
     typename OPERAND::Fragment a[FRAGMENTS];
 #pragma unroll
-    for (int f = 0; f < FRAGMENTS; ++f) {
-      if constexpr (OPERAND::PER_CHUNK == 4) {
-        constexpr int ORDER[4] = {0, 2, 1, 3};
+    for (int f = 0; f < FRAGMENTS; ++f)
 #pragma unroll
-        for (int r = 0; r < 4; ++r) a[f].word[r] = __float_as_uint(s[f][4 * i + ORDER[r]]);
-        OPERAND::round(a[f]);
-      } else {
+      for (int r = 0; r < 4; ++r) a[f].word[r] = pack_pair<typename OPERAND::Element>(s[f][8 * i + 2 * r], s[f][8 * i + 2 * r + 1]);
 #pragma unroll
-        for (int r = 0; r < 4; ++r) a[f].word[r] = pack_pair<Element>(s[f][8 * i + 2 * r], s[f][8 * i + 2 * r + 1]);
-      }
-    }
-    if constexpr (OPERAND::PER_CHUNK == 4) {
-      const u32 lane = threadIdx.x & 31, key = 8 * i + 2 * (lane & 3);
+    for (int j = 0; j < VALUE / 16; ++j) {
+      typename OPERAND::Fragment b[1];
+      OPERAND::template load_b<false, row_bytes(VALUE)>(b[0], tile, 16 * j, i);
 #pragma unroll
-      for (int j = 0; j < VALUE / 32; ++j) {
-        const uint4 even = *reinterpret_cast<const uint4*>(tile + swizzled<ROW>(key, 8 * j + lane / 4));
-        const uint4 odd = *reinterpret_cast<const uint4*>(tile + swizzled<ROW>(key + 1, 8 * j + lane / 4));
-        typename OPERAND::Fragment b[2] = {{{even.x, odd.x, even.y, odd.y}}, {{even.z, odd.z, even.w, odd.w}}};
-        OPERAND::round(b[0]);
-        OPERAND::round(b[1]);
-#pragma unroll
-        for (int f = 0; f < FRAGMENTS; ++f) OPERAND::template multiply<2>(columns_of<16>(out[f], j), a[f], b);
-      }
-    } else {
-#pragma unroll
-      for (int j = 0; j < VALUE / 16; ++j) {
-        typename OPERAND::Fragment b[1];
-        OPERAND::template load_b<false, ROW>(b[0], shared_address(tile), 16 * j, i);
-#pragma unroll
-        for (int f = 0; f < FRAGMENTS; ++f) OPERAND::template multiply<1>(columns_of<8>(out[f], j), a[f], b);
-      }
+      for (int f = 0; f < FRAGMENTS; ++f) OPERAND::template multiply<1>(columns_of<8>(out[f], j), a[f], b);
     }
   }
 }
 
+// fp32: the accumulators of 8 keys are operand A if its column c stands for key 2c and column c + 4 for key 2c + 1. In v four
+// neighbouring features are then read at once, for four 8-column blocks: column c of block b of a group of 32 features is feature
+// 4c + b, so a lane ends up with eight neighbouring ones. If `exact`, the
+// instruction sums over a tile's keys only (see MmaOperand::multiply).
+template <class OPERAND, int FRAGMENTS, int KEYS, int VALUE>
+DEVICE void add_values_32(float (&out)[FRAGMENTS][VALUE / 2], const float (&s)[FRAGMENTS][KEYS / 2], u32 tile) {
+  constexpr int ORDER[4] = {0, 2, 1, 3}, ROW = row_bytes(VALUE);
+  const u32 lane = threadIdx.x & 31;
+  typename OPERAND::Fragment a[FRAGMENTS][KEYS / 8];
+#pragma unroll
+  for (int f = 0; f < FRAGMENTS; ++f)
+#pragma unroll
+    for (int i = 0; i < KEYS / 8; ++i) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) a[f][i].word[r] = __float_as_uint(s[f][4 * i + ORDER[r]]);
+      OPERAND::round(a[f][i]);
+    }
+#pragma unroll
+  for (int j = 0; j < VALUE / 32; ++j) {
+    float sum[FRAGMENTS][16];
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS; ++f)
+#pragma unroll
+      for (int i = 0; i < 16; ++i) sum[f][i] = config::exact ? 0.0f : out[f][16 * j + i];
+#pragma unroll
+    for (int i = 0; i < KEYS / 8; ++i) {
+      const u32 key = 8 * i + 2 * (lane & 3);
+      const uint4 even = load_shared_16(tile + swizzled<ROW>(key, 8 * j + lane / 4));
+      const uint4 odd = load_shared_16(tile + swizzled<ROW>(key + 1, 8 * j + lane / 4));
+      typename OPERAND::Fragment b[2] = {{{even.x, odd.x, even.y, odd.y}}, {{even.z, odd.z, even.w, odd.w}}};
+      OPERAND::round(b[0]);
+      OPERAND::round(b[1]);
+#pragma unroll
+      for (int f = 0; f < FRAGMENTS; ++f) OPERAND::template accumulate<2>(sum[f], a[f][i], b);
+    }
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS; ++f)
+#pragma unroll
+      for (int i = 0; i < 16; ++i) out[f][16 * j + i] = config::exact ? out[f][16 * j + i] + sum[f][i] : sum[f][i];
+  }
+}
+
+template <class OPERAND, int FRAGMENTS, int KEYS, int VALUE>
+DEVICE void add_values(float (&out)[FRAGMENTS][VALUE / 2], const float (&s)[FRAGMENTS][KEYS / 2], u32 tile) {
+  if constexpr (OPERAND::PER_CHUNK == 4) add_values_32<OPERAND, FRAGMENTS, KEYS, VALUE>(out, s, tile);
+  else add_values_16<OPERAND, FRAGMENTS, KEYS, VALUE>(out, s, tile);
+}
+
 // Hands a fragment's 16 rows to the epilogue. Arguments as of `emit_fragment`.
 template <class EPILOGUE, int VALUE>
-DEVICE void emit_values(const Params& p, const float (&out)[VALUE / 2], u32 first_row, u32 row, u32 rows, u32 columns) {
+DEVICE void emit_values(const Params& p, const float (&out)[VALUE / 2], u32 first_row, u32 row, u32 rows, u32 column, u32 columns) {
   constexpr int AHEAD = VALUE <= 64 ? VALUE / 16 : 2;  // wide heads leave few registers for what the epilogue reads
-  emit_fragment<EPILOGUE, VALUE / 8, AHEAD, IS_FP32 ? Arrangement::STRIDE_4 : Arrangement::BLOCKS>(p, out, first_row, row, rows, 0, columns);
+  emit_fragment<EPILOGUE, VALUE / 8, AHEAD, IS_FP32 ? Arrangement::STRIDE_4 : Arrangement::BLOCKS>(p, out, first_row, row, rows, column, columns);
 }

@@ -24,7 +24,7 @@ BF16 = DType.BF16
 HEADS = (8, 16, 32, 40, 64, 72, 80, 96, 128, 160, 192, 256)
 ODD_HEADS = (1, 3, 7, 20, 33, 50, 63, 65, 100, 127, 130, 199, 255)
 KINDS = {"f16": (F16, False), "bf16": (BF16, False), "tf32": (F32, True), "f32": (F32, False)}
-ROUNDING = {"f16": 2.0**-11, "bf16": 2.0**-8, "tf32": 2.0**-10, "f32": 2.0**-20}
+ROUNDING = {"f16": 2.0**-11, "bf16": 2.0**-8, "tf32": 2.0**-10, "f32": 2.0**-21}
 """Relative error of a product's operands: half a unit in the last place, a whole one of tf32, whose accumulators are
 truncated, too; of split fp32 operands what they keep (Ootomo & Yokota 2022)."""
 

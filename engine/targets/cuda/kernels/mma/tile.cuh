@@ -122,17 +122,23 @@ template <bool EXACT> struct MmaOperand<float, EXACT> {
   }
   template <int N> DEVICE static void multiply(float (&d)[8 * N], const Fragment& a, const Fragment (&b)[N]) {
     if constexpr (!EXACT) {
-      add_products(d, a.word, b, [](const Fragment& f) -> const u32(&)[4] { return f.word; });
+      accumulate(d, a, b);
     } else {
       // NOTES: the instruction truncates when it adds to its accumulator, which would bias a long sum; so every step starts
       // from zero, and the sum over steps is made of ordinary, rounded additions (Ootomo & Yokota 2022).
       float step[8 * N] = {};
-      add_products(step, a.small, b, [](const Fragment& f) -> const u32(&)[4] { return f.word; });
-      add_products(step, a.word, b, [](const Fragment& f) -> const u32(&)[4] { return f.small; });
-      add_products(step, a.word, b, [](const Fragment& f) -> const u32(&)[4] { return f.word; });
+      accumulate(step, a, b);
 #pragma unroll
       for (int i = 0; i < 8 * N; ++i) d[i] += step[i];
     }
+  }
+  // The same, all of it added by the instruction: for short sums.
+  template <int N> DEVICE static void accumulate(float (&d)[8 * N], const Fragment& a, const Fragment (&b)[N]) {
+    if constexpr (EXACT) {
+      add_products(d, a.small, b, [](const Fragment& f) -> const u32(&)[4] { return f.word; });
+      add_products(d, a.word, b, [](const Fragment& f) -> const u32(&)[4] { return f.small; });
+    }
+    add_products(d, a.word, b, [](const Fragment& f) -> const u32(&)[4] { return f.word; });
   }
 
  private:
