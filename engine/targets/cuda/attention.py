@@ -13,6 +13,7 @@ from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Tensor
 from engine.targets.cuda import codegen
 from engine.targets.cuda.attention_tiles import MAX_HEAD, AttentionTile, Heads, Sizes, pick
+from engine.targets.cuda.gemm import split_arguments
 from engine.targets.cuda.kernel import (
     STORAGE,
     Argument,
@@ -51,8 +52,8 @@ def lower(step: Step, context: Context) -> list[Launch]:
     if not step.outputs[0].elements:
         return []
     heads, sizes = heads_of(step, context), sizes_of(step)
-    tile = pick(heads, sizes, context.architecture, context.multiprocessors)
-    return launch_attention(step, heads, tile)
+    tile, splits = pick(heads, sizes, context.architecture, context.multiprocessors)
+    return launch_attention(step, heads, tile, splits)
 
 
 def heads_of(step: Step, context: Context) -> Heads:
@@ -67,8 +68,8 @@ def sizes_of(step: Step) -> Sizes:
     return Sizes(queries, step.inputs[1].shape[-2], batch * heads, step.op.causal)
 
 
-def launch_attention(step: Step, sizes: Heads, tile: AttentionTile) -> list[Launch]:
-    """The launches of an attention in the given tile."""
+def launch_attention(step: Step, sizes: Heads, tile: AttentionTile, splits: int = 1) -> list[Launch]:
+    """The launch of an attention in the given tile, with the keys dealt to `splits` blocks."""
     op = step.op
     assert isinstance(op, Attention)
     batch, heads, queries, _ = _four(step.outputs[0].shape, 1)
@@ -77,7 +78,7 @@ def launch_attention(step: Step, sizes: Heads, tile: AttentionTile) -> list[Laun
         "fragments": tile.fragments, "keys": tile.keys, "head_padded": sizes.head_padded,
         "value_padded": sizes.value_padded, "causal": op.causal,
         "bias": _bias_kind(step), "masked_rows_zero": op.masked_rows_zero, "access": _access(step.inputs[:3]),
-        "ring": tile.ring, "q_in_registers": tile.q_in_registers, "split": False,
+        "ring": tile.ring, "q_in_registers": tile.q_in_registers, "split": splits > 1,
         "shared_bytes": tile.shared_bytes(sizes), "blocks": tile.blocks,
     }  # fmt: skip
     arguments: dict[str, Argument] = {"scale_log2": op.scale * _LOG2_E}
@@ -90,10 +91,12 @@ def launch_attention(step: Step, sizes: Heads, tile: AttentionTile) -> list[Laun
         "parts": sizes.parts, "heads": heads, "heads_per_k": heads // _four(step.inputs[1].shape, 1)[1],
         "heads_per_v": heads // _four(step.inputs[2].shape, 1)[1],
     }  # fmt: skip
-    grid = (ceildiv(queries, tile.queries) * sizes.parts * heads * batch, 1, 1)
+    tiles = ceildiv(queries, tile.queries) * sizes.parts * heads * batch
+    arguments |= split_arguments(tiles, tile.state(sizes), tile.warps, splits)
     return [
         launch(
-            "attention", "attention_mma.cuh", config, [_epilogue(step)], arguments, grid, 32 * tile.warps,
+            "attention", "attention_mma.cuh", config, [_epilogue(step)], arguments,
+            (tiles * splits, 1, 1), 32 * tile.warps,
             tile.shared_bytes(sizes), Instruction.MMA, _bias_code(op.has_bias),
         )
     ]  # fmt: skip

@@ -9,6 +9,7 @@ from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.kernel import ceildiv
 
 MAX_HEAD = 512  # features of q and k a head; beyond, no tile of them fits the shared memory of all architectures
+_MAX_SPLITS = 64
 _SHARED = 99 << 10  # bytes of shared memory a block may have on every architecture
 
 
@@ -70,6 +71,11 @@ class AttentionTile:
         return self.queries * k + (2 if self.ring else 1) * self.keys * (k + v) + 2 * self.keys * 4
 
 
+    def state(self, heads: Heads) -> int:
+        """Numbers that a block keeps between tiles of keys: results, and maximum and sum by row (attention_split.cuh)."""
+        return self.warps * self.fragments * (heads.value_padded // 2 + 4) * 32
+
+
 def row_bytes(features: int, itemsize: int) -> int:
     """Bytes of a row of a tile in shared memory: 64 or a multiple of 128."""
     nbytes = features * itemsize
@@ -107,25 +113,38 @@ class Sizes:
     causal: bool
 
 
-def pick(heads: Heads, sizes: Sizes, architecture: Architecture, multiprocessors: int) -> AttentionTile:
-    """The tile with the least estimated time."""
-    every = candidates(heads, sizes.causal)
-    return min(every, key=lambda tile: _cycles(tile, heads, sizes, architecture, multiprocessors))
+def pick(heads: Heads, sizes: Sizes, architecture: Architecture, multiprocessors: int) -> tuple[AttentionTile, int]:
+    """The tile, and the number of blocks that share its keys, with the least estimated time."""
+
+    def choices() -> Iterator[tuple[AttentionTile, int]]:
+        for tile in candidates(heads, sizes.causal):
+            blocks = _blocks(tile, heads, sizes)
+            # Keys are divided only to give every multiprocessor something to do, and each block several tiles of them.
+            most = min(_MAX_SPLITS, multiprocessors * tile.blocks // max(1, blocks), ceildiv(sizes.keys, 2 * tile.keys))
+            yield from ((tile, splits) for splits in range(1, max(1, most) + 1))
+
+    return min(choices(), key=lambda choice: _cycles(*choice, heads, sizes, architecture, multiprocessors))
 
 
-def _cycles(tile: AttentionTile, heads: Heads, sizes: Sizes, architecture: Architecture, multiprocessors: int) -> float:
+def _blocks(tile: AttentionTile, heads: Heads, sizes: Sizes) -> int:
+    return ceildiv(sizes.queries, tile.queries) * sizes.groups * heads.parts
+
+
+def _cycles(
+    tile: AttentionTile, splits: int, heads: Heads, sizes: Sizes, architecture: Architecture, multiprocessors: int
+) -> float:
     """Estimated cycles of an attention in these tiles."""
     # Multiply-adds, exponentials and bytes from L2 a cycle and multiprocessor (tiles.py; tf32 runs at half the rate).
     rate = 1024 if heads.itemsize == 2 else 512 if not heads.exact else 512 / 3
     exponentials, bytes_per_cycle = 16, 48
     latency, launch = 900, 1500  # of one tile of keys: product, maximum, exponential, product; of the first loads
-    query_tiles = ceildiv(sizes.queries, tile.queries)
+    blocks = _blocks(tile, heads, sizes) * splits
     keys = sizes.keys
     if sizes.causal:
-        keys = sum(min(keys, (i + 1) * tile.queries) for i in range(query_tiles)) // max(1, query_tiles)
-    steps = ceildiv(keys, tile.keys)
-    blocks = query_tiles * sizes.groups * heads.parts
-    rounds = ceildiv(blocks, multiprocessors)
+        query_tiles = ceildiv(sizes.queries, tile.queries)
+        keys = ceildiv(sum(min(keys, (i + 1) * tile.queries) for i in range(query_tiles)), query_tiles)
+    steps = ceildiv(ceildiv(keys, tile.keys), splits)
+    rounds = ceildiv(blocks, multiprocessors)  # blocks of the busiest multiprocessor
     resident = min(rounds, tile.blocks, max(1, architecture.shared_bytes // tile.shared_bytes(heads)))
     scores = tile.queries * tile.keys
     step = max(
@@ -135,4 +154,8 @@ def _cycles(tile: AttentionTile, heads: Heads, sizes: Sizes, architecture: Archi
         latency / resident,
     )
     ends = tile.queries * (heads.head + heads.value_padded) * heads.itemsize / bytes_per_cycle
-    return launch + rounds * (steps * step + ends)
+    time = launch + rounds * (steps * step + ends)
+    if splits > 1:
+        # States are written, counted, and read again by the last: two trips to memory, and what passes through it.
+        time += 1200 + (rounds + splits) * tile.state(heads) * 4 / bytes_per_cycle
+    return time

@@ -12,7 +12,7 @@ from engine.ir.dtype import DType
 from engine.ir.ops import Conv, Op
 from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Buffer, Tensor
-from engine.targets.cuda.gemm import Matrix, Product, epilogue_of, launch_product, pick_tile
+from engine.targets.cuda.gemm import epilogue_of, launch_product, pick_tile
 from engine.targets.cuda.kernel import (
     I64,
     Argument,
@@ -26,6 +26,7 @@ from engine.targets.cuda.kernel import (
     launch,
     pointer_to,
 )
+from engine.targets.cuda.product import Matrix, Product
 from engine.targets.cuda.spaces import VECTOR, operand, space
 from engine.targets.cuda.tiles import MmaTile, Operands, pick_mma
 

@@ -35,9 +35,10 @@ from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.conv import Geometry, channels_last, launch_conv, pack_filter
 from engine.targets.cuda.families import family_of
-from engine.targets.cuda.gemm import epilogue_of, launch_product, product_of
+from engine.targets.cuda.gemm import epilogue_of, launch_product
 from engine.targets.cuda.image import Filter, centre_box, launch_images
 from engine.targets.cuda.kernel import Context, Launch, Pointer, WeightStore
+from engine.targets.cuda.product import product_of
 from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES
 
 F16, F32, I64 = DType.F16, DType.F32, DType.I64

@@ -15,9 +15,8 @@ from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import ARCHITECTURES, SM_80, SM_90A, for_capability
 from engine.targets.cuda.conv import pack_depthwise, pack_filter
-from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
+from engine.targets.cuda.covering import ACC, F16, make_step, weight
 from engine.targets.cuda.families import family_of
-from engine.targets.cuda.gemm import pack_weight
 from engine.targets.cuda.kernel import (
     I64,
     Context,
@@ -29,6 +28,7 @@ from engine.targets.cuda.kernel import (
     WeightStore,
     pack,
 )
+from engine.targets.cuda.product import pack_weight
 from engine.targets.cuda.spaces import operand, space
 from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES
 
@@ -69,8 +69,8 @@ def test_one_kernel_serves_every_batch() -> None:
 @pytest.mark.parametrize(
     ("op", "inputs"),
     [
-        (Gemm((ACC,)), [(F32, (4, 8)), (F16, (8, 4))]),
-        (Attention(1.0, stores=(ACC,)), [(F16, (1, 1, 4, 264))] * 3),
+        (Gemm((ACC,)), [(DType.STRING, (4, 8)), (DType.STRING, (8, 4))]),
+        (Attention(1.0, stores=(ACC,)), [(F16, (1, 1, 4, 520))] * 3),
         (Attention(1.0, stores=(ACC,)), [(F16, (1, 1, 4, 8)), *[(F32, (1, 1, 4, 8))] * 2]),
         (Conv((1, 1), ((0, 0),) * 2, (1, 1), transposed=True), [(F16, (1, 8, 4, 4)), weight(8, 8, 3, 3)]),
         (Conv((1, 1), ((0, 0),) * 2, (1, 1)), [(F16, (1, 8, 4, 4)), (F16, (8, 8, 3, 3))]),

@@ -26,6 +26,12 @@ inline u32 load_shared_4(u32 address) {
   memcpy(&r, emulator::shared_memory + address, 4);
   return r;
 }
+inline uint4 load_shared_16(u32 address) {
+  check_shared(address, 16);
+  uint4 r;
+  memcpy(&r, emulator::shared_memory + address, 16);
+  return r;
+}
 inline void store_shared_16(u32 address, uint4 v) {
   check_shared(address, 16);
   memcpy(emulator::shared_memory + address, &v, 16);
@@ -48,3 +54,13 @@ inline void load_matrices(u32 (&r)[4], u32 address, bool transposed) {
 }
 inline void load_matrix_x4(u32 (&r)[4], u32 address) { load_matrices(r, address, false); }
 inline void load_matrix_x4_transposed(u32 (&r)[4], u32 address) { load_matrices(r, address, true); }
+inline void store_global_16(float* p, float4 v) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) emulator::fail("a vector store to a misaligned address");
+  memcpy(p, &v, 16);
+}
+inline float4 load_global_16(const float* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) emulator::fail("a vector load from a misaligned address");
+  float4 v;
+  memcpy(&v, p, 16);
+  return v;
+}
