@@ -70,9 +70,8 @@ class AttentionTile:
         k, v = (row_bytes(features, heads.itemsize) for features in (heads.head_padded, heads.value_padded))
         return self.queries * k + (2 if self.ring else 1) * self.keys * (k + v) + 2 * self.keys * 4
 
-
     def state(self, heads: Heads) -> int:
-        """Numbers that a block keeps between tiles of keys: results, and maximum and sum by row (attention_split.cuh)."""
+        """Numbers that a block keeps between tiles of keys: results, maxima and sums (attention_split.cuh)."""
         return self.warps * self.fragments * (heads.value_padded // 2 + 4) * 32
 
 

@@ -21,8 +21,8 @@ from tests.engine.targets.cuda.cases import check, ragged, rng_of
 from tests.engine.targets.cuda.harness import Case, Runner
 
 BF16 = DType.BF16
-HEADS = (8, 16, 32, 40, 64, 72, 80, 96, 128, 160, 192, 256)
-ODD_HEADS = (1, 3, 7, 20, 33, 50, 63, 65, 100, 127, 130, 199, 255)
+HEADS = (8, 16, 32, 40, 64, 72, 80, 96, 128, 160, 192, 256, 264)
+ODD_HEADS = (1, 3, 7, 20, 33, 50, 63, 65, 100, 127, 130, 199, 255, 300)
 KINDS = {"f16": (F16, False), "bf16": (BF16, False), "tf32": (F32, True), "f32": (F32, False)}
 ROUNDING = {"f16": 2.0**-11, "bf16": 2.0**-8, "tf32": 2.0**-10, "f32": 2.0**-21}
 """Relative error of a product's operands: half a unit in the last place, a whole one of tf32, whose accumulators are
@@ -95,9 +95,10 @@ def random_case(rng: np.random.Generator, kind: str, context: Context, i: int) -
     op = Attention(head**-0.5, bool(rng.random() < 0.4), has_bias, bool(rng.random() < 0.3), stores)
     step = result(rng, make_step(op, inputs))
     sizes = heads_of(step, context)
-    tiles = list(candidates(sizes, op.causal, has_bias))
-    launches = launch_attention(step, sizes, tiles[int(rng.integers(0, len(tiles)))])
-    label = f"{kind} {shapes} bias={inputs[3].shape if has_bias else None} {op.causal=}"
+    tiles = list(candidates(sizes, op.causal))
+    splits = int(rng.integers(1, 6)) if i % 4 == 2 else 1
+    launches = launch_attention(step, sizes, tiles[int(rng.integers(0, len(tiles)))], splits)
+    label = f"{kind} {shapes} bias={inputs[3].shape if has_bias else None} {op.causal=} {splits=}"
     return Case(label, step, keys + head, feeds, launches, ROUNDING[kind])
 
 
@@ -109,12 +110,12 @@ def test_attention_matches_float64(runner: Runner, count: int, kind: str) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_attention_in_the_tile_chosen_matches_float64(runner: Runner, count: int, kind: str) -> None:
-    """Shapes of models: ViT, BERT, windows of a Swin, one query of a decoder, cross attention."""
+    """Shapes of models: ViT, BERT, windows of a Swin, one query of a decoder, cross attention, an image decoder's."""
     dtype, cases = KINDS[kind][0], []
     rng = rng_of(f"chosen {kind}")
     for batch, heads, kv_heads, queries, keys, head in (
         (2, 3, 3, 197, 197, 64), (1, 2, 2, 384, 384, 64), (9, 3, 3, 49, 49, 32), (1, 4, 2, 1, 777, 128),
-        (1, 2, 1, 64, 77, 40),
+        (1, 2, 1, 64, 77, 40), (1, 2, 1, 1, 32768, 64), (1, 1, 1, 40, 50, 512),
     ):  # fmt: skip
         shapes = [(batch, heads, queries, head), (batch, kv_heads, keys, head), (batch, kv_heads, keys, head)]
         inputs: list[cv.Given] = [operand(rng, n, dtype, shape) for n, shape in enumerate(shapes)]

@@ -15,7 +15,7 @@ from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import ARCHITECTURES, SM_80, SM_90A, for_capability
 from engine.targets.cuda.conv import pack_depthwise, pack_filter
-from engine.targets.cuda.covering import ACC, F16, make_step, weight
+from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.kernel import (
     I64,
