@@ -1,4 +1,4 @@
-"""The operands of a Gemm as matrices in memory: what the kernels of `gemm.py` are told of them. `conv.py` uses it, too."""
+"""The operands of a product as matrices in memory: what the kernels of `gemm.py` are told of them."""
 
 from __future__ import annotations
 
