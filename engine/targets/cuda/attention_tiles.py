@@ -122,7 +122,7 @@ def pick(heads: Heads, sizes: Sizes, architecture: Architecture, multiprocessors
             most = min(_MAX_SPLITS, multiprocessors * tile.blocks // max(1, blocks), ceildiv(sizes.keys, 2 * tile.keys))
             yield from ((tile, splits) for splits in range(1, max(1, most) + 1))
 
-    return min(choices(), key=lambda choice: _cycles(*choice, heads, sizes, architecture, multiprocessors))
+    return min(choices(), key=lambda choice: _cycles(choice[0], choice[1], heads, sizes, architecture, multiprocessors))
 
 
 def _blocks(tile: AttentionTile, heads: Heads, sizes: Sizes) -> int:
