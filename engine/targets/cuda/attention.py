@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import e, log2
 
 from engine.errors import UnsupportedOp
@@ -11,9 +12,13 @@ from engine.ir.ops import Attention, Op
 from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Tensor
 from engine.targets.cuda import codegen
+from engine.targets.cuda.attention_tiles import MAX_HEAD, AttentionTile, Heads, Sizes, pick
+from engine.targets.cuda.gemm import split_arguments
 from engine.targets.cuda.kernel import (
+    STORAGE,
     Argument,
     Context,
+    Functor,
     I64s,
     Instruction,
     Launch,
@@ -21,111 +26,135 @@ from engine.targets.cuda.kernel import (
     launch,
     pointer_to,
 )
-from engine.targets.cuda.spaces import VECTOR, operand, operands, space
+from engine.targets.cuda.spaces import operand, operands, space
 
-_MAX_HEAD = 128  # features a head; beyond, the fragments of q and of the output outgrow the registers
+_FLOATS = frozenset({DType.F16, DType.BF16, DType.F32})
 _LOG2_E = log2(e)
 
 
 def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]:
-    """q, k and v with contiguous features, other strides free; the bias in any layout."""
+    """q, k and v with contiguous features, other strides free; bias and results in any layout."""
     assert isinstance(op, Attention)
-    q, v = inputs[0], inputs[2]
-    if any(tensor.dtype is not DType.F16 for tensor in inputs[:3]):
-        raise UnsupportedOp(f"Attention of {q.dtype.value}: the CUDA kernels take f16 (precision='fp16')")
-    for size in (q.shape[-1], v.shape[-1]):
-        if size > _MAX_HEAD or size % VECTOR:
-            raise UnsupportedOp(
-                f"Attention with {size} features a head: the CUDA kernels take multiples of 8 up to 128"
-            )
-    if op.has_bias and inputs[3].dtype not in (DType.F16, DType.F32):
-        raise UnsupportedOp(f"Attention with a bias of {inputs[3].dtype.value}: the CUDA kernels take f16 and f32")
-    inner = Requirement(Access.INNER, tuple(range(len(q.shape))))
-    return (
-        (inner, inner, inner, *(Requirement() for _ in inputs[3:])),
-        tuple(inner for _ in op.stores),
-    )
+    types = [tensor.dtype for tensor in inputs[:3]]
+    if len(set(types)) > 1 or types[0] not in _FLOATS:
+        names = ", ".join(dtype.value for dtype in types)
+        raise UnsupportedOp(f"Attention of {names}: the CUDA kernels take f16, bf16 or f32, the same for q, k and v")
+    if inputs[0].shape[-1] > MAX_HEAD:
+        head = inputs[0].shape[-1]
+        raise UnsupportedOp(f"Attention with {head} features of q and k a head: the CUDA kernels take up to {MAX_HEAD}")
+    if op.has_bias and inputs[3].dtype not in _FLOATS:
+        raise UnsupportedOp(f"Attention with a bias of {inputs[3].dtype.value}: the CUDA kernels take f16, bf16, f32")
+    inner, free = Requirement(Access.INNER, tuple(range(len(inputs[0].shape)))), Requirement()
+    return (inner, inner, inner, *(free for _ in inputs[3:])), tuple(free for _ in op.stores)
 
 
 def lower(step: Step, context: Context) -> list[Launch]:
+    if not step.outputs[0].elements:
+        return []
+    heads, sizes = heads_of(step, context), sizes_of(step)
+    tile, splits = pick(heads, sizes, context.architecture, context.multiprocessors)
+    return launch_attention(step, heads, tile, splits)
+
+
+def heads_of(step: Step, context: Context) -> Heads:
+    q, v = step.inputs[0], step.inputs[2]
+    exact = q.dtype is DType.F32 and not context.tf32
+    return Heads(q.shape[-1], v.shape[-1], q.dtype.itemsize, exact)
+
+
+def sizes_of(step: Step) -> Sizes:
+    assert isinstance(step.op, Attention)
+    batch, heads, queries, _ = _four(step.outputs[0].shape, 1)
+    return Sizes(queries, step.inputs[1].shape[-2], batch * heads, step.op.causal)
+
+
+def launch_attention(step: Step, sizes: Heads, tile: AttentionTile, splits: int = 1) -> list[Launch]:
+    """The launch of an attention in the given tile, with the keys dealt to `splits` blocks."""
     op = step.op
     assert isinstance(op, Attention)
-    queries, shape = step.inputs[0].shape[-2], step.outputs[0].shape
-    heads, kv_heads = (shape[1], step.inputs[1].shape[1]) if len(shape) == 4 else (1, 1)
-    reads = operands(step.inputs, ex.arguments(*op.stores), (), len(shape))
-    writes = [operand(tensor, len(shape)) for tensor in step.outputs]
-    rows = space(shape, range(len(shape) - 1), (len(shape) - 1,), [*reads.values(), *writes])
-    epilogue = codegen.epilogue(
-        op.stores, rows, dict(zip(reads, rows.operands, strict=False)), rows.operands[len(reads) :], rows.columns
-    )
-
-    head, value = step.inputs[0].shape[-1], shape[-1]
-    head_padded, value_padded = ceildiv(head, 16) * 16, ceildiv(value, 32) * 32
-    narrow = max(head_padded, value_padded) <= 64
-    warps = 4 if queries > 32 else 2 if queries > 16 else 1
-    # Two rows of fragments halve the reads of k and v; a causal mask on wide heads leaves no registers for them.
-    fragments = 2 if narrow and queries > 64 and not (op.causal and head_padded > 32) else 1
-    keys = 64
-    bias = _bias_strides(step, len(shape))
-    shared = 16 * warps * fragments * _row_bytes(head_padded)
-    shared += 2 * keys * (_row_bytes(head_padded) + _row_bytes(value_padded) + 4)
+    batch, heads, queries, _ = _four(step.outputs[0].shape, 1)
     config: dict[str, int | bool | str] = {
-        "warps": warps, "fragments": fragments, "keys": keys, "head_padded": head_padded, "value_padded": value_padded,
-        "causal": op.causal, "bias": _bias_kind(bias), "masked_rows_zero": op.masked_rows_zero, "shared_bytes": shared,
-        # 12 warps leave each thread 168 registers, 8 all 255: what the gate shows to be free of spills.
-        "blocks": 3 if warps == 4 and fragments == 1 and narrow else 8 // warps,
+        "operand": STORAGE[step.inputs[0].dtype], "exact": sizes.exact, "warps": tile.warps,
+        "fragments": tile.fragments, "keys": tile.keys, "head_padded": sizes.head_padded,
+        "value_padded": sizes.value_padded, "causal": op.causal,
+        "bias": _bias_kind(step), "masked_rows_zero": op.masked_rows_zero, "access": _access(step.inputs[:3]),
+        "ring": tile.ring, "q_in_registers": tile.q_in_registers, "split": splits > 1,
+        "shared_bytes": tile.shared_bytes(sizes), "blocks": tile.blocks,
     }  # fmt: skip
     arguments: dict[str, Argument] = {"scale_log2": op.scale * _LOG2_E}
     for name, tensor in zip(("q", "k", "v"), step.inputs, strict=False):
-        strides = _strides(tensor, len(shape))
-        if any(stride % VECTOR for stride in strides[:-1]) or tensor.offset % VECTOR:
-            raise UnsupportedOp(f"{step.name}: {name} starts or strides off a 16-byte boundary")
-        arguments |= {name: pointer_to(tensor), f"{name}_stride": I64s(strides[:-1])}
-    if bias is not None:
-        arguments |= {"bias": pointer_to(step.inputs[3]), "bias_stride": I64s(bias)}
+        arguments |= {name: pointer_to(tensor), f"{name}_stride": I64s(_strides(tensor)[:-1])}
+    if op.has_bias:
+        arguments |= {"bias": pointer_to(step.inputs[3]), "bias_stride": I64s(_bias_strides(step))}
     arguments |= {
-        "queries": queries, "keys": step.inputs[1].shape[-2], "head_size": head, "value_size": value,
-        "heads_per_kv": heads // kv_heads,
+        "queries": queries, "keys": step.inputs[1].shape[-2], "head_size": sizes.head, "value_size": sizes.value,
+        "parts": sizes.parts, "heads": heads, "heads_per_k": heads // _four(step.inputs[1].shape, 1)[1],
+        "heads_per_v": heads // _four(step.inputs[2].shape, 1)[1],
     }  # fmt: skip
-    grid = (ceildiv(queries, 16 * warps * fragments), heads, shape[0])
+    tiles = ceildiv(queries, tile.queries) * sizes.parts * heads * batch
+    arguments |= split_arguments(tiles, tile.state(sizes), tile.warps, splits)
     return [
         launch(
-            "attention", "attention_mma.cuh", config, [epilogue], arguments, grid, 32 * warps, shared, Instruction.MMA,
-            _WITH_BIAS if op.has_bias else _WITHOUT_BIAS,
+            "attention", "attention_mma.cuh", config, [_epilogue(step)], arguments,
+            (tiles * splits, 1, 1), 32 * tile.warps,
+            tile.shared_bytes(sizes), Instruction.MMA, _bias_code(op.has_bias),
         )
     ]  # fmt: skip
 
 
-def _bias_strides(step: Step, rank: int) -> tuple[int, int, int, int] | None:
+def _epilogue(step: Step) -> Functor:
     assert isinstance(step.op, Attention)
-    return _strides(step.inputs[3], rank) if step.op.has_bias else None
+    shape, stores = step.outputs[0].shape, step.op.stores
+    reads = operands(step.inputs, ex.arguments(*stores), (), len(shape))
+    writes = [operand(tensor, len(shape)) for tensor in step.outputs]
+    rows = space(shape, range(len(shape) - 1), (len(shape) - 1,), [*reads.values(), *writes])
+    placed = dict(zip(reads, rows.operands, strict=False))
+    return codegen.epilogue(stores, rows, placed, rows.operands[len(reads) :], rows.columns)
 
 
-def _bias_kind(strides: tuple[int, int, int, int] | None) -> int:
-    """As in attention_mma.cuh: none, the same for all queries, or full."""
-    return 0 if strides is None else 1 if strides[2] == 0 else 2
+_NO_BIAS, _PER_KEY, _FULL = range(3)  # in the order of attention_mma.cuh
 
 
-_WITH_BIAS = """struct Bias {
+def _bias_kind(step: Step) -> int:
+    """None, the same for all queries, or full."""
+    assert isinstance(step.op, Attention)
+    return _NO_BIAS if not step.op.has_bias else _PER_KEY if _bias_strides(step)[2] == 0 else _FULL
+
+
+def _bias_strides(step: Step) -> tuple[int, ...]:
+    return _four(operand(step.inputs[3], len(step.outputs[0].shape)).strides, 0)
+
+
+def _bias_code(has_bias: bool) -> str:
+    if not has_bias:
+        return """struct Bias {
+  DEVICE static float at(const Params&, u32, u32, u32, u32) { return 0.0f; }
+};
+"""
+    return """struct Bias {
   DEVICE static float at(const Params& p, u32 batch, u32 head, u32 query, u32 key) {
     const i64* stride = p.bias_stride;
     return widen(p.bias[batch * stride[0] + head * stride[1] + query * stride[2] + key * stride[3]]);
   }
 };
 """
-_WITHOUT_BIAS = """struct Bias {
-  DEVICE static float at(const Params&, u32, u32, u32, u32) { return 0.0f; }
-};
-"""
 
 
-def _strides(tensor: Tensor, rank: int) -> tuple[int, int, int, int]:
-    """Strides along the four axes of a tensor that broadcasts to `rank` axes; without a head axis (rank 3) that one is
-    0."""
-    batch, *heads, positions, last = operand(tensor, rank).strides
-    return batch, heads[0] if heads else 0, positions, last
+def _access(tensors: Sequence[Tensor]) -> int:
+    """The bytes in which all rows can be read: 16, 4 or one element."""
+    sizes = [
+        count * tensor.dtype.itemsize
+        for tensor in tensors
+        for count in (*_strides(tensor)[:-1], tensor.offset, tensor.shape[-1])
+    ]
+    return next(nbytes for nbytes in (16, 4, 2) if all(size % nbytes == 0 for size in sizes))
 
 
-def _row_bytes(features: int) -> int:
-    """Bytes of a row of a tile in shared memory: 64 or a multiple of 128."""
-    return 64 if features <= 32 else ceildiv(features * 2, 128) * 128
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """Strides along batch, head, position and feature; 0 where an axis is broadcast or missing."""
+    return _four(operand(tensor, len(tensor.shape)).strides, 0)
+
+
+def _four(values: tuple[int, ...], head: int) -> tuple[int, ...]:
+    """Shape or strides with a head axis."""
+    return values if len(values) == 4 else (values[0], head, *values[1:])

@@ -33,6 +33,8 @@ from engine.ir.ops import (
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda.architecture import Architecture
+from engine.targets.cuda.attention import heads_of, launch_attention
+from engine.targets.cuda.attention_tiles import Heads, candidates
 from engine.targets.cuda.conv import Geometry, channels_last, launch_conv, pack_filter
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.gemm import Tile, epilogue_of, launch_product
@@ -159,22 +161,8 @@ def steps() -> Iterator[Step]:
         yield make_step(
             conv_op(kernel, stride, 64), [image, w, weight(64, 1, 1)], f"depthwise {kernel} stride {stride}"
         )
-    for head, causal, bias in (
-        (32, False, True),
-        (32, True, True),
-        (64, False, True),
-        (64, True, True),
-        (64, False, False),
-        (64, True, False),
-        (128, False, False),
-        (128, True, True),
-    ):
-        heads: tuple[DType, tuple[int, ...]] = (F16, (2, 4, 100, head))
-        inputs: list[Given] = [heads, heads, heads]
-        if bias:
-            inputs.append((F32, (2, 1, 1 if head == 32 and not causal else 100, 100)))
-        op = Attention(head**-0.5, causal=causal, has_bias=bias, stores=(stored(ACC),))
-        yield make_step(op, inputs, f"attention {head}{' causal' * causal}{' bias' * bias}")
+    for head, causal in ((32, False), (64, True), (128, False)):
+        yield attention(F16, head, causal, bias=1)
     row = (F16, (4, 100, 384))
     residual = add(arg(0), arg(3))
     yield make_step(
@@ -219,6 +207,34 @@ def layout_copy(n: int, c: int, h: int, w: int) -> Step:
     return make_step(Pointwise((ex.Arg(0, F16),)), [image], "layout copy")
 
 
+def attention(dtype: DType, head: int, causal: bool, bias: int) -> Step:
+    """Attention without a bias (0), with one for every key (1), or for every score (2)."""
+    heads: tuple[DType, tuple[int, ...]] = (dtype, (2, 4, 100, head))
+    inputs: list[Given] = [heads, heads, heads]
+    inputs += [(F32, (2, 1, 100 if bias == 2 else 1, 100))] if bias else []
+    op = Attention(head**-0.5, causal, bias > 0, stores=(stored(ACC, dtype),))
+    return make_step(op, inputs, f"attention {dtype.value} {head}{' causal' * causal}{' bias' * (bias > 0)}")
+
+
+def attentions(context: Context) -> Iterator[tuple[str, Launch]]:
+    """Attention in every kind of tile and operands; masks, biases, unaligned heads and splits take turns."""
+    turn = 0
+    for dtype, tf32 in ((F16, False), (DType.BF16, False), (F32, True), (F32, False)):
+        for head in (64, 128, 256):
+            shape = Heads(head, head, dtype.itemsize, dtype is F32 and not tf32)
+            for tile in candidates(shape, causal=False):
+                # Two warps compile as one or four do, bf16 as fp16.
+                if tile.warps != 2 and (dtype is not DType.BF16 or tile.warps == 4):
+                    turn += 1
+                    odd, splits = turn % 4 == 0, 1 if turn % 3 else 4
+                    # The tile of two fragments is not for causal wide heads.
+                    causal = turn % 2 == 0 and tile.fragments == 1
+                    step = attention(dtype, head - odd, causal, turn % 3)
+                    sizes = heads_of(step, replace(context, tf32=tf32))
+                    for launch in launch_attention(step, sizes, tile, splits):
+                        yield step.name, launch
+
+
 def images() -> Iterator[tuple[str, Launch]]:
     """Image preprocessing for every filter, in both layouts and types."""
     pixels = Buffer("pixels", BufferKind.INPUT, 300 * 400 * 3)
@@ -236,6 +252,7 @@ def launches(architecture: Architecture) -> Iterator[tuple[str, Launch]]:
             yield step.name, launch
     yield from images()
     yield from products(context)
+    yield from attentions(context)
     op = conv_op(3)
     conv = make_step(op, [(F16, (2, 64, 28, 28)), weight(128, 64, 3, 3), weight(128, 1, 1)])
     packed = Pointer(context.weights.packed(conv.inputs[1], "n,rsc8", pack_filter))

@@ -1,12 +1,16 @@
-// Attention on mma.sync: softmax(scale · q kᵀ + bias) v for one tile of queries of one head, keys taken KEYS at a time with a
-// running maximum and a running sum; scores and probabilities live in registers only. fp16 operands, fp32 sums.
-// q, k, v: features are neighbours, every other stride is free, so slices of a fused projection are read in place.
-// Head sizes are padded to a multiple of 16 (values: 32) by zero chunks. A warp owns FRAGMENTS × 16 queries.
-// `Bias::at` comes from attention.py; a bias that is the same for all queries (a padding mask) goes through shared memory.
+// Attention on mma.sync, for every GPU from Ampere on: softmax(scale · q kᵀ + bias) v for one tile of queries of one head, keys taken
+// KEYS at a time with a running maximum and a running sum; scores and probabilities live in registers only. Operands are fp16, bf16
+// or fp32 (rounded to tf32, or `exact`); sums are fp32. Where v has too many features for the registers, blocks divide them.
+// q, k, v: features are neighbours, every other stride is free, so slices of a fused projection are read in place. Heads are padded
+// to HEAD and VALUE features by zeros. A warp owns FRAGMENTS × 16 queries.
+// RING: tiles of k and v are two deep, the next pair travels while this one is used. Else there is one of each, for heads so wide
+// that two pairs do not fit: v travels during q kᵀ, the next k during the softmax and p v.
+// SPLIT: the keys are dealt to several blocks, for few queries (attention_split.cuh).
+// `Bias` comes from attention.py.
 #pragma once
-#include "epilogue/fragment.cuh"
+#include "attention_split.cuh"
+#include "attention_tiles.cuh"
 #include "epilogue/math.cuh"
-#include "mma/tile.cuh"
 #include "ptx/grid.cuh"
 #include "scheduler/stamp.cuh"
 
@@ -14,26 +18,15 @@ enum class BiasKind { NONE, PER_KEY, FULL };  // in the order of attention.py
 constexpr BiasKind BIAS = static_cast<BiasKind>(config::bias);
 constexpr int WARPS = config::warps, THREADS = 32 * WARPS, FRAGMENTS = config::fragments, QUERIES = 16 * WARPS * FRAGMENTS;
 constexpr int HEAD = config::head_padded, VALUE = config::value_padded;  // features a head of q and k, and of v, padded
-constexpr int KEYS = config::keys, STAGES = 2;
-// Tile rows: 64 bytes, or a multiple of 128 (see `swizzled`).
-constexpr int K_ROW = HEAD <= 32 ? 64 : (HEAD * 2 + 127) / 128 * 128, V_ROW = VALUE <= 32 ? 64 : (VALUE * 2 + 127) / 128 * 128;
+constexpr int KEYS = config::keys, STAGES = config::ring ? 2 : 1, BIAS_STAGES = 2;
+constexpr bool RING = config::ring, SPLIT = config::split, CAUSAL = config::causal, Q_IN_REGISTERS = config::q_in_registers;
+constexpr int K_ROW = row_bytes(HEAD), V_ROW = row_bytes(VALUE);
 constexpr int Q_BYTES = QUERIES * K_ROW, K_BYTES = KEYS * K_ROW, STAGE_BYTES = K_BYTES + KEYS * V_ROW;
-constexpr int BIAS_BYTES = KEYS * 4;  // behind the ring, for each stage
+constexpr int BIASES = Q_BYTES + STAGES * STAGE_BYTES;  // where the biases of a tile of keys lie, in shared memory
+constexpr int BIASES_PER_THREAD = (KEYS + THREADS - 1) / THREADS;
 static_assert(HEAD % 16 == 0 && VALUE % 32 == 0 && KEYS % 16 == 0, "");
-static_assert(Q_BYTES + STAGES * (STAGE_BYTES + BIAS_BYTES) == config::shared_bytes, "the host asks for tiles and biases");
+static_assert(BIASES + BIAS_STAGES * KEYS * 4 == config::shared_bytes, "the host asks for tiles and biases");
 constexpr float LOG2_E = 1.4426950408889634f;
-
-// `count` rows of `features` halves into a swizzled tile of ROWS rows; the rest of the tile becomes zero.
-template <int ROWS, int ROW_BYTES, int PADDED>
-DEVICE void copy_rows(u32 tile, const half* source, i64 stride, u32 count, u32 features) {
-  constexpr int CHUNKS = PADDED / 8, PASSES = (ROWS * CHUNKS + THREADS - 1) / THREADS;
-#pragma unroll(PASSES > 8 ? 4 : PASSES)  // many addresses at once would spill
-  for (int i = 0; i < PASSES; ++i) {
-    const u32 index = i * THREADS + threadIdx.x, row = index / CHUNKS, chunk = index % CHUNKS;
-    if (ROWS * CHUNKS % THREADS != 0 && index >= ROWS * CHUNKS) break;
-    copy_async_16(tile + swizzled<ROW_BYTES>(row, chunk), source + row * stride + 8 * chunk, row < count && 8 * chunk < features);
-  }
-}
 
 // In units of log2. A finite bias stays finite, so that a row of equal, very negative ones is uniform, not empty.
 DEVICE float bias_log2(float bias) { return bias == -INFINITY ? bias : fmaxf(bias * LOG2_E, -1e38f); }
@@ -41,35 +34,58 @@ DEVICE float bias_log2(float bias) { return bias == -INFINITY ? bias : fmaxf(bia
 extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 q_tile = shared_address(shared), ring = q_tile + Q_BYTES;
-  float* biases = reinterpret_cast<float*>(shared + Q_BYTES + STAGES * STAGE_BYTES);
+  float* biases = reinterpret_cast<float*>(shared + BIASES);
   let_next_kernel_start();
   wait_for_previous_kernel();
   stamp_begin(p.stamp);
 
-  // Causal tiles cost more the later they stand: the longest start first.
-  const u32 query_tile = config::causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  const u32 query0 = query_tile * QUERIES, head = blockIdx.y, batch = blockIdx.z, kv_head = head / p.heads_per_kv;
-  const half* q = p.q + batch * p.q_stride[0] + head * p.q_stride[1] + query0 * p.q_stride[2];
-  const half* k = p.k + batch * p.k_stride[0] + kv_head * p.k_stride[1];
-  const half* v = p.v + batch * p.v_stride[0] + kv_head * p.v_stride[1];
-  const u32 keys = config::causal ? min(p.keys, query0 + QUERIES) : p.keys, tiles = (keys + KEYS - 1) / KEYS;
+  // Blocks that read the same k and v are neighbours. Causal tiles cost more the later they stand: the longest of a head start first.
+  const u32 query_tiles = (p.queries + QUERIES - 1) / QUERIES, splits = splits_of<SPLIT>(p);
+  u32 rest = blockIdx.x;
+  const auto deal = [&](u32 count) {
+    const u32 index = rest % count;
+    rest /= count;
+    return index;
+  };
+  const u32 dealt = deal(query_tiles), query_tile = CAUSAL ? query_tiles - 1 - dealt : dealt, query0 = query_tile * QUERIES;
+  const u32 part = deal(p.parts), split = deal(splits), head = deal(p.heads), batch = rest;
+  const u32 value0 = part * VALUE;  // of the features of v this block takes VALUE
+  const Element* q = p.q + batch * p.q_stride[0] + head * p.q_stride[1] + query0 * p.q_stride[2];
+  const Element* k = p.k + batch * p.k_stride[0] + head / p.heads_per_k * p.k_stride[1];
+  const Element* v = p.v + batch * p.v_stride[0] + head / p.heads_per_v * p.v_stride[1] + value0;
+  const u32 keys = CAUSAL ? min(p.keys, query0 + QUERIES) : p.keys, all_tiles = (keys + KEYS - 1) / KEYS;
+  const u32 each = (all_tiles + splits - 1) / splits, first_tile = split * each, tiles = min(all_tiles, first_tile + each);
 
-  const auto copy_stage = [&](u32 tile) {
-    const u32 stage = ring + (tile % STAGES) * STAGE_BYTES, key = tile * KEYS;
-    copy_rows<KEYS, K_ROW, HEAD>(stage, k + key * p.k_stride[2], p.k_stride[2], keys - key, p.head_size);
-    copy_rows<KEYS, V_ROW, VALUE>(stage + K_BYTES, v + key * p.v_stride[2], p.v_stride[2], keys - key, p.value_size);
-    copy_async_commit();
+  const auto copy_k = [&](u32 tile) {
+    const u32 key = tile * KEYS;
+    copy_rows<THREADS, KEYS, HEAD>(ring + tile % STAGES * STAGE_BYTES, k + key * p.k_stride[2], p.k_stride[2], p.keys - key, p.head_size);
+  };
+  const auto copy_v = [&](u32 tile) {
+    const u32 key = tile * KEYS;
+    copy_rows<THREADS, KEYS, VALUE>(ring + tile % STAGES * STAGE_BYTES + K_BYTES, v + key * p.v_stride[2], p.v_stride[2], p.keys - key, p.value_size - value0);
+  };
+  // Biases that are the same for all queries pass through registers: asked for early, stored after a product.
+  float bias[BIASES_PER_THREAD];
+  const auto fetch_bias = [&](u32 tile) {
     if constexpr (BIAS == BiasKind::PER_KEY) {
-      for (u32 i = threadIdx.x; i < KEYS; i += THREADS)
-        biases[tile % STAGES * KEYS + i] = key + i < p.keys ? bias_log2(Bias::at(p, batch, head, 0, key + i)) : -INFINITY;
+#pragma unroll
+      for (int i = 0; i < BIASES_PER_THREAD; ++i) {
+        const u32 local = i * THREADS + threadIdx.x, key = tile * KEYS + local;
+        bias[i] = local < KEYS && key < p.keys ? Bias::at(p, batch, head, 0, key) : -INFINITY;  // hides the keys past the end, too
+      }
     }
   };
-  copy_rows<QUERIES, K_ROW, HEAD>(q_tile, q, p.q_stride[2], p.queries - query0, p.head_size);
-  copy_stage(0);
+  const auto store_bias = [&](u32 tile) {
+    if constexpr (BIAS == BiasKind::PER_KEY) {
+#pragma unroll
+      for (int i = 0; i < BIASES_PER_THREAD; ++i)
+        if (i * THREADS + threadIdx.x < KEYS) biases[tile % BIAS_STAGES * KEYS + i * THREADS + threadIdx.x] = bias_log2(bias[i]);
+    }
+  };
 
   const u32 lane = threadIdx.x & 31, warp_row = threadIdx.x / 32 * 16 * FRAGMENTS, quad = lane & 3;
   const u32 query = query0 + warp_row + lane / 4;  // fragment f holds this lane's rows query + 16 f and query + 16 f + 8
-  u32 q_fragment[FRAGMENTS][HEAD / 16][4];
+  Fragment q_fragment[FRAGMENTS][Q_IN_REGISTERS ? HEAD / Operand::K : 1];
   float out[FRAGMENTS][VALUE / 2] = {};
   float maximum[FRAGMENTS][2], sum[FRAGMENTS][2];
 #pragma unroll
@@ -80,40 +96,68 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
       sum[f][h] = 0.0f;
     }
 
-  for (u32 tile = 0; tile < tiles; ++tile) {
-    if (tile + 1 < tiles) { copy_stage(tile + 1); copy_async_wait<1>(); } else copy_async_wait<0>();
-    __syncthreads();
-    const u32 stage = ring + (tile % STAGES) * STAGE_BYTES, key0 = tile * KEYS;
-    if (tile == 0) {
+  if (first_tile < tiles) {
+    copy_rows<THREADS, QUERIES, HEAD>(q_tile, q, p.q_stride[2], p.queries - query0, p.head_size);
+    copy_k(first_tile);
+    if constexpr (RING) copy_v(first_tile);
+    fetch_bias(first_tile);
+    store_bias(first_tile);
+    copy_async_commit();
+  }
+  for (u32 tile = first_tile; tile < tiles; ++tile) {
+    copy_async_wait<0>();
+    __syncthreads();  // this tile's k (RING: and v) is complete for all threads, and all have left the tile before it
+    const u32 stage = ring + tile % STAGES * STAGE_BYTES, key0 = tile * KEYS;
+    const bool more = tile + 1 < tiles;
+    if constexpr (RING) {
+      if (more) {
+        copy_k(tile + 1);
+        copy_v(tile + 1);
+        copy_async_commit();
+      }
+    } else {
+      copy_v(tile);
+      copy_async_commit();
+    }
+    if (more) fetch_bias(tile + 1);
+
+    if (Q_IN_REGISTERS && tile == first_tile) {
 #pragma unroll
       for (int f = 0; f < FRAGMENTS; ++f)
 #pragma unroll
-        for (int i = 0; i < HEAD / 16; ++i) load_a<K_ROW>(q_fragment[f][i], q_tile, warp_row + 16 * f, i);
+        for (int i = 0; i < HEAD / Operand::K; ++i) Operand::load_a<true, K_ROW>(q_fragment[f][Q_IN_REGISTERS ? i : 0], q_tile, warp_row + 16 * f, i);
     }
-
     float s[FRAGMENTS][KEYS / 2] = {};
+#pragma unroll(config::exact ? 2 : HEAD / Operand::K)  // steps that are independent of each other would all be begun, and spill
+    for (int i = 0; i < HEAD / Operand::K; ++i) {
+      if constexpr (!Q_IN_REGISTERS) {
 #pragma unroll
-    for (int i = 0; i < HEAD / 16; ++i)
+        for (int f = 0; f < FRAGMENTS; ++f) Operand::load_a<true, K_ROW>(q_fragment[f][0], q_tile, warp_row + 16 * f, i);
+      }
 #pragma unroll
       for (int j = 0; j < KEYS / 16; ++j) {
-        u32 b[4];
-        load_b_k_inner<K_ROW>(b, stage, 16 * j, i);
+        Fragment b[1];
+        Operand::load_b<true, K_ROW>(b[0], stage, 16 * j, i);
 #pragma unroll
-        for (int f = 0; f < FRAGMENTS; ++f) {
-          mma_f16_16816(*reinterpret_cast<float(*)[4]>(&s[f][8 * j]), q_fragment[f][i], b[0], b[1]);
-          mma_f16_16816(*reinterpret_cast<float(*)[4]>(&s[f][8 * j + 4]), q_fragment[f][i], b[2], b[3]);
-        }
+        for (int f = 0; f < FRAGMENTS; ++f) Operand::multiply<1>(columns_of<8>(s[f], j), q_fragment[f][Q_IN_REGISTERS ? i : 0], b);
       }
+    }
+    if (more) store_bias(tile + 1);
+    if constexpr (!RING) {
+      __syncthreads();  // all have left k
+      if (more) copy_k(tile + 1);
+      copy_async_commit();
+    }
 
-    // Scores in units of log2, so that the exponential is one instruction. A per-key bias hides keys past the end itself.
-    const bool ragged = BIAS != BiasKind::PER_KEY && key0 + KEYS > p.keys, diagonal = config::causal && key0 + KEYS > query0;
+    // Scores in units of log2, so that the exponential is one instruction.
+    const bool ragged = BIAS != BiasKind::PER_KEY && key0 + KEYS > p.keys, diagonal = CAUSAL && key0 + KEYS > query0;
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; ++f) {
 #pragma unroll
       for (int i = 0; i < KEYS / 2; ++i) {
         const u32 local = i / 4 * 8 + quad * 2 + (i & 1);
         float add = 0.0f;
-        if constexpr (BIAS == BiasKind::PER_KEY) add = biases[tile % STAGES * KEYS + local];
+        if constexpr (BIAS == BiasKind::PER_KEY) add = biases[tile % BIAS_STAGES * KEYS + local];
         if constexpr (BIAS == BiasKind::FULL) {
           const u32 row = query + 16 * f + (i & 2 ? 8 : 0);
           if (key0 + local < p.keys && row < p.queries) add = bias_log2(Bias::at(p, batch, head, row, key0 + local));
@@ -124,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
 #pragma unroll
         for (int i = 0; i < KEYS / 2; ++i) {
           const u32 key = key0 + i / 4 * 8 + quad * 2 + (i & 1), row = query + 16 * f + (i & 2 ? 8 : 0);
-          if (key >= p.keys || (config::causal && key > row)) s[f][i] = -INFINITY;
+          if (key >= p.keys || (CAUSAL && key > row)) s[f][i] = -INFINITY;
         }
       }
 
@@ -152,41 +196,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
       }
     }
 
-    // The accumulator layout of s is the operand layout of the probabilities: 16 keys are two 8-column blocks.
-#pragma unroll
-    for (int i = 0; i < KEYS / 16; ++i) {
-      u32 a[FRAGMENTS][4];
-#pragma unroll
-      for (int f = 0; f < FRAGMENTS; ++f)
-#pragma unroll
-        for (int r = 0; r < 4; ++r) a[f][r] = pack_half2(s[f][8 * i + 2 * r], s[f][8 * i + 2 * r + 1]);
-#pragma unroll
-      for (int j = 0; j < VALUE / 16; ++j) {
-        u32 b[4];
-        load_b_n_inner<V_ROW>(b, stage + K_BYTES, 16 * j, i);
-#pragma unroll
-        for (int f = 0; f < FRAGMENTS; ++f) {
-          mma_f16_16816(*reinterpret_cast<float(*)[4]>(&out[f][8 * j]), a[f], b[0], b[1]);
-          mma_f16_16816(*reinterpret_cast<float(*)[4]>(&out[f][8 * j + 4]), a[f], b[2], b[3]);
-        }
-      }
+    if constexpr (!RING) {
+      copy_async_wait<1>();
+      __syncthreads();  // v is complete for all threads
     }
-    __syncthreads();  // the stage is free for the copy that the next round issues
+    add_values<Operand, FRAGMENTS, KEYS, VALUE>(out, s, stage + K_BYTES);
   }
 
+  const u32 group = batch * p.heads + head, share = ((group * p.parts + part) * query_tiles + query_tile) * WARPS + threadIdx.x / 32;
+  if (combine_splits<SPLIT>(p, out, maximum, sum, share, split)) {
 #pragma unroll
-  for (int f = 0; f < FRAGMENTS; ++f) {
+    for (int f = 0; f < FRAGMENTS; ++f) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      sum[f][h] += __shfl_xor_sync(~0u, sum[f][h], 1);
-      sum[f][h] += __shfl_xor_sync(~0u, sum[f][h], 2);
-      // With no key left 0 / 0 gives the NaN that the softmax gives, unless the operator asks for zeros.
-      const float scale = config::masked_rows_zero && sum[f][h] == 0.0f ? 0.0f : 1.0f / sum[f][h];
+      for (int h = 0; h < 2; ++h) {
+        sum[f][h] += __shfl_xor_sync(~0u, sum[f][h], 1);
+        sum[f][h] += __shfl_xor_sync(~0u, sum[f][h], 2);
+        // With every key masked 0 / 0 gives the NaN that the softmax gives, unless the operator asks for zeros. A sum over no keys is 0.
+        const bool zero = sum[f][h] == 0.0f && (config::masked_rows_zero || p.keys == 0);
+        const float scale = zero ? 0.0f : 1.0f / sum[f][h];
 #pragma unroll
-      for (int i = 0; i < VALUE / 2; ++i)
-        if ((i >> 1 & 1) == h) out[f][i] *= scale;
+        for (int i = 0; i < VALUE / 2; ++i)
+          if ((i >> 1 & 1) == h) out[f][i] *= scale;
+      }
+      emit_values<Epilogue, VALUE>(p, out[f], group * p.queries, query + 16 * f, p.queries, value0, p.value_size);
     }
-    emit_fragment<Epilogue, VALUE / 8>(p, out[f], (batch * gridDim.y + head) * p.queries, query + 16 * f, p.queries, 0, p.value_size);
   }
   stamp_end(p.stamp);
 }

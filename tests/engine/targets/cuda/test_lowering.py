@@ -15,7 +15,7 @@ from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import ARCHITECTURES, SM_80, SM_90A, for_capability
 from engine.targets.cuda.conv import pack_depthwise, pack_filter
-from engine.targets.cuda.covering import ACC, F16, make_step, weight
+from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.kernel import (
     I64,
@@ -70,7 +70,8 @@ def test_one_kernel_serves_every_batch() -> None:
     ("op", "inputs"),
     [
         (Gemm((ACC,)), [(DType.STRING, (4, 8)), (DType.STRING, (8, 4))]),
-        (Attention(1.0, stores=(ACC,)), [(F16, (1, 1, 4, 12))] * 3),
+        (Attention(1.0, stores=(ACC,)), [(F16, (1, 1, 4, 520))] * 3),
+        (Attention(1.0, stores=(ACC,)), [(F16, (1, 1, 4, 8)), *[(F32, (1, 1, 4, 8))] * 2]),
         (Conv((1, 1), ((0, 0),) * 2, (1, 1), transposed=True), [(F16, (1, 8, 4, 4)), weight(8, 8, 3, 3)]),
         (Conv((1, 1), ((0, 0),) * 2, (1, 1)), [(F16, (1, 8, 4, 4)), (F16, (8, 8, 3, 3))]),
     ],

@@ -22,10 +22,16 @@ DEVICE void transpose_quad(float (&v)[8], int quad) {
   }
 }
 
+// How the 32 columns of four blocks lie in the accumulators of four neighbouring lanes.
+enum class Arrangement {
+  BLOCKS,   // block after block, as the instruction has them
+  STRIDE_4  // column c of block b is column 4c + b: a lane holds eight neighbouring ones (attention_tiles.cuh)
+};
+
 // Hands a 16-row fragment of BLOCKS 8-column blocks to the epilogue. `row` is this lane's first row (the other is row + 8) of
 // `rows`; `first_row` is added to make the row of the iteration space. Columns start at `column` of `columns`. What the
 // epilogue reads is fetched for AHEAD pieces (a row of four blocks) at a time: as many as the kernel has registers for.
-template <class EPILOGUE, int BLOCKS, int AHEAD = BLOCKS / 2>
+template <class EPILOGUE, int BLOCKS, int AHEAD = BLOCKS / 2, Arrangement ARRANGEMENT = Arrangement::BLOCKS>
 DEVICE void emit_fragment(const Params& p, const float (&d)[BLOCKS * 4], u32 first_row, u32 row, u32 rows, u32 column, u32 columns) {
   static_assert(BLOCKS % 4 == 0, "four lanes hold the columns of four blocks");
   constexpr int PIECES = BLOCKS / 2;
@@ -46,10 +52,11 @@ DEVICE void emit_fragment(const Params& p, const float (&d)[BLOCKS * 4], u32 fir
       float v[8];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        v[2 * j] = d[(4 * group + j) * 4 + 2 * lower];
-        v[2 * j + 1] = d[(4 * group + j) * 4 + 2 * lower + 1];
+        const int element = (4 * group + j) * 4 + 2 * lower;
+        v[ARRANGEMENT == Arrangement::BLOCKS ? 2 * j : j] = d[element];
+        v[ARRANGEMENT == Arrangement::BLOCKS ? 2 * j + 1 : j + 4] = d[element + 1];
       }
-      transpose_quad(v, quad);
+      if constexpr (ARRANGEMENT == Arrangement::BLOCKS) transpose_quad(v, quad);
       const u32 r = row + 8 * lower, c = column + 32 * group + 8 * quad;
       if (r < rows && c < columns) EPILOGUE::store(p, first_row + r, c, min(8u, columns - c), v, inputs[i]);
     }

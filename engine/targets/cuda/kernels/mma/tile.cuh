@@ -122,17 +122,23 @@ template <bool EXACT> struct MmaOperand<float, EXACT> {
   }
   template <int N> DEVICE static void multiply(float (&d)[8 * N], const Fragment& a, const Fragment (&b)[N]) {
     if constexpr (!EXACT) {
-      add_products(d, a.word, b, [](const Fragment& f) -> const u32(&)[4] { return f.word; });
+      accumulate(d, a, b);
     } else {
       // NOTES: the instruction truncates when it adds to its accumulator, which would bias a long sum; so every step starts
       // from zero, and the sum over steps is made of ordinary, rounded additions (Ootomo & Yokota 2022).
       float step[8 * N] = {};
-      add_products(step, a.small, b, [](const Fragment& f) -> const u32(&)[4] { return f.word; });
-      add_products(step, a.word, b, [](const Fragment& f) -> const u32(&)[4] { return f.small; });
-      add_products(step, a.word, b, [](const Fragment& f) -> const u32(&)[4] { return f.word; });
+      accumulate(step, a, b);
 #pragma unroll
       for (int i = 0; i < 8 * N; ++i) d[i] += step[i];
     }
+  }
+  // The same, all of it added by the instruction: for short sums.
+  template <int N> DEVICE static void accumulate(float (&d)[8 * N], const Fragment& a, const Fragment (&b)[N]) {
+    if constexpr (EXACT) {
+      add_products(d, a.small, b, [](const Fragment& f) -> const u32(&)[4] { return f.word; });
+      add_products(d, a.word, b, [](const Fragment& f) -> const u32(&)[4] { return f.small; });
+    }
+    add_products(d, a.word, b, [](const Fragment& f) -> const u32(&)[4] { return f.word; });
   }
 
  private:
@@ -143,38 +149,40 @@ template <bool EXACT> struct MmaOperand<float, EXACT> {
   }
 };
 
+// One 16-byte chunk of a tile, whose first `count` elements (as many as there are, if more) lie at `source`; the others become zero.
+// ACCESS: the bytes that are read at once (16, 4, or an element), at multiples of so many; what then stands behind the last element
+// must be zeros or belong to rows that are not stored. Follow with copy_async_commit: all but single halves travel asynchronously.
+template <class OPERAND, int ACCESS> DEVICE void copy_chunk(u32 destination, const typename OPERAND::Element* source, u32 count) {
+  if constexpr (ACCESS == 16) {
+    copy_async_16(destination, source, count != 0);
+  } else if constexpr (ACCESS == 4) {
+    constexpr int PER_WORD = OPERAND::PER_CHUNK / 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) copy_async_4(destination + 4 * i, source + i * PER_WORD, i * PER_WORD < count);
+  } else {
+    u32 packed[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const u32 low = 2 * i < count ? source[2 * i].bits : 0, high = 2 * i + 1 < count ? source[2 * i + 1].bits : 0;
+      packed[i] = low | high << 16;
+    }
+    store_shared_16(destination, make_uint4(packed[0], packed[1], packed[2], packed[3]));
+  }
+}
+
 // Copies ROWS rows of ROW_BYTES, `stride` elements apart in memory, into a tile by THREADS threads; what lies outside rows ×
-// columns becomes zero. K_INNER: the columns are k. ACCESS: the bytes that are read at once (16, 4, or an element), at multiples of
-// so many; what then stands behind `columns` in the last ones must be zeros or belong to rows that are not stored.
-// Follow with copy_async_commit: all but single halves travel asynchronously.
+// columns becomes zero. K_INNER: the columns are k. ACCESS: as in `copy_chunk`.
 template <class OPERAND, int THREADS, int ROWS, int ROW_BYTES, bool K_INNER, int ACCESS>
 DEVICE void copy_tile(u32 tile, const typename OPERAND::Element* source, i64 stride, u32 row0, u32 rows, u32 column0, u32 columns) {
-  constexpr int CHUNKS = ROW_BYTES / 16, ROWS_PER_PASS = THREADS / CHUNKS, PER_CHUNK = OPERAND::PER_CHUNK;
+  constexpr int CHUNKS = ROW_BYTES / 16, ROWS_PER_PASS = THREADS / CHUNKS;
   static_assert(THREADS % CHUNKS == 0, "every thread stays in its column of chunks");
-  const u32 chunk = threadIdx.x % CHUNKS, column = column0 + PER_CHUNK * chunk;
+  const u32 chunk = threadIdx.x % CHUNKS, column = column0 + OPERAND::PER_CHUNK * chunk;
 #pragma unroll
   for (int pass = 0; pass < (ROWS + ROWS_PER_PASS - 1) / ROWS_PER_PASS; ++pass) {
     const u32 local = pass * ROWS_PER_PASS + threadIdx.x / CHUNKS, row = row0 + local;
     if (ROWS % ROWS_PER_PASS != 0 && local >= ROWS) break;
     const u32 destination = tile + OPERAND::template swizzled<K_INNER, ROW_BYTES>(local, chunk);
-    const auto* p = source + row * stride + column;
-    if constexpr (ACCESS == 16) {
-      copy_async_16(destination, p, row < rows && column < columns);
-    } else if constexpr (ACCESS == 4) {
-      constexpr int PER_WORD = PER_CHUNK / 4;
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        copy_async_4(destination + 4 * i, p + i * PER_WORD, row < rows && column + i * PER_WORD < columns);
-    } else {
-      u32 packed[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const u32 low = row < rows && column + 2 * i < columns ? p[2 * i].bits : 0;
-        const u32 high = row < rows && column + 2 * i + 1 < columns ? p[2 * i + 1].bits : 0;
-        packed[i] = low | high << 16;
-      }
-      store_shared_16(destination, make_uint4(packed[0], packed[1], packed[2], packed[3]));
-    }
+    copy_chunk<OPERAND, ACCESS>(destination, source + row * stride + column, row < rows && column < columns ? columns - column : 0);
   }
 }
 

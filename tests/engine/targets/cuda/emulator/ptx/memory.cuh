@@ -26,6 +26,12 @@ inline u32 load_shared_4(u32 address) {
   memcpy(&r, emulator::shared_memory + address, 4);
   return r;
 }
+inline uint4 load_shared_16(u32 address) {
+  check_shared(address, 16);
+  uint4 r;
+  memcpy(&r, emulator::shared_memory + address, 16);
+  return r;
+}
 inline void store_shared_16(u32 address, uint4 v) {
   check_shared(address, 16);
   memcpy(emulator::shared_memory + address, &v, 16);
