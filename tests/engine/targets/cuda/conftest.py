@@ -1,0 +1,39 @@
+"""What runs the kernels in the tests of families: a GPU, or a CPU under the emulator."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from engine.targets.cuda.architecture import ARCHITECTURES
+from tests.engine.targets.cuda.emulator import emulator
+from tests.engine.targets.cuda.emulator.runner import EmulatedRunner
+from tests.engine.targets.cuda.harness import Runner
+
+CASES = int(os.environ.get("TILEWAVE_KERNEL_CASES", "300"))
+EMULATED_CASES = 12  # a kernel takes a second to compile for the CPU
+
+
+@pytest.fixture(
+    scope="module",
+    params=["emulated sm_80", "emulated sm_90a", pytest.param("gpu", marks=pytest.mark.gpu)],
+)
+def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
+    if request.param == "gpu":
+        from tests.engine.targets.cuda.gpu_runner import GpuRunner
+
+        made = GpuRunner()
+        yield made
+        made.close()
+    elif emulator.compiler() is None:
+        pytest.skip("no g++ for x86-64 here")
+    else:
+        yield EmulatedRunner(ARCHITECTURES[request.param.split()[1]])
+
+
+@pytest.fixture(scope="module")
+def count(runner: Runner) -> int:
+    """Random cases of one family."""
+    return EMULATED_CASES if isinstance(runner, EmulatedRunner) else CASES
