@@ -19,6 +19,7 @@ from engine.ir.expr import PointOp
 from engine.ir.ops import (
     Attention,
     Conv,
+    Gather,
     Gemm,
     Norm,
     NormKind,
@@ -191,6 +192,9 @@ def steps() -> Iterator[Step]:
     yield make_step(Pointwise((stored(gelu(add(arg(0), arg(1)))),)), [row, (F16, (384,))], "pointwise")
     yield make_step(Pointwise((stored(arg(0, F32)),)), [(F32, (2, 3, 32, 32))], "cast")
     yield layout_copy(2, 32, 20, 20)
+    ids = (I64, (4, 25))
+    yield make_step(Gather(0), [(F16, (50, 64)), ids], "gather rows")
+    yield make_step(Gather(1), [(F16, (4, 77)), ids], "gather elements")
     mask = mul(ex.apply(PointOp.SUB, constant(1.0), ex.cast(ex.Arg(0, I64), F32)), constant(-65504.0))
     yield make_step(Pointwise((mask,)), [(I64, (4, 1, 1, 100))], "mask")
 

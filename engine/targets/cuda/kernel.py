@@ -3,8 +3,8 @@
 Every kernel is ``kernel(const __grid_constant__ Params p)``; `Params` is generated from the launch's arguments, so the
 host's packing and the device's struct come from one list. Compile-time: tiles, stages, dtypes, expressions, whether
 accesses are aligned. Run-time: sizes, strides, addresses. The last argument is always the stamp slot, null where nobody
-measures. Lowering needs no device: arguments name buffers, and `target.py` turns them into addresses when it binds a
-plan.
+measures; a kernel that looks up tables has its step's status word, too. Lowering needs no device: arguments name
+buffers, and `program.py` turns them into addresses when it captures a plan.
 """
 
 from __future__ import annotations
@@ -78,7 +78,13 @@ class I64s:
     values: tuple[int, ...]
 
 
-Argument: TypeAlias = Pointer | TensorArgument | LevelSizes | TensorMap | I64 | I64s | int | float
+@dataclass(frozen=True)
+class StatusWord:
+    """The address of a 32-bit word that the kernel sets to 1 where it meets an index outside the table that it looks
+    up; null where nobody reads it."""
+
+
+Argument: TypeAlias = Pointer | TensorArgument | LevelSizes | TensorMap | I64 | I64s | StatusWord | int | float
 
 
 class Instruction(Enum):
@@ -108,6 +114,11 @@ class Launch:
     grid: tuple[int, int, int]
     arguments: tuple[tuple[str, Argument], ...]
 
+    @property
+    def looks_up(self) -> bool:
+        """Whether it reads tables by indices, and has a status word."""
+        return any(isinstance(argument, StatusWord) for _, argument in self.arguments)
+
 
 _TENSOR = np.dtype([("data", "u8"), ("row", "i8", MAX_LEVELS), ("column", "i8")], align=True)
 _LEVELS = np.dtype([("size", "u4", MAX_LEVELS)], align=True)
@@ -129,6 +140,8 @@ def _declaration(name: str, argument: Argument) -> tuple[str, np.dtype]:
             return f"i64 {name};", np.dtype("i8")
         case I64s(values=values):
             return f"i64 {name}[{len(values)}];", np.dtype(("i8", (len(values),)))
+        case StatusWord():
+            return f"u32* {name};", np.dtype("u8")
         case float():
             return f"float {name};", np.dtype("f4")
         case _:
@@ -150,8 +163,10 @@ def pack(
     address: Callable[[Pointer], int],
     encode: Callable[[TensorMap], bytes],
     stamp: int,
+    status: int = 0,
 ) -> bytes:
-    """The bytes of `Params`. `address` places pointers, `encode` makes the 128 bytes of a tensor map."""
+    """The bytes of `Params`. `address` places pointers, `encode` makes the 128 bytes of a tensor map; `stamp` and
+    `status` are the addresses of stamp slot and status word."""
     ordered = _ordered(arguments)
     fields = [(name, _declaration(name, argument)[1]) for name, argument in ordered]
     record = np.zeros(1, np.dtype([*fields, ("stamp", "u8")], align=True))
@@ -171,6 +186,8 @@ def pack(
                 record[name] = value
             case I64s(values=values):
                 record[name] = values
+            case StatusWord():
+                record[name] = status
             case _:
                 record[name] = argument
     record["stamp"] = stamp
