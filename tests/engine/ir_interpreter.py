@@ -278,7 +278,11 @@ def _concat(op: ops.Concat, inputs: Sequence[Array], sizes: Sizes, node: Node) -
 
 
 def _pad(op: ops.Pad, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
-    return [_pad_or_crop(inputs[0], op.pads, op.mode.value, op.value)]
+    if op.mode is ops.PadMode.CONSTANT:
+        return [_pad_or_crop(inputs[0], op.pads, op.mode.value, op.value)]
+    # What is cropped is gone before the rest is reflected or repeated, as in ONNX Runtime; ONNX leaves it open.
+    cropped = _pad_or_crop(inputs[0], [(min(0, begin), min(0, end)) for begin, end in op.pads])
+    return [_pad_or_crop(cropped, [(max(0, begin), max(0, end)) for begin, end in op.pads], op.mode.value)]
 
 
 def _gather(op: ops.Gather, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:

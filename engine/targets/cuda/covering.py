@@ -24,6 +24,8 @@ from engine.ir.ops import (
     Norm,
     NormKind,
     Op,
+    Pad,
+    PadMode,
     Pointwise,
     Pool,
     PoolKind,
@@ -195,6 +197,9 @@ def steps() -> Iterator[Step]:
     ids = (I64, (4, 25))
     yield make_step(Gather(0), [(F16, (50, 64)), ids], "gather rows")
     yield make_step(Gather(1), [(F16, (4, 77)), ids], "gather elements")
+    around = ((0, 0), (0, 0), (1, 1), (2, 2))
+    for mode in PadMode:
+        yield make_step(Pad(around, mode), [image], f"{mode.value} pad")
     mask = mul(ex.apply(PointOp.SUB, constant(1.0), ex.cast(ex.Arg(0, I64), F32)), constant(-65504.0))
     yield make_step(Pointwise((mask,)), [(I64, (4, 1, 1, 100))], "mask")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from engine.errors import UnsupportedOp
-from engine.ir.ops import Attention, Concat, Conv, Gather, Gemm, Norm, Op, Pointwise, Pool, Reduce, Softmax
-from engine.targets.cuda import attention, concat, conv, gather, gemm, normalize, pointwise, pool, reduce
+from engine.ir.ops import Attention, Concat, Conv, Gather, Gemm, Norm, Op, Pad, Pointwise, Pool, Reduce, Softmax
+from engine.targets.cuda import attention, concat, conv, gather, gemm, normalize, pad, pointwise, pool, reduce
 from engine.targets.cuda.kernel import Family
 
 FAMILIES: dict[type[Op], Family] = {
@@ -14,6 +14,7 @@ FAMILIES: dict[type[Op], Family] = {
     Gather: gather,
     Gemm: gemm,
     Norm: normalize,
+    Pad: pad,
     Pointwise: pointwise,
     Pool: pool,
     Reduce: reduce,

@@ -1,4 +1,4 @@
-"""Gather and concatenation against NumPy, on random shapes, layouts and types (conftest.py says on what)."""
+"""Gather, concatenation and padding against NumPy, on random shapes, layouts and types (conftest.py says on what)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 from engine.errors import ShapeError
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
-from engine.ir.ops import Concat, Gather, Pointwise
-from engine.targets.cuda import concat, gather
+from engine.ir.ops import Concat, Gather, Pad, PadMode, Pointwise
+from engine.plan.tensor import row_major
+from engine.targets.cuda import concat, gather, pad
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.covering import F16, F32, I64, make_step
 from tests.engine.targets.cuda.cases import check, fed, ragged, rng_of
@@ -112,3 +113,39 @@ def test_a_copy_keeps_every_bit(runner: Runner) -> None:
         step = make_step(Pointwise((ex.Arg(0, dtype),)), [(dtype, (3,))])
         cases.append(Case(dtype.value, step, 1, {0: array}))
     check(runner, cases)
+
+
+def test_padding_in_every_mode(runner: Runner, count: int) -> None:
+    rng, cases = rng_of("pad"), []
+    for i in range(count):
+        rank, dtype, mode = int(rng.integers(1, 6)), DTYPES[i % len(DTYPES)], list(PadMode)[i % 4]
+        shape = tuple(ragged(rng, 20, 8 if axis == rank - 1 and i % 2 else 1) for axis in range(rank))
+        # Also pads longer than the source, axes left alone, and axes of which hardly anything stays.
+        pads = tuple(
+            (0, 0)
+            if rng.random() < 0.4
+            else (int(rng.integers(-min(3, size - 1), 9)), int(rng.integers(max(1 - size, -3) + min(3, size - 1), 9)))
+            for size in shape
+        )
+        op = Pad(pads, mode, 1 if dtype is DType.BOOL else 7)
+        step = make_step(op, [laid_out(rng, dtype, shape)])
+        cases.append(Case(f"{dtype.value} {shape} {pads} {mode}", step, 1, {0: content(rng, dtype, shape)}))
+    check(runner, cases)
+
+
+def test_images_are_padded_sixteen_bytes_at_a_time(runner: Runner) -> None:
+    image = fed(F16, (2, 16, 5, 5), 1, 0)
+    pads = ((0, 0), (0, 0), (1, 2), (2, 1))
+    step = make_step(Pad(pads, PadMode.CONSTANT, -2.5), [image])
+    (whole,) = step.outputs
+    step = replace(step, outputs=(replace(whole, strides=row_major(whole.shape, (0, 2, 3, 1))),))
+    (launch,) = pad.lower(step, runner.context)
+    assert dict(launch.arguments)["elements"] == whole.elements // 8
+    check(runner, [Case("image", step, 1)])
+
+
+def test_nothing_has_no_edge(runner: Runner) -> None:
+    with pytest.raises(ShapeError, match="nothing to edge"):
+        pad.lower(make_step(Pad(((1, 1),), PadMode.EDGE), [(F16, (0,))]), runner.context)
+    step = make_step(Pad(((1, 1),), PadMode.CONSTANT, 3), [(F16, (0,))])
+    check(runner, [Case("constant", step, 1)])
