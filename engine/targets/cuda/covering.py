@@ -31,6 +31,8 @@ from engine.ir.ops import (
     PoolKind,
     Reduce,
     ReduceKind,
+    Resize,
+    ResizeMode,
     Softmax,
 )
 from engine.plan.plan import Step
@@ -200,6 +202,10 @@ def steps() -> Iterator[Step]:
     around = ((0, 0), (0, 0), (1, 1), (2, 2))
     for mode in PadMode:
         yield make_step(Pad(around, mode), [image], f"{mode.value} pad")
+    for resize in ResizeMode:
+        by_two = Resize((2, 64, 56, 56), (1.0, 1.0, 2.0, 2.0), resize, stores=(stored(ACC),))
+        yield make_step(by_two, [channels_inner(2, 64, 28, 28)], f"resize {resize.value}")
+        yield make_step(by_two, [image], f"resize {resize.value}, channels outside")
     mask = mul(ex.apply(PointOp.SUB, constant(1.0), ex.cast(ex.Arg(0, I64), F32)), constant(-65504.0))
     yield make_step(Pointwise((mask,)), [(I64, (4, 1, 1, 100))], "mask")
 
@@ -216,9 +222,13 @@ def embedding_norm(batch: int, sequence: int, features: int) -> Step:
 
 def layout_copy(n: int, c: int, h: int, w: int) -> Step:
     """NHWC to NCHW."""
+    return make_step(Pointwise((ex.Arg(0, F16),)), [channels_inner(n, c, h, w)], "layout copy")
+
+
+def channels_inner(n: int, c: int, h: int, w: int) -> Tensor:
+    """An image in NHWC."""
     buffer = Buffer("input0", BufferKind.INPUT, 2 * n * c * h * w)
-    image = Tensor(buffer, F16, (n, c, h, w), row_major((n, c, h, w), channels_last(4)))
-    return make_step(Pointwise((ex.Arg(0, F16),)), [image], "layout copy")
+    return Tensor(buffer, F16, (n, c, h, w), row_major((n, c, h, w), channels_last(4)))
 
 
 def images() -> Iterator[tuple[str, Launch]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from engine.errors import UnsupportedOp
-from engine.ir.ops import Attention, Concat, Conv, Gather, Gemm, Norm, Op, Pad, Pointwise, Pool, Reduce, Softmax
-from engine.targets.cuda import attention, concat, conv, gather, gemm, normalize, pad, pointwise, pool, reduce
+from engine.ir.ops import Attention, Concat, Conv, Gather, Gemm, Norm, Op, Pad, Pointwise, Pool, Reduce, Resize, Softmax
+from engine.targets.cuda import attention, concat, conv, gather, gemm, normalize, pad, pointwise, pool, reduce, resize
 from engine.targets.cuda.kernel import Family
 
 FAMILIES: dict[type[Op], Family] = {
@@ -18,6 +18,7 @@ FAMILIES: dict[type[Op], Family] = {
     Pointwise: pointwise,
     Pool: pool,
     Reduce: reduce,
+    Resize: resize,
     Softmax: normalize,
 }
 
