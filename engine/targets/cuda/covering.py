@@ -70,6 +70,11 @@ def make_step(op: Op, inputs: Sequence[Given], name: str = "step") -> Step:
     return Step(name, op, placed, outputs, op.cost(placed, outputs))
 
 
+def results_in(step: Step, order: tuple[int, ...]) -> Step:
+    """The same step with its results' axes in `order`, from the outermost to the innermost."""
+    return replace(step, outputs=tuple(replace(t, strides=row_major(t.shape, order)) for t in step.outputs))
+
+
 def _tensor(i: int, given: Given) -> Tensor:
     if isinstance(given, Tensor):
         return given
@@ -202,9 +207,12 @@ def steps() -> Iterator[Step]:
     around = ((0, 0), (0, 0), (1, 1), (2, 2))
     for mode in PadMode:
         yield make_step(Pad(around, mode), [image], f"{mode.value} pad")
+    inner = make_step(Pad(around), [channels_inner(2, 64, 28, 28)], "constant pad, channels inside")
+    yield results_in(inner, channels_last(4))
     for resize in ResizeMode:
         by_two = Resize((2, 64, 56, 56), (1.0, 1.0, 2.0, 2.0), resize, stores=(stored(ACC),))
-        yield make_step(by_two, [channels_inner(2, 64, 28, 28)], f"resize {resize.value}")
+        inner = make_step(by_two, [channels_inner(2, 64, 28, 28)], f"resize {resize.value}")
+        yield results_in(inner, channels_last(4))
         yield make_step(by_two, [image], f"resize {resize.value}, channels outside")
     mask = mul(ex.apply(PointOp.SUB, constant(1.0), ex.cast(ex.Arg(0, I64), F32)), constant(-65504.0))
     yield make_step(Pointwise((mask,)), [(I64, (4, 1, 1, 100))], "mask")

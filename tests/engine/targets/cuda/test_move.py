@@ -11,11 +11,11 @@ from engine.errors import ShapeError
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.ops import Concat, Gather, Pad, PadMode, Pointwise
-from engine.plan.tensor import row_major
 from engine.targets.cuda import concat, gather, pad
 from engine.targets.cuda import covering as cv
+from engine.targets.cuda.conv import channels_last
 from engine.targets.cuda.covering import F16, F32, I64, make_step
-from tests.engine.targets.cuda.cases import check, fed, ragged, rng_of
+from tests.engine.targets.cuda.cases import check, fed, order_of, ragged, rng_of
 from tests.engine.targets.cuda.emulator.runner import EmulatedRunner
 from tests.engine.targets.cuda.harness import Case, RunError, Runner
 
@@ -43,6 +43,7 @@ def test_gather_along_any_axis(runner: Runner, count: int) -> None:
         lowest = 0 if index_type is DType.U8 else -shape[axis]
         index = rng.integers(lowest, shape[axis], index_shape).astype(index_type.numpy)
         step = make_step(Gather(axis), [laid_out(rng, dtype, shape), (index_type, index_shape)])
+        step = cv.results_in(step, order_of(rng, len(step.outputs[0].shape)))
         feeds = {0: content(rng, dtype, shape), 1: index}
         cases.append(Case(f"{dtype.value} {shape} axis {axis} by {index_shape}", step, 1, feeds))
     check(runner, cases)
@@ -87,6 +88,7 @@ def test_concatenation_copies_every_part_to_its_slice(runner: Runner, count: int
         parts = [(*shape[:axis], int(rng.integers(0, 20)), *shape[axis + 1 :]) for _ in range(int(rng.integers(1, 4)))]
         parts.append(shape)
         step = make_step(Concat(axis), [laid_out(rng, dtype, part, number) for number, part in enumerate(parts)])
+        step = cv.results_in(step, order_of(rng, rank))
         feeds = {number: content(rng, dtype, part) for number, part in enumerate(parts)}
         cases.append(Case(f"{dtype.value} {parts} axis {axis}", step, 1, feeds))
     check(runner, cases)
@@ -128,7 +130,7 @@ def test_padding_in_every_mode(runner: Runner, count: int) -> None:
             for size in shape
         )
         op = Pad(pads, mode, 1 if dtype is DType.BOOL else 7)
-        step = make_step(op, [laid_out(rng, dtype, shape)])
+        step = cv.results_in(make_step(op, [laid_out(rng, dtype, shape)]), order_of(rng, rank))
         cases.append(Case(f"{dtype.value} {shape} {pads} {mode}", step, 1, {0: content(rng, dtype, shape)}))
     check(runner, cases)
 
@@ -136,11 +138,9 @@ def test_padding_in_every_mode(runner: Runner, count: int) -> None:
 def test_images_are_padded_sixteen_bytes_at_a_time(runner: Runner) -> None:
     image = fed(F16, (2, 16, 5, 5), 1, 0)
     pads = ((0, 0), (0, 0), (1, 2), (2, 1))
-    step = make_step(Pad(pads, PadMode.CONSTANT, -2.5), [image])
-    (whole,) = step.outputs
-    step = replace(step, outputs=(replace(whole, strides=row_major(whole.shape, (0, 2, 3, 1))),))
+    step = cv.results_in(make_step(Pad(pads, PadMode.CONSTANT, -2.5), [image]), channels_last(4))
     (launch,) = pad.lower(step, runner.context)
-    assert dict(launch.arguments)["elements"] == whole.elements // 8
+    assert dict(launch.arguments)["elements"] == step.outputs[0].elements // 8
     check(runner, [Case("image", step, 1)])
 
 

@@ -11,8 +11,9 @@ from engine.ir.dtype import DType
 from engine.ir.ops import Resize, ResizeMode
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda import resize
+from engine.targets.cuda.conv import channels_last
 from engine.targets.cuda.covering import ACC, F16, F32, I64, make_step
-from tests.engine.targets.cuda.cases import check, fed, ragged, rng_of
+from tests.engine.targets.cuda.cases import check, fed, order_of, ragged, rng_of
 from tests.engine.targets.cuda.harness import Case, Runner
 
 COORDINATES = ["half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric", "half_pixel_symmetric"]
@@ -48,7 +49,8 @@ def test_resize_matches_float64(runner: Runner, count: int) -> None:
         op = Resize(after, tuple(scales), mode, coordinates, rounding, stores=(store,))
         inputs: list[cv.Given] = [fed(dtype, shape, int(rng.integers(0, rank)), 0)]
         inputs += [(F32, after[-1:])] if i % 5 == 0 else []
-        cases.append(Case(f"{dtype.value} {shape} to {after} {mode} {coordinates}", make_step(op, inputs), 64))
+        step = cv.results_in(make_step(op, inputs), order_of(rng, rank))
+        cases.append(Case(f"{dtype.value} {shape} to {after} {mode} {coordinates}", step, 64))
     check(runner, cases)
 
 
@@ -60,7 +62,7 @@ def test_images_with_channels_innermost(runner: Runner, count: int) -> None:
         size = tuple(int(rng.integers(2, 20)) for _ in range(2))
         after, scales = resized(rng, (batch, channels, *size), (2, 3))
         op = Resize(after, tuple(scales), list(ResizeMode)[i % 3], COORDINATES[i % 5], stores=(cv.stored(ACC),))
-        step = make_step(op, [fed(F16, (batch, channels, *size), 1, 0)])
+        step = cv.results_in(make_step(op, [fed(F16, (batch, channels, *size), 1, 0)]), channels_last(4))
         cases.append(Case(f"{channels} {size} to {after}", step, 16))
     check(runner, cases)
 
