@@ -25,6 +25,7 @@ from engine.ir.ops import (
     Gemm,
     Pad,
     Pointwise,
+    Recurrent,
     Reduce,
     ReduceKind,
     Softmax,
@@ -69,6 +70,8 @@ class _Narrowing:
                 self._fused(node)
             elif isinstance(node.op, _MOVES):
                 self._moved(node)
+            elif isinstance(node.op, Recurrent):
+                self._recurrent(node)
             self.nodes.append(node)
         self.graph.nodes = self.nodes
 
@@ -78,6 +81,12 @@ class _Narrowing:
                 self._constant(value) if value.is_constant else self.narrow.get(value, value) for value in node.inputs
             )
             node.outputs = (self.narrow[node.output],)
+
+    def _recurrent(self, node: Node) -> None:
+        """The weights, which every step reads; gates and states stay fp32."""
+        x, weights, *others = node.inputs
+        if weights.is_constant and _holds(self.storage, weights.data):
+            node.inputs = (x, self._constant(weights), *others)
 
     def _fused(self, node: Node) -> None:
         op = node.op

@@ -18,6 +18,7 @@ from engine.ir.dtype import DType
 from engine.ir.expr import PointOp
 from engine.ir.ops import (
     Attention,
+    Cell,
     Conv,
     Gather,
     Gemm,
@@ -29,6 +30,7 @@ from engine.ir.ops import (
     Pointwise,
     Pool,
     PoolKind,
+    Recurrent,
     Reduce,
     ReduceKind,
     Resize,
@@ -68,6 +70,17 @@ def make_step(op: Op, inputs: Sequence[Given], name: str = "step") -> Step:
         for i, ((dtype, shape), need) in enumerate(zip(op.infer(placed), results, strict=True))
     )
     return Step(name, op, placed, outputs, op.cost(placed, outputs))
+
+
+def recurrent_step(cell: Cell, hidden: int, dtype: DType) -> Step:
+    """A recurrent network of 20 steps in both directions, batch 8."""
+    state: Given = (dtype, (2, 8, hidden))
+    inputs: list[Given] = [
+        (dtype, (20, 2, 8, cell.gates * hidden)), weight(2, cell.gates * hidden, hidden, dtype=dtype), state,
+    ]  # fmt: skip
+    inputs += [state] if cell is Cell.LSTM else []
+    inputs += [(dtype, (2, hidden))] if cell is Cell.GRU else []
+    return make_step(Recurrent(cell, 1), inputs, f"{cell.value} {hidden}")
 
 
 def results_in(step: Step, order: tuple[int, ...]) -> Step:
@@ -214,6 +227,10 @@ def steps() -> Iterator[Step]:
         inner = make_step(by_two, [channels_inner(2, 64, 28, 28)], f"resize {resize.value}")
         yield results_in(inner, channels_last(4))
         yield make_step(by_two, [image], f"resize {resize.value}, channels outside")
+    yield recurrent_step(Cell.LSTM, 64, F16)
+    yield recurrent_step(Cell.LSTM, 1024, F16)
+    yield recurrent_step(Cell.GRU, 512, F32)
+    yield recurrent_step(Cell.RNN_TANH, 33, F16)
     mask = mul(ex.apply(PointOp.SUB, constant(1.0), ex.cast(ex.Arg(0, I64), F32)), constant(-65504.0))
     yield make_step(Pointwise((mask,)), [(I64, (4, 1, 1, 100))], "mask")
 

@@ -3,8 +3,36 @@
 from __future__ import annotations
 
 from engine.errors import UnsupportedOp
-from engine.ir.ops import Attention, Concat, Conv, Gather, Gemm, Norm, Op, Pad, Pointwise, Pool, Reduce, Resize, Softmax
-from engine.targets.cuda import attention, concat, conv, gather, gemm, normalize, pad, pointwise, pool, reduce, resize
+from engine.ir.ops import (
+    Attention,
+    Concat,
+    Conv,
+    Gather,
+    Gemm,
+    Norm,
+    Op,
+    Pad,
+    Pointwise,
+    Pool,
+    Recurrent,
+    Reduce,
+    Resize,
+    Softmax,
+)
+from engine.targets.cuda import (
+    attention,
+    concat,
+    conv,
+    gather,
+    gemm,
+    normalize,
+    pad,
+    pointwise,
+    pool,
+    recurrent,
+    reduce,
+    resize,
+)
 from engine.targets.cuda.kernel import Family
 
 FAMILIES: dict[type[Op], Family] = {
@@ -17,6 +45,7 @@ FAMILIES: dict[type[Op], Family] = {
     Pad: pad,
     Pointwise: pointwise,
     Pool: pool,
+    Recurrent: recurrent,
     Reduce: reduce,
     Resize: resize,
     Softmax: normalize,

@@ -171,3 +171,14 @@ def _default_model(folder: Path, storage: DType, feeds: Feeds) -> Graph:
     for name, array in expected.items():
         assert relative_error(got[name], array) <= BOUNDS[storage]
     return graph
+
+
+def test_weights_of_a_recurrence_are_narrow_its_states_are_not() -> None:
+    text = "(float[n,2,8] x) => (float[n,1,2,6] y) { y = LSTM<hidden_size=6>(x, w, r) }"
+    content = {"w": feed(1, 24, 8) / 3, "r": feed(1, 24, 6) / 3}
+    graph = narrowed(
+        model(text, {name: array.astype(np.float32) for name, array in content.items()}), {"x": feed(5, 2, 8)}
+    )
+    node = only(graph, ops.Recurrent)
+    assert [value.dtype for value in node.inputs] == [DType.F32, DType.F16, DType.F32, DType.F32]
+    assert all(value.dtype is DType.F32 for value in node.outputs)
