@@ -28,6 +28,8 @@ from engine.ir.ops import (
     Recurrent,
     Reduce,
     ReduceKind,
+    Scatter,
+    ScatterKind,
     Softmax,
     View,
 )
@@ -35,7 +37,7 @@ from engine.passes.epilogues import fuse_epilogues
 from engine.passes.operands import FUSED_OPS, fixed_operands, gathers_of, stores_of, with_expressions
 from engine.passes.traits import Traits
 
-_MOVES = (View, Concat, Pad, Gather)
+_MOVES = (View, Concat, Pad, Gather, Scatter)
 """Operators whose result has the type of what they move."""
 _FUSED = (*FUSED_OPS, Pointwise)
 
@@ -163,6 +165,10 @@ def _wide_values(graph: Graph, storage: DType) -> set[Value]:
         op = node.op
         if isinstance(op, _MOVES):
             moved = node.inputs if isinstance(op, Concat) else node.inputs[:1]
+            if isinstance(op, Scatter):
+                moved = (node.inputs[0], node.inputs[2])
+                if op.kind in (ScatterKind.ADD, ScatterKind.MUL):  # sums of any length
+                    wide.add(node.output)
             groups.join((*moved, node.output))
         elif not isinstance(op, _FUSED):
             wide.update((*node.inputs, *node.outputs))

@@ -289,6 +289,31 @@ def _gather(op: ops.Gather, inputs: Sequence[Array], sizes: Sizes, node: Node) -
     return [np.asarray(np.take(inputs[0], inputs[1], axis=op.axis))]
 
 
+def _scatter(op: ops.Scatter, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    data, indices, updates = inputs
+    acc = data.copy() if op.kind is ops.ScatterKind.REPLACE else _wide(data)
+    if op.axis is None:
+        place: Any = tuple(np.moveaxis(indices, -1, 0))
+    else:
+        place = tuple(indices if i == op.axis else position for i, position in enumerate(np.indices(indices.shape)))
+    if op.kind is ops.ScatterKind.REPLACE:
+        acc[place] = updates
+    else:
+        combine: Any = {"add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum}[op.kind.value]
+        combine.at(acc, place, updates.astype(acc.dtype))
+    return [acc.astype(data.dtype)]
+
+
+def _top_k(op: ops.TopK, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    x, k = inputs[0], evaluate(op.k, sizes)
+    # A stable sort of what is turned round keeps equal elements in their order when it is turned back.
+    order = np.argsort(np.flip(x, op.axis) if op.largest else x, axis=op.axis, kind="stable")
+    if op.largest:
+        order = np.flip(x.shape[op.axis] - 1 - order, op.axis)
+    best = np.take(order, np.arange(k), axis=op.axis)
+    return [np.take_along_axis(x, best, axis=op.axis), best.astype(np.int64)]
+
+
 def _resize(op: ops.Resize, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
     acc = _wide(inputs[0])
     for axis, (dim, given) in enumerate(zip(op.shape, op.scales, strict=True)):
@@ -433,6 +458,8 @@ _RUNNERS: dict[type[ops.Op], Callable[[Any, Sequence[Array], Sizes, Node], list[
     ops.Concat: _concat,
     ops.Pad: _pad,
     ops.Gather: _gather,
+    ops.Scatter: _scatter,
+    ops.TopK: _top_k,
     ops.Resize: _resize,
     ops.ShapeTensor: _shape_tensor,
     ops.Opaque: _opaque,

@@ -27,7 +27,7 @@ def lower(step: Step, context: Context) -> list[Launch]:
     slices = concat_slices(op, output, [source.shape for source in step.inputs])
     for source, place in zip(step.inputs, slices, strict=True):
         if source.elements and not _is_same_place(source, place):
-            launches += copy(operand(source, len(place.shape)), place, context)
+            launches += copy(operand(source, len(place.shape)), place, context, "concat")
     return launches
 
 

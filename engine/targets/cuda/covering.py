@@ -35,6 +35,8 @@ from engine.ir.ops import (
     ReduceKind,
     Resize,
     ResizeMode,
+    Scatter,
+    ScatterKind,
     Softmax,
 )
 from engine.plan.plan import Step
@@ -227,6 +229,10 @@ def steps() -> Iterator[Step]:
         inner = make_step(by_two, [channels_inner(2, 64, 28, 28)], f"resize {resize.value}")
         yield results_in(inner, channels_last(4))
         yield make_step(by_two, [image], f"resize {resize.value}, channels outside")
+    places: Given = (I64, (20, 1))
+    yield make_step(Scatter(None), [(F16, (50, 64)), places, (F16, (20, 64))], "scatter rows")
+    yield make_step(Scatter(None, ScatterKind.ADD), [(F16, (50, 64)), places, (F16, (20, 64))], "scatter sum")
+    yield make_step(Scatter(1, ScatterKind.MAX), [(F32, (9, 77)), (I64, (9, 20)), (F32, (9, 20))], "scatter maximum")
     yield recurrent_step(Cell.LSTM, 64, F16)
     yield recurrent_step(Cell.LSTM, 1024, F16)
     yield recurrent_step(Cell.GRU, 512, F32)

@@ -17,6 +17,7 @@ from engine.ir.ops import (
     Recurrent,
     Reduce,
     Resize,
+    Scatter,
     Softmax,
 )
 from engine.targets.cuda import (
@@ -32,6 +33,7 @@ from engine.targets.cuda import (
     recurrent,
     reduce,
     resize,
+    scatter,
 )
 from engine.targets.cuda.kernel import Family
 
@@ -48,6 +50,7 @@ FAMILIES: dict[type[Op], Family] = {
     Recurrent: recurrent,
     Reduce: reduce,
     Resize: resize,
+    Scatter: scatter,
     Softmax: normalize,
 }
 

@@ -23,4 +23,4 @@ def lower(step: Step, context: Context) -> list[Launch]:
     data, indices = step.inputs
     source = gathered(data, indices, op.axis, len(output.shape))
     refuse_empty_tables(step, [source])
-    return copy(source, output, context)
+    return copy(source, output, context, "gather")

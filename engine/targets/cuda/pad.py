@@ -13,10 +13,10 @@ from engine.ir.ops import Op, Pad, PadMode
 from engine.plan.plan import Requirement, Step
 from engine.plan.tensor import Tensor
 from engine.targets.cuda.kernel import Argument, Context, I64s, Launch, Pointer, ceildiv, launch
+from engine.targets.cuda.units import UNITS, elements_in_unit
 
 _THREADS = 256
 _BLOCKS_PER_MULTIPROCESSOR = 8
-_UNITS = {16: "uint4", 8: "u64", 4: "u32", 2: "u16", 1: "u8"}
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def lower(step: Step, context: Context) -> list[Launch]:
     unit = _unit(axes, source.dtype, (start, output.offset))
     axes = _in_units(axes, unit)
     itemsize = source.dtype.itemsize
-    x = Pointer(source.buffer, start * itemsize, _UNITS[unit * itemsize])
-    y = Pointer(output.buffer, output.offset * itemsize, _UNITS[unit * itemsize])
+    x = Pointer(source.buffer, start * itemsize, UNITS[unit * itemsize])
+    y = Pointer(output.buffer, output.offset * itemsize, UNITS[unit * itemsize])
     elements = output.elements // unit
     config: dict[str, int | bool | str] = {
         "threads": _THREADS, "axes": len(axes), "mode": list(PadMode).index(op.mode), "element": x.ctype,
@@ -100,8 +100,7 @@ def _unit(axes: list[_Axis], dtype: DType, offsets: tuple[int, int]) -> int:
     inner, strides = axes[-1], [stride for axis in axes[:-1] for stride in (axis.source_stride, axis.stride)]
     if not inner.is_whole or inner.source_stride != 1 or inner.stride != 1:
         return 1
-    counts = (nbytes // dtype.itemsize for nbytes in _UNITS if nbytes > dtype.itemsize)
-    return next((n for n in counts if all(number % n == 0 for number in (inner.size, *offsets, *strides))), 1)
+    return elements_in_unit(dtype, (inner.size, *offsets, *strides))
 
 
 def _in_units(axes: list[_Axis], unit: int) -> list[_Axis]:

@@ -30,13 +30,17 @@ def lower(step: Step, context: Context) -> list[Launch]:
     return launches(op.stores, reads, step.outputs, context)
 
 
-def copy(source: Operand, output: Tensor, context: Context) -> list[Launch]:
-    """The launches that copy `source`, which lies along the axes of `output`."""
-    return launches((ex.Arg(0, output.dtype),), {0: source}, (output,), context)
+def copy(source: Operand, output: Tensor, context: Context, family: str) -> list[Launch]:
+    """The launches that copy `source`, which lies along the axes of `output`, as part of another family."""
+    return launches((ex.Arg(0, output.dtype),), {0: source}, (output,), context, family)
 
 
 def launches(
-    stores: tuple[ex.Expr, ...], reads: Mapping[int, Operand], outputs: Sequence[Tensor], context: Context
+    stores: tuple[ex.Expr, ...],
+    reads: Mapping[int, Operand],
+    outputs: Sequence[Tensor],
+    context: Context,
+    family: str = "pointwise",
 ) -> list[Launch]:
     """The launches that compute `stores` of operands along the axes of the outputs."""
     first = outputs[0]
@@ -54,7 +58,7 @@ def launches(
     grid = min(ceildiv(chunks, _THREADS), context.multiprocessors * _BLOCKS_PER_MULTIPROCESSOR)
     config: dict[str, int | bool | str] = {"width": width, "threads": _THREADS}
     arguments: dict[str, Argument] = {"rows": rows.rows, "columns": rows.columns}
-    return [launch("pointwise", "pointwise.cuh", config, [epilogue], arguments, (grid, 1, 1), _THREADS)]
+    return [launch(family, "pointwise.cuh", config, [epilogue], arguments, (grid, 1, 1), _THREADS)]
 
 
 def _column_axes(shape: tuple[int, ...], order: list[int], walks: list[tuple[int, ...]]) -> list[int]:

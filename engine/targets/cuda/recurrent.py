@@ -77,7 +77,7 @@ def lower(step: Step, context: Context) -> list[Launch]:
     sources = [step.inputs[2], *([step.inputs[3]] if op.cell is Cell.LSTM else [])]
     reads = {i: operand(source, 3) for i, source in enumerate(sources)}
     stores = tuple(ex.cast(ex.Arg(i, source.dtype), DType.F32) for i, source in enumerate(sources))
-    launches = [_own(copy) for copy in pointwise.launches(stores, reads, (first, cells)[: len(sources)], context)]
+    launches = pointwise.launches(stores, reads, (first, cells)[: len(sources)], context, "recurrent")
     blocks = ceildiv(hidden, _STEP_THREADS // shape.group)
     turns = max(1, ceildiv(2 * context.multiprocessors, blocks * directions))  # the others are taken in a loop
     grid = (blocks, min(ceildiv(batch, shape.rows), turns), directions)
@@ -145,15 +145,10 @@ def _scratch(name: str, shape: tuple[int, ...]) -> Tensor:
 def _final_states(step: Step, context: Context) -> list[Launch]:
     """Without steps the last states are the first."""
     return [
-        _own(copy)
+        copy
         for source, output in zip(step.inputs[2:], step.outputs[1:], strict=False)
         if output.elements
         for copy in pointwise.launches(
-            (ex.cast(ex.Arg(0, source.dtype), output.dtype),), {0: operand(source, 3)}, (output,), context
+            (ex.cast(ex.Arg(0, source.dtype), output.dtype),), {0: operand(source, 3)}, (output,), context, "recurrent"
         )
     ]
-
-
-def _own(copy: Launch) -> Launch:
-    """A copy that counts as this family's."""
-    return replace(copy, kernel=replace(copy.kernel, family="recurrent"))

@@ -69,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(config::threads, 1) kernel(const __
     const Tap* taps[AXES] = {};
 #pragma unroll
     for (int axis = AXES - 1; axis >= 0; --axis) {
-      const u32 outer = axis > 0 ? rest / static_cast<u32>(p.sizes[axis]) : 0, place = rest - outer * static_cast<u32>(p.sizes[axis]);
+      const u32 size = static_cast<u32>(p.sizes[axis]), outer = axis > 0 ? rest / size : 0, place = rest - outer * size;
       rest = outer;
       if (is_resized(axis)) taps[axis] = p.taps + p.first_taps[axis] + place * TAPS;
       else offset += place * p.strides[axis];
