@@ -1,4 +1,4 @@
-"""Looking up by index, and finding an index. Scatters, TopK and the like have no function: they become `Opaque`.
+"""Looking up by index, writing by index, and finding an index.
 
 All gathers are one lookup along one axis; where the indices follow from their position (see `grid.py`), a view.
 """
@@ -12,7 +12,7 @@ from engine.frontend import formula as f
 from engine.frontend.onnx_node import OnnxNode, compute_dtype, source, store
 from engine.frontend.operators.shape import positions
 from engine.frontend.operators.slicing import drop_axis, last, take
-from engine.frontend.registry import operator
+from engine.frontend.registry import Results, operator
 from engine.ir import expr as ex
 from engine.ir import ops
 from engine.ir.dim import Dim, Sym, product
@@ -101,6 +101,45 @@ def GatherND(node: OnnxNode, data: Value, indices: Value) -> Value:
             parts.append((_wrapped(node, component, data.shape[i]), stride))
     flat = node.reshape(data, (product(data.shape[:leading]), *data.shape[leading:]))
     return lookup(node, flat, _flat_index(node, parts))
+
+
+@operator("ScatterElements")
+@operator("Scatter")  # its old name
+def ScatterElements(node: OnnxNode, data: Value, indices: Value, updates: Value) -> Value:
+    return _scatter(node, node.axis(node.integer("axis", 0), data.rank), data, indices, updates)
+
+
+@operator("ScatterND")
+def ScatterND(node: OnnxNode, data: Value, indices: Value, updates: Value) -> Value:
+    return _scatter(node, None, data, indices, updates)
+
+
+def _scatter(node: OnnxNode, axis: int | None, data: Value, indices: Value, updates: Value) -> Value:
+    if not indices.dtype.is_int or updates.dtype is not data.dtype:
+        raise node.invalid(f"indices of type {indices.dtype.value}, updates of {updates.dtype.value}")
+    reduction = node.choice("reduction", "none", "add", "mul", "max", "min")
+    kind = ops.ScatterKind.REPLACE if reduction == "none" else ops.ScatterKind(reduction)
+    if kind is not ops.ScatterKind.REPLACE and not (data.dtype.is_float or data.dtype.is_int):
+        raise node.invalid(f"reduction {reduction!r} of {data.dtype.value}")
+    return node.add(ops.Scatter(axis, kind), data, indices, updates)
+
+
+@operator("TopK", since=10)
+def TopK(node: OnnxNode, x: Value, k: Value) -> Results:
+    (count,) = node.dims(k, "k")
+    return _top_k(node, x, count, bool(node.integer("largest", 1)))
+
+
+@operator("TopK")
+def TopK_1(node: OnnxNode, x: Value) -> Results:
+    return _top_k(node, x, node.integer("k"), True)
+
+
+def _top_k(node: OnnxNode, x: Value, count: Dim, largest: bool) -> Results:
+    """Sorted also where the model does not ask for it: any order is right then."""
+    if not (x.dtype.is_float or x.dtype.is_int):
+        raise node.invalid(f"elements of type {x.dtype.value}")
+    return node.add_all(ops.TopK(node.axis(node.integer("axis", -1), x.rank), count, largest), x)
 
 
 @operator("CumSum")

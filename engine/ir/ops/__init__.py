@@ -5,6 +5,7 @@ from engine.ir.ops.heavy import Attention, Conv, Gemm
 from engine.ir.ops.light import Norm, NormKind, Pointwise, Pool, PoolKind, Reduce, ReduceKind, Softmax
 from engine.ir.ops.move import Concat, Gather, Opaque, Pad, PadMode, Resize, ResizeMode, ShapeTensor
 from engine.ir.ops.recurrent import Cell, Recurrent
+from engine.ir.ops.select import Scatter, ScatterKind, TopK
 from engine.ir.ops.view import Expand, Reshape, Slice, Transpose, View
 
 __all__ = [
@@ -33,9 +34,12 @@ __all__ = [
     "Resize",
     "ResizeMode",
     "ResultTypes",
+    "Scatter",
+    "ScatterKind",
     "ShapeTensor",
     "Slice",
     "Softmax",
+    "TopK",
     "Transpose",
     "View",
     "broadcast_shapes",

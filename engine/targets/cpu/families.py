@@ -17,6 +17,7 @@ from engine.ir.ops import (
     Recurrent,
     Reduce,
     Resize,
+    Scatter,
     Softmax,
 )
 from engine.targets.cpu import (
@@ -32,6 +33,7 @@ from engine.targets.cpu import (
     recurrent,
     reduce,
     resize,
+    scatter,
     softmax,
 )
 from engine.targets.cpu.kernel import Family
@@ -49,6 +51,7 @@ FAMILIES: dict[type[Op], Family] = {
     Recurrent: recurrent,
     Reduce: reduce,
     Resize: resize,
+    Scatter: scatter,
     Softmax: softmax,
 }
 

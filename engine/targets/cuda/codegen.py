@@ -122,16 +122,23 @@ class _Writer:
             name = f"{self.prefix}_{i}"
             self.declare(name, operand)
             offset = f"row_offset(p.{name}, r)"
+            dtype, column = STORAGE[operand.dtype], _column(operand)
             if operand.index is not None:
                 self.declare(f"{name}_index", operand.index)
                 self.arguments[f"{name}_rows"] = operand.table_rows
                 self.arguments[f"{name}_row_stride"] = I64(operand.table_stride)
-                by = STORAGE[operand.index.dtype]
                 self.arguments[f"{self.prefix}_status"] = StatusWord()
+                by = STORAGE[operand.index.dtype]
                 place = f"p.{name}_index, row_offset(p.{name}_index, r)"
+                if operand.index.strides[-1]:  # another row in every column
+                    self.members.append(f"Fetched<{dtype}, Column::STRIDED> a{i};")
+                    self.fetches.append(
+                        f"inputs.a{i} = fetch_rows<{dtype}, {by}>(p.{name}, {offset}, {place}, p.{name}_rows, "
+                        f"p.{name}_row_stride, column, count, p.{self.prefix}_status);"
+                    )
+                    continue
                 row = f"table_row<{by}>({place}, p.{name}_rows, p.{self.prefix}_status)"
                 offset += f" + {row} * p.{name}_row_stride"
-            dtype, column = STORAGE[operand.dtype], _column(operand)
             self.members.append(f"Fetched<{dtype}, {column}> a{i};")
             self.fetches.append(
                 f"inputs.a{i} = fetch_columns<{dtype}, {column}, {self.aligned(operand)}>"

@@ -18,16 +18,25 @@ from engine.ir.dtype import DType
 from engine.ir.expr import PointOp
 from engine.ir.ops import (
     Attention,
+    Cell,
     Conv,
+    Gather,
     Gemm,
     Norm,
     NormKind,
     Op,
+    Pad,
+    PadMode,
     Pointwise,
     Pool,
     PoolKind,
+    Recurrent,
     Reduce,
     ReduceKind,
+    Resize,
+    ResizeMode,
+    Scatter,
+    ScatterKind,
     Softmax,
 )
 from engine.plan.plan import Step
@@ -66,6 +75,22 @@ def make_step(op: Op, inputs: Sequence[Given], name: str = "step") -> Step:
         for i, ((dtype, shape), need) in enumerate(zip(op.infer(placed), results, strict=True))
     )
     return Step(name, op, placed, outputs, op.cost(placed, outputs))
+
+
+def recurrent_step(cell: Cell, hidden: int, dtype: DType) -> Step:
+    """A recurrent network of 20 steps in both directions, batch 8."""
+    state: Given = (dtype, (2, 8, hidden))
+    inputs: list[Given] = [
+        (dtype, (20, 2, 8, cell.gates * hidden)), weight(2, cell.gates * hidden, hidden, dtype=dtype), state,
+    ]  # fmt: skip
+    inputs += [state] if cell is Cell.LSTM else []
+    inputs += [(dtype, (2, hidden))] if cell is Cell.GRU else []
+    return make_step(Recurrent(cell, 1), inputs, f"{cell.value} {hidden}")
+
+
+def results_in(step: Step, order: tuple[int, ...]) -> Step:
+    """The same step with its results' axes in `order`, from the outermost to the innermost."""
+    return replace(step, outputs=tuple(replace(t, strides=row_major(t.shape, order)) for t in step.outputs))
 
 
 def _tensor(i: int, given: Given) -> Tensor:
@@ -186,6 +211,27 @@ def steps() -> Iterator[Step]:
     yield make_step(Pointwise((stored(gelu(add(arg(0), arg(1)))),)), [row, (F16, (384,))], "pointwise")
     yield make_step(Pointwise((stored(arg(0, F32)),)), [(F32, (2, 3, 32, 32))], "cast")
     yield layout_copy(2, 32, 20, 20)
+    ids = (I64, (4, 25))
+    yield make_step(Gather(0), [(F16, (50, 64)), ids], "gather rows")
+    yield make_step(Gather(1), [(F16, (4, 77)), ids], "gather elements")
+    around = ((0, 0), (0, 0), (1, 1), (2, 2))
+    for mode in PadMode:
+        yield make_step(Pad(around, mode), [image], f"{mode.value} pad")
+    inner = make_step(Pad(around), [channels_inner(2, 64, 28, 28)], "constant pad, channels inside")
+    yield results_in(inner, channels_last(4))
+    for resize in ResizeMode:
+        by_two = Resize((2, 64, 56, 56), (1.0, 1.0, 2.0, 2.0), resize, stores=(stored(ACC),))
+        inner = make_step(by_two, [channels_inner(2, 64, 28, 28)], f"resize {resize.value}")
+        yield results_in(inner, channels_last(4))
+        yield make_step(by_two, [image], f"resize {resize.value}, channels outside")
+    places: Given = (I64, (20, 1))
+    yield make_step(Scatter(None), [(F16, (50, 64)), places, (F16, (20, 64))], "scatter rows")
+    yield make_step(Scatter(None, ScatterKind.ADD), [(F16, (50, 64)), places, (F16, (20, 64))], "scatter sum")
+    yield make_step(Scatter(1, ScatterKind.MAX), [(F32, (9, 77)), (I64, (9, 20)), (F32, (9, 20))], "scatter maximum")
+    yield recurrent_step(Cell.LSTM, 64, F16)
+    yield recurrent_step(Cell.LSTM, 1024, F16)
+    yield recurrent_step(Cell.GRU, 512, F32)
+    yield recurrent_step(Cell.RNN_TANH, 33, F16)
     mask = mul(ex.apply(PointOp.SUB, constant(1.0), ex.cast(ex.Arg(0, I64), F32)), constant(-65504.0))
     yield make_step(Pointwise((mask,)), [(I64, (4, 1, 1, 100))], "mask")
 
@@ -202,9 +248,13 @@ def embedding_norm(batch: int, sequence: int, features: int) -> Step:
 
 def layout_copy(n: int, c: int, h: int, w: int) -> Step:
     """NHWC to NCHW."""
+    return make_step(Pointwise((ex.Arg(0, F16),)), [channels_inner(n, c, h, w)], "layout copy")
+
+
+def channels_inner(n: int, c: int, h: int, w: int) -> Tensor:
+    """An image in NHWC."""
     buffer = Buffer("input0", BufferKind.INPUT, 2 * n * c * h * w)
-    image = Tensor(buffer, F16, (n, c, h, w), row_major((n, c, h, w), channels_last(4)))
-    return make_step(Pointwise((ex.Arg(0, F16),)), [image], "layout copy")
+    return Tensor(buffer, F16, (n, c, h, w), row_major((n, c, h, w), channels_last(4)))
 
 
 def attention(dtype: DType, head: int, causal: bool, bias: int) -> Step:

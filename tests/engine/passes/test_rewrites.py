@@ -28,6 +28,14 @@ def test_constant_sub_graphs_are_folded() -> None:
     assert kinds(graph) == {"Pointwise": 1}
 
 
+def test_scatters_of_constants_are_folded() -> None:
+    nodes = 'a = ScatterND(c, i, u) b = ScatterElements<axis=1,reduction="add">(a, j, v) y = Mul(x, b)'
+    text = HEAD + f"(double[n,3,4] y) {{ {nodes} }}"
+    content = {"c": random(3, 4), "i": np.array([[1], [-1]]), "u": random(2, 4)}
+    content |= {"j": np.array([[0, 3]]), "v": random(1, 2)}
+    assert kinds(check(model(text, content), X, (fold,))) == {"Pointwise": 1}
+
+
 def test_large_expansions_are_not_folded() -> None:
     text = HEAD + "(double[1000,1000] y) { e = Expand(c, shape) y = Exp(e) }"
     graph = rewritten(model(text, {"c": np.array([1.0]), "shape": np.array([1000, 1000])}))

@@ -29,3 +29,9 @@ def fed(dtype: DType, shape: tuple[int, ...], inner: int, number: int = 1) -> Te
     axes.append(axes.pop(inner))
     buffer = Buffer(f"input{number}", BufferKind.INPUT, int(np.prod(shape)) * dtype.itemsize)
     return Tensor(buffer, dtype, shape, row_major(shape, tuple(axes)))
+
+
+def order_of(rng: np.random.Generator, rank: int) -> tuple[int, ...]:
+    """Axes from the outermost to the innermost: most often in their own order."""
+    axes = range(rank) if rng.random() < 0.5 else rng.permutation(rank)
+    return tuple(int(axis) for axis in axes)

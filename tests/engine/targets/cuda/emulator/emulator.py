@@ -83,10 +83,11 @@ def _cache() -> Path:
     return folder
 
 
-def run(launch: Launch, address: Callable[[Pointer], int], stamp: int, architecture: int) -> None:
-    """Run one launch; `address` places pointers in host memory. Raises EmulationError."""
+def run(launch: Launch, address: Callable[[Pointer], int], stamp: int, architecture: int, status: int = 0) -> None:
+    """Run one launch; `address` places pointers in host memory, `stamp` and `status` are addresses, too. Raises
+    EmulationError."""
     kernel = launch.kernel
-    params = pack(launch.arguments, address, lambda map_: encode(map_, address(map_.pointer)), stamp)
+    params = pack(launch.arguments, address, lambda map_: encode(map_, address(map_.pointer)), stamp, status)
     memory = ctypes.create_string_buffer(len(params) + 64)
     start = -ctypes.addressof(memory) % 64 + ctypes.addressof(memory)  # tensor maps are aligned to 64 bytes
     ctypes.memmove(start, params, len(params))
