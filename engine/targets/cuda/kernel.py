@@ -23,7 +23,7 @@ from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.source import Source
 
-MAX_LEVELS = 4  # kernels/epilogue/access.cuh
+USUAL_LEVELS = 4  # row levels of a kernel's tensors, unless one has more
 ALIGNMENT = 256  # bytes; every device buffer starts at a multiple
 
 
@@ -85,7 +85,14 @@ class StatusWord:
     up; null where nobody reads it."""
 
 
-Argument: TypeAlias = Pointer | TensorArgument | LevelSizes | TensorMap | I64 | I64s | StatusWord | int | float
+@dataclass(frozen=True)
+class F64:
+    """A 64-bit float. Plain floats are 32 bits wide."""
+
+    value: float
+
+
+Argument: TypeAlias = Pointer | TensorArgument | LevelSizes | TensorMap | I64 | I64s | StatusWord | F64 | int | float
 
 
 class Instruction(Enum):
@@ -121,20 +128,28 @@ class Launch:
         return any(isinstance(argument, StatusWord) for _, argument in self.arguments)
 
 
-_TENSOR = np.dtype([("data", "u8"), ("row", "i8", MAX_LEVELS), ("column", "i8")], align=True)
-_LEVELS = np.dtype([("size", "u4", MAX_LEVELS)], align=True)
 _TENSOR_MAP = np.dtype([("words", "u8", 16)], align=True)
 
 
-def _declaration(name: str, argument: Argument) -> tuple[str, np.dtype]:
-    """The member's C++ declaration and its NumPy type."""
+def max_levels(arguments: Sequence[tuple[str, Argument]]) -> int:
+    """The row levels that `Tensor` and `Levels` of kernels/epilogue/access.cuh have room for in a launch."""
+    counts = (
+        len(a.rows if isinstance(a, TensorArgument) else a.sizes)
+        for _, a in arguments
+        if isinstance(a, TensorArgument | LevelSizes)
+    )
+    return max(USUAL_LEVELS, *counts, 0)
+
+
+def _declaration(name: str, argument: Argument, levels: int = USUAL_LEVELS) -> tuple[str, np.dtype]:
+    """The member's C++ declaration and its NumPy type; tensors have room for `levels` row levels."""
     match argument:
         case Pointer(ctype=ctype):
             return f"{ctype}* {name};", np.dtype("u8")
         case TensorArgument():
-            return f"Tensor {name};", _TENSOR
+            return f"Tensor {name};", np.dtype([("data", "u8"), ("row", "i8", levels), ("column", "i8")], align=True)
         case LevelSizes():
-            return f"Levels {name};", _LEVELS
+            return f"Levels {name};", np.dtype([("size", "u4", levels)], align=True)
         case TensorMap():
             return f"TensorMap {name};", _TENSOR_MAP
         case I64():
@@ -143,6 +158,8 @@ def _declaration(name: str, argument: Argument) -> tuple[str, np.dtype]:
             return f"i64 {name}[{len(values)}];", np.dtype(("i8", (len(values),)))
         case StatusWord():
             return f"u32* {name};", np.dtype("u8")
+        case F64():
+            return f"double {name};", np.dtype("f8")
         case float():
             return f"float {name};", np.dtype("f4")
         case _:
@@ -168,8 +185,8 @@ def pack(
 ) -> bytes:
     """The bytes of `Params`. `address` places pointers, `encode` makes the 128 bytes of a tensor map; `stamp` and
     `status` are the addresses of stamp slot and status word."""
-    ordered = _ordered(arguments)
-    fields = [(name, _declaration(name, argument)[1]) for name, argument in ordered]
+    ordered, levels = _ordered(arguments), max_levels(arguments)
+    fields = [(name, _declaration(name, argument, levels)[1]) for name, argument in ordered]
     record = np.zeros(1, np.dtype([*fields, ("stamp", "u8")], align=True))
     for name, argument in ordered:
         match argument:
@@ -183,7 +200,7 @@ def pack(
                 record[name]["size"][0, : len(sizes)] = sizes
             case TensorMap():
                 record[name]["words"] = np.frombuffer(encode(argument), "u8")
-            case I64(value=value):
+            case I64(value=value) | F64(value=value):
                 record[name] = value
             case I64s(values=values):
                 record[name] = values
@@ -263,6 +280,11 @@ def pointer_to(tensor: Tensor) -> Pointer:
     return Pointer(tensor.buffer, tensor.offset * tensor.dtype.itemsize, STORAGE[tensor.dtype])
 
 
+def workspace(nbytes: int) -> Buffer:
+    """Memory for what one launch of a step leaves to the next. Its content before and after a step has no meaning."""
+    return Buffer("workspace", BufferKind.PLAN, nbytes, np.zeros(nbytes, np.uint8))
+
+
 def is_constant(tensor: Tensor) -> bool:
     """Whether the content is known before the plan runs and shared by all plans."""
     return tensor.buffer.kind is BufferKind.CONSTANT
@@ -294,7 +316,7 @@ def launch(
     A `config` value that is a string is a type. `helpers` is device code that the body calls.
     """
     every = [*arguments.items(), *(item for functor in functors for item in functor.arguments)]
-    config = {"width": 8, **config}
+    config = {"width": 8, "max_levels": max_levels(every), **config}
     constants = [
         f"using {name} = {value};" if isinstance(value, str) else f"constexpr {_ctype(value)} {name} = {int(value)};"
         for name, value in config.items()
@@ -319,7 +341,8 @@ def launch(
             f'#include "{body}"\n',
         ]
     )
-    name = "_".join([family, *(f"{key}{int(value)}" for key, value in config.items() if not isinstance(value, str))])
+    named = {key: value for key, value in config.items() if not isinstance(value, str) and key != "max_levels"}
+    name = "_".join([family, *(f"{key}{int(value)}" for key, value in named.items())])
     return Launch(Kernel(family, Source(name, text), threads, shared_bytes, instruction), grid, tuple(every))
 
 

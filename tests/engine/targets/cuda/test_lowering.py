@@ -136,11 +136,26 @@ def test_rows_that_lie_together_merge() -> None:
     assert space((8, 1, 16), (0, 1), (2,), [dense]).levels == (8,)
 
 
-def test_a_layout_that_needs_too_many_levels_is_refused() -> None:
+def test_a_layout_has_as_many_levels_as_it_needs() -> None:
     shape, strides = (2, 3, 2, 3, 2, 8), (1000, 1, 300, 20, 7, 31)
     tensor = Tensor(Buffer("b", BufferKind.INPUT, 1 << 20), F16, shape, strides)
-    with pytest.raises(UnsupportedOp, match="levels"):
-        space(shape, range(5), (5,), [operand(tensor, 6)])
+    assert space(shape, range(5), (5,), [operand(tensor, 6)]).levels == shape[:5]
+    launch = lower(make_step(Pointwise((ex.Arg(0, F16),)), [tensor]))
+    assert "max_levels = 5;" in launch.kernel.source.text
+
+
+def test_a_tensor_with_more_rows_than_a_kernel_counts_is_refused() -> None:
+    shape = (1 << 31, 3)
+    tensor = Tensor(Buffer("b", BufferKind.INPUT, 1 << 40), F16, shape, (5, 1))
+    with pytest.raises(UnsupportedOp, match="2³¹"):
+        lower(make_step(Pointwise((ex.Arg(0, F16),)), [tensor]))
+
+
+def test_a_large_copy_counts_in_64_bits() -> None:
+    tensor = Tensor(Buffer("b", BufferKind.INPUT, 1 << 40), F16, (1 << 10, 1 << 25), (1 << 25, 1))
+    assert "count_t = u64;" in lower(make_step(Pointwise((ex.Arg(0, F16),)), [tensor])).kernel.source.text
+    tensor = Tensor(Buffer("b", BufferKind.INPUT, 1 << 40), F16, (1 << 10, 1 << 20), (1 << 20, 1))
+    assert "count_t = u32;" in lower(make_step(Pointwise((ex.Arg(0, F16),)), [tensor])).kernel.source.text
 
 
 def test_old_gpus_are_refused_by_name() -> None:
@@ -152,5 +167,5 @@ def test_old_gpus_are_refused_by_name() -> None:
 def test_a_copy_between_layouts_runs_along_the_result() -> None:
     launch = lower(cv.layout_copy(1, 32, 10, 10))
     arguments = dict(launch.arguments)
-    assert arguments["columns"] == 100
+    assert (arguments["size_x"], arguments["size_y"]) == (32, 100)
     assert isinstance(make_step(Pointwise((ex.Arg(0, DType.I64),)), [(DType.I64, (3,))]).op, Pointwise)

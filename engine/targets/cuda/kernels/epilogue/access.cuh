@@ -5,7 +5,7 @@
 #include "types.cuh"
 
 constexpr int WIDTH = config::width;  // elements a thread handles at once: 8, or 1 where columns are not neighbours
-constexpr int MAX_LEVELS = 4;
+constexpr int MAX_LEVELS = config::max_levels;  // 4, or as many as the launch's tensors need
 
 struct Tensor {  // strides in elements; `data` points at element (0, 0)
   void* data;
@@ -37,7 +37,7 @@ template <int LEVELS> DEVICE i64 row_offset(const Tensor& t, const RowIndex<LEVE
   return offset;
 }
 
-template <class T> struct alignas(sizeof(T) * 8 < 16 ? sizeof(T) * 8 : 16) Pack { T element[WIDTH]; };
+template <class T> struct alignas(sizeof(T) * WIDTH < 16 ? sizeof(T) * WIDTH : 16) Pack { T element[WIDTH]; };
 
 // `count` columns from `column` on (at most WIDTH), as they lie in memory: fetched early, widened when they are used, so that
 // many loads can be under way before the first store. ALIGNED: the caller has WIDTH columns, at a multiple of their size.

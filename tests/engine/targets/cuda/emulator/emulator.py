@@ -25,7 +25,8 @@ from engine.targets.cuda.source import Source, expand
 
 _HERE = Path(__file__).parent
 _MESSAGE_BYTES = 256
-_FLAGS = ("-std=c++17", "-O1", "-march=native", "-fno-strict-aliasing", "-shared", "-fPIC", "-w")
+# -fno-gnu-unique: kernels of one name and another size must not share the shared memory of their functions.
+_FLAGS = ("-std=c++17", "-O1", "-march=native", "-fno-strict-aliasing", "-fno-gnu-unique", "-shared", "-fPIC", "-w")
 # The product is generated as machine instructions (gemm.py); ptx/wgmma.cuh beside this file has it for every width.
 _GENERATED_PRODUCT = re.compile(r"^template <int N, class T> DEVICE void wgmma\(.*?^}\n", re.MULTILINE | re.DOTALL)
 _DYNAMIC_SHARED = re.compile(r"^.*extern __shared__ .*$", re.MULTILINE)
