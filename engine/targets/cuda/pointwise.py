@@ -3,6 +3,7 @@ along different axes, through tiles in shared memory (transpose.cuh)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -21,6 +22,7 @@ from engine.targets.cuda.spaces import (
     column_group,
     operand,
     operands,
+    refuse_empty_tables,
     space,
 )
 
@@ -42,21 +44,44 @@ def lower(step: Step, context: Context) -> list[Launch]:
     assert isinstance(op, Pointwise)
     if not step.outputs[0].elements:
         return []
-    starts = range(0, len(op.stores), _MAX_STORES)
-    parts = [(op.stores[i : i + _MAX_STORES], step.outputs[i : i + _MAX_STORES]) for i in starts]
-    return [_lower_stores(step, stores, outputs, context) for stores, outputs in parts]
+    reads = operands(step.inputs, ex.arguments(*op.stores), op.gathers, len(step.outputs[0].shape))
+    refuse_empty_tables(step, reads.values())
+    return launches(op.stores, reads, step.outputs, context)
 
 
-def _lower_stores(step: Step, stores: tuple[ex.Expr, ...], outputs: tuple[Tensor, ...], context: Context) -> Launch:
-    op, shape = step.op, outputs[0].shape
-    assert isinstance(op, Pointwise)
-    reads = operands(step.inputs, ex.arguments(*stores), op.gathers, len(shape))
+def copy(source: Operand, output: Tensor, context: Context, family: str) -> list[Launch]:
+    """The launches that copy `source`, which lies along the axes of `output`, as part of another family."""
+    return launches((ex.Arg(0, output.dtype),), {0: source}, (output,), context, family)
+
+
+def launches(
+    stores: tuple[ex.Expr, ...],
+    reads: Mapping[int, Operand],
+    outputs: Sequence[Tensor],
+    context: Context,
+    family: str = "pointwise",
+) -> list[Launch]:
+    """The launches that compute `stores` of operands along the axes of the outputs."""
+    starts = range(0, len(stores), _MAX_STORES)
+    parts = [(stores[i : i + _MAX_STORES], outputs[i : i + _MAX_STORES]) for i in starts]
+    return [_launch(part, reads, results, context, family) for part, results in parts]
+
+
+def _launch(
+    stores: tuple[ex.Expr, ...],
+    every_read: Mapping[int, Operand],
+    outputs: Sequence[Tensor],
+    context: Context,
+    family: str,
+) -> Launch:
+    shape = outputs[0].shape
+    reads = {i: every_read[i] for i in ex.arguments(*stores)}
     writes = [operand(tensor, len(shape)) for tensor in outputs]
     # Axes as they lie in the first result, so that neighbouring threads write neighbouring elements.
     order = by_stride(range(len(shape)), outputs[0].strides)
     transposed = _find_transposition(shape, order, stores, reads, writes)
     if transposed is not None:
-        return _launch_transposed(shape, stores, reads, writes, transposed)
+        return _launch_transposed(shape, reads, writes, transposed, family)
     every = [*reads.values(), *writes]
     columns = column_group(shape, order, every)
     rows = space(shape, order[: len(order) - len(columns)], columns, every)
@@ -69,7 +94,7 @@ def _lower_stores(step: Step, stores: tuple[ex.Expr, ...], outputs: tuple[Tensor
         "width": width, "threads": _THREADS, "count_t": "u32" if chunks <= MAX_COUNT else "u64",
     }  # fmt: skip
     arguments: dict[str, Argument] = {"rows": rows.rows, "columns": rows.columns}
-    return launch("pointwise", "pointwise.cuh", config, [epilogue], arguments, (grid, 1, 1), _THREADS)
+    return launch(family, "pointwise.cuh", config, [epilogue], arguments, (grid, 1, 1), _THREADS)
 
 
 @dataclass(frozen=True)
@@ -127,11 +152,7 @@ def _find_transposition(
 
 
 def _launch_transposed(
-    shape: tuple[int, ...],
-    stores: tuple[ex.Expr, ...],
-    reads: dict[int, Operand],
-    writes: list[Operand],
-    plan: _Transposition,
+    shape: tuple[int, ...], reads: dict[int, Operand], writes: list[Operand], plan: _Transposition, family: str
 ) -> Launch:
     loaded = {i: reads[i] for i in ex.arguments(plan.source)}
     stored = {i: reads[i] for i in ex.arguments(*plan.stores)}
@@ -150,4 +171,4 @@ def _launch_transposed(
         "element_t": STORAGE[plan.source.dtype],
     }
     arguments: dict[str, Argument] = {"size_x": size_x, "size_y": size_y}
-    return launch("pointwise", "transpose.cuh", config, [prologue, epilogue], arguments, (tiles, 1, 1), _THREADS)
+    return launch(family, "transpose.cuh", config, [prologue, epilogue], arguments, (tiles, 1, 1), _THREADS)

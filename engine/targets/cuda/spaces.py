@@ -6,13 +6,14 @@ that most kernels split no row index at run time. The device side is kernels/epi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from engine.errors import ShapeError, UnsupportedOp
 from engine.ir.dtype import DType
 from engine.ir.ops.light import Gathers
+from engine.plan.plan import Step
 from engine.plan.tensor import Tensor
 from engine.targets.cuda.kernel import Pointer, pointer_to
 
@@ -53,21 +54,28 @@ def operand(tensor: Tensor, rank: int) -> Operand:
 def operands(inputs: Sequence[Tensor], used: Sequence[int], gathers: Gathers, rank: int) -> dict[int, Operand]:
     """The inputs numbered `used`; a gathered table is seen as `table[index[…]]`."""
     tables = dict(gathers)
-    for table, index in gathers:
-        if inputs[table].shape[0] == 0 and inputs[index].elements:
-            raise ShapeError("an index selects from an axis of size 0")
-    return {i: _gathered(inputs[i], inputs[tables[i]], rank) if i in tables else operand(inputs[i], rank) for i in used}
+    return {
+        i: gathered(inputs[i], inputs[tables[i]], 0, rank) if i in tables else operand(inputs[i], rank) for i in used
+    }
 
 
-def _gathered(table: Tensor, index: Tensor, rank: int) -> Operand:
-    shape = (*index.shape, *table.shape[1:])
-    own = operand(
-        Tensor(table.buffer, table.dtype, shape, (*(0,) * len(index.shape), *table.strides[1:]), table.offset), rank
-    )
+def gathered(table: Tensor, index: Tensor, axis: int, rank: int) -> Operand:
+    """`table.take(index, axis)` broadcast NumPy-style to `rank` axes."""
+    after = len(table.shape) - axis - 1
+    shape = (*table.shape[:axis], *index.shape, *table.shape[axis + 1 :])
+    still = (0,) * len(index.shape)
+    strides = (*table.strides[:axis], *still, *table.strides[axis + 1 :])
+    own = operand(Tensor(table.buffer, table.dtype, shape, strides, table.offset), rank)
     by = operand(
-        Tensor(index.buffer, index.dtype, shape, (*index.strides, *(0,) * (len(table.shape) - 1)), index.offset), rank
+        Tensor(index.buffer, index.dtype, shape, ((0,) * axis + index.strides + (0,) * after), index.offset), rank
     )
-    return Operand(own.pointer, own.dtype, own.strides, own.offset, by, table.shape[0], table.strides[0])
+    return Operand(own.pointer, own.dtype, own.strides, own.offset, by, table.shape[axis], table.strides[axis])
+
+
+def refuse_empty_tables(step: Step, reads: Iterable[Operand]) -> None:
+    """Raise ShapeError where an index selects from an axis of size 0: there is no row to read instead."""
+    if any(operand.index is not None and not operand.table_rows for operand in reads) and step.outputs[0].elements:
+        raise ShapeError(f"{step.name}: an index selects from an axis of size 0")
 
 
 @dataclass(frozen=True, eq=False)
