@@ -26,7 +26,16 @@ from engine.targets.cuda.kernel import (
     launch,
     workspace,
 )
-from engine.targets.cuda.spaces import VECTOR, Operand, Space, check_counts, operand, operands, space
+from engine.targets.cuda.spaces import (
+    VECTOR,
+    Operand,
+    Space,
+    check_counts,
+    operand,
+    operands,
+    refuse_empty_tables,
+    space,
+)
 from engine.targets.cuda.sweeps import (
     BLOCK_THREADS,
     STEPS_PER_PART,
@@ -91,6 +100,7 @@ class _Work:
         assert isinstance(op, Norm | Softmax)
         reads = operands(step.inputs, ex.arguments(source), gathers, len(shape))
         more = operands(step.inputs, ex.arguments(*op.stores), gathers, len(shape))
+        refuse_empty_tables(step, (*reads.values(), *more.values()))
         writes = [operand(tensor, len(shape)) for tensor in step.outputs]
         every = [*reads.values(), *more.values(), *writes]
         self.name = op.name.lower()

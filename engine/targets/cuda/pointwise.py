@@ -22,6 +22,7 @@ from engine.targets.cuda.spaces import (
     column_group,
     operand,
     operands,
+    refuse_empty_tables,
     space,
 )
 
@@ -41,7 +42,10 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
 def lower(step: Step, context: Context) -> list[Launch]:
     op = step.op
     assert isinstance(op, Pointwise)
+    if not step.outputs[0].elements:
+        return []
     reads = operands(step.inputs, ex.arguments(*op.stores), op.gathers, len(step.outputs[0].shape))
+    refuse_empty_tables(step, reads.values())
     return launches(op.stores, reads, step.outputs, context)
 
 
@@ -58,19 +62,20 @@ def launches(
     family: str = "pointwise",
 ) -> list[Launch]:
     """The launches that compute `stores` of operands along the axes of the outputs."""
-    if not outputs[0].elements:
-        return []
     starts = range(0, len(stores), _MAX_STORES)
     parts = [(stores[i : i + _MAX_STORES], outputs[i : i + _MAX_STORES]) for i in starts]
-    return [
-        _launch({i: reads[i] for i in ex.arguments(*some)}, some, results, context, family) for some, results in parts
-    ]
+    return [_launch(part, reads, results, context, family) for part, results in parts]
 
 
 def _launch(
-    reads: dict[int, Operand], stores: tuple[ex.Expr, ...], outputs: Sequence[Tensor], context: Context, family: str
+    stores: tuple[ex.Expr, ...],
+    every_read: Mapping[int, Operand],
+    outputs: Sequence[Tensor],
+    context: Context,
+    family: str,
 ) -> Launch:
     shape = outputs[0].shape
+    reads = {i: every_read[i] for i in ex.arguments(*stores)}
     writes = [operand(tensor, len(shape)) for tensor in outputs]
     # Axes as they lie in the first result, so that neighbouring threads write neighbouring elements.
     order = by_stride(range(len(shape)), outputs[0].strides)
@@ -113,8 +118,6 @@ def _find_transposition(
 ) -> _Transposition | None:
     """How to go through tiles, where that pays: all results have their neighbours along one axis, and some inputs along
     another."""
-    if any(read.index is not None for read in reads.values()):
-        return None
     large = [axis for axis in order if shape[axis] > 1]
     if len(large) < 2 or any(write.strides[large[-1]] != 1 for write in writes):
         return None

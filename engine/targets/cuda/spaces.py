@@ -54,9 +54,6 @@ def operand(tensor: Tensor, rank: int) -> Operand:
 def operands(inputs: Sequence[Tensor], used: Sequence[int], gathers: Gathers, rank: int) -> dict[int, Operand]:
     """The inputs numbered `used`; a gathered table is seen as `table[index[…]]`."""
     tables = dict(gathers)
-    for table, index in gathers:
-        if inputs[table].shape[0] == 0 and inputs[index].elements:
-            raise ShapeError("an index selects from an axis of size 0")
     return {
         i: gathered(inputs[i], inputs[tables[i]], 0, rank) if i in tables else operand(inputs[i], rank) for i in used
     }
