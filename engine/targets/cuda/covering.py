@@ -46,11 +46,11 @@ from engine.targets.cuda.attention import heads_of, launch_attention
 from engine.targets.cuda.attention_tiles import Heads, candidates
 from engine.targets.cuda.conv import Geometry, channels_last, launch_conv, pack_filter
 from engine.targets.cuda.families import family_of
-from engine.targets.cuda.gemm import Tile, epilogue_of, launch_product
+from engine.targets.cuda.gemm import epilogue_of, launch_product
 from engine.targets.cuda.image import Filter, centre_box, launch_images
 from engine.targets.cuda.kernel import Context, Launch, Pointer, WeightStore
 from engine.targets.cuda.product import product_of
-from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES
+from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES, Tile
 
 F16, F32, I64 = DType.F16, DType.F32, DType.I64
 ACC = ex.Acc()
@@ -389,10 +389,11 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
     residual = make_step(Gemm((BIAS_RESIDUAL,)), [*fp16.inputs, (F16, (300, 400))])
     portable = [tile for tile in MMA_TILES if tile.shared_bytes <= architecture.shared_bytes]
     wgmma = WGMMA_TILES if architecture.wgmma else ()
+    divisible: list[Tile] = [*portable, *(tile for tile in wgmma if tile.most_splits > 1)]
     rounding = replace(context, tf32=True)
     chosen: list[tuple[Step, Context, Sequence[Tile]]] = [
         (fp16, context, (*portable, *wgmma)),
-        (residual, context, [replace(tile, splits=3) for tile in (*portable, *wgmma)]),
+        (residual, context, [replace(tile, splits=3) for tile in divisible]),
         (_product(DType.BF16), context, (portable[0], *wgmma[:1])),
         (_product(F32), rounding, (portable[0], portable[-1], *wgmma[:1], *wgmma[7:8])),
         (_product(F32), context, portable),

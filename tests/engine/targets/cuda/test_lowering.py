@@ -27,6 +27,7 @@ from engine.targets.cuda.kernel import (
     TensorArgument,
     WeightStore,
     pack,
+    workspace_bytes,
 )
 from engine.targets.cuda.product import pack_weight
 from engine.targets.cuda.spaces import operand, space
@@ -44,6 +45,26 @@ def test_hopper_takes_wgmma_where_the_copy_engine_can_read() -> None:
     assert lower(aligned).kernel.instruction is Instruction.WGMMA
     assert lower(aligned, SM_80).kernel.instruction is Instruction.MMA
     assert lower(odd).kernel.instruction is Instruction.MMA
+
+
+def test_fp32_takes_wgmma_only_where_it_may_be_rounded() -> None:
+    step = make_step(Gemm((ACC,)), [(F32, (64, 384)), weight(384, 384, dtype=F32)])
+    for tf32, instruction in ((True, Instruction.WGMMA), (False, Instruction.MMA)):
+        (launch,) = family_of(step.op).lower(step, Context(SM_90A, 132, WeightStore(), tf32))
+        assert launch.kernel.instruction is instruction
+
+
+@pytest.mark.parametrize("architecture", [SM_80, SM_90A])
+def test_few_tiles_of_a_long_product_share_its_k(architecture) -> None:
+    launch = lower(make_step(Gemm((ACC,)), [(F16, (64, 8192)), weight(8192, 64)]), architecture)
+    arguments = dict(launch.arguments)
+    assert launch.grid[1] == arguments["splits"] > 1
+    assert not arguments["arrived"].buffer.data.any()
+    assert workspace_bytes([launch]) == arguments["partials"].buffer.nbytes >= 4 * 64 * 64 * arguments["splits"]
+    assert arguments["arrived"].buffer.data.size >= launch.grid[0]
+    whole = lower(make_step(Gemm((ACC,)), [(F16, (4096, 256)), weight(256, 4096)]), architecture)
+    assert "splits" not in dict(whole.arguments)
+    assert workspace_bytes([whole]) == 0
 
 
 def test_a_pointwise_convolution_is_a_product() -> None:
