@@ -306,8 +306,9 @@ def _scatter(op: ops.Scatter, inputs: Sequence[Array], sizes: Sizes, node: Node)
 
 def _top_k(op: ops.TopK, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
     x, k = inputs[0], evaluate(op.k, sizes)
+    key = x.astype(np.float64) if DType.of(x.dtype).is_float else x  # where NaN is sorted last
     # A stable sort of what is turned round keeps equal elements in their order when it is turned back.
-    order = np.argsort(np.flip(x, op.axis) if op.largest else x, axis=op.axis, kind="stable")
+    order = np.argsort(np.flip(key, op.axis) if op.largest else key, axis=op.axis, kind="stable")
     if op.largest:
         order = np.flip(x.shape[op.axis] - 1 - order, op.axis)
     best = np.take(order, np.arange(k), axis=op.axis)

@@ -19,6 +19,7 @@ from engine.ir.ops import (
     Resize,
     Scatter,
     Softmax,
+    TopK,
 )
 from engine.targets.cpu import (
     attention,
@@ -35,6 +36,7 @@ from engine.targets.cpu import (
     resize,
     scatter,
     softmax,
+    top_k,
 )
 from engine.targets.cpu.kernel import Family
 
@@ -53,6 +55,7 @@ FAMILIES: dict[type[Op], Family] = {
     Resize: resize,
     Scatter: scatter,
     Softmax: softmax,
+    TopK: top_k,
 }
 
 

@@ -38,6 +38,7 @@ from engine.ir.ops import (
     Scatter,
     ScatterKind,
     Softmax,
+    TopK,
 )
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
@@ -233,6 +234,9 @@ def steps() -> Iterator[Step]:
     yield make_step(Scatter(None), [(F16, (50, 64)), places, (F16, (20, 64))], "scatter rows")
     yield make_step(Scatter(None, ScatterKind.ADD), [(F16, (50, 64)), places, (F16, (20, 64))], "scatter sum")
     yield make_step(Scatter(1, ScatterKind.MAX), [(F32, (9, 77)), (I64, (9, 20)), (F32, (9, 20))], "scatter maximum")
+    yield make_step(TopK(1, 5), [(F16, (4, 1000))], "top 5")
+    yield make_step(TopK(0, 1024, False), [(F32, (3000, 2))], "lowest 1024")
+    yield make_step(TopK(1, 2000), [(F32, (2, 3000))], "top 2000")
     yield recurrent_step(Cell.LSTM, 64, F16)
     yield recurrent_step(Cell.LSTM, 1024, F16)
     yield recurrent_step(Cell.GRU, 512, F32)

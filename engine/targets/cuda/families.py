@@ -19,6 +19,7 @@ from engine.ir.ops import (
     Resize,
     Scatter,
     Softmax,
+    TopK,
 )
 from engine.targets.cuda import (
     attention,
@@ -34,6 +35,7 @@ from engine.targets.cuda import (
     reduce,
     resize,
     scatter,
+    top_k,
 )
 from engine.targets.cuda.kernel import Family
 
@@ -52,6 +54,7 @@ FAMILIES: dict[type[Op], Family] = {
     Resize: resize,
     Scatter: scatter,
     Softmax: normalize,
+    TopK: top_k,
 }
 
 
