@@ -1,8 +1,9 @@
 """One engine instance: takes commands, runs batches, sends reports.
 
 Threads: `engine` alone runs batches (so the cores are shared fairly between models and nothing waits for a lock inside
-the engine); `loader` loads, warms up, unloads; `statistics` reads counters, so that a scrape never waits for either.
-`handle` may be called by one receiving thread and returns at once.
+the engine); where a model overlaps several runs, as on a GPU, there are as many engine threads, each with one batch.
+`loader` loads, warms up, unloads; `statistics` reads counters, so that a scrape never waits for either. `handle` may be
+called by one receiving thread and returns at once.
 """
 
 import logging
@@ -61,16 +62,25 @@ class EngineWorker:
         self._engine = engine
         self._reports = report
         self._on_lost = on_lost
-        self._busy_since = 0.0
+        self._busy_since: dict[int, float] = {}
+        self._scattering = threading.Lock()
         self._scheduler = Scheduler()
         self._models: dict[ModelKey, EngineModel] = {}
         self._loader = ThreadPoolExecutor(1, "loader")
         self._statistics = ThreadPoolExecutor(1, "statistics")
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Start the engine thread."""
-        self._thread.start()
+        self._start_threads(1)
+
+    def _start_threads(self, count: int) -> None:
+        """Have at least so many engine threads."""
+        while len(self._threads) < count:
+            number = len(self._threads)
+            thread = threading.Thread(target=self._run, name=f"engine {number}" if number else "engine", daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def handle(self, command: Command) -> None:
         """Take one command; never blocks."""
@@ -113,7 +123,8 @@ class EngineWorker:
             self._report(LoadFailed(command.key, str(error) or type(error).__name__))
             return
         self._models[command.key] = model
-        self._scheduler.add(command.key, command.batching, axes)
+        self._start_threads(model.concurrent_runs)
+        self._scheduler.add(command.key, command.batching, axes, model.concurrent_runs)
         self._report(
             ModelReady(
                 key=command.key,
@@ -135,7 +146,8 @@ class EngineWorker:
         self._report(Unloaded(key))
 
     def _stop(self) -> None:
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         for key in list(self._models):
             self._models.pop(key).close()
         self._statistics.shutdown(wait=False)
@@ -154,7 +166,7 @@ class EngineWorker:
             models.append(ModelStats(key, kernels, tuple(model.memory().items()), queued, dropped))
         self._report(StatsReport(command.id, tuple(models)))
 
-    # ---- engine thread
+    # ---- engine threads
 
     def _run(self) -> None:
         while self._run_next():
@@ -165,16 +177,19 @@ class EngineWorker:
         work = self._scheduler.take(self._expired)
         if work is None:
             return False
-        self._busy_since = time.monotonic()
-        self._execute(work)
-        self._busy_since = 0.0
+        self._busy_since[threading.get_ident()] = time.monotonic()
+        try:
+            self._execute(work)
+        finally:
+            del self._busy_since[threading.get_ident()]
+            self._scheduler.done(work)
         return True
 
     @property
     def busy_seconds(self) -> float:
-        """How long the present batch has been running; 0 when none is."""
-        since = self._busy_since
-        return time.monotonic() - since if since else 0.0
+        """How long the oldest batch has been running; 0 when none is."""
+        since = list(self._busy_since.values())
+        return time.monotonic() - min(since) if since else 0.0
 
     def _expired(self, entry: Entry) -> None:
         text = "the deadline passed while the request waited in the queue"
@@ -183,11 +198,14 @@ class EngineWorker:
     def _execute(self, work: Work) -> None:
         """Run a batch; if it fails, run each request in it alone and without padding: neither its neighbours nor the
         batch's common length shall fail it (the model's positions may end before that)."""
-        started = time.monotonic()
+        started, share = time.monotonic(), self._scheduler.engine_seconds()
         try:
             outputs = self._models[work.key].run(assemble(work.batch))
             seconds = time.monotonic() - started
-            finished = scatter(work.batch, dict(outputs), work.axes)
+            with self._scattering:
+                finished = scatter(work.batch, dict(outputs), work.axes)
+                for part in work.batch.parts:
+                    part.entry.compute_seconds += seconds
         except Exception as error:
             if isinstance(error, self._engine().DeviceLost):
                 self._on_lost(str(error))
@@ -201,9 +219,7 @@ class EngineWorker:
             for batch in alone:
                 self._execute(Work(work.key, work.axes, batch))
             return
-        self._scheduler.record(work, seconds)
-        for part in work.batch.parts:
-            part.entry.compute_seconds += seconds
+        self._scheduler.record(work, self._scheduler.engine_seconds() - share)
         batch = work.batch
         padding = batch.rows * batch.width - batch.tokens if batch.width else 0
         rows = batch.rows if work.axes.mode is not BatchingMode.NONE else _rows(batch.parts[0].entry.arrays)
@@ -240,8 +256,9 @@ def _alone(part: Taken) -> Batch:
 def _answer(entry: Entry) -> InferResult:
     request = entry.request
     outputs = tuple((name, LocalTensor(entry.outputs[name])) for name in request.outputs)
-    waited = time.monotonic() - request.arrival - entry.compute_seconds
-    return InferResult(request.id, outputs, max(waited, 0.0), entry.compute_seconds)
+    passed = time.monotonic() - request.arrival
+    computed = min(entry.compute_seconds, passed)  # parts of a request may have run side by side
+    return InferResult(request.id, outputs, passed - computed, computed)
 
 
 def _rows(arrays: Mapping[str, NDArray[Any]]) -> int:

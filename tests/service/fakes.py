@@ -194,6 +194,7 @@ class FakeModel:
         self.device_info = DeviceInfo()
         self.fallback_ops = 0
         self.load_seconds = 0.01
+        self.concurrent_runs = arguments.get("concurrent_runs", 1)
         self.closed = False
         self._owner = owner
         self._arguments = arguments
@@ -204,7 +205,7 @@ class FakeModel:
         """Check like the real engine, wait for the gate, compute."""
         assert not self.closed, "run after close"
         self._check(feeds)
-        if threading.current_thread().name == "engine":
+        if threading.current_thread().name.startswith("engine"):
             first = next(iter(feeds.values()))
             self._owner.calls.append((self.kind, first.shape))
             self._owner.running.release()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
+from service.batching.policy import find_axes
+from service.batching.scheduler import Scheduler, Work
 from service.workers.engine_worker import EngineWorker
 from service.workers.messages import (
     BatchDone,
@@ -31,6 +35,7 @@ from service.workers.messages import (
     StatsReport,
     Stop,
     Stopped,
+    TensorInfo,
     Unload,
     Unloaded,
 )
@@ -321,6 +326,132 @@ def test_stopping_answers_everything_accepted_first(harness: Harness) -> None:
     harness.engine.gate.set()
     assert set(harness.answers(4)) == {0, 1, 2, 3}
     harness.next(Stopped)
+
+
+def test_a_model_that_overlaps_runs_has_two_batches_under_way(harness: Harness) -> None:
+    harness.load("identity", concurrent_runs=2)
+    harness.hold()
+    harness.infer(1, 1.0)
+    assert harness.engine.running.acquire(timeout=10), "the second batch waits for the first"
+    for number in range(2, 6):
+        harness.infer(number, float(number))
+    assert not harness.engine.running.acquire(timeout=0.1), "a third batch is formed before a run has ended"
+    harness.engine.gate.set()
+    answers = harness.answers(6)
+    assert {number: value_of(answer) for number, answer in answers.items()} == {n: float(n) for n in range(6)}
+    assert sum(shape[0] for _, shape in harness.engine.calls) == 6
+    assert [shape for _, shape in harness.engine.calls[:2]] == [(1, 4), (1, 4)]
+
+
+def test_a_request_whose_last_rows_are_done_first_waits_for_the_others(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness.load("identity", BatchingOptions(max_batch=2), concurrent_runs=2)
+    model = harness.engine.models[0]
+    run, first_may_end, calls = model.run, threading.Event(), itertools.count()
+
+    def slow_first(feeds: Any) -> Any:
+        if next(calls) == 0:
+            assert first_may_end.wait(10)
+        return run(feeds)
+
+    monkeypatch.setattr(model, "run", slow_first)
+    rows = np.arange(16, dtype=np.float32).reshape(4, 4)
+    now = time.monotonic()
+    inputs = (("input", LocalTensor(rows)),)
+    harness.worker.handle(Infer(1, ModelKey("identity", 1), inputs, ("output",), (), now, now + 20, 50))
+    assert harness.next(BatchDone).rows == 2
+    with pytest.raises(queue.Empty):
+        harness.reports.get(timeout=0.1)
+    first_may_end.set()
+    answer = harness.next(InferResult)
+    assert np.array_equal(dict(answer.outputs)["output"].view(), rows)
+    assert answer.compute_seconds <= time.monotonic() - now
+
+
+def test_a_model_that_takes_turns_runs_beside_no_other_and_is_not_overtaken_for_ever(harness: Harness) -> None:
+    one = BatchingOptions(max_batch=1, queue_batches=500)
+    harness.load("identity", one, name="overlapping", concurrent_runs=2, sleep=0.002)
+    harness.load("identity", one, name="alone", sleep=0.002)
+    harness.engine.gate.clear()
+    for number in range(2):
+        harness.infer(number, 0.0, name="overlapping")
+        assert harness.engine.running.acquire(timeout=10)
+    for number in range(2, 30):
+        harness.infer(number, 0.0, name="overlapping")
+    harness.infer(100, 0.0, name="alone")
+    assert not harness.engine.running.acquire(timeout=0.1)
+    harness.engine.gate.set()
+    order = []
+    while len(order) < 31:
+        report = harness.reports.get(timeout=10)
+        if isinstance(report, InferResult):
+            order.append(report.id)
+    assert order.index(100) <= 4
+
+
+def test_a_lost_device_fails_both_batches(harness: Harness) -> None:
+    harness.engine.poison_error = harness.engine.DeviceLost
+    harness.load("identity", poison=666, concurrent_runs=2)
+    harness.engine.gate.clear()
+    for number in range(2):
+        harness.infer(number, 666.0)
+        assert harness.engine.running.acquire(timeout=10)
+    harness.engine.gate.set()
+    answers = harness.answers(2)
+    assert all(isinstance(a, InferFailed) and a.code is FailureCode.WORKER_LOST for a in answers.values())
+    harness.infer(3, 1.0)
+    assert value_of(harness.next(InferResult)) == 1.0
+
+
+def test_unloading_and_stopping_wait_for_both_batches(harness: Harness) -> None:
+    harness.load("identity", concurrent_runs=2)
+    harness.engine.gate.clear()
+    for number in range(2):
+        harness.infer(number, float(number))
+        assert harness.engine.running.acquire(timeout=10)
+    assert harness.worker.busy_seconds > 0
+    harness.worker.handle(Unload(ModelKey("identity", 1)))
+    harness.stop()
+    with pytest.raises(queue.Empty):
+        harness.reports.get(timeout=0.1)
+    harness.engine.gate.set()
+    assert {number: value_of(answer) for number, answer in harness.answers(2).items()} == {0: 0.0, 1: 1.0}
+    harness.next(Unloaded)
+    harness.next(Stopped)
+    assert harness.worker.busy_seconds == 0
+
+
+def test_batches_that_run_side_by_side_share_the_engine_seconds() -> None:
+    now = [0.0]
+    scheduler = Scheduler(lambda: now[0])
+    infos = (
+        (TensorInfo("input", np.dtype(np.float32), ("batch", 4)),),
+        (TensorInfo("output", np.dtype(np.float32), ("batch", 4)),),
+    )
+    key = ModelKey("identity", 1)
+    scheduler.add(key, BatchingOptions(max_batch=1), find_axes(*infos), 2)
+    for number in range(2):
+        inputs = (("input", LocalTensor(np.zeros((1, 4), np.float32))),)
+        scheduler.submit(Infer(number, key, inputs, ("output",), (), 0.0, 1e9, 50))
+
+    def take() -> tuple[Work, float]:
+        work = scheduler.take(lambda _: None)
+        assert work is not None
+        return work, scheduler.engine_seconds()
+
+    first, first_began = take()
+    now[0] = 2.0  # alone
+    second, second_began = take()
+    now[0] = 6.0  # both
+    first_share = scheduler.engine_seconds() - first_began
+    scheduler.done(first)
+    now[0] = 7.0  # the second alone
+    second_share = scheduler.engine_seconds() - second_began
+    scheduler.done(second)
+    now[0] = 50.0  # idle
+    assert (first_share, second_share) == (4.0, 3.0)
+    assert scheduler.engine_seconds() == 5.0
 
 
 def test_padding_is_counted(harness: Harness) -> None:

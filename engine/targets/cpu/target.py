@@ -55,6 +55,7 @@ class CpuTarget:
         float_types=frozenset({DType.F32, DType.F64}),
         attention_types=frozenset({DType.F32}),
     )
+    concurrent_runs = 1
 
     def __init__(self, threads: int | None = None) -> None:
         if threads is not None and threads < 1:

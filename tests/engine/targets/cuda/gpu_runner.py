@@ -46,7 +46,9 @@ def run_step(target: CudaTarget, step: Step, launches: list[Launch], arrays: Seq
     """The results of one step on the GPU."""
     executable = bind_step(target, step, launches)
     with target.device.current(), target.device.stream:
-        whole = _bytes(target, target.region, target.region_bytes)
+        executable.prepare()
+        slot = target.slots.all[0]
+        whole = _bytes(target, slot.device, slot.device_bytes)
         whole[...] = POISON
         for tensor, array in zip(step.inputs, arrays, strict=True):
             if tensor.buffer.kind is BufferKind.INPUT:

@@ -112,6 +112,20 @@ def test_parameters_lie_as_a_c_compiler_lays_them() -> None:
     assert words[12] == 99
 
 
+def test_what_looks_up_tables_has_a_status_word_and_nothing_else_has() -> None:
+    embedding = lower(cv.embedding_norm(2, 5, 64))
+    assert embedding.looks_up
+    assert "table_row<i64>" in embedding.kernel.source.text
+    assert "u32* prologue_status;" in embedding.kernel.source.text
+    others = [step for step in cv.steps() if step.name != "embedding norm"]
+    assert not any(lower(step).looks_up for step in others)
+    params = pack(embedding.arguments, lambda _: 1234, lambda _: b"", 99, 77)
+    without = pack(embedding.arguments, lambda _: 1234, lambda _: b"", 99)
+    changed = np.flatnonzero(np.frombuffer(params, np.int64) != np.frombuffer(without, np.int64))
+    assert [int(np.frombuffer(words, np.int64)[changed[0]]) for words in (params, without)] == [77, 0]
+    assert len(changed) == 1
+
+
 def test_rows_that_lie_together_merge() -> None:
     buffer = Buffer("b", BufferKind.INPUT, 2 * 8 * 5 * 16)
     dense = operand(Tensor(buffer, F16, (8, 5, 16), (80, 16, 1)), 3)
