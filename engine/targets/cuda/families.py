@@ -17,6 +17,7 @@ from engine.ir.ops import (
     Recurrent,
     Reduce,
     Resize,
+    Running,
     Scatter,
     Softmax,
     TopK,
@@ -34,6 +35,7 @@ from engine.targets.cuda import (
     recurrent,
     reduce,
     resize,
+    running,
     scatter,
     top_k,
 )
@@ -52,6 +54,7 @@ FAMILIES: dict[type[Op], Family] = {
     Recurrent: recurrent,
     Reduce: reduce,
     Resize: resize,
+    Running: running,
     Scatter: scatter,
     Softmax: normalize,
     TopK: top_k,
