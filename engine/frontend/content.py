@@ -92,6 +92,10 @@ def _scatter(op: ops.Scatter, inputs: list[Array]) -> list[Array] | None:
     return None if result is None else [result]
 
 
+def _running(op: ops.Running, inputs: list[Array]) -> list[Array] | None:
+    return None if inputs[0].dtype == object else [op.apply(inputs[0])]
+
+
 def _shape_tensor(op: ops.ShapeTensor, _inputs: list[Array]) -> list[Array] | None:
     shape = tuple(int(size) for size in op.shape if isinstance(size, int))
     if op.values is None:
@@ -153,6 +157,7 @@ _RUNNERS: dict[type[ops.Op], Callable[[Any, list[Array]], list[Array] | None]] =
     ops.Slice: _slice,
     ops.Gather: _gather,
     ops.Scatter: _scatter,
+    ops.Running: _running,
     ops.ShapeTensor: _shape_tensor,
     ops.Reduce: _reduce,
     ops.Pointwise: _pointwise,

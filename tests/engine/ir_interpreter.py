@@ -304,10 +304,22 @@ def _scatter(op: ops.Scatter, inputs: Sequence[Array], sizes: Sizes, node: Node)
     return [acc.astype(data.dtype)]
 
 
+def _running(op: ops.Running, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    x = _wide(inputs[0]) if DType.of(inputs[0].dtype).is_float else inputs[0]
+    x = np.flip(x, op.axis) if op.reverse else x
+    running: Any = {ops.RunningKind.SUM: np.add, ops.RunningKind.PROD: np.multiply}[op.kind]
+    acc = running.accumulate(x, axis=op.axis, dtype=x.dtype)
+    if op.exclusive:
+        first = np.full_like(np.take(x, [0], op.axis) if x.size else x, running.identity)
+        acc = np.concatenate([first, np.take(acc, np.arange(x.shape[op.axis] - 1), op.axis)], op.axis)
+    return [(np.flip(acc, op.axis) if op.reverse else acc).astype(inputs[0].dtype)]
+
+
 def _top_k(op: ops.TopK, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
     x, k = inputs[0], evaluate(op.k, sizes)
+    key = x.astype(np.float64) if DType.of(x.dtype).is_float else x  # where NaN is sorted last
     # A stable sort of what is turned round keeps equal elements in their order when it is turned back.
-    order = np.argsort(np.flip(x, op.axis) if op.largest else x, axis=op.axis, kind="stable")
+    order = np.argsort(np.flip(key, op.axis) if op.largest else key, axis=op.axis, kind="stable")
     if op.largest:
         order = np.flip(x.shape[op.axis] - 1 - order, op.axis)
     best = np.take(order, np.arange(k), axis=op.axis)
@@ -460,6 +472,7 @@ _RUNNERS: dict[type[ops.Op], Callable[[Any, Sequence[Array], Sizes, Node], list[
     ops.Gather: _gather,
     ops.Scatter: _scatter,
     ops.TopK: _top_k,
+    ops.Running: _running,
     ops.Resize: _resize,
     ops.ShapeTensor: _shape_tensor,
     ops.Opaque: _opaque,

@@ -9,7 +9,7 @@ import numpy as np
 
 from engine.frontend import bounds, grid
 from engine.frontend import formula as f
-from engine.frontend.onnx_node import OnnxNode, compute_dtype, source, store
+from engine.frontend.onnx_node import OnnxNode, source, store
 from engine.frontend.operators.shape import positions
 from engine.frontend.operators.slicing import drop_axis, last, take
 from engine.frontend.registry import Results, operator
@@ -144,21 +144,20 @@ def _top_k(node: OnnxNode, x: Value, count: Dim, largest: bool) -> Results:
 
 @operator("CumSum")
 def CumSum(node: OnnxNode, x: Value, axis: Value) -> Value:
-    """A sum, for every position, over the positions up to it; nothing of size n² is ever stored."""
+    return _running(node, x, axis, ops.RunningKind.SUM)
+
+
+@operator("CumProd")
+def CumProd(node: OnnxNode, x: Value, axis: Value) -> Value:
+    return _running(node, x, axis, ops.RunningKind.PROD)
+
+
+def _running(node: OnnxNode, x: Value, axis: Value, kind: ops.RunningKind) -> Value:
     over = node.axis(int(node.scalar(axis, "axis")), x.rank)
-    if not isinstance(x.dtype, DType) or not (x.dtype.is_float or x.dtype.is_int):
+    if not (x.dtype.is_float or x.dtype.is_int):
         raise node.invalid(f"elements of type {x.dtype.value}")
-    size = x.shape[over]
-    columns = node.reshape(x, (*x.shape[:over], 1, *x.shape[over:]))
-    to, of = positions(node, size, over, columns.rank), positions(node, size, over + 1, columns.rank)
-    if node.integer("reverse", 0):
-        to, of = of, to
-    wide = compute_dtype(x.dtype)
-    element, i, j = f.Term(ex.Arg(0, x.dtype)), f.Term(ex.Arg(1, DType.I64)), f.Term(ex.Arg(2, DType.I64))
-    included = f.less(j, i) if node.integer("exclusive", 0) else f.less_equal(j, i)
-    source = f.where(included, element.cast(wide), 0)
-    op = ops.Reduce(ops.ReduceKind.SUM, (over + 1,), False, source.expr, store(x.dtype))
-    return node.add(op, columns, to, of)
+    op = ops.Running(kind, over, bool(node.integer("exclusive", 0)), bool(node.integer("reverse", 0)))
+    return node.add(op, x)
 
 
 @operator("ArgMax")

@@ -17,8 +17,10 @@ from engine.ir.ops import (
     Recurrent,
     Reduce,
     Resize,
+    Running,
     Scatter,
     Softmax,
+    TopK,
 )
 from engine.targets.cpu import (
     attention,
@@ -33,8 +35,10 @@ from engine.targets.cpu import (
     recurrent,
     reduce,
     resize,
+    running,
     scatter,
     softmax,
+    top_k,
 )
 from engine.targets.cpu.kernel import Family
 
@@ -51,8 +55,10 @@ FAMILIES: dict[type[Op], Family] = {
     Recurrent: recurrent,
     Reduce: reduce,
     Resize: resize,
+    Running: running,
     Scatter: scatter,
     Softmax: softmax,
+    TopK: top_k,
 }
 
 

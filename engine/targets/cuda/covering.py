@@ -35,9 +35,12 @@ from engine.ir.ops import (
     ReduceKind,
     Resize,
     ResizeMode,
+    Running,
+    RunningKind,
     Scatter,
     ScatterKind,
     Softmax,
+    TopK,
 )
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
@@ -228,6 +231,11 @@ def steps() -> Iterator[Step]:
     yield make_step(Scatter(None), [(F16, (50, 64)), places, (F16, (20, 64))], "scatter rows")
     yield make_step(Scatter(None, ScatterKind.ADD), [(F16, (50, 64)), places, (F16, (20, 64))], "scatter sum")
     yield make_step(Scatter(1, ScatterKind.MAX), [(F32, (9, 77)), (I64, (9, 20)), (F32, (9, 20))], "scatter maximum")
+    yield make_step(TopK(1, 5), [(F16, (4, 1000))], "top 5")
+    yield make_step(TopK(0, 1024, False), [(F32, (3000, 2))], "lowest 1024")
+    yield make_step(TopK(1, 2000), [(F32, (2, 3000))], "top 2000")
+    yield make_step(Running(RunningKind.SUM, 1), [(I64, (4, 1000))], "running sum")
+    yield make_step(Running(RunningKind.PROD, 0, True, True), [(F16, (50, 9000))], "running products side by side")
     yield recurrent_step(Cell.LSTM, 64, F16)
     yield recurrent_step(Cell.LSTM, 1024, F16)
     yield recurrent_step(Cell.GRU, 512, F32)

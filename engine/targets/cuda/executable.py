@@ -3,7 +3,8 @@
 A run takes a staging slot (memory.py) and goes through it: feeds → pinned memory → device → graph → device → pinned
 memory → results. The three parts on the device are queued on three streams that wait for each other by events, so that
 the copies of one run go on while another computes. The target's lock is held while the graph is queued, for
-microseconds; the host's copies and the waiting are outside it, and the waiting thread sleeps.
+microseconds; the host's copies and the waiting are outside it, and the waiting thread sleeps. A plan with steps on the
+host is queued as it runs: it holds the lock, and with it the arena, until its last graph is queued.
 
 A slot holds, in pinned and in device memory alike: inputs, status words, outputs, stamps. The status words lie between
 so that the transfer in, inputs and words, also clears the words, and the transfer out, words and outputs (and stamps,
@@ -103,9 +104,9 @@ class Executable:
             host[layout.status : layout.outputs] = 0
             _copy(slot.device, slot.host_address, layout.outputs, cupy.cuda.runtime.memcpyHostToDevice, target.copy_in)
             slot.copied_in.record(target.copy_in)
-            graph, sampled = self._queue(slot)
+            graphs, sampled = self._queue(slot)
             slot.copied_out.synchronize()
-            del graph  # held until here: the plan may be closed meanwhile
+            del graphs  # held until here: the plan may be closed meanwhile
             status = host[layout.status : layout.status + program.status_bytes].copy()
             if sampled:
                 with target.lock:
@@ -115,15 +116,15 @@ class Executable:
                 outputs[name].reshape(-1).view(np.uint8)[:] = host[start : start + tensor.nbytes]
         program.check(status)
 
-    def _queue(self, slot: Slot) -> tuple[cupy.cuda.Graph, bool]:
-        """Queue graph and transfer out behind the transfer in; the graph, and whether it writes stamps."""
+    def _queue(self, slot: Slot) -> tuple[Graphs, bool]:
+        """Queue the plan and the transfer out behind the transfer in; the graphs, and whether stamps are written."""
         target, layout = self._target, self._layout
         stream, copy_out = target.device.stream, target.copy_out
         with target.lock:
             sampled = self._program.next_is_sampled()
-            graph = self._graphs(slot).of(sampled)
+            graphs = self._graphs(slot)
             stream.wait_event(slot.copied_in)
-            graph.launch(stream)
+            self._program.launch(graphs, sampled, self._place(slot), stream)
             slot.computed.record(stream)
             copy_out.wait_event(slot.computed)
             end, start = layout.nbytes if sampled else layout.stamps, layout.status
@@ -131,7 +132,7 @@ class Executable:
             _copy(to, source, end - start, cupy.cuda.runtime.memcpyDeviceToHost, copy_out)
             slot.copied_out.record(copy_out)
             self._program.count()
-        return graph, sampled
+        return graphs, sampled
 
     def _graphs(self, slot: Slot) -> Graphs:
         """The graphs for a slot, captured anew where the arena or the slot has moved since. Under the target's lock."""
@@ -170,7 +171,7 @@ class Executable:
             slot = target.slots.all[0]
             if slot.nbytes < self._layout.nbytes:
                 self.prepare()
-            self._graphs(slot).plain.launch(stream or target.device.stream)
+            self._program.launch(self._graphs(slot), False, self._place(slot), stream or target.device.stream)
 
     def address(self, pointer: Pointer) -> int:
         """Where a pointer points to on the device, in the first slot. After `prepare`."""

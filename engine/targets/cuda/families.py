@@ -17,8 +17,10 @@ from engine.ir.ops import (
     Recurrent,
     Reduce,
     Resize,
+    Running,
     Scatter,
     Softmax,
+    TopK,
 )
 from engine.targets.cuda import (
     attention,
@@ -33,7 +35,9 @@ from engine.targets.cuda import (
     recurrent,
     reduce,
     resize,
+    running,
     scatter,
+    top_k,
 )
 from engine.targets.cuda.kernel import Family
 
@@ -50,8 +54,10 @@ FAMILIES: dict[type[Op], Family] = {
     Recurrent: recurrent,
     Reduce: reduce,
     Resize: resize,
+    Running: running,
     Scatter: scatter,
     Softmax: normalize,
+    TopK: top_k,
 }
 
 

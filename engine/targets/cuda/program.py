@@ -1,5 +1,5 @@
-"""The launches of a plan, captured as CUDA graphs, and the figures of its steps: the part of an executable that does
-not depend on where inputs and outputs lie. Used by `executable.py` and `resident.py`.
+"""The launches of a plan, captured as CUDA graphs, its steps on the host, and the figures of both: the part of an
+executable that does not depend on where inputs and outputs lie. Used by `executable.py` and `resident.py`.
 """
 
 from __future__ import annotations
@@ -7,16 +7,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import cupy
 import numpy as np
 
-from engine.errors import ShapeError
+from engine.errors import ShapeError, UnsupportedOp
+from engine.ir.dtype import DType
+from engine.ir.ops import Opaque
 from engine.plan.plan import Plan, Step
 from engine.plan.tensor import Buffer, BufferKind
 from engine.specs import StepStat
 from engine.targets.cuda.families import family_of
+from engine.targets.cuda.host_step import HostStep
 from engine.targets.cuda.kernel import ALIGNMENT, Launch, Pointer, TensorMap, ceildiv, pack, workspace_bytes
 
 if TYPE_CHECKING:
@@ -42,26 +46,38 @@ class Place:
 
 @dataclass(frozen=True)
 class Graphs:
-    """A plan's launches on one place; in `stamped`, every step writes its stamp."""
+    """A plan's launches on one place, a graph for each segment; in `stamped`, every step writes its stamp."""
 
-    plain: cupy.cuda.Graph
-    stamped: cupy.cuda.Graph
+    plain: tuple[cupy.cuda.Graph, ...]
+    stamped: tuple[cupy.cuda.Graph, ...]
 
-    def of(self, sampled: bool) -> cupy.cuda.Graph:
+    def of(self, sampled: bool) -> tuple[cupy.cuda.Graph, ...]:
         return self.stamped if sampled else self.plain
 
 
 class Program:
     """A plan with its kernels loaded. `lowered` gives the launches of each step where the caller has chosen them.
 
-    Whoever calls `capture`, `count` or `add_sample` holds the target's lock.
+    A plan is one segment, a graph, unless it has steps that the host computes (host_step.py): then those stand between
+    segments. Whoever calls `capture`, `launch`, `count` or `add_sample` holds the target's lock.
     """
 
     def __init__(self, target: CudaTarget, plan: Plan, lowered: Sequence[list[Launch]] | None = None) -> None:
         self._target = target
         self.plan = plan
+        _refuse_strings(plan)
         if lowered is None:
-            lowered = [family_of(step.op).lower(step, target.context) for step in plan.steps]
+            lowered = [
+                [] if isinstance(step.op, Opaque) else family_of(step.op).lower(step, target.context)
+                for step in plan.steps
+            ]
+        self._parts: list[range | HostStep] = []
+        for on_host, group in groupby(enumerate(plan.steps), lambda item: isinstance(item[1].op, Opaque)):
+            numbered = list(group)
+            if on_host:
+                self._parts += [HostStep(i, step) for i, step in numbered]
+            else:
+                self._parts.append(range(numbered[0][0], numbered[-1][0] + 1))
         self.launches: list[tuple[Step, list[Launch]]] = list(zip(plan.steps, lowered, strict=True))
         target.device.load(launch.kernel for _, launches in self.launches for launch in launches)
         looking_up = [i for i, (_, row) in enumerate(self.launches) if any(launch.looks_up for launch in row)]
@@ -81,11 +97,23 @@ class Program:
         """The graphs for a place, and for the arena where it is now."""
         self._target.reserve_arena(self.arena_bytes)
         try:
-            return Graphs(self._capture(place, False), self._capture(place, True))
+            segments = [part for part in self._parts if isinstance(part, range)]
+            plain, stamped = (tuple(self._capture(place, steps, s) for steps in segments) for s in (False, True))
+            return Graphs(plain, stamped)
         finally:
             cupy.cuda.get_current_stream().synchronize()  # on which constants were uploaded
 
-    def _capture(self, place: Place, stamped: bool) -> cupy.cuda.Graph:
+    def launch(self, graphs: Graphs, sampled: bool, place: Place, stream: cupy.cuda.Stream) -> None:
+        """Queue one run on a place. Where the host computes steps this waits for it, and the arena is this run's until
+        it returns. Raises EngineError where an operator on the host fails."""
+        segments = iter(graphs.of(sampled))
+        for part in self._parts:
+            if isinstance(part, HostStep):
+                part.run(lambda pointer: self.address(pointer, place), stream)
+            else:
+                next(segments).launch(stream)
+
+    def _capture(self, place: Place, steps: range, stamped: bool) -> cupy.cuda.Graph:
         device, target = self._target.device, self._target
         stream = cupy.cuda.Stream(non_blocking=True)
 
@@ -96,15 +124,17 @@ class Program:
             return device.encode(map_, address(map_.pointer))
 
         prepared: list[tuple[Launch, bytes]] = []
-        for i, (_, launches) in enumerate(self.launches):
+        for i in steps:
             stamp = place.stamps + i * STAMP_BYTES if stamped else 0
             status = place.status + self._status_of.get(i, 0) * STATUS_BYTES
+            launches = self.launches[i][1]
             prepared += [(launch, pack(launch.arguments, address, encode, stamp, status)) for launch in launches]
         with stream:
             stream.begin_capture()
             try:
-                if stamped and self.stamp_bytes:
-                    cupy.cuda.runtime.memsetAsync(place.stamps, _STAMP_EMPTY, self.stamp_bytes, stream.ptr)
+                if stamped:
+                    first, nbytes = place.stamps + steps.start * STAMP_BYTES, len(steps) * STAMP_BYTES
+                    cupy.cuda.runtime.memsetAsync(first, _STAMP_EMPTY, nbytes, stream.ptr)
                 for i, (launch, params) in enumerate(prepared):
                     device.launch(launch.kernel, launch.grid, params, stream, target.overlap and i > 0)
             except BaseException:
@@ -154,18 +184,22 @@ class Program:
         """Add the step times of a run that wrote stamps. `stamps`: their bytes."""
         words = stamps.view(np.uint64).reshape(-1, 2)
         begin, end = words[:, 0], ~words[:, 1]
-        self._nanoseconds += np.where(end > begin, end - begin, 0)
+        on_device = np.array([not isinstance(step.op, Opaque) for step in self.plan.steps])  # others write no stamps
+        self._nanoseconds += np.where(on_device & (end > begin), end - begin, 0)
         self._samples += 1
 
     def step_stats(self) -> Sequence[StepStat]:
-        """Runs and time of every step since it was bound. Times are those of the sampled runs, scaled to all."""
+        """Runs and time of every step since it was bound. Times on the device are those of the sampled runs, scaled to
+        all; the host's are of all."""
         with self._target.lock:
             runs, samples, nanoseconds = self._runs, self._samples, self._nanoseconds.copy()
+            on_host = {part.index: part.nanoseconds for part in self._parts if isinstance(part, HostStep)}
         scale = runs / samples * 1e-9 if samples else 0.0
         return [
             StepStat(
-                step.name, launches[0].kernel.family if launches else "none", step.op.name, runs,
-                float(nanoseconds[i]) * scale, step.cost.flops, step.cost.bytes,
+                step.name, "host" if i in on_host else launches[0].kernel.family if launches else "none", step.op.name,
+                runs, on_host[i] * 1e-9 if i in on_host else float(nanoseconds[i]) * scale, step.cost.flops,
+                step.cost.bytes,
             )
             for i, (step, launches) in enumerate(self.launches)
         ]  # fmt: skip
@@ -176,6 +210,18 @@ class Program:
         return tuple(launch.kernel.source.name for _, launches in self.launches for launch in launches)
 
     def nbytes(self, places: int) -> int:
-        """Memory beside weights, arena and slots, with graphs on so many places: those and the tensors of sizes."""
+        """Memory beside weights, arena and slots, with graphs on so many places: those, the tensors of sizes, and what
+        the host's steps are computed in."""
         own = sum(buffer.nbytes for buffer in self.plan.buffers if buffer.kind is BufferKind.PLAN)
+        own += sum(part.nbytes for part in self._parts if isinstance(part, HostStep))
         return own + 2 * places * _GRAPH_BYTES_PER_LAUNCH * sum(len(launches) for _, launches in self.launches)
+
+
+def _refuse_strings(plan: Plan) -> None:
+    tensors = (*plan.inputs.values(), *plan.outputs.values())
+    for what, tensor in (
+        *(("the model", tensor) for tensor in tensors),
+        *((f"step {step.name!r}", tensor) for step in plan.steps for tensor in (*step.inputs, *step.outputs)),
+    ):
+        if tensor.dtype is DType.STRING:
+            raise UnsupportedOp(f"{what} has tensors of strings, which a GPU cannot hold; use device='cpu'")

@@ -1,8 +1,8 @@
 """A plan with inputs and outputs of its own in device memory: what `Model.bind` gives on a GPU.
 
 An ordinary executable copies its inputs and outputs through a staging slot for every run. This one has CuPy arrays
-instead; a launch moves nothing, and waits only where it is told to. Its status words stay set until a launch that waits
-has read and reported them.
+instead; a launch moves nothing, and waits only where it is told to, or for steps on the host. Its status words stay set
+until a launch that waits has read and reported them.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class ResidentExecutable:
         self._before.record(caller or cupy.cuda.get_current_stream())
         stream.wait_event(self._before)
         sampled = program.next_is_sampled()
-        graphs.of(sampled).launch(stream)
+        program.launch(graphs, sampled, self._place(), stream)
         program.count()
         if sampled:
             self._fetch(self._stamps_at, program.stamp_bytes)

@@ -36,6 +36,13 @@ def test_scatters_of_constants_are_folded() -> None:
     assert kinds(check(model(text, content), X, (fold,))) == {"Pointwise": 1}
 
 
+def test_running_sums_of_constants_are_folded() -> None:
+    nodes = "a = CumSum<exclusive=1>(c, axis) b = CumSum<reverse=1>(a, axis) y = Mul(x, b)"
+    text = f"(double[n,40,30] x) => (double[70,40,30] y) {{ {nodes} }}"
+    content = {"c": random(70, 40, 30), "axis": np.array(0)}  # too large for the frontend to fold
+    assert kinds(check(model(text, content), {"x": random(1, 40, 30)}, (fold,))) == {"Pointwise": 1}
+
+
 def test_large_expansions_are_not_folded() -> None:
     text = HEAD + "(double[1000,1000] y) { e = Expand(c, shape) y = Exp(e) }"
     graph = rewritten(model(text, {"c": np.array([1.0]), "shape": np.array([1000, 1000])}))

@@ -8,8 +8,8 @@ import pytest
 from engine.errors import ShapeError, UnsupportedOp
 from engine.ir.dtype import DType
 from engine.ir.graph import Value, make_node
-from engine.ir.ops import Op, Scatter, ScatterKind
-from engine.targets.cpu import scatter
+from engine.ir.ops import Op, Scatter, ScatterKind, TopK
+from engine.targets.cpu import scatter, top_k
 from tests.engine import ir_interpreter
 from tests.engine.targets.cpu.steps import ISAS, Layout, place, run_step
 
@@ -91,3 +91,48 @@ def test_scatters_that_make_no_sense_are_refused() -> None:
         run_step(Scatter(0), [data[:0], np.zeros((2, 3), np.int64), updates])
     with pytest.raises(UnsupportedOp, match="add of bool"):
         scatter.requirements(Scatter(0, ScatterKind.ADD), (place(np.zeros(3, bool)),) * 3)
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("dtype", [*DTYPES, DType.U64, DType.I8, DType.F16, DType.BF16], ids=lambda d: d.value)
+@pytest.mark.parametrize(("shape", "axis", "k"), [((5, 40), 1, 7), ((5, 40), 0, 5), ((2, 33, 3), 1, 33), ((6,), 0, 1)])
+def test_top_k_matches_a_stable_sort(shape: tuple[int, ...], axis: int, k: int, dtype: DType, largest: bool) -> None:
+    rng = np.random.default_rng(k)
+    x = rng.integers(0, 25, shape)  # with elements that are equal
+    if dtype.is_signed:
+        x -= 12
+    array = x.astype(dtype.numpy)
+    op = TopK(axis, k, largest)
+    orders = (None, (1, 0)) if len(shape) == 2 else (None,)
+    for order in orders:
+        result = run_step(op, [place(array, Layout(order, gap=2))], layouts=[Layout(order, step=2), Layout(order)])
+        for got, want in zip(result.outputs, expected(op, [array]), strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+def test_top_k_orders_all_floats() -> None:
+    x = np.array([1, np.nan, -0.0, np.inf, 0.0, -np.inf, -1e-40, 1e-40], np.float32)
+    for largest in (True, False):
+        for array in (x, x.astype(np.float64)):
+            op = TopK(0, len(x), largest)
+            np.testing.assert_array_equal(run_step(op, [array]).outputs[1], expected(op, [array])[1])
+
+
+def test_top_k_of_the_widest_integers() -> None:
+    for array in (np.array([0, 2**64 - 1, 2**63], np.uint64), np.array([0, 2**63 - 1, -(2**63)])):
+        for largest in (True, False):
+            op = TopK(0, 2, largest)
+            np.testing.assert_array_equal(run_step(op, [array]).outputs[1], expected(op, [array])[1])
+
+
+def test_top_k_of_long_rows() -> None:
+    x = np.random.default_rng(0).standard_normal((3, 20000)).astype(np.float32)
+    for k in (100, 20000):
+        np.testing.assert_array_equal(run_step(TopK(1, k), [x]).outputs[1], expected(TopK(1, k), [x])[1])
+
+
+def test_top_k_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ShapeError, match="TopK: 5 of 4"):
+        run_step(TopK(0, 5), [np.zeros(4, np.float32)])
+    with pytest.raises(UnsupportedOp, match="TopK of bool"):
+        top_k.requirements(TopK(0, 1), (place(np.zeros(3, bool)),))

@@ -24,7 +24,7 @@ from engine.ir import ops
 from engine.ir.graph import Node
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer
-from engine.targets.cuda import device, executable, memory, program, resident, target
+from engine.targets.cuda import device, executable, host_step, memory, program, resident, target
 from engine.targets.cuda.compiler import Source
 from engine.targets.cuda.kernel import Kernel, Launch, Pointer, StatusWord
 from tests.engine import ir_interpreter
@@ -360,7 +360,7 @@ def fake_gpu(monkeypatch: Any, capacity: int = 1 << 30) -> Iterator[FakeGpu]:
     """The CUDA target on a fake GPU."""
     gpu = FakeGpu(capacity)
     namespace = gpu.namespace()
-    for module in (device, executable, memory, program, resident, target):
+    for module in (device, executable, host_step, memory, program, resident, target):
         monkeypatch.setattr(module, "cupy", namespace)
     for module in (program, target):
         monkeypatch.setattr(module, "family_of", gpu.family)

@@ -7,7 +7,7 @@ import pytest
 
 from engine.errors import ShapeError, UnsupportedOp
 from engine.ir.dtype import DType
-from engine.ir.ops import Scatter, ScatterKind
+from engine.ir.ops import Scatter, ScatterKind, TopK
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda import scatter
 from engine.targets.cuda.covering import F16, F32, I64, make_step
@@ -79,8 +79,6 @@ def test_rows_are_replaced_sixteen_bytes_at_a_time(runner: Runner) -> None:
 
 
 def test_a_place_out_of_range_is_reported(runner: Runner) -> None:
-    if not isinstance(runner, EmulatedRunner):
-        pytest.skip("what becomes of the status word on a GPU is the runtime's business")
     step = make_step(Scatter(None), [(F32, (4, 3)), (I64, (2, 1)), (F32, (2, 3))])
     launches = scatter.lower(step, runner.context)
     data, updates = np.zeros((4, 3), np.float32), np.ones((2, 3), np.float32)
@@ -96,3 +94,41 @@ def test_scatters_that_make_no_sense_are_refused(runner: Runner) -> None:
         scatter.lower(step, runner.context)
     with pytest.raises(UnsupportedOp, match="add of bool"):
         make_step(Scatter(0, ScatterKind.ADD), [(DType.BOOL, (3,)), (I64, (3,)), (DType.BOOL, (3,))])
+
+
+def test_top_k_matches_a_stable_sort(runner: Runner, count: int) -> None:
+    """Elements that are equal, axes in any order, a row in one piece and in several, a k for which elements count."""
+    rng, cases = rng_of("top k"), []
+    emulated = isinstance(runner, EmulatedRunner)
+    for i in range(count):
+        rank, dtype = int(rng.integers(1, 4)), DTYPES[i % len(DTYPES)]
+        shape = [int(rng.integers(1, 6)) for _ in range(rank)]
+        axis = int(rng.integers(0, rank))
+        shape[axis] = ragged(rng, 1500 if i % 4 == 0 and not (emulated and i % 8) else 300)
+        k = ragged(rng, shape[axis])
+        if i % 12 == 4:
+            shape[axis] = 1100 if emulated else 3000
+            k = 1025 if i % 24 == 4 else 700
+        x = rng.integers(-60 if dtype.is_signed else 0, 60, shape)
+        array = (x / 8 if dtype.is_float else x).astype(dtype.numpy)
+        step = make_step(TopK(axis, k, bool(i % 2)), [fed(dtype, tuple(shape), int(rng.integers(0, rank)), 0)])
+        step = cv.results_in(step, order_of(rng, rank))
+        cases.append(Case(f"{k} of {dtype.value} {shape} axis {axis}", step, 1, {0: array}))
+    check(runner, cases)
+
+
+def test_top_k_orders_all_numbers(runner: Runner) -> None:
+    floats = np.array([1, np.nan, -0.0, np.inf, 0.0, -np.inf, -1e-7, 1e-7])
+    arrays = [floats.astype(t.numpy) for t in (F16, F32, DType.F64, DType.BF16)]
+    arrays += [np.array([0, 2**64 - 1, 2**63], np.uint64), np.array([0, 2**63 - 1, -(2**63)])]
+    cases = []
+    for array in arrays:
+        for largest in (True, False):
+            step = make_step(TopK(0, len(array), largest), [(DType.of(array.dtype), array.shape)])
+            cases.append(Case(f"{array.dtype} {largest}", step, 1, {0: array}))
+    check(runner, cases)
+
+
+def test_top_k_without_a_kernel_is_named() -> None:
+    with pytest.raises(UnsupportedOp, match="TopK of bool"):
+        make_step(TopK(0, 1), [(DType.BOOL, (3,))])
