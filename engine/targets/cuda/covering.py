@@ -33,11 +33,12 @@ from engine.ir.ops import (
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda.architecture import Architecture
-from engine.targets.cuda.conv import Geometry, channels_last, launch_conv, pack_filter
+from engine.targets.cuda.conv import channels_last, filters_of, launch_conv
+from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.gemm import epilogue_of, launch_product, product_of
 from engine.targets.cuda.image import Filter, centre_box, launch_images
-from engine.targets.cuda.kernel import Context, Launch, Pointer, WeightStore
+from engine.targets.cuda.kernel import Context, Launch, WeightStore
 from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES
 
 F16, F32, I64 = DType.F16, DType.F32, DType.I64
@@ -245,8 +246,8 @@ def launches(architecture: Architecture) -> Iterator[tuple[str, Launch]]:
                 yield f"gemm wgmma {wgmma_tile}", launch_product(product, epilogue, wgmma_tile, context)
     op = conv_op(3)
     conv = make_step(op, [(F16, (2, 64, 28, 28)), weight(128, 64, 3, 3), weight(128, 1, 1)])
-    packed = Pointer(context.weights.packed(conv.inputs[1], "n,rsc8", pack_filter))
-    conv_epilogue = epilogue_of(conv, op.stores, channels_last(4), 128)
+    geometry = Geometry(conv)
+    filters, _ = filters_of(conv, geometry, context)
     for tile in MMA_TILES:
         if tile.shared_bytes <= architecture.shared_bytes:
-            yield f"conv {tile.m}x{tile.n}", launch_conv(Geometry(conv), conv_epilogue, packed, tile)
+            yield f"conv {tile.m}x{tile.n}", launch_conv(conv, geometry, filters, tile, context)
