@@ -17,11 +17,13 @@ from engine.plan.tensor import Tensor
 from engine.targets.cuda import codegen
 from engine.targets.cuda.kernel import (
     I64,
+    STORAGE,
     Context,
     Functor,
     I64s,
     Instruction,
     Launch,
+    LevelSizes,
     Pointer,
     TensorMap,
     ceildiv,
@@ -30,28 +32,37 @@ from engine.targets.cuda.kernel import (
     pointer_to,
 )
 from engine.targets.cuda.spaces import VECTOR, operand, operands, space
-from engine.targets.cuda.tiles import MmaTile, WgmmaTile, pick_mma, pick_wgmma
+from engine.targets.cuda.tiles import MmaTile, Operands, WgmmaTile, pick_mma, pick_wgmma
 
 Tile = MmaTile | WgmmaTile
 
 
+_MATRIX_TYPES = (DType.F16, DType.BF16, DType.F32)
+
+
 def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]:
-    """Operands need one of their last two axes contiguous (a: k); weights are packed, whatever their layout."""
+    """Operands need one of their last two axes contiguous; weights are packed, whatever their layout."""
     assert isinstance(op, Gemm)
     a, b = inputs[0], inputs[1]
-    if a.dtype is not DType.F16 or b.dtype is not DType.F16:
-        raise UnsupportedOp(
-            f"Gemm of {a.dtype.value} and {b.dtype.value}: the CUDA kernels take f16 (precision='fp16')"
-        )
-    rank = len(b.shape)
-    k_inner = b.strides[-2] == 1 and b.strides[-1] != 1
-    order = (*range(rank - 2), rank - 1, rank - 2) if k_inner else tuple(range(rank))
-    b_need = Requirement() if _is_weight(b) else Requirement(Access.INNER, order)
+    if a.dtype is not b.dtype or a.dtype not in _MATRIX_TYPES:
+        raise UnsupportedOp(f"Gemm of {a.dtype.value} and {b.dtype.value}: no CUDA kernel")
+    b_need = Requirement() if _is_weight(b) else _inner(b, b.strides[-2] == 1 and b.strides[-1] != 1)
     output = len(op.infer(inputs)[0][1])
     return (
-        (Requirement(Access.INNER, tuple(range(len(a.shape)))), b_need, *(Requirement() for _ in inputs[2:])),
+        (_inner(a, _rows_inner(a)), b_need, *(Requirement() for _ in inputs[2:])),
         tuple(Requirement(Access.INNER, tuple(range(output))) for _ in op.stores),
     )
+
+
+def _inner(matrices: Tensor, rows: bool) -> Requirement:
+    """Neighbours along the last axis, or along the `rows`."""
+    *lead, row, column = range(len(matrices.shape))
+    return Requirement(Access.INNER, (*lead, column, row) if rows else (*lead, row, column))
+
+
+def _rows_inner(a: Tensor) -> bool:
+    """Whether the rows of a are neighbours, not its columns."""
+    return a.shape[-2] > 1 and a.strides[-2] == 1 and a.shape[-1] > 1 and a.strides[-1] != 1
 
 
 def _is_weight(b: Tensor) -> bool:
@@ -59,41 +70,52 @@ def _is_weight(b: Tensor) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class Product:
-    """A batch of products of matrices in memory. `b_k_inner`: b's rows in memory are columns of the product.
+class Matrix:
+    """An operand in memory: lines of neighbouring elements, `stride` elements apart. With `k_inner` a line is a row of
+    a or a column of b, else all rows (columns) at one k. `batch`: strides along the batch axes of the product.
+    `padded`: zeros follow every line, up to 16 bytes."""
 
-    Also what a 1×1 convolution is.
-    """
+    pointer: Pointer
+    stride: int
+    k_inner: bool = True
+    batch: tuple[int, ...] = ()
+    padded: bool = False
+
+    def access(self, line: int, itemsize: int) -> int:
+        """The bytes that can be read at once, of lines of so many elements: 16, 4, or an element."""
+        counts = (*(() if self.padded else (line,)), self.stride, *self.batch)
+        places = [self.pointer.offset, *(count * itemsize for count in counts)]
+        return next((width for width in (16, 4) if all(place % width == 0 for place in places)), itemsize)
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A batch of products of matrices a [m, k] and b [k, n] of `dtype`; `batch` gives the sizes of its axes, outermost
+    first. Also what a 1×1 convolution is."""
 
     m: int
     n: int
     k: int
-    a: Pointer
-    a_stride: int
-    b: Pointer
-    b_stride: int
-    b_k_inner: bool
-    batch: tuple[int, int] = (1, 1)  # outer, inner
-    a_batch: tuple[int, int] = (0, 0)  # strides of the same, in elements
-    b_batch: tuple[int, int] = (0, 0)
+    dtype: DType
+    a: Matrix
+    b: Matrix
+    batch: tuple[int, ...] = ()
 
     @property
-    def a_vector(self) -> bool:
-        """Whether a's rows can be read in 16-byte chunks."""
-        return _chunked(self.a, self.k, self.a_stride, *self.a_batch)
+    def a_access(self) -> int:
+        """The bytes that can be read at once along a's lines."""
+        return self.a.access(self.k if self.a.k_inner else self.m, self.dtype.itemsize)
 
     @property
-    def b_vector(self) -> bool:
-        return _chunked(self.b, self.k if self.b_k_inner else self.n, self.b_stride, *self.b_batch)
+    def b_access(self) -> int:
+        """The bytes that can be read at once along b's lines."""
+        return self.b.access(self.k if self.b.k_inner else self.n, self.dtype.itemsize)
 
     @property
     def suits_tma(self) -> bool:
-        """Whether the copy engine can read both operands as single matrices."""
-        return self.batch == (1, 1) and self.a_vector and self.b_vector and self.b_k_inner
-
-
-def _chunked(pointer: Pointer, *counts: int) -> bool:
-    return pointer.offset % (2 * VECTOR) == 0 and all(count % VECTOR == 0 for count in counts)
+        """Whether the copy engine can read both operands as single matrices of 16-bit elements."""
+        single = prod(self.batch) == 1 and self.a.k_inner and self.b.k_inner and self.dtype is DType.F16
+        return single and min(self.a_access, self.b_access) == 16 and min(self.k, self.a.stride, self.b.stride) > 0
 
 
 def lower(step: Step, context: Context) -> list[Launch]:
@@ -115,47 +137,62 @@ def epilogue_of(step: Step, stores: Sequence[ex.Expr], order: Sequence[int], gra
 
 
 def product_of(step: Step, context: Context) -> Product:
-    """The operands of a Gemm as matrices: leading axes join the rows where they lie together, else they are a batch."""
+    """The operands of a Gemm as matrices: leading axes along which only a moves join its rows where they lie together,
+    the others are a batch."""
     a, b = step.inputs[0], step.inputs[1]
     k, n = b.shape[-2], b.shape[-1]
-    if _is_weight(b):
-        packed = context.weights.packed(b, "n,k8", pack_weight)
-        b_pointer, b_stride, b_k_inner = Pointer(packed), ceildiv(k, VECTOR) * VECTOR, True
+    shape = step.outputs[0].shape[:-1]
+    rank = len(shape)
+    # Rows of a, and b as if it were broadcast along them.
+    moving_a = operand(Tensor(a.buffer, a.dtype, a.shape[:-1], a.strides[:-1]), rank)
+    moving_b = operand(Tensor(b.buffer, b.dtype, (*b.shape[:-2], 1), (*b.strides[:-2], 0)), rank)
+    rows = space(shape, range(rank), (), [moving_a, moving_b])
+    sizes, (a_strides, b_strides) = rows.levels, (along.strides[:-1] for along in rows.operands)
+    if b_strides[-1]:  # matrices of a single row
+        sizes, a_strides, b_strides = (*sizes, 1), (*a_strides, 0), (*b_strides, 0)
+    line = ceildiv(k, VECTOR) * VECTOR  # the distance to a second row where there is none: any will do
+    if _rows_inner(a):
+        a_matrix = Matrix(pointer_to(a), a.strides[-1], False, a_strides[:-1])
     else:
-        b_k_inner = b.strides[-2] == 1 and (b.strides[-1] != 1 or (k > 1 and n == 1))
-        b_pointer, b_stride = pointer_to(b), b.strides[-1 if b_k_inner else -2]
-    rows = space(a.shape, range(len(a.shape) - 1), (len(a.shape) - 1,), [operand(a, len(a.shape))])
-    if prod(b.shape[:-2]) == 1 and len(rows.levels) == 1:
-        stride = rows.operands[0].strides[0] or ceildiv(k, VECTOR) * VECTOR  # a single row: any stride will do
-        return Product(rows.rows, n, k, pointer_to(a), stride, b_pointer, b_stride, b_k_inner)
-    lead = step.outputs[0].shape[:-2]
-    rank = len(lead)
-    # The two last axes as if broadcast: only the leading ones take part.
-    batch_a = operand(Tensor(a.buffer, a.dtype, a.shape[:-2], a.strides[:-2]), rank)
-    batch_b = operand(Tensor(b.buffer, b.dtype, b.shape[:-2], b.strides[:-2]), rank)
-    batch = space(lead, range(rank), (), [batch_a, batch_b])
-    if len(batch.levels) > 2:
-        raise UnsupportedOp(f"{step.name}: the batch axes of a product of shape {step.outputs[0].shape} do not merge")
-    outer, inner = (1, *batch.levels)[-2:]
-    strides = [(0, *operand.strides[:-1]) for operand in batch.operands]
-    return Product(
-        a.shape[-2], n, k, pointer_to(a), a.strides[-2], b_pointer, b_stride, b_k_inner, (outer, inner),
-        (strides[0][-2], strides[0][-1]), (strides[1][-2], strides[1][-1]),
-    )  # fmt: skip
+        a_matrix = Matrix(pointer_to(a), a_strides[-1] if sizes[-1] > 1 else line, True, a_strides[:-1])
+    return Product(sizes[-1], n, k, a.dtype, a_matrix, _second(b, b_strides[:-1], context), sizes[:-1])
+
+
+def _second(b: Tensor, batch: tuple[int, ...], context: Context) -> Matrix:
+    """The second operand. A weight is packed with k innermost."""
+    if _is_weight(b):
+        packed = context.weights.packed(b, "n,k16B", pack_weight)
+        return Matrix(Pointer(packed, ctype=STORAGE[b.dtype]), _padded(b.shape[-2], b.dtype), True, batch, padded=True)
+    k_inner = b.strides[-2] == 1 and (b.strides[-1] != 1 or (b.shape[-2] > 1 and b.shape[-1] == 1))
+    return Matrix(pointer_to(b), b.strides[-1 if k_inner else -2], k_inner, batch)
 
 
 def pack_weight(b: np.ndarray) -> np.ndarray:
     """[…, k, n] → [n, k] with k padded to whole 16-byte chunks."""
     k, n = b.shape[-2:]
-    packed = np.zeros((n, ceildiv(k, VECTOR) * VECTOR), np.float16)
+    packed = np.zeros((n, _padded(k, DType.of(b.dtype))), b.dtype)
     packed[:, :k] = b.reshape(k, n).T
     return packed
+
+
+def _padded(k: int, dtype: DType) -> int:
+    """k in whole 16-byte chunks."""
+    chunk = 16 // dtype.itemsize
+    return ceildiv(k, chunk) * chunk
 
 
 def pick_tile(product: Product, context: Context) -> Tile:
     if context.architecture.wgmma and product.suits_tma:
         return pick_wgmma(product.m, product.n, product.k, context.multiprocessors)
-    return pick_mma(product.m, product.n, product.k, prod(product.batch), context.architecture, context.multiprocessors)
+    return pick_mma(
+        product.m, product.n, product.k, prod(product.batch), context.architecture, context.multiprocessors,
+        operands_of(product.dtype, context),
+    )  # fmt: skip
+
+
+def operands_of(dtype: DType, context: Context) -> Operands:
+    """How the matrix units take operands of `dtype`."""
+    return Operands.HALF if dtype.itemsize == 2 else Operands.TF32 if context.tf32 else Operands.EXACT
 
 
 def launch_product(product: Product, epilogue: Functor, tile: Tile, context: Context) -> Launch:
@@ -164,17 +201,25 @@ def launch_product(product: Product, epilogue: Functor, tile: Tile, context: Con
     if isinstance(tile, WgmmaTile):
         return _launch_wgmma(product, epilogue, tile, sizes, context.multiprocessors)
     tiles = ceildiv(product.m, tile.m) * ceildiv(product.n, tile.n)
+    levels = 1 if prod(product.batch) == 1 else 2 if len(product.batch) <= 2 else 4
+    missing = (0,) * (levels - len(product.batch))
     return launch(
         "gemm",
         "gemm_mma.cuh",
-        {**tile.config, "a_vector": product.a_vector, "b_vector": product.b_vector, "b_k_inner": product.b_k_inner},
+        {
+            **tile.config(operands_of(product.dtype, context)), "operand": STORAGE[product.dtype],
+            "a_access": product.a_access, "a_k_inner": product.a.k_inner,
+            "b_access": product.b_access, "b_k_inner": product.b.k_inner, "batch_levels": levels,
+        },
         [epilogue],
         {
-            "a": product.a, "a_stride": I64(product.a_stride), "a_batch": I64s(product.a_batch),
-            "b": product.b, "b_stride": I64(product.b_stride), "b_batch": I64s(product.b_batch),
-            **sizes, "batch_inner": product.batch[1],
+            "a": product.a.pointer, "a_stride": I64(product.a.stride),
+            "a_batch": I64s((*missing, *product.a.batch)[-levels:]),
+            "b": product.b.pointer, "b_stride": I64(product.b.stride),
+            "b_batch": I64s((*missing, *product.b.batch)[-levels:]),
+            **sizes, "batch": LevelSizes((1,) * len(missing) + product.batch),
         },
-        (tiles, prod(product.batch), 1),
+        (tiles * prod(product.batch), 1, 1),
         tile.threads,
         tile.shared_bytes,
         Instruction.MMA,
@@ -191,8 +236,8 @@ def _launch_wgmma(
         tile.config,
         [epilogue],
         {
-            "map_a": TensorMap(product.a, product.m, product.k, product.a_stride, tile.m, 64),
-            "map_b": TensorMap(product.b, product.n, product.k, product.b_stride, tile.n, 64),
+            "map_a": TensorMap(product.a.pointer, product.m, product.k, product.a.stride, tile.m, 64),
+            "map_b": TensorMap(product.b.pointer, product.n, product.k, product.b.stride, tile.n, 64),
             **sizes,
         },
         (min(tiles, multiprocessors), 1, 1),  # persistent: a block for every multiprocessor

@@ -4,19 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum
 from math import hypot
 
 from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.kernel import ceildiv
 
 
+class Operands(Enum):
+    """What the matrix units multiply: (bytes an element, time of a multiply-add beside that of fp16)."""
+
+    HALF = (2, 1)
+    """fp16 or bf16"""
+    TF32 = (4, 2)
+    """fp32, rounded"""
+    EXACT = (4, 6)
+    """fp32, in three products"""
+
+    @property
+    def itemsize(self) -> int:
+        return self.value[0]
+
+    @property
+    def slowness(self) -> int:
+        return self.value[1]
+
+
 @dataclass(frozen=True)
 class MmaTile:
-    """A block's tile for mma.sync: `warps_m` × `warps_n` warps share it, `blocks` blocks share a multiprocessor."""
+    """A block's tile for mma.sync: `warps_m` × `warps_n` warps share it, `blocks` blocks share a multiprocessor. A step
+    takes `k_bytes` of k: 16-bit operands have twice as many elements there as 32-bit ones."""
 
     m: int
     n: int
-    k: int
+    k_bytes: int
     warps_m: int
     warps_n: int
     stages: int
@@ -28,23 +49,25 @@ class MmaTile:
 
     @property
     def shared_bytes(self) -> int:
-        return self.stages * (self.m + self.n) * self.k * 2
+        return self.stages * (self.m + self.n) * self.k_bytes
 
-    @property
-    def config(self) -> dict[str, int | bool | str]:
+    def config(self, operands: Operands) -> dict[str, int | bool | str]:
+        """What kernels/mma/tile.cuh and the kernels on it are told, but for the type of the operands."""
+        exact = operands is Operands.EXACT  # operands in two parts, sums in two stages: more registers
         return {
-            "tile_m": self.m, "tile_n": self.n, "tile_k": self.k, "warps_m": self.warps_m, "warps_n": self.warps_n,
-            "stages": self.stages, "blocks": self.blocks, "shared_bytes": self.shared_bytes,
+            "tile_m": self.m, "tile_n": self.n, "tile_k_bytes": self.k_bytes, "warps_m": self.warps_m,
+            "warps_n": self.warps_n, "stages": self.stages, "blocks": max(1, self.blocks - exact),
+            "shared_bytes": self.shared_bytes, "exact": exact,
         }  # fmt: skip
 
 
 MMA_TILES = (
-    MmaTile(128, 128, 32, 2, 4, 4, 2),
-    MmaTile(128, 64, 64, 4, 2, 3, 2),
-    MmaTile(128, 32, 64, 4, 1, 3, 3),
-    MmaTile(64, 64, 64, 2, 2, 4, 3),
-    MmaTile(32, 64, 64, 2, 2, 4, 4),
-    MmaTile(16, 64, 64, 1, 2, 6, 4),
+    MmaTile(128, 128, 64, 2, 4, 4, 2),
+    MmaTile(128, 64, 128, 4, 2, 3, 2),
+    MmaTile(128, 32, 128, 4, 1, 3, 3),
+    MmaTile(64, 64, 128, 2, 2, 4, 3),
+    MmaTile(32, 64, 128, 2, 2, 4, 4),
+    MmaTile(16, 64, 128, 1, 2, 6, 4),
 )
 
 
@@ -83,27 +106,38 @@ WGMMA_TILES = (
     WgmmaTile(128, 96, 7, cooperative=True),
 )
 
-# Per multiprocessor and clock: multiply-adds on fp16 (NVIDIA's architecture papers: A100 1024, H100 2048).
+# Per multiprocessor and clock: multiply-adds on fp16 (NVIDIA's architecture papers: A100 1024, H100 2048). bf16 is as
+# fast, tf32 half as fast.
 _MMA_RATE = 1024
 _WGMMA_RATE = 2048
 
 
-def pick_mma(m: int, n: int, k: int, batch: int, architecture: Architecture, multiprocessors: int) -> MmaTile:
+def pick_mma(
+    m: int,
+    n: int,
+    k: int,
+    batch: int,
+    architecture: Architecture,
+    multiprocessors: int,
+    operands: Operands = Operands.HALF,
+) -> MmaTile:
     """The tile with the least estimated time among those whose ring fits the architecture."""
     fitting: Iterable[MmaTile] = (tile for tile in MMA_TILES if tile.shared_bytes <= architecture.shared_bytes)
-    return min(fitting, key=lambda tile: _mma_cycles(m, n, k, batch, tile, multiprocessors))
+    return min(fitting, key=lambda tile: _mma_cycles(m, n, k, batch, tile, multiprocessors, operands))
 
 
-def _mma_cycles(m: int, n: int, k: int, batch: int, tile: MmaTile, multiprocessors: int) -> float:
+def _mma_cycles(m: int, n: int, k: int, batch: int, tile: MmaTile, multiprocessors: int, operands: Operands) -> float:
     """Estimated cycles of a product in tiles of mma.sync."""
     bytes_per_cycle, launch = 48, 1500  # from L2, 64 nominal; first loads and the drain of the last tile
     tiles = ceildiv(m, tile.m) * ceildiv(n, tile.n) * batch
-    step = max(tile.m * tile.n * tile.k / _MMA_RATE, (tile.m + tile.n) * tile.k * 2 / bytes_per_cycle)
+    tile_k = tile.k_bytes // operands.itemsize
+    multiply = tile.m * tile.n * tile_k * operands.slowness / _MMA_RATE
+    step = max(multiply, (tile.m + tile.n) * tile.k_bytes / bytes_per_cycle)
     # A lone block hides little of its own latency: charge a step as at least this many cycles, shared by its
     # neighbours.
     step = max(step, 250 / tile.blocks)
     epilogue = tile.m * tile.n * 4 / bytes_per_cycle
-    return launch + ceildiv(tiles, multiprocessors) * (ceildiv(k, tile.k) * step + epilogue)
+    return launch + ceildiv(tiles, multiprocessors) * (ceildiv(k, tile_k) * step + epilogue)
 
 
 def pick_wgmma(m: int, n: int, k: int, multiprocessors: int) -> WgmmaTile:

@@ -1,6 +1,8 @@
-// Matrix product on mma.sync, for every GPU from Ampere on: a[z, m, k] · b[z, k, n] with fp16 operands, fp32 accumulation.
-// One block computes one tile; a ring of STAGES tiles of A and B is filled by cp.async ahead of the warps that multiply.
-// NOTES: k of both operands counts in whole 16-byte chunks where a_vector and b_vector say so, else halves are read one by one.
+// Matrix product on mma.sync, for every GPU from Ampere on: a[z, m, k] · b[z, k, n], fp32 accumulation. Operands are fp16, bf16, or
+// fp32 (rounded to tf32, or `exact`). One block computes one tile; a ring of STAGES tiles of A and B is filled by cp.async ahead of
+// the warps that multiply.
+// Every layout: a_k_inner and b_k_inner say whether k is an operand's innermost axis, a_access and b_access how many bytes can be
+// read at once along it.
 #pragma once
 #include "epilogue/fragment.cuh"
 #include "mma/tile.cuh"
@@ -8,42 +10,19 @@
 #include "scheduler/stamp.cuh"
 #include "scheduler/tiles.cuh"
 
-constexpr int TILE_M = config::tile_m, TILE_N = config::tile_n, TILE_K = config::tile_k, STAGES = config::stages;
+using Operand = MmaOperand<config::operand, config::exact>;
+using Element = Operand::Element;
+constexpr int TILE_M = config::tile_m, TILE_N = config::tile_n, TILE_K = config::tile_k_bytes / sizeof(Element), STAGES = config::stages;
 constexpr int WARPS_M = config::warps_m, WARPS_N = config::warps_n, THREADS = 32 * WARPS_M * WARPS_N;
 constexpr int WARP_M = TILE_M / WARPS_M, WARP_N = TILE_N / WARPS_N;
-constexpr bool B_K_INNER = config::b_k_inner;
+constexpr int BATCH_LEVELS = config::batch_levels;
+constexpr bool A_K_INNER = config::a_k_inner, B_K_INNER = config::b_k_inner;
 
-constexpr int A_ROW_BYTES = TILE_K * 2, B_ROWS = B_K_INNER ? TILE_N : TILE_K, B_ROW_BYTES = (B_K_INNER ? TILE_K : TILE_N) * 2;
-constexpr int A_BYTES = TILE_M * A_ROW_BYTES, B_BYTES = B_ROWS * B_ROW_BYTES, STAGE_BYTES = A_BYTES + B_BYTES;
+constexpr int A_ROWS = A_K_INNER ? TILE_M : TILE_K, A_ROW_BYTES = (A_K_INNER ? TILE_K : TILE_M) * sizeof(Element);
+constexpr int B_ROWS = B_K_INNER ? TILE_N : TILE_K, B_ROW_BYTES = (B_K_INNER ? TILE_K : TILE_N) * sizeof(Element);
+constexpr int A_BYTES = A_ROWS * A_ROW_BYTES, B_BYTES = B_ROWS * B_ROW_BYTES, STAGE_BYTES = A_BYTES + B_BYTES;
 static_assert(WARP_M % 16 == 0 && WARP_N % 32 == 0, "a warp's tile is made of 16×32 fragments");
 static_assert(STAGES * STAGE_BYTES == config::shared_bytes, "the host asks for the shared memory that the ring needs");
-
-// Copies ROWS × (ROW_BYTES / 2) halves, rows `stride` apart, into a swizzled tile; what lies outside rows × columns is zero.
-template <int ROWS, int ROW_BYTES, bool VECTOR>
-DEVICE void copy_tile(u32 tile, const half* source, i64 stride, u32 row0, u32 rows, u32 column0, u32 columns) {
-  constexpr int CHUNKS = ROW_BYTES / 16, ROWS_PER_PASS = THREADS / CHUNKS;
-  static_assert(THREADS % CHUNKS == 0, "every thread stays in its column of chunks");
-  const u32 chunk = threadIdx.x % CHUNKS, column = column0 + 8 * chunk;
-#pragma unroll
-  for (int pass = 0; pass < (ROWS + ROWS_PER_PASS - 1) / ROWS_PER_PASS; ++pass) {
-    const u32 local = pass * ROWS_PER_PASS + threadIdx.x / CHUNKS, row = row0 + local;
-    if (ROWS % ROWS_PER_PASS != 0 && local >= ROWS) break;
-    const u32 destination = tile + swizzled<ROW_BYTES>(local, chunk);
-    const half* p = source + row * stride + column;
-    if constexpr (VECTOR) {
-      copy_async_16(destination, p, row < rows && column < columns);
-    } else {
-      u32 packed[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const u32 low = row < rows && column + 2 * i < columns ? p[2 * i].bits : 0;
-        const u32 high = row < rows && column + 2 * i + 1 < columns ? p[2 * i + 1].bits : 0;
-        packed[i] = low | high << 16;
-      }
-      store_shared_16(destination, make_uint4(packed[0], packed[1], packed[2], packed[3]));
-    }
-  }
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 shared[];
@@ -52,17 +31,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
   wait_for_previous_kernel();
   stamp_begin(p.stamp);
 
-  const TileIndex tile = tile_of<8>(blockIdx.x, (p.m + TILE_M - 1) / TILE_M, (p.n + TILE_N - 1) / TILE_N);
-  const u32 row0 = tile.m * TILE_M, column0 = tile.n * TILE_N, z = blockIdx.y;
-  const u32 z_outer = z / p.batch_inner, z_inner = z - z_outer * p.batch_inner;
-  const half* a = p.a + z_outer * p.a_batch[0] + z_inner * p.a_batch[1];
-  const half* b = p.b + z_outer * p.b_batch[0] + z_inner * p.b_batch[1];
+  const u32 tiles_m = (p.m + TILE_M - 1) / TILE_M, tiles_n = (p.n + TILE_N - 1) / TILE_N, z = blockIdx.x / (tiles_m * tiles_n);
+  const TileIndex tile = tile_of<8>(blockIdx.x - z * (tiles_m * tiles_n), tiles_m, tiles_n);
+  const u32 row0 = tile.m * TILE_M, column0 = tile.n * TILE_N;
+  const RowIndex<BATCH_LEVELS> index = split_row<BATCH_LEVELS>(p.batch, z);
+  const Element *a = p.a, *b = p.b;
+#pragma unroll
+  for (int i = 0; i < BATCH_LEVELS; ++i) {
+    a += index.level[i] * p.a_batch[i];
+    b += index.level[i] * p.b_batch[i];
+  }
 
+  // A tile of an operand with rows (of the tile in shared memory) or columns running over k.
   const auto copy_stage = [&](u32 step) {
     const u32 stage = ring + (step % STAGES) * STAGE_BYTES, k = step * TILE_K;
-    copy_tile<TILE_M, A_ROW_BYTES, config::a_vector>(stage, a, p.a_stride, row0, p.m, k, p.k);
-    if constexpr (B_K_INNER) copy_tile<TILE_N, B_ROW_BYTES, config::b_vector>(stage + A_BYTES, b, p.b_stride, column0, p.n, k, p.k);
-    else copy_tile<TILE_K, B_ROW_BYTES, config::b_vector>(stage + A_BYTES, b, p.b_stride, k, p.k, column0, p.n);
+    if constexpr (A_K_INNER)
+      copy_tile<Operand, THREADS, A_ROWS, A_ROW_BYTES, true, config::a_access>(stage, a, p.a_stride, row0, p.m, k, p.k);
+    else
+      copy_tile<Operand, THREADS, A_ROWS, A_ROW_BYTES, false, config::a_access>(stage, a, p.a_stride, k, p.k, row0, p.m);
+    if constexpr (B_K_INNER)
+      copy_tile<Operand, THREADS, B_ROWS, B_ROW_BYTES, true, config::b_access>(stage + A_BYTES, b, p.b_stride, column0, p.n, k, p.k);
+    else
+      copy_tile<Operand, THREADS, B_ROWS, B_ROW_BYTES, false, config::b_access>(stage + A_BYTES, b, p.b_stride, k, p.k, column0, p.n);
   };
 
   const u32 steps = (p.k + TILE_K - 1) / TILE_K;
@@ -80,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
     if (step + STAGES - 1 < steps) copy_stage(step + STAGES - 1);
     copy_async_commit();
     const u32 stage = ring + (step % STAGES) * STAGE_BYTES;
-    multiply_stage<WARP_M, WARP_N, TILE_K, B_K_INNER, B_ROW_BYTES>(d, stage, stage + A_BYTES, warp_row, warp_column);
+    multiply_stage<Operand, WARP_M, WARP_N, TILE_K, A_K_INNER, A_ROW_BYTES, B_K_INNER, B_ROW_BYTES>(d, stage, stage + A_BYTES, warp_row, warp_column);
   }
 
   const u32 lane = threadIdx.x & 31;

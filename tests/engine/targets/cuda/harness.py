@@ -28,14 +28,15 @@ POISON = 0xFF  # every float type reads NaN, integers −1
 
 @dataclass
 class Case:
-    """A step to check. `length` is the number of terms in its sums; `lowered` its launches where the test chose
-    them."""
+    """A step to check. `length` is the number of terms in its sums, `rounding` the relative error with which the kernel
+    takes the operands of its products; `lowered` its launches where the test chose them."""
 
     label: str
     step: Step
     length: int
     feeds: dict[int, np.ndarray] = field(default_factory=dict)  # operands by position; the others are random
     lowered: list[Launch] | None = None
+    rounding: float = 2.0**-11  # values between the stages of a kernel (probabilities) become fp16
 
 
 class Runner(Protocol):
@@ -85,7 +86,7 @@ def check(runner: Runner, case: Case, launches: list[Launch], rng: np.random.Gen
     except RunError as error:
         return str(error)
     for got, want in zip(outputs, expected, strict=True):
-        problem = mismatch(got, want, case.length)
+        problem = mismatch(got, want, case.length, case.rounding)
         if problem:
             return problem
     return None
@@ -101,13 +102,11 @@ def random(rng: np.random.Generator, tensor: Tensor) -> np.ndarray:
 
 
 _EPSILON = {DType.F16: 2.0**-11, DType.BF16: 2.0**-8, DType.F32: 2.0**-22, DType.F64: 2.0**-22}
-_OPERAND_EPSILON = 2.0**-11
-"""Values between the stages of a kernel (probabilities) are rounded to fp16."""
 
 
-def mismatch(got: np.ndarray, want: np.ndarray, length: int) -> str | None:
-    """What differs beyond rounding. An element may be off by two roundings of its own size, plus a share of the typical
-    size of the largest row: the fp32 sum of `length` terms, and one rounding of operands to fp16."""
+def mismatch(got: np.ndarray, want: np.ndarray, length: int, rounding: float = 2.0**-11) -> str | None:
+    """What differs beyond rounding. An element may be off by two roundings, of its own size and of the typical size of
+    the largest row: those of its dtype and the `rounding` of two operands, plus the fp32 sum of `length` terms."""
     dtype = DType.of(want.dtype)
     if not dtype.is_float:
         return None if np.array_equal(got, want) else f"{np.count_nonzero(got != want)} of {want.size} integers differ"
@@ -119,8 +118,8 @@ def mismatch(got: np.ndarray, want: np.ndarray, length: int) -> str | None:
         return "infinities differ"
     rows = np.where(finite, b, 0.0).reshape(-1, b.shape[-1] if b.ndim else 1)
     size = sqrt(float(np.max(np.mean(rows**2, axis=1))))
-    bound = 2 * _EPSILON[dtype] * np.where(finite, np.abs(b), 0.0) + size * (
-        2 * _OPERAND_EPSILON + 2.0**-22 * sqrt(length)
+    bound = 2 * max(_EPSILON[dtype], rounding) * np.where(finite, np.abs(b), 0.0) + size * (
+        2 * rounding + 2.0**-22 * sqrt(length)
     )
     with np.errstate(invalid="ignore"):
         off = np.where(finite, np.abs(a - b), 0.0)

@@ -69,7 +69,7 @@ def test_one_kernel_serves_every_batch() -> None:
 @pytest.mark.parametrize(
     ("op", "inputs"),
     [
-        (Gemm((ACC,)), [(F32, (4, 8)), (F32, (8, 4))]),
+        (Gemm((ACC,)), [(F32, (4, 8)), (F16, (8, 4))]),
         (Attention(1.0, stores=(ACC,)), [(F16, (1, 1, 4, 12))] * 3),
         (Conv((1, 1), ((0, 0),) * 2, (1, 1), transposed=True), [(F16, (1, 8, 4, 4)), weight(8, 8, 3, 3)]),
         (Conv((1, 1), ((0, 0),) * 2, (1, 1)), [(F16, (1, 8, 4, 4)), (F16, (8, 8, 3, 3))]),
@@ -83,8 +83,8 @@ def test_what_has_no_kernel_is_refused(op, inputs) -> None:
 def test_weights_are_packed_once() -> None:
     store = WeightStore()
     (w,) = make_step(Gemm((ACC,)), [(F16, (1, 8)), weight(8, 8)]).inputs[1:]
-    assert store.packed(w, "n,k8", pack_weight) is store.packed(w, "n,k8", pack_weight)
-    assert store.packed(w, "n,k8", pack_weight) is not store.packed(w, "k,n", lambda array: array)
+    assert store.packed(w, "n,k16B", pack_weight) is store.packed(w, "n,k16B", pack_weight)
+    assert store.packed(w, "n,k16B", pack_weight) is not store.packed(w, "k,n", lambda array: array)
 
 
 def test_weight_layouts() -> None:

@@ -4,20 +4,28 @@ inline u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_
 inline void check_shared(u32 address, u32 bytes) {
   if (address + bytes > emulator::SHARED_BYTES || address % bytes) emulator::fail("misaligned or wild shared memory access");
 }
-inline void copy_async_16(u32 destination, const void* source, bool valid) {
-  check_shared(destination, 16);
-  if (valid && reinterpret_cast<uintptr_t>(source) % 16) emulator::fail("cp.async from a misaligned address");
+template <u32 BYTES> void copy_async(u32 destination, const void* source, bool valid) {
+  check_shared(destination, BYTES);
+  if (valid && reinterpret_cast<uintptr_t>(source) % BYTES) emulator::fail("cp.async from a misaligned address");
   emulator::fibers[emulator::current].open_copies.push_back([=] {
-    if (valid) memcpy(emulator::shared_memory + destination, source, 16);
-    else memset(emulator::shared_memory + destination, 0, 16);
+    if (valid) memcpy(emulator::shared_memory + destination, source, BYTES);
+    else memset(emulator::shared_memory + destination, 0, BYTES);
   });
 }
+inline void copy_async_16(u32 destination, const void* source, bool valid) { copy_async<16>(destination, source, valid); }
+inline void copy_async_4(u32 destination, const void* source, bool valid) { copy_async<4>(destination, source, valid); }
 inline void copy_async_commit() {
   auto& fiber = emulator::fibers[emulator::current];
   fiber.copies.push_back(std::move(fiber.open_copies));
   fiber.open_copies.clear();
 }
 template <int PENDING> void copy_async_wait() { emulator::run_groups(emulator::fibers[emulator::current].copies, PENDING); }
+inline u32 load_shared_4(u32 address) {
+  check_shared(address, 4);
+  u32 r;
+  memcpy(&r, emulator::shared_memory + address, 4);
+  return r;
+}
 inline void store_shared_16(u32 address, uint4 v) {
   check_shared(address, 16);
   memcpy(emulator::shared_memory + address, &v, 16);
