@@ -125,15 +125,17 @@ def lower(step: Step, context: Context) -> list[Launch]:
     return [launch_product(product, epilogue, pick_tile(product, context), context)]
 
 
-def epilogue_of(step: Step, stores: Sequence[ex.Expr], order: Sequence[int], granularity: int) -> Functor:
+def epilogue_of(
+    step: Step, stores: Sequence[ex.Expr], order: Sequence[int], granularity: int, acc: DType = DType.F32
+) -> Functor:
     """The epilogue of a matrix-like step: columns are the last axis of `order`, rows the others. `granularity` divides
-    every column at which the kernel starts or ends."""
+    every column at which the kernel starts or ends. `acc`: the type of the sums."""
     shape = step.outputs[0].shape
     reads = operands(step.inputs, ex.arguments(*stores), (), len(shape))
     writes = [operand(tensor, len(shape)) for tensor in step.outputs]
     every = space(shape, order[:-1], order[-1:], [*reads.values(), *writes])
     placed = dict(zip(reads, every.operands, strict=False))
-    return codegen.epilogue(stores, every, placed, every.operands[len(reads) :], granularity)
+    return codegen.epilogue(stores, every, placed, every.operands[len(reads) :], granularity, acc)
 
 
 def product_of(step: Step, context: Context) -> Product:

@@ -46,7 +46,7 @@ class Kind:
     @property
     def rounding(self) -> float:
         """How operands are taken: as they are (fp32 may lose its last bits), or rounded to tf32."""
-        return 2.0**-11 if self.tf32 else 2.0**-21
+        return 2.0**-10 if self.tf32 else 2.0**-21
 
     def context(self, runner: Runner) -> Context:
         return replace(runner.context, tf32=self.tf32)
