@@ -24,7 +24,7 @@ from engine.targets.cuda.conv_geometry import (
     row_length,
     tap_strides,
 )
-from engine.targets.cuda.gemm import Matrix, Product, epilogue_of, launch_product, pick_tile
+from engine.targets.cuda.gemm import epilogue_of, launch_product, pick_tile, split_arguments
 from engine.targets.cuda.kernel import (
     I64,
     STORAGE,
@@ -39,12 +39,14 @@ from engine.targets.cuda.kernel import (
     launch,
     pointer_to,
 )
+from engine.targets.cuda.product import Matrix, Product
 from engine.targets.cuda.spaces import VECTOR, operand, space
 from engine.targets.cuda.tiles import MmaTile, Operands, pick_mma
 
-_MAX_DEPTHWISE = 7  # kernel sizes up to here are unrolled
+_MAX_DEPTHWISE = 7  # kernel rows up to here are unrolled
 _MAX_DIRECT = 48  # filter elements per output up to which the fp32 units beat padded matrix tiles
 _MAX_DIRECT_WIDTH = 16  # taps of a row that the same kernel has registers for
+_MOST_SPLITS = 24
 _MOST_BLOCKS = 65535  # along the second and third axis of a grid
 _SIMT_COST = 12  # the time of a multiply-add outside the matrix units beside one of fp16 inside, with what it loads
 
@@ -92,7 +94,11 @@ def lower(step: Step, context: Context) -> list[Launch]:
     filters, packing = filters_of(step, geometry, context)
     batch = geometry.groups * len(geometry.phases)
     k = geometry.phases[0].k
-    tile = pick_mma(geometry.rows, geometry.n, k, batch, context.architecture, context.multiprocessors, operands)
+    # The filters that a launch has just packed lie where the sums of a split product would.
+    splits = 1 if packing else _MOST_SPLITS
+    tile = pick_mma(
+        geometry.rows, geometry.n, k, batch, context.architecture, context.multiprocessors, operands, splits
+    )
     return [*packing, launch_conv(step, geometry, filters, tile, context)]
 
 
@@ -114,7 +120,7 @@ def operands_of(step: Step, context: Context) -> Operands | None:
 def _prefers_simt(geometry: Geometry, operands: Operands) -> bool:
     """Whether matrix tiles would be too empty, or the kernel that fills them cannot run it."""
     phases = geometry.phases
-    if max(geometry.groups, len(phases)) > _MOST_BLOCKS or not any(phase.k for phase in phases):
+    if max(geometry.groups, len(phases) * _MOST_SPLITS) > _MOST_BLOCKS or not any(phase.k for phase in phases):
         return True
     padded = ceildiv(geometry.n, 32) * 32 * ceildiv(geometry.k, 64) * 64 * operands.slowness
     return geometry.groups > 1 and _SIMT_COST * geometry.n * geometry.k < padded
@@ -171,7 +177,7 @@ def filters_of(step: Step, geometry: Geometry, context: Context) -> tuple[Pointe
         return Pointer(packed, ctype=STORAGE[w.dtype]), []
     lengths = [row_length(phase.k, per_chunk) for phase in geometry.phases]
     rows = geometry.groups * geometry.n
-    packing = workspace("filters", rows * sum(lengths) * w.dtype.itemsize)
+    packing = Buffer("filters", BufferKind.WORKSPACE, rows * sum(lengths) * w.dtype.itemsize)
     filters = Pointer(packing, ctype=STORAGE[w.dtype])
     lies = tap_strides(w, geometry)
     arguments: dict[str, Argument] = {
@@ -183,10 +189,6 @@ def filters_of(step: Step, geometry: Geometry, context: Context) -> tuple[Pointe
     }  # fmt: skip
     grid = (ceildiv(max(lengths), 128), min(rows, _MOST_BLOCKS), len(lengths))
     return filters, [launch("conv", "conv_pack.cuh", config, [], arguments, grid, 128)]
-
-
-def workspace(name: str, nbytes: int) -> Buffer:
-    return Buffer(name, BufferKind.PLAN, nbytes)
 
 
 def _phase_arguments(geometry: Geometry, per_chunk: int) -> dict[str, Argument]:
@@ -204,20 +206,24 @@ def _phase_arguments(geometry: Geometry, per_chunk: int) -> dict[str, Argument]:
 
 def launch_conv(step: Step, geometry: Geometry, filters: Pointer, tile: MmaTile, context: Context) -> Launch:
     """The launch of an implicit product in the given tile."""
-    element = step.inputs[1].dtype
+    element, operands = step.inputs[1].dtype, operands_of(step, context)
+    assert operands is not None
     per_chunk = 16 // element.itemsize
-    tiles = ceildiv(geometry.rows, tile.m) * ceildiv(geometry.n, tile.n)
+    tiles, phases = ceildiv(geometry.rows, tile.m) * ceildiv(geometry.n, tile.n), len(geometry.phases)
     return launch(
         "conv",
         "conv_mma.cuh",
         {
-            **tile.config, "x_vector": geometry.reads_chunks(per_chunk, element) and geometry.channels % per_chunk == 0,
-            "depth": geometry.axes == len(AXES), "phased": len(geometry.phases) > 1, "x_t": geometry.x.ctype,
-            "operand": STORAGE[element], "exact": element is DType.F32 and not context.tf32,
+            **tile.config(operands), "operand": STORAGE[element], "x_t": geometry.x.ctype,
+            "x_vector": geometry.reads_chunks(per_chunk, element) and geometry.channels % per_chunk == 0,
+            "depth": geometry.axes == len(AXES), "phased": phases > 1,
         },
         [_epilogue(step, geometry.n)],
-        {**geometry.arguments(), **_phase_arguments(geometry, per_chunk), "w": filters},
-        (tiles, geometry.groups, len(geometry.phases)),
+        {
+            **geometry.arguments(), **_phase_arguments(geometry, per_chunk), "w": filters,
+            **split_arguments(tiles * geometry.groups * phases, tile.m * tile.n, tile.threads // 32, tile.splits),
+        },
+        (tiles, geometry.groups, phases * tile.splits),
         tile.threads,
         tile.shared_bytes,
         Instruction.MMA,
@@ -245,6 +251,14 @@ def _patches(geometry: Geometry) -> list[tuple[int, int]]:
         return values <= _DEPTHWISE_VALUES and rows <= geometry.output[-2]
 
     return [patch for patch in patches if fits(*patch)]
+
+
+def _unrolls(geometry: Geometry, rows: int) -> bool:
+    """Whether registers hold the inputs of all rows of a filter: beyond, the compiler would spill them."""
+    size, stride = max(geometry.kernel), geometry.strides[-1]
+    if geometry.x_dtype is not DType.F16:
+        return size <= 3 and (rows == 1 or stride <= 2)
+    return size <= 3 or (size <= 5 and (rows == 1 or stride == 1))
 
 
 def is_depthwise(step: Step, geometry: Geometry) -> bool:
@@ -280,7 +294,8 @@ def launch_depthwise(step: Step, geometry: Geometry, context: Context) -> Launch
     config: dict[str, int | bool | str] = {
         "kernel_h": geometry.kernel[1], "kernel_w": geometry.kernel[2], "stride_h": geometry.strides[1],
         "stride_w": geometry.strides[2], "dilation_h": geometry.dilations[1], "dilation_w": geometry.dilations[2],
-        "rows": patch[0], "strip": patch[1], "threads": threads, "blocks": 256 // threads, "x_t": geometry.x.ctype,
+        "rows": patch[0], "strip": patch[1], "unrolled": _unrolls(geometry, patch[0]), "threads": threads,
+        "blocks": 256 // threads, "x_t": geometry.x.ctype,
     }  # fmt: skip
     arguments = {**geometry.arguments(), "w": _taps(step, geometry, context, DType.F32), "channels": geometry.groups}
     for name in ("stride_h", "stride_w", "dilation_h", "dilation_w"):

@@ -15,6 +15,10 @@ struct Phase {
 // Where in k a thread's chunk stands. Advancing by additions spares divisions for every chunk.
 template <bool DEPTH> struct Tap {
   u32 q, r, s, channel;
+  DEVICE static Tap at(u32 k, u32 channels, u32 kernel_h, u32 kernel_w) {
+    const u32 tap = k / channels, line = tap / max(1u, kernel_w), q = DEPTH ? line / max(1u, kernel_h) : 0;  // a phase may have no taps
+    return {q, line - q * kernel_h, tap - line * kernel_w, k - tap * channels};
+  }
   DEVICE void advance(u32 by, u32 channels, u32 kernel_h, u32 kernel_w) {
     channel += by;
     while (channel >= channels) {

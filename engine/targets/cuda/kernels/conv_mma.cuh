@@ -3,12 +3,14 @@
 // [group, output channel, k] with rows of `w_stride` elements. Operands are fp16, bf16 or fp32 (rounded to tf32, or `exact`).
 // config: x_vector: x lies in the operand's type with channels innermost, its channels per group, strides and offset whole 16-byte
 // chunks (else x has any strides, may be fp32 beside 16-bit weights, and elements are read one by one, rounded on the way);
-// depth: three spatial axes, not two; phased: a transposed convolution, block z computes phase z (conv_geometry.cuh).
+// depth: three spatial axes, not two; phased: a transposed convolution, one of its phases a block (conv_geometry.cuh); split: several
+// blocks share the k of a tile. The grid is tiles × groups × (phases · splits).
 #pragma once
 #include "conv_geometry.cuh"
 #include "epilogue/fragment.cuh"
 #include "mma/tile.cuh"
 #include "ptx/grid.cuh"
+#include "scheduler/split_k.cuh"
 #include "scheduler/stamp.cuh"
 #include "scheduler/tiles.cuh"
 
@@ -18,7 +20,7 @@ constexpr int ROW_BYTES = config::tile_k_bytes, PER_CHUNK = Operand::PER_CHUNK, 
 constexpr int TILE_M = config::tile_m, TILE_N = config::tile_n, STAGES = config::stages;
 constexpr int WARPS_M = config::warps_m, WARPS_N = config::warps_n, THREADS = 32 * WARPS_M * WARPS_N;
 constexpr int WARP_M = TILE_M / WARPS_M, WARP_N = TILE_N / WARPS_N;
-constexpr bool DEPTH = config::depth, PHASED = config::phased;
+constexpr bool DEPTH = config::depth, PHASED = config::phased, SPLIT = config::split;
 
 constexpr int CHUNKS = ROW_BYTES / 16, ROWS_PER_PASS = THREADS / CHUNKS;
 constexpr int A_PASSES = TILE_M / ROWS_PER_PASS, B_PASSES = (TILE_N + ROWS_PER_PASS - 1) / ROWS_PER_PASS;
@@ -36,7 +38,7 @@ struct Window {
 
 template <class PARAMS> DEVICE Window window_of(const PARAMS& p) {
   if constexpr (PHASED) {
-    const Phase& f = p.phases[blockIdx.z];
+    const Phase& f = p.phases[blockIdx.z / splits_of<SPLIT>(p)];
     return {f.out[0], f.out[1], f.out[2], f.kernel[1], f.kernel[2], f.k, f.w_stride, f.pad[0], f.pad[1], f.pad[2], p.w + f.w};
   } else {
     return {p.out_d, p.out_h, p.out_w, p.kernel_h, p.kernel_w, p.k, p.w_stride, p.pad_d, p.pad_h, p.pad_w, p.w};
@@ -61,7 +63,7 @@ struct PhaseEpilogue {
   using Inputs = Epilogue::Inputs;
   template <class PARAMS> DEVICE static u32 place(const PARAMS& p, u32 row) {
     if constexpr (PHASED) {
-      const Phase& f = p.phases[blockIdx.z];
+      const Phase& f = p.phases[blockIdx.z / splits_of<SPLIT>(p)];
       const Pixel at = pixel_of(window_of(p), row);
       const u32 z = f.start[0] + at.z * p.step_d, y = f.start[1] + at.y * p.step_h, x = f.start[2] + at.x * p.step_w;
       return ((at.image * p.out_d + z) * p.out_h + y) * p.out_w + x;
@@ -117,9 +119,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
       return DEPTH ? inside && static_cast<u32>(z) < p.in_d : inside;
     };
 
-    Tap<DEPTH> tap{0, 0, 0, 0};
-    u32 k = PER_CHUNK * chunk;
-    tap.advance(k, p.channels, window.kernel_h, window.kernel_w);
+    // The blocks that share a tile take as many steps each; beyond k they find zeros.
+    const u32 splits = splits_of<SPLIT>(p), split = SPLIT ? blockIdx.z % splits : 0;
+    const u32 steps = ((window.k + TILE_K - 1) / TILE_K + splits - 1) / splits;
+    u32 k = split * steps * TILE_K + PER_CHUNK * chunk;
+    Tap<DEPTH> tap = Tap<DEPTH>::at(k, p.channels, window.kernel_h, window.kernel_w);
     const auto copy_stage = [&](u32 stage_index) {
       const u32 stage = ring + stage_index * STAGE_BYTES;
 #pragma unroll
@@ -157,7 +161,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
       tap.advance(TILE_K, p.channels, window.kernel_h, window.kernel_w);
     };
 
-    const u32 steps = (window.k + TILE_K - 1) / TILE_K;
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) {
       if (i < steps) copy_stage(i);
@@ -177,10 +180,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
 
     // Columns of the iteration space are channels of the whole tensor: this group's begin at group · n.
     const u32 lane = threadIdx.x & 31, column_base = group * p.n;
+    const u32 fragment = ((blockIdx.z / splits * gridDim.y + group) * gridDim.x + blockIdx.x) * (THREADS / 32) + warp;
+    if (add_splits<SPLIT>(p, d, fragment, split)) {
 #pragma unroll
-    for (int i = 0; i < WARP_M / 16; ++i)
-      emit_fragment<PhaseEpilogue, WARP_N / 8>(
-          p, d[i], 0, row0 + warp_row + 16 * i + lane / 4, rows, column_base + column0 + warp_column, column_base + p.n);
+      for (int i = 0; i < WARP_M / 16; ++i)
+        emit_fragment<PhaseEpilogue, WARP_N / 8>(
+            p, d[i], 0, row0 + warp_row + 16 * i + lane / 4, rows, column_base + column0 + warp_column, column_base + p.n);
+    }
   }
   stamp_end(p.stamp);
 }

@@ -1,7 +1,8 @@
 // Depthwise convolution, NHWC: every channel with its own small filter. Bound by memory, so no matrix units: a thread computes
 // 8 channels of a patch of ROWS × STRIP outputs; each input it reads is converted once and serves all of them. Sums in fp32.
 // Four neighbouring threads take 32 neighbouring channels, the others neighbouring patches: reads of x fill their sectors and
-// a filter element is one broadcast. w is fp32, packed [kernel row, kernel column, channel].
+// a filter element is one broadcast. w is fp32, packed [kernel row, kernel column, channel]. config::unrolled: over rows of inputs,
+// too, where registers allow to load the next ones ahead.
 #pragma once
 #include "epilogue/access.cuh"
 #include "ptx/grid.cuh"
@@ -11,6 +12,7 @@ constexpr int KERNEL_H = config::kernel_h, KERNEL_W = config::kernel_w, ROWS = c
 constexpr int STRIDE_H = config::stride_h, STRIDE_W = config::stride_w, DILATION_H = config::dilation_h, DILATION_W = config::dilation_w;
 constexpr int SPAN_H = (ROWS - 1) * STRIDE_H + (KERNEL_H - 1) * DILATION_H + 1;
 constexpr int SPAN_W = (STRIP - 1) * STRIDE_W + (KERNEL_W - 1) * DILATION_W + 1;
+constexpr int STEP = ROWS == 1 ? DILATION_H : 1;  // between the rows of inputs that some tap reads
 
 extern "C" __global__ void __launch_bounds__(config::threads, config::blocks) kernel(const __grid_constant__ Params p) {
   let_next_kernel_start();
@@ -32,8 +34,8 @@ extern "C" __global__ void __launch_bounds__(config::threads, config::blocks) ke
     const float* w = p.w + channel;
 
     float sum[ROWS][STRIP][8] = {};
-#pragma unroll
-    for (int i = 0; i < SPAN_H; ++i) {
+#pragma unroll(config::unrolled ? SPAN_H : 1)
+    for (int i = 0; i < SPAN_H; i += STEP) {
       const int y = y0 + i;
       float value[SPAN_W][8];
 #pragma unroll

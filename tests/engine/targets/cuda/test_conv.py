@@ -152,7 +152,7 @@ def case(rng: np.random.Generator, kind: Kind, shape: Shape, step: Step, launche
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
 def test_implicit_product_matches_float64(runner: Runner, count: int, transposed: bool) -> None:
-    """Every tile and type, one to three axes, groups, any padding."""
+    """Every tile and type, one to three axes, groups, any padding, k split or not."""
     rng, cases = rng_of(f"product{transposed}"), []
     for i in range(count):
         kind, tile, axes = KINDS[i % len(KINDS)], MMA_TILES[(i // 2) % len(MMA_TILES)], (2, 1, 3)[i // 2 % 3]
@@ -162,6 +162,7 @@ def test_implicit_product_matches_float64(runner: Runner, count: int, transposed
         step, context = random_step(rng, kind, shape, name, strided=i % 3 == 2), kind.context(runner)
         geometry = Geometry(step)
         filters, packing = filters_of(step, geometry, context)
+        tile = replace(tile, splits=int(rng.choice([1, 1, 2, 3])))
         launches = [*packing, launch_conv(step, geometry, filters, tile, context)]
         cases.append(case(rng, kind, shape, step, launches, f"{name} {tile}"))
     check(runner, cases)
