@@ -67,7 +67,7 @@ def kernels(step: Step) -> list[str]:
         (conv_step((2, 64, 9, 9), (64, 32, 2, 2), strides=2, transposed=True), ["conv_mma"]),
         (conv_step((2, 64, 9, 9), (64, 32, 2, 2), strides=2, transposed=True, known=False), ["conv_pack", "conv_mma"]),
         (conv_step((2, 3, 9, 9), (32, 3, 3, 3)), ["conv_direct"]),
-        (conv_step((2, 3, 9, 9, 9), (33, 1, 3, 3, 3), groups=3), ["conv_simt"]),
+        (conv_step((2, 3, 9, 9, 9), (3, 1, 3, 3, 3), groups=3), ["conv_simt"]),
         (conv_step((2, 64, 9, 9), (64, 1, 3, 3), groups=64), ["depthwise"]),
         (conv_step((2, 64, 9), (64, 1, 3), groups=64), ["depthwise"]),
         (conv_step((2, 64, 40), (64, 1, 31), groups=64), ["conv_simt"]),
