@@ -17,6 +17,7 @@ class BufferKind(Enum):
     CONSTANT = "constant"  # a weight of the model, shared by all plans
     PLAN = "plan"  # computed once when the plan is built (tensors of sizes)
     ARENA = "arena"  # an intermediate, placed in the arena by lifetime
+    WORKSPACE = "workspace"  # scratch memory of one step, which a target adds to a plan; nothing outlives the step
 
 
 @dataclass(eq=False)

@@ -36,10 +36,11 @@ from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.conv import channels_last, filters_of, launch_conv
 from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.families import family_of
-from engine.targets.cuda.gemm import epilogue_of, launch_product, product_of
+from engine.targets.cuda.gemm import Tile, epilogue_of, launch_product
 from engine.targets.cuda.image import Filter, centre_box, launch_images
 from engine.targets.cuda.kernel import Context, Launch, WeightStore
-from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES
+from engine.targets.cuda.product import product_of
+from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES, MmaTile
 
 F16, F32, I64 = DType.F16, DType.F32, DType.I64
 ACC = ex.Acc()
@@ -140,6 +141,12 @@ def steps() -> Iterator[Step]:
     yield make_step(Gemm((BIAS,)), [(F16, (5, 63)), weight(63, 37), weight(37)], "gemm odd")
     yield make_step(Gemm((stored(ACC),)), [(F16, (2, 3, 40, 64)), (F16, (2, 3, 64, 72))], "gemm batch")
     yield make_step(Gemm((ACC,)), [(F16, (2, 40, 33)), (F16, (2, 33, 17))], "gemm batch odd")
+    for dtype in (F16, F32):
+        a = Tensor(Buffer("input0", BufferKind.INPUT, 40 * 64 * 4), dtype, (40, 64), (1, 40))
+        yield make_step(Gemm((stored(ACC, dtype),)), [a, (dtype, (64, 72))], f"gemm {dtype.value} column-major")
+    yield make_step(Gemm((ACC,)), [(F32, (2, 3, 2, 4, 33)), (F32, (3, 1, 33, 17))], "gemm f32 odd")
+    yield make_step(Gemm((ex.Acc(DType.F64),)), [(DType.F64, (2, 40, 33)), (DType.F64, (33, 17))], "gemm f64")
+    yield make_step(Gemm((ex.Acc(DType.I32),)), [(DType.U8, (40, 33)), (DType.I8, (33, 17))], "gemm integers")
     image = (F16, (2, 64, 28, 28))
     yield make_step(conv_op(1), [image, weight(32, 64, 1, 1), weight(32, 1, 1)], "conv 1x1")
     yield make_step(
@@ -225,29 +232,97 @@ def images() -> Iterator[tuple[str, Launch]]:
 def launches(architecture: Architecture) -> Iterator[tuple[str, Launch]]:
     """(name, launch) of everything in the covering set, with every tile of the matrix kernels."""
     context = Context(architecture, 128, WeightStore())
-    portable = Context(replace(architecture, wgmma=False), 128, context.weights)
     for step in steps():
         for launch in family_of(step.op).lower(step, context):
             yield step.name, launch
     yield from images()
-    inputs: list[Given] = [(F16, (300, 384)), weight(384, 400), weight(400)]
-    step = make_step(Gemm((BIAS_GELU,)), inputs)
-    residual = make_step(Gemm((BIAS_RESIDUAL,)), [*inputs, (F16, (300, 400))])
-    product = product_of(step, context)
-    for epilogue in (
-        epilogue_of(step, (BIAS_GELU,), (0, 1), 400),
-        epilogue_of(residual, (BIAS_RESIDUAL,), (0, 1), 400),
+    yield from products(context)
+    yield from convolutions(context)
+
+
+def convolutions(context: Context) -> Iterator[tuple[str, Launch]]:
+    """Implicit products in every tile, whole and split, with every kind of operands, geometry and access to the image;
+    computed filters; and what the matrix units do not take."""
+    portable = [tile for tile in MMA_TILES if tile.shared_bytes <= context.architecture.shared_bytes]
+    split, bf16 = [replace(tile, splits=3) for tile in portable], DType.BF16
+    rounding = replace(context, tf32=True)
+    chosen: list[tuple[Step, Context, Sequence[MmaTile]]] = [
+        (_conv(F16), context, portable),
+        (_conv(F16, channels=6, axes=3, residual=True), context, (split[0], split[-1])),
+        (_conv(bf16, transposed=True, residual=True), context, (split[1], portable[0])),
+        (_conv(F32), context, portable),
+        (_conv(F32, channels=6, axes=3, transposed=True, residual=True), context, (split[0], portable[-1])),
+        (_conv(F32, axes=3), rounding, (portable[0],)),
+        (_conv(F16, channels=12, image=F32), context, (portable[0],)),
+    ]
+    for step, how, tiles in chosen:
+        geometry = Geometry(step)
+        filters, _ = filters_of(step, geometry, how)
+        for tile in tiles:
+            yield f"conv {tile}", launch_conv(step, geometry, filters, tile, how)
+    for step in (
+        _conv(F16, known=False),
+        _conv(F32, transposed=True, known=False),
+        _conv(DType.F64),
+        _conv(F32, channels=3, axes=3),
+        *(_conv(F16, groups=groups, transposed=transposed) for groups in (128, 129) for transposed in (False, True)),
+        _conv(bf16, groups=128, kernel=9),
+        _conv(bf16, groups=128, kernel=7),
+        _conv(F32, groups=128, kernel=5),
+        _conv(F32, groups=32, channels=64, known=False),
     ):
-        for tile in MMA_TILES:
-            if tile.shared_bytes <= architecture.shared_bytes:
-                yield f"gemm {tile.m}x{tile.n}", launch_product(product, epilogue, tile, portable)
-        if architecture.wgmma:
-            for wgmma_tile in WGMMA_TILES:
-                yield f"gemm wgmma {wgmma_tile}", launch_product(product, epilogue, wgmma_tile, context)
-    op = conv_op(3)
-    conv = make_step(op, [(F16, (2, 64, 28, 28)), weight(128, 64, 3, 3), weight(128, 1, 1)])
-    geometry = Geometry(conv)
-    filters, _ = filters_of(conv, geometry, context)
-    for tile in MMA_TILES:
-        if tile.shared_bytes <= architecture.shared_bytes:
-            yield f"conv {tile.m}x{tile.n}", launch_conv(conv, geometry, filters, tile, context)
+        for launch in family_of(step.op).lower(step, context):
+            yield "conv", launch
+
+
+def _conv(
+    dtype: DType,
+    channels: int = 0,
+    groups: int = 1,
+    kernel: int = 3,
+    axes: int = 2,
+    transposed: bool = False,
+    known: bool = True,
+    residual: bool = False,
+    image: DType | None = None,
+) -> Step:
+    """A convolution to as many channels as there are groups, or 128, with stride 2 where it is transposed."""
+    wide = ex.Acc(dtype) if dtype is DType.F64 else ACC
+    n = groups if groups > 100 else 128
+    c = channels or (n if groups > 1 else 64)
+    store = ex.cast(relu6(ex.cast(add(wide, arg(2, dtype)) if dtype is not DType.F64 else wide, F32)), dtype)
+    store = stored(add(add(ACC, arg(2, dtype)), arg(3, dtype)), dtype) if residual else store
+    strides, pad = (2 if transposed else 1,) * axes, kernel // 2
+    op = Conv(strides, ((pad, pad),) * axes, (1,) * axes, groups, transposed, stores=(store,))
+    filters = (c, n // groups, *(kernel,) * axes) if transposed else (n, c // groups, *(kernel,) * axes)
+    inputs: list[Given] = [(image or dtype, (2, c, *(12,) * axes))]
+    inputs += [weight(*filters, dtype=dtype) if known else (dtype, filters), weight(n, *(1,) * axes, dtype=dtype)]
+    inputs += [(dtype, (2, n, *(23 if transposed else 12,) * axes))] if residual else []
+    return make_step(op, inputs)
+
+
+def products(context: Context) -> Iterator[tuple[str, Launch]]:
+    """Products in every tile, whole and split, and with every kind of operands."""
+    fp16, architecture = _product(F16), context.architecture
+    residual = make_step(Gemm((BIAS_RESIDUAL,)), [*fp16.inputs, (F16, (300, 400))])
+    portable = [tile for tile in MMA_TILES if tile.shared_bytes <= architecture.shared_bytes]
+    wgmma = WGMMA_TILES if architecture.wgmma else ()
+    rounding = replace(context, tf32=True)
+    chosen: list[tuple[Step, Context, Sequence[Tile]]] = [
+        (fp16, context, (*portable, *wgmma)),
+        (residual, context, [replace(tile, splits=3) for tile in (*portable, *wgmma)]),
+        (_product(DType.BF16), context, (portable[0], *wgmma[:1])),
+        (_product(F32), rounding, (portable[0], portable[-1], *wgmma[:1], *wgmma[7:8])),
+        (_product(F32), context, portable),
+    ]
+    for step, how, tiles in chosen:
+        assert isinstance(step.op, Gemm)
+        epilogue = epilogue_of(step, step.op.stores, (0, 1), 400)
+        for tile in tiles:
+            yield f"gemm {tile}", launch_product(product_of(step, how), epilogue, tile, how)
+
+
+def _product(dtype: DType) -> Step:
+    """A product with a weight, bias and GELU."""
+    store = stored(gelu(add(ACC, arg(2, dtype))), dtype)
+    return make_step(Gemm((store,)), [(dtype, (300, 384)), weight(384, 400, dtype=dtype), weight(400, dtype=dtype)])

@@ -19,6 +19,12 @@ from engine.targets.cuda.architecture import Architecture, for_capability
 from engine.targets.cuda.compiler import Compiler, default_cache
 from engine.targets.cuda.kernel import Kernel, TensorMap
 
+_MAP_TYPES = {
+    "half": (driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2),
+    "bfloat16": (driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2),
+    "float": (driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_TFLOAT32, 4),
+}
+"""Element types of tensor maps, and their bytes."""
 _STATIC_LIMIT = 48 << 10  # more dynamic shared memory than this has to be asked for
 
 
@@ -103,15 +109,16 @@ class Device:
         )
 
     def encode(self, map_: TensorMap, address: int) -> bytes:
-        """The 128 bytes of a tensor map: fp16, 128-byte swizzle, zeros outside."""
+        """The 128 bytes of a tensor map: 128-byte swizzle, zeros outside."""
+        data_type, itemsize = _MAP_TYPES[map_.pointer.ctype]
         sizes = [driver.cuuint64_t(map_.columns), driver.cuuint64_t(map_.rows)]
         box = [driver.cuuint32_t(map_.box_columns), driver.cuuint32_t(map_.box_rows)]
         error, encoded = driver.cuTensorMapEncodeTiled(
-            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            data_type,
             2,
             address,
             sizes,
-            [driver.cuuint64_t(map_.row_stride * 2)],
+            [driver.cuuint64_t(map_.row_stride * itemsize)],
             box,
             [driver.cuuint32_t(1), driver.cuuint32_t(1)],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,

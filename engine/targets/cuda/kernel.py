@@ -9,7 +9,7 @@ plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol, TypeAlias
@@ -54,7 +54,8 @@ class LevelSizes:
 
 @dataclass(frozen=True, eq=False)
 class TensorMap:
-    """A 2-D TMA descriptor of fp16 rows: `columns` are contiguous, `rows` lie `row_stride` elements apart."""
+    """A 2-D TMA descriptor of fp16, bf16 or fp32 rows: `columns` are contiguous, `rows` lie `row_stride` elements
+    apart. fp32 is rounded to tf32 on the way."""
 
     pointer: Pointer
     rows: int
@@ -177,6 +178,12 @@ def pack(
     packed = record.tobytes()
     maps = any(isinstance(argument, TensorMap) for _, argument in arguments)
     return packed + bytes(-len(packed) % 64) if maps else packed
+
+
+def workspace_bytes(launches: Iterable[Launch]) -> int:
+    """The scratch memory that launches need which run one after the other and all find theirs at one address."""
+    used = (argument for launch in launches for _, argument in launch.arguments if isinstance(argument, Pointer))
+    return max((p.buffer.nbytes for p in used if p.buffer.kind is BufferKind.WORKSPACE), default=0)
 
 
 @dataclass

@@ -27,7 +27,17 @@ from engine.specs import DeviceInfo, StepStat
 from engine.targets.base import Resident
 from engine.targets.cuda.device import Device
 from engine.targets.cuda.families import family_of
-from engine.targets.cuda.kernel import ALIGNMENT, Context, Launch, Pointer, TensorMap, WeightStore, ceildiv, pack
+from engine.targets.cuda.kernel import (
+    ALIGNMENT,
+    Context,
+    Launch,
+    Pointer,
+    TensorMap,
+    WeightStore,
+    ceildiv,
+    pack,
+    workspace_bytes,
+)
 
 SAMPLE_EVERY = 16
 """One run in so many writes time stamps; its step times stand for the others."""
@@ -160,7 +170,9 @@ class Executable:
         self._runs = 0
         self._samples = 0
         self._nanoseconds = np.zeros(len(plan.steps), np.float64)
-        target.reserve(self._io_bytes + plan.arena_bytes, self._io_bytes)
+        self._arena_bytes = ceildiv(plan.arena_bytes, ALIGNMENT) * ALIGNMENT
+        self._workspace_bytes = workspace_bytes(launch for _, launches in self._launches for launch in launches)
+        target.reserve(self._io_bytes + self._arena_bytes + self._workspace_bytes, self._io_bytes)
 
     def _place(self, tensors: Mapping[str, Tensor], start: int) -> int:
         """Give each tensor's buffer an offset from `start` on; returns the end."""
@@ -211,7 +223,7 @@ class Executable:
     def _prepare(self) -> None:
         """Capture the graphs, again where the region has moved."""
         target = self._target
-        target.reserve(self._io_bytes + self.plan.arena_bytes, self._io_bytes)
+        target.reserve(self._io_bytes + self._arena_bytes + self._workspace_bytes, self._io_bytes)
         if self._generation == target.generation:
             return
         self._graphs = {sampled: self._capture(sampled) for sampled in (False, True)}
@@ -250,6 +262,8 @@ class Executable:
                 base = self._target.region + self._io_bytes + buffer.offset
             case BufferKind.INPUT | BufferKind.OUTPUT:
                 base = self._target.region + self._places[id(buffer)]
+            case BufferKind.WORKSPACE:  # one place for all steps
+                base = self._target.region + self._io_bytes + self._arena_bytes
             case BufferKind.CONSTANT:
                 base = self._target.constant(buffer)
             case BufferKind.PLAN:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from enum import Enum
 from math import hypot
 
@@ -33,7 +33,8 @@ class Operands(Enum):
 @dataclass(frozen=True)
 class MmaTile:
     """A block's tile for mma.sync: `warps_m` × `warps_n` warps share it, `blocks` blocks share a multiprocessor. A step
-    takes `k_bytes` of k: 16-bit operands have twice as many elements there as 32-bit ones."""
+    takes `k_bytes` of k: 16-bit operands have twice as many elements there as 32-bit ones. `splits` blocks share the k
+    of a tile of the result."""
 
     m: int
     n: int
@@ -42,6 +43,7 @@ class MmaTile:
     warps_n: int
     stages: int
     blocks: int
+    splits: int = 1
 
     @property
     def threads(self) -> int:
@@ -57,7 +59,7 @@ class MmaTile:
         return {
             "tile_m": self.m, "tile_n": self.n, "tile_k_bytes": self.k_bytes, "warps_m": self.warps_m,
             "warps_n": self.warps_n, "stages": self.stages, "blocks": max(1, self.blocks - exact),
-            "shared_bytes": self.shared_bytes, "exact": exact,
+            "shared_bytes": self.shared_bytes, "exact": exact, "split": self.splits > 1,
         }  # fmt: skip
 
 
@@ -73,12 +75,14 @@ MMA_TILES = (
 
 @dataclass(frozen=True)
 class WgmmaTile:
-    """A tile for wgmma. Two consumer warpgroups take tiles in turn, or (`cooperative`) halve the rows of each."""
+    """A tile for wgmma, 128 bytes of k a step. Two consumer warpgroups take tiles in turn, or (`cooperative`) halve the
+    rows of each. `splits` items of work share the k of a tile of the result."""
 
     m: int
     n: int
     stages: int
     cooperative: bool = False
+    splits: int = 1
 
     @property
     def shared_bytes(self) -> int:
@@ -89,7 +93,7 @@ class WgmmaTile:
     def config(self) -> dict[str, int | bool | str]:
         return {
             "tile_m": self.m, "tile_n": self.n, "stages": self.stages, "cooperative": self.cooperative,
-            "shared_bytes": self.shared_bytes,
+            "shared_bytes": self.shared_bytes, "split": self.splits > 1,
         }  # fmt: skip
 
 
@@ -112,6 +116,12 @@ _MMA_RATE = 1024
 _WGMMA_RATE = 2048
 
 
+_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
+_MAX_PARTIAL_BYTES = 32 << 20  # the partial sums of a product are to stay in the L2 cache
+_ARRIVAL = 2200
+"""Estimated cycles to make a partial sum visible, count it, and begin to read the others."""
+
+
 def pick_mma(
     m: int,
     n: int,
@@ -120,16 +130,36 @@ def pick_mma(
     architecture: Architecture,
     multiprocessors: int,
     operands: Operands = Operands.HALF,
+    most_splits: int = 1,
 ) -> MmaTile:
     """The tile with the least estimated time among those whose ring fits the architecture."""
-    fitting: Iterable[MmaTile] = (tile for tile in MMA_TILES if tile.shared_bytes <= architecture.shared_bytes)
-    return min(fitting, key=lambda tile: _mma_cycles(m, n, k, batch, tile, multiprocessors, operands))
+    fitting = (tile for tile in MMA_TILES if tile.shared_bytes <= architecture.shared_bytes)
+    return min(
+        (
+            replace(tile, splits=splits)
+            for tile in fitting
+            for splits in _splits(m, n, k * operands.itemsize, batch, tile.m, tile.n, tile.k_bytes, most_splits)
+        ),
+        key=lambda tile: _mma_cycles(m, n, k, batch, tile, multiprocessors, operands),
+    )
+
+
+def _splits(
+    m: int, n: int, k_bytes: int, batch: int, tile_m: int, tile_n: int, step_bytes: int, most: int
+) -> Iterator[int]:
+    """In how many parts the k of a tile may be taken: at least two steps each, and none without any."""
+    steps, tiles = ceildiv(k_bytes, step_bytes), ceildiv(m, tile_m) * ceildiv(n, tile_n) * batch
+    for splits in _SPLITS:
+        uses_all = (splits - 1) * ceildiv(steps, splits) < steps
+        fits = 2 * splits <= steps and tiles * splits * tile_m * tile_n * 4 <= _MAX_PARTIAL_BYTES
+        if splits == 1 or (splits <= most and uses_all and fits):
+            yield splits
 
 
 def _mma_cycles(m: int, n: int, k: int, batch: int, tile: MmaTile, multiprocessors: int, operands: Operands) -> float:
     """Estimated cycles of a product in tiles of mma.sync."""
     bytes_per_cycle, launch = 48, 1500  # from L2, 64 nominal; first loads and the drain of the last tile
-    tiles = ceildiv(m, tile.m) * ceildiv(n, tile.n) * batch
+    blocks = ceildiv(m, tile.m) * ceildiv(n, tile.n) * batch * tile.splits
     tile_k = tile.k_bytes // operands.itemsize
     multiply = tile.m * tile.n * tile_k * operands.slowness / _MMA_RATE
     step = max(multiply, (tile.m + tile.n) * tile.k_bytes / bytes_per_cycle)
@@ -137,28 +167,44 @@ def _mma_cycles(m: int, n: int, k: int, batch: int, tile: MmaTile, multiprocesso
     # neighbours.
     step = max(step, 250 / tile.blocks)
     epilogue = tile.m * tile.n * 4 / bytes_per_cycle
-    return launch + ceildiv(tiles, multiprocessors) * (ceildiv(k, tile_k) * step + epilogue)
+    steps = ceildiv(ceildiv(k, tile_k), tile.splits)
+    time = launch + ceildiv(blocks, multiprocessors) * (steps * step + epilogue)
+    return time if tile.splits == 1 else time + _ARRIVAL + (tile.splits + 1) * epilogue
 
 
-def pick_wgmma(m: int, n: int, k: int, multiprocessors: int) -> WgmmaTile:
-    """The wgmma tile with the least estimated time."""
-    return min(WGMMA_TILES, key=lambda tile: _wgmma_cycles(m, n, k, tile, multiprocessors))
+def pick_wgmma(
+    m: int, n: int, k: int, multiprocessors: int, operands: Operands = Operands.HALF, most_splits: int = 1
+) -> WgmmaTile:
+    """The wgmma tile with the least estimated time. Operands are HALF or TF32."""
+    return min(
+        (
+            replace(tile, splits=splits)
+            for tile in WGMMA_TILES
+            for splits in _splits(m, n, k * operands.itemsize, 1, tile.m, tile.n, 128, most_splits)
+        ),
+        key=lambda tile: _wgmma_cycles(m, n, k, tile, multiprocessors, operands),
+    )
 
 
-def _wgmma_cycles(m: int, n: int, k: int, tile: WgmmaTile, multiprocessors: int) -> float:
+def _wgmma_cycles(m: int, n: int, k: int, tile: WgmmaTile, multiprocessors: int, operands: Operands) -> float:
     """Estimated cycles of a product in tiles of wgmma.
 
-    The constants are fitted to a sweep of all tiles over 22 shapes on an H200 (products of transformers and of 1×1
-    convolutions): the tile picked took 1 % longer than the best one on average, 7 % at worst.
+    The constants are fitted to a sweep of all tiles over 22 shapes on an H200 (fp16 products of transformers and of 1×1
+    convolutions): the tile picked took 1 % longer than the best one on average, 7 % at worst. What splitting costs is
+    an estimate.
     """
     slowdown, least_step, l2_rate, memory_rate = 1.2, 286, 70, 1520  # cycles; bytes a cycle, the last of the GPU
     epilogue, launch = 256 + 0.12 * tile.m * tile.n, 2750
-    tiles, steps = ceildiv(m, tile.m) * ceildiv(n, tile.n), ceildiv(k, 64)
+    items = ceildiv(m, tile.m) * ceildiv(n, tile.n) * tile.splits
+    steps = ceildiv(ceildiv(k * operands.itemsize, 128), tile.splits)
+    # 128 bytes of k are half as many fp32 operands as halves, at half the rate.
     step = max(slowdown * tile.m * tile.n * 64 / _WGMMA_RATE, (tile.m + tile.n) * 128 / l2_rate, least_step)
-    rounds = ceildiv(tiles, multiprocessors)  # tiles of the busiest block
+    rounds = ceildiv(items, multiprocessors)  # items of the busiest block
     if tile.cooperative:
         time = rounds * (steps * step + 0.37 * epilogue)
     else:
         # One consumer's epilogue runs beside the other's product.
         time = max(rounds * steps * step + epilogue, ceildiv(rounds, 2) * (steps * step + epilogue))
-    return launch + hypot(time, 2 * (m * k + k * n + m * n) / memory_rate)
+    if tile.splits > 1:
+        time += _ARRIVAL + (tile.splits + 1) * tile.m * tile.n * 4 / l2_rate
+    return launch + hypot(time, operands.itemsize * (m * k + k * n + m * n) / memory_rate)

@@ -7,6 +7,7 @@
 #include "epilogue/fragment.cuh"
 #include "mma/tile.cuh"
 #include "ptx/grid.cuh"
+#include "scheduler/split_k.cuh"
 #include "scheduler/stamp.cuh"
 #include "scheduler/tiles.cuh"
 
@@ -16,6 +17,7 @@ constexpr int TILE_M = config::tile_m, TILE_N = config::tile_n, TILE_K = config:
 constexpr int WARPS_M = config::warps_m, WARPS_N = config::warps_n, THREADS = 32 * WARPS_M * WARPS_N;
 constexpr int WARP_M = TILE_M / WARPS_M, WARP_N = TILE_N / WARPS_N;
 constexpr int BATCH_LEVELS = config::batch_levels;
+constexpr bool SPLIT = config::split;  // several blocks, along the grid's y, share the k of a tile
 constexpr bool A_K_INNER = config::a_k_inner, B_K_INNER = config::b_k_inner;
 
 constexpr int A_ROWS = A_K_INNER ? TILE_M : TILE_K, A_ROW_BYTES = (A_K_INNER ? TILE_K : TILE_M) * sizeof(Element);
@@ -42,9 +44,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
     b += index.level[i] * p.b_batch[i];
   }
 
-  // A tile of an operand with rows (of the tile in shared memory) or columns running over k.
+  // The blocks that share a tile take as many steps each; beyond k they find zeros.
+  const u32 splits = splits_of<SPLIT>(p), steps = ((p.k + TILE_K - 1) / TILE_K + splits - 1) / splits;
   const auto copy_stage = [&](u32 step) {
-    const u32 stage = ring + (step % STAGES) * STAGE_BYTES, k = step * TILE_K;
+    const u32 stage = ring + (step % STAGES) * STAGE_BYTES, k = (blockIdx.y * steps + step) * TILE_K;
     if constexpr (A_K_INNER)
       copy_tile<Operand, THREADS, A_ROWS, A_ROW_BYTES, true, config::a_access>(stage, a, p.a_stride, row0, p.m, k, p.k);
     else
@@ -55,7 +58,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
       copy_tile<Operand, THREADS, B_ROWS, B_ROW_BYTES, false, config::b_access>(stage + A_BYTES, b, p.b_stride, k, p.k, column0, p.n);
   };
 
-  const u32 steps = (p.k + TILE_K - 1) / TILE_K;
 #pragma unroll
   for (int i = 0; i < STAGES - 1; ++i) {
     if (i < steps) copy_stage(i);
@@ -74,8 +76,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
   }
 
   const u32 lane = threadIdx.x & 31;
+  if (add_splits<SPLIT>(p, d, blockIdx.x * (THREADS / 32) + warp, blockIdx.y)) {
 #pragma unroll
-  for (int i = 0; i < WARP_M / 16; ++i)
-    emit_fragment<Epilogue, WARP_N / 8>(p, d[i], z * p.m, row0 + warp_row + 16 * i + lane / 4, p.m, column0 + warp_column, p.n);
+    for (int i = 0; i < WARP_M / 16; ++i)
+      emit_fragment<Epilogue, WARP_N / 8>(p, d[i], z * p.m, row0 + warp_row + 16 * i + lane / 4, p.m, column0 + warp_column, p.n);
+  }
   stamp_end(p.stamp);
 }

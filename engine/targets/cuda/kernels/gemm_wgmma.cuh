@@ -1,4 +1,5 @@
-// Matrix product for sm_90a: a[m, k] · b[n, k]ᵀ, fp16 operands that the copy engine can read, fp32 accumulation.
+// Matrix product for sm_90a: a[m, k] · b[n, k]ᵀ, operands of fp16, bf16 or tf32 (fp32 that the copy engine rounds) that it can
+// read, fp32 accumulation.
 // Persistent and warp-specialised: one thread keeps a ring of STAGES tiles filled through TMA for two consumer warpgroups.
 // These take output tiles in turn (ping-pong), so that one multiplies while the other runs its epilogue; or, COOPERATIVE, each
 // takes half the rows of every tile, which is faster where a block has a single tile, and allows wider ones.
@@ -8,11 +9,13 @@
 #include "ptx/grid.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/tma.cuh"
+#include "scheduler/split_k.cuh"
 #include "scheduler/stamp.cuh"
 #include "scheduler/tiles.cuh"
 
-constexpr int TILE_M = config::tile_m, TILE_N = config::tile_n, TILE_K = 64, STAGES = config::stages;
-constexpr bool COOPERATIVE = config::cooperative;
+using Element = config::operand;
+constexpr int TILE_M = config::tile_m, TILE_N = config::tile_n, TILE_K = 128 / sizeof(Element), STAGES = config::stages;
+constexpr bool COOPERATIVE = config::cooperative, SPLIT = config::split;  // SPLIT: several blocks share the k of a tile
 constexpr int CONSUMERS = 2, CONSUMER_M = COOPERATIVE ? TILE_M / CONSUMERS : TILE_M;
 constexpr int PARTS = CONSUMER_M / 64;  // one instruction covers 64 rows
 // Rows of 32 columns whose epilogue operands fit the registers beside the accumulators.
@@ -22,7 +25,7 @@ constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 // A block starts with 168 registers for each of its 384 threads; asking for more than these in all waits for ever.
 static_assert(128 * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS) <= 168 * THREADS, "");
 
-constexpr int A_BYTES = TILE_M * TILE_K * 2, B_BYTES = TILE_N * TILE_K * 2, STAGE_BYTES = A_BYTES + B_BYTES;
+constexpr int A_BYTES = TILE_M * 128, B_BYTES = TILE_N * 128, STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int BARRIERS = STAGES * STAGE_BYTES;  // full[STAGES], empty[STAGES], turn[CONSUMERS]
 static_assert(BARRIERS + 8 * (2 * STAGES + CONSUMERS) == config::shared_bytes, "the host asks for ring and barriers");
 static_assert(A_BYTES % 1024 == 0 && B_BYTES % 1024 == 0, "operands start at a swizzle atom");
@@ -44,15 +47,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_con
   wait_for_previous_kernel();
   stamp_begin(p.stamp);
 
-  const u32 tiles_m = (p.m + TILE_M - 1) / TILE_M, tiles_n = (p.n + TILE_N - 1) / TILE_N, tiles = tiles_m * tiles_n;
-  const u32 steps = (p.k + TILE_K - 1) / TILE_K;
+  const u32 tiles_m = (p.m + TILE_M - 1) / TILE_M, tiles_n = (p.n + TILE_N - 1) / TILE_N;
+  // What a block takes at a time: a tile, or one of `splits` parts of its k. All take as many steps; beyond k they read zeros.
+  const u32 splits = splits_of<SPLIT>(p), items = tiles_m * tiles_n * splits;
+  const u32 steps = ((p.k + TILE_K - 1) / TILE_K + splits - 1) / splits;
   if (warpgroup == 0) {
     give_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x == 0) {
       u32 stage = 0, parity = 1;  // a fresh barrier counts as completed in the phase before its first
-      for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
-        const TileIndex tile = tile_of<16>(t, tiles_m, tiles_n);
-        for (u32 step = 0; step < steps; ++step) {
+      for (u32 t = blockIdx.x; t < items; t += gridDim.x) {
+        const u32 split = t % splits;
+        const TileIndex tile = tile_of<16>(t / splits, tiles_m, tiles_n);
+        for (u32 step = split * steps; step < (split + 1) * steps; ++step) {
           const u32 a = ring + stage * STAGE_BYTES, landed = full + 8 * stage;
           barrier_wait(empty + 8 * stage, parity);
           barrier_arrive_expect(landed, STAGE_BYTES);
@@ -69,8 +75,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_con
     const u32 row0 = COOPERATIVE ? consumer * CONSUMER_M : 0;  // within the tile
     const u64 a0 = operand_descriptor(ring + row0 * 128), b0 = operand_descriptor(ring + A_BYTES);
     constexpr u32 TURNS = COOPERATIVE ? 1 : CONSUMERS;
-    u32 ordinal = COOPERATIVE ? 0 : consumer;  // of this block's tiles
-    for (u32 t = blockIdx.x + ordinal * gridDim.x; t < tiles; t += TURNS * gridDim.x, ordinal += TURNS) {
+    u32 ordinal = COOPERATIVE ? 0 : consumer;  // of this block's items
+    for (u32 t = blockIdx.x + ordinal * gridDim.x; t < items; t += TURNS * gridDim.x, ordinal += TURNS) {
       u32 stage = ordinal * steps % STAGES, parity = ordinal * steps / STAGES & 1, previous = stage;
       // A barrier's parity says nothing two phases later: wait until the other consumer is through with the stages before.
       if (!COOPERATIVE && ordinal > 0) barrier_wait(turn + 8 * consumer, (ordinal - 1) / CONSUMERS & 1);
@@ -81,9 +87,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_con
         const u64 offset = stage * (STAGE_BYTES >> 4);
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < TILE_K / 16; ++k)
+        for (int k = 0; k < 128 / 32; ++k)  // an instruction takes 32 bytes of k
 #pragma unroll
-          for (int i = 0; i < PARTS; ++i) wgmma<TILE_N>(d[i], a0 + offset + 512 * i + 2 * k, b0 + offset + 2 * k, step | k);
+          for (int i = 0; i < PARTS; ++i) wgmma<TILE_N, Element>(d[i], a0 + offset + 512 * i + 2 * k, b0 + offset + 2 * k, step | k);
         wgmma_commit();
         if (step > 0) {
           wgmma_wait<1>();
@@ -95,10 +101,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_con
       if (!COOPERATIVE && leader) barrier_arrive(turn + 8 * (consumer ^ 1));
       wgmma_wait<0>();
       if (leader) barrier_arrive(empty + 8 * previous);
-      const TileIndex tile = tile_of<16>(t, tiles_m, tiles_n);
+      const TileIndex tile = tile_of<16>(t / splits, tiles_m, tiles_n);
+      if constexpr (SPLIT) {
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i) wgmma_settle(d[i]);
+        const u32 share = COOPERATIVE ? t / splits * CONSUMERS + consumer : t / splits;
+        if (!add_splits<SPLIT>(p, d, 4 * share + warp, t % splits)) continue;
+      }
 #pragma unroll
       for (int i = 0; i < PARTS; ++i) {
-        wgmma_settle(d[i]);
+        if constexpr (!SPLIT) wgmma_settle(d[i]);
         emit_fragment<Epilogue, TILE_N / 8, AHEAD>(p, d[i], 0, tile.m * TILE_M + row0 + 64 * i + 16 * warp + lane / 4, p.m, tile.n * TILE_N, p.n);
       }
     }

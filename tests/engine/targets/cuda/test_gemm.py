@@ -9,13 +9,16 @@ import numpy as np
 
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
-from engine.ir.ops import Gemm
+from engine.ir.ops import Gemm, Pointwise
+from engine.plan.plan import Step
 from engine.plan.tensor import Tensor
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
-from engine.targets.cuda.gemm import epilogue_of, launch_product, lower, product_of
-from engine.targets.cuda.kernel import Context
-from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES
+from engine.targets.cuda.families import family_of
+from engine.targets.cuda.gemm import Tile, epilogue_of, launch_product, lower
+from engine.targets.cuda.kernel import Context, Launch, content
+from engine.targets.cuda.product import product_of
+from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES, WgmmaTile
 from tests.engine.targets.cuda.cases import check, fed, ragged, rng_of
 from tests.engine.targets.cuda.emulator.runner import EmulatedRunner
 from tests.engine.targets.cuda.harness import Case, Runner
@@ -46,21 +49,56 @@ def context_of(runner: Runner, kind: str) -> Context:
     return replace(runner.context, tf32=KINDS[kind][1])
 
 
+def tiles_of(runner: Runner, kind: str) -> list[Tile]:
+    """The tiles for operands of this kind; those of wgmma need them to lie as the copy engine reads."""
+    wgmma = runner.context.architecture.wgmma and kind != "fp32"
+    return [*MMA_TILES, *(WGMMA_TILES if wgmma else ())]
+
+
 def test_gemm_of_every_kind_with_weight_matches_float64(runner: Runner, count: int) -> None:
+    """In every tile, k in one part or in several."""
     rng, cases = rng_of("kinds"), []
-    for i in range(count):
-        kind, tile = list(KINDS)[i % 4], MMA_TILES[int(rng.integers(0, len(MMA_TILES)))]
-        dtype, name = KINDS[kind][0], list(stores_of(F16))[int(rng.integers(0, 4))]
-        m, k, n = ragged(rng, 300), ragged(rng, 500), ragged(rng, 300)
-        a = fed(dtype, (m, k), inner=-1 if i % 8 < 4 else -2, number=0)
+    for i in range(2 * count):
+        kind = list(KINDS)[i % 4]
+        tiles, dtype = tiles_of(runner, kind), KINDS[kind][0]
+        tile = tiles[int(rng.integers(0, len(tiles)))]
+        aligned = isinstance(tile, WgmmaTile)
+        name, splits = list(stores_of(F16))[int(rng.integers(0, 4))], int(rng.choice([1, 1, 2, 3, 7]))
+        m, k, n = ragged(rng, 300), ragged(rng, 600, 8 if aligned else 1), ragged(rng, 300)
+        a = fed(dtype, (m, k), inner=-1 if aligned or i % 8 < 4 else -2, number=0)
         inputs: list[cv.Given] = [a, weight(k, n, dtype=dtype)]
         inputs += [] if name == "plain" else [weight(n, dtype=dtype)]
         inputs += [(dtype, (m, n))] if name == "residual" else []
-        store = stores_of(dtype)[name]
-        step, context = make_step(Gemm((store,)), inputs), context_of(runner, kind)
-        launch = launch_product(product_of(step, context), epilogue_of(step, (store,), (0, 1), n), tile, context)
-        cases.append(Case(f"{kind} {m}x{n}x{k} {name} {tile}", step, k, lowered=[launch], rounding=rounding(kind)))
+        step = make_step(Gemm((stores_of(dtype)[name],)), inputs)
+        launch = launched(step, replace(tile, splits=splits), context_of(runner, kind))
+        label = f"{kind} {m}x{n}x{k} {name} {tile} in {splits}"
+        # Twice, with the result wiped in between: a split product must leave its counters as it found them.
+        launches = [launch, *wiped(step.outputs[0], runner.context), launch] if splits > 1 else [launch]
+        cases.append(Case(label, step, k, lowered=launches, rounding=rounding(kind)))
     check(runner, cases)
+
+
+def wiped(tensor: Tensor, context: Context) -> list[Launch]:
+    """Launches that make a result 0."""
+    op = Pointwise((ex.Const(0.0, tensor.dtype),))
+    return family_of(op).lower(Step("wipe", op, (), (tensor,), op.cost((), (tensor,))), context)
+
+
+def launched(step: Step, tile: Tile, context: Context) -> Launch:
+    """The launch of a product of matrices in a given tile."""
+    assert isinstance(step.op, Gemm)
+    product = product_of(step, context)
+    return launch_product(product, epilogue_of(step, step.op.stores, (0, 1), product.n), tile, context)
+
+
+def test_a_split_product_has_the_same_bits_in_every_run(runner: Runner, count: int) -> None:
+    m, n, k = 70, 90, 1000
+    rng, step = rng_of("bits"), make_step(Gemm((ACC,)), [(F16, (m, k)), weight(k, n)])
+    arrays = [rng.standard_normal((m, k)).astype(F16.numpy), content(step.inputs[1])]
+    for tile in tiles_of(runner, "fp16")[-4:]:
+        launch = launched(step, replace(tile, splits=5), runner.context)
+        first, *others = (runner.run(step, [launch], arrays)[0].copy() for _ in range(max(2, count // 10)))
+        assert all(np.array_equal(first, other) for other in others), tile
 
 
 def test_gemm_of_every_kind_of_activations_matches_float64(runner: Runner, count: int) -> None:
@@ -77,6 +115,41 @@ def test_gemm_of_every_kind_of_activations_matches_float64(runner: Runner, count
         label = f"{kind} {a.shape} {a.strides} {b.shape} {b.strides}"
         launches = lower(step, context_of(runner, kind))
         cases.append(Case(label, step, k, lowered=launches, rounding=rounding(kind)))
+    check(runner, cases)
+
+
+def test_gemm_of_other_types_matches_numpy(runner: Runner, count: int) -> None:
+    """fp64, integers (exactly), and operands of two types."""
+    rng, cases = rng_of("types"), []
+    types = (
+        (DType.F64, DType.F64, DType.F64), (F16, F32, F32), (F32, BF16, F32), (F32, F32, DType.F64),
+        (DType.I32, DType.I32, DType.I32), (DType.I64, DType.I64, DType.I64), (DType.U8, DType.I8, DType.I32),
+        (DType.I8, DType.I8, DType.I8), (DType.I64, F32, F32), (DType.U8, DType.U8, F32),
+    )  # fmt: skip
+    for i in range(count):
+        one, other, accumulator = types[i % len(types)]
+        m, k, n = (ragged(rng, 150) for _ in range(3))
+        lead = tuple(int(rng.integers(1, 4)) for _ in range(int(rng.integers(0, 3))))
+        a, b = window(rng, one, (*lead, m, k), 0), window(rng, other, (*broadcast(rng, lead), k, n), 1)
+        addend = cv.constant(3) if accumulator is F32 else ex.Const(3, accumulator)
+        step = make_step(Gemm((cv.add(ex.Acc(accumulator), addend),)), [a, b])
+        feeds = {j: values(rng, tensor) for j, tensor in enumerate((a, b)) if tensor.dtype.is_int}
+        cases.append(Case(f"{one} {other} {accumulator} {a.shape} {b.shape}", step, k, feeds, rounding=EXACT))
+    check(runner, cases)
+
+
+def values(rng: np.random.Generator, tensor: Tensor) -> np.ndarray:
+    """Integers over the whole range of a narrow type, and a good part of that of a wide one."""
+    info = np.iinfo(tensor.dtype.numpy)
+    return rng.integers(max(info.min, -(2**20)), min(info.max, 2**20), tensor.shape).astype(tensor.dtype.numpy)
+
+
+def test_gemm_over_nothing_is_its_epilogue(runner: Runner, count: int) -> None:
+    cases = []
+    for dtype in (F16, F32, DType.F64):
+        store = cv.add(ACC, cv.arg(2, dtype)) if dtype is not DType.F64 else cv.add(ex.Acc(dtype), ex.Arg(2, dtype))
+        step = make_step(Gemm((store,)), [(dtype, (5, 0)), (dtype, (0, 9)), (dtype, (9,))])
+        cases.append(Case(f"{dtype}", step, 1, rounding=EXACT))
     check(runner, cases)
 
 
@@ -97,52 +170,14 @@ def window(rng: np.random.Generator, dtype: DType, shape: tuple[int, ...], numbe
     return Tensor(whole.buffer, dtype, shape, tuple(strides[axis] for axis in range(len(shape))))
 
 
-def test_gemm_with_weight_matches_float64(runner: Runner, count: int) -> None:
-    rng, cases = rng_of("gemm"), []
-    tiles = [*MMA_TILES, *(WGMMA_TILES if runner.context.architecture.wgmma else ())]
-    for i in range(count):
-        tile = tiles[i % len(tiles)]
-        aligned = tile in WGMMA_TILES or rng.random() < 0.6
-        m, k, n = (
-            ragged(rng, 700),
-            ragged(rng, 900, 8 if aligned else 1),
-            ragged(rng, 500, 8 if rng.random() < 0.6 else 1),
-        )
-        name = list(stores_of(F16))[i % 4]
-        inputs: list[cv.Given] = [(F16, (m, k)), weight(k, n)]
-        inputs += [] if name == "plain" else [weight(n)]
-        inputs += [(F16, (m, n))] if name == "residual" else []
-        step = make_step(Gemm((stores_of(F16)[name],)), inputs)
-        launch = launch_product(
-            product_of(step, runner.context),
-            epilogue_of(step, (stores_of(F16)[name],), (0, 1), n),
-            tile,
-            runner.context,
-        )
-        cases.append(Case(f"{m}x{n}x{k} {name}", step, k, lowered=[launch]))
-    check(runner, cases)
-
-
 def test_gemm_of_more_tiles_than_multiprocessors(runner: Runner, count: int) -> None:
     """A persistent block takes several tiles: its rings and turns wrap around."""
     cases = []
     large, small = ((3000, 1512, 200), (5000, 1000, 1096), (20000, 200, 40)), ((420, 264, 200), (900, 40, 40))
     for m, n, k in small if isinstance(runner, EmulatedRunner) else large:
         step = make_step(Gemm((cv.BIAS_RESIDUAL,)), [(F16, (m, k)), weight(k, n), weight(n), (F16, (m, n))])
-        product, epilogue = product_of(step, runner.context), epilogue_of(step, (cv.BIAS_RESIDUAL,), (0, 1), n)
-        for tile in [*MMA_TILES, *(WGMMA_TILES if runner.context.architecture.wgmma else ())]:
-            launch = launch_product(product, epilogue, tile, runner.context)
-            cases.append(Case(f"{m}x{n}x{k} {tile}", step, k, lowered=[launch]))
-    check(runner, cases)
-
-
-def test_gemm_of_activations_matches_float64(runner: Runner, count: int) -> None:
-    rng, cases = rng_of("batch"), []
-    for i in range(count):
-        m, k, n = (ragged(rng, 200, 8 if rng.random() < 0.5 else 1) for _ in range(3))
-        lead = tuple(int(rng.integers(1, 4)) for _ in range(int(rng.integers(0, 3))))
-        b_lead = lead if i % 3 else lead[1:]
-        b = fed(F16, (*b_lead, k, n), inner=-2 if i % 2 else -1)
-        step = make_step(Gemm((cv.stored(ACC),)), [(F16, (*lead, m, k)), b])
-        cases.append(Case(f"{lead}{m}x{n}x{k} b{b_lead}", step, k))
+        for tile in tiles_of(runner, "fp16"):
+            for splits in (1, 3):
+                launch = launched(step, replace(tile, splits=splits), runner.context)
+                cases.append(Case(f"{m}x{n}x{k} {tile} in {splits}", step, k, lowered=[launch], rounding=EXACT))
     check(runner, cases)

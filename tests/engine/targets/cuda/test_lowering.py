@@ -14,9 +14,8 @@ from engine.ir.ops import Attention, Conv, Gemm, Pointwise
 from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import ARCHITECTURES, SM_80, SM_90A, for_capability
-from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
+from engine.targets.cuda.covering import ACC, F16, make_step, weight
 from engine.targets.cuda.families import family_of
-from engine.targets.cuda.gemm import pack_weight
 from engine.targets.cuda.kernel import (
     I64,
     Context,
@@ -28,6 +27,7 @@ from engine.targets.cuda.kernel import (
     WeightStore,
     pack,
 )
+from engine.targets.cuda.product import pack_weight
 from engine.targets.cuda.spaces import operand, space
 from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES
 
@@ -68,7 +68,7 @@ def test_one_kernel_serves_every_batch() -> None:
 @pytest.mark.parametrize(
     ("op", "inputs"),
     [
-        (Gemm((ACC,)), [(F32, (4, 8)), (F16, (8, 4))]),
+        (Gemm((ACC,)), [(DType.STRING, (4, 8)), (DType.STRING, (8, 4))]),
         (Attention(1.0, stores=(ACC,)), [(F16, (1, 1, 4, 12))] * 3),
         (Conv((1,) * 4, ((0, 0),) * 4, (1,) * 4), [(F16, (1, 8, 4, 4, 4, 4)), weight(8, 8, 3, 3, 3, 3)]),
         (Conv((1, 1), ((0, 0),) * 2, (1, 1)), [(DType.I8, (1, 8, 4, 4)), (DType.I8, (8, 8, 3, 3))]),

@@ -1,4 +1,4 @@
-// Conversions between fp32 and the 16-bit floats, rounded to nearest even.
+// Conversions between fp32 and the narrower floats, rounded to nearest (16 bits: even).
 #pragma once
 #include "types.cuh"
 
@@ -11,5 +11,12 @@ DEVICE bfloat16 to_bfloat16(float f) { bfloat16 h; asm("cvt.rn.bf16.f32 %0, %1;"
 DEVICE u32 pack_half2(float low, float high) {
   u32 r;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+
+// The bits of the nearest fp32 number with 11 significant bits, ties away from zero.
+DEVICE u32 round_to_tf32(float x) {
+  u32 r;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
   return r;
 }

@@ -27,7 +27,7 @@ _HERE = Path(__file__).parent
 _MESSAGE_BYTES = 256
 _FLAGS = ("-std=c++17", "-O1", "-march=native", "-fno-strict-aliasing", "-shared", "-fPIC", "-w")
 # The product is generated as machine instructions (gemm.py); ptx/wgmma.cuh beside this file has it for every width.
-_GENERATED_PRODUCT = re.compile(r"^template <int N> DEVICE void wgmma\(.*?^}\n", re.MULTILINE | re.DOTALL)
+_GENERATED_PRODUCT = re.compile(r"^template <int N, class T> DEVICE void wgmma\(.*?^}\n", re.MULTILINE | re.DOTALL)
 _DYNAMIC_SHARED = re.compile(r"^.*extern __shared__ .*$", re.MULTILINE)
 
 
@@ -98,6 +98,7 @@ def run(launch: Launch, address: Callable[[Pointer], int], stamp: int, architect
 
 def encode(map_: TensorMap, address: int) -> bytes:
     """The `TensorMap` of ptx/tma.cuh beside this file."""
-    size = 2
-    words = (address, size, map_.columns, map_.rows, map_.row_stride * size, map_.box_columns, map_.box_rows)
+    tf32 = map_.pointer.ctype == "float"
+    size = 4 if tf32 else 2
+    words = (address, size, map_.columns, map_.rows, map_.row_stride * size, map_.box_columns, map_.box_rows, tf32)
     return struct.pack("<16Q", *words, *(0,) * (16 - len(words)))

@@ -63,9 +63,8 @@ class EmulatedRunner:
             raise RunError(str(error)) from None
         if not 0 < int(stamp[0]) <= ~int(stamp[1]):
             raise RunError(f"the stamp slot holds {stamp.tolist()}")
-        for tensor in step.outputs:
-            if not place(tensor.buffer).is_guard_whole():
-                raise RunError("wrote beyond its result")
+        if not all(guarded.is_guard_whole() for guarded in memory.values()):
+            raise RunError("wrote beyond its result, or beyond other memory that it was given")
         return [place(tensor.buffer).view(tensor).view(tensor.dtype.numpy) for tensor in step.outputs]
 
 

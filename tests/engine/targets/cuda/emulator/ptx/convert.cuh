@@ -9,3 +9,7 @@ inline bfloat16 to_bfloat16(float f) {
   return {static_cast<u16>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 inline u32 pack_half2(float low, float high) { return to_half(low).bits | static_cast<u32>(to_half(high).bits) << 16; }
+inline u32 round_to_tf32(float x) {
+  const u32 bits = __float_as_uint(x);
+  return (bits & 0x7f800000) == 0x7f800000 ? bits : (bits + 0x1000) & ~0x1fffu;
+}

@@ -48,3 +48,13 @@ inline void load_matrices(u32 (&r)[4], u32 address, bool transposed) {
 }
 inline void load_matrix_x4(u32 (&r)[4], u32 address) { load_matrices(r, address, false); }
 inline void load_matrix_x4_transposed(u32 (&r)[4], u32 address) { load_matrices(r, address, true); }
+inline void store_global_16(float* p, float4 v) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) emulator::fail("a vector store to a misaligned address");
+  memcpy(p, &v, 16);
+}
+inline float4 load_global_16(const float* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) emulator::fail("a vector load from a misaligned address");
+  float4 v;
+  memcpy(&v, p, 16);
+  return v;
+}

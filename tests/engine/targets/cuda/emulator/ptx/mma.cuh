@@ -34,7 +34,3 @@ inline void mma_bf16_16816(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 inline void mma_tf32_1688(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   mma_168<1>(d, a, b0, b1, [](u32 word, int) { return __uint_as_float(word & ~0x1fffu); });
 }
-inline u32 round_to_tf32(float x) {
-  const u32 bits = __float_as_uint(x);
-  return (bits & 0x7f800000) == 0x7f800000 ? bits : (bits + 0x1000) & ~0x1fffu;
-}

@@ -1,7 +1,7 @@
 // Emulates kernels/ptx/tma.cuh. The 128 bytes of a map are those that emulator.py writes.
 #pragma once
 #include "ptx/barrier.cuh"
-struct alignas(64) TensorMap { u64 address, element_bytes, columns, rows, row_bytes, box_columns, box_rows, unused[9]; };
+struct alignas(64) TensorMap { u64 address, element_bytes, columns, rows, row_bytes, box_columns, box_rows, tf32, unused[8]; };
 inline void prefetch_tensor_map(const TensorMap&) {}
 inline void copy_box(u32 destination, const TensorMap& map, u32 barrier, u32 column, u32 row) {
   if (destination % 1024) emulator::fail("a box needs a destination of 1024-byte alignment under the 128-byte swizzle");
@@ -15,6 +15,8 @@ inline void copy_box(u32 destination, const TensorMap& map, u32 barrier, u32 col
       u8* target = emulator::shared_memory + to;
       if (from_row < 0 || from_column < 0 || from_row >= static_cast<i64>(map.rows) || from_column >= static_cast<i64>(map.columns))
         memset(target, 0, map.element_bytes);
+      else if (map.tf32)
+        *reinterpret_cast<u32*>(target) = round_to_tf32(*reinterpret_cast<const float*>(map.address + from_row * map.row_bytes + from_column * 4));
       else
         memcpy(target, reinterpret_cast<const u8*>(map.address) + from_row * map.row_bytes + from_column * map.element_bytes, map.element_bytes);
     }

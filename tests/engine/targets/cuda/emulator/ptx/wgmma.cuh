@@ -1,4 +1,4 @@
-// Emulates kernels/ptx/wgmma.cuh, and `wgmma<N>` itself: a product happens when it is waited for, every thread computing the
+// Emulates kernels/ptx/wgmma.cuh, and `wgmma<N, T>` itself: a product happens when it is waited for, every thread computing the
 // results that it holds.
 #pragma once
 inline u64 operand_descriptor(u32 address) { return 1ull << 62 | 64ull << 32 | 1ull << 16 | (address & 0x3FFFF) >> 4; }
@@ -12,24 +12,28 @@ template <int PENDING> void wgmma_wait() { emulator::run_groups(emulator::fibers
 template <int N> void wgmma_settle(float (&)[N]) {}
 
 namespace emulator {
+// The value of an operand's element. The instruction does not read the 13 low bits of fp32.
+inline float operand_value(half x) { return to_float(x); }
+inline float operand_value(bfloat16 x) { return to_float(x); }
+inline float operand_value(float x) { return __uint_as_float(__float_as_uint(x) & ~0x1fffu); }
 // Element (row, k) of a K-major operand under the 128-byte swizzle.
-inline float operand_at(u64 descriptor, u32 row, u32 k) {
+template <class T> float operand_at(u64 descriptor, u32 row, u32 k) {
   if (descriptor >> 62 != 1) fail("only the 128-byte swizzle is emulated");
   const u32 start = (descriptor & 0x3FFF) << 4, stride = (descriptor >> 32 & 0x3FFF) << 4;
-  const u32 linear = start + row / 8 * stride + row % 8 * 128 + 2 * k, address = linear ^ (linear >> 7 & 7) << 4;
-  half h;
-  memcpy(&h.bits, shared_memory + address, 2);
-  return to_float(h);
+  const u32 linear = start + row / 8 * stride + row % 8 * 128 + sizeof(T) * k, address = linear ^ (linear >> 7 & 7) << 4;
+  T element;
+  memcpy(&element, shared_memory + address, sizeof element);
+  return operand_value(element);
 }
 }  // namespace emulator
-template <int N> void wgmma(float (&d)[N / 2], u64 a, u64 b, u32 accumulate) {
+template <int N, class T> void wgmma(float (&d)[N / 2], u64 a, u64 b, u32 accumulate) {
   const u32 thread = threadIdx.x % 128, first_row = thread / 32 * 16 + thread % 32 / 4, first_column = thread % 4 * 2;
   float* out = d;
   emulator::fibers[emulator::current].open_products.push_back([=] {
     for (u32 i = 0; i < N / 2; ++i) {
       const u32 row = first_row + (i & 2 ? 8 : 0), column = i / 4 * 8 + first_column + (i & 1);
       float sum = accumulate ? out[i] : 0.0f;
-      for (u32 k = 0; k < 16; ++k) sum += emulator::operand_at(a, row, k) * emulator::operand_at(b, column, k);
+      for (u32 k = 0; k < 32 / sizeof(T); ++k) sum += emulator::operand_at<T>(a, row, k) * emulator::operand_at<T>(b, column, k);
       out[i] = sum;
     }
   });

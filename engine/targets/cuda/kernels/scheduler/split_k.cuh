@@ -1,0 +1,55 @@
+// Blocks that share a tile of a product, each with a part of k: the warp that comes last adds up what all of them have.
+// Always in the same order, so a result has the same bits in every run; without a pass of its own, and without clearing anything
+// between runs, because the last warp resets the counter that it found full.
+#pragma once
+#include "ptx/memory.cuh"
+
+template <int ROWS, int N>
+DEVICE bool add_partial_sums(float (&d)[ROWS][N], float* partials, u32* arrived, u32 fragment, u32 split, u32 splits) {
+  static_assert(N % 4 == 0, "");
+  constexpr u32 SHARE = ROWS * N * 32;  // floats a warp
+  const u32 lane = threadIdx.x & 31;
+  float* const first = partials + static_cast<u64>(fragment) * splits * SHARE + 4 * lane;
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+    for (int j = 0; j < N; j += 4)
+      store_global_16(first + split * SHARE + (i * N + j) * 32, make_float4(d[i][j], d[i][j + 1], d[i][j + 2], d[i][j + 3]));
+  __threadfence();  // what this lane wrote is visible before the warp is counted
+  __syncwarp();
+  u32 before = 0;
+  if (lane == 0) before = atomicAdd(arrived + fragment, 1u);
+  if (__shfl_sync(~0u, before, 0) != splits - 1) return false;
+  __threadfence();  // the others were counted before what they wrote is read
+  if (lane == 0) arrived[fragment] = 0;
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+    for (int j = 0; j < N; ++j) d[i][j] = 0.0f;
+  for (u32 s = 0; s < splits; ++s)
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+      for (int j = 0; j < N; j += 4) {
+        const float4 v = load_global_16(first + s * SHARE + (i * N + j) * 32);
+        d[i][j] += v.x;
+        d[i][j + 1] += v.y;
+        d[i][j + 2] += v.z;
+        d[i][j + 3] += v.w;
+      }
+  return true;
+}
+
+// The parameters of a kernel that splits: `splits`; `partials`, fragments × splits × ROWS × N × 32 floats; and `arrived`, a counter for
+// each fragment, zero before the first run. Where nothing is split a kernel has none of them.
+template <bool SPLIT, class P> DEVICE u32 splits_of(const P& p) {
+  if constexpr (SPLIT) return p.splits;
+  else return 1;
+}
+
+// d: this warp's accumulators for part `split`. `fragment` numbers the warps' shares of all tiles. True for the warp that comes last,
+// whose d is then the whole sum. All lanes of the warp call it.
+template <bool SPLIT, class P, int ROWS, int N> DEVICE bool add_splits(const P& p, float (&d)[ROWS][N], u32 fragment, u32 split) {
+  if constexpr (SPLIT) return add_partial_sums(d, p.partials, p.arrived, fragment, split, p.splits);
+  else return true;
+}

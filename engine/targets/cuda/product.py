@@ -1,0 +1,159 @@
+"""The operands of a product as matrices in memory: what the kernels of `gemm.py` are told of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from engine.ir.dtype import DType
+from engine.plan.plan import Step
+from engine.plan.tensor import Tensor
+from engine.targets.cuda.kernel import (
+    STORAGE,
+    Argument,
+    Context,
+    I64s,
+    LevelSizes,
+    Pointer,
+    ceildiv,
+    is_constant,
+    pointer_to,
+)
+from engine.targets.cuda.spaces import operand, space
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """An operand in memory: lines of neighbouring elements, `stride` elements apart. With `k_inner` a line is a row of
+    a or a column of b, else all rows (columns) at one k. `padded`: zeros follow every line, up to 16 bytes."""
+
+    pointer: Pointer
+    stride: int
+    k_inner: bool = True
+    padded: bool = False
+
+    def access(self, line: int, batch: Sequence[int], itemsize: int) -> int:
+        """The bytes that can be read at once of lines of so many elements, in matrices so far apart: 16, 4, or an
+        element."""
+        counts = (*(() if self.padded else (line,)), self.stride, *batch)
+        places = [self.pointer.offset, *(count * itemsize for count in counts)]
+        return next((width for width in (16, 4) if all(place % width == 0 for place in places)), itemsize)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How products follow each other: the sizes of up to four axes, outermost first, and the strides of a and b along
+    them."""
+
+    sizes: tuple[int, ...] = ()
+    a: tuple[int, ...] = ()
+    b: tuple[int, ...] = ()
+
+    @property
+    def count(self) -> int:
+        return prod(self.sizes)
+
+    @property
+    def levels(self) -> int:
+        """The axes that a kernel is compiled for: few different numbers."""
+        return 1 if self.count == 1 else 2 if len(self.sizes) <= 2 else 4
+
+    def arguments(self) -> dict[str, Argument]:
+        """What a kernel with so many levels is told."""
+
+        def padded(numbers: tuple[int, ...], by: int) -> tuple[int, ...]:
+            return ((by,) * self.levels + numbers)[-self.levels :]
+
+        return {
+            "batch": LevelSizes(padded(self.sizes, 1)),
+            "a_batch": I64s(padded(self.a, 0)), "b_batch": I64s(padded(self.b, 0)),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """Products of matrices a [m, k] and b [k, n] of `dtype`. Also what a 1×1 convolution is."""
+
+    m: int
+    n: int
+    k: int
+    dtype: DType
+    a: Matrix
+    b: Matrix
+    batch: Batch = Batch()
+
+    @property
+    def a_access(self) -> int:
+        """The bytes that can be read at once along a's lines."""
+        return self.a.access(self.k if self.a.k_inner else self.m, self.batch.a, self.dtype.itemsize)
+
+    @property
+    def b_access(self) -> int:
+        """The bytes that can be read at once along b's lines."""
+        return self.b.access(self.k if self.b.k_inner else self.n, self.batch.b, self.dtype.itemsize)
+
+    @property
+    def suits_tma(self) -> bool:
+        """Whether the copy engine can read both operands as single matrices."""
+        single = self.batch.count == 1 and self.a.k_inner and self.b.k_inner
+        return single and min(self.a_access, self.b_access) == 16 and min(self.k, self.a.stride, self.b.stride) > 0
+
+
+def product_of(step: Step, context: Context) -> Product:
+    """The operands of a Gemm as matrices."""
+    a, b = step.inputs[0], step.inputs[1]
+    k, n = b.shape[-2], b.shape[-1]
+    m, row, batch = rows_of(step)
+    if rows_inner(a):
+        return Product(m, n, k, a.dtype, Matrix(pointer_to(a), a.strides[-1], False), _second(b, context), batch)
+    line = row if m > 1 else _padded(k, a.dtype)  # to a second row where there is none: any will do
+    return Product(m, n, k, a.dtype, Matrix(pointer_to(a), line), _second(b, context), batch)
+
+
+def rows_of(step: Step) -> tuple[int, int, Batch]:
+    """The rows of a, their stride, and the batch. A leading axis along which only a moves joins its rows where they lie
+    together. Raises UnsupportedOp where the operands need more batch axes than there are."""
+    a, b, (*lead, m) = step.inputs[0], step.inputs[1], step.outputs[0].shape[:-1]
+    leads = [operand(Tensor(t.buffer, t.dtype, t.shape[:-2], t.strides[:-2]), len(lead)) for t in (a, b)]
+    batch = space(lead, range(len(lead)), (), leads)
+    sizes, (a_strides, b_strides) = batch.levels, (along.strides[:-1] for along in batch.operands)
+    row = a.strides[-2] if m > 1 else 0
+    if b_strides[-1] == 0 and (m == 1 or a_strides[-1] == m * row):
+        row = row if m > 1 else a_strides[-1]
+        return m * sizes[-1], row, Batch(sizes[:-1], a_strides[:-1], b_strides[:-1])
+    return m, row, Batch(sizes, a_strides, b_strides)
+
+
+def _second(b: Tensor, context: Context) -> Matrix:
+    """The second operand. A weight is packed with k innermost."""
+    if is_weight(b):
+        packed = context.weights.packed(b, "n,k16B", pack_weight)
+        return Matrix(Pointer(packed, ctype=STORAGE[b.dtype]), _padded(b.shape[-2], b.dtype), padded=True)
+    k_inner = b.strides[-2] == 1 and (b.strides[-1] != 1 or (b.shape[-2] > 1 and b.shape[-1] == 1))
+    return Matrix(pointer_to(b), b.strides[-1 if k_inner else -2], k_inner)
+
+
+def pack_weight(b: np.ndarray) -> np.ndarray:
+    """[…, k, n] → [n, k] with k padded to whole 16-byte chunks."""
+    k, n = b.shape[-2:]
+    packed = np.zeros((n, _padded(k, DType.of(b.dtype))), b.dtype)
+    packed[:, :k] = b.reshape(k, n).T
+    return packed
+
+
+def _padded(k: int, dtype: DType) -> int:
+    """k in whole 16-byte chunks."""
+    chunk = 16 // dtype.itemsize
+    return ceildiv(k, chunk) * chunk
+
+
+def rows_inner(a: Tensor) -> bool:
+    """Whether the rows of a are neighbours, not its columns."""
+    return a.shape[-2] > 1 and a.strides[-2] == 1 and a.shape[-1] > 1 and a.strides[-1] != 1
+
+
+def is_weight(b: Tensor) -> bool:
+    return is_constant(b) and prod(b.shape[:-2]) == 1
