@@ -1,4 +1,5 @@
-"""The sizes of a convolution as its kernels see them, and its weights in the layouts that they read. Called by `conv.py`.
+"""The sizes of a convolution as its kernels see them, and its weights in the layouts that they read. Called by
+`conv.py` and `conv_simt.py`.
 
 There are always three spatial axes; missing ones have size 1 and come first. A transposed convolution is one ordinary
 convolution for each phase of its stride: the outputs that are a multiple of the stride apart see the same taps.
@@ -147,8 +148,13 @@ class Geometry:
         return {
             "x": self.x, "x_image": image, "x_depth": plane, "x_row": row, "x_pixel": pixel,
             "x_channel": I64(self.x_channel), "images": self.images, "n": self.n, "channels": self.channels,
-            **{f"{name}_{axis}": value for name, values in sizes.items() for axis, value in zip(AXES, values, strict=True)},
+            **{f"{name}_{axis}": values[i] for name, values in sizes.items() for i, axis in enumerate(AXES)},
         }  # fmt: skip
+
+
+def channels_last(rank: int) -> tuple[int, ...]:
+    """The order of NHWC, for logical N, C, spatial axes."""
+    return (0, *range(2, rank), 1)
 
 
 def _three(values: Sequence[int], missing: int) -> tuple[int, ...]:

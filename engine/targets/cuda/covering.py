@@ -33,8 +33,8 @@ from engine.ir.ops import (
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda.architecture import Architecture
-from engine.targets.cuda.conv import channels_last, filters_of, launch_conv
-from engine.targets.cuda.conv_geometry import Geometry
+from engine.targets.cuda.conv import filters_of, launch_conv
+from engine.targets.cuda.conv_geometry import Geometry, channels_last
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.gemm import Tile, epilogue_of, launch_product
 from engine.targets.cuda.image import Filter, centre_box, launch_images
@@ -264,7 +264,7 @@ def convolutions(context: Context) -> Iterator[tuple[str, Launch]]:
         _conv(F16, known=False),
         _conv(F32, transposed=True, known=False),
         _conv(DType.F64),
-        _conv(F32, channels=3, axes=3),
+        _conv(F32, channels=1, axes=3),
         *(_conv(F16, groups=groups, transposed=transposed) for groups in (128, 129) for transposed in (False, True)),
         _conv(bf16, groups=128, kernel=9),
         _conv(bf16, groups=128, kernel=7),

@@ -6,7 +6,7 @@ from engine.errors import UnsupportedOp
 from engine.ir.ops import Op, Pool, PoolKind
 from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Tensor
-from engine.targets.cuda.conv import channels_last
+from engine.targets.cuda.conv_geometry import channels_last
 from engine.targets.cuda.gemm import epilogue_of
 from engine.targets.cuda.kernel import STORAGE, Argument, Context, Launch, TensorArgument, ceildiv, launch, pointer_to
 from engine.targets.cuda.spaces import VECTOR, operand

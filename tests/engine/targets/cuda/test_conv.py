@@ -14,17 +14,9 @@ from engine.ir.ops import Conv
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda import covering as cv
-from engine.targets.cuda.conv import (
-    filters_of,
-    is_depthwise,
-    is_direct,
-    launch_conv,
-    launch_depthwise,
-    launch_direct,
-    launch_simt,
-    lower,
-)
+from engine.targets.cuda.conv import filters_of, launch_conv, lower
 from engine.targets.cuda.conv_geometry import Geometry
+from engine.targets.cuda.conv_simt import is_depthwise, is_direct, launch_depthwise, launch_direct, launch_simt
 from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
 from engine.targets.cuda.kernel import Context, Launch, content
 from engine.targets.cuda.tiles import MMA_TILES
