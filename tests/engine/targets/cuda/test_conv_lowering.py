@@ -13,12 +13,13 @@ pytest.importorskip("cuda.bindings.nvrtc")
 from engine.ir.dtype import DType
 from engine.ir.ops import Conv
 from engine.plan.plan import Step
+from engine.plan.tensor import BufferKind
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import SM_80
 from engine.targets.cuda.conv import filters_of, launch_conv, lower
 from engine.targets.cuda.conv_geometry import Geometry, pack_filter, pack_taps
 from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
-from engine.targets.cuda.kernel import Context, Launch, WeightStore
+from engine.targets.cuda.kernel import Context, Launch, Pointer, WeightStore
 from engine.targets.cuda.tiles import MMA_TILES
 from tests.engine.targets.cuda.cases import rng_of
 from tests.engine.targets.cuda.test_conv import random_shape
@@ -116,6 +117,14 @@ def test_deep_layers_of_one_image_split_their_sums() -> None:
     assert launch.grid[2] > 1
     (launch,) = launches(conv_step((32, 64, 56, 56), (64, 64, 3, 3), pad=1))
     assert launch.grid[2] == 1
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_step_has_one_workspace(transposed: bool) -> None:
+    """Packed filters and the partial sums of a split would be given one place."""
+    step = conv_step((1, 512, 7, 7), (512, 512, 3, 3), pad=1, transposed=transposed, known=False)
+    pointers = [a for launch in launches(step) for _, a in launch.arguments if isinstance(a, Pointer)]
+    assert len({id(p.buffer) for p in pointers if p.buffer.kind is BufferKind.WORKSPACE}) == 1
 
 
 def test_phases_are_the_transposed_convolution() -> None:
