@@ -21,7 +21,7 @@ from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import ARCHITECTURES
-from engine.targets.cuda.conv import channels_last
+from engine.targets.cuda.conv_geometry import channels_last
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.kernel import Context, WeightStore
 from engine.targets.cuda.source import expand

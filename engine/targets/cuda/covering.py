@@ -47,13 +47,14 @@ from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.attention import heads_of, launch_attention
 from engine.targets.cuda.attention_tiles import Heads, candidates
-from engine.targets.cuda.conv import Geometry, channels_last, launch_conv, pack_filter
+from engine.targets.cuda.conv import filters_of, launch_conv
+from engine.targets.cuda.conv_geometry import Geometry, channels_last
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.gemm import epilogue_of, launch_product
 from engine.targets.cuda.image import Filter, centre_box, launch_images
-from engine.targets.cuda.kernel import Context, Launch, Pointer, WeightStore
+from engine.targets.cuda.kernel import Context, Launch, WeightStore
 from engine.targets.cuda.product import product_of
-from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES, Tile
+from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES, MmaTile, Tile
 
 F16, F32, I64 = DType.F16, DType.F32, DType.I64
 ACC = ex.Acc()
@@ -382,13 +383,68 @@ def launches(architecture: Architecture) -> Iterator[tuple[str, Launch]]:
     yield from images()
     yield from products(context)
     yield from attentions(context)
-    op = conv_op(3)
-    conv = make_step(op, [(F16, (2, 64, 28, 28)), weight(128, 64, 3, 3), weight(128, 1, 1)])
-    packed = Pointer(context.weights.packed(conv.inputs[1], "n,rsc8", pack_filter))
-    conv_epilogue = epilogue_of(conv, op.stores, channels_last(4), 128)
-    for tile in MMA_TILES:
-        if tile.shared_bytes <= architecture.shared_bytes:
-            yield f"conv {tile.m}x{tile.n}", launch_conv(Geometry(conv), conv_epilogue, packed, tile)
+    yield from convolutions(context)
+
+
+def convolutions(context: Context) -> Iterator[tuple[str, Launch]]:
+    """Implicit products in every tile, whole and split, with every kind of operands, geometry and access to the image;
+    computed filters; and what the matrix units do not take."""
+    portable = [tile for tile in MMA_TILES if tile.shared_bytes <= context.architecture.shared_bytes]
+    split, bf16 = [replace(tile, splits=3) for tile in portable], DType.BF16
+    rounding = replace(context, tf32=True)
+    chosen: list[tuple[Step, Context, Sequence[MmaTile]]] = [
+        (_conv(F16), context, portable),
+        (_conv(F16, channels=6, axes=3, residual=True), context, (split[0], split[-1])),
+        (_conv(bf16, transposed=True, residual=True), context, (split[1], portable[0])),
+        (_conv(F32), context, portable),
+        (_conv(F32, channels=6, axes=3, transposed=True, residual=True), context, (split[0], portable[-1])),
+        (_conv(F32, axes=3), rounding, (portable[0],)),
+        (_conv(F16, channels=12, image=F32), context, (portable[0],)),
+    ]
+    for step, how, tiles in chosen:
+        geometry = Geometry(step)
+        filters, _ = filters_of(step, geometry, how)
+        for tile in tiles:
+            yield f"conv {tile}", launch_conv(step, geometry, filters, tile, how)
+    for step in (
+        _conv(F16, known=False),
+        _conv(F32, transposed=True, known=False),
+        _conv(DType.F64),
+        _conv(F32, channels=1, axes=3),
+        *(_conv(F16, groups=groups, transposed=transposed) for groups in (128, 129) for transposed in (False, True)),
+        _conv(bf16, groups=128, kernel=9),
+        _conv(bf16, groups=128, kernel=7),
+        _conv(F32, groups=128, kernel=5),
+        _conv(F32, groups=32, channels=64, known=False),
+    ):
+        for launch in family_of(step.op).lower(step, context):
+            yield "conv", launch
+
+
+def _conv(
+    dtype: DType,
+    channels: int = 0,
+    groups: int = 1,
+    kernel: int = 3,
+    axes: int = 2,
+    transposed: bool = False,
+    known: bool = True,
+    residual: bool = False,
+    image: DType | None = None,
+) -> Step:
+    """A convolution to as many channels as there are groups, or 128, with stride 2 where it is transposed."""
+    wide = ex.Acc(dtype) if dtype is DType.F64 else ACC
+    n = groups if groups > 100 else 128
+    c = channels or (n if groups > 1 else 64)
+    store = ex.cast(relu6(ex.cast(add(wide, arg(2, dtype)) if dtype is not DType.F64 else wide, F32)), dtype)
+    store = stored(add(add(ACC, arg(2, dtype)), arg(3, dtype)), dtype) if residual else store
+    strides, pad = (2 if transposed else 1,) * axes, kernel // 2
+    op = Conv(strides, ((pad, pad),) * axes, (1,) * axes, groups, transposed, stores=(store,))
+    filters = (c, n // groups, *(kernel,) * axes) if transposed else (n, c // groups, *(kernel,) * axes)
+    inputs: list[Given] = [(image or dtype, (2, c, *(12,) * axes))]
+    inputs += [weight(*filters, dtype=dtype) if known else (dtype, filters), weight(n, *(1,) * axes, dtype=dtype)]
+    inputs += [(dtype, (2, n, *(23 if transposed else 12,) * axes))] if residual else []
+    return make_step(op, inputs)
 
 
 def products(context: Context) -> Iterator[tuple[str, Launch]]:

@@ -10,7 +10,7 @@ from engine.ir.ops import Op, Pool, PoolKind, Reduce, ReduceKind
 from engine.plan.plan import Requirement, Step
 from engine.plan.tensor import Tensor
 from engine.targets.cuda import codegen
-from engine.targets.cuda.conv import channels_last
+from engine.targets.cuda.conv_geometry import channels_last
 from engine.targets.cuda.kernel import (
     I64,
     STORAGE,
