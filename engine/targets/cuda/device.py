@@ -132,20 +132,23 @@ class Device:
         )
 
     def encode(self, map_: TensorMap, address: int) -> bytes:
-        """The 128 bytes of a tensor map: 128-byte swizzle, zeros outside."""
+        """The 128 bytes of a tensor map: rows of a box are swizzled over their 64 or 128 bytes, zeros outside."""
         data_type, itemsize = _MAP_TYPES[map_.pointer.ctype]
-        sizes = [driver.cuuint64_t(map_.columns), driver.cuuint64_t(map_.rows)]
-        box = [driver.cuuint32_t(map_.box_columns), driver.cuuint32_t(map_.box_rows)]
+        sizes = [map_.columns, map_.rows, *(size for size, _ in map_.outer)]
+        strides = [map_.row_stride, *(stride for _, stride in map_.outer)]
+        box = [map_.box_columns, map_.box_rows, *(1 for _ in map_.outer)]
+        swizzle = driver.CUtensorMapSwizzle
+        narrow = map_.box_columns * itemsize == 64
         error, encoded = driver.cuTensorMapEncodeTiled(
             data_type,
-            2,
+            len(sizes),
             address,
-            sizes,
-            [driver.cuuint64_t(map_.row_stride * itemsize)],
-            box,
-            [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+            [driver.cuuint64_t(size) for size in sizes],
+            [driver.cuuint64_t(stride * itemsize) for stride in strides],
+            [driver.cuuint32_t(size) for size in box],
+            [driver.cuuint32_t(1) for _ in box],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            swizzle.CU_TENSOR_MAP_SWIZZLE_64B if narrow else swizzle.CU_TENSOR_MAP_SWIZZLE_128B,
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )

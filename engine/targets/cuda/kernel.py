@@ -63,6 +63,8 @@ class TensorMap:
     row_stride: int
     box_rows: int
     box_columns: int
+    outer: tuple[tuple[int, int], ...] = ()
+    """Size and stride (in elements) of further axes, of which a box has one place: none, or two (ptx/tma_outer.cuh)."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ _HERE = Path(__file__).parent
 _MESSAGE_BYTES = 256
 # -fno-gnu-unique: kernels of one name and another size must not share the shared memory of their functions.
 _FLAGS = ("-std=c++17", "-O1", "-march=native", "-fno-strict-aliasing", "-fno-gnu-unique", "-shared", "-fPIC", "-w")
-# The product is generated as machine instructions (gemm.py); ptx/wgmma.cuh beside this file has it for every width.
+# The products are generated as machine instructions (gemm.py, attention_wgmma.py); ptx/ beside this file has them for
+# every width.
 _GENERATED_PRODUCT = re.compile(r"^template <int N, class T> DEVICE void wgmma\(.*?^}\n", re.MULTILINE | re.DOTALL)
 _DYNAMIC_SHARED = re.compile(r"^.*extern __shared__ .*$", re.MULTILINE)
 
@@ -102,5 +103,8 @@ def encode(map_: TensorMap, address: int) -> bytes:
     """The `TensorMap` of ptx/tma.cuh beside this file."""
     tf32 = map_.pointer.ctype == "float"
     size = 4 if tf32 else 2
-    words = (address, size, map_.columns, map_.rows, map_.row_stride * size, map_.box_columns, map_.box_rows, tf32)
+    words = (
+        address, size, map_.columns, map_.rows, map_.row_stride * size, map_.box_columns, map_.box_rows, tf32,
+        *(count for count, _ in map_.outer), *(stride * size for _, stride in map_.outer),
+    )  # fmt: skip
     return struct.pack("<16Q", *words, *(0,) * (16 - len(words)))

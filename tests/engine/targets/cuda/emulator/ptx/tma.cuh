@@ -1,7 +1,7 @@
 // Emulates kernels/ptx/tma.cuh. The 128 bytes of a map are those that emulator.py writes.
 #pragma once
 #include "ptx/barrier.cuh"
-struct alignas(64) TensorMap { u64 address, element_bytes, columns, rows, row_bytes, box_columns, box_rows, tf32, unused[8]; };
+struct alignas(64) TensorMap { u64 address, element_bytes, columns, rows, row_bytes, box_columns, box_rows, tf32, outer_size[2], outer_bytes[2], unused[4]; };
 inline void prefetch_tensor_map(const TensorMap&) {}
 inline void copy_box(u32 destination, const TensorMap& map, u32 barrier, u32 column, u32 row) {
   if (destination % 1024) emulator::fail("a box needs a destination of 1024-byte alignment under the 128-byte swizzle");

@@ -16,13 +16,17 @@ namespace emulator {
 inline float operand_value(half x) { return to_float(x); }
 inline float operand_value(bfloat16 x) { return to_float(x); }
 inline float operand_value(float x) { return __uint_as_float(__float_as_uint(x) & ~0x1fffu); }
-// Element (row, k) of a K-major operand under the 128-byte swizzle.
+inline u32 swizzle_bytes(u64 descriptor) {
+  if (descriptor >> 62 != 1 && descriptor >> 62 != 2) fail("only the 128-byte and the 64-byte swizzle are emulated");
+  return descriptor >> 62 == 1 ? 128 : 64;
+}
+inline u32 swizzled_address(u32 linear, u32 row_bytes) { return linear ^ (linear >> 7 & (row_bytes == 128 ? 7 : 3)) << 4; }
+// Element (row, k) of a K-major operand.
 template <class T> float operand_at(u64 descriptor, u32 row, u32 k) {
-  if (descriptor >> 62 != 1) fail("only the 128-byte swizzle is emulated");
-  const u32 start = (descriptor & 0x3FFF) << 4, stride = (descriptor >> 32 & 0x3FFF) << 4;
-  const u32 linear = start + row / 8 * stride + row % 8 * 128 + sizeof(T) * k, address = linear ^ (linear >> 7 & 7) << 4;
+  const u32 row_bytes = swizzle_bytes(descriptor), start = (descriptor & 0x3FFF) << 4, stride = (descriptor >> 32 & 0x3FFF) << 4;
+  const u32 linear = start + row / 8 * stride + row % 8 * row_bytes + sizeof(T) * k;
   T element;
-  memcpy(&element, shared_memory + address, sizeof element);
+  memcpy(&element, shared_memory + swizzled_address(linear, row_bytes), sizeof element);
   return operand_value(element);
 }
 }  // namespace emulator

@@ -1,0 +1,118 @@
+"""Attention on warpgroups against float64: every tile, on random ragged shapes (conftest.py says on what)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from engine.ir.dtype import DType
+from engine.ir.ops import Attention
+from engine.plan.tensor import Buffer, BufferKind, Tensor
+from engine.targets.cuda import covering as cv
+from engine.targets.cuda.architecture import SM_90A
+from engine.targets.cuda.attention import lower
+from engine.targets.cuda.attention_wgmma import candidates, launch_attention, padded, pick, suits
+from engine.targets.cuda.covering import ACC, F16, F32, make_step
+from engine.targets.cuda.kernel import Context, Instruction, WeightStore
+from tests.engine.targets.cuda.cases import check, ragged, rng_of
+from tests.engine.targets.cuda.harness import Case, Runner
+from tests.engine.targets.cuda.test_attention import ROUNDING, operand, result
+
+KINDS = {"f16": F16, "bf16": DType.BF16}
+
+
+@pytest.fixture
+def hopper(runner: Runner) -> Runner:
+    if not runner.context.architecture.wgmma:
+        pytest.skip("only sm_90a has wgmma")
+    return runner
+
+
+def random_case(rng: np.random.Generator, kind: str, context: Context, i: int) -> Case:
+    dtype = KINDS[kind]
+    head, value = (int(rng.choice([8, 32, 40, 64, 72, 128])) for _ in range(2))
+    value = head if rng.random() < 0.5 else value
+    queries, keys = ragged(rng, 400), ragged(rng, 600)
+    batch, kv_heads = int(rng.integers(1, 4)), int(rng.integers(1, 4))
+    lead = [[batch], [batch], [batch]]
+    if i % 4 == 1:
+        lead[int(rng.integers(0, 3))] = [1]  # broadcast over the batch
+    heads = kv_heads * int(rng.choice([1, 1, 2, 3]))
+    if i % 5:
+        lead = [[*lead[0], heads], [*lead[1], kv_heads], [*lead[2], kv_heads]]
+    shapes = [(*lead[0], queries, head), (*lead[1], keys, head), (*lead[2], keys, value)]
+    inputs: list[cv.Given] = [operand(rng, n, dtype, shape) for n, shape in enumerate(shapes)]
+    out = (max(part[0] for part in lead), *lead[0][1:], queries, value)
+    feeds: dict[int, np.ndarray] = {}
+    if i % 2:
+        # Of every row some keys stay, as far as the causal mask lets them.
+        shape = (*(size if rng.random() < 0.5 else 1 for size in out[:-2]), 1, keys)
+        bias = np.where(rng.random(shape) < 0.4, -np.inf if i % 3 else -1e4, rng.standard_normal(shape))
+        bias[..., 0] = 0.0
+        feeds[3] = bias.astype((F16 if i % 4 < 2 else F32).numpy)
+        inputs.append((DType.of(feeds[3].dtype), shape))
+    op = Attention(head**-0.5, bool(rng.random() < 0.4), i % 2 == 1, bool(rng.random() < 0.3), (cv.stored(ACC, dtype),))
+    step = result(rng, make_step(op, inputs))
+    tiles = list(candidates(padded(step.inputs[0]), padded(step.inputs[2]), op.causal and op.has_bias))
+    launches = [launch_attention(step, tiles[i % len(tiles)], context)]
+    return Case(
+        f"{kind} {shapes} {op.causal=} {tiles[i % len(tiles)]}", step, keys + head, feeds, launches, ROUNDING[kind]
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_on_warpgroups_matches_float64(hopper: Runner, count: int, kind: str) -> None:
+    rng = rng_of(f"wgmma {kind}")
+    check(hopper, [random_case(rng, kind, hopper.context, i) for i in range(count)])
+
+
+def test_rings_wrap_around(hopper: Runner, count: int) -> None:
+    """More tiles of queries than blocks, and more tiles of keys than a ring has."""
+    cases = []
+    for head, causal in ((32, False), (64, True), (64, False), (128, True)):
+        heads: tuple[DType, tuple[int, ...]] = (F16, (3, 4, 450, head))
+        step = make_step(Attention(head**-0.5, causal, stores=(cv.stored(ACC),)), [heads, heads, heads])
+        for tile in candidates(head, head, crowded=False):
+            case = Case(f"{head} {causal=} {tile}", step, 450, lowered=[launch_attention(step, tile, hopper.context)])
+            cases.append(case)
+    check(hopper, cases)
+
+
+def test_rows_without_keys_on_warpgroups(hopper: Runner, count: int) -> None:
+    heads: tuple[DType, tuple[int, ...]] = (F16, (2, 2, 70, 32))
+    cases = []
+    for zero in (False, True):
+        op = Attention(0.2, False, True, zero, (cv.stored(ACC),))
+        for lowest in (-np.inf, float(np.finfo(np.float32).min)):
+            bias = np.zeros((2, 1, 1, 70), np.float32)
+            bias[1] = lowest
+            step = make_step(op, [heads, heads, heads, (F32, bias.shape)])
+            launches = [launch_attention(step, pick(step, hopper.context), hopper.context)]
+            cases.append(Case(f"{zero} {lowest}", step, 70, {3: bias}, launches))
+    check(hopper, cases)
+
+
+def test_what_the_copy_engine_cannot_read_is_left_to_the_portable_kernel() -> None:
+    context = Context(SM_90A, 132, WeightStore())
+
+    def instruction(inputs: list[cv.Given], scale: float = 1.0, has_bias: bool = False) -> Instruction:
+        step = make_step(Attention(scale, False, has_bias, stores=(cv.stored(ACC),)), inputs)
+        (launch,) = lower(step, context)
+        assert (launch.kernel.instruction is Instruction.WGMMA) == suits(step)
+        return launch.kernel.instruction
+
+    heads: tuple[DType, tuple[int, ...]] = (F16, (2, 3, 100, 64))
+    assert instruction([heads] * 3) is Instruction.WGMMA
+    assert instruction([heads] * 3 + [(F32, (2, 1, 1, 100))], has_bias=True) is Instruction.WGMMA
+    assert instruction([heads] * 3 + [(F32, (100, 100))], has_bias=True) is Instruction.MMA
+    assert instruction([(F16, (2, 3, 100, 63))] * 3) is Instruction.MMA
+    assert instruction([(F16, (2, 3, 100, 136))] * 3) is Instruction.MMA
+    assert instruction([(F16, (2, 3, 1, 64)), heads, heads]) is Instruction.MMA
+    assert instruction([heads] * 3, scale=-1.0) is Instruction.MMA
+    buffer = Buffer("input0", BufferKind.INPUT, 2 * 2 * 3 * 100 * 64 + 8)
+    off = Tensor(buffer, F16, heads[1], (3 * 6400, 6400, 64, 1), 4)
+    assert instruction([off, heads, heads]) is Instruction.MMA
+    shared = replace(off, strides=(0, 6400, 64, 1), offset=0)  # one of the batch, repeated
+    assert instruction([shared, heads, heads]) is Instruction.MMA
