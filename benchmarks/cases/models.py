@@ -42,7 +42,7 @@ class ModelCase:
         return {"batch": self.batch, **({"sequence": self.sequence} if self.sequence else {})}
 
     def feeds(self) -> dict[str, np.ndarray]:
-        """Inputs, the same whenever asked: normally distributed pixels, or real photos with noise for the architectures;
+        """Inputs, the same whenever asked: normally distributed pixels, or for the architectures photos with noise;
         token ids, for BERT those of sentence pairs whose lengths differ, from half of `sequence` to all of it."""
         rng = np.random.default_rng(zlib.crc32(self.name.encode()))
         if self.model in VISION:

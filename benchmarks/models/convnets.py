@@ -13,9 +13,9 @@ from benchmarks.models.layers import Layers, Map
 CLASSES = 1000
 
 # Random weights behave as trained ones do only with these. Each ReLU of zero-mean values followed by a normalisation
-# takes the mean away and leaves the rounding errors, which so grow 1.2-fold a layer: in fp16, 1.8e-2 at the end of
-# MobileNetV2. With most values positive, and small residual branches (the scales that training finds), errors come out
-# at 1e-3, as in trained networks. With POSITIVE for its biases VGG, without normalisation, keeps the size of its values.
+# takes the mean away and leaves the rounding errors, which so grow 1.2-fold a layer: in fp16 to 1.8e-2 at the end of
+# MobileNetV2. With most values positive, and small residual branches (the scales that training finds), they come out at
+# 1e-3, as in trained networks. VGG, which normalises nothing, keeps the size of its values with POSITIVE biases.
 ACTIVE = 1.0  # mean of the shifts before a ReLU, in standard deviations of what it gets
 POSITIVE = 0.5
 RESIDUAL = 0.25  # factor of the scales at the end of a residual branch

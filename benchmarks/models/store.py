@@ -34,12 +34,13 @@ def build_all(names: Iterable[str], repository: Path) -> None:
     workers = min(len(distinct), os.cpu_count() or 1, _MOST_PROCESSES)
     # Spawned: a fork of a process that uses a GPU or threads is not safe.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(_build_into, distinct, [repository] * len(distinct)))
+        list(pool.map(build_here, distinct, [repository] * len(distinct)))
 
 
-def _build_into(name: str, repository: Path) -> None:
+def build_here(name: str, repository: Path) -> None:
+    """Build one architecture into `repository`, in this process."""
     built = build(name)
     path = model_file(repository, name)
     path.parent.mkdir(parents=True)
     path.write_bytes(built.model.SerializeToString())
-    np.savez(weights_file(path), **built.weights)
+    np.savez(weights_file(path), **built.weights)  # type: ignore[arg-type]
