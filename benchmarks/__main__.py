@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks import cases
-from benchmarks.environment import new_run, present_commit
+from benchmarks.environment import gpu_driver, new_run, present_commit
 from benchmarks.hashes import kernel_hash
 from benchmarks.measure import ROUNDS
 from benchmarks.recorder import Recorder
@@ -21,7 +25,10 @@ _COMPILE_SECONDS = 120.0
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    run = {"kernels": kernels, "models": models, "cpu": cpu, "merge": merge, "tables": tables}[options.command]
+    commands = {
+        "kernels": kernels, "models": models, "accuracy": accuracy, "cpu": cpu, "merge": merge, "tables": tables,
+    }  # fmt: skip
+    run = commands[options.command]
     try:
         return run(options)
     except (DeviceError, ImportError) as error:
@@ -46,15 +53,31 @@ def kernels(options: argparse.Namespace) -> int:
 def models(options: argparse.Namespace) -> int:
     """Whole models on the GPU."""
     chosen = cases.select(cases.GPU_MODELS, options.case, options.part)
-    _require_models(options.models, [case.model for case in chosen])
-    from benchmarks.gpu import models, session
+    compiled = cases.select(chosen, options.compile_case)
+    with _model_files(options.models, [case.model for case in chosen]) as files:
+        from benchmarks.gpu import models, session
 
-    _, device, run = session.begin(options.commit)
-    assert run.ceilings is not None
-    recorder = Recorder(device, run, options.results)
-    for case, outcome in models.measure_all(chosen, options.models, run.ceilings, options.compile):
-        recorder.add(case, outcome.measurement, outcome.floor_us, kernel_hash(device, case), outcome.run_us)
-    return recorder.end()
+        _, device, run = session.begin(options.commit)
+        assert run.ceilings is not None
+        recorder = Recorder(device, run, options.results)
+        for case, outcome in models.measure_all(chosen, files, run.ceilings, options.compile, compiled):
+            recorder.add(case, outcome.measurement, outcome.floor_us, kernel_hash(device, case), outcome.run_us)
+        return recorder.end()
+
+
+def accuracy(options: argparse.Namespace) -> int:
+    """Models on the GPU in every precision: distance from fp32, steps, memory."""
+    chosen = cases.select(cases.ACCURACY, options.case, options.part)
+    with _model_files(options.models, [case.model for case in chosen]) as files:
+        from benchmarks.gpu import accuracy
+        from engine.targets.cuda.device import Device as Gpu
+
+        gpu = Gpu(0)
+        device = Device(gpu.name, gpu.architecture.name, gpu.multiprocessors)
+        recorder = Recorder(device, new_run("gpu", options.commit, None, gpu_driver(gpu.index)), options.results)
+        for case, measurement, facts in accuracy.measure_all(chosen, files):
+            recorder.add(case, measurement, None, kernel_hash(device, case), facts=facts)
+        return recorder.end()
 
 
 def cpu(options: argparse.Namespace) -> int:
@@ -103,6 +126,22 @@ def tables(options: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
+@contextmanager
+def _model_files(repository: Path, names: list[str]) -> Iterator[dict[str, Path]]:
+    """The model files by name: those of the repository, and the architectures, built into a temporary folder."""
+    from benchmarks.models.store import build_all, model_file
+
+    built = [name for name in dict.fromkeys(names) if name in cases.models.ARCHITECTURES]
+    found = [name for name in dict.fromkeys(names) if name not in built]
+    _require_models(repository, found)
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.monotonic()
+        build_all(built, Path(folder))
+        if built:
+            print(f"built {', '.join(built)}: {time.monotonic() - begin:.0f} s", flush=True)
+        yield {name: model_file(Path(folder) if name in built else repository, name) for name in (*found, *built)}
+
+
 def _require_models(repository: Path, names: list[str]) -> None:
     for name in dict.fromkeys(names):
         if not (repository / name / "1" / "model.onnx").is_file():
@@ -115,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     results = argparse.ArgumentParser(add_help=False)
     results.add_argument("--results", type=Path, default=FOLDER, help="folder of results files (default: %(default)s)")
     measuring = argparse.ArgumentParser(add_help=False, parents=[results])
-    measuring.add_argument("--case", default="", help="only cases whose name contains this")
+    _add_substrings(measuring, "--case", "only cases whose name contains this, or one of these where it is repeated")
     measuring.add_argument("--part", type=_part, default=(1, 1), metavar="1/3", help="only this part of the cases")
     measuring.add_argument("--commit", default=present_commit(), help="what rows say (default: that of the checkout)")
     repository = argparse.ArgumentParser(add_help=False)
@@ -126,6 +165,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_compile(command, 0.0)
     command = commands.add_parser("models", parents=[measuring, repository], help="whole models on the GPU")
     _add_compile(command, _COMPILE_SECONDS)
+    _add_substrings(command, "--compile-case", "torch.compile only for the cases, of those chosen, that contain this")
+    commands.add_parser(
+        "accuracy", parents=[measuring, repository], help="errors, steps and memory of models on the GPU"
+    )
     command = commands.add_parser("cpu", parents=[measuring, repository], help="models and layers on the CPU")
     command.add_argument("--suite", action="append", choices=cases.CPU, help="(default: all)")
     cores = min(2, os.cpu_count() or 1)
@@ -137,6 +180,10 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("merge", parents=[results], help="rows of files measured elsewhere, into the results")
     command.add_argument("files", nargs="+", type=Path)
     return parser
+
+
+def _add_substrings(command: argparse.ArgumentParser, name: str, meaning: str) -> None:
+    command.add_argument(name, action="append", default=[], metavar="SUBSTRING", help=meaning)
 
 
 def _add_compile(command: argparse.ArgumentParser, default: float) -> None:

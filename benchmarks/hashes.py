@@ -23,7 +23,7 @@ def kernel_hash(device: Device, case: cases.Case) -> str:
     kernel, ImportError for a GPU's kernels without the packages of the extra `kernels`."""
     if not device.architecture:
         return tree_hash("targets/cpu")
-    if isinstance(case, cases.models.ModelCase):
+    if isinstance(case, cases.models.ModelCase | cases.accuracy.AccuracyCase):
         return tree_hash("targets/cuda")
     from benchmarks.gpu import steps  # which needs NVRTC's bindings
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.cases import Case
@@ -23,7 +24,13 @@ class Recorder:
         print(f"{device.name}, commit {run.commit}{_ceilings(run)}", flush=True)
 
     def add(
-        self, case: Case, measurement: Measurement, floor_us: float, kernel_hash: str, run_us: float | None = None
+        self,
+        case: Case,
+        measurement: Measurement,
+        floor_us: float | None,
+        kernel_hash: str,
+        run_us: float | None = None,
+        facts: Mapping[str, int] | None = None,
     ) -> None:
         """Keep and print one case."""
         error = measurement.rel_err
@@ -33,7 +40,7 @@ class Recorder:
             ours_us=measurement.ours_us,
             peers=measurement.peers,
             ratio=None if measurement.ratio is None else round(measurement.ratio, 3),
-            floor_us=round(floor_us, 2),
+            floor_us=None if floor_us is None else round(floor_us, 2),
             rel_err=error if error is not None and math.isfinite(error) else None,
             commit=self._run.commit,
             date=self._run.date,
@@ -43,6 +50,7 @@ class Recorder:
             reasons=measurement.reasons,
             run_us=None if run_us is None else round(run_us, 1),
             failure=measurement.failure,
+            facts=facts or {},
         )
         self._results.add(self._run, row)
         self._results.save(self._folder)
@@ -67,6 +75,8 @@ def line(row: Row) -> str:
     name = f"{row.suite:9} {row.case:42}"
     if row.failure:
         return f"{name} FAILED {row.failure}"
+    if row.facts:
+        return f"{name} err {row.rel_err:.1e}  {'  '.join(f'{fact} {value:,}' for fact, value in row.facts.items())}"
     times = [f"{peer} {_number(us)}" for peer, us in (*row.peers.items(), *row.parts.items())]
     host = [] if row.run_us is None else [f"run {_number(row.run_us)}"]
     ratio = "  –  " if row.ratio is None else f"×{row.ratio:.2f}"

@@ -64,7 +64,8 @@ class Row:
 
     `peers` are those of the same mathematics, `parts` what a library takes for a part of it; None where `reasons` says
     why. `floor_us`: what FLOPs and bytes take at the run's ceilings. `run_us`: `Model.run` with its copies, for models
-    on a GPU. A row with a `failure` has no times.
+    on a GPU. A row with a `failure` has no times. Rows of the suite `accuracy` have none either, but `facts`: counts of
+    steps and kernels, and bytes.
     """
 
     suite: str
@@ -82,6 +83,7 @@ class Row:
     reasons: Mapping[str, str] = field(default_factory=dict)
     run_us: float | None = None
     failure: str = ""
+    facts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -160,5 +162,5 @@ def _ceilings(found: Mapping[str, float] | None) -> Ceilings | None:
 
 def _without_defaults(row: Row) -> dict[str, Any]:
     """The row's fields, less the optional ones that say nothing."""
-    optional = ("parts", "reasons", "run_us", "failure")
+    optional = ("parts", "reasons", "run_us", "failure", "facts")
     return {key: value for key, value in asdict(row).items() if value or key not in optional}

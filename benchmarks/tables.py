@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks import cases
+from benchmarks.cases.accuracy import BOUNDS, AccuracyCase
 from benchmarks.hashes import kernel_hash
 from benchmarks.results import Results, Row
 from engine.errors import EngineError
@@ -48,6 +49,8 @@ def suite_rows(results: Results, stem: str, suite: str) -> list[Row]:
 
 def render(results: Results, rows: Sequence[Row]) -> str:
     """Rows as a Markdown table with a line that says where they come from. Times in µs."""
+    if all(row.suite == AccuracyCase.suite for row in rows):
+        return _accuracy(results, rows)
     peers = list(dict.fromkeys(name for row in rows for name in row.peers))
     parts = list(dict.fromkeys(name for row in rows for name in row.parts))
     host = any(row.run_us is not None for row in rows)
@@ -72,6 +75,25 @@ def render(results: Results, rows: Sequence[Row]) -> str:
     return "\n".join([*lines, "", _origin(results, rows), ""])
 
 
+_COUNTS = ("steps", "kernels")
+_MEGABYTES = {"activations_bytes": "activations", "arena_bytes": "arena", "weights_bytes": "weights",
+              "buckets_bytes": "8 plans, all"}  # fmt: skip
+
+
+def _accuracy(results: Results, rows: Sequence[Row]) -> str:
+    """Rows of errors, counts and memory as a Markdown table."""
+    bounds = {case.name: BOUNDS[case.precision] for case in cases.ACCURACY}
+    lines = [_row(["case", "error", "bound", *_COUNTS, *_MEGABYTES.values()])]
+    lines.append(_row(["---", *["---:"] * (2 + len(_COUNTS) + len(_MEGABYTES))]))
+    for row in rows:
+        error = "–" if row.rel_err is None else f"{row.rel_err:.1e}"
+        counts = [str(row.facts.get(name, "–")) for name in _COUNTS]
+        sizes = [f"{row.facts[name] / 1e6:,.1f}" if name in row.facts else "–" for name in _MEGABYTES]
+        failed = f"**failed** {error}" if row.failure else error
+        lines.append(_row([row.case, failed, f"{bounds[row.case]:g}", *counts, *sizes]))
+    return "\n".join([*lines, "", f"MB (10⁶ bytes). {_source(results, rows)}.", ""])
+
+
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -82,6 +104,10 @@ def _us(value: float | None) -> str:
 
 
 def _origin(results: Results, rows: Sequence[Row]) -> str:
+    return f"µs a run. {_source(results, rows)}."
+
+
+def _source(results: Results, rows: Sequence[Row]) -> str:
     runs = [results.runs[key] for key in sorted({row.run for row in rows})]
     newest = runs[-1]
     facts = [
@@ -91,7 +117,7 @@ def _origin(results: Results, rows: Sequence[Row]) -> str:
         f"commit {', '.join(dict.fromkeys(run.commit for run in runs))}",
         ", ".join(dict.fromkeys(run.date for run in runs)),
     ]
-    return f"µs a run. {'; '.join(facts)}."
+    return "; ".join(facts)
 
 
 def check(folder: Path, documents: Sequence[Path]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
-from benchmarks.cases import attention, conv, cpu, gemm, light, models
+from benchmarks.cases import accuracy, attention, conv, cpu, gemm, light, models
 
 
 class Case(Protocol):
@@ -31,10 +31,11 @@ KERNELS: Mapping[str, Sequence[KernelCase]] = {
     "light": light.CASES,
 }
 GPU_MODELS: Sequence[models.ModelCase] = models.GPU_CASES
+ACCURACY: Sequence[accuracy.AccuracyCase] = accuracy.CASES
 CPU_MODELS: Sequence[models.ModelCase] = models.CPU_CASES
 CPU_LAYERS: Sequence[cpu.LayerCase] = cpu.CASES
 
-GPU: Mapping[str, Sequence[Case]] = {"models": GPU_MODELS, **KERNELS}
+GPU: Mapping[str, Sequence[Case]] = {"models": GPU_MODELS, "accuracy": ACCURACY, **KERNELS}
 CPU: Mapping[str, Sequence[Case]] = {"models": CPU_MODELS, "layers": CPU_LAYERS}
 
 
@@ -43,10 +44,10 @@ def suites_of(stem: str) -> Mapping[str, Sequence[Case]]:
     return CPU if stem.startswith("cpu-") else GPU
 
 
-def select(cases: Iterable[AnyCase], substring: str, part: tuple[int, int]) -> list[AnyCase]:
-    """The cases whose name contains `substring`; of these every `part[1]`-th, beginning with number `part[0]` (from
-    1)."""
-    named = [case for case in cases if substring in case.name]
+def select(cases: Iterable[AnyCase], substrings: Sequence[str], part: tuple[int, int] = (1, 1)) -> list[AnyCase]:
+    """The cases whose name contains one of `substrings` (all, where there are none); of these every `part[1]`-th,
+    beginning with number `part[0]` (from 1)."""
+    named = [case for case in cases if not substrings or any(substring in case.name for substring in substrings)]
     number, parts = part
     return named[number - 1 :: parts]
 

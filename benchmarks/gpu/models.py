@@ -1,5 +1,5 @@
-"""``python -m benchmarks models``: whole models on the GPU, checked against ONNX Runtime on the CPU in fp32, beside the
-same network with the same weights in PyTorch: eager in a CUDA graph, and through torch.compile."""
+"""``python -m benchmarks models``: whole models on the GPU, checked against fp32 (`references.py`), beside the same
+network with the same weights in PyTorch: eager in a CUDA graph, and through torch.compile."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import cupy
 import numpy as np
-import onnxruntime
 import torch
 
+import engine
 from benchmarks.cases.models import ModelCase
+from benchmarks.gpu.executables import executable
 from benchmarks.gpu.networks import network
+from benchmarks.gpu.references import References
 from benchmarks.gpu.remote import Remote
 from benchmarks.gpu.timing import CallContender, Check, GraphContender, relative_error
-from benchmarks.measure import Contender, Entry, Measurement, measure
+from benchmarks.measure import Contender, Entry, Measurement, measure, reason
 from benchmarks.results import Ceilings
-from engine import frontend, passes
-from engine.model import Model
 from engine.plan.plan import Plan
-from engine.targets.cuda.target import CudaTarget, Executable
+from engine.targets.cuda.target import Executable
 
 TOLERANCE = 5e-3
 COMPILE, COMPILE_IN_GRAPH = "compile", "compile in a graph"
@@ -45,71 +44,81 @@ class Outcome:
 
 
 def measure_all(
-    cases: Sequence[ModelCase], models: Path, ceilings: Ceilings, compile_seconds: float
+    cases: Sequence[ModelCase],
+    files: Mapping[str, Path],
+    ceilings: Ceilings,
+    compile_seconds: float,
+    compiled: Sequence[ModelCase],
 ) -> Iterator[tuple[ModelCase, Outcome]]:
-    """One case after the other. torch.compile begins with all of them at once and has `compile_seconds`; 0: it takes no
-    part."""
+    """One case after the other. `files` has the model file of each.
+
+    torch.compile begins with all of the cases in `compiled` at once and has `compile_seconds`; 0: it takes no part.
+    """
     begin = time.monotonic()
     torch.backends.cudnn.benchmark = True
     with ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
-        expected: dict[str, Path] = {}
+        expected = {case.name: Path(scratch) / f"{i}.npz" for i, case in enumerate(cases)}
         remotes: dict[str, Remote] = {}
-        for i, case in enumerate(cases):
-            expected[case.name] = Path(scratch) / f"{i}.npz"
-            if compile_seconds:
-                recipe = CompiledModel(case, _file(models, case.model), expected[case.name])
-                remotes[case.name] = stack.enter_context(Remote(recipe, compile_seconds))
-        for case in cases:
-            np.savez(expected[case.name], **reference(case, _file(models, case.model)))
-        ours = {name: _OurModel(_file(models, name)) for name in dict.fromkeys(case.model for case in cases)}
+        for case in compiled if compile_seconds else ():
+            recipe = CompiledModel(case, files[case.model], expected[case.name])
+            remotes[case.name] = stack.enter_context(Remote(recipe, compile_seconds))
+        failures = dict(_prepare_references(cases, files, expected))
+        ours = {name: _OurModel(files[name]) for name in dict.fromkeys(case.model for case in cases)}
         for model in ours.values():
             stack.callback(model.close)
         for remote in remotes.values():
             remote.wait()  # nothing else is to run while something is timed
         print(f"references and torch.compile: {time.monotonic() - begin:.0f} s", flush=True)
         for case in cases:
+            model = ours[case.model]
+            if case.name in failures:
+                measurement = Measurement(failure=failures[case.name])
+                yield case, Outcome(measurement, model.floor(case, ceilings), None)
+                continue
             outputs = dict(np.load(expected[case.name]))
             with torch.inference_mode():
-                outcome = _measure(case, ours[case.model], outputs, models, remotes.get(case.name), ceilings)
-            yield case, outcome
+                yield case, _measure(case, model, outputs, files[case.model], remotes.get(case.name), ceilings)
             gc.collect()
             torch.cuda.empty_cache()
 
 
-_network = cache(network)
+_network = lru_cache(maxsize=1)(network)
 
 
-def _file(models: Path, name: str) -> Path:
-    return models / name / "1" / "model.onnx"
-
-
-def reference(case: ModelCase, path: Path) -> dict[str, Any]:
-    """The outputs of ONNX Runtime on the CPU, in fp32."""
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, case.feeds()), strict=True))
+def _prepare_references(
+    cases: Sequence[ModelCase], files: Mapping[str, Path], expected: Mapping[str, Path]
+) -> Iterator[tuple[str, str]]:
+    """Write the reference of every case into its file; the cases that have none, and why."""
+    references = References()
+    for case in cases:
+        try:
+            found = references.of(case, files[case.model])
+        except Exception as problem:
+            yield case.name, f"no reference: {reason(problem)}"
+        else:
+            np.savez(expected[case.name], **found)  # type: ignore[arg-type]
+    del references
+    torch.cuda.empty_cache()
 
 
 def _measure(
     case: ModelCase,
     ours: _OurModel,
     expected: Mapping[str, np.ndarray],
-    models: Path,
+    file: Path,
     remote: Remote | None,
     ceilings: Ceilings,
 ) -> Outcome:
     def eager() -> Contender:
-        net = _network(case.model, _file(models, case.model))
+        net = _network(case.model, file)
         arguments = net.arguments(case.feeds())
         return GraphContender(lambda _: net.call(*arguments), 1, check_of(expected[net.output]))
 
     entries = [Entry("eager", eager)]
     if remote is not None:
         entries += [Entry(name, partial(remote.contender, name)) for name in (COMPILE, COMPILE_IN_GRAPH)]
-    steps = ours.model.plan(case.sizes).steps
-    floor = ceilings.floor_us((step.cost.flops, step.cost.bytes) for step in steps)
     measurement = measure(lambda: ours.contender(case, expected), entries, TOLERANCE)
-    return Outcome(measurement, floor, None if measurement.failure else ours.run_us(case.feeds()))
+    return Outcome(measurement, ours.floor(case, ceilings), None if measurement.failure else ours.run_us(case.feeds()))
 
 
 def check_of(expected: np.ndarray) -> Check:
@@ -122,12 +131,16 @@ class _OurModel:
     """One of our models, in fp16 whatever `auto` would choose: the peers are."""
 
     def __init__(self, path: Path) -> None:
-        self.target = CudaTarget(0)
-        self.model = Model(passes.run(frontend.read(path), CudaTarget.traits), self.target)
+        self.model = engine.load(path, device="cuda:0", precision="fp16", strict=True)
 
     def contender(self, case: ModelCase, expected: Mapping[str, np.ndarray]) -> Contender:
         plan = self.model.plan(case.sizes)
-        return _OurContender(self.target.bind(plan), plan, case.feeds(), expected)
+        return _OurContender(executable(self.model, plan), plan, case.feeds(), expected)
+
+    def floor(self, case: ModelCase, ceilings: Ceilings) -> float:
+        """Microseconds that the steps take at least."""
+        steps = self.model.plan(case.sizes).steps
+        return ceilings.floor_us((step.cost.flops, step.cost.bytes) for step in steps)
 
     def run_us(self, feeds: Mapping[str, np.ndarray]) -> float:
         """The median of `Model.run` calls, NumPy arrays to NumPy arrays."""

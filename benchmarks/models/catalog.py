@@ -40,10 +40,7 @@ class Architecture:
 
 def _convnet(name: str) -> Callable[[], Built]:
     def make() -> Built:
-        # Where a ReLU halves what comes after a product and nothing normalises it, the product has to double it.
-        gain = 2.0 if name == "vgg16" else 1.0
-        found = _statistics(name, gain)
-        weights = RandomWeights(gain=gain, given=found)
+        weights = RandomWeights(given=_statistics(name))
         writer = GraphWriter(name)
         net = Layers(writer, weights)
         writer.result(CONVNETS[name](net, Map("input", 3)).value, "logits")
@@ -52,10 +49,10 @@ def _convnet(name: str) -> Callable[[], Built]:
     return make
 
 
-def _statistics(name: str, gain: float) -> dict[str, FloatArray]:
+def _statistics(name: str) -> dict[str, FloatArray]:
     """Means and variances of every batch normalisation on real photos."""
     writer = GraphWriter(name)
-    net = Layers(writer, RandomWeights(gain=gain), find_statistics=True)
+    net = Layers(writer, RandomWeights(), find_statistics=True)
     writer.result(CONVNETS[name](net, Map("input", 3)).value, "logits")
     assert net.statistics is not None
     if not net.statistics:

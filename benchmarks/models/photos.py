@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,17 @@ _SKIMAGE = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcy
 _SKLEARN = ("china.jpg", "flower.jpg")
 
 
+@cache
 def photos(size: int = 224) -> FloatArray:
-    """[8, 3, size, size]: the middle of each photo, normalised as torchvision's models expect."""
+    """[8, 3, size, size], read only: the middle of each photo, normalised as torchvision's models expect."""
     import skimage
     import sklearn
 
     paths = [Path(skimage.__file__).parent / "data" / name for name in _SKIMAGE]
     paths += [Path(sklearn.__file__).parent / "datasets" / "images" / name for name in _SKLEARN]
-    return np.stack([_prepared(path, size) for path in paths])
+    images = np.stack([_prepared(path, size) for path in paths])
+    images.flags.writeable = False
+    return images
 
 
 def _prepared(path: Path, size: int) -> FloatArray:

@@ -17,20 +17,20 @@ _TABLES = ("embeddings.weight", "wte.weight", "wpe.weight", "class_token", "pos_
 class RandomWeights:
     """A source of weights for a builder; remembers what it gave in `tensors`.
 
-    Products keep the size of what they multiply: their weights have variance `gain` / inputs. Scales of norms lie in
+    Products keep the size of what they multiply: their weights have variance 1 / inputs. Scales of norms lie in
     [0.8, 1.2], shifts and biases have a standard deviation of 0.1, tables of embeddings one of 1.
     """
 
-    def __init__(self, seed: int = 0, gain: float = 1.0, given: dict[str, FloatArray] | None = None) -> None:
+    def __init__(self, seed: int = 0, given: dict[str, FloatArray] | None = None) -> None:
         self._seed = seed
-        self._gain = gain
         self._given = given or {}
         self.tensors: dict[str, FloatArray] = {}
 
-    def take(self, name: str, *shape: int) -> FloatArray:
-        """float32 tensor `name` of `shape`, the same every time."""
+    def take(self, name: str, *shape: int, factor: float = 1.0, offset: float = 0.0) -> FloatArray:
+        """float32 tensor `name` of `shape`, the same every time; `factor` times what is drawn, plus `offset`."""
         if name not in self.tensors:
-            self.tensors[name] = self._given[name] if name in self._given else self._drawn(name, shape)
+            drawn = self._given[name] if name in self._given else self._drawn(name, shape)
+            self.tensors[name] = np.float32(factor) * drawn + np.float32(offset)
         tensor = self.tensors[name]
         assert tensor.shape == shape, f"{name} was {tensor.shape} before, is {shape} now"
         return tensor
@@ -45,4 +45,4 @@ class RandomWeights:
         if len(shape) == 1:
             return 0.1 * rng.standard_normal(shape, np.float32)
         inputs = shape[0] if name.endswith(_INPUTS_FIRST) else prod(shape[1:])
-        return np.float32(sqrt(self._gain / inputs)) * rng.standard_normal(shape, np.float32)
+        return np.float32(1 / sqrt(inputs)) * rng.standard_normal(shape, np.float32)

@@ -13,6 +13,7 @@ from benchmarks.__main__ import main
 from benchmarks.cases import part_of, select
 from benchmarks.cases.models import MINILM, ModelCase
 from benchmarks.cpu.measure import measure_case
+from benchmarks.models import ARCHITECTURES
 from benchmarks.results import Ceilings
 
 
@@ -24,8 +25,15 @@ def test_names_are_unique_and_suites_are_those_of_the_lists(device: Mapping[str,
         assert len({case.name for case in listed}) == len(listed)
 
 
-def test_the_default_models_are_measured_at_these_sizes() -> None:
+def test_the_models_are_measured_at_these_sizes() -> None:
+    images = ("resnet50", "vgg16", "mobilenet_v2", "efficientnet_b0", "vit_b_16")
     assert {case.name for case in cases.GPU_MODELS} == {
+        *(f"{model} batch={batch}" for model in images for batch in (1, 32, 128)),
+        *(
+            f"bert_base batch={batch} sequence={length}"
+            for batch, length in ((1, 128), (32, 128), (128, 128), (32, 384))
+        ),
+        *(f"gpt2 batch={batch} sequence=256" for batch in (1, 32)),
         *(f"efficientnet-lite0 batch={batch}" for batch in (1, 7, 32, 128)),
         *(
             f"all-minilm-l6-v2 batch={batch} sequence={sequence}"
@@ -34,18 +42,32 @@ def test_the_default_models_are_measured_at_these_sizes() -> None:
     }
 
 
+def test_the_architectures_are_those_that_can_be_built() -> None:
+    assert set(cases.models.ARCHITECTURES) == set(ARCHITECTURES)
+    assert {case.model for case in cases.ACCURACY} == {*cases.models.DEFAULTS, *ARCHITECTURES}
+
+
 @pytest.mark.parametrize("parts", [1, 2, 3, 50])
 def test_parts_add_up(parts: int) -> None:
     every = cases.KERNELS["conv"]
-    found = [case for part in range(1, parts + 1) for case in select(every, "", (part, parts))]
+    found = [case for part in range(1, parts + 1) for case in select(every, [], (part, parts))]
     assert len(found) == len(every)
     assert set(found) == set(every)
 
 
 def test_a_substring_selects() -> None:
-    assert {case.name for case in select(cases.KERNELS["gemm"], "4096x4096x4096", (1, 1))} == {
+    assert {case.name for case in select(cases.KERNELS["gemm"], ["4096x4096x4096"])} == {
         "4096x4096x4096", "4096x4096x4096 bias", "4096x4096x4096 bias gelu"
     }  # fmt: skip
+
+
+def test_one_of_several_substrings_selects() -> None:
+    found = select(cases.GPU_MODELS, ["resnet50", "gpt2"])
+    assert [case.name for case in found] == [
+        *(f"resnet50 batch={batch}" for batch in (1, 32, 128)),
+        *(f"gpt2 batch={batch} sequence=256" for batch in (1, 32)),
+    ]
+    assert select(found, ["batch=32"]) == [found[1], found[4]]
 
 
 @pytest.mark.parametrize("text", ["", "1", "0/2", "3/2", "1/0", "a/b", "-1/2", "1/2/3"])
@@ -65,6 +87,17 @@ def test_token_inputs_are_ragged_and_the_same_whenever_asked() -> None:
     assert 64 <= lengths.min() <= lengths.max() <= 128
     assert not (feeds["token_type_ids"] & ~feeds["attention_mask"]).any()
     assert all(np.array_equal(array, case.feeds()[name]) for name, array in feeds.items())
+
+
+def test_photos_differ_from_row_to_row_and_are_the_same_whenever_asked() -> None:
+    case = ModelCase("resnet50", 10)
+    (images,) = case.feeds().values()
+    assert images.shape == (10, 3, 224, 224)
+    assert images.dtype == np.float32
+    assert np.array_equal(images, case.feeds()["input"])
+    difference = images[8] - images[0]  # one photo
+    assert 0.1 < difference.std() < 0.2
+    assert np.corrcoef(images[0].ravel(), images[8].ravel())[0, 1] > 0.9
 
 
 @pytest.mark.parametrize("case", [cases.CPU_LAYERS[8], cases.CPU_LAYERS[19]], ids=lambda case: case.name)
