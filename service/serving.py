@@ -104,7 +104,7 @@ class Serving:
         left = self.settings.drain_timeout - (time.monotonic() - self._drain_began)
         try:
             await self.engine.stop(max(left, _STOP_S))
-            self.finished = True
+            self.finished = not any(model.state is ModelState.LOADING for model in self.all_models())
         except TimeoutError:
             log.error("accepted requests did not finish within %s s", self.settings.drain_timeout)
         self.engine.close()

@@ -1,10 +1,11 @@
 """One engine instance: takes commands, runs batches, sends reports.
 
 Threads: `engine` alone runs batches (so the cores are shared fairly between models and nothing waits for a lock inside
-the engine); `loader` loads, warms up, unloads; `statistics` reads counters, so that a scrape never waits for either.
-`handle` may be called by one receiving thread and returns at once.
+the engine); `loader` loads, warms up, unloads, and gives way to `engine` in all of it; `statistics` reads counters, so
+that a scrape never waits for either. `handle` may be called by one receiving thread and returns at once.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -47,6 +48,8 @@ from service.workers.warmup import describe_device, describe_tensors, probe
 
 log = logging.getLogger(__name__)
 
+_LAST_LOAD_S = 0.5  # how long the end waits for a model that is being loaded for nothing
+
 
 class EngineWorker:
     """Owns the loaded models of one engine instance. `engine` is imported on the loader thread, not at start; `on_lost`
@@ -64,6 +67,7 @@ class EngineWorker:
         self._busy_since = 0.0
         self._scheduler = Scheduler()
         self._models: dict[ModelKey, EngineModel] = {}
+        self._stopping = threading.Event()
         self._loader = ThreadPoolExecutor(1, "loader")
         self._statistics = ThreadPoolExecutor(1, "statistics")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -88,8 +92,9 @@ class EngineWorker:
             case Unload():
                 self._loader.submit(self._unload, command.key)
             case Stop():
+                self._stopping.set()
                 self._scheduler.stop()
-                self._loader.submit(self._stop)
+                threading.Thread(target=self._stop, name="stop", daemon=True).start()
 
     def _report(self, report: Report) -> None:
         self._reports((report,))
@@ -98,19 +103,25 @@ class EngineWorker:
 
     def _load(self, command: LoadModel) -> None:
         model: EngineModel | None = None
+        if self._stopping.is_set():
+            return
         try:
             started = time.monotonic()
             module = self._engine()
-            model = module.load(
-                command.path, device=command.device, precision=command.precision, threads=command.threads
-            )
-            axes = probe(model, command, module.EngineError)
+            with module.background():
+                model = module.load(
+                    command.path, device=command.device, precision=command.precision, threads=command.threads
+                )
+                axes = probe(model, command, module.EngineError)
             seconds = time.monotonic() - started
         except Exception as error:
             log.warning("model %s could not be loaded: %s", command.key, error)
             if model is not None:
                 model.close()
             self._report(LoadFailed(command.key, str(error) or type(error).__name__))
+            return
+        if self._stopping.is_set():
+            model.close()
             return
         self._models[command.key] = model
         self._scheduler.add(command.key, command.batching, axes)
@@ -134,12 +145,17 @@ class EngineWorker:
             model.close()
         self._report(Unloaded(key))
 
+    # ---- the end
+
     def _stop(self) -> None:
         self._thread.join()
+        idle = self._loader.submit(lambda: None)
+        self._loader.shutdown(wait=False)
+        with contextlib.suppress(TimeoutError):
+            idle.result(_LAST_LOAD_S)
         for key in list(self._models):
             self._models.pop(key).close()
         self._statistics.shutdown(wait=False)
-        self._loader.shutdown(wait=False)
         self._report(Stopped())
 
     # ---- statistics thread

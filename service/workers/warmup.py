@@ -2,7 +2,8 @@
 
 Batching is read from the specs (policy.find_axes), then proved: two rows together must equal each row alone, and a
 padded row must equal the same row without padding. A model that fails the proof is served with less batching, never
-wrongly.
+wrongly. Sizes are the smallest that prove anything, and a model that computes for seconds on one row is not proved: its
+rows would gain nothing from each other.
 """
 
 import logging
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 _TOLERANCE = 2e-2  # relative L2: wide enough for fp16 and for another tile order, far below a mixed-up row
 _SHORT, _LONG = 5, 8  # tokens of the probe's rows
 _GUESS = 8  # extent of a symbolic dim that nothing says more about
+_LONG_S = 1.0  # seconds of one row's arithmetic at the device's ceiling
 
 Array = NDArray[Any]
 
@@ -49,6 +51,9 @@ def probe(model: EngineModel, command: LoadModel, engine_error: type[Exception])
         first = model.run(one)
         if axes.mode is BatchingMode.NONE:
             return axes
+        seconds = _least_seconds(model)
+        if seconds > _LONG_S:
+            return axes.without_batching(f"one row computes for {seconds:.1f} s or more, so rows together gain nothing")
         second = {name: _other(array) for name, array in one.items()}
         both = model.run({name: np.concatenate([one[name], second[name]]) for name in one})
         apart = model.run(second)
@@ -63,6 +68,11 @@ def probe(model: EngineModel, command: LoadModel, engine_error: type[Exception])
     if axes.mode is BatchingMode.PADDED:
         return _probe_padding(model, inputs, axes, one, first)
     return axes
+
+
+def _least_seconds(model: EngineModel) -> float:
+    """What the arithmetic of the model's only run so far takes at the least."""
+    return sum(kernel.flops for kernel in model.kernel_stats()) / model.device_info.peak_flops
 
 
 def _probe_padding(

@@ -2,7 +2,8 @@
 
 A "model file" is JSON: {"kind": …} plus arguments; `KINDS` lists what there is. It checks its feeds as strictly as
 the real one.
-`FakeEngine.gate` can hold runs back, so that tests decide when a batch ends; `calls` records every run.
+`FakeEngine.gate` can hold runs back, so that tests decide when a batch ends; `calls` records every run. What a thread
+other than `engine` does must be inside `background`, and its runs are in `probes`.
 """
 
 import json
@@ -10,7 +11,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -217,6 +219,9 @@ class FakeModel:
             self._fail_as_told(first)
             if self._arguments.get("crash") and bool((first == -1).any()):
                 raise RuntimeError("a bug in the engine")
+        else:
+            assert self._owner.behind.active, "a probe that does not give way"
+            self._owner.probes.append((self.kind, next(iter(feeds.values())).shape))
         outputs = self._run(feeds)
         with self._lock:
             self._launches += 1
@@ -250,10 +255,10 @@ class FakeModel:
                     raise ShapeError(f"input '{spec.name}' has shape {array.shape}; it takes {spec.shape}")
 
     def kernel_stats(self) -> tuple[KernelStat, ...]:
-        """Two kernels, so much a launch."""
+        """Two kernels, so much a launch; "flops" is what a run of the first has."""
         n = self._launches
         return (
-            KernelStat("gemm_f32", "Gemm", n, n * 1e-3, n * 5e8, n * 1e6),
+            KernelStat("gemm_f32", "Gemm", n, n * 1e-3, n * self._arguments.get("flops", 5e8), n * 1e6),
             KernelStat("pointwise_f32", "Pointwise", n, n * 1e-4, n * 1e5, n * 5e6),
         )
 
@@ -266,15 +271,25 @@ class FakeModel:
         self.closed = True
 
 
+class Behind(threading.local):
+    """Whether the thread is inside `background`."""
+
+    active = False
+
+
 @dataclass
 class FakeEngine:
-    """The module `engine`. `running` is released at the start of each run on the engine thread."""
+    """The module `engine`. `running` is released at the start of each run on the engine thread, `loading` at that of
+    each load."""
 
     calls: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    probes: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    behind: Behind = field(default_factory=Behind)
     models: list[FakeModel] = field(default_factory=list)
     gate: threading.Event = field(default_factory=threading.Event)
     load_gate: threading.Event = field(default_factory=threading.Event)
     running: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    loading: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     poison_error: type[Exception] = ShapeError
     EngineError: type[Exception] = EngineError
     ShapeError: type[Exception] = ShapeError
@@ -285,10 +300,21 @@ class FakeEngine:
         self.gate.set()
         self.load_gate.set()
 
+    @contextmanager
+    def background(self) -> Iterator[None]:
+        """Note that the thread gives way."""
+        self.behind.active = True
+        try:
+            yield
+        finally:
+            self.behind.active = False
+
     def load(
         self, path: str, *, device: str = "auto", precision: str = "auto", threads: int | None = None
     ) -> FakeModel:
         """Read the JSON; anything else is a ModelError."""
+        assert self.behind.active, "a load that does not give way"
+        self.loading.release()
         assert self.load_gate.wait(20), "the test never opened the load gate"
         with open(path, "rb") as file:
             try:

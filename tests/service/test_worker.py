@@ -277,6 +277,33 @@ def test_a_model_whose_padding_shows_is_batched_without_padding(harness: Harness
     assert harness.load("encoder").batching is BatchingMode.PADDED
 
 
+def test_a_model_that_computes_for_seconds_on_a_row_is_run_once_and_not_batched(harness: Harness) -> None:
+    assert harness.load("identity", name="light", flops=0.9e12).batching is BatchingMode.ROWS
+    assert [shape for _, shape in harness.engine.probes] == [(1, 4), (2, 4), (1, 4)]
+    harness.engine.probes.clear()
+    ready = harness.load("identity", name="heavy", flops=2.5e12)
+    assert ready.batching is BatchingMode.NONE
+    assert "computes for 2.5 s" in ready.batching_reason
+    assert [shape for _, shape in harness.engine.probes] == [(1, 4)]
+    harness.infer(1, 7.0, name="heavy", rows=3)
+    assert value_of(harness.next(InferResult)) == 7.0
+
+
+def test_what_is_not_loaded_yet_at_the_end_is_not_waited_for(harness: Harness) -> None:
+    harness.load("identity")
+    harness.engine.loading.acquire()
+    harness.engine.load_gate.clear()
+    for name in ("late", "later"):
+        path = add_model(harness.root, name, "identity") / "1" / "model.onnx"
+        harness.worker.handle(LoadModel(ModelKey(name, 1), str(path), "cpu", "auto", None, BatchingOptions(), None))
+    assert harness.engine.loading.acquire(timeout=10)
+    harness.stop()
+    harness.next(Stopped)
+    harness.engine.load_gate.set()
+    wait_for(lambda: len(harness.engine.models) == 2 and harness.engine.models[1].closed)
+    assert harness.reports.empty()
+
+
 def test_a_file_that_is_no_model_is_reported_with_its_reason(harness: Harness, tmp_path: Path) -> None:
     file = tmp_path / "x.onnx"
     file.write_bytes(b"\x00junk")

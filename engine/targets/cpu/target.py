@@ -6,6 +6,7 @@ the compiled kernels are the process's.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,6 +64,7 @@ class CpuTarget:
         self.threads = threads or available_cores()
         self.weights = WeightStore()
         self.arena = Arena()
+        self.lock = threading.Lock()  # of the arena: one plan of a model runs at a time
 
     @property
     def device_info(self) -> DeviceInfo:
@@ -122,7 +124,7 @@ class CpuExecutable:
         """Compute the plan's outputs into the arrays of `outputs`. All arrays are C-contiguous, of the plan's shapes
         and dtypes. Raises ShapeError otherwise, and for an index out of range."""
         workers = pool()
-        with workers.lock:
+        with self._target.lock:
             arena = self._target.arena.at_least(self._arena_bytes)
             arrays = self._places.bases(arena, inputs, outputs)
             addresses = np.asarray([address(array) for array in arrays], np.int64)
