@@ -258,7 +258,7 @@ def launches(
             chunks = chunks if batches * part.count < context.threads else 1
             groups = max(groups, min(part.count, -(-part.count * panel_bytes // PANEL_CACHE_BYTES)))
         per_task = -(-rows // chunks) * -(-part.count // groups) * part.width * product.depth
-        chunks = min(-(-rows // tile), chunks * -(-per_task // _MOST_PER_TASK))
+        chunks = min(-(-rows // tile), chunks * max(1, -(-per_task // _MOST_PER_TASK)))
         block = max(1, ROWS_CACHE_BYTES // max(1, product.row_bytes) // tile) * tile
         if part.count == 1:
             block = min(block, _TILES_OF_ONE_PANEL * tile)
