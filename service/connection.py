@@ -5,8 +5,8 @@ Made by uvicorn for every connection; event loop only. uvicorn itself bounds nei
 it takes to arrive, and closes a connection when its client has nothing more to send.
 
 TCP tells a client that has said all it wanted (and reads on) from one that is gone only when something is sent to it:
-the system of the latter answers with a reset. So a client that waits for its answer with its sending side closed is sent
-a "100 Continue" now and then, which every HTTP/1.1 client passes over.
+the system of the latter answers with a reset. So a client that waits for its answer with its sending side closed is
+sent a "100 Continue" now and then, which every HTTP/1.1 client passes over.
 """
 
 import asyncio
@@ -16,7 +16,6 @@ from http import HTTPStatus
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.settings import Settings
-
 
 # Most answers are there before the first question is asked. A reset takes a round trip.
 _FIRST_QUESTION_S, _NEXT_QUESTION_S, _RESET_S = 0.01, 1.0, 0.02
@@ -51,7 +50,7 @@ class Connection(HttpToolsProtocol):
             self._half_closed.cancel()
         super().connection_lost(exc)
 
-    def eof_received(self) -> bool:
+    def eof_received(self) -> bool:  # type: ignore[override]
         """The client sends no more; one that has an answer to come may still read it. True keeps the connection."""
         if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
             return False

@@ -341,6 +341,17 @@ def test_openapi_documents_every_route(shared: Running) -> None:
     assert shared.client.get("/docs").status_code == 200
 
 
+def test_openapi_says_which_form_errors_have(shared: Running) -> None:
+    document = shared.client.get("/openapi.json").json()
+
+    def form(method: str, path: str) -> str:
+        content = document["paths"][path][method]["responses"]["400"]["content"]
+        return content["application/json"]["schema"]["properties"]["error"]["type"]
+
+    assert form("post", "/v1/embeddings") == form("get", "/v1/models") == "object"
+    assert form("post", "/v1/models/{model}/tokens") == form("post", "/v2/models/{model}/infer") == "string"
+
+
 def test_the_landing_page_points_onwards(shared: Running) -> None:
     links = shared.client.get("/").json()["links"]
     for link in links.values():

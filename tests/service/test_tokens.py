@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from service.codecs.tokens import pool
 from service.model_config import Pooling
 from tests.service.conftest import Running, Start, add_model, add_tokenizer, error_of
-from tests.service.fakes import HIDDEN, KINDS, VOCABULARY
+from tests.service.fakes import HIDDEN, KINDS, VOCABULARY, FakeEngine
 
 
 def post(server: Running, body: Any, model: str = "encoder", query: str = "") -> Any:
@@ -245,12 +245,24 @@ def test_the_openai_client_gets_embeddings(
 
 
 def test_the_openai_client_reads_our_errors(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError) as missing:
+    with pytest.raises(openai.NotFoundError, match="there is no model 'nobody'") as missing:
         client.embeddings.create(model="nobody", input="a")
-    assert missing.value.body == "there is no model 'nobody'"
-    with pytest.raises(openai.BadRequestError) as wrong:
+    assert (missing.value.type, missing.value.code) == ("invalid_request_error", "not_found")
+    with pytest.raises(openai.BadRequestError, match="input\\[0\\] is empty"):
         client.embeddings.create(model="encoder", input="")
-    assert "empty" in str(wrong.value.body)
+    with pytest.raises(openai.NotFoundError, match="nothing at /v1/chat/completions"):
+        client.chat.completions.create(model="encoder", messages=[])
+
+
+def test_the_openai_client_reads_that_a_model_is_not_ready(start: Start, repository: Path) -> None:
+    engine = FakeEngine()
+    engine.load_gate.clear()
+    server = start(repository, engine, ready=False)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    with pytest.raises(openai.InternalServerError, match="is not ready") as refused:
+        client.embeddings.create(model="encoder", input="a")
+    assert (refused.value.type, refused.value.code) == ("server_error", "unavailable")
+    engine.load_gate.set()
 
 
 def test_the_openai_client_lists_models(client: openai.OpenAI) -> None:
