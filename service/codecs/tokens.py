@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from service.codecs.json_values import shown
 from service.errors import InvalidRequest, TooLarge
 from service.model_config import Pooling, TokensConfig
 from service.workers.messages import LocalTensor, NamedTensors, TensorInfo
@@ -23,6 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import tokenizers
 
 _DEFAULT_MAX_LENGTH = 512
+_MAX_ID = (1 << 31) - 1
 _IDS = ("input_ids", "ids", "tokens")
 _MASKS = ("attention_mask", "input_mask", "mask")
 _TYPES = ("token_type_ids", "segment_ids")
@@ -106,7 +108,8 @@ class TokenCodec:
             row_index, column = (int(i) for i in np.argwhere(ids >= limit)[0])
             found = int(ids[row_index, column])
             raise InvalidRequest(
-                f"token id {found} in row {row_index} is out of range; the vocabulary has {limit} tokens"
+                f"token id {found} at position {column} of row {row_index} is out of range; "
+                f"the vocabulary has {limit} tokens, 0 to {limit - 1}"
             )
         values = {_IDS: ids, _MASKS: mask, _TYPES: np.zeros_like(ids), _POSITIONS: np.arange(width) * mask}
         tensors = tuple(
@@ -136,7 +139,7 @@ def check_texts(value: Any, name: str, max_inputs: int, max_bytes: int) -> list[
     size = 0
     for position, text in enumerate(texts):
         if not isinstance(text, str):
-            raise InvalidRequest(f"{name}[{position}] is {_kind(text)}; send a string")
+            raise InvalidRequest(f"{name}[{position}] is {shown(text)}; send a string")
         if not text:
             raise InvalidRequest(f"{name}[{position}] is empty; send some text")
         size += len(text)
@@ -150,32 +153,24 @@ def check_ids(value: Any, name: str, max_inputs: int) -> list[list[int]]:
     rows = _check_list(value, name, max_inputs)
     for position, row in enumerate(rows):
         if not isinstance(row, list):
-            raise InvalidRequest(f"{name}[{position}] is {_kind(row)}; send a list of token ids")
+            raise InvalidRequest(f"{name}[{position}] is {shown(row)}; send a list of token ids")
         if not row:
             raise InvalidRequest(f"{name}[{position}] is empty; send at least one token id")
         for column, token in enumerate(row):
-            if type(token) is float and abs(token) >= 1 << 63:  # the JSON parser makes larger integers floats
-                raise InvalidRequest(f"{name}[{position}][{column}] is out of the range of int64")
-            if type(token) is not int:
-                raise InvalidRequest(f"{name}[{position}][{column}] is {_kind(token)}; token ids are integers")
-            if not 0 <= token < 1 << 31:
-                raise InvalidRequest(f"{name}[{position}][{column}]: token id {token} is out of range")
+            if type(token) is not int or not 0 <= token <= _MAX_ID:
+                what = f"{name}[{position}][{column}] is {shown(token)}"
+                raise InvalidRequest(f"{what}; token ids are integers from 0 to {_MAX_ID}")
     return rows
 
 
 def _check_list(value: Any, name: str, max_inputs: int) -> list[Any]:
     if not isinstance(value, list):
-        raise InvalidRequest(f"'{name}' is {_kind(value)}; send a list")
+        raise InvalidRequest(f"'{name}' is {shown(value)}; send a list")
     if not value:
         raise InvalidRequest(f"'{name}' is empty; send at least one entry")
     if len(value) > max_inputs:
         raise TooLarge(f"'{name}' has {len(value)} entries; the limit is {max_inputs}")
     return value
-
-
-def _kind(value: Any) -> str:
-    names = {bool: "a boolean", int: "an integer", float: "a number with a fraction", str: "a string", list: "a list"}
-    return "null" if value is None else names.get(type(value), "an object")
 
 
 def pool(vectors: NDArray[Any], mask: NDArray[np.bool_], pooling: Pooling, normalize: bool) -> NDArray[np.float32]:
