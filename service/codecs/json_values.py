@@ -42,7 +42,7 @@ class JsonTensor:
         if not set(map(type, flat)) <= kinds:
             raise self._wrong(flat, nested, lambda value: type(value) not in kinds, expected)
         if self.datatype == "BYTES":
-            return np.array([text.encode("utf-8", "surrogatepass") for text in flat], object).reshape(self.shape)
+            return np.array(flat, object).reshape(self.shape)
         if self.dtype.kind in "iu":
             low, high = np.iinfo(self.dtype).min, np.iinfo(self.dtype).max
             if min(flat) < low or max(flat) > high:

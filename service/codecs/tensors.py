@@ -244,17 +244,28 @@ def _from_binary(data: memoryview, datatype: str, spec: TensorInfo, shape: tuple
 
 
 def _strings(data: memoryview, spec: TensorInfo, shape: tuple[int, ...]) -> Array:
-    values: list[bytes] = []
+    values: list[str] = []
     position = 0
     while position < len(data):
         end = position + 4
         size = struct.unpack_from("<I", data, position)[0] if end <= len(data) else len(data)
         if end + size > len(data):
             raise InvalidRequest(f"input '{spec.name}': a BYTES element is longer than the data")
-        values.append(bytes(data[end : end + size]))
+        values.append(_text_of(bytes(data[end : end + size]), len(values), spec))
         position = end + size
     _check_size(len(values), shape, spec)
     return np.array(values, object).reshape(shape)
+
+
+def _text_of(element: bytes, index: int, spec: TensorInfo) -> str:
+    """A string of an ONNX model, which is text."""
+    try:
+        return element.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(
+            f"input '{spec.name}': element {index} is not UTF-8 ({error.reason} at byte {error.start}); "
+            "the strings of ONNX models are UTF-8 text"
+        ) from None
 
 
 def _parse_outputs(value: Any, default: Any, specs: Sequence[TensorInfo]) -> tuple[RequestedOutput, ...]:

@@ -49,13 +49,11 @@ class TokenCodec:
 
     def __init__(self, inputs: Sequence[TensorInfo], config: TokensConfig, tokenizer: Path | None) -> None:
         """Raises ValueError if the inputs are not those of a token model or the tokenizer file cannot be read."""
+        problem = not_tokens(inputs)
+        if problem:
+            raise ValueError(problem)
         self._roles = {spec.name: _role(spec.name, len(inputs)) for spec in inputs}
         self._dtypes = {spec.name: spec.dtype for spec in inputs}
-        unknown = [spec.name for spec in inputs if not self._roles[spec.name] or len(spec.shape) != 2]
-        if unknown or _IDS not in self._roles.values():
-            raise ValueError(
-                f"not a token model: the service cannot fill input '{unknown[0] if unknown else 'input_ids'}'"
-            )
         self._tokenizer = _read_tokenizer(tokenizer) if tokenizer is not None else None
         self.max_length = config.max_length or self._cut_of_tokenizer() or _DEFAULT_MAX_LENGTH
         for spec in inputs:
@@ -117,6 +115,24 @@ class TokenCodec:
             for name, role in self._roles.items()
         )
         return TokenBatch(tensors, lengths)
+
+
+def not_tokens(inputs: Sequence[TensorInfo]) -> str:
+    """Why the service cannot make the inputs of a model from token ids; empty where it can."""
+    for spec in inputs:
+        shape = ", ".join(map(str, spec.shape))
+        if len(spec.shape) != 2 or spec.dtype.kind not in "iufb":
+            return f"input '{spec.name}' is {_kind(spec)} [{shape}], but tokens are numbers [batch, sequence]"
+        if not _role(spec.name, len(inputs)):
+            known = ", ".join(name for names in (_IDS, _MASKS, _TYPES, _POSITIONS) for name in names)
+            return f"nothing is known to put into input '{spec.name}'; the inputs of token models are called {known}"
+    if not any(_role(spec.name, len(inputs)) == _IDS for spec in inputs):
+        return f"no input is for the token ids; it is called {' or '.join(_IDS)}"
+    return ""
+
+
+def _kind(spec: TensorInfo) -> str:
+    return "strings" if spec.dtype == object else str(spec.dtype)
 
 
 def _role(name: str, inputs: int) -> tuple[str, ...]:

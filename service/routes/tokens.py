@@ -48,8 +48,9 @@ async def run_tokens(
 def token_codec(served: ServedModel) -> TokenCodec:
     """The codec of a token model. Raises InvalidRequest."""
     if served.tokens is None:
-        why = f": {served.not_tokens}" if served.not_tokens else ""
-        raise InvalidRequest(f"model '{served.key.name}' takes no tokens (its task is '{served.task}'){why}")
+        name = served.key.name
+        why = served.not_tokens or f"its task is '{served.task}'"
+        raise InvalidRequest(f"model '{name}' takes no tokens: {why}; POST its tensors to /v2/models/{name}/infer")
     return served.tokens
 
 

@@ -115,10 +115,11 @@ class EngineWorker:
                 axes = probe(model, command, module.EngineError)
             seconds = time.monotonic() - started
         except Exception as error:
-            log.warning("model %s could not be loaded: %s", command.key, error)
+            reason = self._why(error)
+            log.warning("model %s could not be loaded: %s", command.key, reason)
             if model is not None:
                 model.close()
-            self._report(LoadFailed(command.key, str(error) or type(error).__name__))
+            self._report(LoadFailed(command.key, reason))
             return
         if self._stopping.is_set():
             model.close()
@@ -137,6 +138,16 @@ class EngineWorker:
                 batching_reason=axes.reason,
             )
         )
+
+    def _why(self, error: Exception) -> str:
+        """Why a model could not be loaded, in words; what the engine did not raise on purpose is a bug of ours."""
+        with contextlib.suppress(Exception):  # the engine itself may be what cannot be imported
+            if isinstance(error, self._engine().EngineError):
+                return str(error)
+        if isinstance(error, MemoryError):
+            return "there is not enough memory for it"
+        log.error("a model could not be loaded because of a bug", exc_info=error)
+        return f"the engine failed in a way it should not, please report it: {type(error).__name__}: {error}"
 
     def _unload(self, key: ModelKey) -> None:
         self._scheduler.remove(key)

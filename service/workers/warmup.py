@@ -40,12 +40,13 @@ def describe_device(info: EngineDeviceInfo) -> Device:
 def probe(model: EngineModel, command: LoadModel, engine_error: type[Exception]) -> BatchAxes:
     """Warm a model up and return how it may be batched.
 
-    Raises the engine's error if a model whose shapes are all known cannot run; where extents had to be guessed, a
-    failed run proves nothing about the model, and it is served unbatched.
+    Raises the engine's error if a model whose shapes are all known cannot run; where extents or strings had to be
+    guessed, a failed run proves nothing about the model, and it is served unbatched.
     """
     inputs, outputs = describe_tensors(model.inputs), describe_tensors(model.outputs)
     axes = find_axes(inputs, outputs)
-    guessed = any(isinstance(dim, str) for spec in inputs for dim in spec.shape[1:]) and axes.sequence is None
+    open_dims = any(isinstance(dim, str) for spec in inputs for dim in spec.shape[1:]) and axes.sequence is None
+    strings = [spec.name for spec in inputs if spec.dtype == object]
     try:
         one = _feeds(inputs, axes, command, rows=1, width=_SHORT)
         first = model.run(one)
@@ -58,10 +59,13 @@ def probe(model: EngineModel, command: LoadModel, engine_error: type[Exception])
         both = model.run({name: np.concatenate([one[name], second[name]]) for name in one})
         apart = model.run(second)
     except engine_error as error:
-        if not guessed or command.image_size is not None:
+        if not strings and (not open_dims or command.image_size is not None):
             raise
-        log.info("model %s: no warm-up, the guessed shapes do not run: %s", command.key, error)
-        return axes.without_batching("the warm-up run with guessed shapes failed, so batching could not be checked")
+        guess = f"strings for input '{strings[0]}'" if strings else "sizes"
+        log.info("model %s: the warm-up run with guessed %s failed: %s", command.key, guess, error)
+        return axes.without_batching(
+            f"the warm-up run with guessed {guess} failed, so that batching could not be checked: {error}"
+        )
     for name in both:
         if not _close(both[name][:1], first[name]) or not _close(both[name][1:], apart[name]):
             return axes.without_batching(f"two rows together give another '{name}' than each alone")
@@ -113,6 +117,8 @@ def _feeds(
             feeds[spec.name] = generator.integers(0, 2, extents).astype(spec.dtype)
         elif spec.dtype.kind == "f":
             feeds[spec.name] = generator.standard_normal(extents).astype(spec.dtype)
+        elif spec.dtype == object:
+            feeds[spec.name] = np.full(extents, "1", object)  # a word, and a number for models that read one
         else:
             feeds[spec.name] = np.zeros(extents, spec.dtype)
     return feeds
@@ -122,14 +128,16 @@ def _other(array: Array) -> Array:
     """Another row: what the first one is not, so that a mixed-up batch shows; all-one masks stay."""
     if array.dtype.kind in "iub":
         return array if array.all() or not array.any() else (1 - array.astype(np.int64)).astype(array.dtype)
+    if array.dtype == object:
+        return np.full_like(array, "2")
     if array.dtype.kind != "f":
         return array
     return (array.astype(np.float32) * -0.5 + 0.25).astype(array.dtype)
 
 
 def _close(got: Array, expected: Array) -> bool:
-    if got.shape != expected.shape:
-        return False
+    if got.shape != expected.shape or got.dtype == object:
+        return np.array_equal(got, expected)
     a, b = got.astype(np.float64), expected.astype(np.float64)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return bool(np.array_equal(a, b, equal_nan=True))

@@ -165,7 +165,7 @@ KINDS: dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], Runner]] 
     "half": ((_spec("input", "float16", "batch", 2),), (_spec("output", "float16", "batch", 2),), _halves),
     "int32": ((_spec("input", "int32", "batch", 2),), (_spec("output", "int32", "batch", 2),), _identity),
     "bool": ((_spec("input", "bool", "batch", 2),), (_spec("output", "bool", "batch", 2),), _identity),
-    "bytes": ((_spec("input", "object", 2),), (_spec("output", "object", 2),), _identity),
+    "strings": ((_spec("input", "object", "n", 2),), (_spec("output", "object", "n", 2),), _identity),
     "colours": (
         (_spec("input", "float32", "batch", 3, 8, 8),),
         (_spec("logits", "float32", "batch", 3),),
@@ -222,6 +222,8 @@ class FakeModel:
         else:
             assert self._owner.behind.active, "a probe that does not give way"
             self._owner.probes.append((self.kind, next(iter(feeds.values())).shape))
+            if "probe_error" in self._arguments:
+                raise EngineError(self._arguments["probe_error"])
         outputs = self._run(feeds)
         with self._lock:
             self._launches += 1
@@ -248,6 +250,8 @@ class FakeModel:
             array = feeds[spec.name]
             if array.dtype != spec.dtype or array.ndim != len(spec.shape):
                 raise ShapeError(f"input '{spec.name}' is {array.dtype} {array.shape}, not {spec.dtype} {spec.shape}")
+            if array.dtype == object and not all(isinstance(element, str) for element in array.flat):
+                raise ShapeError(f"input '{spec.name}' holds elements that are no str")
             for want, got in zip(spec.shape, array.shape, strict=True):
                 if isinstance(want, str):
                     want = symbols.setdefault(want, got)
@@ -322,6 +326,8 @@ class FakeEngine:
                 time.sleep(arguments.get("load_sleep", 0))
                 if arguments.get("fatal"):
                     os.kill(os.getpid(), signal.SIGKILL)
+                if arguments.get("bug"):
+                    raise LookupError("oops")
                 model = FakeModel(self, path, arguments["kind"], arguments)
             except (ValueError, KeyError, TypeError) as error:
                 raise ModelError(f"{path.rsplit('/', 1)[-1]} is no ONNX model: {error}") from None

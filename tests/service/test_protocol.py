@@ -95,16 +95,16 @@ def test_infer_with_request_compression(client: triton.InferenceServerClient) ->
         ("half", np.array([[1.5, 2]], np.float16), "FP16"),
         ("int32", np.array([[-(2**31), 2**31 - 1]], np.int32), "INT32"),
         ("bool", np.array([[True, False]]), "BOOL"),
-        ("bytes", np.array([b"one", b""], object), "BYTES"),
+        ("strings", np.array([["fünf".encode(), b""]], object), "BYTES"),
     ],
 )
 def test_datatypes(start: Start, tmp_path: Path, kind: str, array: np.ndarray, datatype: str) -> None:
     add_model(tmp_path, "m", kind)
     server = start(tmp_path)
     client = triton.InferenceServerClient(server.url.removeprefix("http://"))
-    expected = array / 2 if kind == "half" else array
+    expected = (array / 2 if kind == "half" else array).tolist()
     result = client.infer("m", [tensor("input", array, datatype, True)])
-    assert result.as_numpy("output").tolist() == expected.tolist()
+    assert result.as_numpy("output").tolist() == expected
     if datatype == "FP16":
         with pytest.raises(InferenceServerException, match="binary data only"):
             client.infer(
@@ -114,8 +114,7 @@ def test_datatypes(start: Start, tmp_path: Path, kind: str, array: np.ndarray, d
     result = client.infer(
         "m", [tensor("input", array, datatype, False)], outputs=[triton.InferRequestedOutput("output", False)]
     )
-    got = result.as_numpy("output").tolist()
-    assert got == ([item.decode() for item in expected] if kind == "bytes" else expected.tolist())
+    assert result.as_numpy("output").tolist() == ([["fünf", ""]] if kind == "strings" else expected)
 
 
 def test_a_raw_body_is_the_one_input(shared: Running) -> None:
@@ -307,13 +306,24 @@ def test_bad_binary_sizes(shared: Running, size: int, data: bytes, words: str) -
     assert words in error_of(response)
 
 
-@pytest.mark.parametrize("data", [b"\x05\x00\x00\x00abc", b"\x01\x00", struct.pack("<I", 2**32 - 1), b""])
-def test_bad_strings(data: bytes) -> None:
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"\x05\x00\x00\x00abc", "longer than the data"),
+        (b"\x01\x00", "longer than the data"),
+        (struct.pack("<I", 2**32 - 1), "longer than the data"),
+        (b"", "0 elements"),
+        (b"\x02\x00\x00\x00a\xff", "element 0 is not UTF-8 (invalid start byte at byte 1)"),
+    ],
+)
+def test_bad_strings(data: bytes, words: str) -> None:
     spec = TensorInfo("s", np.dtype(object), (1,))
     tensor_ = {"name": "s", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": len(data)}}
     header = json.dumps({"inputs": [tensor_]}).encode()
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(InvalidRequest) as refused:
         parse_infer(header + data, str(len(header)), [spec], [])
+    assert f"input 's'{':' if words[0] != '0' else ' has'} " in str(refused.value)
+    assert words in str(refused.value)
 
 
 def test_inputs_that_disagree_about_a_dim(shared: Running) -> None:

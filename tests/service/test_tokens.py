@@ -188,6 +188,24 @@ def test_tasks_shape_the_answer(start: Start, tmp_path: Path) -> None:
     assert [np.shape(row) for row in answer["outputs"]["last_hidden_state"]] == [(2, HIDDEN), (1, HIDDEN)]
 
 
+def test_a_model_with_strings_says_what_it_takes_instead(start: Start, repository: Path) -> None:
+    add_model(repository, "words", "strings")
+    add_tokenizer(add_model(repository, "meant", "strings"))
+    server = start(repository)
+    response = post(server, {"text": ["a"]}, model="words")
+    assert response.status_code == 400
+    assert error_of(response) == (
+        "model 'words' takes no tokens: input 'input' is strings [n, 2], but tokens are numbers [batch, sequence]; "
+        "POST its tensors to /v2/models/words/infer"
+    )
+    tensor = {"name": "input", "shape": [1, 2], "datatype": "BYTES", "data": ["a", "ü"]}
+    answer = server.client.post("/v2/models/words/infer", json={"inputs": [tensor]}).json()
+    assert answer["outputs"][0]["data"] == ["a", "ü"]
+    response = server.client.get("/v2/models/meant/ready")
+    assert response.status_code == 503
+    assert "tokenizer.json says that this is a model for tokens, but input 'input' is strings" in error_of(response)
+
+
 @pytest.mark.parametrize("kind", ["maskless", "one_row", "unmasked"])
 def test_models_that_cannot_be_padded_still_get_ragged_rows_right(start: Start, tmp_path: Path, kind: str) -> None:
     add_model(tmp_path, "m", kind, 'task = "sentence-embedding"', version=None)

@@ -304,6 +304,26 @@ def test_what_is_not_loaded_yet_at_the_end_is_not_waited_for(harness: Harness) -
     assert harness.reports.empty()
 
 
+def test_a_model_with_strings_is_warmed_up_and_batched(harness: Harness) -> None:
+    ready = harness.load("strings")
+    assert ready.batching is BatchingMode.ROWS
+    assert [shape for _, shape in harness.engine.probes] == [(1, 2), (2, 2), (1, 2)]
+
+
+def test_strings_that_a_model_cannot_read_are_no_reason_not_to_load_it(harness: Harness) -> None:
+    ready = harness.load("strings", probe_error="'1' is no colour")
+    assert ready.batching is BatchingMode.NONE
+    assert "guessed strings for input 'input' failed" in ready.batching_reason
+    assert "'1' is no colour" in ready.batching_reason
+
+
+def test_a_bug_of_the_engine_while_loading_says_so(harness: Harness) -> None:
+    path = add_model(harness.root, "m", "identity", bug=True) / "1" / "model.onnx"
+    harness.worker.handle(LoadModel(ModelKey("m", 1), str(path), "cpu", "auto", None, BatchingOptions(), None))
+    reason = harness.next(LoadFailed).reason
+    assert reason == "the engine failed in a way it should not, please report it: LookupError: oops"
+
+
 def test_a_file_that_is_no_model_is_reported_with_its_reason(harness: Harness, tmp_path: Path) -> None:
     file = tmp_path / "x.onnx"
     file.write_bytes(b"\x00junk")
