@@ -123,7 +123,7 @@ class Serving:
                 self._refuse(report.key, report.reason)
                 self._check_loaded()
             case WorkerLost():
-                self._lose_worker(report.reason)
+                self._lose_worker(report)
 
     def _check_loaded(self) -> None:
         if not any(model.state is ModelState.LOADING for model in self.all_models()):
@@ -147,13 +147,18 @@ class Serving:
             report.batching_reason,
         )
 
-    def _lose_worker(self, reason: str) -> None:
-        """The worker starts again and loads what was loaded, or was to be."""
+    def _lose_worker(self, report: WorkerLost) -> None:
+        """The worker starts again and loads what was loaded, or was to be, unless the server is shutting down."""
         self.metrics.restarts.inc()
-        log.error("%s; it is started again", reason)
+        if report.restarting:
+            log.error("%s; it is started again", report.reason)
+            state, reason = ModelState.LOADING, "the engine process is being restarted"
+        else:
+            log.error("%s; it is not started again, the server is shutting down", report.reason)
+            state, reason = ModelState.UNAVAILABLE, report.reason
         for model in self.all_models():
             if model.state is not ModelState.UNAVAILABLE:
-                model.state, model.reason = ModelState.LOADING, "the engine process is being restarted"
+                model.state, model.reason = state, reason
 
     def _refuse(self, key: ModelKey, reason: str) -> None:
         model = self._models[key.name][key.version]

@@ -156,8 +156,8 @@ class Starter:
 
     def stop(self) -> None:
         """Stop every server; each must end by itself and close its models."""
-        for stop in self._stops:
-            stop()
+        while self._stops:
+            self._stops.pop()()
 
 
 @pytest.fixture
