@@ -4,6 +4,7 @@ Made by `app.py`, used by every route. All of it runs on the event loop; the eng
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -161,7 +162,9 @@ class Serving:
                 model.state, model.reason = state, reason
 
     def _refuse(self, key: ModelKey, reason: str) -> None:
+        """A model cannot be served; clients read why, and need not know where the repository lies."""
         model = self._models[key.name][key.version]
+        reason = reason.replace(f"{self._repository.root}{os.sep}", "")
         model.state, model.reason = ModelState.UNAVAILABLE, reason
         log.warning("model %s is unavailable: %s", key, reason)
 
@@ -188,7 +191,7 @@ class Serving:
         if name in self._broken:
             raise Unavailable(f"model '{name}' is unavailable: {self._broken[name]}")
         if name not in self._models:
-            raise NotFound(f"there is no model '{name[:128]}'")
+            raise NotFound(f"there is no model '{name[:128]}'; GET /v1/models lists them")
         return [self._models[name][version] for version in sorted(self._models[name])]
 
     def broken(self) -> dict[str, str]:

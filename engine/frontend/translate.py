@@ -182,7 +182,10 @@ class Translator:
                 node.attributes = foreign.default_attributes(node) | node.attributes
                 return self._call(node, body, inputs, scope, node.versions)
             return foreign.opaque(node, inputs)
-        raise node.unsupported(f"operator {node.op_type!r} of domain {node.domain or 'ai.onnx'!r}")
+        raise UnsupportedOp(
+            f"{node.where}: there is no operator {node.op_type!r} in domain {node.domain or 'ai.onnx'!r} version "
+            f"{node.version} of the installed onnx ({onnx.__version__}); export the model with standard operators"
+        )
 
     def _is_strings(self, value: Value | None) -> bool:
         return value is not None and value.dtype is DType.STRING and self.builder.elements(value) is None
@@ -299,7 +302,10 @@ def _sorted(before: list[set[int]], nodes: Sequence[onnx.NodeProto], label: str)
                 ready.append(other)
     if len(ready) < len(before):
         stuck = nodes[next(index for index, count in enumerate(waiting) if count)]
-        raise ModelError(f"{label}: the graph has a cycle through node {stuck.name or stuck.op_type!r}")
+        raise ModelError(
+            f"{label}: the graph has a cycle through node {stuck.name or stuck.op_type!r}; "
+            "the file is damaged, export the model again"
+        )
     return ready
 
 

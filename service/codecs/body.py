@@ -29,7 +29,7 @@ async def read_body(request: Request, settings: Settings) -> bytes:
         raise UnsupportedEncoding(f"Content-Encoding '{encoding[:40]}' is not read; send gzip, deflate or none")
     declared = request.headers.get("content-length", "0")
     claimed = int(declared) if declared.isdecimal() else 0
-    oversized = TooLarge(f"the body is larger than {limit} bytes")
+    oversized = TooLarge(f"the body is larger than {limit} bytes; send it in parts")
     if claimed > limit and "expect" in request.headers:
         raise oversized  # the client asks before it sends
     body = bytearray()

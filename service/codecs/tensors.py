@@ -190,7 +190,8 @@ def _parse_input(tensor: dict[str, Any], spec: TensorInfo, data: memoryview, off
     datatype = datatype_of(spec.dtype)
     if tensor.get("datatype") != datatype:
         raise InvalidRequest(
-            f"input '{spec.name}' has datatype {str(tensor.get('datatype'))[:16]}; the model takes {datatype}"
+            f"input '{spec.name}' has datatype {str(tensor.get('datatype'))[:16]}; "
+            f"the model takes {datatype}, convert it"
         )
     shape = _parse_shape(tensor.get("shape"), spec)
     if "binary_data_size" in parameters:
@@ -219,7 +220,8 @@ def _parse_shape(value: Any, spec: TensorInfo) -> tuple[int, ...]:
         isinstance(want, str) or want == got for want, got in zip(expected, value, strict=True)
     )
     if not fits:
-        raise InvalidRequest(f"input '{spec.name}' has shape {str(value)[:100]}; the model takes {expected}")
+        wanted = f"[{', '.join(map(str, expected))}]"
+        raise InvalidRequest(f"input '{spec.name}' has shape {str(value)[:100]}; the model takes {wanted}")
     if any(dim == 0 for dim in value):
         raise InvalidRequest(f"input '{spec.name}' has shape {value}, which holds nothing")
     return tuple(value)

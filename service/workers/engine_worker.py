@@ -145,7 +145,7 @@ class EngineWorker:
             if isinstance(error, self._engine().EngineError):
                 return str(error)
         if isinstance(error, MemoryError):
-            return "there is not enough memory for it"
+            return f"there is not enough memory for it: {error}" if str(error) else "there is not enough memory for it"
         log.error("a model could not be loaded because of a bug", exc_info=error)
         return f"the engine failed in a way it should not, please report it: {type(error).__name__}: {error}"
 

@@ -7,6 +7,8 @@ rows would gain nothing from each other.
 """
 
 import logging
+import math
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -111,17 +113,30 @@ def _feeds(
             for axis, extent in zip(spatial, command.image_size, strict=True):
                 shape[axis] = extent if isinstance(shape[axis], str) else shape[axis]
         extents = tuple(dim if isinstance(dim, int) else _GUESS for dim in shape)
+        _check_size(spec, extents)
         if spec.name in MASK_NAMES:
             feeds[spec.name] = np.ones(extents, spec.dtype)
         elif spec.dtype.kind in "iub" and "type" not in spec.name:
             feeds[spec.name] = generator.integers(0, 2, extents).astype(spec.dtype)
         elif spec.dtype.kind == "f":
-            feeds[spec.name] = generator.standard_normal(extents).astype(spec.dtype)
+            feeds[spec.name] = generator.standard_normal(extents, np.float32).astype(spec.dtype, copy=False)
         elif spec.dtype == object:
             feeds[spec.name] = np.full(extents, "1", object)  # a word, and a number for models that read one
         else:
             feeds[spec.name] = np.zeros(extents, spec.dtype)
     return feeds
+
+
+def _check_size(spec: TensorInfo, extents: tuple[int, ...]) -> None:
+    """Raises MemoryError for an input that no request could bring: the system might promise it memory all the same,
+    and end the process on first use."""
+    nbytes = math.prod(extents) * spec.dtype.itemsize
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if nbytes > memory // 4:
+        raise MemoryError(
+            f"input '{spec.name}' of shape {list(extents)} has {nbytes} bytes, and the machine has {memory} in all; "
+            "export the model with smaller inputs"
+        )
 
 
 def _other(array: Array) -> Array:

@@ -165,6 +165,11 @@ KINDS: dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], Runner]] 
     "half": ((_spec("input", "float16", "batch", 2),), (_spec("output", "float16", "batch", 2),), _halves),
     "int32": ((_spec("input", "int32", "batch", 2),), (_spec("output", "int32", "batch", 2),), _identity),
     "bool": ((_spec("input", "bool", "batch", 2),), (_spec("output", "bool", "batch", 2),), _identity),
+    "endless": (
+        (_spec("input", "float32", 1 << 20, 1 << 20),),
+        (_spec("output", "float32", 1 << 20, 1 << 20),),
+        _identity,
+    ),
     "strings": ((_spec("input", "object", "n", 2),), (_spec("output", "object", "n", 2),), _identity),
     "colours": (
         (_spec("input", "float32", "batch", 3, 8, 8),),

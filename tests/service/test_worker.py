@@ -304,6 +304,14 @@ def test_what_is_not_loaded_yet_at_the_end_is_not_waited_for(harness: Harness) -
     assert harness.reports.empty()
 
 
+def test_a_model_with_an_input_of_terabytes_is_refused(harness: Harness) -> None:
+    path = add_model(harness.root, "m", "endless") / "1" / "model.onnx"
+    harness.worker.handle(LoadModel(ModelKey("m", 1), str(path), "cpu", "auto", None, BatchingOptions(), None))
+    reason = harness.next(LoadFailed).reason
+    assert "there is not enough memory for it: input 'input' of shape [1048576, 1048576] has 4398046511104" in reason
+    assert harness.engine.models[0].closed
+
+
 def test_a_model_with_strings_is_warmed_up_and_batched(harness: Harness) -> None:
     ready = harness.load("strings")
     assert ready.batching is BatchingMode.ROWS
