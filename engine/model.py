@@ -119,7 +119,8 @@ class Model:
             raise (ShapeError(told) if told else error) from error
         except MemoryError as error:
             asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
-            raise OutOfMemory(f"no memory for {asked or 'this model'}; use smaller sizes") from error
+            detail = f": {error}" if str(error) else ""
+            raise OutOfMemory(f"no memory for {asked or 'this model'}{detail}; use smaller sizes") from error
 
     def bind(self, sizes: Mapping[str, int]) -> BoundModel:
         """A plan for fixed sizes with its own input and output arrays in the device's memory, for repeated runs without

@@ -1,15 +1,25 @@
-"""One HTTP connection: uvicorn's protocol with bounds on what comes before a body, and errors in our form.
+"""One HTTP connection: uvicorn's protocol with bounds on what comes before a body, errors in our form, and answers for
+clients that have closed their sending side.
 
 Made by uvicorn for every connection; event loop only. uvicorn itself bounds neither the bytes of a header nor the time
-it takes to arrive.
+it takes to arrive, and closes a connection when its client has nothing more to send.
+
+TCP tells a client that has said all it wanted (and reads on) from one that is gone only when something is sent to it:
+the system of the latter answers with a reset. So a client that waits for its answer with its sending side closed is
+sent a "100 Continue" now and then, which every HTTP/1.1 client passes over.
 """
 
 import asyncio
+import socket
 from http import HTTPStatus
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.settings import Settings
+
+# Most answers are there before the first question is asked. A reset takes a round trip.
+_FIRST_QUESTION_S, _NEXT_QUESTION_S, _RESET_S = 0.01, 1.0, 0.02
+_STILL_THERE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class _HeaderTooLarge(Exception):
@@ -26,6 +36,7 @@ class Connection(HttpToolsProtocol):
     _in_header = True  # from the end of a request to the end of the next one's header
     _unread = 0  # bytes since the parser last got to the end of a header or to a piece of a body
     _header_bytes = 0
+    _half_closed: asyncio.TimerHandle | None = None  # until the client is asked, or looked at, the next time
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The header's time begins: a client that connects and says nothing goes too."""
@@ -35,7 +46,35 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing more will come."""
         self._stop_timer()
+        if self._half_closed is not None:
+            self._half_closed.cancel()
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more; one that has an answer to come may still read it. True keeps the connection."""
+        if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
+            return False
+        self.cycle.keep_alive = False
+        self._half_closed = self.loop.call_later(_FIRST_QUESTION_S, self._ask)
+        return True
+
+    def _ask(self) -> None:
+        """Send what makes a client that is gone known. Not into an answer that has begun, not to HTTP/1.0."""
+        cycle = self.cycle
+        if self.transport.is_closing() or cycle.response_started or self.pipeline:
+            return
+        if cycle.scope["http_version"] == "1.1":
+            self.transport.write(_STILL_THERE)
+        self._half_closed = self.loop.call_later(_RESET_S, self._look)
+
+    def _look(self) -> None:
+        """End the connection if the client's system has reset it: nobody reads from it, so nobody else would notice."""
+        if self.transport.is_closing():
+            return
+        if self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.transport.abort()
+        else:
+            self._half_closed = self.loop.call_later(_NEXT_QUESTION_S, self._ask)
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the client."""

@@ -2,10 +2,11 @@
 
 Threads: `engine` alone runs batches (so the cores are shared fairly between models and nothing waits for a lock inside
 the engine); where a model overlaps several runs, as on a GPU, there are as many engine threads, each with one batch.
-`loader` loads, warms up, unloads; `statistics` reads counters, so that a scrape never waits for either. `handle` may be
-called by one receiving thread and returns at once.
+`loader` loads, warms up, unloads, and gives way to `engine` in all of it; `statistics` reads counters, so that a scrape
+never waits for either. `handle` may be called by one receiving thread and returns at once.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -48,6 +49,8 @@ from service.workers.warmup import describe_device, describe_tensors, probe
 
 log = logging.getLogger(__name__)
 
+_LAST_LOAD_S = 0.5  # how long the end waits for a model that is being loaded for nothing
+
 
 class EngineWorker:
     """Owns the loaded models of one engine instance. `engine` is imported on the loader thread, not at start; `on_lost`
@@ -66,6 +69,7 @@ class EngineWorker:
         self._scattering = threading.Lock()
         self._scheduler = Scheduler()
         self._models: dict[ModelKey, EngineModel] = {}
+        self._stopping = threading.Event()
         self._loader = ThreadPoolExecutor(1, "loader")
         self._statistics = ThreadPoolExecutor(1, "statistics")
         self._threads: list[threading.Thread] = []
@@ -98,8 +102,9 @@ class EngineWorker:
             case Unload():
                 self._loader.submit(self._unload, command.key)
             case Stop():
+                self._stopping.set()
                 self._scheduler.stop()
-                self._loader.submit(self._stop)
+                threading.Thread(target=self._stop, name="stop", daemon=True).start()
 
     def _report(self, report: Report) -> None:
         self._reports((report,))
@@ -108,19 +113,26 @@ class EngineWorker:
 
     def _load(self, command: LoadModel) -> None:
         model: EngineModel | None = None
+        if self._stopping.is_set():
+            return
         try:
             started = time.monotonic()
             module = self._engine()
-            model = module.load(
-                command.path, device=command.device, precision=command.precision, threads=command.threads
-            )
-            axes = probe(model, command, module.EngineError)
+            with module.background():
+                model = module.load(
+                    command.path, device=command.device, precision=command.precision, threads=command.threads
+                )
+                axes = probe(model, command, module.EngineError)
             seconds = time.monotonic() - started
         except Exception as error:
-            log.warning("model %s could not be loaded: %s", command.key, error)
+            reason = self._why(error)
+            log.warning("model %s could not be loaded: %s", command.key, reason)
             if model is not None:
                 model.close()
-            self._report(LoadFailed(command.key, str(error) or type(error).__name__))
+            self._report(LoadFailed(command.key, reason))
+            return
+        if self._stopping.is_set():
+            model.close()
             return
         self._models[command.key] = model
         self._start_threads(model.concurrent_runs)
@@ -138,6 +150,16 @@ class EngineWorker:
             )
         )
 
+    def _why(self, error: Exception) -> str:
+        """Why a model could not be loaded, in words; what the engine did not raise on purpose is a bug of ours."""
+        with contextlib.suppress(Exception):  # the engine itself may be what cannot be imported
+            if isinstance(error, self._engine().EngineError):
+                return str(error)
+        if isinstance(error, MemoryError):
+            return f"there is not enough memory for it: {error}" if str(error) else "there is not enough memory for it"
+        log.error("a model could not be loaded because of a bug", exc_info=error)
+        return f"the engine failed in a way it should not, please report it: {type(error).__name__}: {error}"
+
     def _unload(self, key: ModelKey) -> None:
         self._scheduler.remove(key)
         model = self._models.pop(key, None)
@@ -145,13 +167,18 @@ class EngineWorker:
             model.close()
         self._report(Unloaded(key))
 
+    # ---- the end
+
     def _stop(self) -> None:
         for thread in self._threads:
             thread.join()
+        idle = self._loader.submit(lambda: None)
+        self._loader.shutdown(wait=False)
+        with contextlib.suppress(TimeoutError):
+            idle.result(_LAST_LOAD_S)
         for key in list(self._models):
             self._models.pop(key).close()
         self._statistics.shutdown(wait=False)
-        self._loader.shutdown(wait=False)
         self._report(Stopped())
 
     # ---- statistics thread

@@ -282,6 +282,61 @@ def test_a_model_whose_padding_shows_is_batched_without_padding(harness: Harness
     assert harness.load("encoder").batching is BatchingMode.PADDED
 
 
+def test_a_model_that_computes_for_seconds_on_a_row_is_run_once_and_not_batched(harness: Harness) -> None:
+    assert harness.load("identity", name="light", flops=0.9e12).batching is BatchingMode.ROWS
+    assert [shape for _, shape in harness.engine.probes] == [(1, 4), (2, 4), (1, 4)]
+    harness.engine.probes.clear()
+    ready = harness.load("identity", name="heavy", flops=2.5e12)
+    assert ready.batching is BatchingMode.NONE
+    assert "computes for 2.5 s" in ready.batching_reason
+    assert [shape for _, shape in harness.engine.probes] == [(1, 4)]
+    harness.infer(1, 7.0, name="heavy", rows=3)
+    assert value_of(harness.next(InferResult)) == 7.0
+
+
+def test_what_is_not_loaded_yet_at_the_end_is_not_waited_for(harness: Harness) -> None:
+    harness.load("identity")
+    harness.engine.loading.acquire()
+    harness.engine.load_gate.clear()
+    for name in ("late", "later"):
+        path = add_model(harness.root, name, "identity") / "1" / "model.onnx"
+        harness.worker.handle(LoadModel(ModelKey(name, 1), str(path), "cpu", "auto", None, BatchingOptions(), None))
+    assert harness.engine.loading.acquire(timeout=10)
+    harness.stop()
+    harness.next(Stopped)
+    harness.engine.load_gate.set()
+    wait_for(lambda: len(harness.engine.models) == 2 and harness.engine.models[1].closed)
+    assert harness.reports.empty()
+
+
+def test_a_model_with_an_input_of_terabytes_is_refused(harness: Harness) -> None:
+    path = add_model(harness.root, "m", "endless") / "1" / "model.onnx"
+    harness.worker.handle(LoadModel(ModelKey("m", 1), str(path), "cpu", "auto", None, BatchingOptions(), None))
+    reason = harness.next(LoadFailed).reason
+    assert "there is not enough memory for it: input 'input' of shape [1048576, 1048576] has 4398046511104" in reason
+    assert harness.engine.models[0].closed
+
+
+def test_a_model_with_strings_is_warmed_up_and_batched(harness: Harness) -> None:
+    ready = harness.load("strings")
+    assert ready.batching is BatchingMode.ROWS
+    assert [shape for _, shape in harness.engine.probes] == [(1, 2), (2, 2), (1, 2)]
+
+
+def test_strings_that_a_model_cannot_read_are_no_reason_not_to_load_it(harness: Harness) -> None:
+    ready = harness.load("strings", probe_error="'1' is no colour")
+    assert ready.batching is BatchingMode.NONE
+    assert "guessed strings for input 'input' failed" in ready.batching_reason
+    assert "'1' is no colour" in ready.batching_reason
+
+
+def test_a_bug_of_the_engine_while_loading_says_so(harness: Harness) -> None:
+    path = add_model(harness.root, "m", "identity", bug=True) / "1" / "model.onnx"
+    harness.worker.handle(LoadModel(ModelKey("m", 1), str(path), "cpu", "auto", None, BatchingOptions(), None))
+    reason = harness.next(LoadFailed).reason
+    assert reason == "the engine failed in a way it should not, please report it: LookupError: oops"
+
+
 def test_a_file_that_is_no_model_is_reported_with_its_reason(harness: Harness, tmp_path: Path) -> None:
     file = tmp_path / "x.onnx"
     file.write_bytes(b"\x00junk")
