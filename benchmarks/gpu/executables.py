@@ -16,4 +16,4 @@ def executable(model: Model, plan: Plan) -> Executable:
 
 def distinct_kernels(bound: Executable) -> int:
     """How many kernels, told apart by tile, types and expressions, an executable launches."""
-    return len({launch.kernel.source for _, launches in bound._launches for launch in launches})
+    return len({kernel.source for kernel in bound.kernels})

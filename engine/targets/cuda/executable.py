@@ -24,7 +24,7 @@ from engine.errors import ShapeError
 from engine.plan.plan import Plan
 from engine.plan.tensor import Buffer, Tensor
 from engine.specs import StepStat
-from engine.targets.cuda.kernel import ALIGNMENT, Launch, Pointer, ceildiv
+from engine.targets.cuda.kernel import ALIGNMENT, Kernel, Launch, Pointer, ceildiv
 from engine.targets.cuda.memory import SLOTS, Slot
 from engine.targets.cuda.program import Graphs, Place, Program
 
@@ -184,8 +184,8 @@ class Executable:
         return self._program.step_stats()
 
     @property
-    def kernels(self) -> tuple[str, ...]:
-        """The names of all kernels launched, in order."""
+    def kernels(self) -> tuple[Kernel, ...]:
+        """All kernels launched, in order."""
         return self._program.kernels
 
     @property

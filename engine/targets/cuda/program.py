@@ -21,7 +21,7 @@ from engine.plan.tensor import Buffer, BufferKind
 from engine.specs import StepStat
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.host_step import HostStep
-from engine.targets.cuda.kernel import ALIGNMENT, Launch, Pointer, TensorMap, ceildiv, pack, workspace_bytes
+from engine.targets.cuda.kernel import ALIGNMENT, Kernel, Launch, Pointer, TensorMap, ceildiv, pack, workspace_bytes
 
 if TYPE_CHECKING:
     from engine.targets.cuda.target import CudaTarget
@@ -205,9 +205,9 @@ class Program:
         ]  # fmt: skip
 
     @property
-    def kernels(self) -> tuple[str, ...]:
-        """The names of all kernels launched, in order."""
-        return tuple(launch.kernel.source.name for _, launches in self.launches for launch in launches)
+    def kernels(self) -> tuple[Kernel, ...]:
+        """All kernels launched, in order."""
+        return tuple(launch.kernel for _, launches in self.launches for launch in launches)
 
     def nbytes(self, places: int) -> int:
         """Memory beside weights, arena and slots, with graphs on so many places: those, the tensors of sizes, and what

@@ -35,7 +35,8 @@ from engine.targets.cuda.resident import ResidentExecutable
 
 
 class CudaTarget:
-    """Runs plans on GPU number `index`. `overlap` lets kernels start while the one before drains, where the GPU can.
+    """Runs plans on GPU number `index`. `overlap` lets kernels start while the one before drains, where the GPU can;
+    `tf32` lets products of fp32 operands round them to tf32.
 
     `lock` covers the arena, the weights, and everything that is queued on the device's stream. Whoever holds it waits
     for nothing but the device.
@@ -44,9 +45,10 @@ class CudaTarget:
     traits = Traits(channels_last=True, storage_type=DType.F16)
     concurrent_runs = SLOTS
 
-    def __init__(self, index: int = 0, cache: Path | None = None, overlap: bool = True) -> None:
+    def __init__(self, index: int = 0, cache: Path | None = None, overlap: bool = True, tf32: bool = False) -> None:
         self.device = Device(index, cache)
         self.overlap = overlap and self.device.architecture.dependent_launch
+        self.tf32 = tf32
         self.weights = WeightStore()
         self.lock = threading.RLock()
         self._constants: dict[int, tuple[Buffer, cupy.ndarray]] = {}
@@ -74,7 +76,7 @@ class CudaTarget:
 
     @property
     def context(self) -> Context:
-        return Context(self.device.architecture, self.device.multiprocessors, self.weights)
+        return Context(self.device.architecture, self.device.multiprocessors, self.weights, self.tf32)
 
     # Memory
 
