@@ -30,9 +30,15 @@ def tables_of(op: Resize, before: Sequence[int], after: Sequence[int]) -> dict[i
     tables: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for axis, (size, result) in enumerate(zip(before, after, strict=True)):
         index, weights = taps_of(op, op.scales[axis] or result / size, size, result)
-        if size != result or not np.array_equal((index * (weights != 0)).sum(axis=0), np.arange(result)):
+        if not (size == result and _is_identity(index, weights)):
             tables[axis] = (index, weights)
     return tables
+
+
+def _is_identity(index: np.ndarray, weights: np.ndarray) -> bool:
+    """Whether every result is the source element of its own index."""
+    alone = np.array_equal(np.sort(weights, axis=0)[:-1], np.zeros((len(weights) - 1, weights.shape[1])))
+    return alone and np.array_equal((index * (weights == 1)).sum(axis=0), np.arange(weights.shape[1]))
 
 
 def coordinates(op: Resize, scale: float, size: int, result: int) -> np.ndarray:
