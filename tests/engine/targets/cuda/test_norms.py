@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,9 @@ from engine.errors import ShapeError
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.ops import Norm, NormKind, Op, Softmax
+from engine.plan.tensor import Tensor, row_major
 from engine.targets.cuda import covering as cv
+from engine.targets.cuda.architecture import SM_80
 from engine.targets.cuda.covering import ACC, F16, F32, I64, make_step, weight
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.normalize import lower
@@ -84,19 +88,15 @@ def test_group_and_instance_norms_match_float64(runner: Runner, count: int) -> N
         step = make_step(op, [image, channel, channel])
         if i % 4 > 1:
             inner = (0, 3, 4, 1, 2)
-            step = type(step)(
-                step.name, op, (_ordered(step.inputs[0], inner), *step.inputs[1:]),
-                (_ordered(step.outputs[0], inner),), step.cost,
-            )  # fmt: skip
+            image_inner, *rest = step.inputs
+            step = replace(
+                step, inputs=(_ordered(image_inner, inner), *rest), outputs=(_ordered(step.outputs[0], inner),)
+            )
         cases.append(Case(f"{shape} {axes} {i % 4 > 1}", step, int(np.prod(shape)), computed=F32))
     check(runner, cases)
 
 
-def _ordered(tensor, order):
-    from dataclasses import replace
-
-    from engine.plan.tensor import row_major
-
+def _ordered(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
     return replace(tensor, strides=row_major(tensor.shape, order))
 
 
@@ -180,10 +180,4 @@ def test_an_empty_table_has_no_rows_to_select() -> None:
     op = Norm(NormKind.LAYER, (2,), 1e-5, cv.arg(0), ((0, 1),), (cv.stored(ACC),))
     step = make_step(op, [(F16, (0, 8)), (I64, (2, 3))])
     with pytest.raises(ShapeError, match="size 0"):
-        family_of(op).lower(step, EmulatedRunner(_sm_80()).context)
-
-
-def _sm_80():
-    from engine.targets.cuda.architecture import SM_80
-
-    return SM_80
+        family_of(op).lower(step, EmulatedRunner(SM_80).context)

@@ -10,6 +10,7 @@ import pytest
 from engine.errors import UnsupportedOp
 from engine.ir.dtype import DType
 from engine.ir.ops import Pool, PoolKind
+from engine.plan.plan import Step
 from engine.plan.tensor import row_major
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.conv import channels_last
@@ -33,7 +34,7 @@ def random_pool(rng: np.random.Generator, spatial: int, kind: PoolKind, dtype: D
     return Pool(kind, kernel, strides, pads, dilations, ceil, include, (narrowed(dtype),)), size
 
 
-def with_channels_inner(step):
+def with_channels_inner(step: Step) -> Step:
     order = channels_last(len(step.outputs[0].shape))
     image = replace(step.inputs[0], strides=row_major(step.inputs[0].shape, order))
     result = replace(step.outputs[0], strides=row_major(step.outputs[0].shape, order))

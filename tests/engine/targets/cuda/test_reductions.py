@@ -94,7 +94,7 @@ def test_few_results_of_long_walks(runner: Runner, count: int) -> None:
     for i in range(count if isinstance(runner, EmulatedRunner) else count // 5):
         dtype = types[i % len(types)]
         few, long = int(rng.integers(1, 40)), int(rng.integers(large // 4, large)) // 40
-        shape, axes = [((few, long), (1,)), ((long, few), (0,)), ((7, long, 3), (0, 1, 2)), ((3, long, 5), (0, 1))][
+        shape, axes = [((few, long), (1,)), ((long, few), (0,)), ((7, long, 3), (0, 1, 2)), ((9, long, 5), (0, 1))][
             i % 4
         ]
         kinds = EXTREMES if dtype is DType.BOOL else list(ReduceKind)[:4]
