@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from math import prod
 from typing import TypeAlias
 
@@ -44,6 +45,7 @@ from engine.ir.ops import (
 )
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
+from engine.targets.cuda import attention_wgmma
 from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.attention import heads_of, launch_attention
 from engine.targets.cuda.attention_tiles import Heads, candidates
@@ -363,6 +365,13 @@ def attentions(context: Context) -> Iterator[tuple[str, Launch]]:
                     sizes = heads_of(step, replace(context, tf32=tf32))
                     for launch in launch_attention(step, sizes, tile, splits):
                         yield step.name, launch
+    if context.architecture.wgmma:
+        for head, crowded in product((32, 64, 128), (False, True)):
+            for wgmma_tile in attention_wgmma.candidates(head, head, crowded):
+                turn += 1
+                dtype = DType.BF16 if turn % 4 == 0 else F16
+                step = attention(dtype, head, crowded or turn % 4 > 1, int(crowded or turn % 4 == 1))
+                yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, context)
 
 
 def images() -> Iterator[tuple[str, Launch]]:

@@ -212,10 +212,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
       float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {}, correction[2];
       q_ring.wait_full(q_turn);
       const u64 q = panel_descriptor<QTile::ROW_BYTES>(q_ring.tile(q_turn) + warpgroup * 64 * QTile::ROW_BYTES, QTile::PITCH);
-      const auto soften = [&](u32 tile, u32 turn) {
+      const auto soften = [&](u32 tile, u32 turn, bool ragged) {
         const float* b = biases + turn % STAGES * KEYS;
         const u32 key0 = tile * KEYS;
-        if ((!BIAS && key0 + KEYS > p.keys) || (CAUSAL && key0 + KEYS > item.query0)) exponentials<true>(p, s, b, key0, query, maximum, sum, correction);
+        if (ragged || (CAUSAL && key0 + KEYS > item.query0)) exponentials<true>(p, s, b, key0, query, maximum, sum, correction);
         else exponentials<false>(p, s, b, key0, query, maximum, sum, correction);
       };
 
@@ -223,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
       begin_scores(q, turn);
       wgmma_wait<0>();
       wgmma_settle(s);
-      soften(item.tiles - 1, turn);
+      soften(item.tiles - 1, turn, !BIAS && item.tiles * KEYS > p.keys);  // a bias hides the keys past the end itself
       k_ring.leave(turn);
       round_probabilities();
       for (u32 tile = item.tiles - 1; tile-- > 0; ++turn) {
@@ -233,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
         begin_values(turn, tile + 2 == item.tiles);
         wgmma_wait<1>();
         wgmma_settle(s);
-        soften(tile, turn + 1);
+        soften(tile, turn + 1, false);
         k_ring.leave(turn + 1);
         wgmma_wait<0>();
         wgmma_settle(out);

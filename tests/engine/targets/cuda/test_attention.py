@@ -17,6 +17,7 @@ from engine.targets.cuda.attention import heads_of, launch_attention, lower
 from engine.targets.cuda.attention_tiles import candidates
 from engine.targets.cuda.covering import ACC, F16, F32, make_step
 from engine.targets.cuda.kernel import Context
+from tests.engine.targets.cuda.attention_cases import ROUNDING, operand, result
 from tests.engine.targets.cuda.cases import check, ragged, rng_of
 from tests.engine.targets.cuda.harness import Case, Runner
 
@@ -24,33 +25,10 @@ BF16 = DType.BF16
 HEADS = (8, 16, 32, 40, 64, 72, 80, 96, 128, 160, 192, 256, 264)
 ODD_HEADS = (1, 3, 7, 20, 33, 50, 63, 65, 100, 127, 130, 199, 255, 300)
 KINDS = {"f16": (F16, False), "bf16": (BF16, False), "tf32": (F32, True), "f32": (F32, False)}
-ROUNDING = {"f16": 2.0**-11, "bf16": 2.0**-8, "tf32": 2.0**-10, "f32": 2.0**-21}
-"""Relative error of a product's operands: half a unit in the last place, a whole one of tf32, whose accumulators are
-truncated, too; of split fp32 operands what they keep (Ootomo & Yokota 2022)."""
 
 
 def context_of(runner: Runner, kind: str) -> Context:
     return replace(runner.context, tf32=KINDS[kind][1])
-
-
-def operand(rng: np.random.Generator, number: int, dtype: DType, shape: tuple[int, ...], odd: bool = False) -> Tensor:
-    """A strided operand: features innermost, the other axes in any order, with gaps between rows. `odd`: it starts and
-    strides anywhere."""
-    step = 1 if odd else 8
-    order = [int(axis) for axis in rng.permutation(len(shape) - 1)]
-    gap, offset = (step * int(rng.integers(0, 3)) for _ in range(2))
-    wide = (*shape[:-1], -(-shape[-1] // step) * step + gap)
-    buffer = Buffer(f"input{number}", BufferKind.INPUT, (int(np.prod(wide)) + offset) * dtype.itemsize)
-    return Tensor(buffer, dtype, shape, row_major(wide, (*order, len(shape) - 1)), offset)
-
-
-def result(rng: np.random.Generator, step: Step) -> Step:
-    """The same step with its results laid out in a random order of axes."""
-    outputs = []
-    for tensor in step.outputs:
-        order = tuple(int(axis) for axis in rng.permutation(len(tensor.shape)))
-        outputs.append(replace(tensor, strides=row_major(tensor.shape, order)))
-    return replace(step, outputs=tuple(outputs))
 
 
 def bias_case(rng: np.random.Generator, scores: tuple[int, ...], number: int) -> tuple[Tensor, np.ndarray]:

@@ -16,9 +16,9 @@ from engine.targets.cuda.attention import lower
 from engine.targets.cuda.attention_wgmma import candidates, launch_attention, padded, pick, suits
 from engine.targets.cuda.covering import ACC, F16, F32, make_step
 from engine.targets.cuda.kernel import Context, Instruction, WeightStore
+from tests.engine.targets.cuda.attention_cases import ROUNDING, operand, result
 from tests.engine.targets.cuda.cases import check, ragged, rng_of
 from tests.engine.targets.cuda.harness import Case, Runner
-from tests.engine.targets.cuda.test_attention import ROUNDING, operand, result
 
 KINDS = {"f16": F16, "bf16": DType.BF16}
 
