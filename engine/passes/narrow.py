@@ -180,6 +180,8 @@ def _wide_values(graph: Graph, storage: DType) -> set[Value]:
             wide.update(node.outputs)
         if isinstance(op, Pointwise) and not _numbers_fit(node, storage):
             wide.update(node.outputs)
+        if isinstance(op, Pointwise) and any(value.dtype.is_int for value in node.outputs):
+            wide.update(node.inputs)  # what places are computed from: a rounded coordinate is another pixel
     return groups.closed_over(value for value in wide if not value.is_constant)
 
 

@@ -58,6 +58,14 @@ SAMPLES = {
         "(float[n,3000] x) => (float[n,k] y, int64[n,k] z) { y, z = TopK<largest=0>(x, k) }",
         {"k": np.array([3000])}, {"x": (2, 3000)},
     ),
+    "grid sample": Sample(
+        "(float[n,16,9,11] x, float[n,5,7,2] g) => (float[a,b,c,d] y) "
+        "{ y = GridSample<padding_mode=\"border\">(x, g) }",
+        {}, {**IMAGE, "g": (2, 5, 7, 2)},
+    ),
+    "running sum": Sample(
+        "(float[n,5000] x) => (float[n,5000] y) { y = CumSum<exclusive=1>(x, a) }", {"a": np.array(1)}, {"x": (3, 5000)}
+    ),
     "lstm": Sample(
         "(float[s,n,24] x) => (float[s,2,n,64] y, float[2,n,64] h, float[2,n,64] c) "
         "{ y, h, c = LSTM<hidden_size=64,direction=\"bidirectional\">(x, w, r, b) }",

@@ -190,3 +190,11 @@ def test_what_is_written_by_index_has_the_type_of_what_it_is_written_to() -> Non
     content = weights(w=(8, 16), v=(16, 4)) | {"s": np.array([0]), "e": np.array([2])}
     node = only(narrowed(model(text, content), {"x": feed(4, 8), "i": np.array([[3], [-4]])}), ops.Scatter)
     assert [value.dtype for value in (*node.inputs, *node.outputs)] == [DType.F16, DType.I64, DType.F16, DType.F16]
+
+
+def test_coordinates_stay_wide() -> None:
+    text = "(float[n,3,9,9] x, float[n,4,4,8] z) => (float[n,3,4,4] y) { g = MatMul(z, w) y = GridSample(x, g) }"
+    feeds = {"x": feed(2, 3, 9, 9), "z": feed(2, 4, 4, 8)}
+    graph = narrowed(model(text, weights(w=(8, 2)), opset=20), feeds)
+    product = only(graph, ops.Gemm)
+    assert all(value.dtype is DType.F32 for value in product.outputs)
