@@ -1,7 +1,8 @@
 """The pass `fold`: constant sub-graphs evaluated, identities and dead code removed, equal nodes and constants merged.
 
-Folding may not inflate a model: a result above `_LARGEST` bytes, or a broadcast of a small constant above
-`_LARGEST_EXPANSION`, stays a node (a broadcast view costs nothing where it is, and megabytes as a weight).
+Folding may not inflate a model: a result larger than what it is made of and than `_LARGEST` bytes, or a broadcast of a
+small constant above `_LARGEST_EXPANSION`, stays a node (a broadcast view costs nothing where it is, and megabytes as a
+weight).
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def _fold_constant(editor: Editor, node: Node) -> bool:
 
 
 def _may_grow(node: Node) -> bool:
-    largest = _LARGEST_EXPANSION if isinstance(node.op, Expand) else _LARGEST
+    given = sum(value.data.nbytes for value in dict.fromkeys(node.inputs) if value.data is not None)
+    largest = _LARGEST_EXPANSION if isinstance(node.op, Expand) else max(_LARGEST, given)
     for value in node.outputs:
         if value.dtype is DType.STRING:
             return False
