@@ -15,13 +15,14 @@ import numpy as np
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.graph import Graph, Node, Value
-from engine.ir.ops import Expand, Op, Opaque, Pointwise
+from engine.ir.ops import Expand, Op, Opaque, Pointwise, Undefined
 from engine.passes.editor import Editor
 from engine.passes.evaluate import evaluate
 from engine.passes.traits import Traits
 
 _LARGEST = 64 << 20
 _LARGEST_EXPANSION = 64 << 10
+_ALONE = (Opaque, Undefined)  # a random number may differ from the next, and every gap has a place of its own
 
 
 def fold(graph: Graph, _traits: Traits) -> None:
@@ -30,7 +31,7 @@ def fold(graph: Graph, _traits: Traits) -> None:
     _merge_constants(editor)
     seen: dict[tuple[Op, tuple[int, ...]], Node] = {}
     for node in editor.nodes():
-        if _fold_constant(editor, node) or _drop_identity(editor, node) or isinstance(node.op, Opaque):
+        if _fold_constant(editor, node) or _drop_identity(editor, node) or isinstance(node.op, _ALONE):
             continue
         key = (node.op, tuple(map(id, node.inputs)))
         twin = seen.setdefault(key, node)

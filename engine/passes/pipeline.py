@@ -18,6 +18,7 @@ from engine.passes.activations import canonicalise_activations
 from engine.passes.affine import fold_affine
 from engine.passes.attention import recognise_attention
 from engine.passes.causal import recognise_causal
+from engine.passes.constant_parts import select_constant_parts
 from engine.passes.epilogues import fuse_batch_norms, fuse_epilogues
 from engine.passes.flatten import flatten_gemms, sink_views
 from engine.passes.fold import fold
@@ -63,6 +64,7 @@ PASSES: tuple[Pass, ...] = (
     fuse_epilogues,
     fold_affine,
     merge_siblings,
+    select_constant_parts,
     fuse_gathers,
     fuse_prologues,
     fuse_epilogues,

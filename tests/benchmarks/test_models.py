@@ -19,7 +19,7 @@ STEPS = {
     "efficientnet_b0": 115,
     "resnet50": 55,
     "vgg16": 21,
-    "vit_b_16": 88,
+    "vit_b_16": 87,
     "bert_base": 86,
     "gpt2": 85,
 }
