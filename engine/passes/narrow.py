@@ -31,13 +31,14 @@ from engine.ir.ops import (
     Scatter,
     ScatterKind,
     Softmax,
+    Undefined,
     View,
 )
 from engine.passes.epilogues import fuse_epilogues
 from engine.passes.operands import FUSED_OPS, fixed_operands, gathers_of, stores_of, with_expressions
 from engine.passes.traits import Traits
 
-_MOVES = (View, Concat, Pad, Gather, Scatter)
+_MOVES = (View, Concat, Pad, Gather, Scatter, Undefined)
 """Operators whose result has the type of what they move."""
 _FUSED = (*FUSED_OPS, Pointwise)
 

@@ -277,6 +277,11 @@ def _concat(op: ops.Concat, inputs: Sequence[Array], sizes: Sizes, node: Node) -
     return [np.concatenate(inputs, axis=op.axis)]
 
 
+def _undefined(op: ops.Undefined, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    poison = np.nan if inputs[0].dtype.kind == "f" else 77  # nothing may come of it
+    return [np.full(tuple(evaluate(dim, sizes) for dim in op.shape), poison, inputs[0].dtype)]
+
+
 def _pad(op: ops.Pad, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
     if op.mode is ops.PadMode.CONSTANT:
         return [_pad_or_crop(inputs[0], op.pads, op.mode.value, op.value)]
@@ -468,6 +473,7 @@ _RUNNERS: dict[type[ops.Op], Callable[[Any, Sequence[Array], Sizes, Node], list[
     ops.Reduce: _reduce,
     ops.Pool: _pool,
     ops.Concat: _concat,
+    ops.Undefined: _undefined,
     ops.Pad: _pad,
     ops.Gather: _gather,
     ops.Scatter: _scatter,

@@ -3,7 +3,7 @@
 from engine.ir.ops.base import Cost, Op, OperandTypes, ResultTypes, broadcast_shapes
 from engine.ir.ops.heavy import Attention, Conv, Gemm
 from engine.ir.ops.light import Norm, NormKind, Pointwise, Pool, PoolKind, Reduce, ReduceKind, Softmax
-from engine.ir.ops.move import Concat, Gather, Opaque, Pad, PadMode, Resize, ResizeMode, ShapeTensor
+from engine.ir.ops.move import Concat, Gather, Opaque, Pad, PadMode, Resize, ResizeMode, ShapeTensor, Undefined
 from engine.ir.ops.recurrent import Cell, Recurrent
 from engine.ir.ops.running import Running, RunningKind
 from engine.ir.ops.select import Scatter, ScatterKind, TopK
@@ -44,6 +44,7 @@ __all__ = [
     "Softmax",
     "TopK",
     "Transpose",
+    "Undefined",
     "View",
     "broadcast_shapes",
 ]

@@ -50,6 +50,15 @@ def test_large_expansions_are_not_folded() -> None:
     assert sum(v.data.nbytes for v in constants if v.data is not None) < 1000
 
 
+def test_a_large_constant_is_folded_where_that_makes_nothing_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.passes.fold._LARGEST", 100)
+    text = """(double[n,260] x) => (double[n,260] y, double[n,520] z) { t = Transpose(c) y = MatMul(x, t)
+        e = Concat<axis=1>(t, t) z = MatMul(x, e) }"""
+    graph = check(model(text, {"c": random(260, 260)}), {"x": random(2, 260)}, (fold,))
+    assert kinds(graph) == {"Gemm": 2, "Concat": 1}
+    assert views(graph) == []
+
+
 def test_equal_nodes_and_equal_constants_are_one() -> None:
     text = HEAD + "(double[n,3,4] y) { a = Mul(x, c) b = Mul(x, d) e = Exp(a) f = Exp(b) y = Add(e, f) }"
     graph = check(model(text, {"c": np.arange(4.0), "d": np.arange(4.0)}), X, (fold,))
