@@ -1,8 +1,9 @@
 """One HTTP connection: uvicorn's protocol with bounds on what comes before a body, errors in our form, and answers for
-clients that have closed their sending side.
+clients that have closed their sending side or offer another protocol.
 
 Made by uvicorn for every connection; event loop only. uvicorn itself bounds neither the bytes of a header nor the time
-it takes to arrive, and closes a connection when its client has nothing more to send.
+it takes to arrive, closes a connection when its client has nothing more to send, and loses the body of a request that
+offers to go on in HTTP/2, as Java's client does with every request.
 
 TCP tells a client that has said all it wanted (and reads on) from one that is gone only when something is sent to it:
 the system of the latter answers with a reset. So a client that waits for its answer with its sending side closed is
@@ -13,12 +14,14 @@ import asyncio
 import socket
 from http import HTTPStatus
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.settings import Settings
 
 # Most answers are there before the first question is asked. A reset takes a round trip.
 _FIRST_QUESTION_S, _NEXT_QUESTION_S, _RESET_S = 0.01, 1.0, 0.02
+_OFFER = (b"upgrade", b"http2-settings")
 _STILL_THERE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -83,9 +86,38 @@ class Connection(HttpToolsProtocol):
         if self._in_header and self._timer is None:
             self._start_timer()
         self._unread += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            self.send_400_response("")
         if self._unread > self.max_header_bytes and not self.transport.is_closing():
             self._refuse_header()
+
+    def _parse(self, data: bytes) -> None:
+        """Feed the parser. It stops after the header of a request that offers another protocol: such a request goes
+        through a new one without the offer, which is how HTTP declines it."""
+        while data:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                if self.parser.get_method() == b"CONNECT":
+                    raise httptools.HttpParserError("no proxy") from None
+                data = self._header_without_offer() + data[upgrade.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+
+    def _header_without_offer(self) -> bytes:
+        first = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        kept = [first]
+        for name, value in self.headers:
+            if name == b"connection":
+                tokens = (token.strip() for token in value.lower().split(b","))
+                value = b", ".join(token for token in tokens if token not in _OFFER)
+            if name not in _OFFER:
+                kept.append(b"%b: %b" % (name, value))
+        return b"\r\n".join((*kept, b"", b""))
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
@@ -106,6 +138,8 @@ class Connection(HttpToolsProtocol):
         """The header is there. Raises _HeaderTooLarge where it came in one piece that was over the limit."""
         if self._header_bytes > self.max_header_bytes:
             raise _HeaderTooLarge
+        if self.parser.should_upgrade():
+            return
         self._unread = 0
         self._in_header = False
         self._stop_timer()
@@ -118,6 +152,8 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The request is whole."""
+        if self.parser.should_upgrade():
+            return
         self._unread = 0
         self._in_header = True
         super().on_message_complete()

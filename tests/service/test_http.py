@@ -317,6 +317,30 @@ def test_a_client_that_goes_after_it_closed_its_sending_side_is_noticed(server: 
     assert server.metric("inference_requests_total", model="identity", outcome="cancelled") == 1
 
 
+@pytest.mark.parametrize("protocol", ["h2c", "websocket"])
+@pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
+@pytest.mark.parametrize("cut", [0, -7], ids=["one piece", "two pieces"])
+def test_another_protocol_that_is_offered_is_declined(server: Running, protocol: str, chunked: bool, cut: int) -> None:
+    """Java's client offers HTTP/2 with every request; what it sends with it is not lost, nor is what follows."""
+    head, body = infer_bytes().split(b"\r\n\r\n")
+    offer = f"\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: {protocol}\r\nHTTP2-Settings: AAEAAEAA".encode()
+    if chunked:
+        head, body = head.rsplit(b"\r\n", 1)[0], b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+        offer += b"\r\nTransfer-Encoding: chunked"
+    request = head + offer + b"\r\n\r\n" + body
+    pieces = [request] if not cut else [request[:cut], request[cut:]]
+    got = answer_to(server, *pieces, request, shut=True)
+    assert got.count(b"HTTP/1.1 200 OK") == 2, got
+    assert got.count(b"[1.0,2.0,3.0,4.0]") == 2
+
+
+@pytest.mark.parametrize("offer", [b"", b"Connection: upgrade\r\nUpgrade: x\r\n"])
+def test_a_proxy_is_what_the_server_is_not(server: Running, offer: bytes) -> None:
+    got = answer_to(server, b"CONNECT example.com:443 HTTP/1.1\r\nHost: x\r\n" + offer + b"\r\n")
+    assert got.startswith(b"HTTP/1.1 400 ")
+    assert b'{"error":"not a valid HTTP request"}' in got
+
+
 def test_one_models_failure_is_that_requests_500_and_no_more(start: Start, tmp_path: Path) -> None:
     add_model(tmp_path, "identity", "identity", crash=True)
     server = start(tmp_path)
@@ -374,8 +398,8 @@ def test_many_threads_get_their_own_answers(shared: Running) -> None:
     assert threading.active_count() < 60
 
 
-def answer_to(server: Running, *pieces: bytes) -> bytes:
-    """What comes back until the server closes the connection."""
+def answer_to(server: Running, *pieces: bytes, shut: bool = False) -> bytes:
+    """What comes back until the server closes the connection. `shut`: the client sends no more after the pieces."""
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as raw:
         received = b""
@@ -383,6 +407,8 @@ def answer_to(server: Running, *pieces: bytes) -> bytes:
             for piece in pieces:
                 raw.sendall(piece)
                 time.sleep(0.02)
+            if shut:
+                raw.shutdown(socket.SHUT_WR)
             while data := raw.recv(65536):
                 received += data
         except ConnectionResetError:

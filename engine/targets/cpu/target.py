@@ -102,6 +102,7 @@ class CpuExecutable:
     """A plan with its kernels, ready to run. Safe to use from many threads: one run at a time."""
 
     def __init__(self, target: CpuTarget, plan: Plan) -> None:
+        _check_outputs(plan)
         self._target = target
         self._places = _Places(plan)
         pieces = in_pieces(plan)
@@ -154,6 +155,19 @@ class CpuExecutable:
     def close(self) -> None:
         """Give its memory back."""
         self._parts = []
+
+
+def _check_outputs(plan: Plan) -> None:
+    """Raises OutOfMemory for results that the machine cannot hold: the system might promise them memory all the same,
+    and end the process when they are written."""
+    needed = {name: tensor.elements * tensor.dtype.itemsize for name, tensor in plan.outputs.items()}
+    memory = physical_memory_bytes()
+    if sum(needed.values()) > memory:
+        name = max(needed, key=lambda name: needed[name])
+        raise OutOfMemory(
+            f"output {name!r} of shape {list(plan.outputs[name].shape)} has {needed[name]} bytes, and the machine has "
+            f"{memory} in all; use smaller sizes"
+        )
 
 
 class _Places:
