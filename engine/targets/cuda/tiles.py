@@ -133,8 +133,10 @@ _WGMMA_RATE = 2048
 
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, MOST_SPLITS)
 _MAX_PARTIAL_BYTES = 32 << 20  # the partial sums of a product are to stay in the L2 cache
-_ARRIVAL = 2200
-"""Estimated cycles to make a partial sum visible, count it, and begin to read the others."""
+_ARRIVAL = 3800
+"""Cycles to make a partial sum visible, count it, and begin to read the others (fitted with the constants of wgmma)."""
+_PARTIAL_RATE = 39
+"""Bytes of partial sums that a multiprocessor writes or reads in a cycle (fitted with the others)."""
 
 
 def pick_mma(
@@ -179,7 +181,7 @@ def _mma_cycles(m: int, n: int, k: int, batch: int, tile: MmaTile, multiprocesso
     epilogue = tile.m * tile.n * 4 / bytes_per_cycle
     steps = ceildiv(ceildiv(k, tile_k), tile.splits)
     time = launch + ceildiv(blocks, multiprocessors) * (steps * step + epilogue)
-    return time if tile.splits == 1 else time + _ARRIVAL + (tile.splits + 1) * epilogue
+    return time if tile.splits == 1 else time + _ARRIVAL + (tile.splits + 1) * tile.m * tile.n * 4 / _PARTIAL_RATE
 
 
 def pick_wgmma(
@@ -195,22 +197,22 @@ def pick_wgmma(
 def _wgmma_cycles(m: int, n: int, k: int, tile: WgmmaTile, multiprocessors: int, operands: Operands) -> float:
     """Estimated cycles of a product in tiles of wgmma.
 
-    The constants are fitted to a sweep of all tiles over 22 shapes on an H200 (fp16 products of transformers and of 1×1
-    convolutions): the tile picked took 1 % longer than the best one on average, 7 % at worst. What splitting costs is
-    an estimate.
+    The constants are fitted to a sweep of all tiles and splits over 28 shapes of fp16 on an H100 (products of
+    transformers and of 1×1 convolutions, 600 timings): the tile picked took 1 % longer than the best one on average,
+    9 % at worst. Wide instructions read less shared memory for each multiplication: they are closer to their rate.
     """
-    slowdown, least_step, l2_rate, memory_rate = 1.2, 286, 70, 1520  # cycles; bytes a cycle, the last of the GPU
-    epilogue, launch = 256 + 0.12 * tile.m * tile.n, 2750
+    slowdown, least_step, l2_rate, memory_rate = 0.93 + 55 / tile.n, 202, 67, 1294  # cycles; bytes a cycle, of the GPU
+    epilogue, launch = 955 + 0.013 * tile.m * tile.n, 1920
     tiles = ceildiv(m, tile.m) * ceildiv(n, tile.n)
     steps = ceildiv(ceildiv(k * operands.itemsize, 128), tile.splits)
     # 128 bytes of k are half as many fp32 operands as halves, at half the rate.
     step = max(slowdown * tile.m * tile.n * 64 / _WGMMA_RATE, (tile.m + tile.n) * 128 / l2_rate, least_step)
     rounds = ceildiv(tiles, max(1, multiprocessors // tile.splits))  # tiles of the busiest block
     if tile.cooperative:
-        time = rounds * (steps * step + 0.37 * epilogue)
+        time = rounds * (steps * step + 0.05 * epilogue)
     else:
         # One consumer's epilogue runs beside the other's product.
         time = max(rounds * steps * step + epilogue, ceildiv(rounds, 2) * (steps * step + epilogue))
     if tile.splits > 1:
-        time += _ARRIVAL + (tile.splits + 1) * tile.m * tile.n * 4 / l2_rate
+        time += _ARRIVAL + (tile.splits + 1) * tile.m * tile.n * 4 / _PARTIAL_RATE
     return launch + hypot(time, operands.itemsize * (m * k + k * n + m * n) / memory_rate)
