@@ -33,7 +33,8 @@ from engine.targets.cuda.spaces import VECTOR
 
 _MAX_DEPTHWISE = 7  # kernel sizes that the depthwise kernel has registers for
 _MAX_DIRECT = 48  # filter elements per output up to which the fp32 units beat padded matrix tiles
-_MAX_DIRECT_WIDTH = 16  # taps of a row that the same kernel has registers for
+_MAX_DIRECT_INPUTS = 48  # inputs of a row of taps that the same kernel has registers for
+_DIRECT_PIXELS = 2  # neighbouring outputs that a thread of it computes
 
 
 def epilogue_for(step: Step, granularity: int, acc: DType = DType.F32) -> Functor:
@@ -70,8 +71,8 @@ def _unrolls(geometry: Geometry, rows: int) -> bool:
     """Whether registers hold the inputs of all rows of a filter: beyond, the compiler would spill them."""
     size, stride = max(geometry.kernel), geometry.strides[-1]
     if geometry.x_dtype is not DType.F16:
-        return size <= 3 and (rows == 1 or stride <= 2)
-    return size <= 3 or (size <= 5 and (rows == 1 or stride == 1))
+        return size <= 3 and (rows == 1 or stride == 1)
+    return size <= 3 or (size <= 5 and max(geometry.dilations) == 1 and (rows == 1 or stride == 1))
 
 
 def is_depthwise(step: Step, geometry: Geometry) -> bool:
@@ -131,11 +132,14 @@ def _taps(step: Step, geometry: Geometry, context: Context, dtype: DType) -> Poi
 
 def is_direct(step: Step, geometry: Geometry) -> bool:
     """Whether the image has so few channels that its products do not fill matrix tiles."""
+    taps = geometry.kernel[-1]
+    span = (_DIRECT_PIXELS - 1) * geometry.strides[-1] + (taps - 1) * geometry.dilations[-1] + 1
+    inputs = min(span, _DIRECT_PIXELS * taps) * geometry.channels
     return (
         geometry.groups == 1
         and geometry.channels % VECTOR != 0
         and geometry.k <= _MAX_DIRECT
-        and geometry.kernel[-1] <= _MAX_DIRECT_WIDTH
+        and inputs <= _MAX_DIRECT_INPUTS
         and geometry.n % VECTOR == 0
         and not geometry.transposed
         and _is_narrow(step)
@@ -144,17 +148,17 @@ def is_direct(step: Step, geometry: Geometry) -> bool:
 
 def launch_direct(step: Step, geometry: Geometry, context: Context) -> Launch:
     """The launch of a convolution on the fp32 units: a thread for two outputs of up to 32 channels."""
-    pixels, threads = 2, 128
+    threads = 128
     outputs = next(count for count in (32, 16, 8) if geometry.n % count == 0)
     config: dict[str, int | bool | str] = {
         "channels": geometry.channels, "kernel_d": geometry.kernel[0], "kernel_h": geometry.kernel[1],
         "kernel_w": geometry.kernel[2], "stride_w": geometry.strides[2], "dilation_w": geometry.dilations[2],
-        "pixels": pixels, "outputs": outputs, "threads": threads, "blocks": 3, "x_t": geometry.x.ctype,
+        "pixels": _DIRECT_PIXELS, "outputs": outputs, "threads": threads, "blocks": 3, "x_t": geometry.x.ctype,
     }  # fmt: skip
     arguments = {**geometry.arguments(), "w": _taps(step, geometry, context, DType.F32)}
     for name in ("stride_w", "dilation_w"):
         del arguments[name]
-    total = geometry.images * prod(geometry.output[:-1]) * ceildiv(geometry.output[-1], pixels)
+    total = geometry.images * prod(geometry.output[:-1]) * ceildiv(geometry.output[-1], _DIRECT_PIXELS)
     grid = (ceildiv(total, threads), geometry.n // outputs, 1)
     return launch("conv", "conv_direct.cuh", config, [epilogue_for(step, geometry.n)], arguments, grid, threads)
 
