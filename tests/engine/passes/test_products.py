@@ -71,6 +71,32 @@ def test_a_reshape_that_changes_the_columns_stays() -> None:
     assert len(views(graph)) == 1
 
 
+def test_swapped_rows_are_swapped_back_behind_the_product() -> None:
+    text = """(double[n,5,8] x) => (double[n,5,6] y) { e = Softmax(x) t = Transpose<perm=[1,0,2]>(e) m = MatMul(t, wa)
+        a = Add(m, ba) b = Transpose<perm=[1,0,2]>(a) y = Softmax(b) }"""
+    graph = check(model(text, W), X)
+    assert kinds(graph) == {"Gemm": 1, "Softmax": 2}
+    assert views(graph) == []
+
+
+def test_windows_stay_in_the_order_that_what_comes_behind_the_product_needs() -> None:
+    text = """(double[n,2,3,2,3,8] x) => (double[n,2,2,9,6] y) { e = Softmax(x)
+        t = Transpose<perm=[0,1,3,2,4,5]>(e) r = Reshape(t, windows) m = MatMul(r, wa) y = Reshape(m, back) }"""
+    weights = W | {"windows": np.array([-1, 9, 8]), "back": np.array([-1, 2, 2, 9, 6])}
+    graph = check(model(text, weights), {"x": random(2, 2, 3, 2, 3, 8)})
+    order = [type(node.op) for node in graph.nodes]
+    assert order.index(ops.Transpose) < order.index(ops.Gemm)
+
+
+def test_heads_become_columns_and_rows_stay_apart() -> None:
+    text = """(double[n,5,2,4] x) => (double[n,5,6] y) { e = Softmax(x) f = Reshape(e, rows) m = MatMul(f, wa)
+        y = Reshape(m, back) }"""
+    graph = check(model(text, W | {"rows": np.array([-1, 8]), "back": np.array([-1, 5, 6])}), {"x": random(2, 5, 2, 4)})
+    assert [view.shape for view in views(graph) if isinstance(view, ops.Reshape)] == [
+        only(graph, ops.Gemm).inputs[0].shape
+    ]
+
+
 def test_flattened_image_is_read_channels_last() -> None:
     text = """(double[n,3,6,6] x) => (double[n,7] y) { c = Conv(x, k) r = Relu(c) f = Flatten(r) m = MatMul(f, w)
         y = Add(m, b) }"""

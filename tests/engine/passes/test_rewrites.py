@@ -107,6 +107,15 @@ def test_views_are_merged(name: str) -> None:
     assert len(views(graph)) == count, graph_text(graph)
 
 
+def test_an_axis_that_was_merged_comes_apart_again() -> None:
+    text = """(double[3,n,8] x) => (double[n,4,3,2] y) { e = Exp(x) m = Reshape(e, merged)
+        t = Transpose<perm=[1,0,2]>(m) s = Reshape(t, split) y = Exp(s) }"""
+    weights = {"merged": np.array([3, -1, 2]), "split": np.array([-1, 4, 3, 2])}
+    graph = check(model(text, weights), {"x": random(3, 5, 8)}, (merge_views,))
+    assert [type(view) for view in views(graph)] == [ops.Reshape, ops.Transpose]
+    assert views(graph)[1] == ops.Transpose((1, 2, 0, 3))
+
+
 def test_a_reshape_between_transposes_is_not_lost() -> None:
     text = HEAD + "(double[3,4,n] y) { a = Transpose<perm=[1,0,2]>(x) b = Reshape(a, s) y = Transpose(b) }"
     check(model(text, {"s": np.array([-1, 4, 3])}), X)
