@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     run = commands[options.command]
     try:
         return run(options)
-    except (DeviceError, ImportError) as error:
+    except (DeviceError, ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

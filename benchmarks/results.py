@@ -106,7 +106,7 @@ class Results:
             runs = [Run(**{**run, "ceilings": _ceilings(run["ceilings"])}) for run in content["runs"]]
             device = Device(content["device"], content["architecture"], content["multiprocessors"])
             found = cls(device, runs, [Row(**row) for row in content["rows"]])
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}: not a results file of this program: {error}") from error
         strangers = {row.run for row in found.rows.values()} - set(found.runs)
         if strangers:
@@ -126,11 +126,13 @@ class Results:
         self.rows[row.key] = row
 
     def merge(self, other: Results) -> None:
-        """Put all rows of another file in. Raises ValueError where it is of another device."""
+        """Put the rows of another file in, but for those that are older than what is here. Raises ValueError where it
+        is of another device."""
         if other.device != self.device:
             raise ValueError(f"rows of {other.device} cannot join those of {self.device}")
-        for row in other.rows.values():
-            self.add(other.runs[row.run], row)
+        for key, row in other.rows.items():
+            if key not in self.rows or row.date >= self.rows[key].date:
+                self.add(other.runs[row.run], row)
 
     def save(self, folder: Path) -> Path:
         """Write ``<folder>/<device>.json``. Runs of which no row is left are dropped."""

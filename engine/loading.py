@@ -185,7 +185,8 @@ class _Loader:
         try:
             verdict = decide(attempt, reference)
         except Exception:
-            tried[-1].close()
+            for model in tried:  # none where the target could not be made
+                model.close()
             raise
         return tried[-1], verdict
 

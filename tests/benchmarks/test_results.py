@@ -100,6 +100,21 @@ def test_merge_adds_files_measured_elsewhere(tmp_path: Path) -> None:
     assert [merged.rows["gemm", case].commit for case in "ab"] == ["aaa", "bbb"]
 
 
+def test_merge_leaves_rows_that_are_newer(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    results(SECOND, replace(row("a", SECOND), date="2026-11-25")).save(here)
+    path = results(FIRST, replace(row("a", FIRST), date="2020-01-01")).save(there)
+    assert main(["merge", "--results", str(here), str(path)]) == 0
+    assert Results.load(here / path.name).rows["gemm", "a"].commit == "bbb"
+
+
+def test_a_file_cut_short_is_named(tmp_path: Path) -> None:
+    path = results(FIRST, row("a", FIRST)).save(tmp_path)
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(SystemExit, match=path.name):
+        main(["merge", "--results", str(tmp_path), str(path)])
+
+
 def test_the_committed_files_are_this_programs() -> None:
     paths = sorted(FOLDER.glob("*"))
     assert paths

@@ -93,6 +93,20 @@ def test_device_auto_falls_back_to_the_cpu_and_says_so(gpu: FakeGpu, caplog: pyt
         load(gpu, "fp16", device="auto")
 
 
+def test_a_gpu_on_which_nothing_can_be_made_is_told_or_passed_over(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise DeviceError("compute capability 11.0")
+
+    monkeypatch.setattr(loading, "cuda_target", fail)
+    with pytest.raises(DeviceError, match="capability 11"):
+        load(gpu)
+    with load(gpu, device="auto") as model:
+        assert model.device_info.device == "cpu"
+    assert "compute capability 11.0" in caplog.text
+
+
 @pytest.mark.parametrize(("name", "storage"), [("fp16", F16), ("bf16", BF16), ("tf32", F32), ("fp32", F32)])
 def test_a_precision_asked_for_is_the_one_that_runs(gpu: FakeGpu, name: str, storage: DType) -> None:
     gpu.noise = {storage: 0.5}  # nobody compares

@@ -272,6 +272,12 @@ class Program:
         self.job[native.JOB_STATISTICS // _WORD] = address(self.statistics)
         self.job_address = address(self.job)
 
+    def forget_sources(self) -> None:
+        """Keep only what a run needs. To be called once prepared and with all pointers filled in: launches hold the
+        tensors and expressions of their steps, many times the memory of the tables."""
+        self._launches, self._steps, self.pointers = [], [], []
+        self.pointer_slots = self.pointer_slots[:0]
+
     @property
     def nbytes(self) -> int:
         """Memory of the tables."""

@@ -9,10 +9,14 @@ from functools import cache
 
 
 @cache
-def physical_memory_bytes() -> int:
-    """Bytes of memory in this machine; the largest address where the system does not say."""
+def usable_memory_bytes() -> int:
+    """Bytes that one run may take: half of the machine's memory. The largest address where the system does not say.
+
+    The system promises more than it has, and ends the process that uses it: a small file can name sizes that fill
+    any machine, and the other half is for what else runs there.
+    """
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     except (AttributeError, OSError, ValueError):
         return sys.maxsize
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from engine.errors import OutOfMemory, ShapeError
 from engine.ir.dtype import DType
-from engine.ir.ops import Op, Opaque
+from engine.ir.ops import Cost, Op, Opaque
 from engine.passes.traits import Traits
 from engine.plan.plan import Plan, Requirement, Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor
@@ -27,8 +27,13 @@ from engine.targets.cpu.families import family_of
 from engine.targets.cpu.kernel import Context, Launch, Pointer, WeightStore, aligned_copy
 from engine.targets.cpu.pieces import in_pieces
 from engine.targets.cpu.runtime import Pool, Program, address, aligned_bytes, available_cores, pool
-from engine.targets.cpu.system import physical_memory_bytes, return_free_memory
+from engine.targets.cpu.system import return_free_memory, usable_memory_bytes
 from engine.targets.host import HostOperator, HostResident
+
+_FACTS_BYTES = 400
+"""Python objects that stay for each step: facts, names and numbers (measured with tracemalloc)."""
+_BASE_BYTES = 6000
+"""The same for each plan, whatever its steps."""
 
 
 @dataclass
@@ -40,8 +45,8 @@ class Arena:
     def at_least(self, nbytes: int) -> np.ndarray:
         if self.memory.nbytes < nbytes:
             try:
-                if nbytes > physical_memory_bytes():
-                    raise MemoryError  # the system might promise it all the same, and kill the process on first use
+                if nbytes > usable_memory_bytes():
+                    raise MemoryError
                 self.memory = aligned_bytes(nbytes)
             except MemoryError:
                 raise OutOfMemory(f"the intermediates need {nbytes} bytes; use a smaller batch or sequence") from None
@@ -102,11 +107,11 @@ class CpuExecutable:
     """A plan with its kernels, ready to run. Safe to use from many threads: one run at a time."""
 
     def __init__(self, target: CpuTarget, plan: Plan) -> None:
-        _check_outputs(plan)
         self._target = target
         self._places = _Places(plan)
         pieces = in_pieces(plan)
         plan, self._pieces = pieces.plan, pieces.count
+        _check_memory(plan)
         self._arena_bytes = plan.arena_bytes
         context = Context(target.isa, target.threads, target.weights)
         self._kernels: list[str] = []
@@ -143,30 +148,30 @@ class CpuExecutable:
         """Runs and time of every step since it was bound, in the plan's order."""
         rows = [row for part in self._parts for row in part.rows()]
         return [
-            StepStat(step.name, kernel, step.op.name, runs, nanoseconds * 1e-9, step.cost.flops, step.cost.bytes)
+            StepStat(step.name, kernel, step.op, runs, nanoseconds * 1e-9, step.cost.flops, step.cost.bytes)
             for (step, runs, nanoseconds), kernel in zip(rows, self._kernels, strict=True)
         ]
 
     @property
     def nbytes(self) -> int:
         """Memory of this executable beside weights and arena."""
-        return sum(part.program.nbytes for part in self._parts if isinstance(part, _Native)) + self._places.nbytes
+        return sum(part.nbytes for part in self._parts if isinstance(part, _Native)) + self._places.nbytes + _BASE_BYTES
 
     def close(self) -> None:
         """Give its memory back."""
         self._parts = []
 
 
-def _check_outputs(plan: Plan) -> None:
-    """Raises OutOfMemory for results that the machine cannot hold: the system might promise them memory all the same,
-    and end the process when they are written."""
+def _check_memory(plan: Plan) -> None:
+    """Raises OutOfMemory for a plan whose results and intermediates are not for this machine."""
     needed = {name: tensor.elements * tensor.dtype.itemsize for name, tensor in plan.outputs.items()}
-    memory = physical_memory_bytes()
-    if sum(needed.values()) > memory:
+    memory = usable_memory_bytes()
+    if sum(needed.values()) + plan.arena_bytes > memory:
         name = max(needed, key=lambda name: needed[name])
         raise OutOfMemory(
-            f"output {name!r} of shape {list(plan.outputs[name].shape)} has {needed[name]} bytes, and the machine has "
-            f"{memory} in all; use smaller sizes"
+            f"output {name!r} of shape {list(plan.outputs[name].shape)} has {needed[name]} bytes; with all outputs and "
+            f"{plan.arena_bytes} bytes of intermediates that is more than a run may take: {memory}, half of the "
+            "machine's memory; use smaller sizes"
         )
 
 
@@ -233,13 +238,26 @@ class _Places:
         return self._table_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What remains of a step when it is bound: its name, its operator's name, its cost."""
+
+    name: str
+    op: str
+    cost: Cost
+
+    @classmethod
+    def of(cls, step: Step) -> _Facts:
+        return cls(step.name, step.op.name, step.cost)
+
+
 class _Native:
     """Consecutive steps that run as one native call."""
 
     def __init__(
         self, steps: Sequence[Step], launches: Sequence[Sequence[Launch]], threads: int, places: _Places
     ) -> None:
-        self.steps = steps
+        self.steps = [_Facts.of(step) for step in steps]
         self.program = Program(launches, threads)
         self.program.prepare()
         moving: list[tuple[int, int, int]] = []
@@ -252,6 +270,7 @@ class _Native:
         columns = np.asarray(moving, np.int64).reshape(-1, 3)
         self._slots, self._bases, self._offsets = (np.ascontiguousarray(column) for column in columns.T)
         self._addresses: bytes | None = None
+        self.program.forget_sources()
 
     def run(self, workers: Pool, addresses: np.ndarray) -> None:
         """Run with arena, inputs and outputs at `addresses`."""
@@ -265,7 +284,13 @@ class _Native:
             self.program.status[:] = 0
             raise ShapeError(f"step {wrong!r}: an index is out of range for the table that it looks up")
 
-    def rows(self) -> Iterable[tuple[Step, int, int]]:
+    @property
+    def nbytes(self) -> int:
+        """Memory of tables, of what says which addresses move, and of the facts of the steps."""
+        moving = self._slots.nbytes + self._bases.nbytes + self._offsets.nbytes
+        return self.program.nbytes + moving + _FACTS_BYTES * len(self.steps)
+
+    def rows(self) -> Iterable[tuple[_Facts, int, int]]:
         statistics = self.program.statistics.reshape(-1, 2)
         return [(step, int(runs), int(spent)) for step, (runs, spent) in zip(self.steps, statistics, strict=False)]
 
@@ -312,5 +337,5 @@ class _Host:
         strides = tuple(stride * itemsize for stride in tensor.strides)
         return np.lib.stride_tricks.as_strided(first, tensor.shape, strides)
 
-    def rows(self) -> Iterable[tuple[Step, int, int]]:
-        return [(self._step, self._runs, self._nanoseconds)]
+    def rows(self) -> Iterable[tuple[_Facts, int, int]]:
+        return [(_Facts.of(self._step), self._runs, self._nanoseconds)]

@@ -27,9 +27,9 @@ from engine.targets.cuda.kernel import Instruction, Kernel
 
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _LOCAL_ACCESS = re.compile(r"^\s*/\*\w+\*/\s+(?:@!?\w+ )?(LDL|STL)\b", re.MULTILINE)
-# ptxas keeps a system's share of shared memory for itself from sm_90 on (1 KiB a block); the limit is on what we ask
-# for.
-_RESERVED = 1024
+# The system's share of a block's shared memory from sm_90 on, which cuobjdump counts as static. The limit is on what we
+# ask for.
+_SYSTEM_SHARED = 1024
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,12 @@ def inspect(architecture: Architecture, kernel: Kernel, code: bytes, cuobjdump: 
         return Verdict(architecture.name, kernel.source.name, failure=f"no resource usage in {usage!r}")
     registers, stack, static_shared, local = map(int, match.groups())
     shared = kernel.shared_bytes + static_shared
+    if architecture.dependent_launch:  # sm_90 on
+        shared -= min(static_shared, _SYSTEM_SHARED)
     failures = [
         f"stack {stack}" if stack else "",
         f"local memory {local}" if local or _LOCAL_ACCESS.search(machine) else "",
-        "" if shared <= architecture.shared_bytes + _RESERVED else f"{shared} bytes of shared memory",
+        "" if shared <= architecture.shared_bytes else f"{shared} bytes of shared memory",
         *_wrong_instructions(kernel, machine),
     ]
     failure = ", ".join(filter(None, failures))

@@ -68,7 +68,12 @@ class ResidentExecutable:
         Without `stream` this waits for the result; with one, later work of that stream does. A launch that waits raises
         ShapeError where one since the last that waited has met an index out of range.
         """
-        caller = stream if isinstance(stream, cupy.cuda.Stream | cupy.cuda.ExternalStream) else None
+        if not isinstance(stream, cupy.cuda.Stream | cupy.cuda.ExternalStream | None):
+            raise TypeError(
+                f"stream must be a CuPy stream, not {type(stream).__name__}; "
+                "wrap another library's as cupy.cuda.ExternalStream(pointer)"
+            )
+        caller = stream
         device = self._target.device
         with self._mine, device.errors(), device.current():
             if self._closed:

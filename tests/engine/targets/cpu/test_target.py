@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import gc
 import threading
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from engine.ir.graph import Graph, Value, constant
 from engine.ir.ops import Conv, Gemm, Op, Reduce, ReduceKind
 from engine.plan.build import Constants, build
 from engine.targets.cpu import pieces
+from engine.targets.cpu import target as target_module
 from engine.targets.cpu.ceilings import ceilings
 from engine.targets.cpu.codegen.isa import host_isa
 from engine.targets.cpu.target import CpuExecutable, CpuTarget
@@ -194,3 +198,38 @@ def test_attention_in_doubles_runs_in_pieces() -> None:
         got = model.run({"q": q, "k": k, "v": v})["y"]
     weights = np.exp(q @ k.transpose(0, 2, 1))
     np.testing.assert_allclose(got, weights / weights.sum(-1, keepdims=True) @ v, rtol=1e-12)
+
+
+def test_plans_take_the_memory_they_are_counted_with(all_minilm_l6_v2: Path) -> None:
+    """The bound of the plan cache bounds what the process holds, Python's objects included."""
+    with engine.load(all_minilm_l6_v2 / "1" / "model.onnx", device="cpu") as model:
+
+        def run(length: int) -> None:
+            ids = np.ones((1, length), np.int64)
+            model.run({"input_ids": ids, "attention_mask": ids, "token_type_ids": 0 * ids})
+
+        run(64)
+        run(1)
+        gc.collect()
+        counted = model.memory()["plans"]
+        tracemalloc.start()
+        try:
+            for length in range(2, 32):
+                run(length)
+            gc.collect()
+            held = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+        assert held <= 1.25 * (model.memory()["plans"] - counted)
+
+
+def test_a_run_takes_half_of_the_machine_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few bytes of file can name sizes that fill any machine."""
+    monkeypatch.setattr(target_module, "usable_memory_bytes", lambda: 1 << 20)
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1 << 20, "n", 4])
+    shape = helper.make_tensor("shape", TensorProto.INT64, [3], [1 << 20, 1, 4])
+    graph = helper.make_graph([helper.make_node("Expand", ["x", "shape"], ["y"])], "g", [x], [y], [shape])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    with engine.load(model.SerializeToString(), device="cpu") as loaded, pytest.raises(engine.OutOfMemory, match="'y'"):
+        loaded.run({"x": np.zeros((1, 4), np.float32)})

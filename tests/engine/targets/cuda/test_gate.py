@@ -46,7 +46,7 @@ def test_a_clean_kernel_passes() -> None:
 
 
 def test_too_much_shared_memory_fails() -> None:
-    assert "shared memory" in verdict(PLAIN, shared_bytes=SM_80.shared_bytes + 1025).failure
+    assert "shared memory" in verdict(PLAIN, shared_bytes=SM_80.shared_bytes + 1).failure
 
 
 def test_a_missing_matrix_instruction_fails() -> None:

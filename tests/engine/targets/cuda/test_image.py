@@ -48,6 +48,7 @@ def test_preprocessing_matches_pillow(channels: int, filter_: Filter, channels_l
             memory[id(pointer.buffer)] = cupy.asarray(pointer.buffer.data)
         return int(memory[id(pointer.buffer)].data.ptr) + pointer.offset
 
+    cupy.cuda.get_current_stream().synchronize()  # on which the operands were made; the launch is on another
     device.launch(launch.kernel, launch.grid, pack(launch.arguments, address, lambda _: b"", 0), device.stream, False)
     device.stream.synchronize()
     strides = tuple(stride * 4 for stride in output.strides)
