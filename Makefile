@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 installed = $(patsubst %,$(VENV)/.installed-%,runtime $(EXTRAS) $(1))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models serve test lint bench kernels kernels-all load lock clean
+.PHONY: help setup models serve test lint bench bench-gpu kernels kernels-all load lock clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -36,7 +36,11 @@ lint: $(call installed,test load)  ## ruff and mypy
 	$(BIN)/mypy --strict
 
 bench: models $(call installed,test)  ## both models on the CPU beside ONNX Runtime; options in ARGS
-	$(BIN)/python -m benchmarks.cpu_models $(ARGS)
+	$(BIN)/python -m benchmarks cpu --suite models $(ARGS)
+
+bench-gpu: models $(call installed,test cuda)  ## models and kernels on the GPU; needs PyTorch, timm and transformers, too
+	$(BIN)/python -m benchmarks models $(ARGS)
+	$(BIN)/python -m benchmarks kernels $(ARGS)
 
 kernels: $(call installed,kernels)  ## the CUDA kernels compiled for Ampere and Hopper and inspected; needs no GPU
 	$(BIN)/python -m engine.targets.cuda.gate $(KERNEL_ARCHITECTURES) $(ARGS)

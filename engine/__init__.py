@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from engine.background import background
 from engine.errors import DeviceError, DeviceLost, EngineError, ModelError, OutOfMemory, ShapeError, UnsupportedOp
 from engine.loading import choose_device, load
 from engine.model import BoundModel, Model
@@ -32,6 +33,7 @@ __all__ = [
     "StepStat",
     "TensorSpec",
     "UnsupportedOp",
+    "background",
     "choose_device",
     "load",
 ]

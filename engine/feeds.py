@@ -9,6 +9,7 @@ import numpy as np
 
 from engine.errors import ShapeError
 from engine.ir.dim import Sym, is_symbol, limits_within
+from engine.ir.dtype import DType
 from engine.ir.graph import Graph, Value
 from engine.ir.ops import Gather, Norm, Pointwise, View
 
@@ -43,7 +44,18 @@ def _check_one(value: Value, feeds: Mapping[str, Any]) -> np.ndarray:
             raise ShapeError(
                 f"input {value.name!r} has {size} elements on axis {axis}, the model wants {dim} ({describe(value)})"
             )
+    if value.dtype is DType.STRING:
+        _check_strings(value, array)
     return np.asarray(array, order="C")
+
+
+def _check_strings(value: Value, array: np.ndarray) -> None:
+    for index, element in np.ndenumerate(array):
+        if not isinstance(element, str):
+            hint = "; decode bytes first" if isinstance(element, bytes) else ""
+            raise ShapeError(
+                f"input {value.name!r} holds {type(element).__name__} at {list(index)}, the model wants str{hint}"
+            )
 
 
 def sizes_of(inputs: Sequence[Value], arrays: Mapping[str, np.ndarray]) -> dict[str, int]:

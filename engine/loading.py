@@ -110,11 +110,11 @@ def _precision(name: str) -> Precision:
         raise ValueError(f"precision must be one of {names}, not {name!r}") from None
 
 
-def cuda_target(gpu: Gpu) -> Target:
-    """The target of one GPU. Tests put another in its place."""
+def cuda_target(gpu: Gpu, precision: Precision) -> Target:
+    """The target of one GPU for models of a precision. Tests put another in its place."""
     from engine.targets.cuda.target import CudaTarget
 
-    return CudaTarget(gpu.index)
+    return CudaTarget(gpu.index, tf32=precision is Precision.TF32)
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class _Loader:
 
     def _checked(self, gpu: Gpu, precision: Precision) -> Model:
         """The model in a given precision, after a look whether the target has the kernels."""
-        model = self._model(cuda_target(gpu), precision)
+        model = self._model(cuda_target(gpu, precision), precision)
         try:
             _probe(model)
         except ShapeError:
@@ -179,7 +179,7 @@ class _Loader:
         def attempt(precision: Precision) -> Mapping[str, np.ndarray]:
             for model in tried:
                 model.close()
-            tried.append(self._model(cuda_target(gpu), precision))
+            tried.append(self._model(cuda_target(gpu, precision), precision))
             return tried[-1].run(feeds)
 
         try:

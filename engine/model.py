@@ -1,6 +1,8 @@
 """A loaded model: the public `Model` with run, bind, profile and its figures. Made by `engine.load`.
 
-One lock per model covers its plans and its runs; the target may serialise further (one CPU pool serves all models).
+One lock per model covers its books: which plans are ready, and how many calls are in each. Nobody computes under it:
+how many runs go on at once is the target's affair (one CPU pool serves all models; a GPU overlaps two). A plan that is
+dropped, or a model that is closed, while calls are in it ends when the last of them has left.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -35,16 +37,27 @@ PLAN_CACHE_BYTES = 64 << 20
 PROFILE_RUNS = 20
 
 
-class _Bound:
-    """An executable with the plan's facts that outlive it in the cache."""
+R = TypeVar("R", bound=Executable | Resident)
+
+
+class _Held(Generic[R]):
+    """Something bound to the device, with the number of calls that are in it."""
+
+    def __init__(self, bound: R) -> None:
+        self.bound = bound
+        self.calls = 0
+
+
+class _Ready(_Held[Executable]):
+    """An executable with what is needed of its plan for every run."""
 
     def __init__(self, plan: Plan, executable: Executable) -> None:
-        self.executable = executable
+        super().__init__(executable)
         self.outputs = {name: (tensor.shape, tensor.dtype.numpy) for name, tensor in plan.outputs.items()}
 
     @property
     def nbytes(self) -> int:
-        return self.executable.nbytes
+        return self.bound.nbytes
 
 
 class Model:
@@ -54,10 +67,15 @@ class Model:
         self._graph = graph
         self._target = target
         self._lock = threading.RLock()
+        self._left = threading.Condition(self._lock)
+        """Notified when a call has left."""
+        self._calls = 0
         self._constants = Constants()
         self._retired: dict[tuple[str, str], KernelStat] = {}
-        self._plans: LeastRecentlyUsed[tuple[int, ...], _Bound] = LeastRecentlyUsed(plan_cache_bytes, self._retire)
-        self._pinned: list[Resident] = []
+        self._plans: LeastRecentlyUsed[tuple[int, ...], _Ready] = LeastRecentlyUsed(plan_cache_bytes, self._end)
+        self._pinned: list[_Held[Resident]] = []
+        self._ending: list[_Held[Any]] = []
+        """Dropped, with calls in them."""
         self._closed = False
         self._symbols = free_symbols(graph.inputs)
         self.inputs = tuple(_spec(value.name, value.dtype.numpy, value.shape) for value in graph.inputs)
@@ -80,10 +98,15 @@ class Model:
         """
         arrays = check_feeds(self._graph.inputs, feeds)
         sizes = sizes_of(self._graph.inputs, arrays)
-        with self._lock, self._explained(sizes, arrays):
-            bound = self._bound(sizes)
-            outputs = {name: np.empty(shape, dtype) for name, (shape, dtype) in bound.outputs.items()}
-            bound.executable.run(arrays, outputs)
+        with self._explained(sizes, arrays):
+            with self._lock:
+                ready = self._ready(sizes)
+                self._enter(ready)
+            try:
+                outputs = {name: np.empty(shape, dtype) for name, (shape, dtype) in ready.outputs.items()}
+                ready.bound.run(arrays, outputs)
+            finally:
+                self._leave(ready)
         return outputs
 
     @contextmanager
@@ -96,7 +119,8 @@ class Model:
             raise (ShapeError(told) if told else error) from error
         except MemoryError as error:
             asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
-            raise OutOfMemory(f"no memory for {asked or 'this model'}; use smaller sizes") from error
+            detail = f": {error}" if str(error) else ""
+            raise OutOfMemory(f"no memory for {asked or 'this model'}{detail}; use smaller sizes") from error
 
     def bind(self, sizes: Mapping[str, int]) -> BoundModel:
         """A plan for fixed sizes with its own input and output arrays in the device's memory, for repeated runs without
@@ -106,9 +130,9 @@ class Model:
         """
         self._check_sizes(sizes)
         with self._lock, self._explained(sizes, {}):
-            resident = self._target.resident(self._build(sizes))
-            self._pinned.append(resident)
-        return BoundModel(self, resident)
+            held = _Held(self._target.resident(self._build(sizes)))
+            self._pinned.append(held)
+        return BoundModel(self, held)
 
     def plan(self, sizes: Mapping[str, int]) -> Plan:
         """The plan for `sizes`, for inspection: its steps, tensors, memory and costs."""
@@ -128,7 +152,7 @@ class Model:
             for _ in range(2):
                 self.run(feeds)
             sizes = sizes_of(self._graph.inputs, check_feeds(self._graph.inputs, feeds))
-            executable = self._bound(sizes).executable
+            executable = self._ready(sizes).bound
             before = executable.step_stats()
             for _ in range(runs):
                 self.run(feeds)
@@ -147,11 +171,16 @@ class Model:
         """Launches, seconds, FLOPs and bytes of every kernel family and operator since the model was loaded."""
         with self._lock:
             totals = dict(self._retired)
-            for bound in self._plans.values():
-                _accumulate(totals, bound.executable.step_stats())
-            for resident in self._pinned:
-                _accumulate(totals, resident.step_stats())
+            every: list[_Held[Any]] = [*self._plans.values(), *self._pinned, *self._ending]
+            for held in every:
+                _accumulate(totals, held.bound.step_stats())
         return tuple(totals[key] for key in sorted(totals))
+
+    @property
+    def concurrent_runs(self) -> int:
+        """How many threads should call `run` at a time: with 2, the copies of one run overlap with the computing of the
+        other; with 1, runs take turns."""
+        return self._target.concurrent_runs
 
     @property
     def device_info(self) -> DeviceInfo:
@@ -180,14 +209,17 @@ class Model:
     # Life cycle
 
     def close(self) -> None:
-        """Give all memory back. The model cannot be used afterwards; closing twice does nothing."""
+        """Give all memory back, after the runs that are under way. The model cannot be used afterwards; closing twice
+        does nothing."""
         with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._plans.clear()
-                for resident in list(self._pinned):
-                    self._unpin(resident)
-                self._target.close()
+            if self._closed:
+                return
+            self._closed = True
+            self._left.wait_for(lambda: not self._calls)
+            self._plans.clear()
+            while self._pinned:
+                self._end(self._pinned.pop())
+            self._target.close()
 
     def __enter__(self) -> Model:
         return self
@@ -214,33 +246,58 @@ class Model:
             raise EngineError("the model is closed")
         return build(self._graph, sizes, self._target, self._constants)
 
-    def _bound(self, sizes: Mapping[str, int]) -> _Bound:
+    def _ready(self, sizes: Mapping[str, int]) -> _Ready:
+        """The plan for `sizes`, from the cache or made now. Under the lock."""
         if self._closed:
             raise EngineError("the model is closed")
         key = tuple(sizes[name] for name in self._symbols)
-        bound = self._plans.get(key)
-        if bound is None:
+        ready = self._plans.get(key)
+        if ready is None:
             plan = self._build(sizes)
-            bound = _Bound(plan, self._target.bind(plan))
-            self._plans.put(key, bound)
-        return bound
+            ready = _Ready(plan, self._target.bind(plan))
+            self._plans.put(key, ready)
+        return ready
 
-    def _retire(self, bound: _Bound) -> None:
-        _accumulate(self._retired, bound.executable.step_stats())
-        bound.executable.close()
+    def _enter(self, held: _Held[Any]) -> None:
+        """A call goes in. Under the lock."""
+        held.calls += 1
+        self._calls += 1
 
-    def _launch(self, resident: Resident, stream: object) -> None:
+    def _leave(self, held: _Held[Any]) -> None:
         with self._lock:
-            if resident not in self._pinned:
+            held.calls -= 1
+            self._calls -= 1
+            if held in self._ending:
+                self._end(held)
+            self._left.notify_all()
+
+    def _end(self, held: _Held[Any]) -> None:
+        """Give one back, now or when the last call has left it; what it has counted stays. Under the lock."""
+        if held.calls:
+            if held not in self._ending:
+                self._ending.append(held)
+            return
+        if held in self._ending:
+            self._ending.remove(held)
+        _accumulate(self._retired, held.bound.step_stats())
+        held.bound.close()
+
+    def _launch(self, held: _Held[Resident], stream: object) -> None:
+        with self._lock:
+            if held not in self._pinned:
                 raise EngineError("the bound model, or its model, is closed")
-            resident.launch(stream)
+            self._enter(held)
+        try:
+            held.bound.launch(stream)
+        finally:
+            self._leave(held)
 
-    def _unpin(self, resident: Resident) -> None:
+    def _unpin(self, held: _Held[Resident]) -> None:
         with self._lock:
-            if resident in self._pinned:
-                self._pinned.remove(resident)
-                _accumulate(self._retired, resident.step_stats())
-                resident.close()
+            if held in self._pinned:
+                self._pinned.remove(held)
+                self._end(held)
+                self._left.wait_for(lambda: held not in self._ending)
 
 
 class BoundModel:
@@ -249,23 +306,24 @@ class BoundModel:
     The arrays are NumPy's on a CPU and CuPy's, in device memory, on a GPU.
     """
 
-    def __init__(self, model: Model, resident: Resident) -> None:
+    def __init__(self, model: Model, held: _Held[Resident]) -> None:
         self._model = model
-        self._resident = resident
-        self.inputs = resident.inputs
-        self.outputs = resident.outputs
+        self._held = held
+        self.inputs = held.bound.inputs
+        self.outputs = held.bound.outputs
 
     def launch(self, stream: object = None) -> None:
         """Run once on the arrays as they are, and wait for the result.
 
         With `stream`, a `cupy.cuda.Stream`, the run takes its place among the work of that stream instead, and nothing
-        waits. A CPU has no streams. Raises ShapeError for an index out of range among the inputs (on a CPU).
+        waits. A CPU has no streams. Raises ShapeError for an index out of range among the inputs, of this run or of one
+        in a stream since the last that waited.
         """
-        self._model._launch(self._resident, stream)
+        self._model._launch(self._held, stream)
 
     def close(self) -> None:
-        """Give the plan back; closing twice does nothing."""
-        self._model._unpin(self._resident)
+        """Give the plan back, after the launches that are under way; closing twice does nothing."""
+        self._model._unpin(self._held)
 
 
 def _spec(name: str, dtype: np.dtype, shape: Sequence[Any]) -> TensorSpec:

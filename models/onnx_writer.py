@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,20 +38,24 @@ class GraphWriter:
 
     def node(self, op: str, inputs: Sequence[str], scope: str, **attributes: Any) -> str:
         """Add a node with one output and return the output's name."""
+        return self.nodes(op, inputs, scope, 1, **attributes)[0]
+
+    def nodes(self, op: str, inputs: Sequence[str], scope: str, results: int, **attributes: Any) -> tuple[str, ...]:
+        """Add a node with several outputs and return their names."""
         base = f"{scope}/{op}"
         count = self._used.get(base, 0)
         self._used[base] = count + 1
         name = base if count == 0 else f"{base}_{count}"
-        output = f"{name}_output_0"
-        self._nodes.append(helper.make_node(op, list(inputs), [output], name=name, **attributes))
-        return output
+        outputs = tuple(f"{name}_output_{i}" for i in range(results))
+        self._nodes.append(helper.make_node(op, list(inputs), list(outputs), name=name, **attributes))
+        return outputs
 
     def result(self, value: str, name: str) -> None:
         """Rename ``value``, the last node's output, to the graph output ``name``."""
         assert self._nodes[-1].output[0] == value
         self._nodes[-1].output[0] = name
 
-    def model(self, inputs: dict[str, tuple[int, Dims]], outputs: dict[str, Dims]) -> onnx.ModelProto:
+    def model(self, inputs: Mapping[str, tuple[int, Dims]], outputs: Mapping[str, Dims]) -> onnx.ModelProto:
         """Return the checked model; inputs are (element type, dims) by name, outputs are float32."""
         graph = helper.make_graph(
             self._nodes,

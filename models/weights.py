@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,14 @@ import numpy.typing as npt
 from models.errors import FormatError
 
 FloatArray = npt.NDArray[np.float32]
+
+
+class TensorSource(Protocol):
+    """Where a builder takes its weights from."""
+
+    def take(self, name: str, *shape: int) -> FloatArray:
+        """float32 tensor ``name`` of exactly ``shape``."""
+        ...
 
 
 class Weights:

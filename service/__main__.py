@@ -96,7 +96,7 @@ def serve(settings: Settings, engine: Callable[[], EngineModule] = real_engine) 
     _Server(config, app.state.serving).run(sockets=[listener])
     if not app.state.serving.finished:
         logging.shutdown()
-        os._exit(0)  # a run of the engine cannot be interrupted, and Python would wait for its thread
+        os._exit(0)  # a run or a load of the engine cannot be interrupted, and Python would wait for its thread
     return 0
 
 

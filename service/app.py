@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from service import __version__
-from service.errors import ServiceError, TooLarge, describe
+from service.errors import InvalidRequest, ServiceError, TooLarge, describe
 from service.middleware import RequestMiddleware
 from service.routes import embeddings, images, infer, operations, protocol, tokens
 from service.routes.responses import error_response
@@ -67,7 +67,7 @@ def _transport(settings: Settings, engine: Callable[[], EngineModule]) -> Transp
     return LocalTransport(engine)
 
 
-async def _service_error(_: Request, error: Exception) -> Response:
+async def _service_error(request: Request, error: Exception) -> Response:
     row = describe(error)
     headers = {}
     retry_after = getattr(error, "retry_after", None)
@@ -75,22 +75,23 @@ async def _service_error(_: Request, error: Exception) -> Response:
         headers["retry-after"] = str(max(1, math.ceil(retry_after)))
     if isinstance(error, TooLarge):
         headers["connection"] = "close"  # the rest of the body may still be on its way
-    return error_response(str(error), row.status, headers)
+    return error_response(str(error), row, request.url.path, headers)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     text = {404: f"there is nothing at {request.url.path[:200]}", 405: f"{request.method} is not allowed here"}
     message = text.get(error.status_code, HTTPStatus(error.status_code).phrase)
-    return error_response(message, error.status_code, error.headers)
+    return error_response(message, describe(error), request.url.path, error.headers)
 
 
-async def _validation_error(_: Request, error: Exception) -> Response:
+async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    return error_response(f"parameter '{first['loc'][-1]}': {first['msg']}", 400)
+    return await _service_error(request, InvalidRequest(f"parameter '{first['loc'][-1]}': {first['msg']}"))
 
 
-async def _unknown_error(_: Request, error: Exception) -> Response:
+async def _unknown_error(request: Request, error: Exception) -> Response:
     log.error("unhandled error", exc_info=error)
-    return error_response("internal error; the server's log has it under this request's id", 500)
+    text = "internal error; the server's log has it under this request's id"
+    return error_response(text, describe(error), request.url.path)

@@ -1,15 +1,28 @@
-"""One HTTP connection: uvicorn's protocol with bounds on what comes before a body, and errors in our form.
+"""One HTTP connection: uvicorn's protocol with bounds on what comes before a body, errors in our form, and answers for
+clients that have closed their sending side or offer another protocol.
 
 Made by uvicorn for every connection; event loop only. uvicorn itself bounds neither the bytes of a header nor the time
-it takes to arrive.
+it takes to arrive, closes a connection when its client has nothing more to send, and loses the body of a request that
+offers to go on in HTTP/2, as Java's client does with every request.
+
+TCP tells a client that has said all it wanted (and reads on) from one that is gone only when something is sent to it:
+the system of the latter answers with a reset. So a client that waits for its answer with its sending side closed is
+sent a "100 Continue" now and then, which every HTTP/1.1 client passes over.
 """
 
 import asyncio
+import socket
 from http import HTTPStatus
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.settings import Settings
+
+# Most answers are there before the first question is asked. A reset takes a round trip.
+_FIRST_QUESTION_S, _NEXT_QUESTION_S, _RESET_S = 0.01, 1.0, 0.02
+_OFFER = (b"upgrade", b"http2-settings")
+_STILL_THERE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class _HeaderTooLarge(Exception):
@@ -26,6 +39,7 @@ class Connection(HttpToolsProtocol):
     _in_header = True  # from the end of a request to the end of the next one's header
     _unread = 0  # bytes since the parser last got to the end of a header or to a piece of a body
     _header_bytes = 0
+    _half_closed: asyncio.TimerHandle | None = None  # until the client is asked, or looked at, the next time
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The header's time begins: a client that connects and says nothing goes too."""
@@ -35,7 +49,35 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing more will come."""
         self._stop_timer()
+        if self._half_closed is not None:
+            self._half_closed.cancel()
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more; one that has an answer to come may still read it. True keeps the connection."""
+        if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
+            return False
+        self.cycle.keep_alive = False
+        self._half_closed = self.loop.call_later(_FIRST_QUESTION_S, self._ask)
+        return True
+
+    def _ask(self) -> None:
+        """Send what makes a client that is gone known. Not into an answer that has begun, not to HTTP/1.0."""
+        cycle = self.cycle
+        if self.transport.is_closing() or cycle.response_started or self.pipeline:
+            return
+        if cycle.scope["http_version"] == "1.1":
+            self.transport.write(_STILL_THERE)
+        self._half_closed = self.loop.call_later(_RESET_S, self._look)
+
+    def _look(self) -> None:
+        """End the connection if the client's system has reset it: nobody reads from it, so nobody else would notice."""
+        if self.transport.is_closing():
+            return
+        if self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.transport.abort()
+        else:
+            self._half_closed = self.loop.call_later(_NEXT_QUESTION_S, self._ask)
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the client."""
@@ -44,9 +86,38 @@ class Connection(HttpToolsProtocol):
         if self._in_header and self._timer is None:
             self._start_timer()
         self._unread += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            self.send_400_response("")
         if self._unread > self.max_header_bytes and not self.transport.is_closing():
             self._refuse_header()
+
+    def _parse(self, data: bytes) -> None:
+        """Feed the parser. It stops after the header of a request that offers another protocol: such a request goes
+        through a new one without the offer, which is how HTTP declines it."""
+        while data:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                if self.parser.get_method() == b"CONNECT":
+                    raise httptools.HttpParserError("no proxy") from None
+                data = self._header_without_offer() + data[upgrade.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+
+    def _header_without_offer(self) -> bytes:
+        first = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        kept = [first]
+        for name, value in self.headers:
+            if name == b"connection":
+                tokens = (token.strip() for token in value.lower().split(b","))
+                value = b", ".join(token for token in tokens if token not in _OFFER)
+            if name not in _OFFER:
+                kept.append(b"%b: %b" % (name, value))
+        return b"\r\n".join((*kept, b"", b""))
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
@@ -67,6 +138,8 @@ class Connection(HttpToolsProtocol):
         """The header is there. Raises _HeaderTooLarge where it came in one piece that was over the limit."""
         if self._header_bytes > self.max_header_bytes:
             raise _HeaderTooLarge
+        if self.parser.should_upgrade():
+            return
         self._unread = 0
         self._in_header = False
         self._stop_timer()
@@ -79,6 +152,8 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The request is whole."""
+        if self.parser.should_upgrade():
+            return
         self._unread = 0
         self._in_header = True
         super().on_message_complete()

@@ -1,12 +1,14 @@
 """Every error the service answers with: one table from exception to HTTP status and metric label.
 
-Codecs, the repository, the engine client and the routes raise these; `app.py` turns them into `{"error": "…"}` through
-`describe`. Adding an error is adding a class and its row in `TABLE`.
+Codecs, the repository, the engine client and the routes raise these; `app.py` turns them into answers through
+`describe` and `document`. Adding an error is adding a class and its row in `TABLE`.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from starlette.exceptions import HTTPException
 
@@ -82,6 +84,13 @@ class ErrorRow:
     status: int
     outcome: Outcome
 
+    @property
+    def openai_type(self) -> str:
+        """The `type` of an error in the OpenAI shape, as that API has it."""
+        if self.status == 429:
+            return "rate_limit_error"
+        return "server_error" if self.status >= 500 else "invalid_request_error"
+
 
 TABLE: Mapping[type[BaseException], ErrorRow] = {
     InvalidRequest: ErrorRow(400, Outcome.INVALID),
@@ -120,6 +129,18 @@ def describe(error: BaseException) -> ErrorRow:
         if row is not None:
             return row
     return _UNKNOWN
+
+
+# What /v1 has of our own; all the rest of it is OpenAI's.
+_OUR_V1 = re.compile(r"/v1/models/[^/]+/(images|tokens)")
+
+
+def document(message: str, row: ErrorRow, path: str) -> dict[str, Any]:
+    """The body of an error answer: `{"error": message}`, but where OpenAI's clients ask, which look for an object with
+    `message` there and print nothing else."""
+    if not path.startswith("/v1/") or _OUR_V1.fullmatch(path):
+        return {"error": message}
+    return {"error": {"message": message, "type": row.openai_type, "param": None, "code": row.outcome.value}}
 
 
 def from_engine(code: FailureCode, reason: str, retry_after: float | None) -> ServiceError:

@@ -99,7 +99,9 @@ class Metrics:
             "inference_inflight", "Requests accepted and not answered yet.", _MODEL, registry=registry
         )
         self.restarts = Counter(
-            "engine_process_restarts_total", "Times the engine's process was lost and started again.", registry=registry
+            "engine_process_restarts_total",
+            "Times the engine's process was lost; it is started again unless the server is shutting down.",
+            registry=registry,
         )
         self.responses = Counter(
             "http_responses_total", "HTTP answers by route and status.", ("route", "status"), registry=registry

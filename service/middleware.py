@@ -12,6 +12,7 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.errors import Unavailable, describe
 from service.logs import request_id
 from service.metrics import Metrics
 from service.routes.responses import error_response
@@ -54,7 +55,8 @@ class RequestMiddleware:
             await self._app(scope, receive, send_with_id)
         except asyncio.CancelledError:  # the server cancels what is still running when its drain time is over
             if status == _UNANSWERED:
-                answer = error_response("the server shut down before the request was done", 503)
+                error = Unavailable("the server shut down before the request was done")
+                answer = error_response(str(error), describe(error), scope["path"])
                 await answer(scope, receive, send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")

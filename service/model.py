@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from service.codecs.images import ImageSpec, make_image_spec
-from service.codecs.tokens import TokenCodec
+from service.codecs.tokens import TokenCodec, not_tokens
 from service.errors import InvalidRequest, Unavailable
 from service.metrics import ModelMetrics
 from service.model_config import Pooling, Task
@@ -47,14 +47,15 @@ class ServedModel:
         if len(ready.inputs) == 1:
             only = ready.inputs[0]
             self.images = make_image_spec(only.name, only.dtype, only.shape, config.images)
-        meant = self.folder.tokenizer is not None or config.task in _TOKEN_TASKS
-        if self.images is None and (meant or looks_like_tokens(ready.inputs)):
-            try:
+        if self.images is None:
+            self.not_tokens = not_tokens(ready.inputs)
+            if not self.not_tokens and (self._means_tokens() or looks_like_tokens(ready.inputs)):
                 self.tokens = TokenCodec(ready.inputs, config.tokens, self.folder.tokenizer)
-            except ValueError as error:
-                if meant:
-                    raise
-                self.not_tokens = str(error)
+            elif self._means_tokens():
+                raise ValueError(
+                    f"{self._means_tokens()} says that this is a model for tokens, but {self.not_tokens}; "
+                    "correct the model, or remove that and send its tensors to /v2"
+                )
         self.task = config.task or self._infer_task(ready)
         if self.task is Task.IMAGE_CLASSIFICATION and self.images is None:
             raise ValueError(
@@ -63,6 +64,12 @@ class ServedModel:
         self.ready = ready
         self._check_labels()
         self.state, self.reason = ModelState.READY, ""
+
+    def _means_tokens(self) -> str:
+        """What in the folder says that the model takes tokens; empty if nothing does."""
+        if self.folder.config.task in _TOKEN_TASKS:
+            return "model.toml: key 'task'"
+        return self.folder.tokenizer.name if self.folder.tokenizer is not None else ""
 
     def _infer_task(self, ready: ModelReady) -> Task:
         ranks = {len(spec.shape) for spec in ready.outputs}

@@ -4,6 +4,7 @@ Reads files only; loads nothing. Called by `serving.py`. A folder that cannot be
 `problem` set and never disturbs the others.
 """
 
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,10 @@ from service.model_config import ModelConfig, ModelConfigError, read_model_confi
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
+_NAME_RULE = "a model name has letters, digits, '.', '_' and '-', and starts with a letter or a digit"
 _MAX_LABELS_BYTES = 16 << 20
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,7 @@ class ModelFolder:
 def check_name(name: str) -> str:
     """The name itself if it is one that a model folder may have. Raises InvalidRequest (it may hold '../')."""
     if not _NAME.fullmatch(name):
-        raise InvalidRequest("a model name has letters, digits, '.', '_' and '-', and starts with a letter or a digit")
+        raise InvalidRequest(_NAME_RULE)
     return name
 
 
@@ -46,8 +50,15 @@ class Repository:
 
     def scan(self) -> list[ModelFolder]:
         """Every model folder, by name. Folders that hold nothing of a model are passed over."""
-        folders = (path for path in sorted(self.root.iterdir()) if path.is_dir() and _NAME.fullmatch(path.name))
-        return [self._read(path) for path in folders if _looks_like_a_model(path)]
+        found = []
+        for path in sorted(self.root.iterdir()):
+            if not path.is_dir() or path.name.startswith((".", "_")) or not _looks_like_a_model(path):
+                continue
+            if _NAME.fullmatch(path.name):
+                found.append(self._read(path))
+            else:
+                log.warning("folder %r is passed over: %s", path.name, _NAME_RULE)
+        return found
 
     def _read(self, path: Path) -> ModelFolder:
         config = ModelConfig()
@@ -69,9 +80,12 @@ class Repository:
 
 
 def _looks_like_a_model(path: Path) -> bool:
-    if (path / "model.toml").exists() or any(path.glob("*.onnx")):
-        return True
-    return any(_VERSION.fullmatch(child.name) and child.is_dir() for child in path.iterdir())
+    try:
+        if (path / "model.toml").exists() or any(path.glob("*.onnx")):
+            return True
+        return any(_VERSION.fullmatch(child.name) and child.is_dir() for child in path.iterdir())
+    except OSError:
+        return True  # reading it will say what is wrong
 
 
 def _find_versions(path: Path) -> tuple[tuple[tuple[int, Path], ...], tuple[tuple[int, str], ...]]:

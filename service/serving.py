@@ -4,6 +4,7 @@ Made by `app.py`, used by every route. All of it runs on the event loop; the eng
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -104,7 +105,7 @@ class Serving:
         left = self.settings.drain_timeout - (time.monotonic() - self._drain_began)
         try:
             await self.engine.stop(max(left, _STOP_S))
-            self.finished = True
+            self.finished = not any(model.state is ModelState.LOADING for model in self.all_models())
         except TimeoutError:
             log.error("accepted requests did not finish within %s s", self.settings.drain_timeout)
         self.engine.close()
@@ -123,7 +124,7 @@ class Serving:
                 self._refuse(report.key, report.reason)
                 self._check_loaded()
             case WorkerLost():
-                self._lose_worker(report.reason)
+                self._lose_worker(report)
 
     def _check_loaded(self) -> None:
         if not any(model.state is ModelState.LOADING for model in self.all_models()):
@@ -147,16 +148,23 @@ class Serving:
             report.batching_reason,
         )
 
-    def _lose_worker(self, reason: str) -> None:
-        """The worker starts again and loads what was loaded, or was to be."""
+    def _lose_worker(self, report: WorkerLost) -> None:
+        """The worker starts again and loads what was loaded, or was to be, unless the server is shutting down."""
         self.metrics.restarts.inc()
-        log.error("%s; it is started again", reason)
+        if report.restarting:
+            log.error("%s; it is started again", report.reason)
+            state, reason = ModelState.LOADING, "the engine process is being restarted"
+        else:
+            log.error("%s; it is not started again, the server is shutting down", report.reason)
+            state, reason = ModelState.UNAVAILABLE, report.reason
         for model in self.all_models():
             if model.state is not ModelState.UNAVAILABLE:
-                model.state, model.reason = ModelState.LOADING, "the engine process is being restarted"
+                model.state, model.reason = state, reason
 
     def _refuse(self, key: ModelKey, reason: str) -> None:
+        """A model cannot be served; clients read why, and need not know where the repository lies."""
         model = self._models[key.name][key.version]
+        reason = reason.replace(f"{self._repository.root}{os.sep}", "")
         model.state, model.reason = ModelState.UNAVAILABLE, reason
         log.warning("model %s is unavailable: %s", key, reason)
 
@@ -183,7 +191,7 @@ class Serving:
         if name in self._broken:
             raise Unavailable(f"model '{name}' is unavailable: {self._broken[name]}")
         if name not in self._models:
-            raise NotFound(f"there is no model '{name[:128]}'")
+            raise NotFound(f"there is no model '{name[:128]}'; GET /v1/models lists them")
         return [self._models[name][version] for version in sorted(self._models[name])]
 
     def broken(self) -> dict[str, str]:

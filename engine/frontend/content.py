@@ -84,6 +84,18 @@ def _gather(op: ops.Gather, inputs: list[Array]) -> list[Array] | None:
     return [np.asarray(np.take(inputs[0], index, axis=op.axis), inputs[0].dtype)]
 
 
+def _scatter(op: ops.Scatter, inputs: list[Array]) -> list[Array] | None:
+    data, index, updates = inputs
+    if op.kind is not ops.ScatterKind.REPLACE or any(isinstance(element, (Sym, Ratio)) for element in index.flat):
+        return None
+    result = op.apply(data, index.astype(np.int64), updates)
+    return None if result is None else [result]
+
+
+def _running(op: ops.Running, inputs: list[Array]) -> list[Array] | None:
+    return None if inputs[0].dtype == object else [op.apply(inputs[0])]
+
+
 def _shape_tensor(op: ops.ShapeTensor, _inputs: list[Array]) -> list[Array] | None:
     shape = tuple(int(size) for size in op.shape if isinstance(size, int))
     if op.values is None:
@@ -144,6 +156,8 @@ _RUNNERS: dict[type[ops.Op], Callable[[Any, list[Array]], list[Array] | None]] =
     ops.Concat: lambda op, inputs: [np.concatenate(inputs, axis=op.axis)],
     ops.Slice: _slice,
     ops.Gather: _gather,
+    ops.Scatter: _scatter,
+    ops.Running: _running,
     ops.ShapeTensor: _shape_tensor,
     ops.Reduce: _reduce,
     ops.Pointwise: _pointwise,

@@ -80,8 +80,6 @@ def opaque(node: OnnxNode, inputs: Sequence[Value | None]) -> list[Value | None]
     node.attributes = default_attributes(node) | node.attributes
     proto = _renamed(node, inputs)
     versions = dict(node.versions)
-    if node.op_type == "Scatter":  # the old name of ScatterElements, which onnx.reference does not know
-        proto.op_type, versions[""] = "ScatterElements", 11
     results = _result_types(node, proto, versions, inputs)
     opsets = tuple(sorted(versions.items()))
     folded = _folded(node, proto, versions, present, results)

@@ -42,9 +42,17 @@ def load(source: str | os.PathLike[str] | bytes) -> tuple[onnx.ModelProto, Sourc
     try:
         model.ParseFromString(data)
     except DecodeError as error:
-        raise ModelError(f"{origin.label}: not an ONNX file, or truncated: {error}") from error
+        raise ModelError(f"{origin.label}: not an ONNX file, or truncated{_remedy(data)}") from error
     _check_model(model, origin.label)
     return model, origin
+
+
+def _remedy(data: bytes) -> str:
+    if data.startswith(b"version https://git-lfs"):
+        return ": it is a Git LFS pointer; fetch the file itself with git lfs pull"
+    if data.lstrip()[:1] == b"<":
+        return ": it is a web page; download the file itself"
+    return "; copy or export the model again"
 
 
 def describe(model: onnx.ModelProto) -> ModelInfo:

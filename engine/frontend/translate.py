@@ -21,9 +21,19 @@ from engine.frontend.reader import check_opsets, opset_versions
 from engine.frontend.registry import Operator, Results, find
 from engine.frontend.tensors import Source, dtype_of, tensor_array
 from engine.ir.dim import Dim, symbol
+from engine.ir.dtype import DType
 from engine.ir.graph import Graph, Value
 
 _MAX_DEPTH = 32  # subgraphs in subgraphs, functions calling functions
+# Operators whose functions take strings: views, whole copies, and those that look. No kernel touches a string, so the
+# others run on the host.
+_ON_STRINGS = frozenset(
+    {
+        "Cast", "CastLike", "Concat", "Equal", "Expand", "Flatten", "Identity", "If", "Loop", "Reshape", "Scan",
+        "SequenceConstruct", "SequenceInsert", "Shape", "Size", "Slice", "Split", "SplitToSequence", "Squeeze",
+        "Tile", "Transpose", "Unsqueeze",
+    }
+)  # fmt: skip
 _MAX_NODES = 100_000  # of functions and loops unfolded: a file of a few kilobytes must not become a graph without end
 
 
@@ -161,6 +171,8 @@ class Translator:
         if function is not None:
             return self._call(node, function, inputs, scope, opset_versions(function.opset_import))
         operator = find(node.domain, node.op_type, node.version)
+        if node.op_type not in _ON_STRINGS and any(map(self._is_strings, inputs)) and foreign.is_known(node):
+            return foreign.opaque(node, inputs)
         if operator is not None:
             _check_inputs(node, operator, inputs)
             return operator(node, inputs)
@@ -170,7 +182,13 @@ class Translator:
                 node.attributes = foreign.default_attributes(node) | node.attributes
                 return self._call(node, body, inputs, scope, node.versions)
             return foreign.opaque(node, inputs)
-        raise node.unsupported(f"operator {node.op_type!r} of domain {node.domain or 'ai.onnx'!r}")
+        raise UnsupportedOp(
+            f"{node.where}: there is no operator {node.op_type!r} in domain {node.domain or 'ai.onnx'!r} version "
+            f"{node.version} of the installed onnx ({onnx.__version__}); export the model with standard operators"
+        )
+
+    def _is_strings(self, value: Value | None) -> bool:
+        return value is not None and value.dtype is DType.STRING and self.builder.elements(value) is None
 
     # --- subgraphs and functions --------------------------------------------------------------------------------------
 
@@ -284,7 +302,10 @@ def _sorted(before: list[set[int]], nodes: Sequence[onnx.NodeProto], label: str)
                 ready.append(other)
     if len(ready) < len(before):
         stuck = nodes[next(index for index, count in enumerate(waiting) if count)]
-        raise ModelError(f"{label}: the graph has a cycle through node {stuck.name or stuck.op_type!r}")
+        raise ModelError(
+            f"{label}: the graph has a cycle through node {stuck.name or stuck.op_type!r}; "
+            "the file is damaged, export the model again"
+        )
     return ready
 
 

@@ -1,21 +1,44 @@
-"""The pass `fuse_epilogues`: point-wise nodes become the stores of the operator whose result they read.
+"""The passes that make point-wise nodes the stores of the operator whose result they read.
+
+`fuse_batch_norms`: what only scales and shifts the result of a convolution joins it first, so that where a residual sum
+reads two convolutions each keeps its own normalisation, to be folded into its weights. `fuse_epilogues`: all the rest.
 
 A node with a choice (a residual add reads two results) goes to a heavy operator before a light one, to one that nobody
-else reads before one that has to store its own result too, and to the later one, when all the rest is there already.
+else reads before one that has to store its own result too, to one that can merge with no sibling before one that could
+(`siblings.py`), and to the later one, when all the rest is there already.
 """
 
 from __future__ import annotations
 
 from engine.ir import expr as ex
 from engine.ir.graph import Graph, Node, Value
-from engine.ir.ops import Pointwise
+from engine.ir.ops import Conv, Pointwise
 from engine.passes.editor import Editor, joined_origin
 from engine.passes.operands import FUSED_OPS, HEAVY_OPS, Operands, fixed_operands, stores_of, with_expressions
+from engine.passes.siblings import has_sibling
 from engine.passes.simplify import simplified
 from engine.passes.traits import Traits
 
 _MOST_STORES = 2
 _MOST_INPUTS = 12
+_AFFINE = {ex.PointOp.ADD, ex.PointOp.SUB, ex.PointOp.MUL, ex.PointOp.DIV, ex.PointOp.NEG}
+
+
+def fuse_batch_norms(graph: Graph, _traits: Traits) -> None:
+    """Fuse every point-wise node that is affine, with constants, in the result of one convolution."""
+    editor = Editor(graph)
+    for node in editor.nodes():
+        op = node.op
+        if not isinstance(op, Pointwise) or op.gathers or len(op.stores) != 1:
+            continue
+        computed = [value for value in node.inputs if not value.is_constant]
+        host = editor.producer(computed[0]) if len(computed) == 1 else None
+        if host is None or not isinstance(host.op, Conv) or not editor.single_use(computed[0]):
+            continue
+        operations = [e for e in ex.walk(*op.stores) if isinstance(e, ex.Apply)]
+        if computed[0].shape == node.output.shape and all(e.op in _AFFINE for e in operations):
+            _fuse(editor, host, computed[0], node)
+    editor.finish()
 
 
 def fuse_epilogues(graph: Graph, _traits: Traits) -> None:
@@ -40,7 +63,12 @@ def _hosts(editor: Editor, node: Node, position: dict[Node, int]) -> list[tuple[
         if host is not None and isinstance(host.op, FUSED_OPS) and value.shape == shape:
             found.append((host, value))
     found.sort(
-        key=lambda pair: (isinstance(pair[0].op, HEAVY_OPS), editor.single_use(pair[1]), position.get(pair[0], 0)),
+        key=lambda pair: (
+            isinstance(pair[0].op, HEAVY_OPS),
+            editor.single_use(pair[1]),
+            not has_sibling(editor, pair[0]),
+            position.get(pair[0], 0),
+        ),
         reverse=True,
     )
     return found

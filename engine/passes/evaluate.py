@@ -20,6 +20,8 @@ from engine.ir.ops import (
     Reduce,
     ReduceKind,
     Reshape,
+    Running,
+    Scatter,
     ShapeTensor,
     Slice,
     Transpose,
@@ -115,6 +117,11 @@ def _reshape(op: Reshape, inputs: Sequence[Array]) -> list[Array] | None:
     return None if shape is None else [inputs[0].reshape(shape)]
 
 
+def _scatter(op: Scatter, inputs: Sequence[Array]) -> list[Array] | None:
+    result = op.apply(*inputs)
+    return None if result is None else [result]
+
+
 def _expand(op: Expand, inputs: Sequence[Array]) -> list[Array] | None:
     shape = _concrete(op.shape)
     return None if shape is None else [np.broadcast_to(inputs[0], shape)]
@@ -129,6 +136,8 @@ _RUNNERS: dict[type, Callable[[Any, Sequence[Array]], list[Array] | None]] = {
     ShapeTensor: _shape_tensor,
     Reshape: _reshape,
     Expand: _expand,
+    Scatter: _scatter,
+    Running: lambda op, inputs: [op.apply(inputs[0])],
     Concat: lambda op, inputs: [np.concatenate(inputs, op.axis)],
     Gather: lambda op, inputs: [np.take(inputs[0], inputs[1], op.axis)],
     Transpose: lambda op, inputs: [np.transpose(inputs[0], op.perm)],

@@ -1,8 +1,9 @@
 """The passes that move views out of the way of products and epilogues.
 
-`flatten_gemms`: a product does not care how its rows are grouped, so a reshape of the rows before it goes behind it,
-where it meets the exporter's reshape back and both vanish. `sink_views`: a reshape or transposition between an operator
-and the point-wise node after it goes behind the point-wise node, which can then become the operator's epilogue.
+`flatten_gemms`: a product does not care how its rows are grouped or in which order they come, so a reshape or a
+transposition of the rows before it goes behind it, where it meets the exporter's own back and both vanish.
+`sink_views`: a reshape or transposition between an operator and the point-wise node after it goes behind the point-wise
+node, which can then become the operator's epilogue.
 """
 
 from __future__ import annotations
@@ -16,32 +17,108 @@ from engine.passes.operands import FUSED_OPS, HEAVY_OPS
 from engine.passes.traits import Traits
 from engine.passes.views import inverse, reshape, transpose, view
 
+_MOST_HOPS = 4  # reshapes there and back, a bias
+
 
 def flatten_gemms(graph: Graph, _traits: Traits) -> None:
-    """Gemm(Reshape(x), w) → Reshape(Gemm(x, w)) where the reshape only groups the rows in another way."""
+    """Views of the first operand that only group or permute rows go behind the product."""
     editor = Editor(graph)
     for node in editor.nodes():
-        if isinstance(node.op, Gemm) and len(node.outputs) == 1 and node.inputs[1].rank == 2:
-            _flatten(editor, node)
+        current: Node | None = node
+        while current is not None:
+            op = current.op
+            if not isinstance(op, Gemm) or len(current.outputs) != 1 or current.inputs[1].rank != 2:
+                break
+            current = _regrouped_rows(editor, current) or _permuted_rows(editor, current)
     editor.finish()
 
 
-def _flatten(editor: Editor, node: Node) -> None:
-    before = editor.producer(node.inputs[0])
+def _regrouped_rows(editor: Editor, node: Node) -> Node | None:
+    """Gemm(Reshape(x), w) → Reshape(Gemm(x', w)), with the rows grouped as in x. x' is x, its last axes made one where
+    they are the columns (heads · head_dim)."""
+    a = node.inputs[0]
+    before = editor.producer(a)
     if before is None or not isinstance(before.op, Reshape):
-        return
+        return None
     x = before.inputs[0]
-    if x.rank < 2 or x.shape[-1] != node.inputs[0].shape[-1]:
-        return
+    first = _first_of_columns(x.shape, a.shape)
+    if first is None or x.shape[:first] == a.shape[:-1]:
+        return None
+    rows = x.shape[:first]
+    return _moved_behind(
+        editor, node, Reshape(node.output.shape), reshape(editor, x, (*rows, a.shape[-1]), before.origin),
+        (*rows, node.output.shape[-1]),
+    )  # fmt: skip
+
+
+def _first_of_columns(before: Shape, after: Shape) -> int | None:
+    """The first of the axes of `before` that a reshape to `after` makes the last axis, all rows being before it."""
+    if len(before) >= 2 and before[-1] == after[-1]:
+        return len(before) - 1
+    for old, new in axis_groups(before, after) or ():
+        if new.stop == len(after) and len(new) == 1 and old.start >= 1 and old.stop == len(before):
+            return old.start
+    return None
+
+
+def _permuted_rows(editor: Editor, node: Node) -> Node | None:
+    """Gemm(Transpose(x), w) → Transpose(Gemm(x, w)) where only rows change places; also where the heads are made the
+    columns in between and the rows are put back later: they then stay in the order in which x has them.
+
+    For two axes of rows only, batch and sequence, which exporters swap and swap back. With more of them (windows of an
+    image) what comes behind the product may need the new order in memory.
+    """
+    a = node.inputs[0]
+    merge = editor.producer(a)
+    if merge is None or a.rank != 3:
+        return None
+    if isinstance(merge.op, Transpose):
+        perm, x = merge.op.perm, merge.inputs[0]
+        if perm[-1] != len(perm) - 1:
+            return None
+        return _moved_behind(editor, node, Transpose(perm), x, (*x.shape[:-1], node.output.shape[-1]))
+    before = editor.producer(merge.inputs[0])
+    if not isinstance(merge.op, Reshape) or before is None or not isinstance(before.op, Transpose):
+        return None
+    count, perm = a.rank - 1, before.op.perm
+    rows = perm[:count]
+    if before.output.shape[:count] != a.shape[:-1] or list(rows) == sorted(rows) or not _is_swapped(editor, node):
+        return None
+    ordered = transpose(editor, before.inputs[0], (*sorted(rows), *perm[count:]), before.origin)
+    x = reshape(editor, ordered, (*ordered.shape[:count], a.shape[-1]), merge.origin)
+    swap = Transpose((1, 0, 2))
+    return _moved_behind(editor, node, swap, x, (*x.shape[:-1], node.output.shape[-1]))
+
+
+def _is_swapped(editor: Editor, node: Node) -> bool:
+    """Whether the two axes of rows of a product are swapped behind it, before anything else than a bias is added."""
+    value = node.output
+    for _ in range(_MOST_HOPS):
+        user = editor.only_user(value)
+        if user is None:
+            return False
+        if isinstance(user.op, Transpose):
+            return value.shape == node.output.shape and user.op.perm == (1, 0, 2)
+        is_bias = isinstance(user.op, Pointwise) and sum(not operand.is_constant for operand in user.inputs) == 1
+        if not (is_bias or isinstance(user.op, Reshape)) or len(user.outputs) > 1:
+            return False
+        value = user.output
+    return False
+
+
+def _moved_behind(editor: Editor, node: Node, op: Reshape | Transpose, x: Value, shape: Shape) -> Node | None:
+    """The product of `x`, of shape `shape`, with `op` behind it in the place of `node`; None where other operands do
+    not allow it."""
     old = node.output
-    shape = (*x.shape[:-1], old.shape[-1])
-    extra = [undone(editor, value, Reshape(old.shape), shape, old.shape, node.origin) for value in node.inputs[2:]]
+    extra = [undone(editor, value, op, shape, old.shape, node.origin) for value in node.inputs[2:]]
     known = [value for value in extra if value is not None]
     if len(known) < len(extra):
-        return
-    made = editor.add(node.op, (x, node.inputs[1], *known), old.name, node.origin).output
-    editor.redirect(old, reshape(editor, made, old.shape, node.origin))
+        editor.prune([x, *known])
+        return None
+    made = editor.add(node.op, (x, node.inputs[1], *known), old.name, node.origin)
+    editor.redirect(old, view(editor, op, made.output, node.origin))
     editor.prune([old])
+    return made
 
 
 def sink_views(graph: Graph, _traits: Traits) -> None:

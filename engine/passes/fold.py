@@ -1,7 +1,8 @@
 """The pass `fold`: constant sub-graphs evaluated, identities and dead code removed, equal nodes and constants merged.
 
-Folding may not inflate a model: a result above `_LARGEST` bytes, or a broadcast of a small constant above
-`_LARGEST_EXPANSION`, stays a node (a broadcast view costs nothing where it is, and megabytes as a weight).
+Folding may not inflate a model: a result larger than what it is made of and than `_LARGEST` bytes, or a broadcast of a
+small constant above `_LARGEST_EXPANSION`, stays a node (a broadcast view costs nothing where it is, and megabytes as a
+weight).
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import numpy as np
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.graph import Graph, Node, Value
-from engine.ir.ops import Expand, Op, Opaque, Pointwise
+from engine.ir.ops import Expand, Op, Opaque, Pointwise, Undefined
 from engine.passes.editor import Editor
 from engine.passes.evaluate import evaluate
 from engine.passes.traits import Traits
 
 _LARGEST = 64 << 20
 _LARGEST_EXPANSION = 64 << 10
+_ALONE = (Opaque, Undefined)  # a random number may differ from the next, and every gap has a place of its own
 
 
 def fold(graph: Graph, _traits: Traits) -> None:
@@ -29,7 +31,7 @@ def fold(graph: Graph, _traits: Traits) -> None:
     _merge_constants(editor)
     seen: dict[tuple[Op, tuple[int, ...]], Node] = {}
     for node in editor.nodes():
-        if _fold_constant(editor, node) or _drop_identity(editor, node) or isinstance(node.op, Opaque):
+        if _fold_constant(editor, node) or _drop_identity(editor, node) or isinstance(node.op, _ALONE):
             continue
         key = (node.op, tuple(map(id, node.inputs)))
         twin = seen.setdefault(key, node)
@@ -54,7 +56,8 @@ def _fold_constant(editor: Editor, node: Node) -> bool:
 
 
 def _may_grow(node: Node) -> bool:
-    largest = _LARGEST_EXPANSION if isinstance(node.op, Expand) else _LARGEST
+    given = sum(value.data.nbytes for value in dict.fromkeys(node.inputs) if value.data is not None)
+    largest = _LARGEST_EXPANSION if isinstance(node.op, Expand) else max(_LARGEST, given)
     for value in node.outputs:
         if value.dtype is DType.STRING:
             return False

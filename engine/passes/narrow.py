@@ -25,16 +25,20 @@ from engine.ir.ops import (
     Gemm,
     Pad,
     Pointwise,
+    Recurrent,
     Reduce,
     ReduceKind,
+    Scatter,
+    ScatterKind,
     Softmax,
+    Undefined,
     View,
 )
 from engine.passes.epilogues import fuse_epilogues
 from engine.passes.operands import FUSED_OPS, fixed_operands, gathers_of, stores_of, with_expressions
 from engine.passes.traits import Traits
 
-_MOVES = (View, Concat, Pad, Gather)
+_MOVES = (View, Concat, Pad, Gather, Scatter, Undefined)
 """Operators whose result has the type of what they move."""
 _FUSED = (*FUSED_OPS, Pointwise)
 
@@ -69,6 +73,8 @@ class _Narrowing:
                 self._fused(node)
             elif isinstance(node.op, _MOVES):
                 self._moved(node)
+            elif isinstance(node.op, Recurrent):
+                self._recurrent(node)
             self.nodes.append(node)
         self.graph.nodes = self.nodes
 
@@ -78,6 +84,12 @@ class _Narrowing:
                 self._constant(value) if value.is_constant else self.narrow.get(value, value) for value in node.inputs
             )
             node.outputs = (self.narrow[node.output],)
+
+    def _recurrent(self, node: Node) -> None:
+        """The weights, which every step reads; gates and states stay fp32."""
+        x, weights, *others = node.inputs
+        if weights.is_constant and _holds(self.storage, weights.data):
+            node.inputs = (x, self._constant(weights), *others)
 
     def _fused(self, node: Node) -> None:
         op = node.op
@@ -154,6 +166,10 @@ def _wide_values(graph: Graph, storage: DType) -> set[Value]:
         op = node.op
         if isinstance(op, _MOVES):
             moved = node.inputs if isinstance(op, Concat) else node.inputs[:1]
+            if isinstance(op, Scatter):
+                moved = (node.inputs[0], node.inputs[2])
+                if op.kind in (ScatterKind.ADD, ScatterKind.MUL):  # sums of any length
+                    wide.add(node.output)
             groups.join((*moved, node.output))
         elif not isinstance(op, _FUSED):
             wide.update((*node.inputs, *node.outputs))
@@ -165,6 +181,8 @@ def _wide_values(graph: Graph, storage: DType) -> set[Value]:
             wide.update(node.outputs)
         if isinstance(op, Pointwise) and not _numbers_fit(node, storage):
             wide.update(node.outputs)
+        if isinstance(op, Pointwise) and any(value.dtype.is_int for value in node.outputs):
+            wide.update(node.inputs)  # what places are computed from: a rounded coordinate is another pixel
     return groups.closed_over(value for value in wide if not value.is_constant)
 
 

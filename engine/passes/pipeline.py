@@ -18,7 +18,8 @@ from engine.passes.activations import canonicalise_activations
 from engine.passes.affine import fold_affine
 from engine.passes.attention import recognise_attention
 from engine.passes.causal import recognise_causal
-from engine.passes.epilogues import fuse_epilogues
+from engine.passes.constant_parts import select_constant_parts
+from engine.passes.epilogues import fuse_batch_norms, fuse_epilogues
 from engine.passes.flatten import flatten_gemms, sink_views
 from engine.passes.fold import fold
 from engine.passes.layout import choose_orders, permute_flattened
@@ -52,6 +53,7 @@ PASSES: tuple[Pass, ...] = (
     recognise_causal,
     merge_views,
     flatten_gemms,
+    fuse_batch_norms,
     fuse_pointwise,
     sink_views,
     merge_views,
@@ -62,6 +64,7 @@ PASSES: tuple[Pass, ...] = (
     fuse_epilogues,
     fold_affine,
     merge_siblings,
+    select_constant_parts,
     fuse_gathers,
     fuse_prologues,
     fuse_epilogues,

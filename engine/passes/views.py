@@ -13,6 +13,7 @@ import numpy as np
 from engine.ir.dim import Dim
 from engine.ir.graph import Graph, Node, Shape, Value
 from engine.ir.ops import Concat, Expand, Gather, Pad, Reduce, Reshape, Slice, Transpose, View
+from engine.ir.regroup import axis_groups
 from engine.passes.editor import Editor
 from engine.passes.traits import Traits
 
@@ -132,7 +133,37 @@ def _simpler_view(editor: Editor, node: Node, op: View) -> Value | None:
         kept = replace(before.op, keepdims=True)
         if all(op.shape == shape for _, shape in kept.infer(before.inputs)) and len(kept.stores) == 1:
             return editor.add(kept, before.inputs, node.output.name, before.origin).output
-    return None if _merged(editor, op, source) == (op, source) else view(editor, op, source, node.origin)
+    if _merged(editor, op, source) != (op, source):
+        return view(editor, op, source, node.origin)
+    return _split_before_transposition(editor, node)
+
+
+def _split_before_transposition(editor: Editor, node: Node) -> Value | None:
+    """Reshape(Transpose(Reshape(x))) where the last only splits axes: Transpose(Reshape(x)), cut finely at once.
+
+    So batch · heads, made one axis for the sake of a library, comes apart again without a copy.
+    """
+    op, middle = node.op, editor.producer(node.inputs[0])
+    if not isinstance(op, Reshape) or middle is None or not isinstance(middle.op, Transpose):
+        return None
+    first = editor.producer(middle.inputs[0])
+    parts = _splits(middle.output.shape, op.shape)
+    if first is None or not isinstance(first.op, Reshape) or parts is None:
+        return None
+    back = inverse(middle.op.perm)
+    fine = tuple(op.shape[i] for axis in back for i in parts[axis])
+    starts = [sum(len(parts[other]) for other in back[:place]) for place in range(len(back))]
+    perm = tuple(starts[middle.op.perm[axis]] + i for axis in range(len(parts)) for i in range(len(parts[axis])))
+    split = view(editor, Reshape(fine), first.inputs[0], first.origin)
+    return view(editor, Transpose(perm), split, node.origin)
+
+
+def _splits(before: Shape, after: Shape) -> list[range] | None:
+    """For every axis of `before` the axes of `after` that it is split into; None where the reshape does more."""
+    groups = axis_groups(before, after)
+    if groups is None or [list(old) for old, _ in groups] != [[axis] for axis in range(len(before))]:
+        return None
+    return [new for _, new in groups]
 
 
 def _gather_as_slice(editor: Editor, node: Node, op: Gather) -> Value | None:

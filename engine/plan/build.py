@@ -16,7 +16,7 @@ import numpy as np
 from engine.errors import EngineError, ShapeError
 from engine.ir import expr as ex
 from engine.ir.graph import Graph, Node, Value
-from engine.ir.ops import Concat, Op, Opaque, Pointwise, Reshape, ShapeTensor, Transpose, View
+from engine.ir.ops import Concat, Op, Opaque, Pointwise, Reshape, ShapeTensor, Transpose, Undefined, View
 from engine.ir.regroup import is_view, reshaped_order
 from engine.plan.concrete import concrete_op, concrete_shape
 from engine.plan.memory import Lifetime, assign_offsets
@@ -181,6 +181,8 @@ class _Builder:
         match op:
             case ShapeTensor():
                 self.tensors[node.output] = _shape_tensor(node.output.name, op)
+            case Undefined():
+                self.tensors[node.output] = self._place(node.output, _concrete(op.shape), Requirement())
             case View():
                 self.tensors[node.output] = self._view(node, op)
             case Concat():

@@ -15,11 +15,12 @@ from engine.specs import DeviceInfo, StepStat
 
 
 class Executable(Protocol):
-    """A plan bound to a device, ready to run."""
+    """A plan bound to a device, ready to run. Safe to use from many threads."""
 
     @property
     def nbytes(self) -> int:
-        """Memory that the executable itself holds (arguments, tensors of sizes; not the arena, not the weights)."""
+        """Memory that the executable itself holds (arguments, tensors of sizes; not the arena, not the weights). Never
+        changes."""
         ...
 
     def run(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
@@ -31,7 +32,9 @@ class Executable(Protocol):
         """What every step has done since the executable was made, in plan order."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Give its memory back, while no run is in it."""
+        ...
 
 
 class Resident(Protocol):
@@ -44,7 +47,8 @@ class Resident(Protocol):
 
     def launch(self, stream: object) -> None:
         """Run once on the arrays as they are. Waits for the result where `stream` is None, else the run takes its
-        place in the stream. Raises what `Executable.run` does."""
+        place in the stream. Raises what `Executable.run` does; a run in a stream reports an index out of range at the
+        next launch that waits."""
         ...
 
     def step_stats(self) -> Sequence[StepStat]: ...
@@ -57,6 +61,12 @@ class Target(Protocol):
 
     @property
     def traits(self) -> Traits: ...
+    @property
+    def concurrent_runs(self) -> int:
+        """How many runs it is worth having under way: 1 where they take turns, more where copies of one overlap with
+        the computing of another. Any number of threads may run; what is beyond this waits."""
+        ...
+
     @property
     def device_info(self) -> DeviceInfo: ...
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
 
-from engine.errors import EngineError
+from engine.errors import EngineError, ShapeError
 from engine.ir.ops import Opaque
 from engine.plan.plan import Plan
 from engine.specs import StepStat
@@ -34,11 +34,15 @@ class HostOperator:
         self._evaluator = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets))
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The outputs for `inputs` (those that are present, in order). Raises EngineError where the operator fails."""
+        """The outputs for `inputs` (those that are present, in order). Raises ShapeError for an index out of range and
+        for strings that cannot be read, EngineError where the operator fails otherwise."""
         try:
             results = self._evaluator.run(None, dict(zip(self._inputs, inputs, strict=True)))
         except Exception as error:  # onnx.reference raises whatever NumPy or its own code does
-            raise EngineError(f"operator {self._op.op_type} failed in onnx.reference: {error}") from error
+            strings = any(array.dtype == object for array in inputs)
+            values = isinstance(error, IndexError) or (strings and isinstance(error, ValueError))
+            kind = ShapeError if values else EngineError
+            raise kind(f"operator {self._op.op_type} failed in onnx.reference: {error}") from error
         return [np.asarray(result) for result in results]
 
 

@@ -1,6 +1,7 @@
 """Rows of requests → the feeds of one run, and its outputs → the answers of the requests. Pure array work, no state.
 
-Runs on the engine worker's thread, between `Scheduler.take` and the next one.
+Runs on the engine worker's threads, between `Scheduler.take` and the next one; `scatter` by one thread at a time,
+because the parts of a request may be in two batches that run at once.
 """
 
 from collections.abc import Sequence
@@ -49,7 +50,6 @@ def scatter(batch: Batch, outputs: dict[str, Array], axes: BatchAxes) -> list[En
     A request whose rows ran in several batches gets one array per output; where its rows have unequal lengths, what
     lies beyond a row's own length along the sequence axis is zero.
     """
-    finished: list[Entry] = []
     position = 0
     for part in batch.parts:
         entry = part.entry
@@ -59,10 +59,10 @@ def scatter(batch: Batch, outputs: dict[str, Array], axes: BatchAxes) -> list[En
             else:
                 rows = outputs[name][position : position + len(part.rows)]
                 _place(entry, name, rows, part.rows, axes.sequence_outputs.get(name, ()))
-        if not entry.rows_left and not entry.closed:
-            finished.append(entry)
         position += len(part.rows)
-    return finished
+    for part in batch.parts:  # when all could be placed: a batch that fails runs again, and counts then
+        part.entry.rows_done += len(part.rows)
+    return [part.entry for part in batch.parts if part.entry.rows_done == part.entry.rows and not part.entry.closed]
 
 
 def _place(entry: Entry, name: str, source: Array, rows: list[int], sequence_axes: Sequence[int]) -> None:

@@ -47,10 +47,15 @@ def find_axes(inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo]) -> Ba
         for spec in outputs
     }
     axes = BatchAxes(BatchingMode.NONE, sequence, sequence_outputs, "")
-    first = {spec.shape[0] if spec.shape else None for spec in (*inputs, *outputs)}
-    symbol = next(iter(first)) if len(first) == 1 else None
-    if not isinstance(symbol, str):
-        return axes.without_batching("the first dim is not one symbol shared by every input and output")
+    symbol = inputs[0].shape[0] if inputs and inputs[0].shape else None
+    for kind, specs in (("input", inputs), ("output", outputs)):
+        for spec in specs:
+            if not spec.shape or spec.shape[0] != symbol or not isinstance(symbol, str):
+                shared = f", not '{symbol}'" if isinstance(symbol, str) else ""
+                return axes.without_batching(
+                    f"one request a run: the first dim of {kind} '{spec.name}' {_first(spec)}{shared}; "
+                    "batching needs one open dim that comes first everywhere"
+                )
     if any(symbol in spec.shape[1:] for spec in (*inputs, *outputs)):
         return axes.without_batching(f"dim '{symbol}' is the first dim and also another one")
     if sequence is None:
@@ -61,6 +66,10 @@ def find_axes(inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo]) -> Ba
     if not any(spec.name in MASK_NAMES for spec in inputs):
         return axes.without_padding("rows of equal length: there is no mask input to pad under")
     return replace(axes, mode=BatchingMode.PADDED, reason=f"rows along '{symbol}', padded along '{sequence}'")
+
+
+def _first(spec: TensorInfo) -> str:
+    return f"is {spec.shape[0]}" if spec.shape else "does not exist"
 
 
 def _sequence_symbol(inputs: Sequence[TensorInfo]) -> str | None:

@@ -24,7 +24,8 @@ class Entry:
     """A request on the engine side, from its arrival to its last row.
 
     `width` is the longest row in tokens, 0 for models without a sequence; `even` says that all rows have that length.
-    Both are found once: a request of many rows is looked at once per batch that holds a part of it.
+    Both are found once: a request of many rows is looked at once per batch that holds a part of it. `rows_left` are in
+    no batch yet, `rows_done` have their results.
     """
 
     request: Infer
@@ -36,6 +37,7 @@ class Entry:
     width: int = field(init=False)
     even: bool = field(init=False)
     cost_left: int = field(init=False)
+    rows_done: int = 0
     started: float | None = None
     compute_seconds: float = 0.0
     outputs: dict[str, NDArray[Any]] = field(default_factory=dict)

@@ -1,8 +1,11 @@
 """Which model runs next: the queues of all models of one engine, behind one lock.
 
-The receiving thread (HTTP side in-process) calls `submit` and `cancel`; the engine thread alone calls `take` and
-`record`, and sleeps in `take` on a condition, never on a timer that polls. Models share the engine by the seconds they
+The receiving thread (HTTP side in-process) calls `submit` and `cancel`; the engine threads alone call `take`, `record`
+and `done`, and sleep in `take` on a condition, never on a timer that polls. Models share the engine by the seconds they
 used: the one with the least goes next, and one that was idle starts level with the others.
+
+A batch is formed when it may start: where nothing runs, or where what runs and the model itself overlap so many runs.
+While k batches run, a second of the clock is 1/k of an engine second for each.
 """
 
 import math
@@ -20,9 +23,12 @@ _RATE_WEIGHT = 0.2  # of the newest batch in the running mean of a model's rate
 
 @dataclass(slots=True)
 class _Lane:
-    """One model in the scheduler. `used` are engine seconds; `rate` is cost per engine second, 0 until measured."""
+    """One model in the scheduler. `used` are engine seconds; `rate` is cost per engine second, 0 until measured;
+    `running` batches of at most `concurrent_runs`."""
 
     queue: ModelQueue
+    concurrent_runs: int
+    running: int = 0
     used: float = 0.0
     rate: float = 0.0
     dropped: int = 0
@@ -39,20 +45,21 @@ class Work:
 
 
 class Scheduler:
-    """Queues of all models of one engine thread."""
+    """Queues of all models of one engine instance."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._condition = threading.Condition()
         self._lanes: dict[ModelKey, _Lane] = {}
         self._owner: dict[int, ModelKey] = {}
-        self._running: ModelKey | None = None
         self._stopping = False
+        self._engine_seconds = 0.0
+        self._counted_until = clock()
 
-    def add(self, key: ModelKey, options: BatchingOptions, axes: BatchAxes) -> None:
-        """Accept requests for a model from now on."""
+    def add(self, key: ModelKey, options: BatchingOptions, axes: BatchAxes, concurrent_runs: int = 1) -> None:
+        """Accept requests for a model from now on, and run so many batches of it at once."""
         with self._condition:
-            self._lanes[key] = _Lane(ModelQueue(options, axes), used=self._level())
+            self._lanes[key] = _Lane(ModelQueue(options, axes), concurrent_runs, used=self._level())
 
     def remove(self, key: ModelKey) -> None:
         """Accept no more requests for a model and wait until what it accepted is done."""
@@ -61,7 +68,7 @@ class Scheduler:
             if lane is None:
                 return
             lane.removed = True
-            self._condition.wait_for(lambda: not lane.queue.entries and self._running != key)
+            self._condition.wait_for(lambda: not lane.queue.entries and not lane.running)
             del self._lanes[key]
 
     def submit(self, request: Infer) -> InferFailed | None:
@@ -115,29 +122,52 @@ class Scheduler:
             self._condition.notify_all()
 
     def take(self, on_expired: Callable[[Entry], None]) -> Work | None:
-        """The next batch, waiting for one as long as it takes; None when stopped and empty.
+        """The next batch, waiting for one as long as it takes; None when stopped and empty. `done` has to follow.
 
         Entries whose deadline passed in the queue are handed to `on_expired` (engine thread, lock held) and dropped.
         """
         with self._condition:
-            self._running = None
-            self._condition.notify_all()
             while True:
                 now = self._clock()
                 self._expire(now, on_expired)
                 key, due = self._next(now)
                 if key is not None:
-                    queue = self._lanes[key].queue
-                    batch = queue.take(now)
+                    lane = self._lanes[key]
+                    batch = lane.queue.take(now)
                     if batch is not None:
-                        self._running = key
-                        return Work(key, queue.axes, batch)
-                elif due is None and self._stopping:
+                        self._count_seconds()
+                        lane.running += 1
+                        return Work(key, lane.queue.axes, batch)
+                elif self._stopping and not self._waits(now):
                     return None
                 self._condition.wait(None if due is None else max(due - now, 0.0))
 
+    def _waits(self, now: float) -> bool:
+        return any(lane.queue.due(now) is not None for lane in self._lanes.values())
+
+    def done(self, work: Work) -> None:
+        """A batch that was taken is over; another may start."""
+        with self._condition:
+            self._count_seconds()
+            self._lanes[work.key].running -= 1
+            self._condition.notify_all()
+
+    def engine_seconds(self) -> float:
+        """A clock that goes while batches run, slower the more of them: its difference over a batch is the batch's
+        share of the engine."""
+        with self._condition:
+            self._count_seconds()
+            return self._engine_seconds
+
+    def _count_seconds(self) -> None:
+        now = self._clock()
+        running = sum(lane.running for lane in self._lanes.values())
+        if running:
+            self._engine_seconds += (now - self._counted_until) / running
+        self._counted_until = now
+
     def record(self, work: Work, seconds: float) -> None:
-        """Account the engine time of a batch."""
+        """Account the engine seconds of a batch."""
         with self._condition:
             lane = self._lanes.get(work.key)
             if lane is None or seconds <= 0:
@@ -165,7 +195,8 @@ class Scheduler:
                 on_expired(entry)
 
     def _next(self, now: float) -> tuple[ModelKey | None, float | None]:
-        """The model to run now, or None and when the next batch is due (None: nothing waits)."""
+        """The model to run now, or None and when the next batch is due (None: nothing waits, or what is next waits for
+        a batch to end)."""
         best: ModelKey | None = None
         soonest: float | None = None
         for key, lane in self._lanes.items():
@@ -176,7 +207,15 @@ class Scheduler:
                 soonest = due if soonest is None else min(soonest, due)
             elif best is None or lane.used < self._lanes[best].used:
                 best = key
+        # The model whose turn it is waits for those that it cannot run beside; nobody overtakes it meanwhile.
+        if best is not None and not self._may_start(self._lanes[best]):
+            return None, None
         return best, soonest
+
+    def _may_start(self, lane: _Lane) -> bool:
+        running = [other for other in self._lanes.values() if other.running]
+        most = min(other.concurrent_runs for other in (lane, *running))
+        return sum(other.running for other in running) < most
 
     def _level(self) -> float:
         """Engine seconds of the busy model that used least: where a model that comes back starts."""

@@ -4,7 +4,11 @@ Called by the routes that take a body. Every limit is enforced while the body st
 """
 
 import asyncio
+import json
+import math
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -13,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from service.errors import ClientGone, InvalidRequest, SlowBody, TooLarge, UnsupportedEncoding
 from service.settings import Settings
 
+_MAX_EXPLAINED_BYTES = 8 << 20  # reading a body again takes longer than reading it
 _WINDOW_BITS = {"gzip": 31, "deflate": 15}
 
 
@@ -24,7 +29,7 @@ async def read_body(request: Request, settings: Settings) -> bytes:
         raise UnsupportedEncoding(f"Content-Encoding '{encoding[:40]}' is not read; send gzip, deflate or none")
     declared = request.headers.get("content-length", "0")
     claimed = int(declared) if declared.isdecimal() else 0
-    oversized = TooLarge(f"the body is larger than {limit} bytes")
+    oversized = TooLarge(f"the body is larger than {limit} bytes; send it in parts")
     if claimed > limit and "expect" in request.headers:
         raise oversized  # the client asks before it sends
     body = bytearray()
@@ -61,19 +66,49 @@ def _decompress(body: bytes, encoding: str, limit: int) -> bytes:
     return data
 
 
-def parse_json(body: bytes) -> Any:
-    """A JSON document. Raises InvalidRequest; the parser refuses NaN, and nesting deeper than 1,024."""
+@dataclass(frozen=True, slots=True)
+class NotJson:
+    """A number that JSON does not have, as it was written: NaN, Infinity, 1e999. Only `explain` of `parse_object` ever
+    sees one."""
+
+    text: str
+
+
+def parse_object(body: bytes, explain: Callable[[dict[str, Any]], object] = lambda _: None) -> dict[str, Any]:
+    """A JSON object. Raises InvalidRequest; the parser refuses NaN, and nesting deeper than 1,024.
+
+    A body that would be JSON but for a NaN or an infinity is first given to `explain`, with `NotJson` in its places, to
+    raise an error that says where it is and what was due there.
+    """
     if not body:
         raise InvalidRequest("the body is empty; send a JSON object")
     try:
-        return orjson.loads(body)
+        document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not JSON: {str(error)[:200]}") from None
-
-
-def parse_object(body: bytes) -> dict[str, Any]:
-    """A JSON object. Raises InvalidRequest."""
-    document = parse_json(body)
+        raise _unreadable(body, error, explain) from None
     if not isinstance(document, dict):
         raise InvalidRequest(f"the body is a JSON {type(document).__name__}; send an object")
     return document
+
+
+def _unreadable(
+    body: bytes, error: orjson.JSONDecodeError, explain: Callable[[dict[str, Any]], object]
+) -> InvalidRequest:
+    if str(error.doc)[error.pos :].startswith(("NaN", "Infinity")) or "infinity" in error.msg:
+        if len(body) <= _MAX_EXPLAINED_BYTES:
+            try:
+                document = json.loads(body, parse_constant=NotJson, parse_float=_float)
+            except (ValueError, RecursionError):
+                document = None
+            if isinstance(document, dict):
+                explain(document)
+        return InvalidRequest(
+            f"the body is not JSON, which has neither NaN nor infinity (character {error.pos}); "
+            "send such values as binary data"
+        )
+    return InvalidRequest(f"the body is not JSON: {str(error)[:200]}")
+
+
+def _float(text: str) -> Any:
+    value = float(text)
+    return value if math.isfinite(value) else NotJson(text)

@@ -87,19 +87,22 @@ def decode(data: bytes, spec: ImageSpec, max_bytes: int, max_pixels: int) -> NDA
     if not data:
         raise InvalidRequest("the image is empty; send the bytes of a JPEG, PNG or WebP file")
     if len(data) > max_bytes:
-        raise TooLarge(f"the image has {len(data)} bytes; the limit is {max_bytes}")
+        raise TooLarge(f"the image has {len(data)} bytes; the limit is {max_bytes}; scale it down")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
-                raise TooLarge(f"the image has {image.width} x {image.height} pixels; the limit is {max_pixels} in all")
+                raise TooLarge(
+                    f"the image has {image.width} x {image.height} pixels; the limit is {max_pixels} in all; "
+                    "scale it down"
+                )
             image.load()
             pixels = _crop(_to_mode(_upright(image), spec.channels), spec)
     except UnidentifiedImageError:
-        raise InvalidRequest("the body is not a JPEG, PNG or WebP image") from None
+        raise InvalidRequest("this is not a JPEG, PNG or WebP image; send the bytes of one") from None
     except TooLarge:
         raise
     except Exception as error:  # a hostile file makes Pillow's plugins raise nearly anything
-        raise InvalidRequest(f"the image cannot be decoded: {str(error)[:200]}") from None
+        raise InvalidRequest(f"the image cannot be decoded: {str(error)[:200]}; send the whole file") from None
     return _normalise(pixels, spec)
 
 

@@ -8,13 +8,14 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.codecs.body import parse_object
+from service.codecs.json_values import JsonTensor, shown
 from service.errors import InvalidRequest
 from service.workers.messages import TensorInfo
 
@@ -71,7 +72,8 @@ def parse_infer(
     """Read an infer request. `header_length` is the value of `Inference-Header-Content-Length`. Raises
     InvalidRequest."""
     if header_length is None:
-        document, data = parse_object(body), memoryview(b"")
+        data = memoryview(b"")
+        document = parse_object(body, partial(_read_inputs, data=data, specs=inputs))
     else:
         size = (
             int(header_length)
@@ -82,7 +84,8 @@ def parse_infer(
             raise InvalidRequest("Inference-Header-Content-Length is not the length of a JSON header inside the body")
         if size == 0:
             return _raw_body(body, inputs, outputs)
-        document, data = parse_object(body[:size]), memoryview(body)[size:]
+        data = memoryview(body)[size:]
+        document = parse_object(body[:size], partial(_read_inputs, data=data, specs=inputs))
     parameters = _object(document, "parameters")
     _refuse_unsupported(parameters)
     return InferDocument(
@@ -110,6 +113,11 @@ def _raw_body(body: bytes, inputs: Sequence[TensorInfo], outputs: Sequence[Tenso
     return InferDocument("", ((spec.name, array),), wanted, 0, 0)
 
 
+def _read_inputs(document: dict[str, Any], data: memoryview, specs: Sequence[TensorInfo]) -> None:
+    """Raises InvalidRequest if the inputs of a document are what is wrong with it."""
+    _parse_inputs(document.get("inputs"), data, specs)
+
+
 def _object(document: dict[str, Any], key: str) -> dict[str, Any]:
     value = document.get(key, {})
     if not isinstance(value, dict):
@@ -127,7 +135,7 @@ def _identifier(document: dict[str, Any]) -> str:
 def _integer(parameters: dict[str, Any], key: str) -> int:
     value = parameters.get(key, 0)
     if type(value) is not int or not 0 <= value < 1 << 63:
-        raise InvalidRequest(f"parameter '{key}' is not an unsigned integer")
+        raise InvalidRequest(f"parameter '{key}' is {shown(value)}; send an unsigned integer")
     return value
 
 
@@ -182,7 +190,8 @@ def _parse_input(tensor: dict[str, Any], spec: TensorInfo, data: memoryview, off
     datatype = datatype_of(spec.dtype)
     if tensor.get("datatype") != datatype:
         raise InvalidRequest(
-            f"input '{spec.name}' has datatype {str(tensor.get('datatype'))[:16]}; the model takes {datatype}"
+            f"input '{spec.name}' has datatype {str(tensor.get('datatype'))[:16]}; "
+            f"the model takes {datatype}, convert it"
         )
     shape = _parse_shape(tensor.get("shape"), spec)
     if "binary_data_size" in parameters:
@@ -196,18 +205,23 @@ def _parse_input(tensor: dict[str, Any], spec: TensorInfo, data: memoryview, off
         return _from_binary(data[offset : offset + size], datatype, spec, shape), offset + size
     if "data" not in tensor:
         raise InvalidRequest(f"input '{spec.name}' has no 'data'")
-    return _from_json(tensor["data"], datatype, spec, shape), offset
+    if datatype in _BINARY_ONLY:
+        raise InvalidRequest(f"input '{spec.name}': {datatype} comes as binary data only")
+    return JsonTensor(spec.name, datatype, spec.dtype, shape).array(tensor["data"]), offset
 
 
 def _parse_shape(value: Any, spec: TensorInfo) -> tuple[int, ...]:
     expected = list(spec.shape)
     if not isinstance(value, list) or any(type(dim) is not int or dim < 0 for dim in value):
-        raise InvalidRequest(f"input '{spec.name}': 'shape' is not a list of integers that are not negative")
+        raise InvalidRequest(
+            f"input '{spec.name}': 'shape' is {str(value)[:100]}; send a list of integers that are not negative"
+        )
     fits = len(value) == len(expected) and all(
         isinstance(want, str) or want == got for want, got in zip(expected, value, strict=True)
     )
     if not fits:
-        raise InvalidRequest(f"input '{spec.name}' has shape {str(value)[:100]}; the model takes {expected}")
+        wanted = f"[{', '.join(map(str, expected))}]"
+        raise InvalidRequest(f"input '{spec.name}' has shape {str(value)[:100]}; the model takes {wanted}")
     if any(dim == 0 for dim in value):
         raise InvalidRequest(f"input '{spec.name}' has shape {value}, which holds nothing")
     return tuple(value)
@@ -232,47 +246,28 @@ def _from_binary(data: memoryview, datatype: str, spec: TensorInfo, shape: tuple
 
 
 def _strings(data: memoryview, spec: TensorInfo, shape: tuple[int, ...]) -> Array:
-    values: list[bytes] = []
+    values: list[str] = []
     position = 0
     while position < len(data):
         end = position + 4
         size = struct.unpack_from("<I", data, position)[0] if end <= len(data) else len(data)
         if end + size > len(data):
             raise InvalidRequest(f"input '{spec.name}': a BYTES element is longer than the data")
-        values.append(bytes(data[end : end + size]))
+        values.append(_text_of(bytes(data[end : end + size]), len(values), spec))
         position = end + size
     _check_size(len(values), shape, spec)
     return np.array(values, object).reshape(shape)
 
 
-def _from_json(data: Any, datatype: str, spec: TensorInfo, shape: tuple[int, ...]) -> Array:
-    """Row-major values, flat or nested like the shape; kinds and ranges must fit the datatype exactly."""
-    if datatype in _BINARY_ONLY:
-        raise InvalidRequest(f"input '{spec.name}': {datatype} comes as binary data only")
-    if not isinstance(data, list):
-        raise InvalidRequest(f"input '{spec.name}': 'data' is not a list")
-    flat = data
-    for _ in shape[1:]:
-        if flat and all(type(item) is list for item in flat):
-            flat = [value for item in flat for value in item]
-    if flat is not data and [len(data)] != [shape[0]]:
-        raise InvalidRequest(f"input '{spec.name}': nested data has {len(data)} rows; its shape is {list(shape)}")
-    _check_size(len(flat), shape, spec)
-    kinds = set(map(type, flat))
-    allowed: dict[str, set[type]] = {"BOOL": {bool}, "BYTES": {str}, "FP32": {int, float}, "FP64": {int, float}}
-    if not kinds <= allowed.get(datatype, {int}):
-        raise InvalidRequest(f"input '{spec.name}': 'data' holds values that are no {datatype}")
-    if datatype == "BYTES":
-        return np.array([text.encode() for text in flat], object).reshape(shape)
-    if spec.dtype.kind in "iu":
-        limits = np.iinfo(spec.dtype)
-        if min(flat) < limits.min or max(flat) > limits.max:
-            raise InvalidRequest(f"input '{spec.name}': 'data' holds values out of the range of {datatype}")
-    with np.errstate(over="ignore"):
-        array = np.array(flat, spec.dtype).reshape(shape)
-    if spec.dtype.kind == "f" and not np.isfinite(array).all():
-        raise InvalidRequest(f"input '{spec.name}': 'data' holds values out of the range of {datatype}")
-    return array
+def _text_of(element: bytes, index: int, spec: TensorInfo) -> str:
+    """A string of an ONNX model, which is text."""
+    try:
+        return element.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(
+            f"input '{spec.name}': element {index} is not UTF-8 ({error.reason} at byte {error.start}); "
+            "the strings of ONNX models are UTF-8 text"
+        ) from None
 
 
 def _parse_outputs(value: Any, default: Any, specs: Sequence[TensorInfo]) -> tuple[RequestedOutput, ...]:

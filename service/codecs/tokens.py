@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from service.codecs.json_values import shown
 from service.errors import InvalidRequest, TooLarge
 from service.model_config import Pooling, TokensConfig
 from service.workers.messages import LocalTensor, NamedTensors, TensorInfo
@@ -23,6 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import tokenizers
 
 _DEFAULT_MAX_LENGTH = 512
+_MAX_ID = (1 << 31) - 1
 _IDS = ("input_ids", "ids", "tokens")
 _MASKS = ("attention_mask", "input_mask", "mask")
 _TYPES = ("token_type_ids", "segment_ids")
@@ -47,13 +49,11 @@ class TokenCodec:
 
     def __init__(self, inputs: Sequence[TensorInfo], config: TokensConfig, tokenizer: Path | None) -> None:
         """Raises ValueError if the inputs are not those of a token model or the tokenizer file cannot be read."""
+        problem = not_tokens(inputs)
+        if problem:
+            raise ValueError(problem)
         self._roles = {spec.name: _role(spec.name, len(inputs)) for spec in inputs}
         self._dtypes = {spec.name: spec.dtype for spec in inputs}
-        unknown = [spec.name for spec in inputs if not self._roles[spec.name] or len(spec.shape) != 2]
-        if unknown or _IDS not in self._roles.values():
-            raise ValueError(
-                f"not a token model: the service cannot fill input '{unknown[0] if unknown else 'input_ids'}'"
-            )
         self._tokenizer = _read_tokenizer(tokenizer) if tokenizer is not None else None
         self.max_length = config.max_length or self._cut_of_tokenizer() or _DEFAULT_MAX_LENGTH
         for spec in inputs:
@@ -106,7 +106,8 @@ class TokenCodec:
             row_index, column = (int(i) for i in np.argwhere(ids >= limit)[0])
             found = int(ids[row_index, column])
             raise InvalidRequest(
-                f"token id {found} in row {row_index} is out of range; the vocabulary has {limit} tokens"
+                f"token id {found} at position {column} of row {row_index} is out of range; "
+                f"the vocabulary has {limit} tokens, 0 to {limit - 1}"
             )
         values = {_IDS: ids, _MASKS: mask, _TYPES: np.zeros_like(ids), _POSITIONS: np.arange(width) * mask}
         tensors = tuple(
@@ -114,6 +115,24 @@ class TokenCodec:
             for name, role in self._roles.items()
         )
         return TokenBatch(tensors, lengths)
+
+
+def not_tokens(inputs: Sequence[TensorInfo]) -> str:
+    """Why the service cannot make the inputs of a model from token ids; empty where it can."""
+    for spec in inputs:
+        shape = ", ".join(map(str, spec.shape))
+        if len(spec.shape) != 2 or spec.dtype.kind not in "iufb":
+            return f"input '{spec.name}' is {_kind(spec)} [{shape}], but tokens are numbers [batch, sequence]"
+        if not _role(spec.name, len(inputs)):
+            known = ", ".join(name for names in (_IDS, _MASKS, _TYPES, _POSITIONS) for name in names)
+            return f"nothing is known to put into input '{spec.name}'; the inputs of token models are called {known}"
+    if not any(_role(spec.name, len(inputs)) == _IDS for spec in inputs):
+        return f"no input is for the token ids; it is called {' or '.join(_IDS)}"
+    return ""
+
+
+def _kind(spec: TensorInfo) -> str:
+    return "strings" if spec.dtype == object else str(spec.dtype)
 
 
 def _role(name: str, inputs: int) -> tuple[str, ...]:
@@ -136,7 +155,7 @@ def check_texts(value: Any, name: str, max_inputs: int, max_bytes: int) -> list[
     size = 0
     for position, text in enumerate(texts):
         if not isinstance(text, str):
-            raise InvalidRequest(f"{name}[{position}] is {_kind(text)}; send a string")
+            raise InvalidRequest(f"{name}[{position}] is {shown(text)}; send a string")
         if not text:
             raise InvalidRequest(f"{name}[{position}] is empty; send some text")
         size += len(text)
@@ -150,32 +169,24 @@ def check_ids(value: Any, name: str, max_inputs: int) -> list[list[int]]:
     rows = _check_list(value, name, max_inputs)
     for position, row in enumerate(rows):
         if not isinstance(row, list):
-            raise InvalidRequest(f"{name}[{position}] is {_kind(row)}; send a list of token ids")
+            raise InvalidRequest(f"{name}[{position}] is {shown(row)}; send a list of token ids")
         if not row:
             raise InvalidRequest(f"{name}[{position}] is empty; send at least one token id")
         for column, token in enumerate(row):
-            if type(token) is float and abs(token) >= 1 << 63:  # the JSON parser makes larger integers floats
-                raise InvalidRequest(f"{name}[{position}][{column}] is out of the range of int64")
-            if type(token) is not int:
-                raise InvalidRequest(f"{name}[{position}][{column}] is {_kind(token)}; token ids are integers")
-            if not 0 <= token < 1 << 31:
-                raise InvalidRequest(f"{name}[{position}][{column}]: token id {token} is out of range")
+            if type(token) is not int or not 0 <= token <= _MAX_ID:
+                what = f"{name}[{position}][{column}] is {shown(token)}"
+                raise InvalidRequest(f"{what}; token ids are integers from 0 to {_MAX_ID}")
     return rows
 
 
 def _check_list(value: Any, name: str, max_inputs: int) -> list[Any]:
     if not isinstance(value, list):
-        raise InvalidRequest(f"'{name}' is {_kind(value)}; send a list")
+        raise InvalidRequest(f"'{name}' is {shown(value)}; send a list")
     if not value:
         raise InvalidRequest(f"'{name}' is empty; send at least one entry")
     if len(value) > max_inputs:
         raise TooLarge(f"'{name}' has {len(value)} entries; the limit is {max_inputs}")
     return value
-
-
-def _kind(value: Any) -> str:
-    names = {bool: "a boolean", int: "an integer", float: "a number with a fraction", str: "a string", list: "a list"}
-    return "null" if value is None else names.get(type(value), "an object")
 
 
 def pool(vectors: NDArray[Any], mask: NDArray[np.bool_], pooling: Pooling, normalize: bool) -> NDArray[np.float32]:

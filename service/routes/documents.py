@@ -33,6 +33,16 @@ def _body(schema: Schema) -> Schema:
 
 
 ERROR: Schema = _object({"error": _STRING}, ["error"])
+_OR_NULL: Schema = {"type": ["string", "null"]}
+OPENAI_ERROR: Schema = _object(
+    {
+        "error": _object(
+            {"message": _STRING, "type": _STRING, "param": _OR_NULL, "code": _OR_NULL},
+            ["message", "type", "param", "code"],
+        )
+    },
+    ["error"],
+)
 
 _STATUSES = {
     400: "The request can never be answered; the error names what is wrong.",
@@ -45,13 +55,19 @@ _STATUSES = {
     503: "The model is not ready, or the server is shutting down.",
     504: "The deadline passed.",
 }
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text, "content": _json(ERROR)} for status, text in _STATUSES.items()
-}
 
 
-def _answer(schema: Schema, text: str) -> dict[int | str, dict[str, Any]]:
-    return {200: {"description": text, "content": _json(schema)}, **ERRORS}
+def _errors(schema: Schema) -> dict[int | str, dict[str, Any]]:
+    return {status: {"description": text, "content": _json(schema)} for status, text in _STATUSES.items()}
+
+
+ERRORS, OPENAI_ERRORS = _errors(ERROR), _errors(OPENAI_ERROR)
+
+
+def _answer(
+    schema: Schema, text: str, errors: dict[int | str, dict[str, Any]] = ERRORS
+) -> dict[int | str, dict[str, Any]]:
+    return {200: {"description": text, "content": _json(schema)}, **errors}
 
 
 _FILE: Schema = {"type": "string", "format": "binary"}
@@ -120,6 +136,7 @@ EMBEDDINGS_ANSWER = _answer(
         ["object", "data", "model", "usage"],
     ),
     "A vector for each input, in order.",
+    OPENAI_ERRORS,
 )
 _TENSOR: Schema = _object(
     {

@@ -1,6 +1,7 @@
 """`POST /v1/embeddings`: the OpenAI shape, so that unmodified OpenAI clients work."""
 
 import base64
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from service.model_config import Task
 from service.routes.documents import EMBEDDINGS_ANSWER, EMBEDDINGS_BODY
 from service.routes.responses import JsonResponse, ServingOf
 from service.routes.tokens import embed, encode, token_codec
+from service.settings import Settings
 
 router = APIRouter()
 
@@ -26,7 +28,8 @@ _FORMATS = ("float", "base64")
 )
 async def create_embeddings(request: Request, serving: ServingOf) -> JsonResponse:
     """Embed a text, texts, a list of token ids or several. Texts are cut to the model's length."""
-    document = parse_object(await read_body(request, serving.settings))
+    settings = serving.settings
+    document = parse_object(await read_body(request, settings), partial(_read, settings=settings))
     name = document.get("model")
     if not isinstance(name, str):
         raise InvalidRequest("'model' is missing or no string; send the name of an embedding model")
@@ -39,15 +42,8 @@ async def create_embeddings(request: Request, serving: ServingOf) -> JsonRespons
         encoding = document.get("encoding_format", "float")
         if encoding not in _FORMATS:
             raise InvalidRequest("'encoding_format' is neither 'float' nor 'base64'")
-        value = document.get("input")
-        settings = serving.settings
-        if isinstance(value, list) and value and not isinstance(value[0], str):
-            rows = check_ids(value if isinstance(value[0], list) else [value], "input", settings.max_inputs)
-        else:
-            texts = [value] if isinstance(value, str) else value
-            rows = await encode(
-                serving, codec, check_texts(texts, "input", settings.max_inputs, settings.max_text_bytes)
-            )
+        ids, texts = _read(document, settings)
+        rows = ids or await encode(serving, codec, texts)
         vectors = await embed(inference, codec, rows)
         dimensions = document.get("dimensions")
         if dimensions is not None and dimensions != vectors.shape[1]:
@@ -60,6 +56,15 @@ async def create_embeddings(request: Request, serving: ServingOf) -> JsonRespons
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         answer = {"object": "list", "data": data, "model": name, "usage": usage}
         return JsonResponse(answer, headers=inference.headers())
+
+
+def _read(document: dict[str, Any], settings: Settings) -> tuple[list[list[int]], list[str]]:
+    """The rows of ids, or the texts, of a request. Raises InvalidRequest, TooLarge."""
+    value = document.get("input")
+    if isinstance(value, list) and value and type(value[0]) is not str:
+        return check_ids(value if isinstance(value[0], list) else [value], "input", settings.max_inputs), []
+    texts = [value] if isinstance(value, str) else value
+    return [], check_texts(texts, "input", settings.max_inputs, settings.max_text_bytes)
 
 
 def _encode(vector: NDArray[np.float32], encoding: str) -> Any:

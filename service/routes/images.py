@@ -34,7 +34,10 @@ async def classify_images(
     served = serving.accepting(model, version)
     with open_request(serving, served, request) as inference:
         if served.images is None:
-            raise InvalidRequest(f"model '{model}' takes no images (its task is '{served.task}')")
+            raise InvalidRequest(
+                f"model '{model}' takes no images (its task is '{served.task}'): images go into one 4-D input with "
+                f"1 or 3 channels; POST its tensors to /v2/models/{model}/infer"
+            )
         spec = served.images
         settings = serving.settings
         files = await _files(await inference.body(), request.headers, settings.max_images)

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from service import __version__
-from service.routes.documents import ERRORS
+from service.routes.documents import ERRORS, OPENAI_ERRORS
 from service.routes.responses import JsonResponse, ServingOf
 
 router = APIRouter(tags=["operations"], responses=ERRORS)
@@ -20,7 +20,7 @@ async def landing(serving: ServingOf) -> JsonResponse:
     return JsonResponse({"name": "tilewave", "version": __version__, "models": models, "links": links})
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses=OPENAI_ERRORS)
 async def list_models(serving: ServingOf) -> JsonResponse:
     """Every model version, in the OpenAI list shape with what we know beside it."""
     entries: list[dict[str, Any]] = [

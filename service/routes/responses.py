@@ -7,6 +7,7 @@ import orjson
 from fastapi import Depends, Request
 from starlette.responses import Response
 
+from service.errors import ErrorRow, document
 from service.serving import Serving
 
 
@@ -20,9 +21,9 @@ class JsonResponse(Response):
         return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def error_response(message: str, status: int, headers: Mapping[str, str] | None = None) -> JsonResponse:
-    """`{"error": message}`: the one form of every error."""
-    return JsonResponse({"error": message}, status, headers)
+def error_response(message: str, row: ErrorRow, path: str, headers: Mapping[str, str] | None = None) -> JsonResponse:
+    """An error in the form that the clients of `path` read."""
+    return JsonResponse(document(message, row, path), row.status, headers)
 
 
 async def get_serving(request: Request) -> Serving:

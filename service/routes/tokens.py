@@ -1,6 +1,7 @@
 """`POST /v1/models/{model}/tokens`: texts or token ids in; embeddings, logits or per-token outputs out, by the model's
 task."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from service.routes.documents import TOKENS_ANSWER, TOKENS_BODY
 from service.routes.images import Raw, TopK, Version
 from service.routes.responses import JsonResponse, ServingOf
 from service.serving import Serving
+from service.settings import Settings
 
 router = APIRouter(tags=["inference"])
 
@@ -33,7 +35,7 @@ async def run_tokens(
     served = serving.accepting(model, version)
     with open_request(serving, served, request) as inference:
         codec = token_codec(served)
-        rows = await _rows(serving, codec, parse_object(await inference.body()))
+        rows = await _rows(serving, codec, await inference.body())
         batch = codec.batch(rows)
         names = _outputs(served, raw)
         outputs = await inference.run_rows(batch.inputs, names, engine_lengths(served, batch))
@@ -46,8 +48,9 @@ async def run_tokens(
 def token_codec(served: ServedModel) -> TokenCodec:
     """The codec of a token model. Raises InvalidRequest."""
     if served.tokens is None:
-        why = f": {served.not_tokens}" if served.not_tokens else ""
-        raise InvalidRequest(f"model '{served.key.name}' takes no tokens (its task is '{served.task}'){why}")
+        name = served.key.name
+        why = served.not_tokens or f"its task is '{served.task}'"
+        raise InvalidRequest(f"model '{name}' takes no tokens: {why}; POST its tensors to /v2/models/{name}/infer")
     return served.tokens
 
 
@@ -73,19 +76,23 @@ async def embed(inference: InferenceRequest, codec: TokenCodec, rows: list[list[
     return pool(outputs[name], batch.mask, config.pooling, config.normalize)
 
 
-async def _rows(serving: Serving, codec: TokenCodec, document: dict[str, Any]) -> list[list[int]]:
-    settings = serving.settings
+async def _rows(serving: Serving, codec: TokenCodec, body: bytes) -> list[list[int]]:
+    document = parse_object(body, partial(_read, settings=serving.settings))
+    ids, texts = _read(document, serving.settings)
+    return ids or await encode(serving, codec, texts)
+
+
+def _read(document: dict[str, Any], settings: Settings) -> tuple[list[list[int]], list[str]]:
+    """The rows of ids, or the texts, of a request. Raises InvalidRequest, TooLarge."""
     unknown = [key for key in document if key not in ("ids", "text")]
     if unknown or len(document) != 1:
         what = f"unknown key '{unknown[0][:64]}'" if unknown else f"{len(document)} keys"
         raise InvalidRequest(f"the body has {what}; send either 'ids' or 'text'")
     if "ids" in document:
-        return check_ids(document["ids"], "ids", settings.max_inputs)
+        return check_ids(document["ids"], "ids", settings.max_inputs), []
     value = document["text"]
-    texts = check_texts(
-        [value] if isinstance(value, str) else value, "text", settings.max_inputs, settings.max_text_bytes
-    )
-    return await encode(serving, codec, texts)
+    texts = [value] if isinstance(value, str) else value
+    return [], check_texts(texts, "text", settings.max_inputs, settings.max_text_bytes)
 
 
 def _outputs(served: ServedModel, raw: bool) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """The part of the `engine` package that a worker uses, as types. Tests put a small engine of their own behind it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -65,6 +66,8 @@ class EngineModel(Protocol):
     def fallback_ops(self) -> int: ...
     @property
     def load_seconds(self) -> float: ...
+    @property
+    def concurrent_runs(self) -> int: ...
     def run(self, feeds: Mapping[str, NDArray[Any]], /) -> Mapping[str, NDArray[Any]]: ...
     def kernel_stats(self) -> Sequence[EngineKernelStat]: ...
     def memory(self) -> Mapping[str, int]: ...
@@ -78,6 +81,10 @@ class EngineModule(Protocol):
     DeviceLost: type[Exception]
     ShapeError: type[Exception]
     OutOfMemory: type[Exception]
+
+    def background(self) -> AbstractContextManager[None]:
+        """What this thread does inside gives way to what others do with the engine."""
+        ...
 
     def load(self, path: str, *, device: str, precision: str, threads: int | None) -> EngineModel:
         """Load a model file; raises a subclass of `EngineError`."""

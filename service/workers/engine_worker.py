@@ -1,10 +1,12 @@
 """One engine instance: takes commands, runs batches, sends reports.
 
 Threads: `engine` alone runs batches (so the cores are shared fairly between models and nothing waits for a lock inside
-the engine); `loader` loads, warms up, unloads; `statistics` reads counters, so that a scrape never waits for either.
-`handle` may be called by one receiving thread and returns at once.
+the engine); where a model overlaps several runs, as on a GPU, there are as many engine threads, each with one batch.
+`loader` loads, warms up, unloads, and gives way to `engine` in all of it; `statistics` reads counters, so that a scrape
+never waits for either. `handle` may be called by one receiving thread and returns at once.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -47,6 +49,8 @@ from service.workers.warmup import describe_device, describe_tensors, probe
 
 log = logging.getLogger(__name__)
 
+_LAST_LOAD_S = 0.5  # how long the end waits for a model that is being loaded for nothing
+
 
 class EngineWorker:
     """Owns the loaded models of one engine instance. `engine` is imported on the loader thread, not at start; `on_lost`
@@ -61,16 +65,26 @@ class EngineWorker:
         self._engine = engine
         self._reports = report
         self._on_lost = on_lost
-        self._busy_since = 0.0
+        self._busy_since: dict[int, float] = {}
+        self._scattering = threading.Lock()
         self._scheduler = Scheduler()
         self._models: dict[ModelKey, EngineModel] = {}
+        self._stopping = threading.Event()
         self._loader = ThreadPoolExecutor(1, "loader")
         self._statistics = ThreadPoolExecutor(1, "statistics")
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Start the engine thread."""
-        self._thread.start()
+        self._start_threads(1)
+
+    def _start_threads(self, count: int) -> None:
+        """Have at least so many engine threads."""
+        while len(self._threads) < count:
+            number = len(self._threads)
+            thread = threading.Thread(target=self._run, name=f"engine {number}" if number else "engine", daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def handle(self, command: Command) -> None:
         """Take one command; never blocks."""
@@ -88,8 +102,9 @@ class EngineWorker:
             case Unload():
                 self._loader.submit(self._unload, command.key)
             case Stop():
+                self._stopping.set()
                 self._scheduler.stop()
-                self._loader.submit(self._stop)
+                threading.Thread(target=self._stop, name="stop", daemon=True).start()
 
     def _report(self, report: Report) -> None:
         self._reports((report,))
@@ -98,22 +113,30 @@ class EngineWorker:
 
     def _load(self, command: LoadModel) -> None:
         model: EngineModel | None = None
+        if self._stopping.is_set():
+            return
         try:
             started = time.monotonic()
             module = self._engine()
-            model = module.load(
-                command.path, device=command.device, precision=command.precision, threads=command.threads
-            )
-            axes = probe(model, command, module.EngineError)
+            with module.background():
+                model = module.load(
+                    command.path, device=command.device, precision=command.precision, threads=command.threads
+                )
+                axes = probe(model, command, module.EngineError)
             seconds = time.monotonic() - started
         except Exception as error:
-            log.warning("model %s could not be loaded: %s", command.key, error)
+            reason = self._why(error)
+            log.warning("model %s could not be loaded: %s", command.key, reason)
             if model is not None:
                 model.close()
-            self._report(LoadFailed(command.key, str(error) or type(error).__name__))
+            self._report(LoadFailed(command.key, reason))
+            return
+        if self._stopping.is_set():
+            model.close()
             return
         self._models[command.key] = model
-        self._scheduler.add(command.key, command.batching, axes)
+        self._start_threads(model.concurrent_runs)
+        self._scheduler.add(command.key, command.batching, axes, model.concurrent_runs)
         self._report(
             ModelReady(
                 key=command.key,
@@ -127,6 +150,16 @@ class EngineWorker:
             )
         )
 
+    def _why(self, error: Exception) -> str:
+        """Why a model could not be loaded, in words; what the engine did not raise on purpose is a bug of ours."""
+        with contextlib.suppress(Exception):  # the engine itself may be what cannot be imported
+            if isinstance(error, self._engine().EngineError):
+                return str(error)
+        if isinstance(error, MemoryError):
+            return f"there is not enough memory for it: {error}" if str(error) else "there is not enough memory for it"
+        log.error("a model could not be loaded because of a bug", exc_info=error)
+        return f"the engine failed in a way it should not, please report it: {type(error).__name__}: {error}"
+
     def _unload(self, key: ModelKey) -> None:
         self._scheduler.remove(key)
         model = self._models.pop(key, None)
@@ -134,12 +167,18 @@ class EngineWorker:
             model.close()
         self._report(Unloaded(key))
 
+    # ---- the end
+
     def _stop(self) -> None:
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
+        idle = self._loader.submit(lambda: None)
+        self._loader.shutdown(wait=False)
+        with contextlib.suppress(TimeoutError):
+            idle.result(_LAST_LOAD_S)
         for key in list(self._models):
             self._models.pop(key).close()
         self._statistics.shutdown(wait=False)
-        self._loader.shutdown(wait=False)
         self._report(Stopped())
 
     # ---- statistics thread
@@ -154,7 +193,7 @@ class EngineWorker:
             models.append(ModelStats(key, kernels, tuple(model.memory().items()), queued, dropped))
         self._report(StatsReport(command.id, tuple(models)))
 
-    # ---- engine thread
+    # ---- engine threads
 
     def _run(self) -> None:
         while self._run_next():
@@ -165,16 +204,19 @@ class EngineWorker:
         work = self._scheduler.take(self._expired)
         if work is None:
             return False
-        self._busy_since = time.monotonic()
-        self._execute(work)
-        self._busy_since = 0.0
+        self._busy_since[threading.get_ident()] = time.monotonic()
+        try:
+            self._execute(work)
+        finally:
+            del self._busy_since[threading.get_ident()]
+            self._scheduler.done(work)
         return True
 
     @property
     def busy_seconds(self) -> float:
-        """How long the present batch has been running; 0 when none is."""
-        since = self._busy_since
-        return time.monotonic() - since if since else 0.0
+        """How long the oldest batch has been running; 0 when none is."""
+        since = list(self._busy_since.values())
+        return time.monotonic() - min(since) if since else 0.0
 
     def _expired(self, entry: Entry) -> None:
         text = "the deadline passed while the request waited in the queue"
@@ -183,11 +225,14 @@ class EngineWorker:
     def _execute(self, work: Work) -> None:
         """Run a batch; if it fails, run each request in it alone and without padding: neither its neighbours nor the
         batch's common length shall fail it (the model's positions may end before that)."""
-        started = time.monotonic()
+        started, share = time.monotonic(), self._scheduler.engine_seconds()
         try:
             outputs = self._models[work.key].run(assemble(work.batch))
             seconds = time.monotonic() - started
-            finished = scatter(work.batch, dict(outputs), work.axes)
+            with self._scattering:
+                finished = scatter(work.batch, dict(outputs), work.axes)
+                for part in work.batch.parts:
+                    part.entry.compute_seconds += seconds
         except Exception as error:
             if isinstance(error, self._engine().DeviceLost):
                 self._on_lost(str(error))
@@ -201,9 +246,7 @@ class EngineWorker:
             for batch in alone:
                 self._execute(Work(work.key, work.axes, batch))
             return
-        self._scheduler.record(work, seconds)
-        for part in work.batch.parts:
-            part.entry.compute_seconds += seconds
+        self._scheduler.record(work, self._scheduler.engine_seconds() - share)
         batch = work.batch
         padding = batch.rows * batch.width - batch.tokens if batch.width else 0
         rows = batch.rows if work.axes.mode is not BatchingMode.NONE else _rows(batch.parts[0].entry.arrays)
@@ -240,8 +283,9 @@ def _alone(part: Taken) -> Batch:
 def _answer(entry: Entry) -> InferResult:
     request = entry.request
     outputs = tuple((name, LocalTensor(entry.outputs[name])) for name in request.outputs)
-    waited = time.monotonic() - request.arrival - entry.compute_seconds
-    return InferResult(request.id, outputs, max(waited, 0.0), entry.compute_seconds)
+    passed = time.monotonic() - request.arrival
+    computed = min(entry.compute_seconds, passed)  # parts of a request may have run side by side
+    return InferResult(request.id, outputs, passed - computed, computed)
 
 
 def _rows(arrays: Mapping[str, NDArray[Any]]) -> int:

@@ -5,6 +5,8 @@ Runs on the event loop; arrays of answers may die on any thread.
 
 import asyncio
 import logging
+import os
+import socket
 from collections import deque
 from collections.abc import Callable
 from typing import cast
@@ -54,8 +56,10 @@ class Link(asyncio.Protocol):
             self._transport.write(encode(message, self._blocks))
 
     def close(self) -> None:
-        """End the connection, and with it the child."""
+        """End the connection, and with it the child: now, not when the event loop comes to it."""
         if self._transport is not None:
+            with socket.socket(fileno=os.dup(self._transport.get_extra_info("socket").fileno())) as end:
+                end.shutdown(socket.SHUT_RDWR)
             self._transport.abort()
 
     def _answer_read(self, start: int) -> None:

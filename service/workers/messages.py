@@ -256,9 +256,11 @@ class Stopped:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
-    """The worker's process is gone, and with it every loaded model; it is started again and loads them again."""
+    """The worker's process is gone, and with it every loaded model; where `restarting`, it is started again and loads
+    them again."""
 
     reason: str
+    restarting: bool
 
 
 Report = ModelReady | LoadFailed | InferResult | InferFailed | BatchDone | Unloaded | StatsReport | Stopped | WorkerLost

@@ -116,13 +116,15 @@ class ProcessTransport:
         self._stopping = self._stopped = True
         if self._supervisor is not None:
             self._supervisor.cancel()
+        process = self._process if self._process is not None and self._process.poll() is None else None
         if self._link is not None:
             self._link.close()
-        if self._process is not None:
+        if process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_LAST_WAIT_S)  # it goes by itself when its socket ends
-            self._process.kill()
-            self._process.wait()
+                process.wait(_LAST_WAIT_S)  # it goes by itself when its socket ends
+            process.kill()
+            process.wait()
+            log.info("engine process %d was stopped", process.pid)
 
     @property
     def pid(self) -> int | None:
@@ -209,24 +211,25 @@ class ProcessTransport:
         if self._process is not None:
             self._process.kill()
 
-    def _lost(self) -> None:
-        """The socket has ended, and the child with it or soon."""
+    def _lost(self) -> bool:
+        """The socket has ended, and the child with it or soon; whether it should not have."""
         self._link = self._blocks = None
         self._counters.retire()
         if self._stopped:
-            return
+            return False
         cause = f": {self._last_words}" if self._last_words else ""
         reason = f"the engine process ended unexpectedly{cause}"
+        next_ = "the server is shutting down" if self._stopping else "it is being restarted"
         for request in sorted(self._in_flight):
-            text = f"{reason}; it is being restarted"
-            self._deliver(InferFailed(request, FailureCode.WORKER_LOST, text, 1.0))
+            self._deliver(InferFailed(request, FailureCode.WORKER_LOST, f"{reason}; {next_}", 1.0))
         self._in_flight.clear()
+        self._deliver(WorkerLost(reason, restarting=not self._stopping))
         if self._stopping:
             self._stopped = True
             self._deliver(Stopped())
-            return
-        self._deliver(WorkerLost(reason))
-        self._blame()
+        else:
+            self._blame()
+        return True
 
     def _blame(self) -> None:
         """The child loads one model at a time: the first without a report was at it when the child ended."""
@@ -279,11 +282,9 @@ class ProcessTransport:
             await ended.wait()
         finally:
             watch.cancel()
-            self._lost()
+            crashed = self._lost()
             status = await loop.run_in_executor(None, _reap, self._process)
-            if self._stopped:
-                log.info("engine process %d was stopped", self._process.pid)
-            else:
+            if crashed:
                 log.error("engine process %d ended: %s", self._process.pid, _said(status))
 
     async def _watch(self) -> None:

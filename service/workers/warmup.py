@@ -2,10 +2,13 @@
 
 Batching is read from the specs (policy.find_axes), then proved: two rows together must equal each row alone, and a
 padded row must equal the same row without padding. A model that fails the proof is served with less batching, never
-wrongly.
+wrongly. Sizes are the smallest that prove anything, and a model that computes for seconds on one row is not proved: its
+rows would gain nothing from each other.
 """
 
 import logging
+import math
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,6 +24,7 @@ log = logging.getLogger(__name__)
 _TOLERANCE = 2e-2  # relative L2: wide enough for fp16 and for another tile order, far below a mixed-up row
 _SHORT, _LONG = 5, 8  # tokens of the probe's rows
 _GUESS = 8  # extent of a symbolic dim that nothing says more about
+_LONG_S = 1.0  # seconds of one row's arithmetic at the device's ceiling
 
 Array = NDArray[Any]
 
@@ -38,31 +42,43 @@ def describe_device(info: EngineDeviceInfo) -> Device:
 def probe(model: EngineModel, command: LoadModel, engine_error: type[Exception]) -> BatchAxes:
     """Warm a model up and return how it may be batched.
 
-    Raises the engine's error if a model whose shapes are all known cannot run; where extents had to be guessed, a
-    failed run proves nothing about the model, and it is served unbatched.
+    Raises the engine's error if a model whose shapes are all known cannot run; where extents or strings had to be
+    guessed, a failed run proves nothing about the model, and it is served unbatched.
     """
     inputs, outputs = describe_tensors(model.inputs), describe_tensors(model.outputs)
     axes = find_axes(inputs, outputs)
-    guessed = any(isinstance(dim, str) for spec in inputs for dim in spec.shape[1:]) and axes.sequence is None
+    open_dims = any(isinstance(dim, str) for spec in inputs for dim in spec.shape[1:]) and axes.sequence is None
+    strings = [spec.name for spec in inputs if spec.dtype == object]
     try:
         one = _feeds(inputs, axes, command, rows=1, width=_SHORT)
         first = model.run(one)
         if axes.mode is BatchingMode.NONE:
             return axes
+        seconds = _least_seconds(model)
+        if seconds > _LONG_S:
+            return axes.without_batching(f"one row computes for {seconds:.1f} s or more, so rows together gain nothing")
         second = {name: _other(array) for name, array in one.items()}
         both = model.run({name: np.concatenate([one[name], second[name]]) for name in one})
         apart = model.run(second)
     except engine_error as error:
-        if not guessed or command.image_size is not None:
+        if not strings and (not open_dims or command.image_size is not None):
             raise
-        log.info("model %s: no warm-up, the guessed shapes do not run: %s", command.key, error)
-        return axes.without_batching("the warm-up run with guessed shapes failed, so batching could not be checked")
+        guess = f"strings for input '{strings[0]}'" if strings else "sizes"
+        log.info("model %s: the warm-up run with guessed %s failed: %s", command.key, guess, error)
+        return axes.without_batching(
+            f"the warm-up run with guessed {guess} failed, so that batching could not be checked: {error}"
+        )
     for name in both:
         if not _close(both[name][:1], first[name]) or not _close(both[name][1:], apart[name]):
             return axes.without_batching(f"two rows together give another '{name}' than each alone")
     if axes.mode is BatchingMode.PADDED:
         return _probe_padding(model, inputs, axes, one, first)
     return axes
+
+
+def _least_seconds(model: EngineModel) -> float:
+    """What the arithmetic of the model's only run so far takes at the least."""
+    return sum(kernel.flops for kernel in model.kernel_stats()) / model.device_info.peak_flops
 
 
 def _probe_padding(
@@ -97,29 +113,46 @@ def _feeds(
             for axis, extent in zip(spatial, command.image_size, strict=True):
                 shape[axis] = extent if isinstance(shape[axis], str) else shape[axis]
         extents = tuple(dim if isinstance(dim, int) else _GUESS for dim in shape)
+        _check_size(spec, extents)
         if spec.name in MASK_NAMES:
             feeds[spec.name] = np.ones(extents, spec.dtype)
         elif spec.dtype.kind in "iub" and "type" not in spec.name:
             feeds[spec.name] = generator.integers(0, 2, extents).astype(spec.dtype)
         elif spec.dtype.kind == "f":
-            feeds[spec.name] = generator.standard_normal(extents).astype(spec.dtype)
+            feeds[spec.name] = generator.standard_normal(extents, np.float32).astype(spec.dtype, copy=False)
+        elif spec.dtype == object:
+            feeds[spec.name] = np.full(extents, "1", object)  # a word, and a number for models that read one
         else:
             feeds[spec.name] = np.zeros(extents, spec.dtype)
     return feeds
+
+
+def _check_size(spec: TensorInfo, extents: tuple[int, ...]) -> None:
+    """Raises MemoryError for an input that no request could bring: the system might promise it memory all the same,
+    and end the process on first use."""
+    nbytes = math.prod(extents) * spec.dtype.itemsize
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if nbytes > memory // 4:
+        raise MemoryError(
+            f"input '{spec.name}' of shape {list(extents)} has {nbytes} bytes, and the machine has {memory} in all; "
+            "export the model with smaller inputs"
+        )
 
 
 def _other(array: Array) -> Array:
     """Another row: what the first one is not, so that a mixed-up batch shows; all-one masks stay."""
     if array.dtype.kind in "iub":
         return array if array.all() or not array.any() else (1 - array.astype(np.int64)).astype(array.dtype)
+    if array.dtype == object:
+        return np.full_like(array, "2")
     if array.dtype.kind != "f":
         return array
     return (array.astype(np.float32) * -0.5 + 0.25).astype(array.dtype)
 
 
 def _close(got: Array, expected: Array) -> bool:
-    if got.shape != expected.shape:
-        return False
+    if got.shape != expected.shape or got.dtype == object:
+        return np.array_equal(got, expected)
     a, b = got.astype(np.float64), expected.astype(np.float64)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return bool(np.array_equal(a, b, equal_nan=True))

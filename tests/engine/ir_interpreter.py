@@ -277,12 +277,58 @@ def _concat(op: ops.Concat, inputs: Sequence[Array], sizes: Sizes, node: Node) -
     return [np.concatenate(inputs, axis=op.axis)]
 
 
+def _undefined(op: ops.Undefined, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    poison = np.nan if inputs[0].dtype.kind == "f" else 77  # nothing may come of it
+    return [np.full(tuple(evaluate(dim, sizes) for dim in op.shape), poison, inputs[0].dtype)]
+
+
 def _pad(op: ops.Pad, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
-    return [_pad_or_crop(inputs[0], op.pads, op.mode.value, op.value)]
+    if op.mode is ops.PadMode.CONSTANT:
+        return [_pad_or_crop(inputs[0], op.pads, op.mode.value, op.value)]
+    # What is cropped is gone before the rest is reflected or repeated, as in ONNX Runtime; ONNX leaves it open.
+    cropped = _pad_or_crop(inputs[0], [(min(0, begin), min(0, end)) for begin, end in op.pads])
+    return [_pad_or_crop(cropped, [(max(0, begin), max(0, end)) for begin, end in op.pads], op.mode.value)]
 
 
 def _gather(op: ops.Gather, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
     return [np.asarray(np.take(inputs[0], inputs[1], axis=op.axis))]
+
+
+def _scatter(op: ops.Scatter, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    data, indices, updates = inputs
+    acc = data.copy() if op.kind is ops.ScatterKind.REPLACE else _wide(data)
+    if op.axis is None:
+        place: Any = tuple(np.moveaxis(indices, -1, 0))
+    else:
+        place = tuple(indices if i == op.axis else position for i, position in enumerate(np.indices(indices.shape)))
+    if op.kind is ops.ScatterKind.REPLACE:
+        acc[place] = updates
+    else:
+        combine: Any = {"add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum}[op.kind.value]
+        combine.at(acc, place, updates.astype(acc.dtype))
+    return [acc.astype(data.dtype)]
+
+
+def _running(op: ops.Running, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    x = _wide(inputs[0]) if DType.of(inputs[0].dtype).is_float else inputs[0]
+    x = np.flip(x, op.axis) if op.reverse else x
+    running: Any = {ops.RunningKind.SUM: np.add, ops.RunningKind.PROD: np.multiply}[op.kind]
+    acc = running.accumulate(x, axis=op.axis, dtype=x.dtype)
+    if op.exclusive:
+        first = np.full_like(np.take(x, [0], op.axis) if x.size else x, running.identity)
+        acc = np.concatenate([first, np.take(acc, np.arange(x.shape[op.axis] - 1), op.axis)], op.axis)
+    return [(np.flip(acc, op.axis) if op.reverse else acc).astype(inputs[0].dtype)]
+
+
+def _top_k(op: ops.TopK, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    x, k = inputs[0], evaluate(op.k, sizes)
+    key = x.astype(np.float64) if DType.of(x.dtype).is_float else x  # where NaN is sorted last
+    # A stable sort of what is turned round keeps equal elements in their order when it is turned back.
+    order = np.argsort(np.flip(key, op.axis) if op.largest else key, axis=op.axis, kind="stable")
+    if op.largest:
+        order = np.flip(x.shape[op.axis] - 1 - order, op.axis)
+    best = np.take(order, np.arange(k), axis=op.axis)
+    return [np.take_along_axis(x, best, axis=op.axis), best.astype(np.int64)]
 
 
 def _resize(op: ops.Resize, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
@@ -427,8 +473,12 @@ _RUNNERS: dict[type[ops.Op], Callable[[Any, Sequence[Array], Sizes, Node], list[
     ops.Reduce: _reduce,
     ops.Pool: _pool,
     ops.Concat: _concat,
+    ops.Undefined: _undefined,
     ops.Pad: _pad,
     ops.Gather: _gather,
+    ops.Scatter: _scatter,
+    ops.TopK: _top_k,
+    ops.Running: _running,
     ops.Resize: _resize,
     ops.ShapeTensor: _shape_tensor,
     ops.Opaque: _opaque,

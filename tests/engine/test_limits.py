@@ -59,6 +59,21 @@ def test_a_model_that_repeats_one_number_for_terabytes_is_refused() -> None:
         loaded.run({"x": np.ones(1, np.float32)})
 
 
+def test_an_output_that_the_machine_cannot_hold_is_named() -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Expand", ["x", "size"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 1])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 1 << 30])],
+        [helper.make_tensor("size", TensorProto.INT64, [2], [1, 1 << 30])],
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    with engine.load(made.SerializeToString(), device="cpu") as loaded:
+        words = r"output 'y' of shape \[1000, 1073741824\] has 4294967296000 bytes"
+        with pytest.raises(engine.OutOfMemory, match=words):
+            loaded.run({"x": np.ones((1000, 1), np.float32)})
+
+
 @pytest.mark.parametrize("arguments", [{"threads": 1.5}, {"plan_cache_bytes": -1}, {"device": None}])
 def test_arguments_of_load_that_mean_nothing(arguments: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):

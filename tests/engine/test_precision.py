@@ -26,7 +26,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeGpu:
     fake = FakeGpu()
     monkeypatch.setattr(probe, "survey", lambda: Survey((Gpu(0, "fake", (9, 0)),), (13, 0)))
     monkeypatch.setattr(probe, "missing_packages", list)
-    monkeypatch.setattr(loading, "cuda_target", lambda _: fake.target())
+    monkeypatch.setattr(loading, "cuda_target", lambda *_: fake.target())
     monkeypatch.setenv("TILEWAVE_CACHE_DIR", str(tmp_path))
     return fake
 

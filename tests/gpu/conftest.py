@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,3 +60,29 @@ def efficientnet(efficientnet_lite0: Path) -> Iterator[Both]:
 @pytest.fixture(scope="session")
 def minilm(all_minilm_l6_v2: Path) -> Iterator[Both]:
     yield from _both(all_minilm_l6_v2 / "1" / "model.onnx")
+
+
+Figures = Callable[[str], dict[str, float]]
+"""Makes the row of a name, to be filled with figures; `pytest_terminal_summary` prints all rows."""
+
+
+@pytest.fixture
+def figures(record_property: Callable[[str, object], None]) -> Figures:
+    def row(name: str) -> dict[str, float]:
+        found: dict[str, float] = {}
+        record_property(_FIGURES, (name, found))
+        return found
+
+    return row
+
+
+_FIGURES = "figures"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The figures of all tests that have some, also of those that ran in other processes."""
+    reports = (report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, ()))
+    rows = [value for report in reports for name, value in report.user_properties if name == _FIGURES]
+    for name, found in rows:
+        cells = [f"{key} {value:,}" if isinstance(value, int) else f"{key} {value:.1e}" for key, value in found.items()]
+        terminalreporter.write_line(f"{name:28} {'  '.join(cells)}")

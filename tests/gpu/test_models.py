@@ -86,9 +86,18 @@ def test_the_verdict_is_read_from_the_cache(
     assert "as found before" in caplog.text
 
 
-def test_a_precision_without_kernels_is_refused(efficientnet_lite0: Path) -> None:
-    with pytest.raises(engine.UnsupportedOp, match="fp16"):
-        engine.load(efficientnet_lite0 / "1" / "model.onnx", device="cuda", precision="fp32")
+@pytest.mark.parametrize(("precision", "bound"), [("bf16", 2e-2), ("tf32", 5e-3), ("fp32", 1e-5)])
+def test_other_precisions_match_the_cpu(
+    precision: str, bound: float, efficientnet: Both, efficientnet_lite0: Path, minilm: Both, all_minilm_l6_v2: Path
+) -> None:
+    for both, folder, feeds in (
+        (efficientnet, efficientnet_lite0, image_feeds(3)),
+        (minilm, all_minilm_l6_v2, token_feeds(3, 50)),
+    ):
+        with engine.load(folder / "1" / "model.onnx", device="cuda", precision=precision, strict=True) as model:
+            assert model.precision == precision
+            got, expected = model.run(feeds), both.cpu.run(feeds)
+            assert all(relative_error(got[name], array) <= bound for name, array in expected.items())
 
 
 @pytest.mark.parametrize("number", [99, 10_000])

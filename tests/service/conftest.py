@@ -156,8 +156,8 @@ class Starter:
 
     def stop(self) -> None:
         """Stop every server; each must end by itself and close its models."""
-        for stop in self._stops:
-            stop()
+        while self._stops:
+            self._stops.pop()()
 
 
 @pytest.fixture
@@ -184,11 +184,18 @@ def server(start: Start, repository: Path) -> Running:
 
 
 def error_of(response: httpx.Response) -> str:
-    """The message of an error answer; it must be the one form we have."""
+    """The message of an error answer; it must have the form of its route."""
     body: Mapping[str, Any] = response.json()
     assert list(body) == ["error"], body
-    assert isinstance(body["error"], str)
-    return body["error"]
+    error = body["error"]
+    path = response.url.path
+    if path.startswith("/v1/") and not path.endswith(("/images", "/tokens")):
+        assert list(error) == ["message", "type", "param", "code"]
+        assert error["type"] in ("invalid_request_error", "rate_limit_error", "server_error")
+        assert error["param"] is None and isinstance(error["code"], str)
+        error = error["message"]
+    assert isinstance(error, str)
+    return error
 
 
 class Process:

@@ -2,7 +2,8 @@
 
 A "model file" is JSON: {"kind": …} plus arguments; `KINDS` lists what there is. It checks its feeds as strictly as
 the real one.
-`FakeEngine.gate` can hold runs back, so that tests decide when a batch ends; `calls` records every run.
+`FakeEngine.gate` can hold runs back, so that tests decide when a batch ends; `calls` records every run. What a thread
+other than `engine` does must be inside `background`, and its runs are in `probes`.
 """
 
 import json
@@ -10,7 +11,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -163,7 +165,12 @@ KINDS: dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], Runner]] 
     "half": ((_spec("input", "float16", "batch", 2),), (_spec("output", "float16", "batch", 2),), _halves),
     "int32": ((_spec("input", "int32", "batch", 2),), (_spec("output", "int32", "batch", 2),), _identity),
     "bool": ((_spec("input", "bool", "batch", 2),), (_spec("output", "bool", "batch", 2),), _identity),
-    "bytes": ((_spec("input", "object", 2),), (_spec("output", "object", 2),), _identity),
+    "endless": (
+        (_spec("input", "float32", 1 << 20, 1 << 20),),
+        (_spec("output", "float32", 1 << 20, 1 << 20),),
+        _identity,
+    ),
+    "strings": ((_spec("input", "object", "n", 2),), (_spec("output", "object", "n", 2),), _identity),
     "colours": (
         (_spec("input", "float32", "batch", 3, 8, 8),),
         (_spec("logits", "float32", "batch", 3),),
@@ -194,6 +201,7 @@ class FakeModel:
         self.device_info = DeviceInfo()
         self.fallback_ops = 0
         self.load_seconds = 0.01
+        self.concurrent_runs = arguments.get("concurrent_runs", 1)
         self.closed = False
         self._owner = owner
         self._arguments = arguments
@@ -204,7 +212,7 @@ class FakeModel:
         """Check like the real engine, wait for the gate, compute."""
         assert not self.closed, "run after close"
         self._check(feeds)
-        if threading.current_thread().name == "engine":
+        if threading.current_thread().name.startswith("engine"):
             first = next(iter(feeds.values()))
             self._owner.calls.append((self.kind, first.shape))
             self._owner.running.release()
@@ -217,6 +225,11 @@ class FakeModel:
             self._fail_as_told(first)
             if self._arguments.get("crash") and bool((first == -1).any()):
                 raise RuntimeError("a bug in the engine")
+        else:
+            assert self._owner.behind.active, "a probe that does not give way"
+            self._owner.probes.append((self.kind, next(iter(feeds.values())).shape))
+            if "probe_error" in self._arguments:
+                raise EngineError(self._arguments["probe_error"])
         outputs = self._run(feeds)
         with self._lock:
             self._launches += 1
@@ -243,6 +256,8 @@ class FakeModel:
             array = feeds[spec.name]
             if array.dtype != spec.dtype or array.ndim != len(spec.shape):
                 raise ShapeError(f"input '{spec.name}' is {array.dtype} {array.shape}, not {spec.dtype} {spec.shape}")
+            if array.dtype == object and not all(isinstance(element, str) for element in array.flat):
+                raise ShapeError(f"input '{spec.name}' holds elements that are no str")
             for want, got in zip(spec.shape, array.shape, strict=True):
                 if isinstance(want, str):
                     want = symbols.setdefault(want, got)
@@ -250,10 +265,10 @@ class FakeModel:
                     raise ShapeError(f"input '{spec.name}' has shape {array.shape}; it takes {spec.shape}")
 
     def kernel_stats(self) -> tuple[KernelStat, ...]:
-        """Two kernels, so much a launch."""
+        """Two kernels, so much a launch; "flops" is what a run of the first has."""
         n = self._launches
         return (
-            KernelStat("gemm_f32", "Gemm", n, n * 1e-3, n * 5e8, n * 1e6),
+            KernelStat("gemm_f32", "Gemm", n, n * 1e-3, n * self._arguments.get("flops", 5e8), n * 1e6),
             KernelStat("pointwise_f32", "Pointwise", n, n * 1e-4, n * 1e5, n * 5e6),
         )
 
@@ -266,15 +281,25 @@ class FakeModel:
         self.closed = True
 
 
+class Behind(threading.local):
+    """Whether the thread is inside `background`."""
+
+    active = False
+
+
 @dataclass
 class FakeEngine:
-    """The module `engine`. `running` is released at the start of each run on the engine thread."""
+    """The module `engine`. `running` is released at the start of each run on the engine thread, `loading` at that of
+    each load."""
 
     calls: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    probes: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    behind: Behind = field(default_factory=Behind)
     models: list[FakeModel] = field(default_factory=list)
     gate: threading.Event = field(default_factory=threading.Event)
     load_gate: threading.Event = field(default_factory=threading.Event)
     running: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    loading: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     poison_error: type[Exception] = ShapeError
     EngineError: type[Exception] = EngineError
     ShapeError: type[Exception] = ShapeError
@@ -285,10 +310,21 @@ class FakeEngine:
         self.gate.set()
         self.load_gate.set()
 
+    @contextmanager
+    def background(self) -> Iterator[None]:
+        """Note that the thread gives way."""
+        self.behind.active = True
+        try:
+            yield
+        finally:
+            self.behind.active = False
+
     def load(
         self, path: str, *, device: str = "auto", precision: str = "auto", threads: int | None = None
     ) -> FakeModel:
         """Read the JSON; anything else is a ModelError."""
+        assert self.behind.active, "a load that does not give way"
+        self.loading.release()
         assert self.load_gate.wait(20), "the test never opened the load gate"
         with open(path, "rb") as file:
             try:
@@ -296,6 +332,8 @@ class FakeEngine:
                 time.sleep(arguments.get("load_sleep", 0))
                 if arguments.get("fatal"):
                     os.kill(os.getpid(), signal.SIGKILL)
+                if arguments.get("bug"):
+                    raise LookupError("oops")
                 model = FakeModel(self, path, arguments["kind"], arguments)
             except (ValueError, KeyError, TypeError) as error:
                 raise ModelError(f"{path.rsplit('/', 1)[-1]} is no ONNX model: {error}") from None

@@ -51,7 +51,7 @@ def token_rows(lengths: list[int], seed: int = 0) -> dict[str, np.ndarray]:
         ("identity", BatchingMode.ROWS),
         ("colours", BatchingMode.ROWS),
         ("fixed", BatchingMode.NONE),
-        ("bytes", BatchingMode.NONE),
+        ("strings", BatchingMode.ROWS),
         ("one_row", BatchingMode.NONE),
         ("encoder", BatchingMode.PADDED),
         ("text_classes", BatchingMode.PADDED),
@@ -60,6 +60,19 @@ def token_rows(lengths: list[int], seed: int = 0) -> dict[str, np.ndarray]:
 )
 def test_axes_of_a_model_say_how_it_may_be_batched(kind: str, mode: BatchingMode) -> None:
     assert find_axes(*infos(kind)).mode is mode
+
+
+def test_what_keeps_a_model_from_being_batched_is_named() -> None:
+    float32 = np.dtype("float32")
+    batched, fixed = TensorInfo("x", float32, ("batch", 4)), TensorInfo("y", float32, (1, 4))
+    scalar, other = TensorInfo("s", float32, ()), TensorInfo("z", float32, ("n", 4))
+    cases = [
+        ((fixed,), (batched,), "the first dim of input 'y' is 1; batching needs one open dim"),
+        ((batched, scalar), (batched,), "the first dim of input 's' does not exist, not 'batch'"),
+        ((batched,), (other,), "the first dim of output 'z' is n, not 'batch'"),
+    ]
+    for inputs, outputs, words in cases:
+        assert words in find_axes(inputs, outputs).reason
 
 
 def test_no_batching_where_an_output_lacks_the_batch_symbol() -> None:

@@ -236,11 +236,9 @@ def test_a_client_that_goes_is_dropped_before_compute(server: Running) -> None:
         busy = pool.submit(server.identity, [0.0] * 4)
         assert server.engine.running.acquire(timeout=10)
         host, port = server.url.removeprefix("http://").split(":")
-        body = b'{"inputs":[{"name":"input","shape":[1,4],"datatype":"FP32","data":[1,2,3,4]}]}'
-        head = f"POST /v2/models/identity/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         clients = [socket.create_connection((host, int(port))) for _ in range(5)]
         for raw in clients:
-            raw.sendall(head.encode() + body)
+            raw.sendall(infer_bytes())
         wait_for(lambda: server.metric("inference_queue_depth", model="identity") == 5)
         for raw in clients:
             raw.close()
@@ -251,6 +249,96 @@ def test_a_client_that_goes_is_dropped_before_compute(server: Running) -> None:
     assert server.metric("inference_dropped_requests_total", model="identity") == 5
     assert server.metric("inference_requests_total", model="identity", outcome="cancelled") == 5
     assert server.metric("inference_inflight", model="identity") == 0
+
+
+def infer_bytes(version: str = "1.1") -> bytes:
+    body = b'{"inputs":[{"name":"input","shape":[1,4],"datatype":"FP32","data":[1,2,3,4]}]}'
+    head = f"POST /v2/models/identity/infer HTTP/{version}\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def half_closed(server: Running, request: bytes) -> socket.socket:
+    """A client that has sent all it will send, and reads."""
+    host, port = server.url.removeprefix("http://").split(":")
+    raw = socket.create_connection((host, int(port)), timeout=10)
+    raw.sendall(request)
+    raw.shutdown(socket.SHUT_WR)
+    return raw
+
+
+def everything(raw: socket.socket) -> bytes:
+    """What comes until the server closes."""
+    with raw:
+        return b"".join(iter(lambda: raw.recv(65536), b""))
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("seconds", [0.0, 0.3, 1.5])
+def test_a_client_that_closed_its_sending_side_gets_its_answer(server: Running, version: str, seconds: float) -> None:
+    server.engine.gate.clear()
+    raw = half_closed(server, infer_bytes(version))
+    assert server.engine.running.acquire(timeout=10)
+    time.sleep(seconds)
+    server.engine.gate.set()
+    *interim, answer = everything(raw).split(b"HTTP/1.1 ")[1:]
+    assert answer.startswith(b"200 OK") and b"connection: close" in answer and b"[1.0,2.0,3.0,4.0]" in answer
+    assert set(interim) <= {b"100 Continue\r\n\r\n"}
+    assert len(interim) <= 3 and not (interim and version == "1.0")
+
+
+def test_pipelined_requests_of_a_client_that_closed_its_sending_side(server: Running) -> None:
+    got = everything(half_closed(server, infer_bytes() * 3))
+    assert got.count(b"HTTP/1.1 200 OK") == 3
+    assert got.count(b"[1.0,2.0,3.0,4.0]") == 3
+
+
+@pytest.mark.parametrize("cut", [10, 60, -5], ids=["path", "header", "body"])
+def test_half_a_request_and_a_closed_sending_side_end_the_connection(server: Running, cut: int) -> None:
+    began = time.monotonic()
+    got = everything(half_closed(server, infer_bytes()[:cut]))
+    assert b"200" not in got
+    assert time.monotonic() - began < 5
+    assert not server.engine.calls
+
+
+def test_a_client_that_goes_after_it_closed_its_sending_side_is_noticed(server: Running) -> None:
+    server.engine.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        busy = pool.submit(server.identity, [0.0] * 4)
+        assert server.engine.running.acquire(timeout=10)
+        raw = half_closed(server, infer_bytes())
+        assert raw.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        assert server.metric("inference_queue_depth", model="identity") == 1
+        raw.close()
+        wait_for(lambda: server.metric("inference_queue_depth", model="identity") == 0)
+        server.engine.gate.set()
+        assert busy.result().status_code == 200
+    assert server.engine.calls == [("identity", (1, 4))]
+    assert server.metric("inference_requests_total", model="identity", outcome="cancelled") == 1
+
+
+@pytest.mark.parametrize("protocol", ["h2c", "websocket"])
+@pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
+@pytest.mark.parametrize("cut", [0, -7], ids=["one piece", "two pieces"])
+def test_another_protocol_that_is_offered_is_declined(server: Running, protocol: str, chunked: bool, cut: int) -> None:
+    """Java's client offers HTTP/2 with every request; what it sends with it is not lost, nor is what follows."""
+    head, body = infer_bytes().split(b"\r\n\r\n")
+    offer = f"\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: {protocol}\r\nHTTP2-Settings: AAEAAEAA".encode()
+    if chunked:
+        head, body = head.rsplit(b"\r\n", 1)[0], b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+        offer += b"\r\nTransfer-Encoding: chunked"
+    request = head + offer + b"\r\n\r\n" + body
+    pieces = [request] if not cut else [request[:cut], request[cut:]]
+    got = answer_to(server, *pieces, request, shut=True)
+    assert got.count(b"HTTP/1.1 200 OK") == 2, got
+    assert got.count(b"[1.0,2.0,3.0,4.0]") == 2
+
+
+@pytest.mark.parametrize("offer", [b"", b"Connection: upgrade\r\nUpgrade: x\r\n"])
+def test_a_proxy_is_what_the_server_is_not(server: Running, offer: bytes) -> None:
+    got = answer_to(server, b"CONNECT example.com:443 HTTP/1.1\r\nHost: x\r\n" + offer + b"\r\n")
+    assert got.startswith(b"HTTP/1.1 400 ")
+    assert b'{"error":"not a valid HTTP request"}' in got
 
 
 def test_one_models_failure_is_that_requests_500_and_no_more(start: Start, tmp_path: Path) -> None:
@@ -277,6 +365,17 @@ def test_openapi_documents_every_route(shared: Running) -> None:
     assert shared.client.get("/docs").status_code == 200
 
 
+def test_openapi_says_which_form_errors_have(shared: Running) -> None:
+    document = shared.client.get("/openapi.json").json()
+
+    def form(method: str, path: str) -> str:
+        content = document["paths"][path][method]["responses"]["400"]["content"]
+        return content["application/json"]["schema"]["properties"]["error"]["type"]
+
+    assert form("post", "/v1/embeddings") == form("get", "/v1/models") == "object"
+    assert form("post", "/v1/models/{model}/tokens") == form("post", "/v2/models/{model}/infer") == "string"
+
+
 def test_the_landing_page_points_onwards(shared: Running) -> None:
     links = shared.client.get("/").json()["links"]
     for link in links.values():
@@ -299,8 +398,8 @@ def test_many_threads_get_their_own_answers(shared: Running) -> None:
     assert threading.active_count() < 60
 
 
-def answer_to(server: Running, *pieces: bytes) -> bytes:
-    """What comes back until the server closes the connection."""
+def answer_to(server: Running, *pieces: bytes, shut: bool = False) -> bytes:
+    """What comes back until the server closes the connection. `shut`: the client sends no more after the pieces."""
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as raw:
         received = b""
@@ -308,6 +407,8 @@ def answer_to(server: Running, *pieces: bytes) -> bytes:
             for piece in pieces:
                 raw.sendall(piece)
                 time.sleep(0.02)
+            if shut:
+                raw.shutdown(socket.SHUT_WR)
             while data := raw.recv(65536):
                 received += data
         except ConnectionResetError:

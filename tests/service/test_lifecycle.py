@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -96,6 +97,47 @@ def test_an_onnx_file_alone_is_a_model(start: Start, tmp_path: Path) -> None:
     tasks = {entry["id"]: entry["task"] for entry in server.client.get("/v1/models").json()["data"]}
     assert tasks == {"pictures": "image-classification", "words": "sentence-embedding", "numbers": "tensors"}
     assert server.client.post("/v1/models/words/tokens", json={"ids": [[1, 2]]}).status_code == 200
+
+
+def test_a_folder_whose_name_no_model_may_have_is_passed_over_aloud(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    add_model(tmp_path, "my model", "identity")
+    add_model(tmp_path, "good", "identity")
+    (tmp_path / "no model").mkdir()
+    assert [folder.name for folder in Repository(tmp_path).scan()] == ["good"]
+    assert [record.message for record in caplog.records] == [
+        "folder 'my model' is passed over: a model name has letters, digits, '.', '_' and '-', "
+        "and starts with a letter or a digit"
+    ]
+
+
+def test_a_folder_that_cannot_be_read_is_a_problem_of_that_model_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("closed", "open"):
+        add_model(tmp_path, name, "identity")
+    iterdir = Path.iterdir
+
+    def refused(path: Path) -> Iterator[Path]:
+        if path.name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    problems = {folder.name: folder.problem for folder in Repository(tmp_path).scan()}
+    assert problems["open"] == ""
+    assert "Permission denied" in problems["closed"]
+
+
+def test_clients_do_not_learn_where_the_repository_lies(start: Start, repository: Path) -> None:
+    path = add_model(repository, "lost", "identity") / "1" / "model.onnx"
+    path.unlink()
+    path.symlink_to("/nowhere")
+    server = start(repository)
+    reason = error_of(server.client.get("/v2/models/lost/ready"))
+    assert "lost/1/model.onnx" in reason
+    assert str(repository) not in reason
 
 
 def test_scan_passes_over_what_is_no_model(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ That it answers like the engine in the server's process is what the tests with t
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import logging
@@ -24,6 +25,20 @@ import pytest
 from service import app
 from service.settings import Settings
 from service.workers.engine_api import import_path, real_engine
+from service.workers.messages import (
+    BatchingOptions,
+    FailureCode,
+    Infer,
+    InferFailed,
+    LoadModel,
+    LocalTensor,
+    ModelKey,
+    ModelReady,
+    Report,
+    Stop,
+    Stopped,
+    WorkerLost,
+)
 from service.workers.process import ProcessOptions, ProcessTransport
 from service.workers.transport import LocalTransport
 from tests.service.conftest import Process, Running, Start, add_model, error_of, wait_for
@@ -266,6 +281,85 @@ def test_the_log_has_what_the_process_says(tmp_path: Path, processes: list[Proce
         logger == "service.workers.engine_worker" and "junk/1 could not be loaded" in text for logger, text in said
     )
     assert process.process.returncode == 0
+
+
+def test_a_crash_while_it_finishes_its_work_is_a_crash(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It was told to stop, but had not: what was in flight fails, and the log does not say that it was stopped."""
+    path = add_model(tmp_path, "identity", "identity", sleep=30) / "1" / "model.onnx"
+    key = ModelKey("identity", 1)
+    reports: list[Report] = []
+
+    async def until(kind: type) -> None:
+        async with asyncio.timeout(30):
+            while not any(isinstance(report, kind) for report in reports):
+                await asyncio.sleep(0.01)
+
+    async def scenario() -> None:
+        process = ProcessTransport(ProcessOptions(import_path(FakeEngine), 1 << 20))
+        process.start(reports.append)
+        process.send(LoadModel(key, str(path), "cpu", "auto", None, BatchingOptions(), None))
+        await until(ModelReady)
+        now = time.monotonic()
+        inputs = (("input", LocalTensor(np.ones((1, 4), np.float32))),)
+        process.send(Infer(1, key, inputs, ("output",), (), now, now + 60, 50))
+        process.send(Stop())
+        await asyncio.sleep(0.3)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        await until(Stopped)
+        async with asyncio.timeout(10):
+            while "SIGKILL" not in caplog.text:
+                await asyncio.sleep(0.01)
+        process.close()
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(scenario())
+    reason = "the engine process ended unexpectedly"
+    assert reports[1:] == [
+        InferFailed(1, FailureCode.WORKER_LOST, f"{reason}; the server is shutting down", 1.0),
+        WorkerLost(reason, restarting=False),
+        Stopped(),
+    ]
+    (ended,) = [record for record in caplog.records if "SIGKILL" in record.message]
+    assert ended.levelno == logging.ERROR
+    assert "was stopped" not in caplog.text
+
+
+def test_a_crash_while_the_server_drains_is_logged_and_answered(tmp_path: Path, processes: list[Process]) -> None:
+    add_model(tmp_path, "identity", "identity", sleep=30)
+    process = Process(tmp_path, "--engine-process", "always")
+    processes.append(process)
+    process.wait_ready()
+    answers: list[httpx.Response] = []
+    body = {"inputs": [{"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [1] * 4}]}
+    url = f"{process.url}/v2/models/identity/infer"
+    thread = threading.Thread(target=lambda: answers.append(httpx.post(url, json=body, timeout=30)))
+    thread.start()
+    process.wait_inflight(1)
+    (child,) = children(process.process.pid)
+    process.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    os.kill(child, signal.SIGKILL)
+    thread.join()
+    _, errors = process.process.communicate(timeout=30)
+    assert answers[0].status_code == 503
+    assert "ended unexpectedly" in error_of(answers[0])
+    assert any(" ERROR " in line and f"{child} ended: SIGKILL" in line for line in errors.splitlines()), errors
+    assert f"{child} was stopped" not in errors
+    assert process.process.returncode == 0
+
+
+def test_an_idle_process_ends_at_once(start: Start, repository: Path, caplog: pytest.LogCaptureFixture) -> None:
+    server = own(start, repository)
+    process = transport(server)._process
+    assert process is not None
+    with caplog.at_level(logging.INFO):
+        began = time.monotonic()
+        start.stop()  # type: ignore[attr-defined]
+        assert time.monotonic() - began < 2
+        assert process.returncode == 0
+        assert "was stopped" in caplog.text
+        assert "unexpectedly" not in caplog.text
 
 
 def children(parent: int) -> list[int]:

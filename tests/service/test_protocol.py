@@ -18,7 +18,7 @@ from service.codecs.tensors import parse_infer
 from service.errors import InvalidRequest
 from service.workers.messages import TensorInfo
 from tests.service.conftest import Running, Start, add_model, error_of
-from tests.service.fakes import HIDDEN
+from tests.service.fakes import HIDDEN, KINDS
 
 VALUES = np.array([[1.5, -2, 3, 4], [5, 6, 7, 8]], np.float32)
 
@@ -95,16 +95,16 @@ def test_infer_with_request_compression(client: triton.InferenceServerClient) ->
         ("half", np.array([[1.5, 2]], np.float16), "FP16"),
         ("int32", np.array([[-(2**31), 2**31 - 1]], np.int32), "INT32"),
         ("bool", np.array([[True, False]]), "BOOL"),
-        ("bytes", np.array([b"one", b""], object), "BYTES"),
+        ("strings", np.array([["fünf".encode(), b""]], object), "BYTES"),
     ],
 )
 def test_datatypes(start: Start, tmp_path: Path, kind: str, array: np.ndarray, datatype: str) -> None:
     add_model(tmp_path, "m", kind)
     server = start(tmp_path)
     client = triton.InferenceServerClient(server.url.removeprefix("http://"))
-    expected = array / 2 if kind == "half" else array
+    expected = (array / 2 if kind == "half" else array).tolist()
     result = client.infer("m", [tensor("input", array, datatype, True)])
-    assert result.as_numpy("output").tolist() == expected.tolist()
+    assert result.as_numpy("output").tolist() == expected
     if datatype == "FP16":
         with pytest.raises(InferenceServerException, match="binary data only"):
             client.infer(
@@ -114,8 +114,7 @@ def test_datatypes(start: Start, tmp_path: Path, kind: str, array: np.ndarray, d
     result = client.infer(
         "m", [tensor("input", array, datatype, False)], outputs=[triton.InferRequestedOutput("output", False)]
     )
-    got = result.as_numpy("output").tolist()
-    assert got == ([item.decode() for item in expected] if kind == "bytes" else expected.tolist())
+    assert result.as_numpy("output").tolist() == ([["fünf", ""]] if kind == "strings" else expected)
 
 
 def test_a_raw_body_is_the_one_input(shared: Running) -> None:
@@ -224,7 +223,7 @@ BAD: list[tuple[Any, str]] = [
     (infer_body(datatype=None), "the model takes FP32"),
     (infer_body(shape=[4]), "shape [4]"),
     (infer_body(shape=[1, 5]), "shape [1, 5]"),
-    (infer_body(shape=[-1, 4]), "not negative"),
+    (infer_body(shape=[-1, 4]), "'shape' is [-1, 4]; send a list of integers that are not negative"),
     (infer_body(shape=[1.0, 4]), "not negative"),
     (infer_body(shape=[True, 4]), "not negative"),
     (infer_body(shape="1"), "'shape'"),
@@ -233,14 +232,21 @@ BAD: list[tuple[Any, str]] = [
     (infer_body(shape=[2, 4]), "4 elements"),
     (infer_body(shape=[1 << 40, 4]), "4 elements"),
     (infer_body(data=...), "no 'data'"),
-    (infer_body(data=3), "'data'"),
+    (infer_body(data=3), "input 'input': 'data' is 3; send a list"),
     (infer_body(data=[1, 2, 3]), "3 elements"),
-    (infer_body(data=[1, 2, 3, "4"]), "no FP32"),
-    (infer_body(data=[1, 2, 3, None]), "no FP32"),
-    (infer_body(data=[1, 2, 3, True]), "no FP32"),
-    (infer_body(data=[1, 2, 3, 1e39]), "range of FP32"),
-    (infer_body(data=[[1, 2], [3, 4]]), "2 rows"),
-    (infer_body(data=[[1, 2, 3, [4]]]), "no FP32"),
+    (infer_body(data=[1, 2, 3, "4"]), "input 'input': data[3] is the string '4'; FP32 takes numbers"),
+    (infer_body(data=[1, 2, 3, None]), "input 'input': data[3] is null; FP32 takes numbers"),
+    (infer_body(data=[[1, 2, True, 3]]), "input 'input': data[0][2] is true; FP32 takes numbers"),
+    (infer_body(data=[1, 2, 3, -1e39]), "data[3] is -1e+39; FP32 takes numbers from -3.4e+38 to 3.4e+38"),
+    (infer_body(data=[1, 2, {}, 3]), "data[2] is an object"),
+    (infer_body(data=[[1, 2], [3, 4]]), "data has 2 entries, but the shape [1, 4] has 1 there"),
+    (infer_body(data=[[1, 2, 3, [4]]]), "data[0][3] is a list, but the shape [1, 4] has no more axes"),
+    (infer_body(data=[[[1], [2], [3], [4]]]), "data[0][0] is a list, but the shape [1, 4] has no more axes"),
+    (infer_body(data=[[1, 2, 3]]), "data[0] has 3 entries, but the shape [1, 4] has 4 there"),
+    (infer_body(shape=[2, 4], data=[[1, 2, 3], [4, 5, 6, 7, 8]]), "data[0] has 3 entries"),
+    (infer_body(shape=[2, 4], data=[[1, 2, 3, 4], 5, 6, 7, 8]), "data has 5 entries, but the shape [2, 4] has 2"),
+    (infer_body(shape=[2, 4], data=[[1, 2, 3, 4], 5]), "data[1] is 5, but the shape [2, 4] has 4 there"),
+    (infer_body(shape=[2, 4], data=[[], []]), "data[0] has 0 entries"),
     (infer_body(parameters=3), "'parameters'"),
     (infer_body(parameters={"binary_data_size": 4}), "both"),
     (infer_body(data=..., parameters={"binary_data_size": 16}), "0 bytes are left"),
@@ -248,7 +254,8 @@ BAD: list[tuple[Any, str]] = [
     (infer_body(parameters={"shared_memory_region": "x"}), "not supported"),
     ({**infer_body(), "parameters": []}, "'parameters'"),
     ({**infer_body(), "parameters": {"sequence_id": 3}}, "not supported"),
-    ({**infer_body(), "parameters": {"timeout": "1"}}, "'timeout'"),
+    ({**infer_body(), "parameters": {"timeout": "1"}}, "'timeout' is the string '1'"),
+    ({**infer_body(), "parameters": {"timeout": 0.5}}, "'timeout' is 0.5"),
     ({**infer_body(), "parameters": {"priority": -1}}, "'priority'"),
     ({**infer_body(), "parameters": {"binary_data_output": 1}}, "'binary_data_output'"),
     ({**infer_body(), "id": 3}, "'id'"),
@@ -299,13 +306,24 @@ def test_bad_binary_sizes(shared: Running, size: int, data: bytes, words: str) -
     assert words in error_of(response)
 
 
-@pytest.mark.parametrize("data", [b"\x05\x00\x00\x00abc", b"\x01\x00", struct.pack("<I", 2**32 - 1), b""])
-def test_bad_strings(data: bytes) -> None:
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"\x05\x00\x00\x00abc", "longer than the data"),
+        (b"\x01\x00", "longer than the data"),
+        (struct.pack("<I", 2**32 - 1), "longer than the data"),
+        (b"", "0 elements"),
+        (b"\x02\x00\x00\x00a\xff", "element 0 is not UTF-8 (invalid start byte at byte 1)"),
+    ],
+)
+def test_bad_strings(data: bytes, words: str) -> None:
     spec = TensorInfo("s", np.dtype(object), (1,))
     tensor_ = {"name": "s", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": len(data)}}
     header = json.dumps({"inputs": [tensor_]}).encode()
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(InvalidRequest) as refused:
         parse_infer(header + data, str(len(header)), [spec], [])
+    assert f"input 's'{':' if words[0] != '0' else ' has'} " in str(refused.value)
+    assert words in str(refused.value)
 
 
 def test_inputs_that_disagree_about_a_dim(shared: Running) -> None:
@@ -324,7 +342,61 @@ def test_integers_are_integers_in_range(start: Start, tmp_path: Path, value: Any
     body = {"inputs": [{"name": "input", "shape": [1, 2], "datatype": "INT32", "data": [0, value]}]}
     response = start(tmp_path).client.post("/v2/models/m/infer", json=body)
     assert response.status_code == 400
-    assert "INT32" in error_of(response)
+    error = error_of(response)
+    assert error.startswith("input 'input': data[1] is ")
+    assert error.endswith("; INT32 takes integers from -2147483648 to 2147483647")
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize(("kind", "datatype"), [("int32", "INT32"), ("identity", "FP32"), ("bool", "BOOL")])
+@pytest.mark.parametrize("binary_header", [False, True], ids=["JSON", "JSON before binary data"])
+def test_numbers_that_json_does_not_have_are_named_where_they_are(
+    start: Start, tmp_path: Path, value: str, kind: str, datatype: str, binary_header: bool
+) -> None:
+    add_model(tmp_path, "m", kind)
+    columns = KINDS[kind][0][0].shape[1]
+    rest = ", ".join(["true" if kind == "bool" else "1"] * (int(columns) - 1))
+    data = f"[[{rest}, {value}]]"
+    body = f'{{"inputs": [{{"name": "input", "shape": [1, {columns}], "datatype": "{datatype}", "data": {data}}}]}}'
+    headers = {"inference-header-content-length": str(len(body))} if binary_header else {}
+    response = start(tmp_path).client.post("/v2/models/m/infer", content=body, headers=headers)
+    assert response.status_code == 400
+    assert f"input 'input': data[0][{int(columns) - 1}] is {value}; {datatype} takes " in error_of(response)
+
+
+def test_numbers_that_json_does_not_have_are_refused_where_nobody_looks_at_them(shared: Running) -> None:
+    body = json.dumps({**infer_body(), "note": float("nan")})
+    response = shared.client.post("/v2/models/identity/infer", content=body)
+    assert response.status_code == 400
+    assert "neither NaN nor infinity" in error_of(response)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "expected"),
+    [
+        ("uint8", 300, "data[1] is 300; UINT8 takes integers from 0 to 255"),
+        ("uint8", -1, "data[1] is -1; UINT8 takes integers from 0 to 255"),
+        ("int8", 128, "data[1] is 128; INT8 takes integers from -128 to 127"),
+        ("uint64", -5, "data[1] is -5; UINT64 takes integers from 0 to 18446744073709551615"),
+        ("int64", 2**63, "data[1] is 9223372036854775808; INT64 takes integers from -9223372036854775808 to"),
+    ],
+)
+def test_integers_out_of_range_are_named(dtype: str, value: int, expected: str) -> None:
+    spec = TensorInfo("x", np.dtype(dtype), (2,))
+    body = {"inputs": [{"name": "x", "shape": [2], "datatype": dtype.upper(), "data": [0, value]}]}
+    with pytest.raises(InvalidRequest) as refused:
+        parse_infer(json.dumps(body).encode(), None, [spec], [])
+    assert f"input 'x': {expected}" in str(refused.value)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 1, 3), (1,), (2, 2, 2, 2)])
+def test_nested_and_flat_data_are_the_same(shape: tuple[int, ...]) -> None:
+    array = np.arange(np.prod(shape)).reshape(shape)
+    spec = TensorInfo("x", np.dtype("int64"), shape)
+    for data in (array.tolist(), array.ravel().tolist()):
+        body = {"inputs": [{"name": "x", "shape": list(shape), "datatype": "INT64", "data": data}]}
+        parsed = parse_infer(json.dumps(body).encode(), None, [spec], [])
+        np.testing.assert_array_equal(parsed.inputs[0][1], array)
 
 
 JSON = st.recursive(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from service.codecs.tokens import pool
 from service.model_config import Pooling
 from tests.service.conftest import Running, Start, add_model, add_tokenizer, error_of
-from tests.service.fakes import HIDDEN, KINDS, VOCABULARY
+from tests.service.fakes import HIDDEN, KINDS, VOCABULARY, FakeEngine
 
 
 def post(server: Running, body: Any, model: str = "encoder", query: str = "") -> Any:
@@ -79,23 +79,25 @@ BAD_BODIES: list[tuple[Any, str]] = [
     (3, "object"),
     ({"ids": []}, "empty"),
     ({"ids": [[]]}, "ids[0] is empty"),
-    ({"ids": [1, 2]}, "ids[0] is an integer"),
-    ({"ids": "1 2"}, "'ids' is a string"),
+    ({"ids": [1, 2]}, "ids[0] is 1; send a list of token ids"),
+    ({"ids": "1 2"}, "'ids' is the string '1 2'"),
     ({"ids": None}, "'ids' is null"),
-    ({"ids": [[1, 2.5]]}, "ids[0][1] is a number with a fraction"),
-    ({"ids": [[1, "2"]]}, "ids[0][1] is a string"),
-    ({"ids": [[True]]}, "ids[0][0] is a boolean"),
+    ({"ids": [[1, 2.5]]}, "ids[0][1] is 2.5; token ids are integers from 0 to 2147483647"),
+    ({"ids": [[1, 2.0]]}, "ids[0][1] is 2.0; token ids are integers"),
+    ({"ids": [[1, "2"]]}, "ids[0][1] is the string '2'"),
+    ({"ids": [[1], [[2]]]}, "ids[1][0] is a list"),
+    ({"ids": [[True]]}, "ids[0][0] is true"),
     ({"ids": [[None]]}, "ids[0][0] is null"),
-    ({"ids": [[1, -7]]}, "-7"),
-    ({"ids": [[1, 10**18]]}, "is out of range"),
-    ({"ids": [[1, 1e23]]}, "ids[0][1] is out of the range of int64"),
-    ({"ids": [[1, 13]]}, "token id 13"),
+    ({"ids": [[1, -7]]}, "ids[0][1] is -7; token ids are integers from 0 to 2147483647"),
+    ({"ids": [[1, 10**18]]}, f"ids[0][1] is {10**18}; token ids"),
+    ({"ids": [[1, 1e23]]}, "ids[0][1] is 1e+23; token ids"),
+    ({"ids": [[1, 2], [1, 13]]}, "token id 13 at position 1 of row 1 is out of range; the vocabulary has 13 tokens"),
     ({"ids": [[1 << 40]]}, str(1 << 40)),
     ({"ids": [[1e30]]}, "ids[0][0]"),
     ({"text": []}, "empty"),
     ({"text": [""]}, "text[0] is empty"),
     ({"text": ""}, "text[0] is empty"),
-    ({"text": [3]}, "text[0] is an integer"),
+    ({"text": [3]}, "text[0] is 3; send a string"),
     ({"text": {"a": 1}}, "'text' is an object"),
 ]
 
@@ -126,6 +128,21 @@ def test_bad_json(shared: Running, body: bytes) -> None:
     response = shared.client.post("/v1/models/encoder/tokens", content=body)
     assert response.status_code == 400
     assert error_of(response)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_json_does_not_have_are_named_where_they_are(shared: Running, value: str) -> None:
+    response = shared.client.post("/v1/models/encoder/tokens", content=f'{{"ids": [[1, 2], [3, {value}]]}}')
+    assert response.status_code == 400
+    assert error_of(response) == f"ids[1][1] is {value}; token ids are integers from 0 to 2147483647"
+    response = shared.client.post("/v1/embeddings", content=f'{{"model": "encoder", "input": [[1], [{value}]]}}')
+    assert response.status_code == 400
+    assert error_of(response) == f"input[1][0] is {value}; token ids are integers from 0 to 2147483647"
+    response = shared.client.post("/v1/models/encoder/tokens", content=f'{{"text": ["a", {value}]}}')
+    assert f"text[1] is {value}; send a string" in error_of(response)
+    response = shared.client.post("/v1/embeddings", content=f'{{"model": "encoder", "input": "a", "user": {value}}}')
+    assert response.status_code == 400
+    assert "neither NaN nor infinity" in error_of(response)
 
 
 def test_ten_megabytes_of_text_are_too_large(shared: Running) -> None:
@@ -169,6 +186,24 @@ def test_tasks_shape_the_answer(start: Start, tmp_path: Path) -> None:
     assert {token["label"] for row in answer["predictions"] for token in row["tokens"]} <= {"O", "NAME"}
     answer = post(server, {"ids": [[1, 2], [3]]}, model="plain").json()
     assert [np.shape(row) for row in answer["outputs"]["last_hidden_state"]] == [(2, HIDDEN), (1, HIDDEN)]
+
+
+def test_a_model_with_strings_says_what_it_takes_instead(start: Start, repository: Path) -> None:
+    add_model(repository, "words", "strings")
+    add_tokenizer(add_model(repository, "meant", "strings"))
+    server = start(repository)
+    response = post(server, {"text": ["a"]}, model="words")
+    assert response.status_code == 400
+    assert error_of(response) == (
+        "model 'words' takes no tokens: input 'input' is strings [n, 2], but tokens are numbers [batch, sequence]; "
+        "POST its tensors to /v2/models/words/infer"
+    )
+    tensor = {"name": "input", "shape": [1, 2], "datatype": "BYTES", "data": ["a", "ü"]}
+    answer = server.client.post("/v2/models/words/infer", json={"inputs": [tensor]}).json()
+    assert answer["outputs"][0]["data"] == ["a", "ü"]
+    response = server.client.get("/v2/models/meant/ready")
+    assert response.status_code == 503
+    assert "tokenizer.json says that this is a model for tokens, but input 'input' is strings" in error_of(response)
 
 
 @pytest.mark.parametrize("kind", ["maskless", "one_row", "unmasked"])
@@ -245,12 +280,24 @@ def test_the_openai_client_gets_embeddings(
 
 
 def test_the_openai_client_reads_our_errors(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError) as missing:
+    with pytest.raises(openai.NotFoundError, match="there is no model 'nobody'") as missing:
         client.embeddings.create(model="nobody", input="a")
-    assert missing.value.body == "there is no model 'nobody'"
-    with pytest.raises(openai.BadRequestError) as wrong:
+    assert (missing.value.type, missing.value.code) == ("invalid_request_error", "not_found")
+    with pytest.raises(openai.BadRequestError, match="input\\[0\\] is empty"):
         client.embeddings.create(model="encoder", input="")
-    assert "empty" in str(wrong.value.body)
+    with pytest.raises(openai.NotFoundError, match="nothing at /v1/chat/completions"):
+        client.chat.completions.create(model="encoder", messages=[])
+
+
+def test_the_openai_client_reads_that_a_model_is_not_ready(start: Start, repository: Path) -> None:
+    engine = FakeEngine()
+    engine.load_gate.clear()
+    server = start(repository, engine, ready=False)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    with pytest.raises(openai.InternalServerError, match="is not ready") as refused:
+        client.embeddings.create(model="encoder", input="a")
+    assert (refused.value.type, refused.value.code) == ("server_error", "unavailable")
+    engine.load_gate.set()
 
 
 def test_the_openai_client_lists_models(client: openai.OpenAI) -> None:
@@ -266,9 +313,9 @@ def test_the_openai_client_lists_models(client: openai.OpenAI) -> None:
         ({"input": None}, "'input' is null"),
         ({"input": []}, "empty"),
         ({"input": [[]]}, "input[0] is empty"),
-        ({"input": [1, "a"]}, "input[0][1] is a string"),
-        ({"input": ["a", 1]}, "input[1] is an integer"),
-        ({"input": [1.5]}, "fraction"),
+        ({"input": [1, "a"]}, "input[0][1] is the string 'a'"),
+        ({"input": ["a", 1]}, "input[1] is 1"),
+        ({"input": [1.5]}, "input[0][0] is 1.5"),
         ({"encoding_format": "int8"}, "encoding_format"),
         ({"encoding_format": {}}, "encoding_format"),
         ({"dimensions": 2}, "'dimensions'"),

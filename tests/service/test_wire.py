@@ -108,7 +108,7 @@ MESSAGES = [
     Unloaded(KEY),
     StatsReport(1, (ModelStats(KEY, COUNTERS, (("weights", 1 << 40),), 1, 2),)),
     Stopped(),
-    WorkerLost("gone"),
+    WorkerLost("gone", restarting=True),
     Release(64),
     Beat(0.0),
     Starved(),

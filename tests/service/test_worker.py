@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
+from service.batching.policy import find_axes
+from service.batching.scheduler import Scheduler, Work
 from service.workers.engine_worker import EngineWorker
 from service.workers.messages import (
     BatchDone,
@@ -31,6 +35,7 @@ from service.workers.messages import (
     StatsReport,
     Stop,
     Stopped,
+    TensorInfo,
     Unload,
     Unloaded,
 )
@@ -277,6 +282,61 @@ def test_a_model_whose_padding_shows_is_batched_without_padding(harness: Harness
     assert harness.load("encoder").batching is BatchingMode.PADDED
 
 
+def test_a_model_that_computes_for_seconds_on_a_row_is_run_once_and_not_batched(harness: Harness) -> None:
+    assert harness.load("identity", name="light", flops=0.9e12).batching is BatchingMode.ROWS
+    assert [shape for _, shape in harness.engine.probes] == [(1, 4), (2, 4), (1, 4)]
+    harness.engine.probes.clear()
+    ready = harness.load("identity", name="heavy", flops=2.5e12)
+    assert ready.batching is BatchingMode.NONE
+    assert "computes for 2.5 s" in ready.batching_reason
+    assert [shape for _, shape in harness.engine.probes] == [(1, 4)]
+    harness.infer(1, 7.0, name="heavy", rows=3)
+    assert value_of(harness.next(InferResult)) == 7.0
+
+
+def test_what_is_not_loaded_yet_at_the_end_is_not_waited_for(harness: Harness) -> None:
+    harness.load("identity")
+    harness.engine.loading.acquire()
+    harness.engine.load_gate.clear()
+    for name in ("late", "later"):
+        path = add_model(harness.root, name, "identity") / "1" / "model.onnx"
+        harness.worker.handle(LoadModel(ModelKey(name, 1), str(path), "cpu", "auto", None, BatchingOptions(), None))
+    assert harness.engine.loading.acquire(timeout=10)
+    harness.stop()
+    harness.next(Stopped)
+    harness.engine.load_gate.set()
+    wait_for(lambda: len(harness.engine.models) == 2 and harness.engine.models[1].closed)
+    assert harness.reports.empty()
+
+
+def test_a_model_with_an_input_of_terabytes_is_refused(harness: Harness) -> None:
+    path = add_model(harness.root, "m", "endless") / "1" / "model.onnx"
+    harness.worker.handle(LoadModel(ModelKey("m", 1), str(path), "cpu", "auto", None, BatchingOptions(), None))
+    reason = harness.next(LoadFailed).reason
+    assert "there is not enough memory for it: input 'input' of shape [1048576, 1048576] has 4398046511104" in reason
+    assert harness.engine.models[0].closed
+
+
+def test_a_model_with_strings_is_warmed_up_and_batched(harness: Harness) -> None:
+    ready = harness.load("strings")
+    assert ready.batching is BatchingMode.ROWS
+    assert [shape for _, shape in harness.engine.probes] == [(1, 2), (2, 2), (1, 2)]
+
+
+def test_strings_that_a_model_cannot_read_are_no_reason_not_to_load_it(harness: Harness) -> None:
+    ready = harness.load("strings", probe_error="'1' is no colour")
+    assert ready.batching is BatchingMode.NONE
+    assert "guessed strings for input 'input' failed" in ready.batching_reason
+    assert "'1' is no colour" in ready.batching_reason
+
+
+def test_a_bug_of_the_engine_while_loading_says_so(harness: Harness) -> None:
+    path = add_model(harness.root, "m", "identity", bug=True) / "1" / "model.onnx"
+    harness.worker.handle(LoadModel(ModelKey("m", 1), str(path), "cpu", "auto", None, BatchingOptions(), None))
+    reason = harness.next(LoadFailed).reason
+    assert reason == "the engine failed in a way it should not, please report it: LookupError: oops"
+
+
 def test_a_file_that_is_no_model_is_reported_with_its_reason(harness: Harness, tmp_path: Path) -> None:
     file = tmp_path / "x.onnx"
     file.write_bytes(b"\x00junk")
@@ -321,6 +381,132 @@ def test_stopping_answers_everything_accepted_first(harness: Harness) -> None:
     harness.engine.gate.set()
     assert set(harness.answers(4)) == {0, 1, 2, 3}
     harness.next(Stopped)
+
+
+def test_a_model_that_overlaps_runs_has_two_batches_under_way(harness: Harness) -> None:
+    harness.load("identity", concurrent_runs=2)
+    harness.hold()
+    harness.infer(1, 1.0)
+    assert harness.engine.running.acquire(timeout=10), "the second batch waits for the first"
+    for number in range(2, 6):
+        harness.infer(number, float(number))
+    assert not harness.engine.running.acquire(timeout=0.1), "a third batch is formed before a run has ended"
+    harness.engine.gate.set()
+    answers = harness.answers(6)
+    assert {number: value_of(answer) for number, answer in answers.items()} == {n: float(n) for n in range(6)}
+    assert sum(shape[0] for _, shape in harness.engine.calls) == 6
+    assert [shape for _, shape in harness.engine.calls[:2]] == [(1, 4), (1, 4)]
+
+
+def test_a_request_whose_last_rows_are_done_first_waits_for_the_others(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness.load("identity", BatchingOptions(max_batch=2), concurrent_runs=2)
+    model = harness.engine.models[0]
+    run, first_may_end, calls = model.run, threading.Event(), itertools.count()
+
+    def slow_first(feeds: Any) -> Any:
+        if next(calls) == 0:
+            assert first_may_end.wait(10)
+        return run(feeds)
+
+    monkeypatch.setattr(model, "run", slow_first)
+    rows = np.arange(16, dtype=np.float32).reshape(4, 4)
+    now = time.monotonic()
+    inputs = (("input", LocalTensor(rows)),)
+    harness.worker.handle(Infer(1, ModelKey("identity", 1), inputs, ("output",), (), now, now + 20, 50))
+    assert harness.next(BatchDone).rows == 2
+    with pytest.raises(queue.Empty):
+        harness.reports.get(timeout=0.1)
+    first_may_end.set()
+    answer = harness.next(InferResult)
+    assert np.array_equal(dict(answer.outputs)["output"].view(), rows)
+    assert answer.compute_seconds <= time.monotonic() - now
+
+
+def test_a_model_that_takes_turns_runs_beside_no_other_and_is_not_overtaken_for_ever(harness: Harness) -> None:
+    one = BatchingOptions(max_batch=1, queue_batches=500)
+    harness.load("identity", one, name="overlapping", concurrent_runs=2, sleep=0.002)
+    harness.load("identity", one, name="alone", sleep=0.002)
+    harness.engine.gate.clear()
+    for number in range(2):
+        harness.infer(number, 0.0, name="overlapping")
+        assert harness.engine.running.acquire(timeout=10)
+    for number in range(2, 30):
+        harness.infer(number, 0.0, name="overlapping")
+    harness.infer(100, 0.0, name="alone")
+    assert not harness.engine.running.acquire(timeout=0.1)
+    harness.engine.gate.set()
+    order = []
+    while len(order) < 31:
+        report = harness.reports.get(timeout=10)
+        if isinstance(report, InferResult):
+            order.append(report.id)
+    assert order.index(100) <= 4
+
+
+def test_a_lost_device_fails_both_batches(harness: Harness) -> None:
+    harness.engine.poison_error = harness.engine.DeviceLost
+    harness.load("identity", poison=666, concurrent_runs=2)
+    harness.engine.gate.clear()
+    for number in range(2):
+        harness.infer(number, 666.0)
+        assert harness.engine.running.acquire(timeout=10)
+    harness.engine.gate.set()
+    answers = harness.answers(2)
+    assert all(isinstance(a, InferFailed) and a.code is FailureCode.WORKER_LOST for a in answers.values())
+    harness.infer(3, 1.0)
+    assert value_of(harness.next(InferResult)) == 1.0
+
+
+def test_unloading_and_stopping_wait_for_both_batches(harness: Harness) -> None:
+    harness.load("identity", concurrent_runs=2)
+    harness.engine.gate.clear()
+    for number in range(2):
+        harness.infer(number, float(number))
+        assert harness.engine.running.acquire(timeout=10)
+    assert harness.worker.busy_seconds > 0
+    harness.worker.handle(Unload(ModelKey("identity", 1)))
+    harness.stop()
+    with pytest.raises(queue.Empty):
+        harness.reports.get(timeout=0.1)
+    harness.engine.gate.set()
+    assert {number: value_of(answer) for number, answer in harness.answers(2).items()} == {0: 0.0, 1: 1.0}
+    harness.next(Unloaded)
+    harness.next(Stopped)
+    assert harness.worker.busy_seconds == 0
+
+
+def test_batches_that_run_side_by_side_share_the_engine_seconds() -> None:
+    now = [0.0]
+    scheduler = Scheduler(lambda: now[0])
+    infos = (
+        (TensorInfo("input", np.dtype(np.float32), ("batch", 4)),),
+        (TensorInfo("output", np.dtype(np.float32), ("batch", 4)),),
+    )
+    key = ModelKey("identity", 1)
+    scheduler.add(key, BatchingOptions(max_batch=1), find_axes(*infos), 2)
+    for number in range(2):
+        inputs = (("input", LocalTensor(np.zeros((1, 4), np.float32))),)
+        scheduler.submit(Infer(number, key, inputs, ("output",), (), 0.0, 1e9, 50))
+
+    def take() -> tuple[Work, float]:
+        work = scheduler.take(lambda _: None)
+        assert work is not None
+        return work, scheduler.engine_seconds()
+
+    first, first_began = take()
+    now[0] = 2.0  # alone
+    second, second_began = take()
+    now[0] = 6.0  # both
+    first_share = scheduler.engine_seconds() - first_began
+    scheduler.done(first)
+    now[0] = 7.0  # the second alone
+    second_share = scheduler.engine_seconds() - second_began
+    scheduler.done(second)
+    now[0] = 50.0  # idle
+    assert (first_share, second_share) == (4.0, 3.0)
+    assert scheduler.engine_seconds() == 5.0
 
 
 def test_padding_is_counted(harness: Harness) -> None:

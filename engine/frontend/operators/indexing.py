@@ -1,4 +1,4 @@
-"""Looking up by index, and finding an index. Scatters, TopK and the like have no function: they become `Opaque`.
+"""Looking up by index, writing by index, and finding an index.
 
 All gathers are one lookup along one axis; where the indices follow from their position (see `grid.py`), a view.
 """
@@ -9,10 +9,10 @@ import numpy as np
 
 from engine.frontend import bounds, grid
 from engine.frontend import formula as f
-from engine.frontend.onnx_node import OnnxNode, compute_dtype, source, store
+from engine.frontend.onnx_node import OnnxNode, source, store
 from engine.frontend.operators.shape import positions
 from engine.frontend.operators.slicing import drop_axis, last, take
-from engine.frontend.registry import operator
+from engine.frontend.registry import Results, operator
 from engine.ir import expr as ex
 from engine.ir import ops
 from engine.ir.dim import Dim, Sym, product
@@ -103,23 +103,61 @@ def GatherND(node: OnnxNode, data: Value, indices: Value) -> Value:
     return lookup(node, flat, _flat_index(node, parts))
 
 
+@operator("ScatterElements")
+@operator("Scatter")  # its old name
+def ScatterElements(node: OnnxNode, data: Value, indices: Value, updates: Value) -> Value:
+    return _scatter(node, node.axis(node.integer("axis", 0), data.rank), data, indices, updates)
+
+
+@operator("ScatterND")
+def ScatterND(node: OnnxNode, data: Value, indices: Value, updates: Value) -> Value:
+    return _scatter(node, None, data, indices, updates)
+
+
+def _scatter(node: OnnxNode, axis: int | None, data: Value, indices: Value, updates: Value) -> Value:
+    if not indices.dtype.is_int or updates.dtype is not data.dtype:
+        raise node.invalid(f"indices of type {indices.dtype.value}, updates of {updates.dtype.value}")
+    reduction = node.choice("reduction", "none", "add", "mul", "max", "min")
+    kind = ops.ScatterKind.REPLACE if reduction == "none" else ops.ScatterKind(reduction)
+    if kind is not ops.ScatterKind.REPLACE and not (data.dtype.is_float or data.dtype.is_int):
+        raise node.invalid(f"reduction {reduction!r} of {data.dtype.value}")
+    return node.add(ops.Scatter(axis, kind), data, indices, updates)
+
+
+@operator("TopK", since=10)
+def TopK(node: OnnxNode, x: Value, k: Value) -> Results:
+    (count,) = node.dims(k, "k")
+    return _top_k(node, x, count, bool(node.integer("largest", 1)))
+
+
+@operator("TopK")
+def TopK_1(node: OnnxNode, x: Value) -> Results:
+    return _top_k(node, x, node.integer("k"), True)
+
+
+def _top_k(node: OnnxNode, x: Value, count: Dim, largest: bool) -> Results:
+    """Sorted also where the model does not ask for it: any order is right then."""
+    if not (x.dtype.is_float or x.dtype.is_int):
+        raise node.invalid(f"elements of type {x.dtype.value}")
+    return node.add_all(ops.TopK(node.axis(node.integer("axis", -1), x.rank), count, largest), x)
+
+
 @operator("CumSum")
 def CumSum(node: OnnxNode, x: Value, axis: Value) -> Value:
-    """A sum, for every position, over the positions up to it; nothing of size n² is ever stored."""
+    return _running(node, x, axis, ops.RunningKind.SUM)
+
+
+@operator("CumProd")
+def CumProd(node: OnnxNode, x: Value, axis: Value) -> Value:
+    return _running(node, x, axis, ops.RunningKind.PROD)
+
+
+def _running(node: OnnxNode, x: Value, axis: Value, kind: ops.RunningKind) -> Value:
     over = node.axis(int(node.scalar(axis, "axis")), x.rank)
-    if not isinstance(x.dtype, DType) or not (x.dtype.is_float or x.dtype.is_int):
+    if not (x.dtype.is_float or x.dtype.is_int):
         raise node.invalid(f"elements of type {x.dtype.value}")
-    size = x.shape[over]
-    columns = node.reshape(x, (*x.shape[:over], 1, *x.shape[over:]))
-    to, of = positions(node, size, over, columns.rank), positions(node, size, over + 1, columns.rank)
-    if node.integer("reverse", 0):
-        to, of = of, to
-    wide = compute_dtype(x.dtype)
-    element, i, j = f.Term(ex.Arg(0, x.dtype)), f.Term(ex.Arg(1, DType.I64)), f.Term(ex.Arg(2, DType.I64))
-    included = f.less(j, i) if node.integer("exclusive", 0) else f.less_equal(j, i)
-    source = f.where(included, element.cast(wide), 0)
-    op = ops.Reduce(ops.ReduceKind.SUM, (over + 1,), False, source.expr, store(x.dtype))
-    return node.add(op, columns, to, of)
+    op = ops.Running(kind, over, bool(node.integer("exclusive", 0)), bool(node.integer("reverse", 0)))
+    return node.add(op, x)
 
 
 @operator("ArgMax")

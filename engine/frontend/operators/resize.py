@@ -5,7 +5,6 @@ from __future__ import annotations
 from fractions import Fraction
 
 import numpy as np
-from onnx import helper
 
 from engine.frontend import foreign
 from engine.frontend.elements import Ratio
@@ -110,14 +109,3 @@ def Upsample(node: OnnxNode, x: Value, scales: Value) -> Value:
     return node.add(
         ops.Resize(shape, tuple(numbers), ops.ResizeMode(mode), "asymmetric", "floor", stores=store(x.dtype)), x
     )
-
-
-_OLD_MODES = {"bilinear": "linear", "bicubic": "cubic"}
-
-
-@operator("GridSample")
-def GridSample(node: OnnxNode, x: Value, grid: Value) -> Results:
-    """Through onnx.reference, which knows the modes by their names since opset 20 only."""
-    mode = node.text("mode", "linear" if node.version >= 20 else "bilinear")
-    node.attributes["mode"] = helper.make_attribute("mode", _OLD_MODES.get(mode, mode))
-    return foreign.opaque(node, [x, grid])

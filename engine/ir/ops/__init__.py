@@ -3,8 +3,10 @@
 from engine.ir.ops.base import Cost, Op, OperandTypes, ResultTypes, broadcast_shapes
 from engine.ir.ops.heavy import Attention, Conv, Gemm
 from engine.ir.ops.light import Norm, NormKind, Pointwise, Pool, PoolKind, Reduce, ReduceKind, Softmax
-from engine.ir.ops.move import Concat, Gather, Opaque, Pad, PadMode, Resize, ResizeMode, ShapeTensor
+from engine.ir.ops.move import Concat, Gather, Opaque, Pad, PadMode, Resize, ResizeMode, ShapeTensor, Undefined
 from engine.ir.ops.recurrent import Cell, Recurrent
+from engine.ir.ops.running import Running, RunningKind
+from engine.ir.ops.select import Scatter, ScatterKind, TopK
 from engine.ir.ops.view import Expand, Reshape, Slice, Transpose, View
 
 __all__ = [
@@ -33,10 +35,16 @@ __all__ = [
     "Resize",
     "ResizeMode",
     "ResultTypes",
+    "Running",
+    "RunningKind",
+    "Scatter",
+    "ScatterKind",
     "ShapeTensor",
     "Slice",
     "Softmax",
+    "TopK",
     "Transpose",
+    "Undefined",
     "View",
     "broadcast_shapes",
 ]

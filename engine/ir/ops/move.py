@@ -104,6 +104,20 @@ class Resize(Op):
 
 
 @dataclass(frozen=True)
+class Undefined(Op):
+    """A tensor of `shape`, of the type of its input (which is not read), whose content does not matter: whoever reads
+    it selects something else. No step computes it; as an operand of Concat it is a gap."""
+
+    shape: tuple[Dim, ...]
+
+    def infer(self, inputs: OperandTypes) -> ResultTypes:
+        return ((inputs[0].dtype, self.shape),)
+
+    def bytes(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
 class ShapeTensor(Op):
     """A tensor of `shape` whose elements are sizes: `values` in row-major order, or, where `values` is None, the
     numbers 0, 1, 2, … (`shape` has then one axis). It has no inputs; the plan computes it once when it is built."""

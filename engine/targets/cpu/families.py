@@ -17,7 +17,10 @@ from engine.ir.ops import (
     Recurrent,
     Reduce,
     Resize,
+    Running,
+    Scatter,
     Softmax,
+    TopK,
 )
 from engine.targets.cpu import (
     attention,
@@ -32,7 +35,10 @@ from engine.targets.cpu import (
     recurrent,
     reduce,
     resize,
+    running,
+    scatter,
     softmax,
+    top_k,
 )
 from engine.targets.cpu.kernel import Family
 
@@ -49,7 +55,10 @@ FAMILIES: dict[type[Op], Family] = {
     Recurrent: recurrent,
     Reduce: reduce,
     Resize: resize,
+    Running: running,
+    Scatter: scatter,
     Softmax: softmax,
+    TopK: top_k,
 }
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-import threading
 import warnings
 from collections.abc import Iterable
 from functools import cache
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import llvmlite.binding as llvm
 
+from engine.background import Turns
 from engine.errors import DeviceError
 from engine.targets.cpu.codegen.isa import Isa, initialise_llvm
 from engine.targets.cpu.kernel import Code
@@ -42,7 +42,8 @@ class Compiler:
         initialise_llvm()
         self._directory = directory
         self._addresses: dict[str, int] = {}
-        self.lock = threading.Lock()
+        self._objects: dict[str, bytes] = {}  # compiled, not linked yet
+        self.turns = Turns()
         self._machines: dict[Isa, llvm.TargetMachine] = {}
         self._engine: llvm.ExecutionEngine | None = None
         self._warned = False
@@ -51,15 +52,19 @@ class Compiler:
     def load(self, specs: Iterable[Code]) -> dict[str, int]:
         """The address of each spec's function by symbol. Compiles what is neither in memory nor on disk.
 
+        Each kernel is a turn of its own, so that a model that needs one waits for one of another model, not for all.
         Raises DeviceError where the system forbids making memory executable.
         """
-        with self.lock:
-            wanted = {spec.symbol: spec for spec in specs}
-            missing = [spec for symbol, spec in wanted.items() if symbol not in self._addresses]
-            if missing:
-                objects = [self._object(spec) for spec in missing]
-                self._link([spec.symbol for spec in missing], objects)
-            return {symbol: self._addresses[symbol] for symbol in wanted}
+        wanted = {spec.symbol: spec for spec in specs}
+        missing = [spec for symbol, spec in wanted.items() if symbol not in self._addresses]
+        for spec in missing:
+            with self.turns:
+                if spec.symbol not in self._addresses and spec.symbol not in self._objects:
+                    self._objects[spec.symbol] = self._object(spec)
+        if missing:
+            with self.turns:
+                self._link([spec.symbol for spec in missing if spec.symbol in self._objects])
+        return {symbol: self._addresses[symbol] for symbol in wanted}
 
     def assembly(self, spec: Code) -> str:
         """The machine code as text: for tests that look for an instruction or a spill, and for curious people."""
@@ -96,7 +101,7 @@ class Compiler:
             )
         return self._machines[isa]
 
-    def _link(self, symbols: list[str], objects: list[bytes]) -> None:
+    def _link(self, symbols: list[str]) -> None:
         try:
             if self._engine is None:
                 # The engine owns a machine and a module of its own; kernels come to it as finished objects.
@@ -104,8 +109,8 @@ class Compiler:
                     codemodel="jitdefault", jit=True
                 )
                 self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-            for code in objects:
-                self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+            for symbol in symbols:
+                self._engine.add_object_file(llvm.ObjectFileRef.from_data(self._objects[symbol]))
             self._engine.finalize_object()
             found = {symbol: int(self._engine.get_function_address(symbol)) for symbol in symbols}
         except (RuntimeError, OSError, MemoryError) as error:
@@ -116,6 +121,8 @@ class Compiler:
         if not all(found.values()):
             raise DeviceError("a compiled kernel was not found after loading; delete the kernel cache and try again")
         self._addresses.update(found)
+        for symbol in symbols:
+            del self._objects[symbol]
 
     def _read(self, key: str) -> bytes | None:
         if self._directory is None:
@@ -167,7 +174,7 @@ def compiler() -> Compiler:
 def _unlock_in_child() -> None:
     # Another thread of the parent may have been compiling; the child has only the thread that forked.
     if compiler.cache_info().currsize:
-        compiler().lock = threading.Lock()
+        compiler().turns = Turns()
 
 
 if hasattr(os, "register_at_fork"):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from engine.ir.dtype import DType
 from engine.ir.ops import Conv, Gemm, Norm, Op, Pad, Pointwise, Pool, Reduce, Softmax
 from engine.plan.memory import Lifetime, assign_offsets
 from engine.plan.plan import Plan, Step
@@ -67,7 +68,7 @@ def _is_separable(step: Step, batch: int) -> bool:
     """Whether a step does the same thing to every index of axis 0 of all that it computes with."""
     tensors = [*step.inputs, *step.outputs]
     computed = [t for t in tensors if t.buffer.kind not in _SHARED]
-    if any(not t.shape or t.shape[0] != batch or t.strides[0] == 0 for t in computed):
+    if any(not t.shape or t.shape[0] != batch or t.strides[0] == 0 or t.dtype is DType.STRING for t in computed):
         return False
     rank = len(step.outputs[0].shape)
     fixed = [t for t in step.inputs if t.buffer.kind in _SHARED]

@@ -1,7 +1,7 @@
 """Resizing by nearest, linear or cubic interpolation along any axes, in any layout.
 
-What depends on coordinates is computed on the host, once per plan: for each resized axis a table of the source offsets
-and weights of the taps of every output index (formulas: ONNX operator Resize). The kernel multiplies and adds.
+What depends on coordinates is computed on the host, once per plan (engine/targets/interpolation.py): for each resized
+axis a table of the source offsets and weights of the taps of every output index. The kernel multiplies and adds.
 """
 
 from __future__ import annotations
@@ -23,14 +23,7 @@ from engine.targets.cpu.codegen.expressions import lower as lower_expressions
 from engine.targets.cpu.codegen.operands import Access, Operand, addresses, load_gathered, operand_parameters
 from engine.targets.cpu.kernel import Context, KernelBuilder, KernelSpec, Launch, Slot, launch, table
 from engine.targets.cpu.spaces import Axes, by_memory, operand, read_operands, split_tasks
-
-_ROUNDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "round_prefer_floor": lambda x: np.ceil(x - 0.5),
-    "round_prefer_ceil": lambda x: np.floor(x + 0.5),
-    "floor": np.floor,
-    "ceil": np.ceil,
-}
-_TAPS = {ResizeMode.NEAREST: 1, ResizeMode.LINEAR: 2, ResizeMode.CUBIC: 4}
+from engine.targets.interpolation import TAPS, tables_of
 
 
 @dataclass(frozen=True)
@@ -177,49 +170,6 @@ class _Emitter:
 # --- host side ------------------------------------------------------------------------------------------------------
 
 
-def coordinates(op: Resize, scale: float, size: int, result: int) -> np.ndarray:
-    """The source coordinate of each output index along one axis (ONNX coordinate_transformation_mode)."""
-    i = np.arange(result, dtype=np.float64)
-    half = (i + 0.5) / scale - 0.5
-    if op.coordinates == "half_pixel":
-        return half
-    if op.coordinates == "half_pixel_symmetric":
-        return half + size / 2 * (1 - result / (size * scale))
-    if op.coordinates == "pytorch_half_pixel":
-        return half if result > 1 else np.zeros(1)
-    if op.coordinates == "align_corners":
-        length = size * scale  # with scales, ONNX means the length before it is rounded down
-        return i * ((size - 1) / (length - 1)) if result > 1 else np.zeros(1)
-    if op.coordinates == "asymmetric":
-        return i / scale
-    if op.coordinates == "tf_half_pixel_for_nn":
-        return half + 0.5
-    raise UnsupportedOp(f"Resize: coordinate_transformation_mode {op.coordinates!r}")
-
-
-def taps_of(op: Resize, scale: float, size: int, result: int) -> tuple[np.ndarray, np.ndarray]:
-    """(source indices, weights) of shape [taps, result] along one axis."""
-    x = coordinates(op, scale, size, result)
-    if op.mode is ResizeMode.NEAREST:
-        if op.rounding not in _ROUNDINGS:
-            raise UnsupportedOp(f"Resize: nearest_mode {op.rounding!r}")
-        index = _ROUNDINGS[op.rounding](x)[None]
-        weights = np.ones_like(index)
-    else:
-        floor = np.floor(x)
-        f = x - floor
-        if op.mode is ResizeMode.LINEAR:
-            index, weights = np.stack([floor, floor + 1]), np.stack([1 - f, f])
-        else:
-            # Keys, "Cubic convolution interpolation for digital image processing", 1981.
-            a = op.cubic_coefficient
-            index = np.stack([floor - 1, floor, floor + 1, floor + 2])
-            inner = [((a + 2) * d - (a + 3)) * d * d + 1 for d in (f, 1 - f)]
-            outer = [((a * d - 5 * a) * d + 8 * a) * d - 4 * a for d in (1 + f, 2 - f)]
-            weights = np.stack([outer[0], *inner, outer[1]])
-    return np.clip(index, 0, max(0, size - 1)).astype(np.int64), weights.astype(np.float32)
-
-
 def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]:
     """Any strides."""
     assert isinstance(op, Resize)
@@ -235,11 +185,10 @@ def lower(step: Step, context: Context) -> list[Launch]:
     if not outputs[0].elements:
         return []
     rank = len(shape)
-    tables: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    for axis, (size, result) in enumerate(zip(x.shape, shape, strict=True)):
-        index, weights = taps_of(op, op.scales[axis] or result / size, size, result)
-        if size != result or not np.array_equal((index * (weights != 0)).sum(axis=0), np.arange(result)):
-            tables[axis] = (index * (x.strides[axis] * x.dtype.itemsize), weights)
+    tables = {
+        axis: (index * (x.strides[axis] * x.dtype.itemsize), weights)
+        for axis, (index, weights) in tables_of(op, x.shape, shape).items()
+    }
     whole = operand(x, rank)
     still = replace(whole, strides=tuple(0 if axis in tables else s for axis, s in enumerate(whole.strides)))
     stores, reads = read_operands(op.stores, step.inputs, (), rank)
@@ -266,7 +215,7 @@ def _launches(
     )
     accesses = [o.access() for o in axes.operands]
     spec = ResizeSpec(
-        context.isa, _TAPS[op.mode], tuple(t is not None for t in tables), accesses[0],
+        context.isa, TAPS[op.mode], tuple(t is not None for t in tables), accesses[0],
         tuple(accesses[1 : 1 + reads]), tuple(accesses[1 + reads :]), stores,
     )  # fmt: skip
     units = axes.elements // axes.sizes[-1]

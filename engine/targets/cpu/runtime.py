@@ -1,7 +1,8 @@
 """The thread pool of the process and the programs that run on it. `codegen/executor.py` is the native half.
 
-One pool serves all models of the process; one program runs at a time (`Pool.lock`). Workers are Python threads that
-never leave native code: they sleep on a condition variable when there is nothing to do and use no CPU time then.
+One pool serves all models of the process; one program runs at a time, and a program in the background gives way to
+others between two tasks (`engine.background`). Workers are Python threads that never leave native code: they sleep on a
+condition variable when there is nothing to do and use no CPU time then.
 After a fork, the child starts a pool of its own when it first runs something; the parent's is untouched.
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.background import Turns, in_background
 from engine.errors import DeviceError
 from engine.targets.cpu.codegen import executor as native
 from engine.targets.cpu.codegen.isa import host_isa
@@ -98,10 +100,33 @@ class Pool:
         self._threads: list[threading.Thread] = []
         self._scratch = aligned_bytes(0)
         self._scratch_stride = 0
-        self.lock = threading.Lock()
+        self._turns = Turns(self._set_wanted)
+
+    def _set_wanted(self, wanted: bool) -> None:
+        self._block[native.POOL_WANTED // _WORD] = wanted
 
     def run(self, program: Program) -> None:
-        """Run a program to its end. The caller holds `lock` and works as thread 0; the GIL is released."""
+        """Run a program to its end, when its turn comes. The caller works as thread 0; the GIL is released.
+
+        One thread at a time may run a program; different programs may be run by different threads.
+        """
+        if not in_background():
+            self._turn(program, native.FOREGROUND)
+            return
+        mode = native.BACKGROUND
+        while not self._turn(program, mode):
+            mode = native.CONTINUED
+
+    def _turn(self, program: Program, mode: int) -> bool:
+        """Run a program until it is done or gives way; whether it is done."""
+        with self._turns:
+            self._make_room(program)
+            program.job[native.JOB_MODE // _WORD] = mode
+            self._run(self._address, program.job_address)
+            return not program.job[native.JOB_STOPPED // _WORD]
+
+    def _make_room(self, program: Program) -> None:
+        """Threads and scratch memory for a program, which may have been another's between two turns."""
         while len(self._threads) + 1 < program.threads:
             self._start_worker()
         needed = program.scratch_bytes
@@ -110,7 +135,6 @@ class Pool:
             self._scratch = aligned_bytes(self._scratch_stride * max(program.threads, len(self._threads) + 1))
         program.job[native.JOB_SCRATCH // _WORD] = address(self._scratch)
         program.job[native.JOB_SCRATCH_STRIDE // _WORD] = self._scratch_stride
-        self._run(self._address, program.job_address)
 
     @property
     def scratch_bytes(self) -> int:
@@ -125,16 +149,17 @@ class Pool:
         self._threads.append(thread)
 
     def stop(self) -> None:
-        """End the workers. For the end of the process: native threads must not outlive the code they run."""
-        with self.lock:
-            self._block[native.POOL_STOP // _WORD] = 1
-            empty = Program([], 2 if self._threads else 1)
-            empty.prepare()
-            if self._threads:
-                self._run(self._address, empty.job_address)
-            for thread in self._threads:
-                thread.join()
-            self._threads = []
+        """End the workers. For the end of the process: native threads must not outlive the code they run, and a program
+        in the background that gave way for this gets no further turn."""
+        self._turns.__enter__()
+        self._block[native.POOL_STOP // _WORD] = 1
+        empty = Program([], 2 if self._threads else 1)
+        empty.prepare()
+        if self._threads:
+            self._run(self._address, empty.job_address)
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
 
 
 @dataclass

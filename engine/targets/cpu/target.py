@@ -6,6 +6,7 @@ the compiled kernels are the process's.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ class CpuTarget:
         float_types=frozenset({DType.F32, DType.F64}),
         attention_types=frozenset({DType.F32}),
     )
+    concurrent_runs = 1
 
     def __init__(self, threads: int | None = None) -> None:
         if threads is not None and threads < 1:
@@ -63,6 +65,7 @@ class CpuTarget:
         self.threads = threads or available_cores()
         self.weights = WeightStore()
         self.arena = Arena()
+        self.lock = threading.Lock()  # of the arena: one plan of a model runs at a time
 
     @property
     def device_info(self) -> DeviceInfo:
@@ -99,6 +102,7 @@ class CpuExecutable:
     """A plan with its kernels, ready to run. Safe to use from many threads: one run at a time."""
 
     def __init__(self, target: CpuTarget, plan: Plan) -> None:
+        _check_outputs(plan)
         self._target = target
         self._places = _Places(plan)
         pieces = in_pieces(plan)
@@ -107,7 +111,7 @@ class CpuExecutable:
         context = Context(target.isa, target.threads, target.weights)
         self._kernels: list[str] = []
         self._parts: list[_Native | _Host] = []
-        for on_host, steps in groupby(plan.steps, lambda step: isinstance(step.op, Opaque)):
+        for on_host, steps in groupby(plan.steps, _is_on_host):
             if on_host:
                 for step in steps:
                     self._kernels.append("host")
@@ -122,7 +126,7 @@ class CpuExecutable:
         """Compute the plan's outputs into the arrays of `outputs`. All arrays are C-contiguous, of the plan's shapes
         and dtypes. Raises ShapeError otherwise, and for an index out of range."""
         workers = pool()
-        with workers.lock:
+        with self._target.lock:
             arena = self._target.arena.at_least(self._arena_bytes)
             arrays = self._places.bases(arena, inputs, outputs)
             addresses = np.asarray([address(array) for array in arrays], np.int64)
@@ -151,6 +155,19 @@ class CpuExecutable:
     def close(self) -> None:
         """Give its memory back."""
         self._parts = []
+
+
+def _check_outputs(plan: Plan) -> None:
+    """Raises OutOfMemory for results that the machine cannot hold: the system might promise them memory all the same,
+    and end the process when they are written."""
+    needed = {name: tensor.elements * tensor.dtype.itemsize for name, tensor in plan.outputs.items()}
+    memory = physical_memory_bytes()
+    if sum(needed.values()) > memory:
+        name = max(needed, key=lambda name: needed[name])
+        raise OutOfMemory(
+            f"output {name!r} of shape {list(plan.outputs[name].shape)} has {needed[name]} bytes, and the machine has "
+            f"{memory} in all; use smaller sizes"
+        )
 
 
 class _Places:
@@ -189,7 +206,7 @@ class _Places:
         """A tensor of strings: Python objects, which cannot lie in the arena."""
         buffer = tensor.buffer
         if buffer.kind is BufferKind.ARENA:
-            memory = self._kept.setdefault(id(buffer), np.empty(tensor.elements, object))
+            memory = self._kept.setdefault(id(buffer), np.empty(buffer.nbytes // tensor.dtype.itemsize, object))
         else:
             memory = self.content(buffer) if buffer.data is not None else arrays[self._base[id(buffer)]]
         strides = tuple(stride * memory.itemsize for stride in tensor.strides)
@@ -258,18 +275,27 @@ def _place(pointer: Pointer, places: _Places) -> tuple[int | None, int]:
     return base, offset + pointer.offset
 
 
+def _is_on_host(step: Step) -> bool:
+    """Whether no kernel computes a step. Strings are Python objects: the plan copies them, all else is `Opaque`."""
+    return isinstance(step.op, Opaque) or step.outputs[0].dtype is DType.STRING
+
+
+def _copy(inputs: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+    return inputs
+
+
 class _Host:
     """A step that Python computes on views of the plan's memory."""
 
     def __init__(self, step: Step, places: _Places) -> None:
-        assert isinstance(step.op, Opaque)
-        self._step, self._operator, self._places = step, HostOperator(step.op), places
+        self._compute = HostOperator(step.op).run if isinstance(step.op, Opaque) else _copy
+        self._step, self._places = step, places
         self._runs = 0
         self._nanoseconds = 0
 
     def run(self, arrays: Sequence[np.ndarray]) -> None:
         start = time.perf_counter_ns()
-        results = self._operator.run([self._view(tensor, arrays) for tensor in self._step.inputs])
+        results = self._compute([self._view(tensor, arrays) for tensor in self._step.inputs])
         for tensor, result in zip(self._step.outputs, results, strict=True):
             self._view(tensor, arrays)[...] = result
         self._runs += 1

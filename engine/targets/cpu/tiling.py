@@ -32,6 +32,9 @@ _TILES_OF_ONE_PANEL = 2
 # task, in cycles. Only their order of magnitude matters.
 _STREAM_BYTES = 12.0
 _TASK_CYCLES = 400.0
+# Multiply-adds of a task at most: some 15 ms of a core with 32 of them per cycle. Whoever waits for a program in the
+# background to give way waits for a task.
+_MOST_PER_TASK = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -254,6 +257,8 @@ def launches(
             # Every chunk of rows packs anew: more of them only where there are too few panels to go round.
             chunks = chunks if batches * part.count < context.threads else 1
             groups = max(groups, min(part.count, -(-part.count * panel_bytes // PANEL_CACHE_BYTES)))
+        per_task = -(-rows // chunks) * -(-part.count // groups) * part.width * product.depth
+        chunks = min(-(-rows // tile), chunks * max(1, -(-per_task // _MOST_PER_TASK)))
         block = max(1, ROWS_CACHE_BYTES // max(1, product.row_bytes) // tile) * tile
         if part.count == 1:
             block = min(block, _TILES_OF_ONE_PANEL * tile)

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.expr import PointOp
-from engine.targets.cuda.kernel import I64, STORAGE, Argument, Functor, LevelSizes, TensorArgument
+from engine.targets.cuda.kernel import I64, STORAGE, Argument, Functor, LevelSizes, StatusWord, TensorArgument
 from engine.targets.cuda.spaces import Operand, Space
 
 COMPUTE = {
@@ -45,16 +45,20 @@ _DOUBLE = {
     PointOp.ERF: "erf({})", PointOp.SIGMOID: "(1.0 / (1.0 + exp(-({}))))",
 }  # fmt: skip
 _INTEGER = {
+    PointOp.ADD: "wrap_add({}, {})", PointOp.SUB: "wrap_sub({}, {})", PointOp.MUL: "wrap_mul({}, {})",
+    PointOp.NEG: "wrap_sub({1}(0), {0})", PointOp.SHL: "shift_left({}, {})", PointOp.SHR: "shift_right({}, {})",
     PointOp.DIV: "trunc_div({}, {})", PointOp.POW: "integer_power({}, {})", PointOp.MIN: "min_nan({}, {})",
     PointOp.MAX: "max_nan({}, {})", PointOp.MOD: "floor_mod({}, {})", PointOp.FMOD: "trunc_mod({}, {})",
-    PointOp.ABS: "({0} < 0 ? -{0} : {0})", PointOp.SIGN: "sign({})", PointOp.FLOOR: "({})", PointOp.CEIL: "({})",
-    PointOp.ROUND: "({})",
+    PointOp.ABS: "({0} < 0 ? wrap_sub({1}(0), {0}) : {0})", PointOp.SIGN: "sign({})",
+    PointOp.FLOOR: "({})", PointOp.CEIL: "({})", PointOp.ROUND: "({})",
 }  # fmt: skip
+_BOOL = {PointOp.MIN: "({} && {})", PointOp.MAX: "({} || {})"}
 _ANY = {
     PointOp.ADD: "({} + {})", PointOp.SUB: "({} - {})", PointOp.MUL: "({} * {})", PointOp.DIV: "({} / {})",
-    PointOp.NEG: "(-{})", PointOp.AND: "({} && {})", PointOp.OR: "({} || {})", PointOp.XOR: "({} != {})",
+    PointOp.NEG: "(-{})",
+    PointOp.AND: "({} && {})", PointOp.OR: "({} || {})", PointOp.XOR: "({} != {})",
     PointOp.NOT: "(!{})", PointOp.BITAND: "({} & {})", PointOp.BITOR: "({} | {})", PointOp.BITXOR: "({} ^ {})",
-    PointOp.BITNOT: "(~{})", PointOp.SHL: "({} << {})", PointOp.SHR: "({} >> {})", PointOp.EQ: "({} == {})",
+    PointOp.BITNOT: "(~{})", PointOp.EQ: "({} == {})",
     PointOp.LT: "({} < {})", PointOp.LE: "({} <= {})", PointOp.ISNAN: "isnan({})", PointOp.ISINF: "isinf({})",
     PointOp.WHERE: "({} ? {} : {})",
 }  # fmt: skip
@@ -122,14 +126,23 @@ class _Writer:
             name = f"{self.prefix}_{i}"
             self.declare(name, operand)
             offset = f"row_offset(p.{name}, r)"
+            dtype, column = STORAGE[operand.dtype], _column(operand)
             if operand.index is not None:
                 self.declare(f"{name}_index", operand.index)
                 self.arguments[f"{name}_rows"] = operand.table_rows
                 self.arguments[f"{name}_row_stride"] = I64(operand.table_stride)
+                self.arguments[f"{self.prefix}_status"] = StatusWord()
                 by = STORAGE[operand.index.dtype]
-                row = f"table_row<{by}>(p.{name}_index, row_offset(p.{name}_index, r), p.{name}_rows)"
+                place = f"p.{name}_index, row_offset(p.{name}_index, r)"
+                if operand.index.strides[-1]:  # another row in every column
+                    self.members.append(f"Fetched<{dtype}, Column::STRIDED> a{i};")
+                    self.fetches.append(
+                        f"inputs.a{i} = fetch_rows<{dtype}, {by}>(p.{name}, {offset}, {place}, p.{name}_rows, "
+                        f"p.{name}_row_stride, column, count, p.{self.prefix}_status);"
+                    )
+                    continue
+                row = f"table_row<{by}>({place}, p.{name}_rows, p.{self.prefix}_status)"
                 offset += f" + {row} * p.{name}_row_stride"
-            dtype, column = STORAGE[operand.dtype], _column(operand)
             self.members.append(f"Fetched<{dtype}, {column}> a{i};")
             self.fetches.append(
                 f"inputs.a{i} = fetch_columns<{dtype}, {column}, {self.aligned(operand)}>"
@@ -215,10 +228,10 @@ def _apply(node: ex.Apply, operands: Sequence[str]) -> str:
         special = _power(typed[0], float(node.args[1].value))
         if special is not None:
             return special
-    table = {"double": _DOUBLE, "float": _FLOAT}.get(COMPUTE[common], _INTEGER)
+    table = {"double": _DOUBLE, "float": _FLOAT, "bool": _BOOL}.get(COMPUTE[common], _INTEGER)
     value = table.get(node.op, _ANY.get(node.op))
     assert value is not None, f"no code for {node.op} on {common}"
-    text = value.format(*typed)
+    text = value.format(*typed, COMPUTE[common])
     # Narrow integers are computed in 32 bits and wrap when the result is taken.
     return f"static_cast<i32>(static_cast<{STORAGE[node.dtype]}>({text}))" if node.dtype in _SMALL else text
 
@@ -232,6 +245,12 @@ def _convert(text: str, source: DType, target: DType) -> str:
         return text
     if target is DType.BOOL:
         return f"({text} != {COMPUTE[source]}(0))"
+    if source.is_float and not target.is_float:
+        # Through a wider signed integer, so that what does not fit wraps.
+        if target is DType.U64:
+            return f"({text} < 0 ? static_cast<u64>(static_cast<i64>({text})) : static_cast<u64>({text}))"
+        if target in _SMALL or target is DType.U32:
+            text = f"static_cast<{'i64' if target is DType.U32 else 'i32'}>({text})"
     narrowed = f"static_cast<{STORAGE[target]}>({text})" if target in _SMALL else text
     return f"static_cast<{COMPUTE[target]}>({narrowed})"
 

@@ -8,18 +8,22 @@ with any kernel file.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from cuda.bindings import nvrtc
 
 from engine.errors import DeviceError, EngineError
 from engine.targets.cuda.source import Source, expand
+
+log = logging.getLogger(__name__)
 
 _DIGEST = hashlib.sha256().digest_size
 # ptxas advice that has meant wrong code: serialised wgmma (C7510 to C7514), an unreachable register count.
@@ -43,11 +47,24 @@ class DiskCache:
     """Files ``<key>.cubin`` = SHA-256 of the content, then the content. Any failure of the disk means a miss, never an
     error.
 
-    A folder that others could write to is not used: a cubin runs on the GPU with this process's memory.
+    A folder that others could write to is not used: a cubin runs on the GPU with this process's memory. What keeps the
+    cache from being of use is logged once.
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self.folder = folder if folder is not None and _make_private(folder) else None
+        self.folder: Path | None = None
+        self._complained = False
+        if folder is not None:
+            try:
+                _make_private(folder)
+                self.folder = folder
+            except OSError as error:
+                self._complain(error)
+
+    def _complain(self, error: OSError) -> None:
+        if not self._complained:
+            log.warning("compiled kernels are not kept, so that every start compiles them again: %s", error)
+        self._complained = True
 
     def read(self, key: str) -> bytes | None:
         if self.folder is None:
@@ -65,19 +82,39 @@ class DiskCache:
         try:
             # Written beside, then renamed: two processes that compile at once never read half a file.
             with tempfile.NamedTemporaryFile(dir=self.folder, prefix=f"{key}.", delete=False) as file:
-                file.write(hashlib.sha256(code).digest() + code)
-            os.replace(file.name, self.folder / f"{key}.cubin")
-        except OSError:
-            pass
+                beside = Path(file.name)
+                try:
+                    file.write(hashlib.sha256(code).digest() + code)
+                    file.flush()
+                    os.replace(beside, self.folder / f"{key}.cubin")
+                except OSError:
+                    beside.unlink(missing_ok=True)
+                    raise
+        except OSError as error:
+            self._complain(error)
 
 
-def _make_private(folder: Path) -> bool:
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-    except OSError:
-        return False
-    return status.st_uid == os.getuid() and not stat.S_IMODE(status.st_mode) & 0o022
+def _make_private(folder: Path) -> None:
+    """Make the folder where it is missing. Raises OSError where it cannot be made or is not this user's alone to
+    write."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o022:
+        raise PermissionError(f"others could write to {folder}: make it yours, with mode 0700")
+
+
+class LogProgress:
+    """Logs how many kernels are compiled, at most once a second; nothing where it is over sooner."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._began = self._logged = clock()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = self._clock()
+        if now - self._logged >= 1 or (done == total and self._logged > self._began):
+            self._logged = now
+            log.info("compiled %d of %d kernels, %.1f s", done, total, now - self._began)
 
 
 class Compiler:
@@ -111,28 +148,41 @@ class Compiler:
         parts = (text, *self.flags, str(self.version))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
-    def cubin(self, source: Source) -> bytes:
-        """Machine code of `source`. Raises CompileError."""
+    def cubin(self, source: Source, fresh: bool = False) -> bytes:
+        """Machine code of `source`; `fresh`: whatever the cache says. Raises CompileError."""
         text = expand(source.text)
-        key = self.key(text)
-        code = self.cache.read(key)
-        if code is None:
-            code = self._compile(source.name, text)
-            self.cache.write(key, code)
+        code = None if fresh else self.cache.read(self.key(text))
+        return code if code is not None else self._compiled(source.name, text)
+
+    def _compiled(self, name: str, text: str) -> bytes:
+        code = self._compile(name, text)
+        self.cache.write(self.key(text), code)
         return code
 
     def cubins(
         self, sources: Iterable[Source], progress: Callable[[int, int], None] | None = None
     ) -> dict[Source, bytes]:
-        """Machine code of every distinct source, compiled in parallel. `progress(done, total)` is called as they
-        finish."""
-        distinct = list(dict.fromkeys(sources))
+        """Machine code of every distinct source; what the cache lacks is compiled in parallel. `progress(done, total)`
+        is called for each of those when it is done. Raises CompileError."""
+        texts = {source: expand(source.text) for source in sources}
         result: dict[Source, bytes] = {}
-        with ThreadPoolExecutor(self.workers, thread_name_prefix="nvrtc") as pool:
-            for source, code in zip(distinct, pool.map(self.cubin, distinct), strict=True):
+        for source, text in texts.items():
+            code = self.cache.read(self.key(text))
+            if code is not None:
                 result[source] = code
-                if progress is not None:
-                    progress(len(result), len(distinct))
+        missing = [source for source in texts if source not in result]
+        if not missing:
+            return result
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="nvrtc") as pool:
+            under_way = {pool.submit(self._compiled, source.name, texts[source]): source for source in missing}
+            try:
+                for done, future in enumerate(as_completed(under_way), start=1):
+                    result[under_way[future]] = future.result()
+                    if progress is not None:
+                        progress(done, len(missing))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
         return result
 
     def _compile(self, name: str, text: str) -> bytes:

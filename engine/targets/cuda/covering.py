@@ -19,17 +19,29 @@ from engine.ir.dtype import DType
 from engine.ir.expr import PointOp
 from engine.ir.ops import (
     Attention,
+    Cell,
     Conv,
+    Gather,
     Gemm,
     Norm,
     NormKind,
     Op,
+    Pad,
+    PadMode,
     Pointwise,
     Pool,
     PoolKind,
+    Recurrent,
     Reduce,
     ReduceKind,
+    Resize,
+    ResizeMode,
+    Running,
+    RunningKind,
+    Scatter,
+    ScatterKind,
     Softmax,
+    TopK,
 )
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
@@ -37,13 +49,14 @@ from engine.targets.cuda import attention_wgmma
 from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.attention import heads_of, launch_attention
 from engine.targets.cuda.attention_tiles import Heads, candidates
-from engine.targets.cuda.conv import Geometry, channels_last, launch_conv, pack_filter
+from engine.targets.cuda.conv import filters_of, launch_conv
+from engine.targets.cuda.conv_geometry import Geometry, channels_last
 from engine.targets.cuda.families import family_of
-from engine.targets.cuda.gemm import Tile, epilogue_of, launch_product
+from engine.targets.cuda.gemm import epilogue_of, launch_product
 from engine.targets.cuda.image import Filter, centre_box, launch_images
-from engine.targets.cuda.kernel import Context, Launch, Pointer, WeightStore
+from engine.targets.cuda.kernel import Context, Launch, WeightStore
 from engine.targets.cuda.product import product_of
-from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES
+from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES, MmaTile, Tile
 
 F16, F32, I64 = DType.F16, DType.F32, DType.I64
 ACC = ex.Acc()
@@ -68,6 +81,22 @@ def make_step(op: Op, inputs: Sequence[Given], name: str = "step") -> Step:
         for i, ((dtype, shape), need) in enumerate(zip(op.infer(placed), results, strict=True))
     )
     return Step(name, op, placed, outputs, op.cost(placed, outputs))
+
+
+def recurrent_step(cell: Cell, hidden: int, dtype: DType) -> Step:
+    """A recurrent network of 20 steps in both directions, batch 8."""
+    state: Given = (dtype, (2, 8, hidden))
+    inputs: list[Given] = [
+        (dtype, (20, 2, 8, cell.gates * hidden)), weight(2, cell.gates * hidden, hidden, dtype=dtype), state,
+    ]  # fmt: skip
+    inputs += [state] if cell is Cell.LSTM else []
+    inputs += [(dtype, (2, hidden))] if cell is Cell.GRU else []
+    return make_step(Recurrent(cell, 1), inputs, f"{cell.value} {hidden}")
+
+
+def results_in(step: Step, order: tuple[int, ...]) -> Step:
+    """The same step with its results' axes in `order`, from the outermost to the innermost."""
+    return replace(step, outputs=tuple(replace(t, strides=row_major(t.shape, order)) for t in step.outputs))
 
 
 def _tensor(i: int, given: Given) -> Tensor:
@@ -188,8 +217,105 @@ def steps() -> Iterator[Step]:
     yield make_step(Pointwise((stored(gelu(add(arg(0), arg(1)))),)), [row, (F16, (384,))], "pointwise")
     yield make_step(Pointwise((stored(arg(0, F32)),)), [(F32, (2, 3, 32, 32))], "cast")
     yield layout_copy(2, 32, 20, 20)
+    ids = (I64, (4, 25))
+    yield make_step(Gather(0), [(F16, (50, 64)), ids], "gather rows")
+    yield make_step(Gather(1), [(F16, (4, 77)), ids], "gather elements")
+    around = ((0, 0), (0, 0), (1, 1), (2, 2))
+    for mode in PadMode:
+        yield make_step(Pad(around, mode), [image], f"{mode.value} pad")
+    inner = make_step(Pad(around), [channels_inner(2, 64, 28, 28)], "constant pad, channels inside")
+    yield results_in(inner, channels_last(4))
+    for resize in ResizeMode:
+        by_two = Resize((2, 64, 56, 56), (1.0, 1.0, 2.0, 2.0), resize, stores=(stored(ACC),))
+        inner = make_step(by_two, [channels_inner(2, 64, 28, 28)], f"resize {resize.value}")
+        yield results_in(inner, channels_last(4))
+        yield make_step(by_two, [image], f"resize {resize.value}, channels outside")
+    places: Given = np.random.default_rng(0).permutation(50)[:20, None]  # one that comes twice is in no order
+    yield make_step(Scatter(None), [(F16, (50, 64)), places, (F16, (20, 64))], "scatter rows")
+    yield make_step(Scatter(None, ScatterKind.ADD), [(F16, (50, 64)), places, (F16, (20, 64))], "scatter sum")
+    yield make_step(Scatter(1, ScatterKind.MAX), [(F32, (9, 77)), (I64, (9, 20)), (F32, (9, 20))], "scatter maximum")
+    yield make_step(TopK(1, 5), [(F16, (4, 1000))], "top 5")
+    yield make_step(TopK(0, 1024, False), [(F32, (3000, 2))], "lowest 1024")
+    yield make_step(TopK(1, 2000), [(F32, (2, 3000))], "top 2000")
+    yield make_step(Running(RunningKind.SUM, 1), [(I64, (4, 1000))], "running sum")
+    yield make_step(Running(RunningKind.PROD, 0, True, True), [(F16, (50, 9000))], "running products side by side")
+    yield recurrent_step(Cell.LSTM, 64, F16)
+    yield recurrent_step(Cell.LSTM, 1024, F16)
+    yield recurrent_step(Cell.GRU, 512, F32)
+    yield recurrent_step(Cell.RNN_TANH, 33, F16)
+    yield from light_steps()
     mask = mul(ex.apply(PointOp.SUB, constant(1.0), ex.cast(ex.Arg(0, I64), F32)), constant(-65504.0))
     yield make_step(Pointwise((mask,)), [(I64, (4, 1, 1, 100))], "mask")
+
+
+_LIGHT_TYPES = (F16, DType.BF16, F32, DType.F64)
+
+
+def light_steps() -> Iterator[Step]:
+    """Every kernel of the light families beside the usual ones: other types, axes, lengths, layouts."""
+
+    def wide(dtype: DType, index: int = 0) -> ex.Expr:
+        return ex.cast(ex.Arg(index, dtype), DType.F64 if dtype is DType.F64 else F32)
+
+    def plain(dtype: DType) -> ex.Expr:
+        return stored(ex.Acc(DType.F64 if dtype is DType.F64 else F32), dtype)
+
+    shapes = (((9, 5), 1), ((9, 3000), 1), ((3, 40_000), 1), ((1, 9000), 0), ((200, 9), 0), ((9000, 9), 0))
+    for i, (shape, axis) in enumerate(shapes):
+        kind, dtype, other = list(NormKind)[i % 3], _LIGHT_TYPES[i % 4], _LIGHT_TYPES[(i + 2) % 4]
+        norm = Norm(kind, (axis,), 1e-5, wide(dtype), stores=(plain(dtype),))
+        yield make_step(norm, [(dtype, shape)], f"{kind.value} norm {dtype.value} {shape}")
+        softmax = Softmax(axis, i % 2 == 1, wide(other), (plain(other),))
+        yield make_step(softmax, [(other, shape)], f"softmax {other.value} {shape}")
+    image = Tensor(Buffer("input0", BufferKind.INPUT, 1 << 20), F16, (2, 4, 16, 9, 9), (5184, 16, 1, 576, 64))
+    for axes in ((2, 3, 4), (0, 3, 4)):
+        group = Norm(NormKind.LAYER, axes, 1e-5, arg(0), stores=(SCALE_SHIFT,))
+        yield make_step(group, [image, weight(4, 16, 1, 1), weight(4, 16, 1, 1)], f"norm over {axes}")
+
+    for i, (shape, axis) in enumerate((*shapes, ((2000, 40), 1), ((3, 100_000), 1))):
+        for dtype in (_LIGHT_TYPES[i % 4], (DType.I32, DType.U8, DType.U64, DType.BOOL)[i % 4])[: 1 + (i > 3)]:
+            kinds = (ReduceKind.MAX, ReduceKind.MIN) if dtype is DType.BOOL else list(ReduceKind)
+            source, store = (wide(dtype), plain(dtype)) if dtype.is_float else (ex.Arg(0, dtype), ex.Acc(dtype))
+            reduce = Reduce(kinds[i % len(kinds)], (axis,), False, source, (store,))
+            yield make_step(reduce, [(dtype, shape)], f"{reduce.kind.value} {dtype.value} {shape}")
+
+    for i, spatial in enumerate((1, 2, 3, 2)):
+        kernel = 15 if i == 3 else 3
+        for dtype in (_LIGHT_TYPES[i], DType.U8)[: 1 + (i == 1)]:
+            pooled = PoolKind.AVERAGE if i % 2 and dtype.is_float else PoolKind.MAX
+            ones, twos = (1,) * spatial, (2,) * spatial
+            store = plain(dtype) if dtype.is_float else ex.Acc(dtype)
+            pool = Pool(pooled, (kernel,) * spatial, twos, ((1, 1),) * spatial, ones, True, i > 1, (store,))
+            sizes = (2, 12, *(17,) * spatial)
+            inner = Tensor(
+                Buffer("input0", BufferKind.INPUT, 1 << 20), dtype, sizes, row_major(sizes, channels_last(len(sizes)))
+            )
+            yield make_step(pool, [inner if i % 2 else (dtype, sizes)], f"{spatial}-D pool {dtype.value}")
+
+    for dtype in _LIGHT_TYPES[2:]:
+        chain: ex.Expr = ex.Arg(0, dtype)
+        # Sines of arguments above 10⁵ take 40 bytes of local memory, which is no spill.
+        functions = sorted(ex.UNARY_FLOAT - {PointOp.SIN, PointOp.COS, PointOp.TAN}, key=lambda op: op.value)
+        for op in (*functions, PointOp.SIGN, PointOp.FLOOR, PointOp.ROUND):
+            chain = ex.apply(op, chain)
+        for op in (PointOp.POW, PointOp.MOD, PointOp.FMOD, PointOp.MIN, PointOp.MAX):
+            chain = ex.apply(op, chain, ex.Arg(0, dtype))
+        tests = ex.apply(PointOp.OR, ex.apply(PointOp.ISNAN, chain), ex.apply(PointOp.ISINF, chain))
+        yield make_step(Pointwise((chain, tests)), [(dtype, (3, 5))], f"functions of {dtype.value}")
+    for dtype in (I64, DType.U32, DType.I8):
+        number: ex.Expr = ex.Arg(0, dtype)
+        operators = "add sub mul div pow min max mod fmod bitand bitor bitxor shl shr"
+        for op in map(PointOp, operators.split()):
+            number = ex.apply(op, number, ex.Arg(0, dtype))
+        for op in (PointOp.NEG, PointOp.ABS, PointOp.SIGN, PointOp.BITNOT):
+            number = ex.apply(op, number)
+        yield make_step(Pointwise((number, ex.cast(number, F16))), [(dtype, (3, 5))], f"operators on {dtype.value}")
+    strides = row_major((3, 4, 3, 4, 3, 9), (3, 1, 4, 0, 2, 5))
+    deep = Tensor(Buffer("input0", BufferKind.INPUT, 1 << 14), F16, (2, 3, 2, 3, 2, 8), strides)
+    yield make_step(Pointwise((ex.Arg(0, F16),)), [deep], "copy of many levels")
+    for dtype in (DType.U8, F32, DType.F64):
+        turned = Tensor(Buffer("input0", BufferKind.INPUT, 1 << 20), dtype, (3, 70, 90), (6300, 1, 70))
+        yield make_step(Pointwise((ex.Arg(0, dtype),)), [turned], f"transposing copy {dtype.value}")
 
 
 def embedding_norm(batch: int, sequence: int, features: int) -> Step:
@@ -204,9 +330,13 @@ def embedding_norm(batch: int, sequence: int, features: int) -> Step:
 
 def layout_copy(n: int, c: int, h: int, w: int) -> Step:
     """NHWC to NCHW."""
+    return make_step(Pointwise((ex.Arg(0, F16),)), [channels_inner(n, c, h, w)], "layout copy")
+
+
+def channels_inner(n: int, c: int, h: int, w: int) -> Tensor:
+    """An image in NHWC."""
     buffer = Buffer("input0", BufferKind.INPUT, 2 * n * c * h * w)
-    image = Tensor(buffer, F16, (n, c, h, w), row_major((n, c, h, w), channels_last(4)))
-    return make_step(Pointwise((ex.Arg(0, F16),)), [image], "layout copy")
+    return Tensor(buffer, F16, (n, c, h, w), row_major((n, c, h, w), channels_last(4)))
 
 
 def attention(dtype: DType, head: int, causal: bool, bias: int) -> Step:
@@ -262,13 +392,68 @@ def launches(architecture: Architecture) -> Iterator[tuple[str, Launch]]:
     yield from images()
     yield from products(context)
     yield from attentions(context)
-    op = conv_op(3)
-    conv = make_step(op, [(F16, (2, 64, 28, 28)), weight(128, 64, 3, 3), weight(128, 1, 1)])
-    packed = Pointer(context.weights.packed(conv.inputs[1], "n,rsc8", pack_filter))
-    conv_epilogue = epilogue_of(conv, op.stores, channels_last(4), 128)
-    for tile in MMA_TILES:
-        if tile.shared_bytes <= architecture.shared_bytes:
-            yield f"conv {tile.m}x{tile.n}", launch_conv(Geometry(conv), conv_epilogue, packed, tile)
+    yield from convolutions(context)
+
+
+def convolutions(context: Context) -> Iterator[tuple[str, Launch]]:
+    """Implicit products in every tile, whole and split, with every kind of operands, geometry and access to the image;
+    computed filters; and what the matrix units do not take."""
+    portable = [tile for tile in MMA_TILES if tile.shared_bytes <= context.architecture.shared_bytes]
+    split, bf16 = [replace(tile, splits=3) for tile in portable], DType.BF16
+    rounding = replace(context, tf32=True)
+    chosen: list[tuple[Step, Context, Sequence[MmaTile]]] = [
+        (_conv(F16), context, portable),
+        (_conv(F16, channels=6, axes=3, residual=True), context, (split[0], split[-1])),
+        (_conv(bf16, transposed=True, residual=True), context, (split[1], portable[0])),
+        (_conv(F32), context, portable),
+        (_conv(F32, channels=6, axes=3, transposed=True, residual=True), context, (split[0], portable[-1])),
+        (_conv(F32, axes=3), rounding, (portable[0],)),
+        (_conv(F16, channels=12, image=F32), context, (portable[0],)),
+    ]
+    for step, how, tiles in chosen:
+        geometry = Geometry(step)
+        filters, _ = filters_of(step, geometry, how)
+        for tile in tiles:
+            yield f"conv {tile}", launch_conv(step, geometry, filters, tile, how)
+    for step in (
+        _conv(F16, known=False),
+        _conv(F32, transposed=True, known=False),
+        _conv(DType.F64),
+        _conv(F32, channels=1, axes=3),
+        *(_conv(F16, groups=groups, transposed=transposed) for groups in (128, 129) for transposed in (False, True)),
+        _conv(bf16, groups=128, kernel=9),
+        _conv(bf16, groups=128, kernel=7),
+        _conv(F32, groups=128, kernel=5),
+        _conv(F32, groups=32, channels=64, known=False),
+    ):
+        for launch in family_of(step.op).lower(step, context):
+            yield "conv", launch
+
+
+def _conv(
+    dtype: DType,
+    channels: int = 0,
+    groups: int = 1,
+    kernel: int = 3,
+    axes: int = 2,
+    transposed: bool = False,
+    known: bool = True,
+    residual: bool = False,
+    image: DType | None = None,
+) -> Step:
+    """A convolution to as many channels as there are groups, or 128, with stride 2 where it is transposed."""
+    wide = ex.Acc(dtype) if dtype is DType.F64 else ACC
+    n = groups if groups > 100 else 128
+    c = channels or (n if groups > 1 else 64)
+    store = ex.cast(relu6(ex.cast(add(wide, arg(2, dtype)) if dtype is not DType.F64 else wide, F32)), dtype)
+    store = stored(add(add(ACC, arg(2, dtype)), arg(3, dtype)), dtype) if residual else store
+    strides, pad = (2 if transposed else 1,) * axes, kernel // 2
+    op = Conv(strides, ((pad, pad),) * axes, (1,) * axes, groups, transposed, stores=(store,))
+    filters = (c, n // groups, *(kernel,) * axes) if transposed else (n, c // groups, *(kernel,) * axes)
+    inputs: list[Given] = [(image or dtype, (2, c, *(12,) * axes))]
+    inputs += [weight(*filters, dtype=dtype) if known else (dtype, filters), weight(n, *(1,) * axes, dtype=dtype)]
+    inputs += [(dtype, (2, n, *(23 if transposed else 12,) * axes))] if residual else []
+    return make_step(op, inputs)
 
 
 def products(context: Context) -> Iterator[tuple[str, Launch]]:
@@ -277,10 +462,11 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
     residual = make_step(Gemm((BIAS_RESIDUAL,)), [*fp16.inputs, (F16, (300, 400))])
     portable = [tile for tile in MMA_TILES if tile.shared_bytes <= architecture.shared_bytes]
     wgmma = WGMMA_TILES if architecture.wgmma else ()
+    divisible: list[Tile] = [*portable, *(tile for tile in wgmma if tile.most_splits > 1)]
     rounding = replace(context, tf32=True)
     chosen: list[tuple[Step, Context, Sequence[Tile]]] = [
         (fp16, context, (*portable, *wgmma)),
-        (residual, context, [replace(tile, splits=3) for tile in (*portable, *wgmma)]),
+        (residual, context, [replace(tile, splits=3) for tile in divisible]),
         (_product(DType.BF16), context, (portable[0], *wgmma[:1])),
         (_product(F32), rounding, (portable[0], portable[-1], *wgmma[:1], *wgmma[7:8])),
         (_product(F32), context, portable),

@@ -7,6 +7,7 @@ cuda.bindings. Importing this file needs the CUDA packages; making a `Device` ne
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,12 @@ from cuda.bindings import driver
 
 from engine.errors import DeviceError, DeviceLost, OutOfMemory
 from engine.targets.cuda.architecture import Architecture, for_capability
-from engine.targets.cuda.compiler import Compiler, default_cache
+from engine.targets.cuda.compiler import Compiler, LogProgress, default_cache
 from engine.targets.cuda.kernel import Kernel, TensorMap
 
+log = logging.getLogger(__name__)
+
+_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation and CUDA_ERROR_OUT_OF_MEMORY
 _MAP_TYPES = {
     "half": (driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2),
     "bfloat16": (driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2),
@@ -61,9 +65,14 @@ class Device:
         try:
             yield
         except cupy.cuda.memory.OutOfMemoryError as error:
-            raise OutOfMemory(f"the GPU has too little memory: {error}. Use a smaller batch or sequence") from None
+            raise _out_of_memory(error) from None
         except (cupy.cuda.runtime.CUDARuntimeError, cupy.cuda.driver.CUDADriverError) as error:
-            raise self._failure(error) from error
+            raise (_out_of_memory(error) if error.status == _OUT_OF_MEMORY else self._failure(error)) from error
+        except DeviceError as error:
+            failure = self._failure(error)
+            if failure is error:
+                raise
+            raise failure from error
 
     def _failure(self, error: Exception) -> DeviceError:
         """A sticky error shows in whatever is called next: the GPU is lost to this process."""
@@ -71,21 +80,35 @@ class Device:
             cupy.cuda.runtime.deviceSynchronize()
         except cupy.cuda.runtime.CUDARuntimeError as lasting:
             return DeviceLost(f"GPU {self.index} failed and is lost to this process: {lasting}")
-        return DeviceError(f"GPU {self.index} failed: {error}")
+        return error if isinstance(error, DeviceError) else DeviceError(f"GPU {self.index} failed: {error}")
 
     def load(self, kernels: Iterable[Kernel]) -> None:
-        """Compile (in parallel, or from the cache) and load what is not loaded yet. Raises CompileError."""
+        """Compile (in parallel, or from the cache) and load what is not loaded yet, and log how far that is. Raises
+        CompileError."""
         missing = [kernel for kernel in dict.fromkeys(kernels) if kernel not in self._functions]
-        code = self.compiler.cubins(kernel.source for kernel in missing)
+        code = self.compiler.cubins((kernel.source for kernel in missing), LogProgress())
         for kernel in missing:
-            module = cupy.cuda.function.Module()
-            module.load(code[kernel.source])
-            function = driver.CUfunction(module.get_function("kernel").ptr)
-            if kernel.shared_bytes > _STATIC_LIMIT:
-                attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                check(driver.cuFuncSetAttribute(function, attribute, kernel.shared_bytes), kernel.source.name)
-            self._modules.append(module)
-            self._functions[kernel] = function
+            try:
+                self._load(kernel, code[kernel.source])
+            except cupy.cuda.driver.CUDADriverError as error:
+                if error.status == _OUT_OF_MEMORY:
+                    raise
+                # A file of the cache can be whole and still no code for this driver. Code fresh from the compiler that
+                # the driver refuses, too, is an error.
+                log.warning(
+                    "kernel %s is compiled anew: the driver refuses the cached one: %s", kernel.source.name, error
+                )
+                self._load(kernel, self.compiler.cubin(kernel.source, fresh=True))
+
+    def _load(self, kernel: Kernel, code: bytes) -> None:
+        module = cupy.cuda.function.Module()
+        module.load(code)
+        function = driver.CUfunction(module.get_function("kernel").ptr)
+        if kernel.shared_bytes > _STATIC_LIMIT:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            check(driver.cuFuncSetAttribute(function, attribute, kernel.shared_bytes), kernel.source.name)
+        self._modules.append(module)
+        self._functions[kernel] = function
 
     def launch(
         self, kernel: Kernel, grid: tuple[int, int, int], params: bytes, stream: cupy.cuda.Stream, overlap: bool
@@ -139,6 +162,12 @@ class Device:
 
 
 def check(result: tuple[driver.CUresult, ...], what: str) -> None:
-    """Raise DeviceError where a driver call failed."""
+    """Raise OutOfMemory or DeviceError where a driver call failed."""
+    if int(result[0]) == _OUT_OF_MEMORY:
+        raise _out_of_memory(f"{what}: {result[0].name}")
     if int(result[0]):
         raise DeviceError(f"{what}: {result[0].name}")
+
+
+def _out_of_memory(reason: object) -> OutOfMemory:
+    return OutOfMemory(f"the GPU has too little memory: {reason}. Use a smaller batch or sequence")

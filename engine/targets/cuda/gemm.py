@@ -30,11 +30,7 @@ from engine.targets.cuda.kernel import (
 )
 from engine.targets.cuda.product import Product, is_weight, product_of, rows_inner, rows_of
 from engine.targets.cuda.spaces import operand, operands, space
-from engine.targets.cuda.tiles import MmaTile, Operands, WgmmaTile, pick_mma, pick_wgmma
-
-Tile = MmaTile | WgmmaTile
-_MOST_SPLITS = 24
-
+from engine.targets.cuda.tiles import MOST_SPLITS, Operands, Tile, WgmmaTile, pick_mma, pick_wgmma
 
 _MATRIX_TYPES = (DType.F16, DType.BF16, DType.F32)
 
@@ -104,10 +100,10 @@ def pick_tile(product: Product, context: Context) -> Tile:
     """The tile and the split of k that should be fastest."""
     operands, multiprocessors = operands_of(product.dtype, context), context.multiprocessors
     if context.architecture.wgmma and product.suits_tma and operands is not Operands.EXACT:
-        return pick_wgmma(product.m, product.n, product.k, multiprocessors, operands, _MOST_SPLITS)
+        return pick_wgmma(product.m, product.n, product.k, multiprocessors, operands, MOST_SPLITS)
     return pick_mma(
         product.m, product.n, product.k, product.batch.count, context.architecture, multiprocessors, operands,
-        _MOST_SPLITS,
+        MOST_SPLITS,
     )  # fmt: skip
 
 
@@ -202,7 +198,7 @@ def _launch_wgmma(
             **sizes,
             **split_arguments(tiles, tile.m * tile.n, 8 if tile.cooperative else 4, tile.splits),
         },
-        (min(tiles * tile.splits, multiprocessors), 1, 1),  # persistent: a block for every multiprocessor
+        (min(tiles, max(1, multiprocessors // tile.splits)), tile.splits, 1),  # persistent: a block a multiprocessor
         384,
         tile.shared_bytes,
         Instruction.WGMMA,

@@ -3,8 +3,8 @@
 Every kernel is ``kernel(const __grid_constant__ Params p)``; `Params` is generated from the launch's arguments, so the
 host's packing and the device's struct come from one list. Compile-time: tiles, stages, dtypes, expressions, whether
 accesses are aligned. Run-time: sizes, strides, addresses. The last argument is always the stamp slot, null where nobody
-measures. Lowering needs no device: arguments name buffers, and `target.py` turns them into addresses when it binds a
-plan.
+measures; a kernel that looks up tables has its step's status word, too. Lowering needs no device: arguments name
+buffers, and `program.py` turns them into addresses when it captures a plan.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.source import Source
 
-MAX_LEVELS = 4  # kernels/epilogue/access.cuh
+USUAL_LEVELS = 4  # row levels of a kernel's tensors, unless one has more
 ALIGNMENT = 256  # bytes; every device buffer starts at a multiple
 
 
@@ -81,7 +81,20 @@ class I64s:
     values: tuple[int, ...]
 
 
-Argument: TypeAlias = Pointer | TensorArgument | LevelSizes | TensorMap | I64 | I64s | int | float
+@dataclass(frozen=True)
+class StatusWord:
+    """The address of a 32-bit word that the kernel sets to 1 where it meets an index outside the table that it looks
+    up; null where nobody reads it."""
+
+
+@dataclass(frozen=True)
+class F64:
+    """A 64-bit float. Plain floats are 32 bits wide."""
+
+    value: float
+
+
+Argument: TypeAlias = Pointer | TensorArgument | LevelSizes | TensorMap | I64 | I64s | StatusWord | F64 | int | float
 
 
 class Instruction(Enum):
@@ -111,27 +124,44 @@ class Launch:
     grid: tuple[int, int, int]
     arguments: tuple[tuple[str, Argument], ...]
 
+    @property
+    def looks_up(self) -> bool:
+        """Whether it reads tables by indices, and has a status word."""
+        return any(isinstance(argument, StatusWord) for _, argument in self.arguments)
 
-_TENSOR = np.dtype([("data", "u8"), ("row", "i8", MAX_LEVELS), ("column", "i8")], align=True)
-_LEVELS = np.dtype([("size", "u4", MAX_LEVELS)], align=True)
+
 _TENSOR_MAP = np.dtype([("words", "u8", 16)], align=True)
 
 
-def _declaration(name: str, argument: Argument) -> tuple[str, np.dtype]:
-    """The member's C++ declaration and its NumPy type."""
+def max_levels(arguments: Sequence[tuple[str, Argument]]) -> int:
+    """The row levels that `Tensor` and `Levels` of kernels/epilogue/access.cuh have room for in a launch."""
+    counts = (
+        len(a.rows if isinstance(a, TensorArgument) else a.sizes)
+        for _, a in arguments
+        if isinstance(a, TensorArgument | LevelSizes)
+    )
+    return max(USUAL_LEVELS, *counts, 0)
+
+
+def _declaration(name: str, argument: Argument, levels: int = USUAL_LEVELS) -> tuple[str, np.dtype]:
+    """The member's C++ declaration and its NumPy type; tensors have room for `levels` row levels."""
     match argument:
         case Pointer(ctype=ctype):
             return f"{ctype}* {name};", np.dtype("u8")
         case TensorArgument():
-            return f"Tensor {name};", _TENSOR
+            return f"Tensor {name};", np.dtype([("data", "u8"), ("row", "i8", levels), ("column", "i8")], align=True)
         case LevelSizes():
-            return f"Levels {name};", _LEVELS
+            return f"Levels {name};", np.dtype([("size", "u4", levels)], align=True)
         case TensorMap():
             return f"TensorMap {name};", _TENSOR_MAP
         case I64():
             return f"i64 {name};", np.dtype("i8")
         case I64s(values=values):
             return f"i64 {name}[{len(values)}];", np.dtype(("i8", (len(values),)))
+        case StatusWord():
+            return f"u32* {name};", np.dtype("u8")
+        case F64():
+            return f"double {name};", np.dtype("f8")
         case float():
             return f"float {name};", np.dtype("f4")
         case _:
@@ -153,10 +183,12 @@ def pack(
     address: Callable[[Pointer], int],
     encode: Callable[[TensorMap], bytes],
     stamp: int,
+    status: int = 0,
 ) -> bytes:
-    """The bytes of `Params`. `address` places pointers, `encode` makes the 128 bytes of a tensor map."""
-    ordered = _ordered(arguments)
-    fields = [(name, _declaration(name, argument)[1]) for name, argument in ordered]
+    """The bytes of `Params`. `address` places pointers, `encode` makes the 128 bytes of a tensor map; `stamp` and
+    `status` are the addresses of stamp slot and status word."""
+    ordered, levels = _ordered(arguments), max_levels(arguments)
+    fields = [(name, _declaration(name, argument, levels)[1]) for name, argument in ordered]
     record = np.zeros(1, np.dtype([*fields, ("stamp", "u8")], align=True))
     for name, argument in ordered:
         match argument:
@@ -170,10 +202,12 @@ def pack(
                 record[name]["size"][0, : len(sizes)] = sizes
             case TensorMap():
                 record[name]["words"] = np.frombuffer(encode(argument), "u8")
-            case I64(value=value):
+            case I64(value=value) | F64(value=value):
                 record[name] = value
             case I64s(values=values):
                 record[name] = values
+            case StatusWord():
+                record[name] = status
             case _:
                 record[name] = argument
     record["stamp"] = stamp
@@ -248,6 +282,11 @@ def pointer_to(tensor: Tensor) -> Pointer:
     return Pointer(tensor.buffer, tensor.offset * tensor.dtype.itemsize, STORAGE[tensor.dtype])
 
 
+def workspace(nbytes: int) -> Buffer:
+    """Memory for what one launch of a step leaves to the next. Its content before and after a step has no meaning."""
+    return Buffer("workspace", BufferKind.PLAN, nbytes, np.zeros(nbytes, np.uint8))
+
+
 def is_constant(tensor: Tensor) -> bool:
     """Whether the content is known before the plan runs and shared by all plans."""
     return tensor.buffer.kind is BufferKind.CONSTANT
@@ -279,7 +318,7 @@ def launch(
     A `config` value that is a string is a type. `helpers` is device code that the body calls.
     """
     every = [*arguments.items(), *(item for functor in functors for item in functor.arguments)]
-    config = {"width": 8, **config}
+    config = {"width": 8, "max_levels": max_levels(every), **config}
     constants = [
         f"using {name} = {value};" if isinstance(value, str) else f"constexpr {_ctype(value)} {name} = {int(value)};"
         for name, value in config.items()
@@ -304,7 +343,8 @@ def launch(
             f'#include "{body}"\n',
         ]
     )
-    name = "_".join([family, *(f"{key}{int(value)}" for key, value in config.items() if not isinstance(value, str))])
+    named = {key: value for key, value in config.items() if not isinstance(value, str) and key != "max_levels"}
+    name = "_".join([family, *(f"{key}{int(value)}" for key, value in named.items())])
     return Launch(Kernel(family, Source(name, text), threads, shared_bytes, instruction), grid, tuple(every))
 
 

@@ -1,4 +1,6 @@
-"""Norms and softmax along the innermost axes (normalize.cuh): one read, one write, the row in registers between."""
+"""Norms and softmax over any axes. Rows along the innermost axis in memory stay in registers (normalize.cuh) or, longer
+ones, are read twice (normalize_long.cuh); over other axes neighbouring threads hold neighbouring columns
+(normalize_columns.cuh). Few long rows are split over blocks, in two launches."""
 
 from __future__ import annotations
 
@@ -6,31 +8,58 @@ from math import prod
 
 from engine.errors import UnsupportedOp
 from engine.ir import expr as ex
+from engine.ir.dtype import DType
 from engine.ir.ops import Norm, Op, Softmax
-from engine.ir.ops.light import Gathers, iteration_shape
-from engine.plan.plan import Access, Requirement, Step
+from engine.ir.ops.light import Gathers
+from engine.plan.plan import Requirement, Step
 from engine.plan.tensor import Tensor
 from engine.targets.cuda import codegen
-from engine.targets.cuda.kernel import Argument, Context, Functor, Launch, ceildiv, launch
-from engine.targets.cuda.spaces import VECTOR, Operand, Space, operand, operands, space
+from engine.targets.cuda.kernel import (
+    F64,
+    I64,
+    Argument,
+    Context,
+    Functor,
+    Launch,
+    Pointer,
+    ceildiv,
+    launch,
+    workspace,
+)
+from engine.targets.cuda.spaces import (
+    VECTOR,
+    Operand,
+    Space,
+    check_counts,
+    operand,
+    operands,
+    refuse_empty_tables,
+    space,
+)
+from engine.targets.cuda.sweeps import (
+    BLOCK_THREADS,
+    STEPS_PER_PART,
+    VECTORS_PER_PART,
+    Parts,
+    column_tile,
+    power_of_two,
+    split,
+    sweep,
+)
 
-_WARP_THREADS = 128  # four rows to a block, a warp each
-_BLOCK_THREADS = 256
-_MAX_CHUNKS = 8  # of 8 elements a thread: 64 registers
-MAX_COLUMNS = _BLOCK_THREADS * _MAX_CHUNKS * VECTOR
+_WARP_THREADS = 128  # of a block whose warps have rows of their own
+_WARP_CHUNKS = 4  # vectors a thread up to which a warp keeps a row
+_MAX_CHUNKS = {DType.F64: 4}  # vectors of 8 elements a thread of a block: 64 registers
+_USUAL_MAX_CHUNKS = 8
 
 
 def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]:
-    """Any strides; results are written with the normalised axes innermost."""
-    source, gathers, axes = _reads(op)
-    shape = iteration_shape(op.name, (source,), inputs, gathers)
-    sizes = [size for size in shape if isinstance(size, int)]
-    columns = prod(sizes[axis] for axis in axes)
-    if columns > MAX_COLUMNS:
-        raise UnsupportedOp(f"{op.name} over {columns} elements: the CUDA kernel takes up to {MAX_COLUMNS}")
-    order = (*(axis for axis in range(len(sizes)) if axis not in axes), *axes)
+    """Any strides."""
+    source, _, _ = _reads(op)
+    if not source.dtype.is_float:
+        raise UnsupportedOp(f"{op.name} of {source.dtype.value}: only floats have one")
     assert isinstance(op, Norm | Softmax)
-    return tuple(Requirement() for _ in inputs), tuple(Requirement(Access.INNER, order) for _ in op.stores)
+    return tuple(Requirement() for _ in inputs), tuple(Requirement() for _ in op.stores)
 
 
 def _reads(op: Op) -> tuple[ex.Expr, Gathers, tuple[int, ...]]:
@@ -41,31 +70,18 @@ def _reads(op: Op) -> tuple[ex.Expr, Gathers, tuple[int, ...]]:
 
 
 def lower(step: Step, context: Context) -> list[Launch]:
-    op = step.op
-    source, gathers, axes = _reads(op)
-    assert isinstance(op, Norm | Softmax)
-    shape = step.outputs[0].shape
-    row_axes = [axis for axis in range(len(shape)) if axis not in axes]
-    rows, functors = prologue_and_epilogue(step, source, gathers, shape, row_axes, axes, op.stores)
-    width = VECTOR
-    per_warp, per_block = 32 * width, _BLOCK_THREADS * width
-    chunks = ceildiv(rows.columns, per_warp)
-    warp_rows = chunks <= 4
-    if not warp_rows:
-        chunks = ceildiv(rows.columns, per_block)
-    chunks = 1 << (chunks - 1).bit_length()  # few distinct kernels
-    threads = _WARP_THREADS if warp_rows else _BLOCK_THREADS
-    group = 32 if warp_rows else _BLOCK_THREADS
-    config: dict[str, int | bool | str] = {
-        "width": width, "threads": threads, "threads_per_row": group, "chunks": chunks, "kind": _kind(op),
-    }  # fmt: skip
-    epsilon = float(op.epsilon) if isinstance(op, Norm) else 0.0
-    arguments: dict[str, Argument] = {"rows": rows.rows, "columns": rows.columns, "epsilon": epsilon}
-    grid = (ceildiv(rows.rows, threads // group), 1, 1)
-    return [launch(op.name.lower(), "normalize.cuh", config, functors, arguments, grid, threads)]
+    if not step.outputs[0].elements:
+        return []
+    work = _Work(step)
+    if work.sweep.columns_kept:
+        return work.launch_columns(context)
+    vectors = work.steps * work.chunks
+    if vectors <= BLOCK_THREADS * _MAX_CHUNKS.get(work.dtype, _USUAL_MAX_CHUNKS):
+        return [work.launch_resident(vectors)]
+    return work.launch_long(vectors, context)
 
 
-_KINDS = ("layer", "rms", "l2", "softmax", "log_softmax")  # as in normalize.cuh
+_KINDS = ("layer", "rms", "l2", "softmax", "log_softmax")  # as in scheduler/statistic.cuh
 
 
 def _kind(op: Op) -> int:
@@ -75,24 +91,105 @@ def _kind(op: Op) -> int:
     return _KINDS.index("log_softmax" if op.log else "softmax")
 
 
-def prologue_and_epilogue(
-    step: Step,
-    source: ex.Expr,
-    gathers: Gathers,
-    shape: tuple[int, ...],
-    row_axes: list[int],
-    column_axes: tuple[int, ...],
-    stores: tuple[ex.Expr, ...],
-) -> tuple[Space, list[Functor]]:
-    """The functors of a kernel whose source and stores run over the same axes, and their space."""
-    reads = operands(step.inputs, ex.arguments(source), gathers, len(shape))
-    more = operands(step.inputs, ex.arguments(*stores), gathers, len(shape))
-    writes = [operand(tensor, len(shape)) for tensor in step.outputs]
-    every = space(shape, row_axes, column_axes, [*reads.values(), *more.values(), *writes])
+class _Work:
+    """A step as kept rows × (steps × columns), with its functors and what all its kernels take."""
+
+    def __init__(self, step: Step) -> None:
+        op, shape = step.op, step.outputs[0].shape
+        source, gathers, axes = _reads(op)
+        assert isinstance(op, Norm | Softmax)
+        reads = operands(step.inputs, ex.arguments(source), gathers, len(shape))
+        more = operands(step.inputs, ex.arguments(*op.stores), gathers, len(shape))
+        refuse_empty_tables(step, (*reads.values(), *more.values()))
+        writes = [operand(tensor, len(shape)) for tensor in step.outputs]
+        every = [*reads.values(), *more.values(), *writes]
+        self.name = op.name.lower()
+        self.dtype = source.dtype
+        self.sweep = sweep(shape, axes, every, ())
+        self.functors = _functors(
+            source, op.stores, space(shape, self.sweep.rows, self.sweep.columns, every), reads, more
+        )
+        self.kept = prod(shape[axis] for axis in self.sweep.kept)
+        self.steps = prod(shape[axis] for axis in self.sweep.steps)
+        self.columns = prod(shape[axis] for axis in self.sweep.columns)
+        self.chunks = ceildiv(self.columns, VECTOR)
+        check_counts(shape, self.kept * self.chunks, self.steps * self.chunks)
+        epsilon = float(op.epsilon) if isinstance(op, Norm) else 0.0
+        exact = any(tensor.dtype not in (DType.F16, DType.BF16) for tensor in step.outputs)
+        self.config: dict[str, int | bool | str] = {"kind": _kind(op), "exact": exact}
+        self.arguments: dict[str, Argument] = {
+            "steps": self.steps, "columns": self.columns, "chunks": self.chunks,
+            "count": I64(prod(shape[axis] for axis in axes)),
+            "epsilon": F64(epsilon) if self.dtype is DType.F64 else epsilon,
+        }  # fmt: skip
+
+    def launch_resident(self, vectors: int) -> Launch:
+        """Rows in registers: of a warp or a part of one, or of a block."""
+        group = min(32, power_of_two(vectors))
+        threads = _WARP_THREADS
+        if ceildiv(vectors, group) > _WARP_CHUNKS:
+            group = threads = BLOCK_THREADS
+        config = {
+            "threads": threads, "threads_per_row": group, "chunks": power_of_two(ceildiv(vectors, group)),
+            "stepped": self.steps > 1,
+        }  # fmt: skip
+        grid = (ceildiv(self.kept, threads // group), 1, 1)
+        arguments = {"rows": self.kept, **self.arguments}
+        return launch(self.name, "normalize.cuh", self.config | config, self.functors, arguments, grid, threads)
+
+    def launch_long(self, vectors: int, context: Context) -> list[Launch]:
+        """Rows of a block, or of several."""
+        parts = split(vectors, VECTORS_PER_PART, self.kept, context)
+        config: dict[str, int | bool | str] = {"threads": BLOCK_THREADS, "stepped": self.steps > 1}
+        return self._in_phases("normalize_long.cuh", config, {}, self.kept, self.kept, parts, BLOCK_THREADS)
+
+    def launch_columns(self, context: Context) -> list[Launch]:
+        """Columns that are kept."""
+        tile = column_tile(self.kept, self.steps, self.chunks)
+        column_tiles = ceildiv(self.chunks, tile.column_threads)
+        blocks = ceildiv(self.kept, tile.kept_threads) * column_tiles
+        parts = split(self.steps, STEPS_PER_PART * tile.row_threads, blocks, context)
+        arguments: dict[str, Argument] = {"kept_rows": self.kept, "column_tiles": column_tiles}
+        results = self.kept * self.columns
+        return self._in_phases("normalize_columns.cuh", tile.config, arguments, blocks, results, parts, tile.threads)
+
+    def _in_phases(
+        self,
+        body: str,
+        config: dict[str, int | bool | str],
+        arguments: dict[str, Argument],
+        blocks: int,
+        results: int,
+        parts: Parts,
+        threads: int,
+    ) -> list[Launch]:
+        """One launch, or where rows are split one for the statistics of the parts and one that joins them."""
+        config = self.config | config
+        arguments = self.arguments | arguments | {"splits": parts.count, "per_split": parts.size}
+        if parts.count == 1:
+            phases = [(False, True)]
+        else:
+            phases = [(False, False), (True, True)]
+            statistic = 3 * (8 if self.dtype is DType.F64 else 4)
+            partial = workspace(results * parts.count * statistic)
+            arguments["partial"] = Pointer(partial, ctype="struct Statistic")
+        grid = (blocks * parts.count, 1, 1)
+        return [
+            launch(
+                self.name, body, config | {"joins": joins, "writes": writes}, self.functors, arguments, grid, threads
+            )
+            for joins, writes in phases
+        ]
+
+
+def _functors(
+    source: ex.Expr, stores: tuple[ex.Expr, ...], every: Space, reads: dict[int, Operand], more: dict[int, Operand]
+) -> list[Functor]:
+    """The functors of a kernel whose source and stores run over the same space."""
     placed = iter(every.operands)
-    loaded: dict[int, Operand] = {i: next(placed) for i in reads}
-    stored: dict[int, Operand] = {i: next(placed) for i in more}
-    return every, [
+    loaded = {i: next(placed) for i in reads}
+    stored = {i: next(placed) for i in more}
+    return [
         codegen.prologue(source, every, loaded, every.columns),
-        codegen.epilogue(stores, every, stored, list(placed), every.columns),
+        codegen.epilogue(stores, every, stored, list(placed), every.columns, source.dtype),
     ]

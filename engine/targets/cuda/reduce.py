@@ -1,24 +1,46 @@
-"""Reductions over any axes (reduce.cuh). The innermost axis in memory of the first input decides which columns are
-read."""
+"""Reductions over any axes (reduce.cuh). The innermost axis in memory of most inputs decides which columns are read.
+Few results of long walks are reduced in two launches."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 
 from engine.errors import UnsupportedOp
 from engine.ir import expr as ex
+from engine.ir.dtype import DType
 from engine.ir.ops import Op, Reduce, ReduceKind
 from engine.ir.ops.light import iteration_shape
 from engine.plan.plan import Requirement, Step
-from engine.plan.tensor import Tensor
+from engine.plan.tensor import Tensor, row_major
 from engine.targets.cuda import codegen
-from engine.targets.cuda.kernel import Argument, Context, Launch, ceildiv, launch
-from engine.targets.cuda.spaces import VECTOR, Operand, operand, operands, space
+from engine.targets.cuda.kernel import (
+    I64,
+    STORAGE,
+    Argument,
+    Context,
+    Functor,
+    Launch,
+    ceildiv,
+    launch,
+    workspace,
+)
+from engine.targets.cuda.spaces import VECTOR, Operand, check_counts, operand, operands, space
+from engine.targets.cuda.sweeps import (
+    BLOCK_THREADS,
+    STEPS_PER_PART,
+    VECTORS_PER_PART,
+    ColumnTile,
+    Parts,
+    column_tile,
+    power_of_two,
+    split,
+    sweep,
+)
 
-_THREADS = 256
-_MAX_GRID = 65535
+_VECTORS_PER_LANE = 8  # of a result up to which a warp, or a part of one, reduces it alone
 
 _OPERATIONS = {
     ReduceKind.SUM: "Sum", ReduceKind.MEAN: "Sum", ReduceKind.PROD: "Product", ReduceKind.MAX: "Maximum",
@@ -29,8 +51,8 @@ _OPERATIONS = {
 def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]:
     """Any strides."""
     assert isinstance(op, Reduce)
-    if op.kind in (ReduceKind.MAX, ReduceKind.MIN) and not op.source.dtype.is_float and not op.source.dtype.is_int:
-        raise UnsupportedOp(f"Reduce {op.kind.value} of {op.source.dtype.value}: no CUDA kernel")
+    if op.source.dtype is DType.BOOL and op.kind not in (ReduceKind.MAX, ReduceKind.MIN):
+        raise UnsupportedOp(f"Reduce {op.kind.value} of bool; cast to a number first")
     return tuple(Requirement() for _ in inputs), tuple(Requirement() for _ in op.stores)
 
 
@@ -39,43 +61,39 @@ def lower(step: Step, context: Context) -> list[Launch]:
     assert isinstance(op, Reduce)
     dims = iteration_shape("Reduce", (op.source,), step.inputs, ())
     shape = tuple(size for size in dims if isinstance(size, int))
-    used = ex.arguments(op.source)
-    reads = operands(step.inputs, used, (), len(shape))
+    return lower_reduction(step, op, shape, prod(shape[axis] for axis in op.axes), context)
+
+
+def lower_reduction(step: Step, op: Reduce, shape: tuple[int, ...], count: int, context: Context) -> list[Launch]:
+    """The launches of `op` on the operands of `step`; `count` is what a mean divides by."""
+    if not step.outputs[0].elements:
+        return []
+    reads = operands(step.inputs, ex.arguments(op.source), (), len(shape))
     # Results and epilogue inputs along the axes of the source: reduced ones do not move them.
     writes = [_kept(tensor, op, len(shape)) for tensor in step.outputs]
     more = {i: _kept(step.inputs[i], op, len(shape)) for i in ex.arguments(*op.stores)}
-
-    inner = _innermost(shape, list(reads.values()))
-    reduced = [axis for axis in op.axes if axis != inner]
-    kept = [axis for axis in range(len(shape)) if axis not in op.axes and axis != inner]
-    columns_kept = inner not in op.axes
-    source = space(shape, [*kept, *reduced], (inner,), list(reads.values()))
+    plan = sweep(shape, op.axes, list(reads.values()), [*more.values(), *writes])
+    source = space(shape, plan.rows, plan.columns, list(reads.values()))
     result_sizes = tuple(1 if axis in op.axes else size for axis, size in enumerate(shape))
-    result = space(result_sizes, kept, (inner,), [*more.values(), *writes])
+    result = space(result_sizes, plan.kept, plan.columns if plan.columns_kept else (), [*more.values(), *writes])
     placed = iter(result.operands)
     stored: dict[int, Operand] = {i: next(placed) for i in more}
     prologue = codegen.prologue(op.source, source, dict(zip(reads, source.operands, strict=True)), source.columns)
     epilogue = codegen.epilogue(op.stores, result, stored, list(placed), result.columns, op.source.dtype)
 
-    kept_rows, reduced_rows = prod(shape[axis] for axis in kept), prod(shape[axis] for axis in reduced)
-    row_threads = min(8, 1 << (max(1, reduced_rows) - 1).bit_length()) if columns_kept else 1
-    column_threads = _THREADS // row_threads if columns_kept else _THREADS
-    if columns_kept:
-        column_threads = min(column_threads, max(32, 1 << (ceildiv(source.columns, VECTOR) - 1).bit_length()))
-    config: dict[str, int | bool | str] = {
-        "width": VECTOR, "columns_kept": columns_kept, "column_threads": column_threads, "row_threads": row_threads,
-        "mean": op.kind is ReduceKind.MEAN, "operation": _OPERATIONS[op.kind],
-    }  # fmt: skip
-    arguments: dict[str, Argument] = {"kept_rows": kept_rows, "reduced_rows": reduced_rows, "columns": source.columns}
-    blocks = ceildiv(source.columns, column_threads * VECTOR) if columns_kept else 1
-    grid = (blocks, min(kept_rows, _MAX_GRID), ceildiv(kept_rows, _MAX_GRID))
-    identity = f"DEVICE {codegen.COMPUTE[op.source.dtype]} identity() {{ return {_identity(op)}; }}\n"
+    kept, steps = (prod(shape[axis] for axis in axes) for axes in (plan.kept, plan.steps))
+    check_counts(shape, kept * ceildiv(source.columns, VECTOR), steps * ceildiv(source.columns, VECTOR))
+    walk = _Walk(op, count, kept, steps, source.columns, plan.columns_kept)
+    parts = walk.parts(context)
+    if parts.count == 1:
+        return [walk.launch(prologue, epilogue, parts)]
+    leave, take = _through_workspace(op.source.dtype, kept, parts.count, source.columns if plan.columns_kept else None)
+    steps, columns = (parts.count, source.columns) if plan.columns_kept else (1, parts.count)
+    joined = replace(walk, steps=steps, columns=columns)
     return [
-        launch(
-            "reduce", "reduce.cuh", config, [prologue, epilogue], arguments, grid, column_threads * row_threads,
-            helpers=identity,
-        )
-    ]  # fmt: skip
+        walk.launch(prologue, leave, parts, last=False),
+        joined.launch(take, epilogue, Parts(1, joined.size)),
+    ]
 
 
 def _kept(tensor: Tensor, op: Reduce, rank: int) -> Operand:
@@ -90,10 +108,84 @@ def _kept(tensor: Tensor, op: Reduce, rank: int) -> Operand:
     return Operand(own.pointer, own.dtype, tuple(strides), own.offset)
 
 
-def _innermost(shape: tuple[int, ...], reads: list[Operand]) -> int:
-    """The axis along which most operands have neighbouring elements; the last one in doubt."""
-    votes = [sum(size > 1 and operand.strides[axis] == 1 for operand in reads) for axis, size in enumerate(shape)]
-    return max(range(len(shape)), key=lambda axis: (votes[axis], axis))
+_PARTIAL = {
+    DType.F16: DType.F32, DType.BF16: DType.F32, DType.I16: DType.I32, DType.I8: DType.I32, DType.U16: DType.I32,
+    DType.U8: DType.I32,
+}  # fmt: skip
+"""The types that results of parts are stored in, where not their own: those they are computed in."""
+
+
+def _through_workspace(dtype: DType, kept: int, parts: int, columns: int | None) -> tuple[Functor, Functor]:
+    """The epilogue that leaves the results of the parts, and the prologue that reads them."""
+    stored = _PARTIAL.get(dtype, dtype)
+    shape = (kept, parts) if columns is None else (kept, parts, columns)
+    buffer = workspace(prod(shape) * stored.itemsize)
+    partial = [operand(Tensor(buffer, stored, shape, row_major(shape)), len(shape))]
+    written = space(shape, (0, 1), range(2, len(shape)), partial)
+    read = space(shape, (0, 1)[: len(shape) - 1], (len(shape) - 1,), partial)
+    return (
+        codegen.epilogue((ex.Acc(stored),), written, {}, written.operands, written.columns, dtype),
+        codegen.prologue(ex.Arg(0, stored), read, {0: read.operands[0]}, read.columns),
+    )
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """What a launch reduces: for each of `kept` rows, `steps` rows of `columns` (one result each where kept)."""
+
+    op: Reduce
+    count: int
+    kept: int
+    steps: int
+    columns: int
+    columns_kept: bool
+
+    @property
+    def chunks(self) -> int:
+        return ceildiv(self.columns, VECTOR)
+
+    @property
+    def size(self) -> int:
+        """What a thread block walks over: steps where columns are kept, else vectors."""
+        return self.steps if self.columns_kept else self.steps * self.chunks
+
+    @property
+    def tile(self) -> ColumnTile:
+        if self.columns_kept:
+            return column_tile(self.kept, self.steps, self.chunks)
+        group = min(32, power_of_two(self.size)) if self.size <= 32 * _VECTORS_PER_LANE else BLOCK_THREADS
+        return ColumnTile(BLOCK_THREADS // group, 1, group)
+
+    @property
+    def column_tiles(self) -> int:
+        return ceildiv(self.chunks, self.tile.column_threads) if self.columns_kept else 1
+
+    @property
+    def blocks(self) -> int:
+        return ceildiv(self.kept, self.tile.kept_threads) * self.column_tiles
+
+    def parts(self, context: Context) -> Parts:
+        least = STEPS_PER_PART * self.tile.row_threads if self.columns_kept else VECTORS_PER_PART
+        return split(self.size, least, self.blocks, context)
+
+    def launch(self, prologue: Functor, epilogue: Functor, parts: Parts, last: bool = True) -> Launch:
+        """`last`: what is stored are the results, not those of parts."""
+        op, dtype, tile = self.op, self.op.source.dtype, self.tile
+        element = codegen.COMPUTE[dtype] if dtype.is_float else STORAGE[dtype]
+        config: dict[str, int | bool | str] = {
+            "columns_kept": self.columns_kept, **tile.config, "mean": last and op.kind is ReduceKind.MEAN,
+            "last": last, "operation": _OPERATIONS[op.kind], "element_t": element,
+        }  # fmt: skip
+        arguments: dict[str, Argument] = {
+            "kept_rows": self.kept, "steps": self.steps, "columns": self.columns, "chunks": self.chunks,
+            "column_tiles": self.column_tiles, "splits": parts.count, "per_split": parts.size,
+            "count": I64(self.count),
+        }  # fmt: skip
+        identity = f"DEVICE {codegen.COMPUTE[dtype]} identity() {{ return {_identity(op)}; }}\n"
+        grid = (self.blocks * parts.count, 1, 1)
+        return launch(
+            "reduce", "reduce.cuh", config, [prologue, epilogue], arguments, grid, tile.threads, helpers=identity
+        )
 
 
 def _identity(op: Reduce) -> str:
@@ -103,8 +195,14 @@ def _identity(op: Reduce) -> str:
         return "0"
     if op.kind is ReduceKind.PROD:
         return "1"
-    lowest = op.kind is ReduceKind.MAX
+    return codegen.literal(extreme(dtype, lowest=op.kind is ReduceKind.MAX), dtype)
+
+
+def extreme(dtype: DType, lowest: bool) -> float | int | bool:
+    """The lowest or the highest value of a type, infinite for floats."""
     if dtype.is_float:
-        return "-INFINITY" if lowest else "INFINITY"
+        return -np.inf if lowest else np.inf
+    if dtype is DType.BOOL:
+        return not lowest
     limits = np.iinfo(dtype.numpy)
-    return codegen.literal(int(limits.min if lowest else limits.max), dtype)
+    return int(limits.min if lowest else limits.max)

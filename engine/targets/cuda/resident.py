@@ -1,85 +1,153 @@
 """A plan with inputs and outputs of its own in device memory: what `Model.bind` gives on a GPU.
 
-An ordinary executable keeps inputs and outputs in the region that all plans of a model share, and copies them there
-and back for every run. This one has CuPy arrays instead; a launch moves nothing, and waits only where it is told to.
+An ordinary executable copies its inputs and outputs through a staging slot for every run. This one has CuPy arrays
+instead; a launch moves nothing, and waits only where it is told to, or for steps on the host. Its status words stay set
+until a launch that waits has read and reported them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import cupy
 import numpy as np
 
+from engine.errors import EngineError
 from engine.ir.dtype import DType
 from engine.plan.plan import Plan
-from engine.plan.tensor import BufferKind, Tensor
+from engine.plan.tensor import Buffer
 from engine.specs import StepStat
-from engine.targets.cuda.kernel import Pointer
-from engine.targets.cuda.target import CudaTarget, Executable
+from engine.targets.cuda.kernel import ceildiv
+from engine.targets.cuda.memory import pinned_bytes
+from engine.targets.cuda.program import STAMP_BYTES, Graphs, Place, Program
+
+if TYPE_CHECKING:
+    from engine.targets.cuda.target import CudaTarget
 
 
-class ResidentExecutable(Executable):
-    """A plan on arrays of its own. `inputs` and `outputs` are CuPy arrays by name (bfloat16 as its bits)."""
+class ResidentExecutable:
+    """A plan on arrays of its own. `inputs` and `outputs` are CuPy arrays by name (bfloat16 as its bits). Safe to use
+    from many threads: one launch at a time."""
 
     def __init__(self, target: CudaTarget, plan: Plan) -> None:
+        self._target = target
+        self._mine = threading.Lock()
+        """Held over a launch, and the waiting for its result."""
+        self._closed = False
         self._arrays: dict[int, cupy.ndarray] = {}
-        super().__init__(target, plan)
+        try:
+            for tensor in (*plan.inputs.values(), *plan.outputs.values()):
+                dtype = np.dtype(np.uint16) if tensor.dtype is DType.BF16 else tensor.dtype.numpy
+                self._arrays[id(tensor.buffer)] = cupy.zeros(tensor.shape, dtype)
+            self._program = Program(target, plan)
+            self._stamps_at = ceildiv(self._program.status_bytes, STAMP_BYTES) * STAMP_BYTES
+            self._device_words = cupy.zeros(self._stamps_at + self._program.stamp_bytes, np.uint8)
+            self._host_words = pinned_bytes(max(1, self._device_words.nbytes))
+            target.reserve_arena(self._program.arena_bytes)
+        except BaseException:
+            self._arrays.clear()  # whoever keeps the exception, and with it this frame, shall not keep the memory
+            raise
         self.inputs = {name: self._arrays[id(tensor.buffer)] for name, tensor in plan.inputs.items()}
         self.outputs = {name: self._arrays[id(tensor.buffer)] for name, tensor in plan.outputs.items()}
+        # Zeros were written on CuPy's current stream, which the device's own does not wait for.
+        cupy.cuda.get_current_stream().synchronize()
+        self._graphs: Graphs | None = None
+        self._generation = -1
         self._before = cupy.cuda.Event(disable_timing=True)
-        self._after = cupy.cuda.Event(disable_timing=True)
+        self._after = cupy.cuda.Event(block=True, disable_timing=True)  # a thread that waits for it sleeps
         self._stamped = cupy.cuda.Event(disable_timing=True)
         self._stamps_wait = False
         """A launch that wrote stamps has been queued (`_stamped` follows it) and they have not been read."""
 
-    def _place(self, tensors: Mapping[str, Tensor], start: int) -> int:
-        """Give each tensor an array; nothing lies in the shared region."""
-        for tensor in tensors.values():
-            dtype = np.dtype(np.uint16) if tensor.dtype is DType.BF16 else tensor.dtype.numpy
-            self._arrays[id(tensor.buffer)] = cupy.zeros(tensor.shape, dtype)
-        return start
-
-    def address(self, pointer: Pointer) -> int:
-        """Where a pointer points to on the device."""
-        if pointer.buffer.kind in (BufferKind.INPUT, BufferKind.OUTPUT):
-            return int(self._arrays[id(pointer.buffer)].data.ptr) + pointer.offset
-        return super().address(pointer)
-
     def launch(self, stream: object = None) -> None:
         """Run once, after what the caller's stream (without one: CuPy's current one) has been given so far.
 
-        Without `stream` this waits for the result; with one, later work of that stream does.
+        Without `stream` this waits for the result; with one, later work of that stream does. A launch that waits raises
+        ShapeError where one since the last that waited has met an index out of range.
         """
+        caller = stream if isinstance(stream, cupy.cuda.Stream | cupy.cuda.ExternalStream) else None
         device = self._target.device
-        with self._target.lock, device.errors(), device.current():
-            caller = stream if isinstance(stream, cupy.cuda.Stream | cupy.cuda.ExternalStream) else None
-            self._read_stamps()
-            self._before.record(caller or cupy.cuda.get_current_stream())
-            device.stream.wait_event(self._before)
-            super().launch()
-            if self._pending_sample:
-                self._stamped.record(device.stream)
-                self._stamps_wait, self._pending_sample = True, False
-            self._after.record(device.stream)
-            if caller is not None:
-                caller.wait_event(self._after)
-            else:
+        with self._mine, device.errors(), device.current():
+            if self._closed:
+                raise EngineError("the bound model, or its model, is closed")
+            with self._target.lock:
+                self._queue(caller)
+            if caller is None:
                 self._after.synchronize()
+                self._check()
+
+    def _queue(self, caller: cupy.cuda.Stream | None) -> None:
+        stream, program = self._target.device.stream, self._program
+        self._read_stamps()
+        graphs = self._captured()
+        self._before.record(caller or cupy.cuda.get_current_stream())
+        stream.wait_event(self._before)
+        sampled = program.next_is_sampled()
+        program.launch(graphs, sampled, self._place(), stream)
+        program.count()
+        if sampled:
+            self._fetch(self._stamps_at, program.stamp_bytes)
+            self._stamped.record(stream)
+            self._stamps_wait = True
+        if caller is None:
+            self._fetch(0, program.status_bytes)
+        self._after.record(stream)
+        if caller is not None:
+            caller.wait_event(self._after)
+
+    def _captured(self) -> Graphs:
+        """The graphs, captured anew where the arena has moved since."""
+        target = self._target
+        target.reserve_arena(self._program.arena_bytes)
+        if self._graphs is None or self._generation != target.arena_generation:
+            self._graphs = None
+            self._graphs = self._program.capture(self._place())
+            self._generation = target.arena_generation
+        return self._graphs
+
+    def _place(self) -> Place:
+        def io(buffer: Buffer) -> int:
+            return int(self._arrays[id(buffer)].data.ptr)
+
+        words = int(self._device_words.data.ptr)
+        return Place(io, words, words + self._stamps_at)
+
+    def _fetch(self, start: int, nbytes: int) -> None:
+        """Queue the transfer of some of the words to pinned memory."""
+        if nbytes:
+            to, source = int(self._host_words.ctypes.data) + start, int(self._device_words.data.ptr) + start
+            kind, stream = cupy.cuda.runtime.memcpyDeviceToHost, self._target.device.stream
+            cupy.cuda.runtime.memcpyAsync(to, source, nbytes, kind, stream.ptr)
+
+    def _check(self) -> None:
+        """Report a wild index once."""
+        nbytes = self._program.status_bytes
+        words = self._host_words[:nbytes]
+        if words.any():
+            cupy.cuda.runtime.memsetAsync(self._device_words.data.ptr, 0, nbytes, self._target.device.stream.ptr)
+        self._program.check(words)
 
     def _read_stamps(self) -> None:
         """Add up the newest stamps, once the launch that wrote them is done."""
         if self._stamps_wait and self._stamped.done:
-            self._stamps_wait, self._pending_sample = False, True
-            self._collect_stamps()
+            self._stamps_wait = False
+            end = self._stamps_at + self._program.stamp_bytes
+            self._program.add_sample(self._host_words[self._stamps_at : end])
 
     def step_stats(self) -> Sequence[StepStat]:
         """Runs and time of every step since it was bound."""
-        with self._target.lock, self._target.device.current():
+        with self._target.lock, self._target.device.errors(), self._target.device.current():
             self._read_stamps()
-            return super().step_stats()
+            return self._program.step_stats()
 
     def close(self) -> None:
-        """Forget graphs and arrays."""
-        super().close()
-        self._arrays.clear()
+        """Forget graphs and arrays, after the launches that were queued."""
+        with self._mine, self._target.lock:
+            self._closed = True
+            with suppress(cupy.cuda.runtime.CUDARuntimeError):  # on a lost device nothing runs
+                self._after.synchronize()
+            self._graphs = None
+            self._arrays.clear()

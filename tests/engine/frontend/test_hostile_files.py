@@ -83,6 +83,25 @@ def test_missing_file(tmp_path: Path) -> None:
         read("bad\0name")
 
 
+@pytest.mark.parametrize(
+    ("data", "remedy"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><title>Not found</title>", "a web page; download the file itself"),
+        (b"\x89PNG\r\n\x1a\n", "copy or export the model again"),
+        (b"", "the file is empty"),
+    ],
+)
+def test_other_files_say_what_to_do(data: bytes, remedy: str) -> None:
+    with pytest.raises(ModelError, match=remedy):
+        read(data)
+
+
+def test_an_unknown_operator_says_where_it_was_looked_for() -> None:
+    proto = model([node("Frobnicate", "x", "y")], [tensor("x", [2])], ["y"])
+    refused(proto, "no operator 'Frobnicate' in domain 'ai.onnx' version", UnsupportedOp)
+
+
 def test_cycle() -> None:
     nodes = [node("Add", "x b", "a"), node("Relu", "a", "b")]
     refused(model(nodes, [tensor("x", [2])], ["b"]), "cycle")

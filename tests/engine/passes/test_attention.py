@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+import engine
 from engine.ir import ops
 from engine.ir.graph import Graph
 from tests.engine.passes.toolkit import Arrays, check, kinds, model, only, random, views
@@ -273,6 +274,34 @@ def test_packed_projection_of_torch_multihead_attention() -> None:
     graph = check(model(text, weights), {"x": random(5, 2, H, seed=9)})
     assert kinds(graph) == {"Gemm": 2, "Attention": 1}
     assert only(graph, ops.Attention).output.order == (2, 0, 1, 3)
+
+
+def test_multihead_attention_of_torch_on_batches_first() -> None:
+    """Batch and sequence are swapped before the projection, heads and batch made one axis, and all of it undone."""
+    heads = """ {0} = Gather<axis=0>(sq, i{1}) {0}2 = Reshape({0}, rows) {0}3 = Transpose<perm=[1,0,2]>({0}2)
+        {0}4 = Reshape({0}3, cut_heads)"""
+    text = f"""(double[b,5,{H}] x) => (double[b,5,{H}] y) {{ n = LayerNormalization(x, bq, bk)
+        xt = Transpose<perm=[1,0,2]>(n) f = MatMul(xt, wqkv) g = Add(f, bqkv) r = Reshape(g, three)
+        u = Unsqueeze(r, a0) t = Transpose<perm=[3,1,2,0,4]>(u) sq = Squeeze(t, a3)
+        {heads.format("q", 0)} {heads.format("k", 1)} {heads.format("v", 2)} kt = Transpose<perm=[0,1,3,2]>(k4)
+        qs = Mul(q4, fourth_root) ks = Mul(kt, fourth_root) s = MatMul(qs, ks) p = Softmax<axis=-1>(s)
+        o = MatMul(p, v4) ot = Transpose<perm=[2,0,1,3]>(o) o2 = Reshape(ot, flat) z = Gemm<transB=1>(o2, wq, bq)
+        z3 = Reshape(z, back) zt = Transpose<perm=[1,0,2]>(z3) y = Add(x, zt) }}"""
+    weights = WEIGHTS | {
+        "three": np.array([5, -1, 3, H]), "a0": np.array([0]), "a3": np.array([3]), "bqkv": random(3 * H, seed=8),
+        "i0": np.array(0), "i1": np.array(1), "i2": np.array(2), "rows": np.array([5, -1, D]),
+        "cut_heads": np.array([-1, HEADS, 5, D]), "flat": np.array([-1, H]), "back": np.array([5, -1, H]),
+    }  # fmt: skip
+    graph = check(model(text, weights), {"x": random(3, 5, H, seed=9)})
+    assert kinds(graph) == {"Norm": 1, "Gemm": 2, "Attention": 1}
+    assert only(graph, ops.Attention).output.order == (0, 2, 1, 3)
+    for node in graph.nodes:
+        if isinstance(node.op, ops.Gemm):
+            assert node.output.shape[1] == 5, "rows come as they lie: batch, then sequence"
+    single = {name: array.astype(np.float32) if array.dtype == np.float64 else array for name, array in weights.items()}
+    proto = model(text.replace("double", "float"), single)
+    with engine.load(proto.SerializeToString(), device="cpu") as runner:
+        assert len(runner.plan({"b": 3}).steps) == 4, "nothing is copied"
 
 
 def test_block_of_a_causal_language_model() -> None:

@@ -171,3 +171,30 @@ def _default_model(folder: Path, storage: DType, feeds: Feeds) -> Graph:
     for name, array in expected.items():
         assert relative_error(got[name], array) <= BOUNDS[storage]
     return graph
+
+
+def test_weights_of_a_recurrence_are_narrow_its_states_are_not() -> None:
+    text = "(float[n,2,8] x) => (float[n,1,2,6] y) { y = LSTM<hidden_size=6>(x, w, r) }"
+    content = {"w": feed(1, 24, 8) / 3, "r": feed(1, 24, 6) / 3}
+    graph = narrowed(
+        model(text, {name: array.astype(np.float32) for name, array in content.items()}), {"x": feed(5, 2, 8)}
+    )
+    node = only(graph, ops.Recurrent)
+    assert [value.dtype for value in node.inputs] == [DType.F32, DType.F16, DType.F32, DType.F32]
+    assert all(value.dtype is DType.F32 for value in node.outputs)
+
+
+def test_what_is_written_by_index_has_the_type_of_what_it_is_written_to() -> None:
+    nodes = "a = MatMul(x, w) b = Slice(a, s, e) c = ScatterND(a, i, b) y = MatMul(c, v)"
+    text = f"(float[4,8] x, int64[2,1] i) => (float[4,4] y) {{ {nodes} }}"
+    content = weights(w=(8, 16), v=(16, 4)) | {"s": np.array([0]), "e": np.array([2])}
+    node = only(narrowed(model(text, content), {"x": feed(4, 8), "i": np.array([[3], [-4]])}), ops.Scatter)
+    assert [value.dtype for value in (*node.inputs, *node.outputs)] == [DType.F16, DType.I64, DType.F16, DType.F16]
+
+
+def test_coordinates_stay_wide() -> None:
+    text = "(float[n,3,9,9] x, float[n,4,4,8] z) => (float[n,3,4,4] y) { g = MatMul(z, w) y = GridSample(x, g) }"
+    feeds = {"x": feed(2, 3, 9, 9), "z": feed(2, 4, 4, 8)}
+    graph = narrowed(model(text, weights(w=(8, 2)), opset=20), feeds)
+    product = only(graph, ops.Gemm)
+    assert all(value.dtype is DType.F32 for value in product.outputs)

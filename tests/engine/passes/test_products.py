@@ -34,8 +34,16 @@ def test_siblings_without_any_bias_get_none() -> None:
     assert len(only(graph, ops.Gemm).inputs) == 2
 
 
+def test_siblings_of_which_one_is_rectified() -> None:
+    graph = check(model(HEAD + "{ p = MatMul(x, wa) q = Add(p, ba) a = Relu(q) b = MatMul(x, wb)" + TAIL + "}", W), X)
+    assert kinds(graph) == {"Gemm": 1, "Softmax": 2}
+    limit = only(graph, ops.Gemm).inputs[3].data
+    assert limit is not None
+    assert np.array_equal(limit, [0.0] * 6 + [-np.inf] * 4)
+
+
 NOT_MERGED = {
-    "different epilogues": HEAD + "{ p = MatMul(x, wa) a = Relu(p) b = MatMul(x, wb)" + TAIL + "}",
+    "different epilogues": HEAD + "{ p = MatMul(x, wa) a = Tanh(p) b = MatMul(x, wb)" + TAIL + "}",
     "a result is an output": HEAD + "{ y = MatMul(x, wa) b = MatMul(x, wb) z = Softmax(b) }",
     "different inputs": HEAD + "{ e = Exp(x) a = MatMul(e, wa) b = MatMul(x, wb)" + TAIL + "}",
     "a residual": "(double[n,5,8] x, double[n,5,6] r) => (double[n,5,6] y, double[n,5,4] z) { p = MatMul(x, wa)"
@@ -61,6 +69,32 @@ def test_a_reshape_that_changes_the_columns_stays() -> None:
     text = "(double[n,2,4] x) => (double[n,6] y) { f = Reshape(x, rows) y = MatMul(f, wa) }"
     graph = check(model(text, W | {"rows": np.array([-1, 8])}), {"x": random(3, 2, 4)})
     assert len(views(graph)) == 1
+
+
+def test_swapped_rows_are_swapped_back_behind_the_product() -> None:
+    text = """(double[n,5,8] x) => (double[n,5,6] y) { e = Softmax(x) t = Transpose<perm=[1,0,2]>(e) m = MatMul(t, wa)
+        a = Add(m, ba) b = Transpose<perm=[1,0,2]>(a) y = Softmax(b) }"""
+    graph = check(model(text, W), X)
+    assert kinds(graph) == {"Gemm": 1, "Softmax": 2}
+    assert views(graph) == []
+
+
+def test_windows_stay_in_the_order_that_what_comes_behind_the_product_needs() -> None:
+    text = """(double[n,2,3,2,3,8] x) => (double[n,2,2,9,6] y) { e = Softmax(x)
+        t = Transpose<perm=[0,1,3,2,4,5]>(e) r = Reshape(t, windows) m = MatMul(r, wa) y = Reshape(m, back) }"""
+    weights = W | {"windows": np.array([-1, 9, 8]), "back": np.array([-1, 2, 2, 9, 6])}
+    graph = check(model(text, weights), {"x": random(2, 2, 3, 2, 3, 8)})
+    order = [type(node.op) for node in graph.nodes]
+    assert order.index(ops.Transpose) < order.index(ops.Gemm)
+
+
+def test_heads_become_columns_and_rows_stay_apart() -> None:
+    text = """(double[n,5,2,4] x) => (double[n,5,6] y) { e = Softmax(x) f = Reshape(e, rows) m = MatMul(f, wa)
+        y = Reshape(m, back) }"""
+    graph = check(model(text, W | {"rows": np.array([-1, 8]), "back": np.array([-1, 5, 6])}), {"x": random(2, 5, 2, 4)})
+    assert [view.shape for view in views(graph) if isinstance(view, ops.Reshape)] == [
+        only(graph, ops.Gemm).inputs[0].shape
+    ]
 
 
 def test_flattened_image_is_read_channels_last() -> None:
@@ -125,3 +159,61 @@ def test_masks_that_are_not_causal(spelling: str) -> None:
     op = causal(NOT_CAUSAL[spelling])
     assert op.has_bias
     assert not op.causal
+
+
+BRANCHES = {
+    "k1": random(8, 4, 1, 1, seed=1), "k2": random(16, 4, 1, 1, seed=2), "k3": random(16, 8, 3, 3, seed=3),
+    "b1": random(8, seed=4), "s1": random(8, seed=5), "m1": random(8, seed=6), "v1": random(8, seed=7) ** 2 + 1,
+    "b2": random(16, seed=4), "s2": random(16, seed=5), "m2": random(16, seed=6), "v2": random(16, seed=7) ** 2 + 1,
+    "bias": random(16, seed=8), "zero": np.array(0.0), "one": np.array(1.0),
+}  # fmt: skip
+IMAGE = {"x": random(2, 4, 6, 6)}
+BOTTLENECK = """(double[n,4,6,6] x) => (double[n,16,6,6] y) {
+    c1 = Conv(x, k1) n1 = BatchNormalization(c1, s1, b1, m1, v1) r1 = Relu(n1)
+    c3 = Conv<pads=[1,1,1,1]>(r1, k3) n3 = BatchNormalization(c3, s2, b2, m2, v2)
+    c2 = Conv<strides=[STRIDE,STRIDE]>(x, k2) n2 = BatchNormalization(c2, s2, b2, m2, v2)
+    a = Add(n3, n2) y = Relu(a) }"""
+
+
+def test_the_branches_of_a_residual_block_are_one_convolution() -> None:
+    graph = check(model(BOTTLENECK.replace("STRIDE", "1"), BRANCHES), IMAGE)
+    assert kinds(graph) == {"Conv": 2}
+    wide, last = (node for node in graph.nodes if isinstance(node.op, ops.Conv))
+    assert wide.output.shape[1] == 24
+    assert len(wide.inputs) == 4, "the weight, a bias and a lower limit per channel"
+    limit = wide.inputs[3].data
+    assert limit is not None
+    assert np.array_equal(limit.reshape(-1), [0.0] * 8 + [-np.inf] * 16)
+    assert len(last.inputs) == 4, "its own normalisation is in its weights, that of the other branch in the other's"
+
+
+def test_branches_of_another_geometry_stay_apart() -> None:
+    text = BOTTLENECK.replace("STRIDE", "2").replace("pads=[1,1,1,1]", "pads=[1,1,1,1], strides=[2,2]")
+    assert kinds(check(model(text.replace("16,6,6] y", "16,3,3] y"), BRANCHES), IMAGE)) == {"Conv": 3}
+
+
+def test_convolutions_with_one_clamp_share_it() -> None:
+    text = """(double[n,4,6,6] x) => (double[n,8,6,6] y, double[n,16,6,6] z) {
+        c1 = Conv(x, k1, b1) a = Clip(c1, zero, one) c2 = Conv(x, k2, bias) b = Clip(c2, zero, one)
+        y = Softmax<axis=1>(a) z = Softmax<axis=1>(b) }"""
+    graph = check(model(text, BRANCHES), IMAGE)
+    assert kinds(graph) == {"Conv": 1, "Softmax": 2}
+    assert len(only(graph, ops.Conv).inputs) == 3
+
+
+CONVOLUTIONS_APART = {
+    "into a concatenation": """(double[n,4,6,6] x) => (double[n,24,6,6] y) { a = Conv(x, k1) b = Conv(x, k2)
+        y = Concat<axis=1>(a, b) }""",
+    "channels that are not whole vectors": """(double[n,4,6,6] x) => (double[n,8,6,6] y, double[n,6,6,6] z) {
+        a = Conv(x, k1) b = Conv(x, odd) y = Softmax<axis=1>(a) z = Softmax<axis=1>(b) }""",
+    "groups": """(double[n,4,6,6] x) => (double[n,8,6,6] y, double[n,8,6,6] z) { a = Conv<group=2>(x, grouped)
+        b = Conv<group=2>(x, grouped2) y = Softmax<axis=1>(a) z = Softmax<axis=1>(b) }""",
+    "another activation": """(double[n,4,6,6] x) => (double[n,8,6,6] y, double[n,16,6,6] z) {
+        c = Conv(x, k1) a = Tanh(c) b = Conv(x, k2) y = Softmax<axis=1>(a) z = Softmax<axis=1>(b) }""",
+}
+
+
+@pytest.mark.parametrize("case", CONVOLUTIONS_APART)
+def test_convolutions_that_stay_apart(case: str) -> None:
+    weights = {"odd": random(6, 4, 1, 1), "grouped": random(8, 2, 1, 1), "grouped2": random(8, 2, 1, 1, seed=9)}
+    assert kinds(check(model(CONVOLUTIONS_APART[case], BRANCHES | weights), IMAGE))["Conv"] == 2

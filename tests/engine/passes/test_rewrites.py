@@ -28,11 +28,35 @@ def test_constant_sub_graphs_are_folded() -> None:
     assert kinds(graph) == {"Pointwise": 1}
 
 
+def test_scatters_of_constants_are_folded() -> None:
+    nodes = 'a = ScatterND(c, i, u) b = ScatterElements<axis=1,reduction="add">(a, j, v) y = Mul(x, b)'
+    text = HEAD + f"(double[n,3,4] y) {{ {nodes} }}"
+    content = {"c": random(3, 4), "i": np.array([[1], [-1]]), "u": random(2, 4)}
+    content |= {"j": np.array([[0, 3]]), "v": random(1, 2)}
+    assert kinds(check(model(text, content), X, (fold,))) == {"Pointwise": 1}
+
+
+def test_running_sums_of_constants_are_folded() -> None:
+    nodes = "a = CumSum<exclusive=1>(c, axis) b = CumSum<reverse=1>(a, axis) y = Mul(x, b)"
+    text = f"(double[n,40,30] x) => (double[70,40,30] y) {{ {nodes} }}"
+    content = {"c": random(70, 40, 30), "axis": np.array(0)}  # too large for the frontend to fold
+    assert kinds(check(model(text, content), {"x": random(1, 40, 30)}, (fold,))) == {"Pointwise": 1}
+
+
 def test_large_expansions_are_not_folded() -> None:
     text = HEAD + "(double[1000,1000] y) { e = Expand(c, shape) y = Exp(e) }"
     graph = rewritten(model(text, {"c": np.array([1.0]), "shape": np.array([1000, 1000])}))
     constants = [v for node in graph.nodes for v in node.inputs if v.data is not None]
     assert sum(v.data.nbytes for v in constants if v.data is not None) < 1000
+
+
+def test_a_large_constant_is_folded_where_that_makes_nothing_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.passes.fold._LARGEST", 100)
+    text = """(double[n,260] x) => (double[n,260] y, double[n,520] z) { t = Transpose(c) y = MatMul(x, t)
+        e = Concat<axis=1>(t, t) z = MatMul(x, e) }"""
+    graph = check(model(text, {"c": random(260, 260)}), {"x": random(2, 260)}, (fold,))
+    assert kinds(graph) == {"Gemm": 2, "Concat": 1}
+    assert views(graph) == []
 
 
 def test_equal_nodes_and_equal_constants_are_one() -> None:
@@ -81,6 +105,15 @@ def test_views_are_merged(name: str) -> None:
     }  # fmt: skip
     graph = check(model(f"{HEAD}({output}) {{ {body} }}", weights), X, (fold, merge_views))
     assert len(views(graph)) == count, graph_text(graph)
+
+
+def test_an_axis_that_was_merged_comes_apart_again() -> None:
+    text = """(double[3,n,8] x) => (double[n,4,3,2] y) { e = Exp(x) m = Reshape(e, merged)
+        t = Transpose<perm=[1,0,2]>(m) s = Reshape(t, split) y = Exp(s) }"""
+    weights = {"merged": np.array([3, -1, 2]), "split": np.array([-1, 4, 3, 2])}
+    graph = check(model(text, weights), {"x": random(3, 5, 8)}, (merge_views,))
+    assert [type(view) for view in views(graph)] == [ops.Reshape, ops.Transpose]
+    assert views(graph)[1] == ops.Transpose((1, 2, 0, 3))
 
 
 def test_a_reshape_between_transposes_is_not_lost() -> None:

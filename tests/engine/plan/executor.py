@@ -56,19 +56,19 @@ def execute(plan: Plan, feeds: Mapping[str, Array]) -> dict[str, Array]:
                 memory[buffer] = np.ascontiguousarray(buffer.data).reshape(-1).view(np.uint8)
     for step in plan.steps:
         _execute_step(step, memory)
-    return {name: _window(t, memory).copy() for name, t in plan.outputs.items()}
+    return {name: window(t, memory).copy() for name, t in plan.outputs.items()}
 
 
 def _execute_step(step: Step, memory: Mapping[Buffer, Array]) -> None:
-    inputs = [_window(tensor, memory).copy() for tensor in step.inputs]
+    inputs = [window(tensor, memory).copy() for tensor in step.inputs]
     results = ir_interpreter.run_node(Node(step.op, (), (), step.name), inputs, {})
     for tensor, result in zip(step.outputs, results, strict=True):
         assert result.shape == tensor.shape, f"{step.name}: {result.shape} into {tensor.shape}"
-        window = _window(tensor, memory)
-        window[...] = result
+        window(tensor, memory)[...] = result
 
 
-def _window(tensor: Tensor, memory: Mapping[Buffer, Array]) -> Array:
+def window(tensor: Tensor, memory: Mapping[Buffer, Array]) -> Array:
+    """A tensor as a strided view of the bytes of its buffer."""
     typed = memory[tensor.buffer].view(tensor.dtype.numpy)
     strides = [stride * tensor.dtype.itemsize for stride in tensor.strides]
     if not tensor.elements:

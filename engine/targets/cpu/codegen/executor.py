@@ -7,6 +7,10 @@ all tasks of the launch (and of the launches that may run beside it) are done; i
 condition variable. The caller's thread is number 0 and needs nobody else: workers that wake too late find nothing
 left to do.
 
+A job in the background gives way: when somebody else wants the pool (`POOL_WANTED`), its threads take no further task,
+and the run ends with `JOB_STOPPED` set. The counters stay as they are, so that the next run of the job, marked
+`CONTINUED`, passes over what is done.
+
 Layouts below are in bytes; words that different threads write lie on cache lines of their own.
 """
 
@@ -30,11 +34,15 @@ POOL_JOB = 3 * LINE  # pointer to the job
 POOL_MUTEX = 4 * LINE  # pthread_mutex_t: 40 bytes in glibc, 64 in macOS
 POOL_CONDITION = 6 * LINE  # pthread_cond_t: 48 bytes in both
 POOL_STOP = 8 * LINE
-POOL_BYTES = 9 * LINE
+POOL_WANTED = 9 * LINE  # not 0 while somebody waits for a job in the background to give way
+POOL_BYTES = 10 * LINE
 
-# A job: what one run executes. Constant while it runs.
+# A job: what one run executes. Constant while it runs, but for `STOPPED`: 1 once it has begun to give way.
 JOB_PROGRAM, JOB_COUNT, JOB_THREADS, JOB_COUNTERS, JOB_SCRATCH, JOB_SCRATCH_STRIDE, JOB_STATISTICS = range(0, 56, 8)
-JOB_BYTES = LINE
+JOB_MODE = 56  # FOREGROUND, BACKGROUND, or CONTINUED: in the background, and not for the first time
+JOB_STOPPED = LINE
+JOB_BYTES = 2 * LINE
+FOREGROUND, BACKGROUND, CONTINUED = range(3)
 
 # An entry of a program. `GROUP` is the first launch of those that run side by side: it holds their common count of
 # finished tasks. `GROUP_TASKS` is the number of tasks of the whole group. `GROUP_END` and `STEP_END` are 1 in the last
@@ -69,7 +77,12 @@ class RunCode(Code):
             threads = b.load("i64", b.offset(job, JOB_THREADS), 8)
             lines = b.mul(b.load("i64", b.offset(job, JOB_COUNT), 8), b.add(threads, 1))
             counters = b.load("ptr", b.offset(job, JOB_COUNTERS), 8)
-            b.loop(0, b.mul(lines, LINE), LINE, lambda i, _: b.store(b.i64(0), b.offset(counters, i), 8))
+
+            def begin() -> None:
+                b.loop(0, b.mul(lines, LINE), LINE, lambda i, _: b.store(b.i64(0), b.offset(counters, i), 8))
+
+            b.branch(b.compare("eq", b.load("i64", b.offset(job, JOB_MODE), 8), CONTINUED), lambda: None, begin)
+            b.store(b.i64(0), b.offset(job, JOB_STOPPED), 8)
             state = b.offset(pool, POOL_STATE)
             clock = b.stack(16, 16)
             start = b.i64(_now(b, clock))
@@ -90,7 +103,7 @@ class RunCode(Code):
                 b.call_local("wait_for", "void", pool, state, b.i64(0))
 
             b.branch(alone, lambda: None, close)
-            _account(b, job, start)
+            _account(b, job, start, clock)
 
         module.function(self.symbol, [("pool", "ptr"), ("job", "ptr")], run)
         return module.text()
@@ -210,13 +223,25 @@ def _wait_until(b: Builder, pool: Value, holds: Callable[[], Value]) -> None:
 
 
 def _define_wait(module: Module) -> None:
-    """``wait_for(pool, word, value)``: returns when the word has the value."""
+    """``wait_for(pool, word, value)``: returns when the word has the value; ``wait_or_stop(pool, word, value, job)``:
+    also when the job gives way."""
 
-    def build(b: Builder, values: list[Value]) -> None:
+    def wait_for(b: Builder, values: list[Value]) -> None:
         pool, word, target = values
         _wait_until(b, pool, lambda: b.compare("eq", b.atomic_load(word), target))
 
-    module.function("wait_for", [("pool", "ptr"), ("word", "ptr"), ("target", "i64")], build, local=True)
+    def wait_or_stop(b: Builder, values: list[Value]) -> None:
+        pool, word, target, job = values
+
+        def holds() -> Value:
+            reached = b.compare("eq", b.atomic_load(word), target)
+            return b.emit(f"or i1 {reached.text}, {_stopped(b, job).text}", "i1")
+
+        _wait_until(b, pool, holds)
+
+    parameters = [("pool", "ptr"), ("word", "ptr"), ("target", "i64")]
+    module.function("wait_for", parameters, wait_for, local=True)
+    module.function("wait_or_stop", [*parameters, ("job", "ptr")], wait_or_stop, local=True)
 
 
 def _define_execute(module: Module) -> None:
@@ -233,6 +258,21 @@ def _define_execute(module: Module) -> None:
         scratch = b.offset(field(JOB_SCRATCH, "ptr"), b.mul(me, field(JOB_SCRATCH_STRIDE)))
         clock = b.stack(16, 16)
         counter_stride = b.mul(b.add(threads, 1), LINE)
+        gives_way = b.compare("ne", field(JOB_MODE), FOREGROUND)
+
+        def may_take() -> Value:
+            """Whether the job goes on. Once it is seen to be wanted elsewhere it does not, for all threads."""
+
+            def look() -> list[Value]:
+                def stop() -> None:
+                    b.atomic_store(1, b.offset(job, JOB_STOPPED))
+                    _wake(b, pool)
+
+                b.branch(b.compare("ne", b.atomic_load(b.offset(pool, POOL_WANTED)), 0), stop)
+                return [b.emit(f"xor i1 {_stopped(b, job).text}, true", "i1")]
+
+            (go_on,) = b.branch(gives_way, look, lambda: [Value("true", "i1")])
+            return go_on
 
         def launch(i: Value, _: list[Value]) -> None:
             entry = b.offset(program, b.mul(i, ENTRY_BYTES))
@@ -262,7 +302,8 @@ def _define_execute(module: Module) -> None:
 
                     # Looking first keeps the line shared where there is nothing to take.
                     left = b.compare("slt", b.atomic_load(counter), size)
-                    after, more = b.branch(left, claim, lambda: [now[0], Value("false", "i1")])
+                    (going,) = b.branch(left, lambda: [may_take()], lambda: [Value("false", "i1")])
+                    after, more = b.branch(going, claim, lambda: [now[0], Value("false", "i1")])
                     return more, [after]
 
                 return b.repeat(take, done)
@@ -282,19 +323,27 @@ def _define_execute(module: Module) -> None:
 
             b.branch(b.compare("ne", mine, 0), account)
             last = b.compare("ne", of(ENTRY_GROUP_END), 0)
-            b.branch(last, lambda: _discard(b.call_local("wait_for", "void", pool, finished, total)))
+            b.branch(last, lambda: _discard(b.call_local("wait_or_stop", "void", pool, finished, total, job)))
 
         b.loop(0, count, 1, launch)
 
     module.function("execute", [("pool", "ptr"), ("job", "ptr"), ("me", "i64")], build, local=True)
 
 
-def _account(b: Builder, job: Value, start: Value) -> None:
+def _stopped(b: Builder, job: Value) -> Value:
+    """Whether the job gives way."""
+    return b.compare("ne", b.atomic_load(b.offset(job, JOB_STOPPED)), 0)
+
+
+def _account(b: Builder, job: Value, start: Value, clock: Value) -> None:
     """Add what the run took to the statistics of each step: from the end of the group before to the end of its own.
 
     Whoever finishes a group stamps it: the caller itself may be late, having lost its core while others worked. Runs
-    after all threads have left the program, so that the stamps are there.
+    after all threads have left the program, so that the stamps are there. Of a job that gave way, the group that it was
+    at gets the time until now; the steps count as run when the last one is done.
     """
+    stopped = _stopped(b, job)
+    now = b.i64(_now(b, clock))
     program, counters, statistics = (
         b.load("ptr", b.offset(job, f), 8) for f in (JOB_PROGRAM, JOB_COUNTERS, JOB_STATISTICS)
     )
@@ -307,11 +356,14 @@ def _account(b: Builder, job: Value, start: Value) -> None:
             return b.load("i64", b.offset(entry, name), 8)
 
         def group() -> list[Value]:
-            stamp = b.load("i64", b.offset(counters, b.add(b.mul(of(ENTRY_GROUP), stride), STAMP)), 8)
+            finished = b.offset(counters, b.mul(of(ENTRY_GROUP), stride))
+            complete = b.compare("eq", b.load("i64", finished, 8), of(ENTRY_GROUP_TASKS))
+            stamp = b.select(complete, b.load("i64", b.offset(finished, STAMP), 8), now)
             end = b.i64(b.smax(stamp, carried[0]))  # no stamp, 0, where there was no task
             row = b.offset(statistics, b.mul(of(ENTRY_STEP), 16))
             spent = b.offset(row, 8)
-            b.store(b.i64(b.add(b.load("i64", row, 8), of(ENTRY_STEP_END))), row, 8)
+            runs = b.select(stopped, b.i64(0), of(ENTRY_STEP_END))
+            b.store(b.i64(b.add(b.load("i64", row, 8), runs)), row, 8)
             b.store(b.i64(b.add(b.load("i64", spent, 8), b.sub(end, carried[0]))), spent, 8)
             return [end]
 

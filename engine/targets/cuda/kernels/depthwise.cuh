@@ -1,7 +1,8 @@
-// Depthwise convolution, NHWC: every channel with its own k×k filter. Bound by memory, so no matrix units: a thread computes
+// Depthwise convolution, NHWC: every channel with its own small filter. Bound by memory, so no matrix units: a thread computes
 // 8 channels of a patch of ROWS × STRIP outputs; each input it reads is converted once and serves all of them. Sums in fp32.
 // Four neighbouring threads take 32 neighbouring channels, the others neighbouring patches: reads of x fill their sectors and
-// a filter element is one broadcast. w is fp32, packed [kernel row, kernel column, channel].
+// a filter element is one broadcast. w is fp32, packed [kernel row, kernel column, channel]. config::unrolled: over rows of inputs,
+// too, where registers allow to load the next ones ahead.
 #pragma once
 #include "epilogue/access.cuh"
 #include "ptx/grid.cuh"
@@ -11,16 +12,7 @@ constexpr int KERNEL_H = config::kernel_h, KERNEL_W = config::kernel_w, ROWS = c
 constexpr int STRIDE_H = config::stride_h, STRIDE_W = config::stride_w, DILATION_H = config::dilation_h, DILATION_W = config::dilation_w;
 constexpr int SPAN_H = (ROWS - 1) * STRIDE_H + (KERNEL_H - 1) * DILATION_H + 1;
 constexpr int SPAN_W = (STRIP - 1) * STRIDE_W + (KERNEL_W - 1) * DILATION_W + 1;
-
-DEVICE void unpack(uint4 packed, float (&v)[8]) {
-  const u32 word[4] = {packed.x, packed.y, packed.z, packed.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 pair = unpack_half2(word[i]);
-    v[2 * i] = pair.x;
-    v[2 * i + 1] = pair.y;
-  }
-}
+constexpr int STEP = ROWS == 1 ? DILATION_H : 1;  // between the rows of inputs that some tap reads
 
 extern "C" __global__ void __launch_bounds__(config::threads, config::blocks) kernel(const __grid_constant__ Params p) {
   let_next_kernel_start();
@@ -38,21 +30,22 @@ extern "C" __global__ void __launch_bounds__(config::threads, config::blocks) ke
   if (image < p.images && vector < vectors) {
     const u32 channel = 8 * vector, out_x = strip * STRIP, out_y = band * ROWS;
     const int y0 = static_cast<int>(out_y * STRIDE_H) - p.pad_h, x0 = static_cast<int>(out_x * STRIDE_W) - p.pad_w;
-    const half* x = p.x + image * p.x_image + channel;
+    const config::x_t* x = p.x + image * p.x_image + channel;
     const float* w = p.w + channel;
 
     float sum[ROWS][STRIP][8] = {};
-#pragma unroll
-    for (int i = 0; i < SPAN_H; ++i) {
+#pragma unroll(config::unrolled ? SPAN_H : 1)
+    for (int i = 0; i < SPAN_H; i += STEP) {
       const int y = y0 + i;
       float value[SPAN_W][8];
 #pragma unroll
       for (int j = 0; j < SPAN_W; ++j) {
         const int xx = x0 + j;
-        uint4 packed = make_uint4(0, 0, 0, 0);
+        Pack<config::x_t> pack{};
         if (static_cast<u32>(y) < p.in_h && static_cast<u32>(xx) < p.in_w)
-          packed = *reinterpret_cast<const uint4*>(x + y * p.x_row + xx * p.x_pixel);
-        unpack(packed, value[j]);
+          pack = *reinterpret_cast<const Pack<config::x_t>*>(x + y * p.x_row + xx * p.x_pixel);
+#pragma unroll
+        for (int c = 0; c < 8; ++c) value[j][c] = widen(pack.element[c]);
       }
 #pragma unroll
       for (int o = 0; o < ROWS; ++o) {

@@ -15,7 +15,7 @@
 
 using Element = config::operand;
 constexpr int TILE_M = config::tile_m, TILE_N = config::tile_n, TILE_K = 128 / sizeof(Element), STAGES = config::stages;
-constexpr bool COOPERATIVE = config::cooperative, SPLIT = config::split;  // SPLIT: several blocks share the k of a tile
+constexpr bool COOPERATIVE = config::cooperative, SPLIT = config::split;  // SPLIT: blocks along the grid's y share k
 constexpr int CONSUMERS = 2, CONSUMER_M = COOPERATIVE ? TILE_M / CONSUMERS : TILE_M;
 constexpr int PARTS = CONSUMER_M / 64;  // one instruction covers 64 rows
 // Rows of 32 columns whose epilogue operands fit the registers beside the accumulators.
@@ -47,18 +47,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_con
   wait_for_previous_kernel();
   stamp_begin(p.stamp);
 
-  const u32 tiles_m = (p.m + TILE_M - 1) / TILE_M, tiles_n = (p.n + TILE_N - 1) / TILE_N;
-  // What a block takes at a time: a tile, or one of `splits` parts of its k. All take as many steps; beyond k they read zeros.
-  const u32 splits = splits_of<SPLIT>(p), items = tiles_m * tiles_n * splits;
-  const u32 steps = ((p.k + TILE_K - 1) / TILE_K + splits - 1) / splits;
+  const u32 tiles_m = (p.m + TILE_M - 1) / TILE_M, tiles_n = (p.n + TILE_N - 1) / TILE_N, tiles = tiles_m * tiles_n;
+  // The blocks that share tiles take as many steps each; beyond k they read zeros.
+  const u32 splits = splits_of<SPLIT>(p), steps = ((p.k + TILE_K - 1) / TILE_K + splits - 1) / splits;
   if (warpgroup == 0) {
     give_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x == 0) {
       u32 stage = 0, parity = 1;  // a fresh barrier counts as completed in the phase before its first
-      for (u32 t = blockIdx.x; t < items; t += gridDim.x) {
-        const u32 split = t % splits;
-        const TileIndex tile = tile_of<16>(t / splits, tiles_m, tiles_n);
-        for (u32 step = split * steps; step < (split + 1) * steps; ++step) {
+      for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
+        const TileIndex tile = tile_of<16>(t, tiles_m, tiles_n);
+        for (u32 step = blockIdx.y * steps; step < (blockIdx.y + 1) * steps; ++step) {
           const u32 a = ring + stage * STAGE_BYTES, landed = full + 8 * stage;
           barrier_wait(empty + 8 * stage, parity);
           barrier_arrive_expect(landed, STAGE_BYTES);
@@ -75,8 +73,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_con
     const u32 row0 = COOPERATIVE ? consumer * CONSUMER_M : 0;  // within the tile
     const u64 a0 = operand_descriptor(ring + row0 * 128), b0 = operand_descriptor(ring + A_BYTES);
     constexpr u32 TURNS = COOPERATIVE ? 1 : CONSUMERS;
-    u32 ordinal = COOPERATIVE ? 0 : consumer;  // of this block's items
-    for (u32 t = blockIdx.x + ordinal * gridDim.x; t < items; t += TURNS * gridDim.x, ordinal += TURNS) {
+    u32 ordinal = COOPERATIVE ? 0 : consumer;  // of this block's tiles
+    for (u32 t = blockIdx.x + ordinal * gridDim.x; t < tiles; t += TURNS * gridDim.x, ordinal += TURNS) {
       u32 stage = ordinal * steps % STAGES, parity = ordinal * steps / STAGES & 1, previous = stage;
       // A barrier's parity says nothing two phases later: wait until the other consumer is through with the stages before.
       if (!COOPERATIVE && ordinal > 0) barrier_wait(turn + 8 * consumer, (ordinal - 1) / CONSUMERS & 1);
@@ -101,12 +99,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_con
       if (!COOPERATIVE && leader) barrier_arrive(turn + 8 * (consumer ^ 1));
       wgmma_wait<0>();
       if (leader) barrier_arrive(empty + 8 * previous);
-      const TileIndex tile = tile_of<16>(t / splits, tiles_m, tiles_n);
+      const TileIndex tile = tile_of<16>(t, tiles_m, tiles_n);
       if constexpr (SPLIT) {
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) wgmma_settle(d[i]);
-        const u32 share = COOPERATIVE ? t / splits * CONSUMERS + consumer : t / splits;
-        if (!add_splits<SPLIT>(p, d, 4 * share + warp, t % splits)) continue;
+        const u32 share = COOPERATIVE ? CONSUMERS * t + consumer : t;
+        if (!add_splits<SPLIT>(p, d, 4 * share + warp, blockIdx.y)) continue;
       }
 #pragma unroll
       for (int i = 0; i < PARTS; ++i) {

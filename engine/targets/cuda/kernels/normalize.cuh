@@ -1,70 +1,72 @@
-// Layer, RMS and L2 norm, softmax and its logarithm: what needs a whole row twice. A row stays in the registers of its group of
-// threads (a warp, or the block): read once through the prologue, reduced exactly (the variance around the mean), written once
-// through the epilogue. Statistics in fp32.
+// Layer, RMS and L2 norm, softmax and its logarithm of rows that fit in registers. A row stays with its group of threads (part
+// of a warp, a warp, or the block): read once through the prologue, reduced exactly (the variance around the mean), written
+// once through the epilogue. A row is `steps` pieces of `columns` neighbouring elements.
 #pragma once
 #include "epilogue/access.cuh"
 #include "epilogue/math.cuh"
 #include "ptx/grid.cuh"
 #include "scheduler/group_reduce.cuh"
 #include "scheduler/stamp.cuh"
+#include "scheduler/statistic.cuh"
 
-enum class Kind {  // in the order of _KINDS of normalize.py
-  LAYER, RMS, L2, SOFTMAX, LOG_SOFTMAX
-};
-constexpr Kind KIND = static_cast<Kind>(config::kind);
 constexpr int GROUP = config::threads_per_row, CHUNKS = config::chunks, ROWS = config::threads / GROUP;
-static_assert(GROUP == 32 || ROWS == 1, "a row belongs to a warp or to the block");
+static_assert(GROUP <= 32 || ROWS == 1, "a row belongs to a part of a warp or to the block");
+
+struct Place { u32 row, column, count; };  // of WIDTH elements; count 0: beyond the row
 
 extern "C" __global__ void __launch_bounds__(config::threads, 1) kernel(const __grid_constant__ Params p) {
   let_next_kernel_start();
   wait_for_previous_kernel();
   stamp_begin(p.stamp);
 
-  const u32 row = blockIdx.x * ROWS + threadIdx.x / GROUP, lane = threadIdx.x % GROUP;
-  if (row < p.rows) {  // the same for all threads of a group
-    float v[CHUNKS][WIDTH];
-    const auto each = [&](auto&& visit) {
-#pragma unroll
-      for (int i = 0; i < CHUNKS; ++i) {
-        const u32 column = (i * GROUP + lane) * WIDTH;
-#pragma unroll
-        for (int j = 0; j < WIDTH; ++j)
-          if (column + j < p.columns) visit(v[i][j]);
-      }
-    };
+  const u32 index = blockIdx.x * ROWS + threadIdx.x / GROUP, lane = threadIdx.x % GROUP;
+  const u32 row = min(index, p.rows - 1);  // all threads of a warp take part in its shuffles
+  const auto place = [&](int i) {
+    u32 chunk = i * GROUP + lane, step = 0;
+    if constexpr (config::stepped) {
+      step = chunk / p.chunks;
+      chunk -= step * p.chunks;
+    }
+    const u32 column = chunk * WIDTH;
+    const bool inside = step < p.steps && column < p.columns;
+    return Place{config::stepped ? row * p.steps + step : row, column, inside ? min(static_cast<u32>(WIDTH), p.columns - column) : 0};
+  };
+  Value v[CHUNKS][WIDTH];
+  const auto each = [&](auto&& visit) {
 #pragma unroll
     for (int i = 0; i < CHUNKS; ++i) {
-      const u32 column = (i * GROUP + lane) * WIDTH;
-      if (column < p.columns) Prologue::load(p, row, column, min(static_cast<u32>(WIDTH), p.columns - column), v[i]);
+      const u32 count = place(i).count;
+#pragma unroll
+      for (int j = 0; j < WIDTH; ++j)
+        if (j < count) visit(v[i][j]);
     }
+  };
+#pragma unroll
+  for (int i = 0; i < CHUNKS; ++i) {
+    const Place at = place(i);
+    if (at.count > 0) Prologue::load(p, at.row, at.column, at.count, v[i]);
+  }
 
-    if constexpr (KIND == Kind::SOFTMAX || KIND == Kind::LOG_SOFTMAX) {
-      float maximum = -INFINITY, sum = 0.0f;
-      each([&](float& x) { maximum = fmaxf(maximum, x); });
-      maximum = reduce_group<Maximum, GROUP>(maximum);
-      each([&](float& x) { x -= maximum; sum += exp2_approx(x * 1.44269504f); });
-      sum = reduce_group<Sum, GROUP>(sum);
-      const float scale = KIND == Kind::SOFTMAX ? 1.0f / sum : logf(sum);
-      if constexpr (KIND == Kind::SOFTMAX) each([&](float& x) { x = exp2_approx(x * 1.44269504f) * scale; });
-      else each([&](float& x) { x -= scale; });
-    } else {
-      float mean = 0.0f, squares = 0.0f;
-      if constexpr (KIND == Kind::LAYER) {
-        each([&](float& x) { mean += x; });
-        mean = reduce_group<Sum, GROUP>(mean) / static_cast<float>(p.columns);
-      }
-      each([&](float& x) { x -= mean; squares = fmaf(x, x, squares); });
-      squares = reduce_group<Sum, GROUP>(squares);
-      const float scale = KIND == Kind::L2 ? 1.0f / fmaxf(sqrtf(squares), p.epsilon)
-                                           : rsqrtf(squares / static_cast<float>(p.columns) + p.epsilon);
-      each([&](float& x) { x *= scale; });
+  Value shift = 0, sum = 0;
+  if constexpr (EXPONENTIAL) {
+    shift = static_cast<Value>(-INFINITY);
+    each([&](Value& x) { shift = x > shift ? x : shift; });  // a NaN comes back through the exponential
+    shift = reduce_group<Maximum, GROUP>(shift);
+    each([&](Value& x) { sum += exponential(x - shift); });
+  } else {
+    if constexpr (KIND == Kind::LAYER) {
+      each([&](Value& x) { shift += x; });
+      shift = reduce_group<Sum, GROUP>(shift) / static_cast<Value>(p.count);
     }
+    each([&](Value& x) { sum += (x - shift) * (x - shift); });
+  }
+  const Scaling scaling = scaling_of(p, shift, reduce_group<Sum, GROUP>(sum));
+  each([&](Value& x) { x = scaling(x); });
 
 #pragma unroll
-    for (int i = 0; i < CHUNKS; ++i) {
-      const u32 column = (i * GROUP + lane) * WIDTH;
-      if (column < p.columns) Epilogue::store(p, row, column, min(static_cast<u32>(WIDTH), p.columns - column), v[i]);
-    }
+  for (int i = 0; i < CHUNKS; ++i) {
+    const Place at = place(i);
+    if (at.count > 0 && index < p.rows) Epilogue::store(p, at.row, at.column, at.count, v[i]);
   }
   stamp_end(p.stamp);
 }

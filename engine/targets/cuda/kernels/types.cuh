@@ -25,11 +25,6 @@ template <class A, class B> struct choose<false, A, B> { using type = B; };
 
 #include "ptx/convert.cuh"
 
-DEVICE float2 unpack_half2(u32 packed) {
-  const half low{static_cast<u16>(packed & 0xffff)}, high{static_cast<u16>(packed >> 16)};
-  return make_float2(to_float(low), to_float(high));
-}
-
 // The type an element is computed in: floats in fp32, narrow integers in int.
 template <class T> struct compute { using type = T; };
 template <> struct compute<half> { using type = float; };

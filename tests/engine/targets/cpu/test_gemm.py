@@ -12,6 +12,7 @@ from engine.ir.dtype import DType
 from engine.ir.expr import PointOp
 from engine.ir.ops import Gemm
 from engine.plan.tensor import Tensor
+from engine.targets.cpu import tiling
 from engine.targets.cpu.families import family_of
 from tests.engine.targets.cpu.products import assert_sum_of_products, clamp, computed, op
 from tests.engine.targets.cpu.steps import ISAS, Layout, place, run_step
@@ -77,6 +78,18 @@ def test_long_reductions_are_cut(isa: str, m: int, n: int) -> None:
     a, b = rng.standard_normal((m, 9001)).astype(np.float32), rng.standard_normal((9001, n)).astype(np.float32)
     got = run_step(Gemm(), [a, b], isa).outputs[0]
     assert_sum_of_products(got, *product(a, b), 9001)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_no_task_is_longer_than_the_bound(monkeypatch: pytest.MonkeyPatch, isa: str, known: bool) -> None:
+    """What waits for a program in the background to give way waits for a task."""
+    rng = np.random.default_rng(4)
+    m, k, n = 2000, 64, 400
+    a, b = rng.standard_normal((m, k)).astype(np.float32), rng.standard_normal((k, n)).astype(np.float32)
+    monkeypatch.setattr(tiling, "_MOST_PER_TASK", 1 << 20)
+    result = run_step(Gemm(), [a, place(b) if known else computed(place(b))], isa)
+    assert_sum_of_products(result.outputs[0], *product(a, b), k)
+    assert sum(launch.tasks for launch in result.launches) >= m * k * n >> 20
 
 
 def test_empty_reduction_is_zero(isa: str) -> None:

@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from engine.background import background
 from engine.plan.tensor import Buffer, BufferKind
 from engine.targets.cpu.codegen.emit import Value
 from engine.targets.cpu.codegen.isa import host_isa
@@ -82,9 +83,8 @@ def program(steps: Sequence[Sequence[Launch]], threads: int) -> Program:
 
 def run(made: Program, times: int = 1) -> None:
     workers = pool()
-    with workers.lock:
-        for _ in range(times):
-            workers.run(made)
+    for _ in range(times):
+        workers.run(made)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
@@ -151,6 +151,72 @@ def test_runs_from_many_python_threads() -> None:
     for thread in threads:
         thread.join()
     assert all((array == 1500).all() for array, _ in data)
+
+
+def in_the_background(made: Program) -> threading.Thread:
+    """A thread that runs a program in the background; it has begun."""
+
+    def body() -> None:
+        with background():
+            run(made)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_a_program_in_the_background_lets_others_on_between_two_tasks(threads: int) -> None:
+    """And does each of its tasks once all the same, every step after the step before."""
+    tasks = 64
+    data, buffer = words(tasks)
+    seen, out = words(tasks)
+    steps: list[list[Launch]] = []
+    for i in range(6):
+        arguments = {"words": Pointer(buffer), "count": tasks, "least": 1_000_000 * (i + 1), "out": Pointer(out)}
+        steps += [[count_launch(buffer, tasks, turns=1_000_000)], [launch(SumSpec(host_isa()), arguments, tasks)]]
+    long = program(steps, threads)
+    other, other_buffer = words(4)
+    short = program([[count_launch(other_buffer, 4)]], threads)
+    thread = in_the_background(long)
+    while not data.any():
+        time.sleep(0.0005)
+    between = 0
+    while thread.is_alive():
+        run(short)
+        between += 1
+        assert between > 1 or not (data == 6_000_000).all(), "the program came back only after the other's end"
+    assert between >= 10
+    assert (other == between).all()
+    assert (data == 6_000_000).all()
+    assert (seen == tasks).all()
+
+
+def test_a_program_that_gave_way_counts_as_one_run_and_without_the_time_of_others() -> None:
+    _, buffer = words(64)
+    made = program([[count_launch(buffer, 64, turns=300_000)] for _ in range(4)], 2)
+    _, other = words(2)
+    long = program([[count_launch(other, 2, turns=20_000_000)]], 2)
+    start = time.perf_counter_ns()
+    thread = in_the_background(made)
+    while thread.is_alive():
+        run(long)
+    elapsed = time.perf_counter_ns() - start
+    runs, spent = made.statistics.reshape(-1, 2).T
+    assert runs.tolist() == [1, 1, 1, 1]
+    assert (spent > 0).all()
+    assert long.statistics[1] > 0
+    assert spent.sum() + long.statistics[1] <= elapsed, "the same time is counted twice"
+
+
+def test_programs_in_the_background_take_turns_to_their_ends() -> None:
+    data = [words(32) for _ in range(3)]
+    threads = [in_the_background(program([[count_launch(buffer, 32, turns=10_000)]] * 50, 2)) for _, buffer in data]
+    _, other = words(2)
+    short = program([[count_launch(other, 2)]], 2)
+    while any(thread.is_alive() for thread in threads):
+        run(short)
+    assert all((array == 500_000).all() for array, _ in data)
 
 
 def test_idle_workers_use_no_processor_time() -> None:

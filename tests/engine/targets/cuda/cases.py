@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
+from engine.ir import expr as ex
 from engine.ir.dtype import DType
+from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from tests.engine.targets.cuda.harness import Case, Runner, run_cases
 
@@ -29,3 +33,48 @@ def fed(dtype: DType, shape: tuple[int, ...], inner: int, number: int = 1) -> Te
     axes.append(axes.pop(inner))
     buffer = Buffer(f"input{number}", BufferKind.INPUT, int(np.prod(shape)) * dtype.itemsize)
     return Tensor(buffer, dtype, shape, row_major(shape, tuple(axes)))
+
+
+def order_of(rng: np.random.Generator, rank: int) -> tuple[int, ...]:
+    """Axes from the outermost to the innermost: most often in their own order."""
+    axes = range(rank) if rng.random() < 0.5 else rng.permutation(rank)
+    return tuple(int(axis) for axis in axes)
+
+
+FLOATS = (DType.F16, DType.BF16, DType.F32, DType.F64)
+SIGNED = (DType.I64, DType.I32, DType.I16, DType.I8)
+UNSIGNED = (DType.U64, DType.U32, DType.U16, DType.U8)
+INTEGERS = (*SIGNED, *UNSIGNED)
+
+
+def wide(dtype: DType) -> DType:
+    """The type in which elements of a type are accumulated."""
+    return dtype if dtype is DType.F64 or not dtype.is_float else DType.F32
+
+
+def wide_arg(index: int, dtype: DType) -> ex.Expr:
+    return ex.cast(ex.Arg(index, dtype), wide(dtype))
+
+
+def narrowed(dtype: DType) -> ex.Expr:
+    """The accumulator, stored in `dtype`."""
+    return ex.cast(ex.Acc(wide(dtype)), dtype)
+
+
+def placed(rng: np.random.Generator, dtype: DType, shape: tuple[int, ...], number: int = 0) -> Tensor:
+    """An operand whose axes lie in a random order in memory, sometimes with gaps or as a window."""
+    order = tuple(int(axis) for axis in rng.permutation(len(shape)))
+    gap = tuple(size + int(rng.choice([0, 0, 1, 3])) for size in shape)
+    strides = row_major(gap, order)
+    offset = int(rng.choice([0, 0, 8, 5]))
+    nbytes = (offset + int(np.prod(gap))) * dtype.itemsize
+    return Tensor(Buffer(f"input{number}", BufferKind.INPUT, nbytes), dtype, shape, strides, offset)
+
+
+def reordered(step: Step, rng: np.random.Generator) -> Step:
+    """The same step with its results in random orders."""
+    outputs = tuple(
+        replace(t, strides=row_major(t.shape, tuple(int(a) for a in rng.permutation(len(t.shape)))))
+        for t in step.outputs
+    )
+    return replace(step, outputs=outputs)

@@ -35,7 +35,7 @@ class GpuRunner:
         return None
 
     def run(self, step: Step, launches: Sequence[Launch], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The results of a step. Raises RunError where it wrote beyond them."""
+        """The results of a step. Raises RunError where it meets a wild index, or writes beyond its results."""
         return run_step(self.target, step, list(launches), arrays)
 
     def close(self) -> None:
@@ -46,13 +46,20 @@ def run_step(target: CudaTarget, step: Step, launches: list[Launch], arrays: Seq
     """The results of one step on the GPU."""
     executable = bind_step(target, step, launches)
     with target.device.current(), target.device.stream:
-        whole = _bytes(target, target.region, target.region_bytes)
+        executable.prepare()
+        slot = target.slots.all[0]
+        whole = _bytes(target, slot.device, slot.device_bytes)
         whole[...] = POISON
+        words = _bytes(target, slot.device + executable._layout.status, executable._program.status_bytes)
+        words[...] = 0
         for tensor, array in zip(step.inputs, arrays, strict=True):
             if tensor.buffer.kind is BufferKind.INPUT:
                 view(target, executable, tensor)[...] = cupy.asarray(_as_stored(array))
         executable.launch()
         target.device.stream.synchronize()
+        if executable._program.status_bytes and bool(words.any()):
+            executable.close()
+            raise RunError("an index is out of range")
         results = [view(target, executable, tensor).get() for tensor in step.outputs]
         for tensor in step.outputs:
             used = executable.address(Pointer(tensor.buffer)) + tensor.buffer.nbytes

@@ -29,7 +29,8 @@ POISON = 0xFF  # every float type reads NaN, integers −1
 @dataclass
 class Case:
     """A step to check. `length` is the number of terms in its sums, `rounding` the relative error with which the kernel
-    takes the operands of its products; `lowered` its launches where the test chose them."""
+    takes the operands of its products; `lowered` its launches where the test chose them. `computed`: the type that
+    everything is computed in, where the kernel rounds nothing to 16 bits in between."""
 
     label: str
     step: Step
@@ -37,6 +38,7 @@ class Case:
     feeds: dict[int, np.ndarray] = field(default_factory=dict)  # operands by position; the others are random
     lowered: list[Launch] | None = None
     rounding: float = 2.0**-11  # values between the stages of a kernel (probabilities) become fp16
+    computed: DType | None = None
 
 
 class Runner(Protocol):
@@ -86,7 +88,7 @@ def check(runner: Runner, case: Case, launches: list[Launch], rng: np.random.Gen
     except RunError as error:
         return str(error)
     for got, want in zip(outputs, expected, strict=True):
-        problem = mismatch(got, want, case.length, case.rounding)
+        problem = mismatch(got, want, case.length, case.rounding, case.computed)
         if problem:
             return problem
     return None
@@ -102,13 +104,20 @@ def random(rng: np.random.Generator, tensor: Tensor) -> np.ndarray:
 
 
 _EPSILON = {DType.F16: 2.0**-11, DType.BF16: 2.0**-8, DType.F32: 2.0**-22, DType.F64: 2.0**-22}
+_SMALLEST = {DType.F16: 2.0**-24}
+"""The step between the smallest numbers, which rounding to them may take."""
+_COMPUTED = {DType.F32: 2.0**-22, DType.F64: 2.0**-50}
+"""Four roundings of the type: the elementary functions are good to two."""
 
 
-def mismatch(got: np.ndarray, want: np.ndarray, length: int, rounding: float = 2.0**-11) -> str | None:
+def mismatch(
+    got: np.ndarray, want: np.ndarray, length: int, rounding: float = 2.0**-11, computed: DType | None = None
+) -> str | None:
     """What differs beyond rounding. An element may be off by two roundings, of its own size and of the typical size of
-    the largest row: those of its dtype and the `rounding` of two operands, plus the fp32 sum of `length` terms."""
+    the largest row: those of its dtype and the `rounding` of two operands, plus the sum of `length` terms in fp32, or
+    in the type in which everything is `computed`, and then nothing else is rounded."""
     dtype = DType.of(want.dtype)
-    if not dtype.is_float:
+    if not dtype.is_float or not want.size:
         return None if np.array_equal(got, want) else f"{np.count_nonzero(got != want)} of {want.size} integers differ"
     a, b = got.astype(np.float64), want.astype(np.float64)
     if not np.array_equal(np.isnan(a), np.isnan(b)):
@@ -118,9 +127,13 @@ def mismatch(got: np.ndarray, want: np.ndarray, length: int, rounding: float = 2
         return "infinities differ"
     rows = np.where(finite, b, 0.0).reshape(-1, b.shape[-1] if b.ndim else 1)
     size = sqrt(float(np.max(np.mean(rows**2, axis=1))))
-    bound = 2 * max(_EPSILON[dtype], rounding) * np.where(finite, np.abs(b), 0.0) + size * (
-        2 * rounding + 2.0**-22 * sqrt(length)
+    accumulated = _COMPUTED[computed or DType.F32]
+    rounding = accumulated if computed else rounding
+    epsilon = max(accumulated, np.finfo(np.float64).eps) if dtype is DType.F64 else _EPSILON[dtype]
+    bound = 2 * max(epsilon, rounding) * np.where(finite, np.abs(b), 0.0) + size * (
+        2 * rounding + accumulated * sqrt(length)
     )
+    bound += _SMALLEST.get(dtype, 0.0)
     with np.errstate(invalid="ignore"):
         off = np.where(finite, np.abs(a - b), 0.0)
     worst = int(np.argmax(off - bound))

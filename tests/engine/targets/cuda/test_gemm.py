@@ -15,10 +15,10 @@ from engine.plan.tensor import Tensor
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
 from engine.targets.cuda.families import family_of
-from engine.targets.cuda.gemm import Tile, epilogue_of, launch_product, lower
+from engine.targets.cuda.gemm import epilogue_of, launch_product, lower
 from engine.targets.cuda.kernel import Context, Launch, content
 from engine.targets.cuda.product import product_of
-from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES, WgmmaTile
+from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES, Tile, WgmmaTile
 from tests.engine.targets.cuda.cases import check, fed, ragged, rng_of
 from tests.engine.targets.cuda.emulator.runner import EmulatedRunner
 from tests.engine.targets.cuda.harness import Case, Runner
@@ -26,7 +26,7 @@ from tests.engine.targets.cuda.harness import Case, Runner
 BF16 = DType.BF16
 KINDS = {"fp16": (F16, False), "bf16": (BF16, False), "tf32": (F32, True), "fp32": (F32, False)}
 """Kinds of operands: (dtype, whether fp32 is rounded to tf32)."""
-EXACT, TF32 = 2.0**-21, 2.0**-11
+EXACT, TF32 = 2.0**-21, 2.0**-10  # the copy engine and the instruction truncate
 """How operands are taken: as they are (fp32 loses its last bits), or rounded to tf32."""
 
 
@@ -69,6 +69,7 @@ def test_gemm_of_every_kind_with_weight_matches_float64(runner: Runner, count: i
         inputs: list[cv.Given] = [a, weight(k, n, dtype=dtype)]
         inputs += [] if name == "plain" else [weight(n, dtype=dtype)]
         inputs += [(dtype, (m, n))] if name == "residual" else []
+        splits = min(splits, tile.most_splits)
         step = make_step(Gemm((stores_of(dtype)[name],)), inputs)
         launch = launched(step, replace(tile, splits=splits), context_of(runner, kind))
         label = f"{kind} {m}x{n}x{k} {name} {tile} in {splits}"
@@ -177,7 +178,7 @@ def test_gemm_of_more_tiles_than_multiprocessors(runner: Runner, count: int) -> 
     for m, n, k in small if isinstance(runner, EmulatedRunner) else large:
         step = make_step(Gemm((cv.BIAS_RESIDUAL,)), [(F16, (m, k)), weight(k, n), weight(n), (F16, (m, n))])
         for tile in tiles_of(runner, "fp16"):
-            for splits in (1, 3):
+            for splits in (1, min(3, tile.most_splits)):
                 launch = launched(step, replace(tile, splits=splits), runner.context)
                 cases.append(Case(f"{m}x{n}x{k} {tile} in {splits}", step, k, lowered=[launch], rounding=EXACT))
     check(runner, cases)

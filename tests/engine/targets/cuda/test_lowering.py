@@ -14,7 +14,6 @@ from engine.ir.ops import Attention, Conv, Gemm, Pointwise
 from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import ARCHITECTURES, SM_80, SM_90A, for_capability
-from engine.targets.cuda.conv import pack_depthwise, pack_filter
 from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.kernel import (
@@ -27,6 +26,7 @@ from engine.targets.cuda.kernel import (
     TensorArgument,
     WeightStore,
     pack,
+    workspace_bytes,
 )
 from engine.targets.cuda.product import pack_weight
 from engine.targets.cuda.spaces import operand, space
@@ -44,6 +44,26 @@ def test_hopper_takes_wgmma_where_the_copy_engine_can_read() -> None:
     assert lower(aligned).kernel.instruction is Instruction.WGMMA
     assert lower(aligned, SM_80).kernel.instruction is Instruction.MMA
     assert lower(odd).kernel.instruction is Instruction.MMA
+
+
+def test_fp32_takes_wgmma_only_where_it_may_be_rounded() -> None:
+    step = make_step(Gemm((ACC,)), [(F32, (64, 384)), weight(384, 384, dtype=F32)])
+    for tf32, instruction in ((True, Instruction.WGMMA), (False, Instruction.MMA)):
+        (launch,) = family_of(step.op).lower(step, Context(SM_90A, 132, WeightStore(), tf32))
+        assert launch.kernel.instruction is instruction
+
+
+@pytest.mark.parametrize("architecture", [SM_80, SM_90A])
+def test_few_tiles_of_a_long_product_share_its_k(architecture) -> None:
+    launch = lower(make_step(Gemm((ACC,)), [(F16, (64, 8192)), weight(8192, 64)]), architecture)
+    arguments = dict(launch.arguments)
+    assert launch.grid[1] == arguments["splits"] > 1
+    assert not arguments["arrived"].buffer.data.any()
+    assert workspace_bytes([launch]) == arguments["partials"].buffer.nbytes >= 4 * 64 * 64 * arguments["splits"]
+    assert arguments["arrived"].buffer.data.size >= launch.grid[0]
+    whole = lower(make_step(Gemm((ACC,)), [(F16, (4096, 256)), weight(256, 4096)]), architecture)
+    assert "splits" not in dict(whole.arguments)
+    assert workspace_bytes([whole]) == 0
 
 
 def test_a_pointwise_convolution_is_a_product() -> None:
@@ -72,8 +92,8 @@ def test_one_kernel_serves_every_batch() -> None:
         (Gemm((ACC,)), [(DType.STRING, (4, 8)), (DType.STRING, (8, 4))]),
         (Attention(1.0, stores=(ACC,)), [(F16, (1, 1, 4, 520))] * 3),
         (Attention(1.0, stores=(ACC,)), [(F16, (1, 1, 4, 8)), *[(F32, (1, 1, 4, 8))] * 2]),
-        (Conv((1, 1), ((0, 0),) * 2, (1, 1), transposed=True), [(F16, (1, 8, 4, 4)), weight(8, 8, 3, 3)]),
-        (Conv((1, 1), ((0, 0),) * 2, (1, 1)), [(F16, (1, 8, 4, 4)), (F16, (8, 8, 3, 3))]),
+        (Conv((1,) * 4, ((0, 0),) * 4, (1,) * 4), [(F16, (1, 8, 4, 4, 4, 4)), weight(8, 8, 3, 3, 3, 3)]),
+        (Conv((1, 1), ((0, 0),) * 2, (1, 1)), [(DType.I8, (1, 8, 4, 4)), (DType.I8, (8, 8, 3, 3))]),
     ],
 )  # fmt: skip
 def test_what_has_no_kernel_is_refused(op, inputs) -> None:
@@ -89,12 +109,9 @@ def test_weights_are_packed_once() -> None:
 
 
 def test_weight_layouts() -> None:
-    rng = np.random.default_rng(0)
-    b, w = rng.standard_normal((5, 3)).astype(np.float16), rng.standard_normal((4, 3, 2, 2)).astype(np.float16)
+    b = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float16)
     assert np.array_equal(pack_weight(b)[:, :5], b.T)
     assert not pack_weight(b)[:, 5:].any()
-    assert np.array_equal(pack_filter(w)[1, :12].reshape(2, 2, 3), w[1].transpose(1, 2, 0))
-    assert np.array_equal(pack_depthwise(w[:, :1])[1, 0], w[:, 0, 1, 0].astype(np.float32))
 
 
 def test_parameters_lie_as_a_c_compiler_lays_them() -> None:
@@ -113,6 +130,24 @@ def test_parameters_lie_as_a_c_compiler_lays_them() -> None:
     assert words[12] == 99
 
 
+def test_what_looks_up_tables_has_a_status_word_and_nothing_else_has() -> None:
+    embedding = lower(cv.embedding_norm(2, 5, 64))
+    assert embedding.looks_up
+    assert "table_row<i64>" in embedding.kernel.source.text
+    assert "u32* prologue_status;" in embedding.kernel.source.text
+    context = Context(SM_90A, 132, WeightStore())
+    steps = {step.name: family_of(step.op).lower(step, context) for step in cv.steps()}
+    looking_up = {name for name, launches in steps.items() if any(launch.looks_up for launch in launches)}
+    assert looking_up == {
+        "embedding norm", "gather rows", "gather elements", "scatter rows", "scatter sum", "scatter maximum",
+    }  # fmt: skip
+    params = pack(embedding.arguments, lambda _: 1234, lambda _: b"", 99, 77)
+    without = pack(embedding.arguments, lambda _: 1234, lambda _: b"", 99)
+    changed = np.flatnonzero(np.frombuffer(params, np.int64) != np.frombuffer(without, np.int64))
+    assert [int(np.frombuffer(words, np.int64)[changed[0]]) for words in (params, without)] == [77, 0]
+    assert len(changed) == 1
+
+
 def test_rows_that_lie_together_merge() -> None:
     buffer = Buffer("b", BufferKind.INPUT, 2 * 8 * 5 * 16)
     dense = operand(Tensor(buffer, F16, (8, 5, 16), (80, 16, 1)), 3)
@@ -122,11 +157,26 @@ def test_rows_that_lie_together_merge() -> None:
     assert space((8, 1, 16), (0, 1), (2,), [dense]).levels == (8,)
 
 
-def test_a_layout_that_needs_too_many_levels_is_refused() -> None:
+def test_a_layout_has_as_many_levels_as_it_needs() -> None:
     shape, strides = (2, 3, 2, 3, 2, 8), (1000, 1, 300, 20, 7, 31)
     tensor = Tensor(Buffer("b", BufferKind.INPUT, 1 << 20), F16, shape, strides)
-    with pytest.raises(UnsupportedOp, match="levels"):
-        space(shape, range(5), (5,), [operand(tensor, 6)])
+    assert space(shape, range(5), (5,), [operand(tensor, 6)]).levels == shape[:5]
+    launch = lower(make_step(Pointwise((ex.Arg(0, F16),)), [tensor]))
+    assert "max_levels = 5;" in launch.kernel.source.text
+
+
+def test_a_tensor_with_more_rows_than_a_kernel_counts_is_refused() -> None:
+    shape = (1 << 31, 3)
+    tensor = Tensor(Buffer("b", BufferKind.INPUT, 1 << 40), F16, shape, (5, 1))
+    with pytest.raises(UnsupportedOp, match="2³¹"):
+        lower(make_step(Pointwise((ex.Arg(0, F16),)), [tensor]))
+
+
+def test_a_large_copy_counts_in_64_bits() -> None:
+    tensor = Tensor(Buffer("b", BufferKind.INPUT, 1 << 40), F16, (1 << 10, 1 << 25), (1 << 25, 1))
+    assert "count_t = u64;" in lower(make_step(Pointwise((ex.Arg(0, F16),)), [tensor])).kernel.source.text
+    tensor = Tensor(Buffer("b", BufferKind.INPUT, 1 << 40), F16, (1 << 10, 1 << 20), (1 << 20, 1))
+    assert "count_t = u32;" in lower(make_step(Pointwise((ex.Arg(0, F16),)), [tensor])).kernel.source.text
 
 
 def test_old_gpus_are_refused_by_name() -> None:
@@ -138,5 +188,5 @@ def test_old_gpus_are_refused_by_name() -> None:
 def test_a_copy_between_layouts_runs_along_the_result() -> None:
     launch = lower(cv.layout_copy(1, 32, 10, 10))
     arguments = dict(launch.arguments)
-    assert arguments["columns"] == 100
+    assert (arguments["size_x"], arguments["size_y"]) == (32, 100)
     assert isinstance(make_step(Pointwise((ex.Arg(0, DType.I64),)), [(DType.I64, (3,))]).op, Pointwise)

@@ -1,15 +1,36 @@
-"""Point-wise chains against float64, on random ragged shapes (conftest.py says on what)."""
+"""Point-wise chains and copies against float64, on random ragged shapes (conftest.py says on what)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from engine.errors import ShapeError
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.expr import PointOp
 from engine.ir.ops import Pointwise
+from engine.plan.tensor import row_major
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.covering import F16, F32, I64, make_step
-from tests.engine.targets.cuda.cases import check, fed, ragged, rng_of
+from engine.targets.cuda.pointwise import lower
+from tests.engine.targets.cuda.cases import (
+    FLOATS,
+    INTEGERS,
+    SIGNED,
+    check,
+    fed,
+    placed,
+    ragged,
+    reordered,
+    rng_of,
+    wide,
+)
 from tests.engine.targets.cuda.harness import Case, Runner
+
+EVERY = (*FLOATS, *INTEGERS, DType.BOOL)
 
 
 def test_pointwise_matches_float64(runner: Runner, count: int) -> None:
@@ -21,48 +42,178 @@ def test_pointwise_matches_float64(runner: Runner, count: int) -> None:
         value = cv.add(cv.mul(cv.arg(0), cv.arg(1, F32)), cv.constant(0.5))
         stores = (cv.stored(cv.gelu(value)), value) if i % 4 == 0 else (cv.stored(cv.relu6(value)),)
         given: cv.Given = fed(F16, shape, int(rng.integers(0, rank)), 0) if i % 3 == 0 else (F16, shape)
-        cases.append(Case(f"{shape} {other}", make_step(Pointwise(stores), [given, (F32, other)]), 1))
+        cases.append(Case(f"{shape} {other}", make_step(Pointwise(stores), [given, (F32, other)]), 1, computed=F32))
     check(runner, cases)
 
 
-FLOAT_OPS = [
-    PointOp.SUB, PointOp.DIV, PointOp.MIN, PointOp.MAX, PointOp.MOD, PointOp.FMOD, PointOp.NEG, PointOp.ABS,
-    PointOp.SIGN, PointOp.FLOOR, PointOp.CEIL, PointOp.ROUND, PointOp.EXP, PointOp.SIN, PointOp.COS,
-    PointOp.TAN, PointOp.ATAN,
-    PointOp.SINH, PointOp.COSH, PointOp.ASINH, PointOp.TANH, PointOp.ERF, PointOp.SIGMOID, PointOp.SQRT, PointOp.LOG,
-]  # fmt: skip
-INTEGER_OPS = [
-    PointOp.ADD,
-    PointOp.SUB,
-    PointOp.MUL,
-    PointOp.DIV,
-    PointOp.MOD,
-    PointOp.FMOD,
-    PointOp.BITAND,
-    PointOp.EQ,
-]
-BINARY = {
-    PointOp.ADD, PointOp.SUB, PointOp.MUL, PointOp.DIV, PointOp.MIN, PointOp.MAX, PointOp.MOD, PointOp.FMOD,
-    PointOp.BITAND, PointOp.EQ,
+def test_any_rank_and_order(runner: Runner, count: int) -> None:
+    """Operands and results whose axes do not lie together: as many row levels as there are axes."""
+    rng, cases = rng_of("rank"), []
+    for i in range(count):
+        rank = int(rng.integers(4, 9))
+        shape = tuple(int(rng.integers(1, 5 if rank > 5 else 8)) for _ in range(rank))
+        dtype = EVERY[i % len(EVERY)]
+        step = make_step(Pointwise((ex.Arg(0, dtype),)), [placed(rng, dtype, shape)])
+        if i % 2:
+            other = tuple(size if rng.random() < 0.7 else 1 for size in shape)
+            store = ex.cast(cv.add(cv.arg(0, F32), cv.arg(1)), F16)
+            step = make_step(Pointwise((store,)), [placed(rng, F32, shape), placed(rng, F16, other, 1)])
+        cases.append(Case(f"{shape} {step.inputs[0].strides}", reordered(step, rng), 1, computed=F32))
+    check(runner, cases)
+
+
+def test_transposing_copies(runner: Runner, count: int) -> None:
+    """Through tiles of shared memory: between layouts, with broadcast operands, two sources, windows, odd sizes."""
+    rng, cases, tiled = rng_of("transpose"), [], 0
+    for i in range(2 * count):
+        dtype = EVERY[i % len(EVERY)] if i % 2 else F16
+        outer, y, x = int(rng.integers(1, 4)), ragged(rng, 300, 8 if i % 3 else 1), ragged(rng, 300, 8 if i % 4 else 1)
+        y, x = (max(16, y), max(16, x)) if i % 8 else (y, x)
+        shape = (outer, y, x) if i % 5 else (outer, y, max(1, x // 8), 8)
+        rank = len(shape)
+        order = (0, *range(2, rank), 1) if i % 3 else (*range(2, rank), 0, 1)
+        source = placed(rng, dtype, shape) if i % 6 == 5 else fed(dtype, shape, 1, 0)
+        source = source if i % 6 == 5 else replace(source, strides=row_major(shape, order))
+        match i % 4 if dtype is F16 else 0:
+            case 1:
+                store: ex.Expr = cv.stored(cv.relu6(cv.add(cv.arg(0), cv.arg(1))))
+                step = make_step(Pointwise((store,)), [source, (F16, (shape[1], *(1,) * (rank - 2)))])
+            case 2:
+                both = replace(fed(F16, shape, 1, 1), strides=row_major(shape, order))
+                store = cv.stored(cv.add(cv.arg(0), cv.arg(1)))
+                step = make_step(Pointwise((store,)), [source, both])
+            case 3:
+                stores = (cv.add(cv.arg(0), cv.arg(1)), cv.stored(cv.mul(cv.arg(0), cv.arg(1))))
+                step = make_step(Pointwise(stores), [source, (F16, shape)])
+            case _:
+                step = make_step(Pointwise((ex.Arg(0, dtype),)), [source])
+        tiled += "transpose.cuh" in lower(step, runner.context)[0].kernel.source.text
+        cases.append(Case(f"{shape} {order} {dtype} {i}", step, 1, computed=F32))
+    assert tiled > len(cases) // 2
+    check(runner, cases)
+
+
+UNARY = (
+    PointOp.NEG, PointOp.ABS, PointOp.SIGN, PointOp.FLOOR, PointOp.CEIL, PointOp.ROUND, PointOp.ISNAN, PointOp.ISINF,
+    *sorted(ex.UNARY_FLOAT, key=lambda op: op.value),
+)  # fmt: skip
+BINARY = (
+    PointOp.ADD, PointOp.SUB, PointOp.MUL, PointOp.DIV, PointOp.POW, PointOp.MIN, PointOp.MAX, PointOp.MOD,
+    PointOp.FMOD, PointOp.EQ, PointOp.LT, PointOp.LE,
+)  # fmt: skip
+INTEGER = (PointOp.BITAND, PointOp.BITOR, PointOp.BITXOR, PointOp.SHL, PointOp.SHR)
+LOGICAL = (PointOp.AND, PointOp.OR, PointOp.XOR)
+# Where a function is defined; the others are on the line.
+DOMAINS = {
+    PointOp.SQRT: (0.0, 9.0), PointOp.LOG: (0.01, 9.0), PointOp.ASIN: (-1.0, 1.0), PointOp.ACOS: (-1.0, 1.0),
+    PointOp.ATANH: (-0.9, 0.9), PointOp.ACOSH: (1.0, 9.0), PointOp.TAN: (-1.5, 1.5), PointOp.POW: (0.1, 3.0),
 }  # fmt: skip
+SIZE = 203
 
 
-def test_every_operation_matches_numpy(runner: Runner, count: int) -> None:
-    cases, rng = [], rng_of("ops")
-    for op in FLOAT_OPS:
-        args = (ex.Arg(0, F32), ex.Arg(1, F32))[: 2 if op in BINARY else 1]
-        step = make_step(Pointwise((ex.apply(op, *args),)), [(F32, (200,)), (F32, (200,))][: len(args)])
-        cases.append(Case(op.value, step, 1))
-    for op in INTEGER_OPS:
-        for dtype in (I64, DType.I32, DType.U8, DType.I8):
-            step = make_step(
-                Pointwise((ex.apply(op, ex.Arg(0, dtype), ex.Arg(1, dtype)),)), [(dtype, (200,)), (dtype, (200,))]
-            )
-            feeds = {i: rng.integers(1, 100, 200).astype(dtype.numpy) for i in range(2)}
-            cases.append(Case(f"{op.value} {dtype}", step, 1, feeds))
-    for source in (F16, F32, I64, DType.I32, DType.U8, DType.BOOL, DType.BF16):
-        for to in (F16, F32, I64, DType.I32, DType.U8, DType.BOOL, DType.BF16):
-            step = make_step(Pointwise((ex.cast(ex.Arg(0, source), to),)), [(source, (100,))])
-            feeds = {0: rng.integers(0, 100, 100).astype(source.numpy)}
-            cases.append(Case(f"{source} to {to}", step, 1, feeds))
+def operand_of(rng: np.random.Generator, op: PointOp, dtype: DType, second: bool) -> np.ndarray:
+    if dtype is DType.BOOL:
+        return rng.integers(0, 2, SIZE).astype(np.bool_)
+    if dtype.is_int:
+        limits = np.iinfo(dtype.numpy)
+        if op in (PointOp.SHL, PointOp.SHR, PointOp.POW) and second:
+            return rng.integers(0, 8 if op is PointOp.POW else 8 * dtype.itemsize + 3, SIZE).astype(dtype.numpy)
+        values = rng.integers(limits.min, limits.max, SIZE, dtype=dtype.numpy, endpoint=True)
+        small = rng.integers(max(limits.min, -3), 4, SIZE).astype(dtype.numpy)
+        values = np.where(rng.random(SIZE) < 0.5, small, values).astype(dtype.numpy)
+        if op in (PointOp.MOD, PointOp.FMOD) and second:
+            values[values == 0] = 1  # by zero: no result is right
+        values[:1] = limits.min
+        return values
+    low, high = DOMAINS.get(op, (-4.0, 4.0))
+    values = rng.uniform(low, high, SIZE)
+    if op in (PointOp.MIN, PointOp.MAX, PointOp.ISNAN, PointOp.ISINF, PointOp.EQ, PointOp.LT, PointOp.LE, PointOp.SIGN):
+        values[::7], values[1::7], values[2::7] = np.nan, np.inf, -np.inf
+        values[3::7] = np.round(values[3::7])
+    return values.astype(dtype.numpy)
+
+
+def test_every_operation_in_every_type(runner: Runner) -> None:
+    rng, cases = rng_of("ops"), []
+    table: list[tuple[PointOp, tuple[DType, ...]]] = [
+        *((op, FLOATS) for op in (*UNARY, *BINARY)),
+        *((op, INTEGERS) for op in (*UNARY[1:5], *BINARY, *INTEGER, PointOp.BITNOT)),
+        (PointOp.ROUND, INTEGERS[1:4]),  # NumPy's goes through float64
+        (PointOp.NEG, SIGNED),
+        *((op, (DType.BOOL,)) for op in (*LOGICAL, PointOp.NOT, PointOp.EQ, PointOp.MIN, PointOp.MAX)),
+    ]
+    # One kernel a type, with eight operations to a launch.
+    for dtype in EVERY:
+        ops = [op for op, types in table if dtype in types]
+        for start in range(0, len(ops), 8):
+            part, stores, arrays = ops[start : start + 8], [], []
+            for op in part:
+                binary = op in (*BINARY, *INTEGER, *LOGICAL)
+                numbers = range(len(arrays), len(arrays) + 1 + binary)
+                arrays += [operand_of(rng, op, dtype, second) for second in (False, True)[: 1 + binary]]
+                # 16-bit floats are computed in fp32, as the frontend writes it.
+                value = ex.apply(op, *(ex.cast(ex.Arg(i, dtype), wide(dtype)) for i in numbers))
+                stores.append(value if value.dtype is DType.BOOL else ex.cast(value, dtype))
+            step = make_step(Pointwise(tuple(stores)), [(dtype, (SIZE,))] * len(arrays))
+            label = f"{dtype} {[op.value for op in part]}"
+            cases.append(Case(label, step, 1, dict(enumerate(arrays)), computed=wide(dtype) if dtype.is_float else F32))
     check(runner, cases)
+
+
+def test_every_cast(runner: Runner) -> None:
+    """Every type to every type: floats to integers in their range, integers wrap."""
+    rng, cases = rng_of("cast"), []
+    for source in EVERY:
+        stores = [ex.cast(ex.Arg(0, source), to) for to in EVERY if to is not source]
+        content = rng.integers(0, 120, SIZE).astype(source.numpy)
+        if source in SIGNED:
+            content[::2] = -content[::2]
+        step = make_step(Pointwise(tuple(stores)), [(source, (SIZE,))])
+        cases.append(Case(f"{source}", step, 1, {0: content}))
+    negative = ex.cast(ex.Arg(0, F32), DType.U8)
+    step = make_step(Pointwise((negative, ex.cast(ex.Arg(0, F32), DType.U32))), [(F32, (SIZE,))])
+    cases.append(Case("negative to unsigned", step, 1, {0: -rng.integers(0, 300, SIZE).astype(np.float32)}))
+    check(runner, cases)
+
+
+def test_where_and_constants(runner: Runner) -> None:
+    cases = []
+    for dtype in EVERY:
+        value = ex.const(1, dtype)
+        store = ex.apply(PointOp.WHERE, ex.Arg(0, DType.BOOL), ex.Arg(1, dtype), value)
+        step = make_step(Pointwise((store,)), [(DType.BOOL, (7, 1)), (dtype, (7, 30))])
+        cases.append(Case(f"where {dtype}", step, 1))
+    for value in (np.nan, np.inf, -np.inf, -0.0, 1e-300, 0.1):
+        for dtype in (F32, DType.F64):
+            store = ex.apply(PointOp.WHERE, ex.Arg(0, DType.BOOL), ex.const(value, dtype), ex.const(2.0, dtype))
+            step = make_step(Pointwise((store,)), [(DType.BOOL, (90,))])
+            cases.append(Case(f"{value} {dtype}", step, 1, computed=wide(dtype)))
+    check(runner, cases)
+
+
+def test_many_results_take_several_launches(runner: Runner) -> None:
+    stores = tuple(cv.stored(cv.add(cv.arg(i), cv.constant(float(i)))) for i in range(19))
+    step = make_step(Pointwise(stores), [(F16, (5, 40))] * 19)
+    assert len(lower(step, runner.context)) == 3
+    check(runner, [Case("19 results", step, 1, computed=F32)])
+
+
+def test_no_elements_need_no_launch(runner: Runner) -> None:
+    assert lower(make_step(Pointwise((ex.Arg(0, F16),)), [(F16, (3, 0, 8))]), runner.context) == []
+
+
+def test_gathers_of_every_index_type(runner: Runner) -> None:
+    rng, cases = rng_of("gather"), []
+    for index in (I64, DType.I32):
+        for dtype in (F16, F32, I64):
+            op = Pointwise((ex.Arg(0, dtype),), ((0, 1),))
+            step = make_step(op, [(dtype, (50, 3, 16)), (index, (7, 4))])
+            feeds = {1: rng.integers(-50, 50, (7, 4)).astype(index.numpy)}
+            cases.append(Case(f"{dtype} by {index}", step, 1, feeds))
+    check(runner, cases)
+
+
+def test_an_empty_table_has_no_rows_to_select(runner: Runner) -> None:
+    step = make_step(Pointwise((ex.Arg(0, F16),), ((0, 1),)), [(F16, (0, 8)), (I64, (2,))])
+    with pytest.raises(ShapeError, match="size 0"):
+        lower(step, runner.context)

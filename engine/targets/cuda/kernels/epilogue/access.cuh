@@ -5,7 +5,7 @@
 #include "types.cuh"
 
 constexpr int WIDTH = config::width;  // elements a thread handles at once: 8, or 1 where columns are not neighbours
-constexpr int MAX_LEVELS = 4;
+constexpr int MAX_LEVELS = config::max_levels;  // 4, or as many as the launch's tensors need
 
 struct Tensor {  // strides in elements; `data` points at element (0, 0)
   void* data;
@@ -37,7 +37,7 @@ template <int LEVELS> DEVICE i64 row_offset(const Tensor& t, const RowIndex<LEVE
   return offset;
 }
 
-template <class T> struct alignas(sizeof(T) * 8 < 16 ? sizeof(T) * 8 : 16) Pack { T element[WIDTH]; };
+template <class T> struct alignas(sizeof(T) * WIDTH < 16 ? sizeof(T) * WIDTH : 16) Pack { T element[WIDTH]; };
 
 // `count` columns from `column` on (at most WIDTH), as they lie in memory: fetched early, widened when they are used, so that
 // many loads can be under way before the first store. ALIGNED: the caller has WIDTH columns, at a multiple of their size.
@@ -81,10 +81,33 @@ DEVICE void store_columns(const Tensor& t, i64 offset, u32 column, u32 count, co
   }
 }
 
-// The row of a table that an index tensor names. Indices count from the end when negative; one outside the table reads its
-// nearest row instead of foreign memory (the service refuses such requests before they get here).
-template <class INDEX> DEVICE i64 table_row(const Tensor& index, i64 offset, i64 rows) {
-  i64 i = static_cast<i64>(static_cast<const INDEX*>(index.data)[offset]);
+// A row of a table of `rows`. Indices count from the end when negative. One outside the table reads row 0 instead of foreign
+// memory and sets the step's status word, unless that is null: the run's results are then not handed out.
+DEVICE i64 row_within(i64 i, i64 rows, u32* status) {
   if (i < 0) i += rows;
-  return i < 0 ? 0 : i < rows ? i : rows - 1;
+  if (i >= 0 && i < rows) return i;
+  if (status != nullptr) *status = 1;
+  return 0;
+}
+
+// The row of a table that an index tensor names.
+template <class INDEX> DEVICE i64 table_row(const Tensor& index, i64 offset, i64 rows, u32* status) {
+  return row_within(static_cast<i64>(static_cast<const INDEX*>(index.data)[offset]), rows, status);
+}
+
+// Columns that lie in different rows of a table: the row of each is named by an index that moves with the columns.
+template <class T, class INDEX>
+DEVICE Fetched<T, Column::STRIDED> fetch_rows(const Tensor& t, i64 offset, const Tensor& index, i64 index_offset, i64 rows,
+                                              i64 row_stride, u32 column, u32 count, u32* status) {
+  const T* p = static_cast<const T*>(t.data) + offset;
+  Fetched<T, Column::STRIDED> result;
+#pragma unroll
+  for (int i = 0; i < WIDTH; ++i) {
+    result.pack.element[i] = T();
+    if (i < count) {
+      const i64 row = table_row<INDEX>(index, index_offset + (column + i) * index.column, rows, status);
+      result.pack.element[i] = p[row * row_stride + (column + i) * t.column];
+    }
+  }
+  return result;
 }

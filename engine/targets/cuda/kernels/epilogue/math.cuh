@@ -5,6 +5,14 @@
 template <class T> DEVICE T max_nan(T a, T b) { return a > b || a != a ? a : b; }
 template <class T> DEVICE T min_nan(T a, T b) { return a < b || a != a ? a : b; }
 
+// One name for both widths.
+DEVICE float root(float x) { return sqrtf(x); }
+DEVICE double root(double x) { return sqrt(x); }
+DEVICE float inverse_root(float x) { return rsqrtf(x); }  // 2 ulp
+DEVICE double inverse_root(double x) { return 1.0 / sqrt(x); }
+DEVICE float logarithm(float x) { return logf(x); }
+DEVICE double logarithm(double x) { return log(x); }
+
 // Abramowitz and Stegun 7.1.26, error 1.5e-7: a third of the instructions of erff, and no branch.
 DEVICE float erf_approx(float x) {
   const float z = fabsf(x);
@@ -26,20 +34,41 @@ DEVICE double floor_mod(double a, double b) {
   const double r = fmod(a, b);
   return r != 0.0 && (r < 0.0) != (b < 0.0) ? r + b : r;
 }
-template <class T> DEVICE T floor_mod(T a, T b) {
-  if (b == T(0)) return T(0);
-  const T r = a % b;
-  return r != T(0) && (r < T(0)) != (b < T(0)) ? r + b : r;
-}
-template <class T> DEVICE T trunc_mod(T a, T b) { return b == T(0) ? T(0) : a % b; }
 DEVICE float trunc_mod(float a, float b) { return fmodf(a, b); }
 DEVICE double trunc_mod(double a, double b) { return fmod(a, b); }
-template <class T> DEVICE T trunc_div(T a, T b) { return b == T(0) ? T(0) : a / b; }
+
+// Integers wrap, which the language promises of unsigned ones only.
+template <class T> struct unsigned_of { using type = T; };
+template <> struct unsigned_of<i32> { using type = u32; };
+template <> struct unsigned_of<i64> { using type = u64; };
+template <class T> using unsigned_t = typename unsigned_of<T>::type;
+template <class T> DEVICE T wrap_add(T a, T b) { return static_cast<T>(static_cast<unsigned_t<T>>(a) + static_cast<unsigned_t<T>>(b)); }
+template <class T> DEVICE T wrap_sub(T a, T b) { return static_cast<T>(static_cast<unsigned_t<T>>(a) - static_cast<unsigned_t<T>>(b)); }
+template <class T> DEVICE T wrap_mul(T a, T b) { return static_cast<T>(static_cast<unsigned_t<T>>(a) * static_cast<unsigned_t<T>>(b)); }
+
+// By zero: 0. By −1 without a division, which the smallest number does not survive.
+template <class T> DEVICE bool is_minus_one(T b) { return T(-1) < T(0) && b == T(-1); }
+template <class T> DEVICE T trunc_div(T a, T b) { return b == T(0) ? T(0) : is_minus_one(b) ? wrap_sub(T(0), a) : a / b; }
+template <class T> DEVICE T trunc_mod(T a, T b) { return b == T(0) || is_minus_one(b) ? T(0) : a % b; }
+template <class T> DEVICE T floor_mod(T a, T b) {
+  const T r = trunc_mod(a, b);
+  return r != T(0) && (r < T(0)) != (b < T(0)) ? r + b : r;
+}
 
 template <class T> DEVICE T integer_power(T base, T exponent) {
   if (exponent < T(0)) return base == T(1) ? T(1) : base == T(-1) ? (exponent & T(1) ? T(-1) : T(1)) : T(0);
   T result = 1;
-  for (; exponent != T(0); exponent >>= 1, base *= base)
-    if (exponent & T(1)) result *= base;
+  for (; exponent != T(0); exponent >>= 1, base = wrap_mul(base, base))
+    if (exponent & T(1)) result = wrap_mul(result, base);
   return result;
+}
+
+// Shifts by the width or more give 0, or the sign.
+template <class T> DEVICE T shift_left(T a, T by) {
+  const auto count = static_cast<unsigned_t<T>>(by);
+  return count < 8 * sizeof(T) ? static_cast<T>(static_cast<unsigned_t<T>>(a) << count) : T(0);
+}
+template <class T> DEVICE T shift_right(T a, T by) {
+  const auto count = static_cast<unsigned_t<T>>(by);
+  return count < 8 * sizeof(T) ? a >> count : a < T(0) ? T(-1) : T(0);
 }

@@ -49,3 +49,6 @@ DEVICE float4 load_global_16(const float* p) {
   asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
   return v;
 }
+// What this thread has written, or has seen written, is visible to the GPU before what it does next. Weaker than
+// __threadfence, which also puts the fences of all threads in one order.
+DEVICE void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }

@@ -15,17 +15,22 @@ DEVICE bool add_partial_sums(float (&d)[ROWS][N], float* partials, u32* arrived,
 #pragma unroll
     for (int j = 0; j < N; j += 4)
       store_global_16(first + split * SHARE + (i * N + j) * 32, make_float4(d[i][j], d[i][j + 1], d[i][j + 2], d[i][j + 3]));
-  __threadfence();  // what this lane wrote is visible before the warp is counted
   __syncwarp();
   u32 before = 0;
-  if (lane == 0) before = atomicAdd(arrived + fragment, 1u);
-  if (__shfl_sync(~0u, before, 0) != splits - 1) return false;
-  __threadfence();  // the others were counted before what they wrote is read
+  if (lane == 0) {
+    fence_gpu();  // what the warp wrote is visible before it is counted
+    before = atomicAdd(arrived + fragment, 1u);
+    fence_gpu();  // the others were counted before what they wrote is read
+  }
+  before = __shfl_sync(~0u, before, 0);
+  __syncwarp();
+  if (before != splits - 1) return false;
   if (lane == 0) arrived[fragment] = 0;
 #pragma unroll
   for (int i = 0; i < ROWS; ++i)
 #pragma unroll
     for (int j = 0; j < N; ++j) d[i][j] = 0.0f;
+#pragma unroll 1  // the loads of one part fill the registers
   for (u32 s = 0; s < splits; ++s)
 #pragma unroll
     for (int i = 0; i < ROWS; ++i)

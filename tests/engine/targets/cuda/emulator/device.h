@@ -41,6 +41,7 @@ inline float __int_as_float(int i) { return bits_as<float>(i); }
 inline int __float_as_int(float f) { return bits_as<int>(f); }
 inline float __uint_as_float(unsigned i) { return bits_as<float>(i); }
 inline unsigned __float_as_uint(float f) { return bits_as<unsigned>(f); }
+inline long long __double_as_longlong(double f) { return bits_as<long long>(f); }
 inline double __longlong_as_double(long long i) { return bits_as<double>(i); }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __frcp_rn(float x) { return 1.0f / x; }

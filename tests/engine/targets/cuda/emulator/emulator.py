@@ -25,7 +25,8 @@ from engine.targets.cuda.source import Source, expand
 
 _HERE = Path(__file__).parent
 _MESSAGE_BYTES = 256
-_FLAGS = ("-std=c++17", "-O1", "-march=native", "-fno-strict-aliasing", "-shared", "-fPIC", "-w")
+# -fno-gnu-unique: kernels of one name and another size must not share the shared memory of their functions.
+_FLAGS = ("-std=c++17", "-O1", "-march=native", "-fno-strict-aliasing", "-fno-gnu-unique", "-shared", "-fPIC", "-w")
 # The products are generated as machine instructions (gemm.py, attention_wgmma.py); ptx/ beside this file has them for
 # every width.
 _GENERATED_PRODUCT = re.compile(r"^template <int N, class T> DEVICE void wgmma\(.*?^}\n", re.MULTILINE | re.DOTALL)
@@ -84,10 +85,11 @@ def _cache() -> Path:
     return folder
 
 
-def run(launch: Launch, address: Callable[[Pointer], int], stamp: int, architecture: int) -> None:
-    """Run one launch; `address` places pointers in host memory. Raises EmulationError."""
+def run(launch: Launch, address: Callable[[Pointer], int], stamp: int, architecture: int, status: int = 0) -> None:
+    """Run one launch; `address` places pointers in host memory, `stamp` and `status` are addresses, too. Raises
+    EmulationError."""
     kernel = launch.kernel
-    params = pack(launch.arguments, address, lambda map_: encode(map_, address(map_.pointer)), stamp)
+    params = pack(launch.arguments, address, lambda map_: encode(map_, address(map_.pointer)), stamp, status)
     memory = ctypes.create_string_buffer(len(params) + 64)
     start = -ctypes.addressof(memory) % 64 + ctypes.addressof(memory)  # tensor maps are aligned to 64 bytes
     ctypes.memmove(start, params, len(params))

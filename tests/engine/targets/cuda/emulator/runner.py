@@ -39,7 +39,8 @@ class EmulatedRunner:
         return None
 
     def run(self, step: Step, launches: Sequence[Launch], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The results of a step. Raises RunError where a launch fails, or writes beyond its results."""
+        """The results of a step. Raises RunError where a launch fails, meets a wild index, or writes
+        beyond its results."""
         memory: dict[int, _Guarded] = {}
 
         def place(buffer: Buffer) -> _Guarded:
@@ -50,7 +51,7 @@ class EmulatedRunner:
         for tensor, array in zip(step.inputs, arrays, strict=True):
             if tensor.buffer.kind is BufferKind.INPUT:
                 place(tensor.buffer).view(tensor)[...] = _as_stored(array)
-        stamp = np.full(2, -1, np.int64)
+        stamp, status = np.full(2, -1, np.int64), np.zeros(1, np.uint32)
         try:
             for launch in launches:
                 emulator.run(
@@ -58,11 +59,14 @@ class EmulatedRunner:
                     lambda pointer: place(pointer.buffer).start + pointer.offset,
                     stamp.ctypes.data,
                     self._number,
+                    status.ctypes.data,
                 )
         except emulator.EmulationError as error:
             raise RunError(str(error)) from None
         if not 0 < int(stamp[0]) <= ~int(stamp[1]):
             raise RunError(f"the stamp slot holds {stamp.tolist()}")
+        if status[0]:
+            raise RunError("an index is out of range")
         if not all(guarded.is_guard_whole() for guarded in memory.values()):
             raise RunError("wrote beyond its result, or beyond other memory that it was given")
         return [place(tensor.buffer).view(tensor).view(tensor.dtype.numpy) for tensor in step.outputs]

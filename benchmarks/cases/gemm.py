@@ -1,0 +1,68 @@
+"""Matrix products of fp16 activations [m, k] with fp16 weights, and what rides in their epilogue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar
+
+
+class Epilogue(Enum):
+    """What is done to the accumulator before it is stored."""
+
+    NONE = ""
+    BIAS = "bias"
+    BIAS_GELU = "bias gelu"
+    BIAS_RESIDUAL = "bias residual"
+
+
+@dataclass(frozen=True)
+class GemmCase:
+    m: int
+    n: int
+    k: int
+    epilogue: Epilogue = Epilogue.NONE
+    suite: ClassVar[str] = "gemm"
+
+    @property
+    def name(self) -> str:
+        return f"{self.m}x{self.n}x{self.k} {self.epilogue.value}".strip()
+
+
+_SQUARES = (8192, 4096, 2048, 1024)
+_TOKENS = (128, 512, 4096, 16384)  # through BERT-base and ViT-B
+_MINILM = (  # the layers of all-MiniLM-L6-v2 at 64 and 4,096 tokens
+    (64, 1152, 384), (64, 384, 1536),
+    (4096, 1152, 384), (4096, 384, 384), (4096, 1536, 384), (4096, 384, 1536),
+)  # fmt: skip
+_CLASSIFIERS = (  # few rows, wide weights: classifier heads and decoding
+    (1, 1000, 2048), (8, 1000, 2048), (128, 1000, 2048), (1, 4096, 4096), (16, 4096, 4096), (128, 4096, 25088),
+    (16, 50257, 768),
+)  # fmt: skip
+_POINTWISE_CONVOLUTIONS = (  # of ResNet-50 at batch 32, one row for each pixel
+    (100352, 256, 64), (100352, 64, 256), (25088, 512, 128), (25088, 128, 512), (6272, 1024, 256), (6272, 256, 1024),
+    (1568, 2048, 512), (1568, 512, 2048),
+)  # fmt: skip
+
+
+def _cases() -> Iterator[GemmCase]:
+    for size in _SQUARES:
+        yield GemmCase(size, size, size)
+    yield GemmCase(4096, 4096, 4096, Epilogue.BIAS)
+    yield GemmCase(4096, 4096, 4096, Epilogue.BIAS_GELU)
+    for m in _TOKENS:
+        for n, k in ((2304, 768), (768, 768), (3072, 768), (768, 3072)):
+            for epilogue in (Epilogue.NONE, Epilogue.BIAS, Epilogue.BIAS_GELU):
+                yield GemmCase(m, n, k, epilogue)
+            if n == 768:
+                yield GemmCase(m, n, k, Epilogue.BIAS_RESIDUAL)
+    for m, n, k in (*_MINILM, *_CLASSIFIERS, *_POINTWISE_CONVOLUTIONS):
+        yield GemmCase(m, n, k)
+    yield GemmCase(4096, 1536, 384, Epilogue.BIAS_GELU)
+    yield GemmCase(4096, 384, 1536, Epilogue.BIAS_RESIDUAL)
+    yield GemmCase(100352, 256, 64, Epilogue.BIAS)
+    yield GemmCase(25088, 512, 128, Epilogue.BIAS)
+
+
+CASES = tuple(_cases())

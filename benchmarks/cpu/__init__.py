@@ -1,0 +1,1 @@
+"""What runs on the CPU beside ONNX Runtime, both with the same number of threads."""

@@ -1,0 +1,125 @@
+"""``python -m benchmarks kernels``: single kernels on the GPU beside PyTorch and the vendor's libraries."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from benchmarks.cases import KernelCase
+from benchmarks.cases.attention import AttentionCase, Mask
+from benchmarks.gpu import peers
+from benchmarks.gpu.operands import Fill, Operands, our_contender
+from benchmarks.gpu.remote import Remote
+from benchmarks.gpu.steps import step_of
+from benchmarks.gpu.timing import GraphContender, full_precision
+from benchmarks.measure import Contender, Entry, Measurement, measure, reason
+from benchmarks.results import Ceilings
+from engine.errors import EngineError
+from engine.plan.plan import Step
+from engine.targets.cuda.families import family_of
+from engine.targets.cuda.kernel import Launch
+from engine.targets.cuda.target import CudaTarget
+
+TOLERANCE = 1e-2
+COMPILE = "compile"
+
+
+def measure_all(
+    target: CudaTarget, cases: Sequence[KernelCase], ceilings: Ceilings, compile_seconds: float
+) -> Iterator[tuple[KernelCase, Measurement, float]]:
+    """(case, what came out, floor in µs), one after the other. The kernels of all cases are compiled first, in
+    parallel. `compile_seconds` is how long torch.compile may take for a case; 0: it takes no part."""
+    begin = time.monotonic()
+    full_precision()
+    torch.backends.cudnn.benchmark = True
+    lowered = [_lowered(target, case) for case in cases]
+    try:
+        target.device.load(launch.kernel for one in lowered for launch in one.launches)
+    except EngineError as error:
+        print(f"not every kernel compiles; each case will say so: {reason(error)}")
+    print(f"lowering and compiling: {time.monotonic() - begin:.0f} s", flush=True)
+    for case, one in zip(cases, lowered, strict=True):
+        with torch.inference_mode():
+            floor = ceilings.floor_us([(one.step.cost.flops, one.step.cost.bytes)])
+            measurement = _measure(target, case, one, compile_seconds)
+        yield case, measurement, floor
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class _Lowered:
+    """A case's step with its launches, or why it has none."""
+
+    step: Step
+    launches: Sequence[Launch]
+    failure: str = ""
+
+
+def _lowered(target: CudaTarget, case: KernelCase) -> _Lowered:
+    step = step_of(case)
+    try:
+        return _Lowered(step, family_of(step.op).lower(step, target.context))
+    except EngineError as error:
+        return _Lowered(step, (), reason(error))
+
+
+def _measure(target: CudaTarget, case: KernelCase, lowered: _Lowered, compile_seconds: float) -> Measurement:
+    if lowered.failure:
+        return Measurement(failure=lowered.failure)
+    operands = Operands(lowered.step, peers.reference(case), lowered.launches, fills_of(case))
+    entries = [
+        Entry(peer.name, partial(peer_contender, peer, operands), peer.part is not None) for peer in peers.peers(case)
+    ]
+    ours = partial(our_contender, target, lowered.launches, operands)
+    if not compile_seconds:
+        return measure(ours, entries, TOLERANCE)
+    with Remote(CompiledKernel(case), compile_seconds) as remote:
+        entries.insert(1, Entry(COMPILE, partial(remote.contender, COMPILE)))
+        return measure(ours, entries, TOLERANCE)
+
+
+def peer_contender(peer: peers.Peer, operands: Operands) -> GraphContender:
+    """A peer on the same operands."""
+    laid_out = [peer.lay_out(*inputs) for inputs in operands.inputs]
+    check = operands.check if peer.part is None else operands.check_against(peer.part)
+    return GraphContender(lambda i: peer.run(*laid_out[i]), operands.count, check)
+
+
+def fills_of(case: KernelCase) -> Mapping[int, Fill]:
+    """The inputs that are not random numbers: a padding mask."""
+    if isinstance(case, AttentionCase) and case.mask is Mask.PADDING:
+        return {3: _ragged}
+    return {}
+
+
+def _ragged(mask: torch.Tensor) -> None:
+    """[batch, 1, 1, sequence]: 0 for the first keys, at least half of them, then −65504."""
+    batch, _, _, sequence = mask.shape
+    lengths = torch.randint(max(1, sequence // 2), sequence + 1, (batch, 1, 1, 1), device=mask.device)
+    positions = torch.arange(sequence, device=mask.device)
+    mask.copy_(torch.where(positions < lengths, 0.0, -65504.0))
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """For a process of its own: the whole expression through torch.compile, in a CUDA graph on operands like ours."""
+
+    case: KernelCase
+
+    def build(self) -> Mapping[str, Callable[[], Contender]]:
+        return {COMPILE: self._compiled}
+
+    def _compiled(self) -> Contender:
+        torch.set_grad_enabled(False)
+        full_precision()
+        torch.backends.cudnn.benchmark = True
+        eager = peers.eager(self.case)
+        operands = Operands(step_of(self.case), peers.reference(self.case), fills=fills_of(self.case))
+        compiled = peers.Peer(COMPILE, torch.compile(eager.run, dynamic=False), eager.lay_out)
+        return peer_contender(compiled, operands)

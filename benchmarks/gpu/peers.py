@@ -1,0 +1,220 @@
+"""What PyTorch and the vendor's libraries call the same as a kernel case. Needs PyTorch.
+
+Operands arrive as the step's inputs, in the engine's order. Weights are laid out the way the library likes best before
+anything is captured: products take them as [n, k], convolutions in channels-last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.cases import KernelCase
+from benchmarks.cases.attention import AttentionCase, Mask
+from benchmarks.cases.conv import ConvCase, Tail
+from benchmarks.cases.gemm import Epilogue, GemmCase
+from benchmarks.cases.light import Kind, LightCase
+
+Function = Callable[..., torch.Tensor]
+LayOut = Callable[..., tuple[torch.Tensor, ...]]
+
+
+def _as_they_are(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return inputs
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`run` takes what `lay_out` makes of the step's inputs. `part`: what it computes, where that is less than the
+    case."""
+
+    name: str
+    run: Function
+    lay_out: LayOut = _as_they_are
+    part: Function | None = None
+
+
+def eager(case: KernelCase) -> Peer:
+    """The whole expression as PyTorch runs it operator by operator."""
+    return peers(case)[0]
+
+
+def peers(case: KernelCase) -> list[Peer]:
+    """All peers of a case; the first is the one that `eager` names."""
+    match case:
+        case GemmCase():
+            return list(_gemm(case))
+        case ConvCase():
+            return list(_conv(case))
+        case AttentionCase():
+            return list(_attention(case))
+        case LightCase():
+            return [Peer("eager", _light(case))]
+
+
+def reference(case: KernelCase) -> Function:
+    """The expression on the step's inputs in fp32: what results are checked against."""
+    match case:
+        case GemmCase():
+            return _PRODUCTS[case.epilogue]
+        case ConvCase():
+            return _without_search(_convolution(case))
+        case AttentionCase():
+            return lambda *inputs: exact_attention(case, *inputs)
+        case LightCase():
+            return _light(case)
+
+
+# Products
+
+_PRODUCTS: dict[Epilogue, Function] = {
+    Epilogue.NONE: torch.mm,
+    Epilogue.BIAS: lambda a, b, c: torch.addmm(c, a, b),
+    Epilogue.BIAS_GELU: lambda a, b, c: F.gelu(torch.addmm(c, a, b)),
+    Epilogue.BIAS_RESIDUAL: lambda a, b, c, r: torch.addmm(c, a, b).add_(r),
+}
+
+
+def _k_inner(a: torch.Tensor, b: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (a, b.t().contiguous().t(), *others)
+
+
+def _gemm(case: GemmCase) -> Iterator[Peer]:
+    if case.epilogue is Epilogue.NONE:
+        yield Peer("cuBLAS", torch.mm, _k_inner)
+        return
+    yield Peer("eager", _PRODUCTS[case.epilogue], _k_inner)
+    if case.epilogue is Epilogue.BIAS_GELU:  # GELU by tanh, in cuBLASLt's epilogue
+        fused = lambda a, b, c: torch._addmm_activation(c, a, b, use_gelu=True)  # noqa: E731
+        yield Peer("addmm_activation", fused, _k_inner)
+    alone: Function = lambda a, b, *_: torch.mm(a, b)  # noqa: E731
+    yield Peer("cuBLAS alone", alone, _k_inner, part=alone)
+
+
+# Convolutions
+
+_TAILS: dict[Tail, Function] = {
+    Tail.RELU: lambda y: F.relu_(y),
+    Tail.RELU6: lambda y: F.hardtanh_(y, 0.0, 6.0),
+    Tail.RESIDUAL_RELU: lambda y, r: F.relu_(y.add_(r)),
+}
+
+
+def _convolution(case: ConvCase) -> Function:
+    def run(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        if x.dtype != w.dtype:
+            x = x.to(w.dtype, memory_format=torch.channels_last)
+        y = F.conv2d(x, w, bias.reshape(-1), case.stride, case.pad, 1, case.groups)
+        return _TAILS[case.tail](y, *others)
+
+    return run
+
+
+def _channels_last(x: torch.Tensor, w: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (x, w.contiguous(memory_format=torch.channels_last), *others)
+
+
+def _fp16_image(x: torch.Tensor, w: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return _channels_last(x.to(w.dtype, memory_format=torch.channels_last), w, *others)
+
+
+def _conv(case: ConvCase) -> Iterator[Peer]:
+    yield Peer("eager", _convolution(case), _channels_last)
+    steps = [case.stride] * 2, [case.pad] * 2, [1, 1], case.groups
+    if case.tail is Tail.RELU:
+        yield Peer(
+            "cuDNN fused", lambda x, w, c: torch.cudnn_convolution_relu(x, w, c.reshape(-1), *steps), _channels_last
+        )
+    if case.tail is Tail.RESIDUAL_RELU:
+        yield Peer(
+            "cuDNN fused",
+            lambda x, w, c, r: torch.cudnn_convolution_add_relu(x, w, r, 1.0, c.reshape(-1), *steps),
+            _channels_last,
+        )
+    alone: Function = lambda x, w, *_: F.conv2d(x, w, None, case.stride, case.pad, 1, case.groups)  # noqa: E731
+    yield Peer("cuDNN alone", alone, _fp16_image, part=_without_search(alone))
+
+
+def _without_search(function: Function) -> Function:
+    """`function` without cuDNN's trying out of algorithms, which costs more than one run in fp32 does."""
+
+    def run(*inputs: torch.Tensor) -> torch.Tensor:
+        search, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+        try:
+            return function(*inputs)
+        finally:
+            torch.backends.cudnn.benchmark = search
+
+    return run
+
+
+# Attention
+
+_BACKENDS = {
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+_SCORES = 1 << 28
+"""Scores that `exact_attention` holds at once: 1 GiB in fp32."""
+
+
+def _attention(case: AttentionCase) -> Iterator[Peer]:
+    def scaled(*inputs: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(*inputs, is_causal=case.mask is Mask.CAUSAL)
+
+    def scaled_by(backend: SDPBackend) -> Function:
+        def run(*inputs: torch.Tensor) -> torch.Tensor:
+            with sdpa_kernel(backend):
+                return scaled(*inputs)
+
+        return run
+
+    def expanded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (q, k, v, *(m.expand(-1, case.heads, case.sequence, -1) for m in mask))
+
+    yield Peer("eager", scaled, expanded)  # with the backend that PyTorch chooses
+    for name, backend in _BACKENDS.items():
+        yield Peer(name, scaled_by(backend), expanded)
+
+
+def exact_attention(
+    case: AttentionCase, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention with its scores in memory, a few heads at a time."""
+    result = torch.empty_like(q)
+    heads = max(1, _SCORES // case.sequence**2)
+    hidden = torch.ones(case.sequence, case.sequence, dtype=torch.bool, device=q.device).triu_(1)
+    for image in range(case.batch):
+        for first in range(0, case.heads, heads):
+            part = slice(first, first + heads)
+            scores = (q[image, part] * case.head**-0.5) @ k[image, part].transpose(-1, -2)
+            if case.mask is Mask.CAUSAL:
+                scores.masked_fill_(hidden, float("-inf"))
+            if mask is not None:
+                scores += mask[image]
+            result[image, part] = torch.softmax(scores, -1) @ v[image, part]
+    return result
+
+
+# Light operators
+
+
+def _light(case: LightCase) -> Function:
+    match case.kind:
+        case Kind.LAYER_NORM_RESIDUAL:
+            return lambda x, scale, shift, r: F.layer_norm(x + r, x.shape[-1:], scale, shift, 1e-12)
+        case Kind.RMS_NORM:
+            return lambda x, scale: F.rms_norm(x, x.shape[-1:], scale, 1e-6)
+        case Kind.SOFTMAX:
+            return lambda x: torch.softmax(x, -1)
+        case Kind.BIAS_GELU:
+            return lambda x, bias: F.gelu(x + bias)
+        case Kind.GLOBAL_MEAN:
+            return lambda x: x.mean((2, 3))
+        case Kind.MAX_POOL:
+            return lambda x: F.max_pool2d(x, 3, 2, 1)

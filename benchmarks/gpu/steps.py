@@ -1,0 +1,148 @@
+"""A kernel case as a step of the engine, and the sources of the kernels that it launches. Needs no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from math import prod
+
+import numpy as np
+
+from benchmarks.cases import KernelCase
+from benchmarks.cases.attention import AttentionCase, Mask
+from benchmarks.cases.conv import ConvCase, Tail
+from benchmarks.cases.gemm import Epilogue, GemmCase
+from benchmarks.cases.light import Kind, LightCase
+from engine.ir import expr as ex
+from engine.ir.dtype import DType
+from engine.ir.expr import PointOp
+from engine.ir.ops import Attention, Gemm, Norm, NormKind, Pointwise, Pool, PoolKind, Reduce, ReduceKind, Softmax
+from engine.plan.plan import Step
+from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
+from engine.targets.cuda import covering as cv
+from engine.targets.cuda.architecture import ARCHITECTURES
+from engine.targets.cuda.conv_geometry import channels_last
+from engine.targets.cuda.families import family_of
+from engine.targets.cuda.kernel import Context, WeightStore
+from engine.targets.cuda.source import expand
+
+KERNEL_CASES = (GemmCase, ConvCase, AttentionCase, LightCase)
+F16, F32 = DType.F16, DType.F32
+
+Constants = Callable[..., np.ndarray]
+"""Makes the content of a weight of the shape given as arguments, in fp16."""
+
+
+def zeros(*shape: int) -> np.ndarray:
+    """Weights whose content does not matter."""
+    return np.zeros(shape, np.float16)
+
+
+@lru_cache(maxsize=64)
+def random_weight(*shape: int) -> np.ndarray:
+    """A random constant, the same whenever asked; a matrix [k, n] or a filter [n, c, …] keeps unit variance."""
+    fan_in = 1 if len(shape) == 1 else shape[0] if len(shape) == 2 else prod(shape[1:])
+    drawn = np.random.default_rng(shape).standard_normal(shape, dtype=np.float32)
+    drawn *= np.float32(max(1, fan_in) ** -0.5)
+    return drawn.astype(np.float16)
+
+
+def context(architecture: str, multiprocessors: int) -> Context:
+    """What lowering has to know of a device."""
+    return Context(ARCHITECTURES[architecture], multiprocessors, WeightStore())
+
+
+def kernel_sources(case: KernelCase, where: Context) -> list[str]:
+    """The complete sources of the kernels that a case launches. Raises EngineError where it has none."""
+    step = step_of(case, zeros)
+    return [expand(launch.kernel.source.text) for launch in family_of(step.op).lower(step, where)]
+
+
+def step_of(case: KernelCase, weight: Constants = random_weight) -> Step:
+    """The step that a case is."""
+    match case:
+        case GemmCase():
+            return _gemm(case, weight)
+        case ConvCase():
+            return _conv(case, weight)
+        case AttentionCase():
+            return _attention(case)
+        case LightCase():
+            return _light(case, weight)
+
+
+_GEMM_STORES = {
+    Epilogue.NONE: cv.stored(cv.ACC),
+    Epilogue.BIAS: cv.BIAS,
+    Epilogue.BIAS_GELU: cv.BIAS_GELU,
+    Epilogue.BIAS_RESIDUAL: cv.BIAS_RESIDUAL,
+}
+
+
+def _gemm(case: GemmCase, weight: Constants) -> Step:
+    inputs: list[cv.Given] = [(F16, (case.m, case.k)), weight(case.k, case.n)]
+    if case.epilogue is not Epilogue.NONE:
+        inputs.append(weight(case.n))
+    if case.epilogue is Epilogue.BIAS_RESIDUAL:
+        inputs.append((F16, (case.m, case.n)))
+    return cv.make_step(Gemm((_GEMM_STORES[case.epilogue],)), inputs)
+
+
+def _relu(value: ex.Expr) -> ex.Expr:
+    return ex.apply(PointOp.MAX, value, cv.constant(0.0))
+
+
+_CONV_STORES = {
+    Tail.RELU: cv.stored(_relu(cv.add(cv.ACC, cv.arg(2)))),
+    Tail.RELU6: cv.BIAS_RELU6,
+    Tail.RESIDUAL_RELU: cv.stored(_relu(cv.add(cv.add(cv.ACC, cv.arg(2)), cv.arg(3)))),
+}
+
+
+def _conv(case: ConvCase, weight: Constants) -> Step:
+    shape = (case.batch, case.channels, case.size, case.size)
+    filter_ = weight(case.outputs, case.channels // case.groups, case.kernel, case.kernel)
+    inputs: list[cv.Given] = [(F32, shape) if case.fp32_image else _nhwc(shape), filter_, weight(case.outputs, 1, 1)]
+    if case.tail is Tail.RESIDUAL_RELU:
+        inputs.append(_nhwc((case.batch, case.outputs, case.size, case.size), "residual"))
+    op = cv.conv_op(case.kernel, case.stride, case.groups, _CONV_STORES[case.tail])
+    return cv.make_step(op, inputs)
+
+
+def _nhwc(shape: tuple[int, ...], name: str = "image") -> Tensor:
+    """An fp16 operand in NHWC, whatever the kernel would take."""
+    buffer = Buffer(name, BufferKind.INPUT, prod(shape) * F16.itemsize)
+    return Tensor(buffer, F16, shape, row_major(shape, channels_last(len(shape))))
+
+
+def _attention(case: AttentionCase) -> Step:
+    heads = (F16, (case.batch, case.heads, case.sequence, case.head))
+    padding = case.mask is Mask.PADDING
+    inputs: list[cv.Given] = [heads, heads, heads]
+    if padding:
+        inputs.append((F16, (case.batch, 1, 1, case.sequence)))
+    op = Attention(case.head**-0.5, causal=case.mask is Mask.CAUSAL, has_bias=padding, stores=(cv.stored(cv.ACC),))
+    return cv.make_step(op, inputs)
+
+
+def _light(case: LightCase, weight: Constants) -> Step:
+    columns, given = case.shape[-1], (F16, case.shape)
+    store = (cv.stored(cv.ACC),)
+    match case.kind:
+        case Kind.LAYER_NORM_RESIDUAL:
+            source = cv.add(cv.arg(0), cv.arg(3))
+            norm = Norm(NormKind.LAYER, (1,), 1e-12, source, stores=(cv.SCALE_SHIFT,))
+            return cv.make_step(norm, [given, weight(columns), weight(columns), given])
+        case Kind.RMS_NORM:
+            scaled = cv.stored(cv.mul(cv.ACC, cv.arg(1)))
+            return cv.make_step(Norm(NormKind.RMS, (1,), 1e-6, cv.arg(0), stores=(scaled,)), [given, weight(columns)])
+        case Kind.SOFTMAX:
+            return cv.make_step(Softmax(1, source=cv.arg(0), stores=store), [given])
+        case Kind.BIAS_GELU:
+            chain = cv.stored(cv.gelu(cv.add(cv.arg(0), cv.arg(1))))
+            return cv.make_step(Pointwise((chain,)), [given, weight(columns)])
+        case Kind.GLOBAL_MEAN:
+            return cv.make_step(Reduce(ReduceKind.MEAN, (2, 3), False, cv.arg(0), store), [_nhwc(case.shape)])
+        case Kind.MAX_POOL:
+            pool = Pool(PoolKind.MAX, (3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1), stores=store)
+            return cv.make_step(pool, [_nhwc(case.shape)])

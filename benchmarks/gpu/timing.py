@@ -1,0 +1,108 @@
+"""Work on the GPU as contenders: CUDA graphs of many runs on rotating operands, and plain calls. Needs PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+ROUND_MS = 3.0
+Check = Callable[[int, torch.Tensor], float]
+"""The relative error of a result on operand set number so-and-so."""
+
+
+class CallContender:
+    """A function that queues one run on the current stream and returns its result."""
+
+    runs = 1
+    """Runs in one call of `_queue`."""
+
+    def __init__(self, call: Callable[[], torch.Tensor], check: Check) -> None:
+        self._call = call
+        self._check = check
+        self._repeats = 0
+
+    def error(self) -> float:
+        """The relative error of a fresh run."""
+        result = self._call()
+        torch.cuda.synchronize()
+        return self._check(0, result)
+
+    def round_us(self) -> float:
+        """Microseconds per run over about `ROUND_MS`, after one call to warm up."""
+        self._elapsed_ms(1)
+        if not self._repeats:
+            self._repeats = max(1, int(ROUND_MS / max(self._elapsed_ms(1), 1e-3)))
+        return self._elapsed_ms(self._repeats) * 1e3 / self._repeats / self.runs
+
+    def _queue(self) -> Any:
+        return self._call()
+
+    def _elapsed_ms(self, repeats: int) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(repeats):
+            self._queue()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end))
+
+
+class GraphContender(CallContender):
+    """`work(i)` on each of `runs` operand sets, captured one after the other in a CUDA graph.
+
+    All results stay alive while the graph is captured, so that each has memory of its own.
+    """
+
+    def __init__(self, work: Callable[[int], torch.Tensor], runs: int, check: Check) -> None:
+        super().__init__(lambda: work(0), check)
+        self.runs = runs
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries choose algorithms and take workspaces outside the capture
+            for _ in range(2):
+                work(0)
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._results = [work(i) for i in range(runs)]
+
+    def error(self) -> float:
+        """The larger error of the first and the last set, after a replay over poisoned results."""
+        ends = {0, self.runs - 1}
+        for i in ends:
+            self._results[i].fill_(float("nan"))
+        self._graph.replay()
+        torch.cuda.synchronize()
+        return max(self._check(i, self._results[i]) for i in ends)
+
+    def _queue(self) -> None:
+        self._graph.replay()
+
+
+def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
+    """‖result − reference‖₂ / ‖reference‖₂; infinite where the shapes differ."""
+    if result.shape != reference.shape:
+        return float("inf")
+    wide = reference.float()
+    return float((result.float() - wide).norm() / wide.norm())
+
+
+def full_precision() -> None:
+    """fp32 products and convolutions of PyTorch in fp32 proper, not TF32: they are references here."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def measured_ceilings() -> tuple[float, float]:
+    """(FLOP/s, bytes/s) of this device now: cuBLAS at 8192³ in fp16, and a copy of 1 GiB."""
+    n = 8192
+    a, b = (torch.randn(n, n, device="cuda", dtype=torch.float16) for _ in range(2))
+    source = torch.randint(0, 256, (1 << 30,), device="cuda", dtype=torch.uint8)
+    target = torch.empty_like(source)
+    product = GraphContender(lambda _: torch.mm(a, b), 1, lambda i, result: 0.0)
+    copy = GraphContender(lambda _: target.copy_(source), 1, lambda i, result: 0.0)
+    rounds = [(product.round_us(), copy.round_us()) for _ in range(7)]
+    product_us, copy_us = (sorted(times)[len(rounds) // 2] for times in zip(*rounds, strict=True))
+    return 2 * n**3 / product_us * 1e6, 2 * source.nbytes / copy_us * 1e6

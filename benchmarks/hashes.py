@@ -1,0 +1,48 @@
+"""Hashes of the sources that a row's kernels depend on. A row with another hash than the present sources is stale.
+
+A GPU kernel's row depends on the complete sources of the kernels that the case launches, which hold their tiles, types
+and expressions; a model's row on all kernels and passes; a row of the CPU on the code generators and passes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+from benchmarks import cases
+from benchmarks.results import Device
+
+_ENGINE = Path(__file__).parent.parent / "engine"
+_SHARED = ("ir", "passes", "plan")
+_DIGITS = 16
+
+
+def kernel_hash(device: Device, case: cases.Case) -> str:
+    """The hash that a row of `case` on `device` has with the present sources. Raises EngineError where the case has no
+    kernel, ImportError for a GPU's kernels without the packages of the extra `kernels`."""
+    if not device.architecture:
+        return tree_hash("targets/cpu")
+    if isinstance(case, cases.models.ModelCase | cases.accuracy.AccuracyCase):
+        return tree_hash("targets/cuda")
+    from benchmarks.gpu import steps  # which needs NVRTC's bindings
+
+    assert isinstance(case, steps.KERNEL_CASES)
+    return hash_texts(steps.kernel_sources(case, steps.context(device.architecture, device.multiprocessors)))
+
+
+@cache
+def tree_hash(target: str, engine: Path = _ENGINE) -> str:
+    """The hash of a target's sources, with those of the graph, the passes and the plan."""
+    files = [
+        path
+        for folder in (*_SHARED, target)
+        for path in sorted((engine / folder).rglob("*"))
+        if path.suffix in (".py", ".cuh")
+    ]
+    return hash_texts([f"{path.relative_to(engine).as_posix()}\0{path.read_text(encoding='utf-8')}" for path in files])
+
+
+def hash_texts(texts: list[str]) -> str:
+    """The hash of some texts, in any order."""
+    return hashlib.sha256("\0".join(sorted(set(texts))).encode()).hexdigest()[:_DIGITS]

@@ -1,0 +1,96 @@
+"""Prints rows as they come and keeps them in the results file of the device."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmarks.cases import Case
+from benchmarks.measure import Measurement
+from benchmarks.results import Device, Results, Row, Run
+
+
+class Recorder:
+    """The rows of one run. Every row is saved at once: a run that is cut short leaves those it had."""
+
+    def __init__(self, device: Device, run: Run, folder: Path) -> None:
+        self._run = run
+        self._folder = folder
+        self._results = Results.of(device, folder)
+        self._last = self._begin = time.monotonic()
+        self._count = self._failed = 0
+        print(f"{device.name}, commit {run.commit}{_ceilings(run)}", flush=True)
+
+    def add(
+        self,
+        case: Case,
+        measurement: Measurement,
+        floor_us: float | None,
+        kernel_hash: str,
+        run_us: float | None = None,
+        facts: Mapping[str, int] | None = None,
+    ) -> None:
+        """Keep and print one case."""
+        error = measurement.rel_err
+        row = Row(
+            suite=case.suite,
+            case=case.name,
+            ours_us=measurement.ours_us,
+            peers=measurement.peers,
+            ratio=None if measurement.ratio is None else round(measurement.ratio, 3),
+            floor_us=None if floor_us is None else round(floor_us, 2),
+            rel_err=error if error is not None and math.isfinite(error) else None,
+            commit=self._run.commit,
+            date=self._run.date,
+            kernel_hash=kernel_hash,
+            run=self._run.id,
+            parts=measurement.parts,
+            reasons=measurement.reasons,
+            run_us=None if run_us is None else round(run_us, 1),
+            failure=measurement.failure,
+            facts=facts or {},
+        )
+        self._results.add(self._run, row)
+        self._results.save(self._folder)
+        self._count += 1
+        self._failed += bool(row.failure)
+        now = time.monotonic()
+        print(f"{line(row)}  {now - self._last:.1f} s", flush=True)
+        self._last = now
+        for peer, reason in row.reasons.items():
+            print(f"{'':10}{peer}: {reason}", flush=True)
+
+    def end(self) -> int:
+        """Print what came of it; returns the exit status."""
+        took = time.monotonic() - self._begin
+        path = self._folder / f"{self._results.device.stem}.json"
+        print(f"{self._count} rows, {self._failed} failed, {took:.0f} s; {path} has {len(self._results.rows)} rows")
+        return 1 if self._failed or not self._count else 0
+
+
+def line(row: Row) -> str:
+    """A row for the terminal."""
+    name = f"{row.suite:9} {row.case:42}"
+    if row.failure:
+        return f"{name} FAILED {row.failure}"
+    if row.facts:
+        return f"{name} err {row.rel_err:.1e}  {'  '.join(f'{fact} {value:,}' for fact, value in row.facts.items())}"
+    times = [f"{peer} {_number(us)}" for peer, us in (*row.peers.items(), *row.parts.items())]
+    host = [] if row.run_us is None else [f"run {_number(row.run_us)}"]
+    ratio = "  –  " if row.ratio is None else f"×{row.ratio:.2f}"
+    return (
+        f"{name} ours {_number(row.ours_us)} {ratio:6} {'  '.join(times)}  {'  '.join(host)} "
+        f"floor {_number(row.floor_us)}  err {row.rel_err:.0e}"
+    )
+
+
+def _number(us: float | None) -> str:
+    return "–" if us is None else f"{us:.1f}" if us >= 100 else f"{us:.2f}"
+
+
+def _ceilings(run: Run) -> str:
+    if run.ceilings is None:
+        return ""
+    return f": {run.ceilings.flops / 1e12:.3g} TFLOP/s, {run.ceilings.bytes / 1e12:.3g} TB/s"

@@ -1,0 +1,112 @@
+"""The `data` of a JSON tensor → an array, exactly: nesting, kinds and ranges must fit, and what does not is named by
+its place and value.
+
+Called by `tensors.py`; `shown` also by other codecs. The way through good data is whole-list calls only; places are
+looked for once something is known to be wrong.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.codecs.body import NotJson
+from service.errors import InvalidRequest
+
+_MAX_SHOWN = 40
+
+
+@dataclass(frozen=True, slots=True)
+class JsonTensor:
+    """What is due: the input's name, the protocol's datatype and the dtype behind it, the shape that was claimed."""
+
+    name: str
+    datatype: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    def array(self, data: Any) -> NDArray[Any]:
+        """`data`, flat and row-major or nested like the shape, as an array. Raises InvalidRequest."""
+        if type(data) is not list:
+            raise self._error(f"'data' is {shown(data)}; send a list")
+        nested = list in set(map(type, data))
+        flat = self._flat(data) if nested else data
+        if len(flat) != math.prod(self.shape):
+            wanted = f"its shape {list(self.shape)} holds {math.prod(self.shape)}"
+            raise self._error(f"'data' has {len(flat)} elements; {wanted}")
+        kinds, expected = self._expected()
+        if not set(map(type, flat)) <= kinds:
+            raise self._wrong(flat, nested, lambda value: type(value) not in kinds, expected)
+        if self.datatype == "BYTES":
+            return np.array(flat, object).reshape(self.shape)
+        if self.dtype.kind in "iu":
+            low, high = np.iinfo(self.dtype).min, np.iinfo(self.dtype).max
+            if min(flat) < low or max(flat) > high:
+                raise self._wrong(flat, nested, lambda value: not low <= value <= high, expected)
+        with np.errstate(over="ignore"):
+            array = np.array(flat, self.dtype).reshape(self.shape)
+        if self.dtype.kind == "f" and not np.isfinite(array).all():
+            most = float(np.finfo(self.dtype).max)
+            raise self._wrong(flat, nested, lambda value: not abs(value) <= most, expected)
+        return array
+
+    def _expected(self) -> tuple[set[type], str]:
+        """The Python types that JSON makes of proper values, and those values in words."""
+        if self.datatype == "BOOL":
+            return {bool}, "true or false"
+        if self.datatype == "BYTES":
+            return {str}, "strings"
+        if self.dtype.kind == "f":
+            most = float(np.finfo(self.dtype).max)
+            return {int, float}, f"numbers from {-most:.3g} to {most:.3g} (NaN and infinity come as binary data only)"
+        limits = np.iinfo(self.dtype)
+        return {int}, f"integers from {limits.min} to {limits.max}"
+
+    def _flat(self, data: list[Any]) -> list[Any]:
+        """The elements of data that is nested, which must be nested like the shape all the way down."""
+        level = [data]
+        for extent in self.shape:
+            if set(map(type, level)) != {list} or set(map(len, level)) != {extent}:
+                raise self._error(_unevenness(data, self.shape, 0, "data"))
+            level = list(chain.from_iterable(level))
+        if list in set(map(type, level)):
+            raise self._error(_unevenness(data, self.shape, 0, "data"))
+        return level
+
+    def _wrong(self, flat: list[Any], nested: bool, is_wrong: Callable[[Any], bool], expected: str) -> InvalidRequest:
+        """The error for the first element that is wrong."""
+        index = next(i for i, value in enumerate(flat) if is_wrong(value))
+        place = "".join(f"[{i}]" for i in np.unravel_index(index, self.shape)) if nested else f"[{index}]"
+        return self._error(f"data{place} is {shown(flat[index])}; {self.datatype} takes {expected}")
+
+    def _error(self, text: str) -> InvalidRequest:
+        return InvalidRequest(f"input '{self.name}': {text}")
+
+
+def _unevenness(data: Any, shape: tuple[int, ...], axis: int, place: str) -> str:
+    """Where nested data first differs from a shape, in words; empty if nowhere."""
+    if axis == len(shape):
+        return f"{place} is a list, but the shape {list(shape)} has no more axes" if type(data) is list else ""
+    due = f"the shape {list(shape)} has {shape[axis]} there"
+    if type(data) is not list:
+        return f"{place} is {shown(data)}, but {due}: nest all of the data like the shape, or none of it"
+    if len(data) != shape[axis]:
+        return f"{place} has {len(data)} entries, but {due}"
+    return next(filter(None, (_unevenness(item, shape, axis + 1, f"{place}[{i}]") for i, item in enumerate(data))), "")
+
+
+def shown(value: Any) -> str:
+    """A JSON value in an error message."""
+    if isinstance(value, NotJson):
+        return value.text
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    text = repr(value)
+    text = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
+    return f"the string {text}" if isinstance(value, str) else text

@@ -1,0 +1,69 @@
+"""The architectures of the benchmarks compute what ONNX Runtime computes of them, and their outputs mean something."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+import pytest
+
+import engine
+from benchmarks.models import ARCHITECTURES, build
+from benchmarks.models.photos import photos
+from engine.ir import ops
+
+TOLERANCE = 2e-5  # relative L2 in fp32, through up to 53 convolutions
+
+# Steps of each plan: fused operators, none more.
+STEPS = {
+    "mobilenet_v2": 54,
+    "efficientnet_b0": 115,
+    "resnet50": 55,
+    "vgg16": 21,
+    "vit_b_16": 87,
+    "bert_base": 86,
+    "gpt2": 85,
+}
+SLOW = {"vgg16", "bert_base", "vit_b_16"}
+
+
+def _feeds(name: str) -> dict[str, np.ndarray]:
+    if ARCHITECTURES[name].symbols == ("batch",):
+        return {"input": photos()[:2]}
+    ids = np.random.default_rng(0).integers(0, 30_000, (2, 17))
+    if name == "gpt2":
+        return {"input_ids": ids}
+    mask = np.ones_like(ids)
+    mask[1, 9:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else []) for name in ARCHITECTURES]
+)
+def test_matches_onnx_runtime(name: str) -> None:
+    content = build(name).model.SerializeToString()
+    feeds = _feeds(name)
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    expected = session.run(None, dict(feeds))[0]
+    del session
+    assert 0.1 < expected.std() < 100
+    with engine.load(content, device="cpu", strict=True) as model:
+        (got,) = model.run(feeds).values()
+        shape = next(iter(feeds.values())).shape
+        plan = model.plan(dict(zip(ARCHITECTURES[name].symbols, shape, strict=False)))
+        assert len(plan.steps) <= STEPS[name]
+        assert not any(isinstance(step.op, ops.Opaque) for step in plan.steps)
+    assert np.linalg.norm(got - expected) <= TOLERANCE * np.linalg.norm(expected)
+
+
+def test_the_statistics_of_batch_normalisation_are_those_of_photos() -> None:
+    weights = build("mobilenet_v2").weights
+    variances = [tensor for name, tensor in weights.items() if name.endswith("running_var")]
+    assert len(variances) == 52
+    assert all(tensor.min() > 0 for tensor in variances)
+    assert not any(np.allclose(tensor, 1.0, atol=1e-3) for tensor in variances)
+
+
+def test_the_same_weights_every_time() -> None:
+    first, second = (build("mobilenet_v2").weights for _ in range(2))
+    assert all(np.array_equal(first[name], tensor) for name, tensor in second.items())

@@ -1,0 +1,174 @@
+"""Tables come from the results, and what is missing, stale or failed is said."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import cases, hashes, tables
+from benchmarks.__main__ import main
+from benchmarks.hashes import kernel_hash, tree_hash
+from benchmarks.results import FOLDER, Device, Results, Row, Run
+from benchmarks.tables import DOCUMENTS, check, check_rows, named, regenerated
+
+CPU = Device("Some CPU, 2 threads")
+GPU = Device("Some GPU", "sm_90a", 132)
+RUN = Run("2026-01-01T10:00:00", "abc1234", "2026-01-01", "580.1", {"torch": "2.11", "numpy": "2"}, None)
+
+
+def row(case: cases.Case, kernel_hash: str) -> Row:
+    return Row(
+        case.suite, case.name, 1234.5, {"ONNX Runtime": 2469.0}, 2.0, 99.06, 2.4e-6, "abc1234", "2026-01-01",
+        kernel_hash, RUN.id,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def complete() -> Results:
+    """Every row of a CPU, measured with the present sources."""
+    return Results(CPU, [RUN], [row(case, kernel_hash(CPU, case)) for suite in cases.CPU.values() for case in suite])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_committed_tables_are_those_of_the_committed_results(document: Path) -> None:
+    text = document.read_text()
+    assert named(text)
+    assert regenerated(text, FOLDER) == text
+
+
+def test_a_table_holds_the_rows_in_the_order_of_the_list(complete: Results, tmp_path: Path) -> None:
+    complete.rows = dict(reversed(complete.rows.items()))
+    complete.save(tmp_path)
+    text = f"before\n<!-- table: {CPU.stem} models -->\nold\n<!-- end -->\nafter\n"
+    lines = regenerated(text, tmp_path).splitlines()
+    assert lines[:4] == [
+        "before",
+        f"<!-- table: {CPU.stem} models -->",
+        "| case | ours | ONNX Runtime | ratio | floor | error |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    rows = lines[4:-4]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in rows] == [case.name for case in cases.CPU_MODELS]
+    assert rows[0] == "| efficientnet-lite0 batch=1 | 1,234 | 2,469 | 2.00 | 99.1 | 2e-06 |"
+    assert lines[-4:] == [
+        "",
+        "µs a run. Some CPU, 2 threads; driver 580.1; torch 2.11; commit abc1234; 2026-01-01.",
+        "<!-- end -->",
+        "after",
+    ]
+
+
+def test_a_table_shows_what_did_not_count(tmp_path: Path) -> None:
+    first, second, *_ = cases.GPU_MODELS
+    bare = replace(row(first, ""), peers={"eager": 3000.0, "compile": None}, ratio=2.43, run_us=2000.0)
+    failed = replace(row(second, ""), peers={}, ours_us=None, ratio=None, rel_err=None, failure="wrong")
+    Results(GPU, [RUN], [bare, failed]).save(tmp_path)
+    text = regenerated("<!-- table: some-gpu models -->\n<!-- end -->\n", tmp_path)
+    assert "| case | ours | eager | compile | ratio | floor | `Model.run` | error |" in text
+    assert f"| {first.name} | 1,234 | 3,000 | – | 2.43 | 99.1 | 2,000 | 2e-06 |" in text
+    assert f"| {second.name} | **failed** | – | – | – | 99.1 | – | – |" in text
+
+
+def test_a_table_without_rows_says_so(tmp_path: Path) -> None:
+    text = regenerated("<!-- table: no-such-gpu models -->\n| old |\n<!-- end -->", tmp_path)
+    assert text == "<!-- table: no-such-gpu models -->\nNot measured yet.\n<!-- end -->"
+
+
+def test_nothing_is_wrong_with_a_complete_table(complete: Results) -> None:
+    assert list(check_rows(complete, CPU.stem)) == []
+
+
+def test_missing_stale_failed_and_unknown_rows_are_found(complete: Results) -> None:
+    keys = list(complete.rows)
+    missing, stale, failed = keys[0], keys[1], keys[-1]
+    del complete.rows[missing]
+    complete.rows[stale] = replace(complete.rows[stale], kernel_hash="0000")
+    complete.rows[failed] = replace(complete.rows[failed], failure="relative error nan")
+    complete.rows["models", "of old"] = replace(complete.rows[stale], case="of old")
+    assert list(check_rows(complete, CPU.stem)) == [
+        f"{CPU.stem}: {' '.join(missing)}: missing",
+        f"{CPU.stem}: {' '.join(stale)}: stale: measured at abc1234, the sources have changed since",
+        f"{CPU.stem}: {' '.join(failed)}: failed: relative error nan",
+        f"{CPU.stem}: models of old: not in the committed list",
+    ]
+
+
+def test_check_exits_with_1_where_a_row_or_a_document_is_behind(
+    complete: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = tmp_path / "page.md"
+    document.write_text(f"<!-- table: {CPU.stem} models -->\n<!-- end -->\n")
+    complete.save(tmp_path)
+    command = ["tables", str(document), "--results", str(tmp_path)]
+    assert main([*command, "--check"]) == 1
+    assert "page.md: its tables are not those of the results" in capsys.readouterr().out
+    assert main(command) == 0
+    assert "ONNX Runtime" in document.read_text()
+    assert main([*command, "--check"]) == 0
+    del complete.rows["models", cases.CPU_MODELS[0].name]
+    complete.save(tmp_path)
+    assert main(command) == 0
+    assert main([*command, "--check"]) == 1
+    assert "models efficientnet-lite0 batch=1: missing" in capsys.readouterr().out
+
+
+def test_a_device_that_a_document_names_needs_a_file(tmp_path: Path) -> None:
+    document = tmp_path / "page.md"
+    document.write_text("<!-- table: no-such-gpu models -->\nNot measured yet.\n<!-- end -->\n")
+    assert list(check(tmp_path, [document])) == ["no-such-gpu: no results file"]
+
+
+def test_a_changed_source_changes_the_hash(tmp_path: Path) -> None:
+    for folder in ("ir", "passes", "plan", "targets/cpu"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.py").write_text(folder)
+    before = tree_hash("targets/cpu", tmp_path)
+    (tmp_path / "passes" / "a.py").write_text("another pass")
+    tree_hash.cache_clear()
+    assert tree_hash("targets/cpu", tmp_path) != before
+
+
+class TestKernelHashes:
+    """Those of single GPU kernels. Lowering needs NVRTC's bindings, and no GPU."""
+
+    @pytest.fixture(autouse=True)
+    def _bindings(self) -> None:
+        pytest.importorskip("cuda.bindings.nvrtc")
+
+    def test_every_case_has_kernels_and_they_depend_on_tile_and_expression(self) -> None:
+        found = {case.name: kernel_hash(GPU, case) for suite in cases.KERNELS.values() for case in suite}
+        assert all(found.values())
+        assert found["4096x768x768 bias"] != found["4096x768x768 bias gelu"]
+        assert found["4096x768x768"] != found["128x768x768"]
+        assert kernel_hash(Device("Another", "sm_80", 108), cases.KERNELS["gemm"][0]) != found["8192x8192x8192"]
+
+    def test_a_changed_kernel_makes_its_rows_stale(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from benchmarks.gpu import steps
+
+        gemm, light = cases.KERNELS["gemm"][0], cases.KERNELS["light"][0]
+        results = Results(GPU, [RUN], [row(case, kernel_hash(GPU, case)) for case in (gemm, light)])
+
+        def staleness() -> list[str]:
+            return [line for line in check_rows(results, GPU.stem) if "stale" in line]
+
+        assert staleness() == []
+        expand = steps.expand
+        monkeypatch.setattr(steps, "expand", lambda text: expand(text).replace("wgmma", "changed"))
+        assert staleness() == [
+            f"some-gpu: gemm {gemm.name}: stale: measured at abc1234, the sources have changed since"
+        ]
+
+    def test_without_the_bindings_rows_cannot_be_compared(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def missing(device: Device, case: cases.Case) -> str:
+            raise ImportError("No module named 'cuda'")
+
+        monkeypatch.setattr(tables, "kernel_hash", missing)
+        case = cases.KERNELS["light"][0]
+        (line,) = [line for line in check_rows(Results(GPU, [RUN], [row(case, "")]), GPU.stem) if "compared" in line]
+        assert line.startswith(f"some-gpu: light {case.name}: cannot be compared")
+
+
+def test_hashes_do_not_depend_on_order() -> None:
+    assert hashes.hash_texts(["a", "b", "a"]) == hashes.hash_texts(["b", "a"]) != hashes.hash_texts(["ab"])
