@@ -13,6 +13,7 @@ from engine.plan.tensor import Tensor
 from engine.targets.cuda import attention_wgmma
 from engine.targets.cuda.attention_operands import (
     LOG2_E,
+    BiasKind,
     bias_arguments,
     bias_code,
     bias_kind,
@@ -73,7 +74,9 @@ def heads_of(step: Step, context: Context) -> Heads:
 
 def sizes_of(step: Step) -> Sizes:
     batch, heads, queries, _ = four(step.outputs[0].shape, 1)
-    return Sizes(queries, step.inputs[1].shape[-2], batch * heads, operation(step).causal)
+    return Sizes(
+        queries, step.inputs[1].shape[-2], batch * heads, operation(step).causal, bias_kind(step) is BiasKind.FULL
+    )
 
 
 def launch_attention(step: Step, sizes: Heads, tile: AttentionTile, splits: int = 1) -> list[Launch]:

@@ -30,7 +30,8 @@ class Heads:
     @property
     def parts(self) -> int:
         """Among how many blocks the features of v are divided: the registers of a warp hold so many of the results."""
-        return max(1, ceildiv(self.value, 128 if self.exact else 256))
+        most = 128 if self.itemsize == 4 else 192 if self.head_padded > 256 else 256
+        return max(1, ceildiv(self.value, most))
 
     @property
     def value_padded(self) -> int:
@@ -81,11 +82,11 @@ def row_bytes(features: int, itemsize: int) -> int:
     return 64 if nbytes <= 64 else ceildiv(nbytes, 128) * 128
 
 
-def candidates(heads: Heads, causal: bool) -> Iterator[AttentionTile]:
+def candidates(heads: Heads, causal: bool, full_bias: bool) -> Iterator[AttentionTile]:
     """Tiles whose kernels have no spills on any architecture, and fit the shared memory of all."""
     if heads.itemsize == 2 and heads.widest <= 64:
-        # Two rows of fragments halve the reads of k and v; a mask on wide heads leaves no registers for them.
-        if not (causal and heads.head_padded > 32):
+        # Two rows of fragments halve the reads of k and v; masks and biases on wide heads leave no registers for them.
+        if not ((causal or full_bias) and heads.head_padded > 32):
             yield AttentionTile(4, 2, 64, ring=True, q_in_registers=True, blocks=2)
         for warps, blocks in ((4, 3), (2, 4), (1, 8)):
             yield AttentionTile(warps, 1, 64, ring=True, q_in_registers=True, blocks=blocks)
@@ -110,13 +111,14 @@ class Sizes:
     keys: int
     groups: int
     causal: bool
+    full_bias: bool
 
 
 def pick(heads: Heads, sizes: Sizes, architecture: Architecture, multiprocessors: int) -> tuple[AttentionTile, int]:
     """The tile, and the number of blocks that share its keys, with the least estimated time."""
 
     def choices() -> Iterator[tuple[AttentionTile, int]]:
-        for tile in candidates(heads, sizes.causal):
+        for tile in candidates(heads, sizes.causal, sizes.full_bias):
             blocks = _blocks(tile, heads, sizes)
             # Keys are divided only to give every multiprocessor something to do, and each block several tiles of them.
             most = min(_MAX_SPLITS, multiprocessors * tile.blocks // max(1, blocks), ceildiv(sizes.keys, 2 * tile.keys))

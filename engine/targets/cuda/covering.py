@@ -354,14 +354,14 @@ def attentions(context: Context) -> Iterator[tuple[str, Launch]]:
     for dtype, tf32 in ((F16, False), (DType.BF16, False), (F32, True), (F32, False)):
         for head in (64, 128, 256):
             shape = Heads(head, head, dtype.itemsize, dtype is F32 and not tf32)
-            for tile in candidates(shape, causal=False):
+            for tile in candidates(shape, causal=False, full_bias=False):
                 # Two warps compile as one or four do, bf16 as fp16.
                 if tile.warps != 2 and (dtype is not DType.BF16 or tile.warps == 4):
                     turn += 1
                     odd, splits = turn % 4 == 0, 1 if turn % 3 else 4
-                    # The tile of two fragments is not for causal wide heads.
-                    causal = turn % 2 == 0 and tile.fragments == 1
-                    step = attention(dtype, head - odd, causal, turn % 3)
+                    # The tile of two fragments is not for wide heads with masks or full biases.
+                    causal, bias = (turn % 2 == 0, turn % 3) if tile.fragments == 1 else (False, 1)
+                    step = attention(dtype, head - odd, causal, bias)
                     sizes = heads_of(step, replace(context, tf32=tf32))
                     for launch in launch_attention(step, sizes, tile, splits):
                         yield step.name, launch

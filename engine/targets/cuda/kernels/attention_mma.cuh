@@ -26,6 +26,8 @@ constexpr int BIASES = Q_BYTES + STAGES * STAGE_BYTES;  // where the biases of a
 constexpr int BIASES_PER_THREAD = (KEYS + THREADS - 1) / THREADS;
 static_assert(HEAD % 16 == 0 && VALUE % 32 == 0 && KEYS % 16 == 0, "");
 static_assert(BIASES + BIAS_STAGES * KEYS * 4 == config::shared_bytes, "the host asks for tiles and biases");
+// Steps of q kᵀ at once: loads of many, or products that are independent of each other, would all be begun, and spill.
+constexpr int UNROLLED_STEPS = config::exact ? 2 : HEAD > 256 ? 4 : HEAD / Operand::K;
 constexpr float LOG2_E = 1.4426950408889634f;
 
 // In units of log2. A finite bias stays finite, so that a row of equal, very negative ones is uniform, not empty.
@@ -128,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
         for (int i = 0; i < HEAD / Operand::K; ++i) Operand::load_a<true, K_ROW>(q_fragment[f][Q_IN_REGISTERS ? i : 0], q_tile, warp_row + 16 * f, i);
     }
     float s[FRAGMENTS][KEYS / 2] = {};
-#pragma unroll(config::exact ? 2 : HEAD / Operand::K)  // steps that are independent of each other would all be begun, and spill
+#pragma unroll(UNROLLED_STEPS)
     for (int i = 0; i < HEAD / Operand::K; ++i) {
       if constexpr (!Q_IN_REGISTERS) {
 #pragma unroll

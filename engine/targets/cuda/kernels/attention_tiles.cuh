@@ -104,6 +104,6 @@ DEVICE void add_values(float (&out)[FRAGMENTS][VALUE / 2], const float (&s)[FRAG
 // Hands a fragment's 16 rows to the epilogue. Arguments as of `emit_fragment`.
 template <class EPILOGUE, int VALUE>
 DEVICE void emit_values(const Params& p, const float (&out)[VALUE / 2], u32 first_row, u32 row, u32 rows, u32 column, u32 columns) {
-  constexpr int AHEAD = VALUE <= 64 ? VALUE / 16 : 2;  // wide heads leave few registers for what the epilogue reads
+  constexpr int AHEAD = VALUE <= 64 ? VALUE / 16 : VALUE <= 128 ? 2 : 1;  // wide heads leave few registers for what the epilogue reads
   emit_fragment<EPILOGUE, VALUE / 8, AHEAD, IS_FP32 ? Arrangement::STRIDE_4 : Arrangement::BLOCKS>(p, out, first_row, row, rows, column, columns);
 }
