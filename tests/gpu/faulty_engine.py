@@ -33,12 +33,10 @@ class _Model:
 
 
 class FaultyEngine:
-    """The module `engine`, as far as a worker uses it."""
+    """The module `engine` with another `load`."""
 
-    EngineError = engine.EngineError
-    ShapeError = engine.ShapeError
-    OutOfMemory = engine.OutOfMemory
-    DeviceLost = engine.DeviceLost
+    def __getattr__(self, name: str) -> Any:
+        return getattr(engine, name)
 
     def load(self, path: str, *, device: str, precision: str, threads: int | None) -> _Model:
         return _Model(engine.load(path, device=device, precision=precision, threads=threads))

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="no g++ for 
 THREADS = 64
 
 
-def run(body: str, threads: int = THREADS, blocks: int = 1) -> np.ndarray:
+def run(body: str, threads: int = THREADS, blocks: int = 1, last_first: bool = False) -> np.ndarray:
     """`p.out` after a kernel of `body`; `shared` is its dynamic shared memory, `p.in` 0, 1, 2, …"""
     text = (
         '#include "types.cuh"\n#include "ptx/memory.cuh"\n#include "ptx/barrier.cuh"\n'
@@ -30,7 +30,7 @@ def run(body: str, threads: int = THREADS, blocks: int = 1) -> np.ndarray:
     arguments = tuple((name, Pointer(buffer, ctype="float")) for name, buffer in buffers.items())
     launch = Launch(Kernel("test", Source("test", text), threads), (blocks, 1, 1), arguments)
     address: Callable[[Pointer], int] = lambda pointer: memory[pointer.buffer.name].ctypes.data  # noqa: E731
-    emulator.run(launch, address, 0, 800)
+    emulator.run(launch, address, 0, 800, last_first=last_first)
     return memory["out"]
 
 
@@ -43,6 +43,13 @@ def test_threads_see_each_other_s_shared_memory_after_a_barrier() -> None:
 
 def test_without_the_barrier_they_do_not() -> None:
     assert np.isnan(run(SWAP.format(""))).any()
+
+
+def test_a_missing_barrier_shows_in_one_of_both_orders() -> None:
+    body = "tile[threadIdx.x] = p.in[threadIdx.x]; {} p.out[threadIdx.x] = tile[threadIdx.x / 2];"
+    for barrier, rights in (("", {True, False}), ("__syncthreads();", {True})):
+        got = [run(body.format(barrier), last_first=last_first) for last_first in (False, True)]
+        assert {bool(np.array_equal(one, np.arange(THREADS) // 2)) for one in got} == rights
 
 
 def test_shuffles_exchange_within_a_warp() -> None:

@@ -1,8 +1,9 @@
 // What CUDA C++ gives a kernel, on a CPU: threads of a block as fibers, barriers, shuffles, shared memory. Included in front of
 // a kernel's source by emulator.py, with the folder ptx/ beside this in place of the kernels' own ptx/.
 //
-// Blocks run one after the other. A fiber runs until it has to wait, so the order of threads is fixed; what a kernel must not
-// rely on shows by delay instead: asynchronous copies and matrix products take effect as late as the kernel's own waits allow.
+// Blocks run one after the other. A fiber runs until it has to wait, in one of two orders, from the first thread on or from the
+// last: a result that depends on which thread comes first differs. Asynchronous copies and matrix products take effect as late
+// as the kernel's own waits allow.
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -86,6 +87,7 @@ struct Meeting { int arrived; unsigned generation; };
 inline Fiber fibers[MAX_THREADS];
 inline Index thread, block, grid, block_size;
 inline int threads, alive, current;
+inline bool last_first;  // the order in which threads take their turns
 inline unsigned long long progress;  // counts what may free a waiting thread
 inline void* scheduler_stack;
 inline Meeting block_meeting, warp_meetings[MAX_THREADS / WARP], named_meetings[16];
@@ -200,7 +202,8 @@ inline bool run_block() {
   for (int i = 0; i < threads; ++i) prepare(fibers[i]);
   while (alive > 0) {
     const unsigned long long before = progress;
-    for (int i = 0; i < threads; ++i) {
+    for (int turn = 0; turn < threads; ++turn) {
+      const int i = last_first ? threads - 1 - turn : turn;
       if (fibers[i].done) continue;
       current = i;
       thread = {static_cast<unsigned>(i), 0, 0};

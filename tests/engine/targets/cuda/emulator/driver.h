@@ -11,6 +11,7 @@ extern "C" int emulate(const void* params, const unsigned* sizes, char* message)
   grid = {sizes[0], sizes[1], sizes[2]};
   threads = static_cast<int>(sizes[3]);
   block_size = {sizes[3], 1, 1};
+  last_first = sizes[4] != 0;
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {

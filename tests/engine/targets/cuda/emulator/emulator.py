@@ -85,15 +85,22 @@ def _cache() -> Path:
     return folder
 
 
-def run(launch: Launch, address: Callable[[Pointer], int], stamp: int, architecture: int, status: int = 0) -> None:
-    """Run one launch; `address` places pointers in host memory, `stamp` and `status` are addresses, too. Raises
-    EmulationError."""
+def run(
+    launch: Launch,
+    address: Callable[[Pointer], int],
+    stamp: int,
+    architecture: int,
+    status: int = 0,
+    last_first: bool = False,
+) -> None:
+    """Run one launch; `address` places pointers in host memory, `stamp` and `status` are addresses, too. `last_first`:
+    threads take their turns from the last to the first. Raises EmulationError."""
     kernel = launch.kernel
     params = pack(launch.arguments, address, lambda map_: encode(map_, address(map_.pointer)), stamp, status)
     memory = ctypes.create_string_buffer(len(params) + 64)
     start = -ctypes.addressof(memory) % 64 + ctypes.addressof(memory)  # tensor maps are aligned to 64 bytes
     ctypes.memmove(start, params, len(params))
-    sizes = (ctypes.c_uint * 4)(*launch.grid, kernel.threads)
+    sizes = (ctypes.c_uint * 5)(*launch.grid, kernel.threads, last_first)
     message = ctypes.create_string_buffer(_MESSAGE_BYTES)
     if load(kernel.source, architecture)(start, sizes, message):
         raise EmulationError(f"{kernel.source.name}: {message.value.decode()}")
