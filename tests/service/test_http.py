@@ -92,6 +92,18 @@ def test_a_body_over_the_limit_is_refused_whatever_its_headers_say(start: Start,
     assert server.identity([1, 2, 3, 4]).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/v1/models/colours/images", "/v1/models/encoder/tokens"])
+def test_a_query_key_that_a_route_does_not_take_is_named(shared: Running, path: str) -> None:
+    response = shared.client.post(f"{path}?top_k=1&topk=3", content=b"{}")
+    assert response.status_code == 400
+    assert error_of(response) == "there is no parameter 'topk'; the query takes top_k, raw, version"
+
+
+def test_foreign_protocols_pass_over_query_keys(shared: Running) -> None:
+    assert shared.client.post("/v1/embeddings?x=1", json={"model": "encoder", "input": "a"}).status_code == 200
+    assert shared.client.get("/v2/models/identity?x=1").status_code == 200
+
+
 def test_a_client_that_asks_before_sending_is_told_at_once(start: Start, repository: Path) -> None:
     server = start(repository, max_body_bytes=1000)
     host, port = server.url.removeprefix("http://").split(":")
