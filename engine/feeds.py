@@ -82,7 +82,8 @@ def describe(value: Value) -> str:
 
 def sample_feeds(graph: Graph, sizes: Mapping[str, int], seed: int = 0) -> dict[str, np.ndarray]:
     """Random inputs that the model accepts: standard normal floats; integers that index a table within its rows; other
-    integers (masks, segment ids) 1. Symbols without a size in `sizes` are 1."""
+    integers (masks, segment ids) 1; strings of digits, which a Cast can read too. Symbols without a size in `sizes`
+    are 1."""
     rng = np.random.default_rng(seed)
     limits = _index_limits(graph)
     feeds = {}
@@ -95,6 +96,8 @@ def sample_feeds(graph: Graph, sizes: Mapping[str, int], seed: int = 0) -> dict[
             limit = limits.get(value)
             drawn = np.ones(shape) if limit is None else rng.integers(0, limit, shape)
             feeds[value.name] = drawn.astype(dtype)
+        elif value.dtype is DType.STRING:
+            feeds[value.name] = rng.integers(0, 10, shape).astype(str).astype(object)
         else:
             feeds[value.name] = np.ones(shape, dtype)
     return feeds

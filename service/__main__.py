@@ -70,8 +70,9 @@ def _bind(settings: Settings) -> socket.socket:
 def serve(settings: Settings, engine: Callable[[], EngineModule] = real_engine) -> int:
     """Serve until SIGTERM or SIGINT; the process's exit status."""
     configure(settings.log_level, settings.log_format)
-    for name in unknown_variables(os.environ):
-        log.warning("environment variable %s is no setting of this service; see --help", name)
+    for name, closest in unknown_variables(os.environ).items():
+        hint = f"did you mean {closest}?" if closest else "see --help"
+        log.warning("environment variable %s is no setting of this service; %s", name, hint)
     try:
         listener = _bind(settings)
     except OSError as error:

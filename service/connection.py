@@ -1,5 +1,5 @@
 """One HTTP connection: uvicorn's protocol with bounds on what comes before a body, errors in our form, and answers for
-clients that have closed their sending side or offer another protocol.
+clients that have closed their sending side, offer another protocol or are still sending.
 
 Made by uvicorn for every connection; event loop only. uvicorn itself bounds neither the bytes of a header nor the time
 it takes to arrive, closes a connection when its client has nothing more to send, and loses the body of a request that
@@ -8,6 +8,9 @@ offers to go on in HTTP/2, as Java's client does with every request.
 TCP tells a client that has said all it wanted (and reads on) from one that is gone only when something is sent to it:
 the system of the latter answers with a reset. So a client that waits for its answer with its sending side closed is
 sent a "100 Continue" now and then, which every HTTP/1.1 client passes over.
+
+Closing a connection on which more arrives resets it, and a reset takes the answer from a client that has not read it.
+So where a body is refused before it is there, only our sending side is closed at first; what comes is thrown away.
 """
 
 import asyncio
@@ -15,13 +18,14 @@ import socket
 from http import HTTPStatus
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.settings import Settings
 
 # Most answers are there before the first question is asked. A reset takes a round trip.
 _FIRST_QUESTION_S, _NEXT_QUESTION_S, _RESET_S = 0.01, 1.0, 0.02
 _OFFER = (b"upgrade", b"http2-settings")
+_QUIET_S = 2.0  # a refused client that sends nothing for so long has stopped
 _STILL_THERE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -29,16 +33,45 @@ class _HeaderTooLarge(Exception):
     """Ends the parser; `send_400_response` makes the answer."""
 
 
+class _AnswerTransport(asyncio.Transport):
+    """What uvicorn writes one answer to, and closes after an answer that is the connection's last."""
+
+    def __init__(self, connection: "Connection", cycle: RequestResponseCycle) -> None:
+        super().__init__()
+        self._connection = connection
+        self._cycle = cycle
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """A piece of the answer."""
+        self._connection.transport.write(data)
+
+    def is_closing(self) -> bool:
+        """Whether the connection is."""
+        return self._connection.transport.is_closing()
+
+    def close(self) -> None:
+        """The answer is over; not so the request, perhaps."""
+        if self._cycle.more_body and self._cycle.response_complete:
+            self._connection.linger()
+        else:
+            self._connection.transport.close()
+
+
 class Connection(HttpToolsProtocol):
     """A connection with the bounds of `limited`."""
 
     max_header_bytes: int
     header_timeout: float
+    linger_bytes: int  # what is thrown away at most, and for how long, of a body that was refused
+    linger_timeout: float
 
     _timer: asyncio.TimerHandle | None = None
     _in_header = True  # from the end of a request to the end of the next one's header
     _unread = 0  # bytes since the parser last got to the end of a header or to a piece of a body
     _header_bytes = 0
+    _lingering: asyncio.TimerHandle | None = None  # a body was refused: until the connection is closed
+    _linger_end = 0.0  # of the loop's time
+    _thrown_away = 0
     _half_closed: asyncio.TimerHandle | None = None  # until the client is asked, or looked at, the next time
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -49,8 +82,9 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing more will come."""
         self._stop_timer()
-        if self._half_closed is not None:
-            self._half_closed.cancel()
+        for timer in (self._half_closed, self._lingering):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
@@ -83,6 +117,9 @@ class Connection(HttpToolsProtocol):
         """Bytes of the client."""
         if self.transport.is_closing():
             return
+        if self._lingering is not None:
+            self._throw_away(len(data))
+            return
         if self._in_header and self._timer is None:
             self._start_timer()
         self._unread += len(data)
@@ -93,6 +130,29 @@ class Connection(HttpToolsProtocol):
             self.send_400_response("")
         if self._unread > self.max_header_bytes and not self.transport.is_closing():
             self._refuse_header()
+
+    def linger(self) -> None:
+        """Close our sending side now, the connection when the client does, is quiet, or has sent too much."""
+        self._linger_end = self.loop.time() + self.linger_timeout
+        self._lingering = self.loop.call_later(min(_QUIET_S, self.linger_timeout), self.transport.close)
+        self.transport.write_eof()
+        self.flow.resume_reading()
+
+    def on_response_complete(self) -> None:
+        """The answer is written; the time of an idle connection does not run where a refused body is thrown away."""
+        super().on_response_complete()
+        if self._lingering is not None:
+            self._unset_keepalive_if_required()
+
+    def _throw_away(self, count: int) -> None:
+        assert self._lingering is not None
+        self._lingering.cancel()
+        self._thrown_away += count
+        left = self._linger_end - self.loop.time()
+        if self._thrown_away > self.linger_bytes or left <= 0:
+            self.transport.close()
+        else:
+            self._lingering = self.loop.call_later(min(_QUIET_S, left), self.transport.close)
 
     def _parse(self, data: bytes) -> None:
         """Feed the parser. It stops after the header of a request that offers another protocol: such a request goes
@@ -144,6 +204,7 @@ class Connection(HttpToolsProtocol):
         self._in_header = False
         self._stop_timer()
         super().on_headers_complete()
+        self.cycle.transport = _AnswerTransport(self, self.cycle)  # its task has not begun
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""
@@ -197,5 +258,7 @@ def limited(settings: Settings) -> type[Connection]:
     class Limited(Connection):
         max_header_bytes = settings.max_header_bytes
         header_timeout = settings.header_timeout
+        linger_bytes = 2 * settings.max_body_bytes
+        linger_timeout = settings.body_timeout
 
     return Limited

@@ -5,14 +5,16 @@ One class for both; the command line wins. `read_settings` turns every wrong val
 and the remedy. Called by `__main__` and by tests.
 """
 
+import argparse
 import os
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsConfigDict
 
 PREFIX = "TILEWAVE_"
 _OF_THE_ENGINE = frozenset({"TILEWAVE_CACHE_DIR", "TILEWAVE_CPU_ISA", "TILEWAVE_PRINT_AFTER"})
@@ -123,22 +125,43 @@ class Settings(BaseSettings):
         return value
 
 
-def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """Names in the environment that look like settings and are none (a typing error would else go unseen)."""
+def unknown_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Names in the environment that look like settings and are none (a typing error would else go unseen), each with
+    the setting closest to it, or an empty string."""
     known = {PREFIX + name.upper() for name in Settings.model_fields} | _OF_THE_ENGINE
-    return sorted(name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in known)
+    unknown = sorted(name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in known)
+    # Compared without the prefix, which alone would make short names similar.
+    bare = [name.removeprefix(PREFIX) for name in sorted(known)]
+    closest = {name: get_close_matches(name.upper().removeprefix(PREFIX), bare, n=1) for name in unknown}
+    return {name: PREFIX + found[0] if found else "" for name, found in closest.items()}
+
+
+def _add_argument(parser: argparse.ArgumentParser, *flags: str, **options: Any) -> argparse.Action:
+    """What `--help` says of one setting: the values as they are typed. pydantic's own has the names of enum members and
+    `None`, which nobody can type."""
+    field = Settings.model_fields.get(flags[0].removeprefix("--").replace("-", "_"))
+    if field is None:  # --help itself
+        return parser.add_argument(*flags, **options)
+    kinds = [kind for kind in get_args(field.annotation) or (field.annotation,) if kind is not type(None)]
+    if "metavar" in options:
+        is_enum = issubclass(kinds[0], StrEnum)
+        options["metavar"] = f"{{{','.join(kinds[0])}}}" if is_enum else kinds[0].__name__.lower()
+    default = "" if field.default is None else f" (default: {field.default})"
+    options["help"] = f"{field.description}{default}".replace("%", "%%")
+    return parser.add_argument(*flags, **options)
 
 
 def read_settings(arguments: Sequence[str]) -> Settings:
     """Settings from the command line, then the environment, then the defaults. Raises SettingsError."""
     try:
-        return CliApp.run(Settings, cli_args=list(arguments))
+        source: CliSettingsSource[Any] = CliSettingsSource(Settings, add_argument_method=_add_argument)
+        return CliApp.run(Settings, cli_args=list(arguments), cli_settings_source=source)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "settings"
         message = str(first["msg"]).removeprefix("Value error, ")
         flag, variable = "--" + name.replace("_", "-"), PREFIX + name.upper()
-        source = variable if variable in os.environ and flag not in " ".join(arguments) else flag
+        place = variable if variable in os.environ and flag not in " ".join(arguments) else flag
         value = f" (got {first['input']!r})" if isinstance(first.get("input"), str) else ""
         about = Settings.model_fields[name].description if name in Settings.model_fields else ""
-        raise SettingsError(f"{source}: {message}{value}; expected: {about}") from None
+        raise SettingsError(f"{place}: {message}{value}; expected: {about}") from None

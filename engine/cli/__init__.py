@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -11,7 +13,8 @@ from engine.cli import check, inspect, profile, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0 done, 1 a check failed, 2 an error the user can mend."""
+    """Run the command line. Returns the exit code: 0 done, 1 a check failed, 2 an error the user can mend, 141
+    nobody reads the output any more (what a shell gives for a program ended by SIGPIPE)."""
     parser = argparse.ArgumentParser(
         prog="python -m engine", description="Inspect, run, check and profile ONNX models."
     )
@@ -31,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         code: int = arguments.function(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        return 128 + signal.SIGPIPE
     except (engine.EngineError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

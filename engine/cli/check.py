@@ -6,7 +6,7 @@ import argparse
 
 import numpy as np
 
-from engine.cli.common import add_feed_arguments, feeds, open_model
+from engine.cli.common import add_feed_arguments, bound, feeds, open_model
 
 NAME = "check"
 HELP = "compare a model's outputs with onnx.reference on the same inputs"
@@ -15,7 +15,7 @@ HELP = "compare a model's outputs with onnx.reference on the same inputs"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_feed_arguments(parser)
     parser.add_argument(
-        "--tolerance", type=float, default=1e-4, help="largest relative L2 error (default: %(default)s)"
+        "--tolerance", type=bound, default=1e-4, help="largest relative L2 error (default: %(default)s)"
     )
 
 
@@ -36,7 +36,9 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    """‖actual − expected‖₂ / ‖expected‖₂ in float64; infinite where shapes or NaN positions differ."""
+    """‖actual − expected‖₂ / ‖expected‖₂ in float64; infinite where shapes, NaN positions or strings differ."""
+    if actual.dtype == object:
+        return 0.0 if actual.tolist() == expected.tolist() else float("inf")
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return float("inf")
     a, b = actual.astype(np.float64), expected.astype(np.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,18 +41,46 @@ def add_feed_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input", action="append", default=[], metavar="NAME=FILE.npy", help="an input (default: random data)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default: %(default)s)")
+    parser.add_argument("--seed", type=_natural, default=0, help="seed of the random inputs (default: %(default)s)")
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least 0")
+    return int(text)
+
+
+def bound(text: str) -> float:
+    """The type of an option that bounds an error: a finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is no finite number of at least 0")
+    return value
 
 
 def feeds(arguments: argparse.Namespace, model: engine.Model) -> dict[str, np.ndarray]:
-    """The inputs: files where given, random data the model accepts elsewhere."""
+    """The inputs: files where given, random data the model accepts elsewhere. Raises ValueError for a malformed option
+    and a file of another kind, OSError for one that cannot be read."""
     result = model.sample_feeds(sizes(arguments, model), arguments.seed)
     for item in arguments.input:
         name, separator, path = item.partition("=")
         if not separator or name not in result:
             raise ValueError(f"--input {item}: write NAME=FILE.npy with one of {', '.join(result)}")
-        result[name] = np.load(Path(path), allow_pickle=False)
+        array = _read_npy(Path(path), item)
+        # .npy has strings of a fixed width only, the engine has Python's.
+        result[name] = array.astype(object) if result[name].dtype == object and array.dtype.kind == "U" else array
     return result
+
+
+def _read_npy(path: Path, item: str) -> np.ndarray:
+    with path.open("rb") as file:
+        try:
+            return np.lib.format.read_array(file, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"--input {item}: {path} is not read, an .npy file is expected ({error})") from None
 
 
 def table(rows: Sequence[Sequence[str]], right: frozenset[int]) -> str:

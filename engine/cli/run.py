@@ -27,5 +27,8 @@ def main(arguments: argparse.Namespace) -> int:
         head = np.array2string(array.reshape(-1)[:6], precision=5, separator=", ")
         print(f"{name}: {array.dtype}{shape_text(array.shape)} {head[:-1]}{', …' if array.size > 6 else ''}]")
         if arguments.output is not None:
-            np.save(arguments.output / f"{name.replace('/', '_')}.npy", array)
+            np.save(
+                arguments.output / f"{name.replace('/', '_')}.npy",
+                array.astype(str) if array.dtype == object else array,
+            )
     return 0

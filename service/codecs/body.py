@@ -30,24 +30,19 @@ async def read_body(request: Request, settings: Settings) -> bytes:
     declared = request.headers.get("content-length", "0")
     claimed = int(declared) if declared.isdecimal() else 0
     oversized = TooLarge(f"the body is larger than {limit} bytes; send it in parts")
-    if claimed > limit and "expect" in request.headers:
-        raise oversized  # the client asks before it sends
+    if claimed > limit:
+        raise oversized  # before anything of it is there; the connection lets a client that is sending read the answer
     body = bytearray()
-    seen = 0
     try:
         async with asyncio.timeout(settings.body_timeout):
             async for chunk in request.stream():
-                seen += len(chunk)
-                if max(seen, claimed) <= limit:
-                    body += chunk
-                elif seen > 2 * limit:
-                    break  # until here it was read on, so that a client that is still sending gets to read the answer
+                if len(body) + len(chunk) > limit:
+                    raise oversized
+                body += chunk
     except TimeoutError:
         raise SlowBody(f"the body did not arrive within {settings.body_timeout:g} s") from None
     except ClientDisconnect:
         raise ClientGone("the client closed the connection while sending") from None
-    if max(seen, claimed) > limit:
-        raise oversized
     if encoding in _WINDOW_BITS:
         return _decompress(bytes(body), encoding, limit)
     return bytes(body)

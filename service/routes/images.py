@@ -5,7 +5,7 @@ from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from numpy.typing import NDArray
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -16,7 +16,7 @@ from service.errors import InvalidRequest, TooLarge
 from service.inference import open_request
 from service.model_config import Task
 from service.routes.documents import IMAGES_ANSWER, IMAGES_BODY
-from service.routes.responses import JsonResponse, ServingOf
+from service.routes.responses import JsonResponse, ServingOf, check_query
 from service.workers.messages import LocalTensor
 
 router = APIRouter(tags=["inference"])
@@ -26,7 +26,12 @@ Raw = Annotated[bool, Query(description="Answer with the model's outputs as they
 Version = Annotated[str | None, Query(description="A version of the model; the highest when not given.")]
 
 
-@router.post("/v1/models/{model}/images", openapi_extra={"requestBody": IMAGES_BODY}, responses=IMAGES_ANSWER)
+@router.post(
+    "/v1/models/{model}/images",
+    openapi_extra={"requestBody": IMAGES_BODY},
+    responses=IMAGES_ANSWER,
+    dependencies=[Depends(check_query)],
+)
 async def classify_images(
     request: Request, serving: ServingOf, model: str, top_k: TopK = 5, raw: Raw = False, version: Version = None
 ) -> JsonResponse:

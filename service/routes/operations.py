@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from service import __version__
+from service.model import ServedModel
 from service.routes.documents import ERRORS, OPENAI_ERRORS
 from service.routes.responses import JsonResponse, ServingOf
 
@@ -23,23 +24,29 @@ async def landing(serving: ServingOf) -> JsonResponse:
 @router.get("/v1/models", responses=OPENAI_ERRORS)
 async def list_models(serving: ServingOf) -> JsonResponse:
     """Every model version, in the OpenAI list shape with what we know beside it."""
-    entries: list[dict[str, Any]] = [
-        {
-            "id": model.key.name,
-            "object": "model",
-            "created": 0,
-            "owned_by": "tilewave",
-            "version": str(model.key.version),
-            "state": model.state,
-            "reason": model.reason,
-            "task": model.task if model.ready else None,
-            "source": model.folder.config.source,
-            "license": model.folder.config.license,
-            "batching": model.ready.batching_reason if model.ready else None,
-        }
-        for model in serving.all_models()
-    ]
-    return JsonResponse({"object": "list", "data": entries})
+    return JsonResponse({"object": "list", "data": [_entry(model) for model in serving.all_models()]})
+
+
+@router.get("/v1/models/{model}", responses=OPENAI_ERRORS)
+async def retrieve_model(serving: ServingOf, model: str) -> JsonResponse:
+    """The entry of the list for the version that a request without one gets."""
+    return JsonResponse(_entry(serving.find(model)))
+
+
+def _entry(model: ServedModel) -> dict[str, Any]:
+    return {
+        "id": model.key.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "tilewave",
+        "version": str(model.key.version),
+        "state": model.state,
+        "reason": model.reason,
+        "task": model.task if model.ready else None,
+        "source": model.folder.config.source,
+        "license": model.folder.config.license,
+        "batching": model.ready.batching_reason if model.ready else None,
+    }
 
 
 @router.get("/metrics", response_class=Response)

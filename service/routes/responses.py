@@ -1,13 +1,14 @@
-"""What all routes share: the JSON answer, and the running service behind the app."""
+"""What routes share: the JSON answer, the running service behind the app, the check of a query's keys."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 import orjson
 from fastapi import Depends, Request
+from fastapi.routing import APIRoute
 from starlette.responses import Response
 
-from service.errors import ErrorRow, document
+from service.errors import ErrorRow, InvalidRequest, document
 from service.serving import Serving
 
 
@@ -33,3 +34,13 @@ async def get_serving(request: Request) -> Serving:
 
 
 ServingOf = Annotated[Serving, Depends(get_serving)]
+
+
+async def check_query(request: Request) -> None:
+    """A dependency of our own routes: refuse keys of the query that the route does not take. Raises InvalidRequest."""
+    route = request.scope["route"]
+    assert isinstance(route, APIRoute)
+    known = [parameter.alias for parameter in route.dependant.query_params]
+    unknown = next((key for key in request.query_params if key not in known), None)
+    if unknown is not None:
+        raise InvalidRequest(f"there is no parameter '{unknown[:64]}'; the query takes {', '.join(known)}")

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from numpy.typing import NDArray
 
 from service.codecs.body import parse_object
@@ -17,7 +17,7 @@ from service.model import ServedModel
 from service.model_config import Task
 from service.routes.documents import TOKENS_ANSWER, TOKENS_BODY
 from service.routes.images import Raw, TopK, Version
-from service.routes.responses import JsonResponse, ServingOf
+from service.routes.responses import JsonResponse, ServingOf, check_query
 from service.serving import Serving
 from service.settings import Settings
 
@@ -27,7 +27,12 @@ router = APIRouter(tags=["inference"])
 _INLINE_CHARACTERS = 2000
 
 
-@router.post("/v1/models/{model}/tokens", openapi_extra={"requestBody": TOKENS_BODY}, responses=TOKENS_ANSWER)
+@router.post(
+    "/v1/models/{model}/tokens",
+    openapi_extra={"requestBody": TOKENS_BODY},
+    responses=TOKENS_ANSWER,
+    dependencies=[Depends(check_query)],
+)
 async def run_tokens(
     request: Request, serving: ServingOf, model: str, top_k: TopK = 5, raw: Raw = False, version: Version = None
 ) -> JsonResponse:

@@ -103,3 +103,11 @@ def test_strings_are_str() -> None:
         pytest.raises(engine.ShapeError, match=r"'x' holds bytes at \[0, 1\], the model wants str; decode bytes first"),
     ):
         loaded.run({"x": np.array([["a", b"b", 3]], object)})
+
+
+def test_sampled_strings_are_accepted_and_read_as_numbers() -> None:
+    nodes = [node("Cast", ["x"], ["i"], to=TensorProto.INT64), node("Cast", ["i"], ["y"], to=TensorProto.FLOAT)]
+    with engine.load(model(nodes).SerializeToString(), device="cpu") as loaded:
+        feeds = loaded.sample_feeds({"n": 5})
+        assert all(type(word) is str for word in feeds["x"].flat)
+        assert loaded.run(feeds)["y"].tolist() == feeds["x"].astype(float).tolist()

@@ -92,6 +92,18 @@ def test_a_body_over_the_limit_is_refused_whatever_its_headers_say(start: Start,
     assert server.identity([1, 2, 3, 4]).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/v1/models/colours/images", "/v1/models/encoder/tokens"])
+def test_a_query_key_that_a_route_does_not_take_is_named(shared: Running, path: str) -> None:
+    response = shared.client.post(f"{path}?top_k=1&topk=3", content=b"{}")
+    assert response.status_code == 400
+    assert error_of(response) == "there is no parameter 'topk'; the query takes top_k, raw, version"
+
+
+def test_foreign_protocols_pass_over_query_keys(shared: Running) -> None:
+    assert shared.client.post("/v1/embeddings?x=1", json={"model": "encoder", "input": "a"}).status_code == 200
+    assert shared.client.get("/v2/models/identity?x=1").status_code == 200
+
+
 def test_a_client_that_asks_before_sending_is_told_at_once(start: Start, repository: Path) -> None:
     server = start(repository, max_body_bytes=1000)
     host, port = server.url.removeprefix("http://").split(":")
@@ -99,6 +111,44 @@ def test_a_client_that_asks_before_sending_is_told_at_once(start: Start, reposit
     with socket.create_connection((host, int(port)), timeout=10) as raw:
         raw.sendall(head)
         assert raw.recv(65536).startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.parametrize("path", ["/v2/models/identity/infer", "/v1/models/encoder/tokens", "/v1/embeddings"])
+def test_a_length_over_the_limit_is_refused_before_the_body_is_there(server: Running, path: str) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    began = time.monotonic()
+    with socket.create_connection((host, int(port)), timeout=10) as raw:
+        raw.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 10000000000\r\n\r\n".encode())
+        answer = b"".join(iter(lambda: raw.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 413") and b"connection: close" in answer
+        assert time.monotonic() - began < 5
+
+
+def test_a_refused_client_that_stays_and_says_nothing_is_not_kept(server: Running) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as raw:
+        raw.sendall(b"POST /v2/models/identity/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 10000000000\r\n\r\n")
+        assert b"".join(iter(lambda: raw.recv(65536), b"")).startswith(b"HTTP/1.1 413")
+        time.sleep(3)
+        with pytest.raises(OSError):
+            _send_slowly(raw, 20)
+
+
+def _send_slowly(raw: socket.socket, count: int) -> None:
+    for _ in range(count):
+        raw.sendall(b"x")
+        time.sleep(0.02)
+
+
+def test_a_client_that_goes_on_sending_reads_why_it_was_refused(start: Start, repository: Path) -> None:
+    server = start(repository, max_body_bytes=3_000_000)
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as raw:
+        raw.sendall(b"POST /v2/models/identity/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 5000000\r\n\r\n")
+        for _ in range(50):
+            raw.sendall(b"x" * 100_000)
+            time.sleep(0.002)
+        assert everything(raw).startswith(b"HTTP/1.1 413")
 
 
 def test_an_endless_body_is_cut_off(start: Start, repository: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from service.errors import InvalidRequest
 from service.model_config import ModelConfigError, Pooling, Task, read_model_config
 from service.repository import Repository, check_name
-from service.settings import Settings, SettingsError, read_settings, unknown_variables
+from service.settings import Precision, Settings, SettingsError, read_settings, unknown_variables
 from tests.service.conftest import Process, Running, Start, add_model, error_of, wait_for
 from tests.service.fakes import FakeEngine
 
@@ -296,7 +296,40 @@ def test_a_wrong_setting_is_one_line_that_names_it(
 
 def test_unknown_variables_are_noticed() -> None:
     assert not unknown_variables({"TILEWAVE_CACHE_DIR": "/", "TILEWAVE_CPU_ISA": "avx2", "TILEWAVE_PRINT_AFTER": "all"})
-    assert unknown_variables({"TILEWAVE_PROT": "1", "TILEWAVE_PORT": "1", "HOME": "/"}) == ["TILEWAVE_PROT"]
+    assert unknown_variables({"TILEWAVE_PROT": "1", "TILEWAVE_PORT": "1", "HOME": "/"}) == {
+        "TILEWAVE_PROT": "TILEWAVE_PORT"
+    }
+    assert unknown_variables({"tilewave_max_body_byte": "1", "TILEWAVE_XYZZY": "1"}) == {
+        "TILEWAVE_XYZZY": "",
+        "tilewave_max_body_byte": "TILEWAVE_MAX_BODY_BYTES",
+    }
+
+
+def test_a_misspelt_variable_is_named_at_start(repository: Path, processes: list[Process]) -> None:
+    process = Process(repository, TILEWAVE_PROT="1")
+    processes.append(process)
+    process.wait_ready()
+    process.process.terminate()
+    assert (
+        "TILEWAVE_PROT is no setting of this service; did you mean TILEWAVE_PORT?" in process.process.communicate()[1]
+    )
+
+
+def test_help_shows_what_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        read_settings(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0
+    assert "--precision {auto,fp32,tf32,bf16,fp16} arithmetic where model.toml says nothing (default: auto)" in shown
+    assert "--threads int engine threads; all cores when not set --" in shown
+    assert "--access-log, --no-access-log" in shown
+    assert "None" not in shown and "AUTO" not in shown
+
+
+@pytest.mark.parametrize("precision", list(Precision))
+def test_the_values_that_help_shows_are_read(tmp_path: Path, precision: Precision) -> None:
+    settings = read_settings(["--models", str(tmp_path), "--precision", precision.value, "--threads", "3"])
+    assert (settings.precision, settings.threads) == (precision, 3)
 
 
 def test_every_setting_has_a_description() -> None:

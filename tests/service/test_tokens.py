@@ -304,6 +304,15 @@ def test_the_openai_client_lists_models(client: openai.OpenAI) -> None:
     assert sorted(model.id for model in client.models.list()) == ["colours", "encoder", "identity"]
 
 
+def test_the_openai_client_retrieves_a_model(client: openai.OpenAI) -> None:
+    listed = {model.id: model for model in client.models.list()}
+    assert client.models.retrieve("encoder") == listed["encoder"]
+    assert (listed["encoder"].object, listed["encoder"].owned_by) == ("model", "tilewave")
+    with pytest.raises(openai.NotFoundError, match="there is no model 'nobody'") as missing:
+        client.models.retrieve("nobody")
+    assert (missing.value.type, missing.value.code) == ("invalid_request_error", "not_found")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -130,9 +130,9 @@ def _check(node: OnnxNode, x: Value, w: Value, bias: Value | None, channels: Dim
     if x.rank != w.rank or x.rank < 3:
         raise node.invalid(f"input of rank {x.rank}, weight of rank {w.rank}")
     if groups < 1 or (isinstance(w.shape[0], int) and w.shape[0] % groups):
-        raise node.invalid(f"{groups} groups for a weight of shape {list(map(str, w.shape))}")
+        raise node.invalid(f"{groups} groups for a weight of shape {list(w.shape)}")
     if bias is not None and (bias.rank != 1 or bias.shape[0] != channels):
-        raise node.invalid(f"bias of shape {list(map(str, bias.shape))} for {channels} channels")
+        raise node.invalid(f"bias of shape {list(bias.shape)} for {channels} channels")
     return groups
 
 

@@ -89,7 +89,7 @@ def GatherND(node: OnnxNode, data: Value, indices: Value) -> Value:
     batch = node.integer("batch_dims", 0)
     depth = indices.shape[-1] if indices.rank else 0
     if not isinstance(depth, int) or not 1 <= depth <= data.rank - batch or not 0 <= batch < indices.rank:
-        raise node.invalid(f"indices of shape {list(map(str, indices.shape))} for data of rank {data.rank}")
+        raise node.invalid(f"indices of shape {list(indices.shape)} for data of rank {data.rank}")
     parts: list[tuple[Value, Dim]] = []
     leading = batch + depth
     for i in range(leading):
@@ -187,7 +187,7 @@ def _position(node: OnnxNode, x: Value, kind: ops.ReduceKind) -> Value:
 def OneHot(node: OnnxNode, indices: Value, depth: Value, values: Value) -> Value:
     (size,) = node.dims(node.cast(depth, DType.I64), "depth")
     if values.shape != (2,):
-        raise node.invalid(f"values of shape {list(map(str, values.shape))}, not [2]")
+        raise node.invalid(f"values of shape {list(values.shape)}, not [2]")
     axis = node.axis(node.integer("axis", -1), indices.rank + 1)
     whole = node.cast(indices, DType.I64)
     spread = node.reshape(whole, (*whole.shape[:axis], 1, *whole.shape[axis:]))

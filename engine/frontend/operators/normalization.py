@@ -50,7 +50,7 @@ def BatchNormalization(node: OnnxNode, x: Value, scale: Value, bias: Value, mean
     channels = x.shape[1] if x.rank > 1 else 1
     for value in (scale, bias, mean, variance):
         if value.rank != 1 or (isinstance(channels, int) and value.shape[0] not in (channels, 1)):
-            raise node.invalid(f"a statistic of shape {list(map(str, value.shape))} for {channels} channels")
+            raise node.invalid(f"a statistic of shape {list(value.shape)} for {channels} channels")
     if all(value.data is not None for value in (scale, bias, mean, variance)):
         s, b, m, v = (np.asarray(value.data, np.float64) for value in (scale, bias, mean, variance))
         with np.errstate(all="ignore"):

@@ -102,7 +102,7 @@ def _recurrent(
     x, w, r = operands
     directions, width, _ = r.shape
     if w.rank != 3 or w.shape[:2] != r.shape[:2]:
-        raise node.invalid(f"weights of shapes {list(map(str, w.shape))} and {list(map(str, r.shape))}")
+        raise node.invalid(f"weights of shapes {list(w.shape)} and {list(r.shape)}")
     flat = node.reshape(w, (directions * width, w.shape[2]))
     gates = matmul(node, x, swap_last(node, flat))
     if bias is not None and bias.data is not None:

@@ -96,7 +96,7 @@ def GridSample(node: OnnxNode, x: Value, grid: Value) -> Value:
     sampling = _Sampling(mode, padding, bool(node.integer("align_corners", 0)))
     axes = x.rank - 2
     if axes < 1 or grid.rank != x.rank or grid.shape[-1] != axes or not (x.dtype.is_float and grid.dtype.is_float):
-        raise node.invalid(f"an input of rank {x.rank} with a grid of shape {list(map(str, grid.shape))}")
+        raise node.invalid(f"an input of rank {x.rank} with a grid of shape {list(grid.shape)}")
     wide = compute_dtype(grid.dtype)
     # The grid names the innermost axis first.
     places = [node.cast(drop_axis(node, grid, axes + 1, axes - 1 - i), wide) for i in range(axes)]

@@ -92,7 +92,7 @@ def Squeeze(node: OnnxNode, x: Value, axes: Value | None = None) -> Value:
     else:
         gone = node.axes(given, x.rank)
     if any(isinstance(x.shape[i], int) and x.shape[i] != 1 for i in gone):
-        raise node.invalid(f"axes {list(gone)} of shape {list(map(str, x.shape))} are not all of size 1")
+        raise node.invalid(f"axes {list(gone)} of shape {list(x.shape)} are not all of size 1")
     return node.reshape(x, [dim for i, dim in enumerate(x.shape) if i not in gone])
 
 

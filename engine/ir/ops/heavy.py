@@ -30,7 +30,7 @@ class Gemm(Op):
         if len(a) < 2 or len(b) < 2:
             raise ShapeError(f"Gemm: operands of rank {len(a)} and {len(b)}; both need at least 2")
         if isinstance(a[-1], int) and isinstance(b[-2], int) and a[-1] != b[-2]:
-            raise ShapeError(f"Gemm: inner sizes differ: {list(map(str, a))} @ {list(map(str, b))}")
+            raise ShapeError(f"Gemm: inner sizes differ: {list(a)} @ {list(b)}")
         shape = (*broadcast_shapes("Gemm", a[:-2], b[:-2]), a[-2], b[-1])
         return tuple((store.dtype, shape) for store in self.stores)
 

@@ -23,7 +23,7 @@ class Reshape(View):
     def infer(self, inputs: OperandTypes) -> ResultTypes:
         before, after = product(inputs[0].shape), product(self.shape)
         if isinstance(before, int) and isinstance(after, int) and before != after:
-            raise ShapeError(f"Reshape: {before} elements into shape {list(map(str, self.shape))} of {after}")
+            raise ShapeError(f"Reshape: {before} elements into shape {list(self.shape)} of {after}")
         return ((inputs[0].dtype, self.shape),)
 
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.errors import ShapeError
 from engine.ir import dim as d
+from engine.ir.dtype import DType
+from engine.ir.graph import Value
+from engine.ir.ops import Gemm, Reshape
 
 B, S = d.symbol("b"), d.symbol("s")
 
@@ -74,3 +81,20 @@ def test_sizes_that_are_missing_are_named() -> None:
 def test_division_by_zero_raises() -> None:
     with pytest.raises(ZeroDivisionError):
         d.floordiv(B, 0)
+
+
+def _value(*shape: d.Dim) -> Value:
+    return Value("", DType.F32, shape)
+
+
+@pytest.mark.parametrize(
+    ("infer", "words"),
+    [
+        (lambda: Reshape((7, 0)).infer([_value(2, 3)]), "Reshape: 6 elements into shape [7, 0] of 0"),
+        (lambda: Gemm().infer([_value(B, 3), _value(4, 5)]), "Gemm: inner sizes differ: [b, 3] @ [4, 5]"),
+    ],
+    ids=["reshape", "gemm"],
+)
+def test_shapes_in_errors_are_numbers_and_bare_symbols(infer: Callable[[], object], words: str) -> None:
+    with pytest.raises(ShapeError, match=re.escape(words)):
+        infer()
