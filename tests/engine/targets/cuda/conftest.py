@@ -16,10 +16,19 @@ CASES = int(os.environ.get("TILEWAVE_KERNEL_CASES", "300"))
 EMULATED_CASES = 12  # a kernel takes a second to compile for the CPU
 
 
-@pytest.fixture(
-    scope="module",
-    params=["emulated sm_80", "emulated sm_90a", pytest.param("gpu", marks=pytest.mark.gpu)],
-)
+# Few kernels differ between architectures: these files choose them themselves, or have no other kernels.
+_EMULATED = {"test_gemm": ("sm_80", "sm_90a"), "test_kernels": ("sm_80", "sm_90a"), "test_attention": ("sm_80",)}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "runner" in metafunc.fixturenames:
+        file = metafunc.module.__name__.rpartition(".")[2]
+        emulated = [f"emulated {name}" for name in _EMULATED.get(file, ("sm_90a",))]
+        gpu = pytest.param("gpu", marks=pytest.mark.gpu)
+        metafunc.parametrize("runner", [*emulated, gpu], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
     if request.param == "gpu":
         from tests.engine.targets.cuda.gpu_runner import GpuRunner

@@ -23,7 +23,6 @@ class EmulatedRunner:
 
     def __init__(self, architecture: Architecture) -> None:
         self.context = Context(architecture, _MULTIPROCESSORS, WeightStore())
-        self._last_first = False  # alternates
         self._number = 10 * int("".join(filter(str.isdigit, architecture.name)))  # as __CUDA_ARCH__ counts
 
     @property
@@ -53,7 +52,6 @@ class EmulatedRunner:
             if tensor.buffer.kind is BufferKind.INPUT:
                 place(tensor.buffer).view(tensor)[...] = _as_stored(array)
         stamp, status = np.full(2, -1, np.int64), np.zeros(1, np.uint32)
-        self._last_first = not self._last_first
         try:
             for launch in launches:
                 emulator.run(
@@ -62,7 +60,6 @@ class EmulatedRunner:
                     stamp.ctypes.data,
                     self._number,
                     status.ctypes.data,
-                    self._last_first,
                 )
         except emulator.EmulationError as error:
             raise RunError(str(error)) from None
