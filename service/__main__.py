@@ -54,7 +54,8 @@ class _Server(uvicorn.Server):
 
 def _spare_the_collector() -> None:
     """Take what loading left behind out of garbage collection: going over it again and again stops all threads for
-    tens of milliseconds."""
+    tens of milliseconds. What an unloaded model left is looked at once more."""
+    gc.unfreeze()
     gc.collect()
     gc.freeze()
 

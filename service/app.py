@@ -17,7 +17,7 @@ from starlette.responses import Response
 from service import __version__
 from service.errors import InvalidRequest, ServiceError, TooLarge, describe
 from service.middleware import RequestMiddleware
-from service.routes import embeddings, images, infer, operations, protocol, tokens
+from service.routes import embeddings, images, infer, operations, protocol, repository, tokens
 from service.routes.responses import error_response
 from service.serving import Serving
 from service.settings import EngineProcess, Settings
@@ -29,11 +29,12 @@ log = logging.getLogger(__name__)
 
 
 def create_app(
-    settings: Settings, engine: Callable[[], EngineModule] = real_engine, on_loaded: Callable[[], None] = lambda: None
+    settings: Settings, engine: Callable[[], EngineModule] = real_engine, on_settled: Callable[[], None] = lambda: None
 ) -> FastAPI:
     """The app. `engine` returns the module that loads models, and is first called on the loading thread, or in the
-    engine's process; `on_loaded` is called whenever no model is loading any more."""
-    serving = Serving(settings, _transport(settings, engine), on_loaded)
+    engine's process; `on_settled` is called whenever no model is loading any more, and after each
+    unloading."""
+    serving = Serving(settings, _transport(settings, engine), on_settled)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -49,7 +50,15 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.serving = serving
-    for routes in (infer, images, tokens, embeddings, protocol, operations):  # the busiest first: matching is linear
+    for routes in (
+        infer,
+        images,
+        tokens,
+        embeddings,
+        protocol,
+        operations,
+        repository,
+    ):  # the busiest first: matching is linear
         app.include_router(routes.router)
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)

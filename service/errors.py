@@ -41,6 +41,18 @@ class InvalidRequest(ServiceError):
     """The client sent something that can never be answered."""
 
 
+class Unsupported(InvalidRequest):
+    """A part of a protocol that this server does not have, or does not allow."""
+
+
+class Unauthorized(ServiceError):
+    """No API key, or none that is known."""
+
+
+class Forbidden(ServiceError):
+    """The API key has not the right to do this, or nobody has."""
+
+
 class UnsupportedEncoding(ServiceError):
     """A Content-Encoding that the service does not read."""
 
@@ -94,6 +106,8 @@ class ErrorRow:
 
 TABLE: Mapping[type[BaseException], ErrorRow] = {
     InvalidRequest: ErrorRow(400, Outcome.INVALID),
+    Unauthorized: ErrorRow(401, Outcome.INVALID),
+    Forbidden: ErrorRow(403, Outcome.INVALID),
     UnsupportedEncoding: ErrorRow(415, Outcome.INVALID),
     TooLarge: ErrorRow(413, Outcome.TOO_LARGE),
     SlowBody: ErrorRow(408, Outcome.CANCELLED),

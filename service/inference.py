@@ -40,6 +40,7 @@ class InferenceRequest:
     _returned: float = 0.0
 
     def __enter__(self) -> "InferenceRequest":
+        self.model.use()
         self.model.metrics.inflight.inc()
         return self
 
@@ -49,6 +50,7 @@ class InferenceRequest:
         now = time.monotonic()
         seconds = now - self.started
         self.model.metrics.inflight.dec()
+        self.model.end_use()
         if error is not None:
             self.model.metrics.failed(describe(error).outcome, seconds)
             self.model.statistics.failed(seconds)

@@ -41,7 +41,8 @@ class EngineCollector(Collector):
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._models: tuple[ModelStats, ...] = ()
+        self._models: tuple[ModelStats, ...] = ()  # of two generations of a model the one that is served
+        self._all_models: tuple[ModelStats, ...] = ()
         self._loaded: dict[ModelKey, LoadedModel] = {}
         self._history: deque[tuple[float, dict[KernelKey, KernelCounters]]] = deque()
 
@@ -56,7 +57,8 @@ class EngineCollector(Collector):
     def update(self, models: tuple[ModelStats, ...]) -> None:
         """Put in the newest statistics; called before a scrape."""
         now = self._clock()
-        self._models = models
+        self._all_models = models
+        models = self._models = tuple(stats for stats in models if stats.key in self._loaded)
         self._drop_history(_by_kernel(models))
         if len(self._history) > 1 and now - self._history[-2][0] < _SNAPSHOT_EVERY_S:
             self._history.pop()
@@ -129,6 +131,7 @@ class EngineCollector(Collector):
             labels = (stats.key.name, str(stats.key.version))
             depth.add_metric(labels, stats.queued)
             dropped.add_metric(labels, stats.dropped)
+        for stats in self._all_models:
             loaded = self._loaded.get(stats.key)
             for kind, size in stats.memory:
                 place = (loaded.device.device if loaded else "unknown", kind)

@@ -1,8 +1,9 @@
 """A model version as the routes see it: its state, its task, its codecs, its metrics and statistics.
 
-Made by `serving.py` when the repository is scanned, filled in when the worker reports the model ready. Event loop only.
+Made by `catalog.py` when it is to be loaded, filled in when the worker reports the model ready. Event loop only.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -26,13 +27,16 @@ class ModelState(StrEnum):
 
 @dataclass(slots=True)
 class ServedModel:
-    """One version of one model. `reason` says why it is not READY."""
+    """One version of one model. `reason` says why it is not READY; the server is not ready before an `expected` model
+    is. `users` are requests that began with it and have not ended."""
 
     key: ModelKey
     folder: ModelFolder
     options: BatchingOptions
     metrics: ModelMetrics
     statistics: ModelStatistics
+    expected: bool = True
+    users: int = 0
     state: ModelState = ModelState.LOADING
     reason: str = ""
     ready: ModelReady | None = None
@@ -40,6 +44,25 @@ class ServedModel:
     images: ImageSpec | None = None
     tokens: TokenCodec | None = None
     not_tokens: str = ""
+    _unused: Callable[[], None] | None = None
+
+    def use(self) -> None:
+        """A request begins; `end_use` has to follow."""
+        self.users += 1
+
+    def end_use(self) -> None:
+        """A request has ended."""
+        self.users -= 1
+        if not self.users and self._unused is not None:
+            unused, self._unused = self._unused, None
+            unused()
+
+    def when_unused(self, call: Callable[[], None]) -> None:
+        """Call when no request uses the model, which new ones do not any more."""
+        if self.users:
+            self._unused = call
+        else:
+            call()
 
     def accept(self, ready: ModelReady) -> None:
         """The worker has it: find its task and its codecs. Raises ValueError if model.toml and model disagree."""

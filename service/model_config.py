@@ -5,6 +5,7 @@ Read by `repository.py`. A wrong key, type or value is a `ModelConfigError` that
 
 import json
 import tomllib
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from service.settings import Precision
+from service.workers.messages import BatchingOptions
 
 _MAX_TOML_BYTES = 1 << 20
 
@@ -109,6 +111,18 @@ class ModelConfig(_Section):
     batching: BatchingConfig = BatchingConfig()
     images: ImagesConfig = ImagesConfig()
     tokens: TokensConfig = TokensConfig()
+
+
+def batching_options(config: BatchingConfig) -> BatchingOptions:
+    """What `[batching]` says, and the defaults for the rest."""
+    options = BatchingOptions()
+    return replace(
+        options,
+        max_batch=config.max_batch or options.max_batch,
+        max_tokens=config.max_tokens or options.max_tokens,
+        max_delay_s=(config.max_delay_ms or 0.0) / 1000,
+        buckets=config.buckets or options.buckets,
+    )
 
 
 def read_model_config(path: Path) -> ModelConfig:

@@ -1,9 +1,10 @@
 """The model repository on disk: which folders are models, their versions, settings, labels and tokenizer.
 
-Reads files only; loads nothing. Called by `serving.py`. A folder that cannot be used becomes a `ModelFolder` with
+Reads files only; loads nothing. Called by `catalog.py`. A folder that cannot be used becomes a `ModelFolder` with
 `problem` set and never disturbs the others.
 """
 
+import hashlib
 import logging
 import re
 from dataclasses import dataclass
@@ -51,14 +52,37 @@ class Repository:
     def scan(self) -> list[ModelFolder]:
         """Every model folder, by name. Folders that hold nothing of a model are passed over."""
         found = []
-        for path in sorted(self.root.iterdir()):
-            if not path.is_dir() or path.name.startswith((".", "_")) or not _looks_like_a_model(path):
-                continue
+        for path in self._folders():
             if _NAME.fullmatch(path.name):
                 found.append(self._read(path))
             else:
                 log.warning("folder %r is passed over: %s", path.name, _NAME_RULE)
         return found
+
+    def names(self) -> list[str]:
+        """The names of the model folders."""
+        return [path.name for path in self._folders() if _NAME.fullmatch(path.name)]
+
+    def find(self, name: str) -> ModelFolder | None:
+        """The folder of a model; None where there is none."""
+        path = self.root / check_name(name)
+        return self._read(path) if path.is_dir() and _looks_like_a_model(path) else None
+
+    def generation(self, folder: ModelFolder, version: int) -> int:
+        """A number that stays while the files of a version, and those of its model beside it, are the same ones."""
+        file = dict(folder.versions)[version]
+        digest = hashlib.blake2b(digest_size=6)
+        for place in sorted({folder.path, file.parent}):
+            for path in sorted(place.iterdir()):
+                if path.is_file():
+                    status = path.stat()
+                    about = (path.name, status.st_size, status.st_mtime_ns, status.st_ino)
+                    digest.update(repr(about).encode())
+        return int.from_bytes(digest.digest(), "big")
+
+    def _folders(self) -> list[Path]:
+        candidates = (path for path in sorted(self.root.iterdir()) if not path.name.startswith((".", "_")))
+        return [path for path in candidates if path.is_dir() and _looks_like_a_model(path)]
 
     def _read(self, path: Path) -> ModelFolder:
         config = ModelConfig()

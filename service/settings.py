@@ -73,6 +73,9 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="TCP port to listen on; 0 picks a free one")
     models: Path = Field(default=Path("models"), description="folder of the model repository")
+    poll_models: float = Field(
+        default=0.0, ge=0, description="how often to look for changes in the repository, seconds; 0: not at all"
+    )
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     precision: Precision = Field(default=Precision.AUTO, description="arithmetic where model.toml says nothing")
     threads: int | None = Field(default=None, ge=1, le=1024, description="engine threads; all cores when not set")
@@ -101,7 +104,15 @@ class Settings(BaseSettings):
     max_images: int = Field(default=64, ge=1, description="images in one request")
     max_text_bytes: int = Field(default=1 << 20, ge=1, description="text in one request, UTF-8 bytes")
     max_inputs: int = Field(default=2048, ge=1, description="texts or token lists in one request")
+    max_tensor_elements: int = Field(default=1 << 24, ge=1, description="elements of one tensor of /v2")
+    max_connections: int = Field(default=4096, ge=1, description="open connections; more are refused with 503")
     max_preprocess: int = Field(default=256, ge=1, description="images and texts that may wait to be decoded")
+
+    shared_memory_prefixes: str = Field(
+        default="",
+        pattern=r"^(/[A-Za-z0-9][A-Za-z0-9._+-]*(,/[A-Za-z0-9][A-Za-z0-9._+-]*)*)?$",
+        description="beginnings of names of shared memory that clients may register, like /app_,/web_; none: off",
+    )
 
     log_level: LogLevel = Field(default=LogLevel.INFO, description="debug, info, warning or error")
     log_format: LogFormat = Field(default=LogFormat.CONSOLE, description="console or json")

@@ -6,7 +6,6 @@ Called by the routes that take a body. Every limit is enforced while the body st
 import asyncio
 import json
 import math
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,18 +13,18 @@ from typing import Any
 import orjson
 from starlette.requests import ClientDisconnect, Request
 
+from service.codecs.compression import WINDOW_BITS, decompress
 from service.errors import ClientGone, InvalidRequest, SlowBody, TooLarge, UnsupportedEncoding
 from service.settings import Settings
 
 _MAX_EXPLAINED_BYTES = 8 << 20  # reading a body again takes longer than reading it
-_WINDOW_BITS = {"gzip": 31, "deflate": 15}
 
 
 async def read_body(request: Request, settings: Settings) -> bytes:
     """The whole body, decompressed. Raises TooLarge, SlowBody, ClientGone, UnsupportedEncoding, InvalidRequest."""
     limit = settings.max_body_bytes
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in ("identity", "") and encoding not in _WINDOW_BITS:
+    if encoding not in ("identity", "") and encoding not in WINDOW_BITS:
         raise UnsupportedEncoding(f"Content-Encoding '{encoding[:40]}' is not read; send gzip, deflate or none")
     declared = request.headers.get("content-length", "0")
     claimed = int(declared) if declared.isdecimal() else 0
@@ -43,22 +42,9 @@ async def read_body(request: Request, settings: Settings) -> bytes:
         raise SlowBody(f"the body did not arrive within {settings.body_timeout:g} s") from None
     except ClientDisconnect:
         raise ClientGone("the client closed the connection while sending") from None
-    if encoding in _WINDOW_BITS:
-        return _decompress(bytes(body), encoding, limit)
+    if encoding in WINDOW_BITS:
+        return decompress(bytes(body), encoding, limit)
     return bytes(body)
-
-
-def _decompress(body: bytes, encoding: str, limit: int) -> bytes:
-    inflater = zlib.decompressobj(_WINDOW_BITS[encoding])
-    try:
-        data = inflater.decompress(body, limit + 1)
-    except zlib.error as error:
-        raise InvalidRequest(f"the body is not {encoding} data: {error}") from None
-    if len(data) > limit:
-        raise TooLarge(f"the body is larger than {limit} bytes after decompression")
-    if not inflater.eof:
-        raise InvalidRequest(f"the {encoding} body ends too early")
-    return data
 
 
 @dataclass(frozen=True, slots=True)

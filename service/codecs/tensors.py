@@ -1,58 +1,32 @@
-"""Tensors of the Open Inference Protocol v2: JSON and binary data, both ways.
+"""Infer requests of the Open Inference Protocol v2: tensors as JSON, as binary data or in shared memory.
 
-Called by the infer route. `parse_infer` checks a request against the model's inputs, so that what reaches the engine
-has the right names, dtypes and ranks.
+Called by the infer route; `outputs.py` has what is wanted of the answer. `parse_infer` checks a request against the
+model's inputs, so that what reaches the engine has the right names, dtypes and ranks.
 """
 
 import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from service.client_memory import ClientMemory
 from service.codecs.body import parse_object
-from service.codecs.json_values import JsonTensor, shown
-from service.errors import InvalidRequest
+from service.codecs.json_values import JsonTensor
+from service.codecs.outputs import RequestedOutput, parse_outputs
+from service.codecs.parameters import integer, member, refuse_unsupported, shared_place
+from service.codecs.tensor_types import BINARY_ONLY, datatype_of
+from service.errors import InvalidRequest, TooLarge
 from service.workers.messages import TensorInfo
 
-_NAMES = {
-    "bool": "BOOL",
-    "int8": "INT8",
-    "int16": "INT16",
-    "int32": "INT32",
-    "int64": "INT64",
-    "uint8": "UINT8",
-    "uint16": "UINT16",
-    "uint32": "UINT32",
-    "uint64": "UINT64",
-    "float16": "FP16",
-    "bfloat16": "BF16",
-    "float32": "FP32",
-    "float64": "FP64",
-    "object": "BYTES",
-}
-_BINARY_ONLY = ("FP16", "BF16")
 _MAX_NAME = 64
+_LARGEST_ITEM = 8  # bytes of an element
 
 Array = NDArray[Any]
-
-
-@cache
-def datatype_of(dtype: np.dtype[Any]) -> str:
-    """The protocol's name of a dtype."""
-    return _NAMES[dtype.name]
-
-
-@dataclass(frozen=True, slots=True)
-class RequestedOutput:
-    """An output that the client wants, as binary data or as JSON."""
-
-    name: str
-    binary: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +40,27 @@ class InferDocument:
     timeout_us: int
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What bounds a request and where else its tensors may lie: `max_elements` of one tensor, the shared memory of
+    clients."""
+
+    max_elements: int
+    memory: ClientMemory
+
+
 def parse_infer(
-    body: bytes, header_length: str | None, inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo]
+    body: bytes,
+    header_length: str | None,
+    inputs: Sequence[TensorInfo],
+    outputs: Sequence[TensorInfo],
+    source: Source,
 ) -> InferDocument:
     """Read an infer request. `header_length` is the value of `Inference-Header-Content-Length`. Raises
-    InvalidRequest."""
+    InvalidRequest, TooLarge, and what the shared memory raises."""
     if header_length is None:
         data = memoryview(b"")
-        document = parse_object(body, partial(_read_inputs, data=data, specs=inputs))
+        document = parse_object(body, partial(_read_inputs, data=data, specs=inputs, source=source))
     else:
         size = (
             int(header_length)
@@ -83,46 +70,54 @@ def parse_infer(
         if not 0 <= size <= len(body):
             raise InvalidRequest("Inference-Header-Content-Length is not the length of a JSON header inside the body")
         if size == 0:
-            return _raw_body(body, inputs, outputs)
+            return _raw_body(body, inputs, outputs, source)
         data = memoryview(body)[size:]
-        document = parse_object(body[:size], partial(_read_inputs, data=data, specs=inputs))
-    parameters = _object(document, "parameters")
-    _refuse_unsupported(parameters)
+        document = parse_object(body[:size], partial(_read_inputs, data=data, specs=inputs, source=source))
+    parameters = member(document, "parameters")
+    refuse_unsupported(parameters)
     return InferDocument(
         id=_identifier(document),
-        inputs=_parse_inputs(document.get("inputs"), data, inputs),
-        outputs=_parse_outputs(document.get("outputs"), parameters.get("binary_data_output", False), outputs),
-        priority=_integer(parameters, "priority"),
-        timeout_us=_integer(parameters, "timeout"),
+        inputs=_parse_inputs(document.get("inputs"), data, inputs, source),
+        outputs=parse_outputs(
+            document.get("outputs"), parameters.get("binary_data_output", False), outputs, source.memory
+        ),
+        priority=integer(parameters, "priority"),
+        timeout_us=integer(parameters, "timeout"),
     )
 
 
-def _raw_body(body: bytes, inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo]) -> InferDocument:
+def _raw_body(
+    body: bytes, inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo], source: Source
+) -> InferDocument:
     """A body without JSON is the one input of the model; one open dim follows from the size."""
     if len(inputs) != 1:
         raise InvalidRequest(f"a raw body needs a model with one input; this one has {len(inputs)}")
     spec = inputs[0]
+    data = memoryview(body)
+    count = _count_strings(data) if datatype_of(spec.dtype) == "BYTES" else len(body) // spec.dtype.itemsize
     shape = [dim if isinstance(dim, int) else 1 for dim in spec.shape]
-    count = len(body) // max(spec.dtype.itemsize, 1)
     open_axes = [axis for axis, dim in enumerate(spec.shape) if isinstance(dim, str)]
     fixed = math.prod(shape)
     if open_axes and fixed:
-        shape[open_axes[-1]] *= count // fixed
-    array = _from_binary(memoryview(body), datatype_of(spec.dtype), spec, tuple(shape))
+        shape[open_axes[-1]] = max(count // fixed, 1)  # too few for one are told so by their number
+    array = _from_binary(data, datatype_of(spec.dtype), spec, tuple(shape))
+    _check_elements(array.shape, spec, source)
     wanted = tuple(RequestedOutput(output.name, True) for output in outputs)
     return InferDocument("", ((spec.name, array),), wanted, 0, 0)
 
 
-def _read_inputs(document: dict[str, Any], data: memoryview, specs: Sequence[TensorInfo]) -> None:
+def _count_strings(data: memoryview) -> int:
+    """How many elements BYTES data begins with."""
+    count = position = 0
+    while position + 4 <= len(data):
+        position += 4 + int(struct.unpack_from("<I", data, position)[0])
+        count += 1
+    return count
+
+
+def _read_inputs(document: dict[str, Any], data: memoryview, specs: Sequence[TensorInfo], source: Source) -> None:
     """Raises InvalidRequest if the inputs of a document are what is wrong with it."""
-    _parse_inputs(document.get("inputs"), data, specs)
-
-
-def _object(document: dict[str, Any], key: str) -> dict[str, Any]:
-    value = document.get(key, {})
-    if not isinstance(value, dict):
-        raise InvalidRequest(f"'{key}' is not a JSON object")
-    return value
+    _parse_inputs(document.get("inputs"), data, specs, source)
 
 
 def _identifier(document: dict[str, Any]) -> str:
@@ -132,20 +127,9 @@ def _identifier(document: dict[str, Any]) -> str:
     return value
 
 
-def _integer(parameters: dict[str, Any], key: str) -> int:
-    value = parameters.get(key, 0)
-    if type(value) is not int or not 0 <= value < 1 << 63:
-        raise InvalidRequest(f"parameter '{key}' is {shown(value)}; send an unsigned integer")
-    return value
-
-
-def _refuse_unsupported(parameters: dict[str, Any]) -> None:
-    for key in parameters:
-        if key.startswith(("sequence_", "shared_memory_")) or key == "classification":
-            raise InvalidRequest(f"parameter '{key[:_MAX_NAME]}' is not supported; see the extensions in GET /v2")
-
-
-def _parse_inputs(value: Any, data: memoryview, specs: Sequence[TensorInfo]) -> tuple[tuple[str, Array], ...]:
+def _parse_inputs(
+    value: Any, data: memoryview, specs: Sequence[TensorInfo], source: Source
+) -> tuple[tuple[str, Array], ...]:
     if not isinstance(value, list):
         raise InvalidRequest("'inputs' is not a list of tensors")
     by_name = {spec.name: spec for spec in specs}
@@ -160,7 +144,7 @@ def _parse_inputs(value: Any, data: memoryview, specs: Sequence[TensorInfo]) -> 
             raise InvalidRequest(f"the model has no input '{name[:_MAX_NAME]}'; it has {expected}")
         if name in found:
             raise InvalidRequest(f"input '{name}' is given twice")
-        found[name], offset = _parse_input(tensor, by_name[name], data, offset)
+        found[name], offset = _parse_input(tensor, by_name[name], data, offset, source)
     if offset != len(data):
         raise InvalidRequest(f"the body has {len(data)} bytes of binary data, but the inputs claim {offset}")
     for spec in specs:
@@ -184,9 +168,12 @@ def _check_symbols(arrays: dict[str, Array], specs: Sequence[TensorInfo]) -> Non
                 )
 
 
-def _parse_input(tensor: dict[str, Any], spec: TensorInfo, data: memoryview, offset: int) -> tuple[Array, int]:
-    parameters = _object(tensor, "parameters")
-    _refuse_unsupported(parameters)
+def _parse_input(
+    tensor: dict[str, Any], spec: TensorInfo, data: memoryview, offset: int, source: Source
+) -> tuple[Array, int]:
+    """One input, and where the binary data of the next one begins."""
+    parameters = member(tensor, "parameters")
+    refuse_unsupported(parameters)
     datatype = datatype_of(spec.dtype)
     if tensor.get("datatype") != datatype:
         raise InvalidRequest(
@@ -194,20 +181,38 @@ def _parse_input(tensor: dict[str, Any], spec: TensorInfo, data: memoryview, off
             f"the model takes {datatype}, convert it"
         )
     shape = _parse_shape(tensor.get("shape"), spec)
-    if "binary_data_size" in parameters:
-        if "data" in tensor:
-            raise InvalidRequest(f"input '{spec.name}' has both 'data' and 'binary_data_size'")
-        size = _integer(parameters, "binary_data_size")
+    place = shared_place(parameters, f"input '{spec.name}'")
+    ways = {"data": "data" in tensor, "binary_data_size": "binary_data_size" in parameters, "shared memory": place}
+    given = [f"'{way}'" for way, is_given in ways.items() if is_given]
+    if len(given) > 1:
+        raise InvalidRequest(f"input '{spec.name}' has both {' and '.join(given)}")
+    if place is not None:
+        if place.nbytes > source.max_elements * _LARGEST_ITEM:
+            raise TooLarge(f"input '{spec.name}' has {place.nbytes} bytes of shared memory; send it in parts")
+        array = _from_binary(memoryview(source.memory.read(place)), datatype, spec, shape)
+    elif "binary_data_size" in parameters:
+        size = integer(parameters, "binary_data_size")
         if size > len(data) - offset:
             raise InvalidRequest(
                 f"input '{spec.name}': binary_data_size is {size}, but {len(data) - offset} bytes are left"
             )
-        return _from_binary(data[offset : offset + size], datatype, spec, shape), offset + size
-    if "data" not in tensor:
+        array = _from_binary(data[offset : offset + size], datatype, spec, shape)
+        offset += size
+    elif "data" not in tensor:
         raise InvalidRequest(f"input '{spec.name}' has no 'data'")
-    if datatype in _BINARY_ONLY:
+    elif datatype in BINARY_ONLY:
         raise InvalidRequest(f"input '{spec.name}': {datatype} comes as binary data only")
-    return JsonTensor(spec.name, datatype, spec.dtype, shape).array(tensor["data"]), offset
+    else:
+        array = JsonTensor(spec.name, datatype, spec.dtype, shape).array(tensor["data"])
+    _check_elements(array.shape, spec, source)
+    return array, offset
+
+
+def _check_elements(shape: tuple[int, ...], spec: TensorInfo, source: Source) -> None:
+    if math.prod(shape) > source.max_elements:
+        raise TooLarge(
+            f"input '{spec.name}' has {math.prod(shape)} elements; the limit is {source.max_elements}; send it in parts"
+        )
 
 
 def _parse_shape(value: Any, spec: TensorInfo) -> tuple[int, ...]:
@@ -268,60 +273,3 @@ def _text_of(element: bytes, index: int, spec: TensorInfo) -> str:
             f"input '{spec.name}': element {index} is not UTF-8 ({error.reason} at byte {error.start}); "
             "the strings of ONNX models are UTF-8 text"
         ) from None
-
-
-def _parse_outputs(value: Any, default: Any, specs: Sequence[TensorInfo]) -> tuple[RequestedOutput, ...]:
-    if type(default) is not bool:
-        raise InvalidRequest("parameter 'binary_data_output' is not a boolean")
-    if value is None or value == []:
-        return tuple(RequestedOutput(spec.name, default) for spec in specs)
-    if not isinstance(value, list):
-        raise InvalidRequest("'outputs' is not a list")
-    known = {spec.name for spec in specs}
-    wanted: dict[str, RequestedOutput] = {}
-    for output in value:
-        name = output.get("name") if isinstance(output, dict) else None
-        if not isinstance(name, str) or name not in known:
-            expected = ", ".join(f"'{spec.name}'" for spec in specs)
-            raise InvalidRequest(f"the model has no output '{str(name)[:_MAX_NAME]}'; it has {expected}")
-        if name in wanted:
-            raise InvalidRequest(f"output '{name}' is asked for twice")
-        parameters = _object(output, "parameters")
-        _refuse_unsupported(parameters)
-        binary = parameters.get("binary_data", default)
-        if type(binary) is not bool:
-            raise InvalidRequest(f"output '{name}': 'binary_data' is not a boolean")
-        wanted[name] = RequestedOutput(name, binary)
-    return tuple(wanted.values())
-
-
-def format_outputs(
-    outputs: Sequence[tuple[RequestedOutput, Array]],
-) -> tuple[list[dict[str, Any]], list[bytes]]:
-    """The `outputs` of an answer and the binary data that follows the JSON. Raises InvalidRequest for FP16 as JSON."""
-    documents: list[dict[str, Any]] = []
-    buffers: list[bytes] = []
-    for wanted, array in outputs:
-        datatype = datatype_of(array.dtype)
-        document: dict[str, Any] = {"name": wanted.name, "datatype": datatype, "shape": list(array.shape)}
-        if wanted.binary:
-            data = _bytes_of(array) if datatype == "BYTES" else array.tobytes()
-            document["parameters"] = {"binary_data_size": len(data)}
-            buffers.append(data)
-        elif datatype in _BINARY_ONLY:
-            raise InvalidRequest(f"output '{wanted.name}' is {datatype}, which goes as binary data only")
-        elif datatype == "BYTES":
-            document["data"] = [_text(item) for item in array.reshape(-1)]
-        else:
-            document["data"] = np.ascontiguousarray(array).reshape(-1)
-        documents.append(document)
-    return documents, buffers
-
-
-def _bytes_of(array: Array) -> bytes:
-    items = (item if isinstance(item, bytes) else str(item).encode() for item in array.reshape(-1))
-    return b"".join(struct.pack("<I", len(item)) + item for item in items)
-
-
-def _text(item: Any) -> str:
-    return item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item)

@@ -17,20 +17,20 @@ router = APIRouter(tags=["operations"], responses=ERRORS)
 async def landing(serving: ServingOf) -> JsonResponse:
     """What this server is and where to go on."""
     links = {"models": "/v1/models", "metrics": "/metrics", "documentation": "/docs", "protocol": "/v2"}
-    models = sorted({model.key.name for model in serving.all_models()})
+    models = sorted({model.key.name for model in serving.models.all_models()})
     return JsonResponse({"name": "tilewave", "version": __version__, "models": models, "links": links})
 
 
 @router.get("/v1/models", responses=OPENAI_ERRORS)
 async def list_models(serving: ServingOf) -> JsonResponse:
     """Every model version, in the OpenAI list shape with what we know beside it."""
-    return JsonResponse({"object": "list", "data": [_entry(model) for model in serving.all_models()]})
+    return JsonResponse({"object": "list", "data": [_entry(model) for model in serving.models.all_models()]})
 
 
 @router.get("/v1/models/{model}", responses=OPENAI_ERRORS)
 async def retrieve_model(serving: ServingOf, model: str) -> JsonResponse:
     """The entry of the list for the version that a request without one gets."""
-    return JsonResponse(_entry(serving.find(model)))
+    return JsonResponse(_entry(serving.models.find(model)))
 
 
 def _entry(model: ServedModel) -> dict[str, Any]:

@@ -2,36 +2,51 @@
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 
 from service import __version__
-from service.codecs.body import parse_object, read_body
-from service.codecs.tensors import datatype_of
-from service.errors import InvalidRequest, Unavailable
+from service.codecs.tensor_types import datatype_of
+from service.errors import Unavailable
 from service.model import ModelState, ServedModel
-from service.routes.documents import ERRORS
+from service.routes.protocol_documents import (
+    CONFIG_ANSWER,
+    LIVE_ANSWER,
+    METADATA_ANSWER,
+    MODEL_READY_ANSWER,
+    READY_ANSWER,
+    SERVER_ANSWER,
+    STATISTICS_ANSWER,
+)
 from service.routes.responses import JsonResponse, ServingOf
 from service.workers.messages import BatchingMode, TensorInfo
 
-router = APIRouter(prefix="/v2", tags=["open inference protocol v2"], responses=ERRORS)
+router = APIRouter(prefix="/v2", tags=["open inference protocol v2"])
 
 # Only what works: perf_analyzer and the clients read this list.
-EXTENSIONS = ("binary_tensor_data", "model_configuration", "statistics")
+EXTENSIONS = (
+    "binary_tensor_data",
+    "classification",
+    "model_configuration",
+    "model_repository",
+    "model_repository(unload_dependents)",
+    "statistics",
+)
 
 
-@router.get("")
-async def server_metadata() -> JsonResponse:
+@router.get("", responses=SERVER_ANSWER)
+async def server_metadata(serving: ServingOf) -> JsonResponse:
     """Name, version and protocol extensions of the server."""
-    return JsonResponse({"name": "tilewave", "version": __version__, "extensions": list(EXTENSIONS)})
+    shared = ("system_shared_memory",) if serving.client_memory.enabled else ()
+    return JsonResponse({"name": "tilewave", "version": __version__, "extensions": [*EXTENSIONS, *shared]})
 
 
-@router.get("/health/live")
+@router.get("/health/live", responses=LIVE_ANSWER)
 async def server_live() -> JsonResponse:
     """200 as soon as the server answers at all."""
     return JsonResponse({"live": True})
 
 
-@router.get("/health/ready")
+@router.get("/health/ready", responses=READY_ANSWER)
 async def server_ready(serving: ServingOf) -> JsonResponse:
     """200 when every model that can be loaded is loaded and warm, and the server is not shutting down; else 503."""
     reason = serving.not_ready()
@@ -40,22 +55,22 @@ async def server_ready(serving: ServingOf) -> JsonResponse:
     return JsonResponse({"ready": True})
 
 
-@router.get("/models/stats")
+@router.get("/models/stats", responses=STATISTICS_ANSWER)
 async def all_statistics(serving: ServingOf) -> JsonResponse:
     """Counters of every model."""
-    return _statistics([model for model in serving.all_models() if model.state is ModelState.READY])
+    return _statistics([model for model in serving.models.all_models() if model.state is ModelState.READY])
 
 
-@router.get("/models/{model}")
-@router.get("/models/{model}/versions/{version}")
+@router.get("/models/{model}", responses=METADATA_ANSWER)
+@router.get("/models/{model}/versions/{version}", responses=METADATA_ANSWER)
 async def model_metadata(serving: ServingOf, model: str, version: str | None = None) -> JsonResponse:
     """Inputs and outputs of a model; open dims are -1."""
-    served = serving.find(model, version)
+    served = serving.models.find(model, version)
     specs = served.specs
     return JsonResponse(
         {
             "name": served.key.name,
-            "versions": [str(other.key.version) for other in serving.versions(model)],
+            "versions": [str(other.key.version) for other in serving.models.versions(model)],
             "platform": "tilewave_onnx",
             "inputs": [_tensor(spec) for spec in specs.inputs],
             "outputs": [_tensor(spec) for spec in specs.outputs],
@@ -63,19 +78,19 @@ async def model_metadata(serving: ServingOf, model: str, version: str | None = N
     )
 
 
-@router.get("/models/{model}/ready")
-@router.get("/models/{model}/versions/{version}/ready")
+@router.get("/models/{model}/ready", responses=MODEL_READY_ANSWER)
+@router.get("/models/{model}/versions/{version}/ready", responses=MODEL_READY_ANSWER)
 async def model_ready(serving: ServingOf, model: str, version: str | None = None) -> JsonResponse:
     """200 when this model answers; 503 with the reason when it does not."""
     served = serving.accepting(model, version)
     return JsonResponse({"name": served.key.name, "ready": True})
 
 
-@router.get("/models/{model}/config")
-@router.get("/models/{model}/versions/{version}/config")
+@router.get("/models/{model}/config", responses=CONFIG_ANSWER)
+@router.get("/models/{model}/versions/{version}/config", responses=CONFIG_ANSWER)
 async def model_configuration(serving: ServingOf, model: str, version: str | None = None) -> JsonResponse:
     """The model's configuration in the form of the protocol's clients."""
-    served = serving.find(model, version)
+    served = serving.models.find(model, version)
     specs = served.specs
     batched = specs.batching is not BatchingMode.NONE
     document: dict[str, Any] = {
@@ -94,29 +109,11 @@ async def model_configuration(serving: ServingOf, model: str, version: str | Non
     return JsonResponse(document)
 
 
-@router.get("/models/{model}/stats")
-@router.get("/models/{model}/versions/{version}/stats")
+@router.get("/models/{model}/stats", responses=STATISTICS_ANSWER)
+@router.get("/models/{model}/versions/{version}/stats", responses=STATISTICS_ANSWER)
 async def model_statistics(serving: ServingOf, model: str, version: str | None = None) -> JsonResponse:
     """Counters of one model: all versions, or the one named."""
-    return _statistics(serving.versions(model) if version is None else [serving.find(model, version)])
-
-
-@router.post("/repository/index")
-async def repository_index(request: Request, serving: ServingOf) -> JsonResponse:
-    """Every model and its state; an optional body `{"ready": true}` leaves only what can be served."""
-    body = await read_body(request, serving.settings)
-    only_ready = parse_object(body).get("ready", False) if body else False
-    if type(only_ready) is not bool:
-        raise InvalidRequest("'ready' is not a boolean")
-    entries = [
-        {"name": name, "version": "", "state": ModelState.UNAVAILABLE, "reason": reason}
-        for name, reason in serving.broken().items()
-    ] + [
-        {"name": m.key.name, "version": str(m.key.version), "state": m.state, "reason": m.reason}
-        for m in serving.all_models()
-    ]
-    wanted = (entry for entry in entries if not only_ready or entry["state"] is ModelState.READY)
-    return JsonResponse(sorted(wanted, key=lambda entry: (entry["name"], entry["version"])))
+    return _statistics(serving.models.versions(model) if version is None else [serving.models.find(model, version)])
 
 
 def _statistics(models: list[ServedModel]) -> JsonResponse:

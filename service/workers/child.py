@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from service.workers.engine_api import EngineModule
 from service.workers.engine_worker import EngineWorker
-from service.workers.messages import FailureCode, InferFailed, InferResult, ModelReady, Report
+from service.workers.messages import FailureCode, InferFailed, InferResult, ModelReady, Report, Unloaded
 from service.workers.shared_memory import Blocks, Leases, RegionFull, map_region
 from service.workers.wire import Beat, Dying, FrameReader, FromEngine, LogLine, Release, Starved, decode_command, encode
 
@@ -94,7 +94,8 @@ class Child:
     def _report(self, reports: Sequence[Report]) -> None:
         """Any thread of the worker: all reports in one write, unless answers have to wait for memory, which may be that
         of answers before them."""
-        if isinstance(reports[0], ModelReady):
+        if isinstance(reports[0], ModelReady | Unloaded):
+            gc.unfreeze()
             gc.collect()
             gc.freeze()  # what loading left behind is not looked at again and again
         ready: list[bytes] = []

@@ -162,10 +162,14 @@ class EngineWorker:
 
     def _unload(self, key: ModelKey) -> None:
         self._scheduler.remove(key)
+        self._close(key)
+        self._report(Unloaded(key))
+
+    def _close(self, key: ModelKey) -> None:
+        """Close a model where counters are read, so that none is closed while its own are."""
         model = self._models.pop(key, None)
         if model is not None:
-            model.close()
-        self._report(Unloaded(key))
+            self._statistics.submit(model.close).result()
 
     # ---- the end
 
@@ -177,7 +181,7 @@ class EngineWorker:
         with contextlib.suppress(TimeoutError):
             idle.result(_LAST_LOAD_S)
         for key in list(self._models):
-            self._models.pop(key).close()
+            self._close(key)
         self._statistics.shutdown(wait=False)
         self._report(Stopped())
 

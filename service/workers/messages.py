@@ -36,10 +36,11 @@ class BatchingMode(StrEnum):
 
 @dataclass(frozen=True, slots=True, order=True)
 class ModelKey:
-    """One version of one model."""
+    """One version of one model. `generation` tells apart what the same folder held at different times."""
 
     name: str
     version: int
+    generation: int = 0
 
     def __str__(self) -> str:
         return f"{self.name}/{self.version}"

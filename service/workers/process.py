@@ -40,6 +40,7 @@ from service.workers.messages import (
     Stop,
     Stopped,
     Unload,
+    Unloaded,
     WorkerLost,
 )
 from service.workers.shared_memory import Blocks, RegionFull, create_region, map_region
@@ -79,6 +80,7 @@ class ProcessTransport:
         self._blocks: Blocks | None = None
         self._models: dict[ModelKey, LoadModel] = {}
         self._loading: dict[ModelKey, None] = {}
+        self._unloading: dict[ModelKey, None] = {}
         self._crashes: dict[ModelKey, int] = {}
         self._in_flight: set[int] = set()
         self._counters = LastingCounters()
@@ -101,6 +103,7 @@ class ProcessTransport:
                 self._models[command.key] = command
             case Unload():
                 self._models.pop(command.key, None)
+                self._crashes.pop(command.key, None)
                 self._counters.forget(command.key)
             case Stop():
                 self._stopping = True
@@ -143,6 +146,8 @@ class ProcessTransport:
                 self._deliver(InferFailed(command.id, FailureCode.WORKER_LOST, reason, 1.0))
             case Stats():
                 self._deliver(self._counters.report(StatsReport(command.id, ())))
+            case Unload():
+                self._deliver(Unloaded(command.key))
             case Stop():
                 self._stopped = True
                 self._deliver(Stopped())
@@ -152,6 +157,8 @@ class ProcessTransport:
             self._in_flight.add(command.id)
         elif isinstance(command, LoadModel):
             self._loading[command.key] = None
+        elif isinstance(command, Unload):
+            self._unloading[command.key] = None
         try:
             link.send(command)
         except RegionFull as error:
@@ -199,6 +206,9 @@ class ProcessTransport:
             case LoadFailed():
                 self._loading.pop(message.key, None)
                 self._models.pop(message.key, None)
+            case Unloaded():
+                self._unloading.pop(message.key, None)
+                self._counters.forget(message.key)
             case StatsReport():
                 message = self._counters.report(message)
             case Stopped():
@@ -223,6 +233,9 @@ class ProcessTransport:
         for request in sorted(self._in_flight):
             self._deliver(InferFailed(request, FailureCode.WORKER_LOST, f"{reason}; {next_}", 1.0))
         self._in_flight.clear()
+        for key in list(self._unloading):
+            self._deliver(Unloaded(key))
+        self._unloading.clear()
         self._deliver(WorkerLost(reason, restarting=not self._stopping))
         if self._stopping:
             self._stopped = True

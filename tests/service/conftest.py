@@ -86,7 +86,7 @@ class Running:
 
     def wait_ready(self) -> None:
         """Until nothing loads any more."""
-        wait_for(lambda: not any(m.state == "LOADING" for m in self.serving.all_models()), 60)
+        wait_for(lambda: not any(m.state == "LOADING" for m in self.serving.models.all_models()), 60)
 
 
 def sample(text: str, name: str, **labels: str) -> float:

@@ -14,12 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tritonclient.utils import InferenceServerException
 
-from service.codecs.tensors import parse_infer
+from service.client_memory import ClientMemory
+from service.codecs.tensors import Source, parse_infer
 from service.errors import InvalidRequest
 from service.workers.messages import TensorInfo
 from tests.service.conftest import Running, Start, add_model, error_of
 from tests.service.fakes import HIDDEN, KINDS
 
+SOURCE = Source(1 << 24, ClientMemory(()))
 VALUES = np.array([[1.5, -2, 3, 4], [5, 6, 7, 8]], np.float32)
 
 
@@ -43,7 +45,14 @@ def test_health_and_metadata(client: triton.InferenceServerClient) -> None:
     assert not client.is_model_ready("nobody")
     server = client.get_server_metadata()
     assert server["name"] == "tilewave"
-    assert server["extensions"] == ["binary_tensor_data", "model_configuration", "statistics"]
+    assert server["extensions"] == [
+        "binary_tensor_data",
+        "classification",
+        "model_configuration",
+        "model_repository",
+        "model_repository(unload_dependents)",
+        "statistics",
+    ]
     model = client.get_model_metadata("encoder")
     assert model["versions"] == ["1"]
     assert model["inputs"][0] == {"name": "input_ids", "datatype": "INT64", "shape": [-1, -1]}
@@ -251,7 +260,9 @@ BAD: list[tuple[Any, str]] = [
     (infer_body(parameters={"binary_data_size": 4}), "both"),
     (infer_body(data=..., parameters={"binary_data_size": 16}), "0 bytes are left"),
     (infer_body(data=..., parameters={"binary_data_size": -1}), "unsigned"),
-    (infer_body(parameters={"shared_memory_region": "x"}), "not supported"),
+    (infer_body(parameters={"shared_memory_region": "x"}), "no 'shared_memory_byte_size'"),
+    (infer_body(data=..., parameters={"shared_memory_region": "x", "shared_memory_byte_size": 4}), "memory is off"),
+    (infer_body(parameters={"shared_memory_region": "x", "shared_memory_byte_size": 4}), "both"),
     ({**infer_body(), "parameters": []}, "'parameters'"),
     ({**infer_body(), "parameters": {"sequence_id": 3}}, "not supported"),
     ({**infer_body(), "parameters": {"timeout": "1"}}, "'timeout' is the string '1'"),
@@ -264,7 +275,7 @@ BAD: list[tuple[Any, str]] = [
     ({**infer_body(), "outputs": [{"name": "x"}]}, "no output 'x'"),
     ({**infer_body(), "outputs": [{"name": "output"}] * 2}, "twice"),
     ({**infer_body(), "outputs": [{"name": "output", "parameters": {"binary_data": 1}}]}, "'binary_data'"),
-    ({**infer_body(), "outputs": [{"name": "output", "parameters": {"classification": 1}}]}, "not supported"),
+    ({**infer_body(), "outputs": [{"name": "output", "parameters": {"classification": 0}}]}, "ask for 1 class or more"),
 ]
 
 
@@ -321,7 +332,7 @@ def test_bad_strings(data: bytes, words: str) -> None:
     tensor_ = {"name": "s", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": len(data)}}
     header = json.dumps({"inputs": [tensor_]}).encode()
     with pytest.raises(InvalidRequest) as refused:
-        parse_infer(header + data, str(len(header)), [spec], [])
+        parse_infer(header + data, str(len(header)), [spec], [], SOURCE)
     assert f"input 's'{':' if words[0] != '0' else ' has'} " in str(refused.value)
     assert words in str(refused.value)
 
@@ -385,7 +396,7 @@ def test_integers_out_of_range_are_named(dtype: str, value: int, expected: str) 
     spec = TensorInfo("x", np.dtype(dtype), (2,))
     body = {"inputs": [{"name": "x", "shape": [2], "datatype": dtype.upper(), "data": [0, value]}]}
     with pytest.raises(InvalidRequest) as refused:
-        parse_infer(json.dumps(body).encode(), None, [spec], [])
+        parse_infer(json.dumps(body).encode(), None, [spec], [], SOURCE)
     assert f"input 'x': {expected}" in str(refused.value)
 
 
@@ -395,7 +406,7 @@ def test_nested_and_flat_data_are_the_same(shape: tuple[int, ...]) -> None:
     spec = TensorInfo("x", np.dtype("int64"), shape)
     for data in (array.tolist(), array.ravel().tolist()):
         body = {"inputs": [{"name": "x", "shape": list(shape), "datatype": "INT64", "data": data}]}
-        parsed = parse_infer(json.dumps(body).encode(), None, [spec], [])
+        parsed = parse_infer(json.dumps(body).encode(), None, [spec], [], SOURCE)
         np.testing.assert_array_equal(parsed.inputs[0][1], array)
 
 
@@ -420,7 +431,7 @@ def test_any_json_is_parsed_or_refused(document: Any, inputs: Any) -> None:
         if isinstance(inputs, dict):
             inputs["name"] = "input"
     try:
-        parsed = parse_infer(json.dumps(document).encode(), None, [spec], [spec])
+        parsed = parse_infer(json.dumps(document).encode(), None, [spec], [spec], SOURCE)
     except InvalidRequest:
         return
     assert parsed.inputs[0][1].dtype == np.float32

@@ -1,0 +1,152 @@
+"""Outputs of the Open Inference Protocol v2: which ones a client wants and in what form, and the answer made of them.
+
+Called by the infer route and by `tensors.py`. An output goes as JSON, as binary data, into shared memory, or as its
+best classes (the classification extension: strings "value:index:label").
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.client_memory import ClientMemory, Place
+from service.codecs.json_values import shown
+from service.codecs.parameters import integer, member, refuse_unsupported, shared_place
+from service.codecs.tensor_types import BINARY_ONLY, datatype_of
+from service.errors import InvalidRequest
+from service.workers.messages import TensorInfo
+
+_MAX_NAME = 64
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestedOutput:
+    """An output that the client wants: as binary data or as JSON, its `classes` best classes where that is not 0, into
+    shared memory where there is a `place`."""
+
+    name: str
+    binary: bool
+    classes: int = 0
+    place: Place | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """What the classification extension needs of a model: whether axis 0 is the batch, and the labels there are."""
+
+    batched: bool
+    labels: tuple[str, ...]
+
+
+def parse_outputs(
+    value: Any, default: Any, specs: Sequence[TensorInfo], memory: ClientMemory
+) -> tuple[RequestedOutput, ...]:
+    """The `outputs` of a request; none are all. Raises InvalidRequest, and what `memory` raises."""
+    if type(default) is not bool:
+        raise InvalidRequest("parameter 'binary_data_output' is not a boolean")
+    if value is None or value == []:
+        return tuple(RequestedOutput(spec.name, default) for spec in specs)
+    if not isinstance(value, list):
+        raise InvalidRequest("'outputs' is not a list")
+    known = {spec.name: spec for spec in specs}
+    wanted: dict[str, RequestedOutput] = {}
+    for output in value:
+        name = output.get("name") if isinstance(output, dict) else None
+        if not isinstance(name, str) or name not in known:
+            expected = ", ".join(f"'{spec.name}'" for spec in specs)
+            raise InvalidRequest(f"the model has no output '{str(name)[:_MAX_NAME]}'; it has {expected}")
+        if name in wanted:
+            raise InvalidRequest(f"output '{name}' is asked for twice")
+        wanted[name] = _parse_output(name, member(output, "parameters"), default, known[name], memory)
+    return tuple(wanted.values())
+
+
+def _parse_output(
+    name: str, parameters: dict[str, Any], default: bool, spec: TensorInfo, memory: ClientMemory
+) -> RequestedOutput:
+    refuse_unsupported(parameters)
+    binary = parameters.get("binary_data", default)
+    if type(binary) is not bool:
+        raise InvalidRequest(f"output '{name}': 'binary_data' is not a boolean")
+    classes = 0
+    if "classification" in parameters:
+        classes = integer(parameters, "classification")
+        if not classes:
+            raise InvalidRequest(f"output '{name}': 'classification' is {shown(classes)}; ask for 1 class or more")
+        if datatype_of(spec.dtype) == "BYTES":
+            raise InvalidRequest(f"output '{name}' holds strings, of which none is the best")
+    place = shared_place(parameters, f"output '{name}'")
+    if place is not None:
+        if classes or binary:
+            other = "'classification'" if classes else "'binary_data'"
+            raise InvalidRequest(f"output '{name}': {other} and shared memory exclude each other")
+        memory.check(place)
+    return RequestedOutput(name, binary, classes, place)
+
+
+def format_outputs(
+    outputs: Sequence[tuple[RequestedOutput, Array]], classes: Classes, memory: ClientMemory
+) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """The `outputs` of an answer and the binary data that follows the JSON. Raises InvalidRequest for FP16 as JSON, and
+    what `memory` raises."""
+    documents: list[dict[str, Any]] = []
+    buffers: list[bytes] = []
+    for wanted, array in outputs:
+        if wanted.classes:
+            array = best_classes(array, wanted.classes, classes)
+        datatype = datatype_of(array.dtype)
+        document: dict[str, Any] = {"name": wanted.name, "datatype": datatype, "shape": list(array.shape)}
+        if wanted.place is not None:
+            data = _bytes_of(array, datatype)
+            memory.write(wanted.place, data)
+            document["parameters"] = {
+                "shared_memory_region": wanted.place.region,
+                "shared_memory_byte_size": len(data),
+                "shared_memory_offset": wanted.place.offset,
+            }
+        elif wanted.binary:
+            data = _bytes_of(array, datatype)
+            document["parameters"] = {"binary_data_size": len(data)}
+            buffers.append(data)
+        elif datatype in BINARY_ONLY:
+            raise InvalidRequest(f"output '{wanted.name}' is {datatype}, which goes as binary data only")
+        elif datatype == "BYTES":
+            document["data"] = [_text(item) for item in array.reshape(-1)]
+        else:
+            document["data"] = np.ascontiguousarray(array).reshape(-1)
+        documents.append(document)
+    return documents, buffers
+
+
+def best_classes(array: Array, most: int, classes: Classes) -> Array:
+    """The `most` highest elements of each row as strings "value:index" or "value:index:label", highest first: (rows,
+    most) for a batched model, else (most,) over the whole tensor. Equal ones keep their order, NaN comes last."""
+    rows = array.reshape(array.shape[0] if classes.batched and array.ndim else 1, -1)
+    count = rows.shape[1]
+    labels = classes.labels if len(classes.labels) == count else ()
+    keys = np.where(np.isnan(rows), -np.inf, rows) if rows.dtype.kind == "f" else rows
+    # Ascending, stable and from the end: equal elements end up in their own order, unsigned ones need no sign.
+    order = count - 1 - np.argsort(keys[:, ::-1], axis=1, kind="stable")[:, ::-1][:, :most]
+    out = np.empty(order.shape, object)
+    for row, indices in enumerate(order):
+        for place, index in enumerate(indices):
+            value = rows[row, index]
+            number = f"{value:f}" if rows.dtype.kind == "f" else str(int(value))
+            out[row, place] = f"{number}:{index}" + (f":{labels[index]}" if labels else "")
+    return out if classes.batched and array.ndim else out[0]
+
+
+def _bytes_of(array: Array, datatype: str) -> bytes:
+    if datatype != "BYTES":
+        return array.tobytes()
+    items = (item if isinstance(item, bytes) else str(item).encode() for item in array.reshape(-1))
+    return b"".join(struct.pack("<I", len(item)) + item for item in items)
+
+
+def _text(item: Any) -> str:
+    return item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item)

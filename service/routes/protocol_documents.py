@@ -1,0 +1,195 @@
+"""OpenAPI fragments of the Open Inference Protocol v2. Data only; `/docs` shows it and tests hold the server to it."""
+
+from service.routes.documents import FILE, INTEGER, STRING, Schema, answer_of, body_of, json_content, list_of, object_of
+
+_BOOLEAN: Schema = {"type": "boolean"}
+_UNSIGNED: Schema = {"type": "integer", "minimum": 0}
+_DATATYPE: Schema = {
+    "enum": [
+        "BOOL", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64",
+        "FP16", "BF16", "FP32", "FP64", "BYTES",
+    ]
+}  # fmt: skip
+_SHARED_MEMORY: Schema = {
+    "shared_memory_region": {**STRING, "description": "A registered region that holds the tensor."},
+    "shared_memory_byte_size": _UNSIGNED,
+    "shared_memory_offset": _UNSIGNED,
+}
+_TENSOR_PARAMETERS: Schema = {
+    "type": "object",
+    "properties": {
+        "binary_data_size": {**_UNSIGNED, "description": "Bytes of the tensor in what follows the JSON."},
+        **_SHARED_MEMORY,
+    },
+}
+_OUTPUT_PARAMETERS: Schema = {
+    "type": "object",
+    "properties": {
+        "binary_data": _BOOLEAN,
+        "classification": {"type": "integer", "minimum": 1, "description": "Only so many best classes, as BYTES."},
+        **_SHARED_MEMORY,
+    },
+}
+_TENSOR: Schema = object_of(
+    {
+        "name": STRING,
+        "datatype": _DATATYPE,
+        "shape": list_of(_UNSIGNED),
+        "data": {"type": "array"},
+        "parameters": _TENSOR_PARAMETERS,
+    },
+    ["name", "datatype", "shape"],
+)
+_PARAMETERS: Schema = {
+    "type": "object",
+    "properties": {
+        "timeout": {**_UNSIGNED, "description": "Microseconds."},
+        "priority": {**_UNSIGNED, "description": "1 is the most urgent, 0 the default."},
+        "binary_data_output": {"type": "boolean"},
+    },
+}
+_OUTPUT: Schema = object_of({"name": STRING, "parameters": _OUTPUT_PARAMETERS}, ["name"])
+_INFER_BODY: Schema = {
+    "required": True,
+    "content": {
+        **json_content(
+            object_of(
+                {"id": STRING, "parameters": _PARAMETERS, "inputs": list_of(_TENSOR), "outputs": list_of(_OUTPUT)},
+                ["inputs"],
+            )
+        ),
+        "application/octet-stream": {"schema": FILE},
+    },
+}
+
+
+def infer_operation(*path_parameters: str) -> Schema:
+    """The parts of an infer route that FastAPI cannot know."""
+    named = [{"name": name, "in": "path", "required": True, "schema": STRING} for name in path_parameters]
+    return {"parameters": named, "requestBody": _INFER_BODY}
+
+
+INFER_ANSWER = answer_of(
+    object_of(
+        {"model_name": STRING, "model_version": STRING, "id": STRING, "outputs": list_of(_TENSOR)},
+        ["model_name", "model_version", "outputs"],
+    ),
+    "The outputs; binary ones follow the JSON, whose length is in Inference-Header-Content-Length.",
+)
+INFER_ANSWER[200]["content"]["application/octet-stream"] = {"schema": FILE}
+
+SERVER_ANSWER = answer_of(
+    object_of({"name": STRING, "version": STRING, "extensions": list_of(STRING)}, ["name", "version", "extensions"]),
+    "What the server is, and the extensions that work.",
+)
+LIVE_ANSWER = answer_of(object_of({"live": _BOOLEAN}, ["live"]), "The server answers.")
+READY_ANSWER = answer_of(object_of({"ready": _BOOLEAN}, ["ready"]), "The server is ready.")
+MODEL_READY_ANSWER = answer_of(object_of({"name": STRING, "ready": _BOOLEAN}, ["name", "ready"]), "The model is ready.")
+_SPEC = object_of(
+    {"name": STRING, "datatype": _DATATYPE, "shape": list_of({"type": "integer", "minimum": -1})},
+    ["name", "datatype", "shape"],
+)
+METADATA_ANSWER = answer_of(
+    object_of(
+        {
+            "name": STRING,
+            "versions": list_of(STRING),
+            "platform": STRING,
+            "inputs": list_of(_SPEC),
+            "outputs": list_of(_SPEC),
+        },
+        ["name", "versions", "platform", "inputs", "outputs"],
+    ),
+    "Inputs and outputs of the model; open dims are -1.",
+)
+_CONFIG_SPEC = object_of({"name": STRING, "data_type": STRING, "dims": list_of(INTEGER)}, ["name", "data_type", "dims"])
+CONFIG_ANSWER = answer_of(
+    object_of(
+        {
+            "name": STRING,
+            "platform": STRING,
+            "backend": STRING,
+            "max_batch_size": _UNSIGNED,
+            "input": list_of(_CONFIG_SPEC),
+            "output": list_of(_CONFIG_SPEC),
+            "model_transaction_policy": object_of({"decoupled": _BOOLEAN}, ["decoupled"]),
+            "response_cache": object_of({"enable": _BOOLEAN}, ["enable"]),
+            "dynamic_batching": object_of({"max_queue_delay_microseconds": _UNSIGNED}, []),
+        },
+        ["name", "platform", "backend", "max_batch_size", "input", "output"],
+    ),
+    "The configuration of the model; `dims` are without the batch where `max_batch_size` is not 0.",
+)
+_DURATION = object_of({"count": _UNSIGNED, "ns": _UNSIGNED}, ["count", "ns"])
+_PARTS = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output", "cache_hit", "cache_miss")
+_BATCH_PARTS = ("compute_input", "compute_infer", "compute_output")
+STATISTICS_ANSWER = answer_of(
+    object_of(
+        {
+            "model_stats": list_of(
+                object_of(
+                    {
+                        "name": STRING,
+                        "version": STRING,
+                        "last_inference": {**_UNSIGNED, "description": "Milliseconds since 1970."},
+                        "inference_count": _UNSIGNED,
+                        "execution_count": _UNSIGNED,
+                        "inference_stats": object_of(dict.fromkeys(_PARTS, _DURATION), list(_PARTS)),
+                        "batch_stats": list_of(
+                            object_of(
+                                {"batch_size": _UNSIGNED, **dict.fromkeys(_BATCH_PARTS, _DURATION)},
+                                ["batch_size", *_BATCH_PARTS],
+                            )
+                        ),
+                    },
+                    ["name", "version", "inference_count", "execution_count", "inference_stats", "batch_stats"],
+                )
+            )
+        },
+        ["model_stats"],
+    ),
+    "Counters of the model since it was loaded.",
+)
+INDEX_BODY = {**body_of(object_of({"ready": _BOOLEAN}, [])), "required": False}
+INDEX_ANSWER = answer_of(
+    list_of(
+        object_of(
+            {
+                "name": STRING,
+                "version": STRING,
+                "state": {"enum": ["LOADING", "READY", "UNAVAILABLE"]},
+                "reason": STRING,
+            },
+            ["name", "version", "state", "reason"],
+        )
+    ),
+    "Every model folder and version, its state and why.",
+)
+LOAD_BODY = {
+    **body_of(object_of({"parameters": {"type": "object", "additionalProperties": False}}, [])),
+    "required": False,
+}
+UNLOAD_BODY = {
+    **body_of(object_of({"parameters": {"type": "object", "properties": {"unload_dependents": _BOOLEAN}}}, [])),
+    "required": False,
+}
+DONE_ANSWER = answer_of({"type": "object"}, "It is done.")
+REGISTER_BODY = body_of(
+    object_of(
+        {
+            "key": {**STRING, "pattern": "^/[A-Za-z0-9][A-Za-z0-9._+-]{0,253}$"},
+            "offset": _UNSIGNED,
+            "byte_size": {"type": "integer", "minimum": 1},
+        },
+        ["key", "byte_size"],
+    )
+)
+REGIONS_ANSWER = answer_of(
+    list_of(
+        object_of(
+            {"name": STRING, "key": STRING, "offset": _UNSIGNED, "byte_size": _UNSIGNED},
+            ["name", "key", "offset", "byte_size"],
+        )
+    ),
+    "Registered regions.",
+)
