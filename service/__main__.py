@@ -1,6 +1,7 @@
 """`python -m service`: settings, socket, uvicorn, signals. Exit status 0 after a drain, 2 for a wrong setting, 1 for a
 taken port."""
 
+import asyncio
 import contextlib
 import gc
 import logging
@@ -39,11 +40,17 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Generator[None, None, None]:
         """Handle SIGTERM and SIGINT; unlike uvicorn's own, do not raise them again at the end."""
         before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self.handle_reload)
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def handle_reload(self, sig: int, frame: FrameType | None) -> None:
+        """Follow the model repository's folder."""
+        log.info("%s: looking for changes in the model repository", signal.Signals(sig).name)
+        asyncio.get_running_loop().call_soon_threadsafe(self._serving.refresh)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; a second SIGINT ends at once."""

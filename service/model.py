@@ -117,14 +117,20 @@ class ServedModel:
         if all(isinstance(count, int) for count in counts) and len(labels) not in counts:
             raise ValueError(f"labels.txt has {len(labels)} lines, but no output has as many classes; correct the file")
 
-    @property
-    def specs(self) -> ModelReady:
-        """What the worker said of a loaded model. Raises Unavailable."""
+    def check_ready(self) -> None:
+        """Raises Unavailable unless requests may begin."""
         if self.ready is None or self.state is not ModelState.READY:
             what = self.reason or ("it is loading" if self.state is ModelState.LOADING else "it is not loaded")
             raise Unavailable(
                 f"model '{self.key.name}' version {self.key.version} is not ready: {what}", retry_after=1.0
             )
+
+    @property
+    def specs(self) -> ModelReady:
+        """What the worker said of the model; a request that has begun may ask, whatever becomes of the model. Raises
+        Unavailable for a model that never was ready."""
+        if self.ready is None:
+            raise Unavailable(f"model '{self.key.name}' version {self.key.version} is not ready", retry_after=1.0)
         return self.ready
 
     def main_output(self) -> TensorInfo:

@@ -140,7 +140,7 @@ class Serving:
         """The version of a model that infers. Raises NotFound; Unavailable while draining or when it is not ready."""
         self.check_not_draining()
         model = self.models.find(name, version)
-        _ = model.specs
+        model.check_ready()
         return model
 
     def check_not_draining(self) -> None:

@@ -66,6 +66,7 @@ async def all_statistics(serving: ServingOf) -> JsonResponse:
 async def model_metadata(serving: ServingOf, model: str, version: str | None = None) -> JsonResponse:
     """Inputs and outputs of a model; open dims are -1."""
     served = serving.models.find(model, version)
+    served.check_ready()
     specs = served.specs
     return JsonResponse(
         {
@@ -91,6 +92,7 @@ async def model_ready(serving: ServingOf, model: str, version: str | None = None
 async def model_configuration(serving: ServingOf, model: str, version: str | None = None) -> JsonResponse:
     """The model's configuration in the form of the protocol's clients."""
     served = serving.models.find(model, version)
+    served.check_ready()
     specs = served.specs
     batched = specs.batching is not BatchingMode.NONE
     document: dict[str, Any] = {
