@@ -15,6 +15,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from service.access import Access
 from service.app import create_app
 from service.connection import limited
 from service.logs import configure
@@ -32,9 +33,10 @@ _SWITCH_INTERVAL_S = 0.0005
 class _Server(uvicorn.Server):
     """uvicorn, with a drain that begins at the signal and ends with exit status 0."""
 
-    def __init__(self, config: uvicorn.Config, serving: Serving) -> None:
+    def __init__(self, config: uvicorn.Config, serving: Serving, access: Access) -> None:
         super().__init__(config)
         self._serving = serving
+        self._access = access
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -48,9 +50,11 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_reload(self, sig: int, frame: FrameType | None) -> None:
-        """Follow the model repository's folder."""
-        log.info("%s: looking for changes in the model repository", signal.Signals(sig).name)
-        asyncio.get_running_loop().call_soon_threadsafe(self._serving.refresh)
+        """Follow the model repository's folder, and read the API keys again."""
+        log.info("%s: looking for changes in the model repository and the API keys", signal.Signals(sig).name)
+        loop = asyncio.get_running_loop()
+        for call in (self._access.reload, self._serving.refresh):
+            loop.call_soon_threadsafe(call)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; a second SIGINT ends at once."""
@@ -76,11 +80,12 @@ def _bind(settings: Settings) -> socket.socket:
 
 
 def serve(settings: Settings, engine: Callable[[], EngineModule] = real_engine) -> int:
-    """Serve until SIGTERM or SIGINT; the process's exit status."""
+    """Serve until SIGTERM or SIGINT; the process's exit status. Raises SettingsError."""
     configure(settings.log_level, settings.log_format)
     for name, closest in unknown_variables(os.environ).items():
         hint = f"did you mean {closest}?" if closest else "see --help"
         log.warning("environment variable %s is no setting of this service; %s", name, hint)
+    app: FastAPI = create_app(settings, engine, _spare_the_collector)
     try:
         listener = _bind(settings)
     except OSError as error:
@@ -90,7 +95,6 @@ def serve(settings: Settings, engine: Callable[[], EngineModule] = real_engine) 
         )
         return 1
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    app: FastAPI = create_app(settings, engine, _spare_the_collector)
     config = uvicorn.Config(
         app,
         http=limited(settings),
@@ -102,7 +106,7 @@ def serve(settings: Settings, engine: Callable[[], EngineModule] = real_engine) 
     )
     host, port = listener.getsockname()[:2]
     log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    _Server(config, app.state.serving).run(sockets=[listener])
+    _Server(config, app.state.serving, app.state.access).run(sockets=[listener])
     if not app.state.serving.finished:
         logging.shutdown()
         os._exit(0)  # a run or a load of the engine cannot be interrupted, and Python would wait for its thread
@@ -112,11 +116,10 @@ def serve(settings: Settings, engine: Callable[[], EngineModule] = real_engine) 
 def main() -> int:
     """Read the settings and serve."""
     try:
-        settings = read_settings(sys.argv[1:])
+        return serve(read_settings(sys.argv[1:]))
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 2
-    return serve(settings)
 
 
 if __name__ == "__main__":

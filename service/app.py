@@ -4,7 +4,6 @@
 """
 
 import logging
-import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -15,10 +14,11 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from service import __version__
-from service.errors import InvalidRequest, ServiceError, TooLarge, describe
+from service.access import read_access
+from service.errors import InvalidRequest, ServiceError, describe
 from service.middleware import RequestMiddleware
 from service.routes import embeddings, images, infer, operations, protocol, repository, tokens
-from service.routes.responses import error_response
+from service.routes.responses import error_response, refusal
 from service.serving import Serving
 from service.settings import EngineProcess, Settings
 from service.workers.engine_api import EngineModule, import_path, real_engine, uses_gpu
@@ -33,7 +33,8 @@ def create_app(
 ) -> FastAPI:
     """The app. `engine` returns the module that loads models, and is first called on the loading thread, or in the
     engine's process; `on_settled` is called whenever no model is loading any more, and after each
-    unloading."""
+    unloading. Raises SettingsError for settings that contradict each other."""
+    access = read_access(settings)
     serving = Serving(settings, _transport(settings, engine), on_settled)
 
     @asynccontextmanager
@@ -49,7 +50,7 @@ def create_app(
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    app.state.serving = serving
+    app.state.serving, app.state.access = serving, access
     for routes in (
         infer,
         images,
@@ -60,12 +61,20 @@ def create_app(
         repository,
     ):  # the busiest first: matching is linear
         app.include_router(routes.router)
+    _describe_keys(app)
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(Exception, _unknown_error)
-    app.add_middleware(RequestMiddleware, metrics=serving.metrics, access_log=settings.access_log)
+    app.add_middleware(RequestMiddleware, metrics=serving.metrics, access=access, access_log=settings.access_log)
     return app
+
+
+def _describe_keys(app: FastAPI) -> None:
+    """Say in the OpenAPI document that requests may need an API key."""
+    document = app.openapi()
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    document["security"] = [{}, {"key": []}]
 
 
 def _transport(settings: Settings, engine: Callable[[], EngineModule]) -> Transport:
@@ -77,14 +86,8 @@ def _transport(settings: Settings, engine: Callable[[], EngineModule]) -> Transp
 
 
 async def _service_error(request: Request, error: Exception) -> Response:
-    row = describe(error)
-    headers = {}
-    retry_after = getattr(error, "retry_after", None)
-    if retry_after is not None:
-        headers["retry-after"] = str(max(1, math.ceil(retry_after)))
-    if isinstance(error, TooLarge):
-        headers["connection"] = "close"  # the rest of the body may still be on its way
-    return error_response(str(error), row, request.url.path, headers)
+    assert isinstance(error, ServiceError)
+    return refusal(error, request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

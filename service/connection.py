@@ -60,6 +60,7 @@ class _AnswerTransport(asyncio.Transport):
 class Connection(HttpToolsProtocol):
     """A connection with the bounds of `limited`."""
 
+    max_connections: int
     max_header_bytes: int
     header_timeout: float
     linger_bytes: int  # what is thrown away at most, and for how long, of a body that was refused
@@ -77,6 +78,9 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The header's time begins: a client that connects and says nothing goes too."""
         super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, f"the server has its {self.max_connections} connections")
+            return
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -233,8 +237,9 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, status: HTTPStatus, text: str) -> None:
         self._stop_timer()
         body = f'{{"error":"{text}"}}'
+        again = "retry-after: 1\r\n" if status is HTTPStatus.SERVICE_UNAVAILABLE else ""
         head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
-        self.transport.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n{body}".encode())
+        self.transport.write(f"{head}content-length: {len(body)}\r\n{again}connection: close\r\n\r\n{body}".encode())
         self.transport.close()
 
     def _start_timer(self) -> None:
@@ -256,6 +261,7 @@ def limited(settings: Settings) -> type[Connection]:
     """The class that uvicorn makes connections of."""
 
     class Limited(Connection):
+        max_connections = settings.max_connections
         max_header_bytes = settings.max_header_bytes
         header_timeout = settings.header_timeout
         linger_bytes = 2 * settings.max_body_bytes

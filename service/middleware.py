@@ -1,5 +1,5 @@
-"""Around every request: its id, the count of answers by route and status, one log line. Pure ASGI, so that a client
-that goes is still seen by the route. Called by the app for each request.
+"""Around every request: its API key, its id, its time, the count of answers by route and status, one log line. Pure
+ASGI, so that a client that goes is still seen by the route. Called by the app for each request.
 """
 
 import asyncio
@@ -9,13 +9,14 @@ import re
 import secrets
 import time
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import Unavailable, describe
+from service.access import Access
+from service.errors import Forbidden, Unauthorized, Unavailable, describe
 from service.logs import request_id
 from service.metrics import Metrics
-from service.routes.responses import error_response
+from service.routes.responses import error_response, refusal
 
 log = logging.getLogger("service.access")
 
@@ -26,8 +27,9 @@ _ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 class RequestMiddleware:
     """Wraps the whole app."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, access_log: bool) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, access: Access, access_log: bool) -> None:
         self._app = app
+        self._access = access
         self._responses = metrics.responses
         self._access_log = access_log
         self._prefix = secrets.token_hex(6)
@@ -39,7 +41,8 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         started = time.monotonic()
-        given = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
         identity = given if _ID.fullmatch(given) else f"{self._prefix}-{next(self._numbers):x}"
         token = request_id.set(identity)
         status = _UNANSWERED
@@ -48,11 +51,17 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = identity
+                message["headers"].append((b"x-request-id", identity.encode()))
+                if not any(name == b"server-timing" for name, _ in message["headers"]):
+                    total = f"total;dur={(time.monotonic() - started) * 1e3:.3f}"
+                    message["headers"].append((b"server-timing", total.encode()))
             await send(message)
 
         try:
+            self._access.check(scope["path"], headers.get("authorization", ""))
             await self._app(scope, receive, send_with_id)
+        except (Unauthorized, Forbidden) as refused:
+            await refusal(refused, scope["path"])(scope, receive, send_with_id)
         except asyncio.CancelledError:  # the server cancels what is still running when its drain time is over
             if status == _UNANSWERED:
                 error = Unavailable("the server shut down before the request was done")

@@ -38,6 +38,14 @@ class EngineProcess(StrEnum):
     NEVER = "never"
 
 
+class Authentication(StrEnum):
+    """When requests need an API key."""
+
+    AUTO = "auto"
+    REQUIRED = "required"
+    OFF = "off"
+
+
 class LogFormat(StrEnum):
     """How log lines look."""
 
@@ -72,6 +80,11 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(default=8000, ge=0, le=65535, description="TCP port to listen on; 0 picks a free one")
+    api_keys: Path | None = Field(default=None, description="file of API keys, each with its rights")
+    authentication: Authentication = Field(
+        default=Authentication.AUTO,
+        description="required, off, or auto: by keys where there are some, and required beyond loopback addresses",
+    )
     models: Path = Field(default=Path("models"), description="folder of the model repository")
     poll_models: float = Field(
         default=0.0, ge=0, description="how often to look for changes in the repository, seconds; 0: not at all"

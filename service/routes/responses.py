@@ -1,5 +1,6 @@
 """What routes share: the JSON answer, the running service behind the app, the check of a query's keys."""
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -8,7 +9,7 @@ from fastapi import Depends, Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 
-from service.errors import ErrorRow, InvalidRequest, document
+from service.errors import ErrorRow, InvalidRequest, ServiceError, TooLarge, Unauthorized, describe, document
 from service.serving import Serving
 
 
@@ -25,6 +26,18 @@ class JsonResponse(Response):
 def error_response(message: str, row: ErrorRow, path: str, headers: Mapping[str, str] | None = None) -> JsonResponse:
     """An error in the form that the clients of `path` read."""
     return JsonResponse(document(message, row, path), row.status, headers)
+
+
+def refusal(error: ServiceError, path: str) -> JsonResponse:
+    """The answer that an error of the service becomes."""
+    headers = {}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
+    if isinstance(error, TooLarge):
+        headers["connection"] = "close"  # the rest of the body may still be on its way
+    elif isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
+    return error_response(str(error), describe(error), path, headers)
 
 
 async def get_serving(request: Request) -> Serving:
