@@ -1,137 +1,257 @@
 """`python -m service.workers.child`: the engine worker in a process of its own. Started by process.py alone.
 
-Threads besides the worker's own: the main one reads commands, `pulse` sends heartbeats and gives shared memory back.
-The process ends when its socket does, whatever the reason; signals are for the HTTP process, which decides what they
-mean.
+Threads besides the worker's own: the main one reads the commands of the process that started this one, one more each
+those of a front end, `pulse` sends heartbeats and gives shared memory back, `attach` takes new front ends in. The
+process ends when its first socket does, whatever the reason; signals are for the HTTP process, which decides what they
+mean. Several front ends hold the same models: one is loaded when the first asks for it and unloaded when the last lets
+it go.
 """
 
 import gc
 import importlib
 import logging
 import os
-import queue
 import signal
 import socket
 import sys
 import threading
+import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from service.workers.clients import FIRST_CLIENT, Client, Connection, client_of
 from service.workers.engine_api import EngineModule
 from service.workers.engine_worker import EngineWorker
-from service.workers.messages import FailureCode, InferFailed, InferResult, ModelReady, Report, Unloaded
-from service.workers.shared_memory import Blocks, Leases, RegionFull, map_region
-from service.workers.wire import Beat, Dying, FrameReader, FromEngine, LogLine, Release, Starved, decode_command, encode
+from service.workers.messages import (
+    BatchDone,
+    Cancel,
+    InferFailed,
+    InferResult,
+    LoadFailed,
+    LoadModel,
+    ModelKey,
+    ModelReady,
+    Report,
+    StatsReport,
+    Stop,
+    Stopped,
+    Unload,
+    Unloaded,
+)
+from service.workers.wire import Beat, Dying, FromEngine, LogLine, Release, ToEngine
 
 BEAT_S = 1.0
 EXIT_LOST = 70  # EX_SOFTWARE
-_RECEIVE_BYTES = 256 << 10
-_WAIT_FOR_MEMORY_S = 30.0
 _SWITCH_INTERVAL_S = 0.0005
+_ORPHANED_S = 60.0  # how long a model waits for a front end that comes back
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class ChildArguments:
-    """The command line: file descriptors it inherits, the engine as "module:callable", the level of the log."""
+    """The command line: file descriptors it inherits (its connection, and the socket that brings those of front ends),
+    the engine as "module:callable", the level of the log."""
 
-    socket: int
-    requests: int
-    answers: int
+    connection: Connection
+    attach: int
     engine: str
     log_level: int
 
     def to_list(self) -> list[str]:
         """As command-line arguments."""
-        return [str(self.socket), str(self.requests), str(self.answers), self.engine, str(self.log_level)]
+        c = self.connection
+        return [*map(str, (c.socket, c.requests, c.answers, self.attach)), self.engine, str(self.log_level)]
 
     @classmethod
     def from_list(cls, arguments: Sequence[str]) -> "ChildArguments":
         """From command-line arguments."""
-        socket_, requests, answers, engine, level = arguments
-        return cls(int(socket_), int(requests), int(answers), engine, int(level))
+        *descriptors, engine, level = arguments
+        socket_, requests, answers, attach = map(int, descriptors)
+        return cls(Connection(socket_, requests, answers), attach, engine, int(level))
+
+
+@dataclass(slots=True)
+class _Model:
+    """A model that is loading or loaded: the clients that hold it, and what became of it."""
+
+    holders: set[int]
+    ready: ModelReady | None = None
+    orphaned_since: float | None = None
+
+
+@dataclass(slots=True)
+class _Books:
+    """Who has what; behind the child's lock."""
+
+    clients: dict[int, Client] = field(default_factory=dict)
+    models: dict[ModelKey, _Model] = field(default_factory=dict)
+    leaving: defaultdict[ModelKey, set[int]] = field(default_factory=lambda: defaultdict(set))
 
 
 class Child:
-    """The worker and its end of the socket."""
+    """The worker and its clients."""
 
     def __init__(self, arguments: ChildArguments) -> None:
-        self._socket = socket.socket(fileno=arguments.socket)
-        self._sending = threading.Lock()
-        self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()  # its put() is safe wherever an array dies
-        self._leases = Leases(map_region(arguments.requests), self._ended.put)
-        self._blocks = Blocks(map_region(arguments.answers))
-        os.close(arguments.requests)
-        os.close(arguments.answers)
+        self._first = Client(FIRST_CLIENT, arguments.connection)
+        self._attach = socket.socket(fileno=arguments.attach)
+        self._lock = threading.RLock()
+        self._books = _Books(clients={FIRST_CLIENT: self._first})
         self._worker = EngineWorker(_named(arguments.engine), self._report, self._lost)
 
     def run(self) -> None:
-        """Serve until the socket ends."""
-        logging.getLogger().addHandler(_Forward(self._send))
+        """Serve until the first socket ends."""
+        logging.getLogger().addHandler(_Forward(self._first.send))
         self._worker.start()
-        threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
-        frames = FrameReader()
-        while data := self._socket.recv(_RECEIVE_BYTES):
-            for text, payload in frames.feed(data):
-                self._handle(text, payload)
+        for name, target in (("pulse", self._pulse), ("attach", self._take_in)):
+            threading.Thread(target=target, name=name, daemon=True).start()
+        self._first.serve(self._handle)
 
-    def _handle(self, text: bytes, payload: bytes) -> None:
-        """One command; nothing here keeps its tensors alive until the next one comes."""
-        command = decode_command(text, payload, self._leases)
-        if isinstance(command, Release):
-            self._blocks.give_back(command.start)
-        else:
-            self._worker.handle(command)
+    # ---- clients
+
+    def _take_in(self) -> None:
+        """Connections of front ends, as they come."""
+        while True:
+            data, descriptors, _, _ = socket.recv_fds(self._attach, 64, 3)
+            if not data:
+                return
+            client = Client(int(data), Connection(*descriptors))
+            with self._lock:
+                self._books.clients[client.number] = client
+            threading.Thread(target=self._serve, args=(client,), name=f"client {client.number}", daemon=True).start()
+
+    def _serve(self, client: Client) -> None:
+        """One front end to its end: what it asked for is dropped, what it held is let go."""
+        releasing = threading.Thread(target=self._release, args=(client,), name="release", daemon=True)
+        releasing.start()
+        try:
+            client.serve(self._handle)
+        finally:
+            client.disconnect()
+            with self._lock:
+                del self._books.clients[client.number]
+                for model in self._books.models.values():
+                    model.holders.discard(client.number)
+                    if not model.holders:
+                        model.orphaned_since = time.monotonic()
+                for leaving in self._books.leaving.values():
+                    leaving.discard(client.number)
+            for request in client.abandoned():
+                self._worker.handle(Cancel(request))
+
+    def _release(self, client: Client) -> None:
+        while self._books.clients.get(client.number) is client:
+            client.wait_for_release(BEAT_S)
 
     def _pulse(self) -> None:
         while True:
-            try:
-                self._send(Release(self._ended.get(timeout=BEAT_S)))
-            except queue.Empty:
-                self._send(Beat(self._worker.busy_seconds))
+            if self._first.wait_for_release(BEAT_S):
+                continue
+            self._first.send(Beat(self._worker.busy_seconds))
+            self._unload_orphans()
+
+    def _unload_orphans(self) -> None:
+        with self._lock:
+            before = time.monotonic() - _ORPHANED_S
+            models = self._books.models
+            for key in [key for key, model in models.items() if (model.orphaned_since or before) < before]:
+                del models[key]
+                self._worker.handle(Unload(key))
+
+    # ---- commands
+
+    def _handle(self, client: Client, command: ToEngine) -> None:
+        match command:
+            case LoadModel():
+                self._load(client, command)
+            case Unload():
+                self._unload(client, command)
+            case Stop() if client is not self._first:
+                client.stop()
+                self._finish(client)
+            case Release():
+                raise TypeError("the client's own business")
+            case _:
+                self._worker.handle(command)
+                if isinstance(command, Cancel):
+                    self._finish(client)
+
+    def _finish(self, client: Client) -> None:
+        if client.is_finished():
+            client.send(Stopped())
+
+    def _load(self, client: Client, command: LoadModel) -> None:
+        with self._lock:
+            model = self._books.models.get(command.key)
+            if model is None:
+                self._books.models[command.key] = _Model({client.number})
+                self._worker.handle(command)
+                return
+            model.holders.add(client.number)
+            model.orphaned_since = None
+            if model.ready is not None:
+                client.send(model.ready)
+
+    def _unload(self, client: Client, command: Unload) -> None:
+        with self._lock:
+            self._books.leaving[command.key].add(client.number)
+            model = self._books.models.get(command.key)
+            if model is None:
+                self._worker.handle(command)
+                return
+            model.holders.discard(client.number)
+            if not model.holders:
+                del self._books.models[command.key]
+                self._worker.handle(command)
+
+    # ---- reports
 
     def _report(self, reports: Sequence[Report]) -> None:
-        """Any thread of the worker: all reports in one write, unless answers have to wait for memory, which may be that
-        of answers before them."""
+        """Any thread of the worker: to each client what is for it, in one write."""
         if isinstance(reports[0], ModelReady | Unloaded):
             gc.unfreeze()
             gc.collect()
             gc.freeze()  # what loading left behind is not looked at again and again
-        ready: list[bytes] = []
-        for report in reports:
-            try:
-                ready.append(encode(report, self._blocks))
-            except RegionFull:
-                self._send_bytes(b"".join((*ready, encode(Starved(), self._blocks))))
-                ready = [self._encoded_late(report)]
-        self._send_bytes(b"".join(ready))
+        with self._lock:
+            clients = dict(self._books.clients)
+            sorted_: defaultdict[int, list[Report]] = defaultdict(list)
+            for report in reports:
+                for number in self._addressees(report):
+                    sorted_[number].append(report)
+        for number, own in sorted_.items():
+            client = clients.get(number)
+            if client is None:
+                continue
+            client.report(own)
+            client.settle(own)
+            self._finish(client)
 
-    def _encoded_late(self, report: Report) -> bytes:
-        """The report once there is memory for it; where there never is, that the request failed."""
-        try:
-            return encode(report, self._blocks, _WAIT_FOR_MEMORY_S)
-        except RegionFull as error:
-            assert isinstance(report, InferResult), "only answers are large"
-            reason = f"the answer needs {error.nbytes} bytes of shared memory; raise --transfer-bytes or ask for less"
-            if not error.never:
-                reason = "the shared memory is full of answers that are not sent yet"
-            code = FailureCode.TOO_LARGE if error.never else FailureCode.OVERLOADED
-            return encode(InferFailed(report.id, code, reason, None if error.never else 1.0), self._blocks)
-
-    def _send(self, message: FromEngine) -> None:
-        self._send_bytes(encode(message, self._blocks))
-
-    def _send_bytes(self, data: bytes) -> None:
-        try:
-            with self._sending:
-                self._socket.sendall(data)
-        except OSError:
-            os._exit(0)  # the HTTP process is gone
+    def _addressees(self, report: Report) -> list[int]:
+        """Who a report is for. Called with the lock."""
+        books = self._books
+        match report:
+            case InferResult() | InferFailed() | StatsReport():
+                return [client_of(report.id)]
+            case BatchDone():
+                return [client_of(report.request)]
+            case ModelReady():
+                model = books.models.get(report.key)
+                if model is not None:
+                    model.ready = report
+                return sorted(model.holders) if model is not None else []
+            case LoadFailed():
+                model = books.models.pop(report.key, None)
+                return sorted(model.holders) if model is not None else []
+            case Unloaded():
+                return sorted(books.leaving.pop(report.key, set()))
+            case _:
+                return [FIRST_CLIENT]
 
     def _lost(self, reason: str) -> None:
         """The device has failed for good, and what is in flight fails when this process ends; a new one may use it."""
-        self._send(Dying(reason))
+        for client in list(self._books.clients.values()):
+            client.send(Dying(reason))
         os._exit(EXIT_LOST)
 
 
@@ -165,7 +285,7 @@ def _named(path: str) -> Callable[[], EngineModule]:
 
 def main() -> None:
     """Serve the process that started this one; never returns."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     arguments = ChildArguments.from_list(sys.argv[1:])
     logging.basicConfig(level=arguments.log_level, handlers=[])

@@ -254,7 +254,7 @@ class EngineWorker:
         batch = work.batch
         padding = batch.rows * batch.width - batch.tokens if batch.width else 0
         rows = batch.rows if work.axes.mode is not BatchingMode.NONE else _rows(batch.parts[0].entry.arrays)
-        done = BatchDone(work.key, rows, batch.tokens, padding, seconds)
+        done = BatchDone(work.key, rows, batch.tokens, padding, seconds, batch.parts[0].entry.request.id)
         self._reports([done, *map(_answer, self._scheduler.finish(finished))])
 
     def _fail(self, entry: Entry, error: Exception) -> None:

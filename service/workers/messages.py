@@ -203,13 +203,15 @@ class InferFailed:
 
 @dataclass(frozen=True, slots=True)
 class BatchDone:
-    """One run of a model that succeeded, for the metrics. `tokens` and `padding` are 0 for models without sequences."""
+    """One run of a model that succeeded, for the metrics. `tokens` and `padding` are 0 for models without sequences;
+    `request` is one that had rows in it."""
 
     key: ModelKey
     rows: int
     tokens: int
     padding: int
     compute_seconds: float
+    request: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,7 @@ MESSAGES = [
     LoadFailed(KEY, "no"),
     InferFailed(1, FailureCode.OVERLOADED, "full", 1.5),
     InferFailed(1, FailureCode.ENGINE, "bad"),
-    BatchDone(KEY, 4, 0, 0, 1e-3),
+    BatchDone(KEY, 4, 0, 0, 1e-3, 7),
     Unloaded(KEY),
     StatsReport(1, (ModelStats(KEY, COUNTERS, (("weights", 1 << 40),), 1, 2),)),
     Stopped(),
