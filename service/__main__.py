@@ -1,82 +1,42 @@
-"""`python -m service`: settings, socket, uvicorn, signals. Exit status 0 after a drain, 2 for a wrong setting, 1 for a
-taken port."""
+"""`python -m service`: settings, sockets, one HTTP process or several. Exit status 0 after a drain, 2 for a wrong
+setting, 1 for a taken port."""
 
-import asyncio
-import contextlib
-import gc
 import logging
 import os
-import signal
 import socket
 import sys
-from collections.abc import Callable, Generator
-from types import FrameType
+from collections.abc import Callable
 
-import uvicorn
-from fastapi import FastAPI
-
-from service.access import Access
+from service.access import read_access
 from service.app import create_app
-from service.connection import limited
 from service.logs import configure
-from service.serving import Serving
+from service.server import run_server, spare_the_collector
 from service.settings import Settings, SettingsError, read_settings, unknown_variables
-from service.workers.engine_api import EngineModule, real_engine
+from service.supervisor import supervise
+from service.workers.engine_api import EngineModule, import_path, real_engine
 
 log = logging.getLogger("service")
 
-# Engine and HTTP share this process on a CPU. The default of 5 ms is how long a thread that wants the interpreter
-# waits for one that is busy; answers of a few milliseconds need less.
-_SWITCH_INTERVAL_S = 0.0005
 
-
-class _Server(uvicorn.Server):
-    """uvicorn, with a drain that begins at the signal and ends with exit status 0."""
-
-    def __init__(self, config: uvicorn.Config, serving: Serving, access: Access) -> None:
-        super().__init__(config)
-        self._serving = serving
-        self._access = access
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        """Handle SIGTERM and SIGINT; unlike uvicorn's own, do not raise them again at the end."""
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
-        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self.handle_reload)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def handle_reload(self, sig: int, frame: FrameType | None) -> None:
-        """Follow the model repository's folder, and read the API keys again."""
-        log.info("%s: looking for changes in the model repository and the API keys", signal.Signals(sig).name)
-        loop = asyncio.get_running_loop()
-        for call in (self._access.reload, self._serving.refresh):
-            loop.call_soon_threadsafe(call)
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain; a second SIGINT ends at once."""
-        log.info("%s: finishing accepted requests", signal.Signals(sig).name)
-        self._serving.begin_drain()
-        super().handle_exit(sig, frame)
-
-
-def _spare_the_collector() -> None:
-    """Take what loading left behind out of garbage collection: going over it again and again stops all threads for
-    tens of milliseconds. What an unloaded model left is looked at once more."""
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()
-
-
-def _bind(settings: Settings) -> socket.socket:
+def _bind(settings: Settings) -> list[socket.socket]:
+    """A socket for each HTTP process, all at the same address. Of several the kernel gives each its share of the
+    connections; those of one that is started again wait for it. Raises OSError."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((settings.host, settings.port))
-    return listener
+    first = socket.socket(family, socket.SOCK_STREAM)
+    first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    first.bind((settings.host, settings.port))
+    if settings.frontends < 2:
+        return [first]
+    address = first.getsockname()
+    first.close()  # it had to be free: sockets that share a port would share it with another server's, too
+    sockets = []
+    for _ in range(settings.frontends):
+        shared = socket.socket(family, socket.SOCK_STREAM)
+        shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        shared.bind(address)
+        sockets.append(shared)
+    return sockets
 
 
 def serve(settings: Settings, engine: Callable[[], EngineModule] = real_engine) -> int:
@@ -85,31 +45,22 @@ def serve(settings: Settings, engine: Callable[[], EngineModule] = real_engine) 
     for name, closest in unknown_variables(os.environ).items():
         hint = f"did you mean {closest}?" if closest else "see --help"
         log.warning("environment variable %s is no setting of this service; %s", name, hint)
-    app: FastAPI = create_app(settings, engine, _spare_the_collector)
+    read_access(settings)
     try:
-        listener = _bind(settings)
+        listeners = _bind(settings)
     except OSError as error:
         print(
             f"--host/--port: cannot listen on {settings.host}:{settings.port}: {error.strerror}; choose another",
             file=sys.stderr,
         )
         return 1
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    config = uvicorn.Config(
-        app,
-        http=limited(settings),
-        ws="none",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=settings.drain_timeout,
-    )
-    host, port = listener.getsockname()[:2]
+    host, port = listeners[0].getsockname()[:2]
+    if settings.frontends:
+        log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        return supervise(settings, import_path(engine), listeners)
+    app = create_app(settings, engine, spare_the_collector)
     log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    _Server(config, app.state.serving, app.state.access).run(sockets=[listener])
-    if not app.state.serving.finished:
-        logging.shutdown()
-        os._exit(0)  # a run or a load of the engine cannot be interrupted, and Python would wait for its thread
+    run_server(app, settings, listeners[0])
     return 0
 
 

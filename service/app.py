@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from http import HTTPStatus
+from typing import Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -21,6 +22,8 @@ from service.routes import embeddings, images, infer, operations, protocol, repo
 from service.routes.responses import error_response, refusal
 from service.serving import Serving
 from service.settings import EngineProcess, Settings
+from service.siblings import Alone, Siblings
+from service.workers.clients import FIRST_CLIENT
 from service.workers.engine_api import EngineModule, import_path, real_engine, uses_gpu
 from service.workers.process import ProcessOptions, ProcessTransport
 from service.workers.transport import LocalTransport, Transport
@@ -28,18 +31,39 @@ from service.workers.transport import LocalTransport, Transport
 log = logging.getLogger(__name__)
 
 
+class Place(Protocol):
+    """Where an app stands among several front ends; frontend.py has it."""
+
+    number: int
+    transport: Transport
+    siblings: Siblings
+
+    async def join(self, serving: Serving) -> None:
+        """Start serving."""
+        ...
+
+
 def create_app(
-    settings: Settings, engine: Callable[[], EngineModule] = real_engine, on_settled: Callable[[], None] = lambda: None
+    settings: Settings,
+    engine: Callable[[], EngineModule] = real_engine,
+    on_settled: Callable[[], None] = lambda: None,
+    front_end: Place | None = None,
 ) -> FastAPI:
     """The app. `engine` returns the module that loads models, and is first called on the loading thread, or in the
     engine's process; `on_settled` is called whenever no model is loading any more, and after each
     unloading. Raises SettingsError for settings that contradict each other."""
     access = read_access(settings)
-    serving = Serving(settings, _transport(settings, engine), on_settled)
+    if front_end is None:
+        serving = Serving(settings, _transport(settings, engine), on_settled, Alone(), FIRST_CLIENT)
+    else:
+        serving = Serving(settings, front_end.transport, on_settled, front_end.siblings, front_end.number)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        serving.start()
+        if front_end is None:
+            serving.start()
+        else:
+            await front_end.join(serving)
         yield
         await serving.close()
 

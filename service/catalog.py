@@ -103,12 +103,19 @@ class Catalog:
 
     # ---- changes
 
-    def begin(self) -> None:
-        """Load everything there is, in the background; the server is not ready before."""
+    def begin(self, unloaded: frozenset[str] = frozenset()) -> None:
+        """Load everything there is but the `unloaded`, in the background; the server is not ready before."""
+        self._unloaded |= unloaded
         for folder in self._repository.scan():
             if folder.problem:
                 log.warning("model %s cannot be loaded: %s", folder.name, folder.problem)
                 self._broken[folder.name] = folder.problem
+                continue
+            if folder.name in unloaded:
+                for version, _ in folder.versions:
+                    model = self._known(folder, self._key(folder, version), expected=False)
+                    model.state, model.reason = ModelState.UNAVAILABLE, _UNLOADED
+                    self._models.setdefault(folder.name, {})[version] = model
                 continue
             for version, _ in folder.versions:
                 self._start(folder, self._key(folder, version), expected=True)

@@ -18,6 +18,7 @@ from prometheus_client.exposition import choose_encoder
 
 from service.errors import Outcome
 from service.kernel_metrics import EngineCollector
+from service.merging import Merged, Snapshot
 from service.workers.messages import BatchDone, ModelKey
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -114,7 +115,13 @@ class Metrics:
         """The children of a model version; made once per load, so that its series exist from the start."""
         return ModelMetrics(self, key)
 
-    def render(self, accept: str) -> tuple[bytes, str]:
-        """The exposition and its content type: OpenMetrics where `accept` asks for it, else the text format."""
+    def render(self, accept: str, totals: Snapshot | None = None) -> tuple[bytes, str]:
+        """The exposition and its content type: OpenMetrics where `accept` asks for it, else the text format. `totals`
+        stand for what this process alone has counted."""
         encode, content_type = choose_encoder(accept)
-        return encode(self.registry), content_type
+        if totals is None:
+            return encode(self.registry), content_type
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(Merged(totals))
+        registry.register(self.engine)
+        return encode(registry), content_type

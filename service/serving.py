@@ -13,11 +13,14 @@ from service.catalog import Catalog
 from service.client_memory import ClientMemory
 from service.codecs.tensors import Source
 from service.errors import Unavailable
+from service.merging import Snapshot, merge, take
 from service.metrics import Metrics
 from service.model import ModelState, ServedModel
 from service.preprocess import PreprocessPool
 from service.settings import Settings
+from service.siblings import Action, Alone, Change, Siblings
 from service.workers.client import EngineClient
+from service.workers.clients import first_id
 from service.workers.messages import BatchDone, LoadFailed, ModelReady, Report, Unloaded, WorkerLost
 from service.workers.transport import Transport
 
@@ -30,13 +33,23 @@ _STOP_S = 1.0  # for closing models when draining has used up its own time
 class Serving:
     """One server process. `on_settled` is called whenever no model is loading any more, and when one was unloaded."""
 
-    def __init__(self, settings: Settings, transport: Transport, on_settled: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        transport: Transport,
+        on_settled: Callable[[], None],
+        siblings: Siblings,
+        client: int,
+    ) -> None:
+        """`client` is the number under which the engine process knows this one."""
         self.settings = settings
+        self.siblings = siblings
+        self.end_server: Callable[[], None] = lambda: None
         self.metrics = Metrics()
         self.preprocess = PreprocessPool(settings.preprocess_threads, settings.max_preprocess)
         self.client_memory = ClientMemory(tuple(filter(None, settings.shared_memory_prefixes.split(","))))
         self.tensor_source = Source(settings.max_tensor_elements, self.client_memory)
-        self.engine = EngineClient(transport, self._on_report)
+        self.engine = EngineClient(transport, self._on_report, first_id(client))
         self.models = Catalog(settings, self.metrics, self.engine.send, on_settled)
         self.draining = False
         self.finished = False
@@ -46,10 +59,10 @@ class Serving:
 
     # ---- life
 
-    def start(self) -> None:
-        """Scan the repository and load everything in the background."""
+    def start(self, unloaded: frozenset[str] = frozenset()) -> None:
+        """Scan the repository and load everything in the background, but what is `unloaded` elsewhere."""
         self.engine.start()
-        self.models.begin()
+        self.models.begin(unloaded)
         if self.settings.poll_models:
             self._watch = asyncio.get_running_loop().create_task(self._poll(self.settings.poll_models))
 
@@ -120,6 +133,43 @@ class Serving:
         else:
             log.error("%s; it is not started again, the server is shutting down", report.reason)
         self.models.lose(report)
+
+    # ---- changes by administrators
+
+    async def change(self, action: Action) -> None:
+        """Do it, and have it done by the other front ends. Raises what the catalogue or the shared memory raises."""
+        if action.change in (Change.LOAD, Change.UNLOAD):  # a model is gone when all have let it go
+            self.check_not_draining()
+            await asyncio.gather(self.apply(action), self.siblings.tell(action))
+        else:
+            await self.apply(action)
+            await self.siblings.tell(action)
+
+    async def apply(self, action: Action) -> None:
+        """Do it here. Raises what the catalogue or the shared memory raises."""
+        match action.change:
+            case Change.LOAD:
+                await self.models.load(str(action.name))
+            case Change.UNLOAD:
+                await self.models.unload(str(action.name))
+            case Change.REGISTER:
+                self.client_memory.register(str(action.name), action.key, action.offset, action.nbytes)
+            case Change.UNREGISTER:
+                self.client_memory.unregister(action.name)
+
+    # ---- counters
+
+    def snapshot(self) -> Snapshot:
+        """What this process has counted."""
+        statistics = {str(m.key): m.statistics.document(m.key.name, m.key.version) for m in self.models.all_models()}
+        return take(self.metrics.registry, self.metrics.engine, statistics)
+
+    async def totals(self) -> Snapshot | None:
+        """What all front ends have counted; None where there is only this one. Raises Unavailable."""
+        if isinstance(self.siblings, Alone):
+            return None
+        own = self.snapshot()
+        return merge([own, *await self.siblings.collect(own)])
 
     # ---- questions
 

@@ -96,6 +96,9 @@ class Settings(BaseSettings):
         default=EngineProcess.AUTO,
         description="engine in a process of its own: always, never, or auto: where it runs on a GPU",
     )
+    frontends: int = Field(
+        default=0, ge=0, le=256, description="HTTP processes before one engine process; 0: one, as engine-process says"
+    )
     transfer_bytes: int = Field(
         default=1 << 30, ge=1 << 20, description="shared memory for tensors to the engine's process, and as much back"
     )

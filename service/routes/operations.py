@@ -53,5 +53,5 @@ def _entry(model: ServedModel) -> dict[str, Any]:
 async def metrics(request: Request, serving: ServingOf) -> Response:
     """Prometheus metrics; docs/metrics.md explains each."""
     await serving.refresh_statistics()
-    body, content_type = serving.metrics.render(request.headers.get("accept", ""))
+    body, content_type = serving.metrics.render(request.headers.get("accept", ""), await serving.totals())
     return Response(body, headers={"content-type": content_type})

@@ -18,6 +18,7 @@ from service.routes.protocol_documents import (
     STATISTICS_ANSWER,
 )
 from service.routes.responses import JsonResponse, ServingOf
+from service.serving import Serving
 from service.workers.messages import BatchingMode, TensorInfo
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol v2"])
@@ -58,7 +59,9 @@ async def server_ready(serving: ServingOf) -> JsonResponse:
 @router.get("/models/stats", responses=STATISTICS_ANSWER)
 async def all_statistics(serving: ServingOf) -> JsonResponse:
     """Counters of every model."""
-    return _statistics([model for model in serving.models.all_models() if model.state is ModelState.READY])
+    return await _statistics(
+        serving, [model for model in serving.models.all_models() if model.state is ModelState.READY]
+    )
 
 
 @router.get("/models/{model}", responses=METADATA_ANSWER)
@@ -115,10 +118,14 @@ async def model_configuration(serving: ServingOf, model: str, version: str | Non
 @router.get("/models/{model}/versions/{version}/stats", responses=STATISTICS_ANSWER)
 async def model_statistics(serving: ServingOf, model: str, version: str | None = None) -> JsonResponse:
     """Counters of one model: all versions, or the one named."""
-    return _statistics(serving.models.versions(model) if version is None else [serving.models.find(model, version)])
+    models = serving.models.versions(model) if version is None else [serving.models.find(model, version)]
+    return await _statistics(serving, models)
 
 
-def _statistics(models: list[ServedModel]) -> JsonResponse:
+async def _statistics(serving: Serving, models: list[ServedModel]) -> JsonResponse:
+    totals = await serving.totals()
+    if totals is not None:
+        return JsonResponse({"model_stats": [totals["statistics"][str(model.key)] for model in models]})
     return JsonResponse({"model_stats": [m.statistics.document(m.key.name, m.key.version) for m in models]})
 
 

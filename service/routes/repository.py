@@ -5,7 +5,6 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from service.client_memory import ClientMemory
 from service.codecs.body import parse_object, read_body
 from service.codecs.json_values import shown
 from service.codecs.parameters import integer, member
@@ -22,6 +21,7 @@ from service.routes.protocol_documents import (
 )
 from service.routes.responses import JsonResponse, ServingOf
 from service.serving import Serving
+from service.siblings import Action, Change
 
 router = APIRouter(prefix="/v2", tags=["administration"])
 
@@ -52,8 +52,7 @@ async def load_model(request: Request, serving: ServingOf, model: str) -> JsonRe
     document = await _document(request, serving)
     for key in member(document, "parameters"):
         raise Unsupported(f"parameter '{key[:64]}' is not supported; models and settings come from the repository only")
-    serving.check_not_draining()
-    await serving.models.load(model)
+    await serving.change(Action(Change.LOAD, model))
     return JsonResponse({})
 
 
@@ -63,8 +62,7 @@ async def unload_model(request: Request, serving: ServingOf, model: str) -> Json
     document = await _document(request, serving)
     if type(member(document, "parameters").get("unload_dependents", False)) is not bool:
         raise InvalidRequest("parameter 'unload_dependents' is not a boolean")  # nothing depends on a model here
-    serving.check_not_draining()
-    await serving.models.unload(model)
+    await serving.change(Action(Change.UNLOAD, model))
     return JsonResponse({})
 
 
@@ -80,12 +78,12 @@ async def shared_memory_status(serving: ServingOf, region: str | None = None) ->
 )
 async def register_shared_memory(request: Request, serving: ServingOf, region: str) -> JsonResponse:
     """Let clients read and write a part of a POSIX shared-memory segment of this machine."""
-    memory: ClientMemory = serving.client_memory
     document = await _document(request, serving)
     key = document.get("key")
     if not isinstance(key, str):
         raise InvalidRequest(f"'key' is {shown(key)}; send the name of a shared-memory segment")
-    memory.register(region, key, integer(document, "offset"), integer(document, "byte_size"))
+    place = (integer(document, "offset"), integer(document, "byte_size"))
+    await serving.change(Action(Change.REGISTER, region, key, *place))
     return JsonResponse({})
 
 
@@ -93,7 +91,7 @@ async def register_shared_memory(request: Request, serving: ServingOf, region: s
 @router.post("/systemsharedmemory/region/{region}/unregister", responses=DONE_ANSWER)
 async def unregister_shared_memory(serving: ServingOf, region: str | None = None) -> JsonResponse:
     """Forget a region, or all of them; the segments are their owners'."""
-    serving.client_memory.unregister(region)
+    await serving.change(Action(Change.UNREGISTER, region))
     return JsonResponse({})
 
 

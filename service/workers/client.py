@@ -33,10 +33,10 @@ _WATCH_AFTER_S = 0.01
 class EngineClient:
     """One worker as the service uses it. `on_report` gets the reports that answer no request."""
 
-    def __init__(self, transport: Transport, on_report: Callable[[Report], None]) -> None:
+    def __init__(self, transport: Transport, on_report: Callable[[Report], None], first_id: int = 1) -> None:
         self._transport = transport
         self._on_report = on_report
-        self._ids = itertools.count(1)
+        self._ids = itertools.count(first_id)
         self._pending: dict[int, asyncio.Future[InferResult]] = {}
         self._statistics: dict[int, asyncio.Future[StatsReport]] = {}
         self._stopped: asyncio.Future[None] | None = None

@@ -132,7 +132,7 @@ class ProcessTransport(RemoteTransport):
             crashed = self._lost()
             status = await loop.run_in_executor(None, _reap, self._process)
             if crashed:
-                log.error("engine process %d ended: %s", self._process.pid, _said(status))
+                log.error("engine process %d ended: %s", self._process.pid, said(status))
 
     async def _watch(self) -> None:
         while True:
@@ -143,11 +143,15 @@ class ProcessTransport(RemoteTransport):
                 return
 
 
+def search_path() -> str:
+    """Where a process that is started finds this package, and what this one finds."""
+    return os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH", ""))))
+
+
 def _spawn(arguments: ChildArguments) -> "subprocess.Popen[bytes]":
-    path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH", ""))))
     return subprocess.Popen(
         [sys.executable, "-m", "service.workers.child", *arguments.to_list()],
-        env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONPATH": search_path(), "PYTHONUNBUFFERED": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -164,7 +168,8 @@ def _reap(process: "subprocess.Popen[bytes]") -> int:
         return process.wait()
 
 
-def _said(status: int) -> str:
+def said(status: int) -> str:
+    """An exit status in words."""
     if status >= 0:
         return f"exit status {status}"
     hint = "; the kernel does this where memory runs out" if -status == signal.SIGKILL else ""

@@ -1,0 +1,110 @@
+"""`python -m service.frontend`: one of several HTTP processes before one engine process. Started by supervisor.py,
+which gives it its listening socket, a socket to talk through, and one that brings its connections to the engine.
+"""
+
+import asyncio
+import logging
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from service.app import create_app
+from service.logs import configure
+from service.peer import Peer
+from service.server import run_server, spare_the_collector
+from service.serving import Serving
+from service.settings import Settings
+from service.siblings import Action, Others, Siblings
+from service.workers.guest import GuestTransport
+from service.workers.transport import Transport
+
+log = logging.getLogger("service")
+
+
+@dataclass(frozen=True, slots=True)
+class FrontEndArguments:
+    """The command line: descriptors it inherits, its number, the settings as JSON."""
+
+    listener: int
+    peer: int
+    connections: int
+    number: int
+    settings: str
+
+    def to_list(self) -> list[str]:
+        """As command-line arguments."""
+        return [*map(str, (self.listener, self.peer, self.connections, self.number)), self.settings]
+
+    @classmethod
+    def from_list(cls, arguments: Sequence[str]) -> "FrontEndArguments":
+        """From command-line arguments."""
+        *numbers, settings = arguments
+        listener, peer, connections, number = map(int, numbers)
+        return cls(listener, peer, connections, number, settings)
+
+
+class FrontEnd:
+    """This process's place among the others. Event loop only, once it has joined."""
+
+    def __init__(self, number: int, end: socket.socket, connections: socket.socket) -> None:
+        self.number = number
+        self.transport: Transport = GuestTransport(connections)
+        self._end = end
+        self._peer = Peer(self._answer)
+        self.siblings: Siblings = Others(self._peer)
+        self._serving: Serving | None = None
+        self._talking: asyncio.Task[None] | None = None
+        self._started = asyncio.Event()
+
+    async def join(self, serving: Serving) -> None:
+        """Start serving as the others do: with what administrators have changed meanwhile."""
+        self._serving = serving
+        self._talking = asyncio.get_running_loop().create_task(self._talk())
+        await asyncio.sleep(0)
+        while not self._peer.connected:
+            await asyncio.sleep(0.001)
+        state = await self._peer.ask("hello")
+        serving.start(frozenset(state["unloaded"]))
+        for region in state["regions"]:
+            await serving.apply(Action.of(region))
+        self._started.set()
+
+    async def _talk(self) -> None:
+        """Until the supervisor is gone: then this process goes, too."""
+        await self._peer.run(self._end)
+        assert self._serving is not None
+        if not self._serving.draining:
+            log.error("the supervisor is gone")
+            self._serving.end_server()
+
+    async def _answer(self, kind: str, content: Any) -> Any:
+        """What the supervisor asks."""
+        if kind == "ping":
+            return None
+        await self._started.wait()
+        assert self._serving is not None
+        if kind == "snapshot":
+            return self._serving.snapshot()
+        if kind == "act":
+            await self._serving.apply(Action.of(content))
+            return None
+        raise ValueError(f"unknown question {kind!r}")
+
+
+def main() -> None:
+    """Serve until SIGTERM, or until the supervisor is gone."""
+    arguments = FrontEndArguments.from_list(sys.argv[1:])
+    settings = Settings.model_validate_json(arguments.settings)
+    configure(settings.log_level, settings.log_format)
+    peer, connections, listener = (
+        socket.socket(fileno=descriptor) for descriptor in (arguments.peer, arguments.connections, arguments.listener)
+    )
+    front_end = FrontEnd(arguments.number, peer, connections)
+    app = create_app(settings, on_settled=spare_the_collector, front_end=front_end)
+    run_server(app, settings, listener)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""A worker that several front ends share: this end's connections come from the supervisor, one after the other as
+engine processes live and die. Event loop only; what is said to the worker is in remote.py.
+"""
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable
+
+from service.workers.clients import Connection
+from service.workers.messages import Report
+from service.workers.remote import RemoteTransport
+from service.workers.shared_memory import map_region
+
+
+class GuestTransport(RemoteTransport):
+    """One front end's way to the engine process. `connections` is where the supervisor's descriptors arrive."""
+
+    def __init__(self, connections: socket.socket) -> None:
+        super().__init__()
+        self._connections = connections
+        self._waiter: asyncio.Task[None] | None = None
+
+    def start(self, receive: Callable[[Report], None]) -> None:
+        """Begin on the running event loop."""
+        self._receive = receive
+        self._waiter = asyncio.get_running_loop().create_task(self._wait())
+
+    def close(self) -> None:
+        """Leave the worker to the others."""
+        self._stopping = self._stopped = True
+        if self._waiter is not None:
+            self._waiter.cancel()
+        if self._link is not None:
+            self._link.close()
+
+    async def _wait(self) -> None:
+        """One connection after the other."""
+        loop = asyncio.get_running_loop()
+        while True:
+            connection = await self._next()
+            if connection is None:  # the supervisor is gone, and this process goes, too
+                return
+            requests, answers = map_region(connection.requests), map_region(connection.answers)
+            for descriptor in (connection.requests, connection.answers):
+                os.close(descriptor)
+            ended = asyncio.Event()
+            link = self._make_link(requests, answers, ended.set)
+            await loop.create_unix_connection(lambda link=link: link, sock=socket.socket(fileno=connection.socket))  # type: ignore[misc]
+            self._begin(link)
+            try:
+                await ended.wait()
+            finally:
+                self._lost()
+
+    async def _next(self) -> Connection | None:
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        loop.add_reader(self._connections.fileno(), readable.set)
+        try:
+            await readable.wait()
+        finally:
+            loop.remove_reader(self._connections.fileno())
+        data, descriptors, _, _ = socket.recv_fds(self._connections, 64, 3)
+        return Connection(*descriptors) if data else None

@@ -1,0 +1,347 @@
+"""Several HTTP processes before one engine process: requests, changes, counters, and what the end of each one means."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import tritonclient.http as triton
+
+from service.merging import lasting, merge
+from tests.service.conftest import Process, add_model, common_models, sample, wait_for
+from tests.service.fakes import WIDTH
+
+FRONTENDS = 3
+
+
+def children(pid: int, module: str) -> list[int]:
+    """Process ids of the processes that `pid` started and that run a module."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            command = (folder / "cmdline").read_bytes().split(b"\0") if folder.name.isdigit() else []
+            if module.encode() in command and int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(folder.name))
+    return sorted(found)
+
+
+class Fleet:
+    """A server of several processes, asked through a connection per request, so that all front ends get their share."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self.pid = process.process.pid
+        self.url = process.url
+
+    def front_ends(self) -> list[int]:
+        return children(self.pid, "service.frontend")
+
+    def engine(self) -> int:
+        (found,) = children(self.pid, "service.workers.child")
+        return found
+
+    def ask(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
+        with httpx.Client(verify=False, timeout=30) as client:  # no certificates: reading those takes longest of all
+            return client.request(method, f"{self.url}{path}", **kwargs)
+
+    def identity(self, values: list[float], client: httpx.Client | None = None, model: str = "identity") -> Any:
+        tensor = {"name": "input", "shape": [len(values) // 4, 4], "datatype": "FP32", "data": values}
+        path, body = f"/v2/models/{model}/infer", {"inputs": [tensor]}
+        if client is None:
+            return self.ask("POST", path, json=body)
+        return client.post(f"{self.url}{path}", json=body)
+
+    def everywhere(self, path: str) -> set[int]:
+        """Statuses of a path over many connections."""
+        return {self.ask("GET", path).status_code for _ in range(24)}
+
+    def wait_everywhere(self, path: str, status: int) -> None:
+        wait_for(lambda: self.everywhere(path) == {status}, 60)
+
+    def metric(self, name: str, **labels: str) -> float:
+        return sample(self.ask("GET", "/metrics").text, name, **labels)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = common_models(tmp_path_factory.mktemp("fleet") / "models")
+    add_model(made, "slow", "identity", sleep=0.5)
+    add_model(made, "wide", "wide")
+    return made
+
+
+@pytest.fixture(scope="module")
+def fleet(root: Path) -> Iterator[Fleet]:
+    process = Process(root, "--frontends", str(FRONTENDS), "--shared-memory-prefixes", "/tilewave_fleet_")
+    try:
+        made = Fleet(process)
+        process.wait_ready()
+        made.wait_everywhere("/v2/health/ready", 200)
+        yield made
+    finally:
+        process.process.terminate()
+        _, errors = process.process.communicate(timeout=60)
+        print(errors)
+        assert process.process.returncode == 0
+    assert children(made.pid, "service.frontend") == [] and children(made.pid, "service.workers.child") == []
+
+
+def test_there_are_so_many_processes_and_all_of_them_answer(fleet: Fleet) -> None:
+    assert len(fleet.front_ends()) == FRONTENDS
+    before = fleet.metric("inference_requests_total", model="identity", outcome="success")
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda i: fleet.identity([float(i)] * 4), range(60)))
+    for i, answer in enumerate(answers):
+        assert answer.json()["outputs"][0]["data"] == [float(i)] * 4
+    assert {fleet.metric("inference_requests_total", model="identity", outcome="success") for _ in range(8)} == {
+        before + 60
+    }, "every front end says the same sum"
+
+
+def test_rows_of_different_front_ends_share_a_run(fleet: Fleet) -> None:
+    runs = fleet.metric("inference_batch_size_count", model="slow")
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda i: fleet.identity([float(i)] * 4, model="slow"), range(16)))
+    assert [answer.status_code for answer in answers] == [200] * 16
+    assert fleet.metric("inference_batch_size_count", model="slow") - runs <= 6
+    assert fleet.metric("inference_batch_size_sum", model="slow") >= 16
+
+
+def test_statistics_are_sums(fleet: Fleet) -> None:
+    def count() -> int:
+        (entry,) = fleet.ask("GET", "/v2/models/identity/stats").json()["model_stats"]
+        return int(entry["inference_stats"]["success"]["count"])
+
+    before = count()
+    for _ in range(20):
+        assert fleet.identity([1.0] * 4).status_code == 200
+    assert {count() for _ in range(8)} == {before + 20}
+
+
+def test_large_tensors_of_all_front_ends_cross_exactly(fleet: Fleet) -> None:
+    generator = np.random.default_rng(5)
+    arrays = [generator.standard_normal((rows, WIDTH), np.float32) for rows in (1, 2, 3, 7)]
+
+    def work(array: np.ndarray) -> bool:
+        given = triton.InferInput("input", list(array.shape), "FP32")
+        given.set_data_from_numpy(array)
+        with triton.InferenceServerClient(fleet.url.removeprefix("http://")) as client:
+            return bool((client.infer("wide", [given]).as_numpy("output") == array).all())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, arrays * 6))
+
+
+def test_a_change_through_one_front_end_is_a_change_of_all(fleet: Fleet, root: Path) -> None:
+    ready = "/v2/models/colours/ready"
+    assert fleet.everywhere(ready) == {200}
+    assert fleet.ask("POST", "/v2/repository/models/colours/unload").status_code == 200
+    assert fleet.everywhere(ready) == {503}
+    assert fleet.ask("POST", "/v2/repository/models/colours/load").status_code == 200
+    assert fleet.everywhere(ready) == {200}
+    add_model(root, "later", "identity")
+    assert fleet.ask("POST", "/v2/repository/models/later/load").status_code == 200
+    assert fleet.everywhere("/v2/models/later/ready") == {200}
+    (root / "later" / "1" / "model.onnx").write_text("junk")
+    assert fleet.ask("POST", "/v2/repository/models/later/load").status_code == 400
+    assert fleet.everywhere("/v2/models/later/ready") == {200}
+    shutil.rmtree(root / "later")
+    os.kill(fleet.pid, signal.SIGHUP)
+    fleet.wait_everywhere("/v2/models/later/ready", 404)
+
+
+def test_reloading_under_load_loses_no_request(fleet: Fleet, root: Path) -> None:
+    ended = threading.Event()
+
+    def work(seed: int) -> list[int]:
+        statuses = []
+        while not ended.is_set():
+            answer = fleet.identity([float(seed)] * 4)
+            statuses.append(answer.status_code)
+            assert answer.json()["outputs"][0]["data"] == [float(seed)] * 4
+        return statuses
+
+    with ThreadPoolExecutor(4) as pool:
+        workers = [pool.submit(work, seed) for seed in range(4)]
+        try:
+            for turn in range(5):
+                add_model(root, "identity", "identity", flops=turn + 2)
+                assert fleet.ask("POST", "/v2/repository/models/identity/load").status_code == 200
+        finally:
+            ended.set()
+        assert {status for worker in workers for status in worker.result()} == {200}
+
+
+def test_shared_memory_is_registered_everywhere(fleet: Fleet) -> None:
+    key = f"/tilewave_fleet_{os.getpid()}"
+    segment = Path(f"/dev/shm{key}")
+    segment.write_bytes(np.arange(4, dtype=np.float32).tobytes())
+    try:
+        region = "/v2/systemsharedmemory/region/r"
+        assert fleet.ask("POST", f"{region}/register", json={"key": key, "byte_size": 16}).status_code == 200
+        assert fleet.everywhere(f"{region}/status") == {200}
+        place = {"shared_memory_region": "r", "shared_memory_byte_size": 16}
+        tensor = {"name": "input", "shape": [1, 4], "datatype": "FP32", "parameters": place}
+        for _ in range(12):
+            answer = fleet.ask("POST", "/v2/models/identity/infer", json={"inputs": [tensor]})
+            assert answer.json()["outputs"][0]["data"] == [0, 1, 2, 3]
+        assert fleet.ask("POST", f"{region}/unregister").status_code == 200
+        assert fleet.everywhere(f"{region}/status") == {404}
+    finally:
+        segment.unlink()
+
+
+def test_a_front_end_that_dies_loses_only_its_own_connections(fleet: Fleet) -> None:
+    """It is started again, knows what administrators changed, and what it counted stays counted."""
+    assert fleet.ask("POST", "/v2/repository/models/colours/unload").status_code == 200
+    before = fleet.metric("inference_requests_total", model="identity", outcome="success")
+    victims = fleet.front_ends()
+    outcomes: list[str] = []
+    ended = threading.Event()
+
+    def work(_: int) -> None:
+        while not ended.is_set():
+            with contextlib.ExitStack() as opened:
+                client = opened.enter_context(httpx.Client(verify=False, timeout=30))
+                for _ in range(5):
+                    try:
+                        answer = fleet.identity([2.0] * 4, client)
+                    except httpx.TransportError:
+                        outcomes.append("lost")
+                        break
+                    outcomes.append(str(answer.status_code))
+                    assert answer.status_code != 200 or answer.json()["outputs"][0]["data"] == [2.0] * 4
+
+    with ThreadPoolExecutor(4) as pool:
+        workers = [pool.submit(work, i) for i in range(4)]
+        time.sleep(0.3)
+        os.kill(victims[0], signal.SIGKILL)
+        wait_for(lambda: len(set(fleet.front_ends()) - set(victims)) == 1, 30)
+        time.sleep(1.5)
+        ended.set()
+        for worker in workers:
+            worker.result()
+    assert set(outcomes) <= {"200", "lost", "503"}
+    assert outcomes.count("lost") <= 4, "each client had one connection at most to the one that died"
+    fleet.wait_everywhere("/v2/health/ready", 200)
+    assert fleet.everywhere("/v2/models/colours/ready") == {503}, "unloaded is unloaded, also where it came after"
+    assert fleet.metric("inference_requests_total", model="identity", outcome="success") >= before
+    assert fleet.ask("POST", "/v2/repository/models/colours/load").status_code == 200
+    assert fleet.everywhere("/v2/models/colours/ready") == {200}
+
+
+def test_an_engine_process_that_dies_is_503_at_once_and_comes_back(fleet: Fleet) -> None:
+    restarts = fleet.metric("engine_process_restarts_total")
+    counted = fleet.metric("inference_requests_total", model="identity", outcome="success")
+    with ThreadPoolExecutor(8) as pool:
+        waiting = [pool.submit(fleet.identity, [float(i)] * 4, None, "slow") for i in range(8)]
+        wait_for(lambda: fleet.metric("inference_inflight", model="slow") > 0)
+        began = time.monotonic()
+        os.kill(fleet.engine(), signal.SIGKILL)
+        statuses = [request.result().status_code for request in waiting]
+    assert set(statuses) <= {200, 503} and 503 in statuses
+    assert time.monotonic() - began < 5
+    assert len(fleet.front_ends()) == FRONTENDS
+    fleet.wait_everywhere("/v2/health/ready", 200)
+    assert fleet.identity([1.0] * 4).status_code == 200
+    assert fleet.metric("engine_process_restarts_total") == restarts + 1
+    assert fleet.metric("inference_requests_total", model="identity", outcome="success") > counted
+
+
+def test_a_front_end_that_dies_has_its_queued_work_dropped(fleet: Fleet) -> None:
+    """What waits for a client of it is dropped before compute; the others' requests go on."""
+    victims = fleet.front_ends()
+    with ThreadPoolExecutor(16) as pool:
+        waiting = [pool.submit(fleet.identity, [float(i)] * 64, None, "slow") for i in range(16)]
+        wait_for(lambda: fleet.metric("inference_inflight", model="slow") >= 12)
+        os.kill(victims[1], signal.SIGKILL)
+        outcomes = []
+        for request in waiting:
+            try:
+                outcomes.append(request.result().status_code)
+            except httpx.TransportError:
+                outcomes.append("lost")
+    assert set(outcomes) <= {200, "lost"} and 200 in outcomes
+    fleet.wait_everywhere("/v2/health/ready", 200)
+    assert fleet.metric("inference_inflight", model="slow") == 0
+
+
+def test_sigterm_answers_what_was_accepted_by_all(root: Path, processes: list[Process]) -> None:
+    process = Process(root, "--frontends", "2", "--log-format", "json")
+    processes.append(process)
+    process.wait_ready()
+    fleet = Fleet(process)
+    fleet.wait_everywhere("/v2/health/ready", 200)
+    with ThreadPoolExecutor(12) as pool:
+        waiting = [pool.submit(fleet.identity, [float(i)] * 64, None, "slow") for i in range(12)]
+        wait_for(lambda: fleet.metric("inference_inflight", model="slow") == 12)
+        process.process.terminate()
+        assert [request.result().status_code for request in waiting] == [200] * 12
+    _, errors = process.process.communicate(timeout=30)
+    assert process.process.returncode == 0, errors
+    assert not re.search(r'"level":"error"', errors), errors
+
+
+def test_front_ends_end_with_a_supervisor_that_is_killed(root: Path, processes: list[Process]) -> None:
+    process = Process(root, "--frontends", "2")
+    processes.append(process)
+    process.wait_ready()
+    fleet = Fleet(process)
+    pids = [*fleet.front_ends(), fleet.engine()]
+    process.process.kill()
+
+    def gone(pid: int) -> bool:
+        with contextlib.suppress(OSError):
+            return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return True
+
+    wait_for(lambda: all(map(gone, pids)), 30)
+
+
+def test_a_port_that_another_server_shares_is_taken(fleet: Fleet, root: Path, processes: list[Process]) -> None:
+    process = Process(root, "--frontends", "2", "--port", str(fleet.process.port))
+    processes.append(process)
+    _, errors = process.process.communicate(timeout=30)
+    assert process.process.returncode == 1 and "cannot listen" in errors
+
+
+def test_merged_counters_are_sums_and_what_is_gone_keeps_its_counters() -> None:
+    def snapshot(requests: float, inflight: float, starts: float) -> dict[str, Any]:
+        labels = {"model": "m"}
+        return {
+            "metrics": [
+                ["requests", "text", "counter", [["requests_total", labels, requests]]],
+                ["inflight", "text", "gauge", [["inflight", labels, inflight]]],
+                ["engine_process_restarts", "text", "counter", [["engine_process_restarts_total", {}, starts]]],
+            ],
+            "statistics": {
+                "m/1": {
+                    "name": "m",
+                    "last_inference": starts,
+                    "inference_count": requests,
+                    "inference_stats": {"success": {"count": requests, "ns": 10}},
+                    "batch_stats": [{"batch_size": requests, "compute_infer": {"count": 1, "ns": 2}}],
+                }
+            },
+        }
+
+    gone = lasting(merge([snapshot(1, 1, 1), snapshot(2, 1, 2)]))
+    total = merge([gone, snapshot(2, 4, 1)])
+    values = {samples[0][0]: samples[0][2] for _, _, _, samples in total["metrics"]}
+    assert values == {"requests_total": 5, "inflight": 4, "engine_process_restarts_total": 2}
+    entry = total["statistics"]["m/1"]
+    assert (entry["name"], entry["last_inference"], entry["inference_count"]) == ("m", 2, 5)
+    assert entry["inference_stats"]["success"] == {"count": 5, "ns": 30}
+    assert [(size["batch_size"], size["compute_infer"]["count"]) for size in entry["batch_stats"]] == [(1, 1), (2, 2)]
