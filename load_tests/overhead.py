@@ -1,0 +1,100 @@
+"""What the service costs without a model: requests/s and latencies of an identity, beside LitServe, mosec and a bare
+route that echoes the body."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from load_tests import peers
+from load_tests.http_client import Results, closed_loop
+from load_tests.report import Report
+from load_tests.servers import running, tilewave
+from load_tests.workloads import (
+    Make,
+    echo,
+    identity_binary,
+    identity_json,
+    identity_repository,
+    peer_base64,
+    peer_binary,
+    peer_json,
+)
+
+MOST_RATIO = 1.3
+"""p50 and p99 against those of the bare route."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this program."""
+    parser.add_argument("--connections", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each turn")
+    parser.add_argument("--turns", type=int, default=3, help="of all servers, one after the other; the best counts")
+    parser.add_argument(
+        "--peers", nargs="*", default=["echo", "litserve", "mosec"], choices=["echo", "litserve", "mosec"]
+    )
+
+
+def measure(options: argparse.Namespace, folder: Path) -> Report:
+    """All servers are up at once and take turns, so that what else the machine does hits all of them."""
+    report = Report("Overhead without a model", vars(options))
+    with ExitStack() as opened:
+        ours = opened.enter_context(tilewave(identity_repository(folder), folder, *options.server_arguments.split()))
+        cases: dict[tuple[str, str], tuple[int, Make]] = {
+            ("tilewave", "JSON"): (ours.port, identity_json()),
+            ("tilewave", "binary"): (ours.port, identity_binary()),
+        }
+        if "echo" in options.peers:
+            port = opened.enter_context(running(peers.echo(folder))).port
+            for form, body in (("JSON", identity_json), ("binary", identity_binary)):
+                request = body()(None).request  # type: ignore[arg-type]
+                cases["bare echo", form] = (port, echo(request.partition(b"\r\n\r\n")[2]))
+        if "litserve" in options.peers:
+            port = opened.enter_context(running(peers.litserve("identity", folder))).port
+            cases["litserve", "JSON"] = (port, peer_json("/predict"))
+            cases["litserve", "binary"] = (port, peer_base64("/predict"))
+        if "mosec" in options.peers:
+            for form, kind, make in (("JSON", "json", peer_json), ("binary", "binary", peer_binary)):
+                port = opened.enter_context(running(peers.mosec(kind, folder))).port
+                cases["mosec", form] = (port, make("/inference"))
+        for connections in options.connections:
+            best = _turns(cases, connections, options.seconds, options.turns)
+            for (server, form), results in best.items():
+                report.add(server=server, form=form, connections=connections, **results.row())
+            _judge(report, best, connections)
+    return report
+
+
+def _turns(
+    cases: dict[tuple[str, str], tuple[int, Make]], connections: int, seconds: float, turns: int
+) -> dict[tuple[str, str], Results]:
+    best: dict[tuple[str, str], Results] = {}
+    for _ in range(turns):
+        for case, (port, make) in cases.items():
+            results = asyncio.run(closed_loop(port, make, connections, seconds))
+            if case not in best or results.rate > best[case].rate:
+                best[case] = results
+    return best
+
+
+def _judge(report: Report, best: dict[tuple[str, str], Results], connections: int) -> None:
+    wrong = sum(len(results.problems) for results in best.values())
+    failed = sum(sum(results.statuses.values()) - results.statuses[200] for results in best.values())
+    report.check(f"{connections} connections: every answer is 200 and right", wrong + failed == 0, wrong + failed)
+    for form in ("JSON", "binary"):
+        ours = best["tilewave", form]
+        if ("litserve", form) in best:
+            ratio = ours.rate / best["litserve", form].rate
+            report.check(f"{connections} connections, {form}: ahead of LitServe", ratio > 1, f"{ratio:.2f} times")
+        if ("bare echo", form) in best:
+            reads: dict[str, Callable[[Results], float]] = {
+                "p50": lambda results: results.percentile(50),
+                "p99": lambda results: results.percentile(99),
+            }
+            for name, read in reads.items():
+                ratio = read(ours) / read(best["bare echo", form])
+                what = f"{connections} connections, {form}: {name} at most {MOST_RATIO} times the bare echo's"
+                report.check(what, ratio <= MOST_RATIO, f"{ratio:.2f} times")
