@@ -19,10 +19,8 @@ PACKAGES = {
     "litserve": ("litserve==0.2.19", *_RUNTIME),
     "mosec": ("mosec==0.9.8", *_RUNTIME),
     "schemathesis": ("schemathesis==4.32.5",),
-    "perf-analyzer": (
-        "tritonclient==2.48.0",
-        "nvidia-cuda-runtime-cu12==12.9.79",
-    ),  # its last wheel with the tool, and what that needs
+    # Its last wheel with the tool in it that old systems run, and what the tool is linked with.
+    "perf-analyzer": ("tritonclient==2.48.0", "nvidia-cuda-runtime-cu12==12.9.79"),
 }
 
 

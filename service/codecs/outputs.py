@@ -102,13 +102,8 @@ def format_outputs(
         datatype = datatype_of(array.dtype)
         document: dict[str, Any] = {"name": wanted.name, "datatype": datatype, "shape": list(array.shape)}
         if wanted.place is not None:
-            data = _bytes_of(array, datatype)
-            memory.write(wanted.place, data)
-            document["parameters"] = {
-                "shared_memory_region": wanted.place.region,
-                "shared_memory_byte_size": len(data),
-                "shared_memory_offset": wanted.place.offset,
-            }
+            # Without parameters: the C++ client takes those of an output as the size of binary data.
+            memory.write(wanted.place, _bytes_of(array, datatype))
         elif wanted.binary:
             data = _bytes_of(array, datatype)
             document["parameters"] = {"binary_data_size": len(data)}
