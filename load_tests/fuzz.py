@@ -124,6 +124,8 @@ async def _send(port: int, request: bytes, method: str) -> tuple[int, str | None
             try:
                 writer.write(request)
                 head = await reader.readuntil(b"\r\n\r\n")
+                while head.startswith(b"HTTP/1.1 100 "):
+                    head = await reader.readuntil(b"\r\n\r\n")
                 body = await reader.read()
             finally:
                 writer.close()
@@ -262,7 +264,7 @@ def _schemathesis(report: Report, server: Server, folder: Path, options: argpars
     """The OpenAPI document taken at its word. Models are not unloaded: nothing would be left to ask."""
     tool = peers.environment("schemathesis") / "schemathesis"
     command = [
-        str(tool), "run", f"http://127.0.0.1:{server.port}/openapi.json", "--checks", CHECKS, "--workers", "4",
+        str(tool), "run", f"http://127.0.0.1:{server.port}/openapi.json", "--checks", CHECKS, "--workers", "1",
         "--max-examples", str(options.examples), "--seed", str(options.seed), "--phases", "examples,coverage,fuzzing",
         "--exclude-path-regex", "unload", "--request-timeout", str(_TIMEOUT_S), "--continue-on-failure", "--no-color",
         "--suppress-health-check", "all", "--warnings", "off",

@@ -10,7 +10,8 @@ the system of the latter answers with a reset. So a client that waits for its an
 sent a "100 Continue" now and then, which every HTTP/1.1 client passes over.
 
 Closing a connection on which more arrives resets it, and a reset takes the answer from a client that has not read it.
-So where a body is refused before it is there, only our sending side is closed at first; what comes is thrown away.
+So where a request is refused before all of it is there, only our sending side is closed at first; what comes is thrown
+away.
 """
 
 import asyncio
@@ -70,7 +71,7 @@ class Connection(HttpToolsProtocol):
     _in_header = True  # from the end of a request to the end of the next one's header
     _unread = 0  # bytes since the parser last got to the end of a header or to a piece of a body
     _header_bytes = 0
-    _lingering: asyncio.TimerHandle | None = None  # a body was refused: until the connection is closed
+    _lingering: asyncio.TimerHandle | None = None  # a request was refused: until the connection is closed
     _linger_end = 0.0  # of the loop's time
     _thrown_away = 0
     _half_closed: asyncio.TimerHandle | None = None  # until the client is asked, or looked at, the next time
@@ -132,7 +133,7 @@ class Connection(HttpToolsProtocol):
             self._parse(data)
         except httptools.HttpParserError:
             self.send_400_response("")
-        if self._unread > self.max_header_bytes and not self.transport.is_closing():
+        if self._unread > self.max_header_bytes and self._lingering is None and not self.transport.is_closing():
             self._refuse_header()
 
     def linger(self) -> None:
@@ -235,12 +236,16 @@ class Connection(HttpToolsProtocol):
         self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, text)
 
     def _refuse(self, status: HTTPStatus, text: str) -> None:
+        """Answer and close; where the client is sending, not before it has had the time to read that."""
         self._stop_timer()
         body = f'{{"error":"{text}"}}'
         again = "retry-after: 1\r\n" if status is HTTPStatus.SERVICE_UNAVAILABLE else ""
         head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
         self.transport.write(f"{head}content-length: {len(body)}\r\n{again}connection: close\r\n\r\n{body}".encode())
-        self.transport.close()
+        if status in (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE):
+            self.linger()
+        else:
+            self.transport.close()
 
     def _start_timer(self) -> None:
         self._timer = self.loop.call_later(self.header_timeout, self._too_late)

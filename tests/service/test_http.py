@@ -202,6 +202,21 @@ def test_bytes_that_are_not_http_get_a_clean_end(shared: Running) -> None:
     assert shared.identity([1, 2, 3, 4]).status_code == 200
 
 
+@pytest.mark.parametrize("path", [b"/v2/models/\xe4/infer", b"/" + b"x" * 70_000], ids=["not ASCII", "too long"])
+def test_a_client_that_sends_on_after_a_bad_header_reads_why(shared: Running, path: bytes) -> None:
+    """A close with bytes unread would reset the connection, and the answer with it."""
+    host, port = shared.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as raw:
+        raw.sendall(b"POST " + path + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 3000000\r\n\r\n")
+        for _ in range(30):
+            raw.sendall(b"x" * 100_000)
+        answer = b""
+        while piece := raw.recv(65536):
+            answer += piece
+    assert answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 431 ")) and answer.count(b"HTTP/1.1") == 1
+    assert answer.endswith(b'"}')
+
+
 def test_the_answer_says_where_the_time_went(shared: Running) -> None:
     response = shared.identity([1, 2, 3, 4])
     parts = dict(part.split(";dur=") for part in response.headers["server-timing"].split(", "))
