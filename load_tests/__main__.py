@@ -8,6 +8,7 @@ starts its own servers; peers get environments of their own in load_tests/.peers
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -56,9 +57,14 @@ def main() -> int:
         program.add_arguments(own)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="load-tests-") as temporary:
-        folder = options.logs or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        report: Report = PROGRAMS[options.name].measure(options, folder)
+        folder = Path(temporary)
+        try:
+            report: Report = PROGRAMS[options.name].measure(options, folder)
+        finally:
+            if options.logs is not None:
+                options.logs.mkdir(parents=True, exist_ok=True)
+                for file in filter(Path.is_file, folder.iterdir()):
+                    shutil.copy(file, options.logs)
     return report.finish(options.output)
 
 

@@ -64,12 +64,17 @@ def measure(options: argparse.Namespace, folder: Path) -> Report:
     return report
 
 
-def _routes(server: Server) -> list[str]:
+def _routes(server: Server) -> dict[str, tuple[str, ...]]:
+    """Paths and the methods they have, and some that have none."""
     with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/openapi.json", timeout=30) as answer:
-        return [*sorted(json.load(answer)["paths"]), "/openapi.json", "/docs", "/nope", "//", "/v2/trace/setting"]
+        paths = json.load(answer)["paths"]
+    known = {path: tuple(method.upper() for method in methods) for path, methods in sorted(paths.items())}
+    return {**known, **dict.fromkeys(("/openapi.json", "/docs", "/nope", "//", "/v2/trace/setting"), ("GET",))}
 
 
-async def _attack(server: Server, routes: list[str], options: argparse.Namespace) -> tuple[Counter[int], list[str]]:
+async def _attack(
+    server: Server, routes: dict[str, tuple[str, ...]], options: argparse.Namespace
+) -> tuple[Counter[int], list[str]]:
     statuses: Counter[int] = Counter()
     problems: list[str] = []
     cases = ((route, method) for route in routes for method in METHODS)
@@ -81,7 +86,7 @@ async def _attack(server: Server, routes: list[str], options: argparse.Namespace
         source = random.Random(options.seed * 1000 + seed)
         while left > 0:
             left -= 1
-            route, method = first.pop() if first else (source.choice(routes), source.choice(METHODS))
+            route, method = first.pop() if first else _choose(routes, source)
             path = re.sub(r"\{model\}", lambda _: source.choice(_NAMES), route)
             path = re.sub(r"\{version\}", lambda _: source.choice(("1", "9", "x", "-1", "1" * 40)), path)
             path = re.sub(r"\{region\}", lambda _: source.choice(("r", "%2e%2e", "x" * 300)), path)
@@ -96,6 +101,12 @@ async def _attack(server: Server, routes: list[str], options: argparse.Namespace
 
     await asyncio.gather(*(worker(seed) for seed in range(options.connections)))
     return statuses, problems
+
+
+def _choose(routes: dict[str, tuple[str, ...]], source: random.Random) -> tuple[str, str]:
+    """Mostly methods that a route has: the others are one 405 like another."""
+    route = source.choice(list(routes))
+    return route, source.choice(routes[route] if source.random() < 0.9 else METHODS)
 
 
 def _request(method: str, path: str, body: bytes, headers: dict[str, str], source: random.Random) -> bytes:
