@@ -42,9 +42,11 @@ def measure(options: argparse.Namespace, folder: Path) -> Report:
         async def kill() -> None:
             for _ in range(options.kills):
                 await asyncio.sleep(options.seconds)
+                restarts = await asyncio.to_thread(server.metric, "engine_process_restarts_total")
                 os.kill(server.engine_process(), signal.SIGKILL)
                 began = time.monotonic()
-                await asyncio.sleep(0.05)
+                while await asyncio.to_thread(server.metric, "engine_process_restarts_total") == restarts:
+                    await asyncio.sleep(0.01)  # it may say that it is ready until it has noticed
                 while not await asyncio.to_thread(server.is_ready):
                     await asyncio.sleep(0.02)
                 recoveries.append(time.monotonic() - began)

@@ -208,9 +208,9 @@ async def open_loop(
         tasks.add(task)
         task.add_done_callback(tasks.discard)
         due += source.expovariate(rate)
-    results.seconds = time.perf_counter() - began
     if tasks:
         await asyncio.wait(tasks)
+    results.seconds = time.perf_counter() - began  # the last answers may come long after the last requests
     for connection in free:
         connection.close()
     return results
