@@ -13,6 +13,7 @@ from service.logs import configure
 from service.server import run_server, spare_the_collector
 from service.settings import Settings, SettingsError, read_settings, unknown_variables
 from service.supervisor import supervise
+from service.tracing import Tracer
 from service.workers.engine_api import EngineModule, import_path, real_engine
 
 log = logging.getLogger("service")
@@ -46,6 +47,8 @@ def serve(settings: Settings, engine: Callable[[], EngineModule] = real_engine) 
         hint = f"did you mean {closest}?" if closest else "see --help"
         log.warning("environment variable %s is no setting of this service; %s", name, hint)
     read_access(settings)
+    if settings.frontends and settings.traces_endpoint:
+        Tracer(settings.traces_endpoint).close()  # or every front end would find out that packages are missing
     try:
         listeners = _bind(settings)
     except OSError as error:

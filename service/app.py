@@ -3,7 +3,7 @@
 `create_app` is called by `__main__` and by tests, which put another engine behind it.
 """
 
-import logging
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -19,16 +19,16 @@ from service.access import read_access
 from service.errors import InvalidRequest, ServiceError, describe
 from service.middleware import RequestMiddleware
 from service.routes import embeddings, images, infer, operations, protocol, repository, tokens
-from service.routes.responses import error_response, refusal
+from service.routes.responses import error_response, failure
 from service.serving import Serving
 from service.settings import EngineProcess, Settings
+from service.shortcut import Shortcut
 from service.siblings import Alone, Siblings
+from service.tracing import Tracer
 from service.workers.clients import FIRST_CLIENT
 from service.workers.engine_api import EngineModule, import_path, real_engine, uses_gpu
 from service.workers.process import ProcessOptions, ProcessTransport
 from service.workers.transport import LocalTransport, Transport
-
-log = logging.getLogger(__name__)
 
 
 class Place(Protocol):
@@ -48,11 +48,14 @@ def create_app(
     engine: Callable[[], EngineModule] = real_engine,
     on_settled: Callable[[], None] = lambda: None,
     front_end: Place | None = None,
+    tracer: Tracer | None = None,
 ) -> FastAPI:
     """The app. `engine` returns the module that loads models, and is first called on the loading thread, or in the
     engine's process; `on_settled` is called whenever no model is loading any more, and after each
     unloading. Raises SettingsError for settings that contradict each other."""
     access = read_access(settings)
+    if tracer is None and settings.traces_endpoint:
+        tracer = Tracer(settings.traces_endpoint)
     if front_end is None:
         serving = Serving(settings, _transport(settings, engine), on_settled, Alone(), FIRST_CLIENT)
     else:
@@ -66,6 +69,8 @@ def create_app(
             await front_end.join(serving)
         yield
         await serving.close()
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
 
     app = FastAPI(
         title="Tilewave",
@@ -86,11 +91,18 @@ def create_app(
     ):  # the busiest first: matching is linear
         app.include_router(routes.router)
     _describe_keys(app)
-    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(ServiceError, _failure)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
-    app.add_exception_handler(Exception, _unknown_error)
-    app.add_middleware(RequestMiddleware, metrics=serving.metrics, access=access, access_log=settings.access_log)
+    app.add_exception_handler(Exception, _failure)
+    app.add_middleware(Shortcut, infer=infer.infer)
+    app.add_middleware(
+        RequestMiddleware,
+        metrics=serving.metrics,
+        access=access,
+        access_log=settings.access_log,
+        tracer=tracer,
+    )
     return app
 
 
@@ -109,9 +121,8 @@ def _transport(settings: Settings, engine: Callable[[], EngineModule]) -> Transp
     return LocalTransport(engine)
 
 
-async def _service_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ServiceError)
-    return refusal(error, request.url.path)
+async def _failure(request: Request, error: Exception) -> Response:
+    return failure(error, request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -124,10 +135,4 @@ async def _http_error(request: Request, error: Exception) -> Response:
 async def _validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    return await _service_error(request, InvalidRequest(f"parameter '{first['loc'][-1]}': {first['msg']}"))
-
-
-async def _unknown_error(request: Request, error: Exception) -> Response:
-    log.error("unhandled error", exc_info=error)
-    text = "internal error; the server's log has it under this request's id"
-    return error_response(text, describe(error), request.url.path)
+    return failure(InvalidRequest(f"parameter '{first['loc'][-1]}': {first['msg']}"), request.url.path)

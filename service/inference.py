@@ -18,6 +18,7 @@ from service.codecs.body import read_body
 from service.errors import InvalidRequest, describe
 from service.model import ServedModel
 from service.serving import Serving
+from service.tracing import current
 from service.workers.messages import BatchingMode, InferResult, LocalTensor, NamedTensors
 
 _DEFAULT, _LOWEST = 50, 100  # priorities; 1 is the most urgent
@@ -56,8 +57,15 @@ class InferenceRequest:
             self.model.statistics.failed(seconds)
             return
         after = now - self._returned if self._returned else 0.0
+        span = current.get()
+        if span is not None:
+            span.inferred(self.model.key.name, self.model.key.version, self._stages(after))
         self.model.metrics.answered(seconds, self.queue_s, self.preprocess_s, self.compute_s)
         self.model.statistics.answered(seconds, self.queue_s, self.preprocess_s, self.compute_s, after)
+
+    def _stages(self, postprocess: float) -> dict[str, float]:
+        parts = {"preprocess": self.preprocess_s, "queue": self.queue_s, "compute": self.compute_s}
+        return {**parts, "postprocess": postprocess}
 
     def limit_time(self, seconds: float) -> None:
         """The answer is worthless after `seconds`; the server's own limit stays."""

@@ -132,6 +132,9 @@ class Settings(BaseSettings):
 
     log_level: LogLevel = Field(default=LogLevel.INFO, description="debug, info, warning or error")
     log_format: LogFormat = Field(default=LogFormat.CONSOLE, description="console or json")
+    traces_endpoint: str = Field(
+        default="", description="where traces go, an OTLP address like http://host:4318/v1/traces; none when empty"
+    )
     access_log: bool = Field(default=False, description="log every request")
 
     @field_validator("port", mode="before")

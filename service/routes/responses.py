@@ -1,5 +1,6 @@
 """What routes share: the JSON answer, the running service behind the app, the check of a query's keys."""
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -11,6 +12,8 @@ from starlette.responses import Response
 
 from service.errors import ErrorRow, InvalidRequest, ServiceError, TooLarge, Unauthorized, describe, document
 from service.serving import Serving
+
+log = logging.getLogger(__name__)
 
 
 class JsonResponse(Response):
@@ -38,6 +41,14 @@ def refusal(error: ServiceError, path: str) -> JsonResponse:
     elif isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
     return error_response(str(error), describe(error), path, headers)
+
+
+def failure(error: Exception, path: str) -> JsonResponse:
+    """The answer that any exception of a route becomes."""
+    if isinstance(error, ServiceError):
+        return refusal(error, path)
+    log.error("unhandled error", exc_info=error)
+    return error_response("internal error; the server's log has it under this request's id", describe(error), path)
 
 
 async def get_serving(request: Request) -> Serving:

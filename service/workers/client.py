@@ -68,13 +68,11 @@ class EngineClient:
         request = Infer(next(self._ids), key, inputs, outputs, lengths, now, deadline, priority)
         future: asyncio.Future[InferResult] = loop.create_future()
         self._pending[request.id] = future
-        watch = _Watch(loop, future, disconnected)
-        expiry = loop.call_later(max(deadline - now, 0.0), _expire, future)
+        watch = _Watch(loop, future, deadline - now, disconnected)
         try:
             self._transport.send(request)
             return await future
         finally:
-            expiry.cancel()
             watch.cancel()
             if self._pending.pop(request.id, None) is not None:
                 self._transport.send(Cancel(request.id))
@@ -125,27 +123,34 @@ class EngineClient:
             settle(future)
 
 
-def _expire(future: asyncio.Future[InferResult]) -> None:
-    if not future.done():
-        future.set_exception(DeadlineExceeded("the deadline passed before the answer was there"))
-
-
 class _Watch:
-    """Ends a request when its client goes, for requests that take long enough to matter."""
+    """Ends a request at its deadline, or when its client goes. For all but the first milliseconds: most requests are
+    answered by then, and cost one timer."""
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         future: asyncio.Future[InferResult],
+        seconds: float,
         disconnected: Callable[[], Awaitable[None]],
     ) -> None:
+        self._loop = loop
         self._future = future
+        self._left = seconds - _WATCH_AFTER_S
         self._disconnected = disconnected
         self._task: asyncio.Task[None] | None = None
-        self._timer = loop.call_later(_WATCH_AFTER_S, self._begin)
+        if self._left <= 0:
+            self._timer = loop.call_later(max(seconds, 0.0), self._expire)
+        else:
+            self._timer = loop.call_later(_WATCH_AFTER_S, self._begin)
 
     def _begin(self) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._wait())
+        self._timer = self._loop.call_later(self._left, self._expire)
+        self._task = self._loop.create_task(self._wait())
+
+    def _expire(self) -> None:
+        if not self._future.done():
+            self._future.set_exception(DeadlineExceeded("the deadline passed before the answer was there"))
 
     async def _wait(self) -> None:
         await self._disconnected()
