@@ -143,33 +143,43 @@ class ModelQueue:
 
     def due(self, now: float) -> float | None:
         """When a batch may start: `now` or earlier if one may at once, None if nothing waits."""
-        head = self._head()
-        if head is None:
-            return None
-        if self.options.max_delay_s <= 0 or self.axes.mode is BatchingMode.NONE or self._full(head):
+        groups = self._waiting()
+        if not groups or not self._waits_for_company:
+            return now if groups else None
+        return min(self._group_due(group, now) for group in groups)
+
+    @property
+    def _waits_for_company(self) -> bool:
+        return self.options.max_delay_s > 0 and self.axes.mode is not BatchingMode.NONE
+
+    def _group_due(self, group: Group, now: float) -> float:
+        """When a batch of a group may start: at once where it is full, else when its oldest request has waited."""
+        pieces = [piece for _, _, piece in self._groups[group] if not piece.entry.closed]
+        rows = sum(len(piece.rows) - piece.first for piece in pieces)
+        if rows >= self.options.max_batch or rows * group[0] >= self.options.max_tokens:
             return now
-        return self._groups[head][0][2].entry.request.arrival + self.options.max_delay_s
+        return min(piece.entry.request.arrival for piece in pieces) + self.options.max_delay_s
 
-    def _full(self, group: Group) -> bool:
-        rows = sum(len(piece.rows) - piece.first for _, _, piece in self._groups[group])
-        return rows >= self.options.max_batch or rows * group[0] >= self.options.max_tokens
-
-    def _head(self) -> Group | None:
-        """The group whose first piece is the most urgent; closed pieces and empty groups go on the way."""
-        best: Group | None = None
+    def _waiting(self) -> list[Group]:
+        """The groups that have something to run; closed pieces in front and empty groups go on the way."""
         for group in list(self._groups):
             heap = self._groups[group]
             while heap and heap[0][2].entry.closed:
                 heapq.heappop(heap)
             if not heap:
                 del self._groups[group]
-            elif best is None or heap[0][:2] < self._groups[best][0][:2]:
-                best = group
-        return best
+        return list(self._groups)
+
+    def _next(self, now: float) -> Group | None:
+        """The group whose first piece is the most urgent, of those that are due if any is."""
+        groups = self._waiting()
+        if self._waits_for_company:
+            groups = [group for group in groups if self._group_due(group, now) <= now] or groups
+        return min(groups, key=lambda group: self._groups[group][0][:2], default=None)
 
     def take(self, now: float) -> Batch | None:
         """The next batch: the most urgent piece and what fits beside it in its group; None if nothing waits."""
-        group = self._head()
+        group = self._next(now)
         if group is None:
             return None
         heap = self._groups[group]

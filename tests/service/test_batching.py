@@ -220,6 +220,41 @@ def test_a_batch_waits_for_company_only_as_long_as_it_may_and_not_when_full() ->
     assert queue.due(now=10.2) == 10.2
 
 
+def test_a_full_group_does_not_wait_behind_one_that_waits_for_company() -> None:
+    axes = find_axes(*infos("encoder"))
+    queue = ModelQueue(BatchingOptions(max_batch=2, max_delay_s=0.5), axes)
+    queue.push(make_entry(request(1, token_rows([100]), (100,), arrival=10.0), axes))
+    queue.push(make_entry(request(2, token_rows([5]), (5,), arrival=10.1), axes))
+    queue.push(make_entry(request(3, token_rows([6]), (6,), arrival=10.2), axes))
+    assert queue.due(now=10.2) == 10.2
+    batch = queue.take(10.2)
+    assert batch is not None and [part.entry.request.id for part in batch.parts] == [2, 3]
+    assert queue.due(now=10.2) == 10.5
+    batch = queue.take(10.5)
+    assert batch is not None and [part.entry.request.id for part in batch.parts] == [1]
+
+
+def test_cancelled_requests_are_no_company() -> None:
+    axes = find_axes(*infos("identity"))
+    queue = ModelQueue(BatchingOptions(max_batch=2, max_delay_s=0.5), axes)
+    for number in (1, 2):
+        row = {"input": np.ones((1, 4), np.float32)}
+        queue.push(make_entry(request(number, row, arrival=10.0 + number / 10), axes))
+    queue.remove(2)
+    assert queue.due(now=10.3) == pytest.approx(10.6)
+
+
+def test_the_request_that_waited_longest_says_when_a_batch_starts() -> None:
+    axes = find_axes(*infos("identity"))
+    queue = ModelQueue(BatchingOptions(max_batch=4, max_delay_s=0.5), axes)
+    row = {"input": np.ones((1, 4), np.float32)}
+    queue.push(make_entry(request(1, row, priority=50, arrival=10.0), axes))
+    queue.push(make_entry(request(2, row, priority=1, arrival=10.4), axes))
+    assert queue.due(now=10.4) == 10.5
+    batch = queue.take(10.5)
+    assert batch is not None and [part.entry.request.id for part in batch.parts] == [2, 1]
+
+
 def test_capacity_is_in_tokens_for_sequence_models_and_in_rows_for_others() -> None:
     options = BatchingOptions(max_batch=3, max_tokens=100, queue_batches=2)
     assert capacity(options, find_axes(*infos("encoder"))) == 200
