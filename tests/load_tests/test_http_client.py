@@ -1,0 +1,99 @@
+"""The client of the measurements counts what it got: answers, refusals, ends of connections, silence."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from load_tests.http_client import GIVEN_UP, HUNG, Exchange, Results, closed_loop, open_loop, post
+from load_tests.report import Report
+
+RIGHT = b'{"outputs": 1}'
+
+
+def one(path: str) -> Exchange:
+    return Exchange(post(path, b"{}"), lambda answer: None if answer.body == RIGHT else "wrong")
+
+
+async def _serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Does what the path says."""
+    try:
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(2)
+            path = head.split(b" ")[1]
+            if path == b"/end":
+                return
+            if path == b"/hang":
+                await asyncio.sleep(60)
+            status, body = {
+                b"/good": (b"200 OK", RIGHT),
+                b"/wrong": (b"200 OK", b"{}"),
+                b"/full": (b"429 Too Many Requests", b'{"error": "full"}'),
+                b"/odd": (b"429 Too Many Requests", b'{"detail": "full"}'),
+            }[path]
+            writer.write(b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n%b" % (status, len(body), body))
+    except (asyncio.IncompleteReadError, ConnectionError):
+        pass
+    finally:
+        writer.close()
+
+
+def run(load: Callable[[int], Awaitable[Results]]) -> Results:
+    async def with_server() -> Results:
+        server = await asyncio.start_server(_serve, "127.0.0.1", 0)
+        try:
+            return await load(server.sockets[0].getsockname()[1])
+        finally:
+            server.close()
+
+    return asyncio.run(with_server())
+
+
+def test_everything_is_counted_as_what_it_was() -> None:
+    paths = ["/good", "/wrong", "/full", "/odd", "/end", "/hang"] * 3
+    waiting = iter(paths)
+    results = run(lambda port: closed_loop(port, lambda _: one(next(waiting)), 1, count=len(paths), timeout=0.1))
+    assert results.statuses == {200: 6, 429: 6, GIVEN_UP: 3, HUNG: 3}
+    assert sorted(results.problems) == ['an error like b\'{"detail": "full"}\''] * 3 + ["wrong"] * 3
+    assert len(results.latencies) == 6
+
+
+def test_a_closed_loop_ends_with_what_runs_beside_it() -> None:
+    results = run(lambda port: closed_loop(port, lambda _: one("/good"), 4, meanwhile=lambda: asyncio.sleep(0.2)))
+    assert set(results.statuses) == {200} and 0.2 <= results.seconds < 5
+
+
+def test_an_open_loop_offers_its_rate_whatever_comes_back() -> None:
+    def make(source: random.Random) -> Exchange:
+        return one(source.choice(("/good", "/hang")))
+
+    results = run(lambda port: open_loop(port, make, rate=200, seconds=0.5, timeout=0.3))
+    assert 50 < results.statuses.total() < 200
+    assert set(results.statuses) == {200, HUNG}
+
+
+def test_percentiles_are_of_the_good_answers() -> None:
+    results = Results(seconds=2.0)
+    for milliseconds in range(1, 101):
+        results.count(200, milliseconds / 1000, None)
+    results.count(429, 9.0, None)
+    assert (results.percentile(50), results.percentile(99)) == (0.051, 0.1)
+    assert results.rate == 50
+    assert results.row()["statuses"] == {"200": 100, "429": 1}
+
+
+def test_a_report_fails_where_something_does_not_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report("Name", {"seconds": 1})
+    report.add(server="a", rate=1234.5)
+    report.check("holds", True, 1)
+    assert report.finish(tmp_path / "a.json") == 0
+    report.check("does not", False, 2)
+    assert report.finish(tmp_path / "a.json") == 1
+    assert "NO: does not (found: 2)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "a.json").read_text())["checks"]["does not"] == {"holds": False, "found": 2}
