@@ -144,3 +144,58 @@ EMBEDDINGS_ANSWER = answer_of(
     "A vector for each input, in order.",
     OPENAI_ERRORS,
 )
+
+
+def _header(name: str, schema: Schema, text: str) -> Schema:
+    return {"name": name, "in": "header", "required": False, "schema": schema, "description": text}
+
+
+REQUEST_HEADERS: list[Schema] = [
+    _header(
+        "X-Timeout-Ms",
+        {"type": "integer", "minimum": 1, "maximum": 86_400_000},
+        "The answer is worthless after so many milliseconds.",
+    ),
+    _header("X-Priority", {"type": "integer", "minimum": 0, "maximum": 100}, "1 is the most urgent, 0 the default."),
+]
+LANDING_ANSWER = answer_of(
+    object_of(
+        {
+            "name": STRING,
+            "version": STRING,
+            "models": list_of(STRING),
+            "links": {"type": "object", "additionalProperties": STRING},
+        },
+        ["name", "version", "models", "links"],
+    ),
+    "What the server is, and where to go on.",
+)
+_ENTRY = object_of(
+    {
+        "id": STRING,
+        "object": {"const": "model"},
+        "created": INTEGER,
+        "owned_by": STRING,
+        "version": STRING,
+        "state": {"enum": ["LOADING", "READY", "UNAVAILABLE"]},
+        "reason": STRING,
+        "task": _OR_NULL,
+        "source": _OR_NULL,
+        "license": _OR_NULL,
+        "batching": _OR_NULL,
+    },
+    ["id", "object", "created", "owned_by", "version", "state", "reason", "task", "source", "license", "batching"],
+)
+MODEL_ANSWER = answer_of(_ENTRY, "One model version.", OPENAI_ERRORS)
+MODELS_ANSWER = answer_of(
+    object_of({"object": {"const": "list"}, "data": list_of(_ENTRY)}, ["object", "data"]),
+    "Every version of every model.",
+    OPENAI_ERRORS,
+)
+METRICS_ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "Prometheus or OpenMetrics text, as `Accept` asks.",
+        "content": {kind: {"schema": STRING} for kind in ("text/plain", "application/openmetrics-text")},
+    },
+    **ERRORS,
+}

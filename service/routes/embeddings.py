@@ -13,7 +13,7 @@ from service.codecs.tokens import check_ids, check_texts
 from service.errors import InvalidRequest
 from service.inference import open_request
 from service.model_config import Task
-from service.routes.documents import EMBEDDINGS_ANSWER, EMBEDDINGS_BODY
+from service.routes.documents import EMBEDDINGS_ANSWER, EMBEDDINGS_BODY, REQUEST_HEADERS
 from service.routes.responses import JsonResponse, ServingOf
 from service.routes.tokens import embed, encode, token_codec
 from service.settings import Settings
@@ -24,7 +24,10 @@ _FORMATS = ("float", "base64")
 
 
 @router.post(
-    "/v1/embeddings", tags=["inference"], openapi_extra={"requestBody": EMBEDDINGS_BODY}, responses=EMBEDDINGS_ANSWER
+    "/v1/embeddings",
+    tags=["inference"],
+    openapi_extra={"requestBody": EMBEDDINGS_BODY, "parameters": REQUEST_HEADERS},
+    responses=EMBEDDINGS_ANSWER,
 )
 async def create_embeddings(request: Request, serving: ServingOf) -> JsonResponse:
     """Embed a text, texts, a list of token ids or several. Texts are cut to the model's length."""

@@ -15,7 +15,7 @@ from service.codecs.images import decode
 from service.errors import InvalidRequest, TooLarge
 from service.inference import open_request
 from service.model_config import Task
-from service.routes.documents import IMAGES_ANSWER, IMAGES_BODY
+from service.routes.documents import IMAGES_ANSWER, IMAGES_BODY, REQUEST_HEADERS
 from service.routes.responses import JsonResponse, ServingOf, check_query
 from service.workers.messages import LocalTensor
 
@@ -28,7 +28,7 @@ Version = Annotated[str | None, Query(description="A version of the model; the h
 
 @router.post(
     "/v1/models/{model}/images",
-    openapi_extra={"requestBody": IMAGES_BODY},
+    openapi_extra={"requestBody": IMAGES_BODY, "parameters": REQUEST_HEADERS},
     responses=IMAGES_ANSWER,
     dependencies=[Depends(check_query)],
 )

@@ -7,13 +7,13 @@ from starlette.responses import Response
 
 from service import __version__
 from service.model import ServedModel
-from service.routes.documents import ERRORS, OPENAI_ERRORS
+from service.routes.documents import LANDING_ANSWER, METRICS_ANSWER, MODEL_ANSWER, MODELS_ANSWER
 from service.routes.responses import JsonResponse, ServingOf
 
-router = APIRouter(tags=["operations"], responses=ERRORS)
+router = APIRouter(tags=["operations"])
 
 
-@router.get("/")
+@router.get("/", responses=LANDING_ANSWER)
 async def landing(serving: ServingOf) -> JsonResponse:
     """What this server is and where to go on."""
     links = {"models": "/v1/models", "metrics": "/metrics", "documentation": "/docs", "protocol": "/v2"}
@@ -21,13 +21,13 @@ async def landing(serving: ServingOf) -> JsonResponse:
     return JsonResponse({"name": "tilewave", "version": __version__, "models": models, "links": links})
 
 
-@router.get("/v1/models", responses=OPENAI_ERRORS)
+@router.get("/v1/models", responses=MODELS_ANSWER)
 async def list_models(serving: ServingOf) -> JsonResponse:
     """Every model version, in the OpenAI list shape with what we know beside it."""
     return JsonResponse({"object": "list", "data": [_entry(model) for model in serving.models.all_models()]})
 
 
-@router.get("/v1/models/{model}", responses=OPENAI_ERRORS)
+@router.get("/v1/models/{model}", responses=MODEL_ANSWER)
 async def retrieve_model(serving: ServingOf, model: str) -> JsonResponse:
     """The entry of the list for the version that a request without one gets."""
     return JsonResponse(_entry(serving.models.find(model)))
@@ -49,7 +49,7 @@ def _entry(model: ServedModel) -> dict[str, Any]:
     }
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=Response, responses=METRICS_ANSWER)
 async def metrics(request: Request, serving: ServingOf) -> Response:
     """Prometheus metrics; docs/metrics.md explains each."""
     await serving.refresh_statistics()

@@ -1,6 +1,17 @@
 """OpenAPI fragments of the Open Inference Protocol v2. Data only; `/docs` shows it and tests hold the server to it."""
 
-from service.routes.documents import FILE, INTEGER, STRING, Schema, answer_of, body_of, json_content, list_of, object_of
+from service.routes.documents import (
+    FILE,
+    INTEGER,
+    REQUEST_HEADERS,
+    STRING,
+    Schema,
+    answer_of,
+    body_of,
+    json_content,
+    list_of,
+    object_of,
+)
 
 _BOOLEAN: Schema = {"type": "boolean"}
 _UNSIGNED: Schema = {"type": "integer", "minimum": 0}
@@ -63,10 +74,19 @@ _INFER_BODY: Schema = {
 }
 
 
+_LENGTH = {
+    "name": "Inference-Header-Content-Length",
+    "in": "header",
+    "required": False,
+    "schema": _UNSIGNED,
+    "description": "Bytes of JSON before the binary data; 0: the whole body is the one input of the model.",
+}
+
+
 def infer_operation(*path_parameters: str) -> Schema:
     """The parts of an infer route that FastAPI cannot know."""
     named = [{"name": name, "in": "path", "required": True, "schema": STRING} for name in path_parameters]
-    return {"parameters": named, "requestBody": _INFER_BODY}
+    return {"parameters": [*named, *REQUEST_HEADERS, _LENGTH], "requestBody": _INFER_BODY}
 
 
 INFER_ANSWER = answer_of(

@@ -15,7 +15,7 @@ from service.errors import InvalidRequest
 from service.inference import InferenceRequest, open_request
 from service.model import ServedModel
 from service.model_config import Task
-from service.routes.documents import TOKENS_ANSWER, TOKENS_BODY
+from service.routes.documents import REQUEST_HEADERS, TOKENS_ANSWER, TOKENS_BODY
 from service.routes.images import Raw, TopK, Version
 from service.routes.responses import JsonResponse, ServingOf, check_query
 from service.serving import Serving
@@ -29,7 +29,7 @@ _INLINE_CHARACTERS = 2000
 
 @router.post(
     "/v1/models/{model}/tokens",
-    openapi_extra={"requestBody": TOKENS_BODY},
+    openapi_extra={"requestBody": TOKENS_BODY, "parameters": REQUEST_HEADERS},
     responses=TOKENS_ANSWER,
     dependencies=[Depends(check_query)],
 )

@@ -428,6 +428,14 @@ def test_openapi_documents_every_route(shared: Running) -> None:
         assert operation["requestBody"]["content"]
         assert {"200", "400", "404", "413", "429", "503", "504"} <= set(operation["responses"])
     assert shared.client.get("/docs").status_code == 200
+    for path, operations in paths.items():
+        for method, operation in operations.items():
+            content = operation["responses"]["200"]["content"]
+            assert content and all(form["schema"] for form in content.values()), (method, path)
+            named = {parameter["name"] for parameter in operation.get("parameters", ())}
+            assert named >= {part[1:-1] for part in path.split("/") if part.startswith("{")}
+            if method == "post" and operation["tags"] != ["administration"]:
+                assert named >= {"X-Timeout-Ms", "X-Priority"}, path
 
 
 def test_openapi_says_which_form_errors_have(shared: Running) -> None:
