@@ -69,5 +69,7 @@ def litserve(kind: str, logs: Path, model: Path | None = None) -> Server:
 def mosec(kind: str, logs: Path, model: Path | None = None) -> Server:
     """mosec with `json`, `binary`, `images` or `texts`."""
     port = free_port()
-    command = [str(environment("mosec") / "python"), str(_SERVERS / "mosec_server.py"), kind, str(model or ".")]
-    return Server([*command, "--port", str(port)], port, "/", logs / f"mosec-{kind}.log")
+    command = [str(environment("mosec") / "python"), str(_SERVERS / "mosec_server.py"), "--port", str(port)]
+    command += ["--timeout", "60000"]  # ms; its default of 3 s is less than what a batch waits on a slow machine
+    variables = {"PEER_KIND": kind, "PEER_MODEL": str(model or ".")}
+    return Server(command, port, "/", logs / f"mosec-{kind}.log", variables)

@@ -1,17 +1,18 @@
-"""mosec: identity, images or texts. ``python mosec_server.py KIND MODEL_FOLDER --port PORT``; answers on /inference.
+"""mosec: identity, images or texts. ``PEER_KIND=images PEER_MODEL=folder python mosec_server.py --port PORT``; answers
+on /inference. Variables, because the command line is mosec's own, and not that of the processes it starts.
 
 Decoding has a stage and a process of its own before the model, as its documentation advises.
 """
 
 import json
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
 from mosec import Server, Worker
 from onnx_models import Images, Texts
 
-KIND, FOLDER = sys.argv.pop(1), Path(sys.argv.pop(1))
+KIND, FOLDER = os.environ["PEER_KIND"], Path(os.environ.get("PEER_MODEL", "."))
 MAX_BATCH = 16
 MAX_WAIT_MS = 5
 

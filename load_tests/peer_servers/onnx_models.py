@@ -7,6 +7,7 @@ import io
 import os
 import tomllib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,13 @@ class Images:
     """JPEG files to the label of the most probable class."""
 
     def __init__(self, folder: Path) -> None:
-        self._session = _session(folder)
+        self._folder = folder
         self._config: dict[str, Any] = tomllib.loads((folder / "model.toml").read_text())["images"]
         self._labels = (folder / "labels.txt").read_text().splitlines()
-        self._input = self._session.get_inputs()[0].name
+
+    @cached_property
+    def _session(self) -> onnxruntime.InferenceSession:
+        return _session(self._folder)  # not in a process that only decodes
 
     def read(self, data: bytes) -> np.ndarray:
         """(3, size, size)."""
@@ -45,7 +49,7 @@ class Images:
 
     def run(self, pictures: Sequence[np.ndarray]) -> list[str]:
         """The label of each."""
-        (scores,) = self._session.run(None, {self._input: np.stack(pictures)})
+        (scores,) = self._session.run(None, {self._session.get_inputs()[0].name: np.stack(pictures)})
         return [self._labels[i] for i in scores.reshape(len(pictures), -1).argmax(axis=1)]
 
 
@@ -53,12 +57,15 @@ class Texts:
     """Sentences to unit vectors."""
 
     def __init__(self, folder: Path) -> None:
-        self._session = _session(folder)
+        self._folder = folder
         config = tomllib.loads((folder / "model.toml").read_text())["tokens"]
         self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.enable_truncation(config["max_length"])
         self._tokenizer.no_padding()
-        self._names = [spec.name for spec in self._session.get_inputs()]
+
+    @cached_property
+    def _session(self) -> onnxruntime.InferenceSession:
+        return _session(self._folder)
 
     def read(self, text: str) -> list[int]:
         """Token ids."""
@@ -72,7 +79,7 @@ class Texts:
         for position, row in enumerate(rows):
             ids[position, : len(row)], mask[position, : len(row)] = row, 1
         values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-        hidden = self._session.run(None, {name: values[name] for name in self._names})[0]
+        hidden = self._session.run(None, {spec.name: values[spec.name] for spec in self._session.get_inputs()})[0]
         weights = mask[:, :, None].astype(np.float32)
         pooled = (hidden * weights).sum(axis=1) / weights.sum(axis=1)
         vectors: list[list[float]] = (pooled / np.linalg.norm(pooled, axis=1, keepdims=True)).tolist()
