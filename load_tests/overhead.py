@@ -12,7 +12,7 @@ from pathlib import Path
 from load_tests import peers
 from load_tests.http_client import Results, closed_loop
 from load_tests.report import Report
-from load_tests.servers import running, tilewave
+from load_tests.servers import Server, running, tilewave
 from load_tests.workloads import (
     Make,
     echo,
@@ -23,6 +23,9 @@ from load_tests.workloads import (
     peer_binary,
     peer_json,
 )
+
+Cases = dict[tuple[str, str], tuple[Server, Make]]
+"""By server and form of the tensor: who is asked, and what."""
 
 MOST_RATIO = 1.3
 """p50 and p99 against those of the bare route."""
@@ -43,40 +46,41 @@ def measure(options: argparse.Namespace, folder: Path) -> Report:
     report = Report("Overhead without a model", vars(options))
     with ExitStack() as opened:
         ours = opened.enter_context(tilewave(identity_repository(folder), folder, *options.server_arguments.split()))
-        cases: dict[tuple[str, str], tuple[int, Make]] = {
-            ("tilewave", "JSON"): (ours.port, identity_json()),
-            ("tilewave", "binary"): (ours.port, identity_binary()),
+        cases: Cases = {
+            ("tilewave", "JSON"): (ours, identity_json()),
+            ("tilewave", "binary"): (ours, identity_binary()),
         }
         if "echo" in options.peers:
-            port = opened.enter_context(running(peers.echo(folder))).port
+            server = opened.enter_context(running(peers.echo(folder)))
             for form, body in (("JSON", identity_json), ("binary", identity_binary)):
                 request = body()(None).request  # type: ignore[arg-type]
-                cases["bare echo", form] = (port, echo(request.partition(b"\r\n\r\n")[2]))
+                cases["bare echo", form] = (server, echo(request.partition(b"\r\n\r\n")[2]))
         if "litserve" in options.peers:
-            port = opened.enter_context(running(peers.litserve("identity", folder))).port
-            cases["litserve", "JSON"] = (port, peer_json("/predict"))
-            cases["litserve", "binary"] = (port, peer_base64("/predict"))
+            server = opened.enter_context(running(peers.litserve("identity", folder)))
+            cases["litserve", "JSON"] = (server, peer_json("/predict"))
+            cases["litserve", "binary"] = (server, peer_base64("/predict"))
         if "mosec" in options.peers:
             for form, kind, make in (("JSON", "json", peer_json), ("binary", "binary", peer_binary)):
-                port = opened.enter_context(running(peers.mosec(kind, folder))).port
-                cases["mosec", form] = (port, make("/inference"))
+                server = opened.enter_context(running(peers.mosec(kind, folder)))
+                cases["mosec", form] = (server, make("/inference"))
         for connections in options.connections:
             best = _turns(cases, connections, options.seconds, options.turns)
-            for (server, form), results in best.items():
-                report.add(server=server, form=form, connections=connections, **results.row())
-            _judge(report, best, connections)
+            for (name, form), (results, cpu) in best.items():
+                report.add(server=name, form=form, connections=connections, cpu_us=round(cpu * 1e6), **results.row())
+            _judge(report, {case: results for case, (results, _) in best.items()}, connections)
     return report
 
 
-def _turns(
-    cases: dict[tuple[str, str], tuple[int, Make]], connections: int, seconds: float, turns: int
-) -> dict[tuple[str, str], Results]:
-    best: dict[tuple[str, str], Results] = {}
+def _turns(cases: Cases, connections: int, seconds: float, turns: int) -> dict[tuple[str, str], tuple[Results, float]]:
+    """The best turn of each case, and the CPU seconds of its server for a request in it."""
+    best: dict[tuple[str, str], tuple[Results, float]] = {}
     for _ in range(turns):
-        for case, (port, make) in cases.items():
-            results = asyncio.run(closed_loop(port, make, connections, seconds))
-            if case not in best or results.rate > best[case].rate:
-                best[case] = results
+        for case, (server, make) in cases.items():
+            before = server.cpu_seconds()
+            results = asyncio.run(closed_loop(server.port, make, connections, seconds))
+            cpu = (server.cpu_seconds() - before) / max(results.statuses.total(), 1)
+            if case not in best or results.rate > best[case][0].rate:
+                best[case] = results, cpu
     return best
 
 

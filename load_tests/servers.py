@@ -101,6 +101,15 @@ class Server:
                         total += int(line.split()[1]) * 1024
         return total / 1e6
 
+    def cpu_seconds(self) -> float:
+        """CPU time of all its processes so far."""
+        ticks = 0
+        for pid in self.processes():
+            with contextlib.suppress(OSError):
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     def open_files(self) -> int:
         """Descriptors of all its processes."""
         return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in self.processes())

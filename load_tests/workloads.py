@@ -56,9 +56,19 @@ def _row() -> tuple[list[float], bytes]:
     return [float(value) for value in values], values.tobytes()
 
 
-def _same_data(answer: Answer) -> str | None:
-    data = json.loads(answer.body)["outputs"][0]["data"]
-    return None if np.array_equal(np.array(data, np.float32), np.array(_row()[0], np.float32)) else "another row"
+def _data_problem(read: Callable[[bytes], list[float]]) -> Callable[[Answer], str | None]:
+    """Whether the row came back. A body that is the same as one that was right is right, and costs nothing to see."""
+    right: set[bytes] = set()
+
+    def problem(answer: Answer) -> str | None:
+        if answer.body in right:
+            return None
+        if not np.array_equal(np.array(read(answer.body), np.float32), np.array(_row()[0], np.float32)):
+            return "another row"
+        right.add(answer.body)
+        return None
+
+    return problem
 
 
 def _same_tail(answer: Answer) -> str | None:
@@ -68,7 +78,8 @@ def _same_tail(answer: Answer) -> str | None:
 def identity_json() -> Make:
     """A row as JSON."""
     tensor = {"name": "input", "shape": [1, WIDTH], "datatype": "FP32", "data": _row()[0]}
-    one = Exchange(post(f"/v2/models/{IDENTITY}/infer", json.dumps({"inputs": [tensor]}).encode()), _same_data)
+    problem = _data_problem(lambda body: json.loads(body)["outputs"][0]["data"])
+    one = Exchange(post(f"/v2/models/{IDENTITY}/infer", json.dumps({"inputs": [tensor]}).encode()), problem)
     return lambda _: one
 
 
@@ -92,10 +103,7 @@ def peer_json(path: str) -> Make:
     """The row as the peers' users send it."""
     body = json.dumps({"data": _row()[0]}).encode()
 
-    def problem(answer: Answer) -> str | None:
-        data = json.loads(answer.body)["data"]
-        return None if np.array_equal(np.array(data, np.float32), np.array(_row()[0], np.float32)) else "another row"
-
+    problem = _data_problem(lambda body: json.loads(body)["data"])
     one = Exchange(post(path, body, {"Content-Type": "application/json"}), problem)
     return lambda _: one
 
