@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +84,7 @@ class Supervisor:
         self._numbers = itertools.count(1)
         self._changes = _Changes()
         self._retired: list[Snapshot] = []
+        self._waiting = ThreadPoolExecutor(len(listeners), "wait")  # each waits for its front end all the time
         self._attach: socket.socket | None = None
         self._engine = ProcessTransport(ProcessOptions(engine, _ENGINE_TRANSFER), self._engine_started)
         self._engine_stopped = asyncio.Event()
@@ -190,7 +192,7 @@ class Supervisor:
         if self._stopping.is_set():
             slot.process.terminate()
         try:
-            return await loop.run_in_executor(None, slot.process.wait)
+            return await loop.run_in_executor(self._waiting, slot.process.wait)
         finally:
             for task in (talking, watching):
                 task.cancel()

@@ -294,6 +294,19 @@ def test_sigterm_answers_what_was_accepted_by_all(root: Path, processes: list[Pr
     assert not re.search(r'"level":"error"', errors), errors
 
 
+def test_more_front_ends_than_cores(root: Path, processes: list[Process]) -> None:
+    count = (os.cpu_count() or 1) + 6
+    process = Process(root, "--frontends", str(count))
+    processes.append(process)
+    process.wait_ready()
+    fleet = Fleet(process)
+    wait_for(lambda: len(fleet.front_ends()) == count, 60)
+    fleet.wait_everywhere("/v2/health/ready", 200)
+    process.process.terminate()
+    process.process.communicate(timeout=60)
+    assert process.process.returncode == 0
+
+
 def test_front_ends_end_with_a_supervisor_that_is_killed(root: Path, processes: list[Process]) -> None:
     process = Process(root, "--frontends", "2")
     processes.append(process)
