@@ -302,6 +302,9 @@ def test_more_front_ends_than_cores(root: Path, processes: list[Process]) -> Non
     fleet = Fleet(process)
     wait_for(lambda: len(fleet.front_ends()) == count, 60)
     fleet.wait_everywhere("/v2/health/ready", 200)
+    os.kill(fleet.engine(), signal.SIGKILL)
+    wait_for(lambda: fleet.metric("engine_process_restarts_total") == 1, 30)
+    fleet.wait_everywhere("/v2/health/ready", 200)
     process.process.terminate()
     process.process.communicate(timeout=60)
     assert process.process.returncode == 0
