@@ -122,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
       barrier_init(q_ring.empty + 8 * i, WARPS);
     }
     for (int i = 0; i < STAGES; ++i) {
-      barrier_init(k_ring.full + 8 * i, BIAS ? 2 : 1);
+      barrier_init(k_ring.full + 8 * i, BIAS ? 33 : 1);  // with biases each lane of their warp arrives
       barrier_init(k_ring.empty + 8 * i, WARPS);
       barrier_init(v_ring.full + 8 * i, 1);
       barrier_init(v_ring.empty + 8 * i, WARPS);
@@ -173,8 +173,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
             const u32 key = tile * KEYS + local;
             biases[turn % STAGES * KEYS + local] = key < p.keys ? bias_log2(Bias::at(p, item.batch, item.head, 0, key)) : -INFINITY;
           }
-          __syncwarp();
-          if (lane == 0) barrier_arrive(k_ring.landed(turn));
+          barrier_arrive(k_ring.landed(turn));
         }
       }
     }
