@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from engine.ir.dtype import DType
 from engine.plan.plan import Step
-from engine.plan.tensor import Tensor
+from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda.attention_operands import (
     LOG2_E,
     BiasKind,
@@ -27,6 +29,7 @@ from engine.targets.cuda.kernel import (
     Context,
     Instruction,
     Launch,
+    Pointer,
     TensorMap,
     ceildiv,
     launch,
@@ -35,14 +38,15 @@ from engine.targets.cuda.kernel import (
 from engine.targets.cuda.spaces import VECTOR
 
 _WIDTHS = (32, 64, 128)  # features of a head, padded by zeros that the copy engine supplies
+_BAND = 32  # heads whose causal tiles are dealt from the longest to the shortest; their k and v stay in L2
 _MIN_QUERIES = 17  # up to 16 the portable kernel wastes fewer rows, and deals the keys to several blocks
-_Q_STAGES = 2
 
 
 @dataclass(frozen=True)
 class WgmmaAttentionTile:
-    """A block: `consumers` warpgroups of 64 queries and one that fills rings of `stages` tiles of `keys` keys. `blocks`
-    blocks share a multiprocessor; registers are those of a thread."""
+    """A block: `consumers` warpgroups of 64 queries and one that fills rings of `stages` tiles of `keys` keys and of
+    `q_stages` of queries. `blocks` blocks share a multiprocessor; registers are those of a thread. `turns`: consumers
+    take turns to start products."""
 
     consumers: int
     keys: int
@@ -50,15 +54,18 @@ class WgmmaAttentionTile:
     blocks: int
     producer_registers: int
     consumer_registers: int
+    turns: bool = True
+    q_stages: int = 2
 
     @property
     def queries(self) -> int:
         return 64 * self.consumers
 
-    def shared_bytes(self, head: int, value: int) -> int:
-        """Tiles of q, rings of k and v, the biases beside k, and the barriers (attention_wgmma.cuh)."""
-        tiles = _Q_STAGES * self.queries * head * 2 + self.stages * self.keys * (head + value) * 2
-        return tiles + self.stages * self.keys * 4 + 8 * (2 * _Q_STAGES + 4 * self.stages)
+    def shared_bytes(self, head: int, value: int, bias: bool) -> int:
+        """Tiles of q, rings of k and v, the biases beside k, items, and the barriers (attention_wgmma.cuh)."""
+        tiles = self.q_stages * self.queries * head * 2 + self.stages * self.keys * (head + value) * 2
+        biases = self.stages * self.keys * 4 if bias else 0
+        return tiles + biases + 16 * self.q_stages + 8 * (2 * self.q_stages + 4 * self.stages)
 
 
 def suits(step: Step) -> bool:
@@ -130,12 +137,16 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
     op, (q, k, v) = operation(step), step.inputs[:3]
     batch, heads, queries, value_size = four(step.outputs[0].shape, 1)
     head, value = padded(q), padded(v)
-    shared = tile.shared_bytes(head, value)
+    shared = tile.shared_bytes(head, value, op.has_bias)
+    items = ceildiv(queries, tile.queries) * heads * batch
+    blocks = min(items, context.multiprocessors * tile.blocks)
+    dynamic = items > blocks
     config: dict[str, int | bool | str] = {
         "operand": STORAGE[q.dtype], "head_padded": head, "value_padded": value, "keys": tile.keys,
         "consumers": tile.consumers, "stages": tile.stages, "causal": op.causal, "bias": op.has_bias,
         "masked_rows_zero": op.masked_rows_zero, "producer_registers": tile.producer_registers,
         "consumer_registers": tile.consumer_registers, "blocks": tile.blocks, "shared_bytes": shared,
+        "q_stages": tile.q_stages, "turns": tile.turns, "band": _BAND, "dynamic": dynamic,
     }  # fmt: skip
     arguments: dict[str, Argument] = {
         "map_q": _map(q, tile.queries), "map_k": _map(k, tile.keys), "map_v": _map(v, tile.keys),
@@ -145,11 +156,12 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
         # 0 where all of the batch read the same.
         "q_batches": int(q.shape[0] > 1), "k_batches": int(k.shape[0] > 1), "v_batches": int(v.shape[0] > 1),
     }  # fmt: skip
-    items = ceildiv(queries, tile.queries) * heads * batch
+    if dynamic:
+        arguments["counters"] = Pointer(Buffer("taken items", BufferKind.PLAN, 8, np.zeros(2, np.uint32)), ctype="u32")
     products = wgmma_function(tile.keys, q.dtype) + register_product(value, q.dtype)
     return launch(
         "attention", "attention_wgmma.cuh", config, [epilogue(step)], arguments,
-        (min(items, context.multiprocessors * tile.blocks), 1, 1), 128 * (tile.consumers + 1), shared,
+        (blocks, 1, 1), 128 * (tile.consumers + 1), shared,
         Instruction.WGMMA, helpers=f'#include "ptx/wgmma_panels.cuh"\n{products}{bias_code(step)}',
     )  # fmt: skip
 

@@ -29,5 +29,11 @@ inline void barrier_arrive_expect(u32 barrier, u32 bytes) {
 inline void barrier_wait(u32 barrier, u32 parity) {
   while (emulator::barrier_at(barrier).phase == parity) emulator::yield();
 }
+template <int THREADS> void meet_at(u32 number) { emulator::meet(emulator::named_meetings[number], [] { return THREADS; }); }
+template <int THREADS> void pass_by(u32 number) {
+  auto& meeting = emulator::named_meetings[number];
+  if (++meeting.arrived >= THREADS) meeting = {0, meeting.generation + 1};
+  ++emulator::progress;
+}
 template <int REGISTERS> void give_registers() {}
 template <int REGISTERS> void take_registers() {}
