@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from heapq import heapreplace
 
 import numpy as np
 
@@ -39,6 +40,7 @@ from engine.targets.cuda.spaces import VECTOR
 
 _WIDTHS = (32, 64, 128)  # features of a head, padded by zeros that the copy engine supplies
 _BAND = 32  # heads whose causal tiles are dealt from the longest to the shortest; their k and v stay in L2
+_ROUNDS = 8  # items a block, up to which the cost model deals them one by one
 _MIN_QUERIES = 17  # up to 16 the portable kernel wastes fewer rows, and deals the keys to several blocks
 
 
@@ -89,18 +91,17 @@ def _readable(tensor: Tensor) -> bool:
     )
 
 
-def candidates(head: int, value: int, crowded: bool) -> Iterator[WgmmaAttentionTile]:
+def candidates(head: int, value: int) -> Iterator[WgmmaAttentionTile]:
     """Tiles whose kernels have no spills; `head` and `value` are padded. A block starts with as many registers a thread
-    as its launch bounds allow; producer and consumers divide those anew. `crowded`: both a bias and a causal mask need
-    some of them."""
+    as its launch bounds allow; producer and consumers divide those anew."""
     if max(head, value) <= 64:
-        if not crowded:
-            yield WgmmaAttentionTile(3, 128, 2, 1, 32, 160)
+        yield WgmmaAttentionTile(3, 128, 2, 1, 32, 160)
+        yield WgmmaAttentionTile(4, 64, 8, 1, 32, 112)
         yield WgmmaAttentionTile(2, 128, 4, 1, 40, 232)
-        yield WgmmaAttentionTile(1, 128, 2, 2, 40, 208)
+        yield WgmmaAttentionTile(1, 128, 2, 2, 40, 208, turns=False)
     else:
         yield WgmmaAttentionTile(2, 128, 2, 1, 40, 232)
-        yield WgmmaAttentionTile(1, 64, 2, 2, 40, 208)
+        yield WgmmaAttentionTile(1, 64, 2, 2, 40, 208, turns=False)
 
 
 def padded(tensor: Tensor) -> int:
@@ -109,27 +110,59 @@ def padded(tensor: Tensor) -> int:
 
 def pick(step: Step, context: Context) -> WgmmaAttentionTile:
     """The tile with the least estimated time."""
-    head, value = padded(step.inputs[0]), padded(step.inputs[2])
-    op = operation(step)
-    every = candidates(head, value, op.causal and op.has_bias)
-    return min(every, key=lambda tile: _cycles(step, tile, head, value, context.multiprocessors))
-
-
-def _cycles(step: Step, tile: WgmmaAttentionTile, head: int, value: int, multiprocessors: int) -> float:
-    """Estimated cycles. Rates a multiprocessor: multiply-adds as in tiles.py, slowed down by what the softmax leaves
-    (three quarters of the product's rate at 64 features); 16 exponentials."""
-    rate, exponentials, latency, launch = 0.75 * 2048, 16, 900, 2750
     batch, heads, queries, _ = four(step.outputs[0].shape, 1)
-    keys, query_tiles = step.inputs[1].shape[-2], ceildiv(queries, tile.queries)
-    items = query_tiles * heads * batch
-    if operation(step).causal:
-        keys = ceildiv(sum(min(keys, (i + 1) * tile.queries) for i in range(query_tiles)), query_tiles)
-    scores = tile.queries * tile.keys
-    rounds = ceildiv(items, multiprocessors)
-    resident = min(rounds, tile.blocks)
-    tile_of_keys = max(scores * (head + value) / rate, scores / exponentials, latency / resident)
-    ends = latency / resident + tile.queries * (head + value) / 24  # first loads and stores: bytes from L2 a cycle
-    return launch + rounds * (ceildiv(keys, tile.keys) * tile_of_keys + ends)
+    head, value = padded(step.inputs[0]), padded(step.inputs[2])
+    work = Work(queries, step.inputs[1].shape[-2], batch * heads, head, value, operation(step).causal)
+    return min(candidates(head, value), key=lambda tile: cycles(tile, work, context.multiprocessors))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What there is to do: `groups` products of batch and heads. `head` and `value` are padded."""
+
+    queries: int
+    keys: int
+    groups: int
+    head: int
+    value: int
+    causal: bool
+
+
+def cycles(tile: WgmmaAttentionTile, work: Work, multiprocessors: int) -> float:
+    """Estimated cycles, at about 1.7 GHz. The constants are fitted to a trial on an H100 (fp16, heads of 64 and 128,
+    512 to 8192 tokens, one to four consumers), which they meet within a tenth."""
+    launch, l2_bytes = 4250, 40
+    # Of 64 queries and a tile of keys: multiply-adds at the full rate, 16 exponentials a cycle.
+    products, exponentials = 64 * tile.keys * (work.head + work.value) / 2048, 64 * tile.keys / 16
+    busy = 50 + products + 0.55 * exponentials  # of a warpgroup's tile when others fill its gaps
+    alone = 300 + products / 2 + 1.85 * exponentials
+    feed = tile.blocks * tile.keys * (work.head + work.value) * 2 / l2_bytes
+
+    def step(active: int) -> float:
+        """A tile of keys for so many warpgroups."""
+        exposed = max(0.0, (alone - busy) * (3 - active) / 2)
+        return max(active * busy + exposed, feed)
+
+    ends = 0.6 * alone + tile.blocks * tile.queries * (work.head + work.value) * 2 / 64
+
+    def item(query0: int) -> float:
+        """A tile of queries: its warpgroups start together on the last tile that each of them sees."""
+        rows = range(query0, min(work.queries, query0 + tile.queries), 64)
+        seen = [ceildiv(min(work.keys, row + 64) if work.causal else work.keys, tile.keys) for row in rows]
+        tiles = range(max(seen))
+        return ends + sum(step(tile.blocks * sum(count > i for count in seen)) for i in tiles)
+
+    lengths = [item(i * tile.queries) for i in reversed(range(ceildiv(work.queries, tile.queries)))]
+    slots = multiprocessors * tile.blocks
+    if len(lengths) * work.groups > _ROUNDS * slots:
+        return launch + sum(lengths) * work.groups / slots + max(lengths) / 2
+    band = _BAND if work.causal else 1
+    free = [0.0] * slots
+    for first in range(0, work.groups, band):
+        for length in lengths:
+            for _ in range(min(band, work.groups - first)):
+                heapreplace(free, free[0] + length)
+    return launch + max(free)
 
 
 def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> Launch:

@@ -8,6 +8,7 @@
 #pragma once
 #include "epilogue/fragment.cuh"
 #include "epilogue/math.cuh"
+#include "ptx/arithmetic.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/grid.cuh"
 #include "ptx/memory.cuh"
@@ -25,7 +26,9 @@ constexpr int THREADS = 128 * (CONSUMERS + 1), WARPS = 4 * CONSUMERS;
 constexpr int PRODUCER_REGISTERS = config::producer_registers, CONSUMER_REGISTERS = config::consumer_registers;
 // Heads of a band, whose tiles of queries are dealt from the longest to the shortest, so that what comes last is short. Without a causal
 // mask all are alike, and those of a head stay together, because they read the same k and v.
+static_assert(!BIAS || KEYS % 32 == 0, "the lanes of a warp load the biases of a tile");
 constexpr int GROUPS = CAUSAL ? config::band : 1;
+constexpr float MASKED = 8192.0f;  // see `live_tiles`
 constexpr float GROWTH = 8.0f;  // by how many powers of two a maximum is exceeded before it is replaced (see `exponentials`)
 
 // A tile in shared memory: panels of up to 64 features, each of ROWS rows of ROW_BYTES.
@@ -62,6 +65,13 @@ template <int DEPTH> struct Ring {
   }
 };
 
+// In units of log2. A finite bias stays finite, so that a row of equal, very negative ones is uniform, not empty.
+DEVICE float bias_log2(float bias) { return bias == -INFINITY ? bias : fmaxf(bias * 1.4426950408889634f, -1e38f); }
+
+DEVICE float key_bias(const Params& p, u32 batch, u32 head, u32 key) {
+  return key < p.keys ? bias_log2(Bias::at(p, batch, head, 0, key)) : -INFINITY;
+}
+
 // A tile of queries of one head (`group` counts batch and heads), and how many tiles of keys it meets: at least one. Its last says that
 // there is nothing more, and has none.
 struct alignas(16) Item { u32 query0, group, tiles; };
@@ -73,14 +83,34 @@ DEVICE Item item_of(const Params& p, u32 index) {
   return {query0, band * GROUPS + within % groups, (keys + KEYS - 1) / KEYS};
 }
 
+// The tiles of keys of an item that can matter, a bit each; all where there is nothing to skip. A tile does not matter where the
+// largest of its biases lies so far below the largest of all that its exponentials are 0 beside those of other keys: by MASKED powers of
+// two, which the scores of a query would have to differ by to make up for it. Called by a whole warp.
+DEVICE u32 live_tiles(const Params& p, const Item& item, u32 batch, u32 head) {
+  if (CAUSAL || item.tiles == 1 || item.tiles > 32) return ~0u;
+  const u32 lane = threadIdx.x & 31;
+  float largest = -INFINITY;  // of tile `lane`
+#pragma unroll 1
+  for (u32 tile = 0; tile < item.tiles; ++tile) {
+    float m = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < KEYS / 32; ++i) m = max_nan(m, key_bias(p, batch, head, tile * KEYS + 32 * i + lane));
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) m = max_nan(m, __shfl_xor_sync(~0u, m, distance));
+    if (tile == lane) largest = m;
+  }
+  float all = largest;
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) all = max_nan(all, __shfl_xor_sync(~0u, all, distance));
+  // Of a difference that is not a number, and of none, nothing is known: with every key masked alike all tiles stay.
+  return __ballot_sync(~0u, !(all - largest >= MASKED)) & ~0u >> (32 - item.tiles);
+}
+
 // The tiles at the end of the item's that the 64 queries from `first_query` on see no key of; all where there is no query.
 DEVICE u32 hidden_tiles(const Params& p, const Item& item, u32 first_query) {
   if (first_query >= p.queries) return item.tiles;
   return CAUSAL ? item.tiles - (min(p.keys, first_query + 64) + KEYS - 1) / KEYS : 0;
 }
-
-// In units of log2. A finite bias stays finite, so that a row of equal, very negative ones is uniform, not empty.
-DEVICE float bias_log2(float bias) { return bias == -INFINITY ? bias : fmaxf(bias * 1.4426950408889634f, -1e38f); }
 
 // The scores of a tile of keys become exponentials. A maximum stays while no lane of the warp exceeds it by more than GROWTH: exponentials
 // and their sum may then be 2^GROWTH too large alike. True where it was replaced: what was summed up before has to be multiplied
@@ -149,10 +179,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
     prefetch_tensor_map(p.map_v);
     for (int i = 0; i < Q_STAGES; ++i) {
       barrier_init(q_ring.full + 8 * i, 1);
-      barrier_init(q_ring.empty + 8 * i, WARPS + BIAS);  // the warp of the biases reads the item, too
+      barrier_init(q_ring.empty + 8 * i, WARPS);
     }
     for (int i = 0; i < STAGES; ++i) {
-      barrier_init(k_ring.full + 8 * i, BIAS ? 33 : 1);  // with biases each lane of their warp arrives
+      barrier_init(k_ring.full + 8 * i, BIAS ? 33 : 1);  // with biases each lane arrives
       barrier_init(k_ring.empty + 8 * i, WARPS);
       barrier_init(v_ring.full + 8 * i, 1);
       barrier_init(v_ring.empty + 8 * i, WARPS);
@@ -168,56 +198,59 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
   if (warpgroup == CONSUMERS) {
     give_registers<PRODUCER_REGISTERS>();
     const u32 warp = threadIdx.x / 32 & 3, lane = threadIdx.x & 31;
-    if (warp == 0 && lane == 0) {
+    // One lane copies; with biases all lanes of its warp load them.
+    if (warp == 0 && (BIAS || lane == 0)) {
       const u32 end = (p.queries + QUERIES - 1) / QUERIES * p.groups;
       u32 index = blockIdx.x;
-      while (index < end) {
-        const u32 next = item_after<config::dynamic>(p, index);
-        const Item item = item_of(p, index);
+      for (; index < end; ++q_turn) {
+        u32 next = 0, live = ~0u;
+        if (lane == 0) next = item_after<config::dynamic>(p, index);
+        Item item = item_of(p, index);
         const u32 batch = item.group / p.heads, head = item.group - batch * p.heads;
-        q_ring.wait_empty(q_turn);
-        items[q_turn % Q_STAGES] = item;
-        barrier_arrive_expect(q_ring.landed(q_turn), QTile::BYTES);
-        QTile::copy(q_ring.tile(q_turn), p.map_q, q_ring.landed(q_turn), item.query0, head, batch * p.q_batches);
+        u32 tile = item.tiles;
+        if constexpr (BIAS) {
+          live = live_tiles(p, item, batch, head);
+          if (live != ~0u) item.tiles = __popc(live);
+        }
+        if (lane == 0) {
+          q_ring.wait_empty(q_turn);
+          items[q_turn % Q_STAGES] = item;
+          barrier_arrive_expect(q_ring.landed(q_turn), QTile::BYTES);
+          QTile::copy(q_ring.tile(q_turn), p.map_q, q_ring.landed(q_turn), item.query0, head, batch * p.q_batches);
+        }
         const u32 k_head = head / p.heads_per_k, v_head = head / p.heads_per_v;
 #pragma unroll 1
-        for (u32 tile = item.tiles; tile-- > 0; ++turn) {
-          k_ring.wait_empty(turn);
-          barrier_arrive_expect(k_ring.landed(turn), KTile::BYTES);
-          KTile::copy(k_ring.tile(turn), p.map_k, k_ring.landed(turn), tile * KEYS, k_head, batch * p.k_batches);
-          v_ring.wait_empty(turn);
-          barrier_arrive_expect(v_ring.landed(turn), VTile::BYTES);
-          VTile::copy(v_ring.tile(turn), p.map_v, v_ring.landed(turn), tile * KEYS, v_head, batch * p.v_batches);
-        }
-        ++q_turn;
-        index = next;
-      }
-      q_ring.wait_empty(q_turn);
-      items[q_turn % Q_STAGES] = {0, 0, 0};
-      barrier_arrive(q_ring.landed(q_turn));
-      no_more_items<config::dynamic>(p);
-    } else if (BIAS && warp == 1) {
-      Item item = item_of(p, blockIdx.x);  // known before the first queries have landed
-      for (;; ++q_turn) {
-        const u32 batch = item.group / p.heads, head = item.group - batch * p.heads;
-#pragma unroll 1
-        for (u32 tile = item.tiles; tile-- > 0; ++turn) {
+        while (tile-- > 0) {
+          if (BIAS && !(live >> (tile & 31) & 1)) continue;
           float bias[KEYS / 32];
+          if constexpr (BIAS) {
 #pragma unroll
-          for (int i = 0; i < KEYS / 32; ++i) {
-            const u32 key = tile * KEYS + 32 * i + lane;
-            bias[i] = key < p.keys ? bias_log2(Bias::at(p, batch, head, 0, key)) : -INFINITY;
+            for (int i = 0; i < KEYS / 32; ++i) bias[i] = key_bias(p, batch, head, tile * KEYS + 32 * i + lane);
           }
           k_ring.wait_empty(turn);
+          if (lane == 0) {
+            barrier_arrive_expect(k_ring.landed(turn), KTile::BYTES);
+            KTile::copy(k_ring.tile(turn), p.map_k, k_ring.landed(turn), tile * KEYS, k_head, batch * p.k_batches);
+          }
+          if constexpr (BIAS) {
 #pragma unroll
-          for (int i = 0; i < KEYS / 32; ++i) biases[turn % STAGES * KEYS + 32 * i + lane] = bias[i];
-          barrier_arrive(k_ring.landed(turn));
+            for (int i = 0; i < KEYS / 32; ++i) biases[turn % STAGES * KEYS + 32 * i + lane] = bias[i];
+            barrier_arrive(k_ring.landed(turn));
+          }
+          if (lane == 0) {
+            v_ring.wait_empty(turn);
+            barrier_arrive_expect(v_ring.landed(turn), VTile::BYTES);
+            VTile::copy(v_ring.tile(turn), p.map_v, v_ring.landed(turn), tile * KEYS, v_head, batch * p.v_batches);
+          }
+          ++turn;
         }
-        q_ring.wait_full(q_turn);
-        q_ring.leave(q_turn);
-        q_ring.wait_full(q_turn + 1);
-        item = items[(q_turn + 1) % Q_STAGES];
-        if (item.tiles == 0) break;
+        index = BIAS ? __shfl_sync(~0u, next, 0) : next;
+      }
+      if (lane == 0) {
+        q_ring.wait_empty(q_turn);
+        items[q_turn % Q_STAGES] = {0, 0, 0};
+        barrier_arrive(q_ring.landed(q_turn));
+        no_more_items<config::dynamic>(p);
       }
     }
   } else {
