@@ -65,8 +65,8 @@ def most_workers() -> int:
 
 
 def groups(cases: Sequence[tuple[str, T]], most: int) -> list[list[T]]:
-    """Cases with the model of each, shared out to at most `most` processes where there are so few models: each has cases
-    of one model, and the largest groups are halved as long as there are processes for the halves."""
+    """Cases, each given with its model, in groups for a process each: those of one model, and the largest groups are
+    halved as long as there are fewer than `most`."""
     found = [[case for model, case in cases if model == name] for name in dict.fromkeys(model for model, _ in cases)]
     while len(found) < most and (largest := max(found, key=len, default=[])) and len(largest) > 1:
         place = found.index(largest)
@@ -233,9 +233,7 @@ def _all_ready(
     return failures
 
 
-def all_at_once(
-    recipes: Sequence[Recipe[R]], environment: Mapping[str, str], deadline: float
-) -> Iterator[Result[R]]:
+def all_at_once(recipes: Sequence[Recipe[R]], environment: Mapping[str, str], deadline: float) -> Iterator[Result[R]]:
     """Measure every case, all recipes at the same time, in the order in which they come out. After `deadline` what is
     still out is given up."""
     workers = {worker.connection: worker for worker in (Worker(recipe, environment) for recipe in recipes)}

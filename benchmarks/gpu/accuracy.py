@@ -38,8 +38,8 @@ class Finding:
 def measure_all(
     cases: Sequence[AccuracyCase], files: Mapping[str, Path], deadline: float, workers: int
 ) -> Iterator[tuple[AccuracyCase, Finding]]:
-    """Every case with what came out, in the order in which they come, as long as `deadline` (of `time.monotonic`) is not
-    past. `workers`: the most processes at once."""
+    """Every case with what came out, in the order in which they come, until `deadline` (of `time.monotonic`).
+    `workers`: the most processes at once."""
     by_name = {case.name: case for case in cases}
     shares = groups([(case.model, case) for case in cases], workers)
     threads = compile_threads(len(shares))

@@ -190,7 +190,6 @@ class ModelBench:
             entries.append(Entry(COMPILE, partial(self._called, name, arguments, check)))
             entries.append(Entry(COMPILE_IN_GRAPH, partial(self._in_graph, name, arguments, check)))
         measurement = measure(lambda: self._ours.contender(case, expected), entries, TOLERANCE)
-        del entries, arguments
         _free()
         if measurement.failure:
             return Outcome(measurement, floor_us)

@@ -105,10 +105,10 @@ def pick(step: Step, context: Context) -> WgmmaAttentionTile:
     head, value = padded(step.inputs[0]), padded(step.inputs[2])
     op = operation(step)
     every = candidates(head, value, op.causal and op.has_bias)
-    return min(every, key=lambda tile: _cycles(step, tile, head, value, context.multiprocessors))
+    return min(every, key=lambda tile: cycles(step, tile, head, value, context.multiprocessors))
 
 
-def _cycles(step: Step, tile: WgmmaAttentionTile, head: int, value: int, multiprocessors: int) -> float:
+def cycles(step: Step, tile: WgmmaAttentionTile, head: int, value: int, multiprocessors: int) -> float:
     """Estimated cycles. Rates a multiprocessor: multiply-adds as in tiles.py, slowed down by what the softmax leaves
     (three quarters of the product's rate at 64 features); 16 exponentials."""
     rate, exponentials, latency, launch = 0.75 * 2048, 16, 900, 2750
