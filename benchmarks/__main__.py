@@ -149,7 +149,11 @@ def _chosen(options: argparse.Namespace, every: Iterable[cases.AnyCase], device:
     if not options.missing:
         return chosen
     known = [Results.of(device, folder) for folder in (options.results, FOLDER)]
-    return [case for case in chosen if all(problem_of(results, case) for results in known)]
+    missing = [case for case in chosen if all(problem_of(results, case) for results in known)]
+    if chosen and not missing:
+        print("nothing is missing")
+        sys.exit(0)
+    return missing
 
 
 def _cpu_device(threads: int) -> Device:

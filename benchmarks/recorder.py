@@ -80,7 +80,7 @@ class Recorder:
             f"{self._count} of {expected} rows, {self._failed} failed, {took:.0f} s; "
             f"{path} has {len(self._results.rows)} rows"
         )
-        return 1 if self._failed or self._count < expected else 0
+        return 1 if self._failed or self._count < max(1, expected) else 0
 
 
 def line(row: Row) -> str:

@@ -66,7 +66,7 @@ class Row:
     why. `floor_us`: what FLOPs and bytes take at the run's ceilings. `predicted_us`: what the cost model that chose the
     tile says. Of models on a GPU, `run_us`: `Model.run` with its copies, and `host_us`: the host's part of a run that
     nothing waits for. A row with a `failure` has no times. Rows of the suite `accuracy` have none either, but `errors`
-    by size and `facts`: counts of steps and kernels, and bytes. Rows of the suite `ready` have `seconds` from the start.
+    by size and `facts`: counts of steps and kernels, and bytes. Rows of the suite `ready` have `seconds` from a start.
     """
 
     suite: str

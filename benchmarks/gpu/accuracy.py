@@ -61,11 +61,14 @@ class AccuracyRecipe:
         return [case.name for case in self.cases]
 
     def build(self) -> AccuracyBench:
-        from benchmarks.gpu.references import References  # which needs PyTorch
+        from benchmarks.gpu.references import References, free  # which need PyTorch
 
-        model = self.cases[0].model
         twins = References(threads=self.threads)
-        return AccuracyBench(self, {sizes.name: twins.of(sizes, self.path) for sizes in accuracy.compared(model)})
+        sizes = accuracy.compared(self.cases[0].model)
+        expected = {one.name: twins.of(one, self.path) for one in sizes}
+        del twins
+        free()
+        return AccuracyBench(self, expected)
 
     def plain(self) -> AccuracyRecipe:
         return self

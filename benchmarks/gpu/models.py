@@ -8,7 +8,6 @@ in one process, while all others wait.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +24,7 @@ import engine
 from benchmarks.cases.models import ModelCase
 from benchmarks.gpu.executables import compile_threads, executable, host_us, limit_compiler
 from benchmarks.gpu.networks import network
-from benchmarks.gpu.references import References
+from benchmarks.gpu.references import References, free
 from benchmarks.gpu.timing import CallContender, Check, GraphContender, full_precision, relative_error
 from benchmarks.measure import Contender, Entry, Measurement, measure, reason
 from benchmarks.results import Ceilings
@@ -139,7 +138,7 @@ class ModelBench:
         for mode in _MODES:
             for name in recipe.compiled:
                 self._compile(name, mode)
-        _free()
+        free()
         print(
             f"{', '.join(self._cases)}: references {prepared - begin:.0f} s, ours {loaded - prepared:.0f} s, "
             f"{len(self._compiled)} compiled {time.monotonic() - loaded:.0f} s",
@@ -155,7 +154,7 @@ class ModelBench:
             except Exception as problem:
                 yield case.name, f"no reference: {reason(problem)}"
         del references
-        _free()
+        free()
 
     def _compile(self, name: str, mode: str) -> None:
         """Have torch.compile compile the network for a case, and run it once. What does not work or is not done in time
@@ -190,7 +189,7 @@ class ModelBench:
             entries.append(Entry(COMPILE, partial(self._called, name, arguments, check)))
             entries.append(Entry(COMPILE_IN_GRAPH, partial(self._in_graph, name, arguments, check)))
         measurement = measure(lambda: self._ours.contender(case, expected), entries, TOLERANCE)
-        _free()
+        free()
         if measurement.failure:
             return Outcome(measurement, floor_us)
         return Outcome(measurement, floor_us, self._ours.run_us(case.feeds()), self._ours.host_us(case))
@@ -212,12 +211,6 @@ class ModelBench:
         if (name, mode) in self._reasons:
             raise RuntimeError(self._reasons[name, mode])
         return self._compiled[name, mode]
-
-
-def _free() -> None:
-    """Give back what PyTorch keeps for later: other processes share the GPU."""
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def check_of(expected: np.ndarray) -> Check:

@@ -5,6 +5,7 @@ far from the truth as our own fp32 may be.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,12 @@ def onnx_runtime(path: Path, feeds: Mapping[str, np.ndarray], threads: int = 0) 
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+
+def free() -> None:
+    """Give back what PyTorch keeps of the GPU's memory for later: others share it."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _exact(twin: Network, feeds: Mapping[str, np.ndarray]) -> np.ndarray:

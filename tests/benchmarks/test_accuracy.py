@@ -14,7 +14,7 @@ import engine
 from benchmarks import cases
 from benchmarks.cases import accuracy
 from benchmarks.cases.models import MINILM, MOBILENET, ModelCase
-from benchmarks.gpu.accuracy import error, references
+from benchmarks.gpu.accuracy import error, judged, references
 from benchmarks.models.store import build_all, model_file, weights_file
 from benchmarks.results import Device, Results, Row, Run
 from benchmarks.tables import regenerated
@@ -39,6 +39,14 @@ def test_the_cpu_is_close_to_the_reference_and_what_is_wrong_is_seen(
         wrong = right + np.float32(1e-3 * right.std())
         assert error(model, SMALL[0], {"logits": wrong}) > 1e-4
         assert error(model, SMALL[0], {"logits": right[:, :-1]}) == float("inf")
+
+
+def test_the_worst_size_counts_and_all_beyond_the_bound_are_named() -> None:
+    found = judged({"resnet50 batch=1": 1.23e-3, "resnet50 batch=7": 4.56e-3}, 5e-3)
+    assert (found.rel_err, found.failure) == (4.6e-3, "")
+    assert found.errors == {"batch=1": 1.2e-3, "batch=7": 4.6e-3}
+    wrong = judged({"a batch=1": 2e-2, "a batch=7": 1e-4, "a batch=32": float("nan")}, 5e-3)
+    assert wrong.failure == "relative error above 0.005 at a batch=1: 2.0e-02, a batch=32: nan"
 
 
 def test_sizes_fit_the_models() -> None:
