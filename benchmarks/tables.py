@@ -124,7 +124,7 @@ def _ready(results: Results, rows: Sequence[Row]) -> str:
     return "\n".join([*lines, "", f"Seconds from the start. {_source(results, rows)}.", ""])
 
 
-_COUNTS = ("steps", "kernels")
+_COUNTS = ("steps", "opaque", "kernels")
 _MEGABYTES = {"activations_bytes": "activations", "arena_bytes": "arena", "weights_bytes": "weights",
               "buckets_bytes": "8 plans, all"}  # fmt: skip
 
