@@ -92,7 +92,8 @@ def measure_all(
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """Some sizes of one model, for a process of its own; `compiled` names those with torch.compile."""
+    """Some sizes of one model, for a process of its own; `compiled` names those with torch.compile, `given_up` says why
+    that is not even tried."""
 
     cases: tuple[ModelCase, ...]
     path: Path
@@ -100,6 +101,7 @@ class ModelRecipe:
     threads: int
     compiled: tuple[str, ...]
     compile_until: float
+    given_up: str = ""
 
     @property
     def names(self) -> Sequence[str]:
@@ -109,7 +111,7 @@ class ModelRecipe:
         return ModelBench(self)
 
     def plain(self) -> ModelRecipe:
-        return replace(self, compiled=())
+        return replace(self, given_up="the process that compiled it crashed, or had to be ended")
 
 
 class ModelBench:
@@ -159,6 +161,9 @@ class ModelBench:
     def _compile(self, name: str, mode: str) -> None:
         """Have torch.compile compile the network for a case, and run it once. What does not work or is not done in time
         has a reason."""
+        if self._recipe.given_up:
+            self._reasons[name, mode] = self._recipe.given_up
+            return
         begin = time.monotonic()
         # One function for each case, as a user would have; limited to the process's time, not to this case's.
         compiled = torch.compile(self._net.call, mode=_MODES[mode], dynamic=False)
