@@ -110,10 +110,15 @@ def padded(tensor: Tensor) -> int:
 
 def pick(step: Step, context: Context) -> WgmmaAttentionTile:
     """The tile with the least estimated time."""
+    work = work_of(step)
+    return min(candidates(work.head, work.value), key=lambda tile: cycles(tile, work, context.multiprocessors))
+
+
+def work_of(step: Step) -> Work:
+    """What there is to do in an attention step."""
     batch, heads, queries, _ = four(step.outputs[0].shape, 1)
     head, value = padded(step.inputs[0]), padded(step.inputs[2])
-    work = Work(queries, step.inputs[1].shape[-2], batch * heads, head, value, operation(step).causal)
-    return min(candidates(head, value), key=lambda tile: cycles(tile, work, context.multiprocessors))
+    return Work(queries, step.inputs[1].shape[-2], batch * heads, head, value, operation(step).causal)
 
 
 @dataclass(frozen=True)
