@@ -49,7 +49,7 @@ from engine.targets.cuda import attention_wgmma
 from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.attention import heads_of, launch_attention
 from engine.targets.cuda.attention_tiles import Heads, candidates
-from engine.targets.cuda.conv import filters_of, launch_conv
+from engine.targets.cuda.conv import filters_of, launch_conv, lower_in
 from engine.targets.cuda.conv_geometry import Geometry, channels_last
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.gemm import epilogue_of, launch_product
@@ -415,6 +415,7 @@ def convolutions(context: Context) -> Iterator[tuple[str, Launch]]:
         filters, _ = filters_of(step, geometry, how)
         for tile in tiles:
             yield f"conv {tile}", launch_conv(step, geometry, filters, tile, how)
+    yield from _gathered_convolutions(context, rounding)
     for step in (
         _conv(F16, known=False),
         _conv(F32, transposed=True, known=False),
@@ -428,6 +429,29 @@ def convolutions(context: Context) -> Iterator[tuple[str, Launch]]:
     ):
         for launch in family_of(step.op).lower(step, context):
             yield "conv", launch
+
+
+def _gathered_convolutions(context: Context, rounding: Context) -> Iterator[tuple[str, Launch]]:
+    """Implicit products whose patches the copy engine gathers, in every tile: widths of panels take turns."""
+    wgmma = [
+        replace(tile, panel_bytes=128 >> i % 3)
+        for i, tile in enumerate(WGMMA_TILES if context.architecture.wgmma else ())
+    ]
+    split = [replace(tile, splits=3) for tile in wgmma if tile.most_splits > 1]
+    chosen: list[tuple[Step, Context, Sequence[Tile]]] = [
+        (_conv(F16), context, wgmma),
+        (_conv(F16, residual=True), context, [replace(tile, panel_bytes=128) for tile in wgmma]),
+        (_conv(F16, residual=True), context, split),
+        (_conv(F16, axes=3, residual=True), context, (*wgmma[:2], *wgmma[7:9])),
+        (_conv(F16, channels=128, groups=2, residual=True), context, (*wgmma[:2], *wgmma[7:9])),
+        (_conv(DType.BF16, residual=True), context, wgmma[:1]),
+        (_conv(F32, residual=True), rounding, (*wgmma[:3], *wgmma[7:8])),
+        (_conv(F32, channels=128, groups=2, axes=3, residual=True), rounding, split),
+    ]
+    for step, how, tiles in chosen:
+        for tile in tiles:
+            for launch in lower_in(step, Geometry(step), tile, how):
+                yield f"conv {tile}", launch
 
 
 def _conv(
