@@ -7,7 +7,6 @@ The limits are those that the CUDA driver documents of cuTensorMapEncodeIm2col.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 from engine.plan.plan import Step
 from engine.targets.cuda.conv_geometry import AXES, Geometry, padded_k, row_length
@@ -87,19 +86,15 @@ def pick(step: Step, geometry: Geometry, operands: Operands, most_splits: int, c
     if not suits(geometry):
         return None
     m, n, groups = geometry.rows, geometry.n, geometry.groups
-    channels, taps = geometry.channels, prod(geometry.phases[0].kernel)
-    # A strided convolution can pass over pixels, and a small kernel reads none twice.
-    pixels = geometry.images * min(prod(geometry.input), prod(geometry.output) * taps)
-    elements = groups * (pixels * channels + n * channels * taps + m * n)
     choices = []
     for panel_bytes in _PANELS:
         panel = panel_bytes // w.dtype.itemsize
         # Filters that are packed on the device have no padding, and a panel must not reach into the next group.
-        if channels % panel and (groups > 1 or not is_constant(w)):
+        if geometry.channels % panel and (groups > 1 or not is_constant(w)):
             continue
         k = padded_k(geometry, panel)
         for tile in wgmma_tiles(m, n, k, operands, most_splits, groups, panel_bytes):
-            cycles = wgmma_cycles(m, n, k, tile, context.multiprocessors, operands, groups, elements)
+            cycles = wgmma_cycles(m, n, k, tile, context.multiprocessors, operands, groups, step.cost.bytes)
             choices.append(Choice(tile, cycles))
     return min(choices, key=lambda choice: choice.cycles, default=None)
 

@@ -438,20 +438,30 @@ def _gathered_convolutions(context: Context, rounding: Context) -> Iterator[tupl
         for i, tile in enumerate(WGMMA_TILES if context.architecture.wgmma else ())
     ]
     split = [replace(tile, splits=3) for tile in wgmma if tile.most_splits > 1]
+    every = [replace(tile, panel_bytes=128) for tile in wgmma]
+    few = (*wgmma[:2], *wgmma[7:9])
     chosen: list[tuple[Step, Context, Sequence[Tile]]] = [
         (_conv(F16), context, wgmma),
-        (_conv(F16, residual=True), context, [replace(tile, panel_bytes=128) for tile in wgmma]),
-        (_conv(F16, residual=True), context, split),
-        (_conv(F16, axes=3, residual=True), context, (*wgmma[:2], *wgmma[7:9])),
-        (_conv(F16, channels=128, groups=2, residual=True), context, (*wgmma[:2], *wgmma[7:9])),
-        (_conv(DType.BF16, residual=True), context, wgmma[:1]),
-        (_conv(F32, residual=True), rounding, (*wgmma[:3], *wgmma[7:8])),
-        (_conv(F32, channels=128, groups=2, axes=3, residual=True), rounding, split),
+        (_residual(F16), context, every),
+        (_residual(F16), context, split),
+        (_residual(F16, axes=3), context, few),
+        (_residual(F16, channels=128, groups=2), context, few),
+        (_residual(DType.BF16), context, wgmma[:1]),
+        (_residual(F32), rounding, (*wgmma[:3], *wgmma[7:8])),
+        (_residual(F32, channels=128, groups=2, axes=3), rounding, split),
     ]
     for step, how, tiles in chosen:
         for tile in tiles:
             for launch in lower_in(step, Geometry(step), tile, how):
                 yield f"conv {tile}", launch
+
+
+def _residual(dtype: DType, channels: int = 0, groups: int = 1, axes: int = 2) -> Step:
+    """A convolution with a residual that lies as the result does."""
+    step = _conv(dtype, channels, groups, axes=axes, residual=True)
+    *others, residual = step.inputs
+    strides = row_major(residual.shape, channels_last(len(residual.shape)))
+    return replace(step, inputs=(*others, replace(residual, strides=strides)))
 
 
 def _conv(

@@ -213,10 +213,10 @@ def wgmma_cycles(
     multiprocessors: int,
     operands: Operands,
     groups: int = 1,
-    elements: int | None = None,
+    nbytes: int | None = None,
 ) -> float:
-    """Estimated cycles of `groups` products in tiles of wgmma. `elements`: those that operands and results have in
-    memory, where they are not just the matrices.
+    """Estimated cycles of `groups` products in tiles of wgmma. `nbytes`: what they touch in memory, where that is not
+    just the matrices.
 
     The constants are fitted to a sweep of all tiles and splits over 28 shapes of fp16 on an H100 (products of
     transformers and of 1×1 convolutions, 600 timings): the tile picked took 1 % longer than the best one on average,
@@ -240,5 +240,5 @@ def wgmma_cycles(
         time = max(rounds * steps * step + epilogue, ceildiv(rounds, 2) * (steps * step + epilogue))
     if tile.splits > 1:
         time += _ARRIVAL + (tile.splits + 1) * tile.m * tile.n * 4 / _PARTIAL_RATE
-    elements = elements or groups * (m * k + k * n + m * n)
-    return launch + hypot(time, operands.itemsize * elements / memory_rate)
+    touched = nbytes or operands.itemsize * groups * (m * k + k * n + m * n)
+    return launch + hypot(time, touched / memory_rate)

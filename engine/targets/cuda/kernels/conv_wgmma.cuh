@@ -11,6 +11,7 @@ constexpr bool DEPTH = config::depth;
 constexpr u32 PANEL_CHANNELS = PANEL_BYTES / sizeof(Element);
 
 struct PatchLoad {
+  static constexpr int UNROLL = 1;
   int x, y, z;            // where the patch of the tile's first pixel begins; it may lie outside
   u32 image;
   u32 q, r, s, block;     // of the panel that comes next

@@ -35,7 +35,7 @@ static_assert(BARRIERS + 8 * (2 * STAGES + CONSUMERS) == config::shared_bytes, "
 static_assert(A_BYTES % 1024 == 0 && B_BYTES % 1024 == 0, "operands start at a swizzle atom");
 
 // LOAD(p, row, step) is made for each tile of a, by its first row and first step; its call (p, destination, barrier, step) copies
-// the panels of a step. Steps come one after the other.
+// the panels of a step. Steps come one after the other; UNROLL of them fit the producer's registers at once.
 template <class LOAD> DEVICE void run_pipeline(const Params& p) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 ring = shared_address(shared);
@@ -64,6 +64,7 @@ template <class LOAD> DEVICE void run_pipeline(const Params& p) {
       for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
         const TileIndex tile = tile_of<16>(t, tiles_m, tiles_n);
         LOAD load(p, tile.m * TILE_M, blockIdx.y * steps);
+#pragma unroll LOAD::UNROLL
         for (u32 step = blockIdx.y * steps; step < (blockIdx.y + 1) * steps; ++step) {
           const u32 a = ring + stage * STAGE_BYTES, landed = full + 8 * stage;
           barrier_wait(empty + 8 * stage, parity);
