@@ -19,8 +19,6 @@ constexpr int TILE_M = config::tile_m, TILE_N = config::tile_n, TILE_K = 128 / s
 constexpr bool COOPERATIVE = config::cooperative, SPLIT = config::split, GROUPED = config::grouped;
 constexpr int CONSUMERS = 2, CONSUMER_M = COOPERATIVE ? TILE_M / CONSUMERS : TILE_M;
 constexpr int PARTS = CONSUMER_M / 64;  // one instruction covers 64 rows
-// Rows of 32 columns whose epilogue operands fit the registers beside the accumulators.
-constexpr int AHEAD = PARTS * TILE_N <= 128 ? TILE_N / 16 : PARTS * TILE_N <= 256 ? 4 : 1;
 constexpr int THREADS = 128 * (1 + CONSUMERS);
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 // A block starts with 168 registers for each of its 384 threads; asking for more than these in all waits for ever.
@@ -35,7 +33,8 @@ static_assert(BARRIERS + 8 * (2 * STAGES + CONSUMERS) == config::shared_bytes, "
 static_assert(A_BYTES % 1024 == 0 && B_BYTES % 1024 == 0, "operands start at a swizzle atom");
 
 // LOAD(p, row, step) is made for each tile of a, by its first row and first step; its call (p, destination, barrier, step) copies
-// the panels of a step. Steps come one after the other; UNROLL of them fit the producer's registers at once.
+// the panels of a step. Steps come one after the other; UNROLL of them fit the producer's registers at once. AHEAD rows of 32 columns
+// of epilogue operands fit a consumer's, beside the accumulators.
 template <class LOAD> DEVICE void run_pipeline(const Params& p) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 ring = shared_address(shared);
@@ -122,7 +121,7 @@ template <class LOAD> DEVICE void run_pipeline(const Params& p) {
       for (int i = 0; i < PARTS; ++i) {
         if constexpr (!SPLIT) wgmma_settle(d[i]);
         const u32 row = tile.m * TILE_M + row0 + 64 * i + 16 * warp + lane / 4;
-        emit_fragment<Epilogue, TILE_N / 8, AHEAD>(p, d[i], 0, row, p.m, first_column + tile.n * TILE_N, first_column + p.n);
+        emit_fragment<Epilogue, TILE_N / 8, LOAD::AHEAD>(p, d[i], 0, row, p.m, first_column + tile.n * TILE_N, first_column + p.n);
       }
     }
   }
