@@ -1,7 +1,9 @@
 // Emulates kernels/ptx/wgmma.cuh, and `wgmma<N, T>` itself: a product happens when it is waited for, every thread computing the
 // results that it holds.
 #pragma once
-inline u64 operand_descriptor(u32 address) { return 1ull << 62 | 64ull << 32 | 1ull << 16 | (address & 0x3FFFF) >> 4; }
+template <int ROW_BYTES> u64 operand_descriptor(u32 address) {
+  return (ROW_BYTES == 128 ? 1ull : ROW_BYTES == 64 ? 2ull : 3ull) << 62 | static_cast<u64>(8 * ROW_BYTES >> 4) << 32 | 1ull << 16 | (address & 0x3FFFF) >> 4;
+}
 inline void wgmma_fence() {}
 inline void wgmma_commit() {
   auto& fiber = emulator::fibers[emulator::current];
@@ -17,10 +19,11 @@ inline float operand_value(half x) { return to_float(x); }
 inline float operand_value(bfloat16 x) { return to_float(x); }
 inline float operand_value(float x) { return __uint_as_float(__float_as_uint(x) & ~0x1fffu); }
 inline u32 swizzle_bytes(u64 descriptor) {
-  if (descriptor >> 62 != 1 && descriptor >> 62 != 2) fail("only the 128-byte and the 64-byte swizzle are emulated");
-  return descriptor >> 62 == 1 ? 128 : 64;
+  if (descriptor >> 62 == 0) fail("an operand without a swizzle is not emulated");
+  return 256u >> (descriptor >> 62);
 }
-inline u32 swizzled_address(u32 linear, u32 row_bytes) { return linear ^ (linear >> 7 & (row_bytes == 128 ? 7 : 3)) << 4; }
+// The 16-byte chunks of a row change places by its number.
+inline u32 swizzled_address(u32 linear, u32 row_bytes) { return linear ^ (linear >> 7 & (row_bytes / 16 - 1)) << 4; }
 // Element (row, k) of a K-major operand.
 template <class T> float operand_at(u64 descriptor, u32 row, u32 k) {
   const u32 row_bytes = swizzle_bytes(descriptor), start = (descriptor & 0x3FFF) << 4, stride = (descriptor >> 32 & 0x3FFF) << 4;
