@@ -30,6 +30,7 @@ from engine.targets.cuda.conv_simt import (
     launch_direct,
     launch_simt,
 )
+from engine.targets.cuda.conv_stem import is_stem, launch_stem
 from engine.targets.cuda.gemm import launch_product, pick_tile, split_arguments
 from engine.targets.cuda.kernel import (
     STORAGE,
@@ -80,6 +81,8 @@ def lower(step: Step, context: Context) -> list[Launch]:
         return []
     if is_depthwise(step, geometry):
         return [launch_depthwise(step, geometry, context)]
+    if is_stem(step, geometry, context):
+        return [launch_stem(step, geometry, context)]
     if is_direct(step, geometry):
         return [launch_direct(step, geometry, context)]
     operands = operands_of(step, context)
