@@ -31,6 +31,7 @@ from engine.targets.cuda.conv_simt import (
     launch_simt,
 )
 from engine.targets.cuda.conv_stem import is_stem, launch_stem
+from engine.targets.cuda.depthwise import is_depthwise_product, launch_depthwise_product
 from engine.targets.cuda.gemm import launch_product, pick_tile, split_arguments
 from engine.targets.cuda.kernel import (
     STORAGE,
@@ -79,6 +80,8 @@ def lower(step: Step, context: Context) -> list[Launch]:
     geometry = Geometry(step)
     if not step.outputs[0].elements:
         return []
+    if is_depthwise_product(step, geometry, context):
+        return [launch_depthwise_product(step, geometry, context)]
     if is_depthwise(step, geometry):
         return [launch_depthwise(step, geometry, context)]
     if is_stem(step, geometry, context):
