@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.ir.dtype import DType
 from engine.plan.plan import Step
-from engine.targets.cuda.architecture import Architecture
+from engine.targets.cuda.architecture import Architecture, share_of
 from engine.targets.cuda.conv_geometry import AXES, Geometry
 from engine.targets.cuda.conv_simt import epilogue_for
 from engine.targets.cuda.kernel import (
@@ -67,8 +67,8 @@ def pairs_of(geometry: Geometry) -> Pairs | None:
 
 @dataclass(frozen=True)
 class StemTile:
-    """A block's tile: `rows` × `units` · 8 output pixels, 8 · `n_blocks` output channels. A warp takes `fragments` of 16
-    pixels at a time."""
+    """A block's tile: `rows` × `units` · 8 output pixels, 8 · `n_blocks` output channels. A warp takes `fragments` of
+    16 pixels at a time."""
 
     rows: int
     units: int
@@ -98,8 +98,8 @@ class StemTile:
 
 
 def _columns(n: int) -> int:
-    """The 8-column blocks of a tile."""
-    return 4 if n <= 32 or n % 64 in range(1, 33) and n < 128 else 8
+    """The 8-column blocks of a tile: 64 columns, or 32 where half of the last ones would be empty."""
+    return 4 if n <= 32 or 64 < n <= 96 else 8
 
 
 def candidates(geometry: Geometry, pairs: Pairs, architecture: Architecture) -> Iterator[StemTile]:
@@ -114,12 +114,12 @@ def candidates(geometry: Geometry, pairs: Pairs, architecture: Architecture) -> 
             units = ceildiv(every, parts)
             if rows < 2 * height and parts <= every:
                 tile = StemTile(rows, units, n_blocks, fragments)
-                if tile.shared_bytes(geometry, pairs) <= architecture.shared_bytes // _BLOCKS:
+                if tile.shared_bytes(geometry, pairs) <= share_of(architecture.shared_bytes, _BLOCKS):
                     yield tile
 
 
-# Of an H100, in cycles of a multiprocessor: a step of mma.sync for a 16×8 block (62 % of the rate of wgmma), its share of the
-# memory's 3 TB/s, loading and converting an input (of 18 instructions a pixel), and the way of a first input from memory.
+# Of an H100, in cycles of a multiprocessor: a step of mma.sync for a 16×8 block (62 % of the rate of wgmma), its share
+# of the memory's 3 TB/s in bytes a cycle, loading and converting an input, and the way of a first input from memory.
 _MMA, _BYTES, _INPUT, _LATENCY = 1.6, 13, 0.15, 1800
 
 
@@ -129,12 +129,14 @@ def _cycles(geometry: Geometry, pairs: Pairs, tile: StemTile, multiprocessors: i
     tiles = geometry.images * ceildiv(height, tile.rows) * ceildiv(ceildiv(width, 8), tile.units)
     count = tiles * ceildiv(geometry.n, tile.columns)
     pixels = 8 * tile.rows * tile.units
-    tensor = ceildiv(tile.items, _WARPS) * _WARPS * tile.fragments * pairs.steps * tile.n_blocks * _MMA
-    inputs = prod(tile.window(geometry, pairs))
-    copied = inputs * geometry.channels * (_INPUT + geometry.x_dtype.itemsize / (3 * _BYTES))
-    work = max(tensor, pixels * min(tile.columns, geometry.n) * 2 / _BYTES) + copied
-    rounds = ceildiv(count, multiprocessors * _BLOCKS)
-    return rounds * max(min(_BLOCKS, ceildiv(count, multiprocessors)) * work, work + _LATENCY)
+    item = tile.fragments * (pairs.steps * tile.n_blocks * _MMA + 4 * tile.n_blocks)
+    inputs = prod(tile.window(geometry, pairs)) * geometry.channels
+    copied = inputs * (_INPUT + geometry.x_dtype.itemsize / (3 * _BYTES))
+    stored = pixels * min(tile.columns, geometry.n) * 2 / _BYTES
+    share = max(tile.items * item, stored) + copied  # of the multiprocessor's time
+    alone = ceildiv(tile.items, _WARPS) * _WARPS * item + copied + _LATENCY
+    rounds, resident = ceildiv(count, multiprocessors * _BLOCKS), min(_BLOCKS, ceildiv(count, multiprocessors))
+    return rounds * max(resident * share, alone)
 
 
 def pick_tile(geometry: Geometry, context: Context) -> StemTile | None:
@@ -169,7 +171,7 @@ def launch_stem(step: Step, geometry: Geometry, context: Context, tile: StemTile
     assert pairs is not None
     assert tile is not None
     element = step.inputs[1].dtype
-    window_h, window_w = tile.window(geometry, pairs)
+    _, window_w = tile.window(geometry, pairs)
     planes, line_pixels = _lines(geometry)
     config: dict[str, int | bool | str] = {
         "operand": STORAGE[element], "x_t": geometry.x.ctype, "channels": geometry.channels,

@@ -11,6 +11,7 @@ import numpy as np
 
 from engine.ir.dtype import DType
 from engine.plan.plan import Step
+from engine.targets.cuda.architecture import share_of
 from engine.targets.cuda.conv_geometry import AXES, Geometry
 from engine.targets.cuda.conv_simt import epilogue_for
 from engine.targets.cuda.kernel import (
@@ -58,7 +59,7 @@ class Window:
     @property
     def blocks(self) -> int:
         """Blocks that a multiprocessor has registers for."""
-        return 4 if max(self.kernel) <= 3 else 3 if max(self.kernel) <= _LARGEST_EXPANDED else 2
+        return 4 if max(self.kernel) <= 3 else 3
 
     def span(self, outputs: int, axis: int) -> int:
         """Inputs that so many neighbouring outputs meet along an axis."""
@@ -99,7 +100,7 @@ class DepthwiseTile:
 
 @lru_cache(maxsize=1024)
 def _conflicts(phase_cells: int, stride: int, groups: int) -> int:
-    """Turns that the copies of a warp take in shared memory: 8 cells at a time are written, each to banks of its own."""
+    """Turns that the copies of a warp take in shared memory: 8 cells at a time, unless they meet in the same banks."""
     turns = 0
     for first in range(0, 32, 8):
         cells = [(i // groups, i % groups) for i in range(first, first + 8)]
@@ -118,35 +119,41 @@ def candidates(window: Window, shared_bytes: int) -> Iterator[DepthwiseTile]:
         range(1, min(height, _MOST_ROWS) + 1), (1, 2, 4), across, (1, 2, 4), (1, 2, 4), (1, 2)
     ):
         tile = DepthwiseTile(rows, bands, units, images, group_pairs, stages)
-        # Several images only where one does not give a warp two units, more bands or channels only where there are some.
+        # More bands or channels only where there are some, several images only where one is small.
         fits = (bands == 1 or rows * (bands - 1) < height) and 16 * (group_pairs - 1) < window.channels
         small = images == 1 or (units * images <= 4 and units == every and images <= window.images)
-        if fits and small and stages * tile.stage_bytes(window) <= shared_bytes // window.blocks:
+        if fits and small and stages * tile.stage_bytes(window) <= share_of(shared_bytes, window.blocks):
             yield tile
 
 
-# Of an H100, in cycles of a multiprocessor: a step of mma.sync for a 16×8 block, ldmatrix of four matrices, a copy of 32 cells,
-# an epilogue of 256 outputs; its share of the memory's 3 TB/s in bytes a cycle; the way of a first input from memory.
-_MMA, _LOAD, _COPY, _EPILOGUE, _BYTES, _LATENCY = 1.6, 4.0, 8.0, 20.0, 13.0, 1500.0
+# Of an H100, in cycles of a multiprocessor: a step of mma.sync for a 16×8 block (62 % of the rate of wgmma), ldmatrix
+# of one matrix, a line of the cache that a copy of a warp meets, an epilogue of 256 outputs; its share of the memory's
+# 3 TB/s in bytes a cycle; the way of a first input from memory, and the start of a block.
+_MMA, _LOAD, _LINE, _EPILOGUE, _BYTES, _LATENCY, _START = 1.6, 1.0, 1.0, 25.0, 13.0, 1500.0, 1000.0
 
 
 def cycles(window: Window, tile: DepthwiseTile, multiprocessors: int) -> float:
     """Estimated time of the convolution in a tile."""
-    rows_in = window.span(tile.rows, 0)
-    items = ceildiv(tile.bands * ceildiv(tile.images * tile.units, 2) * tile.group_pairs, _WARPS) * _WARPS
-    tensor = tile.rows * window.kernel[0] * window.tap_pairs * 2 * _MMA
-    work = items * (max(tensor, rows_in * window.tap_pairs * 2 * _LOAD) + tile.rows * _EPILOGUE)
-    read = tile.images * window.span(tile.rows * tile.bands, 0) * window.span(8 * tile.units, 1) * tile.channels * 2
-    outputs = tile.images * tile.rows * tile.bands * tile.units * 8 * tile.channels
-    copied = read / 512 * _COPY
-    # Memory moves inputs once, and part of what neighbouring tiles share again.
-    moved = 2 * (outputs + (0.7 * outputs * window.stride[0] * window.stride[1] + 0.3 * read / 2))
+    kernel, rows = window.kernel, tile.rows
+    tensor = rows * kernel[0] * window.tap_pairs * 2 * _MMA
+    loaded = window.span(rows, 0) * window.tap_pairs * 2 * 4 * _LOAD
+    item = max(tensor, loaded) + rows * _EPILOGUE
+    items = tile.bands * ceildiv(tile.images * tile.units, 2) * tile.group_pairs
+    read = tile.images * window.span(rows * tile.bands, 0) * window.span(8 * tile.units, 1) * tile.channels * 2
+    copied = read / 512 * max(4, 16 // tile.group_pairs) * _LINE
+    outputs = tile.images * rows * tile.bands * tile.units * 8 * tile.channels
+    # Memory moves an input once, and part of what neighbouring tiles share again.
+    moved = 2 * outputs + 0.8 * 2 * outputs * window.stride[0] * window.stride[1] + 0.2 * read
     count = tile.count(window) * ceildiv(window.channels, tile.channels)
-    resident = min(window.blocks, ceildiv(count, multiprocessors))
-    rounds = ceildiv(count, multiprocessors * window.blocks)
-    together = resident * max(work + copied, moved / _BYTES)
-    alone = work * _WARPS / 2 + copied + _LATENCY
-    return rounds * max(together, alone if tile.stages == 1 or rounds == 1 else alone - _LATENCY / 2)
+    share = max(items * item + copied, moved / _BYTES)  # of the multiprocessor's time
+    alone = ceildiv(items, _WARPS) * _WARPS * item + copied + _LATENCY
+    if tile.stages == 1:
+        return max(count / multiprocessors * share, count / multiprocessors / window.blocks * alone) + alone + _START
+    rounds, resident = (
+        ceildiv(count, multiprocessors * window.blocks),
+        min(window.blocks, ceildiv(count, multiprocessors)),
+    )
+    return rounds * max(resident * share, alone - _LATENCY / 2) + _LATENCY + _START
 
 
 @lru_cache(maxsize=4096)
@@ -174,7 +181,7 @@ def is_depthwise_product(step: Step, geometry: Geometry, context: Context) -> bo
         and geometry.groups % VECTOR == 0
         and not geometry.transposed
         and geometry.axes < len(AXES)
-        and 0 < min(geometry.kernel)
+        and min(geometry.kernel) > 0
         and max(geometry.kernel) <= _LARGEST
         and geometry.reads_chunks(VECTOR, element)
         and pick_tile(window_of(geometry), context.architecture.shared_bytes, context.multiprocessors) is not None
@@ -218,8 +225,8 @@ def launch_depthwise_product(
 
 
 def pack_tap_pairs(w: np.ndarray, channels: int) -> np.ndarray:
-    """A filter [c, h, w] as depthwise_mma.cuh reads it: for each of `channels` its pairs of horizontal taps, zeros behind
-    them and behind c."""
+    """A filter [c, h, w] as depthwise_mma.cuh reads it: for each of `channels` its pairs of horizontal taps, zeros
+    behind them and behind c."""
     count, height, width = w.shape
     pairs = ceildiv(width, 2)
     taps = np.zeros((channels, height, 2 * pairs), w.dtype)
