@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 
 import numpy as np
@@ -102,20 +102,24 @@ def _columns(n: int) -> int:
     return 4 if n <= 32 or 64 < n <= 96 else 8
 
 
-def candidates(geometry: Geometry, pairs: Pairs, architecture: Architecture) -> Iterator[StemTile]:
-    """The tiles that fit, several to a multiprocessor."""
+def candidates(geometry: Geometry, pairs: Pairs, architecture: Architecture) -> list[StemTile]:
+    """The tiles that fit, as many to a multiprocessor as it can have of any."""
     height, width = geometry.output[1:]
     every = ceildiv(width, 8)
     n_blocks = _columns(geometry.n)
     fragments = 2 if n_blocks == 8 else 4
     across = ceildiv(every, _MOST_UNITS)
-    for parts in (across, 2 * across, 4 * across):
-        for rows in (8, 4, 2, 1):
-            units = ceildiv(every, parts)
-            if rows < 2 * height and parts <= every:
-                tile = StemTile(rows, units, n_blocks, fragments)
-                if tile.shared_bytes(geometry, pairs) <= share_of(architecture.shared_bytes, _BLOCKS):
-                    yield tile
+    tiles = [
+        StemTile(rows, ceildiv(every, parts), n_blocks, fragments)
+        for parts, rows in product((across, 2 * across, 4 * across), (8, 4, 2, 1))
+        if rows < 2 * height and parts <= every
+    ]
+    for blocks in range(_BLOCKS, 0, -1):
+        room = share_of(architecture.shared_bytes, blocks)
+        fitting = [tile for tile in tiles if tile.shared_bytes(geometry, pairs) <= room]
+        if fitting:
+            return fitting
+    return []
 
 
 # Of an H100, in cycles of a multiprocessor: a step of mma.sync for a 16×8 block (62 % of the rate of wgmma), its share
@@ -136,7 +140,7 @@ def _cycles(geometry: Geometry, pairs: Pairs, tile: StemTile, multiprocessors: i
     share = max(tile.items * item, stored) + copied  # of the multiprocessor's time
     alone = ceildiv(tile.items, _WARPS) * _WARPS * item + copied + _LATENCY
     rounds, resident = ceildiv(count, multiprocessors * _BLOCKS), min(_BLOCKS, ceildiv(count, multiprocessors))
-    return rounds * max(resident * share, alone)
+    return rounds * max(resident * share, alone) + alone / 2
 
 
 def pick_tile(geometry: Geometry, context: Context) -> StemTile | None:
@@ -144,7 +148,7 @@ def pick_tile(geometry: Geometry, context: Context) -> StemTile | None:
     pairs = pairs_of(geometry)
     if pairs is None:
         return None
-    fitting = list(candidates(geometry, pairs, context.architecture))
+    fitting = candidates(geometry, pairs, context.architecture)
     return min(fitting, key=lambda t: _cycles(geometry, pairs, t, context.multiprocessors)) if fitting else None
 
 
@@ -172,14 +176,13 @@ def launch_stem(step: Step, geometry: Geometry, context: Context, tile: StemTile
     assert tile is not None
     element = step.inputs[1].dtype
     _, window_w = tile.window(geometry, pairs)
-    planes, line_pixels = _lines(geometry)
     config: dict[str, int | bool | str] = {
         "operand": STORAGE[element], "x_t": geometry.x.ctype, "channels": geometry.channels,
         "padded_channels": pairs.channels, "kernel_h": geometry.kernel[1], "stride_h": geometry.strides[1],
         "stride_w": geometry.strides[2], "dilation_h": geometry.dilations[1], "dilation_w": geometry.dilations[2],
         "rows": tile.rows, "units": tile.units, "window_w": window_w, "fragments": tile.fragments,
         "n_blocks": tile.n_blocks, "warps": _WARPS, "blocks": _BLOCKS, "row_pairs": pairs.row,
-        "steps": pairs.steps, "regular": pairs.regular, "planes": planes, "line_pixels": line_pixels,
+        "steps": pairs.steps, "regular": pairs.regular, **_steps(geometry),
         "exact": False, "shared_bytes": tile.shared_bytes(geometry, pairs),
     }  # fmt: skip
     layout = f"stem n{tile.columns} {pairs}"
@@ -199,13 +202,17 @@ def launch_stem(step: Step, geometry: Geometry, context: Context, tile: StemTile
     )  # fmt: skip
 
 
-def _lines(geometry: Geometry) -> tuple[int, int]:
-    """The planes that an image is made of, and how many pixels of one lie in a line of the cache: none where its pixels
-    lie far apart, which no network's input does."""
-    pixel, channel = abs(geometry.x_strides[3]), abs(geometry.x_channel)
-    planes = 1 if channel < pixel else geometry.channels
-    pixels = _LINE_BYTES // (max(1, pixel) * geometry.x_dtype.itemsize)
-    return (planes, pixels) if pixels > 1 else (0, 1)
+def _steps(geometry: Geometry) -> dict[str, int | bool | str]:
+    """How an image lies, as far as the kernel is compiled for it: elements from pixel to pixel and channel to channel
+    (0: told at run time), the planes it is made of, and how many pixels of one lie in a line of the cache (no planes:
+    they lie far apart, which no network's input does)."""
+    pixel, channel = geometry.x_strides[3], geometry.x_channel
+    planes = 1 if abs(channel) < abs(pixel) else geometry.channels
+    line_pixels = _LINE_BYTES // (max(1, abs(pixel)) * geometry.x_dtype.itemsize)
+    return {
+        "pixel_step": pixel if pixel in (1, geometry.channels) else 0, "channel_step": int(channel == 1),
+        "planes": planes if line_pixels > 1 else 0, "line_pixels": max(1, line_pixels),
+    }  # fmt: skip
 
 
 def pack_stem(w: np.ndarray, pairs: Pairs, columns: int) -> np.ndarray:

@@ -459,7 +459,7 @@ def stems(context: Context) -> Iterator[tuple[str, Launch]]:
         assert is_stem(step, geometry, context), filters
         pairs = pairs_of(geometry)
         assert pairs is not None
-        tiles = list(conv_stem.candidates(geometry, pairs, context.architecture))
+        tiles = conv_stem.candidates(geometry, pairs, context.architecture)
         for tile in (tiles[0], tiles[-1]):
             yield f"stem {filters} {tile}", launch_stem(step, geometry, context, tile)
     for image, dtype in ((photo, F16), (inner, F16), (photo, bf16), (photo, F32)):

@@ -67,32 +67,33 @@ DEVICE void store_pixels(u32 address, const Image (&value)[2][CHANNELS]) {
   }
 }
 
-// Brings the window of a tile; what lies outside the image becomes zero.
+// Brings the window of a tile, a warp a row and a lane two pixels; what lies outside the image becomes zero.
 DEVICE void load_window(const Params& p, const Tile& tile, u32 window) {
-  constexpr int AHEAD = 4, ROW_ITEMS = WINDOW_W / 2, COUNT = WINDOW_H * ROW_ITEMS;  // pairs of pixels
-  const Image* image = p.x + tile.image * p.x_image;
+  constexpr int ROW_ITEMS = WINDOW_W / 2, PASSES = (ROW_ITEMS + 31) / 32, AHEAD = PASSES < 4 ? PASSES : 4;
+  const u32 lane = threadIdx.x & 31;
+  const i64 pixel_step = config::pixel_step ? config::pixel_step : p.x_pixel, channel_step = config::channel_step ? config::channel_step : p.x_channel;
   const int y0 = static_cast<int>(tile.y * STRIDE_H) - p.pad_h, x0 = static_cast<int>(tile.x * STRIDE_W) - p.pad_w;
+  const Image* image = p.x + tile.image * p.x_image;
 #pragma unroll 1
-  for (u32 first = threadIdx.x; first < COUNT; first += AHEAD * THREADS) {
-    Image value[AHEAD][2][CHANNELS] = {};
+  for (u32 row = threadIdx.x / 32; row < WINDOW_H; row += config::warps) {
+    const int y = y0 + static_cast<int>(row);
+    const bool row_inside = static_cast<u32>(y) < p.in_h;
+#pragma unroll 1
+    for (int first = 0; first < PASSES; first += AHEAD) {
+      const int pair = 32 * first + lane, x = x0 + 2 * pair;
+      const Image* pixel = image + y * p.x_row + x * pixel_step;
+      Image value[AHEAD][2][CHANNELS] = {};
 #pragma unroll
-    for (int a = 0; a < AHEAD; ++a) {
-      const u32 item = first + a * THREADS, row = item / ROW_ITEMS;
-      const int y = y0 + static_cast<int>(row), x = x0 + 2 * static_cast<int>(item - row * ROW_ITEMS);
-      const bool inside = item < COUNT && static_cast<u32>(y) < p.in_h;
-      const Image* pixel = image + y * p.x_row + x * p.x_pixel;
+      for (int a = 0; a < AHEAD; ++a)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (inside && static_cast<u32>(x + i) < p.in_w) {
+        for (int i = 0; i < 2; ++i)
+          if (row_inside && static_cast<u32>(x + 64 * a + i) < p.in_w && pair + 32 * a < ROW_ITEMS) {
 #pragma unroll
-          for (int c = 0; c < CHANNELS; ++c) value[a][i][c] = pixel[i * p.x_pixel + c * p.x_channel];
-        }
-      }
-    }
+            for (int c = 0; c < CHANNELS; ++c) value[a][i][c] = pixel[(64 * a + i) * pixel_step + c * channel_step];
+          }
 #pragma unroll
-    for (int a = 0; a < AHEAD; ++a) {
-      const u32 item = first + a * THREADS;
-      if (item < COUNT) store_pixels(window + item * (4 * PADDED), value[a]);
+      for (int a = 0; a < AHEAD; ++a)
+        if (pair + 32 * a < ROW_ITEMS) store_pixels(window + row * ROW_BYTES + (pair + 32 * a) * (4 * PADDED), value[a]);
     }
   }
 }

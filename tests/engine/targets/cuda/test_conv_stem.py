@@ -45,7 +45,7 @@ def test_stem_matches_float64(runner: Runner, count: int) -> None:
             continue
         pairs = pairs_of(geometry)
         assert pairs is not None
-        tiles = list(candidates(geometry, pairs, context.architecture))
+        tiles = candidates(geometry, pairs, context.architecture)
         tile = tiles[int(rng.integers(len(tiles)))]
         launches = [launch_stem(step, geometry, context, tile)]
         cases.append(case(rng, kind, shape, step, launches, f"{EPILOGUES[i // 2 % 4]} {tile}"))
