@@ -32,6 +32,10 @@ inline uint4 load_shared_16(u32 address) {
   memcpy(&r, emulator::shared_memory + address, 16);
   return r;
 }
+inline void store_shared_4(u32 address, u32 v) {
+  check_shared(address, 4);
+  memcpy(emulator::shared_memory + address, &v, 4);
+}
 inline void store_shared_16(u32 address, uint4 v) {
   check_shared(address, 16);
   memcpy(emulator::shared_memory + address, &v, 16);
