@@ -28,7 +28,7 @@ def is_patches(step: Step, geometry: Geometry) -> bool:
     """Whether every input belongs to one window at most, and rows of patches are worth making."""
     element = step.inputs[1].dtype
     return (
-        geometry.op_strides == geometry.kernel
+        geometry.op_strides == geometry.kernel != (1, 1, 1)
         and geometry.op_dilations == (1, 1, 1)
         and not any(geometry.pads)
         and all(k * out <= size for k, out, size in zip(geometry.kernel, geometry.output, geometry.input, strict=True))

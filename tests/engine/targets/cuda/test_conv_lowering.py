@@ -76,6 +76,7 @@ def kernels(step: Step) -> list[str]:
         (conv_step((2, 3, 9, 9), (32, 3, 3, 3), known=False), ["conv_pack", "conv_mma"]),
         (conv_step((2, 3, 64, 64), (768, 3, 16, 16), strides=16), ["pointwise", "gemm_mma"]),
         (conv_step((2, 64, 64, 64), (768, 64, 16, 16), strides=16), ["conv_mma"]),
+        (conv_step((2, 100, 9, 9), (64, 100, 1, 1)), ["conv_mma"]),
         (conv_step((2, 3, 9, 9, 9), (3, 1, 3, 3, 3), groups=3), ["conv_simt"]),
         (conv_step((2, 64, 9, 9), (64, 1, 3, 3), groups=64), ["depthwise_mma"]),
         (conv_step((2, 64, 9), (64, 1, 3), groups=64), ["depthwise_mma"]),
