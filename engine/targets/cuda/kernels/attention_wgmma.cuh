@@ -319,8 +319,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
         pass_turn();
         wgmma_wait<0>();
         wgmma_settle(s);
-        k_ring.leave(first);
+        if (!BIAS) k_ring.leave(first);
         soften(first);
+        if (BIAS) k_ring.leave(first);  // the biases lie beside k
         round_probabilities();
 #pragma unroll 1
         for (u32 t = first + 1; t <= last; ++t) {
@@ -332,8 +333,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
           pass_turn();
           wgmma_wait<1>();
           wgmma_settle(s);
-          k_ring.leave(t);
+          if (!BIAS) k_ring.leave(t);
           const bool grown = soften(t);
+          if (BIAS) k_ring.leave(t);
           wgmma_wait<0>();
           wgmma_settle(out);
           wgmma_keep(probabilities);
