@@ -15,11 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
+from engine.cache_folder import cache_folder
 from engine.ir.dtype import DType
 from engine.plan.tensor import Buffer, BufferKind
 from engine.targets.cpu.codegen.emit import Value, vector_type
 from engine.targets.cpu.codegen.isa import Isa
-from engine.targets.cpu.jit import cache_directory
 from engine.targets.cpu.kernel import KernelBuilder, KernelSpec, Launch, Pointer, launch
 from engine.targets.cpu.runtime import Program, address, aligned_bytes, pool
 
@@ -88,7 +88,10 @@ class CopySpec(KernelSpec):
 def ceilings(isa: Isa, threads: int) -> Ceilings:
     """The ceilings of this machine for so many threads: from the cache on disk, or measured now."""
     machine = f"{platform.node()} {processor_name()} {isa!r} {threads}"
-    path = cache_directory() / f"ceilings-{hashlib.sha256(machine.encode()).hexdigest()[:20]}.json"
+    folder = cache_folder("cpu")
+    if folder is None:
+        return _measure(isa, threads)
+    path = folder / f"ceilings-{hashlib.sha256(machine.encode()).hexdigest()[:20]}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         stored = json.loads(path.read_text())
         return Ceilings(float(stored["flops"]), float(stored["bytes"]))
