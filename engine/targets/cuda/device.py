@@ -34,7 +34,7 @@ _STATIC_LIMIT = 48 << 10  # more dynamic shared memory than this has to be asked
 
 
 class Device:
-    """GPU number `index`, with the kernels loaded on it. `cache` is the folder of compiled ones (None: the usual one)."""
+    """GPU number `index`, with the kernels loaded on it. `cache`: the folder of compiled ones (None: the usual one)."""
 
     def __init__(self, index: int = 0, cache: Path | None = None) -> None:
         try:
