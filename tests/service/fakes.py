@@ -319,6 +319,12 @@ class FakeEngine:
         finally:
             self.behind.active = False
 
+    def choose_device(self, device: str) -> str:
+        """There is one GPU."""
+        if device not in ("auto", "cpu", "cuda", "cuda:0"):
+            raise DeviceLost(f"device '{device}' does not exist. Use another GPU or device='cpu'")
+        return "cuda:0" if device.startswith("cuda") else "cpu"
+
     def load(
         self, path: str, *, device: str = "auto", precision: str = "auto", threads: int | None = None
     ) -> FakeModel:
