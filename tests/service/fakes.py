@@ -231,6 +231,8 @@ class FakeModel:
             if "probe_error" in self._arguments:
                 raise EngineError(self._arguments["probe_error"])
         outputs = self._run(feeds)
+        if "answers" in self._arguments and threading.current_thread().name.startswith("engine"):
+            outputs = {name: np.full_like(array, self._arguments["answers"]) for name, array in outputs.items()}
         with self._lock:
             self._launches += 1
         return outputs
