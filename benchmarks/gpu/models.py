@@ -139,8 +139,7 @@ class _OurModel:
 
     def floor(self, case: ModelCase, ceilings: Ceilings) -> float:
         """Microseconds that the steps take at least."""
-        steps = self.model.plan(case.sizes).steps
-        return ceilings.floor_us((step.cost.flops, step.cost.bytes) for step in steps)
+        return ceilings.plan_floor_us(self.model.plan(case.sizes))
 
     def run_us(self, feeds: Mapping[str, np.ndarray]) -> float:
         """The median of `Model.run` calls, NumPy arrays to NumPy arrays."""

@@ -17,10 +17,10 @@ def begin(commit: str) -> tuple[CudaTarget, Device, Run]:
     run = new_run(
         "gpu",
         commit,
-        Ceilings(*measured_ceilings()),
+        Ceilings(*measured_ceilings(), target.cache_bytes, target.device_info.peak_cache_bytes),
         gpu_driver(target.device.index),
         cuda=str(torch.version.cuda),
         cudnn=str(torch.backends.cudnn.version()),
-        nvrtc=".".join(map(str, target.device.compiler.version)),
+        nvrtc=target.device.compiler.version,
     )
     return target, device, run

@@ -60,6 +60,7 @@ class KernelStat:
     seconds: float
     flops: float
     bytes: float
+    cached_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class DeviceInfo:
     threads: int = 1
     peak_flops: float = 1e12
     peak_bytes: float = 1e11
+    peak_cache_bytes: float = 1e12
 
 
 def _spec(name: str, dtype: str, *shape: int | str) -> TensorSpec:
@@ -270,7 +272,7 @@ class FakeModel:
         """Two kernels, so much a launch; "flops" is what a run of the first has."""
         n = self._launches
         return (
-            KernelStat("gemm_f32", "Gemm", n, n * 1e-3, n * self._arguments.get("flops", 5e8), n * 1e6),
+            KernelStat("gemm_f32", "Gemm", n, n * 1e-3, n * self._arguments.get("flops", 5e8), n * 1e6, n * 1e6),
             KernelStat("pointwise_f32", "Pointwise", n, n * 1e-4, n * 1e5, n * 5e6),
         )
 

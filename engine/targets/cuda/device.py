@@ -50,6 +50,7 @@ class Device:
             properties = cupy.cuda.runtime.getDeviceProperties(index)
             self.name: str = properties["name"].decode()
             self.multiprocessors: int = properties["multiProcessorCount"]
+            self.cache_bytes: int = properties["l2CacheSize"]
             self.architecture: Architecture = for_capability(properties["major"], properties["minor"])
             self.stream = cupy.cuda.Stream(non_blocking=True)
         self.compiler = Compiler(self.architecture.name, cache or cache_folder("kernels"))
