@@ -39,8 +39,8 @@ class DeviceInfo:
 
 @dataclass(frozen=True)
 class StepStat:
-    """What one step of one plan has done since the plan was made. `flops`, `bytes`, and the `cached_bytes` among them that
-    the device's cache can hold (engine/plan/residency.py), are per launch."""
+    """What one step of one plan has done since the plan was made. Per launch: `flops`, `bytes`, and the `cached_bytes`
+    among them that the device's cache can hold (engine/plan/residency.py)."""
 
     step: str
     kernel: str

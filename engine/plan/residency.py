@@ -1,5 +1,6 @@
-"""Which bytes of a plan's steps a cache can still hold when they are touched again. For the roofline: what comes out of a
-cache is no load on memory. Called by the targets, and by whoever computes floors of a plan.
+"""Which bytes of a plan's steps a cache can still hold when they are touched again.
+
+For the roofline: what comes out of a cache is no load on memory. Called by the targets, and by benchmarks for floors.
 """
 
 from __future__ import annotations
@@ -31,11 +32,10 @@ def cached_bytes(plan: Plan, cache_bytes: int) -> tuple[int, ...]:
         last |= {buffer: before[i + 1] - before[-1] for buffer in buffers if _stays(buffer)}
     found = []
     for i, (step, buffers) in enumerate(zip(plan.steps, touched, strict=True)):
-        near = sum(
-            nbytes
-            for buffer, nbytes in buffers.items()
-            if before[i] - last.get(buffer, before[i]) + nbytes <= cache_bytes
-        )
+        near = 0
+        for buffer, nbytes in buffers.items():
+            since = before[i] - last.get(buffer, before[i])
+            near += nbytes if since + nbytes <= cache_bytes else 0
         found.append(step.cost.bytes * near // max(1, sum(buffers.values())))
         last |= dict.fromkeys(buffers, before[i + 1])
     return tuple(found)
