@@ -31,9 +31,9 @@ def test_ceilings_and_what_the_cache_holds(efficientnet: Both, minilm: Both) -> 
     info = efficientnet.gpu.device_info
     assert 1e13 < info.peak_flops < 1e16 and 1e11 < info.peak_bytes <= info.peak_cache_bytes < 1e14
     assert 1 << 20 < info.cache_bytes < 1 << 30
-    # 9 MB of weights and small activations stay in any such cache; no step can be faster than its ceiling by much.
     rows = efficientnet.gpu.profile(image_feeds(1))
-    assert sum(row.cached_bytes for row in rows) > 0.5 * sum(row.bytes for row in rows)
+    if info.cache_bytes > 32 << 20:  # 9 MB of weights and small activations stay there
+        assert all(row.cached_bytes == row.bytes for row in rows)
     for row in (*rows, *minilm.gpu.profile(token_feeds(32, 128))):
         assert row.roofline < 1.2, row
 
