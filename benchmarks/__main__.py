@@ -117,6 +117,7 @@ def cpu(options: argparse.Namespace) -> int:
     from benchmarks.cpu.measure import measure_case
     from engine.targets.cpu.ceilings import ceilings
     from engine.targets.cpu.codegen.isa import host_isa
+    from engine.targets.cpu.system import cache_bytes
 
     deadline = _deadline(options)
     suites = options.suite or ("models", "layers")
@@ -127,7 +128,11 @@ def cpu(options: argparse.Namespace) -> int:
     chosen = _chosen(options, every, device)
     _require_models(options.models, [case.model for case in chosen if isinstance(case, cases.models.ModelCase)])
     reached = ceilings(host_isa(), options.threads)
-    limits = Ceilings(reached.flops, reached.bytes)
+    if not reached.calm:
+        print(
+            f"the machine is busy ({reached.load:.1f} runnable processes per core): ceilings and times are not its best"
+        )
+    limits = Ceilings(reached.flops, reached.bytes, cache_bytes(options.threads), reached.cached_bytes)
     recorder = Recorder(device, new_run("cpu", options.commit, limits), options.results)
     for case in chosen:
         if time.monotonic() >= deadline:

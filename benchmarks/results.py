@@ -16,6 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.plan.plan import Plan
+from engine.plan.residency import cached_bytes
+
 FOLDER = Path(__file__).parent / "results"
 
 
@@ -36,14 +39,28 @@ class Device:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device reached in the run: FLOP/s of a large product, bytes/s (read plus written) of a large copy."""
+    """What the device reached in the run: FLOP/s of a large product, bytes/s (read plus written) of memory, and of its
+    cache, which holds `cache_bytes` (0: not known, and nothing is taken to lie in it)."""
 
     flops: float
     bytes: float
+    cache_bytes: int = 0
+    cached_bytes: float = 0.0
 
-    def floor_us(self, costs: Iterable[tuple[int, int]]) -> float:
-        """Microseconds that the (FLOPs, bytes) of steps, one after the other, take at least."""
-        return sum(max(flops / self.flops, nbytes / self.bytes) for flops, nbytes in costs) * 1e6
+    def floor_us(self, costs: Iterable[tuple[int, int, int]]) -> float:
+        """Microseconds that steps, one after the other, take at least: FLOPs, bytes, and those of them that the cache
+        holds."""
+        return sum(max(flops / self.flops, self._moving(nbytes, cached)) for flops, nbytes, cached in costs) * 1e6
+
+    def plan_floor_us(self, plan: Plan) -> float:
+        """The same for a plan that runs again and again."""
+        cached = cached_bytes(plan, self.cache_bytes)
+        return self.floor_us(
+            (step.cost.flops, step.cost.bytes, held) for step, held in zip(plan.steps, cached, strict=True)
+        )
+
+    def _moving(self, nbytes: int, cached: int) -> float:
+        return (nbytes - cached) / self.bytes + (cached / self.cached_bytes if cached else 0.0)
 
 
 @dataclass(frozen=True)
@@ -164,7 +181,10 @@ class Results:
 
 
 def _ceilings(found: Mapping[str, float] | None) -> Ceilings | None:
-    return None if found is None else Ceilings(**found)
+    if found is None:
+        return None
+    cache = int(found.get("cache_bytes", 0)), float(found.get("cached_bytes", 0.0))
+    return Ceilings(found["flops"], found["bytes"], *cache)
 
 
 def _without_defaults(row: Row) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """`python -m service`: settings, socket, uvicorn, signals. Exit status 0 after a drain, 2 for a wrong setting, 1 for a
-taken port."""
+taken port or a GPU that was asked for and cannot be used."""
 
 import contextlib
 import gc
@@ -19,7 +19,7 @@ from service.connection import limited
 from service.logs import configure
 from service.serving import Serving
 from service.settings import Settings, SettingsError, read_settings, unknown_variables
-from service.workers.engine_api import EngineModule, real_engine
+from service.workers.engine_api import EngineModule, real_engine, why_unusable
 
 log = logging.getLogger("service")
 
@@ -73,6 +73,10 @@ def serve(settings: Settings, engine: Callable[[], EngineModule] = real_engine) 
     for name, closest in unknown_variables(os.environ).items():
         hint = f"did you mean {closest}?" if closest else "see --help"
         log.warning("environment variable %s is no setting of this service; %s", name, hint)
+    problem = why_unusable(settings.device, engine)
+    if problem:
+        print(f"--device {settings.device}: {problem}", file=sys.stderr)
+        return 1
     try:
         listener = _bind(settings)
     except OSError as error:

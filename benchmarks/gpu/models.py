@@ -250,9 +250,7 @@ class _OurModel:
     def floor(self, case: ModelCase, ceilings: Ceilings) -> float | None:
         """Microseconds that the steps take at least; None without a plan."""
         found = self._ready[case.name]
-        if isinstance(found, Exception):
-            return None
-        return ceilings.floor_us((step.cost.flops, step.cost.bytes) for step in found[0].steps)
+        return None if isinstance(found, Exception) else ceilings.plan_floor_us(found[0])
 
     def run_us(self, feeds: Mapping[str, np.ndarray]) -> float:
         """The median of `Model.run` calls, NumPy arrays to NumPy arrays."""

@@ -22,7 +22,7 @@ def begin(commit: str) -> tuple[CudaTarget, Device, Run]:
     from benchmarks.gpu.timing import measured_ceilings
 
     target = CudaTarget(GPU)
-    ceilings = Ceilings(*measured_ceilings())
+    ceilings = Ceilings(*measured_ceilings(), target.cache_bytes, target.device_info.peak_cache_bytes)
     torch.cuda.empty_cache()
     run = new_run(
         "gpu",
@@ -31,7 +31,7 @@ def begin(commit: str) -> tuple[CudaTarget, Device, Run]:
         gpu_driver(GPU),
         cuda=str(torch.version.cuda),
         cudnn=str(torch.backends.cudnn.version()),
-        nvrtc=".".join(map(str, target.device.compiler.version)),
+        nvrtc=target.device.compiler.version,
     )
     return target, _named(target.device), run
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.codecs.body import parse_object
+from service.codecs.finite import count_non_finite
 from service.codecs.json_values import JsonTensor, shown
 from service.errors import InvalidRequest
 from service.workers.messages import TensorInfo
@@ -298,7 +299,10 @@ def _parse_outputs(value: Any, default: Any, specs: Sequence[TensorInfo]) -> tup
 def format_outputs(
     outputs: Sequence[tuple[RequestedOutput, Array]],
 ) -> tuple[list[dict[str, Any]], list[bytes]]:
-    """The `outputs` of an answer and the binary data that follows the JSON. Raises InvalidRequest for FP16 as JSON."""
+    """The `outputs` of an answer and the binary data that follows the JSON. Raises InvalidRequest for FP16 as JSON.
+
+    What JSON has no number for becomes null; the parameter ``non_finite`` says how many those are.
+    """
     documents: list[dict[str, Any]] = []
     buffers: list[bytes] = []
     for wanted, array in outputs:
@@ -314,6 +318,9 @@ def format_outputs(
             document["data"] = [_text(item) for item in array.reshape(-1)]
         else:
             document["data"] = np.ascontiguousarray(array).reshape(-1)
+            without_number = count_non_finite(array)
+            if without_number:
+                document["parameters"] = {"non_finite": without_number}
         documents.append(document)
     return documents, buffers
 

@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from service.codecs.tensors import InferDocument, format_outputs, parse_infer
 from service.inference import InferenceRequest, open_request
+from service.model_config import Task
 from service.routes.documents import INFER_ANSWER, infer_operation
 from service.routes.responses import JsonResponse
 from service.serving import Serving
@@ -33,6 +34,8 @@ async def infer(request: Request) -> Response:
         specs = served.specs
         body = await inference.body()
         document = parse_infer(body, request.headers.get(_LENGTH_HEADER), specs.inputs, specs.outputs)
+        if served.tokens is not None and served.task is not Task.TENSORS:
+            served.tokens.check_masks(document.inputs)
         if document.timeout_us:
             inference.limit_time(document.timeout_us / 1e6)
         if document.priority:

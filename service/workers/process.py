@@ -84,6 +84,7 @@ class ProcessTransport:
         self._counters = LastingCounters()
         self._heard = 0.0
         self._last_words = ""
+        self._killed = self._crashed = False  # this child: by us; before it was to end
         self._stopping = False
         self._stopped = False
 
@@ -116,15 +117,11 @@ class ProcessTransport:
         self._stopping = self._stopped = True
         if self._supervisor is not None:
             self._supervisor.cancel()
-        process = self._process if self._process is not None and self._process.poll() is None else None
         if self._link is not None:
             self._link.close()
-        if process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_LAST_WAIT_S)  # it goes by itself when its socket ends
-            process.kill()
-            process.wait()
-            log.info("engine process %d was stopped", process.pid)
+        if self._process is not None:
+            self._reap(self._process)  # it goes by itself when its socket ends
+            self._tell_end(self._process)
 
     @property
     def pid(self) -> int | None:
@@ -209,14 +206,16 @@ class ProcessTransport:
         log.error("the engine process hangs and is ended: %s", reason)
         self._last_words = reason
         if self._process is not None:
+            self._killed = True
             self._process.kill()
 
-    def _lost(self) -> bool:
-        """The socket has ended, and the child with it or soon; whether it should not have."""
+    def _lost(self) -> None:
+        """The socket has ended, and the child with it or soon."""
         self._link = self._blocks = None
         self._counters.retire()
         if self._stopped:
-            return False
+            return
+        self._crashed = True
         cause = f": {self._last_words}" if self._last_words else ""
         reason = f"the engine process ended unexpectedly{cause}"
         next_ = "the server is shutting down" if self._stopping else "it is being restarted"
@@ -229,7 +228,6 @@ class ProcessTransport:
             self._deliver(Stopped())
         else:
             self._blame()
-        return True
 
     def _blame(self) -> None:
         """The child loads one model at a time: the first without a report was at it when the child ended."""
@@ -248,6 +246,7 @@ class ProcessTransport:
         while not self._stopped:
             began = time.monotonic()
             self._last_words = ""
+            self._killed = self._crashed = False
             try:
                 await self._live()
             except OSError as error:
@@ -267,14 +266,14 @@ class ProcessTransport:
             requests, answers = map_region(inward), map_region(outward)
             level = logging.getLogger().level
             arguments = ChildArguments(far.fileno(), inward, outward, self._options.engine, level)
-            self._process = await loop.run_in_executor(None, _spawn, arguments)
+            process = self._process = await loop.run_in_executor(None, _spawn, arguments)
         self._blocks = Blocks(requests)
         ended = asyncio.Event()
         link = Link(self._blocks, answers, self._hear, ended.set)
         await loop.create_unix_connection(lambda: link, sock=near)
         self._link, self._heard = link, time.monotonic()
-        threading.Thread(target=_log_output, args=(self._process,), name="engine output", daemon=True).start()
-        log.info("engine process %d started", self._process.pid)
+        threading.Thread(target=_log_output, args=(process,), name="engine output", daemon=True).start()
+        log.info("engine process %d started", process.pid)
         for command in self._models.values():
             self._forward(link, command)
         watch = loop.create_task(self._watch())
@@ -282,10 +281,29 @@ class ProcessTransport:
             await ended.wait()
         finally:
             watch.cancel()
-            crashed = self._lost()
-            status = await loop.run_in_executor(None, _reap, self._process)
-            if crashed:
-                log.error("engine process %d ended: %s", self._process.pid, _said(status))
+            self._lost()
+            await loop.run_in_executor(None, self._reap, process)
+            self._tell_end(process)
+
+    def _reap(self, process: "subprocess.Popen[bytes]") -> None:
+        """Wait for a child whose socket has ended, not for ever. May run on two threads at once."""
+        try:
+            process.wait(_LAST_WAIT_S)
+        except subprocess.TimeoutExpired:
+            self._killed = True
+            process.kill()
+            process.wait()
+
+    def _tell_end(self, process: "subprocess.Popen[bytes]") -> None:
+        """Log how a child ended, once, whoever sees it first. One that crashes while it finishes was not stopped."""
+        if process is not self._process:
+            return
+        self._process = None
+        if self._crashed or (process.returncode and not self._killed):
+            hint = "" if self._killed else "; the kernel does this where memory runs out"
+            log.error("engine process %d ended: %s", process.pid, _said(process.returncode, hint))
+        else:
+            log.info("engine process %d was stopped", process.pid)
 
     async def _watch(self) -> None:
         while True:
@@ -308,20 +326,10 @@ def _spawn(arguments: ChildArguments) -> "subprocess.Popen[bytes]":
     )
 
 
-def _reap(process: "subprocess.Popen[bytes]") -> int:
-    """The exit status of a child whose socket has ended."""
-    try:
-        return process.wait(_LAST_WAIT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
-
-
-def _said(status: int) -> str:
+def _said(status: int, after_kill: str) -> str:
     if status >= 0:
         return f"exit status {status}"
-    hint = "; the kernel does this where memory runs out" if -status == signal.SIGKILL else ""
-    return f"{signal.Signals(-status).name}{hint}"
+    return f"{signal.Signals(-status).name}{after_kill if -status == signal.SIGKILL else ''}"
 
 
 def _log_output(process: "subprocess.Popen[bytes]") -> None:

@@ -40,8 +40,13 @@ _BY_CAPABILITY = {
 }  # fmt: skip
 
 
+CAPABILITIES = frozenset(_BY_CAPABILITY)
+"""The compute capabilities that there are kernels for."""
+
+
 def for_capability(major: int, minor: int) -> Architecture:
-    """The architecture whose machine code a device of this compute capability runs. Raises DeviceError below 8.0."""
+    """The architecture whose machine code a device of this compute capability runs. Raises DeviceError for one
+    that is not in `CAPABILITIES`."""
     name = _BY_CAPABILITY.get((major, minor))
     if name is None:
         raise DeviceError(

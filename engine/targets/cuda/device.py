@@ -15,9 +15,10 @@ from pathlib import Path
 import cupy
 from cuda.bindings import driver
 
+from engine.cache_folder import cache_folder
 from engine.errors import DeviceError, DeviceLost, OutOfMemory
 from engine.targets.cuda.architecture import Architecture, for_capability
-from engine.targets.cuda.compiler import Compiler, LogProgress, default_cache
+from engine.targets.cuda.compiler import Compiler, LogProgress
 from engine.targets.cuda.kernel import AnyMap, Kernel, PixelMap, TensorMap
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ _STATIC_LIMIT = 48 << 10  # more dynamic shared memory than this has to be asked
 
 
 class Device:
-    """GPU number `index`, with the kernels loaded on it. `cache` is the folder of compiled kernels (None: no cache)."""
+    """GPU number `index`, with the kernels loaded on it. `cache`: the folder of compiled ones (None: the usual one)."""
 
     def __init__(self, index: int = 0, cache: Path | None = None) -> None:
         try:
@@ -49,9 +50,10 @@ class Device:
             properties = cupy.cuda.runtime.getDeviceProperties(index)
             self.name: str = properties["name"].decode()
             self.multiprocessors: int = properties["multiProcessorCount"]
+            self.cache_bytes: int = properties["l2CacheSize"]
             self.architecture: Architecture = for_capability(properties["major"], properties["minor"])
             self.stream = cupy.cuda.Stream(non_blocking=True)
-        self.compiler = Compiler(self.architecture.name, cache or default_cache())
+        self.compiler = Compiler(self.architecture.name, cache or cache_folder("kernels"))
         self._functions: dict[Kernel, driver.CUfunction] = {}
         self._modules: list[cupy.cuda.function.Module] = []
 

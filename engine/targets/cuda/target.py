@@ -152,10 +152,16 @@ class CudaTarget:
     def device_info(self) -> DeviceInfo:
         """The device with its ceilings, measured once (ceilings.py)."""
         with self.lock, self.device.errors(), self.device.current():
-            flops, nbytes = measure_ceilings(self)
+            flops, nbytes, cached = measure_ceilings(self)
+        device = self.device
         return DeviceInfo(
-            f"cuda:{self.device.index}", self.device.name, self.device.architecture.name, 0, flops, nbytes
+            f"cuda:{device.index}", device.name, device.architecture.name, 0, flops, nbytes, device.cache_bytes, cached
         )
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the GPU's L2 cache."""
+        return self.device.cache_bytes
 
     def close(self) -> None:
         """Give all memory back, after the runs that are under way; later ones are refused."""

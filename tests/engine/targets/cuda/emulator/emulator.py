@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
+from engine.cache_folder import cache_folder
 from engine.targets.cuda.kernel import AnyMap, Launch, PixelMap, Pointer, pack
 from engine.targets.cuda.source import Source, expand
 
@@ -75,12 +76,9 @@ def load(source: Source, architecture: int) -> Callable[..., int]:
     return function
 
 
+@cache
 def _cache() -> Path:
-    root = (
-        os.environ.get("TILEWAVE_CACHE_DIR")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tilewave"
-    )
-    folder = Path(root) / "emulated-kernels"
+    folder = cache_folder("emulated-kernels") or Path(tempfile.mkdtemp(prefix="emulated-kernels"))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 
