@@ -194,6 +194,11 @@ def test_the_kernel_follows_the_shape(step: Step, expected: list[Instruction]) -
     assert instructions(step) == expected
 
 
+def test_a_sum_of_nothing_is_not_gathered() -> None:
+    """The only output of this one meets no tap."""
+    assert not suits(Geometry(conv_step((2, 64, 2, 2), (64, 64, 1, 1), strides=2, pad=1, transposed=True)))
+
+
 def test_fp32_is_not_rounded_unless_the_context_says_so() -> None:
     step = conv_step((32, 256, 14, 14), (256, 256, 3, 3), F32, pad=1)
     assert instructions(step, tf32=False) == [Instruction.MMA]
