@@ -42,7 +42,8 @@ class Choice:
 
 def suits(geometry: Geometry) -> bool:
     """Whether the copy engine can gather the patches, of an image that has the type of its weights."""
-    if len(geometry.phases) > 1 or not geometry.reads_chunks(16 // geometry.x_dtype.itemsize, geometry.x_dtype):
+    first, *others = geometry.phases
+    if others or not first.k or not geometry.reads_chunks(16 // geometry.x_dtype.itemsize, geometry.x_dtype):
         return False
     lowest, highest, reach = _REACH[_spatial(geometry)]
     along = [_Axis.of(geometry, axis) for axis in range(3)[-_spatial(geometry) :]]
