@@ -1,0 +1,157 @@
+// Shared memory by address, asynchronous copies, mbarriers. An asynchronous copy happens when it is waited for.
+#include <string.h>
+
+#include <vector>
+
+#include "races.h"
+#include "threads.h"
+
+namespace emulator {
+namespace {
+
+using races::Access;
+
+struct Copy {
+  u32 destination, bytes;
+  const void *source, *where;
+  bool valid;
+};
+using Group = std::vector<Copy>;
+struct Copies {
+  Group open;
+  std::vector<Group> committed;  // oldest first
+} copies[MAX_THREADS];
+u32 exchanged[MAX_THREADS / WARP][WARP];
+
+void check(u32 address, u32 bytes) {
+  if (address + bytes > SHARED_BYTES || address % bytes) fail("misaligned or wild shared memory access");
+}
+
+// The 64 bits of an mbarrier: its phase and what the phase still waits for.
+struct Barrier { u32 pending : 15, expected : 15, phase : 1, valid : 1; int bytes; };
+Barrier& barrier_at(u32 address) {
+  if (address % 8 || address + 8 > SHARED_BYTES) fail("misaligned or wild barrier");
+  return *reinterpret_cast<Barrier*>(shared_memory + address);
+}
+void settle(u32 barrier) {
+  Barrier& b = barrier_at(barrier);
+  if (b.pending || b.bytes) return;
+  b.phase ^= 1;
+  b.pending = b.expected;
+  races::barrier_completed(barrier);
+  note_progress();
+}
+
+}  // namespace
+
+void forget_copies(int thread) {
+  copies[thread].open.clear();
+  copies[thread].committed.clear();
+}
+
+void load_shared(void* to, u32 address, u32 bytes, const void* where) {
+  check(address, bytes);
+  races::touch(Access::READ, shared_memory + address, bytes, where);
+  memcpy(to, shared_memory + address, bytes);
+}
+void store_shared(u32 address, const void* from, u32 bytes, const void* where) {
+  check(address, bytes);
+  races::touch(Access::WRITE, shared_memory + address, bytes, where);
+  memcpy(shared_memory + address, from, bytes);
+}
+
+// Lane l gives the address of row l % 8 of matrix l / 8; it gets elements 2 (l % 4) and the next of row l / 4.
+void load_matrices(u32 (&r)[4], u32 address, bool transposed, const void* where) {
+  check(address, 16);
+  races::touch(Access::READ, shared_memory + address, 16, where);
+  const int warp = current / WARP, lane = current % WARP;
+  exchanged[warp][lane] = address;
+  meet_warp();
+  for (int i = 0; i < 4; ++i) {
+    unsigned short pair[2];
+    for (int j = 0; j < 2; ++j) {
+      const int row = transposed ? lane % 4 * 2 + j : lane / 4, column = transposed ? lane / 4 : lane % 4 * 2 + j;
+      memcpy(&pair[j], shared_memory + exchanged[warp][8 * i + row] + 2 * column, 2);
+    }
+    memcpy(&r[i], pair, 4);
+  }
+  meet_warp();
+}
+
+void copy_async(u32 destination, const void* source, u32 bytes, bool valid, const void* where) {
+  check(destination, bytes);
+  if (valid && reinterpret_cast<uintptr_t>(source) % bytes) fail("cp.async from a misaligned address");
+  races::begin(Access::WRITE, shared_memory + destination, bytes, where);
+  copies[current].open.push_back({destination, bytes, source, where, valid});
+}
+void copy_async_commit() {
+  copies[current].committed.push_back(std::move(copies[current].open));
+  copies[current].open.clear();
+}
+void copy_async_wait(int pending) {
+  auto& groups = copies[current].committed;
+  while (groups.size() > static_cast<size_t>(pending)) {
+    for (const Copy& copy : groups.front()) {
+      races::finish(Access::WRITE, shared_memory + copy.destination, copy.bytes, copy.where);
+      if (copy.valid) memcpy(shared_memory + copy.destination, copy.source, copy.bytes);
+      else memset(shared_memory + copy.destination, 0, copy.bytes);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+void barrier_init(u32 barrier, u32 arrivals, const void* where) {
+  Barrier& b = barrier_at(barrier);
+  races::barrier_made(barrier, where);
+  b = {arrivals, arrivals, 0, 1, 0};
+}
+void barrier_arrive(u32 barrier, const void* where) {
+  Barrier& b = barrier_at(barrier);
+  races::barrier_arrived(barrier, where);
+  if (b.pending == 0) fail("more arrivals at a barrier than it was initialised for");
+  b.pending = b.pending - 1;
+  settle(barrier);
+}
+void barrier_arrive_expect(u32 barrier, u32 bytes, const void* where) {
+  barrier_at(barrier).bytes += static_cast<int>(bytes);
+  barrier_arrive(barrier, where);
+}
+void barrier_wait(u32 barrier, u32 parity, const void* where) {
+  while (barrier_at(barrier).phase == parity) yield();
+  races::barrier_passed(barrier, where);
+}
+
+void copy_box(u32 destination, const Map& map, u32 barrier, u32 column, u32 row, u32 inner, u32 outer, const void* where) {
+  const u64 row_bytes = map.box_columns * map.element_bytes;
+  if (row_bytes != 64 && row_bytes != 128) fail("only boxes of 64 and 128 bytes are emulated");
+  if (destination % (8 * row_bytes)) fail("a box starts at a swizzle atom");
+  if (destination + map.box_rows * row_bytes > SHARED_BYTES) fail("a box lands outside shared memory");
+  races::engine_writes(barrier, shared_memory + destination, static_cast<u32>(map.box_rows * row_bytes), where);
+  const auto signed_row = static_cast<int>(row), signed_column = static_cast<int>(column);
+  for (u64 r = 0; r < map.box_rows; ++r)
+    for (u64 c = 0; c < map.box_columns; ++c) {
+      const u64 linear = destination + r * row_bytes + c * map.element_bytes, to = linear ^ (linear >> 7 & (row_bytes == 128 ? 7 : 3)) << 4;
+      const long long from_row = signed_row + static_cast<long long>(r), from_column = signed_column + static_cast<long long>(c);
+      const bool inside = from_row >= 0 && from_column >= 0 && from_row < static_cast<long long>(map.rows) &&
+                          from_column < static_cast<long long>(map.columns) && inner < map.outer_size[0] && outer < map.outer_size[1];
+      const u64 from = map.address + static_cast<u64>(from_row) * map.row_bytes + static_cast<u64>(from_column) * map.element_bytes +
+                       inner * map.outer_bytes[0] + outer * map.outer_bytes[1];
+      if (!inside) {
+        memset(shared_memory + to, 0, map.element_bytes);
+      } else {
+        memcpy(shared_memory + to, reinterpret_cast<const void*>(from), map.element_bytes);
+        if (map.tf32) {
+          u32 bits;
+          memcpy(&bits, shared_memory + to, 4);
+          if ((bits & 0x7f800000) != 0x7f800000) bits = (bits + 0x1000) & ~0x1fffu;
+          memcpy(shared_memory + to, &bits, 4);
+        }
+      }
+    }
+  barrier_at(barrier).bytes -= static_cast<int>(map.box_rows * row_bytes);
+  settle(barrier);
+}
+
+void access_atomically(const void* p, u32 bytes, const void* where) { races::touch(Access::ATOMIC, p, bytes, where); }
+
+}  // namespace emulator
