@@ -283,8 +283,9 @@ def pointer_to(tensor: Tensor) -> Pointer:
 
 
 def workspace(nbytes: int) -> Buffer:
-    """Memory for what one launch of a step leaves to the next. Its content before and after a step has no meaning."""
-    return Buffer("workspace", BufferKind.PLAN, nbytes, np.zeros(nbytes, np.uint8))
+    """Memory for what launches of a step leave to the next, or blocks to each other. All steps find theirs at one
+    place, so a step has one; its content before and after has no meaning."""
+    return Buffer("workspace", BufferKind.WORKSPACE, nbytes)
 
 
 def is_constant(tensor: Tensor) -> bool:
