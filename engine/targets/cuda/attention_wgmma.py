@@ -8,18 +8,7 @@ from dataclasses import dataclass
 from engine.ir.dtype import DType
 from engine.plan.plan import Step
 from engine.plan.tensor import Tensor
-from engine.targets.cuda.attention_operands import (
-    LOG2_E,
-    BiasKind,
-    bias_arguments,
-    bias_code,
-    bias_kind,
-    epilogue,
-    four,
-    operation,
-    sharing,
-    strides,
-)
+from engine.targets.cuda.attention_operands import Attended, BiasKind, four, strides
 from engine.targets.cuda.gemm import wgmma_function
 from engine.targets.cuda.kernel import (
     STORAGE,
@@ -63,11 +52,12 @@ class WgmmaAttentionTile:
 
 def suits(step: Step) -> bool:
     """Whether the copy engine can read q, k and v, and the kernel has what the operator asks."""
+    attended = Attended(step)
     return (
         step.inputs[0].dtype in (DType.F16, DType.BF16)
-        and bias_kind(step) is not BiasKind.FULL
-        and operation(step).scale > 0  # it meets the scores behind the maximum
-        and step.inputs[0].shape[-2] >= _MIN_QUERIES
+        and attended.bias is not BiasKind.FULL
+        and attended.op.scale > 0  # it meets the scores behind the maximum
+        and attended.sizes[2] >= _MIN_QUERIES
         and all(_readable(tensor) for tensor in step.inputs[:3])
     )
 
@@ -103,7 +93,7 @@ def padded(tensor: Tensor) -> int:
 def pick(step: Step, context: Context) -> WgmmaAttentionTile:
     """The tile with the least estimated time."""
     head, value = padded(step.inputs[0]), padded(step.inputs[2])
-    op = operation(step)
+    op = Attended(step).op
     every = candidates(head, value, op.causal and op.has_bias)
     return min(every, key=lambda tile: _cycles(step, tile, head, value, context.multiprocessors))
 
@@ -112,10 +102,11 @@ def _cycles(step: Step, tile: WgmmaAttentionTile, head: int, value: int, multipr
     """Estimated cycles. Rates a multiprocessor: multiply-adds as in tiles.py, slowed down by what the softmax leaves
     (three quarters of the product's rate at 64 features); 16 exponentials."""
     rate, exponentials, latency, launch = 0.75 * 2048, 16, 900, 2750
-    batch, heads, queries, _ = four(step.outputs[0].shape, 1)
-    keys, query_tiles = step.inputs[1].shape[-2], ceildiv(queries, tile.queries)
+    attended = Attended(step)
+    batch, heads, queries, _ = attended.sizes
+    keys, query_tiles = attended.keys, ceildiv(queries, tile.queries)
     items = query_tiles * heads * batch
-    if operation(step).causal:
+    if attended.op.causal:
         keys = ceildiv(sum(min(keys, (i + 1) * tile.queries) for i in range(query_tiles)), query_tiles)
     scores = tile.queries * tile.keys
     rounds = ceildiv(items, multiprocessors)
@@ -127,8 +118,8 @@ def _cycles(step: Step, tile: WgmmaAttentionTile, head: int, value: int, multipr
 
 def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> Launch:
     """The launch of an attention that `suits`, in the given tile."""
-    op, (q, k, v) = operation(step), step.inputs[:3]
-    batch, heads, queries, value_size = four(step.outputs[0].shape, 1)
+    attended, (q, k, v) = Attended(step), step.inputs[:3]
+    op, (batch, heads, queries, _) = attended.op, attended.sizes
     head, value = padded(q), padded(v)
     shared = tile.shared_bytes(head, value)
     config: dict[str, int | bool | str] = {
@@ -139,18 +130,16 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
     }  # fmt: skip
     arguments: dict[str, Argument] = {
         "map_q": _map(q, tile.queries), "map_k": _map(k, tile.keys), "map_v": _map(v, tile.keys),
-        "scale_log2": op.scale * LOG2_E, **bias_arguments(step),
-        "queries": queries, "keys": k.shape[-2], "value_size": value_size, "heads": heads, "groups": batch * heads,
-        "heads_per_k": sharing(step, 1), "heads_per_v": sharing(step, 2),
+        **attended.arguments(), "groups": batch * heads,
         # 0 where all of the batch read the same.
         "q_batches": int(q.shape[0] > 1), "k_batches": int(k.shape[0] > 1), "v_batches": int(v.shape[0] > 1),
     }  # fmt: skip
     items = ceildiv(queries, tile.queries) * heads * batch
     products = wgmma_function(tile.keys, q.dtype) + register_product(value, q.dtype)
     return launch(
-        "attention", "attention_wgmma.cuh", config, [epilogue(step)], arguments,
+        "attention", "attention_wgmma.cuh", config, [attended.epilogue()], arguments,
         (min(items, context.multiprocessors * tile.blocks), 1, 1), 128 * (tile.consumers + 1), shared,
-        Instruction.WGMMA, helpers=f'#include "ptx/wgmma_panels.cuh"\n{products}{bias_code(step)}',
+        Instruction.WGMMA, helpers=f'#include "ptx/wgmma_panels.cuh"\n{products}{attended.bias_code()}',
     )  # fmt: skip
 
 
