@@ -218,7 +218,10 @@ def pack(
 
 def workspace_bytes(launches: Iterable[Launch]) -> int:
     """The scratch memory that launches need which run one after the other and all find theirs at one address."""
-    used = (argument for launch in launches for _, argument in launch.arguments if isinstance(argument, Pointer))
+    given = (argument for launch in launches for _, argument in launch.arguments)
+    used = (
+        a if isinstance(a, Pointer) else a.pointer for a in given if isinstance(a, Pointer | TensorArgument | TensorMap)
+    )
     return max((p.buffer.nbytes for p in used if p.buffer.kind is BufferKind.WORKSPACE), default=0)
 
 

@@ -55,6 +55,11 @@ def test_threads_see_each_other_s_shared_memory_after_a_barrier() -> None:
         ("tile[threadIdx.x / 2] = threadIdx.x;", "something else"),
         ("reinterpret_cast<u8*>(tile)[threadIdx.x / 2] = threadIdx.x;", "something else"),
         ("__shared__ float own[64]; own[threadIdx.x] = 1; p.out[threadIdx.x] = own[63 - threadIdx.x];", "static"),
+        (
+            "auto swap = [](auto x) { __shared__ float own[64]; own[threadIdx.x] = x; return own[63 - threadIdx.x]; };"
+            "p.out[threadIdx.x] = swap(1.0f);",
+            "static",
+        ),  # of a template
         ("tile[0] = 1; atomicAdd(tile, 1.0f);", "something else"),
     ],
 )

@@ -7,7 +7,7 @@
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static __attribute__((section("emulated_shared")))
+#define __shared__ static
 #define __align__(n) __attribute__((aligned(n)))
 
 using size_t = decltype(sizeof 0);
