@@ -38,9 +38,10 @@ lint: $(call installed,test load)  ## ruff and mypy
 bench: models $(call installed,test)  ## both models on the CPU beside ONNX Runtime; options in ARGS
 	$(BIN)/python -m benchmarks cpu --suite models $(ARGS)
 
-bench-gpu: models $(call installed,test cuda)  ## models and kernels on the GPU; needs PyTorch, timm and transformers, too
+bench-gpu: models $(call installed,test cuda)  ## models, kernels, accuracy on the GPU; needs PyTorch, timm and transformers, too
 	$(BIN)/python -m benchmarks models $(ARGS)
 	$(BIN)/python -m benchmarks kernels $(ARGS)
+	$(BIN)/python -m benchmarks accuracy $(ARGS)
 
 kernels: $(call installed,kernels)  ## the CUDA kernels compiled for Ampere and Hopper and inspected; needs no GPU
 	$(BIN)/python -m engine.targets.cuda.gate $(KERNEL_ARCHITECTURES) $(ARGS)

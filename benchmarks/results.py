@@ -63,9 +63,10 @@ class Row:
     """One case. Times are microseconds a run; `ratio` is the best peer's over ours (above 1: ours is faster).
 
     `peers` are those of the same mathematics, `parts` what a library takes for a part of it; None where `reasons` says
-    why. `floor_us`: what FLOPs and bytes take at the run's ceilings. `run_us`: `Model.run` with its copies, for models
-    on a GPU. A row with a `failure` has no times. Rows of the suite `accuracy` have none either, but `facts`: counts of
-    steps and kernels, and bytes.
+    why. `floor_us`: what FLOPs and bytes take at the run's ceilings. `predicted_us`: what the cost model that chose the
+    tile says. Of models on a GPU, `run_us`: `Model.run` with its copies, and `host_us`: the host's part of a run that
+    nothing waits for. A row with a `failure` has no times. Rows of the suite `accuracy` have none either, but `errors`
+    by size and `facts`: counts of steps and kernels, and bytes. Rows of the suite `ready` have `seconds` from a start.
     """
 
     suite: str
@@ -84,6 +85,10 @@ class Row:
     run_us: float | None = None
     failure: str = ""
     facts: Mapping[str, int] = field(default_factory=dict)
+    predicted_us: float | None = None
+    host_us: Mapping[str, float] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -164,5 +169,5 @@ def _ceilings(found: Mapping[str, float] | None) -> Ceilings | None:
 
 def _without_defaults(row: Row) -> dict[str, Any]:
     """The row's fields, less the optional ones that say nothing."""
-    optional = ("parts", "reasons", "run_us", "failure", "facts")
+    optional = ("parts", "reasons", "run_us", "failure", "facts", "predicted_us", "host_us", "errors", "seconds")
     return {key: value for key, value in asdict(row).items() if value or key not in optional}

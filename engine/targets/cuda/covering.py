@@ -366,11 +366,11 @@ def attentions(context: Context) -> Iterator[tuple[str, Launch]]:
                     for launch in launch_attention(step, sizes, tile, splits):
                         yield step.name, launch
     if context.architecture.wgmma:
-        for head, crowded in product((32, 64, 128), (False, True)):
-            for wgmma_tile in attention_wgmma.candidates(head, head, crowded):
+        for head, causal in product((32, 64, 128), (False, True)):
+            for wgmma_tile in attention_wgmma.candidates(head, head):
                 turn += 1
                 dtype = DType.BF16 if turn % 4 == 0 else F16
-                step = attention(dtype, head, crowded or turn % 4 > 1, int(crowded or turn % 4 == 1))
+                step = attention(dtype, head, causal, int(causal or turn % 2))
                 yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, context)
 
 

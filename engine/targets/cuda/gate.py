@@ -2,8 +2,9 @@
 code.
 
 Needs no GPU. A kernel fails that does not compile cleanly, spills registers, uses local memory, asks for more shared
-memory than its architecture has, or lacks the matrix instruction it is built around. The last line gives the counts;
-the exit status is 1 where anything failed.
+memory than its architecture has, lacks the matrix instruction it is built around, or keeps moving descriptors to
+uniform registers between products of a whole warpgroup. The last line gives the counts; the exit status is 1 where
+anything failed.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ from engine.targets.cuda.kernel import Instruction, Kernel
 
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _LOCAL_ACCESS = re.compile(r"^\s*/\*\w+\*/\s+(?:@!?\w+ )?(LDL|STL)\b", re.MULTILINE)
+_MACHINE_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
+_BRANCH = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)")
+# Descriptors moved to uniform registers in a loop of products: as many as the matrix product's have (gemm_wgmma.cuh).
+_MOST_MOVES = 2
 # The system's share of a block's shared memory from sm_90 on, which cuobjdump counts as static. The limit is on what we
 # ask for.
 _SYSTEM_SHARED = 1024
@@ -83,6 +88,28 @@ def inspect(architecture: Architecture, kernel: Kernel, code: bytes, cuobjdump: 
 def _wrong_instructions(kernel: Kernel, machine: str) -> Iterator[str]:
     if kernel.instruction is not Instruction.NONE and kernel.instruction.value not in machine:
         yield f"no {kernel.instruction.value}"
+    if kernel.instruction is Instruction.WGMMA:
+        moves = moves_between_products(machine)
+        if moves > _MOST_MOVES:
+            yield f"{moves} R2UR in the loop of {kernel.instruction.value}"
+
+
+def moves_between_products(machine: str) -> int:
+    """How often the innermost loops with a product of a warpgroup move an ordinary register to a uniform one. Such
+    moves wait for the warp, and cost attention a tenth of its speed."""
+    code = [(int(address, 16), text) for address, text in _MACHINE_INSTRUCTION.findall(machine)]
+    loops: list[tuple[int, int]] = []
+    for address, text in code:
+        branch = _BRANCH.search(text)
+        if branch and int(branch[1], 16) < address:
+            loops.append((int(branch[1], 16), address))
+    moves = 0
+    for begin, end in loops:
+        body = [text for address, text in code if begin <= address <= end]
+        inner = any(begin <= other[0] and other[1] <= end and other != (begin, end) for other in loops)
+        if not inner and any("HGMMA" in text for text in body):
+            moves += sum("R2UR" in text for text in body)
+    return moves
 
 
 def _run(command: Sequence[str]) -> str:

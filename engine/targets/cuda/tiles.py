@@ -153,7 +153,7 @@ def pick_mma(
     fitting = [tile for tile in MMA_TILES if tile.shared_bytes <= architecture.shared_bytes]
     return min(
         _split(fitting, m, n, k * operands.itemsize, batch, most_splits),
-        key=lambda tile: _mma_cycles(m, n, k, batch, tile, multiprocessors, operands),
+        key=lambda tile: mma_cycles(m, n, k, batch, tile, multiprocessors, operands),
     )
 
 
@@ -168,7 +168,7 @@ def _split(tiles: Iterable[T], m: int, n: int, k_bytes: int, batch: int, most: i
                 yield replace(tile, splits=splits)
 
 
-def _mma_cycles(m: int, n: int, k: int, batch: int, tile: MmaTile, multiprocessors: int, operands: Operands) -> float:
+def mma_cycles(m: int, n: int, k: int, batch: int, tile: MmaTile, multiprocessors: int, operands: Operands) -> float:
     """Estimated cycles of a product in tiles of mma.sync."""
     bytes_per_cycle, launch = 48, 1500  # from L2, 64 nominal; first loads and the drain of the last tile
     blocks = ceildiv(m, tile.m) * ceildiv(n, tile.n) * batch * tile.splits
@@ -190,11 +190,11 @@ def pick_wgmma(
     """The wgmma tile with the least estimated time. Operands are HALF or TF32."""
     return min(
         _split(WGMMA_TILES, m, n, k * operands.itemsize, 1, most_splits),
-        key=lambda tile: _wgmma_cycles(m, n, k, tile, multiprocessors, operands),
+        key=lambda tile: wgmma_cycles(m, n, k, tile, multiprocessors, operands),
     )
 
 
-def _wgmma_cycles(m: int, n: int, k: int, tile: WgmmaTile, multiprocessors: int, operands: Operands) -> float:
+def wgmma_cycles(m: int, n: int, k: int, tile: WgmmaTile, multiprocessors: int, operands: Operands) -> float:
     """Estimated cycles of a product in tiles of wgmma.
 
     The constants are fitted to a sweep of all tiles and splits over 28 shapes of fp16 on an H100 (products of

@@ -103,6 +103,15 @@ def test_access_beyond_the_shared_memory_asked_for_is_reported() -> None:
         run("tile[threadIdx.x + 1] = 0;", shared_bytes=4 * THREADS)
 
 
+@pytest.mark.parametrize("last_first", [False, True])
+def test_a_numbered_barrier_holds_those_who_meet_until_the_others_have_passed(last_first: bool) -> None:
+    body = (
+        "if (threadIdx.x < 32) { meet_at<64>(1); p.out[threadIdx.x] = tile[threadIdx.x]; }\n"
+        "else { tile[threadIdx.x - 32] = p.in[threadIdx.x]; pass_by<64>(1); p.out[threadIdx.x] = 0.0f; }"
+    )
+    assert np.array_equal(run(body, last_first=last_first)[:32], np.arange(32, 64))
+
+
 def test_shuffles_exchange_within_a_warp() -> None:
     got = run("p.out[threadIdx.x] = __shfl_xor_sync(~0u, p.in[threadIdx.x], 5);")
     assert np.array_equal(got, np.arange(THREADS) ^ 5)

@@ -53,6 +53,21 @@ def test_a_missing_matrix_instruction_fails() -> None:
     assert "no HMMA" in verdict(PLAIN, instruction=Instruction.MMA).failure
 
 
+def test_moves_count_in_the_innermost_loops_with_products() -> None:
+    def machine(*lines: str) -> str:
+        return "\n".join(
+            f"        /*{16 * i:04x}*/                   {line} ;  /* 0x0 */" for i, line in enumerate(lines)
+        )
+
+    loop = ("R2UR UR4, R1", "HGMMA.64x64x16.F32 R24, gdesc[UR4], R24", "R2UR UR5, R2", "@P0 BRA 0x10")
+    assert gate.moves_between_products(machine(*loop)) == 1  # the first comes before the loop
+    assert (
+        gate.moves_between_products(machine(*loop, "R2UR UR6, R3", "@P1 BRA 0x0")) == 1
+    )  # nor does an outer loop count
+    assert gate.moves_between_products(machine("R2UR UR4, R1", "FADD R1, R1, R1", "@P0 BRA 0x0")) == 0
+    assert gate.moves_between_products(machine(*loop[:3], "@P0 BRA 0x40", "EXIT")) == 0
+
+
 def test_counts_and_failures_are_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def launches(_: object) -> list[tuple[str, Launch]]:
         kernels = [Kernel("good", Source("good", PLAIN), 32), Kernel("bad", Source("bad", INDEXED), 32)]

@@ -19,6 +19,8 @@ extern unsigned char shared_memory[SHARED_BYTES];
 
 void sync_block();
 void sync_warp();
+void meet_at(u32 number, int expected);  // the numbered barriers: complete when so many threads have come, by either function
+void pass_by(u32 number, int expected);
 u64 exchange(u64 bits, int source);  // a shuffle: the bits that lane `source` of the warp brings
 
 // Addresses are offsets in shared memory, as the hardware's are. `where` is the place in the kernel that a race is reported at.

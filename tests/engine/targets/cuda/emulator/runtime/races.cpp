@@ -36,7 +36,7 @@ u32 epoch, first_epoch, now, agents;  // first_epoch: of this block
 int threads;
 u32 dynamic_bytes, dynamic_words;
 unsigned char *static_begin, *static_end;
-Clocks known[MAX_THREADS], arriving[ENGINES], completed[ENGINES];
+Clocks known[MAX_THREADS], arriving[ENGINES], completed[ENGINES], numbered_arriving[NUMBERED], numbered_done[NUMBERED];
 u32 own[AGENTS];
 u32 engines, engine_address[ENGINES];
 
@@ -195,6 +195,7 @@ void begin_block(int count, u32 dynamic, unsigned char* begin, unsigned char* en
     now = 0;
     memset(known, 0, sizeof known);
     memset(own, 0, sizeof own);
+    memset(numbered_arriving, 0, sizeof numbered_arriving);
   }
   engines = 0;
   first_epoch = ++epoch;
@@ -229,6 +230,15 @@ void warp_synced(int first, int lanes) {
     advance(first + i);
   }
 }
+
+void numbered_arrived(u32 number) {
+  settle();
+  publish(current);
+  learn(numbered_arriving[number], known[current]);
+  advance(current);
+}
+void numbered_completed(u32 number) { memcpy(numbered_done[number], numbered_arriving[number], agents * sizeof(u32)); }
+void numbered_passed(u32 number) { learn(known[current], numbered_done[number]); }
 
 void barrier_made(u32 barrier, const void* where) {
   touch(Access::WRITE, shared_memory + barrier, 8, where);

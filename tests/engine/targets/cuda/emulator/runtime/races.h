@@ -17,6 +17,9 @@ void begin_block(int threads, u32 dynamic_bytes, unsigned char* static_begin, un
 // What hands knowledge on. `lanes`: the threads of a warp.
 void block_synced(const bool* alive);
 void warp_synced(int first, int lanes);
+void numbered_arrived(u32 number);
+void numbered_completed(u32 number);
+void numbered_passed(u32 number);
 void barrier_made(u32 barrier, const void* where);
 void barrier_arrived(u32 barrier, const void* where);
 void barrier_completed(u32 barrier);

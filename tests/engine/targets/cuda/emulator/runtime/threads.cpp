@@ -33,7 +33,7 @@ int threads, alive;
 bool last_first;  // the order in which threads take their turns
 u64 progress;     // counts what may free a waiting thread
 void* scheduler_stack;
-Meeting block_meeting, warp_meetings[MAX_THREADS / WARP];
+Meeting block_meeting, warp_meetings[MAX_THREADS / WARP], numbered_meetings[NUMBERED];
 u64 exchanged[MAX_THREADS / WARP][WARP];
 void (*run_kernel)(const void*);
 const void* parameters;
@@ -111,6 +111,7 @@ void prepare(int i) {
 bool run_block() {
   block_meeting = {};
   for (auto& meeting : warp_meetings) meeting = {};
+  for (auto& meeting : numbered_meetings) meeting = {};
   alive = threads;
   for (int i = 0; i < threads; ++i) prepare(i);
   while (alive > 0) {
@@ -154,6 +155,23 @@ void sync_warp() {
 }
 void meet_warp() {
   meet(warp_meetings[current / WARP], lanes, [] {});
+}
+
+void meet_at(u32 number, int expected) {
+  if (number >= NUMBERED) fail("there are 16 numbered barriers");
+  races::numbered_arrived(number);
+  meet(numbered_meetings[number], [expected] { return expected; }, [number] { races::numbered_completed(number); });
+  races::numbered_passed(number);
+}
+void pass_by(u32 number, int expected) {
+  if (number >= NUMBERED) fail("there are 16 numbered barriers");
+  races::numbered_arrived(number);
+  auto& meeting = numbered_meetings[number];
+  if (++meeting.arrived >= expected) {
+    races::numbered_completed(number);
+    meeting = {0, meeting.generation + 1};
+  }
+  note_progress();
 }
 
 u64 exchange(u64 bits, int source) {

@@ -7,6 +7,7 @@
 
 namespace emulator {
 
+constexpr u32 NUMBERED = 16;          // barriers that the hardware numbers
 constexpr size_t MESSAGE_BYTES = 512;  // emulator.py makes the room
 
 void yield();          // to the other threads
