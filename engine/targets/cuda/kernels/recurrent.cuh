@@ -186,7 +186,6 @@ template <class PARAMS> DEVICE void run(const PARAMS& p, float* before) {
           }
         }
         const float next = next_state(sum, input, gate, first_lane, before[inside], bias, cell);
-        if constexpr (SEQUENCE) __syncwarp();  // all lanes of a row have read the cell that one of them replaces
         if (writes) {
           p.every[offset(p.every_strides, t, direction, row, unit)] = narrow<config::x_t>(next);
           if constexpr (SEQUENCE) after[inside] = next;
