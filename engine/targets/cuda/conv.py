@@ -1,7 +1,7 @@
 """Convolutions: which kernel runs which, and those of the matrix units.
 
-1×1 ones are matrix products (gemm.py), the rest implicit ones (conv_mma.cuh), but for those that the ordinary units do
-better, or that only they can do (conv_simt.py).
+1×1 ones are matrix products (gemm.py), the rest implicit ones (conv_wgmma.py on sm_90a where the copy engine can gather
+the image, else conv_mma.cuh), but for those that the ordinary units do better, or that only they can do (conv_simt.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from engine.ir.dtype import DType
 from engine.ir.ops import Conv, Op
 from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Tensor
+from engine.targets.cuda import conv_wgmma
 from engine.targets.cuda.conv_geometry import (
     AXES,
     Geometry,
@@ -46,10 +47,13 @@ from engine.targets.cuda.kernel import (
 )
 from engine.targets.cuda.product import Matrix, Product
 from engine.targets.cuda.spaces import operand, space
-from engine.targets.cuda.tiles import MmaTile, Operands, pick_mma
+from engine.targets.cuda.tiles import MmaTile, Operands, Tile, WgmmaTile, mma_cycles, pick_mma
 
 _MOST_SPLITS = 24
 _MOST_BLOCKS = 65535  # along the second and third axis of a grid
+_GATHERING = 1.85
+"""The time of conv_mma.cuh beside what `mma_cycles` estimates of a product of the same sizes: typical of 24 layers of
+ResNet-50 and VGG-16 on an H100 (1.4 to 3.6)."""
 _SIMT_COST = 12  # the time of a multiply-add outside the matrix units beside one of fp16 inside, with what it loads
 
 
@@ -88,14 +92,23 @@ def lower(step: Step, context: Context) -> list[Launch]:
         return [launch_simt(step, geometry, context)]
     if _is_product(step, geometry):
         return [_lower_product(step, geometry, context)]
-    filters, packing = filters_of(step, geometry, context)
-    batch = geometry.groups * len(geometry.phases)
-    k = geometry.phases[0].k
     # The filters that a launch has just packed lie where the sums of a split product would.
-    splits = 1 if packing else _MOST_SPLITS
-    tile = pick_mma(
-        geometry.rows, geometry.n, k, batch, context.architecture, context.multiprocessors, operands, splits
-    )
+    splits = _MOST_SPLITS if is_constant(step.inputs[1]) else 1
+    m, n, k, batch = geometry.rows, geometry.n, geometry.phases[0].k, geometry.groups * len(geometry.phases)
+    tile = pick_mma(m, n, k, batch, context.architecture, context.multiprocessors, operands, splits)
+    cycles = _GATHERING * mma_cycles(m, n, k, batch, tile, context.multiprocessors, operands)
+    choice = conv_wgmma.pick(step, geometry, operands, splits, context)
+    if choice is not None and choice.cycles < cycles:
+        return lower_in(step, geometry, choice.tile, context)
+    return lower_in(step, geometry, tile, context)
+
+
+def lower_in(step: Step, geometry: Geometry, tile: Tile, context: Context) -> list[Launch]:
+    """The launches of an implicit product in the given tile."""
+    if isinstance(tile, WgmmaTile):
+        filters, packing = filters_of(step, geometry, context, conv_wgmma.panel_channels(tile, step))
+        return [*packing, conv_wgmma.launch_conv(step, geometry, filters, tile, context)]
+    filters, packing = filters_of(step, geometry, context)
     return [*packing, launch_conv(step, geometry, filters, tile, context)]
 
 
@@ -159,14 +172,16 @@ def _lower_product(step: Step, geometry: Geometry, context: Context) -> Launch:
 # Implicit products
 
 
-def filters_of(step: Step, geometry: Geometry, context: Context) -> tuple[Pointer, list[Launch]]:
-    """The weights as conv_mma.cuh reads them, and the launch that makes them where they are computed."""
+def filters_of(step: Step, geometry: Geometry, context: Context, panel: int = 1) -> tuple[Pointer, list[Launch]]:
+    """The weights as conv_mma.cuh reads them, and the launch that makes them where they are computed. conv_wgmma.cuh
+    reads the same, in whole panels of channels; computed ones have whole panels to begin with."""
     w = step.inputs[1]
     per_chunk = 16 // w.dtype.itemsize
     if is_constant(w):
         taps = [axis.taps for phase in geometry.phases for axis in phase.axes]
-        layout = f"phase,g,n,taps,c{per_chunk} g{geometry.groups} {geometry.transposed} {taps}"
-        packed = context.weights.packed(w, layout, lambda data: pack_filter(data, geometry, per_chunk))
+        padded = f" c{panel}" if geometry.channels % panel else ""
+        layout = f"phase,g,n,taps,c{per_chunk} g{geometry.groups} {geometry.transposed} {taps}{padded}"
+        packed = context.weights.packed(w, layout, lambda data: pack_filter(data, geometry, per_chunk, panel))
         return Pointer(packed, ctype=STORAGE[w.dtype]), []
     lengths = [row_length(phase.k, per_chunk) for phase in geometry.phases]
     rows = geometry.groups * geometry.n

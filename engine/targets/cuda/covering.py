@@ -49,7 +49,7 @@ from engine.targets.cuda import attention_wgmma
 from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.attention import heads_of, launch_attention
 from engine.targets.cuda.attention_tiles import Heads, candidates
-from engine.targets.cuda.conv import filters_of, launch_conv
+from engine.targets.cuda.conv import filters_of, launch_conv, lower_in
 from engine.targets.cuda.conv_geometry import Geometry, channels_last
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.gemm import epilogue_of, launch_product
@@ -415,6 +415,7 @@ def convolutions(context: Context) -> Iterator[tuple[str, Launch]]:
         filters, _ = filters_of(step, geometry, how)
         for tile in tiles:
             yield f"conv {tile}", launch_conv(step, geometry, filters, tile, how)
+    yield from _gathered_convolutions(context, rounding)
     for step in (
         _conv(F16, known=False),
         _conv(F32, transposed=True, known=False),
@@ -428,6 +429,39 @@ def convolutions(context: Context) -> Iterator[tuple[str, Launch]]:
     ):
         for launch in family_of(step.op).lower(step, context):
             yield "conv", launch
+
+
+def _gathered_convolutions(context: Context, rounding: Context) -> Iterator[tuple[str, Launch]]:
+    """Implicit products whose patches the copy engine gathers, in every tile: widths of panels take turns."""
+    wgmma = [
+        replace(tile, panel_bytes=128 >> i % 3)
+        for i, tile in enumerate(WGMMA_TILES if context.architecture.wgmma else ())
+    ]
+    split = [replace(tile, splits=3) for tile in wgmma if tile.most_splits > 1]
+    every = [replace(tile, panel_bytes=128) for tile in wgmma]
+    few = (*wgmma[:2], *wgmma[7:9])
+    chosen: list[tuple[Step, Context, Sequence[Tile]]] = [
+        (_conv(F16), context, wgmma),
+        (_residual(F16), context, every),
+        (_residual(F16), context, split),
+        (_residual(F16, axes=3), context, few),
+        (_residual(F16, channels=128, groups=2), context, few),
+        (_residual(DType.BF16), context, wgmma[:1]),
+        (_residual(F32), rounding, (*wgmma[:3], *wgmma[7:8])),
+        (_residual(F32, channels=128, groups=2, axes=3), rounding, split),
+    ]
+    for step, how, tiles in chosen:
+        for tile in tiles:
+            for launch in lower_in(step, Geometry(step), tile, how):
+                yield f"conv {tile}", launch
+
+
+def _residual(dtype: DType, channels: int = 0, groups: int = 1, axes: int = 2) -> Step:
+    """A convolution with a residual that lies as the result does."""
+    step = _conv(dtype, channels, groups, axes=axes, residual=True)
+    *others, residual = step.inputs
+    strides = row_major(residual.shape, channels_last(len(residual.shape)))
+    return replace(step, inputs=(*others, replace(residual, strides=strides)))
 
 
 def _conv(

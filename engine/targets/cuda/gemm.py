@@ -191,7 +191,7 @@ def _launch_wgmma(
     return launch(
         "gemm",
         "gemm_wgmma.cuh",
-        {**tile.config, "operand": STORAGE[product.dtype]},
+        {**tile.config, "operand": STORAGE[product.dtype], "grouped": False},
         [epilogue],
         {
             "map_a": TensorMap(a.pointer, product.m, product.k, a.stride, tile.m, columns),

@@ -21,7 +21,7 @@ from engine.plan.tensor import Buffer, BufferKind
 from engine.specs import StepStat
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.host_step import HostStep
-from engine.targets.cuda.kernel import ALIGNMENT, Kernel, Launch, Pointer, TensorMap, ceildiv, pack, workspace_bytes
+from engine.targets.cuda.kernel import ALIGNMENT, AnyMap, Kernel, Launch, Pointer, ceildiv, pack, workspace_bytes
 
 if TYPE_CHECKING:
     from engine.targets.cuda.target import CudaTarget
@@ -120,7 +120,7 @@ class Program:
         def address(pointer: Pointer) -> int:
             return self.address(pointer, place)
 
-        def encode(map_: TensorMap) -> bytes:
+        def encode(map_: AnyMap) -> bytes:
             return device.encode(map_, address(map_.pointer))
 
         prepared: list[tuple[Launch, bytes]] = []

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from engine.plan.tensor import Buffer, BufferKind
-from engine.targets.cuda.kernel import Kernel, Launch, Pointer
+from engine.targets.cuda.kernel import Kernel, Launch, PixelMap, Pointer
 from engine.targets.cuda.source import Source
 from tests.engine.targets.cuda.emulator import emulator
 
@@ -17,7 +18,7 @@ THREADS = 64
 
 
 def run(
-    body: str, threads: int = THREADS, blocks: int = 1, last_first: bool = False, shared_bytes: int = 1024
+    body: str, threads: int = THREADS, blocks: int = 1, last_first: bool = False, shared_bytes: int = 64 << 10
 ) -> np.ndarray:
     """`p.out` after a kernel of `body`; `shared` is its dynamic shared memory, `p.in` 0, 1, 2, …"""
     text = (
@@ -158,3 +159,78 @@ def test_a_misaligned_copy_is_reported() -> None:
 def test_a_kernel_that_is_no_cplusplus_is_reported() -> None:
     with pytest.raises(emulator.EmulationError, match="does not compile"):
         run("nonsense")
+
+
+def walked(map_: PixelMap, image: np.ndarray, call: str) -> np.ndarray:
+    """What a copy of pixels brings, [pixel, channel], with the swizzle undone."""
+    text = (
+        '#include "types.cuh"\n#include "ptx/memory.cuh"\n#include "ptx/barrier.cuh"\n#include "ptx/tma_im2col.cuh"\n'
+        "struct Params { TensorMap map; half* out; };\n"
+        'extern "C" __global__ void kernel(const __grid_constant__ Params p) {\n'
+        "  extern __shared__ __align__(1024) u8 shared[];\n"
+        f"  constexpr u32 BARRIER = 65536, ROW = {2 * map_.box_channels}, PIXELS = {map_.box_pixels};\n"
+        "  barrier_init(BARRIER, 1);\n  barrier_arrive_expect(BARRIER, ROW * PIXELS);\n"
+        f"  copy_pixels(0, p.map, BARRIER, {call});\n  barrier_wait(BARRIER, 0);\n"
+        "  for (u32 i = 0; i < PIXELS * ROW; i += 2)\n"
+        "    p.out[i / 2] = *reinterpret_cast<half*>(shared + (i ^ (i >> 7 & (ROW / 16 - 1)) << 4));\n}\n"
+    )
+    out = Buffer("out", BufferKind.OUTPUT, 0)
+    result = np.zeros((map_.box_pixels, map_.box_channels), np.float16)
+    memory = {out: result, map_.pointer.buffer: image}
+    launch = Launch(Kernel("test", Source("test", text), 1, 64 << 10), (1, 1, 1), (("map", map_), ("out", Pointer(out))))
+    emulator.run(launch, lambda pointer: memory[pointer.buffer].ctypes.data, 0, 900)
+    return result
+
+
+def pixel_map(image: np.ndarray, **changes: object) -> PixelMap:
+    """A map of an image [n, h, w, c] for 3 × 2 patches padded by 1 at the start, with steps of 2 along x."""
+    n, h, w, c = image.shape
+    plain = PixelMap(
+        Pointer(Buffer("image", BufferKind.INPUT, image.nbytes)), c, n, h * w * c, (w, h), (c, w * c), (-1, -1),
+        (-1, -2), (2, 1), 16, 40,
+    )  # fmt: skip
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def test_a_walk_goes_through_its_bounding_box() -> None:
+    image = np.random.default_rng(0).standard_normal((2, 4, 5, 24)).astype(np.float16)
+    got = walked(pixel_map(image), image, "16, 1, -1, 0, 1, 2")
+    padded = np.pad(image, ((0, 1), (2, 4), (2, 6), (0, 8)))  # an image, channels and pixels that are not there
+    places = [(n, y, x) for n in range(3) for y in range(-1, 2) for x in (-1, 1, 3)]
+    first = places.index((0, -1, 1))
+    for pixel, (n, y, x) in zip(got, places[first : first + 26], strict=False):
+        want = padded[min(n, 2), y + 2 + 2, x + 1 + 2, 16:32] if n < 2 else np.zeros(16)
+        assert np.array_equal(pixel, want), (n, y, x)
+    assert got.any() and not got[-20:].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"lower": (-129, -1)}, "corners"),
+        ({"upper": (-1, -7)}, "not empty"),
+        ({"steps": (9, 1)}, "element strides"),
+        ({"strides": (20, 120)}, "multiples of 16"),
+        ({"box_channels": 24}, "a swizzle's"),
+        ({"box_pixels": 1025}, "1024 pixels"),
+    ],
+)
+def test_a_map_that_the_driver_refuses_is_reported(changes: dict[str, object], rule: str) -> None:
+    image = np.zeros((2, 4, 5, 24), np.float16)
+    with pytest.raises(emulator.EmulationError, match=rule):
+        emulator.encode(pixel_map(image, **changes), 256)
+
+
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [
+        ("0, 0, -1, 0, 0, 0", "between its steps"),
+        ("0, -3, -1, 0, 0, 0", "outside its bounding box"),
+        ("0, -1, -1, 0, 256, 0", "more bits"),
+        ("0, -1, -1, 0, 0, 0, 0, 0", "other axes"),
+    ],
+)
+def test_a_walk_that_is_not_the_map_s_is_reported(call: str, what: str) -> None:
+    image = np.zeros((2, 4, 5, 24), np.float16)
+    with pytest.raises(emulator.EmulationError, match=what):
+        walked(pixel_map(image), image, call)

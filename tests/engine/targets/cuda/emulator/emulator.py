@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from threading import Lock
 
-from engine.targets.cuda.kernel import Launch, Pointer, TensorMap, pack
+from engine.targets.cuda.kernel import AnyMap, Launch, PixelMap, Pointer, pack
 from engine.targets.cuda.source import Source, expand
 
 _HERE = Path(__file__).parent
@@ -176,12 +176,52 @@ def _with_lines(message: str, source: Source, architecture: int) -> str:
     return _PLACE.sub(quoted, message)
 
 
-def encode(map_: TensorMap, address: int) -> bytes:
-    """The `Map` of runtime.h."""
+def encode(map_: AnyMap, address: int) -> bytes:
+    """The `Map` of runtime.h. Raises EmulationError where the driver would refuse a map."""
     tf32 = map_.pointer.ctype == "float"
-    size, outer = 4 if tf32 else 2, map_.outer or ((1, 0), (1, 0))
+    size = 4 if tf32 else 2
+    if isinstance(map_, PixelMap):
+        return _encode_pixels(map_, address, size, tf32)
+    outer = map_.outer or ((1, 0), (1, 0))
     words = (
         address, size, map_.columns, map_.rows, map_.row_stride * size, map_.box_columns, map_.box_rows, tf32,
         *(count for count, _ in outer), *(stride * size for _, stride in outer),
     )  # fmt: skip
     return struct.pack("<16Q", *words, *(0,) * (16 - len(words)))
+
+
+_CORNERS = {1: (-(2**15), 2**15 - 1), 2: (-(2**7), 2**7 - 1), 3: (-(2**4), 2**4 - 1)}
+"""The corners of a bounding box, by the number of spatial axes."""
+
+
+def _encode_pixels(map_: PixelMap, address: int, size: int, tf32: bool) -> bytes:
+    """The `PixelMap` of runtime/memory.cpp, if it is one that cuTensorMapEncodeIm2col documents."""
+    lowest, highest = _CORNERS[len(map_.sizes)]
+    strides = [stride * size for stride in (*map_.strides, map_.image_stride)]
+    boxes = [
+        before - 1 + upper - lower >= 0 for before, lower, upper in zip(map_.sizes, map_.lower, map_.upper, strict=True)
+    ]
+    for holds, rule in (
+        (address % 16 == 0, "the address is a multiple of 16"),
+        (all(0 < count <= 2**32 for count in (map_.channels, *map_.sizes, map_.images)), "sizes are 1 to 2^32"),
+        (all(stride % 16 == 0 and 0 < stride < 2**40 for stride in strides), "strides are multiples of 16 below 2^40"),
+        (all(lowest <= c <= highest for c in (*map_.lower, *map_.upper)), f"corners are {lowest} to {highest}"),
+        (all(boxes), "the bounding box is not empty"),
+        (all(1 <= step <= 8 for step in map_.steps), "element strides are 1 to 8"),
+        (0 < map_.box_channels <= 256 and map_.box_channels * size in (32, 64, 128), "a pixel's bytes are a swizzle's"),
+        (0 < map_.box_pixels <= 1024, "a copy has at most 1024 pixels"),
+    ):
+        if not holds:
+            raise EmulationError(f"a map in im2col mode that the driver refuses: {rule}; {map_}")
+
+    def padded(values: Sequence[int], by: int) -> tuple[int, ...]:
+        return (*values, *(by,) * (3 - len(values)))
+
+    return struct.pack(
+        "<Q5I4x4Q9hBx4I28x",
+        address,
+        *(map_.channels, *padded(map_.sizes, 1), map_.images),
+        *(*padded(strides[:-1], 0), strides[-1]),
+        *padded(map_.lower, 0), *padded(map_.upper, 0), *padded(map_.steps, 1),
+        tf32, size, map_.box_channels, map_.box_pixels, len(map_.sizes),
+    )  # fmt: skip

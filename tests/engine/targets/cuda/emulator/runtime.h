@@ -43,6 +43,9 @@ struct alignas(64) Map { u64 address, element_bytes, columns, rows, row_bytes, b
 // Rows of a box are 64 or 128 bytes, under the swizzle of the same name. Its bytes count towards `barrier`.
 void copy_box(u32 destination, const Map& map, u32 barrier, u32 column, u32 row, u32 inner, u32 outer, const void* where);
 
+// The walk over pixels of ptx/tma_im2col.cuh; `axes` are spatial.
+void copy_pixels(u32 destination, const Map& map, u32 barrier, u32 channel, const int (&start)[3], u32 image, const u32 (&offset)[3], u32 axes, const void* where);
+
 enum class Element { HALF, BFLOAT16, TF32 };
 // d (16×8) += a (16×32 bytes) · b: fragments of a warp.
 void mma(Element element, float* d, const u32* a, u32 b0, u32 b1);

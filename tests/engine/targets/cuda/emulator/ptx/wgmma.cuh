@@ -1,6 +1,8 @@
 // Emulates kernels/ptx/wgmma.cuh, and `wgmma<N, T>` itself.
 #pragma once
-inline u64 operand_descriptor(u32 address) { return 1ull << 62 | 64ull << 32 | 1ull << 16 | (address & 0x3FFFF) >> 4; }
+template <int ROW_BYTES> u64 operand_descriptor(u32 address) {
+  return (ROW_BYTES == 128 ? 1ull : ROW_BYTES == 64 ? 2ull : 3ull) << 62 | static_cast<u64>(8 * ROW_BYTES >> 4) << 32 | 1ull << 16 | (address & 0x3FFFF) >> 4;
+}
 inline void wgmma_fence() {}
 inline void wgmma_commit() { emulator::wgmma_commit(); }
 template <int PENDING> void wgmma_wait() { emulator::wgmma_wait(PENDING); }

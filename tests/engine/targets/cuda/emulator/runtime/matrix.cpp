@@ -73,13 +73,13 @@ u32 register_operands[MAX_THREADS][4];
 struct Operand {
   u32 row_bytes, start, pitch, stride;
   explicit Operand(u64 descriptor) {
-    if (descriptor >> 62 != 1 && descriptor >> 62 != 2) fail("only the 128-byte and the 64-byte swizzle are emulated");
-    row_bytes = descriptor >> 62 == 1 ? 128 : 64;
+    if (descriptor >> 62 == 0) fail("an operand without a swizzle is not emulated");
+    row_bytes = 256u >> (descriptor >> 62);
     start = (descriptor & 0x3FFF) << 4;
     pitch = (descriptor >> 16 & 0x3FFF) << 4;
     stride = (descriptor >> 32 & 0x3FFF) << 4;
   }
-  u32 swizzled(u32 linear) const { return linear ^ (linear >> 7 & (row_bytes == 128 ? 7 : 3)) << 4; }
+  u32 swizzled(u32 linear) const { return linear ^ (linear >> 7 & (row_bytes / 16 - 1)) << 4; }
   // Element (row, k) where k runs along the rows.
   u32 along(u32 row, u32 k, u32 bytes) const { return swizzled(start + row / 8 * stride + row % 8 * row_bytes + bytes * k); }
   // Element (k, column) where the rows are k.

@@ -42,6 +42,16 @@ void settle(u32 barrier) {
   note_progress();
 }
 
+// As the copy engine does: fp32 is rounded to tf32 where the map says so.
+void copy_element(unsigned char* to, const void* from, u64 bytes, bool tf32) {
+  memcpy(to, from, bytes);
+  if (!tf32) return;
+  u32 word;
+  memcpy(&word, to, 4);
+  if ((word & 0x7f800000) != 0x7f800000) word = (word + 0x1000) & ~0x1fffu;
+  memcpy(to, &word, 4);
+}
+
 }  // namespace
 
 void forget_copies(int thread) {
@@ -139,16 +149,65 @@ void copy_box(u32 destination, const Map& map, u32 barrier, u32 column, u32 row,
       if (!inside) {
         memset(shared_memory + to, 0, map.element_bytes);
       } else {
-        memcpy(shared_memory + to, reinterpret_cast<const void*>(from), map.element_bytes);
-        if (map.tf32) {
-          u32 bits;
-          memcpy(&bits, shared_memory + to, 4);
-          if ((bits & 0x7f800000) != 0x7f800000) bits = (bits + 0x1000) & ~0x1fffu;
-          memcpy(shared_memory + to, &bits, 4);
-        }
+        copy_element(shared_memory + to, reinterpret_cast<const void*>(from), map.element_bytes, map.tf32);
       }
     }
   barrier_at(barrier).bytes -= static_cast<int>(map.box_rows * row_bytes);
+  settle(barrier);
+}
+
+// After the PTX manual's description of the im2col mode. The map's 128 bytes are those that emulator.py writes.
+struct PixelMap {
+  u64 address;
+  u32 channels, size[3], images;
+  u64 stride[3], image_stride;
+  short lower[3], upper[3], step[3];  // x first
+  unsigned char tf32;
+  u32 element_bytes, box_channels, box_pixels, axes;
+};
+static_assert(sizeof(PixelMap) <= sizeof(Map), "");
+
+void copy_pixels(u32 destination, const Map& packed, u32 barrier, u32 channel, const int (&start)[3], u32 image, const u32 (&offset)[3], u32 axes, const void* where) {
+  PixelMap map;
+  memcpy(&map, &packed, sizeof map);
+  if (map.axes != axes) fail("the copy has other axes than the map");
+  const u32 row_bytes = map.box_channels * map.element_bytes;
+  if (destination % (8 * row_bytes)) fail("a box starts at a swizzle atom");
+  if (destination + map.box_pixels * row_bytes > SHARED_BYTES) fail("a box lands outside shared memory");
+  races::engine_writes(barrier, shared_memory + destination, map.box_pixels * row_bytes, where);
+  long long at[3], last[3];
+  for (u32 i = 0; i < 3; ++i) {
+    if (offset[i] > (axes == 2 ? 255u : 31u)) fail("an offset has more bits than the copy takes");
+    at[i] = start[i];
+    last[i] = static_cast<long long>(map.size[i]) - 1 + map.upper[i];
+    if (at[i] < map.lower[i] || at[i] > last[i]) fail("a walk begins outside its bounding box");
+    if ((at[i] - map.lower[i]) % map.step[i]) fail("a walk begins between its steps");
+  }
+  long long n = image;
+  for (u32 pixel = 0; pixel < map.box_pixels; ++pixel) {
+    bool inside = n < map.images;
+    u64 from = map.address + n * map.image_stride;
+    for (u32 i = 0; i < 3; ++i) {
+      const long long place = at[i] + offset[i];
+      inside = inside && place >= 0 && place < static_cast<long long>(map.size[i]);
+      from += place * map.stride[i];
+    }
+    for (u32 c = 0; c < map.box_channels; ++c) {
+      const u32 linear = destination + pixel * row_bytes + c * map.element_bytes, to = linear ^ (linear >> 7 & (row_bytes / 16 - 1)) << 4;
+      unsigned char* target = shared_memory + to;
+      const unsigned char* source = reinterpret_cast<const unsigned char*>(from) + (static_cast<u64>(channel) + c) * map.element_bytes;
+      if (!inside || channel + c >= map.channels) memset(target, 0, map.element_bytes);
+      else copy_element(target, source, map.element_bytes, map.tf32);
+    }
+    // On to the next pixel of the box: along x, then y, then z, then the next image.
+    u32 axis = 0;
+    while (axis < 3 && (at[axis] += map.step[axis]) > last[axis]) {
+      at[axis] = map.lower[axis];
+      ++axis;
+    }
+    if (axis == 3) ++n;
+  }
+  barrier_at(barrier).bytes -= static_cast<int>(map.box_pixels * row_bytes);
   settle(barrier);
 }
 
