@@ -11,18 +11,7 @@ import numpy as np
 from engine.ir.dtype import DType
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor
-from engine.targets.cuda.attention_operands import (
-    LOG2_E,
-    BiasKind,
-    bias_arguments,
-    bias_code,
-    bias_kind,
-    epilogue,
-    four,
-    operation,
-    sharing,
-    strides,
-)
+from engine.targets.cuda.attention_operands import Attended, BiasKind, four, strides
 from engine.targets.cuda.gemm import wgmma_function
 from engine.targets.cuda.kernel import (
     STORAGE,
@@ -72,11 +61,12 @@ class WgmmaAttentionTile:
 
 def suits(step: Step) -> bool:
     """Whether the copy engine can read q, k and v, and the kernel has what the operator asks."""
+    attended = Attended(step)
     return (
         step.inputs[0].dtype in (DType.F16, DType.BF16)
-        and bias_kind(step) is not BiasKind.FULL
-        and operation(step).scale > 0  # it meets the scores behind the maximum
-        and step.inputs[0].shape[-2] >= _MIN_QUERIES
+        and attended.bias is not BiasKind.FULL
+        and attended.op.scale > 0  # it meets the scores behind the maximum
+        and attended.sizes[2] >= _MIN_QUERIES
         and all(_readable(tensor) for tensor in step.inputs[:3])
     )
 
@@ -116,9 +106,10 @@ def pick(step: Step, context: Context) -> WgmmaAttentionTile:
 
 def work_of(step: Step) -> Work:
     """What there is to do in an attention step."""
-    batch, heads, queries, _ = four(step.outputs[0].shape, 1)
+    attended = Attended(step)
+    batch, heads, queries, _ = attended.sizes
     head, value = padded(step.inputs[0]), padded(step.inputs[2])
-    return Work(queries, step.inputs[1].shape[-2], batch * heads, head, value, operation(step).causal)
+    return Work(queries, attended.keys, batch * heads, head, value, attended.op.causal)
 
 
 @dataclass(frozen=True)
@@ -172,8 +163,8 @@ def cycles(tile: WgmmaAttentionTile, work: Work, multiprocessors: int) -> float:
 
 def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> Launch:
     """The launch of an attention that `suits`, in the given tile."""
-    op, (q, k, v) = operation(step), step.inputs[:3]
-    batch, heads, queries, value_size = four(step.outputs[0].shape, 1)
+    attended, (q, k, v) = Attended(step), step.inputs[:3]
+    op, (batch, heads, queries, _) = attended.op, attended.sizes
     head, value = padded(q), padded(v)
     shared = tile.shared_bytes(head, value, op.has_bias)
     items = ceildiv(queries, tile.queries) * heads * batch
@@ -188,9 +179,7 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
     }  # fmt: skip
     arguments: dict[str, Argument] = {
         "map_q": _map(q, tile.queries), "map_k": _map(k, tile.keys), "map_v": _map(v, tile.keys),
-        "scale_log2": op.scale * LOG2_E, **bias_arguments(step),
-        "queries": queries, "keys": k.shape[-2], "value_size": value_size, "heads": heads, "groups": batch * heads,
-        "heads_per_k": sharing(step, 1), "heads_per_v": sharing(step, 2),
+        **attended.arguments(), "groups": batch * heads,
         # 0 where all of the batch read the same.
         "q_batches": int(q.shape[0] > 1), "k_batches": int(k.shape[0] > 1), "v_batches": int(v.shape[0] > 1),
     }  # fmt: skip
@@ -198,9 +187,9 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
         arguments["counters"] = Pointer(Buffer("taken items", BufferKind.PLAN, 8, np.zeros(2, np.uint32)), ctype="u32")
     products = wgmma_function(tile.keys, q.dtype) + register_product(value, q.dtype)
     return launch(
-        "attention", "attention_wgmma.cuh", config, [epilogue(step)], arguments,
+        "attention", "attention_wgmma.cuh", config, [attended.epilogue()], arguments,
         (blocks, 1, 1), 128 * (tile.consumers + 1), shared,
-        Instruction.WGMMA, helpers=f'#include "ptx/wgmma_panels.cuh"\n{products}{bias_code(step)}',
+        Instruction.WGMMA, helpers=f'#include "ptx/wgmma_panels.cuh"\n{products}{attended.bias_code()}',
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from engine.errors import UnsupportedOp
 from engine.ir.dtype import DType
 from engine.ir.ops import Conv, Op
 from engine.plan.plan import Access, Requirement, Step
-from engine.plan.tensor import Buffer, BufferKind, Tensor
+from engine.plan.tensor import Tensor
 from engine.targets.cuda import conv_wgmma
 from engine.targets.cuda.conv_geometry import (
     AXES,
@@ -48,6 +48,7 @@ from engine.targets.cuda.kernel import (
     is_constant,
     launch,
     pointer_to,
+    workspace,
 )
 from engine.targets.cuda.product import Matrix, Product
 from engine.targets.cuda.spaces import operand, space
@@ -195,8 +196,7 @@ def filters_of(step: Step, geometry: Geometry, context: Context, panel: int = 1)
         return Pointer(packed, ctype=STORAGE[w.dtype]), []
     lengths = [row_length(phase.k, per_chunk) for phase in geometry.phases]
     rows = geometry.groups * geometry.n
-    packing = Buffer("filters", BufferKind.WORKSPACE, rows * sum(lengths) * w.dtype.itemsize)
-    filters = Pointer(packing, ctype=STORAGE[w.dtype])
+    filters = Pointer(workspace(rows * sum(lengths) * w.dtype.itemsize), ctype=STORAGE[w.dtype])
     lies = tap_strides(w, geometry)
     arguments: dict[str, Argument] = {
         "w": pointer_to(w), "packed": filters, **lies.arguments(), **_phase_arguments(geometry, per_chunk),

@@ -27,6 +27,7 @@ from engine.targets.cuda.kernel import (
     ceildiv,
     launch,
     pointer_to,
+    workspace,
 )
 from engine.targets.cuda.product import Product, is_weight, product_of, rows_inner, rows_of
 from engine.targets.cuda.spaces import operand, operands, space
@@ -176,7 +177,7 @@ def split_arguments(tiles: int, elements: int, warps: int, splits: int) -> dict[
     and a counter for each of the `warps` that share a tile."""
     if splits == 1:
         return {}
-    partials = Buffer("partial sums", BufferKind.WORKSPACE, tiles * splits * elements * 4)
+    partials = workspace(tiles * splits * elements * 4)
     arrived = Buffer("arrived", BufferKind.PLAN, tiles * warps * 4, np.zeros(tiles * warps, np.uint32))
     return {
         "partials": Pointer(partials, ctype="float"), "arrived": Pointer(arrived, ctype="u32"), "splits": splits,

@@ -250,7 +250,10 @@ def pack(
 
 def workspace_bytes(launches: Iterable[Launch]) -> int:
     """The scratch memory that launches need which run one after the other and all find theirs at one address."""
-    used = (argument for launch in launches for _, argument in launch.arguments if isinstance(argument, Pointer))
+    given = (argument for launch in launches for _, argument in launch.arguments)
+    used = (
+        a if isinstance(a, Pointer) else a.pointer for a in given if isinstance(a, Pointer | TensorArgument | TensorMap)
+    )
     return max((p.buffer.nbytes for p in used if p.buffer.kind is BufferKind.WORKSPACE), default=0)
 
 
@@ -315,8 +318,9 @@ def pointer_to(tensor: Tensor) -> Pointer:
 
 
 def workspace(nbytes: int) -> Buffer:
-    """Memory for what one launch of a step leaves to the next. Its content before and after a step has no meaning."""
-    return Buffer("workspace", BufferKind.PLAN, nbytes, np.zeros(nbytes, np.uint8))
+    """Memory for what launches of a step leave to the next, or blocks to each other. All steps find theirs at one
+    place, so a step has one; its content before and after has no meaning."""
+    return Buffer("workspace", BufferKind.WORKSPACE, nbytes)
 
 
 def is_constant(tensor: Tensor) -> bool:

@@ -319,9 +319,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
         pass_turn();
         wgmma_wait<0>();
         wgmma_settle(s);
-        if (!BIAS) k_ring.leave(first);
+        if constexpr (!BIAS) k_ring.leave(first);
         soften(first);
-        if (BIAS) k_ring.leave(first);  // the biases lie beside k
+        if constexpr (BIAS) k_ring.leave(first);  // a place of the ring has the biases of its keys, too
         round_probabilities();
 #pragma unroll 1
         for (u32 t = first + 1; t <= last; ++t) {
@@ -333,9 +333,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
           pass_turn();
           wgmma_wait<1>();
           wgmma_settle(s);
-          if (!BIAS) k_ring.leave(t);
+          if constexpr (!BIAS) k_ring.leave(t);
           const bool grown = soften(t);
-          if (BIAS) k_ring.leave(t);
+          if constexpr (BIAS) k_ring.leave(t);
           wgmma_wait<0>();
           wgmma_settle(out);
           wgmma_keep(probabilities);

@@ -13,7 +13,7 @@ from tests.engine.targets.cuda.emulator.runner import EmulatedRunner
 from tests.engine.targets.cuda.harness import Runner
 
 CASES = int(os.environ.get("TILEWAVE_KERNEL_CASES", "300"))
-EMULATED_CASES = 12  # a kernel takes a second to compile for the CPU
+EMULATED_CASES = 12  # nearly each of them is a kernel to compile
 
 
 # Few kernels differ between architectures: these files choose them themselves, or have no other kernels.
