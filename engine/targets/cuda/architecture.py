@@ -49,3 +49,9 @@ def for_capability(major: int, minor: int) -> Architecture:
             f"{', '.join(f'{a}.{b}' for a, b in _BY_CAPABILITY)}. Use device='cpu'."
         )
     return ARCHITECTURES[name]
+
+
+def share_of(shared_bytes: int, blocks: int) -> int:
+    """The dynamic shared memory that each of `blocks` blocks on one multiprocessor may ask for, where a single one may
+    ask for `shared_bytes`: the system takes 1 KiB of every block's."""
+    return (shared_bytes + KIB) // blocks - KIB

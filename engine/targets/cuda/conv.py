@@ -1,7 +1,8 @@
 """Convolutions: which kernel runs which, and those of the matrix units.
 
-1×1 ones are matrix products (gemm.py), the rest implicit ones (conv_mma.cuh), but for those that the ordinary units do
-better, or that only they can do (conv_simt.py).
+1×1 ones are matrix products (gemm.py), the rest implicit ones (conv_mma.cuh), but for images with few channels
+(conv_stem.py), patches that do not overlap (conv_patch.py), depthwise filters (depthwise.py), and those that the
+ordinary units do better, or that only they can do (conv_simt.py).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from engine.targets.cuda.conv_geometry import (
     row_length,
     tap_strides,
 )
+from engine.targets.cuda.conv_patch import is_patches, launch_patches
 from engine.targets.cuda.conv_simt import (
     epilogue_for,
     is_depthwise,
@@ -30,6 +32,8 @@ from engine.targets.cuda.conv_simt import (
     launch_direct,
     launch_simt,
 )
+from engine.targets.cuda.conv_stem import is_stem, launch_stem
+from engine.targets.cuda.depthwise import is_depthwise_product, launch_depthwise_product
 from engine.targets.cuda.gemm import launch_product, pick_tile, split_arguments
 from engine.targets.cuda.kernel import (
     STORAGE,
@@ -79,13 +83,19 @@ def lower(step: Step, context: Context) -> list[Launch]:
     geometry = Geometry(step)
     if not step.outputs[0].elements:
         return []
+    if is_depthwise_product(step, geometry, context):
+        return [launch_depthwise_product(step, geometry, context)]
     if is_depthwise(step, geometry):
         return [launch_depthwise(step, geometry, context)]
+    if is_stem(step, geometry, context):
+        return [launch_stem(step, geometry, context)]
     if is_direct(step, geometry):
         return [launch_direct(step, geometry, context)]
     operands = operands_of(step, context)
     if operands is None or _prefers_simt(geometry, operands):
         return [launch_simt(step, geometry, context)]
+    if is_patches(step, geometry):
+        return launch_patches(step, geometry, operands, context)
     if _is_product(step, geometry):
         return [_lower_product(step, geometry, context)]
     filters, packing = filters_of(step, geometry, context)

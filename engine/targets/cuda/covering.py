@@ -45,12 +45,14 @@ from engine.ir.ops import (
 )
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
-from engine.targets.cuda import attention_wgmma
+from engine.targets.cuda import attention_wgmma, conv_stem
 from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.attention import heads_of, launch_attention
 from engine.targets.cuda.attention_tiles import Heads, candidates
 from engine.targets.cuda.conv import filters_of, launch_conv
 from engine.targets.cuda.conv_geometry import Geometry, channels_last
+from engine.targets.cuda.conv_stem import is_stem, launch_stem, pairs_of
+from engine.targets.cuda.depthwise import is_depthwise_product, launch_depthwise_product
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.gemm import epilogue_of, launch_product
 from engine.targets.cuda.image import Filter, centre_box, launch_images
@@ -393,6 +395,8 @@ def launches(architecture: Architecture) -> Iterator[tuple[str, Launch]]:
     yield from products(context)
     yield from attentions(context)
     yield from convolutions(context)
+    yield from stems(context)
+    yield from depthwise_products(context)
 
 
 def convolutions(context: Context) -> Iterator[tuple[str, Launch]]:
@@ -428,6 +432,61 @@ def convolutions(context: Context) -> Iterator[tuple[str, Launch]]:
     ):
         for launch in family_of(step.op).lower(step, context):
             yield "conv", launch
+
+
+def stems(context: Context) -> Iterator[tuple[str, Launch]]:
+    """Images with few channels in every kind of tile: k in pairs of a table or regular, channels padded or not, images
+    as they come; and patches."""
+    photo, gray = (F32, (8, 3, 224, 224)), (F16, (8, 1, 96, 96))
+    bf16, inner = DType.BF16, channels_inner(8, 3, 224, 224)
+    chosen: list[tuple[Given, Sequence[int], DType, int, int]] = [  # image, filter, type, stride, dilation
+        (photo, (64, 3, 7, 7), F16, 2, 1),
+        (inner, (64, 3, 7, 7), F16, 2, 1),
+        (photo, (32, 3, 3, 3), F16, 2, 1),
+        (photo, (64, 3, 3, 3), bf16, 1, 1),
+        (inner, (96, 3, 4, 4), F16, 4, 1),
+        (photo, (64, 3, 11, 11), F16, 4, 1),
+        (photo, (24, 3, 3, 3), bf16, 2, 2),
+        (gray, (20, 1, 5, 5), F16, 1, 1),
+        ((F16, (8, 4, 96, 96)), (32, 4, 3, 3), F16, 1, 1),
+        ((F32, (8, 2, 96, 96)), (64, 2, 3, 3), F16, 1, 1),
+    ]
+    for image, filters, dtype, stride, dilation in chosen:
+        store = ex.cast(relu6(add(ACC, arg(2, dtype))), dtype)
+        op = conv_op(filters[-1], stride, 1, store, dilation)
+        step = make_step(op, [image, weight(*filters, dtype=dtype), weight(filters[0], 1, 1, dtype=dtype)])
+        geometry = Geometry(step)
+        assert is_stem(step, geometry, context), filters
+        pairs = pairs_of(geometry)
+        assert pairs is not None
+        tiles = conv_stem.candidates(geometry, pairs, context.architecture)
+        for tile in (tiles[0], tiles[-1]):
+            yield f"stem {filters} {tile}", launch_stem(step, geometry, context, tile)
+    for image, dtype in ((photo, F16), (inner, F16), (photo, bf16), (photo, F32)):
+        op = Conv((16, 16), ((0, 0), (0, 0)), (1, 1), stores=(ex.cast(add(ACC, arg(2, dtype)), dtype),))
+        step = make_step(op, [image, weight(768, 3, 16, 16, dtype=dtype), weight(768, 1, 1, dtype=dtype)])
+        for launch in family_of(op).lower(step, context):
+            yield "patches", launch
+
+
+def depthwise_products(context: Context) -> Iterator[tuple[str, Launch]]:
+    """Depthwise filters of every size, stride and dilation, in small tiles and large ones."""
+    shapes = ((1, 144, 56), (64, 96, 112), (64, 672, 14), (64, 1152, 7))  # batch, channels, size
+    usual = product(((3, 1, 1), (3, 2, 1), (5, 1, 1), (5, 2, 1)), shapes)  # kernel, stride, dilation
+    rare = ((1, 1, 1), (2, 2, 1), (4, 3, 1), (6, 1, 1), (7, 1, 1), (7, 2, 1), (3, 1, 2), (5, 1, 4), (7, 2, 2))
+    chosen = (*usual, *((each, shapes[0]) for each in rare))
+    for turn, ((kernel, stride, dilation), (batch, channels, size)) in enumerate(chosen):
+        dtype = DType.BF16 if turn % 3 == 0 else F16
+        store = ex.cast(relu6(add(ACC, arg(2, dtype))), dtype)
+        shape = (batch, channels, size, size)
+        inner = replace(channels_inner(*shape), dtype=dtype)
+        op = conv_op(kernel, stride, channels, store, dilation)
+        filters = weight(channels, 1, kernel, kernel, dtype=dtype)
+        step = make_step(op, [inner, filters, weight(channels, 1, 1, dtype=dtype)])
+        geometry = Geometry(step)
+        if is_depthwise_product(step, geometry, context):
+            name = f"depthwise {kernel}/{stride} dilation {dilation} {channels}@{size}"
+            yield name, launch_depthwise_product(step, geometry, context)
 
 
 def _conv(
