@@ -177,7 +177,9 @@ def walked(map_: PixelMap, image: np.ndarray, call: str) -> np.ndarray:
     out = Buffer("out", BufferKind.OUTPUT, 0)
     result = np.zeros((map_.box_pixels, map_.box_channels), np.float16)
     memory = {out: result, map_.pointer.buffer: image}
-    launch = Launch(Kernel("test", Source("test", text), 1, 228 << 10), (1, 1, 1), (("map", map_), ("out", Pointer(out))))
+    launch = Launch(
+        Kernel("test", Source("test", text), 1, 228 << 10), (1, 1, 1), (("map", map_), ("out", Pointer(out)))
+    )
     emulator.run(launch, lambda pointer: memory[pointer.buffer].ctypes.data, 0, 900)
     return result
 
