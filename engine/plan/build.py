@@ -267,12 +267,7 @@ class _Builder:
     def _copy_unless_there(self, source: Tensor, destination: Tensor, name: str) -> None:
         if source.shape != destination.shape:
             raise ShapeError(f"{name}: shape {list(source.shape)} where the model says {list(destination.shape)}")
-        there = (
-            source.buffer is destination.buffer
-            and source.offset == destination.offset
-            and source.strides == destination.strides
-        )
-        if not there:
+        if not source.is_at(destination):
             self._emit(name, Pointwise((ex.Arg(0, source.dtype),)), (source,), (destination,))
 
     # Memory

@@ -20,6 +20,7 @@ from engine.frontend.operators import (
     sequence,
     shape,
     slicing,
+    unpooling,
 )
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "sequence",
     "shape",
     "slicing",
+    "unpooling",
 ]

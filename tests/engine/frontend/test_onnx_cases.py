@@ -28,7 +28,6 @@ UNSUPPORTED = {
     ),
     "the result's shape depends on the data": (
         r"test_(compress|nonmaxsuppression|nonzero|unique)_.*",
-        r"test_maxunpool_export_with_output_shape",
         r"test_(strnormalizer|string_split)_.*",
     ),
     "training": (
