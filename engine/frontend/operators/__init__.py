@@ -19,6 +19,7 @@ from engine.frontend.operators import (
     sampling,
     sequence,
     shape,
+    signal,
     slicing,
     unpooling,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "sampling",
     "sequence",
     "shape",
+    "signal",
     "slicing",
     "unpooling",
 ]

@@ -46,7 +46,11 @@ def test_resize_matches_float64(runner: Runner, count: int) -> None:
         value = ex.cast(ex.Acc(compute), F32)
         store = cv.stored(cv.relu6(cv.add(value, cv.arg(1, F32))), dtype) if i % 5 == 0 else ex.cast(value, dtype)
         coordinates, rounding = COORDINATES[i % 5], ROUNDINGS[i // 5 % 4]
-        op = Resize(after, tuple(scales), mode, coordinates, rounding, stores=(store,))
+        filtered = mode is not ResizeMode.NEAREST
+        op = Resize(
+            after, tuple(scales), mode, coordinates, rounding, antialias=filtered and i % 8 == 5,
+            exclude_outside=filtered and i % 4 == 1, stores=(store,),
+        )  # fmt: skip
         inputs: list[cv.Given] = [fed(dtype, shape, int(rng.integers(0, rank)), 0)]
         inputs += [(F32, after[-1:])] if i % 5 == 0 else []
         step = cv.results_in(make_step(op, inputs), order_of(rng, rank))
