@@ -39,9 +39,9 @@ def a_step(
     return Step(step.name, step.op, step.inputs, tuple(one.outputs[0] for one in ordered), step.cost)
 
 
-def test_recurrent_networks_match_float64(runner: Runner, count: int) -> None:
+def test_recurrent_networks_match_float64(runner: Runner, family_count: int) -> None:
     rng, cases = rng_of("recurrent"), []
-    for i in range(count):
+    for i in range(family_count):
         cell, emulated = list(Cell)[i % 4], isinstance(runner, EmulatedRunner)
         hidden = ragged(rng, 96 if emulated else 300, 8 if i % 3 else 1)
         steps = int(rng.integers(1, 6))

@@ -16,10 +16,10 @@ from tests.engine.targets.cuda.harness import Case, Runner
 DTYPES = [F32, F16, I64, DType.F64, DType.BF16, DType.I32, DType.U8]
 
 
-def test_running_matches_float64(runner: Runner, count: int) -> None:
+def test_running_matches_float64(runner: Runner, family_count: int) -> None:
     """Lines in one piece and in several, along any axis, one after the other and side by side."""
     rng, cases = rng_of("running"), []
-    for i in range(count):
+    for i in range(family_count):
         rank, dtype, kind = int(rng.integers(1, 4)), DTYPES[i % len(DTYPES)], list(RunningKind)[i % 2]
         shape = [int(rng.integers(1, 14)) for _ in range(rank)]
         axis = int(rng.integers(0, rank))

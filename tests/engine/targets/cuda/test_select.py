@@ -96,11 +96,11 @@ def test_scatters_that_make_no_sense_are_refused(runner: Runner) -> None:
         make_step(Scatter(0, ScatterKind.ADD), [(DType.BOOL, (3,)), (I64, (3,)), (DType.BOOL, (3,))])
 
 
-def test_top_k_matches_a_stable_sort(runner: Runner, count: int) -> None:
+def test_top_k_matches_a_stable_sort(runner: Runner, family_count: int) -> None:
     """Elements that are equal, axes in any order, a row in one piece and in several, a k for which elements count."""
     rng, cases = rng_of("top k"), []
     emulated = isinstance(runner, EmulatedRunner)
-    for i in range(count):
+    for i in range(family_count):
         rank, dtype = int(rng.integers(1, 4)), DTYPES[i % len(DTYPES)]
         shape = [int(rng.integers(1, 6)) for _ in range(rank)]
         axis = int(rng.integers(0, rank))
