@@ -48,7 +48,8 @@ def test_recurrent_networks_match_float64(runner: Runner, family_count: int) -> 
         size = (steps, int(rng.integers(1, 3)), int(rng.integers(1, 10)), hidden)
         x, r = TYPES[i % 3], TYPES[i // 2 % 3]
         # Rounding of a state goes on to the next step.
-        cases.append(Case(f"{cell} {size} {x} {r}", a_step(rng, cell, size, x, r), hidden * steps))
+        computed = F32 if x is r is F32 else None
+        cases.append(Case(f"{cell} {size} {x} {r}", a_step(rng, cell, size, x, r), hidden * steps, computed=computed))
     check(runner, cases)
 
 
