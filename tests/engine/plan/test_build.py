@@ -86,6 +86,16 @@ def test_reshape_that_strides_cannot_express_is_copied_once() -> None:
     assert [step.op.name for step in plan.steps] == ["Pointwise", "Pointwise"]
 
 
+def test_two_readers_of_a_layout_share_the_copy() -> None:
+    x = Value("x", F32, (4, 6))
+    graph = graph_of(x)
+    (turned,) = graph.add(ops.Transpose((1, 0)), [x], "turned")
+    (a,) = graph.add(ops.Softmax(0), [turned], "a")
+    (b,) = graph.add(ops.Softmax(1), [turned], "b")
+    plan = check(finish(graph, a=a, b=b), {}, DenseOnly())
+    assert [step.op.name for step in plan.steps] == ["Pointwise", "Softmax", "Softmax"]
+
+
 @TARGETS
 def test_concat_parts_are_written_in_place(target: AnyLayout | DenseOnly) -> None:
     x = Value("x", F32, (BATCH, 3, 5))
