@@ -20,7 +20,7 @@ from engine.passes.attention import recognise_attention
 from engine.passes.causal import recognise_causal
 from engine.passes.constant_parts import select_constant_parts
 from engine.passes.epilogues import fuse_batch_norms, fuse_epilogues
-from engine.passes.flatten import flatten_gemms, sink_views
+from engine.passes.flatten import flatten_gemms, sink_views, spread_rows
 from engine.passes.fold import fold
 from engine.passes.layout import choose_orders, permute_flattened
 from engine.passes.narrow import narrow_floats
@@ -62,6 +62,7 @@ PASSES: tuple[Pass, ...] = (
     fold,
     fold_pads,
     fuse_epilogues,
+    spread_rows,
     fold_affine,
     merge_siblings,
     select_constant_parts,

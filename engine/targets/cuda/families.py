@@ -67,6 +67,7 @@ TRAITS = Traits(
     channels_last=True,
     attention_types=frozenset({DType.F16, DType.BF16, DType.F32}),  # fp64 is two products and a softmax
     storage_type=DType.F16,
+    permuted_rows=True,
 )
 
 
