@@ -1,4 +1,4 @@
-"""Resize and Upsample in all their forms. What the IR's `Resize` cannot say (crops, integers) becomes `Opaque`."""
+"""Resize and Upsample in all their forms. What the IR's `Resize` cannot say (crops, interpolated integers) becomes `Opaque`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def Resize(
 ) -> Results:
     mode = node.choice("mode", "nearest", "linear", "cubic")
     coordinates = node.text("coordinate_transformation_mode", "half_pixel")
-    if coordinates not in _COORDINATES or not x.dtype.is_float:
+    if coordinates not in _COORDINATES or not (x.dtype.is_float or mode == "nearest"):
         return foreign.opaque(node, [x, roi, scales, sizes])
     axes = [node.axis(axis, x.rank) for axis in node.integers("axes", range(x.rank))]
     shape = list(x.shape)
