@@ -43,6 +43,9 @@ UNSUPPORTED = {
         r"test_not_[234]d",
         r"test_scan_sum",
     ),
+    "what indices mean where the output's shape is given: ONNX's reference and ONNX Runtime disagree": (
+        r"test_maxunpool_export_with_output_shape",
+    ),
     "convolution with data-dependent sampling": (r"test_(basic_)?deform_conv_.*",),
     "decoding of image files": (r"test_image_decoder_.*",),
     "the diagonal in an Einsum term": (r"test_einsum_batch_diagonal",),

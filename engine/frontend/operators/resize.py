@@ -1,4 +1,5 @@
-"""Resize and Upsample in all their forms. What the IR's `Resize` cannot say (crops, interpolated integers) becomes `Opaque`."""
+"""Resize and Upsample in all their forms. What the IR's `Resize` cannot say becomes `Opaque`: crops, and integers that
+are interpolated."""
 
 from __future__ import annotations
 

@@ -115,26 +115,23 @@ def _coordinate(
 
 @operator("MaxUnpool")
 def MaxUnpool(node: OnnxNode, x: Value, places: Value, output_shape: Value | None = None) -> Value:
-    """Zeros with the elements of `x` where `places` say. An output shape that is larger than the pool's input adds
-    zeros behind."""
+    """Zeros with the elements of `x` where `places` say.
+
+    An output shape of its own is refused: ONNX's reference takes the places to be those of the shape that follows from
+    the attributes, ONNX Runtime those of the shape that is given.
+    """
     moves = window(node, x, node.integers("kernel_shape"))
     if places.shape != x.shape or places.dtype is not DType.I64:
         raise node.invalid(f"indices of type {places.dtype.value} and shape {list(places.shape)}")
     shape: list[Dim] = list(x.shape[:2])
     for size, kernel, stride, (begin, end) in zip(x.shape[2:], moves.kernel, moves.strides, moves.pads, strict=True):
         shape.append((size - 1) * stride + kernel - begin - end)
+    if output_shape is not None and node.dims(output_shape, "output_shape") != shape:
+        raise node.unsupported(f"an output_shape other than {[str(size) for size in shape]}")
     zeros = node.expand(node.constant(np.zeros(1, x.dtype.numpy)), (product(shape),))
     flat = (product(x.shape),)
     put = node.add(ops.Scatter(0), zeros, node.reshape(places, flat), node.reshape(x, flat))
-    image = node.reshape(put, shape)
-    if output_shape is None:
-        return image
-    wanted = node.dims(output_shape, "output_shape")
-    more = [target - size for target, size in zip(wanted, shape, strict=True)]
-    if not all(isinstance(size, int) and size >= 0 for size in more):
-        raise node.unsupported(f"output_shape {[str(size) for size in wanted]} for {[str(size) for size in shape]}")
-    pads = tuple((0, int(str(size))) for size in more)
-    return node.add(ops.Pad(pads), image) if any(map(any, pads)) else image
+    return node.reshape(put, shape)
 
 
 @operator("Col2Im")

@@ -111,6 +111,21 @@ def test_pooled_and_unpooled_as_in_a_segmentation_network(kernel: int) -> None:
     check(content, np.random.default_rng(0).standard_normal((2, 8, 12, 6)).astype(np.float32))
 
 
+def test_another_output_shape_is_refused() -> None:
+    moves = {"kernel_shape": [2, 2], "strides": [2, 2]}
+    nodes = [
+        helper.make_node("MaxPool", ["x"], ["p", "places"], **moves),
+        helper.make_node("MaxUnpool", ["p", "places", "wanted"], ["y"], **moves),
+    ]
+    for size in (4, 5):
+        content = model(nodes, [1, 1, size, size], {"y": 1}, np.float32, wanted=np.array([1, 1, size, size]))
+        if size == 4:
+            check(content, np.random.default_rng(0).standard_normal((1, 1, 4, 4)).astype(np.float32))
+        else:
+            with pytest.raises(UnsupportedOp, match="output_shape other than"):
+                engine.load(content, device="cpu")
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_blocks_are_added_up(seed: int) -> None:
     rng = np.random.default_rng(seed)
