@@ -133,7 +133,7 @@ SAMPLES = {
         "(float[n,16,9,11] x, float[k,4] b, int64[k] i) => (float[k,16,3,3] y) "
         "{ y = RoiAlign<output_height=3,output_width=3,sampling_ratio=2>(x, b, i) }",
         {}, {**IMAGE, "b": np.array([[0, 0, 5, 5], [2, 1, 9, 7]], np.float32), "i": np.array([1, 0])},
-        opset=16, on_host=1,
+        opset=16,
     ),
     "determinant": Sample(
         "(float[n,4,4] x) => (float[n] y) { a = Relu(x) d = Det(a) y = Tanh(d) }", {}, {"x": (6, 4, 4)}, on_host=1

@@ -130,10 +130,19 @@ def test_what_cannot_be_read_is_refused(case: TestCase) -> None:
         read_case(case, inputs)
 
 
-def test_no_heavy_operator_is_opaque() -> None:
-    heavy = re.compile(r".*(Conv|Gemm|MatMul|Attention|Einsum)")
+ON_HOST = {
+    "on strings": {"Equal", "StringConcat", "RegexFullMatch", "LabelEncoder", "CategoryMapper", "TfIdfVectorizer"},
+    "of ai.onnx.ml": {"ArrayFeatureExtractor", "Binarizer", "TreeEnsemble"},
+    "rare": {"BitCast", "Det"},
+    "in variants only": {"GRU", "LSTM", "RNN", "Resize", "RoiAlign"},
+}
+"""The operators that `onnx.reference` computes; docs/kernels.md names the variants."""
+
+
+def test_the_host_computes_rare_operators_only() -> None:
+    found: dict[str, str] = {}
     for case in CASES:
         if reason(case.name) is None:
             _, graph = read_case(case, data_sets(case)[0][0])
-            opaque = [node.op.op_type for node in graph.nodes if isinstance(node.op, ops.Opaque)]
-            assert not any(heavy.match(name) for name in opaque), case.name
+            found |= {node.op.op_type: case.name for node in graph.nodes if isinstance(node.op, ops.Opaque)}
+    assert found.keys() <= set().union(*ON_HOST.values()), found

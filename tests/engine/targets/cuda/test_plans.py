@@ -13,11 +13,13 @@ import pytest
 
 from engine import frontend
 from engine.ir.dtype import DType
-from engine.ir.ops import Gemm
+from engine.ir.ops import Gemm, Opaque
 from engine.plan.plan import Plan
 from engine.targets.cuda.architecture import SM_90A
+from engine.targets.cuda.families import family_of
 from engine.targets.cuda.kernel import Context, WeightStore
 from engine.targets.cuda.product import product_of
+from tests.engine.frontend import test_onnx_cases as onnx_cases
 from tests.engine.targets.cuda.planning import copies, cuda_plan, launches
 
 STORAGE = (DType.F16, DType.BF16, DType.F32)
@@ -132,6 +134,22 @@ def test_skip_connections_take_no_copy(up: str, storage: DType) -> None:
     plan = plan_of(text, IMAGE | {"k_back": random(16, joined, 3, 3)}, storage, n=2)
     assert len(plan.steps) == 6
     assert copies(plan) == []
+
+
+@pytest.mark.slow
+def test_every_case_of_onnx_has_kernels_or_is_the_hosts() -> None:
+    """Also in fp32, and with what decides shapes as constants; those with strings aside."""
+    context = Context(SM_90A, 132, WeightStore())
+    for case in onnx_cases.CASES:
+        inputs, outputs = onnx_cases.data_sets(case)[0]
+        plain = not any(isinstance(x, list) or x.dtype.kind in "OUS" for x in (*inputs, *outputs))
+        if not plain or onnx_cases.reason(case.name) is not None:
+            continue
+        for storage in (DType.F16, DType.F32):
+            plan = cuda_plan(onnx_cases.read_case(case, inputs)[1], {}, storage)
+            for step in plan.steps:
+                if not isinstance(step.op, Opaque):
+                    family_of(step.op).lower(step, context)
 
 
 TOKENS = {
