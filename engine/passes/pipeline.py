@@ -29,6 +29,7 @@ from engine.passes.pads import fold_pads
 from engine.passes.pointwise import drop_expands, fuse_pointwise, hoist_slices, inline_literals
 from engine.passes.precision import widen_floats
 from engine.passes.prologues import fuse_gathers, fuse_prologues
+from engine.passes.rolls import find_rolls
 from engine.passes.siblings import merge_siblings
 from engine.passes.simplify import drop_unread, simplify
 from engine.passes.traits import Traits
@@ -43,6 +44,7 @@ PASSES: tuple[Pass, ...] = (
     drop_expands,
     inline_literals,
     simplify,
+    find_rolls,
     hoist_slices,
     fold,
     recognise_norms,

@@ -285,6 +285,8 @@ def _undefined(op: ops.Undefined, inputs: Sequence[Array], sizes: Sizes, node: N
 def _pad(op: ops.Pad, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
     if op.mode is ops.PadMode.CONSTANT:
         return [_pad_or_crop(inputs[0], op.pads, op.mode.value, op.value)]
+    if op.mode is ops.PadMode.ROLL:
+        return [np.roll(inputs[0], [begin for begin, _ in op.pads], range(len(op.pads)))]
     # What is cropped is gone before the rest is reflected or repeated, as in ONNX Runtime; ONNX leaves it open.
     cropped = _pad_or_crop(inputs[0], [(min(0, begin), min(0, end)) for begin, end in op.pads])
     return [_pad_or_crop(cropped, [(max(0, begin), max(0, end)) for begin, end in op.pads], op.mode.value)]

@@ -38,11 +38,13 @@ class PadMode(Enum):
     REFLECT = "reflect"
     EDGE = "edge"
     WRAP = "wrap"
+    ROLL = "roll"  # not ONNX's: begin + end is 0, and what leaves at one end comes in at the other
 
 
 @dataclass(frozen=True)
 class Pad(Op):
-    """`pads[i]` = (begin, end) elements added to axis i; negative numbers crop."""
+    """`pads[i]` = (begin, end) elements added to axis i; negative numbers crop (before the rest is padded, where the
+    mode reads elements)."""
 
     pads: tuple[tuple[int, int], ...]
     mode: PadMode = PadMode.CONSTANT

@@ -180,6 +180,27 @@ WINDOWS = """(float[n,8,8,64] x) => (float[n,8,8,64] y) { l1 = LayerNormalizatio
 
 
 @BOTH
+def test_shifted_windows_take_a_step_there_and_one_back(storage: DType) -> None:
+    """`torch.roll` along both axes is four slices and two concatenations."""
+
+    def rolled(x: str, y: str, by: str) -> str:
+        along = []
+        for axis, source, result in (("one", x, f"{y}0"), ("two", f"{y}0", y)):
+            a, b = f"{result}a", f"{result}b"
+            along.append(f"{a} = Slice({source}, {by}, far, {axis}) {b} = Slice({source}, zero, {by}, {axis})")
+            along.append(f"{result} = Concat<axis={1 + (axis == 'two')}>({a}, {b})")
+        return " ".join(along)
+
+    text = WINDOWS.replace("w1 = Reshape(l1", f"{rolled('l1', 'there', 'two')} w1 = Reshape(there")
+    text = text.replace("r = Add(x, b3)", f"{rolled('b3', 'back', 'minus')} r = Add(x, back)")
+    numbers = {"one": [1], "two": [2], "minus": [-2], "zero": [0], "far": [2**31]}
+    weights = TOKENS | {name: np.array(value) for name, value in numbers.items()}
+    plan = plan_of(text + LAYERS, weights, storage, n=2)
+    assert kinds(plan) == {"Norm": 2, "Gemm": 4, "Attention": 1, "Pad": 2}
+    assert copies(plan) == []
+
+
+@BOTH
 @pytest.mark.parametrize(
     ("text", "sizes"), [(PROJECTIONS, {"n": 2, "s": 17}), (WINDOWS, {"n": 2}), (WINDOWS, {"n": 1})],
     ids=["projections", "windows", "windows of one image"],
