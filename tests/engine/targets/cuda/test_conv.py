@@ -204,9 +204,9 @@ def test_fp64_keeps_its_precision(runner: Runner, count: int) -> None:
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
-def test_depthwise_matches_float64(runner: Runner, count: int) -> None:
+def test_depthwise_matches_float64(runner: Runner, family_count: int) -> None:
     rng, cases, kinds = rng_of("depthwise"), [], (FP16, BF16_, FP32, Kind(F32, F16))
-    while len(cases) < count:
+    while len(cases) < family_count:
         i = len(cases)
         kind, groups, axes = kinds[i % 4], ragged(rng, 200, 8), 1 if i % 5 == 0 else 2
         shape = random_shape(rng, axes, groups, 1, 1, kernels=8)

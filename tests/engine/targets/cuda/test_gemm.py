@@ -11,7 +11,7 @@ from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.ops import Gemm, Pointwise
 from engine.plan.plan import Step
-from engine.plan.tensor import Tensor
+from engine.plan.tensor import Tensor, row_major
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
 from engine.targets.cuda.families import family_of
@@ -113,9 +113,36 @@ def test_gemm_of_every_kind_of_activations_matches_float64(runner: Runner, count
         a = window(rng, dtype, (*broadcast(rng, lead), m, k), 0)
         b = window(rng, dtype, (*broadcast(rng, lead), k, n), 1)
         step = make_step(Gemm((cv.stored(ACC, dtype),)), [a, b])
-        label = f"{kind} {a.shape} {a.strides} {b.shape} {b.strides}"
+        (result,) = step.outputs
+        if i % 2:  # matrices may lie in one another, as the heads of a token do
+            rows = len(result.shape) - 1
+            order = (*(int(axis) for axis in rng.permutation(rows)), rows)
+            result = replace(result, strides=row_major(result.shape, order))
+            step = replace(step, outputs=(result,))
+        label = f"{kind} {a.shape} {a.strides} {b.shape} {b.strides} {result.strides}"
         launches = lower(step, context_of(runner, kind))
         cases.append(Case(label, step, k, lowered=launches, rounding=rounding(kind)))
+    check(runner, cases)
+
+
+def test_rows_are_written_in_any_order(runner: Runner, count: int) -> None:
+    """As windows of an image are, with a residual in the image's own order; the operands stay single matrices."""
+    rng, cases = rng_of("rows"), []
+    for i in range(max(4, count // 3)):
+        kind = list(KINDS)[i % 4]
+        dtype = KINDS[kind][0]
+        rows = tuple(int(rng.integers(1, 6)) for _ in range(int(rng.integers(3, 6))))
+        k, n = ragged(rng, 200, 8), ragged(rng, 150, int(rng.choice([1, 8])))
+        store = cv.stored(cv.add(ACC, cv.arg(2, dtype)), dtype)
+        inputs: list[cv.Given] = [(dtype, (*rows, k)), weight(k, n, dtype=dtype), (dtype, (*rows, n))]
+        step = make_step(Gemm((store,)), inputs)
+        order = (*(int(axis) for axis in rng.permutation(len(rows))), len(rows))
+        residual, written = (replace(t, strides=row_major(t.shape, order)) for t in (step.inputs[2], step.outputs[0]))
+        step = replace(step, inputs=(*step.inputs[:2], residual), outputs=(written,))
+        context = context_of(runner, kind)
+        assert product_of(step, context).batch.count == 1
+        launches = lower(step, context)
+        cases.append(Case(f"{kind} {rows} {order} {k=} {n=}", step, k, lowered=launches, rounding=rounding(kind)))
     check(runner, cases)
 
 

@@ -14,6 +14,7 @@ from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.kernel import ALIGNMENT, Context, Kernel, Launch, WeightStore, workspace, workspace_bytes
 from tests.engine.targets.cuda.emulator import emulator
 from tests.engine.targets.cuda.harness import POISON, RunError
+from tests.engine.targets.cuda.tally import Tally
 
 _MULTIPROCESSORS = 3  # few, so that persistent kernels take several tiles a block
 
@@ -22,6 +23,7 @@ class EmulatedRunner:
     """A `Runner` of kernels for `architecture` on this machine's processor."""
 
     def __init__(self, architecture: Architecture) -> None:
+        self.tally = Tally()
         self.context = Context(architecture, _MULTIPROCESSORS, WeightStore())
         self._number = 10 * int("".join(filter(str.isdigit, architecture.name)))  # as __CUDA_ARCH__ counts
 
