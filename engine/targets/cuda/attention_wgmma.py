@@ -40,6 +40,7 @@ from engine.targets.cuda.spaces import VECTOR
 
 _WIDTHS = (32, 64, 128)  # features of a head, padded by zeros that the copy engine supplies
 _BAND = 32  # heads whose causal tiles are dealt from the longest to the shortest; their k and v stay in L2
+_MASK_TILES = 32  # tiles of keys, up to which those that a padding mask hides are left out: a bit each
 _ROUNDS = 8  # items a block, up to which the cost model deals them one by one
 _MIN_QUERIES = 17  # up to 16 the portable kernel wastes fewer rows, and deals the keys to several blocks
 
@@ -64,10 +65,12 @@ class WgmmaAttentionTile:
         return 64 * self.consumers
 
     def shared_bytes(self, head: int, value: int, bias: bool) -> int:
-        """Tiles of q, rings of k and v, the biases beside k, items, and the barriers (attention_wgmma.cuh)."""
+        """Tiles of q, rings of k and v, the biases beside k, items, and the barriers (attention_wgmma.cuh). With a bias
+        an item passes through one more place."""
         tiles = self.q_stages * self.queries * head * 2 + self.stages * self.keys * (head + value) * 2
         biases = self.stages * self.keys * 4 if bias else 0
-        return tiles + biases + 16 * self.q_stages + 8 * (2 * self.q_stages + 4 * self.stages)
+        items = self.q_stages + bias
+        return tiles + biases + 16 * items + 8 * (2 * items + 4 * self.stages)
 
 
 def suits(step: Step) -> bool:
@@ -179,12 +182,14 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
     items = ceildiv(queries, tile.queries) * heads * batch
     blocks = min(items, context.multiprocessors * tile.blocks)
     dynamic = items > blocks
+    key_tiles = ceildiv(k.shape[-2], tile.keys)
     config: dict[str, int | bool | str] = {
         "operand": STORAGE[q.dtype], "head_padded": head, "value_padded": value, "keys": tile.keys,
         "consumers": tile.consumers, "stages": tile.stages, "causal": op.causal, "bias": op.has_bias,
         "masked_rows_zero": op.masked_rows_zero, "producer_registers": tile.producer_registers,
         "consumer_registers": tile.consumer_registers, "blocks": tile.blocks, "shared_bytes": shared,
         "q_stages": tile.q_stages, "turns": tile.turns, "band": _BAND, "dynamic": dynamic,
+        "skips": op.has_bias and not op.causal and 1 < key_tiles <= _MASK_TILES,
     }  # fmt: skip
     arguments: dict[str, Argument] = {
         "map_q": _map(q, tile.queries), "map_k": _map(k, tile.keys), "map_v": _map(v, tile.keys),
