@@ -217,8 +217,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
   }
   __syncthreads();
   let_next_kernel_start();
-  wait_for_previous_kernel();
-  stamp_begin(p.stamp);
 
   u32 turn = 0, q_turn = 0;  // of the rings
   if (warpgroup == CONSUMERS) {
@@ -226,6 +224,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
     const u32 warp = threadIdx.x / 32 & 3, lane = threadIdx.x & 31;
     const u32 end = (p.queries + QUERIES - 1) / QUERIES * p.groups;
     u32 index = blockIdx.x;
+    const Item first = item_of(p, index);
+    wait_for_previous_kernel();
     // The next item, for the copier and the warp of the biases. Without a scout the one behind it is asked for at once.
     const auto take = [&](u32 item_turn) -> Item {
       if constexpr (SCOUT) {
@@ -233,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
         return items[Q_STAGES];
       }
       if (index >= end) return {};
-      const Item item = item_of(p, index);
+      const Item item = item_turn == 0 ? first : item_of(p, index);
       index = item_after<config::dynamic>(p, index);
       return item;
     };
@@ -256,9 +256,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
       for (;; ++q_turn) {
         const bool begun = SKIPS && q_turn == 0;  // the block's first item does not wait for the scout, nor does its first tile of keys
         if (begun) {
-          const Item item = item_of(p, index);
-          copy_q(item);
-          copy_keys(item, 0);
+          copy_q(first);
+          copy_keys(first, 0);
         }
         Item item = take(q_turn);
         if constexpr (SCOUT) barrier_arrive(scouted.empty);
@@ -307,8 +306,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
           if (lane == 0) next = item_after<config::dynamic>(p, index);
           index = __shfl_sync(~0u, next, 0);
         }
-        Item item{};
-        if (index < end) item = item_of(p, index);
+        Item item = first;
+        if (item_turn > 0) item = index < end ? item_of(p, index) : Item{};
         if (SKIPS && item.tiles > 0) {
           const u32 batch = item.group / p.heads;
           item.live = live_tiles(p, item, batch, item.group - batch * p.heads);
@@ -325,6 +324,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
     }
   } else {
     take_registers<CONSUMER_REGISTERS>();
+    wait_for_previous_kernel();
+    stamp_begin(p.stamp);
     const u32 local_row = threadIdx.x / 32 % 4 * 16 + (threadIdx.x & 31) / 4;  // of the warpgroup's 64, and the one 8 below
     float s[KEYS / 2], out[VALUE / 2];
     u32 probabilities[KEYS / 4];
