@@ -29,6 +29,7 @@ from engine.targets.cuda.spaces import VECTOR
 
 _WIDTHS = (32, 64, 128)  # features of a head, padded by zeros that the copy engine supplies
 _BAND = 32  # heads whose causal tiles are dealt from the longest to the shortest; their k and v stay in L2
+_MASK_TILES = 32  # tiles of keys, up to which those that a padding mask hides are left out: a bit each
 _ROUNDS = 8  # items a block, up to which the cost model deals them one by one
 _MIN_QUERIES = 17  # up to 16 the portable kernel wastes fewer rows, and deals the keys to several blocks
 
@@ -53,10 +54,12 @@ class WgmmaAttentionTile:
         return 64 * self.consumers
 
     def shared_bytes(self, head: int, value: int, bias: bool) -> int:
-        """Tiles of q, rings of k and v, the biases beside k, items, and the barriers (attention_wgmma.cuh)."""
+        """Tiles of q, rings of k and v, the biases beside k, items, and the barriers (attention_wgmma.cuh). With a bias
+        an item passes through one more place."""
         tiles = self.q_stages * self.queries * head * 2 + self.stages * self.keys * (head + value) * 2
         biases = self.stages * self.keys * 4 if bias else 0
-        return tiles + biases + 16 * self.q_stages + 8 * (2 * self.q_stages + 4 * self.stages)
+        items = self.q_stages + bias
+        return tiles + biases + 16 * items + 8 * (2 * items + 4 * self.stages)
 
 
 def suits(step: Step) -> bool:
@@ -125,40 +128,44 @@ class Work:
 
 
 def cycles(tile: WgmmaAttentionTile, work: Work, multiprocessors: int) -> float:
-    """Estimated cycles, at about 1.7 GHz. The constants are fitted to a trial on an H100 (fp16, heads of 64 and 128,
-    512 to 8192 tokens, one to four consumers), which they meet within a tenth."""
-    launch, l2_bytes = 4250, 40
+    """Estimated cycles, at about 1.7 GHz. The constants are fitted to a sweep on an H100 (fp16, heads of 64 and 128,
+    128 to 16384 tokens, one to four consumers): 3 % root mean square, 10 % at most."""
+    launch, l2_bytes, memory_bytes = 4250, 37, 13  # bytes a cycle and multiprocessor
+    items = ceildiv(work.queries, tile.queries) * work.groups
+    blocks = min(tile.blocks, ceildiv(items, multiprocessors))  # on a multiprocessor
     # Of 64 queries and a tile of keys: multiply-adds at the full rate, 16 exponentials a cycle.
     products, exponentials = 64 * tile.keys * (work.head + work.value) / 2048, 64 * tile.keys / 16
     busy = 50 + products + 0.55 * exponentials  # of a warpgroup's tile when others fill its gaps
     alone = 300 + products / 2 + 1.85 * exponentials
-    feed = tile.blocks * tile.keys * (work.head + work.value) * 2 / l2_bytes
+    feed = blocks * tile.keys * (work.head + work.value) * 2 / l2_bytes
 
     def step(active: int) -> float:
         """A tile of keys for so many warpgroups."""
         exposed = max(0.0, (alone - busy) * (3 - active) / 2)
         return max(active * busy + exposed, feed)
 
-    ends = 0.6 * alone + tile.blocks * tile.queries * (work.head + work.value) * 2 / 64
+    ends = alone + blocks * tile.queries * (work.head + work.value) * 2 / 32
 
     def item(query0: int) -> float:
         """A tile of queries: its warpgroups start together on the last tile that each of them sees."""
         rows = range(query0, min(work.queries, query0 + tile.queries), 64)
         seen = [ceildiv(min(work.keys, row + 64) if work.causal else work.keys, tile.keys) for row in rows]
         tiles = range(max(seen))
-        return ends + sum(step(tile.blocks * sum(count > i for count in seen)) for i in tiles)
+        return ends + sum(step(blocks * sum(count > i for count in seen)) for i in tiles)
 
     lengths = [item(i * tile.queries) for i in reversed(range(ceildiv(work.queries, tile.queries)))]
-    slots = multiprocessors * tile.blocks
-    if len(lengths) * work.groups > _ROUNDS * slots:
-        return launch + sum(lengths) * work.groups / slots + max(lengths) / 2
+    slots = multiprocessors * blocks
+    # What memory takes for q, k, v and the result where nothing lies in a cache.
+    floor = work.groups * (work.queries + work.keys) * (work.head + work.value) * 2 / (multiprocessors * memory_bytes)
+    if items > _ROUNDS * slots:
+        return launch + max(floor, sum(lengths) * work.groups / slots + max(lengths) / 2)
     band = _BAND if work.causal else 1
     free = [0.0] * slots
     for first in range(0, work.groups, band):
         for length in lengths:
             for _ in range(min(band, work.groups - first)):
                 heapreplace(free, free[0] + length)
-    return launch + max(free)
+    return launch + max(floor, *free)
 
 
 def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> Launch:
@@ -170,12 +177,14 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
     items = ceildiv(queries, tile.queries) * heads * batch
     blocks = min(items, context.multiprocessors * tile.blocks)
     dynamic = items > blocks
+    key_tiles = ceildiv(k.shape[-2], tile.keys)
     config: dict[str, int | bool | str] = {
         "operand": STORAGE[q.dtype], "head_padded": head, "value_padded": value, "keys": tile.keys,
         "consumers": tile.consumers, "stages": tile.stages, "causal": op.causal, "bias": op.has_bias,
         "masked_rows_zero": op.masked_rows_zero, "producer_registers": tile.producer_registers,
         "consumer_registers": tile.consumer_registers, "blocks": tile.blocks, "shared_bytes": shared,
         "q_stages": tile.q_stages, "turns": tile.turns, "band": _BAND, "dynamic": dynamic,
+        "skips": op.has_bias and not op.causal and 1 < key_tiles <= _MASK_TILES,
     }  # fmt: skip
     arguments: dict[str, Argument] = {
         "map_q": _map(q, tile.queries), "map_k": _map(k, tile.keys), "map_v": _map(v, tile.keys),

@@ -341,11 +341,11 @@ def channels_inner(n: int, c: int, h: int, w: int) -> Tensor:
     return Tensor(buffer, F16, (n, c, h, w), row_major((n, c, h, w), channels_last(4)))
 
 
-def attention(dtype: DType, head: int, causal: bool, bias: int) -> Step:
+def attention(dtype: DType, head: int, causal: bool, bias: int, tokens: int = 100) -> Step:
     """Attention without a bias (0), with one for every key (1), or for every score (2)."""
-    heads: tuple[DType, tuple[int, ...]] = (dtype, (2, 4, 100, head))
+    heads: tuple[DType, tuple[int, ...]] = (dtype, (2, 4, tokens, head))
     inputs: list[Given] = [heads, heads, heads]
-    inputs += [(F32, (2, 1, 100 if bias == 2 else 1, 100))] if bias else []
+    inputs += [(F32, (2, 1, tokens if bias == 2 else 1, tokens))] if bias else []
     op = Attention(head**-0.5, causal, bias > 0, stores=(stored(ACC, dtype),))
     return make_step(op, inputs, f"attention {dtype.value} {head}{' causal' * causal}{' bias' * (bias > 0)}")
 
@@ -368,11 +368,13 @@ def attentions(context: Context) -> Iterator[tuple[str, Launch]]:
                     for launch in launch_attention(step, sizes, tile, splits):
                         yield step.name, launch
     if context.architecture.wgmma:
-        for head, causal in product((32, 64, 128), (False, True)):
+        # Without a mask, with a causal one, and with one that may hide whole tiles of keys.
+        kinds = ((False, 0), (True, 1), (False, 1))
+        for head, (causal, bias) in product((32, 64, 128), kinds):
             for wgmma_tile in attention_wgmma.candidates(head, head):
                 turn += 1
                 dtype = DType.BF16 if turn % 4 == 0 else F16
-                step = attention(dtype, head, causal, int(causal or turn % 2))
+                step = attention(dtype, head, causal, bias, tokens=200)
                 yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, context)
 
 

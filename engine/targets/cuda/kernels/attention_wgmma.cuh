@@ -3,6 +3,8 @@
 // tiles of q, k and v filled through TMA, and of the biases beside k; CONSUMERS warpgroups own 64 queries each. Keys are taken KEYS at a
 // time, from the last to the first, with a running maximum and a running sum. Probabilities stay in registers, as operand A of the
 // product with v. The scores of a tile are computed while the probabilities of the one before meet v.
+// With a bias three warps of the last warpgroup share its work, so that no copy waits for a load: the scout takes items and finds out
+// which tiles of keys can matter, one item ahead; the copier starts copies; another brings the biases of the same tiles.
 // NOTES: what a warpgroup does to the rings must not depend on which one it is, or descriptors leave the uniform registers.
 // `Bias` comes from attention.py.
 #pragma once
@@ -22,12 +24,16 @@ using Element = config::operand;
 constexpr int HEAD = config::head_padded, VALUE = config::value_padded, KEYS = config::keys;
 constexpr int CONSUMERS = config::consumers, QUERIES = 64 * CONSUMERS, STAGES = config::stages, Q_STAGES = config::q_stages;
 constexpr bool CAUSAL = config::causal, BIAS = config::bias, TURNS = config::turns && CONSUMERS > 1;
+// SKIPS: tiles of keys may be left out, which are then taken from the first to the last. SCOUT: items come from the scout; where a
+// block has one and nothing is skipped, each warp finds it by itself.
+constexpr bool SKIPS = config::skips, SCOUT = SKIPS || (BIAS && config::dynamic);
 constexpr int THREADS = 128 * (CONSUMERS + 1), WARPS = 4 * CONSUMERS;
 constexpr int PRODUCER_REGISTERS = config::producer_registers, CONSUMER_REGISTERS = config::consumer_registers;
 // Heads of a band, whose tiles of queries are dealt from the longest to the shortest, so that what comes last is short. Without a causal
 // mask all are alike, and those of a head stay together, because they read the same k and v.
-static_assert(!BIAS || KEYS % 32 == 0, "the lanes of a warp load the biases of a tile");
 constexpr int GROUPS = CAUSAL ? config::band : 1;
+static_assert(!BIAS || KEYS % 32 == 0, "the lanes of a warp load the biases of a tile");
+static_assert(!SKIPS || (BIAS && !CAUSAL), "only biases tell what can be skipped, from the first tile on");
 constexpr float MASKED = 8192.0f;  // see `live_tiles`
 constexpr float GROWTH = 8.0f;  // by how many powers of two a maximum is exceeded before it is replaced (see `exponentials`)
 
@@ -46,10 +52,11 @@ using QTile = Tile<QUERIES, HEAD>;
 using KTile = Tile<KEYS, HEAD>;
 using VTile = Tile<KEYS, VALUE>;
 
-// Shared memory: q tiles, rings of k and of v, the biases of each k, the item of each q, barriers. As in attention_wgmma.py.
+// Shared memory: q tiles, rings of k and of v, the biases of each k, the item of each q and the scout's, barriers. As in
+// attention_wgmma.py.
 constexpr int K_RING = Q_STAGES * QTile::BYTES, V_RING = K_RING + STAGES * KTile::BYTES, BIASES = V_RING + STAGES * VTile::BYTES;
-constexpr int ITEMS = BIASES + (BIAS ? STAGES * KEYS * 4 : 0), BARRIERS = ITEMS + 16 * Q_STAGES;
-static_assert(BARRIERS + 8 * (2 * Q_STAGES + 4 * STAGES) == config::shared_bytes, "the host asks for tiles, biases, items and barriers");
+constexpr int ITEMS = BIASES + (BIAS ? STAGES * KEYS * 4 : 0), BARRIERS = ITEMS + 16 * (Q_STAGES + BIAS);
+static_assert(BARRIERS + 8 * (2 * (Q_STAGES + BIAS) + 4 * STAGES) == config::shared_bytes, "the host asks for tiles, biases, items and barriers");
 
 // A ring of tiles: which is `turn`'s, and the parity of its phase. A fresh barrier counts as completed in the phase before its first.
 template <int DEPTH> struct Ring {
@@ -72,32 +79,46 @@ DEVICE float key_bias(const Params& p, u32 batch, u32 head, u32 key) {
   return key < p.keys ? bias_log2(Bias::at(p, batch, head, 0, key)) : -INFINITY;
 }
 
-// A tile of queries of one head (`group` counts batch and heads), and how many tiles of keys it meets: at least one. Its last says that
-// there is nothing more, and has none.
-struct alignas(16) Item { u32 query0, group, tiles; };
+// A tile of queries of one head (`group` counts batch and heads), how many tiles of keys it meets, and a bit for each of them where some
+// are skipped. The last of a block says that there is nothing more: it meets none; others meet one at least.
+struct alignas(16) Item { u32 query0, group, tiles, live; };
 
 DEVICE Item item_of(const Params& p, u32 index) {
   const u32 query_tiles = (p.queries + QUERIES - 1) / QUERIES, per_band = GROUPS * query_tiles;
   const u32 band = index / per_band, within = index - band * per_band, groups = min(static_cast<u32>(GROUPS), p.groups - band * GROUPS);
   const u32 query0 = (query_tiles - 1 - within / groups) * QUERIES, keys = CAUSAL ? min(p.keys, query0 + QUERIES) : p.keys;
-  return {query0, band * GROUPS + within % groups, (keys + KEYS - 1) / KEYS};
+  return {query0, band * GROUPS + within % groups, (keys + KEYS - 1) / KEYS, 0};
 }
 
-// The tiles of keys of an item that can matter, a bit each; all where there is nothing to skip. A tile does not matter where the
-// largest of its biases lies so far below the largest of all that its exponentials are 0 beside those of other keys: by MASKED powers of
-// two, which the scores of a query would have to differ by to make up for it. Called by a whole warp.
+// The tile of keys that an item takes next, which has `left` of them left.
+DEVICE u32 next_tile(Item& item, u32 left) {
+  if (!SKIPS) return left - 1;
+  const u32 tile = __ffs(item.live) - 1;
+  item.live &= item.live - 1;
+  return tile;
+}
+
+// The tiles of keys of an item that can matter, a bit each; up to 32. A tile does not matter where the largest of its biases lies so far
+// below the largest of all that its exponentials are 0 beside those of other keys: by MASKED powers of two, which the scores of a query
+// would have to differ by to make up for it. Called by a whole warp.
 DEVICE u32 live_tiles(const Params& p, const Item& item, u32 batch, u32 head) {
-  if (CAUSAL || item.tiles == 1 || item.tiles > 32) return ~0u;
+  constexpr int LOADS = 8, TILES = 32 * LOADS / KEYS;  // in flight together
   const u32 lane = threadIdx.x & 31;
   float largest = -INFINITY;  // of tile `lane`
 #pragma unroll 1
-  for (u32 tile = 0; tile < item.tiles; ++tile) {
-    float m = -INFINITY;
+  for (u32 tile = 0; tile < item.tiles; tile += TILES) {
+    float bias[LOADS];
 #pragma unroll
-    for (int i = 0; i < KEYS / 32; ++i) m = max_nan(m, key_bias(p, batch, head, tile * KEYS + 32 * i + lane));
+    for (int i = 0; i < LOADS; ++i) bias[i] = key_bias(p, batch, head, tile * KEYS + 32 * i + lane);
 #pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) m = max_nan(m, __shfl_xor_sync(~0u, m, distance));
-    if (tile == lane) largest = m;
+    for (int t = 0; t < TILES; ++t) {
+      float m = bias[t * LOADS / TILES];
+#pragma unroll
+      for (int i = 1; i < LOADS / TILES; ++i) m = max_nan(m, bias[t * LOADS / TILES + i]);
+#pragma unroll
+      for (int distance = 16; distance > 0; distance /= 2) m = max_nan(m, __shfl_xor_sync(~0u, m, distance));
+      if (tile + t == lane) largest = m;
+    }
   }
   float all = largest;
 #pragma unroll
@@ -167,7 +188,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = shared_address(shared), barriers = base + BARRIERS;
   const Ring<Q_STAGES> q_ring{base, QTile::BYTES, barriers, barriers + 8 * Q_STAGES};
-  const u32 kv_barriers = barriers + 16 * Q_STAGES;
+  const Ring<1> scouted{0, 0, barriers + 16 * Q_STAGES, barriers + 16 * Q_STAGES + 8};  // the item behind those of q
+  const u32 kv_barriers = barriers + 16 * (Q_STAGES + BIAS);
   const Ring<STAGES> k_ring{base + K_RING, KTile::BYTES, kv_barriers, kv_barriers + 8 * STAGES};
   const Ring<STAGES> v_ring{base + V_RING, VTile::BYTES, kv_barriers + 16 * STAGES, kv_barriers + 24 * STAGES};
   float* const biases = reinterpret_cast<float*>(shared + BIASES);
@@ -178,83 +200,132 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
     prefetch_tensor_map(p.map_k);
     prefetch_tensor_map(p.map_v);
     for (int i = 0; i < Q_STAGES; ++i) {
-      barrier_init(q_ring.full + 8 * i, 1);
+      barrier_init(q_ring.full + 8 * i, 2);  // the item is known, and q has landed
       barrier_init(q_ring.empty + 8 * i, WARPS);
     }
     for (int i = 0; i < STAGES; ++i) {
-      barrier_init(k_ring.full + 8 * i, BIAS ? 33 : 1);  // with biases each lane arrives
+      barrier_init(k_ring.full + 8 * i, 1 + BIAS);
       barrier_init(k_ring.empty + 8 * i, WARPS);
       barrier_init(v_ring.full + 8 * i, 1);
       barrier_init(v_ring.empty + 8 * i, WARPS);
+    }
+    if constexpr (BIAS) {
+      barrier_init(scouted.full, 1);
+      barrier_init(scouted.empty, 2);  // the copier and the warp of the biases
     }
     barrier_init_fence();
   }
   __syncthreads();
   let_next_kernel_start();
-  wait_for_previous_kernel();
-  stamp_begin(p.stamp);
 
   u32 turn = 0, q_turn = 0;  // of the rings
   if (warpgroup == CONSUMERS) {
     give_registers<PRODUCER_REGISTERS>();
     const u32 warp = threadIdx.x / 32 & 3, lane = threadIdx.x & 31;
-    // One lane copies; with biases all lanes of its warp load them.
-    if (warp == 0 && (BIAS || lane == 0)) {
-      const u32 end = (p.queries + QUERIES - 1) / QUERIES * p.groups;
-      u32 index = blockIdx.x;
-      for (; index < end; ++q_turn) {
-        u32 next = 0, live = ~0u;
-        if (lane == 0) next = item_after<config::dynamic>(p, index);
-        Item item = item_of(p, index);
+    const u32 end = (p.queries + QUERIES - 1) / QUERIES * p.groups;
+    u32 index = blockIdx.x;
+    const Item first = item_of(p, index);
+    wait_for_previous_kernel();
+    // The next item, for the copier and the warp of the biases. Without a scout the one behind it is asked for at once.
+    const auto take = [&](u32 item_turn) -> Item {
+      if constexpr (SCOUT) {
+        scouted.wait_full(item_turn);
+        return items[Q_STAGES];
+      }
+      if (index >= end) return {};
+      const Item item = item_turn == 0 ? first : item_of(p, index);
+      index = item_after<config::dynamic>(p, index);
+      return item;
+    };
+    if (warp == 0 && lane == 0) {
+      const auto copy_q = [&](const Item& item) {
         const u32 batch = item.group / p.heads, head = item.group - batch * p.heads;
-        u32 tile = item.tiles;
-        if constexpr (BIAS) {
-          live = live_tiles(p, item, batch, head);
-          if (live != ~0u) item.tiles = __popc(live);
+        barrier_arrive_expect(q_ring.landed(q_turn), QTile::BYTES);
+        QTile::copy(q_ring.tile(q_turn), p.map_q, q_ring.landed(q_turn), item.query0, head, batch * p.q_batches);
+      };
+      const auto copy_keys = [&](const Item& item, u32 tile) {
+        const u32 batch = item.group / p.heads, head = item.group - batch * p.heads;
+        k_ring.wait_empty(turn);
+        barrier_arrive_expect(k_ring.landed(turn), KTile::BYTES);
+        KTile::copy(k_ring.tile(turn), p.map_k, k_ring.landed(turn), tile * KEYS, head / p.heads_per_k, batch * p.k_batches);
+        v_ring.wait_empty(turn);
+        barrier_arrive_expect(v_ring.landed(turn), VTile::BYTES);
+        VTile::copy(v_ring.tile(turn), p.map_v, v_ring.landed(turn), tile * KEYS, head / p.heads_per_v, batch * p.v_batches);
+        ++turn;
+      };
+      for (;; ++q_turn) {
+        const bool begun = SKIPS && q_turn == 0;  // the block's first item does not wait for the scout, nor does its first tile of keys
+        if (begun) {
+          copy_q(first);
+          copy_keys(first, 0);
+        }
+        Item item = take(q_turn);
+        if constexpr (SCOUT) barrier_arrive(scouted.empty);
+        q_ring.wait_empty(q_turn);
+        items[q_turn % Q_STAGES] = item;
+        barrier_arrive(q_ring.landed(q_turn));
+        if (item.tiles == 0) {
+          barrier_arrive(q_ring.landed(q_turn));
+          break;
+        }
+        if (begun) next_tile(item, item.tiles--);
+        else copy_q(item);
+#pragma unroll 1
+        for (u32 left = item.tiles; left > 0; --left) copy_keys(item, next_tile(item, left));
+      }
+      if (!SCOUT) no_more_items<config::dynamic>(p);
+    }
+    if (BIAS && warp == 1) {
+#pragma unroll 1
+      for (;; ++q_turn) {
+        Item item = take(q_turn);
+        if constexpr (SCOUT) scouted.leave(q_turn);
+        if (item.tiles == 0) break;
+        const u32 batch = item.group / p.heads, head = item.group - batch * p.heads;
+#pragma unroll 1
+        for (u32 left = item.tiles; left > 0; --left, ++turn) {
+          const u32 tile = next_tile(item, left);
+          float bias[KEYS / 32];
+#pragma unroll
+          for (int i = 0; i < KEYS / 32; ++i) bias[i] = key_bias(p, batch, head, tile * KEYS + 32 * i + lane);
+          k_ring.wait_empty(turn);
+#pragma unroll
+          for (int i = 0; i < KEYS / 32; ++i) biases[turn % STAGES * KEYS + 32 * i + lane] = bias[i];
+          __syncwarp();
+          if (lane == 0) barrier_arrive(k_ring.landed(turn));
+        }
+      }
+    }
+    if (SCOUT && warp == 2) {
+#pragma unroll 1
+      for (u32 item_turn = 0;; ++item_turn) {
+        // An item is taken only when the one before it has been begun: who takes them too early leaves others without.
+        scouted.wait_empty(item_turn);
+        if (item_turn > 0) {
+          u32 next = 0;
+          if (lane == 0) next = item_after<config::dynamic>(p, index);
+          index = __shfl_sync(~0u, next, 0);
+        }
+        Item item = first;
+        if (item_turn > 0) item = index < end ? item_of(p, index) : Item{};
+        if (SKIPS && item.tiles > 0) {
+          const u32 batch = item.group / p.heads;
+          item.live = live_tiles(p, item, batch, item.group - batch * p.heads);
+          if (item_turn == 0) item.live |= 1;  // already under way
+          item.tiles = __popc(item.live);
         }
         if (lane == 0) {
-          q_ring.wait_empty(q_turn);
-          items[q_turn % Q_STAGES] = item;
-          barrier_arrive_expect(q_ring.landed(q_turn), QTile::BYTES);
-          QTile::copy(q_ring.tile(q_turn), p.map_q, q_ring.landed(q_turn), item.query0, head, batch * p.q_batches);
+          items[Q_STAGES] = item;
+          barrier_arrive(scouted.full);
         }
-        const u32 k_head = head / p.heads_per_k, v_head = head / p.heads_per_v;
-#pragma unroll 1
-        while (tile-- > 0) {
-          if (BIAS && !(live >> (tile & 31) & 1)) continue;
-          float bias[KEYS / 32];
-          if constexpr (BIAS) {
-#pragma unroll
-            for (int i = 0; i < KEYS / 32; ++i) bias[i] = key_bias(p, batch, head, tile * KEYS + 32 * i + lane);
-          }
-          k_ring.wait_empty(turn);
-          if (lane == 0) {
-            barrier_arrive_expect(k_ring.landed(turn), KTile::BYTES);
-            KTile::copy(k_ring.tile(turn), p.map_k, k_ring.landed(turn), tile * KEYS, k_head, batch * p.k_batches);
-          }
-          if constexpr (BIAS) {
-#pragma unroll
-            for (int i = 0; i < KEYS / 32; ++i) biases[turn % STAGES * KEYS + 32 * i + lane] = bias[i];
-            barrier_arrive(k_ring.landed(turn));
-          }
-          if (lane == 0) {
-            v_ring.wait_empty(turn);
-            barrier_arrive_expect(v_ring.landed(turn), VTile::BYTES);
-            VTile::copy(v_ring.tile(turn), p.map_v, v_ring.landed(turn), tile * KEYS, v_head, batch * p.v_batches);
-          }
-          ++turn;
-        }
-        index = BIAS ? __shfl_sync(~0u, next, 0) : next;
+        if (item.tiles == 0) break;
       }
-      if (lane == 0) {
-        q_ring.wait_empty(q_turn);
-        items[q_turn % Q_STAGES] = {0, 0, 0};
-        barrier_arrive(q_ring.landed(q_turn));
-        no_more_items<config::dynamic>(p);
-      }
+      if (lane == 0) no_more_items<config::dynamic>(p);
     }
   } else {
     take_registers<CONSUMER_REGISTERS>();
+    wait_for_previous_kernel();
+    stamp_begin(p.stamp);
     const u32 local_row = threadIdx.x / 32 % 4 * 16 + (threadIdx.x & 31) / 4;  // of the warpgroup's 64, and the one 8 below
     float s[KEYS / 2], out[VALUE / 2];
     u32 probabilities[KEYS / 4];
@@ -289,7 +360,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
     for (;; ++q_turn) {
       q_ring.wait_full(q_turn);
       Item item = items[q_turn % Q_STAGES];
-      item = {__shfl_sync(~0u, item.query0, 0), __shfl_sync(~0u, item.group, 0), __shfl_sync(~0u, item.tiles, 0)};
+      item = {__shfl_sync(~0u, item.query0, 0), __shfl_sync(~0u, item.group, 0), __shfl_sync(~0u, item.tiles, 0), 0};
       if (item.tiles == 0) break;
       const u32 first_query = item.query0 + 64 * warpgroup, query = first_query + local_row, hidden = hidden_tiles(p, item, first_query);
 #pragma unroll 1
