@@ -28,11 +28,11 @@ enum class Arrangement {
   STRIDE_4  // column c of block b is column 4c + b: a lane holds eight neighbouring ones (attention_tiles.cuh)
 };
 
-// Hands a 16-row fragment of BLOCKS 8-column blocks to the epilogue. `row` is this lane's first row (the other is row + 8) of
-// `rows`; `first_row` is added to make the row of the iteration space. Columns start at `column` of `columns`. What the
-// epilogue reads is fetched for AHEAD pieces (a row of four blocks) at a time: as many as the kernel has registers for.
+// Hands a 16-row fragment of BLOCKS 8-column blocks to the epilogue. `rows` are this lane's two rows of the iteration space, `stored`
+// whether they are there. Columns start at `column` of `columns`. What the epilogue reads is fetched for AHEAD pieces (a row of four
+// blocks) at a time: as many as the kernel has registers for.
 template <class EPILOGUE, int BLOCKS, int AHEAD = BLOCKS / 2, Arrangement ARRANGEMENT = Arrangement::BLOCKS>
-DEVICE void emit_fragment(const Params& p, const float (&d)[BLOCKS * 4], u32 first_row, u32 row, u32 rows, u32 column, u32 columns) {
+DEVICE void emit_rows(const Params& p, const float (&d)[BLOCKS * 4], const u32 (&rows)[2], const bool (&stored)[2], u32 column, u32 columns) {
   static_assert(BLOCKS % 4 == 0, "four lanes hold the columns of four blocks");
   constexpr int PIECES = BLOCKS / 2;
   static_assert(PIECES % AHEAD == 0, "");
@@ -43,8 +43,8 @@ DEVICE void emit_fragment(const Params& p, const float (&d)[BLOCKS * 4], u32 fir
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) {
       const int group = (first + i) / 2, lower = (first + i) % 2;
-      const u32 r = row + 8 * lower, c = column + 32 * group + 8 * quad;
-      if (r < rows && c < columns) inputs[i] = EPILOGUE::fetch(p, first_row + r, c, min(8u, columns - c));
+      const u32 c = column + 32 * group + 8 * quad;
+      if (stored[lower] && c < columns) inputs[i] = EPILOGUE::fetch(p, rows[lower], c, min(8u, columns - c));
     }
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) {
@@ -57,8 +57,17 @@ DEVICE void emit_fragment(const Params& p, const float (&d)[BLOCKS * 4], u32 fir
         v[ARRANGEMENT == Arrangement::BLOCKS ? 2 * j + 1 : j + 4] = d[element + 1];
       }
       if constexpr (ARRANGEMENT == Arrangement::BLOCKS) transpose_quad(v, quad);
-      const u32 r = row + 8 * lower, c = column + 32 * group + 8 * quad;
-      if (r < rows && c < columns) EPILOGUE::store(p, first_row + r, c, min(8u, columns - c), v, inputs[i]);
+      const u32 c = column + 32 * group + 8 * quad;
+      if (stored[lower] && c < columns) EPILOGUE::store(p, rows[lower], c, min(8u, columns - c), v, inputs[i]);
     }
   }
+}
+
+// The same where the rows are neighbours: `row` is this lane's first one (the other is row + 8) of `rows`; `first_row` is added to
+// make the row of the iteration space.
+template <class EPILOGUE, int BLOCKS, int AHEAD = BLOCKS / 2, Arrangement ARRANGEMENT = Arrangement::BLOCKS>
+DEVICE void emit_fragment(const Params& p, const float (&d)[BLOCKS * 4], u32 first_row, u32 row, u32 rows, u32 column, u32 columns) {
+  const u32 both[2] = {first_row + row, first_row + row + 8};
+  const bool stored[2] = {row < rows, row + 8 < rows};
+  emit_rows<EPILOGUE, BLOCKS, AHEAD, ARRANGEMENT>(p, d, both, stored, column, columns);
 }
