@@ -23,8 +23,9 @@ constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 static_assert(128 * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS) <= 168 * THREADS, "a block has 168 for a thread");
 constexpr int ROW_BYTES = 128, TILE_K = ROW_BYTES / sizeof(Element), TAP_BYTES = TILE_N * ROW_BYTES;
 constexpr u32 ROW = ROW_BYTES >> 4;  // in a descriptor
-// Pieces of epilogue operands that a consumer has registers for beside its accumulators.
-constexpr int AHEAD = PARTS * TILE_N <= 128 ? TILE_N / 16 : TILE_N / 32;
+// Epilogue operands come while the products run, where a consumer has registers for them beside its accumulators.
+constexpr bool EARLY = PARTS * TILE_N <= 128;
+constexpr int PIECES = TILE_N / 16, AHEAD = TILE_N / 32;
 
 // The output pixel at a place of the grid, or NO_PIXEL.
 constexpr u32 NO_PIXEL = ~0u;
@@ -92,15 +93,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_con
       }
       wgmma_commit();
       if (leader) barrier_arrive(turn + 8 * (consumer ^ 1));
+      u32 rows[PARTS][2];
+      bool stored[PARTS][2];
+#pragma unroll
+      for (int i = 0; i < PARTS; ++i)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          rows[i][j] = pixel_at(p, tile * TILE_M + 64 * i + 16 * warp + lane / 4 + 8 * j);
+          stored[i][j] = rows[i][j] != NO_PIXEL;
+        }
+      [[maybe_unused]] typename Epilogue::Inputs inputs[EARLY ? PARTS : 1][PIECES];
+      if constexpr (EARLY) {
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i) fetch_pieces<Epilogue>(p, inputs[i], 0, rows[i], stored[i], column0, p.n);
+      }
       wgmma_wait<0>();
       if (leader) barrier_arrive(empty + 8 * stage);
 #pragma unroll
       for (int i = 0; i < PARTS; ++i) {
         wgmma_settle(d[i]);
-        const u32 place = tile * TILE_M + 64 * i + 16 * warp + lane / 4;
-        const u32 rows[2] = {pixel_at(p, place), pixel_at(p, place + 8)};
-        const bool stored[2] = {rows[0] != NO_PIXEL, rows[1] != NO_PIXEL};
-        emit_rows<Epilogue, TILE_N / 8, AHEAD>(p, d[i], rows, stored, column0, p.n);
+        if constexpr (EARLY) store_pieces<Epilogue, Arrangement::BLOCKS>(p, d[i], inputs[i], 0, rows[i], stored[i], column0, p.n);
+        else emit_rows<Epilogue, TILE_N / 8, AHEAD>(p, d[i], rows[i], stored[i], column0, p.n);
       }
     }
   }
