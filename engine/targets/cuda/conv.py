@@ -1,9 +1,9 @@
 """Convolutions: which kernel runs which, and those of the matrix units.
 
 1×1 ones are matrix products (gemm.py), the rest implicit ones (conv_halo.py and conv_wgmma.py on sm_90a where the copy
-engine can gather the image, else conv_mma.cuh), but for images with few channels (conv_stem.py), patches that do not overlap
-(conv_patch.py), depthwise filters (depthwise.py), and those that the ordinary units do better, or that only they can do
-(conv_simt.py).
+engine can gather the image, else conv_mma.cuh), but for images with few channels (conv_stem.py), patches that do not
+overlap (conv_patch.py), depthwise filters (depthwise.py), and those that the ordinary units do better, or that only
+they can do (conv_simt.py).
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from math import hypot, prod
 
 from engine.plan.plan import Step
@@ -34,15 +35,23 @@ _MOST_BYTES = (1 << 20) - 1  # that a barrier counts
 
 @dataclass(frozen=True)
 class HaloTile:
-    """`m` places of the grid × `n` columns; a ring of `stages` halos."""
+    """`m` places of the grid × `n` columns; a ring of `stages` halos. `swapped`: filters are the first operand."""
 
     m: int
     n: int
     stages: int
+    swapped: bool = False
+
+    @property
+    def wide(self) -> int:
+        """Columns of the instruction."""
+        return self.m if self.swapped else self.n
 
 
 _TILES = tuple(
-    HaloTile(m, n, stages) for n in (32, 64, 128) for m in (128, 192, 256) if m * n <= 128 * 128 for stages in (2, 3, 4)
+    HaloTile(m, n, stages, swapped)
+    for n, m, stages, swapped in product((32, 64, 128), (128, 192, 256), (2, 3, 4), (False, True))
+    if m * n <= 128 * 128 and (n >= 64 or not swapped)  # an instruction's first operand has 64 rows
 )
 
 
@@ -137,15 +146,15 @@ def cycles(step: Step, geometry: Geometry, tile: HaloTile, multiprocessors: int)
     """Estimated cycles: as `tiles.wgmma_cycles`, but that memory and products take the time that a trial of 64 channels
     at 56 × 56 took on an H100 (62 µs at batch 128, 20 at 32)."""
     grid, taps = Grid.of(geometry), prod(geometry.phases[0].kernel)
-    slowdown, l2_rate, memory_rate = 0.93 + 28 / tile.n, 67, 1940
+    slowdown, l2_rate, memory_rate = 0.93 + 28 / tile.wide, 67, 1940
     epilogue, launch_cycles = 955 + 0.013 * tile.m * tile.n, 1920
     columns, tiles = ceildiv(geometry.n, tile.n), ceildiv(grid.places, tile.m)
     rounds = ceildiv(tiles, max(1, multiprocessors // columns)) * ceildiv(columns, multiprocessors)
-    product = taps * slowdown * tile.m * tile.n * 64 / 2048
+    multiply = taps * slowdown * tile.m * tile.n * 64 / 2048
     halo = grid.halo(tile) * PANEL_BYTES / l2_rate
     # One consumer's epilogue runs beside the other's product; with two stages a halo has one product to arrive in.
-    step_cycles = max(product, halo if tile.stages > 2 else halo + 700)
-    time = max(rounds * step_cycles + epilogue, ceildiv(rounds, 2) * (product + epilogue))
+    step_cycles = max(multiply, halo if tile.stages > 2 else halo + 700)
+    time = max(rounds * step_cycles + epilogue, ceildiv(rounds, 2) * (multiply + epilogue))
     filters = taps * tile.n * PANEL_BYTES / l2_rate + halo
     return launch_cycles + filters + hypot(time, step.cost.bytes / memory_rate)
 
@@ -165,7 +174,7 @@ def launch_halo(step: Step, geometry: Geometry, filters: Pointer, tile: HaloTile
     return launch(
         "conv",
         "conv_halo.cuh",
-        {"tile_m": tile.m, "tile_n": tile.n, "stages": tile.stages, "operand": STORAGE[dtype]},
+        {"tile_m": tile.m, "tile_n": tile.n, "stages": tile.stages, "swapped": tile.swapped, "operand": STORAGE[dtype]},
         [epilogue_for(step, geometry.n)],
         {
             "map_a": pixels,
@@ -180,5 +189,5 @@ def launch_halo(step: Step, geometry: Geometry, filters: Pointer, tile: HaloTile
         384,
         grid.shared_bytes(tile, taps),
         Instruction.WGMMA,
-        helpers=f'#include "ptx/wgmma.cuh"\n{wgmma_function(tile.n, dtype)}',
+        helpers=f'#include "ptx/wgmma.cuh"\n{wgmma_function(tile.wide, dtype)}',
     )  # fmt: skip

@@ -163,9 +163,7 @@ def _pixels(geometry: Geometry, panel: int, pixels: int) -> PixelMap:
     )
 
 
-def pixel_strides(
-    geometry: Geometry, sizes: tuple[int, ...], spacings: tuple[int, ...]
-) -> tuple[tuple[int, ...], int]:
+def pixel_strides(geometry: Geometry, sizes: tuple[int, ...], spacings: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
     """Elements between neighbours along the spatial axes, x first, of an image of `sizes` with only every so many-th
     pixel, and between images. The driver wants a stride along an axis of size 1, too: as if the image were dense."""
     dense = row_length(geometry.groups * geometry.channels, 16 // geometry.x_dtype.itemsize)

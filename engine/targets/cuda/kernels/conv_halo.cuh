@@ -18,14 +18,18 @@
 
 using Element = config::operand;
 constexpr int TILE_M = config::tile_m, TILE_N = config::tile_n, STAGES = config::stages;
-constexpr int CONSUMERS = 2, THREADS = 128 * (1 + CONSUMERS), PARTS = TILE_M / 64;  // one instruction covers 64 rows
+// SWAPPED: filters are the first operand, so that an instruction covers all pixels of the tile: it reads less shared memory for each
+// product than one of 64 pixels and few columns. Accumulators then hold the transposed result.
+constexpr bool SWAPPED = config::swapped;
+constexpr int CONSUMERS = 2, THREADS = 128 * (1 + CONSUMERS);
+constexpr int PARTS = (SWAPPED ? TILE_N : TILE_M) / 64, WIDE = SWAPPED ? TILE_M : TILE_N;  // one instruction covers 64 × WIDE
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 static_assert(128 * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS) <= 168 * THREADS, "a block has 168 for a thread");
 constexpr int ROW_BYTES = 128, TILE_K = ROW_BYTES / sizeof(Element), TAP_BYTES = TILE_N * ROW_BYTES;
 constexpr u32 ROW = ROW_BYTES >> 4;  // in a descriptor
 // Epilogue operands come while the products run, where a consumer has registers for them beside its accumulators.
-constexpr bool EARLY = PARTS * TILE_N <= 128;
-constexpr int PIECES = TILE_N / 16, AHEAD = TILE_N / 32;
+constexpr bool EARLY = PARTS * WIDE <= 128;
+constexpr int PIECES = WIDE / 16, AHEAD = SWAPPED ? 4 : WIDE / 32;  // of a part: 16-byte stores of a lane
 
 // The output pixel at a place of the grid, or NO_PIXEL.
 constexpr u32 NO_PIXEL = ~0u;
@@ -33,6 +37,57 @@ DEVICE u32 pixel_at(const Params& p, u32 place) {
   const u32 line = place / p.grid_w, x = place - line * p.grid_w, image = line / p.grid_h, y = line - image * p.grid_h;
   return x < p.out_w && y < p.out_h && image < p.images ? (image * p.out_h + y) * p.out_w + x : NO_PIXEL;
 }
+
+// What a lane has of a tile's results: rows for the epilogue, and how they lie in the accumulators.
+struct Results {
+  static constexpr int ROWS = SWAPPED ? PIECES : 2 * PARTS;
+  u32 rows[ROWS], column;
+  bool stored[ROWS];
+  DEVICE Results(const Params& p, u32 tile, u32 column0) {
+    const u32 lane = threadIdx.x & 31, warp = threadIdx.x / 32 & 3, octet = lane / 4;
+    column = SWAPPED ? column0 + 16 * warp + 8 * (octet & 1) : column0;
+    const u32 first = tile * TILE_M + (SWAPPED ? 2 * (lane & 3) + (octet >> 1 & 1) + 8 * (octet >> 2) : 16 * warp + octet);
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      rows[i] = pixel_at(p, first + (SWAPPED ? 16 * i : 64 * (i / 2) + 8 * (i % 2)));
+      stored[i] = rows[i] != NO_PIXEL;
+    }
+  }
+  // COUNT pieces of a part from `first` on; swapped ones come in pairs.
+  template <int COUNT> DEVICE void fetch(const Params& p, Epilogue::Inputs (&inputs)[COUNT], int part, int first) const {
+    if constexpr (SWAPPED) {
+      const u32 c = column + 64 * part;
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i)
+        if (stored[first + i] && c < p.n) inputs[i] = Epilogue::fetch(p, rows[first + i], c, min(8u, p.n - c));
+    } else {
+      fetch_pieces<Epilogue>(p, inputs, first, pair(rows, part), pair(stored, part), column, p.n);
+    }
+  }
+  template <int COUNT>
+  DEVICE void store(const Params& p, const float (&d)[WIDE / 2], const Epilogue::Inputs (&inputs)[COUNT], int part, int first) const {
+    if constexpr (SWAPPED) {
+      const u32 c = column + 64 * part;
+#pragma unroll
+      for (int i = 0; i < COUNT; i += 2) {
+        float v[16];
+#pragma unroll
+        for (int j = 0; j < 16; ++j) v[j] = d[8 * (first + i) + 4 * (j / 2 % 4) + 2 * (j / 8) + j % 2];
+        transpose_octet(v, threadIdx.x / 4 & 7);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float eight[8];
+#pragma unroll
+          for (int e = 0; e < 8; ++e) eight[e] = v[8 * j + e];
+          if (stored[first + i + j] && c < p.n) Epilogue::store(p, rows[first + i + j], c, min(8u, p.n - c), eight, inputs[i + j]);
+        }
+      }
+    } else {
+      store_pieces<Epilogue, Arrangement::BLOCKS>(p, d, inputs, first, pair(rows, part), pair(stored, part), column, p.n);
+    }
+  }
+  template <class T> static DEVICE const T (&pair(const T (&all)[ROWS], int part))[2] { return reinterpret_cast<const T(&)[2]>(all[2 * part]); }
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 shared[];
@@ -67,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_con
     }
   } else {
     take_registers<CONSUMER_REGISTERS>();
-    const u32 consumer = warpgroup - 1, lane = threadIdx.x & 31, warp = threadIdx.x / 32 & 3;
+    const u32 consumer = warpgroup - 1;
     const bool leader = threadIdx.x % 128 == 0;
     const u64 a0 = operand_descriptor<ROW_BYTES>(ring), b0 = operand_descriptor<ROW_BYTES>(filters);
     const u32 stage_step = p.halo_bytes >> 4, line_step = p.tap_line * ROW, pixel_step = p.tap_pixel * ROW;
@@ -79,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_con
       if (ordinal > 0) barrier_wait(turn + 8 * consumer, (ordinal - 1) / CONSUMERS & 1);
       barrier_wait(full + 8 * stage, ordinal / STAGES & 1);
 
-      float d[PARTS][TILE_N / 2];
+      float d[PARTS][WIDE / 2];
       u64 line = a0 + stage * stage_step, b = b0;
       wgmma_fence();
       for (u32 r = 0; r < p.kernel_h; ++r, line += line_step) {
@@ -88,32 +143,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_con
 #pragma unroll
           for (int k = 0; k < ROW_BYTES / 32; ++k)  // an instruction takes 32 bytes of k
 #pragma unroll
-            for (int i = 0; i < PARTS; ++i) wgmma<TILE_N, Element>(d[i], a + 64 * ROW * i + 2 * k, b + 2 * k, r | s | k);
+            for (int i = 0; i < PARTS; ++i) {
+              if constexpr (SWAPPED) wgmma<WIDE, Element>(d[i], b + 64 * ROW * i + 2 * k, a + 2 * k, r | s | k);
+              else wgmma<WIDE, Element>(d[i], a + 64 * ROW * i + 2 * k, b + 2 * k, r | s | k);
+            }
         }
       }
       wgmma_commit();
       if (leader) barrier_arrive(turn + 8 * (consumer ^ 1));
-      u32 rows[PARTS][2];
-      bool stored[PARTS][2];
-#pragma unroll
-      for (int i = 0; i < PARTS; ++i)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          rows[i][j] = pixel_at(p, tile * TILE_M + 64 * i + 16 * warp + lane / 4 + 8 * j);
-          stored[i][j] = rows[i][j] != NO_PIXEL;
-        }
-      [[maybe_unused]] typename Epilogue::Inputs inputs[EARLY ? PARTS : 1][PIECES];
+      const Results results(p, tile, column0);
+      [[maybe_unused]] Epilogue::Inputs early[EARLY ? PARTS : 1][PIECES];
       if constexpr (EARLY) {
 #pragma unroll
-        for (int i = 0; i < PARTS; ++i) fetch_pieces<Epilogue>(p, inputs[i], 0, rows[i], stored[i], column0, p.n);
+        for (int i = 0; i < PARTS; ++i) results.fetch(p, early[i], i, 0);
       }
       wgmma_wait<0>();
       if (leader) barrier_arrive(empty + 8 * stage);
 #pragma unroll
       for (int i = 0; i < PARTS; ++i) {
         wgmma_settle(d[i]);
-        if constexpr (EARLY) store_pieces<Epilogue, Arrangement::BLOCKS>(p, d[i], inputs[i], 0, rows[i], stored[i], column0, p.n);
-        else emit_rows<Epilogue, TILE_N / 8, AHEAD>(p, d[i], rows[i], stored[i], column0, p.n);
+        if constexpr (EARLY) {
+          results.store(p, d[i], early[i], i, 0);
+        } else {
+#pragma unroll
+          for (int first = 0; first < PIECES; first += AHEAD) {
+            Epilogue::Inputs inputs[AHEAD];
+            results.fetch(p, inputs, i, first);
+            results.store(p, d[i], inputs, i, first);
+          }
+        }
       }
     }
   }

@@ -22,6 +22,29 @@ DEVICE void transpose_quad(float (&v)[8], int quad) {
   }
 }
 
+// The same for accumulators whose rows are columns of the result: v[8h + j] is column `octet` + 8h of 16, of row j of 8, in the eight
+// lanes that differ in `octet` (bits 2 to 4 of the lane). After it v[8k + c] is column c + 8 · (octet & 1) of row 4k + octet / 2: two
+// lanes hold 16 columns of a row, a whole sector of memory.
+DEVICE void transpose_octet(float (&v)[16], int octet) {
+  constexpr int INDEX_BIT[3] = {8, 1, 2};  // changes places with this bit of the lane
+#pragma unroll
+  for (int bit = 0; bit < 3; ++bit) {
+    const bool upper = octet >> bit & 1;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int other = i | INDEX_BIT[bit];
+      if (other == i) continue;
+      const float x = __shfl_xor_sync(~0u, upper ? v[i] : v[other], 4 << bit);
+      if (upper) v[i] = x; else v[other] = x;
+    }
+  }
+  float w[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) w[i] = v[(i & 1) << 3 | i >> 3 << 2 | (i >> 2 & 1) << 1 | (i >> 1 & 1)];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) v[i] = w[i];
+}
+
 // How the 32 columns of four blocks lie in the accumulators of four neighbouring lanes.
 enum class Arrangement {
   BLOCKS,   // block after block, as the instruction has them
