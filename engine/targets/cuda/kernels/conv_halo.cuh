@@ -27,9 +27,10 @@ constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 static_assert(128 * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS) <= 168 * THREADS, "a block has 168 for a thread");
 constexpr int ROW_BYTES = 128, TILE_K = ROW_BYTES / sizeof(Element), TAP_BYTES = TILE_N * ROW_BYTES;
 constexpr u32 ROW = ROW_BYTES >> 4;  // in a descriptor
-// Epilogue operands come while the products run, where a consumer has registers for them beside its accumulators.
-constexpr bool EARLY = PARTS * WIDE <= 128;
-constexpr int PIECES = WIDE / 16, AHEAD = SWAPPED ? 4 : WIDE / 32;  // of a part: 16-byte stores of a lane
+constexpr int ACCUMULATORS = PARTS * WIDE / 2, PIECES = WIDE / 16;  // pieces of a part: 16-byte stores of a lane
+// Epilogue operands come while the products run, where a consumer has registers for all of them, else AHEAD pieces at a time.
+constexpr bool EARLY = ACCUMULATORS + PARTS * PIECES * sizeof(Epilogue::Inputs) / 4 <= 160;
+constexpr int AHEAD = ACCUMULATORS <= 96 && PIECES % 4 == 0 ? 4 : 2;
 
 // The output pixel at a place of the grid, or NO_PIXEL.
 constexpr u32 NO_PIXEL = ~0u;
@@ -38,30 +39,39 @@ DEVICE u32 pixel_at(const Params& p, u32 place) {
   return x < p.out_w && y < p.out_h && image < p.images ? (image * p.out_h + y) * p.out_w + x : NO_PIXEL;
 }
 
-// What a lane has of a tile's results: rows for the epilogue, and how they lie in the accumulators.
+// The two rows that a lane has of 64.
+struct Rows {
+  u32 row[2];
+  bool stored[2];
+  DEVICE Rows(const Params& p, u32 place) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      row[i] = pixel_at(p, place + 8 * i);
+      stored[i] = row[i] != NO_PIXEL;
+    }
+  }
+};
+
+// What a lane has of a tile's results: its first place of the grid and its first column.
 struct Results {
-  static constexpr int ROWS = SWAPPED ? PIECES : 2 * PARTS;
-  u32 rows[ROWS], column;
-  bool stored[ROWS];
+  u32 place, column;
   DEVICE Results(const Params& p, u32 tile, u32 column0) {
     const u32 lane = threadIdx.x & 31, warp = threadIdx.x / 32 & 3, octet = lane / 4;
     column = SWAPPED ? column0 + 16 * warp + 8 * (octet & 1) : column0;
-    const u32 first = tile * TILE_M + (SWAPPED ? 2 * (lane & 3) + (octet >> 1 & 1) + 8 * (octet >> 2) : 16 * warp + octet);
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-      rows[i] = pixel_at(p, first + (SWAPPED ? 16 * i : 64 * (i / 2) + 8 * (i % 2)));
-      stored[i] = rows[i] != NO_PIXEL;
-    }
+    place = tile * TILE_M + (SWAPPED ? 2 * (lane & 3) + (octet >> 1 & 1) + 8 * (octet >> 2) : 16 * warp + octet);
   }
   // COUNT pieces of a part from `first` on; swapped ones come in pairs.
   template <int COUNT> DEVICE void fetch(const Params& p, Epilogue::Inputs (&inputs)[COUNT], int part, int first) const {
     if constexpr (SWAPPED) {
       const u32 c = column + 64 * part;
 #pragma unroll
-      for (int i = 0; i < COUNT; ++i)
-        if (stored[first + i] && c < p.n) inputs[i] = Epilogue::fetch(p, rows[first + i], c, min(8u, p.n - c));
+      for (int i = 0; i < COUNT; ++i) {
+        const u32 row = pixel_at(p, place + 16 * (first + i));
+        if (row != NO_PIXEL && c < p.n) inputs[i] = Epilogue::fetch(p, row, c, min(8u, p.n - c));
+      }
     } else {
-      fetch_pieces<Epilogue>(p, inputs, first, pair(rows, part), pair(stored, part), column, p.n);
+      const Rows rows(p, place + 64 * part);
+      fetch_pieces<Epilogue>(p, inputs, first, rows.row, rows.stored, column, p.n);
     }
   }
   template <int COUNT>
@@ -79,14 +89,15 @@ struct Results {
           float eight[8];
 #pragma unroll
           for (int e = 0; e < 8; ++e) eight[e] = v[8 * j + e];
-          if (stored[first + i + j] && c < p.n) Epilogue::store(p, rows[first + i + j], c, min(8u, p.n - c), eight, inputs[i + j]);
+          const u32 row = pixel_at(p, place + 16 * (first + i + j));
+          if (row != NO_PIXEL && c < p.n) Epilogue::store(p, row, c, min(8u, p.n - c), eight, inputs[i + j]);
         }
       }
     } else {
-      store_pieces<Epilogue, Arrangement::BLOCKS>(p, d, inputs, first, pair(rows, part), pair(stored, part), column, p.n);
+      const Rows rows(p, place + 64 * part);
+      store_pieces<Epilogue, Arrangement::BLOCKS>(p, d, inputs, first, rows.row, rows.stored, column, p.n);
     }
   }
-  template <class T> static DEVICE const T (&pair(const T (&all)[ROWS], int part))[2] { return reinterpret_cast<const T(&)[2]>(all[2 * part]); }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Params p) {
