@@ -24,7 +24,7 @@ from engine.targets.cuda.kernel import (
     is_constant,
     launch,
 )
-from engine.targets.cuda.tiles import Operands, WgmmaTile, wgmma_cycles, wgmma_tiles
+from engine.targets.cuda.tiles import GATHERED, Operands, WgmmaTile, wgmma_cycles, wgmma_tiles
 
 _PANELS = (128, 64, 32)  # bytes of channels that a copy can bring of each pixel
 _MOST_STEP = 8  # pixels between neighbours of the walk
@@ -100,7 +100,7 @@ def pick(step: Step, geometry: Geometry, operands: Operands, most_splits: int, c
             continue
         k = padded_k(geometry, panel)
         for tile in wgmma_tiles(m, n, k, operands, most_splits, groups, panel_bytes):
-            cycles = wgmma_cycles(m, n, k, tile, context.multiprocessors, operands, groups, step.cost.bytes)
+            cycles = wgmma_cycles(m, n, k, tile, context.multiprocessors, operands, groups, step.cost.bytes, GATHERED)
             choices.append(Choice(tile, cycles))
     return min(choices, key=lambda choice: choice.cycles, default=None)
 
