@@ -463,9 +463,11 @@ def _gathered_convolutions(context: Context, rounding: Context) -> Iterator[tupl
 
 
 def _halos(context: Context, rounding: Context) -> Iterator[tuple[str, Launch]]:
-    """Implicit products that read a tile's pixels once, in every tile."""
+    """Implicit products that read a tile's pixels once, in every tile: the length of a ring is only a number."""
     for step, how in ((_conv(F16), context), (_residual(DType.BF16), context), (_residual(F32, channels=32), rounding)):
         for tile in conv_halo.candidates(step, Geometry(step), how):
+            if tile.stages > 2:
+                continue
             for launch in lower_in(step, Geometry(step), tile, how):
                 yield f"conv {tile}", launch
 
