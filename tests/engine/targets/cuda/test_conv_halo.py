@@ -115,7 +115,9 @@ def test_a_block_takes_several_tiles(hopper: Runner, count: int) -> None:
     cases = []
     x, n = ((5, 40, 13, 11), 72) if count < 100 else ((60, 64, 30, 29), 264)
     few = replace(hopper.context, multiprocessors=2) if count < 100 else hopper.context
-    for tile in (HaloTile(128, 64, 2), HaloTile(128, 32, 3), HaloTile(192, 64, 4), HaloTile(128, 128, 2)):
+    straight = (HaloTile(128, 64, 2), HaloTile(128, 32, 3), HaloTile(192, 64, 4), HaloTile(128, 128, 2))
+    swapped = (HaloTile(192, 64, 3, swapped=True), HaloTile(128, 128, 2, swapped=True))
+    for tile in straight + swapped:
         step = make_step(cv.conv_op(3), [(F16, x), weight(n, x[1], 3, 3), weight(n, 1, 1)])
         launches = lower_in(step, Geometry(step), tile, few)
         cases.append(Case(f"{x} {tile}", step, 9 * x[1], lowered=launches, rounding=2.0**-21))
