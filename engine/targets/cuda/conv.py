@@ -1,9 +1,9 @@
 """Convolutions: which kernel runs which, and those of the matrix units.
 
-1×1 ones are matrix products (gemm.py), the rest implicit ones (conv_wgmma.py on sm_90a where the copy engine can gather
-the image, else conv_mma.cuh), but for images with few channels (conv_stem.py), patches that do not overlap
-(conv_patch.py), depthwise filters (depthwise.py), and those that the ordinary units do better, or that only they can do
-(conv_simt.py).
+1×1 ones are matrix products (gemm.py), the rest implicit ones (conv_halo.py and conv_wgmma.py on sm_90a where the copy
+engine can gather the image, else conv_mma.cuh), but for images with few channels (conv_stem.py), patches that do not
+overlap (conv_patch.py), depthwise filters (depthwise.py), and those that the ordinary units do better, or that only
+they can do (conv_simt.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from engine.ir.dtype import DType
 from engine.ir.ops import Conv, Op
 from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Tensor
-from engine.targets.cuda import conv_wgmma
+from engine.targets.cuda import conv_halo, conv_wgmma
 from engine.targets.cuda.conv_geometry import (
     AXES,
     Geometry,
@@ -25,6 +25,7 @@ from engine.targets.cuda.conv_geometry import (
     row_length,
     tap_strides,
 )
+from engine.targets.cuda.conv_halo import HaloTile
 from engine.targets.cuda.conv_patch import is_patches, launch_patches
 from engine.targets.cuda.conv_simt import (
     epilogue_for,
@@ -106,16 +107,23 @@ def lower(step: Step, context: Context) -> list[Launch]:
     # The filters that a launch has just packed lie where the sums of a split product would.
     splits = _MOST_SPLITS if is_constant(step.inputs[1]) else 1
     m, n, k, batch = geometry.rows, geometry.n, geometry.phases[0].k, geometry.groups * len(geometry.phases)
-    tile = pick_mma(m, n, k, batch, context.architecture, context.multiprocessors, operands, splits)
-    cycles = _GATHERING * mma_cycles(m, n, k, batch, tile, context.multiprocessors, operands)
+    portable = pick_mma(m, n, k, batch, context.architecture, context.multiprocessors, operands, splits)
+    cycles = _GATHERING * mma_cycles(m, n, k, batch, portable, context.multiprocessors, operands)
+    tile: Tile | HaloTile = portable
     choice = conv_wgmma.pick(step, geometry, operands, splits, context)
     if choice is not None and choice.cycles < cycles:
-        return lower_in(step, geometry, choice.tile, context)
+        tile, cycles = choice.tile, choice.cycles
+    halo = conv_halo.pick(step, geometry, operands, context)
+    if halo is not None and halo.cycles < cycles:
+        tile = halo.tile
     return lower_in(step, geometry, tile, context)
 
 
-def lower_in(step: Step, geometry: Geometry, tile: Tile, context: Context) -> list[Launch]:
+def lower_in(step: Step, geometry: Geometry, tile: Tile | HaloTile, context: Context) -> list[Launch]:
     """The launches of an implicit product in the given tile."""
+    if isinstance(tile, HaloTile):
+        filters, _ = filters_of(step, geometry, context, conv_halo.panel_channels(step))
+        return [conv_halo.launch_halo(step, geometry, filters, tile, context)]
     if isinstance(tile, WgmmaTile):
         filters, packing = filters_of(step, geometry, context, conv_wgmma.panel_channels(tile, step))
         return [*packing, conv_wgmma.launch_conv(step, geometry, filters, tile, context)]

@@ -30,7 +30,7 @@ _MOST_CHANNELS = 4
 _MOST_SLABS = 6  # of output channels: each of them reads the whole image
 _MOST_TABLE = 20  # half steps whose places a lane has registers for
 _WARPS = 4
-_BLOCKS = 3  # that share a multiprocessor: one brings its window while the others multiply
+BLOCKS = 3  # that share a multiprocessor: one brings its window while the others multiply
 _MOST_UNITS = 28  # of eight pixels side by side in a tile
 _LINE_BYTES = 128
 
@@ -114,7 +114,7 @@ def candidates(geometry: Geometry, pairs: Pairs, architecture: Architecture) -> 
         for parts, rows in product((across, 2 * across, 4 * across), (8, 4, 2, 1))
         if rows < 2 * height and parts <= every
     ]
-    for blocks in range(_BLOCKS, 0, -1):
+    for blocks in range(BLOCKS, 0, -1):
         room = share_of(architecture.shared_bytes, blocks)
         fitting = [tile for tile in tiles if tile.shared_bytes(geometry, pairs) <= room]
         if fitting:
@@ -139,7 +139,9 @@ def _cycles(geometry: Geometry, pairs: Pairs, tile: StemTile, multiprocessors: i
     stored = pixels * min(tile.columns, geometry.n) * 2 / _BYTES
     share = max(tile.items * item, stored) + copied  # of the multiprocessor's time
     alone = ceildiv(tile.items, _WARPS) * _WARPS * item + copied + _LATENCY
-    rounds, resident = ceildiv(count, multiprocessors * _BLOCKS), min(_BLOCKS, ceildiv(count, multiprocessors))
+    slabs = ceildiv(geometry.n, tile.columns)
+    rounds = ceildiv(tiles, max(1, multiprocessors * BLOCKS // slabs))
+    resident = min(BLOCKS, ceildiv(count, multiprocessors))
     return rounds * max(resident * share, alone) + alone / 2
 
 
@@ -181,7 +183,7 @@ def launch_stem(step: Step, geometry: Geometry, context: Context, tile: StemTile
         "padded_channels": pairs.channels, "kernel_h": geometry.kernel[1], "stride_h": geometry.strides[1],
         "stride_w": geometry.strides[2], "dilation_h": geometry.dilations[1], "dilation_w": geometry.dilations[2],
         "rows": tile.rows, "units": tile.units, "window_w": window_w, "fragments": tile.fragments,
-        "n_blocks": tile.n_blocks, "warps": _WARPS, "blocks": _BLOCKS, "row_pairs": pairs.row,
+        "n_blocks": tile.n_blocks, "warps": _WARPS, "blocks": BLOCKS, "row_pairs": pairs.row,
         "steps": pairs.steps, "regular": pairs.regular, **_steps(geometry),
         "exact": False, "shared_bytes": tile.shared_bytes(geometry, pairs),
     }  # fmt: skip
@@ -194,8 +196,8 @@ def launch_stem(step: Step, geometry: Geometry, context: Context, tile: StemTile
         **{name: value for name, value in geometry.arguments().items() if name not in known},
         "w": Pointer(packed, ctype=STORAGE[element]), "tiles": tiles,
     }  # fmt: skip
-    # Blocks take turns as evenly as the tiles allow.
-    rounds = ceildiv(tiles * slabs, max(1, context.multiprocessors) * _BLOCKS)
+    # Blocks take turns as evenly as the tiles allow, all of them resident at once.
+    rounds = ceildiv(tiles, max(1, max(1, context.multiprocessors) * BLOCKS // slabs))
     return launch(
         "conv", "conv_stem.cuh", config, [epilogue_for(step, geometry.n)], arguments,
         (ceildiv(tiles, rounds), slabs, 1), 32 * _WARPS, tile.shared_bytes(geometry, pairs), Instruction.MMA,

@@ -24,11 +24,11 @@ from engine.targets.cuda.kernel import (
     is_constant,
     launch,
 )
-from engine.targets.cuda.tiles import Operands, WgmmaTile, wgmma_cycles, wgmma_tiles
+from engine.targets.cuda.tiles import GATHERED, Operands, WgmmaTile, wgmma_cycles, wgmma_tiles
 
 _PANELS = (128, 64, 32)  # bytes of channels that a copy can bring of each pixel
 _MOST_STEP = 8  # pixels between neighbours of the walk
-_REACH = {2: (-128, 127, 255), 3: (-16, 15, 31)}
+REACH = {2: (-128, 127, 255), 3: (-16, 15, 31)}
 """By spatial axes: corners of the bounding box, and the largest offset of a copy."""
 
 
@@ -45,7 +45,7 @@ def suits(geometry: Geometry) -> bool:
     first, *others = geometry.phases
     if others or not first.k or not geometry.reads_chunks(16 // geometry.x_dtype.itemsize, geometry.x_dtype):
         return False
-    lowest, highest, reach = _REACH[_spatial(geometry)]
+    lowest, highest, reach = REACH[_spatial(geometry)]
     along = [_Axis.of(geometry, axis) for axis in range(3)[-_spatial(geometry) :]]
     lies = zip((geometry.images, *geometry.input), geometry.x_strides, strict=True)
     return (
@@ -62,8 +62,11 @@ def _spatial(geometry: Geometry) -> int:
 
 @dataclass(frozen=True)
 class _Axis:
-    """The walk along one axis: corners of the bounding box, the step, and the largest offset."""
+    """The walk along one axis of `size` pixels that lie `spacing` pixels of the image apart: corners of the bounding
+    box, the step, and the largest offset."""
 
+    size: int
+    spacing: int
     lower: int
     upper: int
     step: int
@@ -72,11 +75,13 @@ class _Axis:
     @classmethod
     def of(cls, geometry: Geometry, axis: int) -> _Axis:
         (phase,) = geometry.phases
-        along, stride = phase.axes[axis], geometry.strides[axis]
+        along, stride, size = phase.axes[axis], geometry.strides[axis], geometry.input[axis]
+        reach = (len(along.taps) - 1) * geometry.dilations[axis]
+        if not reach and not along.pad and (along.out - 1) * stride < size:
+            return cls(along.out, stride, 0, 0, 1, 0)  # the pixels that are met are an image of their own
         # The last patch begins at the last pixel of the box, whatever the padding at the end.
         last = (along.out - 1) * stride - along.pad
-        reach = (len(along.taps) - 1) * geometry.dilations[axis]
-        return cls(-along.pad, last - (geometry.input[axis] - 1), stride if along.out > 1 else 1, reach)
+        return cls(size, 1, -along.pad, last - (size - 1), stride if along.out > 1 else 1, reach)
 
 
 def pick(step: Step, geometry: Geometry, operands: Operands, most_splits: int, context: Context) -> Choice | None:
@@ -95,7 +100,7 @@ def pick(step: Step, geometry: Geometry, operands: Operands, most_splits: int, c
             continue
         k = padded_k(geometry, panel)
         for tile in wgmma_tiles(m, n, k, operands, most_splits, groups, panel_bytes):
-            cycles = wgmma_cycles(m, n, k, tile, context.multiprocessors, operands, groups, step.cost.bytes)
+            cycles = wgmma_cycles(m, n, k, tile, context.multiprocessors, operands, groups, step.cost.bytes, GATHERED)
             choices.append(Choice(tile, cycles))
     return min(choices, key=lambda choice: choice.cycles, default=None)
 
@@ -112,8 +117,8 @@ def launch_conv(step: Step, geometry: Geometry, filters: Pointer, tile: WgmmaTil
     k = padded_k(geometry, panel)
     tiles = ceildiv(geometry.rows, tile.m) * ceildiv(geometry.n, tile.n)
     sizes = {
-        "out": phase.out, "stride": geometry.strides, "pad": phase.pads, "kernel": phase.kernel,
-        "dilation": geometry.dilations,
+        "out": phase.out, "stride": [_Axis.of(geometry, axis).step for axis in range(3)], "pad": phase.pads,
+        "kernel": phase.kernel, "dilation": geometry.dilations,
     }  # fmt: skip
     return launch(
         "conv",
@@ -141,24 +146,30 @@ def _pixels(geometry: Geometry, panel: int, pixels: int) -> PixelMap:
     """The image as the copy engine walks it."""
     axes = range(3)[-_spatial(geometry) :][::-1]  # x first
     along = [_Axis.of(geometry, axis) for axis in axes]
-    channels, chunk = geometry.groups * geometry.channels, 16 // geometry.x_dtype.itemsize
-    sizes = [*(geometry.input[axis] for axis in axes), geometry.images]
-    # The driver wants a stride along an axis of size 1, too: as if the image were dense there.
-    strides, dense = [], row_length(channels, chunk)
-    lies = (*(geometry.x_strides[1 + axis] for axis in axes), geometry.x_strides[0])
-    for size, stride in zip(sizes, lies, strict=True):
-        strides.append(stride or dense)
-        dense = strides[-1] * size
+    sizes = tuple(axis.size for axis in along)
+    strides, image_stride = pixel_strides(geometry, sizes, tuple(axis.spacing for axis in along))
     return PixelMap(
         geometry.x,
-        channels,
+        geometry.groups * geometry.channels,
         geometry.images,
-        strides[-1],
-        tuple(sizes[:-1]),
-        tuple(strides[:-1]),
+        image_stride,
+        sizes,
+        strides,
         tuple(axis.lower for axis in along),
         tuple(axis.upper for axis in along),
         tuple(axis.step for axis in along),
         panel,
         pixels,
     )
+
+
+def pixel_strides(geometry: Geometry, sizes: tuple[int, ...], spacings: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """Elements between neighbours along the spatial axes, x first, of an image of `sizes` with only every so many-th
+    pixel, and between images. The driver wants a stride along an axis of size 1, too: as if the image were dense."""
+    dense = row_length(geometry.groups * geometry.channels, 16 // geometry.x_dtype.itemsize)
+    lies = geometry.x_strides[::-1][: len(sizes)]
+    strides = []
+    for size, spacing, stride in zip(sizes, spacings, lies, strict=True):
+        strides.append(stride * spacing or dense)
+        dense = strides[-1] * size
+    return tuple(strides), geometry.x_strides[0] or dense

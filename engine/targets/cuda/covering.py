@@ -45,7 +45,7 @@ from engine.ir.ops import (
 )
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
-from engine.targets.cuda import attention_wgmma, conv_stem
+from engine.targets.cuda import attention_wgmma, conv_halo, conv_stem
 from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.attention import heads_of, launch_attention
 from engine.targets.cuda.attention_tiles import Heads, candidates
@@ -458,6 +458,18 @@ def _gathered_convolutions(context: Context, rounding: Context) -> Iterator[tupl
     ]
     for step, how, tiles in chosen:
         for tile in tiles:
+            for launch in lower_in(step, Geometry(step), tile, how):
+                yield f"conv {tile}", launch
+    if context.architecture.wgmma:
+        yield from _halos(context, rounding)
+
+
+def _halos(context: Context, rounding: Context) -> Iterator[tuple[str, Launch]]:
+    """Implicit products that read a tile's pixels once, in every tile: the length of a ring is only a number."""
+    for step, how in ((_conv(F16), context), (_residual(DType.BF16), context), (_residual(F32, channels=32), rounding)):
+        for tile in conv_halo.candidates(step, Geometry(step), how):
+            if tile.stages > 2:
+                continue
             for launch in lower_in(step, Geometry(step), tile, how):
                 yield f"conv {tile}", launch
 

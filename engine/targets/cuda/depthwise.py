@@ -151,11 +151,16 @@ def cycles(window: Window, tile: DepthwiseTile, multiprocessors: int) -> float:
     alone = ceildiv(items, _WARPS) * _WARPS * item + copied + 3 * _TILE + _LATENCY
     if tile.stages == 1:
         return max(count / multiprocessors * share, count / multiprocessors / window.blocks * alone) + alone + _START
-    rounds, resident = (
-        ceildiv(count, multiprocessors * window.blocks),
-        min(window.blocks, ceildiv(count, multiprocessors)),
-    )
+    rounds, resident = _rounds(window, tile, multiprocessors), min(window.blocks, ceildiv(count, multiprocessors))
     return rounds * max(resident * share, alone - _LATENCY / 2) + _LATENCY + _START
+
+
+def _rounds(window: Window, tile: DepthwiseTile, multiprocessors: int) -> int:
+    """Tiles that each block of a ring takes, where all blocks are resident at once: one more than that would wait for
+    the others to end, and double the time."""
+    slabs = ceildiv(window.channels, tile.channels)
+    blocks = max(1, max(1, multiprocessors) * window.blocks // slabs)  # with the same channels
+    return ceildiv(tile.count(window), blocks)
 
 
 @lru_cache(maxsize=4096)
@@ -217,8 +222,7 @@ def launch_depthwise_product(
         "w": Pointer(packed, ctype=STORAGE[element]), "channels": geometry.groups, "tiles": count,
     }  # fmt: skip
     # Blocks take turns as evenly as the tiles allow; with a single stage every tile has a block of its own.
-    resident = max(1, context.multiprocessors) * window.blocks
-    rounds = 1 if tile.stages == 1 else ceildiv(count * slabs, resident)
+    rounds = 1 if tile.stages == 1 else _rounds(window, tile, context.multiprocessors)
     return launch(
         "depthwise", "depthwise_mma.cuh", config, [epilogue_for(step, VECTOR)], arguments,
         (slabs, min(ceildiv(count, rounds), 65535), 1), 32 * _WARPS, tile.stages * tile.stage_bytes(window),

@@ -205,6 +205,25 @@ def wgmma_tiles(
     return _split(tiles, m, n, k * operands.itemsize, groups, most_splits)
 
 
+@dataclass(frozen=True)
+class Rates:
+    """What the time of wgmma depends on: the time of a multiplication beside its nominal rate, `steady` and what is
+    divided by the columns of a tile (wide instructions read less shared memory for each), and the bytes a cycle that
+    all multiprocessors get from memory."""
+
+    steady: float
+    narrow: float
+    memory: float
+
+
+PRODUCTS = Rates(0.93, 55, 1294)
+"""Fitted to a sweep of all tiles and splits over 28 shapes of fp16 on an H100 (products of transformers and of 1×1
+convolutions, 600 timings): the tile picked took 1 % longer than the best one on average, 9 % at worst."""
+GATHERED = Rates(0.78, 64, 1540)
+"""Patches of convolutions: fitted to 26 timings of layers of ResNet-50 and VGG-16 in four tiles on an H100, 10 % off on
+average."""
+
+
 def wgmma_cycles(
     m: int,
     n: int,
@@ -214,15 +233,12 @@ def wgmma_cycles(
     operands: Operands,
     groups: int = 1,
     nbytes: int | None = None,
+    rates: Rates = PRODUCTS,
 ) -> float:
     """Estimated cycles of `groups` products in tiles of wgmma. `nbytes`: what they touch in memory, where that is not
-    just the matrices.
-
-    The constants are fitted to a sweep of all tiles and splits over 28 shapes of fp16 on an H100 (products of
-    transformers and of 1×1 convolutions, 600 timings): the tile picked took 1 % longer than the best one on average,
-    9 % at worst. Wide instructions read less shared memory for each multiplication: they are closer to their rate.
+    just the matrices. The constants are fitted as those of `PRODUCTS`.
     """
-    slowdown, least_step, l2_rate, memory_rate = 0.93 + 55 / tile.n, 202, 67, 1294  # cycles; bytes a cycle, of the GPU
+    slowdown, least_step, l2_rate = rates.steady + rates.narrow / tile.n, 202, 67  # cycles; bytes a cycle
     epilogue, launch = 955 + 0.013 * tile.m * tile.n, 1920
     tiles = ceildiv(m, tile.m) * ceildiv(n, tile.n)
     steps = ceildiv(ceildiv(k * operands.itemsize, 128), tile.splits)
@@ -241,4 +257,4 @@ def wgmma_cycles(
     if tile.splits > 1:
         time += _ARRIVAL + (tile.splits + 1) * tile.m * tile.n * 4 / _PARTIAL_RATE
     touched = nbytes or operands.itemsize * groups * (m * k + k * n + m * n)
-    return launch + hypot(time, touched / memory_rate)
+    return launch + hypot(time, touched / rates.memory)

@@ -15,12 +15,12 @@ from engine.ir.ops import Conv
 from engine.plan.plan import Step
 from engine.plan.tensor import BufferKind
 from engine.targets.cuda import covering as cv
-from engine.targets.cuda.architecture import ARCHITECTURES, SM_80
+from engine.targets.cuda.architecture import ARCHITECTURES, SM_80, SM_90A
 from engine.targets.cuda.conv import filters_of, launch_conv, lower
 from engine.targets.cuda.conv_geometry import Geometry, pack_filter, pack_taps
-from engine.targets.cuda.conv_stem import is_stem
+from engine.targets.cuda.conv_stem import BLOCKS, StemTile, is_stem, launch_stem
 from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
-from engine.targets.cuda.depthwise import is_depthwise_product
+from engine.targets.cuda.depthwise import candidates, is_depthwise_product, launch_depthwise_product, window_of
 from engine.targets.cuda.kernel import Context, Launch, Pointer, WeightStore
 from engine.targets.cuda.tiles import MMA_TILES
 from tests.engine.targets.cuda.cases import rng_of
@@ -188,3 +188,26 @@ def test_weight_layouts() -> None:
     packed = pack_filter(w, back, 8).reshape(2, 3, 16)
     assert np.array_equal(packed[1, 2, :12].reshape(2, 2, 3), w[3:, 2, ::-1, ::-1].transpose(1, 2, 0))
     assert np.array_equal(pack_taps(w, 2, True, F32)[0, 1, 0, 2], w[2::3, :, 1, 0].reshape(-1).astype(np.float32))
+
+
+@pytest.mark.parametrize(("channels", "kernel", "stride"), [(672, 5, 2), (672, 5, 1), (480, 3, 1), (16000, 3, 1)])
+def test_blocks_that_take_several_tiles_are_resident_at_once(channels: int, kernel: int, stride: int) -> None:
+    """A few blocks more than fit would wait for all others to end."""
+    context, pad = Context(SM_90A, 132, WeightStore()), kernel // 2
+    step = conv_step((128, channels, 14, 14), (channels, 1, kernel, kernel), strides=stride, pad=pad, groups=channels)
+    geometry = Geometry(step)
+    window = window_of(geometry)
+    for tile in candidates(window, SM_90A.shared_bytes):
+        if tile.stages == 1:
+            continue
+        across, down, _ = launch_depthwise_product(step, geometry, context, tile).grid
+        assert across * down <= max(across, 132 * window.blocks)
+        assert down <= tile.count(window)
+
+
+def test_blocks_of_a_wide_stem_are_resident_at_once() -> None:
+    context = Context(SM_90A, 132, WeightStore())
+    step = conv_step((128, 3, 64, 64), (200, 3, 3, 3), pad=1)
+    across, slabs, _ = launch_stem(step, Geometry(step), context, StemTile(8, 8, 8, 2)).grid
+    assert slabs == 4
+    assert 132 < across * slabs <= 132 * BLOCKS

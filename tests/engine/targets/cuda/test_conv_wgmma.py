@@ -207,7 +207,7 @@ def test_fp32_is_not_rounded_unless_the_context_says_so() -> None:
 @pytest.mark.parametrize(("channels", "panel"), [(64, 64), (256, 64), (32, 32), (40, 64)])
 def test_panels_follow_the_channels(channels: int, panel: int) -> None:
     """Few channels come in narrow panels, several kernel positions to a stage."""
-    (launch,) = lower(conv_step((32, channels, 56, 56), (64, channels, 3, 3), pad=1), CONTEXT)
+    (launch,) = lower(conv_step((32, channels, 56, 56), (64, channels, 3, 3), pad=1, strides=2), CONTEXT)
     (image,) = (argument for _, argument in launch.arguments if isinstance(argument, PixelMap))
     assert image.box_channels == panel
 
