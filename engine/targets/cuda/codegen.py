@@ -27,6 +27,7 @@ COMPUTE = {
 }  # fmt: skip
 """The types in which elements are computed (`compute_t` of kernels/types.cuh)."""
 
+_ROUNDED = 2.0**-22  # a constant of a model beside the number that it stands for
 _SMALL = frozenset({DType.I16, DType.I8, DType.U16, DType.U8})
 
 _FLOAT = {
@@ -222,9 +223,20 @@ class _Lines:
 
 
 def _expression_lines(roots: Sequence[ex.Expr]) -> _Lines:
-    """One statement per operation, shared sub-expressions once."""
+    """One statement per operation, shared sub-expressions once. Where all results have 16 bits, GELU is computed as
+    well as these need."""
     result = _Lines()
+    narrow = all(root.dtype in (DType.F16, DType.BF16) for root in roots)
+    short = {node: x for node in ex.walk(*roots) if (x := _gelu_of(node)) is not None} if narrow else {}
+    used, pending = set[ex.Expr](), list(roots)
+    while pending:
+        node = pending.pop()
+        if node not in used:
+            used.add(node)
+            pending += [short[node]] if node in short else node.args if isinstance(node, ex.Apply) else ()
     for node in ex.walk(*roots):
+        if node not in used:
+            continue
         if isinstance(node, ex.Arg):
             result.names[node] = f"inputs.a{node.index}[i]"
         elif isinstance(node, ex.Acc):
@@ -233,10 +245,35 @@ def _expression_lines(roots: Sequence[ex.Expr]) -> _Lines:
             result.names[node] = literal(node.value, node.dtype)
         else:
             name = f"t{len(result.lines)}"
-            value = _apply(node, [result.names[arg] for arg in node.args])
+            if node in short:
+                value = f"gelu_narrow({result.names[short[node]]})"
+            else:
+                value = _apply(node, [result.names[arg] for arg in node.args])
             result.lines.append(f"const {COMPUTE[node.dtype]} {name} = {value};")
             result.names[node] = name
     return result
+
+
+def _gelu_of(node: ex.Expr) -> ex.Expr | None:
+    """x where `node` is (x · ½) · (erf(x · √½) + 1) in fp32, as the pass `canonicalise_activations` writes it."""
+    if not isinstance(node, ex.Apply) or node.op is not PointOp.MUL or node.dtype is not DType.F32:
+        return None
+    for half, more in (node.args, node.args[::-1]):
+        x, erf = _scaled(half, PointOp.MUL, 0.5), _scaled(more, PointOp.ADD, 1.0)
+        if x is None or not isinstance(erf, ex.Apply) or erf.op is not PointOp.ERF:
+            continue
+        if x.dtype is DType.F32 and _scaled(erf.args[0], PointOp.MUL, math.sqrt(0.5)) == x:
+            return x
+    return None
+
+
+def _scaled(node: ex.Expr, op: PointOp, by: float) -> ex.Expr | None:
+    """The other operand where `node` is `op` of anything and the constant `by`."""
+    if isinstance(node, ex.Apply) and node.op is op:
+        for value, other in (node.args, node.args[::-1]):
+            if isinstance(value, ex.Const) and math.isclose(float(value.value), by, rel_tol=_ROUNDED):
+                return other
+    return None
 
 
 def _apply(node: ex.Apply, operands: Sequence[str]) -> str:
