@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import hypot
 
 from engine.targets.cuda.kernel import Context, ceildiv
@@ -120,24 +121,24 @@ _BLOCK_RATE, _TOTAL_RATE = 40, 1600
 _RESIDENT_THREADS = 1024  # of a multiprocessor: the batches need 64 registers each
 
 
+@lru_cache(maxsize=4096)  # hundreds of candidates, and a model has few distinct shapes
 def pick_column_walk(kept: int, steps: int, chunks: int, vector_bytes: int, multiprocessors: int) -> ColumnWalk:
     """The walk with the least estimated time over `steps` rows of `chunks` vectors for each of `kept` rows, where
     columns are kept. Blocks that read less than 32 bytes side by side (a sector of the caches) would read it twice."""
     least = min(chunks, max(1, 32 // vector_bytes))
     walks = (
-        _column_walk(kept, steps, chunks, ceildiv(chunks, column_tiles), threads, wanted)
+        _column_walk(kept, steps, chunks, column_threads, threads, wanted)
         for threads in (BLOCK_THREADS, 2 * BLOCK_THREADS)
-        for column_tiles in _tile_counts(chunks, least, threads)
+        for column_threads in _column_threads(chunks, least)
         for wanted in _part_counts(steps)
     )
     return min(walks, key=lambda walk: _walk_cycles(walk, steps, vector_bytes, multiprocessors))
 
 
-def _tile_counts(chunks: int, least: int, threads: int) -> list[int]:
-    """Into how many tiles the columns may be cut: those of `least` vectors or more, at most as many as a block has
-    `threads`."""
-    first, last = ceildiv(chunks, min(32, threads)), max(1, chunks // max(1, least))
-    return sorted({ceildiv(chunks, ceildiv(chunks, count)) for count in range(first, max(first, last) + 1)})
+def _column_threads(chunks: int, least: int) -> list[int]:
+    """Vectors of columns side by side in a block: `least` to a warp, and even shares of all where these are few."""
+    even = {ceildiv(chunks, count) for count in range(1, 33)}
+    return sorted(count for count in even | {1, 2, 4, 8, 16, 32} if least <= count <= min(chunks, 32))
 
 
 def _part_counts(steps: int) -> list[int]:
