@@ -282,6 +282,11 @@ def light_steps() -> Iterator[Step]:
             reduce = Reduce(kinds[i % len(kinds)], (axis,), False, source, (store,))
             yield make_step(reduce, [(dtype, shape)], f"{reduce.kind.value} {dtype.value} {shape}")
 
+    for dtype, (c, h) in zip(_LIGHT_TYPES, ((144, 56), (32, 112), (144, 56), (144, 56)), strict=True):
+        inner = Tensor(Buffer("input0", BufferKind.INPUT, 8 * c * h * h), dtype, (1, c, h, h), (1, 1, h * c, c))
+        average = Reduce(ReduceKind.MEAN, (2, 3), True, wide(dtype), (plain(dtype),))
+        yield make_step(average, [inner], f"average of an image of {dtype.value}, channels inside")
+
     for i, spatial in enumerate((1, 2, 3, 2)):
         kernel = 15 if i == 3 else 3
         for dtype in (_LIGHT_TYPES[i], DType.U8)[: 1 + (i == 1)]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -113,6 +115,23 @@ def test_few_results_of_long_walks(runner: Runner, count: int) -> None:
         cases.append(Case(label, step, terms, feeds, twice, computed=wide(dtype)))
         split += [len(axes)] * (dict(launches[0].arguments)["splits"] != 1)
     assert set(split) == {1, 2, 3}
+    check(runner, cases)
+
+
+def test_averages_of_images_in_every_walk(runner: Runner) -> None:
+    """Channels inside: as an H100 takes them, in wide blocks, in tiles of columns, in parts."""
+    cases, walks = [], set()
+    for images, channels, size in ((1, 144, 56), (1, 32, 112), (1, 20, 14), (3, 240, 14), (7, 672, 7)):
+        image = cv.channels_inner(images, channels, size, size)
+        op = reduction(ReduceKind.MEAN, (2, 3), F16, keepdims=True)
+        step = make_step(op, [image])
+        (launch,) = lower(step, replace(runner.context, multiprocessors=132))
+        arguments = dict(launch.arguments)
+        walks.add((launch.kernel.threads, arguments["splits"] != 1, arguments["column_tiles"] != 1))
+        label = f"{images}x{channels}x{size}"
+        cases.append(Case(label, step, size * size, lowered=[launch], computed=F32))
+    assert {threads for threads, _, _ in walks} == {256, 512}
+    assert {split for _, split, _ in walks} == {tiled for _, _, tiled in walks} == {False, True}
     check(runner, cases)
 
 
