@@ -15,6 +15,7 @@ from engine.targets.cuda.attention import heads_of, sizes_of
 from engine.targets.cuda.attention_tiles import cycles as portable_cycles
 from engine.targets.cuda.attention_tiles import pick
 from engine.targets.cuda.gemm import operands_of, pick_tile
+from engine.targets.cuda.gemm_stream import StreamTile, stream_cycles
 from engine.targets.cuda.kernel import Context
 from engine.targets.cuda.product import product_of
 from engine.targets.cuda.tiles import WgmmaTile, mma_cycles, wgmma_cycles
@@ -37,6 +38,8 @@ def predicted_us(step: Step, context: Context) -> float | None:
 def _product_cycles(step: Step, context: Context) -> float:
     product, multiprocessors = product_of(step, context), context.multiprocessors
     tile, operands = pick_tile(product, context), operands_of(product.dtype, context)
+    if isinstance(tile, StreamTile):
+        return stream_cycles(product, tile, multiprocessors, product.dtype.itemsize)
     if isinstance(tile, WgmmaTile):
         return wgmma_cycles(product.m, product.n, product.k, tile, multiprocessors, operands)
     return mma_cycles(product.m, product.n, product.k, product.batch.count, tile, multiprocessors, operands)

@@ -60,6 +60,9 @@ _MOST_BLOCKS = 65535  # along the second and third axis of a grid
 _GATHERING = 1.85
 """The time of conv_mma.cuh beside what `mma_cycles` estimates of a product of the same sizes: typical of 24 layers of
 ResNet-50 and VGG-16 on an H100 (1.4 to 3.6)."""
+_DIRECT_OUTPUTS = 64 * 128
+"""The results that fill a multiprocessor with threads of conv_direct.cuh. A 1×1 convolution of fewer (that of a
+squeeze-and-excite layer, of 1×1 images) is a product: lanes share the channels that one thread would walk through."""
 _SIMT_COST = 12  # the time of a multiply-add outside the matrix units beside one of fp16 inside, with what it loads
 
 
@@ -93,11 +96,13 @@ def lower(step: Step, context: Context) -> list[Launch]:
         return [launch_depthwise_product(step, geometry, context)]
     if is_depthwise(step, geometry):
         return [launch_depthwise(step, geometry, context)]
-    if is_stem(step, geometry, context):
-        return [launch_stem(step, geometry, context)]
-    if is_direct(step, geometry):
-        return [launch_direct(step, geometry, context)]
     operands = operands_of(step, context)
+    few = geometry.rows * geometry.n <= _DIRECT_OUTPUTS * context.multiprocessors
+    if not (few and operands and geometry.k and _is_product(step, geometry)):
+        if is_stem(step, geometry, context):
+            return [launch_stem(step, geometry, context)]
+        if is_direct(step, geometry):
+            return [launch_direct(step, geometry, context)]
     if operands is None or _prefers_simt(geometry, operands):
         return [launch_simt(step, geometry, context)]
     if is_patches(step, geometry):

@@ -54,7 +54,8 @@ from engine.targets.cuda.conv_geometry import Geometry, channels_last
 from engine.targets.cuda.conv_stem import is_stem, launch_stem, pairs_of
 from engine.targets.cuda.depthwise import is_depthwise_product, launch_depthwise_product
 from engine.targets.cuda.families import family_of
-from engine.targets.cuda.gemm import epilogue_of, launch_product
+from engine.targets.cuda.gemm import epilogue_of, launch_product, operands_of
+from engine.targets.cuda.gemm_stream import stream_tile
 from engine.targets.cuda.image import Filter, centre_box, launch_images
 from engine.targets.cuda.kernel import Context, Launch, WeightStore
 from engine.targets.cuda.product import product_of
@@ -280,6 +281,11 @@ def light_steps() -> Iterator[Step]:
             source, store = (wide(dtype), plain(dtype)) if dtype.is_float else (ex.Arg(0, dtype), ex.Acc(dtype))
             reduce = Reduce(kinds[i % len(kinds)], (axis,), False, source, (store,))
             yield make_step(reduce, [(dtype, shape)], f"{reduce.kind.value} {dtype.value} {shape}")
+
+    for dtype, (c, h) in zip(_LIGHT_TYPES, ((144, 56), (32, 112), (144, 56), (144, 56)), strict=True):
+        inner = Tensor(Buffer("input0", BufferKind.INPUT, 8 * c * h * h), dtype, (1, c, h, h), (1, 1, h * c, c))
+        average = Reduce(ReduceKind.MEAN, (2, 3), True, wide(dtype), (plain(dtype),))
+        yield make_step(average, [inner], f"average of an image of {dtype.value}, channels inside")
 
     for i, spatial in enumerate((1, 2, 3, 2)):
         kernel = 15 if i == 3 else 3
@@ -564,7 +570,7 @@ def _conv(
 
 
 def products(context: Context) -> Iterator[tuple[str, Launch]]:
-    """Products in every tile, whole and split, and with every kind of operands."""
+    """Products in every tile, whole and split, and in slices, with every kind of operands."""
     fp16, architecture = _product(F16), context.architecture
     residual = make_step(Gemm((BIAS_RESIDUAL,)), [*fp16.inputs, (F16, (300, 400))])
     portable = [tile for tile in MMA_TILES if tile.shared_bytes <= architecture.shared_bytes]
@@ -583,9 +589,19 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         epilogue = epilogue_of(step, step.op.stores, (0, 1), 400)
         for tile in tiles:
             yield f"gemm {tile}", launch_product(product_of(step, how), epilogue, tile, how)
+    for dtype, k in ((F16, 16), (F16, 32), (DType.BF16, 32), (F32, 8), (F32, 16)):
+        step, how = _product(dtype, 5000, k, 96 + k, residual=k == 32 and dtype is F16), rounding
+        assert isinstance(step.op, Gemm)
+        product = product_of(step, how)
+        slices = stream_tile(product, operands_of(dtype, how))
+        assert slices is not None
+        epilogue = epilogue_of(step, step.op.stores, (0, 1), product.n)
+        yield f"gemm {slices}", launch_product(product, epilogue, slices, how)
 
 
-def _product(dtype: DType) -> Step:
-    """A product with a weight, bias and GELU."""
-    store = stored(gelu(add(ACC, arg(2, dtype))), dtype)
-    return make_step(Gemm((store,)), [(dtype, (300, 384)), weight(384, 400, dtype=dtype), weight(400, dtype=dtype)])
+def _product(dtype: DType, m: int = 300, k: int = 384, n: int = 400, residual: bool = False) -> Step:
+    """A product with a weight, bias and GELU, or a residual."""
+    biased = add(ACC, arg(2, dtype))
+    store = stored(add(biased, arg(3, dtype)) if residual else gelu(biased), dtype)
+    inputs: list[Given] = [(dtype, (m, k)), weight(k, n, dtype=dtype), weight(n, dtype=dtype)]
+    return make_step(Gemm((store,)), [*inputs, *([(dtype, (m, n))] if residual else [])])

@@ -57,6 +57,8 @@ def kernels(step: Step) -> list[str]:
     ("step", "expected"),
     [
         (conv_step((2, 64, 9, 9), (32, 64, 1, 1)), ["gemm_mma"]),
+        (conv_step((1, 4, 1, 1), (96, 4, 1, 1)), ["gemm_mma"]),
+        (conv_step((128, 20, 1, 1), (480, 20, 1, 1)), ["gemm_mma"]),
         (conv_step((2, 64, 9), (32, 64, 1)), ["gemm_mma"]),
         (conv_step((2, 64, 5, 9, 9), (32, 64, 1, 1, 1)), ["gemm_mma"]),
         (conv_step((2, 64, 9, 9), (64, 32, 1, 1), transposed=True), ["gemm_mma"]),

@@ -9,17 +9,18 @@ import numpy as np
 
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
-from engine.ir.ops import Gemm, Pointwise
+from engine.ir.ops import Gemm
 from engine.plan.plan import Step
 from engine.plan.tensor import Tensor, row_major
 from engine.targets.cuda import covering as cv
+from engine.targets.cuda.architecture import ARCHITECTURES
 from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
-from engine.targets.cuda.families import family_of
-from engine.targets.cuda.gemm import epilogue_of, launch_product, lower
-from engine.targets.cuda.kernel import Context, Launch, content
+from engine.targets.cuda.gemm import epilogue_of, launch_product, lower, operands_of, pick_tile
+from engine.targets.cuda.gemm_stream import StreamTile, stream_tile
+from engine.targets.cuda.kernel import Context, Launch, WeightStore, content
 from engine.targets.cuda.product import product_of
 from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES, Tile, WgmmaTile
-from tests.engine.targets.cuda.cases import check, fed, ragged, rng_of
+from tests.engine.targets.cuda.cases import check, fed, ragged, rng_of, wiped
 from tests.engine.targets.cuda.emulator.runner import EmulatedRunner
 from tests.engine.targets.cuda.harness import Case, Runner
 
@@ -79,13 +80,44 @@ def test_gemm_of_every_kind_with_weight_matches_float64(runner: Runner, count: i
     check(runner, cases)
 
 
-def wiped(tensor: Tensor, context: Context) -> list[Launch]:
-    """Launches that make a result 0."""
-    op = Pointwise((ex.Const(0.0, tensor.dtype),))
-    return family_of(op).lower(Step("wipe", op, (), (tensor,), op.cost((), (tensor,))), context)
+def test_gemm_in_slices_matches_float64(runner: Runner, count: int) -> None:
+    """Every kind of operands, steps of k and columns; rows of several slices a warp, some of them beyond the last."""
+    rng, cases = rng_of("slices"), []
+    for i in range(2 * count):
+        kind = list(KINDS)[i % 3]
+        dtype, chunk = KINDS[kind][0], 16 // KINDS[kind][0].itemsize
+        m, k, n = ragged(rng, 4000), chunk * int(rng.integers(1, 5)), int(rng.integers(1, 257))
+        name = list(stores_of(F16))[i % 4]
+        inputs: list[cv.Given] = [fed(dtype, (m, k), -1, 0), weight(k, n, dtype=dtype)]
+        inputs += [] if name == "plain" else [weight(n, dtype=dtype)]
+        inputs += [(dtype, (m, n))] if name == "residual" else []
+        step, context = make_step(Gemm((stores_of(dtype)[name],)), inputs), context_of(runner, kind)
+        tile = stream_tile(product_of(step, context), operands_of(dtype, context))
+        assert tile is not None
+        launch = launched(step, tile, context)
+        label = f"{kind} {m}x{n}x{k} {name} {tile}"
+        cases.append(Case(label, step, k, lowered=[launch], rounding=rounding(kind)))
+    check(runner, cases)
 
 
-def launched(step: Step, tile: Tile, context: Context) -> Launch:
+def test_slices_are_for_many_rows_and_little_work() -> None:
+    """On an H100 the shapes of MobileNet v2 and EfficientNet at batch 128 that leave tiles half empty run in slices;
+    others stay with tiles of wgmma."""
+    context = Context(ARCHITECTURES["sm_90a"], 132, WeightStore())
+
+    def slices(m: int, k: int, n: int, dtype: DType = F16) -> bool:
+        step = make_step(Gemm((stores_of(dtype)["bias"],)), [(dtype, (m, k)), weight(k, n, dtype=dtype), weight(n)])
+        return isinstance(pick_tile(product_of(step, context), context), StreamTile)
+
+    large, medium = 128 * 112 * 112, 128 * 56 * 56
+    assert all(slices(*shape) for shape in ((large, 16, 96), (large, 32, 16), (medium, 24, 144)))
+    assert not any(
+        slices(*shape) for shape in ((medium, 64, 256), (medium, 256, 64), (4096, 768, 3072), (128, 64, 1000))
+    )
+    assert not slices(large, 16, 96, F32), "slices round fp32 to tf32"
+
+
+def launched(step: Step, tile: Tile | StreamTile, context: Context) -> Launch:
     """The launch of a product of matrices in a given tile."""
     assert isinstance(step.op, Gemm)
     product = product_of(step, context)
