@@ -234,6 +234,18 @@ def test_images_with_few_channels_match_float64(runner: Runner, count: int) -> N
     check(runner, cases)
 
 
+def test_squeeze_and_excite_layers_match_float64(runner: Runner) -> None:
+    """1×1 convolutions of 1×1 images, whatever their channels are a multiple of."""
+    cases = []
+    for batch, channels, n in ((1, 4, 96), (1, 20, 480), (5, 6, 144), (3, 480, 20), (1, 7, 33)):
+        step = make_step(cv.conv_op(1), [(F16, (batch, channels, 1, 1)), weight(n, channels, 1, 1), weight(n, 1, 1)])
+        launches = lower(step, runner.context)
+        assert all(launch.kernel.family == "gemm" for launch in launches)
+        label = f"{batch}x{channels} to {n}"
+        cases.append(Case(label, step, channels, lowered=launches, rounding=FP16.rounding))
+    check(runner, cases)
+
+
 def test_chosen_kernels_match_float64(runner: Runner, count: int) -> None:
     """What the target would launch, pointwise ones among them."""
     rng, cases = rng_of("chosen"), []
