@@ -147,10 +147,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_con
 
       float d[PARTS][WIDE / 2];
       u64 line = a0 + stage * stage_step, b = b0;
-      wgmma_fence();
       for (u32 r = 0; r < p.kernel_h; ++r, line += line_step) {
         u64 a = line;
         for (u32 s = 0; s < p.kernel_w; ++s, a += pixel_step, b += TILE_N * ROW) {
+          wgmma_fence();  // within the loop, or NVRTC 13.0 puts one there itself and says so (C7519)
 #pragma unroll
           for (int k = 0; k < ROW_BYTES / 32; ++k)  // an instruction takes 32 bytes of k
 #pragma unroll

@@ -18,7 +18,7 @@ DEVICE void join_shares(Value (&total)[WIDTH], u32 share, u32 shares, u32 column
       for (int i = 0; i < WIDTH; ++i) shared[i][threadIdx.x] = total[i];
     }
     __syncthreads();
-    if (share < count - half) {
+    if (share < count - half && threadIdx.x + half * columns < THREADS) {  // not threads that are left over
 #pragma unroll
       for (int i = 0; i < WIDTH; ++i) total[i] = Operation::of(total[i], shared[i][threadIdx.x + half * columns]);
     }

@@ -30,9 +30,10 @@ _HERE = Path(__file__).parent
 _MESSAGE_BYTES = 512  # as runtime/threads.h has it
 _COMMON = ("-std=c++17", "-march=native", "-fno-strict-aliasing", "-shared", "-fPIC", "-w")
 _RUNTIME_FLAGS = (*_COMMON, "-O2")
-# -fsanitize=thread makes every access to memory a call of the runtime. The sanitizer's own library is left out, as all
-# others are: what a kernel needs of them the runtime has brought into the process.
-_SANITIZED = ("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0")
+# -fsanitize=thread makes every access to memory a call of the runtime, -fsanitize=bounds every index beyond an array.
+# The sanitizers' own libraries are left out, as all others are: what a kernel needs of them the runtime has brought into
+# the process.
+_SANITIZED = ("-fsanitize=thread,bounds", "--param", "tsan-instrument-func-entry-exit=0")
 _FLAGS = (*_COMMON, "-O1", "-fvisibility=hidden", *_SANITIZED, "-nostdlib")
 # The products are generated as machine instructions (gemm.py, attention_wgmma.py); ptx/ beside this file has them for
 # every width.

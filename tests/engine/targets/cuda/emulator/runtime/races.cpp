@@ -350,4 +350,11 @@ void __tsan_write_range(const void* p, unsigned long bytes) {
   if (is_shared(p)) emulator::races::touch(Access::WRITE, p, static_cast<emulator::u32>(bytes), __builtin_return_address(0));
 }
 void __tsan_init() {}
+// An index beyond an array, as -fsanitize=bounds reports it. What it says first is where.
+struct Place { const char* file; unsigned line, column; };
+void __ubsan_handle_out_of_bounds(const Place* place, unsigned long index) {
+  char text[256];
+  snprintf(text, sizeof text, "index %lu is beyond its array (%s:%u)", index, place->file, place->line);
+  emulator::fail(text);
+}
 }
