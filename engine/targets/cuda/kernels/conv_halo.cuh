@@ -146,21 +146,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_con
       barrier_wait(full + 8 * stage, ordinal / STAGES & 1);
 
       float d[PARTS][WIDE / 2];
-      u64 line = a0 + stage * stage_step, b = b0;
-      for (u32 r = 0; r < p.kernel_h; ++r, line += line_step) {
-        u64 a = line;
-        for (u32 s = 0; s < p.kernel_w; ++s, a += pixel_step, b += TILE_N * ROW) {
-          wgmma_fence();  // within the loop, or NVRTC 13.0 puts one there itself and says so (C7519)
+      u64 line = a0 + stage * stage_step, a = line, b = b0;
+      // There is a tap: a loop that could be left out would let accumulators meet others while products are under way (C7519).
+      u32 tap = 0, across = 0;
+      do {
+        wgmma_fence();
 #pragma unroll
-          for (int k = 0; k < ROW_BYTES / 32; ++k)  // an instruction takes 32 bytes of k
+        for (int k = 0; k < ROW_BYTES / 32; ++k)  // an instruction takes 32 bytes of k
 #pragma unroll
-            for (int i = 0; i < PARTS; ++i) {
-              if constexpr (SWAPPED) wgmma<WIDE, Element>(d[i], b + 64 * ROW * i + 2 * k, a + 2 * k, r | s | k);
-              else wgmma<WIDE, Element>(d[i], a + 64 * ROW * i + 2 * k, b + 2 * k, r | s | k);
-            }
+          for (int i = 0; i < PARTS; ++i) {
+            if constexpr (SWAPPED) wgmma<WIDE, Element>(d[i], b + 64 * ROW * i + 2 * k, a + 2 * k, tap | k);
+            else wgmma<WIDE, Element>(d[i], a + 64 * ROW * i + 2 * k, b + 2 * k, tap | k);
+          }
+        wgmma_commit();
+        a += pixel_step;
+        b += TILE_N * ROW;
+        if (++across == p.kernel_w) {
+          across = 0;
+          a = line += line_step;
         }
-      }
-      wgmma_commit();
+      } while (++tap < p.taps);
       if (leader) barrier_arrive(turn + 8 * (consumer ^ 1));
       const Results results(p, tile, column0);
       [[maybe_unused]] Epilogue::Inputs early[EARLY ? PARTS : 1][PIECES];
