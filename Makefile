@@ -1,13 +1,26 @@
 # Everything sets itself up: `make serve` in a fresh clone needs Python 3.11 or newer and make, nothing else.
-# Variables: ARGS (passed on to the command), EXTRAS (e.g. cuda), PYTHON, VENV, PYTEST_ARGS, TARGET (of `make load`),
-# KERNEL_ARCHITECTURES (of `make kernels`).
+# Variables: ARGS (passed on to the command), EXTRAS (packages beyond the needed ones: cuda; of serve and setup the default
+# is what the machine can use), PYTHON, VENV, PYTEST_ARGS, TARGET (of `make load`), KERNEL_ARCHITECTURES (of `make kernels`).
 
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS ?=
+PYTHONS = $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
 TARGET ?= http://127.0.0.1:8000
 KERNEL_ARCHITECTURES ?= sm_80 sm_90a
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist loadfile
+# Whether there is an NVIDIA driver, and its library can be loaded and speaks CUDA 13, which the packages are made for.
+CUDA_DRIVER := import ctypes, sys; version = ctypes.c_int(); \
+	sys.exit(ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) or version.value < 13000)
+ifeq ($(origin EXTRAS),undefined)
+  ifneq ($(filter serve setup,$(MAKECMDGOALS)),)
+    EXTRAS := $(shell { test -e /proc/driver/nvidia || command -v nvidia-smi; } >/dev/null && for candidate in $(PYTHONS); do \
+      command -v "$$candidate" >/dev/null && { "$$candidate" -c '$(CUDA_DRIVER)' 2>/dev/null && echo cuda; break; }; done)
+    ifeq ($(EXTRAS),cuda)
+      $(info there is an NVIDIA driver: with the packages for the GPU (EXTRAS= leaves them out))
+    endif
+  endif
+endif
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 installed = $(patsubst %,$(VENV)/.installed-%,runtime $(EXTRAS) $(1))
@@ -24,7 +37,7 @@ setup: models  ## .venv with the locked packages, and the default models
 models: $(call installed)
 	@$(BIN)/python -m models
 
-serve: models  ## the service; options in ARGS="--port 9000", on a GPU with EXTRAS=cuda
+serve: models  ## the service; on a GPU where there is one; options in ARGS="--port 9000"
 	@exec $(BIN)/python -m service $(ARGS)
 
 test: models $(call installed,test load)  ## the tests; PYTEST_ARGS="tests/models -x" for some of them
@@ -38,9 +51,10 @@ lint: $(call installed,test load)  ## ruff and mypy
 bench: models $(call installed,test)  ## both models on the CPU beside ONNX Runtime; options in ARGS
 	$(BIN)/python -m benchmarks cpu --suite models $(ARGS)
 
-bench-gpu: models $(call installed,test cuda)  ## models and kernels on the GPU; needs PyTorch, timm and transformers, too
+bench-gpu: models $(call installed,test cuda)  ## models, kernels, accuracy on the GPU; needs PyTorch, timm and transformers, too
 	$(BIN)/python -m benchmarks models $(ARGS)
 	$(BIN)/python -m benchmarks kernels $(ARGS)
+	$(BIN)/python -m benchmarks accuracy $(ARGS)
 
 kernels: $(call installed,kernels)  ## the CUDA kernels compiled for Ampere and Hopper and inspected; needs no GPU
 	$(BIN)/python -m engine.targets.cuda.gate $(KERNEL_ARCHITECTURES) $(ARGS)
@@ -74,8 +88,7 @@ $(VENV)/.installed-%: pyproject.toml requirements.lock | $(VENV)/.created
 	@mv $@.txt $@
 
 $(VENV)/.created:
-	@python="$(PYTHON)"; \
-	for candidate in $${python:-python3 python3.14 python3.13 python3.12 python3.11}; do \
+	@for candidate in $(PYTHONS); do \
 		if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 			echo "making $(VENV) with $$("$$candidate" --version)"; \
 			"$$candidate" -m venv --clear $(VENV) && touch $@ && exit 0; \

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,16 +18,19 @@ from benchmarks.hashes import kernel_hash
 from benchmarks.measure import ROUNDS
 from benchmarks.recorder import Recorder
 from benchmarks.results import FOLDER, Ceilings, Device, Results
-from benchmarks.tables import DOCUMENTS, check, regenerated
+from benchmarks.tables import DOCUMENTS, check, problem_of, regenerated
+from benchmarks.workers import most_workers
 from engine.errors import DeviceError
 
-_COMPILE_SECONDS = 120.0
+_KERNEL_COMPILE_SECONDS = 120.0
+_MODEL_COMPILE_SECONDS = 240.0
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     commands = {
-        "kernels": kernels, "models": models, "accuracy": accuracy, "cpu": cpu, "merge": merge, "tables": tables,
+        "kernels": kernels, "models": models, "accuracy": accuracy, "ready": ready, "cpu": cpu, "merge": merge,
+        "tables": tables,
     }  # fmt: skip
     run = commands[options.command]
     try:
@@ -39,67 +43,129 @@ def main(arguments: list[str] | None = None) -> int:
 def kernels(options: argparse.Namespace) -> int:
     """Single kernels on the GPU."""
     every = [case for suite in options.suite or cases.KERNELS for case in cases.KERNELS[suite]]
-    chosen = cases.select(every, options.case, options.part)
+    deadline = _deadline(options)
     from benchmarks.gpu import kernels, session
 
+    chosen = _chosen(options, every, session.present())
     target, device, run = session.begin(options.commit)
     assert run.ceilings is not None
     recorder = Recorder(device, run, options.results)
-    for case, measurement, floor_us in kernels.measure_all(target, chosen, run.ceilings, options.compile):
-        recorder.add(case, measurement, floor_us, kernel_hash(device, case))
-    return recorder.end()
+    for case, found, floor_us, predicted_us in kernels.measure_all(
+        target, chosen, run.ceilings, options.compile, deadline
+    ):
+        recorder.add(case, found, kernel_hash(device, case), floor_us=floor_us, predicted_us=predicted_us)
+    return recorder.end(len(chosen))
 
 
 def models(options: argparse.Namespace) -> int:
     """Whole models on the GPU."""
-    chosen = cases.select(cases.GPU_MODELS, options.case, options.part)
-    compiled = cases.select(chosen, options.compile_case)
+    begin, deadline = time.monotonic(), _deadline(options)
+    from benchmarks.gpu import session
+
+    chosen = _chosen(options, cases.GPU_MODELS, session.present())
+    compiled = cases.select(chosen, options.compile_case) if options.compile else []
     with _model_files(options.models, [case.model for case in chosen]) as files:
-        from benchmarks.gpu import models, session
+        from benchmarks.gpu import models
 
         _, device, run = session.begin(options.commit)
         assert run.ceilings is not None
         recorder = Recorder(device, run, options.results)
-        for case, outcome in models.measure_all(chosen, files, run.ceilings, options.compile, compiled):
-            recorder.add(case, outcome.measurement, outcome.floor_us, kernel_hash(device, case), outcome.run_us)
-        return recorder.end()
+        until = begin + options.compile
+        for case, found in models.measure_all(chosen, files, run.ceilings, compiled, until, deadline, options.workers):
+            recorder.add(
+                case, found.measurement, kernel_hash(device, case), floor_us=found.floor_us, run_us=found.run_us,
+                host_us=found.host_us,
+            )  # fmt: skip
+        return recorder.end(len(chosen))
 
 
 def accuracy(options: argparse.Namespace) -> int:
-    """Models on the GPU in every precision: distance from fp32, steps, memory."""
-    chosen = cases.select(cases.ACCURACY, options.case, options.part)
-    with _model_files(options.models, [case.model for case in chosen]) as files:
-        from benchmarks.gpu import accuracy
-        from engine.targets.cuda.device import Device as Gpu
+    """Models on the GPU in every precision: distance from float64, steps, memory."""
+    deadline = _deadline(options)
+    from benchmarks.gpu import accuracy, session
 
-        gpu = Gpu(0)
-        device = Device(gpu.name, gpu.architecture.name, gpu.multiprocessors)
-        recorder = Recorder(device, new_run("gpu", options.commit, None, gpu_driver(gpu.index)), options.results)
-        for case, measurement, facts in accuracy.measure_all(chosen, files):
-            recorder.add(case, measurement, None, kernel_hash(device, case), facts=facts)
-        return recorder.end()
+    device = session.present()
+    chosen = _chosen(options, cases.ACCURACY, device)
+    with _model_files(options.models, [case.model for case in chosen]) as files:
+        recorder = Recorder(device, new_run("gpu", options.commit, None, gpu_driver(session.GPU)), options.results)
+        for case, found in accuracy.measure_all(chosen, files, deadline, options.workers):
+            recorder.add(case, found.measurement, kernel_hash(device, case), facts=found.facts)
+        return recorder.end(len(chosen))
+
+
+def ready(options: argparse.Namespace) -> int:
+    """The HTTP server's start, with the default models."""
+    from benchmarks.ready import measure_all
+
+    _require_models(options.models, list(cases.models.DEFAULTS))
+    if options.device == "cpu":
+        device, chosen = _cpu_device(options.threads), cases.ready.CPU_CASES
+        run = new_run("cpu", options.commit, None)
+    else:
+        from benchmarks.gpu import session
+
+        device, chosen = session.present(), cases.ready.GPU_CASES
+        run = new_run("gpu", options.commit, None, gpu_driver(session.GPU))
+    recorder = Recorder(device, run, options.results)
+    for case, found in measure_all(chosen, options.models, options.threads):
+        recorder.add(case, found.measurement, kernel_hash(device, case), seconds=found.seconds)
+    return recorder.end(len(chosen))
 
 
 def cpu(options: argparse.Namespace) -> int:
     """Models and layers on the CPU."""
     from benchmarks.cpu.measure import measure_case
-    from engine.targets.cpu.ceilings import ceilings, processor_name
+    from engine.targets.cpu.ceilings import ceilings
     from engine.targets.cpu.codegen.isa import host_isa
+    from engine.targets.cpu.system import cache_bytes
 
-    suites = options.suite or cases.CPU
+    deadline = _deadline(options)
+    suites = options.suite or ("models", "layers")
     every: list[cases.models.ModelCase | cases.cpu.LayerCase] = []
     every += cases.CPU_MODELS if "models" in suites else ()
     every += cases.CPU_LAYERS if "layers" in suites else ()
-    chosen = cases.select(every, options.case, options.part)
+    device = _cpu_device(options.threads)
+    chosen = _chosen(options, every, device)
     _require_models(options.models, [case.model for case in chosen if isinstance(case, cases.models.ModelCase)])
     reached = ceilings(host_isa(), options.threads)
-    limits = Ceilings(reached.flops, reached.bytes)
-    device = Device(f"{processor_name()} {host_isa().cpu}, {options.threads} threads")
+    if not reached.calm:
+        print(
+            f"the machine is busy ({reached.load:.1f} runnable processes per core): ceilings and times are not its best"
+        )
+    limits = Ceilings(reached.flops, reached.bytes, cache_bytes(options.threads), reached.cached_bytes)
     recorder = Recorder(device, new_run("cpu", options.commit, limits), options.results)
     for case in chosen:
+        if time.monotonic() >= deadline:
+            break
         measurement, floor_us = measure_case(case, options.models, options.threads, options.rounds, limits)
-        recorder.add(case, measurement, floor_us, kernel_hash(device, case))
-    return recorder.end()
+        recorder.add(case, measurement, kernel_hash(device, case), floor_us=floor_us)
+    return recorder.end(len(chosen))
+
+
+def _deadline(options: argparse.Namespace) -> float:
+    """When no more cases are begun, as `time.monotonic` has it."""
+    return time.monotonic() + (math.inf if options.deadline is None else options.deadline)
+
+
+def _chosen(options: argparse.Namespace, every: Iterable[cases.AnyCase], device: Device) -> list[cases.AnyCase]:
+    """The cases of `every` that the options ask for. Rows count as there that are in the folder written to or in that
+    of the committed results."""
+    chosen = cases.select(every, options.case, options.part)
+    if not options.missing:
+        return chosen
+    known = [Results.of(device, folder) for folder in (options.results, FOLDER)]
+    missing = [case for case in chosen if all(problem_of(results, case) for results in known)]
+    if chosen and not missing:
+        print("nothing is missing")
+        sys.exit(0)
+    return missing
+
+
+def _cpu_device(threads: int) -> Device:
+    from engine.targets.cpu.ceilings import processor_name
+    from engine.targets.cpu.codegen.isa import host_isa
+
+    return Device(f"{processor_name()} {host_isa().cpu}, {threads} threads")
 
 
 def merge(options: argparse.Namespace) -> int:
@@ -156,23 +222,32 @@ def _parser() -> argparse.ArgumentParser:
     measuring = argparse.ArgumentParser(add_help=False, parents=[results])
     _add_substrings(measuring, "--case", "only cases whose name contains this, or one of these where it is repeated")
     measuring.add_argument("--part", type=_part, default=(1, 1), metavar="1/3", help="only this part of the cases")
-    measuring.add_argument("--commit", default=present_commit(), help="what rows say (default: that of the checkout)")
+    measuring.add_argument("--missing", action="store_true", help="only cases whose row is missing, failed or stale")
+    measuring.add_argument(
+        "--deadline", type=float, metavar="SECONDS", help="begin no case after so long, and end with what there is"
+    )
+    _add_commit(measuring)
     repository = argparse.ArgumentParser(add_help=False)
     repository.add_argument("--models", type=Path, default=Path("models"), help="repository (default: %(default)s)")
 
     command = commands.add_parser("kernels", parents=[measuring], help="single kernels on the GPU")
     command.add_argument("--suite", action="append", choices=cases.KERNELS, help="(default: all)")
-    _add_compile(command, 0.0)
+    _add_compile(command, 0.0, _KERNEL_COMPILE_SECONDS, "a case")
     command = commands.add_parser("models", parents=[measuring, repository], help="whole models on the GPU")
-    _add_compile(command, _COMPILE_SECONDS)
+    _add_compile(command, _MODEL_COMPILE_SECONDS, _MODEL_COMPILE_SECONDS, "all cases together, from the start")
     _add_substrings(command, "--compile-case", "torch.compile only for the cases, of those chosen, that contain this")
-    commands.add_parser(
+    _add_workers(command)
+    command = commands.add_parser(
         "accuracy", parents=[measuring, repository], help="errors, steps and memory of models on the GPU"
     )
+    _add_workers(command)
+    command = commands.add_parser("ready", parents=[results, repository], help="seconds until the server answers")
+    command.add_argument("--device", choices=("cpu", "cuda"), required=True, help="of the server")
+    _add_threads(command, "of the engine on the CPU")
+    _add_commit(command)
     command = commands.add_parser("cpu", parents=[measuring, repository], help="models and layers on the CPU")
-    command.add_argument("--suite", action="append", choices=cases.CPU, help="(default: all)")
-    cores = min(2, os.cpu_count() or 1)
-    command.add_argument("--threads", type=int, default=cores, help="of each side (default: %(default)s)")
+    command.add_argument("--suite", action="append", choices=("models", "layers"), help="(default: both)")
+    _add_threads(command, "of each side")
     command.add_argument("--rounds", type=int, default=ROUNDS, help="alternating rounds (default: %(default)s)")
     command = commands.add_parser("tables", parents=[results], help="the documents' tables, from the results")
     command.add_argument("documents", nargs="*", type=Path, default=list(DOCUMENTS), help="(default: README and docs)")
@@ -186,11 +261,24 @@ def _add_substrings(command: argparse.ArgumentParser, name: str, meaning: str) -
     command.add_argument(name, action="append", default=[], metavar="SUBSTRING", help=meaning)
 
 
-def _add_compile(command: argparse.ArgumentParser, default: float) -> None:
+def _add_compile(command: argparse.ArgumentParser, default: float, most: float, what: str) -> None:
     command.add_argument(
-        "--compile", type=float, nargs="?", default=default, const=_COMPILE_SECONDS, metavar="SECONDS",
-        help="let torch.compile take part, for at most so long (0: leave it out; default: %(default)g)",
+        "--compile", type=float, nargs="?", default=default, const=most, metavar="SECONDS",
+        help=f"torch.compile takes part and has so long for {what} (0: it takes none; default: %(default)g)",
     )  # fmt: skip
+
+
+def _add_workers(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--workers", type=int, default=most_workers(), help="processes at once (default: %(default)s)")
+
+
+def _add_threads(command: argparse.ArgumentParser, whose: str) -> None:
+    cores = min(2, os.cpu_count() or 1)
+    command.add_argument("--threads", type=int, default=cores, help=f"{whose} (default: %(default)s)")
+
+
+def _add_commit(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--commit", default=present_commit(), help="what rows say (default: that of the checkout)")
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -13,7 +13,18 @@ from benchmarks.results import Ceilings, Run
 
 _DISTRIBUTIONS = {
     "cpu": ("llvmlite", "numpy", "onnx", "onnxruntime"),
-    "gpu": ("cuda-bindings", "cupy-cuda13x", "numpy", "onnx", "onnxruntime", "timm", "torch", "transformers", "triton"),
+    "gpu": (
+        "cuda-bindings",
+        "cupy-cuda13x",
+        "numpy",
+        "onnx",
+        "onnxruntime",
+        "timm",
+        "torch",
+        "torchvision",
+        "transformers",
+        "triton",
+    ),
 }
 
 

@@ -1,7 +1,8 @@
 """Hashes of the sources that a row's kernels depend on. A row with another hash than the present sources is stale.
 
 A GPU kernel's row depends on the complete sources of the kernels that the case launches, which hold their tiles, types
-and expressions; a model's row on all kernels and passes; a row of the CPU on the code generators and passes.
+and expressions; a row of a model or of the server on all kernels and passes; a row of the CPU on the code generators
+and passes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def kernel_hash(device: Device, case: cases.Case) -> str:
     kernel, ImportError for a GPU's kernels without the packages of the extra `kernels`."""
     if not device.architecture:
         return tree_hash("targets/cpu")
-    if isinstance(case, cases.models.ModelCase | cases.accuracy.AccuracyCase):
+    if isinstance(case, cases.models.ModelCase | cases.accuracy.AccuracyCase | cases.ready.ReadyCase):
         return tree_hash("targets/cuda")
     from benchmarks.gpu import steps  # which needs NVRTC's bindings
 

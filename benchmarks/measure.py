@@ -56,6 +56,8 @@ class Measurement:
     reasons: Mapping[str, str] = field(default_factory=dict)
     rel_err: float | None = None
     failure: str = ""
+    errors: Mapping[str, float] = field(default_factory=dict)
+    """By size, where `rel_err` is the worst of several."""
 
     @property
     def best_peer_us(self) -> float | None:

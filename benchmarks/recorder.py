@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from benchmarks.cases import Case
 from benchmarks.measure import Measurement
@@ -27,10 +28,14 @@ class Recorder:
         self,
         case: Case,
         measurement: Measurement,
-        floor_us: float | None,
         kernel_hash: str,
+        *,
+        floor_us: float | None = None,
+        predicted_us: float | None = None,
         run_us: float | None = None,
-        facts: Mapping[str, int] | None = None,
+        host_us: Mapping[str, float] = MappingProxyType({}),
+        facts: Mapping[str, int] = MappingProxyType({}),
+        seconds: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         """Keep and print one case."""
         error = measurement.rel_err
@@ -40,7 +45,7 @@ class Recorder:
             ours_us=measurement.ours_us,
             peers=measurement.peers,
             ratio=None if measurement.ratio is None else round(measurement.ratio, 3),
-            floor_us=None if floor_us is None else round(floor_us, 2),
+            floor_us=_rounded(floor_us, 2),
             rel_err=error if error is not None and math.isfinite(error) else None,
             commit=self._run.commit,
             date=self._run.date,
@@ -48,9 +53,13 @@ class Recorder:
             run=self._run.id,
             parts=measurement.parts,
             reasons=measurement.reasons,
-            run_us=None if run_us is None else round(run_us, 1),
+            run_us=_rounded(run_us, 1),
             failure=measurement.failure,
-            facts=facts or {},
+            facts=dict(facts),
+            predicted_us=_rounded(predicted_us, 2),
+            host_us={name: round(us, 2) for name, us in host_us.items()},
+            errors={size: found for size, found in measurement.errors.items() if math.isfinite(found)},
+            seconds={name: round(value, 2) for name, value in seconds.items()},
         )
         self._results.add(self._run, row)
         self._results.save(self._folder)
@@ -62,12 +71,16 @@ class Recorder:
         for peer, reason in row.reasons.items():
             print(f"{'':10}{peer}: {reason}", flush=True)
 
-    def end(self) -> int:
-        """Print what came of it; returns the exit status."""
+    def end(self, expected: int) -> int:
+        """Print what came of it; returns the exit status: 1 where a row failed, or where there are fewer than
+        `expected`, because the time was up."""
         took = time.monotonic() - self._begin
         path = self._folder / f"{self._results.device.stem}.json"
-        print(f"{self._count} rows, {self._failed} failed, {took:.0f} s; {path} has {len(self._results.rows)} rows")
-        return 1 if self._failed or not self._count else 0
+        print(
+            f"{self._count} of {expected} rows, {self._failed} failed, {took:.0f} s; "
+            f"{path} has {len(self._results.rows)} rows"
+        )
+        return 1 if self._failed or self._count < max(1, expected) else 0
 
 
 def line(row: Row) -> str:
@@ -75,15 +88,23 @@ def line(row: Row) -> str:
     name = f"{row.suite:9} {row.case:42}"
     if row.failure:
         return f"{name} FAILED {row.failure}"
+    if row.seconds:
+        return f"{name} {'  '.join(f'{what} {value:.2f} s' for what, value in row.seconds.items())}"
     if row.facts:
         return f"{name} err {row.rel_err:.1e}  {'  '.join(f'{fact} {value:,}' for fact, value in row.facts.items())}"
     times = [f"{peer} {_number(us)}" for peer, us in (*row.peers.items(), *row.parts.items())]
     host = [] if row.run_us is None else [f"run {_number(row.run_us)}"]
+    host += [f"{what} {_number(us)}" for what, us in row.host_us.items()]
+    host += [] if row.predicted_us is None else [f"predicted {_number(row.predicted_us)}"]
     ratio = "  –  " if row.ratio is None else f"×{row.ratio:.2f}"
     return (
         f"{name} ours {_number(row.ours_us)} {ratio:6} {'  '.join(times)}  {'  '.join(host)} "
         f"floor {_number(row.floor_us)}  err {row.rel_err:.0e}"
     )
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
 
 
 def _number(us: float | None) -> str:

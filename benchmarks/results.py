@@ -16,6 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.plan.plan import Plan
+from engine.plan.residency import cached_bytes
+
 FOLDER = Path(__file__).parent / "results"
 
 
@@ -36,14 +39,28 @@ class Device:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device reached in the run: FLOP/s of a large product, bytes/s (read plus written) of a large copy."""
+    """What the device reached in the run: FLOP/s of a large product, bytes/s (read plus written) of memory, and of its
+    cache, which holds `cache_bytes` (0: not known, and nothing is taken to lie in it)."""
 
     flops: float
     bytes: float
+    cache_bytes: int = 0
+    cached_bytes: float = 0.0
 
-    def floor_us(self, costs: Iterable[tuple[int, int]]) -> float:
-        """Microseconds that the (FLOPs, bytes) of steps, one after the other, take at least."""
-        return sum(max(flops / self.flops, nbytes / self.bytes) for flops, nbytes in costs) * 1e6
+    def floor_us(self, costs: Iterable[tuple[int, int, int]]) -> float:
+        """Microseconds that steps, one after the other, take at least: FLOPs, bytes, and those of them that the cache
+        holds."""
+        return sum(max(flops / self.flops, self._moving(nbytes, cached)) for flops, nbytes, cached in costs) * 1e6
+
+    def plan_floor_us(self, plan: Plan) -> float:
+        """The same for a plan that runs again and again."""
+        cached = cached_bytes(plan, self.cache_bytes)
+        return self.floor_us(
+            (step.cost.flops, step.cost.bytes, held) for step, held in zip(plan.steps, cached, strict=True)
+        )
+
+    def _moving(self, nbytes: int, cached: int) -> float:
+        return (nbytes - cached) / self.bytes + (cached / self.cached_bytes if cached else 0.0)
 
 
 @dataclass(frozen=True)
@@ -63,9 +80,10 @@ class Row:
     """One case. Times are microseconds a run; `ratio` is the best peer's over ours (above 1: ours is faster).
 
     `peers` are those of the same mathematics, `parts` what a library takes for a part of it; None where `reasons` says
-    why. `floor_us`: what FLOPs and bytes take at the run's ceilings. `run_us`: `Model.run` with its copies, for models
-    on a GPU. A row with a `failure` has no times. Rows of the suite `accuracy` have none either, but `facts`: counts of
-    steps and kernels, and bytes.
+    why. `floor_us`: what FLOPs and bytes take at the run's ceilings. `predicted_us`: what the cost model that chose the
+    tile says. Of models on a GPU, `run_us`: `Model.run` with its copies, and `host_us`: the host's part of a run that
+    nothing waits for. A row with a `failure` has no times. Rows of the suite `accuracy` have none either, but `errors`
+    by size and `facts`: counts of steps and kernels, and bytes. Rows of the suite `ready` have `seconds` from a start.
     """
 
     suite: str
@@ -84,6 +102,10 @@ class Row:
     run_us: float | None = None
     failure: str = ""
     facts: Mapping[str, int] = field(default_factory=dict)
+    predicted_us: float | None = None
+    host_us: Mapping[str, float] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -159,10 +181,13 @@ class Results:
 
 
 def _ceilings(found: Mapping[str, float] | None) -> Ceilings | None:
-    return None if found is None else Ceilings(**found)
+    if found is None:
+        return None
+    cache = int(found.get("cache_bytes", 0)), float(found.get("cached_bytes", 0.0))
+    return Ceilings(found["flops"], found["bytes"], *cache)
 
 
 def _without_defaults(row: Row) -> dict[str, Any]:
     """The row's fields, less the optional ones that say nothing."""
-    optional = ("parts", "reasons", "run_us", "failure", "facts")
+    optional = ("parts", "reasons", "run_us", "failure", "facts", "predicted_us", "host_us", "errors", "seconds")
     return {key: value for key, value in asdict(row).items() if value or key not in optional}

@@ -9,11 +9,14 @@ changed since, and rows that failed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from math import exp, fsum, log
 from pathlib import Path
 
 from benchmarks import cases
 from benchmarks.cases.accuracy import BOUNDS, AccuracyCase
+from benchmarks.cases.ready import ReadyCase
 from benchmarks.hashes import kernel_hash
 from benchmarks.results import Results, Row
 from engine.errors import EngineError
@@ -51,31 +54,77 @@ def render(results: Results, rows: Sequence[Row]) -> str:
     """Rows as a Markdown table with a line that says where they come from. Times in µs."""
     if all(row.suite == AccuracyCase.suite for row in rows):
         return _accuracy(results, rows)
-    peers = list(dict.fromkeys(name for row in rows for name in row.peers))
-    parts = list(dict.fromkeys(name for row in rows for name in row.parts))
-    host = any(row.run_us is not None for row in rows)
-    floor = any(row.floor_us is not None for row in rows)
-    heads = ["case", "ours", *peers, *parts, "ratio", *["floor"] * floor, *["`Model.run`"] * host, "error"]
-    lines = [_row(heads), _row(["---", *["---:"] * (len(heads) - 1)])]
-    for row in rows:
-        figures = [row.peers.get(name) for name in peers] + [row.parts.get(name) for name in parts]
-        lines.append(
-            _row(
-                [
-                    row.case,
-                    "**failed**" if row.failure else _us(row.ours_us),
-                    *map(_us, figures),
-                    "–" if row.ratio is None else f"{row.ratio:.2f}",
-                    *[_us(row.floor_us)] * floor,
-                    *[_us(row.run_us)] * host,
-                    "–" if row.rel_err is None else f"{row.rel_err:.0e}",
-                ]
-            )
+    if all(row.suite == ReadyCase.suite for row in rows):
+        return _ready(results, rows)
+    columns: list[tuple[str, Callable[[Row], str]]] = [
+        ("ours", lambda row: "**failed**" if row.failure else _us(row.ours_us))
+    ]
+    columns += [(name, partial(_peer, name)) for name in _names(row.peers for row in rows)]
+    columns += [(name, partial(_part_of, name)) for name in _names(row.parts for row in rows)]
+    columns.append(("ratio", lambda row: "–" if row.ratio is None else f"{row.ratio:.2f}"))
+    if any(row.floor_us is not None for row in rows):
+        columns.append(("floor", lambda row: _us(row.floor_us)))
+    if any(row.predicted_us is not None for row in rows):
+        columns.append(("predicted", lambda row: _us(row.predicted_us)))
+    if any(row.run_us is not None for row in rows):
+        columns.append(("`Model.run`", lambda row: _us(row.run_us)))
+    columns += [(f"host, `{name}`", partial(_host, name)) for name in _names(row.host_us for row in rows)]
+    columns.append(("error", lambda row: "–" if row.rel_err is None else f"{row.rel_err:.0e}"))
+    lines = [_row(["case", *(head for head, _ in columns)]), _row(["---", *["---:"] * len(columns)])]
+    lines += [_row([row.case, *(cell(row) for _, cell in columns)]) for row in rows]
+    return "\n".join([*lines, "", *_summary(rows), _origin(results, rows), ""])
+
+
+def _names(mappings: Iterable[Mapping[str, object]]) -> list[str]:
+    return list(dict.fromkeys(name for mapping in mappings for name in mapping))
+
+
+def _peer(name: str, row: Row) -> str:
+    return _us(row.peers.get(name))
+
+
+def _part_of(name: str, row: Row) -> str:
+    return _us(row.parts.get(name))
+
+
+def _host(name: str, row: Row) -> str:
+    return _us(row.host_us.get(name))
+
+
+def _summary(rows: Sequence[Row]) -> Iterator[str]:
+    """The rows in a line: geometric mean and least of the ratios; of ours over what was predicted, mean and spread."""
+    ratios = [row.ratio for row in rows if row.ratio]
+    said: list[str] = []
+    if ratios:
+        said.append(
+            f"Ratio: {geometric_mean(ratios):.2f} in the geometric mean of {len(ratios)}, {min(ratios):.2f} at least"
         )
-    return "\n".join([*lines, "", _origin(results, rows), ""])
+    quotients = [row.ours_us / row.predicted_us for row in rows if row.ours_us and row.predicted_us]
+    if quotients:
+        said.append(
+            f"ours over predicted: {geometric_mean(quotients):.2f} in the geometric mean, "
+            f"{min(quotients):.2f} to {max(quotients):.2f}"
+        )
+    if said:
+        yield f"{'; '.join(said)}."
+        yield ""
 
 
-_COUNTS = ("steps", "kernels")
+def geometric_mean(values: Sequence[float]) -> float:
+    return exp(fsum(map(log, values)) / len(values))
+
+
+def _ready(results: Results, rows: Sequence[Row]) -> str:
+    """Rows of the server's start as a Markdown table."""
+    events = _names(row.seconds for row in rows)
+    lines = [_row(["case", *events]), _row(["---", *["---:"] * len(events)])]
+    for row in rows:
+        cells = [f"{row.seconds[event]:.2f}" if event in row.seconds else "–" for event in events]
+        lines.append(_row([f"{row.case} **failed**" if row.failure else row.case, *cells]))
+    return "\n".join([*lines, "", f"Seconds from the start. {_source(results, rows)}.", ""])
+
+
+_COUNTS = ("steps", "opaque", "kernels")
 _MEGABYTES = {"activations_bytes": "activations", "arena_bytes": "arena", "weights_bytes": "weights",
               "buckets_bytes": "8 plans, all"}  # fmt: skip
 
@@ -137,20 +186,26 @@ def check(folder: Path, documents: Sequence[Path]) -> Iterator[str]:
 
 
 def check_rows(results: Results, stem: str) -> Iterator[str]:
-    """What is wrong with the rows of one device."""
-    listed = {case.suite: {c.name: c for c in suite} for suite in cases.suites_of(stem).values() for case in suite[:1]}
+    """What is wrong with the rows of one device: how many a suite lacks, then each row that is not right."""
+    listed = {suite: {case.name: case for case in every} for suite, every in cases.suites_of(stem).items()}
     for suite, by_name in listed.items():
+        missing = sum((suite, name) not in results.rows for name in by_name)
+        if missing:
+            yield f"{stem}: {suite}: {missing} of {len(by_name)} rows are missing"
         for name, case in by_name.items():
-            row = results.rows.get((suite, name))
-            if row is None:
-                yield f"{stem}: {suite} {name}: missing"
-            elif row.failure:
-                yield f"{stem}: {suite} {name}: failed: {row.failure}"
-            elif problem := _staleness(results, case, row):
+            if problem := problem_of(results, case):
                 yield f"{stem}: {suite} {name}: {problem}"
     for suite, name in results.rows:
         if name not in listed.get(suite, {}):
             yield f"{stem}: {suite} {name}: not in the committed list"
+
+
+def problem_of(results: Results, case: cases.Case) -> str:
+    """Why the row of a case would have to be measured; empty where it is there, right and of the present sources."""
+    row = results.rows.get((case.suite, case.name))
+    if row is None:
+        return "missing"
+    return f"failed: {row.failure}" if row.failure else _staleness(results, case, row)
 
 
 def _staleness(results: Results, case: cases.Case, row: Row) -> str:

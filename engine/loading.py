@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.cache_folder import cache_folder
 from engine.errors import DeviceError, ShapeError, UnsupportedOp
 from engine.feeds import free_symbols
 from engine.ir.graph import Graph
@@ -117,6 +118,14 @@ def cuda_target(gpu: Gpu, precision: Precision) -> Target:
     return CudaTarget(gpu.index, tf32=precision is Precision.TF32)
 
 
+def toolchain() -> tuple[str, ...]:
+    """What makes numbers of kernels, beside their sources: the versions of the driver and of the compiler. Tests put
+    others in their place."""
+    from engine.targets.cuda.compiler import nvrtc_version
+
+    return probe.driver_version(), nvrtc_version()
+
+
 @dataclass(frozen=True)
 class _Loader:
     """One call of `load`."""
@@ -141,15 +150,15 @@ class _Loader:
         """The model on a GPU, in the precision wanted or found out. Raises UnsupportedOp for a missing kernel."""
         if wanted is not Precision.AUTO:
             return self._checked(gpu, wanted)
-        verdicts = Verdicts()
-        path = verdicts.path(fingerprint(self._read()), gpu.name, str(gpu.capability), source_hash())
-        known = verdicts.read(path)
+        verdicts = Verdicts(cache_folder("precision"))
+        key = (fingerprint(self._read()), gpu.name, str(gpu.capability), source_hash(), *toolchain())
+        known = verdicts.read(*key)
         if known is not None:
             log.info("precision %s, as found before", known)
             return self._checked(gpu, known.precision)
         model, verdict = self._decide(gpu)
         log.info("precision %s", verdict)
-        verdicts.write(path, verdict)
+        verdicts.write(verdict, *key)
         return model
 
     def _checked(self, gpu: Gpu, precision: Precision) -> Model:

@@ -164,8 +164,10 @@ class Model:
 
     def _profile_row(self, stat: StepStat, calls: int, seconds: float) -> ProfileRow:
         each = seconds / max(calls, 1)
-        fraction = roofline(stat.flops, stat.bytes, each, self.device_info)
-        return ProfileRow(stat.step, stat.kernel, stat.op, calls, each, stat.flops, stat.bytes, fraction)
+        fraction = roofline(stat.flops, stat.bytes, stat.cached_bytes, each, self.device_info)
+        return ProfileRow(
+            stat.step, stat.kernel, stat.op, calls, each, stat.flops, stat.bytes, stat.cached_bytes, fraction
+        )
 
     def kernel_stats(self) -> tuple[KernelStat, ...]:
         """Launches, seconds, FLOPs and bytes of every kernel family and operator since the model was loaded."""
@@ -335,11 +337,12 @@ def _accumulate(totals: dict[tuple[str, str], KernelStat], stats: Sequence[StepS
         if not stat.launches:
             continue
         key = (stat.kernel, stat.op)
-        seen = totals.get(key, KernelStat(stat.kernel, stat.op, 0, 0.0, 0.0, 0.0))
+        seen = totals.get(key, KernelStat(stat.kernel, stat.op, 0, 0.0, 0.0, 0.0, 0.0))
         totals[key] = replace(
             seen,
             launches=seen.launches + stat.launches,
             seconds=seen.seconds + stat.seconds,
             flops=seen.flops + stat.flops * stat.launches,
             bytes=seen.bytes + stat.bytes * stat.launches,
+            cached_bytes=seen.cached_bytes + stat.cached_bytes * stat.launches,
         )

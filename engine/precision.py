@@ -153,38 +153,39 @@ def source_hash() -> str:
 
 
 class Verdicts:
-    """Verdicts on disk, a small JSON file each. Whatever is wrong with a file counts as not having it."""
+    """Verdicts on disk (in no folder: nowhere), a small JSON file each. Whatever is wrong with a file counts as not
+    having it. A verdict that was not measured is not kept: it would stand for one from then on."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder if folder is not None else _default_folder()
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
 
-    def path(self, *parts: str) -> Path:
-        """Where the verdict lies that depends on all of `parts`."""
-        return self._folder / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()}.json"
-
-    def read(self, path: Path) -> Verdict | None:
+    def read(self, *parts: str) -> Verdict | None:
+        """The verdict that depends on all of `parts`."""
+        if self._folder is None:
+            return None
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(_file(self._folder, parts).read_text(encoding="utf-8"))
             precision = Precision(found["precision"])
-            error = None if found["error"] is None else float(found["error"])
+            error = float(found["error"])
             rejected = tuple(str(line) for line in found["rejected"])
         except (OSError, ValueError, TypeError, KeyError):
             return None
         return Verdict(precision, error, rejected) if precision in CANDIDATES else None
 
-    def write(self, path: Path, verdict: Verdict) -> None:
+    def write(self, verdict: Verdict, *parts: str) -> None:
+        """Keep the verdict that depends on all of `parts`."""
+        if self._folder is None or verdict.error is None:
+            return
         text = json.dumps({"precision": verdict.precision.value, "error": verdict.error, "rejected": verdict.rejected})
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             # Written beside, then renamed: two processes that decide at once never read half a file.
             with tempfile.NamedTemporaryFile("w", dir=self._folder, delete=False, encoding="utf-8") as file:
                 file.write(text)
-            os.replace(file.name, path)
+            os.replace(file.name, _file(self._folder, parts))
         except OSError:
             return
 
 
-def _default_folder() -> Path:
-    root = os.environ.get("TILEWAVE_CACHE_DIR")
-    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tilewave"
-    return base / "precision"
+def _file(folder: Path, parts: Iterable[str]) -> Path:
+    return folder / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()}.json"

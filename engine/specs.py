@@ -18,8 +18,9 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """The device a model runs on. `peak_flops` (FLOP/s, fp32 on a CPU) and `peak_bytes` (bytes/s, read + write) are
-    measured ceilings of this machine, not datasheet figures."""
+    """The device a model runs on. `peak_flops` (FLOP/s, fp32 on a CPU) and `peak_bytes` (bytes/s of memory, read and
+    written) are measured ceilings of this machine, not datasheet figures; so is `peak_cache_bytes` (bytes/s), for what
+    lies in the cache. `cache_bytes` is the size of the last-level cache, 0 where that is not known."""
 
     device: str
     name: str
@@ -27,11 +28,19 @@ class DeviceInfo:
     threads: int
     peak_flops: float
     peak_bytes: float
+    cache_bytes: int
+    peak_cache_bytes: float
+
+    def least_seconds(self, flops: float, nbytes: float, cached_bytes: float) -> float:
+        """What so many FLOPs and unique bytes, some of them from the cache, take at least."""
+        moving = (nbytes - cached_bytes) / self.peak_bytes + cached_bytes / self.peak_cache_bytes
+        return max(flops / self.peak_flops, moving)
 
 
 @dataclass(frozen=True)
 class StepStat:
-    """What one step of one plan has done since the plan was made. `flops` and `bytes` are per launch."""
+    """What one step of one plan has done since the plan was made. Per launch: `flops`, `bytes`, and the `cached_bytes`
+    among them that the device's cache can hold (engine/plan/residency.py)."""
 
     step: str
     kernel: str
@@ -40,11 +49,13 @@ class StepStat:
     seconds: float
     flops: int
     bytes: int
+    cached_bytes: int
 
 
 @dataclass(frozen=True)
 class KernelStat:
-    """Totals of one kernel family and operator since the model was loaded."""
+    """Totals of one kernel family and operator since the model was loaded. `cached_bytes`: those of `bytes` that the
+    device's cache can hold from one use to the next."""
 
     kernel: str
     op: str
@@ -52,11 +63,12 @@ class KernelStat:
     seconds: float
     flops: float
     bytes: float
+    cached_bytes: float
 
 
 @dataclass(frozen=True)
 class ProfileRow:
-    """One step of a profiled run: `seconds`, `flops` and `bytes` are per call."""
+    """One step of a profiled run: `seconds`, `flops`, `bytes` and `cached_bytes` are per call."""
 
     step: str
     kernel: str
@@ -65,9 +77,11 @@ class ProfileRow:
     seconds: float
     flops: int
     bytes: int
+    cached_bytes: int
+    """Those of `bytes` that the device's cache can hold from one use to the next."""
     roofline: float
-    """max(FLOP rate / measured FLOP ceiling, byte rate / measured bandwidth). Above 1 where the data sits in a
-    cache."""
+    """The least time that FLOPs and bytes take at the measured ceilings / `seconds`. Bytes that the cache can hold take
+    the time of the cache."""
 
     @property
     def flops_per_second(self) -> float:
@@ -78,8 +92,8 @@ class ProfileRow:
         return self.bytes / self.seconds if self.seconds else 0.0
 
 
-def roofline(flops: float, nbytes: float, seconds: float, device: DeviceInfo) -> float:
+def roofline(flops: float, nbytes: float, cached_bytes: float, seconds: float, device: DeviceInfo) -> float:
     """Roofline fraction (Williams, Waterman & Patterson 2009) against the device's measured ceilings."""
     if seconds <= 0:
         return 0.0
-    return max(flops / seconds / device.peak_flops, nbytes / seconds / device.peak_bytes)
+    return device.least_seconds(flops, nbytes, cached_bytes) / seconds

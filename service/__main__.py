@@ -1,5 +1,5 @@
 """`python -m service`: settings, sockets, one HTTP process or several. Exit status 0 after a drain, 2 for a wrong
-setting, 1 for a taken port."""
+setting, 1 for a taken port or a GPU that was asked for and cannot be used."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ from service.server import run_server, spare_the_collector
 from service.settings import Settings, SettingsError, read_settings, unknown_variables
 from service.supervisor import supervise
 from service.tracing import Tracer
-from service.workers.engine_api import EngineModule, import_path, real_engine
+from service.workers.engine_api import EngineModule, import_path, real_engine, why_unusable
 
 log = logging.getLogger("service")
 
@@ -49,6 +49,10 @@ def serve(settings: Settings, engine: Callable[[], EngineModule] = real_engine) 
     read_access(settings)
     if settings.frontends and settings.traces_endpoint:
         Tracer(settings.traces_endpoint).close()  # or every front end would find out that packages are missing
+    problem = why_unusable(settings.device, engine)
+    if problem:
+        print(f"--device {settings.device}: {problem}", file=sys.stderr)
+        return 1
     try:
         listeners = _bind(settings)
     except OSError as error:

@@ -84,6 +84,7 @@ class EngineCollector(Collector):
             "seconds": "Time a kernel ran, in seconds.",
             "flops": "Floating-point operations of the mathematics that a kernel did.",
             "bytes": "Bytes that a kernel had to touch.",
+            "cached_bytes": "Those of them that the device's cache can hold from one use to the next.",
         }
         for field, text in texts.items():
             family = CounterMetricFamily(f"engine_kernel_{field}", text, labels=_KERNEL)
@@ -97,12 +98,12 @@ class EngineCollector(Collector):
         moved = GaugeMetricFamily("engine_kernel_bytes_per_second", f"Byte rate of a kernel {window}.", labels=_KERNEL)
         ratio = GaugeMetricFamily(
             "engine_kernel_roofline_ratio",
-            f"The nearer of both rates to the device's own ceiling {window}.",
+            f"The nearer of both rates to its ceiling, of memory or of the cache, {window}.",
             labels=_KERNEL,
         )
         before = self._history[0][1] if len(self._history) > 1 else {}
         for (key, kernel, op), now in _by_kernel(self._models).items():
-            then = before.get((key, kernel, op), KernelCounters(kernel, op, 0, 0.0, 0.0, 0.0))
+            then = before.get((key, kernel, op), KernelCounters(kernel, op, 0, 0.0, 0.0, 0.0, 0.0))
             loaded = self._loaded.get(key)
             seconds = now.seconds - then.seconds
             if seconds <= 0 or loaded is None:
@@ -112,11 +113,10 @@ class EngineCollector(Collector):
             flops.add_metric(labels, flop_rate)
             moved.add_metric(labels, byte_rate)
             device = loaded.device
-            parts = [
-                r / peak for r, peak in ((flop_rate, device.peak_flops), (byte_rate, device.peak_bytes)) if peak > 0
-            ]
-            if parts:
-                ratio.add_metric(labels, max(parts))
+            if min(device.peak_flops, device.peak_bytes, device.peak_cache_bytes) > 0:
+                cached_rate = (now.cached_bytes - then.cached_bytes) / seconds
+                moving = (byte_rate - cached_rate) / device.peak_bytes + cached_rate / device.peak_cache_bytes
+                ratio.add_metric(labels, max(flop_rate / device.peak_flops, moving))
         yield from (flops, moved, ratio)
 
     def _models_and_devices(self) -> Iterable[Metric]:
@@ -161,9 +161,6 @@ def _by_kernel(models: Iterable[ModelStats]) -> dict[KernelKey, KernelCounters]:
     for stats in models:
         for new in stats.kernels:
             key = (stats.key, new.kernel, new.op)
-            old = merged.get(key, KernelCounters(new.kernel, new.op, 0, 0.0, 0.0, 0.0))
-            launches, seconds = old.launches + new.launches, old.seconds + new.seconds
-            merged[key] = KernelCounters(
-                new.kernel, new.op, launches, seconds, old.flops + new.flops, old.bytes + new.bytes
-            )
+            old = merged.get(key)
+            merged[key] = new if old is None else old.plus(new)
     return merged

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
-from benchmarks.cases import accuracy, attention, conv, cpu, gemm, light, models
+from benchmarks.cases import accuracy, attention, conv, cpu, gemm, light, models, ready
 
 
 class Case(Protocol):
@@ -26,6 +26,7 @@ KernelCase = gemm.GemmCase | conv.ConvCase | attention.AttentionCase | light.Lig
 
 KERNELS: Mapping[str, Sequence[KernelCase]] = {
     "gemm": gemm.CASES,
+    "random": gemm.RANDOM_CASES,
     "conv": conv.CASES,
     "attention": attention.CASES,
     "light": light.CASES,
@@ -35,8 +36,13 @@ ACCURACY: Sequence[accuracy.AccuracyCase] = accuracy.CASES
 CPU_MODELS: Sequence[models.ModelCase] = models.CPU_CASES
 CPU_LAYERS: Sequence[cpu.LayerCase] = cpu.CASES
 
-GPU: Mapping[str, Sequence[Case]] = {"models": GPU_MODELS, "accuracy": ACCURACY, **KERNELS}
-CPU: Mapping[str, Sequence[Case]] = {"models": CPU_MODELS, "layers": CPU_LAYERS}
+GPU: Mapping[str, Sequence[Case]] = {
+    "models": GPU_MODELS,
+    "accuracy": ACCURACY,
+    "ready": ready.GPU_CASES,
+    **KERNELS,
+}
+CPU: Mapping[str, Sequence[Case]] = {"models": CPU_MODELS, "layers": CPU_LAYERS, "ready": ready.CPU_CASES}
 
 
 def suites_of(stem: str) -> Mapping[str, Sequence[Case]]:

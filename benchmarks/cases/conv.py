@@ -1,4 +1,5 @@
-"""Convolutions of fp16 images in NHWC with bias and activation: the layers of ResNet-50, VGG-16 and EfficientNet."""
+"""Convolutions of fp16 images in NHWC with bias and activation: layers of ResNet-50, VGG-16, EfficientNet-B0,
+MobileNetV2 and ViT-B/16, every distinct depthwise one of the two networks that have them."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ class Tail(Enum):
 
 @dataclass(frozen=True)
 class ConvCase:
-    """A square image of `size` pixels a side, "same" padding. `groups` above 1: depthwise.
+    """A square image of `size` pixels a side, "same" padding, but none where kernel and stride are equal. `groups`
+    above 1: depthwise.
 
     With `fp32_image` the image is a model's input: fp32 in NCHW, rounded to fp16 as part of the work.
     """
@@ -43,10 +45,25 @@ class ConvCase:
 
     @property
     def pad(self) -> int:
-        return self.kernel // 2
+        return 0 if self.kernel == self.stride else self.kernel // 2
 
 
 _BATCHES = (1, 32, 128)
+# Channels, image size, kernel, stride.
+_DEPTHWISE = (
+    (32, 112, 3, 1), (96, 112, 3, 2), (144, 56, 3, 1), (144, 56, 3, 2), (144, 56, 5, 2), (192, 28, 3, 1),
+    (192, 28, 3, 2), (240, 28, 3, 2), (240, 28, 5, 1), (384, 14, 3, 1), (480, 14, 3, 1), (480, 14, 5, 1),
+    (576, 14, 3, 1), (576, 14, 3, 2), (672, 14, 5, 1), (672, 14, 5, 2), (960, 7, 3, 1), (1152, 7, 3, 1),
+    (1152, 7, 5, 1),
+)  # fmt: skip
+
+
+def _stems(batch: int) -> Iterator[ConvCase]:
+    """First layers of a model's input as it comes; ResNet's and EfficientNet's are among the others."""
+    yield ConvCase(batch, 3, 64, 224, 7, 2, fp32_image=True)
+    yield ConvCase(batch, 3, 32, 224, 3, 2, tail=Tail.RELU6)
+    yield ConvCase(batch, 3, 64, 224, 3, fp32_image=True)
+    yield ConvCase(batch, 3, 768, 224, 16, 16, fp32_image=True)
 
 
 def _resnet(batch: int) -> Iterator[ConvCase]:
@@ -70,13 +87,7 @@ def _efficientnet(batch: int) -> Iterator[ConvCase]:
     yield ConvCase(batch, 3, 32, 224, 3, 2, tail=Tail.RELU6, fp32_image=True)
     for channels, outputs, size in ((16, 96, 112), (96, 24, 56), (240, 40, 28), (672, 112, 14), (1152, 320, 7)):
         yield ConvCase(batch, channels, outputs, size, 1, tail=Tail.RELU6)
-    for channels, size, kernel, stride in (
-        (96, 112, 3, 2),
-        (144, 56, 3, 1),
-        (240, 28, 5, 1),
-        (672, 14, 5, 1),
-        (1152, 7, 5, 1),
-    ):
+    for channels, size, kernel, stride in _DEPTHWISE:
         yield ConvCase(batch, channels, channels, size, kernel, stride, channels, Tail.RELU6)
 
 
@@ -86,6 +97,7 @@ def _cases() -> Iterator[ConvCase]:
     yield from _vgg(32)
     for batch in _BATCHES:
         yield from _efficientnet(batch)
+        yield from _stems(batch)
 
 
 CASES = tuple(_cases())

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from math import exp, log
+from random import Random
 from typing import ClassVar
 
 
@@ -28,6 +30,13 @@ class GemmCase:
     @property
     def name(self) -> str:
         return f"{self.m}x{self.n}x{self.k} {self.epilogue.value}".strip()
+
+
+@dataclass(frozen=True)
+class RandomGemmCase(GemmCase):
+    """A shape that nobody chose: no constant of a cost model was fitted to it."""
+
+    suite: ClassVar[str] = "random"
 
 
 _SQUARES = (8192, 4096, 2048, 1024)
@@ -65,4 +74,27 @@ def _cases() -> Iterator[GemmCase]:
     yield GemmCase(25088, 512, 128, Epilogue.BIAS)
 
 
+_RANDOM_SHAPES = 48
+_LEAST, _MOST = (1, 8, 16), 16384  # of m, n and k
+_MOST_FLOPS = 2e11  # about 0.3 ms on an H100
+_BYTES = range(
+    1 << 20, 1 << 28
+)  # of operands and result: smaller ones would take hundreds of copies to leave the cache
+
+
+def _random_cases(seed: int = 20261125) -> Iterator[RandomGemmCase]:
+    """Sizes uniform in their logarithms; every third shape as it is drawn, the others in multiples of 8."""
+    source, found = Random(seed), set[tuple[int, int, int]]()
+    while len(found) < _RANDOM_SHAPES:
+        m, n, k = (round(exp(source.uniform(log(least), log(_MOST)))) for least in _LEAST)
+        if len(found) % 3:
+            m, n, k = (max(8, size - size % 8) for size in (m, n, k))
+        elif n % 8 == 0 and k % 8 == 0:
+            continue
+        if 2 * m * n * k <= _MOST_FLOPS and 2 * (m * k + k * n + m * n) in _BYTES and (m, n, k) not in found:
+            found.add((m, n, k))
+            yield RandomGemmCase(m, n, k)
+
+
 CASES = tuple(_cases())
+RANDOM_CASES = tuple(_random_cases())

@@ -78,7 +78,7 @@ GPU_CASES = (
     ),
     *(ModelCase(name, batch) for name in VISION for batch in (1, 32, 128)),
     *(ModelCase(BERT, batch, sequence) for batch, sequence in ((1, 128), (32, 128), (128, 128), (32, 384))),
-    *(ModelCase(GPT2, batch, 256) for batch in (1, 32)),
+    *(ModelCase(GPT2, batch, 256) for batch in (1, 32, 128)),
 )
 CPU_CASES = (
     *(ModelCase(EFFICIENTNET, batch) for batch in (1, 8)),

@@ -44,7 +44,7 @@ def measure_case(
     expected = peer()
     with engine.load(source, device="cpu", threads=threads) as model:
         sizes = case.sizes if isinstance(case, ModelCase) else {}
-        floor = ceilings.floor_us((step.cost.flops, step.cost.bytes) for step in model.plan(sizes).steps)
+        floor = ceilings.plan_floor_us(model.plan(sizes))
         return measure(
             lambda: CpuContender(lambda: model.run(feeds), expected, *seconds),
             [Entry("ONNX Runtime", lambda: CpuContender(peer, expected, *seconds))],

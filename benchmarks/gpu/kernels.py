@@ -14,6 +14,7 @@ from benchmarks.cases import KernelCase
 from benchmarks.cases.attention import AttentionCase, Mask
 from benchmarks.gpu import peers
 from benchmarks.gpu.operands import Fill, Operands, our_contender
+from benchmarks.gpu.predictions import predicted_us
 from benchmarks.gpu.remote import Remote
 from benchmarks.gpu.steps import step_of
 from benchmarks.gpu.timing import GraphContender, full_precision
@@ -30,10 +31,11 @@ COMPILE = "compile"
 
 
 def measure_all(
-    target: CudaTarget, cases: Sequence[KernelCase], ceilings: Ceilings, compile_seconds: float
-) -> Iterator[tuple[KernelCase, Measurement, float]]:
-    """(case, what came out, floor in µs), one after the other. The kernels of all cases are compiled first, in
-    parallel. `compile_seconds` is how long torch.compile may take for a case; 0: it takes no part."""
+    target: CudaTarget, cases: Sequence[KernelCase], ceilings: Ceilings, compile_seconds: float, deadline: float
+) -> Iterator[tuple[KernelCase, Measurement, float, float | None]]:
+    """(case, what came out, floor in µs, what the cost model predicts in µs), one after the other, as long as
+    `deadline` (of `time.monotonic`) is not past. The kernels of all cases are compiled first, in parallel.
+    `compile_seconds` is how long torch.compile may take for a case; 0: it takes no part."""
     begin = time.monotonic()
     full_precision()
     torch.backends.cudnn.benchmark = True
@@ -44,10 +46,12 @@ def measure_all(
         print(f"not every kernel compiles; each case will say so: {reason(error)}")
     print(f"lowering and compiling: {time.monotonic() - begin:.0f} s", flush=True)
     for case, one in zip(cases, lowered, strict=True):
+        if time.monotonic() >= deadline:
+            return
         with torch.inference_mode():
-            floor = ceilings.floor_us([(one.step.cost.flops, one.step.cost.bytes)])
+            floor = ceilings.floor_us([(one.step.cost.flops, one.step.cost.bytes, 0)])  # operands outgrow the cache
             measurement = _measure(target, case, one, compile_seconds)
-        yield case, measurement, floor
+        yield case, measurement, floor, None if one.failure else predicted_us(one.step, target.context)
         gc.collect()
         torch.cuda.empty_cache()
 

@@ -1,124 +1,221 @@
-"""``python -m benchmarks models``: whole models on the GPU, checked against fp32 (`references.py`), beside the same
-network with the same weights in PyTorch: eager in a CUDA graph, and through torch.compile."""
+"""``python -m benchmarks models``: whole models on the GPU, checked against float64 (`references.py`), beside the same
+network with the same weights in PyTorch: eager in a CUDA graph, and through torch.compile.
+
+Everything that takes long is done first, by one process for some cases of one model, all processes at once: references,
+our kernels (into the cache on disk), torch.compile. Then the cases are timed one at a time, ours and all peers in turn
+in one process, while all others wait.
+"""
 
 from __future__ import annotations
 
-import gc
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import cupy
 import numpy as np
 import torch
+import torch._dynamo
 
 import engine
 from benchmarks.cases.models import ModelCase
-from benchmarks.gpu.executables import executable
+from benchmarks.gpu.executables import compile_threads, executable, host_us, limit_compiler
 from benchmarks.gpu.networks import network
-from benchmarks.gpu.references import References
-from benchmarks.gpu.remote import Remote
-from benchmarks.gpu.timing import CallContender, Check, GraphContender, relative_error
+from benchmarks.gpu.references import References, free
+from benchmarks.gpu.timing import CallContender, Check, GraphContender, full_precision, relative_error
 from benchmarks.measure import Contender, Entry, Measurement, measure, reason
 from benchmarks.results import Ceilings
+from benchmarks.workers import GRACE_SECONDS, Expired, groups, one_at_a_time, time_limit
 from engine.plan.plan import Plan
 from engine.targets.cuda.target import Executable
 
 TOLERANCE = 5e-3
-COMPILE, COMPILE_IN_GRAPH = "compile", "compile in a graph"
+EAGER, COMPILE, COMPILE_IN_GRAPH = "eager", "compile", "compile in a graph"
+EXECUTABLE, BOUND = "Executable.launch", "BoundModel.launch"
+_MODES = {COMPILE: "reduce-overhead", COMPILE_IN_GRAPH: None}
 _RUN_SECONDS = 0.5
+_PREPARE_SECONDS = 120.0  # for references and our kernels, where torch.compile takes no part
+_RECOMPILES = 64  # PyTorch's own limit of 8 is for sizes and modes of one function together
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A measurement, the floor in µs, and µs of `Model.run` with its copies (None where ours failed)."""
+    """A measurement, the floor in µs, µs of `Model.run` with its copies (None where ours failed), and µs of the host's
+    part of a run by what is called."""
 
     measurement: Measurement
-    floor_us: float
-    run_us: float | None
+    floor_us: float | None = None
+    run_us: float | None = None
+    host_us: Mapping[str, float] = field(default_factory=dict)
 
 
 def measure_all(
     cases: Sequence[ModelCase],
     files: Mapping[str, Path],
     ceilings: Ceilings,
-    compile_seconds: float,
     compiled: Sequence[ModelCase],
+    compile_until: float,
+    deadline: float,
+    workers: int,
 ) -> Iterator[tuple[ModelCase, Outcome]]:
-    """One case after the other. `files` has the model file of each.
+    """Every case with what came out, as long as `deadline` is not past. `files` has the model file of each.
 
-    torch.compile begins with all of the cases in `compiled` at once and has `compile_seconds`; 0: it takes no part.
+    torch.compile takes part in the cases of `compiled`, and stops at `compile_until`. Both are times of
+    `time.monotonic`. `workers`: the most processes at once.
     """
     begin = time.monotonic()
-    torch.backends.cudnn.benchmark = True
-    with ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
-        expected = {case.name: Path(scratch) / f"{i}.npz" for i, case in enumerate(cases)}
-        remotes: dict[str, Remote] = {}
-        for case in compiled if compile_seconds else ():
-            recipe = CompiledModel(case, files[case.model], expected[case.name])
-            remotes[case.name] = stack.enter_context(Remote(recipe, compile_seconds))
-        failures = dict(_prepare_references(cases, files, expected))
-        ours = {name: _OurModel(files[name]) for name in dict.fromkeys(case.model for case in cases)}
-        for model in ours.values():
-            stack.callback(model.close)
-        for remote in remotes.values():
-            remote.wait()  # nothing else is to run while something is timed
-        print(f"references and torch.compile: {time.monotonic() - begin:.0f} s", flush=True)
-        for case in cases:
-            model = ours[case.model]
-            if case.name in failures:
-                measurement = Measurement(failure=failures[case.name])
-                yield case, Outcome(measurement, model.floor(case, ceilings), None)
-                continue
-            outputs = dict(np.load(expected[case.name]))
-            with torch.inference_mode():
-                yield case, _measure(case, model, outputs, files[case.model], remotes.get(case.name), ceilings)
-            gc.collect()
-            torch.cuda.empty_cache()
+    by_name = {case.name: case for case in cases}
+    shares = groups([(case.model, case) for case in cases], workers)
+    threads = compile_threads(len(shares))
+    recipes = [
+        ModelRecipe(
+            tuple(share),
+            files[share[0].model],
+            ceilings,
+            threads,
+            tuple(case.name for case in share if case in compiled),
+            compile_until,
+        )
+        for share in shares
+    ]
+    # Inductor's own workers would stay behind, busy, when the time is up.
+    environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": str(threads)}
+    ready_by = max(begin + _PREPARE_SECONDS, compile_until if compiled else begin) + GRACE_SECONDS
+    for number, (name, outcome) in enumerate(one_at_a_time(recipes, environment, ready_by, deadline)):
+        if not number:
+            print(f"references, kernels and torch.compile: {time.monotonic() - begin:.0f} s", flush=True)
+        yield by_name[name], Outcome(Measurement(failure=outcome)) if isinstance(outcome, str) else outcome
 
 
-_network = lru_cache(maxsize=1)(network)
+@dataclass(frozen=True)
+class ModelRecipe:
+    """Some sizes of one model, for a process of its own; `compiled` names those with torch.compile, `given_up` says why
+    that is not even tried."""
+
+    cases: tuple[ModelCase, ...]
+    path: Path
+    ceilings: Ceilings
+    threads: int
+    compiled: tuple[str, ...]
+    compile_until: float
+    given_up: str = ""
+
+    @property
+    def names(self) -> Sequence[str]:
+        return [case.name for case in self.cases]
+
+    def build(self) -> ModelBench:
+        return ModelBench(self)
+
+    def plain(self) -> ModelRecipe:
+        return replace(self, given_up="the process that compiled it crashed, or had to be ended")
 
 
-def _prepare_references(
-    cases: Sequence[ModelCase], files: Mapping[str, Path], expected: Mapping[str, Path]
-) -> Iterator[tuple[str, str]]:
-    """Write the reference of every case into its file; the cases that have none, and why."""
-    references = References()
-    for case in cases:
+class ModelBench:
+    """The sizes of one model, ready to be timed."""
+
+    def __init__(self, recipe: ModelRecipe) -> None:
+        begin = time.monotonic()
+        self._recipe = recipe
+        self._cases = {case.name: case for case in recipe.cases}
+        torch.set_grad_enabled(False)
+        torch.set_num_threads(recipe.threads)
+        full_precision()
+        torch.backends.cudnn.benchmark = True
+        torch._dynamo.config.recompile_limit = _RECOMPILES
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        self._expected: dict[str, Mapping[str, np.ndarray]] = {}
+        self._failures = dict(self._prepare_references())
+        prepared = time.monotonic()
+        self._ours = _OurModel(recipe.path, recipe.threads)
+        for case in recipe.cases:
+            self._ours.prepare(case)
+        loaded = time.monotonic()
+        self._net = network(recipe.cases[0].model, recipe.path)
+        self._compiled: dict[tuple[str, str], Callable[..., torch.Tensor]] = {}
+        self._reasons: dict[tuple[str, str], str] = {}
+        for mode in _MODES:
+            for name in recipe.compiled:
+                self._compile(name, mode)
+        free()
+        print(
+            f"{', '.join(self._cases)}: references {prepared - begin:.0f} s, ours {loaded - prepared:.0f} s, "
+            f"{len(self._compiled)} compiled {time.monotonic() - loaded:.0f} s",
+            flush=True,
+        )
+
+    def _prepare_references(self) -> Iterator[tuple[str, str]]:
+        """Find the reference of every case; the cases that have none, and why."""
+        references = References(threads=self._recipe.threads)
+        for case in self._recipe.cases:
+            try:
+                self._expected[case.name] = references.of(case, self._recipe.path)
+            except Exception as problem:
+                yield case.name, f"no reference: {reason(problem)}"
+        del references
+        free()
+
+    def _compile(self, name: str, mode: str) -> None:
+        """Have torch.compile compile the network for a case, and run it once. What does not work or is not done in time
+        has a reason."""
+        if self._recipe.given_up:
+            self._reasons[name, mode] = self._recipe.given_up
+            return
+        begin = time.monotonic()
+        # One function for each case, as a user would have; limited to the process's time, not to this case's.
+        compiled = torch.compile(self._net.call, mode=_MODES[mode], dynamic=False)
+        arguments = self._net.arguments(self._cases[name].feeds())
         try:
-            found = references.of(case, files[case.model])
+            with time_limit(self._recipe.compile_until):
+                compiled(*arguments)
+                torch.cuda.synchronize()
+        except Expired:
+            self._reasons[name, mode] = f"not done in time, after {time.monotonic() - begin:.0f} s"
         except Exception as problem:
-            yield case.name, f"no reference: {reason(problem)}"
+            self._reasons[name, mode] = reason(problem)
         else:
-            np.savez(expected[case.name], **found)  # type: ignore[arg-type]
-    del references
-    torch.cuda.empty_cache()
+            self._compiled[name, mode] = compiled
+        torch.cuda.empty_cache()
 
+    def measure(self, name: str) -> Outcome:
+        """Check and time one case."""
+        case = self._cases[name]
+        floor_us = self._ours.floor(case, self._recipe.ceilings)
+        if name in self._failures:
+            return Outcome(Measurement(failure=self._failures[name]), floor_us)
+        expected = self._expected[name]
+        arguments = self._net.arguments(case.feeds())
+        check = check_of(expected[self._net.output])
+        entries = [Entry(EAGER, lambda: GraphContender(lambda _: self._net.call(*arguments), 1, check))]
+        if name in self._recipe.compiled:
+            entries.append(Entry(COMPILE, partial(self._called, name, arguments, check)))
+            entries.append(Entry(COMPILE_IN_GRAPH, partial(self._in_graph, name, arguments, check)))
+        measurement = measure(lambda: self._ours.contender(case, expected), entries, TOLERANCE)
+        free()
+        if measurement.failure:
+            return Outcome(measurement, floor_us)
+        return Outcome(measurement, floor_us, self._ours.run_us(case.feeds()), self._ours.host_us(case))
 
-def _measure(
-    case: ModelCase,
-    ours: _OurModel,
-    expected: Mapping[str, np.ndarray],
-    file: Path,
-    remote: Remote | None,
-    ceilings: Ceilings,
-) -> Outcome:
-    def eager() -> Contender:
-        net = _network(case.model, file)
-        arguments = net.arguments(case.feeds())
-        return GraphContender(lambda _: net.call(*arguments), 1, check_of(expected[net.output]))
+    def _called(self, name: str, arguments: tuple[torch.Tensor, ...], check: Check) -> Contender:
+        """As a user would: mode reduce-overhead, which makes CUDA graphs of its own, called from Python."""
+        compiled = self._found(name, COMPILE)
+        for _ in range(3):  # records its graphs, replays them
+            compiled(*arguments)
+        torch.cuda.synchronize()
+        return CallContender(lambda: compiled(*arguments), check)
 
-    entries = [Entry("eager", eager)]
-    if remote is not None:
-        entries += [Entry(name, partial(remote.contender, name)) for name in (COMPILE, COMPILE_IN_GRAPH)]
-    measurement = measure(lambda: ours.contender(case, expected), entries, TOLERANCE)
-    return Outcome(measurement, ours.floor(case, ceilings), None if measurement.failure else ours.run_us(case.feeds()))
+    def _in_graph(self, name: str, arguments: tuple[torch.Tensor, ...], check: Check) -> Contender:
+        """In a CUDA graph of ours, without the host's part of a call."""
+        compiled = self._found(name, COMPILE_IN_GRAPH)
+        return GraphContender(lambda _: compiled(*arguments), 1, check)
+
+    def _found(self, name: str, mode: str) -> Callable[..., torch.Tensor]:
+        if (name, mode) in self._reasons:
+            raise RuntimeError(self._reasons[name, mode])
+        return self._compiled[name, mode]
 
 
 def check_of(expected: np.ndarray) -> Check:
@@ -130,17 +227,30 @@ def check_of(expected: np.ndarray) -> Check:
 class _OurModel:
     """One of our models, in fp16 whatever `auto` would choose: the peers are."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, threads: int) -> None:
         self.model = engine.load(path, device="cuda:0", precision="fp16", strict=True)
+        limit_compiler(self.model, threads)
+        self._ready: dict[str, tuple[Plan, Executable] | Exception] = {}
+
+    def prepare(self, case: ModelCase) -> None:
+        """Plan and bind a case: its kernels are compiled and loaded. What fails is said by `contender`."""
+        try:
+            plan = self.model.plan(case.sizes)
+            self._ready[case.name] = plan, executable(self.model, plan)
+        except Exception as problem:
+            self._ready[case.name] = problem
 
     def contender(self, case: ModelCase, expected: Mapping[str, np.ndarray]) -> Contender:
-        plan = self.model.plan(case.sizes)
-        return _OurContender(executable(self.model, plan), plan, case.feeds(), expected)
+        found = self._ready[case.name]
+        if isinstance(found, Exception):
+            raise found
+        plan, bound = found
+        return _OurContender(bound, plan, case.feeds(), expected)
 
-    def floor(self, case: ModelCase, ceilings: Ceilings) -> float:
-        """Microseconds that the steps take at least."""
-        steps = self.model.plan(case.sizes).steps
-        return ceilings.floor_us((step.cost.flops, step.cost.bytes) for step in steps)
+    def floor(self, case: ModelCase, ceilings: Ceilings) -> float | None:
+        """Microseconds that the steps take at least; None without a plan."""
+        found = self._ready[case.name]
+        return None if isinstance(found, Exception) else ceilings.plan_floor_us(found[0])
 
     def run_us(self, feeds: Mapping[str, np.ndarray]) -> float:
         """The median of `Model.run` calls, NumPy arrays to NumPy arrays."""
@@ -153,8 +263,15 @@ class _OurModel:
             times.append(time.perf_counter() - begin)
         return median(times) * 1e6
 
-    def close(self) -> None:
-        self.model.close()
+    def host_us(self, case: ModelCase) -> Mapping[str, float]:
+        """The host's part of a run that nothing waits for, by what is called."""
+        found = self._ready[case.name]
+        assert not isinstance(found, Exception)
+        bound = self.model.bind(case.sizes)
+        try:
+            return {EXECUTABLE: host_us(found[1].launch), BOUND: host_us(bound.launch)}
+        finally:
+            bound.close()
 
 
 class _OurContender(CallContender):
@@ -182,38 +299,3 @@ class _OurContender(CallContender):
 
     def _queue(self) -> None:
         self._executable.launch(cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream))
-
-
-@dataclass(frozen=True)
-class CompiledModel:
-    """For a process of its own: the network through torch.compile, called as a user would (mode reduce-overhead, which
-    makes CUDA graphs of its own), and in a CUDA graph of ours, without the host's part of a call.
-
-    `expected` is a file that holds the reference by the time the contenders are checked.
-    """
-
-    case: ModelCase
-    path: Path
-    expected: Path
-
-    def build(self) -> Mapping[str, Callable[[], Contender]]:
-        torch.set_grad_enabled(False)
-        torch.backends.cudnn.benchmark = True
-        net = network(self.case.model, self.path)
-        arguments = net.arguments(self.case.feeds())
-
-        def check(_: int, result: torch.Tensor) -> float:
-            return check_of(np.load(self.expected)[net.output])(0, result)
-
-        def called() -> Contender:
-            compiled = torch.compile(net.call, mode="reduce-overhead", dynamic=False)
-            for _ in range(4):  # compiles, records its graphs, replays them
-                compiled(*arguments)
-            torch.cuda.synchronize()
-            return CallContender(lambda: compiled(*arguments), check)
-
-        def in_graph() -> Contender:
-            compiled = torch.compile(net.call, dynamic=False)
-            return GraphContender(lambda _: compiled(*arguments), 1, check)
-
-        return {COMPILE: called, COMPILE_IN_GRAPH: in_graph}

@@ -18,7 +18,7 @@ from benchmarks.gpu.timing import Check, GraphContender, relative_error
 from engine.ir.dtype import DType
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor
-from engine.targets.cuda.kernel import ALIGNMENT, Launch, Pointer, TensorMap, ceildiv, pack
+from engine.targets.cuda.kernel import ALIGNMENT, AnyMap, Launch, Pointer, ceildiv, pack
 from engine.targets.cuda.target import CudaTarget
 
 ROTATE_BYTES = 160 << 20
@@ -108,7 +108,7 @@ def our_contender(target: CudaTarget, launches: Sequence[Launch], operands: Oper
         def address(pointer: Pointer) -> int:
             return operands.address(i, pointer)
 
-        def encode(map_: TensorMap) -> bytes:
+        def encode(map_: AnyMap) -> bytes:
             return target.device.encode(map_, address(map_.pointer))
 
         stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)

@@ -104,11 +104,14 @@ _TAILS: dict[Tail, Function] = {
 }
 
 
+def _narrow(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """An fp32 image in the type of the weights: part of the work."""
+    return x if x.dtype == w.dtype else x.to(w.dtype, memory_format=torch.channels_last)
+
+
 def _convolution(case: ConvCase) -> Function:
     def run(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-        if x.dtype != w.dtype:
-            x = x.to(w.dtype, memory_format=torch.channels_last)
-        y = F.conv2d(x, w, bias.reshape(-1), case.stride, case.pad, 1, case.groups)
+        y = F.conv2d(_narrow(x, w), w, bias.reshape(-1), case.stride, case.pad, 1, case.groups)
         return _TAILS[case.tail](y, *others)
 
     return run
@@ -127,7 +130,9 @@ def _conv(case: ConvCase) -> Iterator[Peer]:
     steps = [case.stride] * 2, [case.pad] * 2, [1, 1], case.groups
     if case.tail is Tail.RELU:
         yield Peer(
-            "cuDNN fused", lambda x, w, c: torch.cudnn_convolution_relu(x, w, c.reshape(-1), *steps), _channels_last
+            "cuDNN fused",
+            lambda x, w, c: torch.cudnn_convolution_relu(_narrow(x, w), w, c.reshape(-1), *steps),
+            _channels_last,
         )
     if case.tail is Tail.RESIDUAL_RELU:
         yield Peer(

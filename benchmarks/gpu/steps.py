@@ -16,7 +16,7 @@ from benchmarks.cases.light import Kind, LightCase
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.expr import PointOp
-from engine.ir.ops import Attention, Gemm, Norm, NormKind, Pointwise, Pool, PoolKind, Reduce, ReduceKind, Softmax
+from engine.ir.ops import Attention, Conv, Gemm, Norm, NormKind, Pointwise, Pool, PoolKind, Reduce, ReduceKind, Softmax
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda import covering as cv
@@ -105,7 +105,8 @@ def _conv(case: ConvCase, weight: Constants) -> Step:
     inputs: list[cv.Given] = [(F32, shape) if case.fp32_image else _nhwc(shape), filter_, weight(case.outputs, 1, 1)]
     if case.tail is Tail.RESIDUAL_RELU:
         inputs.append(_nhwc((case.batch, case.outputs, case.size, case.size), "residual"))
-    op = cv.conv_op(case.kernel, case.stride, case.groups, _CONV_STORES[case.tail])
+    pads = ((case.pad, case.pad),) * 2
+    op = Conv((case.stride, case.stride), pads, (1, 1), case.groups, stores=(_CONV_STORES[case.tail],))
     return cv.make_step(op, inputs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,24 @@ _SKLEARN = ("china.jpg", "flower.jpg")
 @cache
 def photos(size: int = 224) -> FloatArray:
     """[8, 3, size, size], read only: the middle of each photo, normalised as torchvision's models expect."""
-    import skimage
-    import sklearn
-
-    paths = [Path(skimage.__file__).parent / "data" / name for name in _SKIMAGE]
-    paths += [Path(sklearn.__file__).parent / "datasets" / "images" / name for name in _SKLEARN]
+    paths = [photo(name) for name in _SKIMAGE]
+    paths += [_package("sklearn") / "datasets" / "images" / name for name in _SKLEARN]
     images = np.stack([_prepared(path, size) for path in paths])
     images.flags.writeable = False
     return images
+
+
+def photo(name: str) -> Path:
+    """The file of one of scikit-image's photos."""
+    return _package("skimage") / "data" / name
+
+
+def _package(name: str) -> Path:
+    """Where a package lies. Not imported: only its files are needed. Raises ImportError."""
+    found = find_spec(name)
+    if found is None or not found.submodule_search_locations:
+        raise ImportError(f"no package {name!r}, whose photos are needed: install the extra `test`")
+    return Path(found.submodule_search_locations[0])
 
 
 def _prepared(path: Path, size: int) -> FloatArray:

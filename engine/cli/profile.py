@@ -41,7 +41,7 @@ def main(arguments: argparse.Namespace) -> int:
             )
         )
         return 0
-    lines = [["step", "kernel", "µs", "FLOP/s", "B/s", "roofline"]]
+    lines = [["step", "kernel", "µs", "FLOP/s", "B/s", "cached", "roofline"]]
     lines.extend(
         [
             row.step[-48:],
@@ -49,14 +49,16 @@ def main(arguments: argparse.Namespace) -> int:
             f"{row.seconds * 1e6:.1f}",
             quantity(row.flops_per_second, ""),
             quantity(row.bytes_per_second, ""),
+            f"{row.cached_bytes / row.bytes:.0%}" if row.bytes else "–",
             f"{row.roofline:.0%}",
         ]
         for row in rows
     )
-    print(table(lines, frozenset({2, 3, 4, 5})))
+    print(table(lines, frozenset({2, 3, 4, 5, 6})))
     total = sum(row.seconds for row in rows)
     flops = sum(row.flops for row in rows)
     print(f"\n{total * 1e3:.3f} ms in {len(rows)} steps, {quantity(flops / total if total else 0.0, 'FLOP/s')}")
     print(f"{device.name} ({device.arch}, {device.threads} threads): measured ceilings "
-          f"{quantity(device.peak_flops, 'FLOP/s')}, {quantity(device.peak_bytes, 'B/s')}")  # fmt: skip
+          f"{quantity(device.peak_flops, 'FLOP/s')}, {quantity(device.peak_bytes, 'B/s')} of memory, "
+          f"{quantity(device.peak_cache_bytes, 'B/s')} of {device.cache_bytes >> 20} MiB of cache")  # fmt: skip
     return 0

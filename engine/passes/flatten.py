@@ -2,6 +2,9 @@
 
 `flatten_gemms`: a product does not care how its rows are grouped or in which order they come, so a reshape or a
 transposition of the rows before it goes behind it, where it meets the exporter's own back and both vanish.
+`spread_rows`: a product reads rows as they lie and writes them where they belong: a permutation of several axes of rows
+before it (an image that becomes windows) goes behind it; where one is behind it (windows that become an image), the
+product gets the axes of rows apart, and what is added to the image is its epilogue's.
 `sink_views`: a reshape or transposition between an operator and the point-wise node after it goes behind the point-wise
 node, which can then become the operator's epilogue.
 """
@@ -121,17 +124,72 @@ def _moved_behind(editor: Editor, node: Node, op: Reshape | Transpose, x: Value,
     return made
 
 
+def spread_rows(graph: Graph, traits: Traits) -> None:
+    """Gemm(Transpose(x), w) → Transpose(Gemm(x, w)), and Reshape(Transpose(Reshape(Gemm(a, w)))) →
+    Reshape(Transpose(Gemm(Reshape(a), w))), both of rows only."""
+    if not traits.permuted_rows:
+        return
+    editor = Editor(graph)
+    for node in editor.nodes():
+        if isinstance(node.op, Gemm) and len(node.outputs) == 1 and node.inputs[1].rank == 2:
+            before = editor.producer(node.inputs[0])
+            if node.output.rank > 3 and before is not None and isinstance(before.op, Transpose):
+                _read_as_it_lies(editor, node, before.op, before.inputs[0])
+            else:
+                _spread(editor, node)
+    editor.finish()
+
+
+def _read_as_it_lies(editor: Editor, node: Node, turn: Transpose, x: Value) -> None:
+    if turn.perm[-1] == x.rank - 1 and not editor.is_output(node.output):
+        _moved_behind(editor, node, turn, x, (*x.shape[:-1], node.output.shape[-1]))
+
+
+def _spread(editor: Editor, node: Node) -> None:
+    old = node.output
+    split = editor.only_user(old)
+    turn = editor.only_user(split.output) if split is not None and isinstance(split.op, Reshape) else None
+    if split is None or turn is None or not isinstance(turn.op, Transpose) or editor.is_output(old):
+        return
+    apart, last = split.output.shape, split.output.rank - 1
+    back = editor.only_user(turn.output)
+    if apart[-1] != old.shape[-1] or turn.op.perm[-1] != last or back is None or not isinstance(back.op, Reshape):
+        return
+    extra: list[Value] = []
+    for value in node.inputs[2:]:
+        if value.shape == old.shape:
+            extra.append(reshape(editor, value, apart, node.origin))
+        elif all(dim == 1 for dim in value.shape[:-1]):
+            extra.append(value)
+        else:
+            editor.prune(extra)
+            return
+    a = reshape(editor, node.inputs[0], (*apart[:-1], node.inputs[0].shape[-1]), node.origin)
+    made = editor.add(node.op, (a, node.inputs[1], *extra), old.name, node.origin)
+    editor.redirect(split.output, made.output)
+    editor.prune([split.output, old])
+    for user in editor.users(back.output):
+        if isinstance(user.op, Pointwise) and not user.op.gathers and len(user.outputs) == 1:
+            _sink_all(editor, user)
+            return
+
+
 def sink_views(graph: Graph, _traits: Traits) -> None:
     """Pointwise(View(x), …) → View(Pointwise(x, …)), once per point-wise node and chain of views."""
     editor = Editor(graph)
     for node in editor.nodes():
         if not editor.alive(node) or not isinstance(node.op, Pointwise) or node.op.gathers or len(node.outputs) != 1:
             continue
-        current: Node | None = node
-        chain = _chain(editor, node)
-        while current is not None and chain:
-            current = _sink(editor, current, chain.pop(0))
+        _sink_all(editor, node)
     editor.finish()
+
+
+def _sink_all(editor: Editor, node: Node) -> None:
+    """Move the views between an operator and a point-wise node behind the latter."""
+    current: Node | None = node
+    chain = _chain(editor, node)
+    while current is not None and chain:
+        current = _sink(editor, current, chain.pop(0))
 
 
 def _chain(editor: Editor, node: Node) -> list[Node]:

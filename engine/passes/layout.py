@@ -70,6 +70,8 @@ def _order(node: Node, seen: dict[Value, Order], users: dict[Value, list[Node]],
         return _through_view(op, node.inputs[0], seen)
     if isinstance(op, Attention | Recurrent):
         return _as_read(node.outputs[0], users)
+    if isinstance(op, Gemm) and traits.permuted_rows and node.outputs[0].rank > 3:
+        return _rows_as_read(node.outputs[0], users)
     if not traits.channels_last:
         return None
     if isinstance(op, Conv):
@@ -132,6 +134,14 @@ def _as_read(value: Value, users: dict[Value, list[Node]]) -> Order | None:
         if isinstance(user.op, Transpose):
             return user.op.perm
     return (0, 2, 1, 3) if value.rank == 4 else None
+
+
+def _rows_as_read(value: Value, users: dict[Value, list[Node]]) -> Order | None:
+    """The order that makes a permutation of the rows of a product a view of contiguous memory."""
+    for user in users.get(value, ()):
+        if isinstance(user.op, Transpose) and user.op.perm[-1] == value.rank - 1:
+            return user.op.perm
+    return None
 
 
 def permute_flattened(graph: Graph, traits: Traits) -> None:

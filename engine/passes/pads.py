@@ -1,4 +1,5 @@
-"""The pass `fold_pads`: padding nodes become the padding of the convolution or pooling that reads them."""
+"""The pass `fold_pads`: padding nodes become the padding of the convolution or pooling that reads them, also through
+the transposition that an NHWC export has in between."""
 
 from __future__ import annotations
 
@@ -7,10 +8,11 @@ from dataclasses import replace
 from engine.ir import expr as ex
 from engine.ir.expr import PointOp
 from engine.ir.graph import Graph, Node, Value
-from engine.ir.ops import Conv, Op, Pad, PadMode, Pool, PoolKind
+from engine.ir.ops import Conv, Op, Pad, PadMode, Pool, PoolKind, Transpose
 from engine.passes.editor import Editor, joined_origin
 from engine.passes.operands import stores_of
 from engine.passes.traits import Traits
+from engine.passes.views import transpose
 
 _LOWEST = -1e30  # a padding at or below this never wins a maximum
 
@@ -20,14 +22,24 @@ def fold_pads(graph: Graph, _traits: Traits) -> None:
     editor = Editor(graph)
     for node in editor.nodes():
         if isinstance(node.op, Conv | Pool) and editor.alive(node):
-            pad = editor.producer(node.inputs[0])
-            if pad is not None and isinstance(pad.op, Pad):
-                new = _padded(editor, node.op, pad.op, pad.inputs[0])
-                if new is not None:
-                    inputs = (pad.inputs[0], *node.inputs[1:])
-                    editor.update(node, new, inputs, origin=joined_origin(pad, node))
-                    editor.prune([pad.output])
+            _fold(editor, node)
     editor.finish()
+
+
+def _fold(editor: Editor, node: Node) -> None:
+    read = node.inputs[0]
+    before, perm = editor.producer(read), tuple(range(read.rank))
+    pad = before
+    if before is not None and isinstance(before.op, Transpose):
+        pad, perm = editor.producer(before.inputs[0]), before.op.perm
+    if pad is None or not isinstance(pad.op, Pad):
+        return
+    moved = replace(pad.op, pads=tuple(pad.op.pads[axis] for axis in perm))
+    new = _padded(editor, node.op, moved, pad.inputs[0])
+    if new is not None:
+        source = transpose(editor, pad.inputs[0], perm, pad.origin)
+        editor.update(node, new, (source, *node.inputs[1:]), origin=joined_origin(pad, node))
+        editor.prune([read])
 
 
 def _padded(editor: Editor, op: Op, pad: Pad, source: Value) -> Op | None:

@@ -20,7 +20,7 @@ from engine.passes.attention import recognise_attention
 from engine.passes.causal import recognise_causal
 from engine.passes.constant_parts import select_constant_parts
 from engine.passes.epilogues import fuse_batch_norms, fuse_epilogues
-from engine.passes.flatten import flatten_gemms, sink_views
+from engine.passes.flatten import flatten_gemms, sink_views, spread_rows
 from engine.passes.fold import fold
 from engine.passes.layout import choose_orders, permute_flattened
 from engine.passes.narrow import narrow_floats
@@ -29,6 +29,7 @@ from engine.passes.pads import fold_pads
 from engine.passes.pointwise import drop_expands, fuse_pointwise, hoist_slices, inline_literals
 from engine.passes.precision import widen_floats
 from engine.passes.prologues import fuse_gathers, fuse_prologues
+from engine.passes.rolls import find_rolls
 from engine.passes.siblings import merge_siblings
 from engine.passes.simplify import drop_unread, simplify
 from engine.passes.traits import Traits
@@ -43,6 +44,7 @@ PASSES: tuple[Pass, ...] = (
     drop_expands,
     inline_literals,
     simplify,
+    find_rolls,
     hoist_slices,
     fold,
     recognise_norms,
@@ -62,6 +64,7 @@ PASSES: tuple[Pass, ...] = (
     fold,
     fold_pads,
     fuse_epilogues,
+    spread_rows,
     fold_affine,
     merge_siblings,
     select_constant_parts,

@@ -72,6 +72,7 @@ class _Builder:
     tensors: dict[Value, Tensor] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     names: dict[str, int] = field(default_factory=dict)
+    copied: dict[tuple[Tensor, Requirement], Tensor] = field(default_factory=dict)
 
     def run(self) -> Plan:
         inputs = {value.name: self._input(value) for value in self.graph.inputs}
@@ -233,7 +234,7 @@ class _Builder:
         else:
             input_needs, output_needs = self.target.requirements(op, inputs)
         inputs = tuple(
-            tensor if _satisfied(tensor, need) else self._copy(tensor, f"{node.origin}.layout", need)
+            tensor if _satisfied(tensor, need) else self._laid_out(tensor, f"{node.origin}.layout", need)
             for tensor, need in zip(inputs, input_needs, strict=True)
         )
         shapes = [_concrete(shape) for _, shape in types]
@@ -255,6 +256,12 @@ class _Builder:
 
     # Copies
 
+    def _laid_out(self, tensor: Tensor, name: str, need: Requirement) -> Tensor:
+        """A copy that every kernel with this need reads."""
+        if (tensor, need) not in self.copied:
+            self.copied[tensor, need] = self._copy(tensor, name, need)
+        return self.copied[tensor, need]
+
     def _copy(self, tensor: Tensor, name: str, need: Requirement | None = None) -> Tensor:
         order = need.order if need is not None and need.order else None
         nbytes = tensor.elements * tensor.dtype.itemsize
@@ -267,12 +274,7 @@ class _Builder:
     def _copy_unless_there(self, source: Tensor, destination: Tensor, name: str) -> None:
         if source.shape != destination.shape:
             raise ShapeError(f"{name}: shape {list(source.shape)} where the model says {list(destination.shape)}")
-        there = (
-            source.buffer is destination.buffer
-            and source.offset == destination.offset
-            and source.strides == destination.strides
-        )
-        if not there:
+        if not source.is_at(destination):
             self._emit(name, Pointwise((ex.Arg(0, source.dtype),)), (source,), (destination,))
 
     # Memory

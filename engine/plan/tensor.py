@@ -63,6 +63,12 @@ class Tensor:
         """Whether the elements lie without gaps with axis `order[0]` outermost and `order[-1]` innermost."""
         return _same_strides(self.shape, self.strides, row_major(self.shape, order))
 
+    def is_at(self, other: Tensor) -> bool:
+        """Whether the elements are those of `other`, which has the same shape. Strides of axes of one element, which
+        views of one memory may give differently, say nothing."""
+        same = self.buffer is other.buffer and self.offset == other.offset
+        return same and _same_strides(self.shape, self.strides, other.strides)
+
 
 def row_major(shape: tuple[int, ...], order: tuple[int, ...] | None = None) -> tuple[int, ...]:
     """Strides (in elements) of a tensor without gaps; `order` lists its axes from the outermost to the innermost."""

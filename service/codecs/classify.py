@@ -12,8 +12,9 @@ def probabilities(scores: NDArray[Any]) -> NDArray[np.float32]:
     values = scores.astype(np.float32, copy=False)
     if values.size and values.min() >= 0 and np.allclose(values.sum(axis=-1), 1.0, atol=1e-3):
         return values
-    exponents = np.exp(values - values.max(axis=-1, keepdims=True))
-    return np.asarray(exponents / exponents.sum(axis=-1, keepdims=True), np.float32)
+    with np.errstate(invalid="ignore"):  # of scores that are not finite; the routes look for what comes of them
+        exponents = np.exp(values - values.max(axis=-1, keepdims=True))
+        return np.asarray(exponents / exponents.sum(axis=-1, keepdims=True), np.float32)
 
 
 def top_labels(row: NDArray[np.float32], labels: Sequence[str], top_k: int) -> list[dict[str, Any]]:

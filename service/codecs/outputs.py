@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.client_memory import ClientMemory, Place
+from service.codecs.finite import count_non_finite
 from service.codecs.json_values import shown
 from service.codecs.parameters import integer, member, refuse_unsupported, shared_place
 from service.codecs.tensor_types import BINARY_ONLY, datatype_of
@@ -93,7 +94,10 @@ def format_outputs(
     outputs: Sequence[tuple[RequestedOutput, Array]], classes: Classes, memory: ClientMemory
 ) -> tuple[list[dict[str, Any]], list[bytes]]:
     """The `outputs` of an answer and the binary data that follows the JSON. Raises InvalidRequest for FP16 as JSON, and
-    what `memory` raises."""
+    what `memory` raises.
+
+    What JSON has no number for becomes null; the parameter ``non_finite`` says how many those are.
+    """
     documents: list[dict[str, Any]] = []
     buffers: list[bytes] = []
     for wanted, array in outputs:
@@ -114,6 +118,9 @@ def format_outputs(
             document["data"] = [_text(item) for item in array.reshape(-1)]
         else:
             document["data"] = np.ascontiguousarray(array).reshape(-1)
+            without_number = count_non_finite(array)
+            if without_number:
+                document["parameters"] = {"non_finite": without_number}
         documents.append(document)
     return documents, buffers
 

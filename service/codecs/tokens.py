@@ -116,6 +116,19 @@ class TokenCodec:
         )
         return TokenBatch(tensors, lengths)
 
+    def check_masks(self, tensors: Sequence[tuple[str, NDArray[Any]]]) -> None:
+        """Inputs that a client made itself: a mask has ones and zeros. Raises InvalidRequest."""
+        for name, values in tensors:
+            if self._roles.get(name) != _MASKS or values.dtype.kind == "b":
+                continue
+            wrong = (values != 0) & (values != 1)
+            if wrong.any():
+                place = tuple(np.argwhere(wrong)[0].tolist())
+                raise InvalidRequest(
+                    f"input '{name}': the element at {list(place)} is {values[place]}; "
+                    "this mask has 1 for each token and 0 for padding"
+                )
+
 
 def not_tokens(inputs: Sequence[TensorInfo]) -> str:
     """Why the service cannot make the inputs of a model from token ids; empty where it can."""
@@ -204,5 +217,6 @@ def pool(vectors: NDArray[Any], mask: NDArray[np.bool_], pooling: Pooling, norma
             values = values[:, 0]
     if normalize:
         lengths = np.linalg.norm(values, axis=1, keepdims=True)
-        values = values / np.maximum(lengths, np.float32(1e-12))
+        with np.errstate(invalid="ignore"):  # of values that are not finite; the routes look for what comes of them
+            values = values / np.maximum(lengths, np.float32(1e-12))
     return np.ascontiguousarray(values, np.float32)

@@ -11,9 +11,11 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from service.codecs.classify import probabilities, top_labels
+from service.codecs.finite import require_finite
 from service.codecs.images import decode
 from service.errors import InvalidRequest, TooLarge
 from service.inference import open_request
+from service.model import ServedModel
 from service.model_config import Task
 from service.routes.documents import IMAGES_ANSWER, IMAGES_BODY, REQUEST_HEADERS
 from service.routes.responses import JsonResponse, ServingOf, check_query
@@ -58,13 +60,13 @@ async def classify_images(
         else:
             if served.task is not Task.IMAGE_CLASSIFICATION:
                 raise InvalidRequest(f"model '{model}' does not classify; ask for ?raw=true")
-            answer["predictions"] = _predictions(outputs[names[0]], served.folder.labels, top_k)
+            answer["predictions"] = _predictions(served, names[0], outputs[names[0]], top_k)
         return JsonResponse(answer, headers=inference.headers())
 
 
-def _predictions(scores: NDArray[Any], labels: tuple[str, ...], top_k: int) -> list[dict[str, Any]]:
-    rows = probabilities(scores.reshape(scores.shape[0], -1))
-    return [{"labels": top_labels(row, labels, top_k)} for row in rows]
+def _predictions(served: ServedModel, output: str, scores: NDArray[Any], top_k: int) -> list[dict[str, Any]]:
+    rows = require_finite(probabilities(scores.reshape(scores.shape[0], -1)), served.key.name, output)
+    return [{"labels": top_labels(row, served.folder.labels, top_k)} for row in rows]
 
 
 async def _files(body: bytes, headers: Headers, max_images: int) -> list[bytes]:

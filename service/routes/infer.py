@@ -10,6 +10,7 @@ from service.codecs.compression import asked_for, compress
 from service.codecs.outputs import Classes, format_outputs
 from service.codecs.tensors import InferDocument, parse_infer
 from service.inference import InferenceRequest, open_request
+from service.model_config import Task
 from service.routes.protocol_documents import INFER_ANSWER, infer_operation
 from service.serving import Serving
 from service.workers.messages import BatchingMode, LocalTensor
@@ -35,6 +36,8 @@ async def infer(request: Request) -> Response:
         body = await inference.body()
         source = serving.tensor_source
         document = parse_infer(body, request.headers.get(_LENGTH_HEADER), specs.inputs, specs.outputs, source)
+        if served.tokens is not None and served.task is not Task.TENSORS:
+            served.tokens.check_masks(document.inputs)
         if document.timeout_us:
             inference.limit_time(document.timeout_us / 1e6)
         if document.priority:

@@ -33,6 +33,13 @@ _TENSOR_PARAMETERS: Schema = {
         **_SHARED_MEMORY,
     },
 }
+_ANSWER_PARAMETERS: Schema = {
+    "type": "object",
+    "properties": {
+        "binary_data_size": {**_UNSIGNED, "description": "Bytes of the tensor in what follows the JSON."},
+        "non_finite": {**_UNSIGNED, "description": "How many values are NaN or infinity, and null in `data`."},
+    },
+}
 _OUTPUT_PARAMETERS: Schema = {
     "type": "object",
     "properties": {
@@ -41,16 +48,21 @@ _OUTPUT_PARAMETERS: Schema = {
         **_SHARED_MEMORY,
     },
 }
-_TENSOR: Schema = object_of(
-    {
-        "name": STRING,
-        "datatype": _DATATYPE,
-        "shape": list_of(_UNSIGNED),
-        "data": {"type": "array"},
-        "parameters": _TENSOR_PARAMETERS,
-    },
-    ["name", "datatype", "shape"],
-)
+
+
+def _tensor(parameters: Schema) -> Schema:
+    return object_of(
+        {
+            "name": STRING,
+            "datatype": _DATATYPE,
+            "shape": list_of(_UNSIGNED),
+            "data": {"type": "array"},
+            "parameters": parameters,
+        },
+        ["name", "datatype", "shape"],
+    )
+
+
 _PARAMETERS: Schema = {
     "type": "object",
     "properties": {
@@ -65,7 +77,12 @@ _INFER_BODY: Schema = {
     "content": {
         **json_content(
             object_of(
-                {"id": STRING, "parameters": _PARAMETERS, "inputs": list_of(_TENSOR), "outputs": list_of(_OUTPUT)},
+                {
+                    "id": STRING,
+                    "parameters": _PARAMETERS,
+                    "inputs": list_of(_tensor(_TENSOR_PARAMETERS)),
+                    "outputs": list_of(_OUTPUT),
+                },
                 ["inputs"],
             )
         ),
@@ -91,7 +108,7 @@ def infer_operation(*path_parameters: str) -> Schema:
 
 INFER_ANSWER = answer_of(
     object_of(
-        {"model_name": STRING, "model_version": STRING, "id": STRING, "outputs": list_of(_TENSOR)},
+        {"model_name": STRING, "model_version": STRING, "id": STRING, "outputs": list_of(_tensor(_ANSWER_PARAMETERS))},
         ["model_name", "model_version", "outputs"],
     ),
     "The outputs; binary ones follow the JSON, whose length is in Inference-Header-Content-Length.",

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from service.codecs.body import parse_object
 from service.codecs.classify import probabilities, top_labels
+from service.codecs.finite import require_finite
 from service.codecs.tokens import TokenBatch, TokenCodec, check_ids, check_texts, pool
 from service.errors import InvalidRequest
 from service.inference import InferenceRequest, open_request
@@ -78,7 +79,7 @@ async def embed(inference: InferenceRequest, codec: TokenCodec, rows: list[list[
     name = served.main_output().name
     outputs = await inference.run_rows(batch.inputs, (name,), engine_lengths(served, batch))
     config = served.folder.config.tokens
-    return pool(outputs[name], batch.mask, config.pooling, config.normalize)
+    return require_finite(pool(outputs[name], batch.mask, config.pooling, config.normalize), served.key.name, name)
 
 
 async def _rows(serving: Serving, codec: TokenCodec, body: bytes) -> list[list[int]]:
@@ -112,16 +113,20 @@ def _answer(
     labels = served.folder.labels
     if raw or served.task is Task.TENSORS:
         return {"outputs": {name: _ragged(served, name, array, batch.lengths) for name, array in outputs.items()}}
+    model = served.key.name
     if served.task is Task.TEXT_CLASSIFICATION:
-        scores = probabilities(outputs[main])
+        scores = require_finite(probabilities(outputs[main]), model, main)
         logits = np.ascontiguousarray(outputs[main])
         return {"predictions": [{"labels": top_labels(row, labels, top_k)} for row in scores], "logits": logits}
     if served.task is Task.TOKEN_CLASSIFICATION:
         scores = probabilities(outputs[main])
-        rows = [scores[row, :length] for row, length in enumerate(batch.lengths)]
+        rows = [
+            require_finite(scores[row : row + 1, :length], model, main)[0] for row, length in enumerate(batch.lengths)
+        ]
         return {"predictions": [{"tokens": [top_labels(token, labels, 1)[0] for token in row]} for row in rows]}
     config = served.folder.config.tokens
-    return {"embeddings": pool(outputs[main], batch.mask, config.pooling, config.normalize)}
+    vectors = pool(outputs[main], batch.mask, config.pooling, config.normalize)
+    return {"embeddings": require_finite(vectors, model, main)}
 
 
 def _ragged(served: ServedModel, name: str, array: NDArray[Any], lengths: tuple[int, ...]) -> list[NDArray[Any]]:

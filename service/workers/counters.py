@@ -43,13 +43,5 @@ def _sum(before: ModelStats | None, now: ModelStats | None) -> ModelStats:
     kernels: dict[tuple[str, str], KernelCounters] = {}
     for new in (*before.kernels, *now.kernels):
         old = kernels.get((new.kernel, new.op))
-        if old is not None:
-            new = replace(
-                new,
-                launches=old.launches + new.launches,
-                seconds=old.seconds + new.seconds,
-                flops=old.flops + new.flops,
-                bytes=old.bytes + new.bytes,
-            )
-        kernels[new.kernel, new.op] = new
+        kernels[new.kernel, new.op] = new if old is None else old.plus(new)
     return replace(now, kernels=tuple(kernels.values()), dropped=before.dropped + now.dropped)

@@ -34,6 +34,8 @@ class EngineKernelStat(Protocol):
     def flops(self) -> float: ...
     @property
     def bytes(self) -> float: ...
+    @property
+    def cached_bytes(self) -> float: ...
 
 
 class EngineDeviceInfo(Protocol):
@@ -51,6 +53,8 @@ class EngineDeviceInfo(Protocol):
     def peak_flops(self) -> float: ...
     @property
     def peak_bytes(self) -> float: ...
+    @property
+    def peak_cache_bytes(self) -> float: ...
 
 
 class EngineModel(Protocol):
@@ -82,6 +86,11 @@ class EngineModule(Protocol):
     ShapeError: type[Exception]
     OutOfMemory: type[Exception]
 
+    def choose_device(self, device: str) -> str:
+        """``cpu`` or ``cuda:N`` for a device as the settings name it; raises a subclass of `EngineError` for a GPU that
+        cannot be used."""
+        ...
+
     def background(self) -> AbstractContextManager[None]:
         """What this thread does inside gives way to what others do with the engine."""
         ...
@@ -105,6 +114,18 @@ def uses_gpu(device: str) -> bool:
     import engine
 
     return engine.choose_device() != "cpu"
+
+
+def why_unusable(device: str, engine: Callable[[], EngineModule]) -> str:
+    """Why the GPU that the settings name cannot be used, and what to do; empty where it can, or if none is named."""
+    if not device.startswith("cuda"):
+        return ""
+    module = engine()
+    try:
+        module.choose_device(device)
+    except module.EngineError as error:
+        return str(error).replace("device='cpu'", "--device cpu")  # as the engine's other users write it
+    return ""
 
 
 def import_path(engine: Callable[[], EngineModule]) -> str:

@@ -191,7 +191,8 @@ class EngineWorker:
         models = []
         for key, model in list(self._models.items()):
             kernels = tuple(
-                KernelCounters(k.kernel, k.op, k.launches, k.seconds, k.flops, k.bytes) for k in model.kernel_stats()
+                KernelCounters(k.kernel, k.op, k.launches, k.seconds, k.flops, k.bytes, k.cached_bytes)
+                for k in model.kernel_stats()
             )
             queued, dropped = self._scheduler.depth(key)
             models.append(ModelStats(key, kernels, tuple(model.memory().items()), queued, dropped))

@@ -146,7 +146,7 @@ Command = LoadModel | Infer | Cancel | Unload | Stats | Stop
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Where a model runs; the peaks are measured ceilings (FLOP/s, bytes/s)."""
+    """Where a model runs; the peaks are measured ceilings (FLOP/s, bytes/s of memory and of the cache)."""
 
     device: str
     name: str
@@ -154,6 +154,7 @@ class Device:
     threads: int
     peak_flops: float
     peak_bytes: float
+    peak_cache_bytes: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +224,7 @@ class Unloaded:
 
 @dataclass(frozen=True, slots=True)
 class KernelCounters:
-    """What one kernel of a model did since it was loaded."""
+    """What one kernel of a model did since it was loaded; `cached_bytes` are those that the cache can hold."""
 
     kernel: str
     op: str
@@ -231,6 +232,19 @@ class KernelCounters:
     seconds: float
     flops: float
     bytes: float
+    cached_bytes: float
+
+    def plus(self, other: "KernelCounters") -> "KernelCounters":
+        """Both together."""
+        return KernelCounters(
+            self.kernel,
+            self.op,
+            self.launches + other.launches,
+            self.seconds + other.seconds,
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.cached_bytes + other.cached_bytes,
+        )
 
 
 @dataclass(frozen=True, slots=True)

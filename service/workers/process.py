@@ -52,6 +52,7 @@ class ProcessTransport(RemoteTransport):
         self._on_started = on_started
         self._supervisor: asyncio.Task[None] | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._killed = self._crashed = False  # this child: by us; before it was to end
 
     def start(self, receive: Callable[[Report], None]) -> None:
         """Begin on the running event loop."""
@@ -63,15 +64,11 @@ class ProcessTransport(RemoteTransport):
         self._stopping = self._stopped = True
         if self._supervisor is not None:
             self._supervisor.cancel()
-        process = self._process if self._process is not None and self._process.poll() is None else None
         if self._link is not None:
             self._link.close()
-        if process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_LAST_WAIT_S)  # it goes by itself when its socket ends
-            process.kill()
-            process.wait()
-            log.info("engine process %d was stopped", process.pid)
+        if self._process is not None:
+            self._reap(self._process)  # it goes by itself when its socket ends
+            self._tell_end(self._process)
 
     @property
     def pid(self) -> int | None:
@@ -86,7 +83,12 @@ class ProcessTransport(RemoteTransport):
         log.error("the engine process hangs and is ended: %s", reason)
         self._last_words = reason
         if self._process is not None:
+            self._killed = True
             self._process.kill()
+
+    def _lost(self) -> None:
+        self._crashed = not self._stopped  # before what is delivered makes the server close this
+        super()._lost()
 
     # ---- its life
 
@@ -94,6 +96,7 @@ class ProcessTransport(RemoteTransport):
         failures = 0
         while not self._stopped:
             began = time.monotonic()
+            self._killed = self._crashed = False
             try:
                 await self._live()
             except OSError as error:
@@ -115,12 +118,12 @@ class ProcessTransport(RemoteTransport):
             level = logging.getLogger().level
             connection = Connection(far.fileno(), inward, outward)
             arguments = ChildArguments(connection, theirs.fileno(), self._options.engine, level)
-            self._process = await loop.run_in_executor(None, _spawn, arguments)
+            process = self._process = await loop.run_in_executor(None, _spawn, arguments)
         ended = asyncio.Event()
         link = self._make_link(requests, answers, ended.set)
         await loop.create_unix_connection(lambda: link, sock=near)
-        threading.Thread(target=_log_output, args=(self._process,), name="engine output", daemon=True).start()
-        log.info("engine process %d started", self._process.pid)
+        threading.Thread(target=_log_output, args=(process,), name="engine output", daemon=True).start()
+        log.info("engine process %d started", process.pid)
         self._begin(link)
         self._on_started(ours)
         watch = loop.create_task(self._watch())
@@ -129,10 +132,28 @@ class ProcessTransport(RemoteTransport):
         finally:
             watch.cancel()
             ours.close()
-            crashed = self._lost()
-            status = await loop.run_in_executor(None, _reap, self._process)
-            if crashed:
-                log.error("engine process %d ended: %s", self._process.pid, said(status))
+            self._lost()
+            await loop.run_in_executor(None, self._reap, process)
+            self._tell_end(process)
+
+    def _reap(self, process: "subprocess.Popen[bytes]") -> None:
+        """Wait for a child whose socket has ended, not for ever. May run on two threads at once."""
+        try:
+            process.wait(_LAST_WAIT_S)
+        except subprocess.TimeoutExpired:
+            self._killed = True
+            process.kill()
+            process.wait()
+
+    def _tell_end(self, process: "subprocess.Popen[bytes]") -> None:
+        """Log how a child ended, once, whoever sees it first. One that crashes while it finishes was not stopped."""
+        if process is not self._process:
+            return
+        self._process = None
+        if self._crashed or (process.returncode and not self._killed):
+            log.error("engine process %d ended: %s", process.pid, said(process.returncode, self._killed))
+        else:
+            log.info("engine process %d was stopped", process.pid)
 
     async def _watch(self) -> None:
         while True:
@@ -159,20 +180,11 @@ def _spawn(arguments: ChildArguments) -> "subprocess.Popen[bytes]":
     )
 
 
-def _reap(process: "subprocess.Popen[bytes]") -> int:
-    """The exit status of a child whose socket has ended."""
-    try:
-        return process.wait(_LAST_WAIT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
-
-
-def said(status: int) -> str:
-    """An exit status in words."""
+def said(status: int, killed: bool = False) -> str:
+    """An exit status in words; `killed`: by this server."""
     if status >= 0:
         return f"exit status {status}"
-    hint = "; the kernel does this where memory runs out" if -status == signal.SIGKILL else ""
+    hint = "; the kernel does this where memory runs out" if -status == signal.SIGKILL and not killed else ""
     return f"{signal.Signals(-status).name}{hint}"
 
 

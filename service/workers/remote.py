@@ -175,12 +175,12 @@ class RemoteTransport:
     def _beat(self, busy_seconds: float) -> None:
         """The worker lives; one batch has been running for so long."""
 
-    def _lost(self) -> bool:
-        """The socket has ended, and the worker with it or soon; whether it should not have."""
+    def _lost(self) -> None:
+        """The socket has ended, and the worker with it or soon."""
         self._link = self._blocks = None
         self._counters.retire()
         if self._stopped:
-            return False
+            return
         cause = f": {self._last_words}" if self._last_words else ""
         reason = f"the engine process ended unexpectedly{cause}"
         next_ = "the server is shutting down" if self._stopping else "it is being restarted"
@@ -196,7 +196,6 @@ class RemoteTransport:
             self._deliver(Stopped())
         else:
             self._blame()
-        return True
 
     def _blame(self) -> None:
         """The worker loads one model at a time: the first without a report was at it when the worker ended."""

@@ -36,7 +36,9 @@ def describe_tensors(specs: Iterable[EngineTensorSpec]) -> tuple[TensorInfo, ...
 
 def describe_device(info: EngineDeviceInfo) -> Device:
     """The engine's device as message data."""
-    return Device(info.device, info.name, info.arch, info.threads, info.peak_flops, info.peak_bytes)
+    return Device(
+        info.device, info.name, info.arch, info.threads, info.peak_flops, info.peak_bytes, info.peak_cache_bytes
+    )
 
 
 def probe(model: EngineModel, command: LoadModel, engine_error: type[Exception]) -> BatchAxes:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from benchmarks.measure import Contender
 
@@ -74,3 +75,49 @@ class Impossible:
 
     def build(self) -> Mapping[str, Callable[[], Contender]]:
         raise ImportError("No module named 'timm'")
+
+
+@dataclass(frozen=True)
+class BenchRecipe:
+    """Cases that a process of its own measures: ``name`` says what becomes of each. Which cases were measured when is
+    written to `log`, a line each."""
+
+    names: Sequence[str]
+    log: Path
+    build_seconds: float = 0.0
+    dies: bool = False
+    impossible: bool = False
+    is_plain: bool = False
+
+    def build(self) -> FakeBench:
+        if self.impossible:
+            raise ImportError("No module named 'timm'")
+        if not self.is_plain:
+            time.sleep(self.build_seconds)
+            if self.dies:
+                os._exit(3)
+        _write(self.log, f"ready {self.names[0]}")
+        return FakeBench(self)
+
+    def plain(self) -> BenchRecipe:
+        return replace(self, is_plain=True)
+
+
+@dataclass(frozen=True)
+class FakeBench:
+    recipe: BenchRecipe
+
+    def measure(self, name: str) -> str:
+        if name.startswith("dies"):
+            os._exit(3)
+        if name.startswith("fails"):
+            raise ValueError("an illegal\nmemory access")
+        _write(self.recipe.log, f"begin {name}")
+        time.sleep(0.05)
+        _write(self.recipe.log, f"end {name}")
+        return f"{os.environ['SHARED']} {name}{' plain' if self.recipe.is_plain else ''}"
+
+
+def _write(log: Path, line: str) -> None:
+    with log.open("a") as file:
+        file.write(f"{line}\n")

@@ -11,6 +11,7 @@ import pytest
 from benchmarks import cases
 from benchmarks.__main__ import main
 from benchmarks.cases import part_of, select
+from benchmarks.cases.gemm import RANDOM_CASES
 from benchmarks.cases.models import MINILM, ModelCase
 from benchmarks.cpu.measure import measure_case
 from benchmarks.models import ARCHITECTURES
@@ -33,7 +34,7 @@ def test_the_models_are_measured_at_these_sizes() -> None:
             f"bert_base batch={batch} sequence={length}"
             for batch, length in ((1, 128), (32, 128), (128, 128), (32, 384))
         ),
-        *(f"gpt2 batch={batch} sequence=256" for batch in (1, 32)),
+        *(f"gpt2 batch={batch} sequence=256" for batch in (1, 32, 128)),
         *(f"efficientnet-lite0 batch={batch}" for batch in (1, 7, 32, 128)),
         *(
             f"all-minilm-l6-v2 batch={batch} sequence={sequence}"
@@ -45,6 +46,16 @@ def test_the_models_are_measured_at_these_sizes() -> None:
 def test_the_architectures_are_those_that_can_be_built() -> None:
     assert set(cases.models.ARCHITECTURES) == set(ARCHITECTURES)
     assert {case.model for case in cases.ACCURACY} == {*cases.models.DEFAULTS, *ARCHITECTURES}
+
+
+def test_random_products_are_the_same_everywhere_ragged_in_a_third_and_none_of_the_fitted_ones() -> None:
+    shapes = [(case.m, case.n, case.k) for case in RANDOM_CASES]
+    assert shapes[:3] == [(3626, 9, 369), (656, 2720, 32), (9320, 248, 2920)]
+    assert len(shapes) == 48
+    assert sum(n % 8 > 0 or k % 8 > 0 for _, n, k in shapes) == 16
+    assert not {case.name for case in RANDOM_CASES} & {case.name for case in cases.KERNELS["gemm"]}
+    assert sum(2 * m * n * k for m, n, k in shapes) < 1e12, "they are to take no more than a few ms together"
+    assert all(2 * (m * k + k * n + m * n) < 1 << 28 for m, n, k in shapes)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 50])
@@ -65,7 +76,7 @@ def test_one_of_several_substrings_selects() -> None:
     found = select(cases.GPU_MODELS, ["resnet50", "gpt2"])
     assert [case.name for case in found] == [
         *(f"resnet50 batch={batch}" for batch in (1, 32, 128)),
-        *(f"gpt2 batch={batch} sequence=256" for batch in (1, 32)),
+        *(f"gpt2 batch={batch} sequence=256" for batch in (1, 32, 128)),
     ]
     assert select(found, ["batch=32"]) == [found[1], found[4]]
 

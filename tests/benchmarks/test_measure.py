@@ -92,8 +92,8 @@ def test_a_part_takes_no_part_in_the_ratio() -> None:
 
 def test_a_failing_check_is_a_failing_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recorder = Recorder(GPU, RUN, tmp_path)
-    recorder.add(CASE, measure(lambda: Fake(float("nan")), [], 1e-2), 1.0, "hash")
-    assert recorder.end() == 1
+    recorder.add(CASE, measure(lambda: Fake(float("nan")), [], 1e-2), "hash", floor_us=1.0)
+    assert recorder.end(1) == 1
     assert f"{CASE.name:42} FAILED relative error nan" in capsys.readouterr().out
     row = Results.load(tmp_path / "some-gpu.json").rows["gemm", CASE.name]
     assert row.failure
@@ -104,8 +104,9 @@ def test_a_failing_check_is_a_failing_row(tmp_path: Path, capsys: pytest.Capture
 def test_a_row_that_holds_is_recorded_with_all_it_depends_on(tmp_path: Path) -> None:
     recorder = Recorder(GPU, RUN, tmp_path)
     entries = [Entry("peer", lambda: Fake(times=(12.345678,))), Entry("none", refuses)]
-    recorder.add(CASE, measure(Fake, entries, 1e-2), 1.23456, "0123", run_us=55.55)
-    assert recorder.end() == 0
+    recorder.add(CASE, measure(Fake, entries, 1e-2), "0123", floor_us=1.23456, run_us=55.55)
+    assert recorder.end(1) == 0
+    assert recorder.end(2) == 1, "a row is missing"
     results = Results.load(tmp_path / "some-gpu.json")
     row = results.rows["gemm", CASE.name]
     assert (row.ours_us, row.peers, row.ratio) == (10.0, {"peer": 12.35, "none": None}, 1.235)
@@ -115,4 +116,4 @@ def test_a_row_that_holds_is_recorded_with_all_it_depends_on(tmp_path: Path) -> 
 
 
 def test_a_run_without_rows_fails(tmp_path: Path) -> None:
-    assert Recorder(GPU, RUN, tmp_path).end() == 1
+    assert Recorder(GPU, RUN, tmp_path).end(1) == 1

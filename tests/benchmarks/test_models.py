@@ -9,7 +9,10 @@ import pytest
 import engine
 from benchmarks.models import ARCHITECTURES, build
 from benchmarks.models.photos import photos
+from engine import frontend, passes
 from engine.ir import ops
+from engine.plan.memory import SLACK
+from tests.engine.targets.cuda.planning import copies, cuda_plan, cuda_traits, launches, least_arena
 
 TOLERANCE = 2e-5  # relative L2 in fp32, through up to 53 convolutions
 
@@ -54,6 +57,18 @@ def test_matches_onnx_runtime(name: str) -> None:
         assert len(plan.steps) <= STEPS[name]
         assert not any(isinstance(step.op, ops.Opaque) for step in plan.steps)
     assert np.linalg.norm(got - expected) <= TOLERANCE * np.linalg.norm(expected)
+    _check_cuda_plans(name, content)
+
+
+def _check_cuda_plans(name: str, content: bytes) -> None:
+    """On a GPU a step is one of the fused operators, from one image to many, and the arena holds what lives at once."""
+    graph = passes.run(frontend.read(content), cuda_traits())
+    for batch in (1, 128):
+        plan = cuda_plan(graph, dict(zip(ARCHITECTURES[name].symbols, (batch, 128), strict=False)), storage=None)
+        assert len(plan.steps) <= STEPS[name]
+        assert copies(plan) == []
+        assert plan.arena_bytes <= 1.02 * (least_arena(plan) + SLACK)
+    assert launches(plan)
 
 
 def test_the_statistics_of_batch_normalisation_are_those_of_photos() -> None:

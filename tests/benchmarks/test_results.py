@@ -47,7 +47,10 @@ def test_a_file_says_device_driver_and_versions_at_its_top(tmp_path: Path) -> No
     content = json.loads(both.save(tmp_path).read_text())
     assert (content["device"], content["driver"]) == (GPU.name, SECOND.driver)
     assert content["versions"] == SECOND.versions
-    assert [run["ceilings"] for run in content["runs"]] == [{"flops": 6.6e14, "bytes": 3e12}, None]
+    assert [run["ceilings"] for run in content["runs"]] == [
+        {"flops": 6.6e14, "bytes": 3e12, "cache_bytes": 0, "cached_bytes": 0.0},
+        None,
+    ]
 
 
 def test_a_partial_run_replaces_its_rows_and_leaves_the_others(tmp_path: Path) -> None:
@@ -88,7 +91,10 @@ def test_rows_of_unknown_runs_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_floor_is_the_sum_of_what_each_step_takes_at_least() -> None:
-    assert Ceilings(1e12, 1e9).floor_us([(10**9, 0), (0, 10**6), (10**6, 10**6)]) == pytest.approx(1000 + 1000 + 1000)
+    steps = [(10**9, 0, 0), (0, 10**6, 0), (10**6, 10**6, 0)]
+    assert Ceilings(1e12, 1e9).floor_us(steps) == pytest.approx(1000 + 1000 + 1000)
+    cached = Ceilings(1e12, 1e9, cache_bytes=10**6, cached_bytes=4e9)
+    assert cached.floor_us([*steps, (0, 10**6, 10**6), (0, 10**6, 4 * 10**5)]) == pytest.approx(3000 + 250 + 600 + 100)
 
 
 def test_merge_adds_files_measured_elsewhere(tmp_path: Path) -> None:

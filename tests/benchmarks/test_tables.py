@@ -49,10 +49,12 @@ def test_a_table_holds_the_rows_in_the_order_of_the_list(complete: Results, tmp_
         "| case | ours | ONNX Runtime | ratio | floor | error |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    rows = lines[4:-4]
+    rows = lines[4:-6]
     assert [line.split(" | ")[0].removeprefix("| ") for line in rows] == [case.name for case in cases.CPU_MODELS]
     assert rows[0] == "| efficientnet-lite0 batch=1 | 1,234 | 2,469 | 2.00 | 99.1 | 2e-06 |"
-    assert lines[-4:] == [
+    assert lines[-6:] == [
+        "",
+        "Ratio: 2.00 in the geometric mean of 7, 2.00 at least.",
         "",
         "µs a run. Some CPU, 2 threads; driver 580.1; torch 2.11; commit abc1234; 2026-01-01.",
         "<!-- end -->",
@@ -71,6 +73,75 @@ def test_a_table_shows_what_did_not_count(tmp_path: Path) -> None:
     assert f"| {second.name} | **failed** | – | – | – | 99.1 | – | – |" in text
 
 
+def test_a_table_has_what_was_predicted_and_sums_up(tmp_path: Path) -> None:
+    first, second, *_ = cases.KERNELS["random"]
+    rows = [
+        replace(row(first, ""), ours_us=20.0, ratio=0.5, predicted_us=10.0),
+        replace(row(second, ""), ours_us=5.0, ratio=2.0, predicted_us=10.0),
+    ]
+    saved = Results(GPU, [RUN], rows).save(tmp_path)
+    assert Results.load(saved).rows[rows[0].key] == rows[0]
+    text = regenerated("<!-- table: some-gpu random -->\n<!-- end -->\n", tmp_path)
+    assert "| case | ours | ONNX Runtime | ratio | floor | predicted | error |" in text
+    assert f"| {first.name} | 20 | 2,469 | 0.50 | 99.1 | 10 | 2e-06 |" in text
+    assert (
+        "Ratio: 1.00 in the geometric mean of 2, 0.50 at least; "
+        "ours over predicted: 1.00 in the geometric mean, 0.50 to 2.00.\n" in text
+    )
+
+
+def test_a_table_has_the_hosts_part_of_a_run(tmp_path: Path) -> None:
+    first = cases.GPU_MODELS[0]
+    bare = replace(row(first, ""), run_us=2000.0, host_us={"Executable.launch": 4.25, "BoundModel.launch": 12.5})
+    Results(GPU, [RUN], [bare]).save(tmp_path)
+    text = regenerated("<!-- table: some-gpu models -->\n<!-- end -->\n", tmp_path)
+    assert "| `Model.run` | host, `Executable.launch` | host, `BoundModel.launch` | error |" in text
+    assert "| 2,000 | 4.25 | 12.5 | 2e-06 |" in text
+
+
+def test_the_table_of_starts_has_seconds(tmp_path: Path) -> None:
+    cold, warm = cases.ready.GPU_CASES
+    empty = replace(row(cold, ""), ours_us=None, peers={}, ratio=None, floor_us=None, rel_err=None)
+    rows = [
+        replace(empty, seconds={"ready": 12.3, "a photo": 12.5}),
+        replace(empty, case=warm.name, failure="not ready after 240 s"),
+    ]
+    Results(GPU, [RUN], rows).save(tmp_path)
+    text = regenerated("<!-- table: some-gpu ready -->\n<!-- end -->\n", tmp_path)
+    assert "| case | ready | a photo |\n| --- | ---: | ---: |\n" in text
+    assert "| cuda, caches empty | 12.30 | 12.50 |\n| cuda, caches warm **failed** | – | – |\n" in text
+    assert "Seconds from the start. Some GPU; driver 580.1" in text
+
+
+def test_only_rows_that_are_missing_failed_or_stale_are_measured_again(
+    complete: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import __main__ as program
+
+    committed, written = tmp_path / "committed", tmp_path / "written"
+    monkeypatch.setattr(program, "FOLDER", committed)
+    names = [case.name for case in cases.CPU_LAYERS]
+    stale, failed, missing = ("layers", names[3]), ("layers", names[5]), ("layers", names[7])
+    complete.rows[stale] = replace(complete.rows[stale], kernel_hash="0000")
+    complete.rows[failed] = replace(complete.rows[failed], failure="relative error nan")
+    del complete.rows[missing]
+    complete.save(committed)
+    arguments = ["cpu", "--results", str(written), "--missing"]
+
+    def chosen(*more: str) -> list[str]:
+        options = program._parser().parse_args([*arguments, *more])
+        return [case.name for case in program._chosen(options, cases.CPU_LAYERS, CPU)]
+
+    assert chosen() == [names[3], names[5], names[7]]
+    again = Results(CPU, [RUN], [row(cases.CPU_LAYERS[5], kernel_hash(CPU, cases.CPU_LAYERS[5]))])
+    again.save(written)
+    assert chosen() == [names[3], names[7]]
+    assert chosen("--case", names[7]) == [names[7]]
+    with pytest.raises(SystemExit) as ended:
+        chosen("--case", names[5])
+    assert ended.value.code == 0, "nothing is missing"
+
+
 def test_a_table_without_rows_says_so(tmp_path: Path) -> None:
     text = regenerated("<!-- table: no-such-gpu models -->\n| old |\n<!-- end -->", tmp_path)
     assert text == "<!-- table: no-such-gpu models -->\nNot measured yet.\n<!-- end -->"
@@ -82,12 +153,13 @@ def test_nothing_is_wrong_with_a_complete_table(complete: Results) -> None:
 
 def test_missing_stale_failed_and_unknown_rows_are_found(complete: Results) -> None:
     keys = list(complete.rows)
-    missing, stale, failed = keys[0], keys[1], keys[-1]
+    missing, stale, failed = keys[0], keys[1], ("layers", cases.CPU_LAYERS[-1].name)
     del complete.rows[missing]
     complete.rows[stale] = replace(complete.rows[stale], kernel_hash="0000")
     complete.rows[failed] = replace(complete.rows[failed], failure="relative error nan")
     complete.rows["models", "of old"] = replace(complete.rows[stale], case="of old")
     assert list(check_rows(complete, CPU.stem)) == [
+        f"{CPU.stem}: models: 1 of {len(cases.CPU_MODELS)} rows are missing",
         f"{CPU.stem}: {' '.join(missing)}: missing",
         f"{CPU.stem}: {' '.join(stale)}: stale: measured at abc1234, the sources have changed since",
         f"{CPU.stem}: {' '.join(failed)}: failed: relative error nan",

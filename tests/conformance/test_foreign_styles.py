@@ -82,6 +82,21 @@ def test_keras_attention_in_einsum_is_fused() -> None:
     assert kinds.count(ops.Attention) == 1 and ops.Softmax not in kinds
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32])
+def test_labels_are_resized_to_the_nearest(dtype: type) -> None:
+    """As segmentation networks do with the classes of pixels."""
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    node = helper.make_node("Resize", ["x", "", "scales"], ["y"], mode="nearest")
+    x, y = (helper.make_tensor_value_info(name, kind, [1, 2, size, size]) for name, size in (("x", 5), ("y", 8)))
+    scales = numpy_helper.from_array(np.array([1, 1, 1.6, 1.6], np.float32), "scales")
+    graph = helper.make_graph([node], "labels", [x], [y], [scales])
+    content = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+    feed = np.random.default_rng(0).integers(0, 100, (1, 2, 5, 5)).astype(dtype)
+    (want,) = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"]).run(None, {"x": feed})
+    with engine.load(content, device="cpu", strict=True) as loaded:
+        np.testing.assert_array_equal(loaded.run({"x": feed})["y"], want)
+
+
 @pytest.mark.parametrize("mode", ["bilinear", "nearest", "bicubic"])
 def test_grid_sample_by_its_old_mode_names(mode: str) -> None:
     nodes = [helper.make_node("GridSample", ["x", "grid"], ["y"], mode=mode)]

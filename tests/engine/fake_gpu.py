@@ -40,7 +40,9 @@ class FakeTarget:
     gpu: FakeGpu
     traits: Traits = field(default_factory=Traits)
     concurrent_runs: int = 1
-    device_info: DeviceInfo = field(default_factory=lambda: DeviceInfo("cuda:0", "fake", "sm_90a", 0, 1.0, 1.0))
+    device_info: DeviceInfo = field(
+        default_factory=lambda: DeviceInfo("cuda:0", "fake", "sm_90a", 0, 1.0, 1.0, 1 << 20, 4.0)
+    )
 
     def requirements(self, op: Op, inputs: tuple[Tensor, ...]) -> Any:
         if isinstance(op, Gemm) and inputs[1].dtype not in self.gpu.kernels:

@@ -285,6 +285,8 @@ def _undefined(op: ops.Undefined, inputs: Sequence[Array], sizes: Sizes, node: N
 def _pad(op: ops.Pad, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
     if op.mode is ops.PadMode.CONSTANT:
         return [_pad_or_crop(inputs[0], op.pads, op.mode.value, op.value)]
+    if op.mode is ops.PadMode.ROLL:
+        return [np.roll(inputs[0], [begin for begin, _ in op.pads], range(len(op.pads)))]
     # What is cropped is gone before the rest is reflected or repeated, as in ONNX Runtime; ONNX leaves it open.
     cropped = _pad_or_crop(inputs[0], [(min(0, begin), min(0, end)) for begin, end in op.pads])
     return [_pad_or_crop(cropped, [(max(0, begin), max(0, end)) for begin, end in op.pads], op.mode.value)]
@@ -366,6 +368,8 @@ def _resize_weights(op: ops.Resize, before: int, size: int, scale: float) -> Arr
         return weights
     base = np.floor(x).astype(int)
     t = x - base
+    if op.antialias or op.exclude_outside:
+        return _filtered(op, x, before, min(scale, 1.0) if op.antialias else 1.0)
     if op.mode is ops.ResizeMode.LINEAR:
         taps = {0: 1 - t, 1: t}
     else:
@@ -381,6 +385,23 @@ def _resize_weights(op: ops.Resize, before: int, size: int, scale: float) -> Arr
     for offset, weight in taps.items():
         np.add.at(weights, (rows, np.clip(base + offset, 0, before - 1)), weight)
     return weights
+
+
+def _filtered(op: ops.Resize, x: Array, before: int, shrunk: float) -> Array:
+    """Every element's weight by its distance; those beyond the edge are added to the edge's, or left out."""
+    margin = int(np.ceil(3 / shrunk)) + 1
+    places = np.arange(-margin, before + margin)
+    d, a = np.abs(places - x[:, None]) * shrunk, op.cubic_coefficient
+    if op.mode is ops.ResizeMode.LINEAR:
+        weights = np.clip(1 - d, 0, None)
+    else:
+        inner, outer = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+        weights = np.where(d <= 1, inner, np.where(d < 2, outer, 0))
+    if not op.exclude_outside:
+        weights[:, margin] += weights[:, :margin].sum(axis=1)
+        weights[:, margin + before - 1] += weights[:, margin + before :].sum(axis=1)
+    inside = weights[:, margin : margin + before]
+    return np.asarray(inside / inside.sum(axis=1, keepdims=True))
 
 
 def _shape_tensor(op: ops.ShapeTensor, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -12,10 +13,12 @@ import pytest
 import engine
 from engine import DeviceError
 from engine.targets.cuda import probe
+from engine.targets.cuda.architecture import ARCHITECTURES, CAPABILITIES, for_capability
 from engine.targets.cuda.probe import Gpu, Survey
 
 H100 = Gpu(0, "NVIDIA H100", (9, 0))
 T4 = Gpu(0, "Tesla T4", (7, 5))
+FUTURE = Gpu(0, "NVIDIA X1", (15, 2))
 MODEL = onnx.helper.make_model(
     onnx.parser.parse_graph("g (float[n,4] x) => (float[n,4] y) { y = Relu(x) }")
 ).SerializeToString()
@@ -64,6 +67,28 @@ def test_auto_takes_the_first_gpu_that_is_new_enough(machine: Any) -> None:
     assert engine.choose_device() == engine.choose_device("cuda") == "cuda:1"
     assert engine.choose_device("cuda:2") == "cuda:2"
     assert engine.choose_device("cpu") == "cpu"
+
+
+def test_a_gpu_too_new_for_the_kernels_is_passed_over(machine: Any) -> None:
+    machine(Survey((FUTURE, Gpu(1, "NVIDIA A10", (8, 6))), (13, 0)))
+    assert engine.choose_device() == engine.choose_device("cuda") == "cuda:1"
+    with pytest.raises(DeviceError, match=r"GPU 0 \(NVIDIA X1\) has compute capability 15\.2; .* built for 8\.0, "):
+        engine.choose_device("cuda:0")
+
+
+def test_where_no_gpu_can_be_used_each_is_named_with_its_reason(machine: Any) -> None:
+    machine(Survey((FUTURE, Gpu(1, "Tesla T4", (7, 5))), (13, 0)))
+    with pytest.raises(DeviceError) as caught:
+        engine.choose_device("cuda")
+    for part in ("GPU 0 (NVIDIA X1)", "15.2", "built for", "GPU 1 (Tesla T4)", "7.5", "8.0 (Ampere)", "device='cpu'"):
+        assert part in str(caught.value)
+
+
+def test_every_capability_with_kernels_is_one_that_the_probe_takes(machine: Any) -> None:
+    for capability in CAPABILITIES:
+        machine(Survey((Gpu(0, "some GPU", capability),), (13, 0)))
+        assert engine.choose_device("cuda") == "cuda:0"
+        assert for_capability(*capability) in ARCHITECTURES.values()
 
 
 @pytest.mark.parametrize(
@@ -160,6 +185,47 @@ def test_a_driver_that_fails_is_told_from_one_that_is_missing(
 def test_no_driver_library_is_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "_LIBRARIES", ("libno-such-driver.so.1",))
     assert probe.survey() == Survey(problem="there is no NVIDIA driver")
+
+
+class Management:
+    """NVML, as far as the probe asks."""
+
+    def __init__(self, status: int = 0) -> None:
+        self.open, self._status = 0, status
+
+    def nvmlInit_v2(self) -> int:
+        self.open += not self._status
+        return self._status
+
+    def nvmlSystemGetDriverVersion(self, text: Any, size: int) -> int:
+        text.value = b"580.95.05"
+        return 0
+
+    def nvmlShutdown(self) -> int:
+        self.open -= 1
+        return 0
+
+
+def test_the_version_of_the_driver_is_asked_where_it_can_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def pretend(library: Management | None) -> Management | None:
+        def load(name: str) -> Management:
+            if library is None:
+                raise OSError(f"{name}: cannot open shared object file")
+            return library
+
+        monkeypatch.setattr(probe.ctypes, "CDLL", load)
+        return library
+
+    monkeypatch.setattr(probe, "survey", lambda: Survey((H100,), (13, 0)))
+    monkeypatch.setattr(probe, "_MODULE_VERSION", tmp_path / "version")
+    works = pretend(Management())
+    assert works is not None and probe.driver_version() == "580.95.05" and works.open == 0
+    for silent in (None, Management(status=9)):
+        pretend(silent)
+        (tmp_path / "version").write_text("570.11\n")
+        assert probe.driver_version() == "570.11"
+        (tmp_path / "version").unlink()
+        assert probe.driver_version() == "of CUDA 13.0"
 
 
 def test_packages_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeGpu:
     monkeypatch.setattr(probe, "survey", lambda: Survey((Gpu(0, "fake", (9, 0)),), (13, 0)))
     monkeypatch.setattr(probe, "missing_packages", list)
     monkeypatch.setattr(loading, "cuda_target", lambda *_: fake.target())
+    monkeypatch.setattr(loading, "toolchain", lambda: ("driver 580.1", "NVRTC 13.0"))
     monkeypatch.setenv("TILEWAVE_CACHE_DIR", str(tmp_path))
     return fake
 
@@ -129,12 +130,14 @@ def test_a_verdict_is_found_again(gpu: FakeGpu, caplog: pytest.LogCaptureFixture
     assert "as found before" in caplog.text and "inf" in caplog.text
 
 
-def test_another_model_device_or_kernel_is_judged_anew(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_a_verdict_depends_on_is_judged_anew(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     load(gpu).close()
     changes = (
         lambda: model_bytes(scale=0.2),
         lambda: monkeypatch.setattr(probe, "survey", lambda: Survey((Gpu(0, "other", (9, 0)),), (13, 0))),
         lambda: monkeypatch.setattr(loading, "source_hash", lambda: "other kernels"),
+        lambda: monkeypatch.setattr(loading, "toolchain", lambda: ("driver 580.2", "NVRTC 13.0")),
+        lambda: monkeypatch.setattr(loading, "toolchain", lambda: ("driver 580.2", "NVRTC 13.1")),
     )
     for change in changes:
         gpu.runs.clear()
@@ -146,16 +149,34 @@ def test_a_damaged_or_unwritable_cache_is_no_verdict(gpu: FakeGpu, tmp_path: Pat
     load(gpu).close()
     (file,) = (tmp_path / "precision").iterdir()
     assert file.stat().st_mode & 0o777 == 0o600
-    unknown = [f'{{"precision": "{name}", "error": null, "rejected": []}}'.encode() for name in ("fp8", "auto")]
+    unknown = [f'{{"precision": "{name}", "error": 0.0, "rejected": []}}'.encode() for name in ("fp8", "auto")]
     for content in (b"", b"{", b"[]", b"\xff", b'{"precision": "fp16"}', *unknown):
         file.write_bytes(content)
         gpu.runs.clear()
         load(gpu).close()
         assert gpu.runs == [F16]
-    blocked = Verdicts(tmp_path / "file" / "below")
     (tmp_path / "file").write_text("")
-    blocked.write(blocked.path("a"), Verdict(Precision.FP16, 0.0))
-    assert blocked.read(blocked.path("a")) is None
+    for nowhere in (Verdicts(tmp_path / "file" / "below"), Verdicts(None)):
+        nowhere.write(Verdict(Precision.FP16, 0.0), "a")
+        assert nowhere.read("a") is None
+
+
+def test_a_verdict_that_was_not_measured_is_found_again_by_nobody(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def none_fits(*_: object) -> None:
+        raise engine.ShapeError("no sizes")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loading, "probe_sizes", none_fits)
+        load(gpu, data=model_bytes(scale=1e6)).close()
+    assert not list(tmp_path.rglob("*.json"))
+    verdicts = Verdicts(tmp_path / "precision")
+    verdicts.write(Verdict(Precision.FP16, 1e-3, ("why",)), "a")
+    verdicts.write(Verdict(Precision.FP16, None), "b")
+    assert verdicts.read("a") == Verdict(Precision.FP16, 1e-3, ("why",)) and verdicts.read("b") is None
+    with load(gpu, data=model_bytes(scale=1e6)) as model:  # sizes can be guessed now
+        assert model.precision == "bf16"
 
 
 def test_a_fingerprint_tells_weights_operators_and_outputs() -> None:

@@ -27,6 +27,17 @@ def test_auto_takes_the_gpu_and_fp16(efficientnet: Both, minilm: Both) -> None:
         assert both.gpu.fallback_ops == 0
 
 
+def test_ceilings_and_what_the_cache_holds(efficientnet: Both, minilm: Both) -> None:
+    info = efficientnet.gpu.device_info
+    assert 1e13 < info.peak_flops < 1e16 and 1e11 < info.peak_bytes <= info.peak_cache_bytes < 1e14
+    assert 1 << 20 < info.cache_bytes < 1 << 30
+    rows = efficientnet.gpu.profile(image_feeds(1))
+    if info.cache_bytes > 32 << 20:  # 9 MB of weights and small activations stay there
+        assert all(row.cached_bytes == row.bytes for row in rows)
+    for row in (*rows, *minilm.gpu.profile(token_feeds(32, 128))):
+        assert row.roofline < 1.2, row
+
+
 @pytest.mark.parametrize("batch", [1, 7, 32])
 def test_efficientnet_matches_the_cpu(efficientnet: Both, batch: int) -> None:
     assert efficientnet.error(image_feeds(batch)) <= TOLERANCE

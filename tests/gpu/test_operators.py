@@ -80,6 +80,61 @@ SAMPLES = {
         "{ y = GRU<hidden_size=300,direction=\"reverse\",linear_before_reset=1>(x, w, r, b) }",
         {"w": (1, 900, 24), "r": (1, 900, 300), "b": (1, 1800)}, {"x": (9, 2, 24)},
     ),
+    "gru of different lengths": Sample(
+        "(float[s,n,24] x, int32[n] l) => (float[s,2,n,64] y, float[2,n,64] h) "
+        "{ y, h = GRU<hidden_size=64,direction=\"bidirectional\",linear_before_reset=1>(x, w, r, b, l) }",
+        {"w": (2, 192, 24), "r": (2, 192, 64), "b": (2, 384)},
+        {"x": (9, 4, 24), "l": np.array([9, 2, 5, 1], np.int32)}, opset=14,
+    ),
+    "places of maxima": Sample(
+        "(float[n,16,9,11] x) => (float[a,b,c,d] y, int64[a,b,c,d] i) "
+        "{ y, i = MaxPool<kernel_shape=[3,2],strides=[2,2],pads=[1,0,1,1]>(x) }", {}, IMAGE,
+    ),
+    "pooled and put back": Sample(
+        "(float[n,16,8,10] x) => (float[n,16,8,10] y) { p, i = MaxPool<kernel_shape=[2,2],strides=[2,2]>(x) "
+        "q = Relu(p) y = MaxUnpool<kernel_shape=[2,2],strides=[2,2]>(q, i) }", {}, {"x": (2, 16, 8, 10)},
+    ),
+    "blocks": Sample(
+        "(float[n,27,16] x) => (float[n,3,6,6] y) { y = Col2Im(x, s, k) }",
+        {"s": np.array([6, 6]), "k": np.array([3, 3])}, {"x": (2, 27, 16)},
+    ),
+    "fourier": Sample(
+        "(float[n,200,1] x) => (float[n,101,2] y) { y = DFT<onesided=1>(x, , a) }",
+        {"a": np.array(1)}, {"x": (5, 200, 1)},
+    ),
+    "inverse fourier": Sample(
+        "(float[n,64,2] x) => (float[n,64,2] y) { y = DFT<inverse=1>(x, , a) }", {"a": np.array(1)}, {"x": (5, 64, 2)}
+    ),
+    "spectrogram": Sample(
+        "(float[n,1600,1] x) => (float[n,a,201,2] y) { y = STFT(x, s, w) }",
+        {"s": np.array(160), "w": np.hanning(400).astype(np.float32)}, {"x": (2, 1600, 1)},
+    ),
+    "smaller image": Sample(
+        "(float[n,16,9,11] x) => (float[a,b,4,5] y) { y = Resize<mode=\"cubic\",antialias=1>(x, , , s) }",
+        {"s": np.array([2, 16, 4, 5])}, IMAGE,
+    ),
+    "turned sequences": Sample(
+        "(float[7,n,5] x, int64[n] l) => (float[7,n,5] y) { y = ReverseSequence(x, l) }",
+        {}, {"x": (7, 3, 5), "l": np.array([7, 2, 4])},
+    ),
+    "cache": Sample(
+        "(float[n,4,16,8] c, float[n,4,3,8] u, int64[n] s) => (float[n,4,16,8] y) "
+        "{ y = TensorScatter<mode=\"circular\">(c, u, s) }",
+        {}, {"c": (2, 4, 16, 8), "u": (2, 4, 3, 8), "s": np.array([15, 4])}, opset=24,
+    ),
+    "windows": Sample(
+        "(float[n,8,8,64] x) => (float[n,8,8,64] y) { a = Reshape(x, w) b = Transpose<perm=[0,1,3,2,4,5]>(a) "
+        "c = Reshape(b, r) d = MatMul(c, k) e = Relu(d) f = MatMul(e, l) g = Reshape(f, p) "
+        "h = Transpose<perm=[0,1,3,2,4,5]>(g) i = Reshape(h, m) y = Add(x, i) }",
+        {"w": np.array([-1, 2, 4, 2, 4, 64]), "r": np.array([-1, 16, 64]), "p": np.array([-1, 2, 2, 4, 4, 64]),
+         "m": np.array([-1, 8, 8, 64]), "k": (64, 128), "l": (128, 64)}, {"x": (3, 8, 8, 64)},
+    ),
+    "regions": Sample(
+        "(float[n,16,9,11] x, float[k,4] b, int64[k] i) => (float[k,16,3,3] y) "
+        "{ y = RoiAlign<output_height=3,output_width=3,sampling_ratio=2>(x, b, i) }",
+        {}, {**IMAGE, "b": np.array([[0, 0, 5, 5], [2, 1, 9, 7]], np.float32), "i": np.array([1, 0])},
+        opset=16,
+    ),
     "determinant": Sample(
         "(float[n,4,4] x) => (float[n] y) { a = Relu(x) d = Det(a) y = Tanh(d) }", {}, {"x": (6, 4, 4)}, on_host=1
     ),

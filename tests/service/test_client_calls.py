@@ -214,6 +214,22 @@ def test_system_shared_memory(client: Caller, key: str) -> None:
         client.get_system_shared_memory_status("mine")
 
 
+def test_an_output_in_shared_memory_has_no_parameters_whatever_its_values(client: Caller, key: str) -> None:
+    """The C++ client takes parameters of an output as the size of binary data."""
+    values = np.full((1, VALUES.shape[1]), np.nan, VALUES.dtype)
+    region = shm.create_shared_memory_region("mine", key, values.nbytes)
+    client.register_system_shared_memory("mine", key, values.nbytes)
+    try:
+        wanted = triton.InferRequestedOutput("output", binary_data=False)
+        wanted.set_shared_memory("mine", values.nbytes)
+        result = client.infer("identity", [tensor("input", values)], outputs=[wanted])
+        assert "parameters" not in result.get_output("output")
+        assert shm.get_contents_as_numpy(region, values.dtype, list(values.shape)).tobytes() == values.tobytes()
+    finally:
+        client.unregister_system_shared_memory("mine")
+        shm.destroy_shared_memory_region(region)
+
+
 def test_classification(client: Caller) -> None:
     array = np.array([[0.5, 0.25, 0.75, 0.25], [1, 2, 3, 4]], np.float32)
     wanted = [triton.InferRequestedOutput("output", class_count=3)]

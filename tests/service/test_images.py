@@ -8,6 +8,7 @@ import struct
 import threading
 import time
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,15 @@ def huge_png(width: int, height: int) -> bytes:
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_no_label_is_made_of_what_is_no_number(start: Start, tmp_path: Path) -> None:
+    add_model(tmp_path, "m", "colours", answers=float("nan"))
+    server = start(tmp_path)
+    response = server.client.post("/v1/models/m/images", content=file_of(plain("red")))
+    assert response.status_code == 500
+    assert "model 'm' answered with NaN or infinity in output 'logits' for row 0" in error_of(response)
+    assert server.client.post("/v1/models/m/images?raw=true", content=file_of(plain("red"))).status_code == 200
 
 
 def test_values_are_normalised_in_0_to_255_units() -> None:

@@ -13,6 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from engine.targets.cuda import probe as gpu_probe
+from engine.targets.cuda.probe import Gpu, Survey
+from service import __main__ as main
 from service.errors import InvalidRequest
 from service.model_config import ModelConfigError, Pooling, Task, read_model_config
 from service.repository import Repository, check_name
@@ -423,6 +426,56 @@ def test_a_taken_port_is_said_in_one_line(tmp_path: Path, processes: list[Proces
     assert process.process.returncode == 1
     assert "cannot listen on 127.0.0.1" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "cuda:0", "cpu"])
+def test_a_gpu_that_was_asked_for_and_cannot_be_used_ends_the_process(
+    tmp_path: Path, processes: list[Process], device: str
+) -> None:
+    process = Process(tmp_path, "--device", device)
+    processes.append(process)
+    if device != "cuda:99":
+        wait_for(lambda: _is_live(process))
+        return
+    _, errors = process.process.communicate(timeout=20)
+    assert process.process.returncode == 1
+    assert errors == "--device cuda:99: device 'cuda:99' does not exist. Use another GPU or --device cpu\n"
+
+
+def _is_live(process: Process) -> bool:
+    try:
+        return httpx.get(f"{process.url}/v2/health/live").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        (
+            Survey(problem="there is no NVIDIA driver"),
+            ["there is no NVIDIA driver. Install NVIDIA driver 580 or newer"],
+        ),
+        (Survey(cuda=(13, 0), problem="the NVIDIA driver sees no GPU"), ["sees no GPU"]),
+        (Survey((Gpu(0, "Tesla T4", (7, 5)),), (13, 0)), ["GPU 0 (Tesla T4)", "7.5", "8.0 (Ampere) or newer"]),
+        (Survey((Gpu(0, "NVIDIA H100", (9, 0)),), (12, 4)), ["driver is too old", "CUDA 12.4", "Install driver 580"]),
+    ],
+    ids=["no driver", "no GPU", "old GPU", "old driver"],
+)
+def test_the_real_engine_says_what_is_wrong_with_the_gpu_and_what_to_do(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    found: Survey,
+    says: list[str],
+) -> None:
+    monkeypatch.setattr(gpu_probe, "survey", lambda: found)
+    monkeypatch.setattr(main, "configure", lambda *_: None)
+    monkeypatch.setattr(main, "_bind", None)  # it does not come so far
+    assert main.serve(Settings(models=tmp_path, device="cuda")) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("--device cuda: ") and line.endswith("--device cpu")
+    assert all(part in line for part in says), line
 
 
 def test_the_highest_version_that_loads_is_served(start: Start, tmp_path: Path) -> None:

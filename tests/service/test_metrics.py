@@ -14,7 +14,7 @@ from service.workers.messages import Device, KernelCounters, ModelKey, ModelStat
 from tests.service.conftest import Running, Start, add_model, sample
 
 KEY = ModelKey("m", 1)
-DEVICE = Device("cpu", "Test CPU", "x", 2, peak_flops=1e9, peak_bytes=1e8)
+DEVICE = Device("cpu", "Test CPU", "x", 2, peak_flops=1e9, peak_bytes=1e8, peak_cache_bytes=4e8)
 
 NAMES = """
 inference_requests_total inference_request_duration_seconds inference_queue_duration_seconds
@@ -85,7 +85,7 @@ def test_kernels_are_the_engines_own_counters(server: Running) -> None:
     text = server.client.get("/metrics").text
     for stat in model.kernel_stats():
         labels = {"model": "identity", "version": "1", "kernel": stat.kernel, "op": stat.op}
-        for field in ("launches", "seconds", "flops", "bytes"):
+        for field in ("launches", "seconds", "flops", "bytes", "cached_bytes"):
             assert sample(text, f"engine_kernel_{field}_total", **labels) == pytest.approx(getattr(stat, field))
     assert sample(text, "engine_device_memory_bytes", device="cpu", kind="weights") == 3000
 
@@ -96,8 +96,10 @@ def test_openmetrics_where_asked_for(shared: Running) -> None:
     assert response.text.endswith("# EOF\n")
 
 
-def stats(launches: int, seconds: float, flops: float, moved: float, kernel: str = "k") -> tuple[ModelStats, ...]:
-    counters = (KernelCounters(kernel, "Gemm", launches, seconds, flops, moved),)
+def stats(
+    launches: int, seconds: float, flops: float, moved: float, kernel: str = "k", cached: float = 0.0
+) -> tuple[ModelStats, ...]:
+    counters = (KernelCounters(kernel, "Gemm", launches, seconds, flops, moved, cached),)
     return (ModelStats(KEY, counters, (("weights", 7),), 0, 0),)
 
 
@@ -131,6 +133,18 @@ def test_speeds_are_over_running_time_in_the_window() -> None:
     assert speeds(collector) == {name: [] for name in found}
 
 
+def test_bytes_that_fit_the_cache_are_held_against_the_cache() -> None:
+    """A kernel that moves 3e8 bytes/s from the cache is at three quarters of it, not at three times the memory's."""
+    clock = Clock()
+    collector = EngineCollector(clock)
+    collector.loaded(KEY, LoadedModel(DEVICE, 0.1, 0))
+    collector.update(stats(0, 0.0, 0.0, 0.0))
+    clock.now += WINDOW_S / 2
+    for cached, ratio in ((3e8, 0.75), (2e8, 0.5 + 1.0)):
+        collector.update(stats(10, 1.0, 1e6, 3e8, cached=cached))
+        assert speeds(collector)["engine_kernel_roofline_ratio"] == pytest.approx([ratio])
+
+
 def test_the_window_slides() -> None:
     clock = Clock()
     collector = EngineCollector(clock)
@@ -155,7 +169,7 @@ def test_a_reloaded_model_starts_again() -> None:
 
 def test_a_device_without_known_peaks_has_no_roofline() -> None:
     collector = EngineCollector()
-    collector.loaded(KEY, LoadedModel(Device("cpu", "c", "x", 1, 0.0, 0.0), 0.1, 0))
+    collector.loaded(KEY, LoadedModel(Device("cpu", "c", "x", 1, 0.0, 0.0, 0.0), 0.1, 0))
     collector.update(stats(1, 0.5, 1e8, 1e6))
     assert speeds(collector)["engine_kernel_roofline_ratio"] == []
 

@@ -325,6 +325,50 @@ def test_a_crash_while_it_finishes_its_work_is_a_crash(tmp_path: Path, caplog: p
     assert "was stopped" not in caplog.text
 
 
+@pytest.mark.parametrize("when", ["at work", "at rest"])
+def test_a_crash_is_logged_however_soon_the_server_is_closed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, when: str
+) -> None:
+    """The transport is closed before its own look at the child that has ended."""
+    path = add_model(tmp_path, "identity", "identity", sleep=30) / "1" / "model.onnx"
+    key = ModelKey("identity", 1)
+
+    async def scenario() -> int:
+        seen = {kind: asyncio.Event() for kind in (ModelReady, Stopped)}
+
+        def receive(report: Report) -> None:
+            if type(report) in seen:
+                seen[type(report)].set()
+
+        process = ProcessTransport(ProcessOptions(import_path(FakeEngine), 1 << 20))
+        process.start(receive)
+        process.send(LoadModel(key, str(path), "cpu", "auto", None, BatchingOptions(), None))
+        await asyncio.wait_for(seen[ModelReady].wait(), 30)
+        child = process.pid
+        assert child is not None
+        if when == "at work":
+            now = time.monotonic()
+            inputs = (("input", LocalTensor(np.ones((1, 4), np.float32))),)
+            process.send(Infer(1, key, inputs, ("output",), (), now, now + 60, 50))
+            await asyncio.sleep(0.3)
+            process.send(Stop())
+            os.kill(child, signal.SIGKILL)
+            await asyncio.wait_for(seen[Stopped].wait(), 30)
+        else:
+            process.send(Stop())
+            await asyncio.wait_for(seen[Stopped].wait(), 30)
+            os.kill(child, signal.SIGKILL)
+        process.close()
+        return child
+
+    with caplog.at_level(logging.INFO):
+        child = asyncio.run(scenario())
+    ends = [(r.levelno, r.message) for r in caplog.records if r.message.startswith(f"engine process {child} ")][1:]
+    assert ends == [
+        (logging.ERROR, f"engine process {child} ended: SIGKILL; the kernel does this where memory runs out")
+    ]
+
+
 def test_a_crash_while_the_server_drains_is_logged_and_answered(tmp_path: Path, processes: list[Process]) -> None:
     add_model(tmp_path, "identity", "identity", sleep=30)
     process = Process(tmp_path, "--engine-process", "always")

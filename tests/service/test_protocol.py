@@ -126,6 +126,22 @@ def test_datatypes(start: Start, tmp_path: Path, kind: str, array: np.ndarray, d
     assert result.as_numpy("output").tolist() == ([["fünf", ""]] if kind == "strings" else expected)
 
 
+def test_json_says_how_many_values_it_has_no_number_for(shared: Running) -> None:
+    client = triton.InferenceServerClient(shared.url.removeprefix("http://"))
+    for row, count in (([np.nan, 1, np.inf, -np.inf], 3), ([1, 2, 3, 4], 0)):
+        sent = np.array([row], np.float32)
+        inputs = [tensor("input", sent, "FP32", True)]
+        result = client.infer("identity", inputs, outputs=[triton.InferRequestedOutput("output", False)])
+        told = result.get_output("output")
+        assert told.get("parameters") == ({"non_finite": count} if count else None)
+        assert told["data"] == [value if np.isfinite(value) else None for value in row]
+        if count:
+            assert np.array_equal(np.isnan(result.as_numpy("output")), ~np.isfinite(sent))
+        result = client.infer("identity", inputs, outputs=[triton.InferRequestedOutput("output", True)])
+        assert result.as_numpy("output").tobytes() == sent.tobytes()
+        assert "non_finite" not in result.get_output("output")["parameters"]
+
+
 def test_a_raw_body_is_the_one_input(shared: Running) -> None:
     response = shared.client.post(
         "/v2/models/identity/infer", content=VALUES.tobytes(), headers={"Inference-Header-Content-Length": "0"}

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from service.codecs.classify import probabilities
 from service.codecs.tokens import pool
 from service.model_config import Pooling
 from tests.service.conftest import Running, Start, add_model, add_tokenizer, error_of
@@ -350,3 +351,46 @@ def test_a_tokenizer_that_cannot_be_read_makes_only_its_model_unavailable(start:
     assert response.status_code == 503
     assert "tokenizer.json" in error_of(response)
     assert post(server, {"text": ["a"]}, model="other").status_code == 200
+
+
+# ---- masks, and numbers that are none
+
+
+def masked(mask: list[int], model: str = "encoder") -> dict[str, Any]:
+    shape = [1, len(mask)]
+    ids = {"name": "input_ids", "datatype": "INT64", "shape": shape, "data": [1] * len(mask)}
+    return {"inputs": [ids, {"name": "attention_mask", "datatype": "INT64", "shape": shape, "data": mask}]}
+
+
+@pytest.mark.parametrize(("mask", "place"), [([-5, 7], "[0, 0] is -5"), ([1, 0, 2], "[0, 2] is 2")])
+def test_a_mask_of_other_than_ones_and_zeros_is_named(shared: Running, mask: list[int], place: str) -> None:
+    response = shared.client.post("/v2/models/encoder/infer", json=masked(mask))
+    assert response.status_code == 400
+    wanted = f"input 'attention_mask': the element at {place}; this mask has 1 for each token and 0 for padding"
+    assert error_of(response) == wanted
+    assert shared.client.post("/v2/models/encoder/infer", json=masked([1, 0])).status_code == 200
+
+
+def test_a_model_of_bare_tensors_takes_any_mask(start: Start, tmp_path: Path) -> None:
+    add_model(tmp_path, "encoder", "encoder", 'task = "tensors"')
+    server = start(tmp_path)
+    assert server.client.post("/v2/models/encoder/infer", json=masked([-5, 7])).status_code == 200
+
+
+@pytest.mark.parametrize("kind", ["encoder", "text_classes", "token_classes"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity"])
+def test_no_result_is_made_of_what_is_no_number(start: Start, tmp_path: Path, kind: str, value: str) -> None:
+    add_model(tmp_path, "m", kind, answers=float(value))
+    server = start(tmp_path)
+    response = server.client.post("/v1/models/m/tokens", json={"ids": [[1, 2]]})
+    assert response.status_code == 500
+    assert "model 'm' answered with NaN or infinity in output" in error_of(response)
+    raw = server.client.post("/v1/models/m/tokens?raw=true", json={"ids": [[1, 2]]})
+    assert raw.status_code == 200 and "null" in raw.text and value not in raw.text
+    if kind == "encoder":
+        response = server.client.post("/v1/embeddings", json={"model": "m", "input": [1, 2]})
+        assert response.status_code == 500 and "NaN or infinity" in error_of(response)
+
+
+def test_a_score_of_minus_infinity_is_a_probability_of_zero() -> None:
+    assert probabilities(np.array([[0.0, -np.inf]], np.float32)).tolist() == [[1.0, 0.0]]

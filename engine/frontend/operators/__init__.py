@@ -19,7 +19,9 @@ from engine.frontend.operators import (
     sampling,
     sequence,
     shape,
+    signal,
     slicing,
+    unpooling,
 )
 
 __all__ = [
@@ -41,5 +43,7 @@ __all__ = [
     "sampling",
     "sequence",
     "shape",
+    "signal",
     "slicing",
+    "unpooling",
 ]

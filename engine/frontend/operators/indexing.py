@@ -11,7 +11,7 @@ from engine.frontend import bounds, grid
 from engine.frontend import formula as f
 from engine.frontend.onnx_node import OnnxNode, source, store
 from engine.frontend.operators.shape import positions
-from engine.frontend.operators.slicing import drop_axis, last, take
+from engine.frontend.operators.slicing import concat, drop_axis, last, take
 from engine.frontend.registry import Results, operator
 from engine.ir import expr as ex
 from engine.ir import ops
@@ -122,6 +122,47 @@ def _scatter(node: OnnxNode, axis: int | None, data: Value, indices: Value, upda
     if kind is not ops.ScatterKind.REPLACE and not (data.dtype.is_float or data.dtype.is_int):
         raise node.invalid(f"reduction {reduction!r} of {data.dtype.value}")
     return node.add(ops.Scatter(axis, kind), data, indices, updates)
+
+
+@operator("TensorScatter")
+def TensorScatter(node: OnnxNode, cache: Value, update: Value, starts: Value | None = None) -> Value:
+    """The rows of `update` along an axis of a cache, in every image of the batch from its own place on."""
+    axis = node.axis(node.integer("axis", -2), cache.rank)
+    circular = node.choice("mode", "linear", "circular") == "circular"
+    if not axis or update.rank != cache.rank or update.dtype is not cache.dtype:
+        raise node.invalid(f"axis {axis}, an update of rank {update.rank} and type {update.dtype.value}")
+    batch, count = cache.shape[0], update.shape[axis]
+    first = node.reshape(starts, (batch, 1)) if starts is not None else node.constant([[0]], DType.I64)
+    line = node.pointwise(lambda i, s: i + s.cast(DType.I64), positions(node, count, 1, 2), first)
+    if circular:
+        size = node.builder.sizes([cache.shape[axis]], ())
+        line = node.pointwise(lambda i, n: f.apply(ex.PointOp.MOD, i, n), line, size)
+    # Scatter takes the axes that it selects from in front.
+    perm = (0, axis, *(i for i in range(1, cache.rank) if i != axis))
+    image = node.expand(positions(node, batch, 0, 2), (batch, count))
+    places = [node.reshape(node.expand(index, (batch, count)), (batch, count, 1)) for index in (image, line)]
+    whole, rows = node.transpose(cache, perm), node.transpose(update, perm)
+    result = node.add(ops.Scatter(None), whole, concat(node, places, 2), rows)
+    return node.transpose(result, [perm.index(i) for i in range(cache.rank)])
+
+
+@operator("ReverseSequence")
+def ReverseSequence(node: OnnxNode, x: Value, lengths: Value) -> Value:
+    """Of every sequence the first elements, as many as its length, in the other order: a lookup of whole rows."""
+    batch_axis, time_axis = node.integer("batch_axis", 1), node.integer("time_axis", 0)
+    if {batch_axis, time_axis} != {0, 1} or x.rank < 2:
+        raise node.invalid(f"batch_axis {batch_axis} and time_axis {time_axis} of a tensor of rank {x.rank}")
+    steps = positions(node, x.shape[time_axis], time_axis, 2)
+    own = positions(node, x.shape[batch_axis], batch_axis, 2)
+    lengths = node.reshape(lengths, [x.shape[0] if batch_axis == 0 else 1, x.shape[1] if batch_axis == 1 else 1])
+    inner = node.builder.sizes([x.shape[1]], ())
+
+    def formula(t: f.Term, b: f.Term, length: f.Term, n: f.Term) -> f.Term:
+        turned = f.where(f.less(t, length), length - 1 - t, t)
+        return turned * n + b if time_axis == 0 else b * n + turned
+
+    index = node.pointwise(formula, steps, own, node.cast(lengths, DType.I64), inner)
+    return lookup(node, node.reshape(x, (x.shape[0] * x.shape[1], *x.shape[2:])), index)
 
 
 @operator("TopK", since=10)

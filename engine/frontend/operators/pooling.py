@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from engine.frontend import foreign
 from engine.frontend import formula as f
 from engine.frontend.onnx_node import OnnxNode, compute_dtype, source, store
 from engine.frontend.operators.convolution import same_by_hand, window
+from engine.frontend.operators.unpooling import max_pool_with_places
 from engine.frontend.registry import Results, operator
 from engine.ir import expr as ex
 from engine.ir import ops
@@ -19,7 +19,7 @@ from engine.ir.graph import Value
 @operator("MaxPool")
 def MaxPool(node: OnnxNode, x: Value) -> Results:
     if len(node.outputs) > 1 and node.outputs[1]:
-        return foreign.opaque(node, [x])
+        return max_pool_with_places(node, x)
     return _pool(node, x, ops.PoolKind.MAX, False)
 
 

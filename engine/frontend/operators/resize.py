@@ -1,7 +1,9 @@
-"""Resize and Upsample in all their forms. What the IR's `Resize` cannot say (antialias, crops) becomes `Opaque`."""
+"""Resize and Upsample in all their forms. What the IR's `Resize` cannot say becomes `Opaque`: crops, and integers that
+are interpolated."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -44,12 +46,7 @@ def Resize(
 ) -> Results:
     mode = node.choice("mode", "nearest", "linear", "cubic")
     coordinates = node.text("coordinate_transformation_mode", "half_pixel")
-    if (
-        coordinates not in _COORDINATES
-        or node.integer("antialias", 0)
-        or node.integer("exclude_outside", 0)
-        or not x.dtype.is_float
-    ):
+    if coordinates not in _COORDINATES or not (x.dtype.is_float or mode == "nearest"):
         return foreign.opaque(node, [x, roi, scales, sizes])
     axes = [node.axis(axis, x.rank) for axis in node.integers("axes", range(x.rank))]
     shape = list(x.shape)
@@ -77,9 +74,21 @@ def Resize(
         coordinates,
         node.choice("nearest_mode", "round_prefer_floor", "round_prefer_ceil", "floor", "ceil"),
         node.number("cubic_coeff_a", -0.75),
+        bool(node.integer("antialias", 0)) and mode != "nearest",
+        bool(node.integer("exclude_outside", 0)) and mode != "nearest",
         store(x.dtype),
     )
-    return node.add(op, x)
+    return _axis_by_axis(node, op, x) if op.antialias else node.add(op, x)
+
+
+def _axis_by_axis(node: OnnxNode, op: ops.Resize, x: Value) -> Value:
+    """A long filter over one axis after the other meets far fewer elements than their product."""
+    for axis, (size, scale) in enumerate(zip(op.shape, op.scales, strict=True)):
+        if size != x.shape[axis] or scale not in (None, 1.0):
+            shape = tuple(size if i == axis else dim for i, dim in enumerate(x.shape))
+            scales = tuple(scale if i == axis else 1.0 for i in range(x.rank))
+            x = node.add(replace(op, shape=shape, scales=scales), x)
+    return x
 
 
 def _check_count(node: OnnxNode, given: int, axes: int) -> None:

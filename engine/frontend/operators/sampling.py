@@ -1,7 +1,7 @@
-"""GridSample: reading an image at places that are data. A weighted sum of lookups in the image's pixels as a table.
+"""GridSample and RoiAlign: reading an image at places that are data, as weighted sums of lookups in its pixels.
 
-The formulas are those of the ONNX operator: a coordinate in [-1, 1] is scaled to pixels, brought inside by the padding
-mode, and interpolated between the pixels around it; pixels that are not there are padded once more.
+The formulas are those of the ONNX operators. GridSample's: a coordinate in [-1, 1] is scaled to pixels, brought inside
+by the padding mode, and interpolated between the pixels around it; pixels that are not there are padded once more.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product as combinations
 
+from engine.frontend import foreign
 from engine.frontend import formula as f
 from engine.frontend.formula import Term
-from engine.frontend.onnx_node import OnnxNode, compute_dtype
+from engine.frontend.onnx_node import OnnxNode, compute_dtype, source, store
 from engine.frontend.operators.indexing import lookup
 from engine.frontend.operators.shape import positions
 from engine.frontend.operators.slicing import drop_axis
-from engine.frontend.registry import operator
+from engine.frontend.registry import Results, operator
+from engine.ir import ops
 from engine.ir.dim import product
 from engine.ir.dtype import DType
 from engine.ir.graph import Value
@@ -102,7 +104,7 @@ def GridSample(node: OnnxNode, x: Value, grid: Value) -> Value:
     places = [node.cast(drop_axis(node, grid, axes + 1, axes - 1 - i), wide) for i in range(axes)]
     sizes = [node.cast(node.builder.sizes([size], ()), wide) for size in x.shape[2:]]
     image = positions(node, x.shape[0], 0, axes + 1)
-    table = node.reshape(node.transpose(x, (0, *range(2, x.rank), 1)), (x.shape[0] * product(x.shape[2:]), x.shape[1]))
+    table = _pixels(node, x)
 
     def one(taps: tuple[int, ...]) -> tuple[Value, Value]:
         """The pixels at some taps [n, …, channels], and their weights [n, …, 1]."""
@@ -119,6 +121,12 @@ def GridSample(node: OnnxNode, x: Value, grid: Value) -> Value:
         total = node.pointwise(_sum(len(pixels), x.dtype if is_last else None), *pixels, *weights, *before)
     assert total is not None
     return node.transpose(total, (0, axes + 1, *range(1, axes + 1)))
+
+
+def _pixels(node: OnnxNode, x: Value) -> Value:
+    """[n, channels, …] as a table of pixels, a row of channels each."""
+    last = node.transpose(x, (0, *range(2, x.rank), 1))
+    return node.reshape(last, (x.shape[0] * product(x.shape[2:]), x.shape[1]))
 
 
 def _index(sampling: _Sampling, taps: tuple[int, ...]) -> Callable[..., Term]:
@@ -165,3 +173,104 @@ def _sum(count: int, dtype: DType | None) -> Callable[..., Term]:
         return result if dtype is None else result.cast(dtype)
 
     return formula
+
+
+@operator("RoiAlign")
+def RoiAlign(node: OnnxNode, x: Value, regions: Value, images: Value) -> Results:
+    """[regions, channels, height, width]: every result the mean (largest) of `sampling_ratio` by as many samples of a
+    part of a region [left, top, right, bottom] of an image. Where their number depends on the region, the host takes
+    them."""
+    ratio = node.integer("sampling_ratio", 0)
+    if x.rank != 4 or regions.rank != 2 or regions.shape[1] != 4 or not (x.dtype.is_float and regions.dtype.is_float):
+        raise node.invalid(f"an input of rank {x.rank} with regions of shape {[str(dim) for dim in regions.shape]}")
+    if ratio < 1:
+        return foreign.opaque(node, [x, regions, images])
+    is_half = node.version >= 16 and node.choice(
+        "coordinate_transformation_mode", "half_pixel", "output_half_pixel"
+    ) == ("half_pixel")
+    is_mean = node.choice("mode", "avg", "max") == "avg"
+    parts = node.integer("output_height", 1), node.integer("output_width", 1)
+    if min(parts) < 1:
+        raise node.invalid(f"{parts[0]} by {parts[1]} results a region")
+    scale, wide, count = node.number("spatial_scale", 1.0), compute_dtype(regions.dtype), regions.shape[0]
+    # Along each axis: the places [regions, samples], and of the pixels before and behind them positions and weights.
+    taps: list[list[tuple[Value, Value]]] = []
+    for axis in (0, 1):
+        samples = parts[axis] * ratio
+        low, high = (node.reshape(drop_axis(node, regions, 1, 1 - axis + two), (count, 1)) for two in (0, 2))
+        line = node.cast(positions(node, samples, 1, 2), wide)
+        size = node.cast(node.builder.sizes([x.shape[2 + axis]], ()), wide)
+        terms = (node.cast(low, wide), node.cast(high, wide), line, size)
+        region = _Region(scale, is_half, samples)
+        taps.append(
+            [(node.pointwise(region.pixel(tap), *terms), node.pointwise(region.weight(tap), *terms)) for tap in (0, 1)]
+        )
+    table, of = _pixels(node, x), node.reshape(node.cast(images, DType.I64), (count, 1, 1))
+    height, width = (node.builder.sizes([size], ()) for size in x.shape[2:])
+    rows, columns = (parts[axis] * ratio for axis in (0, 1))
+    pixels, weights = [], []
+    for (row, above), (column, beside) in combinations(*taps):
+        index = node.pointwise(
+            lambda n, i, j, h, w: (n * h + i) * w + j,
+            of, node.reshape(row, (count, rows, 1)), node.reshape(column, (count, 1, columns)), height, width,
+        )  # fmt: skip
+        apart = (count, parts[0], ratio, parts[1], ratio)
+        pixels.append(node.reshape(lookup(node, table, index), (*apart, x.shape[1])))
+        first = node.reshape(above, (count, parts[0], ratio, 1, 1, 1))
+        second = node.reshape(beside, (count, 1, 1, parts[1], ratio, 1))
+        weights.append(node.pointwise(lambda a, b: a * b, first, second))
+    total = node.pointwise(_sum(4, None) if is_mean else _largest, *pixels, *weights)
+    kind = ops.ReduceKind.MEAN if is_mean else ops.ReduceKind.MAX
+    result = node.add(ops.Reduce(kind, (2, 4), False, source(total.dtype), store(x.dtype)), total)
+    return node.transpose(result, (0, 3, 1, 2))
+
+
+@dataclass(frozen=True)
+class _Region:
+    """How `samples` places lie along one axis of a region: formulas of its ends, the number of the sample, and the
+    pixels that the image has."""
+
+    scale: float
+    is_half: bool
+    samples: int
+
+    def _place(self, low: Term, high: Term, number: Term) -> Term:
+        offset = 0.5 if self.is_half else 0.0
+        start, end = low * self.scale - offset, high * self.scale - offset
+        length = end - start if self.is_half else f.maximum(end - start, 1.0)
+        return start + length * ((number + 0.5) / float(self.samples))
+
+    def _inside(self, place: Term, size: Term) -> Term:
+        """The place on the image; that of a NaN is 0."""
+        return f.where(f.equal(place, place), f.minimum(f.maximum(place, 0.0), size - 1.0), 0.0)
+
+    def pixel(self, tap: int) -> Callable[..., Term]:
+        """The position of the pixel before the place, or of the one behind it."""
+
+        def formula(low: Term, high: Term, number: Term, size: Term) -> Term:
+            before = f.floor(self._inside(self._place(low, high, number), size))
+            return (f.minimum(before + 1.0, size - 1.0) if tap else before).cast(DType.I64)
+
+        return formula
+
+    def weight(self, tap: int) -> Callable[..., Term]:
+        """How much that pixel counts: nothing for a place more than one pixel outside."""
+
+        def formula(low: Term, high: Term, number: Term, size: Term) -> Term:
+            place = self._place(low, high, number)
+            inside = self._inside(place, size)
+            behind = inside - f.floor(inside)
+            near = f.logical_and(f.less_equal(place.like(-1.0), place), f.less_equal(place, size))
+            return f.where(near, behind if tap else 1.0 - behind, 0.0)
+
+        return formula
+
+
+def _largest(*terms: Term) -> Term:
+    """The largest of the weighted pixels: of terms (pixels, weights)."""
+    half = len(terms) // 2
+    products = [pixel.cast(weight.dtype) * weight for pixel, weight in zip(terms[:half], terms[half:], strict=True)]
+    result = products[0]
+    for other in products[1:]:
+        result = f.maximum(result, other)
+    return result

@@ -9,6 +9,12 @@ from engine.ir.dim import Dim
 from engine.ir.graph import Value
 
 
+@operator("OptionalGetElement")
+def OptionalGetElement(node: OnnxNode, value: Value) -> Value:
+    """An optional that there is."""
+    return value
+
+
 @operator("SequenceConstruct")
 def SequenceConstruct(node: OnnxNode, *values: Value) -> Value:
     return node.builder.sequence(values)

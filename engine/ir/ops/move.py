@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from math import prod
 
 from engine.errors import ShapeError
 from engine.ir import expr as ex
@@ -37,11 +38,13 @@ class PadMode(Enum):
     REFLECT = "reflect"
     EDGE = "edge"
     WRAP = "wrap"
+    ROLL = "roll"  # not ONNX's: begin + end is 0, and what leaves at one end comes in at the other
 
 
 @dataclass(frozen=True)
 class Pad(Op):
-    """`pads[i]` = (begin, end) elements added to axis i; negative numbers crop."""
+    """`pads[i]` = (begin, end) elements added to axis i; negative numbers crop (before the rest is padded, where the
+    mode reads elements)."""
 
     pads: tuple[tuple[int, int], ...]
     mode: PadMode = PadMode.CONSTANT
@@ -82,7 +85,9 @@ class ResizeMode(Enum):
 @dataclass(frozen=True)
 class Resize(Op):
     """ONNX Resize to `shape`, with the input coordinate of output i along an axis given by `scale` and
-    `coordinates` (ONNX coordinate_transformation_mode). `rounding` is ONNX nearest_mode."""
+    `coordinates` (ONNX coordinate_transformation_mode). `rounding` is ONNX nearest_mode. `antialias`: where the image
+    shrinks, the filter is stretched over all elements that a result stands for; `exclude_outside`: elements beyond the
+    edge count nothing, instead of being the edge's."""
 
     shape: tuple[Dim, ...]
     scales: tuple[float | None, ...]  # output size over input size; None: from the shapes
@@ -90,6 +95,8 @@ class Resize(Op):
     coordinates: str = "half_pixel"
     rounding: str = "round_prefer_floor"
     cubic_coefficient: float = -0.75
+    antialias: bool = False
+    exclude_outside: bool = False
     stores: tuple[ex.Expr, ...] = (ex.Acc(),)
 
     def infer(self, inputs: OperandTypes) -> ResultTypes:
@@ -99,8 +106,9 @@ class Resize(Op):
 
     def flops(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:
         taps = {ResizeMode.NEAREST: 0, ResizeMode.LINEAR: 2, ResizeMode.CUBIC: 4}[self.mode]
-        resized = sum(1 for i, o in zip(inputs[0].shape, outputs[0].shape, strict=True) if i != o)
-        return outputs[0].elements * (2 * taps**resized if taps else 0)
+        resized = [(i, o) for i, o in zip(inputs[0].shape, outputs[0].shape, strict=True) if i != o]
+        met = prod(-(-taps * i // o) if self.antialias and o < i else taps for i, o in resized)
+        return outputs[0].elements * (2 * met if taps else 0)
 
 
 @dataclass(frozen=True)

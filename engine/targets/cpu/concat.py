@@ -27,12 +27,6 @@ def lower(step: Step, context: Context) -> list[Launch]:
         shape = (*output.shape[: op.axis], source.shape[op.axis], *output.shape[op.axis + 1 :])
         target = replace(output, shape=shape, offset=output.offset + start * output.strides[op.axis])
         start += source.shape[op.axis]
-        if not is_same_place(source, target):
+        if not source.is_at(target):
             launches += copy_launches(target, operand(source, len(shape)), context, concurrent=bool(launches))
     return launches
-
-
-def is_same_place(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape are the same elements of the same buffer."""
-    strides = zip(a.shape, a.strides, b.strides, strict=True)
-    return a.buffer is b.buffer and a.offset == b.offset and all(size == 1 or x == y for size, x, y in strides)

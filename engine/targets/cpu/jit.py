@@ -18,21 +18,12 @@ from pathlib import Path
 import llvmlite.binding as llvm
 
 from engine.background import Turns
+from engine.cache_folder import cache_folder
 from engine.errors import DeviceError
 from engine.targets.cpu.codegen.isa import Isa, initialise_llvm
 from engine.targets.cpu.kernel import Code
 
-CACHE_VARIABLE = "TILEWAVE_CACHE_DIR"
 _DIGEST_BYTES = 32
-
-
-def cache_directory() -> Path:
-    """Where compiled kernels are kept: TILEWAVE_CACHE_DIR, or tilewave in the user's cache directory."""
-    chosen = os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen) / "cpu"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "tilewave" / "cpu"
 
 
 class Compiler:
@@ -167,8 +158,8 @@ class Compiler:
 
 @cache
 def compiler() -> Compiler:
-    """The process's compiler, with the cache directory of the environment."""
-    return Compiler(cache_directory())
+    """The process's compiler, with the cache folder of the environment."""
+    return Compiler(cache_folder("cpu"))
 
 
 def _unlock_in_child() -> None:

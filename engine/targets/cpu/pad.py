@@ -38,6 +38,8 @@ def segments(size: int, begin: int, end: int, mode: PadMode) -> list[Segment]:
     if mode is PadMode.CONSTANT:
         index = np.arange(-begin, size + end)
         index[(index < 0) | (index >= size)] = _OUTSIDE
+    elif mode is PadMode.ROLL:
+        index = np.roll(np.arange(size), begin)
     else:
         kept = np.arange(size)[max(0, -begin) : size - max(0, -end)]
         names = {PadMode.REFLECT: "reflect", PadMode.EDGE: "edge", PadMode.WRAP: "wrap"}

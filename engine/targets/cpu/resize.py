@@ -23,7 +23,7 @@ from engine.targets.cpu.codegen.expressions import lower as lower_expressions
 from engine.targets.cpu.codegen.operands import Access, Operand, addresses, load_gathered, operand_parameters
 from engine.targets.cpu.kernel import Context, KernelBuilder, KernelSpec, Launch, Slot, launch, table
 from engine.targets.cpu.spaces import Axes, by_memory, operand, read_operands, split_tasks
-from engine.targets.interpolation import TAPS, tables_of
+from engine.targets.interpolation import count_taps, tables_of
 
 
 @dataclass(frozen=True)
@@ -185,16 +185,15 @@ def lower(step: Step, context: Context) -> list[Launch]:
     if not outputs[0].elements:
         return []
     rank = len(shape)
-    tables = {
-        axis: (index * (x.strides[axis] * x.dtype.itemsize), weights)
-        for axis, (index, weights) in tables_of(op, x.shape, shape).items()
-    }
+    found = tables_of(op, x.shape, shape)
+    tables = {axis: (index * (x.strides[axis] * x.dtype.itemsize), weights) for axis, (index, weights) in found.items()}
     whole = operand(x, rank)
     still = replace(whole, strides=tuple(0 if axis in tables else s for axis, s in enumerate(whole.strides)))
     stores, reads = read_operands(op.stores, step.inputs, (), rank)
     axes = Axes(shape, [still, *reads, *(operand(out, rank) for out in outputs)])
     order = by_memory(axes.operands[1 + len(reads)], range(rank), shape)
-    return _launches(op, step, context, axes.ordered(order), [tables.get(axis) for axis in order], stores, len(reads))
+    ordered, taps = [tables.get(axis) for axis in order], count_taps(found, op)
+    return _launches(op, step, context, axes.ordered(order), ordered, taps, stores, len(reads))
 
 
 def _launches(
@@ -203,6 +202,7 @@ def _launches(
     context: Context,
     axes: Axes,
     tables: list[tuple[np.ndarray, np.ndarray] | None],
+    taps: int,
     stores: tuple[ex.Expr, ...],
     reads: int,
 ) -> list[Launch]:
@@ -215,7 +215,7 @@ def _launches(
     )
     accesses = [o.access() for o in axes.operands]
     spec = ResizeSpec(
-        context.isa, TAPS[op.mode], tuple(t is not None for t in tables), accesses[0],
+        context.isa, taps, tuple(t is not None for t in tables), accesses[0],
         tuple(accesses[1 : 1 + reads]), tuple(accesses[1 + reads :]), stores,
     )  # fmt: skip
     units = axes.elements // axes.sizes[-1]

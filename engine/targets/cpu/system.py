@@ -1,4 +1,4 @@
-"""What the CPU target asks of the operating system about memory. Called by `target.py`."""
+"""What the CPU target asks of the operating system about memory and caches. Called by `target.py`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,32 @@ import ctypes
 import os
 import sys
 from functools import cache
+from pathlib import Path
+
+_PROCESSORS = Path("/sys/devices/system/cpu")
+_UNITS = {"K": 1 << 10, "M": 1 << 20}
+
+
+def cache_bytes(threads: int) -> int:
+    """Bytes of the last-level caches that so many threads reach: at most one for each thread. 0 where the system does
+    not say."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    found: dict[str, int] = {}  # by the processors that share it
+    for number in usable:
+        levels = {}
+        for index in _PROCESSORS.glob(f"cpu{number}/cache/index*"):
+            try:
+                level, kind, size, shared = (
+                    (index / name).read_text().strip() for name in ("level", "type", "size", "shared_cpu_list")
+                )
+                if kind != "Instruction":
+                    levels[int(level)] = shared, int(size[:-1]) * _UNITS[size[-1]]
+            except (OSError, ValueError, KeyError, IndexError):
+                continue
+        if levels:
+            shared, nbytes = levels[max(levels)]
+            found[shared] = nbytes
+    return sum(sorted(found.values())[-threads:])
 
 
 @cache

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 
 import numpy as np
@@ -19,6 +20,7 @@ from engine.ir.dtype import DType
 from engine.ir.ops import Cost, Op, Opaque
 from engine.passes.traits import Traits
 from engine.plan.plan import Plan, Requirement, Step
+from engine.plan.residency import cached_bytes
 from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.specs import DeviceInfo, StepStat
 from engine.targets.cpu.ceilings import ceilings, processor_name
@@ -27,7 +29,7 @@ from engine.targets.cpu.families import family_of
 from engine.targets.cpu.kernel import Context, Launch, Pointer, WeightStore, aligned_copy
 from engine.targets.cpu.pieces import in_pieces
 from engine.targets.cpu.runtime import Pool, Program, address, aligned_bytes, available_cores, pool
-from engine.targets.cpu.system import return_free_memory, usable_memory_bytes
+from engine.targets.cpu.system import cache_bytes, return_free_memory, usable_memory_bytes
 from engine.targets.host import HostOperator, HostResident
 
 _FACTS_BYTES = 400
@@ -72,11 +74,19 @@ class CpuTarget:
         self.arena = Arena()
         self.lock = threading.Lock()  # of the arena: one plan of a model runs at a time
 
-    @property
+    @cached_property
+    def cache_bytes(self) -> int:
+        """Bytes of the last-level caches of as many cores as there are threads."""
+        return cache_bytes(self.threads)
+
+    @cached_property
     def device_info(self) -> DeviceInfo:
         """The processor and its ceilings, measured on first use."""
-        measured = ceilings(self.isa, self.threads)
-        return DeviceInfo("cpu", processor_name(), self.isa.name, self.threads, measured.flops, measured.bytes)
+        found = ceilings(self.isa, self.threads)
+        return DeviceInfo(
+            "cpu", processor_name(), self.isa.name, self.threads, found.flops, found.bytes, self.cache_bytes,
+            found.cached_bytes,
+        )  # fmt: skip
 
     def requirements(
         self, op: Op, inputs: tuple[Tensor, ...]
@@ -113,6 +123,7 @@ class CpuExecutable:
         plan, self._pieces = pieces.plan, pieces.count
         _check_memory(plan)
         self._arena_bytes = plan.arena_bytes
+        self._cached_bytes = cached_bytes(plan, target.cache_bytes)
         context = Context(target.isa, target.threads, target.weights)
         self._kernels: list[str] = []
         self._parts: list[_Native | _Host] = []
@@ -148,8 +159,8 @@ class CpuExecutable:
         """Runs and time of every step since it was bound, in the plan's order."""
         rows = [row for part in self._parts for row in part.rows()]
         return [
-            StepStat(step.name, kernel, step.op, runs, nanoseconds * 1e-9, step.cost.flops, step.cost.bytes)
-            for (step, runs, nanoseconds), kernel in zip(rows, self._kernels, strict=True)
+            StepStat(step.name, kernel, step.op, runs, nanoseconds * 1e-9, step.cost.flops, step.cost.bytes, cached)
+            for (step, runs, nanoseconds), kernel, cached in zip(rows, self._kernels, self._cached_bytes, strict=True)
         ]
 
     @property

@@ -40,8 +40,13 @@ _BY_CAPABILITY = {
 }  # fmt: skip
 
 
+CAPABILITIES = frozenset(_BY_CAPABILITY)
+"""The compute capabilities that there are kernels for."""
+
+
 def for_capability(major: int, minor: int) -> Architecture:
-    """The architecture whose machine code a device of this compute capability runs. Raises DeviceError below 8.0."""
+    """The architecture whose machine code a device of this compute capability runs. Raises DeviceError for one
+    that is not in `CAPABILITIES`."""
     name = _BY_CAPABILITY.get((major, minor))
     if name is None:
         raise DeviceError(
@@ -49,3 +54,9 @@ def for_capability(major: int, minor: int) -> Architecture:
             f"{', '.join(f'{a}.{b}' for a, b in _BY_CAPABILITY)}. Use device='cpu'."
         )
     return ARCHITECTURES[name]
+
+
+def share_of(shared_bytes: int, blocks: int) -> int:
+    """The dynamic shared memory that each of `blocks` blocks on one multiprocessor may ask for, where a single one may
+    ask for `shared_bytes`: the system takes 1 KiB of every block's."""
+    return (shared_bytes + KIB) // blocks - KIB

@@ -11,23 +11,11 @@ from engine.ir.ops import Attention, Op
 from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Tensor
 from engine.targets.cuda import attention_wgmma
-from engine.targets.cuda.attention_operands import (
-    LOG2_E,
-    BiasKind,
-    bias_arguments,
-    bias_code,
-    bias_kind,
-    epilogue,
-    four,
-    operation,
-    sharing,
-    strides,
-)
+from engine.targets.cuda.attention_operands import Attended, BiasKind, strides
 from engine.targets.cuda.attention_tiles import MAX_HEAD, AttentionTile, Heads, Sizes, pick
 from engine.targets.cuda.gemm import split_arguments
 from engine.targets.cuda.kernel import (
     STORAGE,
-    Argument,
     Context,
     I64s,
     Instruction,
@@ -73,39 +61,33 @@ def heads_of(step: Step, context: Context) -> Heads:
 
 
 def sizes_of(step: Step) -> Sizes:
-    batch, heads, queries, _ = four(step.outputs[0].shape, 1)
-    return Sizes(
-        queries, step.inputs[1].shape[-2], batch * heads, operation(step).causal, bias_kind(step) is BiasKind.FULL
-    )
+    attended = Attended(step)
+    batch, heads, queries, _ = attended.sizes
+    return Sizes(queries, attended.keys, batch * heads, attended.op.causal, attended.bias is BiasKind.FULL)
 
 
 def launch_attention(step: Step, sizes: Heads, tile: AttentionTile, splits: int = 1) -> list[Launch]:
     """The launch of an attention in the given tile, with the keys dealt to `splits` blocks."""
-    op = operation(step)
-    batch, heads, queries, _ = four(step.outputs[0].shape, 1)
+    attended = Attended(step)
+    op, (batch, heads, queries, _) = attended.op, attended.sizes
     config: dict[str, int | bool | str] = {
         "operand": STORAGE[step.inputs[0].dtype], "exact": sizes.exact, "warps": tile.warps,
         "fragments": tile.fragments, "keys": tile.keys, "head_padded": sizes.head_padded,
         "value_padded": sizes.value_padded, "causal": op.causal,
-        "bias": bias_kind(step), "masked_rows_zero": op.masked_rows_zero, "access": _access(step.inputs[:3]),
+        "bias": attended.bias, "masked_rows_zero": op.masked_rows_zero, "access": _access(step.inputs[:3]),
         "ring": tile.ring, "q_in_registers": tile.q_in_registers, "split": splits > 1,
         "shared_bytes": tile.shared_bytes(sizes), "blocks": tile.blocks,
     }  # fmt: skip
-    arguments: dict[str, Argument] = {"scale_log2": op.scale * LOG2_E}
+    arguments = {**attended.arguments(), "head_size": sizes.head, "parts": sizes.parts}
     for name, tensor in zip(("q", "k", "v"), step.inputs, strict=False):
         arguments |= {name: pointer_to(tensor), f"{name}_stride": I64s(strides(tensor)[:-1])}
-    arguments |= bias_arguments(step)
-    arguments |= {
-        "queries": queries, "keys": step.inputs[1].shape[-2], "head_size": sizes.head, "value_size": sizes.value,
-        "parts": sizes.parts, "heads": heads, "heads_per_k": sharing(step, 1), "heads_per_v": sharing(step, 2),
-    }  # fmt: skip
     tiles = ceildiv(queries, tile.queries) * sizes.parts * heads * batch
     arguments |= split_arguments(tiles, tile.state(sizes), tile.warps, splits)
     return [
         launch(
-            "attention", "attention_mma.cuh", config, [epilogue(step)], arguments,
+            "attention", "attention_mma.cuh", config, [attended.epilogue()], arguments,
             (tiles * splits, 1, 1), 32 * tile.warps,
-            tile.shared_bytes(sizes), Instruction.MMA, bias_code(step),
+            tile.shared_bytes(sizes), Instruction.MMA, attended.bias_code(),
         )
     ]  # fmt: skip
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
 from math import e, log2
 
@@ -25,9 +26,74 @@ class BiasKind(IntEnum):
     FULL = 2
 
 
-def operation(step: Step) -> Attention:
-    assert isinstance(step.op, Attention)
-    return step.op
+@dataclass(frozen=True)
+class Attended:
+    """An attention step, with the sizes and arguments that all kernels have."""
+
+    step: Step
+
+    @property
+    def op(self) -> Attention:
+        assert isinstance(self.step.op, Attention)
+        return self.step.op
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Batch, heads, queries and features of the result."""
+        batch, heads, queries, features = four(self.step.outputs[0].shape, 1)
+        return batch, heads, queries, features
+
+    @property
+    def keys(self) -> int:
+        return self.step.inputs[1].shape[-2]
+
+    @property
+    def bias(self) -> BiasKind:
+        if not self.op.has_bias:
+            return BiasKind.NONE
+        return BiasKind.PER_KEY if self._bias_strides[2] == 0 else BiasKind.FULL
+
+    @property
+    def _bias_strides(self) -> tuple[int, ...]:
+        return four(operand(self.step.inputs[3], len(self.step.outputs[0].shape)).strides, 0)
+
+    def arguments(self) -> dict[str, Argument]:
+        _, heads, queries, features = self.sizes
+        bias: dict[str, Argument] = {}
+        if self.op.has_bias:
+            bias = {"bias": pointer_to(self.step.inputs[3]), "bias_stride": I64s(self._bias_strides)}
+        return {
+            "scale_log2": self.op.scale * LOG2_E, **bias, "queries": queries, "keys": self.keys, "value_size": features,
+            "heads": heads, "heads_per_k": self._heads_per(1), "heads_per_v": self._heads_per(2),
+        }  # fmt: skip
+
+    def _heads_per(self, which: int) -> int:
+        """How many heads of q share one of input `which`."""
+        return self.sizes[1] // four(self.step.inputs[which].shape, 1)[1]
+
+    def bias_code(self) -> str:
+        """The struct `Bias` that the kernels call."""
+        if not self.op.has_bias:
+            return """struct Bias {
+  DEVICE static float at(const Params&, u32, u32, u32, u32) { return 0.0f; }
+};
+"""
+        return """struct Bias {
+  DEVICE static float at(const Params& p, u32 batch, u32 head, u32 query, u32 key) {
+    const i64* stride = p.bias_stride;
+    return widen(p.bias[batch * stride[0] + head * stride[1] + query * stride[2] + key * stride[3]]);
+  }
+};
+"""
+
+    def epilogue(self) -> Functor:
+        """Rows of the kernels run over batch, head and query."""
+        shape, stores = self.step.outputs[0].shape, self.op.stores
+        reads = operands(self.step.inputs, ex.arguments(*stores), (), len(shape))
+        writes = [operand(tensor, len(shape)) for tensor in self.step.outputs]
+        rows = space(shape, range(len(shape) - 1), (len(shape) - 1,), [*reads.values(), *writes])
+        placed = dict(zip(reads, rows.operands, strict=False))
+        return codegen.epilogue(stores, rows, placed, rows.operands[len(reads) :], rows.columns)
 
 
 def four(values: tuple[int, ...], head: int) -> tuple[int, ...]:
@@ -38,50 +104,3 @@ def four(values: tuple[int, ...], head: int) -> tuple[int, ...]:
 def strides(tensor: Tensor) -> tuple[int, ...]:
     """Strides along batch, head, position and feature; 0 where an axis is broadcast or missing."""
     return four(operand(tensor, len(tensor.shape)).strides, 0)
-
-
-def sharing(step: Step, which: int) -> int:
-    """How many heads of q share one of input `which`."""
-    return four(step.outputs[0].shape, 1)[1] // four(step.inputs[which].shape, 1)[1]
-
-
-def bias_strides(step: Step) -> tuple[int, ...]:
-    return four(operand(step.inputs[3], len(step.outputs[0].shape)).strides, 0)
-
-
-def bias_kind(step: Step) -> BiasKind:
-    if not operation(step).has_bias:
-        return BiasKind.NONE
-    return BiasKind.PER_KEY if bias_strides(step)[2] == 0 else BiasKind.FULL
-
-
-def bias_arguments(step: Step) -> dict[str, Argument]:
-    if not operation(step).has_bias:
-        return {}
-    return {"bias": pointer_to(step.inputs[3]), "bias_stride": I64s(bias_strides(step))}
-
-
-def bias_code(step: Step) -> str:
-    """The struct `Bias` that the kernels call."""
-    if not operation(step).has_bias:
-        return """struct Bias {
-  DEVICE static float at(const Params&, u32, u32, u32, u32) { return 0.0f; }
-};
-"""
-    return """struct Bias {
-  DEVICE static float at(const Params& p, u32 batch, u32 head, u32 query, u32 key) {
-    const i64* stride = p.bias_stride;
-    return widen(p.bias[batch * stride[0] + head * stride[1] + query * stride[2] + key * stride[3]]);
-  }
-};
-"""
-
-
-def epilogue(step: Step) -> Functor:
-    """Rows of the kernels run over batch, head and query."""
-    shape, stores = step.outputs[0].shape, operation(step).stores
-    reads = operands(step.inputs, ex.arguments(*stores), (), len(shape))
-    writes = [operand(tensor, len(shape)) for tensor in step.outputs]
-    rows = space(shape, range(len(shape) - 1), (len(shape) - 1,), [*reads.values(), *writes])
-    placed = dict(zip(reads, rows.operands, strict=False))
-    return codegen.epilogue(stores, rows, placed, rows.operands[len(reads) :], rows.columns)

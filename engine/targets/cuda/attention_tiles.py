@@ -124,14 +124,14 @@ def pick(heads: Heads, sizes: Sizes, architecture: Architecture, multiprocessors
             most = min(_MAX_SPLITS, multiprocessors * tile.blocks // max(1, blocks), ceildiv(sizes.keys, 2 * tile.keys))
             yield from ((tile, splits) for splits in range(1, max(1, most) + 1))
 
-    return min(choices(), key=lambda choice: _cycles(choice[0], choice[1], heads, sizes, architecture, multiprocessors))
+    return min(choices(), key=lambda choice: cycles(choice[0], choice[1], heads, sizes, architecture, multiprocessors))
 
 
 def _blocks(tile: AttentionTile, heads: Heads, sizes: Sizes) -> int:
     return ceildiv(sizes.queries, tile.queries) * sizes.groups * heads.parts
 
 
-def _cycles(
+def cycles(
     tile: AttentionTile, splits: int, heads: Heads, sizes: Sizes, architecture: Architecture, multiprocessors: int
 ) -> float:
     """Estimated cycles of an attention in these tiles."""

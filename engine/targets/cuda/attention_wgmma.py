@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from heapq import heapreplace
+
+import numpy as np
 
 from engine.ir.dtype import DType
 from engine.plan.plan import Step
-from engine.plan.tensor import Tensor
-from engine.targets.cuda.attention_operands import (
-    LOG2_E,
-    BiasKind,
-    bias_arguments,
-    bias_code,
-    bias_kind,
-    epilogue,
-    four,
-    operation,
-    sharing,
-    strides,
-)
+from engine.plan.tensor import Buffer, BufferKind, Tensor
+from engine.targets.cuda.attention_operands import Attended, BiasKind, four, strides
 from engine.targets.cuda.gemm import wgmma_function
 from engine.targets.cuda.kernel import (
     STORAGE,
@@ -27,6 +19,7 @@ from engine.targets.cuda.kernel import (
     Context,
     Instruction,
     Launch,
+    Pointer,
     TensorMap,
     ceildiv,
     launch,
@@ -35,14 +28,17 @@ from engine.targets.cuda.kernel import (
 from engine.targets.cuda.spaces import VECTOR
 
 _WIDTHS = (32, 64, 128)  # features of a head, padded by zeros that the copy engine supplies
+_BAND = 32  # heads whose causal tiles are dealt from the longest to the shortest; their k and v stay in L2
+_MASK_TILES = 32  # tiles of keys, up to which those that a padding mask hides are left out: a bit each
+_ROUNDS = 8  # items a block, up to which the cost model deals them one by one
 _MIN_QUERIES = 17  # up to 16 the portable kernel wastes fewer rows, and deals the keys to several blocks
-_Q_STAGES = 2
 
 
 @dataclass(frozen=True)
 class WgmmaAttentionTile:
-    """A block: `consumers` warpgroups of 64 queries and one that fills rings of `stages` tiles of `keys` keys. `blocks`
-    blocks share a multiprocessor; registers are those of a thread."""
+    """A block: `consumers` warpgroups of 64 queries and one that fills rings of `stages` tiles of `keys` keys and of
+    `q_stages` of queries. `blocks` blocks share a multiprocessor; registers are those of a thread. `turns`: consumers
+    take turns to start products."""
 
     consumers: int
     keys: int
@@ -50,24 +46,30 @@ class WgmmaAttentionTile:
     blocks: int
     producer_registers: int
     consumer_registers: int
+    turns: bool = True
+    q_stages: int = 2
 
     @property
     def queries(self) -> int:
         return 64 * self.consumers
 
-    def shared_bytes(self, head: int, value: int) -> int:
-        """Tiles of q, rings of k and v, the biases beside k, and the barriers (attention_wgmma.cuh)."""
-        tiles = _Q_STAGES * self.queries * head * 2 + self.stages * self.keys * (head + value) * 2
-        return tiles + self.stages * self.keys * 4 + 8 * (2 * _Q_STAGES + 4 * self.stages)
+    def shared_bytes(self, head: int, value: int, bias: bool) -> int:
+        """Tiles of q, rings of k and v, the biases beside k, items, and the barriers (attention_wgmma.cuh). With a bias
+        an item passes through one more place."""
+        tiles = self.q_stages * self.queries * head * 2 + self.stages * self.keys * (head + value) * 2
+        biases = self.stages * self.keys * 4 if bias else 0
+        items = self.q_stages + bias
+        return tiles + biases + 16 * items + 8 * (2 * items + 4 * self.stages)
 
 
 def suits(step: Step) -> bool:
     """Whether the copy engine can read q, k and v, and the kernel has what the operator asks."""
+    attended = Attended(step)
     return (
         step.inputs[0].dtype in (DType.F16, DType.BF16)
-        and bias_kind(step) is not BiasKind.FULL
-        and operation(step).scale > 0  # it meets the scores behind the maximum
-        and step.inputs[0].shape[-2] >= _MIN_QUERIES
+        and attended.bias is not BiasKind.FULL
+        and attended.op.scale > 0  # it meets the scores behind the maximum
+        and attended.sizes[2] >= _MIN_QUERIES
         and all(_readable(tensor) for tensor in step.inputs[:3])
     )
 
@@ -82,18 +84,17 @@ def _readable(tensor: Tensor) -> bool:
     )
 
 
-def candidates(head: int, value: int, crowded: bool) -> Iterator[WgmmaAttentionTile]:
+def candidates(head: int, value: int) -> Iterator[WgmmaAttentionTile]:
     """Tiles whose kernels have no spills; `head` and `value` are padded. A block starts with as many registers a thread
-    as its launch bounds allow; producer and consumers divide those anew. `crowded`: both a bias and a causal mask need
-    some of them."""
+    as its launch bounds allow; producer and consumers divide those anew."""
     if max(head, value) <= 64:
-        if not crowded:
-            yield WgmmaAttentionTile(3, 128, 2, 1, 32, 160)
+        yield WgmmaAttentionTile(3, 128, 2, 1, 32, 160)
+        yield WgmmaAttentionTile(4, 64, 8, 1, 32, 112)
         yield WgmmaAttentionTile(2, 128, 4, 1, 40, 232)
-        yield WgmmaAttentionTile(1, 128, 2, 2, 40, 208)
+        yield WgmmaAttentionTile(1, 128, 2, 2, 40, 208, turns=False)
     else:
         yield WgmmaAttentionTile(2, 128, 2, 1, 40, 232)
-        yield WgmmaAttentionTile(1, 64, 2, 2, 40, 208)
+        yield WgmmaAttentionTile(1, 64, 2, 2, 40, 208, turns=False)
 
 
 def padded(tensor: Tensor) -> int:
@@ -102,55 +103,102 @@ def padded(tensor: Tensor) -> int:
 
 def pick(step: Step, context: Context) -> WgmmaAttentionTile:
     """The tile with the least estimated time."""
+    work = work_of(step)
+    return min(candidates(work.head, work.value), key=lambda tile: cycles(tile, work, context.multiprocessors))
+
+
+def work_of(step: Step) -> Work:
+    """What there is to do in an attention step."""
+    attended = Attended(step)
+    batch, heads, queries, _ = attended.sizes
     head, value = padded(step.inputs[0]), padded(step.inputs[2])
-    op = operation(step)
-    every = candidates(head, value, op.causal and op.has_bias)
-    return min(every, key=lambda tile: _cycles(step, tile, head, value, context.multiprocessors))
+    return Work(queries, attended.keys, batch * heads, head, value, attended.op.causal)
 
 
-def _cycles(step: Step, tile: WgmmaAttentionTile, head: int, value: int, multiprocessors: int) -> float:
-    """Estimated cycles. Rates a multiprocessor: multiply-adds as in tiles.py, slowed down by what the softmax leaves
-    (three quarters of the product's rate at 64 features); 16 exponentials."""
-    rate, exponentials, latency, launch = 0.75 * 2048, 16, 900, 2750
-    batch, heads, queries, _ = four(step.outputs[0].shape, 1)
-    keys, query_tiles = step.inputs[1].shape[-2], ceildiv(queries, tile.queries)
-    items = query_tiles * heads * batch
-    if operation(step).causal:
-        keys = ceildiv(sum(min(keys, (i + 1) * tile.queries) for i in range(query_tiles)), query_tiles)
-    scores = tile.queries * tile.keys
-    rounds = ceildiv(items, multiprocessors)
-    resident = min(rounds, tile.blocks)
-    tile_of_keys = max(scores * (head + value) / rate, scores / exponentials, latency / resident)
-    ends = latency / resident + tile.queries * (head + value) / 24  # first loads and stores: bytes from L2 a cycle
-    return launch + rounds * (ceildiv(keys, tile.keys) * tile_of_keys + ends)
+@dataclass(frozen=True)
+class Work:
+    """What there is to do: `groups` products of batch and heads. `head` and `value` are padded."""
+
+    queries: int
+    keys: int
+    groups: int
+    head: int
+    value: int
+    causal: bool
+
+
+def cycles(tile: WgmmaAttentionTile, work: Work, multiprocessors: int) -> float:
+    """Estimated cycles, at about 1.7 GHz. The constants are fitted to a sweep on an H100 (fp16, heads of 64 and 128,
+    128 to 16384 tokens, one to four consumers): 3 % root mean square, 10 % at most."""
+    launch, l2_bytes, memory_bytes = 4250, 37, 13  # bytes a cycle and multiprocessor
+    items = ceildiv(work.queries, tile.queries) * work.groups
+    blocks = min(tile.blocks, ceildiv(items, multiprocessors))  # on a multiprocessor
+    # Of 64 queries and a tile of keys: multiply-adds at the full rate, 16 exponentials a cycle.
+    products, exponentials = 64 * tile.keys * (work.head + work.value) / 2048, 64 * tile.keys / 16
+    busy = 50 + products + 0.55 * exponentials  # of a warpgroup's tile when others fill its gaps
+    alone = 300 + products / 2 + 1.85 * exponentials
+    feed = blocks * tile.keys * (work.head + work.value) * 2 / l2_bytes
+
+    def step(active: int) -> float:
+        """A tile of keys for so many warpgroups."""
+        exposed = max(0.0, (alone - busy) * (3 - active) / 2)
+        return max(active * busy + exposed, feed)
+
+    ends = alone + blocks * tile.queries * (work.head + work.value) * 2 / 32
+
+    def item(query0: int) -> float:
+        """A tile of queries: its warpgroups start together on the last tile that each of them sees."""
+        rows = range(query0, min(work.queries, query0 + tile.queries), 64)
+        seen = [ceildiv(min(work.keys, row + 64) if work.causal else work.keys, tile.keys) for row in rows]
+        tiles = range(max(seen))
+        return ends + sum(step(blocks * sum(count > i for count in seen)) for i in tiles)
+
+    lengths = [item(i * tile.queries) for i in reversed(range(ceildiv(work.queries, tile.queries)))]
+    slots = multiprocessors * blocks
+    # What memory takes for q, k, v and the result where nothing lies in a cache.
+    floor = work.groups * (work.queries + work.keys) * (work.head + work.value) * 2 / (multiprocessors * memory_bytes)
+    if items > _ROUNDS * slots:
+        return launch + max(floor, sum(lengths) * work.groups / slots + max(lengths) / 2)
+    band = _BAND if work.causal else 1
+    free = [0.0] * slots
+    for first in range(0, work.groups, band):
+        for length in lengths:
+            for _ in range(min(band, work.groups - first)):
+                heapreplace(free, free[0] + length)
+    return launch + max(floor, *free)
 
 
 def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> Launch:
     """The launch of an attention that `suits`, in the given tile."""
-    op, (q, k, v) = operation(step), step.inputs[:3]
-    batch, heads, queries, value_size = four(step.outputs[0].shape, 1)
+    attended, (q, k, v) = Attended(step), step.inputs[:3]
+    op, (batch, heads, queries, _) = attended.op, attended.sizes
     head, value = padded(q), padded(v)
-    shared = tile.shared_bytes(head, value)
+    shared = tile.shared_bytes(head, value, op.has_bias)
+    items = ceildiv(queries, tile.queries) * heads * batch
+    blocks = min(items, context.multiprocessors * tile.blocks)
+    dynamic = items > blocks
+    key_tiles = ceildiv(k.shape[-2], tile.keys)
     config: dict[str, int | bool | str] = {
         "operand": STORAGE[q.dtype], "head_padded": head, "value_padded": value, "keys": tile.keys,
         "consumers": tile.consumers, "stages": tile.stages, "causal": op.causal, "bias": op.has_bias,
         "masked_rows_zero": op.masked_rows_zero, "producer_registers": tile.producer_registers,
         "consumer_registers": tile.consumer_registers, "blocks": tile.blocks, "shared_bytes": shared,
+        "q_stages": tile.q_stages, "turns": tile.turns, "band": _BAND, "dynamic": dynamic,
+        "skips": op.has_bias and not op.causal and 1 < key_tiles <= _MASK_TILES,
     }  # fmt: skip
     arguments: dict[str, Argument] = {
         "map_q": _map(q, tile.queries), "map_k": _map(k, tile.keys), "map_v": _map(v, tile.keys),
-        "scale_log2": op.scale * LOG2_E, **bias_arguments(step),
-        "queries": queries, "keys": k.shape[-2], "value_size": value_size, "heads": heads, "groups": batch * heads,
-        "heads_per_k": sharing(step, 1), "heads_per_v": sharing(step, 2),
+        **attended.arguments(), "groups": batch * heads,
         # 0 where all of the batch read the same.
         "q_batches": int(q.shape[0] > 1), "k_batches": int(k.shape[0] > 1), "v_batches": int(v.shape[0] > 1),
     }  # fmt: skip
-    items = ceildiv(queries, tile.queries) * heads * batch
+    if dynamic:
+        arguments["counters"] = Pointer(Buffer("taken items", BufferKind.PLAN, 8, np.zeros(2, np.uint32)), ctype="u32")
     products = wgmma_function(tile.keys, q.dtype) + register_product(value, q.dtype)
     return launch(
-        "attention", "attention_wgmma.cuh", config, [epilogue(step)], arguments,
-        (min(items, context.multiprocessors * tile.blocks), 1, 1), 128 * (tile.consumers + 1), shared,
-        Instruction.WGMMA, helpers=f'#include "ptx/wgmma_panels.cuh"\n{products}{bias_code(step)}',
+        "attention", "attention_wgmma.cuh", config, [attended.epilogue()], arguments,
+        (blocks, 1, 1), 128 * (tile.consumers + 1), shared,
+        Instruction.WGMMA, helpers=f'#include "ptx/wgmma_panels.cuh"\n{products}{attended.bias_code()}',
     )  # fmt: skip
 
 

@@ -8,48 +8,63 @@ from typing import TYPE_CHECKING
 import cupy
 
 from engine.ir.dtype import DType
-from engine.ir.ops import Gemm
-from engine.plan.plan import Plan
+from engine.ir.expr import Arg
+from engine.ir.ops import Gemm, Pointwise, Reduce, ReduceKind
+from engine.plan.plan import Plan, Step
 from engine.targets.cuda.resident import ResidentExecutable
 
 if TYPE_CHECKING:
     from engine.targets.cuda.target import CudaTarget
 
 _N = 4096
-_COPY_BYTES = 512 << 20
+_MEMORY_BYTES = 512 << 20  # several times the cache of any GPU
+_ROW = 2048
+_CACHED_STEPS = 32
 _REPEATS = 5
 
 
-def measure_ceilings(target: CudaTarget) -> tuple[float, float]:
-    """(FLOP/s, bytes/s): the best of a few tries of our fp16 product of 4096³ and of a copy of 512 MiB."""
-    result = _flops(target), _bytes(target.device.stream)
+def measure_ceilings(target: CudaTarget) -> tuple[float, float, float]:
+    """(FLOP/s, bytes/s of memory, bytes/s of the L2 cache): the best of a few tries of our fp16 product of 4096³; of a
+    copy and of a sum of 512 MiB; of copies that together take half of the cache, one after the other in a graph."""
+    from engine.targets.cuda.covering import ACC, arg, make_step, stored  # which imports the families
+
+    product = make_step(Gemm((stored(ACC),)), [(DType.F16, (_N, _N)), (DType.F16, (_N, _N))])
+    rows = _MEMORY_BYTES // _ROW // 2
+    total = make_step(Reduce(ReduceKind.SUM, (1,), False, arg(0), (stored(ACC),)), [(DType.F16, (rows, _ROW))])
+    quarter = target.cache_bytes // 4 // 2
+    cached = make_step(Pointwise((Arg(0, DType.F16),)), [(DType.F16, (quarter,))])
+    flops = 2 * _N**3 / _best(target, product, 1)
+    memory = max(_copy_rate(target.device.stream), total.cost.bytes / _best(target, total, 1))
+    # With a small cache a copy is hardly longer than a launch, and shows the launch.
+    cache = max(memory, cached.cost.bytes / _best(target, cached, _CACHED_STEPS) if quarter else 0.0)
     cupy.get_default_memory_pool().free_all_blocks()  # more than a GiB that nobody needs again
-    return result
+    return flops, memory, cache
 
 
-def _flops(target: CudaTarget) -> float:
-    from engine.targets.cuda.covering import ACC, make_step, stored  # which imports the families
-
-    step = make_step(Gemm((stored(ACC),)), [(DType.F16, (_N, _N)), (DType.F16, (_N, _N))])
+def _best(target: CudaTarget, step: Step, times: int) -> float:
+    """Seconds of a step on random operands, `times` in a row."""
     inputs = {f"operand{i}": tensor for i, tensor in enumerate(step.inputs)}
     buffers = tuple(tensor.buffer for tensor in (*step.inputs, *step.outputs))
-    bound = ResidentExecutable(target, Plan({}, (step,), inputs, {"product": step.outputs[0]}, buffers, 0, 0))
+    bound = ResidentExecutable(target, Plan({}, (step,) * times, inputs, {"result": step.outputs[0]}, buffers, 0, 0))
     rng = cupy.random.default_rng(0)
     stream = target.device.stream
     with stream:
         for array in bound.inputs.values():
-            array[...] = rng.standard_normal(array.shape, dtype=cupy.float32)
+            part = rng.standard_normal((min(array.size, _N * _N),), dtype=cupy.float32)
+            flat = array.reshape(-1)
+            for start in range(0, flat.size, part.size):
+                flat[start : start + part.size] = part[: flat.size - start]
     seconds = [_seconds(stream, lambda: bound.launch(stream)) for _ in range(_REPEATS)]
     bound.close()
-    return 2 * _N**3 / min(seconds[1:])
+    return min(seconds[1:]) / times
 
 
-def _bytes(stream: cupy.cuda.Stream) -> float:
+def _copy_rate(stream: cupy.cuda.Stream) -> float:
     with stream:
-        source = cupy.empty(_COPY_BYTES, cupy.uint8)
+        source = cupy.empty(_MEMORY_BYTES, cupy.uint8)
         copy = cupy.empty_like(source)
         seconds = [_seconds(stream, lambda: cupy.copyto(copy, source)) for _ in range(_REPEATS)]
-    return 2 * _COPY_BYTES / min(seconds[1:])
+    return 2 * _MEMORY_BYTES / min(seconds[1:])
 
 
 def _seconds(stream: cupy.cuda.Stream, work: Callable[[], object]) -> float:

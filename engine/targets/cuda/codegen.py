@@ -2,7 +2,8 @@
 
 A functor computes WIDTH neighbouring columns of one row of the kernel's iteration space: `Epilogue::store(p, row,
 column, count, acc, Epilogue::fetch(p, row, column, count))` writes every output of the node, `Prologue::load(p, row,
-column, count, value)` reads its source. A kernel may fetch what an epilogue reads long before it stores. Floats are
+column, count, value)` reads its source. A kernel may fetch what an epilogue reads long before it stores, and find a
+row (`at`, `to`) once for many columns: what tables name is looked up there. Floats are
 computed in fp32 (fp64 where the expression says so) and rounded once, when stored. Adding an operation to the IR adds a
 line to `_FLOAT` or `_INTEGER`, and a device function to kernels/epilogue/math.cuh where the language lacks it.
 """
@@ -26,6 +27,7 @@ COMPUTE = {
 }  # fmt: skip
 """The types in which elements are computed (`compute_t` of kernels/types.cuh)."""
 
+_ROUNDED = 2.0**-22  # a constant of a model beside the number that it stands for
 _SMALL = frozenset({DType.I16, DType.I8, DType.U16, DType.U8})
 
 _FLOAT = {
@@ -74,22 +76,31 @@ def epilogue(
 ) -> Functor:
     """`Epilogue`: the stores of a node. `inputs` and `outputs` are operands of `space`; `granularity` as in
     `Space.is_aligned`."""
-    writer = _Writer("epilogue", space, granularity)
+    writer, targets = _Writer("epilogue", space, granularity), list[str]()
     writer.read(inputs)
     for j, output in enumerate(outputs):
         writer.declare(f"epilogue_out{j}", output)
         writer.prepare.append(f"{COMPUTE[output.dtype]} out{j}[WIDTH];")
+        targets.append(f"targets.out{j} = row_offset(p.epilogue_out{j}, r);")
         writer.finish.append(
             f"store_columns<{STORAGE[output.dtype]}, {_column(output)}, {writer.aligned(output)}>"
-            f"(p.epilogue_out{j}, row_offset(p.epilogue_out{j}, r), column, count, out{j});"
+            f"(p.epilogue_out{j}, targets.out{j}, column, count, out{j});"
         )
     results = {
         f"out{j}[i]": (store, output.dtype) for j, (store, output) in enumerate(zip(stores, outputs, strict=True))
     }
-    arguments = f"const Params& p, u32 row, u32 column, u32 count, const {COMPUTE[acc]} (&acc)[WIDTH]"
-    fetched = "store(p, row, column, count, acc, fetch(p, row, column, count));"
-    short = f"  DEVICE static void store({arguments}) {{ {fetched} }}\n"
-    return writer.functor("Epilogue", f"void store({arguments}, const Inputs& inputs)", results, short)
+    places = "".join(f" i64 out{j};" for j in range(len(outputs)))
+    more = f"u32 column, u32 count, const {COMPUTE[acc]} (&acc)[WIDTH]"
+    body = _indented([writer.split, "Targets targets;", *targets, "return targets;"])
+    head = f"  struct Targets {{{places} }};\n  DEVICE static Targets to(const Params& p, u32 row) {{\n{body}\n  }}\n"
+    tail = (
+        f"  DEVICE static void store(const Params& p, u32 row, {more}, const Inputs& inputs) "
+        "{ store(p, to(p, row), column, count, acc, inputs); }\n"
+        f"  DEVICE static void store(const Params& p, u32 row, {more}) "
+        "{ store(p, row, column, count, acc, fetch(p, row, column, count)); }\n"
+    )
+    signature = f"void store(const Params& p, const Targets& targets, {more}, const Inputs& inputs)"
+    return writer.functor("Epilogue", signature, results, head, tail)
 
 
 def prologue(source: ex.Expr, space: Space, inputs: Mapping[int, Operand], granularity: int) -> Functor:
@@ -97,9 +108,13 @@ def prologue(source: ex.Expr, space: Space, inputs: Mapping[int, Operand], granu
     writer = _Writer("prologue", space, granularity)
     writer.read(inputs)
     value = COMPUTE[source.dtype]
-    signature = f"void load(const Params& p, u32 row, u32 column, u32 count, {value} (&value)[WIDTH])"
-    writer.prepare.append("const Inputs inputs = fetch(p, row, column, count);")
-    return writer.functor("Prologue", signature, {"value[i]": (source, source.dtype)}, f"  using value_t = {value};\n")
+    more = f"u32 column, u32 count, {value} (&value)[WIDTH]"
+    writer.prepare.append("const Inputs inputs = fetch(p, rows, column, count);")
+    tail = f"  DEVICE static void load(const Params& p, u32 row, {more}) "
+    tail += "{ load(p, at(p, row), column, count, value); }\n"
+    signature = f"void load(const Params& p, const Rows& rows, {more})"
+    results = {"value[i]": (source, source.dtype)}
+    return writer.functor("Prologue", signature, results, f"  using value_t = {value};\n", tail)
 
 
 class _Writer:
@@ -111,9 +126,16 @@ class _Writer:
         self.granularity = granularity
         self.arguments: dict[str, Argument] = {f"{prefix}_levels": LevelSizes(space.levels)}
         self.members: list[str] = []
+        self.lookups: list[str] = []
+        self.rows: dict[str, str] = {}
         self.fetches: list[str] = []
         self.prepare: list[str] = []
         self.finish: list[str] = []
+
+    @property
+    def split(self) -> str:
+        levels = len(self.space.levels)
+        return f"const RowIndex<{levels}> r = split_row<{levels}>(p.{self.prefix}_levels, row);"
 
     def aligned(self, operand: Operand) -> str:
         return "true" if self.space.is_aligned(operand, self.granularity) else "false"
@@ -133,24 +155,27 @@ class _Writer:
                 self.arguments[f"{name}_row_stride"] = I64(operand.table_stride)
                 self.arguments[f"{self.prefix}_status"] = StatusWord()
                 by = STORAGE[operand.index.dtype]
-                place = f"p.{name}_index, row_offset(p.{name}_index, r)"
+                place = f"row_offset(p.{name}_index, r)"
                 if operand.index.strides[-1]:  # another row in every column
+                    self.rows |= {f"a{i}": offset, f"a{i}_index": place}
                     self.members.append(f"Fetched<{dtype}, Column::STRIDED> a{i};")
                     self.fetches.append(
-                        f"inputs.a{i} = fetch_rows<{dtype}, {by}>(p.{name}, {offset}, {place}, p.{name}_rows, "
-                        f"p.{name}_row_stride, column, count, p.{self.prefix}_status);"
+                        f"inputs.a{i} = fetch_rows<{dtype}, {by}>(p.{name}, rows.a{i}, p.{name}_index, "
+                        f"rows.a{i}_index, p.{name}_rows, p.{name}_row_stride, column, count, p.{self.prefix}_status);"
                     )
                     continue
-                row = f"table_row<{by}>({place}, p.{name}_rows, p.{self.prefix}_status)"
+                self.lookups.append(f"const i64 index{i} = table_index<{by}>(p.{name}_index, {place});")
+                row = f"row_within(index{i}, p.{name}_rows, p.{self.prefix}_status)"
                 offset += f" + {row} * p.{name}_row_stride"
+            self.rows[f"a{i}"] = offset
             self.members.append(f"Fetched<{dtype}, {column}> a{i};")
             self.fetches.append(
                 f"inputs.a{i} = fetch_columns<{dtype}, {column}, {self.aligned(operand)}>"
-                f"(p.{name}, {offset}, column, count);"
+                f"(p.{name}, rows.a{i}, column, count);"
             )
 
     def functor(
-        self, name: str, signature: str, results: Mapping[str, tuple[ex.Expr, DType]], head: str = ""
+        self, name: str, signature: str, results: Mapping[str, tuple[ex.Expr, DType]], head: str, tail: str
     ) -> Functor:
         body = _expression_lines([root for root, _ in results.values()])
         names = body.names
@@ -158,13 +183,20 @@ class _Writer:
             *body.lines,
             *(f"{target} = {_convert(names[root], root.dtype, to)};" for target, (root, to) in results.items()),
         ]
-        levels = len(self.space.levels)
-        split = f"const RowIndex<{levels}> r = split_row<{levels}>(p.{self.prefix}_levels, row);"
-        fetch = _indented([split, "Inputs inputs;", *self.fetches, "return inputs;"])
+        # All indices are read before the first is compared, which may lead to a store that no load passes.
+        found = (f"rows.{place} = {offset};" for place, offset in self.rows.items())
+        at = _indented([self.split, *self.lookups, "Rows rows;", *found, "return rows;"])
+        fetch = _indented(["Inputs inputs;", *self.fetches, "return inputs;"])
         head += f"  struct Inputs {{ {' '.join(self.members)} }};\n"
-        head += f"  DEVICE static Inputs fetch(const Params& p, u32 row, u32 column, u32 count) {{\n{fetch}\n  }}\n"
+        head += f"  struct Rows {{ {' '.join(f'i64 {place};' for place in self.rows)} }};\n"
+        head += f"  DEVICE static Rows at(const Params& p, u32 row) {{\n{at}\n  }}\n"
+        head += (
+            "  DEVICE static Inputs fetch(const Params& p, const Rows& rows, u32 column, u32 count) "
+            f"{{\n{fetch}\n  }}\n"
+            "  DEVICE static Inputs fetch(const Params& p, u32 row, u32 column, u32 count) "
+            "{ return fetch(p, at(p, row), column, count); }\n"
+        )
         lines = [
-            split,
             *self.prepare,
             "#pragma unroll",
             "for (int i = 0; i < WIDTH; ++i) {",
@@ -172,7 +204,7 @@ class _Writer:
             "}",
             *self.finish,
         ]
-        code = f"struct {name} {{\n{head}  DEVICE static {signature} {{\n{_indented(lines)}\n  }}\n}};\n"
+        code = f"struct {name} {{\n{head}  DEVICE static {signature} {{\n{_indented(lines)}\n  }}\n{tail}}};\n"
         return Functor(code, tuple(self.arguments.items()))
 
 
@@ -191,9 +223,20 @@ class _Lines:
 
 
 def _expression_lines(roots: Sequence[ex.Expr]) -> _Lines:
-    """One statement per operation, shared sub-expressions once."""
+    """One statement per operation, shared sub-expressions once. Where all results have 16 bits, GELU is computed as
+    well as these need."""
     result = _Lines()
+    narrow = all(root.dtype in (DType.F16, DType.BF16) for root in roots)
+    short = {node: x for node in ex.walk(*roots) if (x := _gelu_of(node)) is not None} if narrow else {}
+    used, pending = set[ex.Expr](), list(roots)
+    while pending:
+        node = pending.pop()
+        if node not in used:
+            used.add(node)
+            pending += [short[node]] if node in short else node.args if isinstance(node, ex.Apply) else ()
     for node in ex.walk(*roots):
+        if node not in used:
+            continue
         if isinstance(node, ex.Arg):
             result.names[node] = f"inputs.a{node.index}[i]"
         elif isinstance(node, ex.Acc):
@@ -202,10 +245,35 @@ def _expression_lines(roots: Sequence[ex.Expr]) -> _Lines:
             result.names[node] = literal(node.value, node.dtype)
         else:
             name = f"t{len(result.lines)}"
-            value = _apply(node, [result.names[arg] for arg in node.args])
+            if node in short:
+                value = f"gelu_narrow({result.names[short[node]]})"
+            else:
+                value = _apply(node, [result.names[arg] for arg in node.args])
             result.lines.append(f"const {COMPUTE[node.dtype]} {name} = {value};")
             result.names[node] = name
     return result
+
+
+def _gelu_of(node: ex.Expr) -> ex.Expr | None:
+    """x where `node` is (x · ½) · (erf(x · √½) + 1) in fp32, as the pass `canonicalise_activations` writes it."""
+    if not isinstance(node, ex.Apply) or node.op is not PointOp.MUL or node.dtype is not DType.F32:
+        return None
+    for half, more in (node.args, node.args[::-1]):
+        x, erf = _scaled(half, PointOp.MUL, 0.5), _scaled(more, PointOp.ADD, 1.0)
+        if x is None or not isinstance(erf, ex.Apply) or erf.op is not PointOp.ERF:
+            continue
+        if x.dtype is DType.F32 and _scaled(erf.args[0], PointOp.MUL, math.sqrt(0.5)) == x:
+            return x
+    return None
+
+
+def _scaled(node: ex.Expr, op: PointOp, by: float) -> ex.Expr | None:
+    """The other operand where `node` is `op` of anything and the constant `by`."""
+    if isinstance(node, ex.Apply) and node.op is op:
+        for value, other in (node.args, node.args[::-1]):
+            if isinstance(value, ex.Const) and math.isclose(float(value.value), by, rel_tol=_ROUNDED):
+                return other
+    return None
 
 
 def _apply(node: ex.Apply, operands: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from cuda.bindings import nvrtc
@@ -33,14 +34,6 @@ _SPILLS = re.compile(r"spilled|Local memory used")
 
 class CompileError(EngineError):
     """A kernel source did not compile, or did not compile cleanly: a defect of the engine, not of the model."""
-
-
-def default_cache() -> Path:
-    """``$TILEWAVE_CACHE_DIR/kernels``, else ``~/.cache/tilewave/kernels`` (or under ``$XDG_CACHE_HOME``)."""
-    root = os.environ.get("TILEWAVE_CACHE_DIR")
-    if root:
-        return Path(root) / "kernels"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tilewave" / "kernels"
 
 
 class DiskCache:
@@ -103,6 +96,16 @@ def _make_private(folder: Path) -> None:
         raise PermissionError(f"others could write to {folder}: make it yours, with mode 0700")
 
 
+def nvrtc_version() -> str:
+    """NVRTC's version as it says itself, and that of the package it comes from, which tells corrections, too."""
+    error, major, minor = nvrtc.nvrtcVersion()
+    _check(error, "nvrtcVersion")
+    try:
+        return f"{major}.{minor} ({version('nvidia-cuda-nvrtc')})"
+    except PackageNotFoundError:
+        return f"{major}.{minor}"
+
+
 class LogProgress:
     """Logs how many kernels are compiled, at most once a second; nothing where it is over sooner."""
 
@@ -128,9 +131,7 @@ class Compiler:
         self.strict = strict
         self.cache = DiskCache(cache)
         self.workers = workers or min(16, os.cpu_count() or 1)
-        error, *version = nvrtc.nvrtcVersion()
-        _check(error, "nvrtcVersion")
-        self.version: tuple[int, ...] = tuple(version)
+        self.version = nvrtc_version()
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -145,7 +146,7 @@ class Compiler:
 
     def key(self, text: str) -> str:
         """The cache key of an expanded source."""
-        parts = (text, *self.flags, str(self.version))
+        parts = (text, *self.flags, self.version)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def cubin(self, source: Source, fresh: bool = False) -> bytes:

@@ -26,12 +26,6 @@ def lower(step: Step, context: Context) -> list[Launch]:
     launches: list[Launch] = []
     slices = concat_slices(op, output, [source.shape for source in step.inputs])
     for source, place in zip(step.inputs, slices, strict=True):
-        if source.elements and not _is_same_place(source, place):
+        if source.elements and not source.is_at(place):
             launches += copy(operand(source, len(place.shape)), place, context, "concat")
     return launches
-
-
-def _is_same_place(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape are the same elements of the same buffer."""
-    strides = zip(a.shape, a.strides, b.strides, strict=True)
-    return a.buffer is b.buffer and a.offset == b.offset and all(size == 1 or x == y for size, x, y in strides)

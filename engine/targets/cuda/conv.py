@@ -1,7 +1,9 @@
 """Convolutions: which kernel runs which, and those of the matrix units.
 
-1×1 ones are matrix products (gemm.py), the rest implicit ones (conv_mma.cuh), but for those that the ordinary units do
-better, or that only they can do (conv_simt.py).
+1×1 ones are matrix products (gemm.py), the rest implicit ones (conv_halo.py and conv_wgmma.py on sm_90a where the copy
+engine can gather the image, else conv_mma.cuh), but for images with few channels (conv_stem.py), patches that do not
+overlap (conv_patch.py), depthwise filters (depthwise.py), and those that the ordinary units do better, or that only
+they can do (conv_simt.py).
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from engine.errors import UnsupportedOp
 from engine.ir.dtype import DType
 from engine.ir.ops import Conv, Op
 from engine.plan.plan import Access, Requirement, Step
-from engine.plan.tensor import Buffer, BufferKind, Tensor
+from engine.plan.tensor import Tensor
+from engine.targets.cuda import conv_halo, conv_wgmma
 from engine.targets.cuda.conv_geometry import (
     AXES,
     Geometry,
@@ -22,6 +25,8 @@ from engine.targets.cuda.conv_geometry import (
     row_length,
     tap_strides,
 )
+from engine.targets.cuda.conv_halo import HaloTile
+from engine.targets.cuda.conv_patch import is_patches, launch_patches
 from engine.targets.cuda.conv_simt import (
     epilogue_for,
     is_depthwise,
@@ -30,6 +35,8 @@ from engine.targets.cuda.conv_simt import (
     launch_direct,
     launch_simt,
 )
+from engine.targets.cuda.conv_stem import is_stem, launch_stem
+from engine.targets.cuda.depthwise import is_depthwise_product, launch_depthwise_product
 from engine.targets.cuda.gemm import launch_product, pick_tile, split_arguments
 from engine.targets.cuda.kernel import (
     STORAGE,
@@ -42,13 +49,20 @@ from engine.targets.cuda.kernel import (
     is_constant,
     launch,
     pointer_to,
+    workspace,
 )
 from engine.targets.cuda.product import Matrix, Product
 from engine.targets.cuda.spaces import operand, space
-from engine.targets.cuda.tiles import MmaTile, Operands, pick_mma
+from engine.targets.cuda.tiles import MmaTile, Operands, Tile, WgmmaTile, mma_cycles, pick_mma
 
 _MOST_SPLITS = 24
 _MOST_BLOCKS = 65535  # along the second and third axis of a grid
+_GATHERING = 1.85
+"""The time of conv_mma.cuh beside what `mma_cycles` estimates of a product of the same sizes: typical of 24 layers of
+ResNet-50 and VGG-16 on an H100 (1.4 to 3.6)."""
+_DIRECT_OUTPUTS = 64 * 128
+"""The results that fill a multiprocessor with threads of conv_direct.cuh. A 1×1 convolution of fewer (that of a
+squeeze-and-excite layer, of 1×1 images) is a product: lanes share the channels that one thread would walk through."""
 _SIMT_COST = 12  # the time of a multiply-add outside the matrix units beside one of fp16 inside, with what it loads
 
 
@@ -78,23 +92,47 @@ def lower(step: Step, context: Context) -> list[Launch]:
     geometry = Geometry(step)
     if not step.outputs[0].elements:
         return []
+    if is_depthwise_product(step, geometry, context):
+        return [launch_depthwise_product(step, geometry, context)]
     if is_depthwise(step, geometry):
         return [launch_depthwise(step, geometry, context)]
-    if is_direct(step, geometry):
-        return [launch_direct(step, geometry, context)]
     operands = operands_of(step, context)
+    few = geometry.rows * geometry.n <= _DIRECT_OUTPUTS * context.multiprocessors
+    if not (few and operands and geometry.k and _is_product(step, geometry)):
+        if is_stem(step, geometry, context):
+            return [launch_stem(step, geometry, context)]
+        if is_direct(step, geometry):
+            return [launch_direct(step, geometry, context)]
     if operands is None or _prefers_simt(geometry, operands):
         return [launch_simt(step, geometry, context)]
+    if is_patches(step, geometry):
+        return launch_patches(step, geometry, operands, context)
     if _is_product(step, geometry):
         return [_lower_product(step, geometry, context)]
-    filters, packing = filters_of(step, geometry, context)
-    batch = geometry.groups * len(geometry.phases)
-    k = geometry.phases[0].k
     # The filters that a launch has just packed lie where the sums of a split product would.
-    splits = 1 if packing else _MOST_SPLITS
-    tile = pick_mma(
-        geometry.rows, geometry.n, k, batch, context.architecture, context.multiprocessors, operands, splits
-    )
+    splits = _MOST_SPLITS if is_constant(step.inputs[1]) else 1
+    m, n, k, batch = geometry.rows, geometry.n, geometry.phases[0].k, geometry.groups * len(geometry.phases)
+    portable = pick_mma(m, n, k, batch, context.architecture, context.multiprocessors, operands, splits)
+    cycles = _GATHERING * mma_cycles(m, n, k, batch, portable, context.multiprocessors, operands)
+    tile: Tile | HaloTile = portable
+    choice = conv_wgmma.pick(step, geometry, operands, splits, context)
+    if choice is not None and choice.cycles < cycles:
+        tile, cycles = choice.tile, choice.cycles
+    halo = conv_halo.pick(step, geometry, operands, context)
+    if halo is not None and halo.cycles < cycles:
+        tile = halo.tile
+    return lower_in(step, geometry, tile, context)
+
+
+def lower_in(step: Step, geometry: Geometry, tile: Tile | HaloTile, context: Context) -> list[Launch]:
+    """The launches of an implicit product in the given tile."""
+    if isinstance(tile, HaloTile):
+        filters, _ = filters_of(step, geometry, context, conv_halo.panel_channels(step))
+        return [conv_halo.launch_halo(step, geometry, filters, tile, context)]
+    if isinstance(tile, WgmmaTile):
+        filters, packing = filters_of(step, geometry, context, conv_wgmma.panel_channels(tile, step))
+        return [*packing, conv_wgmma.launch_conv(step, geometry, filters, tile, context)]
+    filters, packing = filters_of(step, geometry, context)
     return [*packing, launch_conv(step, geometry, filters, tile, context)]
 
 
@@ -158,19 +196,20 @@ def _lower_product(step: Step, geometry: Geometry, context: Context) -> Launch:
 # Implicit products
 
 
-def filters_of(step: Step, geometry: Geometry, context: Context) -> tuple[Pointer, list[Launch]]:
-    """The weights as conv_mma.cuh reads them, and the launch that makes them where they are computed."""
+def filters_of(step: Step, geometry: Geometry, context: Context, panel: int = 1) -> tuple[Pointer, list[Launch]]:
+    """The weights as conv_mma.cuh reads them, and the launch that makes them where they are computed. conv_wgmma.cuh
+    reads the same, in whole panels of channels; computed ones have whole panels to begin with."""
     w = step.inputs[1]
     per_chunk = 16 // w.dtype.itemsize
     if is_constant(w):
         taps = [axis.taps for phase in geometry.phases for axis in phase.axes]
-        layout = f"phase,g,n,taps,c{per_chunk} g{geometry.groups} {geometry.transposed} {taps}"
-        packed = context.weights.packed(w, layout, lambda data: pack_filter(data, geometry, per_chunk))
+        padded = f" c{panel}" if geometry.channels % panel else ""
+        layout = f"phase,g,n,taps,c{per_chunk} g{geometry.groups} {geometry.transposed} {taps}{padded}"
+        packed = context.weights.packed(w, layout, lambda data: pack_filter(data, geometry, per_chunk, panel))
         return Pointer(packed, ctype=STORAGE[w.dtype]), []
     lengths = [row_length(phase.k, per_chunk) for phase in geometry.phases]
     rows = geometry.groups * geometry.n
-    packing = Buffer("filters", BufferKind.WORKSPACE, rows * sum(lengths) * w.dtype.itemsize)
-    filters = Pointer(packing, ctype=STORAGE[w.dtype])
+    filters = Pointer(workspace(rows * sum(lengths) * w.dtype.itemsize), ctype=STORAGE[w.dtype])
     lies = tap_strides(w, geometry)
     arguments: dict[str, Argument] = {
         "w": pointer_to(w), "packed": filters, **lies.arguments(), **_phase_arguments(geometry, per_chunk),

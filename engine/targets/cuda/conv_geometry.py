@@ -162,8 +162,13 @@ def _three(values: Sequence[int], missing: int) -> tuple[int, ...]:
 
 
 def row_length(k: int, per_chunk: int) -> int:
-    """The elements from one packed filter to the next."""
+    """k in whole chunks: the elements from one packed filter to the next."""
     return ceildiv(k, per_chunk) * per_chunk
+
+
+def padded_k(geometry: Geometry, panel: int) -> int:
+    """The length of a packed filter of the largest phase, its channels padded to whole panels of so many."""
+    return prod(geometry.phases[0].kernel) * row_length(geometry.channels, panel)
 
 
 def phase_table(geometry: Geometry, per_chunk: int) -> Pointer:
@@ -187,16 +192,18 @@ def grouped(w: np.ndarray, groups: int, transposed: bool) -> np.ndarray:
     return parts.swapaxes(1, 2) if transposed else parts
 
 
-def pack_filter(w: np.ndarray, geometry: Geometry, per_chunk: int) -> np.ndarray:
-    """[phase][group, n, (*kernel, c)] with the rows padded to whole 16-byte chunks, one phase after the other."""
+def pack_filter(w: np.ndarray, geometry: Geometry, per_chunk: int, panel: int = 1) -> np.ndarray:
+    """[phase][group, n, (*kernel, c)] with c padded to whole panels of channels, and the rows to whole 16-byte chunks,
+    one phase after the other."""
     parts = grouped(w, geometry.groups, geometry.transposed)
     packed = []
     for phase in geometry.phases:
         taken = parts
         for axis, along in enumerate(phase.axes):
             taken = taken.take(list(along.taps), axis=3 + axis)
-        rows = np.moveaxis(taken, 2, -1).reshape(geometry.groups * geometry.n, phase.k)
-        padding = row_length(phase.k, per_chunk) - phase.k
+        channels = [(0, 0)] * 5 + [(0, -geometry.channels % panel)]
+        rows = np.pad(np.moveaxis(taken, 2, -1), channels).reshape(geometry.groups * geometry.n, -1)
+        padding = -rows.shape[1] % per_chunk
         packed.append(np.pad(rows, ((0, 0), (0, padding))).reshape(-1))
     return np.concatenate(packed)
 

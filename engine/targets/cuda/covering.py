@@ -45,14 +45,17 @@ from engine.ir.ops import (
 )
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
-from engine.targets.cuda import attention_wgmma
+from engine.targets.cuda import attention_wgmma, conv_halo, conv_stem
 from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.attention import heads_of, launch_attention
 from engine.targets.cuda.attention_tiles import Heads, candidates
-from engine.targets.cuda.conv import filters_of, launch_conv
+from engine.targets.cuda.conv import filters_of, launch_conv, lower_in
 from engine.targets.cuda.conv_geometry import Geometry, channels_last
+from engine.targets.cuda.conv_stem import is_stem, launch_stem, pairs_of
+from engine.targets.cuda.depthwise import is_depthwise_product, launch_depthwise_product
 from engine.targets.cuda.families import family_of
-from engine.targets.cuda.gemm import epilogue_of, launch_product
+from engine.targets.cuda.gemm import epilogue_of, launch_product, operands_of
+from engine.targets.cuda.gemm_stream import stream_tile
 from engine.targets.cuda.image import Filter, centre_box, launch_images
 from engine.targets.cuda.kernel import Context, Launch, WeightStore
 from engine.targets.cuda.product import product_of
@@ -221,8 +224,9 @@ def steps() -> Iterator[Step]:
     yield make_step(Gather(0), [(F16, (50, 64)), ids], "gather rows")
     yield make_step(Gather(1), [(F16, (4, 77)), ids], "gather elements")
     around = ((0, 0), (0, 0), (1, 1), (2, 2))
+    rolled = ((0, 0), (0, 0), (1, -1), (2, -2))
     for mode in PadMode:
-        yield make_step(Pad(around, mode), [image], f"{mode.value} pad")
+        yield make_step(Pad(rolled if mode is PadMode.ROLL else around, mode), [image], f"{mode.value} pad")
     inner = make_step(Pad(around), [channels_inner(2, 64, 28, 28)], "constant pad, channels inside")
     yield results_in(inner, channels_last(4))
     for resize in ResizeMode:
@@ -278,6 +282,11 @@ def light_steps() -> Iterator[Step]:
             source, store = (wide(dtype), plain(dtype)) if dtype.is_float else (ex.Arg(0, dtype), ex.Acc(dtype))
             reduce = Reduce(kinds[i % len(kinds)], (axis,), False, source, (store,))
             yield make_step(reduce, [(dtype, shape)], f"{reduce.kind.value} {dtype.value} {shape}")
+
+    for dtype, (c, h) in zip(_LIGHT_TYPES, ((144, 56), (32, 112), (144, 56), (144, 56)), strict=True):
+        inner = Tensor(Buffer("input0", BufferKind.INPUT, 8 * c * h * h), dtype, (1, c, h, h), (1, 1, h * c, c))
+        average = Reduce(ReduceKind.MEAN, (2, 3), True, wide(dtype), (plain(dtype),))
+        yield make_step(average, [inner], f"average of an image of {dtype.value}, channels inside")
 
     for i, spatial in enumerate((1, 2, 3, 2)):
         kernel = 15 if i == 3 else 3
@@ -339,11 +348,11 @@ def channels_inner(n: int, c: int, h: int, w: int) -> Tensor:
     return Tensor(buffer, F16, (n, c, h, w), row_major((n, c, h, w), channels_last(4)))
 
 
-def attention(dtype: DType, head: int, causal: bool, bias: int) -> Step:
+def attention(dtype: DType, head: int, causal: bool, bias: int, tokens: int = 100) -> Step:
     """Attention without a bias (0), with one for every key (1), or for every score (2)."""
-    heads: tuple[DType, tuple[int, ...]] = (dtype, (2, 4, 100, head))
+    heads: tuple[DType, tuple[int, ...]] = (dtype, (2, 4, tokens, head))
     inputs: list[Given] = [heads, heads, heads]
-    inputs += [(F32, (2, 1, 100 if bias == 2 else 1, 100))] if bias else []
+    inputs += [(F32, (2, 1, tokens if bias == 2 else 1, tokens))] if bias else []
     op = Attention(head**-0.5, causal, bias > 0, stores=(stored(ACC, dtype),))
     return make_step(op, inputs, f"attention {dtype.value} {head}{' causal' * causal}{' bias' * (bias > 0)}")
 
@@ -366,11 +375,13 @@ def attentions(context: Context) -> Iterator[tuple[str, Launch]]:
                     for launch in launch_attention(step, sizes, tile, splits):
                         yield step.name, launch
     if context.architecture.wgmma:
-        for head, crowded in product((32, 64, 128), (False, True)):
-            for wgmma_tile in attention_wgmma.candidates(head, head, crowded):
+        # Without a mask, with a causal one, and with one that may hide whole tiles of keys.
+        kinds = ((False, 0), (True, 1), (False, 1))
+        for head, (causal, bias) in product((32, 64, 128), kinds):
+            for wgmma_tile in attention_wgmma.candidates(head, head):
                 turn += 1
                 dtype = DType.BF16 if turn % 4 == 0 else F16
-                step = attention(dtype, head, crowded or turn % 4 > 1, int(crowded or turn % 4 == 1))
+                step = attention(dtype, head, causal, bias, tokens=200)
                 yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, context)
 
 
@@ -393,6 +404,8 @@ def launches(architecture: Architecture) -> Iterator[tuple[str, Launch]]:
     yield from products(context)
     yield from attentions(context)
     yield from convolutions(context)
+    yield from stems(context)
+    yield from depthwise_products(context)
 
 
 def convolutions(context: Context) -> Iterator[tuple[str, Launch]]:
@@ -415,6 +428,7 @@ def convolutions(context: Context) -> Iterator[tuple[str, Launch]]:
         filters, _ = filters_of(step, geometry, how)
         for tile in tiles:
             yield f"conv {tile}", launch_conv(step, geometry, filters, tile, how)
+    yield from _gathered_convolutions(context, rounding)
     for step in (
         _conv(F16, known=False),
         _conv(F32, transposed=True, known=False),
@@ -428,6 +442,106 @@ def convolutions(context: Context) -> Iterator[tuple[str, Launch]]:
     ):
         for launch in family_of(step.op).lower(step, context):
             yield "conv", launch
+
+
+def _gathered_convolutions(context: Context, rounding: Context) -> Iterator[tuple[str, Launch]]:
+    """Implicit products whose patches the copy engine gathers, in every tile: widths of panels take turns."""
+    wgmma = [
+        replace(tile, panel_bytes=128 >> i % 3)
+        for i, tile in enumerate(WGMMA_TILES if context.architecture.wgmma else ())
+    ]
+    split = [replace(tile, splits=3) for tile in wgmma if tile.most_splits > 1]
+    every = [replace(tile, panel_bytes=128) for tile in wgmma]
+    few = (*wgmma[:2], *wgmma[7:9])
+    chosen: list[tuple[Step, Context, Sequence[Tile]]] = [
+        (_conv(F16), context, wgmma),
+        (_residual(F16), context, every),
+        (_residual(F16), context, split),
+        (_residual(F16, axes=3), context, few),
+        (_residual(F16, channels=128, groups=2), context, few),
+        (_residual(DType.BF16), context, wgmma[:1]),
+        (_residual(F32), rounding, (*wgmma[:3], *wgmma[7:8])),
+        (_residual(F32, channels=128, groups=2, axes=3), rounding, split),
+    ]
+    for step, how, tiles in chosen:
+        for tile in tiles:
+            for launch in lower_in(step, Geometry(step), tile, how):
+                yield f"conv {tile}", launch
+    if context.architecture.wgmma:
+        yield from _halos(context, rounding)
+
+
+def _halos(context: Context, rounding: Context) -> Iterator[tuple[str, Launch]]:
+    """Implicit products that read a tile's pixels once, in every tile: the length of a ring is only a number."""
+    for step, how in ((_conv(F16), context), (_residual(DType.BF16), context), (_residual(F32, channels=32), rounding)):
+        for tile in conv_halo.candidates(step, Geometry(step), how):
+            if tile.stages > 2:
+                continue
+            for launch in lower_in(step, Geometry(step), tile, how):
+                yield f"conv {tile}", launch
+
+
+def _residual(dtype: DType, channels: int = 0, groups: int = 1, axes: int = 2) -> Step:
+    """A convolution with a residual that lies as the result does."""
+    step = _conv(dtype, channels, groups, axes=axes, residual=True)
+    *others, residual = step.inputs
+    strides = row_major(residual.shape, channels_last(len(residual.shape)))
+    return replace(step, inputs=(*others, replace(residual, strides=strides)))
+
+
+def stems(context: Context) -> Iterator[tuple[str, Launch]]:
+    """Images with few channels in every kind of tile: k in pairs of a table or regular, channels padded or not, images
+    as they come; and patches."""
+    photo, gray = (F32, (8, 3, 224, 224)), (F16, (8, 1, 96, 96))
+    bf16, inner = DType.BF16, channels_inner(8, 3, 224, 224)
+    chosen: list[tuple[Given, Sequence[int], DType, int, int]] = [  # image, filter, type, stride, dilation
+        (photo, (64, 3, 7, 7), F16, 2, 1),
+        (inner, (64, 3, 7, 7), F16, 2, 1),
+        (photo, (32, 3, 3, 3), F16, 2, 1),
+        (photo, (64, 3, 3, 3), bf16, 1, 1),
+        (inner, (96, 3, 4, 4), F16, 4, 1),
+        (photo, (64, 3, 11, 11), F16, 4, 1),
+        (photo, (24, 3, 3, 3), bf16, 2, 2),
+        (gray, (20, 1, 5, 5), F16, 1, 1),
+        ((F16, (8, 4, 96, 96)), (32, 4, 3, 3), F16, 1, 1),
+        ((F32, (8, 2, 96, 96)), (64, 2, 3, 3), F16, 1, 1),
+    ]
+    for image, filters, dtype, stride, dilation in chosen:
+        store = ex.cast(relu6(add(ACC, arg(2, dtype))), dtype)
+        op = conv_op(filters[-1], stride, 1, store, dilation)
+        step = make_step(op, [image, weight(*filters, dtype=dtype), weight(filters[0], 1, 1, dtype=dtype)])
+        geometry = Geometry(step)
+        assert is_stem(step, geometry, context), filters
+        pairs = pairs_of(geometry)
+        assert pairs is not None
+        tiles = conv_stem.candidates(geometry, pairs, context.architecture)
+        for tile in (tiles[0], tiles[-1]):
+            yield f"stem {filters} {tile}", launch_stem(step, geometry, context, tile)
+    for image, dtype in ((photo, F16), (inner, F16), (photo, bf16), (photo, F32)):
+        op = Conv((16, 16), ((0, 0), (0, 0)), (1, 1), stores=(ex.cast(add(ACC, arg(2, dtype)), dtype),))
+        step = make_step(op, [image, weight(768, 3, 16, 16, dtype=dtype), weight(768, 1, 1, dtype=dtype)])
+        for launch in family_of(op).lower(step, context):
+            yield "patches", launch
+
+
+def depthwise_products(context: Context) -> Iterator[tuple[str, Launch]]:
+    """Depthwise filters of every size, stride and dilation, in small tiles and large ones."""
+    shapes = ((1, 144, 56), (64, 96, 112), (64, 672, 14), (64, 1152, 7))  # batch, channels, size
+    usual = product(((3, 1, 1), (3, 2, 1), (5, 1, 1), (5, 2, 1)), shapes)  # kernel, stride, dilation
+    rare = ((1, 1, 1), (2, 2, 1), (4, 3, 1), (6, 1, 1), (7, 1, 1), (7, 2, 1), (3, 1, 2), (5, 1, 4), (7, 2, 2))
+    chosen = (*usual, *((each, shapes[0]) for each in rare))
+    for turn, ((kernel, stride, dilation), (batch, channels, size)) in enumerate(chosen):
+        dtype = DType.BF16 if turn % 3 == 0 else F16
+        store = ex.cast(relu6(add(ACC, arg(2, dtype))), dtype)
+        shape = (batch, channels, size, size)
+        inner = replace(channels_inner(*shape), dtype=dtype)
+        op = conv_op(kernel, stride, channels, store, dilation)
+        filters = weight(channels, 1, kernel, kernel, dtype=dtype)
+        step = make_step(op, [inner, filters, weight(channels, 1, 1, dtype=dtype)])
+        geometry = Geometry(step)
+        if is_depthwise_product(step, geometry, context):
+            name = f"depthwise {kernel}/{stride} dilation {dilation} {channels}@{size}"
+            yield name, launch_depthwise_product(step, geometry, context)
 
 
 def _conv(
@@ -457,7 +571,7 @@ def _conv(
 
 
 def products(context: Context) -> Iterator[tuple[str, Launch]]:
-    """Products in every tile, whole and split, and with every kind of operands."""
+    """Products in every tile, whole and split, and in slices, with every kind of operands."""
     fp16, architecture = _product(F16), context.architecture
     residual = make_step(Gemm((BIAS_RESIDUAL,)), [*fp16.inputs, (F16, (300, 400))])
     portable = [tile for tile in MMA_TILES if tile.shared_bytes <= architecture.shared_bytes]
@@ -476,9 +590,19 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         epilogue = epilogue_of(step, step.op.stores, (0, 1), 400)
         for tile in tiles:
             yield f"gemm {tile}", launch_product(product_of(step, how), epilogue, tile, how)
+    for dtype, k in ((F16, 16), (F16, 32), (DType.BF16, 32), (F32, 8), (F32, 16)):
+        step, how = _product(dtype, 5000, k, 96 + k, residual=k == 32 and dtype is F16), rounding
+        assert isinstance(step.op, Gemm)
+        product = product_of(step, how)
+        slices = stream_tile(product, operands_of(dtype, how))
+        assert slices is not None
+        epilogue = epilogue_of(step, step.op.stores, (0, 1), product.n)
+        yield f"gemm {slices}", launch_product(product, epilogue, slices, how)
 
 
-def _product(dtype: DType) -> Step:
-    """A product with a weight, bias and GELU."""
-    store = stored(gelu(add(ACC, arg(2, dtype))), dtype)
-    return make_step(Gemm((store,)), [(dtype, (300, 384)), weight(384, 400, dtype=dtype), weight(400, dtype=dtype)])
+def _product(dtype: DType, m: int = 300, k: int = 384, n: int = 400, residual: bool = False) -> Step:
+    """A product with a weight, bias and GELU, or a residual."""
+    biased = add(ACC, arg(2, dtype))
+    store = stored(add(biased, arg(3, dtype)) if residual else gelu(biased), dtype)
+    inputs: list[Given] = [(dtype, (m, k)), weight(k, n, dtype=dtype), weight(n, dtype=dtype)]
+    return make_step(Gemm((store,)), [*inputs, *([(dtype, (m, n))] if residual else [])])

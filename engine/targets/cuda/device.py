@@ -15,10 +15,11 @@ from pathlib import Path
 import cupy
 from cuda.bindings import driver
 
+from engine.cache_folder import cache_folder
 from engine.errors import DeviceError, DeviceLost, OutOfMemory
 from engine.targets.cuda.architecture import Architecture, for_capability
-from engine.targets.cuda.compiler import Compiler, LogProgress, default_cache
-from engine.targets.cuda.kernel import Kernel, TensorMap
+from engine.targets.cuda.compiler import Compiler, LogProgress
+from engine.targets.cuda.kernel import AnyMap, Kernel, PixelMap, TensorMap
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ _STATIC_LIMIT = 48 << 10  # more dynamic shared memory than this has to be asked
 
 
 class Device:
-    """GPU number `index`, with the kernels loaded on it. `cache` is the folder of compiled kernels (None: no cache)."""
+    """GPU number `index`, with the kernels loaded on it. `cache`: the folder of compiled ones (None: the usual one)."""
 
     def __init__(self, index: int = 0, cache: Path | None = None) -> None:
         try:
@@ -49,9 +50,10 @@ class Device:
             properties = cupy.cuda.runtime.getDeviceProperties(index)
             self.name: str = properties["name"].decode()
             self.multiprocessors: int = properties["multiProcessorCount"]
+            self.cache_bytes: int = properties["l2CacheSize"]
             self.architecture: Architecture = for_capability(properties["major"], properties["minor"])
             self.stream = cupy.cuda.Stream(non_blocking=True)
-        self.compiler = Compiler(self.architecture.name, cache or default_cache())
+        self.compiler = Compiler(self.architecture.name, cache or cache_folder("kernels"))
         self._functions: dict[Kernel, driver.CUfunction] = {}
         self._modules: list[cupy.cuda.function.Module] = []
 
@@ -131,34 +133,81 @@ class Device:
             driver.cuLaunchKernelEx(config, self._functions[kernel], ctypes.addressof(pointers), 0), kernel.source.name
         )
 
-    def encode(self, map_: TensorMap, address: int) -> bytes:
-        """The 128 bytes of a tensor map: rows of a box are swizzled over their 64 or 128 bytes, zeros outside."""
-        data_type, itemsize = _MAP_TYPES[map_.pointer.ctype]
-        sizes = [map_.columns, map_.rows, *(size for size, _ in map_.outer)]
-        strides = [map_.row_stride, *(stride for _, stride in map_.outer)]
-        box = [map_.box_columns, map_.box_rows, *(1 for _ in map_.outer)]
-        swizzle = driver.CUtensorMapSwizzle
-        narrow = map_.box_columns * itemsize == 64
-        error, encoded = driver.cuTensorMapEncodeTiled(
-            data_type,
-            len(sizes),
-            address,
-            [driver.cuuint64_t(size) for size in sizes],
-            [driver.cuuint64_t(stride * itemsize) for stride in strides],
-            [driver.cuuint32_t(size) for size in box],
-            [driver.cuuint32_t(1) for _ in box],
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            swizzle.CU_TENSOR_MAP_SWIZZLE_64B if narrow else swizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-        check((error,), "cuTensorMapEncodeTiled")
-        return ctypes.string_at(encoded.getPtr(), 128)
+    def encode(self, map_: AnyMap, address: int) -> bytes:
+        """The 128 bytes of a tensor map: rows of a box are swizzled over their bytes, zeros outside."""
+        return _encode_pixels(map_, address) if isinstance(map_, PixelMap) else _encode_box(map_, address)
 
     def close(self) -> None:
         """Unload every kernel."""
         self._functions.clear()
         self._modules.clear()
+
+
+_SWIZZLES = {
+    32: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_32B,
+    64: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_64B,
+    128: driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+}
+"""How the rows of a box of so many bytes are swizzled."""
+_MAP_OPTIONS = (
+    driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+    driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+)
+_SMALL_TENSOR = 128 << 10  # bytes
+_SMALL_TENSOR_BIT = 1 << 21
+
+
+def _encode_box(map_: TensorMap, address: int) -> bytes:
+    data_type, itemsize = _MAP_TYPES[map_.pointer.ctype]
+    box = [map_.box_columns, map_.box_rows, *(1 for _ in map_.outer)]
+    error, encoded = driver.cuTensorMapEncodeTiled(
+        data_type,
+        len(box),
+        address,
+        _u64s(map_.columns, map_.rows, *(size for size, _ in map_.outer)),
+        _u64s(*(stride * itemsize for stride in (map_.row_stride, *(stride for _, stride in map_.outer)))),
+        _u32s(*box),
+        _u32s(*(1 for _ in box)),
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        _SWIZZLES[map_.box_columns * itemsize],
+        *_MAP_OPTIONS,
+    )
+    check((error,), "cuTensorMapEncodeTiled")
+    return ctypes.string_at(encoded.getPtr(), 128)
+
+
+def _encode_pixels(map_: PixelMap, address: int) -> bytes:
+    data_type, itemsize = _MAP_TYPES[map_.pointer.ctype]
+    error, encoded = driver.cuTensorMapEncodeIm2col(
+        data_type,
+        2 + len(map_.sizes),
+        address,
+        _u64s(map_.channels, *map_.sizes, map_.images),
+        _u64s(*(stride * itemsize for stride in (*map_.strides, map_.image_stride))),
+        list(map_.lower),
+        list(map_.upper),
+        map_.box_channels,
+        map_.box_pixels,
+        _u32s(1, *map_.steps, 1),
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        _SWIZZLES[map_.box_channels * itemsize],
+        *_MAP_OPTIONS,
+    )
+    check((error,), "cuTensorMapEncodeIm2col")
+    words = bytearray(ctypes.string_at(encoded.getPtr(), 128))
+    if map_.extent * itemsize < _SMALL_TENSOR:
+        # Drivers up to CUDA 13.0 set a bit for small tensors with which copies in this mode are wrong.
+        second = int.from_bytes(words[8:16], "little") & ~_SMALL_TENSOR_BIT
+        words[8:16] = second.to_bytes(8, "little")
+    return bytes(words)
+
+
+def _u64s(*values: int) -> list[driver.cuuint64_t]:
+    return [driver.cuuint64_t(value) for value in values]
+
+
+def _u32s(*values: int) -> list[driver.cuuint32_t]:
+    return [driver.cuuint32_t(value) for value in values]
 
 
 def check(result: tuple[driver.CUresult, ...], what: str) -> None:

@@ -1,8 +1,10 @@
-"""Which module has the kernels of which operator. Adding a kernel family adds a line here and nowhere else."""
+"""Which module has the kernels of which operator, and what the passes may know of them. Adding a kernel family adds a
+line here and nowhere else."""
 
 from __future__ import annotations
 
 from engine.errors import UnsupportedOp
+from engine.ir.dtype import DType
 from engine.ir.ops import (
     Attention,
     Concat,
@@ -22,6 +24,7 @@ from engine.ir.ops import (
     Softmax,
     TopK,
 )
+from engine.passes.traits import Traits
 from engine.targets.cuda import (
     attention,
     concat,
@@ -59,6 +62,13 @@ FAMILIES: dict[type[Op], Family] = {
     Softmax: normalize,
     TopK: top_k,
 }
+
+TRAITS = Traits(
+    channels_last=True,
+    attention_types=frozenset({DType.F16, DType.BF16, DType.F32}),  # fp64 is two products and a softmax
+    storage_type=DType.F16,
+    permuted_rows=True,
+)
 
 
 def family_of(op: Op) -> Family:

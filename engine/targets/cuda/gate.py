@@ -2,8 +2,9 @@
 code.
 
 Needs no GPU. A kernel fails that does not compile cleanly, spills registers, uses local memory, asks for more shared
-memory than its architecture has, or lacks the matrix instruction it is built around. The last line gives the counts;
-the exit status is 1 where anything failed.
+memory than its architecture has, lacks the matrix instruction it is built around, or keeps moving descriptors to
+uniform registers between products of a whole warpgroup. The last line gives the counts; the exit status is 1 where
+anything failed or where there was nothing to compile, 2 for an architecture that is not in the table.
 """
 
 from __future__ import annotations
@@ -25,8 +26,16 @@ from engine.targets.cuda.architecture import ARCHITECTURES, Architecture
 from engine.targets.cuda.compiler import CompileError, Compiler
 from engine.targets.cuda.kernel import Instruction, Kernel
 
-_RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-_LOCAL_ACCESS = re.compile(r"^\s*/\*\w+\*/\s+(?:@!?\w+ )?(LDL|STL)\b", re.MULTILINE)
+_FUNCTION = "kernel"  # the name of every kernel's function
+_RESOURCES = re.compile(rf"^\s*Function {_FUNCTION}:\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", re.MULTILINE)
+# A line of machine code: its address, perhaps a predicate, the opcode with its modifiers, operands.
+_OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)[\s.;]", re.MULTILINE)
+_FUNCTION_START = re.compile(r"^\s*Function : (\S+)\s*$", re.MULTILINE)
+_LOCAL_ACCESS = frozenset({"LDL", "STL"})
+_MACHINE_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
+_BRANCH = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)")
+# Descriptors moved to uniform registers in a loop of products: as many as the matrix product's have (gemm_wgmma.cuh).
+_MOST_MOVES = 2
 # The system's share of a block's shared memory from sm_90 on, which cuobjdump counts as static. The limit is on what we
 # ask for.
 _SYSTEM_SHARED = 1024
@@ -67,22 +76,58 @@ def inspect(architecture: Architecture, kernel: Kernel, code: bytes, cuobjdump: 
     if match is None:
         return Verdict(architecture.name, kernel.source.name, failure=f"no resource usage in {usage!r}")
     registers, stack, static_shared, local = map(int, match.groups())
+    used = opcodes(machine)
     shared = kernel.shared_bytes + static_shared
     if architecture.dependent_launch:  # sm_90 on
         shared -= min(static_shared, _SYSTEM_SHARED)
     failures = [
         f"stack {stack}" if stack else "",
-        f"local memory {local}" if local or _LOCAL_ACCESS.search(machine) else "",
+        f"local memory {local}" if local or used & _LOCAL_ACCESS else "",
         "" if shared <= architecture.shared_bytes else f"{shared} bytes of shared memory",
-        *_wrong_instructions(kernel, machine),
+        *_wrong_instructions(kernel, used, machine),
     ]
     failure = ", ".join(filter(None, failures))
     return Verdict(architecture.name, kernel.source.name, registers, shared, failure)
 
 
-def _wrong_instructions(kernel: Kernel, machine: str) -> Iterator[str]:
-    if kernel.instruction is not Instruction.NONE and kernel.instruction.value not in machine:
+def opcodes(machine: str) -> frozenset[str]:
+    """The opcodes, without modifiers, in the kernel's own function of what ``cuobjdump --dump-sass`` prints."""
+    _, *functions = _FUNCTION_START.split(machine)
+    return frozenset(
+        opcode
+        for name, code in zip(functions[::2], functions[1::2], strict=True)
+        if name == _FUNCTION
+        for opcode in _OPCODE.findall(code)
+    )
+
+
+def _wrong_instructions(kernel: Kernel, used: frozenset[str], machine: str) -> Iterator[str]:
+    if not used:
+        yield f"no machine code of a function '{_FUNCTION}'"
+    if kernel.instruction is not Instruction.NONE and kernel.instruction.value not in used:
         yield f"no {kernel.instruction.value}"
+    if kernel.instruction is Instruction.WGMMA:
+        moves = moves_between_products(machine)
+        if moves > _MOST_MOVES:
+            yield f"{moves} R2UR in the loop of {kernel.instruction.value}"
+
+
+def moves_between_products(machine: str) -> int:
+    """How often the innermost loops with a product of a warpgroup move an ordinary register to a uniform one. Such
+    moves wait for the warp, and cost attention a tenth of its speed."""
+    code = [(int(address, 16), text) for address, text in _MACHINE_INSTRUCTION.findall(machine)]
+    loops: list[tuple[int, int]] = []
+    for address, text in code:
+        branch = _BRANCH.search(text)
+        if branch and int(branch[1], 16) < address:
+            loops.append((int(branch[1], 16), address))
+    moves = 0
+    for begin, end in loops:
+        body = [text for address, text in code if begin <= address <= end]
+        inner = any(begin <= other[0] and other[1] <= end and other != (begin, end) for other in loops)
+        if not inner and any("HGMMA" in text for text in body):
+            moves += sum("R2UR" in text for text in body)
+    return moves
 
 
 def _run(command: Sequence[str]) -> str:
@@ -118,10 +163,14 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--verbose", action="store_true", help="a line for every kernel")
     options = parser.parse_args(None if arguments is None else list(arguments))
+    unknown = [name for name in options.architectures if name not in ARCHITECTURES]
+    if unknown:
+        parser.error(f"there are no kernels for {', '.join(unknown)}; there are for {', '.join(ARCHITECTURES)}")
     start = time.monotonic()
     verdicts: list[Verdict] = []
     for name in options.architectures:
-        verdicts += check(ARCHITECTURES[name], options.workers)
+        found = check(ARCHITECTURES[name], options.workers)
+        verdicts += found or [Verdict(name, "(covering set)", failure="nothing to compile")]
     for verdict in verdicts:
         if verdict.failure or options.verbose:
             outcome = f"FAILED: {verdict.failure}" if verdict.failure else "ok"

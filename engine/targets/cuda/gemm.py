@@ -1,5 +1,6 @@
-"""Matrix products. Picks between the portable kernel (gemm_mma.cuh), on sm_90a TMA and wgmma (gemm_wgmma.cuh), and, for
-types that the matrix units do not take, the ordinary units (gemm_simt.cuh)."""
+"""Matrix products. Picks between the portable kernel (gemm_mma.cuh), on sm_90a TMA and wgmma (gemm_wgmma.cuh), slices
+of rows where memory is the limit (gemm_stream.py), and, for types that the matrix units do not take, the ordinary units
+(gemm_simt.cuh)."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from engine.ir.ops import Gemm, Op
 from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda import codegen
+from engine.targets.cuda.gemm_stream import StreamTile, launch_stream, streams_faster
 from engine.targets.cuda.kernel import (
     I64,
     STORAGE,
@@ -27,6 +29,7 @@ from engine.targets.cuda.kernel import (
     ceildiv,
     launch,
     pointer_to,
+    workspace,
 )
 from engine.targets.cuda.product import Product, is_weight, product_of, rows_inner, rows_of
 from engine.targets.cuda.spaces import operand, operands, space
@@ -96,8 +99,13 @@ def epilogue_of(
     return codegen.epilogue(stores, every, placed, every.operands[len(reads) :], granularity, accumulator)
 
 
-def pick_tile(product: Product, context: Context) -> Tile:
+def pick_tile(product: Product, context: Context) -> Tile | StreamTile:
     """The tile and the split of k that should be fastest."""
+    operands, tile = operands_of(product.dtype, context), _pick_block_tile(product, context)
+    return streams_faster(product, tile, operands, context.multiprocessors) or tile
+
+
+def _pick_block_tile(product: Product, context: Context) -> Tile:
     operands, multiprocessors = operands_of(product.dtype, context), context.multiprocessors
     if context.architecture.wgmma and product.suits_tma and operands is not Operands.EXACT:
         return pick_wgmma(product.m, product.n, product.k, multiprocessors, operands, MOST_SPLITS)
@@ -112,8 +120,10 @@ def operands_of(dtype: DType, context: Context) -> Operands:
     return Operands.HALF if dtype.itemsize == 2 else Operands.TF32 if context.tf32 else Operands.EXACT
 
 
-def launch_product(product: Product, epilogue: Functor, tile: Tile, context: Context) -> Launch:
+def launch_product(product: Product, epilogue: Functor, tile: Tile | StreamTile, context: Context) -> Launch:
     """The launch of a product in the given tile."""
+    if isinstance(tile, StreamTile):
+        return launch_stream(product, epilogue, tile, context)
     sizes = {"m": product.m, "n": product.n, "k": product.k}
     tiles = ceildiv(product.m, tile.m) * ceildiv(product.n, tile.n) * product.batch.count
     if isinstance(tile, WgmmaTile):
@@ -176,7 +186,7 @@ def split_arguments(tiles: int, elements: int, warps: int, splits: int) -> dict[
     and a counter for each of the `warps` that share a tile."""
     if splits == 1:
         return {}
-    partials = Buffer("partial sums", BufferKind.WORKSPACE, tiles * splits * elements * 4)
+    partials = workspace(tiles * splits * elements * 4)
     arrived = Buffer("arrived", BufferKind.PLAN, tiles * warps * 4, np.zeros(tiles * warps, np.uint32))
     return {
         "partials": Pointer(partials, ctype="float"), "arrived": Pointer(arrived, ctype="u32"), "splits": splits,
@@ -190,7 +200,7 @@ def _launch_wgmma(
     return launch(
         "gemm",
         "gemm_wgmma.cuh",
-        {**tile.config, "operand": STORAGE[product.dtype]},
+        {**tile.config, "operand": STORAGE[product.dtype], "grouped": False},
         [epilogue],
         {
             "map_a": TensorMap(a.pointer, product.m, product.k, a.stride, tile.m, columns),

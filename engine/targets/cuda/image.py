@@ -25,7 +25,7 @@ class Filter(Enum):
 
 @dataclass(frozen=True)
 class Box:
-    """One image of `height` × `width` pixels, and the box of it (in pixels) that becomes the model's input.
+    """One image of `height` × `width` pixels, and the edges (in pixels) of the box in it that becomes the input.
 
     `offset`: its first byte in the buffer of all images; its rows follow each other without gaps.
     """
@@ -35,8 +35,8 @@ class Box:
     width: int
     top: float
     left: float
-    box_height: float
-    box_width: float
+    bottom: float
+    right: float
 
 
 def centre_box(offset: int, height: int, width: int, resize: int, crop: tuple[int, int]) -> Box:
@@ -44,8 +44,8 @@ def centre_box(offset: int, height: int, width: int, resize: int, crop: tuple[in
     the middle at whole pixels."""
     scale = min(height, width) / resize
     top, left = (round((size / scale - part) / 2) * scale for size, part in zip((height, width), crop, strict=True))
-    box_height, box_width = min(crop[0] * scale, height - top), min(crop[1] * scale, width - left)
-    return Box(offset, height, width, top, left, box_height, box_width)
+    bottom, right = min(top + crop[0] * scale, height), min(left + crop[1] * scale, width)
+    return Box(offset, height, width, top, left, bottom, right)
 
 
 def launch_images(
@@ -64,6 +64,9 @@ def launch_images(
     if len(boxes) != images or channels not in (1, 3) or len(mean) != channels or len(std) != channels:
         raise ShapeError(f"{len(boxes)} images with {len(mean)} means for an input of shape {list(output.shape)}")
     for i, box in enumerate(boxes):
+        inside = 0 <= box.top < box.bottom <= box.height and 0 <= box.left < box.right <= box.width
+        if not inside:
+            raise ShapeError(f"the box of image {i} does not lie in its {box.height}×{box.width} pixels")
         if box.offset < 0 or box.offset + box.height * box.width * channels > pixels.nbytes:
             raise ShapeError(
                 f"image {i} of {box.height}×{box.width} does not lie in the buffer of {pixels.nbytes} bytes"
@@ -71,7 +74,7 @@ def launch_images(
     table = np.zeros(images, _BOX)
     for row, box in zip(table, boxes, strict=True):
         row["offset"], row["size"] = box.offset, (box.width, box.height)
-        row["box"] = (box.left, box.top, box.box_width, box.box_height)
+        row["box"] = (box.left, box.top, box.right, box.bottom)
     three = [*range(channels), *(channels - 1,) * (3 - channels)]  # unused ones repeat the last
     arguments: dict[str, Argument] = {
         "pixels": Pointer(pixels, ctype="u8"),

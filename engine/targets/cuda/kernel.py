@@ -67,6 +67,38 @@ class TensorMap:
     """Size and stride (in elements) of further axes, of which a box has one place: none, or two (ptx/tma_outer.cuh)."""
 
 
+@dataclass(frozen=True, eq=False)
+class PixelMap:
+    """A TMA descriptor in im2col mode of an image of fp16, bf16 or fp32, channels innermost; fp32 is rounded to tf32 on
+    the way. A copy brings `box_channels` of `box_pixels` pixels, in the order of a bounding box that the walk goes
+    through along x, then y (then z), then from image to image.
+
+    Per spatial axis, x first: `sizes`, `strides` between pixels in elements, `lower` and `upper` corners of the box,
+    counted from the image's first and last pixel, and the `steps` from pixel to pixel.
+    """
+
+    pointer: Pointer
+    channels: int
+    images: int
+    image_stride: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    lower: tuple[int, ...]
+    upper: tuple[int, ...]
+    steps: tuple[int, ...]
+    box_channels: int
+    box_pixels: int
+
+    @property
+    def extent(self) -> int:
+        """The elements from the first to the last one."""
+        along = zip((self.channels, *self.sizes, self.images), (1, *self.strides, self.image_stride), strict=True)
+        return 1 + sum((size - 1) * stride for size, stride in along)
+
+
+AnyMap: TypeAlias = TensorMap | PixelMap
+
+
 @dataclass(frozen=True)
 class I64:
     """A 64-bit integer, such as a stride. Plain integers are 32 bits wide."""
@@ -94,7 +126,7 @@ class F64:
     value: float
 
 
-Argument: TypeAlias = Pointer | TensorArgument | LevelSizes | TensorMap | I64 | I64s | StatusWord | F64 | int | float
+Argument: TypeAlias = Pointer | TensorArgument | LevelSizes | AnyMap | I64 | I64s | StatusWord | F64 | int | float
 
 
 class Instruction(Enum):
@@ -152,7 +184,7 @@ def _declaration(name: str, argument: Argument, levels: int = USUAL_LEVELS) -> t
             return f"Tensor {name};", np.dtype([("data", "u8"), ("row", "i8", levels), ("column", "i8")], align=True)
         case LevelSizes():
             return f"Levels {name};", np.dtype([("size", "u4", levels)], align=True)
-        case TensorMap():
+        case TensorMap() | PixelMap():
             return f"TensorMap {name};", _TENSOR_MAP
         case I64():
             return f"i64 {name};", np.dtype("i8")
@@ -175,13 +207,13 @@ def params_struct(arguments: Sequence[tuple[str, Argument]]) -> str:
 
 
 def _ordered(arguments: Sequence[tuple[str, Argument]]) -> list[tuple[str, Argument]]:
-    return sorted(arguments, key=lambda item: not isinstance(item[1], TensorMap))
+    return sorted(arguments, key=lambda item: not isinstance(item[1], AnyMap))
 
 
 def pack(
     arguments: Sequence[tuple[str, Argument]],
     address: Callable[[Pointer], int],
-    encode: Callable[[TensorMap], bytes],
+    encode: Callable[[AnyMap], bytes],
     stamp: int,
     status: int = 0,
 ) -> bytes:
@@ -200,7 +232,7 @@ def pack(
                 record[name]["column"] = column
             case LevelSizes(sizes=sizes):
                 record[name]["size"][0, : len(sizes)] = sizes
-            case TensorMap():
+            case TensorMap() | PixelMap():
                 record[name]["words"] = np.frombuffer(encode(argument), "u8")
             case I64(value=value) | F64(value=value):
                 record[name] = value
@@ -212,13 +244,16 @@ def pack(
                 record[name] = argument
     record["stamp"] = stamp
     packed = record.tobytes()
-    maps = any(isinstance(argument, TensorMap) for _, argument in arguments)
+    maps = any(isinstance(argument, AnyMap) for _, argument in arguments)
     return packed + bytes(-len(packed) % 64) if maps else packed
 
 
 def workspace_bytes(launches: Iterable[Launch]) -> int:
     """The scratch memory that launches need which run one after the other and all find theirs at one address."""
-    used = (argument for launch in launches for _, argument in launch.arguments if isinstance(argument, Pointer))
+    given = (argument for launch in launches for _, argument in launch.arguments)
+    used = (
+        a if isinstance(a, Pointer) else a.pointer for a in given if isinstance(a, Pointer | TensorArgument | TensorMap)
+    )
     return max((p.buffer.nbytes for p in used if p.buffer.kind is BufferKind.WORKSPACE), default=0)
 
 
@@ -283,8 +318,9 @@ def pointer_to(tensor: Tensor) -> Pointer:
 
 
 def workspace(nbytes: int) -> Buffer:
-    """Memory for what one launch of a step leaves to the next. Its content before and after a step has no meaning."""
-    return Buffer("workspace", BufferKind.PLAN, nbytes, np.zeros(nbytes, np.uint8))
+    """Memory for what launches of a step leave to the next, or blocks to each other. All steps find theirs at one
+    place, so a step has one; its content before and after has no meaning."""
+    return Buffer("workspace", BufferKind.WORKSPACE, nbytes)
 
 
 def is_constant(tensor: Tensor) -> bool:
@@ -323,7 +359,7 @@ def launch(
         f"using {name} = {value};" if isinstance(value, str) else f"constexpr {_ctype(value)} {name} = {int(value)};"
         for name, value in config.items()
     ]
-    tensor_map = any(isinstance(argument, TensorMap) for _, argument in every)
+    tensor_map = any(isinstance(argument, AnyMap) for _, argument in every)
     text = "\n".join(
         [
             '#include "types.cuh"',

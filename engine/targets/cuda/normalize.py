@@ -127,11 +127,12 @@ class _Work:
         """Rows in registers: of a warp or a part of one, or of a block."""
         group = min(32, power_of_two(vectors))
         threads = _WARP_THREADS
-        if ceildiv(vectors, group) > _WARP_CHUNKS:
+        chunks = ceildiv(vectors, group)
+        if chunks > _WARP_CHUNKS:
             group = threads = BLOCK_THREADS
+            chunks = power_of_two(ceildiv(vectors, group))
         config = {
-            "threads": threads, "threads_per_row": group, "chunks": power_of_two(ceildiv(vectors, group)),
-            "stepped": self.steps > 1,
+            "threads": threads, "threads_per_row": group, "chunks": chunks, "stepped": self.steps > 1,
         }  # fmt: skip
         grid = (ceildiv(self.kept, threads // group), 1, 1)
         arguments = {"rows": self.kept, **self.arguments}

@@ -35,6 +35,10 @@ class _Axis:
         return self.begin == 0 and self.size == self.source_size
 
 
+_WHOLE = (PadMode.CONSTANT, PadMode.ROLL)
+"""The modes in which the kernel may see what is cropped."""
+
+
 def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]:
     """Any strides."""
     assert isinstance(op, Pad)
@@ -45,7 +49,7 @@ def lower(step: Step, context: Context) -> list[Launch]:
     op, source, output = step.op, step.inputs[0], step.outputs[0]
     assert isinstance(op, Pad)
     # What negative pads take away is gone before the rest is padded; a constant needs no such care.
-    crops = [0 if op.mode is PadMode.CONSTANT else max(0, -begin) for begin, _ in op.pads]
+    crops = [0 if op.mode in _WHOLE else max(0, -begin) for begin, _ in op.pads]
     axes = list(_axes(op, source, output, crops))
     if op.mode is not PadMode.CONSTANT and any(axis.source_size <= 0 for axis in axes):
         raise ShapeError(f"{step.name}: an empty tensor has nothing to {op.mode.value}")
@@ -57,8 +61,9 @@ def lower(step: Step, context: Context) -> list[Launch]:
     x = Pointer(source.buffer, start * itemsize, UNITS[unit * itemsize])
     y = Pointer(output.buffer, output.offset * itemsize, UNITS[unit * itemsize])
     elements = output.elements // unit
+    mode = PadMode.WRAP if op.mode is PadMode.ROLL else op.mode
     config: dict[str, int | bool | str] = {
-        "threads": _THREADS, "axes": len(axes), "mode": list(PadMode).index(op.mode), "element": x.ctype,
+        "threads": _THREADS, "axes": len(axes), "mode": list(PadMode).index(mode), "element": x.ctype,
     }  # fmt: skip
     arguments: dict[str, Argument] = {
         "x": x, "y": y, "elements": elements, "sizes": I64s(tuple(axis.size for axis in axes)),
@@ -73,7 +78,7 @@ def lower(step: Step, context: Context) -> list[Launch]:
 
 def _axes(op: Pad, source: Tensor, output: Tensor, crops: list[int]) -> Iterator[_Axis]:
     for axis, ((begin, end), crop) in enumerate(zip(op.pads, crops, strict=True)):
-        kept = source.shape[axis] - (0 if op.mode is PadMode.CONSTANT else crop + max(0, -end))
+        kept = source.shape[axis] - (0 if op.mode in _WHOLE else crop + max(0, -end))
         yield _Axis(output.shape[axis], begin + crop, kept, source.strides[axis], output.strides[axis])
 
 

@@ -9,16 +9,19 @@ import ctypes
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from engine.errors import DeviceError
+from engine.targets.cuda.architecture import CAPABILITIES
 
 PACKAGES = ("cupy", "cuda.bindings")
 """What the extra `cuda` installs."""
 NEEDED_CUDA = (13, 0)
 NEEDED_DRIVER = 580  # the first driver branch for CUDA 13
-OLDEST_CAPABILITY = (8, 0)
 
 _LIBRARIES = ("libcuda.so.1", "libcuda.so", "nvcuda.dll")
+_MANAGEMENT_LIBRARY = "libnvidia-ml.so.1"
+_MODULE_VERSION = Path("/sys/module/nvidia/version")
 _INSUFFICIENT_DRIVER, _NO_DEVICE, _SYSTEM_DRIVER_MISMATCH = 35, 100, 803
 _ATTRIBUTE_MAJOR, _ATTRIBUTE_MINOR = 75, 76
 
@@ -95,6 +98,26 @@ def _describe(driver: ctypes.CDLL, index: int) -> Gpu:
     return Gpu(index, name.value.decode(errors="replace"), (major.value, minor.value))
 
 
+def driver_version() -> str:
+    """The driver's own version, such as ``580.95.05``, from its management library or its kernel module; where neither
+    can be asked, the CUDA version that it speaks."""
+    try:
+        management = ctypes.CDLL(_MANAGEMENT_LIBRARY)
+        text = ctypes.create_string_buffer(96)
+        _call(management, "nvmlInit_v2")
+        try:
+            _call(management, "nvmlSystemGetDriverVersion", text, len(text))
+        finally:
+            _call(management, "nvmlShutdown")
+        return text.value.decode(errors="replace")
+    except (OSError, _DriverError):
+        pass
+    try:
+        return _MODULE_VERSION.read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        return f"of CUDA {_dotted(survey().cuda or (0, 0))}"
+
+
 def missing_packages() -> list[str]:
     """Those of `PACKAGES` that are not installed."""
     return [name for name in PACKAGES if not _installed(name)]
@@ -133,24 +156,32 @@ def _numbered(gpus: Sequence[Gpu], index: int) -> Gpu:
     if index >= len(gpus):
         there = ", ".join(f"cuda:{gpu.index} ({gpu.name})" for gpu in gpus)
         raise DeviceError(f"device 'cuda:{index}' does not exist; there is {there}")
-    _check_capability(gpus[index])
+    refusal = _refusal(gpus[index])
+    if refusal:
+        raise DeviceError(f"{refusal}. Use another GPU or device='cpu'")
     return gpus[index]
 
 
 def _first_usable(gpus: Sequence[Gpu]) -> Gpu:
+    refusals = []
     for gpu in gpus:
-        if gpu.capability >= OLDEST_CAPABILITY:
+        refusal = _refusal(gpu)
+        if not refusal:
             return gpu
-    _check_capability(gpus[0])
-    raise AssertionError("unreachable: the check has refused the GPU")
+        refusals.append(refusal)
+    raise DeviceError(f"{'; '.join(refusals)}. Use another GPU or device='cpu'")
 
 
-def _check_capability(gpu: Gpu) -> None:
-    if gpu.capability < OLDEST_CAPABILITY:
-        raise DeviceError(
-            f"GPU {gpu.index} ({gpu.name}) has compute capability {_dotted(gpu.capability)}; the kernels need "
-            f"{_dotted(OLDEST_CAPABILITY)} (Ampere) or newer. Use another GPU or device='cpu'"
-        )
+def _refusal(gpu: Gpu) -> str:
+    """Why there are no kernels for this GPU; empty where there are."""
+    if gpu.capability in CAPABILITIES:
+        return ""
+    oldest = min(CAPABILITIES)
+    if gpu.capability < oldest:
+        needed = f"need {_dotted(oldest)} (Ampere) or newer"
+    else:
+        needed = f"are built for {', '.join(map(_dotted, sorted(CAPABILITIES)))}"
+    return f"GPU {gpu.index} ({gpu.name}) has compute capability {_dotted(gpu.capability)}; the kernels {needed}"
 
 
 def _dotted(version: tuple[int, int]) -> str:

@@ -17,11 +17,12 @@ from engine.errors import ShapeError, UnsupportedOp
 from engine.ir.dtype import DType
 from engine.ir.ops import Opaque
 from engine.plan.plan import Plan, Step
+from engine.plan.residency import cached_bytes
 from engine.plan.tensor import Buffer, BufferKind
 from engine.specs import StepStat
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.host_step import HostStep
-from engine.targets.cuda.kernel import ALIGNMENT, Kernel, Launch, Pointer, TensorMap, ceildiv, pack, workspace_bytes
+from engine.targets.cuda.kernel import ALIGNMENT, AnyMap, Kernel, Launch, Pointer, ceildiv, pack, workspace_bytes
 
 if TYPE_CHECKING:
     from engine.targets.cuda.target import CudaTarget
@@ -86,6 +87,7 @@ class Program:
         self.stamp_bytes = STAMP_BYTES * len(plan.steps)
         self._workspace = ceildiv(plan.arena_bytes, ALIGNMENT) * ALIGNMENT  # behind the plan's own part of the arena
         self.arena_bytes = self._workspace + workspace_bytes(launch for _, row in self.launches for launch in row)
+        self._cached_bytes = cached_bytes(plan, target.cache_bytes)
         self._own: dict[int, cupy.ndarray] = {}
         self._runs = 0
         self._samples = 0
@@ -120,7 +122,7 @@ class Program:
         def address(pointer: Pointer) -> int:
             return self.address(pointer, place)
 
-        def encode(map_: TensorMap) -> bytes:
+        def encode(map_: AnyMap) -> bytes:
             return device.encode(map_, address(map_.pointer))
 
         prepared: list[tuple[Launch, bytes]] = []
@@ -199,7 +201,7 @@ class Program:
             StepStat(
                 step.name, "host" if i in on_host else launches[0].kernel.family if launches else "none", step.op.name,
                 runs, on_host[i] * 1e-9 if i in on_host else float(nanoseconds[i]) * scale, step.cost.flops,
-                step.cost.bytes,
+                step.cost.bytes, self._cached_bytes[i],
             )
             for i, (step, launches) in enumerate(self.launches)
         ]  # fmt: skip

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-
-import numpy as np
+from math import prod
 
 from engine.errors import UnsupportedOp
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.ops import Cell, Op, Recurrent
 from engine.plan.plan import Access, Requirement, Step
-from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
+from engine.plan.tensor import Tensor, row_major
 from engine.targets.cuda import pointwise
 from engine.targets.cuda.kernel import (
     STORAGE,
@@ -23,6 +22,7 @@ from engine.targets.cuda.kernel import (
     is_constant,
     launch,
     pointer_to,
+    workspace,
 )
 from engine.targets.cuda.spaces import operand
 
@@ -71,21 +71,22 @@ def lower(step: Step, context: Context) -> list[Launch]:
         arguments |= {"step": 0, "end": steps}
         return [_launch(step, op, shape, arguments, True, grid, threads, 3 * shape.rows * shape.padded * 4)]
     # Two turns of states in memory, and the cells.
-    states = _scratch("states", (2, directions, batch, hidden))
-    cells = _scratch("cells", (directions, batch, hidden))
-    first = replace(states, shape=cells.shape, strides=cells.strides)
+    now = (directions, batch, hidden)
+    memory = workspace(3 * prod(now) * 4)
+    states = Tensor(memory, DType.F32, now, row_major(now))
+    cells = replace(states, offset=2 * prod(now))
     sources = [step.inputs[2], *([step.inputs[3]] if op.cell is Cell.LSTM else [])]
     reads = {i: operand(source, 3) for i, source in enumerate(sources)}
     stores = tuple(ex.cast(ex.Arg(i, source.dtype), DType.F32) for i, source in enumerate(sources))
-    launches = pointwise.launches(stores, reads, (first, cells)[: len(sources)], context, "recurrent")
+    launches = pointwise.launches(stores, reads, (states, cells)[: len(sources)], context, "recurrent")
     blocks = ceildiv(hidden, _STEP_THREADS // shape.group)
     turns = max(1, ceildiv(2 * context.multiprocessors, blocks * directions))  # the others are taken in a loop
     grid = (blocks, min(ceildiv(batch, shape.rows), turns), directions)
     arguments |= {"states": pointer_to(states), "cells": pointer_to(cells), "step": 0, "end": 1}
     one = _launch(step, op, shape, arguments, False, grid, _STEP_THREADS, shape.rows * shape.padded * 4)
     for i in range(steps):
-        now = {"step": i, "end": i + 1}
-        launches.append(replace(one, arguments=tuple((name, now.get(name, given)) for name, given in one.arguments)))
+        turn = {"step": i, "end": i + 1}
+        launches.append(replace(one, arguments=tuple((name, turn.get(name, given)) for name, given in one.arguments)))
     return launches
 
 
@@ -134,12 +135,6 @@ def _launch(
         "x_t": STORAGE[x.dtype], "r_t": STORAGE[r.dtype],
     }  # fmt: skip
     return launch("recurrent", "recurrent.cuh", config, [], arguments, grid, threads, shared_bytes)
-
-
-def _scratch(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Memory of the step's own."""
-    data = np.zeros(shape, np.float32)
-    return Tensor(Buffer(name, BufferKind.PLAN, data.nbytes, data), DType.F32, shape, row_major(shape))
 
 
 def _final_states(step: Step, context: Context) -> list[Launch]:

@@ -1,9 +1,11 @@
-"""Reductions over any axes (reduce.cuh). The innermost axis in memory of most inputs decides which columns are read.
-Few results of long walks are reduced in two launches."""
+"""Reductions over any axes. Where the innermost axis in memory of most inputs is reduced, rows are (reduce_rows.cuh),
+else columns (reduce_columns.cuh). Where few results leave multiprocessors without work, blocks share a walk, and the
+last of them joins the parts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
@@ -14,7 +16,7 @@ from engine.ir.dtype import DType
 from engine.ir.ops import Op, Reduce, ReduceKind
 from engine.ir.ops.light import iteration_shape
 from engine.plan.plan import Requirement, Step
-from engine.plan.tensor import Tensor, row_major
+from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda import codegen
 from engine.targets.cuda.kernel import (
     I64,
@@ -23,6 +25,7 @@ from engine.targets.cuda.kernel import (
     Context,
     Functor,
     Launch,
+    Pointer,
     ceildiv,
     launch,
     workspace,
@@ -30,11 +33,9 @@ from engine.targets.cuda.kernel import (
 from engine.targets.cuda.spaces import VECTOR, Operand, check_counts, operand, operands, space
 from engine.targets.cuda.sweeps import (
     BLOCK_THREADS,
-    STEPS_PER_PART,
     VECTORS_PER_PART,
-    ColumnTile,
     Parts,
-    column_tile,
+    pick_column_walk,
     power_of_two,
     split,
     sweep,
@@ -83,17 +84,9 @@ def lower_reduction(step: Step, op: Reduce, shape: tuple[int, ...], count: int, 
 
     kept, steps = (prod(shape[axis] for axis in axes) for axes in (plan.kept, plan.steps))
     check_counts(shape, kept * ceildiv(source.columns, VECTOR), steps * ceildiv(source.columns, VECTOR))
-    walk = _Walk(op, count, kept, steps, source.columns, plan.columns_kept)
-    parts = walk.parts(context)
-    if parts.count == 1:
-        return [walk.launch(prologue, epilogue, parts)]
-    leave, take = _through_workspace(op.source.dtype, kept, parts.count, source.columns if plan.columns_kept else None)
-    steps, columns = (parts.count, source.columns) if plan.columns_kept else (1, parts.count)
-    joined = replace(walk, steps=steps, columns=columns)
-    return [
-        walk.launch(prologue, leave, parts, last=False),
-        joined.launch(take, epilogue, Parts(1, joined.size)),
-    ]
+    itemsize = max((read.dtype.itemsize for read in reads.values()), default=4)
+    walk = _Walk(op, count, kept, steps, source.columns, plan.columns_kept, itemsize)
+    return [walk.launch(prologue, epilogue, context)]
 
 
 def _kept(tensor: Tensor, op: Reduce, rank: int) -> Operand:
@@ -112,26 +105,13 @@ _PARTIAL = {
     DType.F16: DType.F32, DType.BF16: DType.F32, DType.I16: DType.I32, DType.I8: DType.I32, DType.U16: DType.I32,
     DType.U8: DType.I32,
 }  # fmt: skip
-"""The types that results of parts are stored in, where not their own: those they are computed in."""
-
-
-def _through_workspace(dtype: DType, kept: int, parts: int, columns: int | None) -> tuple[Functor, Functor]:
-    """The epilogue that leaves the results of the parts, and the prologue that reads them."""
-    stored = _PARTIAL.get(dtype, dtype)
-    shape = (kept, parts) if columns is None else (kept, parts, columns)
-    buffer = workspace(prod(shape) * stored.itemsize)
-    partial = [operand(Tensor(buffer, stored, shape, row_major(shape)), len(shape))]
-    written = space(shape, (0, 1), range(2, len(shape)), partial)
-    read = space(shape, (0, 1)[: len(shape) - 1], (len(shape) - 1,), partial)
-    return (
-        codegen.epilogue((ex.Acc(stored),), written, {}, written.operands, written.columns, dtype),
-        codegen.prologue(ex.Arg(0, stored), read, {0: read.operands[0]}, read.columns),
-    )
+"""Of which type the results of parts are, where not their own: the one they are computed in."""
 
 
 @dataclass(frozen=True)
 class _Walk:
-    """What a launch reduces: for each of `kept` rows, `steps` rows of `columns` (one result each where kept)."""
+    """What a launch reduces: for each of `kept` rows, `steps` rows of `columns` (one result each where kept), elements
+    of `itemsize` bytes."""
 
     op: Reduce
     count: int
@@ -139,53 +119,72 @@ class _Walk:
     steps: int
     columns: int
     columns_kept: bool
+    itemsize: int
 
     @property
     def chunks(self) -> int:
         return ceildiv(self.columns, VECTOR)
 
-    @property
-    def size(self) -> int:
-        """What a thread block walks over: steps where columns are kept, else vectors."""
-        return self.steps if self.columns_kept else self.steps * self.chunks
+    def launch(self, prologue: Functor, epilogue: Functor, context: Context) -> Launch:
+        return self._launch_columns(prologue, epilogue, context) if self.columns_kept else self._launch_rows(
+            prologue, epilogue, context
+        )  # fmt: skip
 
-    @property
-    def tile(self) -> ColumnTile:
-        if self.columns_kept:
-            return column_tile(self.kept, self.steps, self.chunks)
-        group = min(32, power_of_two(self.size)) if self.size <= 32 * _VECTORS_PER_LANE else BLOCK_THREADS
-        return ColumnTile(BLOCK_THREADS // group, 1, group)
-
-    @property
-    def column_tiles(self) -> int:
-        return ceildiv(self.chunks, self.tile.column_threads) if self.columns_kept else 1
-
-    @property
-    def blocks(self) -> int:
-        return ceildiv(self.kept, self.tile.kept_threads) * self.column_tiles
-
-    def parts(self, context: Context) -> Parts:
-        least = STEPS_PER_PART * self.tile.row_threads if self.columns_kept else VECTORS_PER_PART
-        return split(self.size, least, self.blocks, context)
-
-    def launch(self, prologue: Functor, epilogue: Functor, parts: Parts, last: bool = True) -> Launch:
-        """`last`: what is stored are the results, not those of parts."""
-        op, dtype, tile = self.op, self.op.source.dtype, self.tile
-        element = codegen.COMPUTE[dtype] if dtype.is_float else STORAGE[dtype]
-        config: dict[str, int | bool | str] = {
-            "columns_kept": self.columns_kept, **tile.config, "mean": last and op.kind is ReduceKind.MEAN,
-            "last": last, "operation": _OPERATIONS[op.kind], "element_t": element,
-        }  # fmt: skip
+    def _launch_columns(self, prologue: Functor, epilogue: Functor, context: Context) -> Launch:
+        walk = pick_column_walk(self.kept, self.steps, self.chunks, VECTOR * self.itemsize, context.multiprocessors)
         arguments: dict[str, Argument] = {
-            "kept_rows": self.kept, "steps": self.steps, "columns": self.columns, "chunks": self.chunks,
-            "column_tiles": self.column_tiles, "splits": parts.count, "per_split": parts.size,
-            "count": I64(self.count),
+            "column_threads": walk.column_threads, "row_threads": walk.row_threads, "kept_threads": walk.kept_threads,
+            "column_tiles": walk.column_tiles,
         }  # fmt: skip
+        tiles, left = walk.tiles, walk.kept_threads * walk.column_threads * VECTOR
+        return self._launched(prologue, epilogue, {}, arguments, walk.parts, walk.threads, tiles, left)
+
+    def _launch_rows(self, prologue: Functor, epilogue: Functor, context: Context) -> Launch:
+        size = self.steps * self.chunks
+        group = min(32, power_of_two(size)) if size <= 32 * _VECTORS_PER_LANE else BLOCK_THREADS
+        tiles = ceildiv(self.kept, BLOCK_THREADS // group)
+        parts = split(size, VECTORS_PER_PART, tiles, context)
+        config = {"group": group, "stepped": self.steps > 1}
+        return self._launched(prologue, epilogue, config, {}, parts, BLOCK_THREADS, tiles, 1)
+
+    def _launched(
+        self,
+        prologue: Functor,
+        epilogue: Functor,
+        config: Mapping[str, int | bool | str],
+        arguments: Mapping[str, Argument],
+        parts: Parts,
+        threads: int,
+        tiles: int,
+        left: int,
+    ) -> Launch:
+        """`left`: the values that a block leaves to the one that joins the parts."""
+        op, dtype = self.op, self.op.source.dtype
+        element = codegen.COMPUTE[dtype] if dtype.is_float else STORAGE[dtype]
+        shared: dict[str, Argument] = {}
+        if parts.count > 1:
+            partial = workspace(tiles * parts.count * left * _PARTIAL.get(dtype, dtype).itemsize)
+            arrived = Buffer("arrived", BufferKind.PLAN, tiles * 4, np.zeros(tiles, np.uint32))
+            shared = {
+                "partial": Pointer(partial, ctype=codegen.COMPUTE[dtype]), "arrived": Pointer(arrived, ctype="u32"),
+            }  # fmt: skip
         identity = f"DEVICE {codegen.COMPUTE[dtype]} identity() {{ return {_identity(op)}; }}\n"
-        grid = (self.blocks * parts.count, 1, 1)
         return launch(
-            "reduce", "reduce.cuh", config, [prologue, epilogue], arguments, grid, tile.threads, helpers=identity
-        )
+            "reduce",
+            "reduce_columns.cuh" if self.columns_kept else "reduce_rows.cuh",
+            {
+                "threads": threads, "split": parts.count > 1,
+                "mean": op.kind is ReduceKind.MEAN, "operation": _OPERATIONS[op.kind], "element_t": element, **config,
+            },
+            [prologue, epilogue],
+            {
+                "kept_rows": self.kept, "steps": self.steps, "columns": self.columns, "chunks": self.chunks,
+                "splits": parts.count, "per_split": parts.size, "count": I64(self.count), **arguments, **shared,
+            },
+            (tiles * parts.count, 1, 1),
+            threads,
+            helpers=identity,
+        )  # fmt: skip
 
 
 def _identity(op: Reduce) -> str:

@@ -6,7 +6,7 @@ and weights of the taps of every output index.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -33,7 +33,7 @@ from engine.targets.cuda.kernel import (
     pointer_to,
 )
 from engine.targets.cuda.spaces import VECTOR, operand, operands, space
-from engine.targets.interpolation import TAPS, tables_of
+from engine.targets.interpolation import Tables, count_taps, tables_of
 
 _THREADS = 256
 _BLOCKS_PER_MULTIPROCESSOR = 8
@@ -61,7 +61,8 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
 def lower(step: Step, context: Context) -> list[Launch]:
     op, x, y = step.op, step.inputs[0], step.outputs[0]
     assert isinstance(op, Resize)
-    tables, first = _packed(tables_of(op, x.shape, y.shape))
+    taps = tables_of(op, x.shape, y.shape)
+    tables, first = _packed(taps)
     order = sorted(range(len(y.shape)), key=lambda axis: (-abs(y.strides[axis]), axis))
     strides = operand(x, len(x.shape)).strides
     *outer, inner = order or [-1]  # a tensor without axes is one row of one column
@@ -71,7 +72,7 @@ def lower(step: Step, context: Context) -> list[Launch]:
     number = x.dtype if op.mode is ResizeMode.NEAREST or x.dtype is DType.F64 else DType.F32
     walks = (columns, x.offset, *(row.stride for row in rows))
     config: dict[str, int | bool | str] = {
-        "width": width, "threads": _THREADS, "axes": len(rows), "taps": TAPS[op.mode],
+        "width": width, "threads": _THREADS, "axes": len(rows), "taps": count_taps(taps, op),
         "resized": sum(1 << i for i, row in enumerate(rows) if row.first is not None),
         "column_resized": inner in first, "column_unit": column == 1,
         "x_vector": width == VECTOR and column == 1 and all(walk % VECTOR == 0 for walk in walks),
@@ -90,7 +91,7 @@ def lower(step: Step, context: Context) -> list[Launch]:
     return [launch("resize", "resize.cuh", config, [epilogue], arguments, (grid, 1, 1), _THREADS)]
 
 
-def _packed(tables: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> tuple[Buffer, dict[int, int]]:
+def _packed(tables: Tables) -> tuple[Buffer, dict[int, int]]:
     """All tables, [size, taps] each, one after the other; and where each begins."""
     parts = [np.zeros(1, _TAP)]
     first: dict[int, int] = {}

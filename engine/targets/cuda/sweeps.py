@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from math import hypot
 
 from engine.targets.cuda.kernel import Context, ceildiv
 from engine.targets.cuda.spaces import Operand, by_stride, column_group, innermost
@@ -92,3 +94,79 @@ def column_tile(kept: int, steps: int, chunks: int) -> ColumnTile:
 def power_of_two(count: int) -> int:
     """The least one that is not less: few distinct kernels."""
     return 1 << (max(1, count) - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class ColumnWalk:
+    """How `threads` of a block lie over kept rows, steps and vectors of columns (some may be left over), and how blocks
+    share the steps (`parts`) and the columns (`column_tiles`)."""
+
+    threads: int
+    kept_threads: int
+    row_threads: int
+    column_threads: int
+    column_tiles: int
+    tiles: int
+    """Of kept rows and columns: the blocks for each part."""
+    parts: Parts
+
+
+_MOST_PARTS = 64
+_WAIT, _BATCH = 900, 8
+"""Cycles until a batch of loads of a thread has come from memory (an H100 needs 700 to 1100), and the loads of one."""
+_JOIN = 3000
+"""Cycles until the last block knows that it is the last and has read what the others left."""
+_BLOCK_RATE, _TOTAL_RATE = 40, 1600
+"""Bytes a cycle that a multiprocessor, and the GPU, read (measured with copies on an H100)."""
+_RESIDENT_THREADS = 1024  # of a multiprocessor: the batches need 64 registers each
+
+
+@lru_cache(maxsize=4096)  # hundreds of candidates, and a model has few distinct shapes
+def pick_column_walk(kept: int, steps: int, chunks: int, vector_bytes: int, multiprocessors: int) -> ColumnWalk:
+    """The walk with the least estimated time over `steps` rows of `chunks` vectors for each of `kept` rows, where
+    columns are kept. Blocks that read less than 32 bytes side by side (a sector of the caches) would read it twice."""
+    least = min(chunks, max(1, 32 // vector_bytes))
+    walks = (
+        _column_walk(kept, steps, chunks, column_threads, threads, wanted)
+        for threads in (BLOCK_THREADS, 2 * BLOCK_THREADS)
+        for column_threads in _column_threads(chunks, least)
+        for wanted in _part_counts(steps)
+    )
+    return min(walks, key=lambda walk: _walk_cycles(walk, steps, vector_bytes, multiprocessors))
+
+
+def _column_threads(chunks: int, least: int) -> list[int]:
+    """Vectors of columns side by side in a block: `least` to a warp, and even shares of all where these are few."""
+    even = {ceildiv(chunks, count) for count in range(1, 33)}
+    return sorted(count for count in even | {1, 2, 4, 8, 16, 32} if least <= count <= min(chunks, 32))
+
+
+def _part_counts(steps: int) -> list[int]:
+    return [1] + [count for count in (2, 4, 8, 16, 32, _MOST_PARTS) if steps // count >= STEPS_PER_PART]
+
+
+def _column_walk(kept: int, steps: int, chunks: int, column_threads: int, threads: int, wanted: int) -> ColumnWalk:
+    part = max(1, ceildiv(steps, wanted))
+    row_threads = max(1, min(threads // column_threads, part))
+    kept_threads = max(1, min(threads // (column_threads * row_threads), kept))
+    column_tiles = ceildiv(chunks, column_threads)
+    tiles = ceildiv(kept, kept_threads) * column_tiles
+    parts = Parts(max(1, ceildiv(steps, part)), part)
+    return ColumnWalk(threads, kept_threads, row_threads, column_threads, column_tiles, tiles, parts)
+
+
+def _walk_cycles(walk: ColumnWalk, steps: int, vector_bytes: int, multiprocessors: int) -> float:
+    """Estimated cycles, without those that every launch takes."""
+    blocks = walk.tiles * walk.parts.count
+    busy = walk.kept_threads * walk.row_threads * walk.column_threads
+    batches = ceildiv(ceildiv(walk.parts.size, walk.row_threads), _BATCH)
+    block_bytes = walk.parts.size * walk.kept_threads * walk.column_threads * vector_bytes
+    resident = max(1, _RESIDENT_THREADS // walk.threads)
+    shared = min(resident, ceildiv(blocks, multiprocessors))  # blocks side by side on the busiest multiprocessor
+    waves = ceildiv(blocks, multiprocessors * resident)
+    wave = max(batches * _WAIT, shared * block_bytes / _BLOCK_RATE) + 40 * power_of_two(walk.row_threads).bit_length()
+    total = blocks * block_bytes / _TOTAL_RATE
+    if walk.column_tiles > 1:  # memory turns to another place for every run of vectors: as long as 32 bytes more take
+        total *= 1 + 32 / (walk.column_threads * vector_bytes)
+    # Threads without work hide less of the others' waiting.
+    return hypot(waves * wave, total) + 0.1 * total * walk.threads / busy + (_JOIN if walk.parts.count > 1 else 0)

@@ -18,9 +18,7 @@ import cupy
 import numpy as np
 
 from engine.errors import OutOfMemory
-from engine.ir.dtype import DType
 from engine.ir.ops import Op
-from engine.passes.traits import Traits
 from engine.plan.plan import Plan, Requirement
 from engine.plan.tensor import Buffer, Tensor
 from engine.specs import DeviceInfo
@@ -28,7 +26,7 @@ from engine.targets.base import Resident
 from engine.targets.cuda.ceilings import measure_ceilings
 from engine.targets.cuda.device import Device
 from engine.targets.cuda.executable import Executable
-from engine.targets.cuda.families import family_of
+from engine.targets.cuda.families import TRAITS, family_of
 from engine.targets.cuda.kernel import Context, WeightStore
 from engine.targets.cuda.memory import SLOTS, Slot, Slots, device_memory
 from engine.targets.cuda.resident import ResidentExecutable
@@ -42,7 +40,7 @@ class CudaTarget:
     for nothing but the device.
     """
 
-    traits = Traits(channels_last=True, storage_type=DType.F16)
+    traits = TRAITS
     concurrent_runs = SLOTS
 
     def __init__(self, index: int = 0, cache: Path | None = None, overlap: bool = True, tf32: bool = False) -> None:
@@ -152,10 +150,16 @@ class CudaTarget:
     def device_info(self) -> DeviceInfo:
         """The device with its ceilings, measured once (ceilings.py)."""
         with self.lock, self.device.errors(), self.device.current():
-            flops, nbytes = measure_ceilings(self)
+            flops, nbytes, cached = measure_ceilings(self)
+        device = self.device
         return DeviceInfo(
-            f"cuda:{self.device.index}", self.device.name, self.device.architecture.name, 0, flops, nbytes
+            f"cuda:{device.index}", device.name, device.architecture.name, 0, flops, nbytes, device.cache_bytes, cached
         )
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the GPU's L2 cache."""
+        return self.device.cache_bytes
 
     def close(self) -> None:
         """Give all memory back, after the runs that are under way; later ones are refused."""

@@ -1,4 +1,5 @@
-"""Tile shapes of the matrix kernels and the cost model that ranks them. Called by `gemm.py` and `conv.py`."""
+"""Tile shapes of the matrix kernels and the cost model that ranks them. Called by `gemm.py`, `conv.py` and
+`conv_wgmma.py`."""
 
 from __future__ import annotations
 
@@ -81,13 +82,15 @@ MMA_TILES = (
 @dataclass(frozen=True)
 class WgmmaTile:
     """A tile for wgmma, 128 bytes of k a step. Two consumer warpgroups take tiles in turn, or (`cooperative`) halve the
-    rows of each. `splits` blocks share the k of a tile of the result."""
+    rows of each. `splits` blocks share the k of a tile of the result. One copy brings `panel_bytes` of k of the first
+    operand."""
 
     m: int
     n: int
     stages: int
     cooperative: bool = False
     splits: int = 1
+    panel_bytes: int = 128
     k_bytes: ClassVar[int] = 128
 
     @property
@@ -99,7 +102,7 @@ class WgmmaTile:
     def config(self) -> dict[str, int | bool | str]:
         return {
             "tile_m": self.m, "tile_n": self.n, "stages": self.stages, "cooperative": self.cooperative,
-            "shared_bytes": self.shared_bytes, "split": self.splits > 1,
+            "shared_bytes": self.shared_bytes, "split": self.splits > 1, "panel_bytes": self.panel_bytes,
         }  # fmt: skip
 
     @property
@@ -153,7 +156,7 @@ def pick_mma(
     fitting = [tile for tile in MMA_TILES if tile.shared_bytes <= architecture.shared_bytes]
     return min(
         _split(fitting, m, n, k * operands.itemsize, batch, most_splits),
-        key=lambda tile: _mma_cycles(m, n, k, batch, tile, multiprocessors, operands),
+        key=lambda tile: mma_cycles(m, n, k, batch, tile, multiprocessors, operands),
     )
 
 
@@ -168,7 +171,7 @@ def _split(tiles: Iterable[T], m: int, n: int, k_bytes: int, batch: int, most: i
                 yield replace(tile, splits=splits)
 
 
-def _mma_cycles(m: int, n: int, k: int, batch: int, tile: MmaTile, multiprocessors: int, operands: Operands) -> float:
+def mma_cycles(m: int, n: int, k: int, batch: int, tile: MmaTile, multiprocessors: int, operands: Operands) -> float:
     """Estimated cycles of a product in tiles of mma.sync."""
     bytes_per_cycle, launch = 48, 1500  # from L2, 64 nominal; first loads and the drain of the last tile
     blocks = ceildiv(m, tile.m) * ceildiv(n, tile.n) * batch * tile.splits
@@ -189,25 +192,63 @@ def pick_wgmma(
 ) -> WgmmaTile:
     """The wgmma tile with the least estimated time. Operands are HALF or TF32."""
     return min(
-        _split(WGMMA_TILES, m, n, k * operands.itemsize, 1, most_splits),
-        key=lambda tile: _wgmma_cycles(m, n, k, tile, multiprocessors, operands),
+        wgmma_tiles(m, n, k, operands, most_splits),
+        key=lambda tile: wgmma_cycles(m, n, k, tile, multiprocessors, operands),
     )
 
 
-def _wgmma_cycles(m: int, n: int, k: int, tile: WgmmaTile, multiprocessors: int, operands: Operands) -> float:
-    """Estimated cycles of a product in tiles of wgmma.
+def wgmma_tiles(
+    m: int, n: int, k: int, operands: Operands, most_splits: int, groups: int = 1, panel_bytes: int = 128
+) -> Iterator[WgmmaTile]:
+    """Every wgmma tile, with k in one part or in up to `most_splits`."""
+    tiles = (replace(tile, panel_bytes=panel_bytes) for tile in WGMMA_TILES)
+    return _split(tiles, m, n, k * operands.itemsize, groups, most_splits)
 
-    The constants are fitted to a sweep of all tiles and splits over 28 shapes of fp16 on an H100 (products of
-    transformers and of 1×1 convolutions, 600 timings): the tile picked took 1 % longer than the best one on average,
-    9 % at worst. Wide instructions read less shared memory for each multiplication: they are closer to their rate.
+
+@dataclass(frozen=True)
+class Rates:
+    """What the time of wgmma depends on: the time of a multiplication beside its nominal rate, `steady` and what is
+    divided by the columns of a tile (wide instructions read less shared memory for each), and the bytes a cycle that
+    all multiprocessors get from memory."""
+
+    steady: float
+    narrow: float
+    memory: float
+
+
+PRODUCTS = Rates(0.93, 55, 1294)
+"""Fitted to a sweep of all tiles and splits over 28 shapes of fp16 on an H100 (products of transformers and of 1×1
+convolutions, 600 timings): the tile picked took 1 % longer than the best one on average, 9 % at worst."""
+GATHERED = Rates(0.78, 64, 1540)
+"""Patches of convolutions: fitted to 26 timings of layers of ResNet-50 and VGG-16 in four tiles on an H100, 10 % off on
+average."""
+
+
+def wgmma_cycles(
+    m: int,
+    n: int,
+    k: int,
+    tile: WgmmaTile,
+    multiprocessors: int,
+    operands: Operands,
+    groups: int = 1,
+    nbytes: int | None = None,
+    rates: Rates = PRODUCTS,
+) -> float:
+    """Estimated cycles of `groups` products in tiles of wgmma. `nbytes`: what they touch in memory, where that is not
+    just the matrices. The constants are fitted as those of `PRODUCTS`.
     """
-    slowdown, least_step, l2_rate, memory_rate = 0.93 + 55 / tile.n, 202, 67, 1294  # cycles; bytes a cycle, of the GPU
+    slowdown, least_step, l2_rate = rates.steady + rates.narrow / tile.n, 202, 67  # cycles; bytes a cycle
     epilogue, launch = 955 + 0.013 * tile.m * tile.n, 1920
     tiles = ceildiv(m, tile.m) * ceildiv(n, tile.n)
     steps = ceildiv(ceildiv(k * operands.itemsize, 128), tile.splits)
     # 128 bytes of k are half as many fp32 operands as halves, at half the rate.
-    step = max(slowdown * tile.m * tile.n * 64 / _WGMMA_RATE, (tile.m + tile.n) * 128 / l2_rate, least_step)
-    rounds = ceildiv(tiles, max(1, multiprocessors // tile.splits))  # tiles of the busiest block
+    # A row of a narrow panel is taken to cost the copy engine what one of 128 bytes costs (not measured).
+    rows = tile.m * 128 // tile.panel_bytes + tile.n
+    step = max(slowdown * tile.m * tile.n * 64 / _WGMMA_RATE, rows * 128 / l2_rate, least_step)
+    blocks = min(tiles, max(1, multiprocessors // (tile.splits * groups)))
+    waves = ceildiv(blocks * tile.splits * groups, multiprocessors)
+    rounds = waves * ceildiv(tiles, blocks)  # tiles of the busiest multiprocessor
     if tile.cooperative:
         time = rounds * (steps * step + 0.05 * epilogue)
     else:
@@ -215,4 +256,5 @@ def _wgmma_cycles(m: int, n: int, k: int, tile: WgmmaTile, multiprocessors: int,
         time = max(rounds * steps * step + epilogue, ceildiv(rounds, 2) * (steps * step + epilogue))
     if tile.splits > 1:
         time += _ARRIVAL + (tile.splits + 1) * tile.m * tile.n * 4 / _PARTIAL_RATE
-    return launch + hypot(time, operands.itemsize * (m * k + k * n + m * n) / memory_rate)
+    touched = nbytes or operands.itemsize * groups * (m * k + k * n + m * n)
+    return launch + hypot(time, touched / rates.memory)

@@ -120,6 +120,20 @@ def test_padding_node_becomes_the_padding() -> None:
     assert kinds(check(model(positive, values), IMAGE)) == {"Pool": 1, "Pointwise": 1}
 
 
+def test_padding_of_a_channels_last_image_becomes_the_padding() -> None:
+    """Also where a second reader needs it padded in another way, and stays with the node."""
+    values = weights(5) | {"pads": np.array([0, 1, 2, 0, 0, 2, 1, 0]), "zero": np.array(0.0)}
+    text = """(double[n,6,6,4] x) => (double[n,h,w,5] y) { p = Pad(x, pads, zero) t = Transpose<perm=[0,3,1,2]>(p)
+        v = Conv<pads=[1,0,0,1]>(t, k) y = Transpose<perm=[0,2,3,1]>(v) }"""
+    graph = check(model(text, values), {"x": random(2, 6, 6, 4)})
+    assert kinds(graph) == {"Conv": 1}
+    assert only(graph, ops.Conv).op.pads == ((2, 2), (2, 2))  # type: ignore[attr-defined]
+    both = text.replace("(double[n,h,w,5] y)", "(double[n,h,w,5] y, double[n,i,j,4] z)").replace(
+        "v = Conv", "m = MaxPool<kernel_shape=[2,2]>(t) z = Transpose<perm=[0,2,3,1]>(m) v = Conv"
+    )
+    assert kinds(check(model(both, values), {"x": random(2, 6, 6, 4)})) == {"Pad": 1, "Conv": 1, "Pool": 1}
+
+
 @pytest.mark.parametrize("pad", ["Pad(x, pads, one)", "Pad(x, channels, zero)", 'Pad<mode="edge">(x, pads)'])
 def test_other_paddings_stay(pad: str) -> None:
     values = weights(5) | {"pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]), "zero": np.array(0.0), "one": np.array(1.0),

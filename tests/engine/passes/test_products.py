@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from engine.ir import ops
+from engine.passes import Traits
 from tests.engine.passes.toolkit import check, kinds, model, only, random, views
 
 W = {
@@ -83,9 +84,38 @@ def test_windows_stay_in_the_order_that_what_comes_behind_the_product_needs() ->
     text = """(double[n,2,3,2,3,8] x) => (double[n,2,2,9,6] y) { e = Softmax(x)
         t = Transpose<perm=[0,1,3,2,4,5]>(e) r = Reshape(t, windows) m = MatMul(r, wa) y = Reshape(m, back) }"""
     weights = W | {"windows": np.array([-1, 9, 8]), "back": np.array([-1, 2, 2, 9, 6])}
-    graph = check(model(text, weights), {"x": random(2, 2, 3, 2, 3, 8)})
+    feeds = {"x": random(2, 2, 3, 2, 3, 8)}
+    graph = check(model(text, weights), feeds, traits=Traits())
     order = [type(node.op) for node in graph.nodes]
     assert order.index(ops.Transpose) < order.index(ops.Gemm)
+    # Where rows can be written in any order the product reads them as they lie.
+    graph = check(model(text, weights), feeds)
+    order = [type(node.op) for node in graph.nodes]
+    assert order.index(ops.Gemm) < order.index(ops.Transpose)
+    assert only(graph, ops.Gemm).output.order == (0, 1, 3, 2, 4, 5)
+
+
+SWIN = """(double[n,8,8,8] x) => (double[n,8,8,8] y) { e = Softmax(x) w = Reshape(e, windows)
+    t = Transpose<perm=[0,1,3,2,4,5]>(w) r = Reshape(t, rows) m = MatMul(r, w1) a = Add(m, b1) g = Tanh(a)
+    f = MatMul(g, w2) c = Add(f, b2) s = Reshape(c, apart) u = Transpose<perm=[0,1,3,2,4,5]>(s) v = Reshape(u, image)
+    z = Add(x, v) y = Softmax(z) }"""
+SWIN_WEIGHTS = {
+    "windows": np.array([-1, 2, 4, 2, 4, 8]), "rows": np.array([-1, 16, 8]), "apart": np.array([-1, 2, 2, 4, 4, 8]),
+    "image": np.array([-1, 8, 8, 8]), "w1": random(8, 24), "b1": random(24), "w2": random(24, 8), "b2": random(8),
+}  # fmt: skip
+
+
+def test_windows_of_an_image_are_written_where_they_belong() -> None:
+    """The residual is the product's, whose rows are windows; no view takes a copy."""
+    graph = check(model(SWIN, SWIN_WEIGHTS), {"x": random(2, 8, 8, 8)})
+    assert kinds(graph) == {"Softmax": 2, "Gemm": 2}
+    plain = check(model(SWIN, SWIN_WEIGHTS), {"x": random(2, 8, 8, 8)}, traits=Traits())
+    assert kinds(plain)["Gemm"] == 2
+
+
+def test_rows_with_a_bias_of_their_own_are_not_spread() -> None:
+    text = SWIN.replace("c = Add(f, b2)", "c = Add(f, own)").replace("b2", "own")
+    check(model(text, SWIN_WEIGHTS | {"own": random(16, 8)}), {"x": random(2, 8, 8, 8)})
 
 
 def test_heads_become_columns_and_rows_stay_apart() -> None:

@@ -204,3 +204,30 @@ def test_two_outputs_that_are_one_value() -> None:
     text = "(double[n] x) => (double[n] y, double[n] z) { y = Exp(x) z = Exp(x) }"
     graph = check(model(text), {"x": random(3)})
     assert only(graph, ops.Pointwise).output is graph.outputs[0] is graph.outputs[1]
+
+
+ROLLS = {
+    "forwards": ("a = Slice(x, three, far, one) b = Slice(x, zero, three, one)", 1),
+    "backwards": ("a = Slice(x, minus_two, far, one) b = Slice(x, zero, minus_two, one)", 1),
+    "too short": ("a = Slice(x, three, far, one) b = Slice(x, zero, two, one)", 0),
+    "the same way round": ("b = Slice(x, three, far, one) a = Slice(x, zero, three, one)", 0),
+}
+NUMBERS = {
+    name: np.array([value])
+    for name, value in {"zero": 0, "one": 1, "two": 2, "three": 3, "minus_two": -2, "far": 2**31}.items()
+}
+
+
+@pytest.mark.parametrize("case", ROLLS)
+def test_rolls_are_wrapped_paddings(case: str) -> None:
+    parts, count = ROLLS[case]
+    text = f"(double[n,7,4] x) => (double[n,k,4] y) {{ {parts} c = Concat<axis=1>(a, b) y = Relu(c) }}"
+    assert kinds(check(model(text, NUMBERS), {"x": random(2, 7, 4)}))["Pad"] == count
+
+
+def test_rolls_along_two_axes_are_one() -> None:
+    text = """(double[n,8,6,4] x) => (double[n,8,6,4] y) { a = Slice(x, three, far, one) b = Slice(x, zero, three, one)
+        c = Concat<axis=1>(a, b) d = Slice(c, minus_two, far, two) e = Slice(c, zero, minus_two, two)
+        f = Concat<axis=2>(d, e) y = Relu(f) }"""
+    graph = check(model(text, NUMBERS), {"x": random(2, 8, 6, 4)})
+    assert kinds(graph) == {"Pad": 1, "Pointwise": 1}

@@ -21,7 +21,7 @@ from engine.ir.printer import graph_text
 from engine.passes import PASSES, Traits
 from tests.engine import ir_interpreter
 
-TRAITS = Traits()
+TRAITS = Traits(permuted_rows=True)
 TOLERANCE = 1e-11  # relative L2; float64 on both sides, sums of at most a few hundred terms
 Arrays = Mapping[str, np.ndarray]
 Pass = Callable[[Graph, Traits], None]

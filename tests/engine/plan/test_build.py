@@ -86,6 +86,16 @@ def test_reshape_that_strides_cannot_express_is_copied_once() -> None:
     assert [step.op.name for step in plan.steps] == ["Pointwise", "Pointwise"]
 
 
+def test_two_readers_of_a_layout_share_the_copy() -> None:
+    x = Value("x", F32, (4, 6))
+    graph = graph_of(x)
+    (turned,) = graph.add(ops.Transpose((1, 0)), [x], "turned")
+    (a,) = graph.add(ops.Softmax(0), [turned], "a")
+    (b,) = graph.add(ops.Softmax(1), [turned], "b")
+    plan = check(finish(graph, a=a, b=b), {}, DenseOnly())
+    assert [step.op.name for step in plan.steps] == ["Pointwise", "Softmax", "Softmax"]
+
+
 @TARGETS
 def test_concat_parts_are_written_in_place(target: AnyLayout | DenseOnly) -> None:
     x = Value("x", F32, (BATCH, 3, 5))
@@ -99,6 +109,21 @@ def test_concat_parts_are_written_in_place(target: AnyLayout | DenseOnly) -> Non
     if isinstance(target, AnyLayout):
         # a, b, the copies of the input and of the output "j", y: `joined` lives inside `again`.
         assert len(plan.steps) == 5
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_patches_are_written_behind_a_token_in_place(batch: int) -> None:
+    """Through a reshape and a transposition; with one image the batch axis has another stride on that way."""
+    x = Value("x", F32, (BATCH, 3, 2, 2))
+    graph = graph_of(x)
+    (a,) = graph.add(relu(), [x], "a")
+    (flat,) = graph.add(ops.Reshape((BATCH, 3, 4)), [a], "flat")
+    (turned,) = graph.add(ops.Transpose((0, 2, 1)), [flat], "turned")
+    (token,) = graph.add(ops.Undefined((BATCH, 1, 3)), [turned], "token")
+    (joined,) = graph.add(ops.Concat(1), [token, turned], "joined")
+    (part,) = graph.add(ops.Slice((0, 1, 0), (BATCH, 4, 3), (1, 1, 1)), [joined], "part")
+    (y,) = graph.add(relu(), [part], "y")
+    assert len(check(finish(graph, y=y), {"batch": batch}).steps) == 2
 
 
 def test_growing_concats_share_one_buffer() -> None:

@@ -1,28 +1,41 @@
 // Attention for sm_90a: softmax(scale · q kᵀ + bias) v with fp16 or bf16 operands that the copy engine can read, fp32 sums; a bias is
-// one number a key. Persistent and warp-specialised: the last warpgroup keeps rings of tiles of q, k and v filled through TMA, and of the
-// biases beside k; CONSUMERS warpgroups own 64 queries each. Keys are taken KEYS at a time, from the last to
-// the first, with a running maximum and a running sum. Probabilities stay in registers, as operand A of the product with v. The
-// scores of a tile are computed while the probabilities of the one before meet v.
+// one number a key. Persistent and warp-specialised: the last warpgroup takes items (a tile of queries of one head) and keeps rings of
+// tiles of q, k and v filled through TMA, and of the biases beside k; CONSUMERS warpgroups own 64 queries each. Keys are taken KEYS at a
+// time, from the last to the first, with a running maximum and a running sum. Probabilities stay in registers, as operand A of the
+// product with v. The scores of a tile are computed while the probabilities of the one before meet v.
+// With a bias three warps of the last warpgroup share its work, so that no copy waits for a load: the scout takes items and finds out
+// which tiles of keys can matter, one item ahead; the copier starts copies; another brings the biases of the same tiles.
 // NOTES: what a warpgroup does to the rings must not depend on which one it is, or descriptors leave the uniform registers.
 // `Bias` comes from attention.py.
 #pragma once
 #include "epilogue/fragment.cuh"
 #include "epilogue/math.cuh"
+#include "ptx/arithmetic.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/grid.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/pack.cuh"
 #include "ptx/tma_outer.cuh"
 #include "ptx/wgmma_panels.cuh"
+#include "scheduler/counter.cuh"
 #include "scheduler/stamp.cuh"
 
 using Element = config::operand;
 constexpr int HEAD = config::head_padded, VALUE = config::value_padded, KEYS = config::keys;
-constexpr int CONSUMERS = config::consumers, QUERIES = 64 * CONSUMERS, STAGES = config::stages, Q_STAGES = 2;
-constexpr bool CAUSAL = config::causal, BIAS = config::bias;
+constexpr int CONSUMERS = config::consumers, QUERIES = 64 * CONSUMERS, STAGES = config::stages, Q_STAGES = config::q_stages;
+constexpr bool CAUSAL = config::causal, BIAS = config::bias, TURNS = config::turns && CONSUMERS > 1;
+// SKIPS: tiles of keys may be left out, which are then taken from the first to the last. SCOUT: items come from the scout; where a
+// block has one and nothing is skipped, each warp finds it by itself.
+constexpr bool SKIPS = config::skips, SCOUT = SKIPS || (BIAS && config::dynamic);
 constexpr int THREADS = 128 * (CONSUMERS + 1), WARPS = 4 * CONSUMERS;
 constexpr int PRODUCER_REGISTERS = config::producer_registers, CONSUMER_REGISTERS = config::consumer_registers;
-constexpr int GROUPS = CAUSAL ? 32 : 1;  // heads of a band, whose tiles are dealt from the longest to the shortest
+// Heads of a band, whose tiles of queries are dealt from the longest to the shortest, so that what comes last is short. Without a causal
+// mask all are alike, and those of a head stay together, because they read the same k and v.
+constexpr int GROUPS = CAUSAL ? config::band : 1;
+static_assert(!BIAS || KEYS % 32 == 0, "the lanes of a warp load the biases of a tile");
+static_assert(!SKIPS || (BIAS && !CAUSAL), "only biases tell what can be skipped, from the first tile on");
+constexpr float MASKED = 8192.0f;  // see `live_tiles`
+constexpr float GROWTH = 8.0f;  // by how many powers of two a maximum is exceeded before it is replaced (see `exponentials`)
 
 // A tile in shared memory: panels of up to 64 features, each of ROWS rows of ROW_BYTES.
 template <int ROWS, int FEATURES> struct Tile {
@@ -39,10 +52,11 @@ using QTile = Tile<QUERIES, HEAD>;
 using KTile = Tile<KEYS, HEAD>;
 using VTile = Tile<KEYS, VALUE>;
 
-// Shared memory: q tiles, rings of k and of v, the biases of each k, barriers. As in attention_wgmma.py.
+// Shared memory: q tiles, rings of k and of v, the biases of each k, the item of each q and the scout's, barriers. As in
+// attention_wgmma.py.
 constexpr int K_RING = Q_STAGES * QTile::BYTES, V_RING = K_RING + STAGES * KTile::BYTES, BIASES = V_RING + STAGES * VTile::BYTES;
-constexpr int BARRIERS = BIASES + STAGES * KEYS * 4;
-static_assert(BARRIERS + 8 * (2 * Q_STAGES + 4 * STAGES) == config::shared_bytes, "the host asks for tiles, biases and barriers");
+constexpr int ITEMS = BIASES + (BIAS ? STAGES * KEYS * 4 : 0), BARRIERS = ITEMS + 16 * (Q_STAGES + BIAS);
+static_assert(BARRIERS + 8 * (2 * (Q_STAGES + BIAS) + 4 * STAGES) == config::shared_bytes, "the host asks for tiles, biases, items and barriers");
 
 // A ring of tiles: which is `turn`'s, and the parity of its phase. A fresh barrier counts as completed in the phase before its first.
 template <int DEPTH> struct Ring {
@@ -58,128 +72,260 @@ template <int DEPTH> struct Ring {
   }
 };
 
-struct Item { u32 query0, head, batch, tiles; };  // a tile of queries of one head, and how many tiles of keys it meets
+// In units of log2. A finite bias stays finite, so that a row of equal, very negative ones is uniform, not empty.
+DEVICE float bias_log2(float bias) { return bias == -INFINITY ? bias : fmaxf(bias * 1.4426950408889634f, -1e38f); }
+
+DEVICE float key_bias(const Params& p, u32 batch, u32 head, u32 key) {
+  return key < p.keys ? bias_log2(Bias::at(p, batch, head, 0, key)) : -INFINITY;
+}
+
+// A tile of queries of one head (`group` counts batch and heads), how many tiles of keys it meets, and a bit for each of them where some
+// are skipped. The last of a block says that there is nothing more: it meets none; others meet one at least.
+struct alignas(16) Item { u32 query0, group, tiles, live; };
 
 DEVICE Item item_of(const Params& p, u32 index) {
   const u32 query_tiles = (p.queries + QUERIES - 1) / QUERIES, per_band = GROUPS * query_tiles;
   const u32 band = index / per_band, within = index - band * per_band, groups = min(static_cast<u32>(GROUPS), p.groups - band * GROUPS);
-  const u32 group = band * GROUPS + within % groups, query0 = (query_tiles - 1 - within / groups) * QUERIES;
-  const u32 batch = group / p.heads, keys = CAUSAL ? min(p.keys, query0 + QUERIES) : p.keys;
-  return {query0, group - batch * p.heads, batch, (keys + KEYS - 1) / KEYS};
+  const u32 query0 = (query_tiles - 1 - within / groups) * QUERIES, keys = CAUSAL ? min(p.keys, query0 + QUERIES) : p.keys;
+  return {query0, band * GROUPS + within % groups, (keys + KEYS - 1) / KEYS, 0};
 }
 
-// In units of log2. A finite bias stays finite, so that a row of equal, very negative ones is uniform, not empty.
-DEVICE float bias_log2(float bias) { return bias == -INFINITY ? bias : fmaxf(bias * 1.4426950408889634f, -1e38f); }
+// The tile of keys that an item takes next, which has `left` of them left.
+DEVICE u32 next_tile(Item& item, u32 left) {
+  if (!SKIPS) return left - 1;
+  const u32 tile = __ffs(item.live) - 1;
+  item.live &= item.live - 1;
+  return tile;
+}
 
-// The scores of a tile of keys become exponentials; `correction` is what earlier ones have to be multiplied with. MASKED: the tile has
-// keys that some query must not see.
-template <bool MASKED>
-DEVICE void exponentials(const Params& p, float (&s)[KEYS / 2], const float* biases, u32 key0, u32 query, float (&maximum)[2], float (&sum)[2], float (&correction)[2]) {
-  const u32 quad = threadIdx.x & 3;
-  float shift[2], highest[2] = {-INFINITY, -INFINITY};
+// The tiles of keys of an item that can matter, a bit each; up to 32. A tile does not matter where the largest of its biases lies so far
+// below the largest of all that its exponentials are 0 beside those of other keys: by MASKED powers of two, which the scores of a query
+// would have to differ by to make up for it. Called by a whole warp.
+DEVICE u32 live_tiles(const Params& p, const Item& item, u32 batch, u32 head) {
+  constexpr int LOADS = 8, TILES = 32 * LOADS / KEYS;  // in flight together
+  const u32 lane = threadIdx.x & 31;
+  float largest = -INFINITY;  // of tile `lane`
+#pragma unroll 1
+  for (u32 tile = 0; tile < item.tiles; tile += TILES) {
+    float bias[LOADS];
 #pragma unroll
-  for (int i = 0; i < KEYS / 2; ++i) {
-    const u32 column = i / 4 * 8 + quad * 2 + (i & 1), key = key0 + column;
-    if constexpr (BIAS) s[i] = fmaf(s[i], p.scale_log2, biases[column]);
-    if (MASKED && (key >= p.keys || (CAUSAL && key > query + (i & 2 ? 8 : 0)))) s[i] = -INFINITY;
-    highest[i >> 1 & 1] = fmaxf(highest[i >> 1 & 1], s[i]);
+    for (int i = 0; i < LOADS; ++i) bias[i] = key_bias(p, batch, head, tile * KEYS + 32 * i + lane);
+#pragma unroll
+    for (int t = 0; t < TILES; ++t) {
+      float m = bias[t * LOADS / TILES];
+#pragma unroll
+      for (int i = 1; i < LOADS / TILES; ++i) m = max_nan(m, bias[t * LOADS / TILES + i]);
+#pragma unroll
+      for (int distance = 16; distance > 0; distance /= 2) m = max_nan(m, __shfl_xor_sync(~0u, m, distance));
+      if (tile + t == lane) largest = m;
+    }
+  }
+  float all = largest;
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) all = max_nan(all, __shfl_xor_sync(~0u, all, distance));
+  // Of a difference that is not a number, and of none, nothing is known: with every key masked alike all tiles stay.
+  return __ballot_sync(~0u, !(all - largest >= MASKED)) & ~0u >> (32 - item.tiles);
+}
+
+// The tiles at the end of the item's that the 64 queries from `first_query` on see no key of; all where there is no query.
+DEVICE u32 hidden_tiles(const Params& p, const Item& item, u32 first_query) {
+  if (first_query >= p.queries) return item.tiles;
+  return CAUSAL ? item.tiles - (min(p.keys, first_query + 64) + KEYS - 1) / KEYS : 0;
+}
+
+// The scores of a tile of keys become exponentials. A maximum stays while no lane of the warp exceeds it by more than GROWTH: exponentials
+// and their sum may then be 2^GROWTH too large alike. True where it was replaced: what was summed up before has to be multiplied
+// with `correction`. `masked`: the tile has keys that some query must not see.
+DEVICE bool exponentials(
+    const Params& p, float (&s)[KEYS / 2], const float* biases, bool masked, u32 key0, u32 query, float (&maximum)[2], float (&sum)[2],
+    float (&correction)[2]) {
+  const u32 quad = threadIdx.x & 3;
+  if constexpr (BIAS) {
+#pragma unroll
+    for (int i = 0; i < KEYS / 2; ++i) s[i] = fmaf(s[i], p.scale_log2, biases[i / 4 * 8 + quad * 2 + (i & 1)]);
+  }
+  if (masked) {
+    // Keys that the lane's first query sees, counted from its first column of the tile; of the other it sees 8 more.
+    const u32 end = CAUSAL ? min(p.keys, query + 1) : p.keys, lower_end = CAUSAL ? min(p.keys, query + 9) : p.keys;
+    const int seen = static_cast<int>(end - key0 - quad * 2), lower_seen = static_cast<int>(lower_end - key0 - quad * 2);
+#pragma unroll
+    for (int i = 0; i < KEYS / 2; ++i)
+      if (i / 4 * 8 + (i & 1) >= (i & 2 ? lower_seen : seen)) s[i] = -INFINITY;
   }
   // Without a bias the scale, which is positive, meets the scores in the exponential only.
   const float scale = BIAS ? 1.0f : p.scale_log2;
+  float highest[2], shift[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    float m = highest[h];
-    m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
-    m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
-    m = fmaxf(m, maximum[h]);
-    shift[h] = m == -INFINITY ? 0.0f : m * scale;  // a row masked so far: every exponential is then 0, not NaN
-    correction[h] = exp2_approx(fmaf(maximum[h], scale, -shift[h]));
-    maximum[h] = m;
-    sum[h] *= correction[h];
+    highest[h] = fmaxf(s[2 * h], s[2 * h + 1]);
+#pragma unroll
+    for (int i = 4; i < KEYS / 2; i += 4) highest[h] = fmaxf(highest[h], fmaxf(s[i + 2 * h], s[i + 2 * h + 1]));
+    highest[h] = fmaxf(highest[h], __shfl_xor_sync(~0u, highest[h], 1));
+    highest[h] = fmaxf(highest[h], __shfl_xor_sync(~0u, highest[h], 2));
   }
+  const auto shift_of = [&](float m) { return m == -INFINITY ? 0.0f : m * scale; };  // of a row masked so far every exponential is 0, not NaN
+  const bool grown = __any_sync(~0u, (highest[0] - maximum[0]) * scale > GROWTH || (highest[1] - maximum[1]) * scale > GROWTH);
+  if (grown) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float m = fmaxf(maximum[h], highest[h]);
+      correction[h] = exp2_approx(fmaf(maximum[h], scale, -shift_of(m)));
+      maximum[h] = m;
+      sum[h] *= correction[h];
+    }
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) shift[h] = shift_of(maximum[h]);
 #pragma unroll
   for (int i = 0; i < KEYS / 2; ++i) {
     s[i] = exp2_approx(BIAS ? s[i] - shift[i >> 1 & 1] : fmaf(s[i], scale, -shift[i >> 1 & 1]));
     sum[i >> 1 & 1] += s[i];
   }
+  return grown;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 base = shared_address(shared), barriers = base + BARRIERS;
   const Ring<Q_STAGES> q_ring{base, QTile::BYTES, barriers, barriers + 8 * Q_STAGES};
-  const u32 kv_barriers = barriers + 16 * Q_STAGES;
+  const Ring<1> scouted{0, 0, barriers + 16 * Q_STAGES, barriers + 16 * Q_STAGES + 8};  // the item behind those of q
+  const u32 kv_barriers = barriers + 16 * (Q_STAGES + BIAS);
   const Ring<STAGES> k_ring{base + K_RING, KTile::BYTES, kv_barriers, kv_barriers + 8 * STAGES};
   const Ring<STAGES> v_ring{base + V_RING, VTile::BYTES, kv_barriers + 16 * STAGES, kv_barriers + 24 * STAGES};
   float* const biases = reinterpret_cast<float*>(shared + BIASES);
+  Item* const items = reinterpret_cast<Item*>(shared + ITEMS);
   const u32 warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) {
     prefetch_tensor_map(p.map_q);
     prefetch_tensor_map(p.map_k);
     prefetch_tensor_map(p.map_v);
     for (int i = 0; i < Q_STAGES; ++i) {
-      barrier_init(q_ring.full + 8 * i, 1);
+      barrier_init(q_ring.full + 8 * i, 2);  // the item is known, and q has landed
       barrier_init(q_ring.empty + 8 * i, WARPS);
     }
     for (int i = 0; i < STAGES; ++i) {
-      barrier_init(k_ring.full + 8 * i, BIAS ? 2 : 1);
+      barrier_init(k_ring.full + 8 * i, 1 + BIAS);
       barrier_init(k_ring.empty + 8 * i, WARPS);
       barrier_init(v_ring.full + 8 * i, 1);
       barrier_init(v_ring.empty + 8 * i, WARPS);
+    }
+    if constexpr (BIAS) {
+      barrier_init(scouted.full, 1);
+      barrier_init(scouted.empty, 2);  // the copier and the warp of the biases
     }
     barrier_init_fence();
   }
   __syncthreads();
   let_next_kernel_start();
-  wait_for_previous_kernel();
-  stamp_begin(p.stamp);
 
-  const u32 items = (p.queries + QUERIES - 1) / QUERIES * p.groups;
   u32 turn = 0, q_turn = 0;  // of the rings
   if (warpgroup == CONSUMERS) {
     give_registers<PRODUCER_REGISTERS>();
-    // A warp each for q and k, for v and for biases: few registers are left to them.
     const u32 warp = threadIdx.x / 32 & 3, lane = threadIdx.x & 31;
+    const u32 end = (p.queries + QUERIES - 1) / QUERIES * p.groups;
+    u32 index = blockIdx.x;
+    const Item first = item_of(p, index);
+    wait_for_previous_kernel();
+    // The next item, for the copier and the warp of the biases. Without a scout the one behind it is asked for at once.
+    const auto take = [&](u32 item_turn) -> Item {
+      if constexpr (SCOUT) {
+        scouted.wait_full(item_turn);
+        return items[Q_STAGES];
+      }
+      if (index >= end) return {};
+      const Item item = item_turn == 0 ? first : item_of(p, index);
+      index = item_after<config::dynamic>(p, index);
+      return item;
+    };
     if (warp == 0 && lane == 0) {
-      for (u32 index = blockIdx.x; index < items; index += gridDim.x, ++q_turn) {
-        const Item item = item_of(p, index);
-        q_ring.wait_empty(q_turn);
+      const auto copy_q = [&](const Item& item) {
+        const u32 batch = item.group / p.heads, head = item.group - batch * p.heads;
         barrier_arrive_expect(q_ring.landed(q_turn), QTile::BYTES);
-        QTile::copy(q_ring.tile(q_turn), p.map_q, q_ring.landed(q_turn), item.query0, item.head, item.batch * p.q_batches);
-        const u32 head = item.head / p.heads_per_k, batch = item.batch * p.k_batches;
-        for (u32 tile = item.tiles; tile-- > 0; ++turn) {
-          k_ring.wait_empty(turn);
-          barrier_arrive_expect(k_ring.landed(turn), KTile::BYTES);
-          KTile::copy(k_ring.tile(turn), p.map_k, k_ring.landed(turn), tile * KEYS, head, batch);
+        QTile::copy(q_ring.tile(q_turn), p.map_q, q_ring.landed(q_turn), item.query0, head, batch * p.q_batches);
+      };
+      const auto copy_keys = [&](const Item& item, u32 tile) {
+        const u32 batch = item.group / p.heads, head = item.group - batch * p.heads;
+        k_ring.wait_empty(turn);
+        barrier_arrive_expect(k_ring.landed(turn), KTile::BYTES);
+        KTile::copy(k_ring.tile(turn), p.map_k, k_ring.landed(turn), tile * KEYS, head / p.heads_per_k, batch * p.k_batches);
+        v_ring.wait_empty(turn);
+        barrier_arrive_expect(v_ring.landed(turn), VTile::BYTES);
+        VTile::copy(v_ring.tile(turn), p.map_v, v_ring.landed(turn), tile * KEYS, head / p.heads_per_v, batch * p.v_batches);
+        ++turn;
+      };
+      for (;; ++q_turn) {
+        const bool begun = SKIPS && q_turn == 0;  // the block's first item does not wait for the scout, nor does its first tile of keys
+        if (begun) {
+          copy_q(first);
+          copy_keys(first, 0);
         }
-      }
-    } else if (warp == 1 && lane == 0) {
-      for (u32 index = blockIdx.x; index < items; index += gridDim.x) {
-        const Item item = item_of(p, index);
-        const u32 head = item.head / p.heads_per_v, batch = item.batch * p.v_batches;
-        for (u32 tile = item.tiles; tile-- > 0; ++turn) {
-          v_ring.wait_empty(turn);
-          barrier_arrive_expect(v_ring.landed(turn), VTile::BYTES);
-          VTile::copy(v_ring.tile(turn), p.map_v, v_ring.landed(turn), tile * KEYS, head, batch);
+        Item item = take(q_turn);
+        if constexpr (SCOUT) barrier_arrive(scouted.empty);
+        q_ring.wait_empty(q_turn);
+        items[q_turn % Q_STAGES] = item;
+        barrier_arrive(q_ring.landed(q_turn));
+        if (item.tiles == 0) {
+          barrier_arrive(q_ring.landed(q_turn));
+          break;
         }
-      }
-    } else if (BIAS && warp == 2) {
-      for (u32 index = blockIdx.x; index < items; index += gridDim.x) {
-        const Item item = item_of(p, index);
-        for (u32 tile = item.tiles; tile-- > 0; ++turn) {
-          k_ring.wait_empty(turn);
+        if (begun) next_tile(item, item.tiles--);
+        else copy_q(item);
 #pragma unroll 1
-          for (u32 local = lane; local < KEYS; local += 32) {
-            const u32 key = tile * KEYS + local;
-            biases[turn % STAGES * KEYS + local] = key < p.keys ? bias_log2(Bias::at(p, item.batch, item.head, 0, key)) : -INFINITY;
-          }
+        for (u32 left = item.tiles; left > 0; --left) copy_keys(item, next_tile(item, left));
+      }
+      if (!SCOUT) no_more_items<config::dynamic>(p);
+    }
+    if (BIAS && warp == 1) {
+#pragma unroll 1
+      for (;; ++q_turn) {
+        Item item = take(q_turn);
+        if constexpr (SCOUT) scouted.leave(q_turn);
+        if (item.tiles == 0) break;
+        const u32 batch = item.group / p.heads, head = item.group - batch * p.heads;
+#pragma unroll 1
+        for (u32 left = item.tiles; left > 0; --left, ++turn) {
+          const u32 tile = next_tile(item, left);
+          float bias[KEYS / 32];
+#pragma unroll
+          for (int i = 0; i < KEYS / 32; ++i) bias[i] = key_bias(p, batch, head, tile * KEYS + 32 * i + lane);
+          k_ring.wait_empty(turn);
+#pragma unroll
+          for (int i = 0; i < KEYS / 32; ++i) biases[turn % STAGES * KEYS + 32 * i + lane] = bias[i];
           __syncwarp();
           if (lane == 0) barrier_arrive(k_ring.landed(turn));
         }
       }
     }
+    if (SCOUT && warp == 2) {
+#pragma unroll 1
+      for (u32 item_turn = 0;; ++item_turn) {
+        // An item is taken only when the one before it has been begun: who takes them too early leaves others without.
+        scouted.wait_empty(item_turn);
+        if (item_turn > 0) {
+          u32 next = 0;
+          if (lane == 0) next = item_after<config::dynamic>(p, index);
+          index = __shfl_sync(~0u, next, 0);
+        }
+        Item item = first;
+        if (item_turn > 0) item = index < end ? item_of(p, index) : Item{};
+        if (SKIPS && item.tiles > 0) {
+          const u32 batch = item.group / p.heads;
+          item.live = live_tiles(p, item, batch, item.group - batch * p.heads);
+          if (item_turn == 0) item.live |= 1;  // already under way
+          item.tiles = __popc(item.live);
+        }
+        if (lane == 0) {
+          items[Q_STAGES] = item;
+          barrier_arrive(scouted.full);
+        }
+        if (item.tiles == 0) break;
+      }
+      if (lane == 0) no_more_items<config::dynamic>(p);
+    }
   } else {
     take_registers<CONSUMER_REGISTERS>();
+    wait_for_previous_kernel();
+    stamp_begin(p.stamp);
     const u32 local_row = threadIdx.x / 32 % 4 * 16 + (threadIdx.x & 31) / 4;  // of the warpgroup's 64, and the one 8 below
     float s[KEYS / 2], out[VALUE / 2];
     u32 probabilities[KEYS / 4];
@@ -206,65 +352,93 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
       for (int i = 0; i < KEYS / 4; ++i) probabilities[i] = pack_pair<Element>(s[2 * i], s[2 * i + 1]);
     };
 
-    for (u32 index = blockIdx.x; index < items; index += gridDim.x, ++q_turn) {
-      const Item item = item_of(p, index);
-      const u32 query = item.query0 + 64 * warpgroup + local_row;
-      float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {}, correction[2];
-      q_ring.wait_full(q_turn);
-      const u64 q = panel_descriptor<QTile::ROW_BYTES>(q_ring.tile(q_turn) + warpgroup * 64 * QTile::ROW_BYTES, QTile::PITCH);
-      const auto soften = [&](u32 tile, u32 turn, bool ragged) {
-        const float* b = biases + turn % STAGES * KEYS;
-        const u32 key0 = tile * KEYS;
-        if (ragged || (CAUSAL && key0 + KEYS > item.query0)) exponentials<true>(p, s, b, key0, query, maximum, sum, correction);
-        else exponentials<false>(p, s, b, key0, query, maximum, sum, correction);
-      };
+    // Consumers take turns to start products, so that one computes exponentials while another multiplies.
+    const auto take_turn = [&] { if constexpr (TURNS) meet_at<256>(1 + warpgroup); };
+    const auto pass_turn = [&] { if constexpr (TURNS) pass_by<256>(warpgroup + 1 == CONSUMERS ? 1 : 2 + warpgroup); };
+    if (TURNS && warpgroup == CONSUMERS - 1) pass_by<256>(1);
 
-      k_ring.wait_full(turn);
-      begin_scores(q, turn);
-      wgmma_wait<0>();
-      wgmma_settle(s);
-      soften(item.tiles - 1, turn, !BIAS && item.tiles * KEYS > p.keys);  // a bias hides the keys past the end itself
-      k_ring.leave(turn);
-      round_probabilities();
-      for (u32 tile = item.tiles - 1; tile-- > 0; ++turn) {
-        k_ring.wait_full(turn + 1);
-        begin_scores(q, turn + 1);
-        v_ring.wait_full(turn);
-        begin_values(turn, tile + 2 == item.tiles);
-        wgmma_wait<1>();
+    for (;; ++q_turn) {
+      q_ring.wait_full(q_turn);
+      Item item = items[q_turn % Q_STAGES];
+      item = {__shfl_sync(~0u, item.query0, 0), __shfl_sync(~0u, item.group, 0), __shfl_sync(~0u, item.tiles, 0), 0};
+      if (item.tiles == 0) break;
+      const u32 first_query = item.query0 + 64 * warpgroup, query = first_query + local_row, hidden = hidden_tiles(p, item, first_query);
+#pragma unroll 1
+      for (u32 i = 0; i < hidden; ++i) {
+        k_ring.wait_full(turn + i);
+        take_turn();
+        pass_turn();
+        k_ring.leave(turn + i);
+        v_ring.wait_full(turn + i);
+        v_ring.leave(turn + i);
+      }
+      if (hidden < item.tiles) {
+        float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {}, correction[2];
+        const u64 q = panel_descriptor<QTile::ROW_BYTES>(q_ring.tile(q_turn) + warpgroup * 64 * QTile::ROW_BYTES, QTile::PITCH);
+        const u32 last = turn + item.tiles - 1;
+        // The tile of `t`, a turn.
+        const auto soften = [&](u32 t) {
+          const u32 key0 = (last - t) * KEYS;
+          // A bias hides the keys past the end itself.
+          const bool masked = (!BIAS && key0 + KEYS > p.keys) || (CAUSAL && key0 + KEYS > first_query + 1);
+          return exponentials(p, s, biases + t % STAGES * KEYS, masked, key0, query, maximum, sum, correction);
+        };
+        const u32 first = turn + hidden;
+        k_ring.wait_full(first);
+        take_turn();
+        begin_scores(q, first);
+        pass_turn();
+        wgmma_wait<0>();
         wgmma_settle(s);
-        soften(tile, turn + 1, false);
-        k_ring.leave(turn + 1);
+        if constexpr (!BIAS) k_ring.leave(first);
+        soften(first);
+        if constexpr (BIAS) k_ring.leave(first);  // a place of the ring has the biases of its keys, too
+        round_probabilities();
+#pragma unroll 1
+        for (u32 t = first + 1; t <= last; ++t) {
+          k_ring.wait_full(t);
+          take_turn();
+          begin_scores(q, t);
+          v_ring.wait_full(t - 1);
+          begin_values(t - 1, t == first + 1);
+          pass_turn();
+          wgmma_wait<1>();
+          wgmma_settle(s);
+          if constexpr (!BIAS) k_ring.leave(t);
+          const bool grown = soften(t);
+          if constexpr (BIAS) k_ring.leave(t);
+          wgmma_wait<0>();
+          wgmma_settle(out);
+          wgmma_keep(probabilities);
+          v_ring.leave(t - 1);
+          if (grown) {
+#pragma unroll
+            for (int i = 0; i < VALUE / 2; ++i) out[i] *= correction[i >> 1 & 1];
+          }
+          round_probabilities();
+        }
+        v_ring.wait_full(last);
+        begin_values(last, first == last);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
+          sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
+          // With every key masked 0 / 0 gives the NaN that the softmax gives, unless the operator asks for zeros.
+          sum[h] = config::masked_rows_zero && sum[h] == 0.0f ? 0.0f : 1.0f / sum[h];
+        }
         wgmma_wait<0>();
         wgmma_settle(out);
         wgmma_keep(probabilities);
-        v_ring.leave(turn);
+        v_ring.leave(last);
+        q_ring.leave(q_turn);
 #pragma unroll
-        for (int i = 0; i < VALUE / 2; ++i) out[i] *= correction[i >> 1 & 1];
-        round_probabilities();
+        for (int i = 0; i < VALUE / 2; ++i) out[i] *= sum[i >> 1 & 1];
+        emit_fragment<Epilogue, VALUE / 8, 2>(p, out, item.group * p.queries, query, p.queries, 0, p.value_size);
+      } else {
+        q_ring.leave(q_turn);
       }
-      q_ring.leave(q_turn);
-      v_ring.wait_full(turn);
-      begin_values(turn, item.tiles == 1);
-      wgmma_wait<0>();
-      wgmma_settle(out);
-      wgmma_keep(probabilities);
-      v_ring.leave(turn);
-      ++turn;
-
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
-        sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
-        // With every key masked 0 / 0 gives the NaN that the softmax gives, unless the operator asks for zeros.
-        const float scale = config::masked_rows_zero && sum[h] == 0.0f ? 0.0f : 1.0f / sum[h];
-#pragma unroll
-        for (int i = 0; i < VALUE / 2; ++i)
-          if ((i >> 1 & 1) == h) out[i] *= scale;
-      }
-      const u32 group = item.batch * p.heads + item.head;
-      emit_fragment<Epilogue, VALUE / 8, 2>(p, out, group * p.queries, query, p.queries, 0, p.value_size);
+      turn += item.tiles;
     }
   }
-  stamp_end(p.stamp);
+  stamp_end(p.stamp, threadIdx.x % 128 == 0);  // the producer is through long before the consumers
 }

@@ -1,117 +1,14 @@
-// Matrix product for sm_90a: a[m, k] · b[n, k]ᵀ, operands of fp16, bf16 or tf32 (fp32 that the copy engine rounds) that it can
-// read, fp32 accumulation.
-// Persistent and warp-specialised: one thread keeps a ring of STAGES tiles filled through TMA for two consumer warpgroups.
-// These take output tiles in turn (ping-pong), so that one multiplies while the other runs its epilogue; or, COOPERATIVE, each
-// takes half the rows of every tile, which is faster where a block has a single tile, and allows wider ones.
+// Matrix product for sm_90a (mma/wgmma_pipeline.cuh) of operands that the copy engine can read as they lie.
 #pragma once
-#include "epilogue/fragment.cuh"
-#include "ptx/barrier.cuh"
-#include "ptx/grid.cuh"
-#include "ptx/memory.cuh"
-#include "ptx/tma.cuh"
-#include "scheduler/split_k.cuh"
-#include "scheduler/stamp.cuh"
-#include "scheduler/tiles.cuh"
+#include "mma/wgmma_pipeline.cuh"
 
-using Element = config::operand;
-constexpr int TILE_M = config::tile_m, TILE_N = config::tile_n, TILE_K = 128 / sizeof(Element), STAGES = config::stages;
-constexpr bool COOPERATIVE = config::cooperative, SPLIT = config::split;  // SPLIT: blocks along the grid's y share k
-constexpr int CONSUMERS = 2, CONSUMER_M = COOPERATIVE ? TILE_M / CONSUMERS : TILE_M;
-constexpr int PARTS = CONSUMER_M / 64;  // one instruction covers 64 rows
-// Rows of 32 columns whose epilogue operands fit the registers beside the accumulators.
-constexpr int AHEAD = PARTS * TILE_N <= 128 ? TILE_N / 16 : PARTS * TILE_N <= 256 ? 4 : 1;
-constexpr int THREADS = 128 * (1 + CONSUMERS);
-constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
-// A block starts with 168 registers for each of its 384 threads; asking for more than these in all waits for ever.
-static_assert(128 * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS) <= 168 * THREADS, "");
-
-constexpr int A_BYTES = TILE_M * 128, B_BYTES = TILE_N * 128, STAGE_BYTES = A_BYTES + B_BYTES;
-constexpr int BARRIERS = STAGES * STAGE_BYTES;  // full[STAGES], empty[STAGES], turn[CONSUMERS]
-static_assert(BARRIERS + 8 * (2 * STAGES + CONSUMERS) == config::shared_bytes, "the host asks for ring and barriers");
-static_assert(A_BYTES % 1024 == 0 && B_BYTES % 1024 == 0, "operands start at a swizzle atom");
-
-extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Params p) {
-  extern __shared__ __align__(1024) u8 shared[];
-  const u32 ring = shared_address(shared);
-  const u32 full = ring + BARRIERS, empty = full + 8 * STAGES, turn = empty + 8 * STAGES;
-  const u32 warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  if (threadIdx.x == 0) {
-    prefetch_tensor_map(p.map_a);
-    prefetch_tensor_map(p.map_b);
-    for (int i = 0; i < 2 * STAGES + CONSUMERS; ++i)
-      barrier_init(full + 8 * i, COOPERATIVE && i >= STAGES && i < 2 * STAGES ? CONSUMERS : 1);
-    barrier_init_fence();
+struct RowLoad {
+  static constexpr int UNROLL = 4, AHEAD = PARTS * TILE_N <= 128 ? TILE_N / 16 : PARTS * TILE_N <= 256 ? 4 : 1;
+  u32 row;
+  DEVICE RowLoad(const Params&, u32 row, u32) : row(row) {}
+  DEVICE void operator()(const Params& p, u32 destination, u32 barrier, u32 step) {
+    copy_box(destination, p.map_a, barrier, step * TILE_K, row);
   }
-  __syncthreads();
-  let_next_kernel_start();
-  wait_for_previous_kernel();
-  stamp_begin(p.stamp);
+};
 
-  const u32 tiles_m = (p.m + TILE_M - 1) / TILE_M, tiles_n = (p.n + TILE_N - 1) / TILE_N, tiles = tiles_m * tiles_n;
-  // The blocks that share tiles take as many steps each; beyond k they read zeros.
-  const u32 splits = splits_of<SPLIT>(p), steps = ((p.k + TILE_K - 1) / TILE_K + splits - 1) / splits;
-  if (warpgroup == 0) {
-    give_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x == 0) {
-      u32 stage = 0, parity = 1;  // a fresh barrier counts as completed in the phase before its first
-      for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
-        const TileIndex tile = tile_of<16>(t, tiles_m, tiles_n);
-        for (u32 step = blockIdx.y * steps; step < (blockIdx.y + 1) * steps; ++step) {
-          const u32 a = ring + stage * STAGE_BYTES, landed = full + 8 * stage;
-          barrier_wait(empty + 8 * stage, parity);
-          barrier_arrive_expect(landed, STAGE_BYTES);
-          copy_box(a, p.map_a, landed, step * TILE_K, tile.m * TILE_M);
-          copy_box(a + A_BYTES, p.map_b, landed, step * TILE_K, tile.n * TILE_N);
-          if (++stage == STAGES) { stage = 0; parity ^= 1; }
-        }
-      }
-    }
-  } else {
-    take_registers<CONSUMER_REGISTERS>();
-    const u32 consumer = warpgroup - 1, lane = threadIdx.x & 31, warp = threadIdx.x / 32 & 3;
-    const bool leader = threadIdx.x % 128 == 0;
-    const u32 row0 = COOPERATIVE ? consumer * CONSUMER_M : 0;  // within the tile
-    const u64 a0 = operand_descriptor(ring + row0 * 128), b0 = operand_descriptor(ring + A_BYTES);
-    constexpr u32 TURNS = COOPERATIVE ? 1 : CONSUMERS;
-    u32 ordinal = COOPERATIVE ? 0 : consumer;  // of this block's tiles
-    for (u32 t = blockIdx.x + ordinal * gridDim.x; t < tiles; t += TURNS * gridDim.x, ordinal += TURNS) {
-      u32 stage = ordinal * steps % STAGES, parity = ordinal * steps / STAGES & 1, previous = stage;
-      // A barrier's parity says nothing two phases later: wait until the other consumer is through with the stages before.
-      if (!COOPERATIVE && ordinal > 0) barrier_wait(turn + 8 * consumer, (ordinal - 1) / CONSUMERS & 1);
-
-      float d[PARTS][TILE_N / 2];
-      for (u32 step = 0; step < steps; ++step) {
-        barrier_wait(full + 8 * stage, parity);
-        const u64 offset = stage * (STAGE_BYTES >> 4);
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 128 / 32; ++k)  // an instruction takes 32 bytes of k
-#pragma unroll
-          for (int i = 0; i < PARTS; ++i) wgmma<TILE_N, Element>(d[i], a0 + offset + 512 * i + 2 * k, b0 + offset + 2 * k, step | k);
-        wgmma_commit();
-        if (step > 0) {
-          wgmma_wait<1>();
-          if (leader) barrier_arrive(empty + 8 * previous);
-        }
-        previous = stage;
-        if (++stage == STAGES) { stage = 0; parity ^= 1; }
-      }
-      if (!COOPERATIVE && leader) barrier_arrive(turn + 8 * (consumer ^ 1));
-      wgmma_wait<0>();
-      if (leader) barrier_arrive(empty + 8 * previous);
-      const TileIndex tile = tile_of<16>(t, tiles_m, tiles_n);
-      if constexpr (SPLIT) {
-#pragma unroll
-        for (int i = 0; i < PARTS; ++i) wgmma_settle(d[i]);
-        const u32 share = COOPERATIVE ? CONSUMERS * t + consumer : t;
-        if (!add_splits<SPLIT>(p, d, 4 * share + warp, blockIdx.y)) continue;
-      }
-#pragma unroll
-      for (int i = 0; i < PARTS; ++i) {
-        if constexpr (!SPLIT) wgmma_settle(d[i]);
-        emit_fragment<Epilogue, TILE_N / 8, AHEAD>(p, d[i], 0, tile.m * TILE_M + row0 + 64 * i + 16 * warp + lane / 4, p.m, tile.n * TILE_N, p.n);
-      }
-    }
-  }
-  stamp_end(p.stamp);
-}
+extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Params p) { run_pipeline<RowLoad>(p); }

@@ -1,6 +1,7 @@
 // Layer, RMS and L2 norm, softmax and its logarithm of rows that fit in registers. A row stays with its group of threads (part
 // of a warp, a warp, or the block): read once through the prologue, reduced exactly (the variance around the mean), written
-// once through the epilogue. A row is `steps` pieces of `columns` neighbouring elements.
+// once through the epilogue. A row is `steps` pieces of `columns` neighbouring elements. All loads are under way at once: what lies
+// beyond the row is replaced by its beginning, so that no load waits for a comparison.
 #pragma once
 #include "epilogue/access.cuh"
 #include "epilogue/math.cuh"
@@ -10,6 +11,7 @@
 #include "scheduler/statistic.cuh"
 
 constexpr int GROUP = config::threads_per_row, CHUNKS = config::chunks, ROWS = config::threads / GROUP;
+constexpr bool AHEAD = CHUNKS * sizeof(Value) <= 16;  // registers hold what the epilogue reads beside the row
 static_assert(GROUP <= 32 || ROWS == 1, "a row belongs to a part of a warp or to the block");
 
 struct Place { u32 row, column, count; };  // of WIDTH elements; count 0: beyond the row
@@ -41,10 +43,25 @@ extern "C" __global__ void __launch_bounds__(config::threads, 1) kernel(const __
         if (j < count) visit(v[i][j]);
     }
   };
+  // A place of the row even where `at` is beyond it.
+  const auto within = [&](Place at) {
+    if (at.count > 0) return at;
+    return Place{config::stepped ? row * p.steps : row, 0, min(static_cast<u32>(WIDTH), p.columns)};
+  };
+  const auto rows = Prologue::at(p, config::stepped ? row * p.steps : row);  // looked up once
 #pragma unroll
   for (int i = 0; i < CHUNKS; ++i) {
-    const Place at = place(i);
-    if (at.count > 0) Prologue::load(p, at.row, at.column, at.count, v[i]);
+    const Place at = within(place(i));
+    if constexpr (config::stepped) Prologue::load(p, at.row, at.column, at.count, v[i]);
+    else Prologue::load(p, rows, at.column, at.count, v[i]);
+  }
+  typename Epilogue::Inputs inputs[AHEAD ? CHUNKS : 1];
+  if constexpr (AHEAD) {
+#pragma unroll
+    for (int i = 0; i < CHUNKS; ++i) {
+      const Place at = within(place(i));
+      inputs[i] = Epilogue::fetch(p, at.row, at.column, at.count);
+    }
   }
 
   Value shift = 0, sum = 0;
@@ -66,7 +83,10 @@ extern "C" __global__ void __launch_bounds__(config::threads, 1) kernel(const __
 #pragma unroll
   for (int i = 0; i < CHUNKS; ++i) {
     const Place at = place(i);
-    if (at.count > 0 && index < p.rows) Epilogue::store(p, at.row, at.column, at.count, v[i]);
+    if (at.count > 0 && index < p.rows) {
+      if constexpr (AHEAD) Epilogue::store(p, at.row, at.column, at.count, v[i], inputs[i]);
+      else Epilogue::store(p, at.row, at.column, at.count, v[i]);
+    }
   }
   stamp_end(p.stamp);
 }

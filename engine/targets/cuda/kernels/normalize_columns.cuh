@@ -55,6 +55,8 @@ template <class PARAMS> DEVICE void run(const PARAMS& p) {
   const u32 column = ((tile - row_tile * p.column_tiles) * COLUMN_THREADS + lane) * WIDTH;
   const u32 width = kept < p.kept_rows && column < p.columns ? min(static_cast<u32>(WIDTH), p.columns - column) : 0;
   const u32 begin = split * p.per_split, end = width > 0 ? min(begin + p.per_split, p.steps) : 0;
+  // Of this thread: a loop that counts them is unrolled with its loads side by side, which one that compares places is not.
+  const u32 own = begin + share < end ? (end - begin - share + ROW_THREADS - 1) / ROW_THREADS : 0;
 
   Value shift[WIDTH], sum[WIDTH], count = 0;
 #pragma unroll
@@ -75,7 +77,8 @@ template <class PARAMS> DEVICE void run(const PARAMS& p) {
     }
   } else {
 #pragma unroll 4
-    for (u32 step = begin + share; step < end; step += ROW_THREADS) {
+    for (u32 i = 0; i < own; ++i) {
+      const u32 step = begin + share + i * ROW_THREADS;
       Value v[WIDTH];
       Prologue::load(p, kept * p.steps + step, column, width, v);
       count += Value(1);
@@ -91,7 +94,8 @@ template <class PARAMS> DEVICE void run(const PARAMS& p) {
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) scaling[i] = scaling_of(p, shift[i], sum[i]);
 #pragma unroll 2
-    for (u32 step = begin + share; step < end; step += ROW_THREADS) {
+    for (u32 i = 0; i < own; ++i) {
+      const u32 step = begin + share + i * ROW_THREADS;
       Value v[WIDTH];
       Prologue::load(p, kept * p.steps + step, column, width, v);
 #pragma unroll

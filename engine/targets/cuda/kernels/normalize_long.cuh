@@ -14,8 +14,11 @@ template <class PARAMS> DEVICE void run(const PARAMS& p) {
   const u32 row = blockIdx.x / p.splits, split = blockIdx.x - row * p.splits;
   const u32 begin = split * p.per_split, end = min(begin + p.per_split, p.steps * p.chunks);
   const auto each = [&](auto&& visit) {
+    // A loop that counts is unrolled with its loads side by side, which one that compares places is not.
+    const u32 own = begin + threadIdx.x < end ? (end - begin - threadIdx.x + THREADS - 1) / THREADS : 0;
 #pragma unroll 4
-    for (u32 i = begin + threadIdx.x; i < end; i += THREADS) {
+    for (u32 j = 0; j < own; ++j) {
+      const u32 i = begin + threadIdx.x + j * THREADS;
       const u32 step = config::stepped ? i / p.chunks : 0, column = (i - step * p.chunks) * WIDTH;
       const u32 at = config::stepped ? row * p.steps + step : row, count = min(static_cast<u32>(WIDTH), p.columns - column);
       Value v[WIDTH];

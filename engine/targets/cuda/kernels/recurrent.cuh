@@ -92,7 +92,7 @@ template <int N, int DISTANCE = 1> DEVICE float scatter_sums(const float (&v)[N]
 }
 
 // One unit's new state from the sum and the input of this lane's gate; lanes `first` … of the warp hold the gates of its row.
-// All lanes of the row return it.
+// All lanes of the row return it; of an LSTM lane `first`, which alone has the cell.
 DEVICE float next_state(float sum, float input, u32 gate, u32 first, float before, float bias, float& cell) {
   if constexpr (CELL == Cell::LSTM) {
     const float active = gate == 3 ? tanhf(sum + input) : sigmoid(sum + input);
@@ -179,9 +179,11 @@ template <class PARAMS> DEVICE void run(const PARAMS& p, float* before) {
         const u64 state = direction * plane + static_cast<u64>(row) * p.hidden + unit;
         const u32 inside = row_of_lane * p.padded + place_of(unit, p.padded), inside_cells = row_of_lane * p.padded + unit;
         float cell = 0.0f;
-        if constexpr (CELL == Cell::LSTM) {
-          if constexpr (SEQUENCE) cell = cells[inside_cells];
-          else if (writes) cell = p.cells[state];
+        if constexpr (CELL == Cell::LSTM) {  // only the lane that writes a cell reads it: shuffles order no memory
+          if (writes) {
+            if constexpr (SEQUENCE) cell = cells[inside_cells];
+            else cell = p.cells[state];
+          }
         }
         const float next = next_state(sum, input, gate, first_lane, before[inside], bias, cell);
         if (writes) {

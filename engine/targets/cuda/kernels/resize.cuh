@@ -22,7 +22,7 @@ DEVICE void add_columns(const Params& p, i64 offset, Value weight, u32 column, u
     const Tap* taps = p.taps + p.column_taps + column * TAPS;
     const config::input_t* x = static_cast<const config::input_t*>(p.x.data) + offset;
     Value sum = 0;
-#pragma unroll
+#pragma unroll(TAPS <= 4 ? TAPS : 1)
     for (int i = 0; i < TAPS; ++i) {
       const Value element = static_cast<Value>(widen(x[taps[i].index * p.x.column]));
       if constexpr (TAPS == 1) sum = element;

@@ -17,7 +17,7 @@ import pytest
 from engine.errors import DeviceError
 from engine.targets.cpu import jit
 from engine.targets.cpu.codegen.isa import ISA_VARIABLE, host_isa, host_isas
-from engine.targets.cpu.jit import Compiler, cache_directory
+from engine.targets.cpu.jit import Compiler
 from engine.targets.cpu.kernel import KernelBuilder, KernelSpec
 
 
@@ -144,14 +144,6 @@ def test_a_system_without_executable_memory_is_named(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(llvm, "create_mcjit_compiler", forbidden)
     with pytest.raises(DeviceError, match="executable memory"):
         stored(Compiler(None), 1)
-
-
-def test_the_cache_directory_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TILEWAVE_CACHE_DIR", str(tmp_path / "own"))
-    assert cache_directory() == tmp_path / "own" / "cpu"
-    monkeypatch.delenv("TILEWAVE_CACHE_DIR")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_directory() == tmp_path / "xdg" / "tilewave" / "cpu"
 
 
 def test_the_instruction_set_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

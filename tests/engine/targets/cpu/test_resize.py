@@ -40,6 +40,27 @@ def _onnx(x: np.ndarray, shape: tuple[int, ...], scales: tuple[float, ...] | Non
     return reference.ReferenceEvaluator(model).run(None, {"x": x, "z": sizes})[0]
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("mode", [ResizeMode.LINEAR, ResizeMode.CUBIC])
+@pytest.mark.parametrize("exclude", [False, True])
+@pytest.mark.parametrize("antialias", [False, True])
+def test_filters_of_smaller_images(isa: str, mode: ResizeMode, exclude: bool, antialias: bool) -> None:
+    """Along both axes at once (of which one grows), and an innermost axis that shrinks nine times."""
+    for shape, target, order in (((1, 3, 11, 7), (1, 3, 4, 10), NHWC), ((2, 5, 63), (2, 5, 7), None)):
+        x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        attributes = {"mode": mode.value, "antialias": int(antialias), "exclude_outside": int(exclude)}
+        expected = _onnx(x, target, None, **attributes)
+        op = Resize(target, (None,) * len(shape), mode, antialias=antialias, exclude_outside=exclude)
+        result = run_step(op, [place(x, Layout(order))], isa, [Layout(order)]).outputs[0]
+        np.testing.assert_allclose(result, expected, atol=1e-5)
+
+
+def test_a_filter_that_is_too_long_is_refused() -> None:
+    op = Resize((2,), (None,), ResizeMode.CUBIC, antialias=True)
+    with pytest.raises(UnsupportedOp, match="antialias with a scale of 0.02"):
+        run_step(op, [place(np.zeros(100, np.float32), Layout(None))], ISAS[0], [Layout(None)])
+
+
 def _compare(
     mode: ResizeMode, coordinates: str, rounding: str, case: tuple[tuple[int, ...], tuple[int, ...], object], isa: str
 ) -> None:

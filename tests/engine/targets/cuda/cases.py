@@ -8,8 +8,11 @@ import numpy as np
 
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
+from engine.ir.ops import Pointwise
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
+from engine.targets.cuda.families import family_of
+from engine.targets.cuda.kernel import Context, Launch
 from tests.engine.targets.cuda.harness import Case, Runner, run_cases
 
 
@@ -78,3 +81,9 @@ def reordered(step: Step, rng: np.random.Generator) -> Step:
         for t in step.outputs
     )
     return replace(step, outputs=outputs)
+
+
+def wiped(tensor: Tensor, context: Context) -> list[Launch]:
+    """Launches that make a result 0."""
+    op = Pointwise((ex.Const(0.0, tensor.dtype),))
+    return family_of(op).lower(Step("wipe", op, (), (tensor,), op.cost((), (tensor,))), context)

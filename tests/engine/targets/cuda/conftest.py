@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -11,9 +11,10 @@ from engine.targets.cuda.architecture import ARCHITECTURES
 from tests.engine.targets.cuda.emulator import emulator
 from tests.engine.targets.cuda.emulator.runner import EmulatedRunner
 from tests.engine.targets.cuda.harness import Runner
+from tests.engine.targets.cuda.tally import Tally, lines
 
 CASES = int(os.environ.get("TILEWAVE_KERNEL_CASES", "300"))
-EMULATED_CASES = 12  # a kernel takes a second to compile for the CPU
+EMULATED_CASES = 12  # nearly each of them is a kernel to compile
 
 
 # Few kernels differ between architectures: these files choose them themselves, or have no other kernels.
@@ -42,7 +43,34 @@ def runner(request: pytest.FixtureRequest) -> Iterator[Runner]:
         yield EmulatedRunner(ARCHITECTURES[request.param.split()[1]])
 
 
+@pytest.fixture(autouse=True)
+def counted(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
+    """Every test's cases go with its report, also from other processes."""
+    if "runner" in request.fixturenames:
+        runner = request.getfixturevalue("runner")
+        runner.tally = Tally()
+        record_property("emulated cases" if isinstance(runner, EmulatedRunner) else _GPU_CASES, runner.tally.rows)
+
+
+_GPU_CASES = "cases on a GPU"
+_LEAST = 500  # cases of a family
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The cases of every family that ran on a GPU."""
+    reports = (report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, ()))
+    found = [value for report in reports for name, value in report.user_properties if name == _GPU_CASES]
+    for line in lines(found, _LEAST) if found else ():
+        terminalreporter.write_line(line)
+
+
 @pytest.fixture(scope="module")
 def count(runner: Runner) -> int:
-    """Random cases of one family."""
+    """Random cases of one test."""
     return EMULATED_CASES if isinstance(runner, EmulatedRunner) else CASES
+
+
+@pytest.fixture(scope="module")
+def family_count(runner: Runner, count: int) -> int:
+    """Random cases of the only test of a family."""
+    return count if isinstance(runner, EmulatedRunner) else max(count, _LEAST)

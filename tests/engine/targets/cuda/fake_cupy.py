@@ -342,6 +342,7 @@ class _FakeDevice(device.Device):
     def __init__(self, index: int = 0, cache: object = None) -> None:
         self.index, self.name, self.multiprocessors = index, "fake", 1
         self.architecture = device.for_capability(9, 0)
+        self.cache_bytes = 1 << 20
         self.stream = FakeStream(self.gpu)
 
     def load(self, kernels: Any) -> None:

@@ -14,6 +14,7 @@ from engine.targets.cuda.compiler import CompileError
 from engine.targets.cuda.kernel import Context, Kernel, Launch, Pointer
 from engine.targets.cuda.target import CudaTarget, Executable
 from tests.engine.targets.cuda.harness import POISON, RunError
+from tests.engine.targets.cuda.tally import Tally
 
 
 class GpuRunner:
@@ -21,6 +22,7 @@ class GpuRunner:
 
     def __init__(self) -> None:
         self.target = CudaTarget(0)
+        self.tally = Tally()
 
     @property
     def context(self) -> Context:

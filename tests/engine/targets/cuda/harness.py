@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from math import sqrt
+from math import inf, sqrt
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +22,7 @@ from engine.plan.tensor import Tensor
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.kernel import Context, Kernel, Launch, content, is_constant
 from tests.engine import ir_interpreter
+from tests.engine.targets.cuda.tally import Tally
 
 POISON = 0xFF  # every float type reads NaN, integers −1
 
@@ -42,7 +43,10 @@ class Case:
 
 
 class Runner(Protocol):
-    """What runs the launches of one step: a GPU (gpu_runner.py) or the emulator (emulator/runner.py)."""
+    """What runs the launches of one step: a GPU (gpu_runner.py) or the emulator (emulator/runner.py). `tally` counts
+    the cases of the test under way."""
+
+    tally: Tally
 
     @property
     def context(self) -> Context: ...
@@ -69,15 +73,17 @@ def run_cases(runner: Runner, cases: Sequence[Case], seed: int = 0) -> list[str]
     failures = [problem for problem in problems.values() if problem]
     for i, (case, launches) in enumerate(zip(cases, lowered, strict=True)):
         if any(problems[launch.kernel] for launch in launches):
+            runner.tally.count(case.step, inf, failed=True)
             continue
-        problem = check(runner, case, launches, np.random.default_rng((seed, i)))
+        ratio, problem = check(runner, case, launches, np.random.default_rng((seed, i)))
+        runner.tally.count(case.step, ratio, failed=problem is not None)
         if problem:
             failures.append(f"{case.label}: {problem}; kernels {[launch.kernel.source.name for launch in launches]}")
     return failures
 
 
-def check(runner: Runner, case: Case, launches: list[Launch], rng: np.random.Generator) -> str | None:
-    """What is wrong with the results of a case, if anything."""
+def check(runner: Runner, case: Case, launches: list[Launch], rng: np.random.Generator) -> Comparison:
+    """The results of a case beside the interpreter's."""
     step = case.step
     arrays = [content(t) if is_constant(t) else case.feeds.get(i, random(rng, t)) for i, t in enumerate(step.inputs)]
     values = tuple(Value(f"i{i}", t.dtype, t.shape) for i, t in enumerate(step.inputs))
@@ -86,12 +92,12 @@ def check(runner: Runner, case: Case, launches: list[Launch], rng: np.random.Gen
     try:
         outputs = runner.run(step, launches, arrays)
     except RunError as error:
-        return str(error)
-    for got, want in zip(outputs, expected, strict=True):
-        problem = mismatch(got, want, case.length, case.rounding, case.computed)
-        if problem:
-            return problem
-    return None
+        return inf, str(error)
+    compared = [
+        compare(got, want, case.length, case.rounding, case.computed)
+        for got, want in zip(outputs, expected, strict=True)
+    ]
+    return max(compared, key=lambda comparison: comparison[0])
 
 
 def random(rng: np.random.Generator, tensor: Tensor) -> np.ndarray:
@@ -110,21 +116,26 @@ _COMPUTED = {DType.F32: 2.0**-22, DType.F64: 2.0**-50}
 """Four roundings of the type: the elementary functions are good to two."""
 
 
-def mismatch(
+Comparison = tuple[float, str | None]
+"""The largest error over its bound, and what is wrong, if anything."""
+
+
+def compare(
     got: np.ndarray, want: np.ndarray, length: int, rounding: float = 2.0**-11, computed: DType | None = None
-) -> str | None:
+) -> Comparison:
     """What differs beyond rounding. An element may be off by two roundings, of its own size and of the typical size of
     the largest row: those of its dtype and the `rounding` of two operands, plus the sum of `length` terms in fp32, or
     in the type in which everything is `computed`, and then nothing else is rounded."""
     dtype = DType.of(want.dtype)
     if not dtype.is_float or not want.size:
-        return None if np.array_equal(got, want) else f"{np.count_nonzero(got != want)} of {want.size} integers differ"
+        same = np.array_equal(got, want)
+        return (0.0, None) if same else (inf, f"{np.count_nonzero(got != want)} of {want.size} integers differ")
     a, b = got.astype(np.float64), want.astype(np.float64)
     if not np.array_equal(np.isnan(a), np.isnan(b)):
-        return f"NaN in {np.count_nonzero(np.isnan(a))} places, {np.count_nonzero(np.isnan(b))} expected"
+        return inf, f"NaN in {np.count_nonzero(np.isnan(a))} places, {np.count_nonzero(np.isnan(b))} expected"
     finite = np.isfinite(b)
     if not np.array_equal(a[~finite], b[~finite], equal_nan=True):
-        return "infinities differ"
+        return inf, "infinities differ"
     rows = np.where(finite, b, 0.0).reshape(-1, b.shape[-1] if b.ndim else 1)
     size = sqrt(float(np.max(np.mean(rows**2, axis=1))))
     accumulated = _COMPUTED[computed or DType.F32]
@@ -136,9 +147,11 @@ def mismatch(
     bound += _SMALLEST.get(dtype, 0.0)
     with np.errstate(invalid="ignore"):
         off = np.where(finite, np.abs(a - b), 0.0)
-    worst = int(np.argmax(off - bound))
+        ratio = np.where(off > 0, off / bound, 0.0)
+    worst = int(np.argmax(ratio))
     if off.flat[worst] <= bound.flat[worst]:
-        return None
+        return float(ratio.flat[worst]), None
     count = int(np.count_nonzero(off > bound))
     place = [int(i) for i in np.unravel_index(worst, b.shape)]
-    return f"{count} of {b.size} off, worst {a.flat[worst]:.6g} for {b.flat[worst]:.6g} at {place} of {list(b.shape)}"
+    what = f"{count} of {b.size} off, worst {a.flat[worst]:.6g} for {b.flat[worst]:.6g} at {place} of {list(b.shape)}"
+    return float(ratio.flat[worst]), what

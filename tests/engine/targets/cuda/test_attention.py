@@ -14,7 +14,7 @@ from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.attention import heads_of, launch_attention, lower
-from engine.targets.cuda.attention_operands import BiasKind, bias_kind
+from engine.targets.cuda.attention_operands import Attended, BiasKind
 from engine.targets.cuda.attention_tiles import candidates
 from engine.targets.cuda.covering import ACC, F16, F32, make_step
 from engine.targets.cuda.kernel import Context
@@ -74,7 +74,7 @@ def random_case(rng: np.random.Generator, kind: str, context: Context, i: int) -
     op = Attention(head**-0.5, bool(rng.random() < 0.4), has_bias, bool(rng.random() < 0.3), stores)
     step = result(rng, make_step(op, inputs))
     sizes = heads_of(step, context)
-    tiles = list(candidates(sizes, op.causal, bias_kind(step) is BiasKind.FULL))
+    tiles = list(candidates(sizes, op.causal, Attended(step).bias is BiasKind.FULL))
     splits = int(rng.integers(1, 6)) if i % 4 == 2 else 1
     launches = launch_attention(step, sizes, tiles[int(rng.integers(0, len(tiles)))], splits)
     label = f"{kind} {shapes} bias={inputs[3].shape if has_bias else None} {op.causal=} {splits=}"

@@ -55,7 +55,7 @@ def random_case(rng: np.random.Generator, kind: str, context: Context, i: int) -
         inputs.append((DType.of(feeds[3].dtype), shape))
     op = Attention(head**-0.5, bool(rng.random() < 0.4), i % 2 == 1, bool(rng.random() < 0.3), (cv.stored(ACC, dtype),))
     step = result(rng, make_step(op, inputs))
-    tiles = list(candidates(padded(step.inputs[0]), padded(step.inputs[2]), op.causal and op.has_bias))
+    tiles = list(candidates(padded(step.inputs[0]), padded(step.inputs[2])))
     launches = [launch_attention(step, tiles[i % len(tiles)], context)]
     return Case(
         f"{kind} {shapes} {op.causal=} {tiles[i % len(tiles)]}", step, keys + head, feeds, launches, ROUNDING[kind]
@@ -69,15 +69,71 @@ def test_attention_on_warpgroups_matches_float64(hopper: Runner, count: int, kin
 
 
 def test_rings_wrap_around(hopper: Runner, count: int) -> None:
-    """More tiles of queries than blocks, and more tiles of keys than a ring has."""
+    """More tiles of queries than blocks, more tiles of keys than a ring has, and warpgroups without queries."""
     cases = []
     for head, causal in ((32, False), (64, True), (64, False), (128, True)):
         heads: tuple[DType, tuple[int, ...]] = (F16, (3, 4, 450, head))
         step = make_step(Attention(head**-0.5, causal, stores=(cv.stored(ACC),)), [heads, heads, heads])
-        for tile in candidates(head, head, crowded=False):
+        for tile in candidates(head, head):
             case = Case(f"{head} {causal=} {tile}", step, 450, lowered=[launch_attention(step, tile, hopper.context)])
             cases.append(case)
     check(hopper, cases)
+
+
+def test_a_launch_leaves_its_counters_as_it_found_them(hopper: Runner) -> None:
+    """A second launch with the same ones, into other memory, computes every item again."""
+    heads: tuple[DType, tuple[int, ...]] = (F16, (3, hopper.context.multiprocessors, 200, 32))
+    op = Attention(0.2, True, stores=(cv.stored(ACC),))
+    step, other = (make_step(op, [heads, heads, heads]) for _ in range(2))
+    other = replace(step, outputs=other.outputs)
+    tile = next(candidates(32, 32))
+    first, second = (launch_attention(one, tile, hopper.context) for one in (other, step))
+    assert "counters" in dict(first.arguments)
+    shared = tuple((name, dict(first.arguments)[name] if name == "counters" else a) for name, a in second.arguments)
+    check(hopper, [Case("again", step, 200, lowered=[first, replace(second, arguments=shared)])])
+
+
+def test_tiles_without_visible_keys_are_skipped(hopper: Runner, count: int) -> None:
+    """Masks with holes of whole tiles, by −∞ and by the exporters' finite minima; and what must not be skipped."""
+    rng = rng_of("holes")
+    keys = 520  # the last tile is short
+    heads: tuple[DType, tuple[int, ...]] = (F16, (6, 2, 70, 32))
+    wide: tuple[DType, tuple[int, ...]] = (F16, (6, 2, keys, 32))
+    op = Attention(0.2, False, True, stores=(cv.stored(ACC),))
+    cases = []
+    tiles = list(candidates(32, 32))
+    for i, lowest in enumerate((-np.inf, float(np.finfo(np.float32).min), -65504.0, -1e4, 0.0)):
+        bias = rng.standard_normal((6, 1, 1, keys)).astype(np.float32)
+        position = np.arange(keys)
+        bias[0, ..., position >= 130] = lowest  # a prefix
+        bias[1, ..., position < 257] = lowest  # keys at the end only
+        bias[2, ..., (position >= 64) & (position < 512)] = lowest  # both ends
+        bias[3, ..., position != 300] = lowest  # one key
+        bias[4] = (
+            0.0 if lowest == -65504.0 else lowest
+        )  # none, or all alike (beside −65504 fp32 rounds a score to 2^-8)
+        bias[5, ..., position < 256] -= 50.0  # small beside the others, but not nothing
+        step = make_step(op, [heads, wide, wide, (F32, bias.shape)])
+        launches = [launch_attention(step, tiles[i % len(tiles)], hopper.context)]
+        cases.append(Case(f"{lowest} {tiles[i % len(tiles)]}", step, keys, {3: bias}, launches))
+    check(hopper, cases)
+
+
+def test_values_of_skipped_tiles_are_not_read(hopper: Runner) -> None:
+    """Where the mask hides whole tiles, not even NaN in them reaches the result."""
+    shape = (2, 2, 300, 32)
+    heads: tuple[DType, tuple[int, ...]] = (F16, shape)
+    op = Attention(0.2, False, True, stores=(cv.stored(ACC),))
+    bias = np.zeros((2, 1, 1, 300), np.float32)
+    bias[..., 256:] = -np.inf
+    step = make_step(op, [heads, heads, heads, (F32, bias.shape)])
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal(shape).astype(np.float16) for _ in range(3))
+    launches = [launch_attention(step, next(candidates(32, 32)), hopper.context)]
+    (want,) = hopper.run(step, launches, [q, k, v, bias])
+    k[:, :, 256:], v[:, :, 256:] = np.nan, np.nan
+    (got,) = hopper.run(step, launches, [q, k, v, bias])
+    assert np.isfinite(want).all() and np.array_equal(got, want)
 
 
 def test_rows_without_keys_on_warpgroups(hopper: Runner, count: int) -> None:

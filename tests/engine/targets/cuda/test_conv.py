@@ -204,9 +204,9 @@ def test_fp64_keeps_its_precision(runner: Runner, count: int) -> None:
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
 
 
-def test_depthwise_matches_float64(runner: Runner, count: int) -> None:
+def test_depthwise_matches_float64(runner: Runner, family_count: int) -> None:
     rng, cases, kinds = rng_of("depthwise"), [], (FP16, BF16_, FP32, Kind(F32, F16))
-    while len(cases) < count:
+    while len(cases) < family_count:
         i = len(cases)
         kind, groups, axes = kinds[i % 4], ragged(rng, 200, 8), 1 if i % 5 == 0 else 2
         shape = random_shape(rng, axes, groups, 1, 1, kernels=8)
@@ -231,6 +231,18 @@ def test_images_with_few_channels_match_float64(runner: Runner, count: int) -> N
             continue
         launches = [launch_direct(step, Geometry(step), kind.context(runner))]
         cases.append(replace(case(rng, kind, shape, step, launches, "direct"), feeds={}, rounding=2.0**-22))
+    check(runner, cases)
+
+
+def test_squeeze_and_excite_layers_match_float64(runner: Runner) -> None:
+    """1×1 convolutions of 1×1 images, whatever their channels are a multiple of."""
+    cases = []
+    for batch, channels, n in ((1, 4, 96), (1, 20, 480), (5, 6, 144), (3, 480, 20), (1, 7, 33)):
+        step = make_step(cv.conv_op(1), [(F16, (batch, channels, 1, 1)), weight(n, channels, 1, 1), weight(n, 1, 1)])
+        launches = lower(step, runner.context)
+        assert all(launch.kernel.family == "gemm" for launch in launches)
+        label = f"{batch}x{channels} to {n}"
+        cases.append(Case(label, step, channels, lowered=launches, rounding=FP16.rounding))
     check(runner, cases)
 
 

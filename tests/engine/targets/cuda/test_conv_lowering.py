@@ -15,10 +15,12 @@ from engine.ir.ops import Conv
 from engine.plan.plan import Step
 from engine.plan.tensor import BufferKind
 from engine.targets.cuda import covering as cv
-from engine.targets.cuda.architecture import SM_80
+from engine.targets.cuda.architecture import ARCHITECTURES, SM_80, SM_90A
 from engine.targets.cuda.conv import filters_of, launch_conv, lower
 from engine.targets.cuda.conv_geometry import Geometry, pack_filter, pack_taps
+from engine.targets.cuda.conv_stem import BLOCKS, StemTile, is_stem, launch_stem
 from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
+from engine.targets.cuda.depthwise import candidates, is_depthwise_product, launch_depthwise_product, window_of
 from engine.targets.cuda.kernel import Context, Launch, Pointer, WeightStore
 from engine.targets.cuda.tiles import MMA_TILES
 from tests.engine.targets.cuda.cases import rng_of
@@ -55,6 +57,8 @@ def kernels(step: Step) -> list[str]:
     ("step", "expected"),
     [
         (conv_step((2, 64, 9, 9), (32, 64, 1, 1)), ["gemm_mma"]),
+        (conv_step((1, 4, 1, 1), (96, 4, 1, 1)), ["gemm_mma"]),
+        (conv_step((128, 20, 1, 1), (480, 20, 1, 1)), ["gemm_mma"]),
         (conv_step((2, 64, 9), (32, 64, 1)), ["gemm_mma"]),
         (conv_step((2, 64, 5, 9, 9), (32, 64, 1, 1, 1)), ["gemm_mma"]),
         (conv_step((2, 64, 9, 9), (64, 32, 1, 1), transposed=True), ["gemm_mma"]),
@@ -67,10 +71,18 @@ def kernels(step: Step) -> list[str]:
         (conv_step((2, 64, 9, 9), (32, 64, 3, 3), known=False), ["conv_pack", "conv_mma"]),
         (conv_step((2, 64, 9, 9), (64, 32, 2, 2), strides=2, transposed=True), ["conv_mma"]),
         (conv_step((2, 64, 9, 9), (64, 32, 2, 2), strides=2, transposed=True, known=False), ["conv_pack", "conv_mma"]),
-        (conv_step((2, 3, 9, 9), (32, 3, 3, 3)), ["conv_direct"]),
+        (conv_step((2, 3, 9, 9), (32, 3, 3, 3)), ["conv_stem"]),
+        (conv_step((2, 3, 9), (32, 3, 3), DType.BF16), ["conv_stem"]),
+        (conv_step((2, 3, 9, 9), (32, 3, 3, 3), F32), ["conv_direct"]),
+        (conv_step((2, 3, 9, 9, 9), (32, 3, 3, 3, 3)), ["conv_mma"]),
+        (conv_step((2, 3, 9, 9), (32, 3, 3, 3), known=False), ["conv_pack", "conv_mma"]),
+        (conv_step((2, 3, 64, 64), (768, 3, 16, 16), strides=16), ["pointwise", "gemm_mma"]),
+        (conv_step((2, 64, 64, 64), (768, 64, 16, 16), strides=16), ["conv_mma"]),
+        (conv_step((2, 100, 9, 9), (64, 100, 1, 1)), ["conv_mma"]),
         (conv_step((2, 3, 9, 9, 9), (3, 1, 3, 3, 3), groups=3), ["conv_simt"]),
-        (conv_step((2, 64, 9, 9), (64, 1, 3, 3), groups=64), ["depthwise"]),
-        (conv_step((2, 64, 9), (64, 1, 3), groups=64), ["depthwise"]),
+        (conv_step((2, 64, 9, 9), (64, 1, 3, 3), groups=64), ["depthwise_mma"]),
+        (conv_step((2, 64, 9), (64, 1, 3), groups=64), ["depthwise_mma"]),
+        (conv_step((2, 64, 9, 9), (64, 1, 3, 3), F32, groups=64), ["depthwise"]),
         (conv_step((2, 64, 40), (64, 1, 31), groups=64), ["conv_simt"]),
         (conv_step((2, 63, 9, 9), (63, 1, 3, 3), groups=63), ["conv_simt"]),
         (conv_step((2, 64, 9, 9), (128, 1, 3, 3), groups=64), ["conv_simt"]),
@@ -93,6 +105,20 @@ def test_a_strided_pointwise_convolution_reads_vectors(dtype: DType) -> None:
     ):
         (launch,) = launches(step)
         assert "constexpr bool x_vector = 1;" in launch.kernel.source.text
+
+
+def test_first_layers_and_depthwise_ones_have_their_kernels_on_every_architecture() -> None:
+    """Filters of known networks, where shared memory is large and where it is small."""
+    stems = ((2, 64, 7), (2, 32, 3), (1, 64, 3), (4, 96, 4), (4, 64, 11))  # stride, channels, kernel
+    for architecture, batch in product(ARCHITECTURES.values(), (1, 128)):
+        context = Context(architecture, 100, WeightStore())
+        for strides, n, kernel in stems:
+            step = conv_step((batch, 3, 224, 224), (n, 3, kernel, kernel), strides=strides, pad=kernel // 2)
+            assert is_stem(step, Geometry(step), context), (architecture, batch, n, kernel)
+        for channels, size, kernel, strides in ((96, 112, 3, 2), (144, 56, 3, 1), (672, 14, 5, 2), (1152, 7, 7, 1)):
+            x, w = (batch, channels, size, size), (channels, 1, kernel, kernel)
+            step = conv_step(x, w, strides=strides, groups=channels, pad=kernel // 2)
+            assert is_depthwise_product(step, Geometry(step), context), (architecture, batch, channels)
 
 
 def test_fp32_is_rounded_only_where_the_context_says_so() -> None:
@@ -164,3 +190,26 @@ def test_weight_layouts() -> None:
     packed = pack_filter(w, back, 8).reshape(2, 3, 16)
     assert np.array_equal(packed[1, 2, :12].reshape(2, 2, 3), w[3:, 2, ::-1, ::-1].transpose(1, 2, 0))
     assert np.array_equal(pack_taps(w, 2, True, F32)[0, 1, 0, 2], w[2::3, :, 1, 0].reshape(-1).astype(np.float32))
+
+
+@pytest.mark.parametrize(("channels", "kernel", "stride"), [(672, 5, 2), (672, 5, 1), (480, 3, 1), (16000, 3, 1)])
+def test_blocks_that_take_several_tiles_are_resident_at_once(channels: int, kernel: int, stride: int) -> None:
+    """A few blocks more than fit would wait for all others to end."""
+    context, pad = Context(SM_90A, 132, WeightStore()), kernel // 2
+    step = conv_step((128, channels, 14, 14), (channels, 1, kernel, kernel), strides=stride, pad=pad, groups=channels)
+    geometry = Geometry(step)
+    window = window_of(geometry)
+    for tile in candidates(window, SM_90A.shared_bytes):
+        if tile.stages == 1:
+            continue
+        across, down, _ = launch_depthwise_product(step, geometry, context, tile).grid
+        assert across * down <= max(across, 132 * window.blocks)
+        assert down <= tile.count(window)
+
+
+def test_blocks_of_a_wide_stem_are_resident_at_once() -> None:
+    context = Context(SM_90A, 132, WeightStore())
+    step = conv_step((128, 3, 64, 64), (200, 3, 3, 3), pad=1)
+    across, slabs, _ = launch_stem(step, Geometry(step), context, StemTile(8, 8, 8, 2)).grid
+    assert slabs == 4
+    assert 132 < across * slabs <= 132 * BLOCKS

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from engine.plan.tensor import Buffer, BufferKind
-from engine.targets.cuda.kernel import Kernel, Launch, Pointer
+from engine.targets.cuda.kernel import Kernel, Launch, PixelMap, Pointer
 from engine.targets.cuda.source import Source
 from tests.engine.targets.cuda.emulator import emulator
 
@@ -16,7 +17,9 @@ pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason="no g++ for 
 THREADS = 64
 
 
-def run(body: str, threads: int = THREADS, blocks: int = 1, last_first: bool = False) -> np.ndarray:
+def run(
+    body: str, threads: int = THREADS, blocks: int = 1, last_first: bool = False, shared_bytes: int = 1024
+) -> np.ndarray:
     """`p.out` after a kernel of `body`; `shared` is its dynamic shared memory, `p.in` 0, 1, 2, …"""
     text = (
         '#include "types.cuh"\n#include "ptx/memory.cuh"\n#include "ptx/barrier.cuh"\n'
@@ -28,7 +31,7 @@ def run(body: str, threads: int = THREADS, blocks: int = 1, last_first: bool = F
     buffers = {name: Buffer(name, BufferKind.INPUT, 4 * THREADS) for name in ("out", "in")}
     memory = {"out": np.full(THREADS, np.nan, np.float32), "in": np.arange(THREADS, dtype=np.float32)}
     arguments = tuple((name, Pointer(buffer, ctype="float")) for name, buffer in buffers.items())
-    launch = Launch(Kernel("test", Source("test", text), threads), (blocks, 1, 1), arguments)
+    launch = Launch(Kernel("test", Source("test", text), threads, shared_bytes), (blocks, 1, 1), arguments)
     address: Callable[[Pointer], int] = lambda pointer: memory[pointer.buffer.name].ctypes.data  # noqa: E731
     emulator.run(launch, address, 0, 800, last_first=last_first)
     return memory["out"]
@@ -41,15 +44,73 @@ def test_threads_see_each_other_s_shared_memory_after_a_barrier() -> None:
     assert np.array_equal(run(SWAP.format("__syncthreads();")), np.arange(THREADS)[::-1])
 
 
-def test_without_the_barrier_they_do_not() -> None:
-    assert np.isnan(run(SWAP.format(""))).any()
+@pytest.mark.parametrize("last_first", [False, True])
+@pytest.mark.parametrize(
+    ("body", "race"),
+    [
+        (SWAP.format(""), "wrote|read"),
+        ("tile[threadIdx.x] = p.in[threadIdx.x]; p.out[threadIdx.x] = tile[threadIdx.x / 2];", "wrote|read"),
+        (SWAP.format("__shfl_sync(~0u, 0, 0);"), "wrote|read"),  # a shuffle orders no memory
+        (SWAP.format("__syncwarp();"), "wrote|read"),  # nor do two warps wait for each other
+        ("p.out[threadIdx.x] = tile[63 - threadIdx.x]; tile[threadIdx.x] = 1;", "read"),
+        ("tile[threadIdx.x / 2] = threadIdx.x;", "something else"),
+        ("reinterpret_cast<u8*>(tile)[threadIdx.x / 2] = threadIdx.x;", "something else"),
+        ("__shared__ float own[64]; own[threadIdx.x] = 1; p.out[threadIdx.x] = own[63 - threadIdx.x];", "static"),
+        (
+            "auto swap = [](auto x) { __shared__ float own[64]; own[threadIdx.x] = x; return own[63 - threadIdx.x]; };"
+            "p.out[threadIdx.x] = swap(1.0f);",
+            "static",
+        ),  # of a template
+        ("tile[0] = 1; atomicAdd(tile, 1.0f);", "something else"),
+    ],
+)
+def test_accesses_in_no_order_are_a_race(body: str, race: str, last_first: bool) -> None:
+    with pytest.raises(emulator.EmulationError, match=f"race: .*{race}"):
+        run(body, last_first=last_first)
 
 
-def test_a_missing_barrier_shows_in_one_of_both_orders() -> None:
-    body = "tile[threadIdx.x] = p.in[threadIdx.x]; {} p.out[threadIdx.x] = tile[threadIdx.x / 2];"
-    for barrier, rights in (("", {True, False}), ("__syncthreads();", {True})):
-        got = [run(body.format(barrier), last_first=last_first) for last_first in (False, True)]
-        assert {bool(np.array_equal(one, np.arange(THREADS) // 2)) for one in got} == rights
+@pytest.mark.parametrize("last_first", [False, True])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "tile[threadIdx.x] = 1; __syncwarp(); p.out[threadIdx.x] = tile[threadIdx.x ^ 31];",
+        "tile[threadIdx.x % 2] = 1;",  # all write the same
+        "reinterpret_cast<u8*>(tile)[threadIdx.x] = 1; __syncthreads(); tile[threadIdx.x] = 1;",
+        "tile[threadIdx.x] = 0; __syncthreads(); atomicAdd(tile, 1.0f); atomicAdd(tile, 1.0f);",
+        SWAP.format("__syncthreads();") + "__syncthreads(); tile[threadIdx.x] = 2;",
+    ],
+)
+def test_accesses_in_order_are_none(body: str, last_first: bool) -> None:
+    run(body, last_first=last_first)
+
+
+HANDED_ON = (
+    "if (threadIdx.x == 0) barrier_init(512, 32); __syncthreads();"
+    "if (threadIdx.x < 32) {{ tile[threadIdx.x] = 1; {} barrier_arrive(512); {} }}"
+    "else {{ {} p.out[threadIdx.x] = tile[threadIdx.x - 32]; }}"
+)
+
+
+@pytest.mark.parametrize("last_first", [False, True])
+def test_an_mbarrier_hands_on_what_was_before_the_arrival(last_first: bool) -> None:
+    run(HANDED_ON.format("", "", "barrier_wait(512, 0);"), last_first=last_first)
+    for late, unseen in (("tile[threadIdx.x] = 2;", "barrier_wait(512, 0);"), ("", "")):
+        with pytest.raises(emulator.EmulationError, match="race"):
+            run(HANDED_ON.format("", late, unseen), last_first=last_first)
+
+
+def test_access_beyond_the_shared_memory_asked_for_is_reported() -> None:
+    with pytest.raises(emulator.EmulationError, match="beyond the shared memory"):
+        run("tile[threadIdx.x + 1] = 0;", shared_bytes=4 * THREADS)
+
+
+@pytest.mark.parametrize("last_first", [False, True])
+def test_a_numbered_barrier_holds_those_who_meet_until_the_others_have_passed(last_first: bool) -> None:
+    body = (
+        "if (threadIdx.x < 32) { meet_at<64>(1); p.out[threadIdx.x] = tile[threadIdx.x]; }\n"
+        "else { tile[threadIdx.x - 32] = p.in[threadIdx.x]; pass_by<64>(1); p.out[threadIdx.x] = 0.0f; }"
+    )
+    assert np.array_equal(run(body, last_first=last_first)[:32], np.arange(32, 64))
 
 
 def test_shuffles_exchange_within_a_warp() -> None:
@@ -57,15 +118,22 @@ def test_shuffles_exchange_within_a_warp() -> None:
     assert np.array_equal(got, np.arange(THREADS) ^ 5)
 
 
-@pytest.mark.parametrize(
-    ("wait", "arrives"), [("copy_async_wait<0>();", True), ("copy_async_wait<1>();", False), ("", False)]
+COPY = (
+    "if (threadIdx.x < 16) copy_async_16(shared_address(tile + 4 * threadIdx.x), p.in + 4 * threadIdx.x, true);"
+    "copy_async_commit(); {} p.out[threadIdx.x] = tile[threadIdx.x];"
 )
-def test_an_asynchronous_copy_arrives_when_it_is_waited_for(wait: str, arrives: bool) -> None:
-    got = run(
-        "if (threadIdx.x < 16) copy_async_16(shared_address(tile + 4 * threadIdx.x), p.in + 4 * threadIdx.x, true);"
-        f"copy_async_commit(); {wait} __syncthreads(); p.out[threadIdx.x] = tile[threadIdx.x];"
-    )
-    assert np.array_equal(got, np.arange(THREADS)) == arrives
+
+
+def test_an_asynchronous_copy_arrives_when_it_is_waited_for() -> None:
+    assert np.array_equal(run(COPY.format("copy_async_wait<0>(); __syncthreads();")), np.arange(THREADS))
+
+
+@pytest.mark.parametrize(
+    "wait", ["__syncthreads();", "copy_async_wait<1>(); __syncthreads();", "copy_async_wait<0>();"]
+)
+def test_a_copy_that_is_not_waited_for_is_a_race(wait: str) -> None:
+    with pytest.raises(emulator.EmulationError, match="race"):
+        run(COPY.format(wait))
 
 
 def test_a_copy_that_is_not_valid_writes_zeros() -> None:
@@ -91,3 +159,80 @@ def test_a_misaligned_copy_is_reported() -> None:
 def test_a_kernel_that_is_no_cplusplus_is_reported() -> None:
     with pytest.raises(emulator.EmulationError, match="does not compile"):
         run("nonsense")
+
+
+def walked(map_: PixelMap, image: np.ndarray, call: str) -> np.ndarray:
+    """What a copy of pixels brings, [pixel, channel], with the swizzle undone."""
+    text = (
+        '#include "types.cuh"\n#include "ptx/memory.cuh"\n#include "ptx/barrier.cuh"\n#include "ptx/tma_im2col.cuh"\n'
+        "struct Params { TensorMap map; half* out; };\n"
+        'extern "C" __global__ void kernel(const __grid_constant__ Params p) {\n'
+        "  extern __shared__ __align__(1024) u8 shared[];\n"
+        f"  constexpr u32 BARRIER = 65536, ROW = {2 * map_.box_channels}, PIXELS = {map_.box_pixels};\n"
+        "  barrier_init(BARRIER, 1);\n  barrier_arrive_expect(BARRIER, ROW * PIXELS);\n"
+        f"  copy_pixels(0, p.map, BARRIER, {call});\n  barrier_wait(BARRIER, 0);\n"
+        "  for (u32 i = 0; i < PIXELS * ROW; i += 2)\n"
+        "    p.out[i / 2] = *reinterpret_cast<half*>(shared + (i ^ (i >> 7 & (ROW / 16 - 1)) << 4));\n}\n"
+    )
+    out = Buffer("out", BufferKind.OUTPUT, 0)
+    result = np.zeros((map_.box_pixels, map_.box_channels), np.float16)
+    memory = {out: result, map_.pointer.buffer: image}
+    launch = Launch(
+        Kernel("test", Source("test", text), 1, 228 << 10), (1, 1, 1), (("map", map_), ("out", Pointer(out)))
+    )
+    emulator.run(launch, lambda pointer: memory[pointer.buffer].ctypes.data, 0, 900)
+    return result
+
+
+def pixel_map(image: np.ndarray, **changes: object) -> PixelMap:
+    """A map of an image [n, h, w, c] for 3 × 2 patches padded by 1 at the start, with steps of 2 along x."""
+    n, h, w, c = image.shape
+    plain = PixelMap(
+        Pointer(Buffer("image", BufferKind.INPUT, image.nbytes)), c, n, h * w * c, (w, h), (c, w * c), (-1, -1),
+        (-1, -2), (2, 1), 16, 40,
+    )  # fmt: skip
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def test_a_walk_goes_through_its_bounding_box() -> None:
+    image = np.random.default_rng(0).standard_normal((2, 4, 5, 24)).astype(np.float16)
+    got = walked(pixel_map(image), image, "16, 1, -1, 0, 1, 2")
+    padded = np.pad(image, ((0, 1), (2, 4), (2, 6), (0, 8)))  # an image, channels and pixels that are not there
+    places = [(n, y, x) for n in range(3) for y in range(-1, 2) for x in (-1, 1, 3)]
+    first = places.index((0, -1, 1))
+    for pixel, (n, y, x) in zip(got, places[first : first + 26], strict=False):
+        want = padded[min(n, 2), y + 2 + 2, x + 1 + 2, 16:32] if n < 2 else np.zeros(16)
+        assert np.array_equal(pixel, want), (n, y, x)
+    assert got.any() and not got[-20:].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"lower": (-129, -1)}, "corners"),
+        ({"upper": (-1, -7)}, "not empty"),
+        ({"steps": (9, 1)}, "element strides"),
+        ({"strides": (20, 120)}, "multiples of 16"),
+        ({"box_channels": 24}, "a swizzle's"),
+        ({"box_pixels": 1025}, "1024 pixels"),
+    ],
+)
+def test_a_map_that_the_driver_refuses_is_reported(changes: dict[str, object], rule: str) -> None:
+    image = np.zeros((2, 4, 5, 24), np.float16)
+    with pytest.raises(emulator.EmulationError, match=rule):
+        emulator.encode(pixel_map(image, **changes), 256)
+
+
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [
+        ("0, 0, -1, 0, 0, 0", "between its steps"),
+        ("0, -3, -1, 0, 0, 0", "outside its bounding box"),
+        ("0, -1, -1, 0, 256, 0", "more bits"),
+        ("0, -1, -1, 0, 0, 0, 0, 0", "other axes"),
+    ],
+)
+def test_a_walk_that_is_not_the_map_s_is_reported(call: str, what: str) -> None:
+    image = np.zeros((2, 4, 5, 24), np.float16)
+    with pytest.raises(emulator.EmulationError, match=what):
+        walked(pixel_map(image), image, call)

@@ -53,6 +53,72 @@ def test_a_missing_matrix_instruction_fails() -> None:
     assert "no HMMA" in verdict(PLAIN, instruction=Instruction.MMA).failure
 
 
+def test_moves_count_in_the_innermost_loops_with_products() -> None:
+    def machine(*lines: str) -> str:
+        return "\n".join(
+            f"        /*{16 * i:04x}*/                   {line} ;  /* 0x0 */" for i, line in enumerate(lines)
+        )
+
+    loop = ("R2UR UR4, R1", "HGMMA.64x64x16.F32 R24, gdesc[UR4], R24", "R2UR UR5, R2", "@P0 BRA 0x10")
+    assert gate.moves_between_products(machine(*loop)) == 1  # the first comes before the loop
+    assert (
+        gate.moves_between_products(machine(*loop, "R2UR UR6, R3", "@P1 BRA 0x0")) == 1
+    )  # nor does an outer loop count
+    assert gate.moves_between_products(machine("R2UR UR4, R1", "FADD R1, R1, R1", "@P0 BRA 0x0")) == 0
+    assert gate.moves_between_products(machine(*loop[:3], "@P0 BRA 0x40", "EXIT")) == 0
+
+
+SASS = """
+	code for sm_80
+		Function : helper
+	.headerflags	@"EF_CUDA_SM80"
+        /*0000*/                   IMMA.16816.S8.S8 R4, R8.ROW, R2.COL, R4 ;   /* 0x0000000000007918 */
+		..........
+		Function : kernel
+	.headerflags	@"EF_CUDA_SM80 HMMA"
+        /*0000*/                   MOV R1, c[0x0][0x28] ;                      /* 0x00000a0000017a02 */
+                                                                               /* 0x000fe40000000f00 */
+        /*0010*/              @!P0 HMMA.16816.F32 R40, R64, R62, R40 ;         /* 0x0000003e4028723c */
+        /*0020*/              @UP1 UIADD3 UR4, UR5, UR6, URZ ;                 /* 0x0000000605047290 */
+        /*0030*/               @P0 BRA `(.L_HGMMA) ;                           /* 0x0000003e4028723c */
+        /*0040*/                   EXIT ;                                      /* 0x000000000000794d */
+"""
+
+
+def test_opcodes_are_those_of_the_kernels_own_function() -> None:
+    assert gate.opcodes(SASS) == {"MOV", "HMMA", "UIADD3", "BRA", "EXIT"}
+    assert not gate.opcodes(SASS.replace("Function : kernel", "Function : other"))
+
+
+def test_a_matrix_instruction_elsewhere_than_in_the_kernel_is_none() -> None:
+    """A variable of the same name, and another function that has the instruction, as a substring search would find."""
+    named = PLAIN.replace("kernel", "HMMA_first").replace("x[", "x[1 + ")
+    other = (
+        'extern "C" __global__ void other(unsigned* x) {\n  unsigned d[2] = {x[0], x[1]};\n'
+        '  asm volatile("mma.sync.aligned.m16n8k8.row.col.f16.f16.f16.f16 {%0,%1}, {%2,%3}, {%4}, {%0,%1};"\n'
+        '    : "+r"(d[0]), "+r"(d[1]) : "r"(x[2]), "r"(x[3]), "r"(x[4]));\n  x[5] = d[0];\n}\n'
+    )
+    assert "no HMMA" in verdict(named + other + PLAIN, instruction=Instruction.MMA).failure
+    assert verdict(other.replace("other", "kernel"), instruction=Instruction.MMA).failure == ""
+
+
+def test_code_without_the_kernel_fails() -> None:
+    assert verdict(PLAIN.replace("kernel", "misnamed")).failure
+
+
+def test_nothing_to_compile_is_a_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(covering, "launches", lambda _: [])
+    assert gate.main(["sm_80"]) == 1
+    assert "sm_80 (covering set): 0 registers, 0 B: FAILED: nothing to compile" in capsys.readouterr().out
+
+
+def test_an_architecture_without_kernels_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        gate.main(["sm_80", "sm_75"])
+    assert ended.value.code == 2
+    assert "no kernels for sm_75; there are for sm_80, " in capsys.readouterr().err
+
+
 def test_counts_and_failures_are_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def launches(_: object) -> list[tuple[str, Launch]]:
         kernels = [Kernel("good", Source("good", PLAIN), 32), Kernel("bad", Source("bad", INDEXED), 32)]

@@ -9,17 +9,18 @@ import numpy as np
 
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
-from engine.ir.ops import Gemm, Pointwise
+from engine.ir.ops import Gemm
 from engine.plan.plan import Step
-from engine.plan.tensor import Tensor
+from engine.plan.tensor import Tensor, row_major
 from engine.targets.cuda import covering as cv
+from engine.targets.cuda.architecture import ARCHITECTURES
 from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
-from engine.targets.cuda.families import family_of
-from engine.targets.cuda.gemm import epilogue_of, launch_product, lower
-from engine.targets.cuda.kernel import Context, Launch, content
+from engine.targets.cuda.gemm import epilogue_of, launch_product, lower, operands_of, pick_tile
+from engine.targets.cuda.gemm_stream import StreamTile, stream_tile
+from engine.targets.cuda.kernel import Context, Launch, WeightStore, content
 from engine.targets.cuda.product import product_of
 from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES, Tile, WgmmaTile
-from tests.engine.targets.cuda.cases import check, fed, ragged, rng_of
+from tests.engine.targets.cuda.cases import check, fed, ragged, rng_of, wiped
 from tests.engine.targets.cuda.emulator.runner import EmulatedRunner
 from tests.engine.targets.cuda.harness import Case, Runner
 
@@ -79,13 +80,44 @@ def test_gemm_of_every_kind_with_weight_matches_float64(runner: Runner, count: i
     check(runner, cases)
 
 
-def wiped(tensor: Tensor, context: Context) -> list[Launch]:
-    """Launches that make a result 0."""
-    op = Pointwise((ex.Const(0.0, tensor.dtype),))
-    return family_of(op).lower(Step("wipe", op, (), (tensor,), op.cost((), (tensor,))), context)
+def test_gemm_in_slices_matches_float64(runner: Runner, count: int) -> None:
+    """Every kind of operands, steps of k and columns; rows of several slices a warp, some of them beyond the last."""
+    rng, cases = rng_of("slices"), []
+    for i in range(2 * count):
+        kind = list(KINDS)[i % 3]
+        dtype, chunk = KINDS[kind][0], 16 // KINDS[kind][0].itemsize
+        m, k, n = ragged(rng, 4000), chunk * int(rng.integers(1, 5)), int(rng.integers(1, 257))
+        name = list(stores_of(F16))[i % 4]
+        inputs: list[cv.Given] = [fed(dtype, (m, k), -1, 0), weight(k, n, dtype=dtype)]
+        inputs += [] if name == "plain" else [weight(n, dtype=dtype)]
+        inputs += [(dtype, (m, n))] if name == "residual" else []
+        step, context = make_step(Gemm((stores_of(dtype)[name],)), inputs), context_of(runner, kind)
+        tile = stream_tile(product_of(step, context), operands_of(dtype, context))
+        assert tile is not None
+        launch = launched(step, tile, context)
+        label = f"{kind} {m}x{n}x{k} {name} {tile}"
+        cases.append(Case(label, step, k, lowered=[launch], rounding=rounding(kind)))
+    check(runner, cases)
 
 
-def launched(step: Step, tile: Tile, context: Context) -> Launch:
+def test_slices_are_for_many_rows_and_little_work() -> None:
+    """On an H100 the shapes of MobileNet v2 and EfficientNet at batch 128 that leave tiles half empty run in slices;
+    others stay with tiles of wgmma."""
+    context = Context(ARCHITECTURES["sm_90a"], 132, WeightStore())
+
+    def slices(m: int, k: int, n: int, dtype: DType = F16) -> bool:
+        step = make_step(Gemm((stores_of(dtype)["bias"],)), [(dtype, (m, k)), weight(k, n, dtype=dtype), weight(n)])
+        return isinstance(pick_tile(product_of(step, context), context), StreamTile)
+
+    large, medium = 128 * 112 * 112, 128 * 56 * 56
+    assert all(slices(*shape) for shape in ((large, 16, 96), (large, 32, 16), (medium, 24, 144)))
+    assert not any(
+        slices(*shape) for shape in ((medium, 64, 256), (medium, 256, 64), (4096, 768, 3072), (128, 64, 1000))
+    )
+    assert not slices(large, 16, 96, F32), "slices round fp32 to tf32"
+
+
+def launched(step: Step, tile: Tile | StreamTile, context: Context) -> Launch:
     """The launch of a product of matrices in a given tile."""
     assert isinstance(step.op, Gemm)
     product = product_of(step, context)
@@ -113,9 +145,36 @@ def test_gemm_of_every_kind_of_activations_matches_float64(runner: Runner, count
         a = window(rng, dtype, (*broadcast(rng, lead), m, k), 0)
         b = window(rng, dtype, (*broadcast(rng, lead), k, n), 1)
         step = make_step(Gemm((cv.stored(ACC, dtype),)), [a, b])
-        label = f"{kind} {a.shape} {a.strides} {b.shape} {b.strides}"
+        (result,) = step.outputs
+        if i % 2:  # matrices may lie in one another, as the heads of a token do
+            rows = len(result.shape) - 1
+            order = (*(int(axis) for axis in rng.permutation(rows)), rows)
+            result = replace(result, strides=row_major(result.shape, order))
+            step = replace(step, outputs=(result,))
+        label = f"{kind} {a.shape} {a.strides} {b.shape} {b.strides} {result.strides}"
         launches = lower(step, context_of(runner, kind))
         cases.append(Case(label, step, k, lowered=launches, rounding=rounding(kind)))
+    check(runner, cases)
+
+
+def test_rows_are_written_in_any_order(runner: Runner, count: int) -> None:
+    """As windows of an image are, with a residual in the image's own order; the operands stay single matrices."""
+    rng, cases = rng_of("rows"), []
+    for i in range(max(4, count // 3)):
+        kind = list(KINDS)[i % 4]
+        dtype = KINDS[kind][0]
+        rows = tuple(int(rng.integers(1, 6)) for _ in range(int(rng.integers(3, 6))))
+        k, n = ragged(rng, 200, 8), ragged(rng, 150, int(rng.choice([1, 8])))
+        store = cv.stored(cv.add(ACC, cv.arg(2, dtype)), dtype)
+        inputs: list[cv.Given] = [(dtype, (*rows, k)), weight(k, n, dtype=dtype), (dtype, (*rows, n))]
+        step = make_step(Gemm((store,)), inputs)
+        order = (*(int(axis) for axis in rng.permutation(len(rows))), len(rows))
+        residual, written = (replace(t, strides=row_major(t.shape, order)) for t in (step.inputs[2], step.outputs[0]))
+        step = replace(step, inputs=(*step.inputs[:2], residual), outputs=(written,))
+        context = context_of(runner, kind)
+        assert product_of(step, context).batch.count == 1
+        launches = lower(step, context)
+        cases.append(Case(f"{kind} {rows} {order} {k=} {n=}", step, k, lowered=launches, rounding=rounding(kind)))
     check(runner, cases)
 
 

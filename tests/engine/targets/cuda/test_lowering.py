@@ -133,7 +133,7 @@ def test_parameters_lie_as_a_c_compiler_lays_them() -> None:
 def test_what_looks_up_tables_has_a_status_word_and_nothing_else_has() -> None:
     embedding = lower(cv.embedding_norm(2, 5, 64))
     assert embedding.looks_up
-    assert "table_row<i64>" in embedding.kernel.source.text
+    assert "table_index<i64>" in embedding.kernel.source.text
     assert "u32* prologue_status;" in embedding.kernel.source.text
     context = Context(SM_90A, 132, WeightStore())
     steps = {step.name: family_of(step.op).lower(step, context) for step in cv.steps()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import erfc, sqrt
 
 import numpy as np
 import pytest
@@ -44,6 +45,33 @@ def test_pointwise_matches_float64(runner: Runner, count: int) -> None:
         given: cv.Given = fed(F16, shape, int(rng.integers(0, rank)), 0) if i % 3 == 0 else (F16, shape)
         cases.append(Case(f"{shape} {other}", make_step(Pointwise(stores), [given, (F32, other)]), 1, computed=F32))
     check(runner, cases)
+
+
+@pytest.mark.parametrize("dtype", [F16, DType.BF16])
+def test_gelu_of_16_bits_is_good_to_its_rounding(runner: Runner, dtype: DType) -> None:
+    """Of every number: half a unit in the last place, and the bound of `gelu_narrow` in kernels/epilogue/math.cuh."""
+    bits = np.arange(2**16, dtype=np.uint32).astype(np.uint16).view(dtype.numpy)
+    step = make_step(Pointwise((cv.stored(cv.gelu(cv.arg(0, dtype)), dtype),)), [(dtype, bits.shape)])
+    (launch,) = lower(step, runner.context)
+    assert "= gelu_narrow(" in launch.kernel.source.text
+    with np.errstate(invalid="ignore"):  # NaNs that signal
+        got, x = runner.run(step, [launch], [bits])[0].astype(np.float64), bits.astype(np.float64)
+    assert np.array_equal(np.isnan(got), np.isnan(x))
+    assert got[x == np.inf] == np.inf
+    assert abs(got[x == -np.inf]) <= 2.0**-37, "−∞ gives its limit, 0"
+    finite = np.isfinite(x)
+    got, x = got[finite], x[finite]
+    want = np.array([0.5 * value * erfc(-value * sqrt(0.5)) for value in x])
+    digits, smallest = (11, 2.0**-24) if dtype is F16 else (8, 2.0**-126)
+    half_unit = np.maximum(2.0 ** (np.floor(np.log2(np.maximum(np.abs(want), 1e-300))) - digits), smallest / 2)
+    bound = half_unit * (1 + 2.0**-10) + np.where(x > -5.7, 2.0**-14 * np.abs(want), 2.0**-37)
+    assert np.all(np.abs(got - want) <= bound)
+
+
+def test_gelu_of_32_bits_is_computed_with_erf(runner: Runner) -> None:
+    step = make_step(Pointwise((cv.gelu(cv.arg(0, F32)), cv.stored(cv.gelu(cv.arg(0, F32))))), [(F32, (100,))])
+    assert all("= gelu_narrow(" not in launch.kernel.source.text for launch in lower(step, runner.context))
+    check(runner, [Case("gelu", step, 1, computed=F32)])
 
 
 def test_any_rank_and_order(runner: Runner, count: int) -> None:

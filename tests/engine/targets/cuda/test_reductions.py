@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -25,6 +27,7 @@ from tests.engine.targets.cuda.cases import (
     rng_of,
     wide,
     wide_arg,
+    wiped,
 )
 from tests.engine.targets.cuda.emulator.runner import EmulatedRunner
 from tests.engine.targets.cuda.harness import Case, Runner
@@ -87,25 +90,48 @@ def test_reductions_in_every_type_and_order(runner: Runner, count: int) -> None:
 
 
 def test_few_results_of_long_walks(runner: Runner, count: int) -> None:
-    """Split over blocks, and joined by a second launch: on rows, on columns, of everything."""
+    """Split over blocks, and joined by the last of them: on rows, on columns, of everything. Twice, with the result
+    wiped in between: the counters must be left as they were found."""
     rng, cases = rng_of("split"), []
     large = 200_000 if isinstance(runner, EmulatedRunner) else 12_000_000
-    types = (F16, F32, DType.F64, DType.I32, DType.U8, DType.BOOL)
+    types, split = (F16, F32, DType.F64, DType.I32, DType.U8, DType.BOOL), list[int]()
     for i in range(count if isinstance(runner, EmulatedRunner) else count // 5):
         dtype = types[i % len(types)]
         few, long = int(rng.integers(1, 40)), int(rng.integers(large // 4, large)) // 40
-        shape, axes = [((few, long), (1,)), ((long, few), (0,)), ((7, long, 3), (0, 1, 2)), ((9, long, 5), (0, 1))][
-            i % 4
-        ]
+        shapes = (
+            ((few // 8 + 1, 8 * long), (1,)), ((16 * long, few // 8 + 1), (0,)), ((7, long, 3), (0, 1, 2)),
+            ((9, 2 * long, 5), (0, 1)),
+        )  # fmt: skip
+        shape, axes = shapes[i % 4]
         kinds = EXTREMES if dtype is DType.BOOL else list(ReduceKind)[:4]
         kind = kinds[i % len(kinds)]
         if kind is ReduceKind.MEAN and not dtype.is_float:
             kind = ReduceKind.SUM
         step = make_step(reduction(kind, axes, dtype), [(dtype, shape)])
         feeds = {0: random_content(rng, dtype, shape)}
-        cases.append(Case(f"{kind} {dtype} {shape} {axes}", step, int(np.prod(shape)), feeds, computed=wide(dtype)))
-    split = [case for case in cases if len(lower(case.step, runner.context)) == 2]
-    assert {len(case.step.op.axes) for case in split} >= {1, 2, 3}
+        launches = lower(step, runner.context)
+        twice = [*launches, *wiped(step.outputs[0], runner.context), *launches]
+        label, terms = f"{kind} {dtype} {shape} {axes}", int(np.prod(shape))
+        cases.append(Case(label, step, terms, feeds, twice, computed=wide(dtype)))
+        split += [len(axes)] * (dict(launches[0].arguments)["splits"] != 1)
+    assert set(split) == {1, 2, 3}
+    check(runner, cases)
+
+
+def test_averages_of_images_in_every_walk(runner: Runner) -> None:
+    """Channels inside: as an H100 takes them, in wide blocks, in tiles of columns, in parts."""
+    cases, walks = [], set()
+    for images, channels, size in ((1, 144, 56), (1, 32, 112), (1, 20, 14), (3, 240, 14), (7, 672, 7)):
+        image = cv.channels_inner(images, channels, size, size)
+        op = reduction(ReduceKind.MEAN, (2, 3), F16, keepdims=True)
+        step = make_step(op, [image])
+        (launch,) = lower(step, replace(runner.context, multiprocessors=132))
+        arguments = dict(launch.arguments)
+        walks.add((launch.kernel.threads, arguments["splits"] != 1, arguments["column_tiles"] != 1))
+        label = f"{images}x{channels}x{size}"
+        cases.append(Case(label, step, size * size, lowered=[launch], computed=F32))
+    assert {threads for threads, _, _ in walks} == {256, 512}
+    assert {split for _, split, _ in walks} == {tiled for _, _, tiled in walks} == {False, True}
     check(runner, cases)
 
 

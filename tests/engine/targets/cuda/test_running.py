@@ -10,16 +10,16 @@ from engine.ir.dtype import DType
 from engine.ir.ops import Running, RunningKind
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.covering import F16, F32, I64, make_step
-from tests.engine.targets.cuda.cases import check, fed, order_of, ragged, rng_of
+from tests.engine.targets.cuda.cases import check, fed, order_of, ragged, rng_of, wide
 from tests.engine.targets.cuda.harness import Case, Runner
 
 DTYPES = [F32, F16, I64, DType.F64, DType.BF16, DType.I32, DType.U8]
 
 
-def test_running_matches_float64(runner: Runner, count: int) -> None:
+def test_running_matches_float64(runner: Runner, family_count: int) -> None:
     """Lines in one piece and in several, along any axis, one after the other and side by side."""
     rng, cases = rng_of("running"), []
-    for i in range(count):
+    for i in range(family_count):
         rank, dtype, kind = int(rng.integers(1, 4)), DTYPES[i % len(DTYPES)], list(RunningKind)[i % 2]
         shape = [int(rng.integers(1, 14)) for _ in range(rank)]
         axis = int(rng.integers(0, rank))
@@ -35,7 +35,8 @@ def test_running_matches_float64(runner: Runner, count: int) -> None:
         op = Running(kind, axis, bool(rng.random() < 0.5), bool(rng.random() < 0.5))
         step = make_step(op, [fed(dtype, tuple(shape), int(rng.integers(0, rank)), 0)])
         step = cv.results_in(step, order_of(rng, rank))
-        cases.append(Case(f"{kind} {dtype.value} {shape} axis {axis}", step, shape[axis], {0: x.astype(dtype.numpy)}))
+        label, feeds = f"{kind} {dtype.value} {shape} axis {axis}", {0: x.astype(dtype.numpy)}
+        cases.append(Case(label, step, shape[axis], feeds, computed=wide(dtype)))
     check(runner, cases)
 
 

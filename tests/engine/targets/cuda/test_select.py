@@ -11,7 +11,7 @@ from engine.ir.ops import Scatter, ScatterKind, TopK
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda import scatter
 from engine.targets.cuda.covering import F16, F32, I64, make_step
-from tests.engine.targets.cuda.cases import check, fed, order_of, ragged, rng_of
+from tests.engine.targets.cuda.cases import check, fed, order_of, ragged, rng_of, wide
 from tests.engine.targets.cuda.emulator.runner import EmulatedRunner
 from tests.engine.targets.cuda.harness import Case, RunError, Runner
 
@@ -46,7 +46,7 @@ def test_scatter_of_elements(runner: Runner, count: int) -> None:
         ]  # fmt: skip
         step = cv.results_in(make_step(Scatter(axis, kind), inputs), order_of(rng, rank))
         feeds = {0: numbers(rng, dtype, shape), 1: index.astype(index_type.numpy), 2: numbers(rng, dtype, part)}
-        cases.append(Case(f"{kind} {dtype.value} {shape} {part} axis {axis}", step, 1, feeds))
+        cases.append(Case(f"{kind} {dtype.value} {shape} {part} axis {axis}", step, 4, feeds, computed=wide(dtype)))
     check(runner, cases)
 
 
@@ -68,7 +68,7 @@ def test_scatter_of_slices(runner: Runner, count: int) -> None:
         ]
         step = make_step(Scatter(None, kind), inputs)
         feeds = {0: numbers(rng, dtype, shape), 1: index, 2: numbers(rng, dtype, updates)}
-        cases.append(Case(f"{kind} {dtype.value} {shape} {index.shape}", step, 1, feeds))
+        cases.append(Case(f"{kind} {dtype.value} {shape} {index.shape}", step, 1, feeds, computed=wide(dtype)))
     check(runner, cases)
 
 
@@ -96,11 +96,11 @@ def test_scatters_that_make_no_sense_are_refused(runner: Runner) -> None:
         make_step(Scatter(0, ScatterKind.ADD), [(DType.BOOL, (3,)), (I64, (3,)), (DType.BOOL, (3,))])
 
 
-def test_top_k_matches_a_stable_sort(runner: Runner, count: int) -> None:
+def test_top_k_matches_a_stable_sort(runner: Runner, family_count: int) -> None:
     """Elements that are equal, axes in any order, a row in one piece and in several, a k for which elements count."""
     rng, cases = rng_of("top k"), []
     emulated = isinstance(runner, EmulatedRunner)
-    for i in range(count):
+    for i in range(family_count):
         rank, dtype = int(rng.integers(1, 4)), DTYPES[i % len(DTYPES)]
         shape = [int(rng.integers(1, 6)) for _ in range(rank)]
         axis = int(rng.integers(0, rank))

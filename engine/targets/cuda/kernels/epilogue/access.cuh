@@ -90,9 +90,9 @@ DEVICE i64 row_within(i64 i, i64 rows, u32* status) {
   return 0;
 }
 
-// The row of a table that an index tensor names.
-template <class INDEX> DEVICE i64 table_row(const Tensor& index, i64 offset, i64 rows, u32* status) {
-  return row_within(static_cast<i64>(static_cast<const INDEX*>(index.data)[offset]), rows, status);
+// What an index tensor says, as it stands there.
+template <class INDEX> DEVICE i64 table_index(const Tensor& index, i64 offset) {
+  return static_cast<i64>(static_cast<const INDEX*>(index.data)[offset]);
 }
 
 // Columns that lie in different rows of a table: the row of each is named by an index that moves with the columns.
@@ -105,7 +105,7 @@ DEVICE Fetched<T, Column::STRIDED> fetch_rows(const Tensor& t, i64 offset, const
   for (int i = 0; i < WIDTH; ++i) {
     result.pack.element[i] = T();
     if (i < count) {
-      const i64 row = table_row<INDEX>(index, index_offset + (column + i) * index.column, rows, status);
+      const i64 row = row_within(table_index<INDEX>(index, index_offset + (column + i) * index.column), rows, status);
       result.pack.element[i] = p[row * row_stride + (column + i) * t.column];
     }
   }

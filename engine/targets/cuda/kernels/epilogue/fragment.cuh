@@ -22,43 +22,92 @@ DEVICE void transpose_quad(float (&v)[8], int quad) {
   }
 }
 
+// The same for accumulators whose rows are columns of the result: v[8h + j] is column `octet` + 8h of 16, of row j of 8, in the eight
+// lanes that differ in `octet` (bits 2 to 4 of the lane). After it v[8k + c] is column c + 8 · (octet & 1) of row 4k + octet / 2: two
+// lanes hold 16 columns of a row, a whole sector of memory.
+DEVICE void transpose_octet(float (&v)[16], int octet) {
+  constexpr int INDEX_BIT[3] = {8, 1, 2};  // changes places with this bit of the lane
+#pragma unroll
+  for (int bit = 0; bit < 3; ++bit) {
+    const bool upper = octet >> bit & 1;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int other = i | INDEX_BIT[bit];
+      if (other == i) continue;
+      const float x = __shfl_xor_sync(~0u, upper ? v[i] : v[other], 4 << bit);
+      if (upper) v[i] = x; else v[other] = x;
+    }
+  }
+  float w[16];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) w[i] = v[(i & 1) << 3 | i >> 3 << 2 | (i >> 2 & 1) << 1 | (i >> 1 & 1)];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) v[i] = w[i];
+}
+
 // How the 32 columns of four blocks lie in the accumulators of four neighbouring lanes.
 enum class Arrangement {
   BLOCKS,   // block after block, as the instruction has them
   STRIDE_4  // column c of block b is column 4c + b: a lane holds eight neighbouring ones (attention_tiles.cuh)
 };
 
-// Hands a 16-row fragment of BLOCKS 8-column blocks to the epilogue. `row` is this lane's first row (the other is row + 8) of
-// `rows`; `first_row` is added to make the row of the iteration space. Columns start at `column` of `columns`. What the
-// epilogue reads is fetched for AHEAD pieces (a row of four blocks) at a time: as many as the kernel has registers for.
+// A fragment of 16 rows and BLOCKS 8-column blocks goes to the epilogue in pieces, a row of four blocks each: piece i is this lane's
+// row i % 2 of blocks 4 (i / 2) on. `rows` are the lane's rows of the iteration space, `stored` whether they are there; columns start
+// at `column` of `columns`.
+
+// Fetches what the epilogue reads for COUNT pieces from `first` on.
+template <class EPILOGUE, int COUNT>
+DEVICE void fetch_pieces(const Params& p, typename EPILOGUE::Inputs (&inputs)[COUNT], int first, const u32 (&rows)[2], const bool (&stored)[2],
+                         u32 column, u32 columns) {
+  const int quad = threadIdx.x & 3;
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    const int group = (first + i) / 2, lower = (first + i) % 2;
+    const u32 c = column + 32 * group + 8 * quad;
+    if (stored[lower] && c < columns) inputs[i] = EPILOGUE::fetch(p, rows[lower], c, min(8u, columns - c));
+  }
+}
+
+// Stores the results of pieces whose `inputs` have been fetched.
+template <class EPILOGUE, Arrangement ARRANGEMENT, int COUNT, int SIZE>
+DEVICE void store_pieces(const Params& p, const float (&d)[SIZE], const typename EPILOGUE::Inputs (&inputs)[COUNT], int first,
+                         const u32 (&rows)[2], const bool (&stored)[2], u32 column, u32 columns) {
+  const int quad = threadIdx.x & 3;
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    const int group = (first + i) / 2, lower = (first + i) % 2;
+    float v[8];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int element = (4 * group + j) * 4 + 2 * lower;
+      v[ARRANGEMENT == Arrangement::BLOCKS ? 2 * j : j] = d[element];
+      v[ARRANGEMENT == Arrangement::BLOCKS ? 2 * j + 1 : j + 4] = d[element + 1];
+    }
+    if constexpr (ARRANGEMENT == Arrangement::BLOCKS) transpose_quad(v, quad);
+    const u32 c = column + 32 * group + 8 * quad;
+    if (stored[lower] && c < columns) EPILOGUE::store(p, rows[lower], c, min(8u, columns - c), v, inputs[i]);
+  }
+}
+
+// Hands a whole fragment to the epilogue. What it reads is fetched for AHEAD pieces at a time: as many as the kernel has registers for.
 template <class EPILOGUE, int BLOCKS, int AHEAD = BLOCKS / 2, Arrangement ARRANGEMENT = Arrangement::BLOCKS>
-DEVICE void emit_fragment(const Params& p, const float (&d)[BLOCKS * 4], u32 first_row, u32 row, u32 rows, u32 column, u32 columns) {
+DEVICE void emit_rows(const Params& p, const float (&d)[BLOCKS * 4], const u32 (&rows)[2], const bool (&stored)[2], u32 column, u32 columns) {
   static_assert(BLOCKS % 4 == 0, "four lanes hold the columns of four blocks");
   constexpr int PIECES = BLOCKS / 2;
   static_assert(PIECES % AHEAD == 0, "");
-  const int quad = threadIdx.x & 3;
 #pragma unroll
   for (int first = 0; first < PIECES; first += AHEAD) {
     typename EPILOGUE::Inputs inputs[AHEAD];
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-      const int group = (first + i) / 2, lower = (first + i) % 2;
-      const u32 r = row + 8 * lower, c = column + 32 * group + 8 * quad;
-      if (r < rows && c < columns) inputs[i] = EPILOGUE::fetch(p, first_row + r, c, min(8u, columns - c));
-    }
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-      const int group = (first + i) / 2, lower = (first + i) % 2;
-      float v[8];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int element = (4 * group + j) * 4 + 2 * lower;
-        v[ARRANGEMENT == Arrangement::BLOCKS ? 2 * j : j] = d[element];
-        v[ARRANGEMENT == Arrangement::BLOCKS ? 2 * j + 1 : j + 4] = d[element + 1];
-      }
-      if constexpr (ARRANGEMENT == Arrangement::BLOCKS) transpose_quad(v, quad);
-      const u32 r = row + 8 * lower, c = column + 32 * group + 8 * quad;
-      if (r < rows && c < columns) EPILOGUE::store(p, first_row + r, c, min(8u, columns - c), v, inputs[i]);
-    }
+    fetch_pieces<EPILOGUE>(p, inputs, first, rows, stored, column, columns);
+    store_pieces<EPILOGUE, ARRANGEMENT>(p, d, inputs, first, rows, stored, column, columns);
   }
+}
+
+// The same where the rows are neighbours: `row` is this lane's first one (the other is row + 8) of `rows`; `first_row` is added to
+// make the row of the iteration space.
+template <class EPILOGUE, int BLOCKS, int AHEAD = BLOCKS / 2, Arrangement ARRANGEMENT = Arrangement::BLOCKS>
+DEVICE void emit_fragment(const Params& p, const float (&d)[BLOCKS * 4], u32 first_row, u32 row, u32 rows, u32 column, u32 columns) {
+  const u32 both[2] = {first_row + row, first_row + row + 8};
+  const bool stored[2] = {row < rows, row + 8 < rows};
+  emit_rows<EPILOGUE, BLOCKS, AHEAD, ARRANGEMENT>(p, d, both, stored, column, columns);
 }

@@ -21,6 +21,16 @@ DEVICE float erf_approx(float x) {
   return copysignf(1.0f - p * exp2_approx(-1.44269504f * z * z), x);
 }
 
+// x Φ(x), Φ the normal distribution's, for results of 16 bits: relative error below 2^-14 for x > −5.7, absolute below 2^-37 beyond.
+// log2 Φ(−t) is close to a parabola: a polynomial of degree 6 (least maximum over 0 … 5.7, by weighted least squares) and one
+// exponential, a third of what erf takes.
+DEVICE float gelu_narrow(float x) {
+  const float t = fminf(fabsf(x), 16.0f);  // beyond, the exponential is 0 beside x
+  const float below = exp2_approx(fmaf(t, fmaf(t, fmaf(t, fmaf(t, fmaf(t, fmaf(t, 2.4862684e-5f, -6.4112537e-4f), 7.3746652e-3f),
+                                  -5.1673207e-2f), -0.46067742f), -1.1504364f), -1.0000461f));
+  return fmaf(-t, below, max_nan(x, 0.0f));
+}
+
 DEVICE float sigmoid(float x) { return reciprocal_approx(1.0f + exp2_approx(-1.44269504f * x)); }
 
 template <class T> DEVICE T sign(T x) { return x > T(0) ? T(1) : x < T(0) ? T(-1) : x; }

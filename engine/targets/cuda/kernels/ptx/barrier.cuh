@@ -19,5 +19,9 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
       ::"r"(barrier), "r"(parity) : "memory");
 }
 
+// The hardware's numbered barriers, 1 to 15 (0 is __syncthreads): complete when THREADS threads have come, by either function.
+template <int THREADS> DEVICE void meet_at(u32 number) { asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(THREADS) : "memory"); }
+template <int THREADS> DEVICE void pass_by(u32 number) { asm volatile("bar.arrive %0, %1;" ::"r"(number), "n"(THREADS) : "memory"); }
+
 template <int REGISTERS> DEVICE void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }
 template <int REGISTERS> DEVICE void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }

@@ -3,11 +3,13 @@
 #pragma once
 #include "types.cuh"
 
-// An operand in shared memory: rows of 128 bytes (64 halves or 32 words, 128-byte swizzle), eight rows to an atom of 1024 bytes.
-// Adding 2 to the result moves 32 bytes along k, adding 512 moves 64 rows.
-DEVICE u64 operand_descriptor(u32 address) {
-  constexpr u64 SWIZZLE_128 = 1ull << 62, STRIDE = 1024 >> 4, LEADING = 1;  // LEADING is ignored under this swizzle
-  return SWIZZLE_128 | STRIDE << 32 | LEADING << 16 | (address & 0x3FFFF) >> 4;
+// An operand in shared memory: rows of ROW_BYTES (under the swizzle of as many), eight rows to an atom. Adding 2 to the result moves
+// 32 bytes along k, within a row; adding 4 · ROW_BYTES moves 64 rows.
+template <int ROW_BYTES> DEVICE u64 operand_descriptor(u32 address) {
+  static_assert(ROW_BYTES == 128 || ROW_BYTES == 64 || ROW_BYTES == 32, "");
+  constexpr u64 SWIZZLE = (ROW_BYTES == 128 ? 1ull : ROW_BYTES == 64 ? 2ull : 3ull) << 62, STRIDE = 8 * ROW_BYTES >> 4;
+  constexpr u64 LEADING = 1;  // ignored under a swizzle
+  return SWIZZLE | STRIDE << 32 | LEADING << 16 | (address & 0x3FFFF) >> 4;
 }
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

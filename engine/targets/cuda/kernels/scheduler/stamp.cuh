@@ -9,6 +9,7 @@ struct Stamp { u64 begin; u64 end_complement; };
 DEVICE void stamp_begin(Stamp* stamp) {
   if (stamp != nullptr && threadIdx.x == 0) atomicMin(&stamp->begin, global_nanoseconds());
 }
-DEVICE void stamp_end(Stamp* stamp) {
-  if (stamp != nullptr && threadIdx.x == 0) atomicMin(&stamp->end_complement, ~global_nanoseconds());
+// `mine`: whether this thread says when the block ended. Where its warps end at different times, one of each does.
+DEVICE void stamp_end(Stamp* stamp, bool mine = threadIdx.x == 0) {
+  if (stamp != nullptr && mine) atomicMin(&stamp->end_complement, ~global_nanoseconds());
 }

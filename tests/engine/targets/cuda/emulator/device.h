@@ -1,18 +1,5 @@
-// What CUDA C++ gives a kernel, on a CPU: threads of a block as fibers, barriers, shuffles, shared memory. Included in front of
-// a kernel's source by emulator.py, with the folder ptx/ beside this in place of the kernels' own ptx/.
-//
-// Blocks run one after the other. A fiber runs until it has to wait, in one of two orders, from the first thread on or from the
-// last: a result that depends on which thread comes first differs. Asynchronous copies and matrix products take effect as late
-// as the kernel's own waits allow.
-#include <math.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include <functional>
-#include <vector>
-
+// What CUDA C++ gives a kernel, on a CPU. Between runtime.h and the kernel's source, with the folder ptx/ beside this in place of the
+// kernels' own ptx/.
 #undef INFINITY
 #undef NAN
 #define __device__
@@ -22,6 +9,29 @@
 #define __launch_bounds__(...)
 #define __shared__ static
 #define __align__(n) __attribute__((aligned(n)))
+
+using size_t = decltype(sizeof 0);
+extern "C" {
+#define EMULATOR_MATH(name) float name##f(float); double name(double);
+EMULATOR_MATH(acos) EMULATOR_MATH(acosh) EMULATOR_MATH(asin) EMULATOR_MATH(asinh) EMULATOR_MATH(atan) EMULATOR_MATH(atanh)
+EMULATOR_MATH(ceil) EMULATOR_MATH(cos) EMULATOR_MATH(cosh) EMULATOR_MATH(erf) EMULATOR_MATH(exp) EMULATOR_MATH(exp2)
+EMULATOR_MATH(fabs) EMULATOR_MATH(floor) EMULATOR_MATH(log) EMULATOR_MATH(rint) EMULATOR_MATH(round) EMULATOR_MATH(sin)
+EMULATOR_MATH(sinh) EMULATOR_MATH(sqrt) EMULATOR_MATH(tan) EMULATOR_MATH(tanh)
+#undef EMULATOR_MATH
+#define EMULATOR_MATH(name) float name##f(float, float); double name(double, double);
+EMULATOR_MATH(copysign) EMULATOR_MATH(fmax) EMULATOR_MATH(fmin) EMULATOR_MATH(fmod) EMULATOR_MATH(pow)
+#undef EMULATOR_MATH
+float fmaf(float, float, float);
+double fma(double, double, double);
+}
+inline float abs(float x) { return __builtin_fabsf(x); }
+inline double abs(double x) { return __builtin_fabs(x); }
+inline int abs(int x) { return x < 0 ? -x : x; }
+inline long long abs(long long x) { return x < 0 ? -x : x; }
+inline bool isnan(float x) { return __builtin_isnan(x); }
+inline bool isnan(double x) { return __builtin_isnan(x); }
+inline bool isinf(float x) { return __builtin_isinf(x); }
+inline bool isinf(double x) { return __builtin_isinf(x); }
 
 struct float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
@@ -35,7 +45,7 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 template <class To, class From> To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From), "");
   To to;
-  memcpy(&to, &from, sizeof to);
+  __builtin_memcpy(&to, &from, sizeof to);
   return to;
 }
 inline float __int_as_float(int i) { return bits_as<float>(i); }
@@ -58,195 +68,45 @@ inline void __threadfence_block() {}
 template <class A, class B> constexpr auto min(A a, B b) { using T = decltype(a + b); return static_cast<T>(a) < static_cast<T>(b) ? static_cast<T>(a) : static_cast<T>(b); }
 template <class A, class B> constexpr auto max(A a, B b) { using T = decltype(a + b); return static_cast<T>(a) > static_cast<T>(b) ? static_cast<T>(a) : static_cast<T>(b); }
 
-template <class T> T atomicAdd(T* p, T v) { const T old = *p; *p = old + v; return old; }
-template <class T> T atomicMin(T* p, T v) { const T old = *p; if (v < old) *p = v; return old; }
-template <class T> T atomicMax(T* p, T v) { const T old = *p; if (v > old) *p = v; return old; }
-template <class T> T atomicOr(T* p, T v) { const T old = *p; *p = old | v; return old; }
-template <class T> T atomicExch(T* p, T v) { const T old = *p; *p = v; return old; }
-template <class T> T atomicCAS(T* p, T compare, T v) { const T old = *p; if (old == compare) *p = v; return old; }
+#define EMULATOR_ATOMIC template <class T> __attribute__((no_sanitize("thread"))) T
+#define EMULATOR_TOUCH emulator::access_atomically(p, sizeof *p, __builtin_return_address(0))
+EMULATOR_ATOMIC atomicAdd(T* p, T v) { EMULATOR_TOUCH; const T old = *p; *p = old + v; return old; }
+EMULATOR_ATOMIC atomicMin(T* p, T v) { EMULATOR_TOUCH; const T old = *p; if (v < old) *p = v; return old; }
+EMULATOR_ATOMIC atomicMax(T* p, T v) { EMULATOR_TOUCH; const T old = *p; if (v > old) *p = v; return old; }
+EMULATOR_ATOMIC atomicOr(T* p, T v) { EMULATOR_TOUCH; const T old = *p; *p = old | v; return old; }
+EMULATOR_ATOMIC atomicExch(T* p, T v) { EMULATOR_TOUCH; const T old = *p; *p = v; return old; }
+EMULATOR_ATOMIC atomicCAS(T* p, T compare, T v) { EMULATOR_TOUCH; const T old = *p; if (old == compare) *p = v; return old; }
 
-namespace emulator {
-
-constexpr int MAX_THREADS = 1024, STACK_BYTES = 256 << 10, WARP = 32;
-constexpr size_t SHARED_BYTES = 256 << 10;
-struct Index { unsigned x, y, z; };
-alignas(1024) unsigned char shared_memory[SHARED_BYTES];
-
-[[noreturn]] inline void fail(const char* what);
-
-struct CopyGroup { std::vector<std::function<void()>> copies; };
-struct Fiber {
-  void* stack_pointer;
-  unsigned char* stack;
-  bool done;
-  std::vector<std::function<void()>> open_copies, open_products;
-  std::vector<std::vector<std::function<void()>>> copies, products;  // committed groups, oldest first
-};
-struct Meeting { int arrived; unsigned generation; };
-
-inline Fiber fibers[MAX_THREADS];
-inline Index thread, block, grid, block_size;
-inline int threads, alive, current;
-inline bool last_first;  // the order in which threads take their turns
-inline unsigned long long progress;  // counts what may free a waiting thread
-inline void* scheduler_stack;
-inline Meeting block_meeting, warp_meetings[MAX_THREADS / WARP], named_meetings[16];
-inline unsigned long long exchange[MAX_THREADS / WARP][WARP];
-inline char* message;
-
-#if defined(__x86_64__)
-// Saves the callee's registers and the stack pointer, and goes on where `to` was saved.
-asm(R"(
-.text
-.local emulator_switch
-emulator_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-)");
-extern "C" void emulator_switch(void** from, void* to);
-#else
-#error "the emulator switches stacks in x86-64 assembly"
-#endif
-
-inline void yield() {
-  const int self = current;
-  emulator_switch(&fibers[self].stack_pointer, scheduler_stack);
-}
-
-inline void wait_until(const std::function<bool()>& ready) { while (!ready()) yield(); }
-
-// Returns when `expected` threads have come. `expected` is asked anew: threads that end no longer take part.
-template <class COUNT> void meet(Meeting& meeting, COUNT expected) {
-  const unsigned generation = meeting.generation;
-  ++meeting.arrived;
-  ++progress;
-  while (meeting.generation == generation) {
-    if (meeting.arrived >= expected()) {
-      meeting.arrived = 0;
-      ++meeting.generation;
-      ++progress;
-      break;
-    }
-    yield();
-  }
-}
-inline void meet_warp() { meet(warp_meetings[current / WARP], [] { return min(WARP, threads - current / WARP * WARP); }); }
-
-template <class T> T shuffle(T value, int source) {
-  static_assert(sizeof(T) <= 8, "");
-  unsigned long long bits = 0;
-  memcpy(&bits, &value, sizeof value);
-  const int warp = current / WARP;
-  exchange[warp][current % WARP] = bits;
-  meet_warp();
-  T result;
-  memcpy(&result, &exchange[warp][source], sizeof result);
-  meet_warp();
-  return result;
-}
-
-void run_thread();  // calls the kernel
-
-[[noreturn]] inline void fiber_entry() {
-  run_thread();
-  fibers[current].done = true;
-  --alive;
-  ++progress;
-  yield();
-  abort();
-}
-
-inline void prepare(Fiber& fiber) {
-  if (!fiber.stack) fiber.stack = static_cast<unsigned char*>(malloc(STACK_BYTES));
-  // As `emulator_switch` leaves a stack: six registers, then the address to go on at. The ABI wants the stack at 16 n + 8 there.
-  auto top = reinterpret_cast<uintptr_t>(fiber.stack + STACK_BYTES) & ~uintptr_t(63);
-  void** stack = reinterpret_cast<void**>(top - 16);
-  *stack = reinterpret_cast<void*>(&fiber_entry);
-  stack -= 6;
-  memset(stack, 0, 6 * sizeof *stack);
-  fiber.stack_pointer = stack;
-  fiber.done = false;
-  fiber.open_copies.clear();
-  fiber.open_products.clear();
-  fiber.copies.clear();
-  fiber.products.clear();
-}
-
-struct Failure {};
-[[noreturn]] inline void fail(const char* what) {
-  snprintf(message, 256, "thread %d of block (%u, %u, %u): %s", current, block.x, block.y, block.z, what);
-  ++progress;
-  for (;;) { alive = -1; yield(); }
-}
-
-// Runs every thread of the present block to its end; false where none can go on.
-inline bool run_block() {
-  block_meeting = {};
-  for (auto& meeting : warp_meetings) meeting = {};
-  for (auto& meeting : named_meetings) meeting = {};
-  memset(shared_memory, 0xFF, SHARED_BYTES);  // reads NaN until written
-  alive = threads;
-  for (int i = 0; i < threads; ++i) prepare(fibers[i]);
-  while (alive > 0) {
-    const unsigned long long before = progress;
-    for (int turn = 0; turn < threads; ++turn) {
-      const int i = last_first ? threads - 1 - turn : turn;
-      if (fibers[i].done) continue;
-      current = i;
-      thread = {static_cast<unsigned>(i), 0, 0};
-      emulator_switch(&scheduler_stack, fibers[i].stack_pointer);
-      if (alive < 0) return false;
-    }
-    if (alive > 0 && progress == before) {
-      snprintf(message, 256, "block (%u, %u, %u): %d threads wait for ever", block.x, block.y, block.z, alive);
-      return false;
-    }
-  }
-  return true;
-}
-
-inline void run_groups(std::vector<std::vector<std::function<void()>>>& groups, size_t pending) {
-  while (groups.size() > pending) {
-    for (auto& work : groups.front()) work();
-    groups.erase(groups.begin());
-  }
-}
-
-}  // namespace emulator
+inline void* memcpy(void* to, const void* from, size_t bytes) { return __builtin_memcpy(to, from, bytes); }
 
 #define threadIdx (emulator::thread)
 #define blockIdx (emulator::block)
 #define gridDim (emulator::grid)
 #define blockDim (emulator::block_size)
 
-inline void __syncthreads() { emulator::meet(emulator::block_meeting, [] { return emulator::alive; }); }
-inline void __syncwarp(unsigned = ~0u) { emulator::meet_warp(); }
-template <class T> T __shfl_sync(unsigned, T v, int lane) { return emulator::shuffle(v, lane & 31); }
-template <class T> T __shfl_xor_sync(unsigned, T v, int mask) { return emulator::shuffle(v, (emulator::current & 31) ^ mask); }
+inline void __syncthreads() { emulator::sync_block(); }
+inline void __syncwarp(unsigned = ~0u) { emulator::sync_warp(); }
+template <class T> T emulator_shuffle(T value, int source) {
+  static_assert(sizeof(T) <= 8, "");
+  unsigned long long bits = 0;
+  __builtin_memcpy(&bits, &value, sizeof value);
+  bits = emulator::exchange(bits, source);
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+template <class T> T __shfl_sync(unsigned, T v, int lane) { return emulator_shuffle(v, lane & 31); }
+template <class T> T __shfl_xor_sync(unsigned, T v, int mask) { return emulator_shuffle(v, (emulator::current & 31) ^ mask); }
 template <class T> T __shfl_up_sync(unsigned, T v, unsigned by) {
   const int lane = emulator::current & 31, from = lane - static_cast<int>(by);
-  return emulator::shuffle(v, from < 0 ? lane : from);
+  return emulator_shuffle(v, from < 0 ? lane : from);
 }
 template <class T> T __shfl_down_sync(unsigned, T v, unsigned by) {
   const int lane = emulator::current & 31, from = lane + static_cast<int>(by);
-  return emulator::shuffle(v, from > 31 ? lane : from);
+  return emulator_shuffle(v, from > 31 ? lane : from);
 }
 inline unsigned __ballot_sync(unsigned, bool predicate) {
   unsigned result = 0;
-  for (int lane = 0; lane < 32; ++lane) result |= static_cast<unsigned>(emulator::shuffle<int>(predicate, lane) != 0) << lane;
+  for (int lane = 0; lane < 32; ++lane) result |= static_cast<unsigned>(emulator_shuffle<int>(predicate, lane) != 0) << lane;
   return result;
 }
 inline bool __any_sync(unsigned mask, bool predicate) { return __ballot_sync(mask, predicate) != 0; }

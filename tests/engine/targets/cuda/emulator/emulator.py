@@ -1,8 +1,9 @@
 """Runs the CUDA kernels without a GPU: their own source, compiled for the CPU by the machine's C++ compiler.
 
-The kernels reach the hardware only through `kernels/ptx/`, one instruction a function. `device.h` stands for CUDA C++
-(threads are fibers), `ptx/` beside it for those instructions. What it cannot show: speed, races between blocks, and
-what the real instructions do beyond their description; for those there are the GPU tests.
+The kernels reach the hardware only through `kernels/ptx/`, one instruction a function. `device.h` stands for CUDA C++,
+`ptx/` beside it for those instructions, and `runtime/`, compiled once, does the work: threads are fibers, and every
+access to shared memory is checked for races (races.h). What it cannot show: speed, races between blocks, and what the
+real instructions do beyond their description; for those there are the GPU tests.
 """
 
 from __future__ import annotations
@@ -16,23 +17,31 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from threading import Lock
 
-from engine.targets.cuda.kernel import Launch, Pointer, TensorMap, pack
+from engine.cache_folder import cache_folder
+from engine.targets.cuda.kernel import AnyMap, Launch, PixelMap, Pointer, pack
 from engine.targets.cuda.source import Source, expand
 
 _HERE = Path(__file__).parent
-_MESSAGE_BYTES = 256
-# -fno-gnu-unique: kernels of one name and another size must not share the shared memory of their functions.
-_FLAGS = ("-std=c++17", "-O1", "-march=native", "-fno-strict-aliasing", "-fno-gnu-unique", "-shared", "-fPIC", "-w")
+_MESSAGE_BYTES = 512  # as runtime/threads.h has it
+_COMMON = ("-std=c++17", "-march=native", "-fno-strict-aliasing", "-shared", "-fPIC", "-w")
+_RUNTIME_FLAGS = (*_COMMON, "-O2")
+# -fsanitize=thread makes every access to memory a call of the runtime, -fsanitize=bounds every index beyond an array.
+# The sanitizers' own libraries are left out, as all others are: what a kernel needs of them the runtime has brought
+# into the process.
+_SANITIZED = ("-fsanitize=thread,bounds", "--param", "tsan-instrument-func-entry-exit=0")
+_FLAGS = (*_COMMON, "-O1", "-fvisibility=hidden", *_SANITIZED, "-nostdlib")
 # The products are generated as machine instructions (gemm.py, attention_wgmma.py); ptx/ beside this file has them for
 # every width.
 _GENERATED_PRODUCT = re.compile(r"^template <int N, class T> DEVICE void wgmma\(.*?^}\n", re.MULTILINE | re.DOTALL)
 _DYNAMIC_SHARED = re.compile(r"^.*extern __shared__ .*$", re.MULTILINE)
 
 
+@cache
 def compiler() -> str | None:
     """The C++ compiler that makes kernels runnable here, or None: g++ on x86-64."""
     return shutil.which("g++") if platform.machine() == "x86_64" else None
@@ -44,43 +53,79 @@ class EmulationError(Exception):
 
 def host_source(source: Source, architecture: int) -> str:
     """The kernel's whole source for the CPU."""
-    emulated = {f"ptx/{path.name}" for path in (_HERE / "ptx").iterdir()}
-    text = expand(source.text, lambda name: (_HERE / name).read_text(encoding="utf-8") if name in emulated else None)
+    text = expand(source.text, _emulated_ptx().get)
     text = _GENERATED_PRODUCT.sub("", text)
     text = _DYNAMIC_SHARED.sub("u8* const shared = emulator::shared_memory;", text)
-    head, tail = ((_HERE / name).read_text(encoding="utf-8") for name in ("device.h", "driver.h"))
     # Named only where the kernel asks, so that architectures share what is the same on all.
     define = f"#define __CUDA_ARCH__ {architecture}\n" if "__CUDA_ARCH__" in text else ""
-    return f"{define}{head}\n{text}\n{tail}"
+    runtime, device, driver = _frame()
+    # Nothing of a kernel is seen outside: the compiler leaves out what the kernel does not use.
+    return f"{define}{runtime}\n{device}\nnamespace {{\n{text}\n}}  // namespace\n{driver}"
+
+
+@cache
+def _emulated_ptx() -> dict[str, str]:
+    return {f"ptx/{path.name}": path.read_text(encoding="utf-8") for path in (_HERE / "ptx").iterdir()}
+
+
+@cache
+def _frame() -> tuple[str, ...]:
+    return tuple((_HERE / name).read_text(encoding="utf-8") for name in ("runtime.h", "device.h", "driver.h"))
 
 
 @cache
 def load(source: Source, architecture: int) -> Callable[..., int]:
     """The kernel as a function of this process. Raises EmulationError where it does not compile."""
-    gxx = compiler()
-    assert gxx is not None, "the caller checks that there is a compiler"
-    text = host_source(source, architecture)
-    key = hashlib.sha256("\0".join((text, gxx, *_FLAGS)).encode()).hexdigest()
-    library = _cache() / f"{key}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            made = Path(folder) / "kernel.so"
-            command = [gxx, *_FLAGS, "-x", "c++", "-", "-o", str(made)]
-            done = subprocess.run(command, input=text, text=True, capture_output=True, check=False)
-            if done.returncode:
-                raise EmulationError(f"{source.name} does not compile for the CPU:\n{done.stderr[:3000]}")
-            os.replace(made, library)
-    function = ctypes.CDLL(str(library)).emulate
+    _load_runtime()
+    library = _compiled_kernel(host_source(source, architecture), source.name)
+    function = ctypes.CDLL(str(library)).emulate_kernel
     function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)
     return function
 
 
+_loading = Lock()
+
+
+def _load_runtime() -> None:
+    """Put the runtime where kernels find its functions."""
+    with _loading:
+        _runtime()
+
+
+@cache
+def _runtime() -> ctypes.CDLL:
+    files = sorted((_HERE / "runtime").glob("*.cpp"))
+    texts = [path.read_text(encoding="utf-8") for path in (*files, *(_HERE / "runtime").glob("*.h"))]
+    key_text = "\0".join((_frame()[0], *texts))
+    library = _compiled(key_text, (*_RUNTIME_FLAGS, *map(str, files)), "the emulator's runtime")
+    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+def _compiled_kernel(text: str, name: str, *flags: str) -> Path:
+    return _compiled(text, (*_FLAGS, *flags, "-x", "c++", "-", "-lgcc"), name)
+
+
+def _compiled(text: str, arguments: Sequence[str], name: str) -> Path:
+    """The library that the compiler makes with `arguments`; `text` is its standard input, or what stands in the files
+    that they name."""
+    gxx = compiler()
+    assert gxx is not None, "the caller checks that there is a compiler"
+    key = hashlib.sha256("\0".join((text, gxx, *arguments)).encode()).hexdigest()
+    library = _cache() / f"{key}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = Path(folder) / "made.so"
+            command = [gxx, *arguments, "-o", str(made)]
+            done = subprocess.run(command, input=text, text=True, capture_output=True, check=False)
+            if done.returncode:
+                raise EmulationError(f"{name} does not compile for the CPU:\n{done.stderr[:3000]}")
+            os.replace(made, library)
+    return library
+
+
+@cache
 def _cache() -> Path:
-    root = (
-        os.environ.get("TILEWAVE_CACHE_DIR")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tilewave"
-    )
-    folder = Path(root) / "emulated-kernels"
+    folder = cache_folder("emulated-kernels") or Path(tempfile.mkdtemp(prefix="emulated-kernels"))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 
@@ -100,18 +145,82 @@ def run(
     memory = ctypes.create_string_buffer(len(params) + 64)
     start = -ctypes.addressof(memory) % 64 + ctypes.addressof(memory)  # tensor maps are aligned to 64 bytes
     ctypes.memmove(start, params, len(params))
-    sizes = (ctypes.c_uint * 5)(*launch.grid, kernel.threads, last_first)
+    sizes = (ctypes.c_uint * 6)(*launch.grid, kernel.threads, last_first, kernel.shared_bytes)
     message = ctypes.create_string_buffer(_MESSAGE_BYTES)
     if load(kernel.source, architecture)(start, sizes, message):
-        raise EmulationError(f"{kernel.source.name}: {message.value.decode()}")
+        text = message.value.decode()
+        raise EmulationError(f"{kernel.source.name}: {_with_lines(text, kernel.source, architecture)}")
 
 
-def encode(map_: TensorMap, address: int) -> bytes:
-    """The `TensorMap` of ptx/tma.cuh beside this file."""
+_PLACE = re.compile(r"\[\+(0x[0-9a-f]+)\]")
+
+
+def _with_lines(message: str, source: Source, architecture: int) -> str:
+    """The message with the kernel's lines in place of addresses, from the innermost call outwards."""
+    places = _PLACE.findall(message)
+    if not places:
+        return message
+    text = host_source(source, architecture)
+    library = _compiled_kernel(text, source.name, "-g1")  # the same code, with its lines
+    # A place is where a call returns to: the byte before is part of it.
+    addresses = [hex(int(place, 16) - 1) for place in places]
+    command = ["addr2line", "-i", "-a", "-e", str(library), *addresses]
+    found = subprocess.run(command, text=True, capture_output=True, check=True).stdout
+    lines, calls = text.splitlines(), iter(re.split(r"^0x[0-9a-f]+\n", found, flags=re.MULTILINE)[1:])
+
+    def quoted(_: re.Match[str]) -> str:
+        numbers = [int(number) for number in re.findall(r":(\d+)", next(calls)) if 0 < int(number) <= len(lines)]
+        return "[" + " < ".join(lines[number - 1].strip() for number in numbers) + "]"
+
+    return _PLACE.sub(quoted, message)
+
+
+def encode(map_: AnyMap, address: int) -> bytes:
+    """The `Map` of runtime.h. Raises EmulationError where the driver would refuse a map."""
     tf32 = map_.pointer.ctype == "float"
     size = 4 if tf32 else 2
+    if isinstance(map_, PixelMap):
+        return _encode_pixels(map_, address, size, tf32)
+    outer = map_.outer or ((1, 0), (1, 0))
     words = (
         address, size, map_.columns, map_.rows, map_.row_stride * size, map_.box_columns, map_.box_rows, tf32,
-        *(count for count, _ in map_.outer), *(stride * size for _, stride in map_.outer),
+        *(count for count, _ in outer), *(stride * size for _, stride in outer),
     )  # fmt: skip
     return struct.pack("<16Q", *words, *(0,) * (16 - len(words)))
+
+
+_CORNERS = {1: (-(2**15), 2**15 - 1), 2: (-(2**7), 2**7 - 1), 3: (-(2**4), 2**4 - 1)}
+"""The corners of a bounding box, by the number of spatial axes."""
+
+
+def _encode_pixels(map_: PixelMap, address: int, size: int, tf32: bool) -> bytes:
+    """The `PixelMap` of runtime/memory.cpp, if it is one that cuTensorMapEncodeIm2col documents."""
+    lowest, highest = _CORNERS[len(map_.sizes)]
+    strides = [stride * size for stride in (*map_.strides, map_.image_stride)]
+    boxes = [
+        before - 1 + upper - lower >= 0 for before, lower, upper in zip(map_.sizes, map_.lower, map_.upper, strict=True)
+    ]
+    for holds, rule in (
+        (address % 16 == 0, "the address is a multiple of 16"),
+        (all(0 < count <= 2**32 for count in (map_.channels, *map_.sizes, map_.images)), "sizes are 1 to 2^32"),
+        (all(stride % 16 == 0 and 0 < stride < 2**40 for stride in strides), "strides are multiples of 16 below 2^40"),
+        (all(lowest <= c <= highest for c in (*map_.lower, *map_.upper)), f"corners are {lowest} to {highest}"),
+        (all(boxes), "the bounding box is not empty"),
+        (all(1 <= step <= 8 for step in map_.steps), "element strides are 1 to 8"),
+        (0 < map_.box_channels <= 256 and map_.box_channels * size in (32, 64, 128), "a pixel's bytes are a swizzle's"),
+        (0 < map_.box_pixels <= 1024, "a copy has at most 1024 pixels"),
+    ):
+        if not holds:
+            raise EmulationError(f"a map in im2col mode that the driver refuses: {rule}; {map_}")
+
+    def padded(values: Sequence[int], by: int) -> tuple[int, ...]:
+        return (*values, *(by,) * (3 - len(values)))
+
+    return struct.pack(
+        "<Q5I4x4Q9hBx4I28x",
+        address,
+        *(map_.channels, *padded(map_.sizes, 1), map_.images),
+        *(*padded(strides[:-1], 0), strides[-1]),
+        *padded(map_.lower, 0), *padded(map_.upper, 0), *padded(map_.steps, 1),
+        tf32, size, map_.box_channels, map_.box_pixels, len(map_.sizes),
+    )  # fmt: skip

@@ -11,9 +11,10 @@ from engine.ir.dtype import DType
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda.architecture import Architecture
-from engine.targets.cuda.kernel import ALIGNMENT, Context, Kernel, Launch, WeightStore
+from engine.targets.cuda.kernel import ALIGNMENT, Context, Kernel, Launch, WeightStore, workspace, workspace_bytes
 from tests.engine.targets.cuda.emulator import emulator
 from tests.engine.targets.cuda.harness import POISON, RunError
+from tests.engine.targets.cuda.tally import Tally
 
 _MULTIPROCESSORS = 3  # few, so that persistent kernels take several tiles a block
 
@@ -22,6 +23,7 @@ class EmulatedRunner:
     """A `Runner` of kernels for `architecture` on this machine's processor."""
 
     def __init__(self, architecture: Architecture) -> None:
+        self.tally = Tally()
         self.context = Context(architecture, _MULTIPROCESSORS, WeightStore())
         self._number = 10 * int("".join(filter(str.isdigit, architecture.name)))  # as __CUDA_ARCH__ counts
 
@@ -41,9 +43,11 @@ class EmulatedRunner:
     def run(self, step: Step, launches: Sequence[Launch], arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The results of a step. Raises RunError where a launch fails, meets a wild index, or writes
         beyond its results."""
+        shared = workspace(workspace_bytes(launches))
         memory: dict[int, _Guarded] = {}
 
         def place(buffer: Buffer) -> _Guarded:
+            buffer = shared if buffer.kind is BufferKind.WORKSPACE else buffer  # a plan has one place for all of them
             if id(buffer) not in memory:
                 memory[id(buffer)] = _Guarded(buffer)
             return memory[id(buffer)]

@@ -1,33 +1,11 @@
-// Emulates kernels/ptx/barrier.cuh: an mbarrier's 64 bits hold its phase and what the phase still waits for.
+// Emulates kernels/ptx/barrier.cuh.
 #pragma once
-namespace emulator {
-struct Barrier { u32 pending : 15, expected : 15, phase : 1, valid : 1; i32 bytes; };
-inline Barrier& barrier_at(u32 address) {
-  if (address % 8 || address + 8 > SHARED_BYTES) fail("misaligned or wild barrier");
-  return *reinterpret_cast<Barrier*>(shared_memory + address);
-}
-inline void settle(Barrier& b) {
-  if (b.pending == 0 && b.bytes == 0) {
-    b.phase ^= 1;
-    b.pending = b.expected;
-    ++progress;
-  }
-}
-}  // namespace emulator
-inline void barrier_init(u32 barrier, u32 arrivals) { emulator::barrier_at(barrier) = {arrivals, arrivals, 0, 1, 0}; }
+EMULATED void barrier_init(u32 barrier, u32 arrivals) { emulator::barrier_init(barrier, arrivals, EMULATOR_HERE); }
 inline void barrier_init_fence() {}
-inline void barrier_arrive(u32 barrier) {
-  auto& b = emulator::barrier_at(barrier);
-  if (b.pending == 0) emulator::fail("more arrivals at a barrier than it was initialised for");
-  b.pending = b.pending - 1;
-  emulator::settle(b);
-}
-inline void barrier_arrive_expect(u32 barrier, u32 bytes) {
-  emulator::barrier_at(barrier).bytes += static_cast<i32>(bytes);
-  barrier_arrive(barrier);
-}
-inline void barrier_wait(u32 barrier, u32 parity) {
-  while (emulator::barrier_at(barrier).phase == parity) emulator::yield();
-}
+EMULATED void barrier_arrive(u32 barrier) { emulator::barrier_arrive(barrier, EMULATOR_HERE); }
+EMULATED void barrier_arrive_expect(u32 barrier, u32 bytes) { emulator::barrier_arrive_expect(barrier, bytes, EMULATOR_HERE); }
+EMULATED void barrier_wait(u32 barrier, u32 parity) { emulator::barrier_wait(barrier, parity, EMULATOR_HERE); }
+template <int THREADS> void meet_at(u32 number) { emulator::meet_at(number, THREADS); }
+template <int THREADS> void pass_by(u32 number) { emulator::pass_by(number, THREADS); }
 template <int REGISTERS> void give_registers() {}
 template <int REGISTERS> void take_registers() {}

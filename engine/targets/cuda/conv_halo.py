@@ -1,0 +1,193 @@
+"""Convolutions at stride 1 of few channels on the warpgroup matrix units of sm_90a (conv_halo.cuh): which they are, in
+which tile, and their launch. Called by `conv.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import hypot, prod
+
+from engine.plan.plan import Step
+from engine.targets.cuda.conv_geometry import Geometry
+from engine.targets.cuda.conv_simt import epilogue_for
+from engine.targets.cuda.conv_wgmma import REACH, pixel_strides, suits
+from engine.targets.cuda.gemm import wgmma_function
+from engine.targets.cuda.kernel import (
+    STORAGE,
+    Context,
+    Instruction,
+    Launch,
+    PixelMap,
+    Pointer,
+    TensorMap,
+    ceildiv,
+    is_constant,
+    launch,
+)
+from engine.targets.cuda.tiles import Operands
+
+PANEL_BYTES = 128  # of channels, what there is of a pixel
+_MOST_PIXELS = 1024  # of one copy
+_MOST_BYTES = (1 << 20) - 1  # that a barrier counts
+
+
+@dataclass(frozen=True)
+class HaloTile:
+    """`m` places of the grid × `n` columns; a ring of `stages` halos. `swapped`: filters are the first operand."""
+
+    m: int
+    n: int
+    stages: int
+    swapped: bool = False
+
+    @property
+    def wide(self) -> int:
+        """Columns of the instruction."""
+        return self.m if self.swapped else self.n
+
+
+_TILES = tuple(
+    HaloTile(m, n, stages, swapped)
+    for n, m, stages, swapped in product((32, 64, 128), (128, 192, 256), (2, 3, 4), (False, True))
+    if m * n <= 128 * 128 and (n >= 64 or not swapped)  # an instruction's first operand has 64 rows
+)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The places that output pixels are counted in: `width` in a line, `height` lines in an image. Output (y, x) has
+    the place (y, x), and reads the pixels of that many places from there on."""
+
+    height: int
+    width: int
+    images: int
+    reach: tuple[int, int]
+    """Lines and pixels from the first to the last kernel position."""
+
+    @classmethod
+    def of(cls, geometry: Geometry) -> Grid:
+        (phase,) = geometry.phases
+        sizes, reach = [], []
+        for axis in (1, 2):
+            along, size = phase.axes[axis], geometry.input[axis]
+            reach.append((len(along.taps) - 1) * geometry.dilations[axis])
+            # What is read behind the end of a line is the next one's padding: there is to be enough of it.
+            behind = along.out - 1 + reach[-1] - along.pad - (size - 1)
+            sizes.append(max(size + along.pad, size + behind, along.out))
+        return cls(sizes[0], sizes[1], geometry.images, (reach[0], reach[1]))
+
+    @property
+    def places(self) -> int:
+        return self.images * self.height * self.width
+
+    def halo(self, tile: HaloTile) -> int:
+        """Pixels under a tile, in whole swizzle atoms."""
+        return ceildiv(tile.m + self.reach[0] * self.width + self.reach[1], 8) * 8
+
+    def shared_bytes(self, tile: HaloTile, taps: int) -> int:
+        """Filters, ring, and the barriers `full` and `empty` of each stage, `turn` of each consumer and `ready`."""
+        return (taps * tile.n + tile.stages * self.halo(tile)) * PANEL_BYTES + 8 * (2 * tile.stages + 3)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A tile, and the cycles that it should take."""
+
+    tile: HaloTile
+    cycles: float
+
+
+def panel_channels(step: Step) -> int:
+    """The channels that a halo has room for."""
+    return PANEL_BYTES // step.inputs[1].dtype.itemsize
+
+
+def has_halo(step: Step, geometry: Geometry) -> bool:
+    """Whether the pixels of a step's image lie alike around every output, with all their channels in one panel."""
+    if not suits(geometry) or geometry.axes > 2 or geometry.groups > 1 or not is_constant(step.inputs[1]):
+        return False
+    (phase,), grid = geometry.phases, Grid.of(geometry)
+    lowest, highest, _ = REACH[2]
+    along = zip(phase.axes[1:], geometry.input[1:], (grid.height, grid.width), strict=True)
+    return (
+        geometry.channels <= panel_channels(step)
+        and all(geometry.strides[axis] == 1 or phase.axes[axis].out == 1 for axis in (1, 2))
+        and all(
+            axis.pad >= 0 and lowest <= -axis.pad and places - axis.pad - size <= highest
+            for axis, size, places in along
+        )
+    )
+
+
+def candidates(step: Step, geometry: Geometry, context: Context) -> Iterator[HaloTile]:
+    """The tiles that fit shared memory."""
+    grid, taps = Grid.of(geometry), prod(geometry.phases[0].kernel)
+    for tile in _TILES:
+        fits = grid.shared_bytes(tile, taps) <= context.architecture.shared_bytes
+        useful = (tile.n == 32 or tile.n // 2 < geometry.n) and taps * tile.n * PANEL_BYTES <= _MOST_BYTES
+        if fits and useful and grid.halo(tile) <= _MOST_PIXELS:
+            yield tile
+
+
+def pick(step: Step, geometry: Geometry, operands: Operands, context: Context) -> Choice | None:
+    """The tile that should be fastest, if the kernel can run the step."""
+    if not context.architecture.wgmma or operands is Operands.EXACT or not has_halo(step, geometry):
+        return None
+    choices = (
+        Choice(tile, cycles(step, geometry, tile, context.multiprocessors))
+        for tile in candidates(step, geometry, context)
+    )
+    return min(choices, key=lambda choice: choice.cycles, default=None)
+
+
+def cycles(step: Step, geometry: Geometry, tile: HaloTile, multiprocessors: int) -> float:
+    """Estimated cycles: as `tiles.wgmma_cycles`, but that memory and products take the time that a trial of 64 channels
+    at 56 × 56 took on an H100 (62 µs at batch 128, 20 at 32)."""
+    grid, taps = Grid.of(geometry), prod(geometry.phases[0].kernel)
+    slowdown, l2_rate, memory_rate = 0.93 + 28 / tile.wide, 67, 1940
+    epilogue, launch_cycles = 955 + 0.013 * tile.m * tile.n, 1920
+    columns, tiles = ceildiv(geometry.n, tile.n), ceildiv(grid.places, tile.m)
+    rounds = ceildiv(tiles, max(1, multiprocessors // columns)) * ceildiv(columns, multiprocessors)
+    multiply = taps * slowdown * tile.m * tile.n * 64 / 2048
+    halo = grid.halo(tile) * PANEL_BYTES / l2_rate
+    # One consumer's epilogue runs beside the other's product; with two stages a halo has one product to arrive in.
+    step_cycles = max(multiply, halo if tile.stages > 2 else halo + 700)
+    time = max(rounds * step_cycles + epilogue, ceildiv(rounds, 2) * (multiply + epilogue))
+    filters = taps * tile.n * PANEL_BYTES / l2_rate + halo
+    return launch_cycles + filters + hypot(time, step.cost.bytes / memory_rate)
+
+
+def launch_halo(step: Step, geometry: Geometry, filters: Pointer, tile: HaloTile, context: Context) -> Launch:
+    """The launch in the given tile. `filters`: packed for panels of `panel_channels`."""
+    dtype, (phase,), grid = step.inputs[1].dtype, geometry.phases, Grid.of(geometry)
+    panel, halo, taps = panel_channels(step), grid.halo(tile), prod(phase.kernel)
+    columns, tiles = ceildiv(geometry.n, tile.n), ceildiv(grid.places, tile.m)
+    size_y, size_x = geometry.input[1:]
+    pad_y, pad_x = phase.pads[1:]
+    strides, image_stride = pixel_strides(geometry, (size_x, size_y), (1, 1))
+    pixels = PixelMap(
+        geometry.x, geometry.channels, geometry.images, image_stride, (size_x, size_y), strides,
+        (-pad_x, -pad_y), (grid.width - pad_x - size_x, grid.height - pad_y - size_y), (1, 1), panel, halo,
+    )  # fmt: skip
+    return launch(
+        "conv",
+        "conv_halo.cuh",
+        {"tile_m": tile.m, "tile_n": tile.n, "stages": tile.stages, "swapped": tile.swapped, "operand": STORAGE[dtype]},
+        [epilogue_for(step, geometry.n)],
+        {
+            "map_a": pixels,
+            "map_b": TensorMap(filters, geometry.n, taps * panel, taps * panel, tile.n, panel),
+            "tiles": tiles, "n": geometry.n, "images": geometry.images, "taps": taps,
+            "halo_bytes": halo * PANEL_BYTES, "grid_h": grid.height, "grid_w": grid.width,
+            "out_h": phase.out[1], "out_w": phase.out[2], "pad_h": pad_y, "pad_w": pad_x,
+            "kernel_h": phase.kernel[1], "kernel_w": phase.kernel[2],
+            "tap_line": geometry.dilations[1] * grid.width, "tap_pixel": geometry.dilations[2],
+        },
+        (min(tiles, max(1, context.multiprocessors // columns)), columns, 1),
+        384,
+        grid.shared_bytes(tile, taps),
+        Instruction.WGMMA,
+        helpers=f'#include "ptx/wgmma.cuh"\n{wgmma_function(tile.wide, dtype)}',
+    )  # fmt: skip

@@ -1,0 +1,233 @@
+"""The first convolution of a network: an image with few channels, read as it comes, on the matrix units
+(conv_stem.cuh). Called by `conv.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+
+import numpy as np
+
+from engine.ir.dtype import DType
+from engine.plan.plan import Step
+from engine.targets.cuda.architecture import Architecture, share_of
+from engine.targets.cuda.conv_geometry import AXES, Geometry
+from engine.targets.cuda.conv_simt import epilogue_for
+from engine.targets.cuda.kernel import (
+    STORAGE,
+    Argument,
+    Context,
+    Instruction,
+    Launch,
+    Pointer,
+    ceildiv,
+    is_constant,
+    launch,
+)
+
+_MOST_CHANNELS = 4
+_MOST_SLABS = 6  # of output channels: each of them reads the whole image
+_MOST_TABLE = 20  # half steps whose places a lane has registers for
+_WARPS = 4
+BLOCKS = 3  # that share a multiprocessor: one brings its window while the others multiply
+_MOST_UNITS = 28  # of eight pixels side by side in a tile
+_LINE_BYTES = 128
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """How k runs: over pairs of neighbouring elements, `row` of them for a row of the filter whose taps have `channels`
+    elements each. `regular`: rows begin at whole half steps (four pairs)."""
+
+    channels: int
+    row: int
+    kernel_h: int
+    regular: bool
+
+    @property
+    def steps(self) -> int:
+        """Steps of the matrix instruction."""
+        return ceildiv(self.kernel_h * self.row, 8)
+
+
+def pairs_of(geometry: Geometry) -> Pairs | None:
+    """How k of a convolution runs, if some order suits the kernel."""
+    kernel_h, taps = geometry.kernel[1:]
+    stride, dilation, channels = geometry.strides[2], geometry.dilations[2], geometry.channels
+    # A pair is read as a word: pixels, and taps that do not touch, lie whole words apart.
+    padded = channels + channels % 2 if (stride * channels) % 2 or dilation > 1 else channels
+    row = ceildiv(taps * padded, 2)
+    table = Pairs(padded, row, kernel_h, regular=False)
+    whole = Pairs(padded, ceildiv(row, 4) * 4, kernel_h, regular=True)
+    if dilation > 1:
+        return table if 2 * table.steps <= _MOST_TABLE else None
+    return whole if whole.steps == table.steps or 2 * table.steps > _MOST_TABLE else table
+
+
+@dataclass(frozen=True)
+class StemTile:
+    """A block's tile: `rows` × `units` · 8 output pixels, 8 · `n_blocks` output channels. A warp takes `fragments` of
+    16 pixels at a time."""
+
+    rows: int
+    units: int
+    n_blocks: int
+    fragments: int
+
+    @property
+    def columns(self) -> int:
+        return 8 * self.n_blocks
+
+    @property
+    def items(self) -> int:
+        """What its warps take, one at a time."""
+        return ceildiv(self.rows * self.units, 2 * self.fragments)
+
+    def window(self, geometry: Geometry, pairs: Pairs) -> tuple[int, int]:
+        """The rows and pixels of input that it meets, with what the padded pairs read; whole pairs of pixels."""
+        rows = (self.rows - 1) * geometry.strides[1] + (geometry.kernel[1] - 1) * geometry.dilations[1] + 1
+        dilation, taps = geometry.dilations[2], geometry.kernel[2]
+        run = 2 * pairs.row if dilation == 1 else ((taps - 1) * dilation + 1) * pairs.channels
+        pixels = (8 * self.units - 1) * geometry.strides[2] + ceildiv(run, pairs.channels)
+        return rows, ceildiv(pixels, 2) * 2
+
+    def shared_bytes(self, geometry: Geometry, pairs: Pairs) -> int:
+        """The packed weights of its columns, and its window."""
+        return pairs.steps * self.n_blocks * 256 + prod(self.window(geometry, pairs)) * pairs.channels * 2
+
+
+def _columns(n: int) -> int:
+    """The 8-column blocks of a tile: 64 columns, or 32 where half of the last ones would be empty."""
+    return 4 if n <= 32 or 64 < n <= 96 else 8
+
+
+def candidates(geometry: Geometry, pairs: Pairs, architecture: Architecture) -> list[StemTile]:
+    """The tiles that fit, as many to a multiprocessor as it can have of any."""
+    height, width = geometry.output[1:]
+    every = ceildiv(width, 8)
+    n_blocks = _columns(geometry.n)
+    fragments = 2 if n_blocks == 8 else 4
+    across = ceildiv(every, _MOST_UNITS)
+    tiles = [
+        StemTile(rows, ceildiv(every, parts), n_blocks, fragments)
+        for parts, rows in product((across, 2 * across, 4 * across), (8, 4, 2, 1))
+        if rows < 2 * height and parts <= every
+    ]
+    for blocks in range(BLOCKS, 0, -1):
+        room = share_of(architecture.shared_bytes, blocks)
+        fitting = [tile for tile in tiles if tile.shared_bytes(geometry, pairs) <= room]
+        if fitting:
+            return fitting
+    return []
+
+
+# Of an H100, in cycles of a multiprocessor: a step of mma.sync for a 16×8 block (62 % of the rate of wgmma), its share
+# of the memory's 3 TB/s in bytes a cycle, loading and converting an input, and the way of a first input from memory.
+_MMA, _BYTES, _INPUT, _LATENCY = 1.6, 13, 0.15, 1800
+
+
+def _cycles(geometry: Geometry, pairs: Pairs, tile: StemTile, multiprocessors: int) -> float:
+    """Estimated time of the convolution in a tile."""
+    height, width = geometry.output[1:]
+    tiles = geometry.images * ceildiv(height, tile.rows) * ceildiv(ceildiv(width, 8), tile.units)
+    count = tiles * ceildiv(geometry.n, tile.columns)
+    pixels = 8 * tile.rows * tile.units
+    item = tile.fragments * (pairs.steps * tile.n_blocks * _MMA + 4 * tile.n_blocks)
+    inputs = prod(tile.window(geometry, pairs)) * geometry.channels
+    copied = inputs * (_INPUT + geometry.x_dtype.itemsize / (3 * _BYTES))
+    stored = pixels * min(tile.columns, geometry.n) * 2 / _BYTES
+    share = max(tile.items * item, stored) + copied  # of the multiprocessor's time
+    alone = ceildiv(tile.items, _WARPS) * _WARPS * item + copied + _LATENCY
+    slabs = ceildiv(geometry.n, tile.columns)
+    rounds = ceildiv(tiles, max(1, multiprocessors * BLOCKS // slabs))
+    resident = min(BLOCKS, ceildiv(count, multiprocessors))
+    return rounds * max(resident * share, alone) + alone / 2
+
+
+def pick_tile(geometry: Geometry, context: Context) -> StemTile | None:
+    """The tile with the least estimated time, if any fits."""
+    pairs = pairs_of(geometry)
+    if pairs is None:
+        return None
+    fitting = candidates(geometry, pairs, context.architecture)
+    return min(fitting, key=lambda t: _cycles(geometry, pairs, t, context.multiprocessors)) if fitting else None
+
+
+def is_stem(step: Step, geometry: Geometry, context: Context) -> bool:
+    """Whether the kernel for images with few channels runs it. Operands are fp16 or bf16, the image may be fp32."""
+    x, w = step.inputs[0].dtype, step.inputs[1].dtype
+    return (
+        w in (DType.F16, DType.BF16)
+        and x in (w, DType.F32)
+        and is_constant(step.inputs[1])
+        and geometry.groups == 1
+        and not geometry.transposed
+        and geometry.axes < len(AXES)
+        and 1 <= geometry.channels <= _MOST_CHANNELS
+        and prod(geometry.kernel) > 0
+        and ceildiv(geometry.n, 8 * _columns(geometry.n)) <= _MOST_SLABS
+        and pick_tile(geometry, context) is not None
+    )
+
+
+def launch_stem(step: Step, geometry: Geometry, context: Context, tile: StemTile | None = None) -> Launch:
+    """The launch of a convolution that `is_stem`, in a given tile or the one that should be fastest."""
+    pairs, tile = pairs_of(geometry), tile or pick_tile(geometry, context)
+    assert pairs is not None
+    assert tile is not None
+    element = step.inputs[1].dtype
+    _, window_w = tile.window(geometry, pairs)
+    config: dict[str, int | bool | str] = {
+        "operand": STORAGE[element], "x_t": geometry.x.ctype, "channels": geometry.channels,
+        "padded_channels": pairs.channels, "kernel_h": geometry.kernel[1], "stride_h": geometry.strides[1],
+        "stride_w": geometry.strides[2], "dilation_h": geometry.dilations[1], "dilation_w": geometry.dilations[2],
+        "rows": tile.rows, "units": tile.units, "window_w": window_w, "fragments": tile.fragments,
+        "n_blocks": tile.n_blocks, "warps": _WARPS, "blocks": BLOCKS, "row_pairs": pairs.row,
+        "steps": pairs.steps, "regular": pairs.regular, **_steps(geometry),
+        "exact": False, "shared_bytes": tile.shared_bytes(geometry, pairs),
+    }  # fmt: skip
+    layout = f"stem n{tile.columns} {pairs}"
+    packed = context.weights.packed(step.inputs[1], layout, lambda w: pack_stem(w, pairs, tile.columns))
+    tiles = geometry.images * ceildiv(geometry.output[1], tile.rows) * ceildiv(geometry.output[2], 8 * tile.units)
+    slabs = ceildiv(geometry.n, tile.columns)
+    known = {f"{name}_{axis}" for name in ("stride", "dilation") for axis in AXES}
+    arguments: dict[str, Argument] = {
+        **{name: value for name, value in geometry.arguments().items() if name not in known},
+        "w": Pointer(packed, ctype=STORAGE[element]), "tiles": tiles,
+    }  # fmt: skip
+    # Blocks take turns as evenly as the tiles allow, all of them resident at once.
+    rounds = ceildiv(tiles, max(1, max(1, context.multiprocessors) * BLOCKS // slabs))
+    return launch(
+        "conv", "conv_stem.cuh", config, [epilogue_for(step, geometry.n)], arguments,
+        (ceildiv(tiles, rounds), slabs, 1), 32 * _WARPS, tile.shared_bytes(geometry, pairs), Instruction.MMA,
+    )  # fmt: skip
+
+
+def _steps(geometry: Geometry) -> dict[str, int | bool | str]:
+    """How an image lies, as far as the kernel is compiled for it: elements from pixel to pixel and channel to channel
+    (0: told at run time), the planes it is made of, and how many pixels of one lie in a line of the cache (no planes:
+    they lie far apart, which no network's input does)."""
+    pixel, channel = geometry.x_strides[3], geometry.x_channel
+    planes = 1 if abs(channel) < abs(pixel) else geometry.channels
+    line_pixels = _LINE_BYTES // (max(1, abs(pixel)) * geometry.x_dtype.itemsize)
+    return {
+        "pixel_step": pixel if pixel in (1, geometry.channels) else 0, "channel_step": int(channel == 1),
+        "planes": planes if line_pixels > 1 else 0, "line_pixels": max(1, line_pixels),
+    }  # fmt: skip
+
+
+def pack_stem(w: np.ndarray, pairs: Pairs, columns: int) -> np.ndarray:
+    """A filter [n, c, *kernel] as conv_stem.cuh reads it: [slab of `columns`][step][32 columns][two 8-column blocks]
+    [lane][4 words of two elements], with zeros behind n, the channels, the rows of the filter and k."""
+    n, channels, kernel_h, taps = w.shape[0], w.shape[1], prod(w.shape[2:-1]), w.shape[-1]
+    slabs = ceildiv(n, columns)
+    table = np.zeros((slabs * columns, kernel_h, taps, pairs.channels), w.dtype)
+    table[:n, ..., :channels] = w.reshape(n, channels, kernel_h, taps).transpose(0, 2, 3, 1)
+    rows = np.zeros((slabs * columns, kernel_h, 2 * pairs.row), w.dtype)
+    rows[..., : taps * pairs.channels] = table.reshape(slabs * columns, kernel_h, -1)
+    k = np.zeros((slabs * columns, 16 * pairs.steps), w.dtype)
+    k[:, : kernel_h * 2 * pairs.row] = rows.reshape(slabs * columns, -1)
+    # Column 4 g + 2 i + j of 32 is column g of block 2 i + j; a lane is (g, quad).
+    parts = k.reshape(slabs, columns // 32, 8, 2, 2, pairs.steps, 2, 4, 2)  # slab, 32s, g, i, j, step, half, quad, pair
+    return np.ascontiguousarray(parts.transpose(0, 5, 1, 3, 2, 7, 4, 6, 8)).reshape(-1)

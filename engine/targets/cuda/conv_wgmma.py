@@ -1,0 +1,175 @@
+"""Convolutions on the warpgroup matrix units of sm_90a (conv_wgmma.cuh): which of them the copy engine can gather, in
+which tile, and their launch. Called by `conv.py`.
+
+The limits are those that the CUDA driver documents of cuTensorMapEncodeIm2col.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.plan.plan import Step
+from engine.targets.cuda.conv_geometry import AXES, Geometry, padded_k, row_length
+from engine.targets.cuda.conv_simt import epilogue_for
+from engine.targets.cuda.gemm import split_arguments, wgmma_function
+from engine.targets.cuda.kernel import (
+    STORAGE,
+    Context,
+    Instruction,
+    Launch,
+    PixelMap,
+    Pointer,
+    TensorMap,
+    ceildiv,
+    is_constant,
+    launch,
+)
+from engine.targets.cuda.tiles import GATHERED, Operands, WgmmaTile, wgmma_cycles, wgmma_tiles
+
+_PANELS = (128, 64, 32)  # bytes of channels that a copy can bring of each pixel
+_MOST_STEP = 8  # pixels between neighbours of the walk
+REACH = {2: (-128, 127, 255), 3: (-16, 15, 31)}
+"""By spatial axes: corners of the bounding box, and the largest offset of a copy."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A tile, and the cycles that it should take."""
+
+    tile: WgmmaTile
+    cycles: float
+
+
+def suits(geometry: Geometry) -> bool:
+    """Whether the copy engine can gather the patches, of an image that has the type of its weights."""
+    first, *others = geometry.phases
+    if others or not first.k or not geometry.reads_chunks(16 // geometry.x_dtype.itemsize, geometry.x_dtype):
+        return False
+    lowest, highest, reach = REACH[_spatial(geometry)]
+    along = [_Axis.of(geometry, axis) for axis in range(3)[-_spatial(geometry) :]]
+    lies = zip((geometry.images, *geometry.input), geometry.x_strides, strict=True)
+    return (
+        all(axis.step <= _MOST_STEP and axis.reach <= reach for axis in along)
+        and all(lowest <= corner <= highest for axis in along for corner in (axis.lower, axis.upper))
+        and all(stride > 0 for size, stride in lies if size > 1)
+    )
+
+
+def _spatial(geometry: Geometry) -> int:
+    """The spatial axes that the copy engine sees: two, of which one may have size 1, or three."""
+    return max(2, geometry.axes)
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """The walk along one axis of `size` pixels that lie `spacing` pixels of the image apart: corners of the bounding
+    box, the step, and the largest offset."""
+
+    size: int
+    spacing: int
+    lower: int
+    upper: int
+    step: int
+    reach: int
+
+    @classmethod
+    def of(cls, geometry: Geometry, axis: int) -> _Axis:
+        (phase,) = geometry.phases
+        along, stride, size = phase.axes[axis], geometry.strides[axis], geometry.input[axis]
+        reach = (len(along.taps) - 1) * geometry.dilations[axis]
+        if not reach and not along.pad and (along.out - 1) * stride < size:
+            return cls(along.out, stride, 0, 0, 1, 0)  # the pixels that are met are an image of their own
+        # The last patch begins at the last pixel of the box, whatever the padding at the end.
+        last = (along.out - 1) * stride - along.pad
+        return cls(size, 1, -along.pad, last - (size - 1), stride if along.out > 1 else 1, reach)
+
+
+def pick(step: Step, geometry: Geometry, operands: Operands, most_splits: int, context: Context) -> Choice | None:
+    """The tile that should be fastest, if a kernel of these can run the step."""
+    w = step.inputs[1]
+    if not context.architecture.wgmma or operands is Operands.EXACT or geometry.x_dtype is not w.dtype:
+        return None
+    if not suits(geometry):
+        return None
+    m, n, groups = geometry.rows, geometry.n, geometry.groups
+    choices = []
+    for panel_bytes in _PANELS:
+        panel = panel_bytes // w.dtype.itemsize
+        # Filters that are packed on the device have no padding, and a panel must not reach into the next group.
+        if geometry.channels % panel and (groups > 1 or not is_constant(w)):
+            continue
+        k = padded_k(geometry, panel)
+        for tile in wgmma_tiles(m, n, k, operands, most_splits, groups, panel_bytes):
+            cycles = wgmma_cycles(m, n, k, tile, context.multiprocessors, operands, groups, step.cost.bytes, GATHERED)
+            choices.append(Choice(tile, cycles))
+    return min(choices, key=lambda choice: choice.cycles, default=None)
+
+
+def panel_channels(tile: WgmmaTile, step: Step) -> int:
+    """The channels that one copy brings of each pixel."""
+    return tile.panel_bytes // step.inputs[1].dtype.itemsize
+
+
+def launch_conv(step: Step, geometry: Geometry, filters: Pointer, tile: WgmmaTile, context: Context) -> Launch:
+    """The launch in the given tile. `filters`: packed for its panels."""
+    dtype, (phase,), groups = step.inputs[1].dtype, geometry.phases, geometry.groups
+    panel = panel_channels(tile, step)
+    k = padded_k(geometry, panel)
+    tiles = ceildiv(geometry.rows, tile.m) * ceildiv(geometry.n, tile.n)
+    sizes = {
+        "out": phase.out, "stride": [_Axis.of(geometry, axis).step for axis in range(3)], "pad": phase.pads,
+        "kernel": phase.kernel, "dilation": geometry.dilations,
+    }  # fmt: skip
+    return launch(
+        "conv",
+        "conv_wgmma.cuh",
+        {**tile.config, "operand": STORAGE[dtype], "grouped": groups > 1, "depth": geometry.axes == len(AXES)},
+        [epilogue_for(step, geometry.n)],
+        {
+            "map_a": _pixels(geometry, panel, tile.m),
+            "map_b": TensorMap(filters, groups * geometry.n, k, k, tile.n, 128 // dtype.itemsize),
+            "m": geometry.rows, "n": geometry.n, "k": k,
+            "channels": geometry.channels, "all_channels": groups * geometry.channels,
+            "blocks": ceildiv(geometry.channels, panel),
+            **{f"{name}_{axis}": values[i] for name, values in sizes.items() for i, axis in enumerate(AXES)},
+            **split_arguments(tiles * groups, tile.m * tile.n, 8 if tile.cooperative else 4, tile.splits),
+        },
+        (min(tiles, max(1, context.multiprocessors // (tile.splits * groups))), tile.splits, groups),
+        384,
+        tile.shared_bytes,
+        Instruction.WGMMA,
+        helpers=f'#include "ptx/wgmma.cuh"\n{wgmma_function(tile.n, dtype)}',
+    )  # fmt: skip
+
+
+def _pixels(geometry: Geometry, panel: int, pixels: int) -> PixelMap:
+    """The image as the copy engine walks it."""
+    axes = range(3)[-_spatial(geometry) :][::-1]  # x first
+    along = [_Axis.of(geometry, axis) for axis in axes]
+    sizes = tuple(axis.size for axis in along)
+    strides, image_stride = pixel_strides(geometry, sizes, tuple(axis.spacing for axis in along))
+    return PixelMap(
+        geometry.x,
+        geometry.groups * geometry.channels,
+        geometry.images,
+        image_stride,
+        sizes,
+        strides,
+        tuple(axis.lower for axis in along),
+        tuple(axis.upper for axis in along),
+        tuple(axis.step for axis in along),
+        panel,
+        pixels,
+    )
+
+
+def pixel_strides(geometry: Geometry, sizes: tuple[int, ...], spacings: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """Elements between neighbours along the spatial axes, x first, of an image of `sizes` with only every so many-th
+    pixel, and between images. The driver wants a stride along an axis of size 1, too: as if the image were dense."""
+    dense = row_length(geometry.groups * geometry.channels, 16 // geometry.x_dtype.itemsize)
+    lies = geometry.x_strides[::-1][: len(sizes)]
+    strides = []
+    for size, spacing, stride in zip(sizes, spacings, lies, strict=True):
+        strides.append(stride * spacing or dense)
+        dense = strides[-1] * size
+    return tuple(strides), geometry.x_strides[0] or dense

@@ -1,0 +1,66 @@
+// What an emulated kernel calls: threads, barriers, shared memory by address, asynchronous work, matrix products. In front of every
+// kernel's source and of runtime/*.cpp, which are compiled once. It includes nothing: a kernel then compiles in half the time.
+#pragma once
+
+namespace emulator {
+
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+constexpr int MAX_THREADS = 1024, WARP = 32;
+constexpr u32 SHARED_BYTES = 256 << 10;
+
+struct Index { u32 x, y, z; };
+extern Index thread, block, grid, block_size;
+extern int current;  // the thread that runs
+extern unsigned char shared_memory[SHARED_BYTES];
+
+[[noreturn]] void fail(const char* what);
+
+void sync_block();
+void sync_warp();
+void meet_at(u32 number, int expected);  // the numbered barriers: complete when so many threads have come, by either function
+void pass_by(u32 number, int expected);
+u64 exchange(u64 bits, int source);  // a shuffle: the bits that lane `source` of the warp brings
+
+// Addresses are offsets in shared memory, as the hardware's are. `where` is the place in the kernel that a race is reported at.
+void load_shared(void* to, u32 address, u32 bytes, const void* where);
+void store_shared(u32 address, const void* from, u32 bytes, const void* where);
+void load_matrices(u32 (&r)[4], u32 address, bool transposed, const void* where);
+
+// A copy takes effect when the thread waits for its group.
+void copy_async(u32 destination, const void* source, u32 bytes, bool valid, const void* where);
+void copy_async_commit();
+void copy_async_wait(int pending);
+
+void barrier_init(u32 barrier, u32 arrivals, const void* where);
+void barrier_arrive(u32 barrier, const void* where);
+void barrier_arrive_expect(u32 barrier, u32 bytes, const void* where);
+void barrier_wait(u32 barrier, u32 parity, const void* where);
+
+// The 128 bytes that emulator.py writes. Sizes in elements.
+struct alignas(64) Map { u64 address, element_bytes, columns, rows, row_bytes, box_columns, box_rows, tf32, outer_size[2], outer_bytes[2], unused[4]; };
+// Rows of a box are 64 or 128 bytes, under the swizzle of the same name. Its bytes count towards `barrier`.
+void copy_box(u32 destination, const Map& map, u32 barrier, u32 column, u32 row, u32 inner, u32 outer, const void* where);
+
+// The walk over pixels of ptx/tma_im2col.cuh; `axes` are spatial.
+void copy_pixels(u32 destination, const Map& map, u32 barrier, u32 channel, const int (&start)[3], u32 image, const u32 (&offset)[3], u32 axes, const void* where);
+
+enum class Element { HALF, BFLOAT16, TF32 };
+// d (16×8) += a (16×32 bytes) · b: fragments of a warp.
+void mma(Element element, float* d, const u32* a, u32 b0, u32 b1);
+
+// d (64×N) += or = a · b: N / 2 results a thread, 32 bytes of k, computed when the thread waits for the group.
+void wgmma(Element element, int n, float* d, u64 a, u64 b, bool accumulate, const void* where);
+void wgmma_registers(Element element, int n, float* d, const u32* a, u64 b, bool accumulate, const void* where);
+void wgmma_commit();
+void wgmma_wait(int pending);
+
+// An atomic access to memory that may be shared.
+void access_atomically(const void* p, u32 bytes, const void* where);
+
+}  // namespace emulator
+
+// The place in the kernel of the code that stands here, once it is inlined.
+#define EMULATOR_HERE ({ const void* here; asm volatile("lea (%%rip), %0" : "=r"(here)); here; })
+#define EMULATED inline __attribute__((always_inline))

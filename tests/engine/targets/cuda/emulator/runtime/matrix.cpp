@@ -1,0 +1,213 @@
+// Matrix instructions: every lane computes its own results. A product of wgmma happens when it is waited for.
+#include <string.h>
+
+#include <vector>
+
+#include "races.h"
+#include "threads.h"
+
+namespace emulator {
+namespace {
+
+using races::Access;
+using u16 = unsigned short;
+
+float float_of(u32 bits) {
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+// How an operand's elements become numbers. `of`: element i of a register.
+struct Half {
+  using Bits = u16;
+  static constexpr int PER_WORD = 2;
+  static float of(u32 bits) {
+    const auto narrow = static_cast<u16>(bits);
+    _Float16 h;
+    memcpy(&h, &narrow, 2);
+    return static_cast<float>(h);
+  }
+};
+struct Bfloat16 {
+  using Bits = u16;
+  static constexpr int PER_WORD = 2;
+  static float of(u32 bits) { return float_of(bits << 16); }
+};
+struct Tf32 {
+  using Bits = u32;
+  static constexpr int PER_WORD = 1;
+  static float of(u32 bits) { return float_of(bits & ~0x1fffu); }  // the instruction does not read the 13 low bits
+};
+template <class VISIT> void with(Element element, VISIT visit) {
+  switch (element) {
+    case Element::HALF: return visit(Half());
+    case Element::BFLOAT16: return visit(Bfloat16());
+    case Element::TF32: return visit(Tf32());
+  }
+}
+template <class T> float part(u32 word, int i) {
+  if constexpr (T::PER_WORD == 2) return T::of(word >> 16 * i & 0xffff);
+  else return T::of(word);
+}
+
+u32 fragments[MAX_THREADS / WARP][WARP][6];
+
+struct Product {
+  Element element;
+  int n;
+  float* d;
+  const u32* registers;  // operand A, or null where `a` describes it
+  u64 a, b;
+  bool accumulate;
+  const void* where;
+};
+using Group = std::vector<Product>;
+struct Products {
+  Group open;
+  std::vector<Group> committed;  // oldest first
+} products[MAX_THREADS];
+u32 register_operands[MAX_THREADS][4];
+
+// A descriptor's fields, and where a byte of the operand lies under its swizzle.
+struct Operand {
+  u32 row_bytes, start, pitch, stride;
+  explicit Operand(u64 descriptor) {
+    if (descriptor >> 62 == 0) fail("an operand without a swizzle is not emulated");
+    row_bytes = 256u >> (descriptor >> 62);
+    start = (descriptor & 0x3FFF) << 4;
+    pitch = (descriptor >> 16 & 0x3FFF) << 4;
+    stride = (descriptor >> 32 & 0x3FFF) << 4;
+  }
+  u32 swizzled(u32 linear) const { return linear ^ (linear >> 7 & (row_bytes / 16 - 1)) << 4; }
+  // Element (row, k) where k runs along the rows.
+  u32 along(u32 row, u32 k, u32 bytes) const { return swizzled(start + row / 8 * stride + row % 8 * row_bytes + bytes * k); }
+  // Element (k, column) where the rows are k.
+  u32 across(u32 k, u32 column, u32 bytes) const {
+    const u32 per_row = row_bytes / bytes;
+    return swizzled(start + column / per_row * pitch + k / 8 * stride + k % 8 * row_bytes + column % per_row * bytes);
+  }
+};
+template <class T> float value_at(u32 address) {
+  typename T::Bits bits;
+  if (address + sizeof bits > SHARED_BYTES) fail("an operand lies outside shared memory");
+  memcpy(&bits, shared_memory + address, sizeof bits);
+  return T::of(bits);
+}
+
+// Calls `visit(bytes, how many)` for what a product reads of shared memory. The four warps read it together: the first thread of a
+// warpgroup stands for all.
+template <class VISIT> void operands_of(const Product& p, VISIT visit) {
+  if (current % (4 * WARP)) return;
+  const u32 bytes = p.element == Element::TF32 ? 4 : 2, depth = 32 / bytes;
+  const Operand b(p.b);
+  for (u32 column = 0; column < static_cast<u32>(p.n); ++column)
+    for (u32 k = 0; k < depth; ++k) {
+      if (p.registers) visit(shared_memory + b.across(k, column, bytes), bytes);
+      else if (k * bytes % 16 == 0) visit(shared_memory + b.along(column, k, bytes), 16u);
+    }
+  if (p.registers) return;
+  const Operand a(p.a);
+  for (u32 row = 0; row < 64; ++row)
+    for (u32 k = 0; k < depth; k += 16 / bytes) visit(shared_memory + a.along(row, k, bytes), 16u);
+}
+
+template <class T> void multiply(const Product& p) {
+  constexpr u32 BYTES = sizeof(typename T::Bits), DEPTH = 32 / BYTES;
+  const auto thread_in_group = static_cast<u32>(current % (4 * WARP));
+  const u32 first_row = thread_in_group / 32 * 16 + thread_in_group % 32 / 4, first_column = thread_in_group % 4 * 2;
+  const Operand a(p.a), b(p.b);
+  float rows[2][DEPTH];
+  for (u32 half = 0; half < 2; ++half)
+    for (u32 k = 0; k < DEPTH; ++k) rows[half][k] = value_at<T>(a.along(first_row + 8 * half, k, BYTES));
+  for (u32 i = 0; i < static_cast<u32>(p.n) / 2; ++i) {
+    const u32 column = i / 4 * 8 + first_column + (i & 1);
+    float sum = p.accumulate ? p.d[i] : 0.0f;
+    for (u32 k = 0; k < DEPTH; ++k) sum += rows[i & 2 ? 1 : 0][k] * value_at<T>(b.along(column, k, BYTES));
+    p.d[i] = sum;
+  }
+}
+
+// A thread needs the registers of its quad: each publishes its own, and computes once all of its warp have.
+template <class T> void multiply_registers(const Product& p) {
+  static_assert(sizeof(typename T::Bits) == 2, "");
+  memcpy(register_operands[current], p.registers, sizeof register_operands[current]);
+  meet_warp();
+  const Operand b(p.b);
+  float rows[2][16];
+  for (u32 half = 0; half < 2; ++half)
+    for (u32 k = 0; k < 16; ++k)
+      rows[half][k] = part<T>(register_operands[current / 4 * 4 + static_cast<int>(k % 8 / 2)][half + 2 * (k / 8)], k & 1);
+  for (u32 i = 0; i < static_cast<u32>(p.n) / 2; ++i) {
+    const u32 column = i / 4 * 8 + static_cast<u32>(current) % 4 * 2 + (i & 1);
+    float sum = p.accumulate ? p.d[i] : 0.0f;
+    for (u32 k = 0; k < 16; ++k) sum += rows[i & 2 ? 1 : 0][k] * value_at<T>(b.across(k, column, 2));
+    p.d[i] = sum;
+  }
+  meet_warp();
+}
+
+void begin(const Product& p) {
+  operands_of(p, [&](const unsigned char* at, u32 bytes) { races::begin(Access::READ, at, bytes, p.where); });
+  products[current].open.push_back(p);
+}
+void finish(const Product& p) {
+  operands_of(p, [&](const unsigned char* at, u32 bytes) { races::finish(Access::READ, at, bytes, p.where); });
+  with(p.element, [&](auto element) {
+    using T = decltype(element);
+    if (!p.registers) multiply<T>(p);
+    else if constexpr (T::PER_WORD == 2) multiply_registers<T>(p);
+    else fail("operands of wgmma in registers are of 16 bits");
+  });
+}
+
+}  // namespace
+
+void forget_products(int thread) {
+  products[thread].open.clear();
+  products[thread].committed.clear();
+}
+
+void mma(Element element, float* d, const u32* a, u32 b0, u32 b1) {
+  const int warp = current / WARP, lane = current % WARP;
+  auto& all = fragments[warp];
+  memcpy(all[lane], a, 4 * sizeof(u32));
+  all[lane][4] = b0;
+  all[lane][5] = b1;
+  meet_warp();
+  with(element, [&](auto kind) {
+    using T = decltype(kind);
+    constexpr int PER_WORD = T::PER_WORD, HALF = 4 * PER_WORD;  // of k
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + (i & 1);
+      float sum = d[i];
+      for (int k = 0; k < 2 * HALF; ++k) {
+        const u32 a_word = all[row % 8 * 4 + k % HALF / PER_WORD][row / 8 + 2 * (k / HALF)];
+        const u32 b_word = all[column * 4 + k % HALF / PER_WORD][4 + k / HALF];
+        sum += part<T>(a_word, k % PER_WORD) * part<T>(b_word, k % PER_WORD);
+      }
+      d[i] = sum;
+    }
+  });
+  meet_warp();
+}
+
+void wgmma(Element element, int n, float* d, u64 a, u64 b, bool accumulate, const void* where) {
+  begin({element, n, d, nullptr, a, b, accumulate, where});
+}
+void wgmma_registers(Element element, int n, float* d, const u32* a, u64 b, bool accumulate, const void* where) {
+  begin({element, n, d, a, 0, b, accumulate, where});
+}
+void wgmma_commit() {
+  products[current].committed.push_back(std::move(products[current].open));
+  products[current].open.clear();
+}
+void wgmma_wait(int pending) {
+  auto& groups = products[current].committed;
+  while (groups.size() > static_cast<size_t>(pending)) {
+    for (const Product& p : groups.front()) finish(p);
+    groups.erase(groups.begin());
+  }
+}
+
+}  // namespace emulator
