@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -20,11 +21,12 @@ _N = 4096
 _MEMORY_BYTES = 512 << 20  # several times the cache of any GPU
 _ROW = 2048
 _CACHED_STEPS = 32
-_REPEATS = 5
+_LEAST_SECONDS = 0.1  # of every measurement: a GPU takes a while to leave its idle clock
+_LEAST_REPEATS = 5
 
 
 def measure_ceilings(target: CudaTarget) -> tuple[float, float, float]:
-    """(FLOP/s, bytes/s of memory, bytes/s of the L2 cache): the best of a few tries of our fp16 product of 4096³; of a
+    """(FLOP/s, bytes/s of memory, bytes/s of the L2 cache): the best tries of our fp16 product of 4096³; of a
     copy and of a sum of 512 MiB; of copies that together take half of the cache, one after the other in a graph."""
     from engine.targets.cuda.covering import ACC, arg, make_step, stored  # which imports the families
 
@@ -54,17 +56,26 @@ def _best(target: CudaTarget, step: Step, times: int) -> float:
             flat = array.reshape(-1)
             for start in range(0, flat.size, part.size):
                 flat[start : start + part.size] = part[: flat.size - start]
-    seconds = [_seconds(stream, lambda: bound.launch(stream)) for _ in range(_REPEATS)]
+    seconds = _least_seconds(stream, lambda: bound.launch(stream))
     bound.close()
-    return min(seconds[1:]) / times
+    return seconds / times
 
 
 def _copy_rate(stream: cupy.cuda.Stream) -> float:
     with stream:
         source = cupy.empty(_MEMORY_BYTES, cupy.uint8)
         copy = cupy.empty_like(source)
-        seconds = [_seconds(stream, lambda: cupy.copyto(copy, source)) for _ in range(_REPEATS)]
-    return 2 * _MEMORY_BYTES / min(seconds[1:])
+        return 2 * _MEMORY_BYTES / _least_seconds(stream, lambda: cupy.copyto(copy, source))
+
+
+def _least_seconds(stream: cupy.cuda.Stream, work: Callable[[], object]) -> float:
+    """Of some runs, without the first."""
+    _seconds(stream, work)
+    seconds: list[float] = []
+    begin = time.monotonic()
+    while len(seconds) < _LEAST_REPEATS or time.monotonic() < begin + _LEAST_SECONDS:
+        seconds.append(_seconds(stream, work))
+    return min(seconds)
 
 
 def _seconds(stream: cupy.cuda.Stream, work: Callable[[], object]) -> float:
