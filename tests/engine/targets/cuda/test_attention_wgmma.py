@@ -15,7 +15,7 @@ from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.attention import lower
 from engine.targets.cuda.attention_wgmma import candidates, launch_attention, padded, pick, suits
 from engine.targets.cuda.covering import ACC, F16, F32, make_step
-from engine.targets.cuda.kernel import Context, Instruction, WeightStore
+from engine.targets.cuda.kernel import Context, Instruction, WeightStore, workspace
 from tests.engine.targets.cuda.attention_cases import ROUNDING, operand, result
 from tests.engine.targets.cuda.cases import check, ragged, rng_of
 from tests.engine.targets.cuda.harness import Case, Runner
@@ -84,8 +84,9 @@ def test_a_launch_leaves_its_counters_as_it_found_them(hopper: Runner) -> None:
     """A second launch with the same ones, into other memory, computes every item again."""
     heads: tuple[DType, tuple[int, ...]] = (F16, (3, hopper.context.multiprocessors, 200, 32))
     op = Attention(0.2, True, stores=(cv.stored(ACC),))
-    step, other = (make_step(op, [heads, heads, heads]) for _ in range(2))
-    other = replace(step, outputs=other.outputs)
+    step = make_step(op, [heads, heads, heads])
+    elsewhere = replace(step.outputs[0], buffer=workspace(step.outputs[0].buffer.nbytes))
+    other = replace(step, outputs=(elsewhere,))
     tile = next(candidates(32, 32))
     first, second = (launch_attention(one, tile, hopper.context) for one in (other, step))
     assert "counters" in dict(first.arguments)
