@@ -100,9 +100,17 @@ def pick(step: Step, geometry: Geometry, operands: Operands, most_splits: int, c
             continue
         k = padded_k(geometry, panel)
         for tile in wgmma_tiles(m, n, k, operands, most_splits, groups, panel_bytes):
+            if not has_registers(tile, geometry):
+                continue
             cycles = wgmma_cycles(m, n, k, tile, context.multiprocessors, operands, groups, step.cost.bytes, GATHERED)
             choices.append(Choice(tile, cycles))
     return min(choices, key=lambda choice: choice.cycles, default=None)
+
+
+def has_registers(tile: WgmmaTile, geometry: Geometry) -> bool:
+    """Whether the kernel keeps out of local memory: with 192 columns for one warpgroup it does not where it has to add
+    partial sums and to find its place in a volume (the gate shows spills)."""
+    return geometry.axes < len(AXES) or tile.splits == 1 or tile.n < 192 or tile.cooperative
 
 
 def panel_channels(tile: WgmmaTile, step: Step) -> int:

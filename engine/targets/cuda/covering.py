@@ -45,7 +45,7 @@ from engine.ir.ops import (
 )
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
-from engine.targets.cuda import attention_wgmma, conv_halo, conv_stem
+from engine.targets.cuda import attention_wgmma, conv_halo, conv_stem, conv_wgmma
 from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.attention import heads_of, launch_attention
 from engine.targets.cuda.attention_tiles import Heads, candidates
@@ -59,7 +59,7 @@ from engine.targets.cuda.gemm_stream import stream_tile
 from engine.targets.cuda.image import Filter, centre_box, launch_images
 from engine.targets.cuda.kernel import Context, Launch, WeightStore
 from engine.targets.cuda.product import product_of
-from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES, MmaTile, Tile
+from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES, MmaTile, Tile, WgmmaTile
 
 F16, F32, I64 = DType.F16, DType.F32, DType.I64
 ACC = ex.Acc()
@@ -465,6 +465,8 @@ def _gathered_convolutions(context: Context, rounding: Context) -> Iterator[tupl
     ]
     for step, how, tiles in chosen:
         for tile in tiles:
+            if isinstance(tile, WgmmaTile) and not conv_wgmma.has_registers(tile, Geometry(step)):
+                continue
             for launch in lower_in(step, Geometry(step), tile, how):
                 yield f"conv {tile}", launch
     if context.architecture.wgmma:
