@@ -11,16 +11,13 @@ import struct
 import time
 from pathlib import Path
 
-import numpy as np
-
-from load_tests.http_client import Answer, Connection, Exchange, closed_loop, post
+from load_tests.http_client import closed_loop, post
 from load_tests.report import Report
 from load_tests.servers import Server, tilewave
-from load_tests.workloads import default_repository
+from load_tests.workloads import default_repository, same_vectors, vector_alone
 
 MODEL = "all-minilm-l6-v2"
 PATH = f"/v1/models/{MODEL}/tokens"
-TOLERANCE = 1e-5
 _SETTLE_S = 60.0
 
 
@@ -40,7 +37,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Report:
     rows = [[source.randrange(1000, 29000) for _ in range(options.tokens)] for _ in range(16)]
     requests = [post(PATH, json.dumps({"ids": [row]}).encode()) for row in rows]
     with tilewave(default_repository(folder, MODEL), folder, *options.server_arguments.split()) as server:
-        expected = [_vector(asyncio.run(_one(server.port, request))) for request in requests]
+        expected = [asyncio.run(vector_alone(server.port, request)) for request in requests]
         before = _counts(server)
         killed, answered = 0, 0
 
@@ -62,15 +59,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Report:
 
             await asyncio.gather(*(victims(seed) for seed in range(options.at_once)))
 
-        def make(draw: random.Random) -> Exchange:
-            index = draw.randrange(len(rows))
-
-            def problem(answer: Answer) -> str | None:
-                worst = float(np.abs(_vector(answer) - expected[index]).max())
-                return None if worst <= TOLERANCE else f"another vector: {worst:.2e}"
-
-            return Exchange(requests[index], problem)
-
+        make = same_vectors(requests, expected)
         results = asyncio.run(closed_loop(server.port, make, options.survivors, meanwhile=killer))
         end = time.monotonic() + _SETTLE_S
         while server.metric("inference_inflight", model=MODEL) and time.monotonic() < end:
@@ -106,17 +95,6 @@ def _counts(server: Server) -> dict[str, float]:
     counts["rows"] = server.metric("inference_batch_size_sum", model=MODEL)
     counts["inflight"] = server.metric("inference_inflight", model=MODEL)
     return counts
-
-
-async def _one(port: int, request: bytes) -> Answer:
-    connection = Connection(port)
-    answer = await connection.ask(request)
-    connection.close()
-    return answer
-
-
-def _vector(answer: Answer) -> np.ndarray:
-    return np.array(json.loads(answer.body)["embeddings"][0])
 
 
 async def _kill(port: int, request: bytes, seconds: float) -> bool:

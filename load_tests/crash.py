@@ -6,21 +6,17 @@ import argparse
 import asyncio
 import json
 import os
-import random
 import signal
 import time
 from pathlib import Path
 
-import numpy as np
-
-from load_tests.http_client import Answer, Connection, Exchange, closed_loop, post
+from load_tests.http_client import closed_loop, post
 from load_tests.payloads import SENTENCES
 from load_tests.report import Report
 from load_tests.servers import tilewave
-from load_tests.workloads import default_repository
+from load_tests.workloads import default_repository, same_vectors, vector_alone
 
 MODEL = "all-minilm-l6-v2"
-TOLERANCE = 1e-5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +32,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Report:
     requests = [post(f"/v1/models/{MODEL}/tokens", json.dumps({"text": text}).encode()) for text in SENTENCES]
     arguments = ("--engine-process", "always", *options.server_arguments.split())
     with tilewave(default_repository(folder, MODEL), folder, *arguments) as server:
-        expected = [asyncio.run(_vector_of(server.port, request)) for request in requests]
+        expected = [asyncio.run(vector_alone(server.port, request)) for request in requests]
         recoveries: list[float] = []
 
         async def kill() -> None:
@@ -51,15 +47,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Report:
                     await asyncio.sleep(0.02)
                 recoveries.append(time.monotonic() - began)
 
-        def make(draw: random.Random) -> Exchange:
-            index = draw.randrange(len(requests))
-
-            def problem(answer: Answer) -> str | None:
-                worst = float(np.abs(_vector(answer) - expected[index]).max())
-                return None if worst <= TOLERANCE else f"another vector: {worst:.2e}"
-
-            return Exchange(requests[index], problem)
-
+        make = same_vectors(requests, expected)
         results = asyncio.run(closed_loop(server.port, make, options.connections, meanwhile=kill))
         restarts = server.metric("engine_process_restarts_total")
     for number, seconds in enumerate(recoveries):
@@ -69,14 +57,3 @@ def measure(options: argparse.Namespace, folder: Path) -> Report:
     report.check("no wrong answer", not results.problems, results.problems[:3])
     report.check("nothing but 200 and 503", set(results.statuses) <= {200, 503}, dict(results.statuses))
     return report
-
-
-def _vector(answer: Answer) -> np.ndarray:
-    return np.array(json.loads(answer.body)["embeddings"][0])
-
-
-async def _vector_of(port: int, request: bytes) -> np.ndarray:
-    connection = Connection(port)
-    vector = _vector(await connection.ask(request))
-    connection.close()
-    return vector

@@ -13,6 +13,7 @@ import subprocess
 import urllib.request
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from load_tests import peers
@@ -217,8 +218,13 @@ def _compressed(source: random.Random) -> Body:
     return packed, {"Content-Encoding": source.choice(("gzip", "deflate", "br", "gzip, gzip", "ä"))}
 
 
+@cache
+def _packed_zeros() -> bytes:
+    return gzip.compress(bytes(100 << 20), 9)
+
+
 def _bomb(_: random.Random) -> Body:
-    return gzip.compress(bytes(100 << 20), 9), {"Content-Encoding": "gzip"}
+    return _packed_zeros(), {"Content-Encoding": "gzip"}
 
 
 def _tokens(source: random.Random) -> Body:
@@ -263,7 +269,7 @@ def _image(source: random.Random) -> Body:
 
 
 _BODIES: tuple[Callable[[random.Random], Body], ...] = (
-    *(_infer,) * 6, *(_tokens,) * 4, _deep, _noise, _noise, _compressed, _compressed,
+    *(_infer,) * 6, *(_tokens,) * 4, _deep, _noise, _noise, _compressed, _compressed, _bomb,
     _form_body, _headers, _headers, _image,
 )  # fmt: skip
 

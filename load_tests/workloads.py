@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from load_tests.http_client import Answer, Exchange, post
+from load_tests.http_client import Answer, Connection, Exchange, post
 from load_tests.payloads import SENTENCES, photos
 from load_tests.servers import ROOT
 
@@ -161,3 +161,34 @@ def texts(path: str, key: str) -> Make:
         for text in SENTENCES
     ]
     return lambda source: source.choice(prepared)
+
+
+VECTOR_TOLERANCE = 1e-5
+"""Between the embeddings of one row in batches of other sizes."""
+
+
+async def vector_alone(port: int, request: bytes) -> np.ndarray:
+    """The embedding that a request gets over a connection of its own."""
+    connection = Connection(port)
+    answer = await connection.ask(request)
+    connection.close()
+    return _vector(answer)
+
+
+def same_vectors(requests: list[bytes], expected: list[np.ndarray]) -> Make:
+    """Requests drawn at random, each for one embedding that is known."""
+
+    def make(draw: random.Random) -> Exchange:
+        index = draw.randrange(len(requests))
+
+        def problem(answer: Answer) -> str | None:
+            worst = float(np.abs(_vector(answer) - expected[index]).max())
+            return None if worst <= VECTOR_TOLERANCE else f"another vector: {worst:.2e}"
+
+        return Exchange(requests[index], problem)
+
+    return make
+
+
+def _vector(answer: Answer) -> np.ndarray:
+    return np.array(json.loads(answer.body)["embeddings"][0])

@@ -71,11 +71,6 @@ class TokenCodec:
         cut = self._tokenizer.truncation if self._tokenizer is not None else None
         return int(cut["max_length"]) if cut else None
 
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether texts can be read, not only ids."""
-        return self._tokenizer is not None
-
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, special tokens included, cut to `max_length`. Raises InvalidRequest."""
         if self._tokenizer is None:

@@ -220,8 +220,8 @@ PRODUCTS = Rates(0.93, 55, 1294)
 """Fitted to a sweep of all tiles and splits over 28 shapes of fp16 on an H100 (products of transformers and of 1×1
 convolutions, 600 timings): the tile picked took 1 % longer than the best one on average, 9 % at worst."""
 GATHERED = Rates(0.78, 64, 1540)
-"""Patches of convolutions: fitted to 26 timings of layers of ResNet-50 and VGG-16 in four tiles on an H100, 10 % off on
-average."""
+"""Patches of convolutions: three constants of a fit to 26 timings of layers of ResNet-50 and VGG-16 in four tiles on an
+H100. The whole fit, of six, was 10 % off; these alone were not judged."""
 
 
 def wgmma_cycles(

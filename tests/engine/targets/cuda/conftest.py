@@ -64,6 +64,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(line)
 
 
+@pytest.fixture
+def hopper(runner: Runner) -> Runner:
+    """A runner of sm_90a's kernels."""
+    if not runner.context.architecture.wgmma:
+        pytest.skip("only sm_90a has wgmma")
+    return runner
+
+
 @pytest.fixture(scope="module")
 def count(runner: Runner) -> int:
     """Random cases of one test."""

@@ -23,13 +23,6 @@ from tests.engine.targets.cuda.harness import Case, Runner
 KINDS = {"f16": F16, "bf16": DType.BF16}
 
 
-@pytest.fixture
-def hopper(runner: Runner) -> Runner:
-    if not runner.context.architecture.wgmma:
-        pytest.skip("only sm_90a has wgmma")
-    return runner
-
-
 def random_case(rng: np.random.Generator, kind: str, context: Context, i: int) -> Case:
     dtype = KINDS[kind]
     head, value = (int(rng.choice([8, 32, 40, 64, 72, 128])) for _ in range(2))

@@ -35,13 +35,6 @@ KINDS = (FP16, BF16_, TF32)
 CONTEXT = Context(SM_90A, 132, WeightStore())
 
 
-@pytest.fixture
-def hopper(runner: Runner) -> Runner:
-    if not runner.context.architecture.wgmma:
-        pytest.skip("only sm_90a has wgmma")
-    return runner
-
-
 def surrounded(rng: np.random.Generator, axes: int, kind: Kind) -> Shape:
     """A random convolution at stride 1 whose channels fit a panel."""
     while True:

@@ -38,13 +38,6 @@ KINDS = (FP16, BF16_, TF32)
 PANELS = (128, 64, 32)
 
 
-@pytest.fixture
-def hopper(runner: Runner) -> Runner:
-    if not runner.context.architecture.wgmma:
-        pytest.skip("only sm_90a has wgmma")
-    return runner
-
-
 def tile_of(i: int, rng: np.random.Generator) -> WgmmaTile:
     """A tile, and the k of its results in one part or in several."""
     tile = replace(WGMMA_TILES[i % len(WGMMA_TILES)], panel_bytes=PANELS[i % len(PANELS)])
