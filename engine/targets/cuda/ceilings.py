@@ -12,6 +12,7 @@ from engine.ir.dtype import DType
 from engine.ir.expr import Arg
 from engine.ir.ops import Gemm, Pointwise, Reduce, ReduceKind
 from engine.plan.plan import Plan, Step
+from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda.resident import ResidentExecutable
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ def measure_ceilings(target: CudaTarget) -> tuple[float, float, float]:
     copy and of a sum of 512 MiB; of copies that together take half of the cache, one after the other in a graph."""
     from engine.targets.cuda.covering import ACC, arg, make_step, stored  # which imports the families
 
-    product = make_step(Gemm((stored(ACC),)), [(DType.F16, (_N, _N)), (DType.F16, (_N, _N))])
+    # The second operand lies as packed weights do, k innermost.
+    b = Tensor(Buffer("input1", BufferKind.INPUT, _N * _N * 2), DType.F16, (_N, _N), (1, _N))
+    product = make_step(Gemm((stored(ACC),)), [(DType.F16, (_N, _N)), b])
     rows = _MEMORY_BYTES // _ROW // 2
     total = make_step(Reduce(ReduceKind.SUM, (1,), False, arg(0), (stored(ACC),)), [(DType.F16, (rows, _ROW))])
     quarter = target.cache_bytes // 4 // 2
@@ -52,10 +55,10 @@ def _best(target: CudaTarget, step: Step, times: int) -> float:
     stream = target.device.stream
     with stream:
         for array in bound.inputs.values():
-            part = rng.standard_normal((min(array.size, _N * _N),), dtype=cupy.float32)
-            flat = array.reshape(-1)
-            for start in range(0, flat.size, part.size):
-                flat[start : start + part.size] = part[: flat.size - start]
+            rows = max(1, _N * _N * len(array) // array.size)
+            part = rng.standard_normal((min(rows, len(array)), *array.shape[1:]), dtype=cupy.float32)
+            for start in range(0, len(array), rows):
+                array[start : start + rows] = part[: len(array) - start]
     seconds = _least_seconds(stream, lambda: bound.launch(stream))
     bound.close()
     return seconds / times

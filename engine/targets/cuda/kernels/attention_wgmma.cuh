@@ -204,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
       barrier_init(q_ring.empty + 8 * i, WARPS);
     }
     for (int i = 0; i < STAGES; ++i) {
-      barrier_init(k_ring.full + 8 * i, 1 + BIAS);
+      barrier_init(k_ring.full + 8 * i, BIAS ? 33 : 1);  // each lane that brings biases arrives for what it wrote
       barrier_init(k_ring.empty + 8 * i, WARPS);
       barrier_init(v_ring.full + 8 * i, 1);
       barrier_init(v_ring.empty + 8 * i, WARPS);
@@ -291,8 +291,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
           k_ring.wait_empty(turn);
 #pragma unroll
           for (int i = 0; i < KEYS / 32; ++i) biases[turn % STAGES * KEYS + 32 * i + lane] = bias[i];
-          __syncwarp();
-          if (lane == 0) barrier_arrive(k_ring.landed(turn));
+          barrier_arrive(k_ring.landed(turn));
         }
       }
     }
