@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    # Loading a model ends with a collection of garbage, which would walk through ten thousand collected tests each time.
+    # Loading a model ends with a collection of garbage, which would walk through ten thousand collected tests.
     gc.collect()
     gc.freeze()
 
