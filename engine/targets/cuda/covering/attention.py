@@ -1,0 +1,62 @@
+"""The covering set's attention, in every kind of tile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+from engine.ir.dtype import DType
+from engine.ir.ops import (
+    Attention,
+)
+from engine.plan.plan import Step
+from engine.targets.cuda import attention_wgmma
+from engine.targets.cuda.attention import heads_of, launch_attention
+from engine.targets.cuda.attention_tiles import Heads, candidates
+from engine.targets.cuda.covering.build import (
+    ACC,
+    F16,
+    F32,
+    Given,
+    make_step,
+    stored,
+)
+from engine.targets.cuda.kernel import Context, Launch
+
+
+def attention(dtype: DType, head: int, causal: bool, bias: int, tokens: int = 100) -> Step:
+    """Attention without a bias (0), with one for every key (1), or for every score (2)."""
+    heads: tuple[DType, tuple[int, ...]] = (dtype, (2, 4, tokens, head))
+    inputs: list[Given] = [heads, heads, heads]
+    inputs += [(F32, (2, 1, tokens if bias == 2 else 1, tokens))] if bias else []
+    op = Attention(head**-0.5, causal, bias > 0, stores=(stored(ACC, dtype),))
+    return make_step(op, inputs, f"attention {dtype.value} {head}{' causal' * causal}{' bias' * (bias > 0)}")
+
+
+def attentions(context: Context) -> Iterator[tuple[str, Launch]]:
+    """Attention in every kind of tile and operands; masks, biases, unaligned heads and splits take turns."""
+    turn = 0
+    for dtype, tf32 in ((F16, False), (DType.BF16, False), (F32, True), (F32, False)):
+        for head in (64, 128, 256):
+            shape = Heads(head, head, dtype.itemsize, dtype is F32 and not tf32)
+            for tile in candidates(shape, causal=False, full_bias=False):
+                # Two warps compile as one or four do, bf16 as fp16.
+                if tile.warps != 2 and (dtype is not DType.BF16 or tile.warps == 4):
+                    turn += 1
+                    odd, splits = turn % 4 == 0, 1 if turn % 3 else 4
+                    # The tile of two fragments is not for wide heads with masks or full biases.
+                    causal, bias = (turn % 2 == 0, turn % 3) if tile.fragments == 1 else (False, 1)
+                    step = attention(dtype, head - odd, causal, bias)
+                    sizes = heads_of(step, replace(context, tf32=tf32))
+                    for launch in launch_attention(step, sizes, tile, splits):
+                        yield step.name, launch
+    if context.architecture.wgmma:
+        # Without a mask, with a causal one, and with one that may hide whole tiles of keys.
+        kinds = ((False, 0), (True, 1), (False, 1))
+        for head, (causal, bias) in product((32, 64, 128), kinds):
+            for wgmma_tile in attention_wgmma.candidates(head, head):
+                turn += 1
+                dtype = DType.BF16 if turn % 4 == 0 else F16
+                step = attention(dtype, head, causal, bias, tokens=200)
+                yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, context)

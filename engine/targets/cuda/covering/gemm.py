@@ -1,0 +1,68 @@
+"""The covering set's matrix products, in every tile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from engine.ir.dtype import DType
+from engine.ir.ops import (
+    Gemm,
+)
+from engine.plan.plan import Step
+from engine.targets.cuda.covering.build import (
+    ACC,
+    BIAS_RESIDUAL,
+    F16,
+    F32,
+    Given,
+    add,
+    arg,
+    gelu,
+    make_step,
+    stored,
+    weight,
+)
+from engine.targets.cuda.gemm import epilogue_of, launch_product, operands_of
+from engine.targets.cuda.gemm_stream import stream_tile
+from engine.targets.cuda.kernel import Context, Launch
+from engine.targets.cuda.product import product_of
+from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES, Tile
+
+
+def products(context: Context) -> Iterator[tuple[str, Launch]]:
+    """Products in every tile, whole and split, and in slices, with every kind of operands."""
+    fp16, architecture = _product(F16), context.architecture
+    residual = make_step(Gemm((BIAS_RESIDUAL,)), [*fp16.inputs, (F16, (300, 400))])
+    portable = [tile for tile in MMA_TILES if tile.shared_bytes <= architecture.shared_bytes]
+    wgmma = WGMMA_TILES if architecture.wgmma else ()
+    divisible: list[Tile] = [*portable, *(tile for tile in wgmma if tile.most_splits > 1)]
+    rounding = replace(context, tf32=True)
+    chosen: list[tuple[Step, Context, Sequence[Tile]]] = [
+        (fp16, context, (*portable, *wgmma)),
+        (residual, context, [replace(tile, splits=3) for tile in divisible]),
+        (_product(DType.BF16), context, (portable[0], *wgmma[:1])),
+        (_product(F32), rounding, (portable[0], portable[-1], *wgmma[:1], *wgmma[7:8])),
+        (_product(F32), context, portable),
+    ]
+    for step, how, tiles in chosen:
+        assert isinstance(step.op, Gemm)
+        epilogue = epilogue_of(step, step.op.stores, (0, 1), 400)
+        for tile in tiles:
+            yield f"gemm {tile}", launch_product(product_of(step, how), epilogue, tile, how)
+    for dtype, k in ((F16, 16), (F16, 32), (DType.BF16, 32), (F32, 8), (F32, 16)):
+        step, how = _product(dtype, 5000, k, 96 + k, residual=k == 32 and dtype is F16), rounding
+        assert isinstance(step.op, Gemm)
+        product = product_of(step, how)
+        slices = stream_tile(product, operands_of(dtype, how))
+        assert slices is not None
+        epilogue = epilogue_of(step, step.op.stores, (0, 1), product.n)
+        yield f"gemm {slices}", launch_product(product, epilogue, slices, how)
+
+
+def _product(dtype: DType, m: int = 300, k: int = 384, n: int = 400, residual: bool = False) -> Step:
+    """A product with a weight, bias and GELU, or a residual."""
+    biased = add(ACC, arg(2, dtype))
+    store = stored(add(biased, arg(3, dtype)) if residual else gelu(biased), dtype)
+    inputs: list[Given] = [(dtype, (m, k)), weight(k, n, dtype=dtype), weight(n, dtype=dtype)]
+    return make_step(Gemm((store,)), [*inputs, *([(dtype, (m, n))] if residual else [])])

@@ -1,0 +1,64 @@
+"""The covering set's convolutions of images with few channels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from engine.ir import expr as ex
+from engine.ir.dtype import DType
+from engine.ir.ops import (
+    Conv,
+)
+from engine.targets.cuda import conv_stem
+from engine.targets.cuda.conv_geometry import Geometry
+from engine.targets.cuda.conv_stem import is_stem, launch_stem, pairs_of
+from engine.targets.cuda.covering.build import (
+    ACC,
+    F16,
+    F32,
+    Given,
+    add,
+    arg,
+    channels_inner,
+    conv_op,
+    make_step,
+    relu6,
+    weight,
+)
+from engine.targets.cuda.families import family_of
+from engine.targets.cuda.kernel import Context, Launch
+
+
+def stems(context: Context) -> Iterator[tuple[str, Launch]]:
+    """Images with few channels in every kind of tile: k in pairs of a table or regular, channels padded or not, images
+    as they come; and patches."""
+    photo, gray = (F32, (8, 3, 224, 224)), (F16, (8, 1, 96, 96))
+    bf16, inner = DType.BF16, channels_inner(8, 3, 224, 224)
+    chosen: list[tuple[Given, Sequence[int], DType, int, int]] = [  # image, filter, type, stride, dilation
+        (photo, (64, 3, 7, 7), F16, 2, 1),
+        (inner, (64, 3, 7, 7), F16, 2, 1),
+        (photo, (32, 3, 3, 3), F16, 2, 1),
+        (photo, (64, 3, 3, 3), bf16, 1, 1),
+        (inner, (96, 3, 4, 4), F16, 4, 1),
+        (photo, (64, 3, 11, 11), F16, 4, 1),
+        (photo, (24, 3, 3, 3), bf16, 2, 2),
+        (gray, (20, 1, 5, 5), F16, 1, 1),
+        ((F16, (8, 4, 96, 96)), (32, 4, 3, 3), F16, 1, 1),
+        ((F32, (8, 2, 96, 96)), (64, 2, 3, 3), F16, 1, 1),
+    ]
+    for image, filters, dtype, stride, dilation in chosen:
+        store = ex.cast(relu6(add(ACC, arg(2, dtype))), dtype)
+        op = conv_op(filters[-1], stride, 1, store, dilation)
+        step = make_step(op, [image, weight(*filters, dtype=dtype), weight(filters[0], 1, 1, dtype=dtype)])
+        geometry = Geometry(step)
+        assert is_stem(step, geometry, context), filters
+        pairs = pairs_of(geometry)
+        assert pairs is not None
+        tiles = conv_stem.candidates(geometry, pairs, context.architecture)
+        for tile in (tiles[0], tiles[-1]):
+            yield f"stem {filters} {tile}", launch_stem(step, geometry, context, tile)
+    for image, dtype in ((photo, F16), (inner, F16), (photo, bf16), (photo, F32)):
+        op = Conv((16, 16), ((0, 0), (0, 0)), (1, 1), stores=(ex.cast(add(ACC, arg(2, dtype)), dtype),))
+        step = make_step(op, [image, weight(768, 3, 16, 16, dtype=dtype), weight(768, 1, 1, dtype=dtype)])
+        for launch in family_of(op).lower(step, context):
+            yield "patches", launch
