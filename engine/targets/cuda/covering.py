@@ -596,7 +596,7 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         step, how = _product(dtype, 5000, k, 96 + k, residual=k == 32 and dtype is F16), rounding
         assert isinstance(step.op, Gemm)
         product = product_of(step, how)
-        slices = stream_tile(product, operands_of(dtype, how))
+        slices = stream_tile(product, operands_of(product, how))
         assert slices is not None
         epilogue = epilogue_of(step, step.op.stores, (0, 1), product.n)
         yield f"gemm {slices}", launch_product(product, epilogue, slices, how)

@@ -92,7 +92,7 @@ def test_gemm_in_slices_matches_float64(runner: Runner, count: int) -> None:
         inputs += [] if name == "plain" else [weight(n, dtype=dtype)]
         inputs += [(dtype, (m, n))] if name == "residual" else []
         step, context = make_step(Gemm((stores_of(dtype)[name],)), inputs), context_of(runner, kind)
-        tile = stream_tile(product_of(step, context), operands_of(dtype, context))
+        tile = stream_tile(product_of(step, context), operands_of(product_of(step, context), context))
         assert tile is not None
         launch = launched(step, tile, context)
         label = f"{kind} {m}x{n}x{k} {name} {tile}"
