@@ -68,11 +68,10 @@ class MmaTile:
 
     def config(self, operands: Operands) -> dict[str, int | bool | str]:
         """What kernels/mma/tile.cuh and the kernels on it are told, but for the type of the operands."""
-        exact = operands is Operands.EXACT
-        more_registers = exact or operands is Operands.REFINED  # operands in two parts, sums in two stages
+        exact = operands is Operands.EXACT  # operands in two parts, sums in two stages: more registers
         return {
             "tile_m": self.m, "tile_n": self.n, "tile_k_bytes": self.k_bytes, "warps_m": self.warps_m,
-            "warps_n": self.warps_n, "stages": self.stages, "blocks": max(1, self.blocks - more_registers),
+            "warps_n": self.warps_n, "stages": self.stages, "blocks": max(1, self.blocks - exact),
             "shared_bytes": self.shared_bytes, "exact": exact, "split": self.splits > 1,
         }  # fmt: skip
 
