@@ -37,7 +37,7 @@ def predicted_us(step: Step, context: Context) -> float | None:
 
 def _product_cycles(step: Step, context: Context) -> float:
     product, multiprocessors = product_of(step, context), context.multiprocessors
-    tile, operands = pick_tile(product, context), operands_of(product.dtype, context)
+    tile, operands = pick_tile(product, context), operands_of(product, context)
     if isinstance(tile, StreamTile):
         return stream_cycles(product, tile, multiprocessors, product.dtype.itemsize)
     if isinstance(tile, WgmmaTile):

@@ -31,7 +31,7 @@ from engine.targets.cuda.kernel import (
     pointer_to,
     workspace,
 )
-from engine.targets.cuda.product import Product, is_weight, product_of, rows_inner, rows_of
+from engine.targets.cuda.product import Product, columns_in_parts, in_parts, is_weight, product_of, rows_inner, rows_of
 from engine.targets.cuda.spaces import operand, operands, space
 from engine.targets.cuda.tiles import MOST_SPLITS, Operands, Tile, WgmmaTile, pick_mma, pick_wgmma
 
@@ -101,12 +101,12 @@ def epilogue_of(
 
 def pick_tile(product: Product, context: Context) -> Tile | StreamTile:
     """The tile and the split of k that should be fastest."""
-    operands, tile = operands_of(product.dtype, context), _pick_block_tile(product, context)
+    operands, tile = operands_of(product, context), _pick_block_tile(product, context)
     return streams_faster(product, tile, operands, context.multiprocessors) or tile
 
 
 def _pick_block_tile(product: Product, context: Context) -> Tile:
-    operands, multiprocessors = operands_of(product.dtype, context), context.multiprocessors
+    operands, multiprocessors = operands_of(product, context), context.multiprocessors
     if context.architecture.wgmma and product.suits_tma and operands is not Operands.EXACT:
         return pick_wgmma(product.m, product.n, product.k, multiprocessors, operands, MOST_SPLITS)
     return pick_mma(
@@ -115,9 +115,14 @@ def _pick_block_tile(product: Product, context: Context) -> Tile:
     )  # fmt: skip
 
 
-def operands_of(dtype: DType, context: Context) -> Operands:
-    """How the matrix units take operands of `dtype`."""
-    return Operands.HALF if dtype.itemsize == 2 else Operands.TF32 if context.tf32 else Operands.EXACT
+def operands_of(product: Product, context: Context) -> Operands:
+    """How the matrix units take the operands. Constants of fp32 are never just rounded: their errors are the same in
+    every row, so that what follows does not average them out."""
+    if product.dtype.itemsize == 2:
+        return Operands.HALF
+    if not context.tf32:
+        return Operands.EXACT
+    return Operands.REFINED if product.b.is_constant else Operands.TF32
 
 
 def launch_product(product: Product, epilogue: Functor, tile: Tile | StreamTile, context: Context) -> Launch:
@@ -127,12 +132,14 @@ def launch_product(product: Product, epilogue: Functor, tile: Tile | StreamTile,
     sizes = {"m": product.m, "n": product.n, "k": product.k}
     tiles = ceildiv(product.m, tile.m) * ceildiv(product.n, tile.n) * product.batch.count
     if isinstance(tile, WgmmaTile):
-        return _launch_wgmma(product, epilogue, tile, tiles, sizes, context.multiprocessors)
+        return _launch_wgmma(product, epilogue, tile, tiles, context)
+    operands = operands_of(product, context)
     return launch(
         "gemm",
         "gemm_mma.cuh",
         {
-            **tile.config(operands_of(product.dtype, context)), "operand": STORAGE[product.dtype],
+            **tile.config(operands), "refined": operands in (Operands.EXACT, Operands.REFINED),
+            "operand": STORAGE[product.dtype],
             "a_access": product.a_access, "a_k_inner": product.a.k_inner,
             "b_access": product.b_access, "b_k_inner": product.b.k_inner, "batch_levels": product.batch.levels,
         },
@@ -193,22 +200,26 @@ def split_arguments(tiles: int, elements: int, warps: int, splits: int) -> dict[
     }  # fmt: skip
 
 
-def _launch_wgmma(
-    product: Product, epilogue: Functor, tile: WgmmaTile, tiles: int, sizes: dict[str, int], multiprocessors: int
-) -> Launch:
-    a, b, columns = product.a, product.b, 128 // product.dtype.itemsize
+def _launch_wgmma(product: Product, epilogue: Functor, tile: WgmmaTile, tiles: int, context: Context) -> Launch:
+    a, b, k, columns = product.a, product.b, product.k, 128 // product.dtype.itemsize
+    parts = operands_of(product, context).parts
+    if parts > 1:
+        b, k = in_parts(product, context.weights), columns_in_parts(product.k)
     return launch(
         "gemm",
         "gemm_wgmma.cuh",
-        {**tile.config, "operand": STORAGE[product.dtype], "grouped": False},
+        {**tile.config, "operand": STORAGE[product.dtype], "grouped": False, "parts": parts},
         [epilogue],
         {
             "map_a": TensorMap(a.pointer, product.m, product.k, a.stride, tile.m, columns),
-            "map_b": TensorMap(b.pointer, product.n, product.k, b.stride, tile.n, columns),
-            **sizes,
+            "map_b": TensorMap(b.pointer, product.n, k, b.stride, tile.n, columns),
+            "m": product.m,
+            "n": product.n,
+            "k": k,
             **split_arguments(tiles, tile.m * tile.n, 8 if tile.cooperative else 4, tile.splits),
         },
-        (min(tiles, max(1, multiprocessors // tile.splits)), tile.splits, 1),  # persistent: a block a multiprocessor
+        # Persistent: a block a multiprocessor.
+        (min(tiles, max(1, context.multiprocessors // tile.splits)), tile.splits, 1),
         384,
         tile.shared_bytes,
         Instruction.WGMMA,

@@ -20,32 +20,33 @@ _MOST_BYTES = 64  # of k: 16 bytes a lane. A tile of wgmma would be half empty
 
 @dataclass(frozen=True)
 class StreamTile:
-    """All columns of a slice of rows, in `groups` of 32; a lane loads `words` of 4 bytes of a row. `blocks` share a
-    multiprocessor."""
+    """All columns of a slice of rows, in `groups` of 32; a lane loads `words` of 4 bytes of a row. `refined`: the
+    columns are multiplied in two parts. `blocks` share a multiprocessor."""
 
     groups: int
     words: int
+    refined: bool = False
     blocks: ClassVar[int] = 3
 
     @property
     def shared_bytes(self) -> int:
-        return self.groups * self.words * 32 * 16
+        return self.groups * self.words * 32 * 16 * (1 + self.refined)
 
     @property
     def config(self) -> dict[str, int | bool | str]:
         return {
             "groups": self.groups, "words": self.words, "threads": _THREADS, "blocks": self.blocks,
-            "shared_bytes": self.shared_bytes,
+            "shared_bytes": self.shared_bytes, "refined": self.refined,
         }  # fmt: skip
 
 
 def stream_tile(product: Product, operands: Operands) -> StreamTile | None:
     """How the kernel takes a product, if it can: operands that are read 16 bytes at once, and a k that registers hold.
-    fp32 is rounded to tf32."""
+    fp32 is rounded to tf32, or split."""
     k_bytes = product.k * operands.itemsize
     if operands is Operands.EXACT or not product.suits_tma or k_bytes > _MOST_BYTES or product.n > _MOST_COLUMNS:
         return None
-    return StreamTile(ceildiv(product.n, _GROUP), 2 if k_bytes <= 32 else 4)
+    return StreamTile(ceildiv(product.n, _GROUP), 2 if k_bytes <= 32 else 4, operands is Operands.REFINED)
 
 
 _LAUNCH = 1900
@@ -65,7 +66,7 @@ _ELEMENT = 0.29
 def stream_cycles(product: Product, tile: StreamTile, multiprocessors: int, itemsize: int) -> float:
     """Estimated cycles in slices."""
     slices = ceildiv(product.m, _SLICE)
-    instructions = 2 * tile.groups * _PIECE + _SLICE_OVERHEAD + tile.groups * tile.words * 3
+    instructions = 2 * tile.groups * _PIECE + _SLICE_OVERHEAD + tile.groups * tile.words * (4 if tile.refined else 3)
     issue = ceildiv(slices, multiprocessors) * instructions / _ISSUED
     warps = multiprocessors * tile.blocks * _THREADS // 32
     wait = ceildiv(slices, warps) * (_WAIT + 100 * tile.groups)

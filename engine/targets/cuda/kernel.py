@@ -281,8 +281,8 @@ class WeightStore:
 
 @dataclass(frozen=True)
 class Context:
-    """What lowering a step needs to know beside the step. `tf32`: products of fp32 operands round them to tf32; else
-    they are as exact as fp32."""
+    """What lowering a step needs to know beside the step. `tf32`: products of fp32 operands round them to the nearest
+    tf32, or take them in two parts (gemm.py); else they are as exact as fp32."""
 
     architecture: Architecture
     multiprocessors: int

@@ -10,7 +10,7 @@ import numpy as np
 
 from engine.ir.dtype import DType
 from engine.plan.plan import Step
-from engine.plan.tensor import Tensor
+from engine.plan.tensor import BufferKind, Tensor
 from engine.targets.cuda.kernel import (
     STORAGE,
     Argument,
@@ -18,6 +18,7 @@ from engine.targets.cuda.kernel import (
     I64s,
     LevelSizes,
     Pointer,
+    WeightStore,
     ceildiv,
     is_constant,
     pointer_to,
@@ -34,6 +35,10 @@ class Matrix:
     stride: int
     k_inner: bool = True
     padded: bool = False
+
+    @property
+    def is_constant(self) -> bool:
+        return self.pointer.buffer.kind is BufferKind.CONSTANT
 
     def access(self, line: int, batch: Sequence[int], itemsize: int) -> int:
         """The bytes that can be read at once of lines of so many elements, in matrices so far apart: 16, 4, or an
@@ -142,6 +147,42 @@ def pack_weight(b: np.ndarray) -> np.ndarray:
     packed = np.zeros((n, _padded(k, DType.of(b.dtype))), b.dtype)
     packed[:, :k] = b.reshape(k, n).T
     return packed
+
+
+_STEP = 32
+"""Columns of fp32 that a step of wgmma takes."""
+
+
+def columns_in_parts(k: int) -> int:
+    """The columns of a matrix of k columns in two parts."""
+    return 2 * ceildiv(k, _STEP) * _STEP
+
+
+def in_parts(product: Product, weights: WeightStore) -> Matrix:
+    """A constant b of fp32, with k innermost, in two parts."""
+    b, k, columns = product.b, product.k, columns_in_parts(product.k)
+    tensor = Tensor(b.pointer.buffer, product.dtype, (product.n, k), (b.stride, 1), b.pointer.offset // 4)
+    return Matrix(Pointer(weights.packed(tensor, "n,k32,parts", split_weight), ctype="float"), columns, padded=True)
+
+
+def split_weight(b: np.ndarray) -> np.ndarray:
+    """fp32 [n, k] → [n, steps · 2 · 32]: of every 32 columns (the last padded with zeros) the nearest numbers of tf32,
+    and then the nearest ones to what these leave."""
+    n, k = b.shape
+    padded = np.zeros((n, columns_in_parts(k) // 2), np.float32)
+    padded[:, :k] = b
+    big = round_to_tf32(padded)
+    with np.errstate(invalid="ignore"):
+        small = np.where(np.isfinite(padded), round_to_tf32(padded - big), np.float32(0))
+    both = np.stack([part.reshape(n, -1, _STEP) for part in (big, small)], axis=2)
+    return np.ascontiguousarray(both.reshape(n, -1), np.float32)
+
+
+def round_to_tf32(x: np.ndarray) -> np.ndarray:
+    """The nearest numbers of 11 bits to fp32, halves away from zero as cvt.rna.tf32.f32 does."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    nearest = np.where(np.isfinite(x), (bits + np.uint32(1 << 12)) & np.uint32(0xFFFF_E000), bits)
+    return nearest.view(np.float32)
 
 
 def _padded(k: int, dtype: DType) -> int:

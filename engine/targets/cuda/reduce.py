@@ -35,6 +35,7 @@ from engine.targets.cuda.sweeps import (
     BLOCK_THREADS,
     VECTORS_PER_PART,
     Parts,
+    batch_of,
     pick_column_walk,
     power_of_two,
     split,
@@ -125,26 +126,36 @@ class _Walk:
     def chunks(self) -> int:
         return ceildiv(self.columns, VECTOR)
 
+    @property
+    def _value_bytes(self) -> int:
+        """Of an element as it is computed."""
+        return max(4, self.op.source.dtype.itemsize)
+
     def launch(self, prologue: Functor, epilogue: Functor, context: Context) -> Launch:
         return self._launch_columns(prologue, epilogue, context) if self.columns_kept else self._launch_rows(
             prologue, epilogue, context
         )  # fmt: skip
 
     def _launch_columns(self, prologue: Functor, epilogue: Functor, context: Context) -> Launch:
-        walk = pick_column_walk(self.kept, self.steps, self.chunks, VECTOR * self.itemsize, context.multiprocessors)
+        walk = pick_column_walk(
+            self.kept, self.steps, self.chunks, VECTOR * self.itemsize, self._value_bytes, context.multiprocessors
+        )
         arguments: dict[str, Argument] = {
             "column_threads": walk.column_threads, "row_threads": walk.row_threads, "kept_threads": walk.kept_threads,
             "column_tiles": walk.column_tiles,
         }  # fmt: skip
         tiles, left = walk.tiles, walk.kept_threads * walk.column_threads * VECTOR
-        return self._launched(prologue, epilogue, {}, arguments, walk.parts, walk.threads, tiles, left)
+        return self._launched(
+            prologue, epilogue, {"batch": walk.batch}, arguments, walk.parts, walk.threads, tiles, left
+        )
 
     def _launch_rows(self, prologue: Functor, epilogue: Functor, context: Context) -> Launch:
         size = self.steps * self.chunks
         group = min(32, power_of_two(size)) if size <= 32 * _VECTORS_PER_LANE else BLOCK_THREADS
         tiles = ceildiv(self.kept, BLOCK_THREADS // group)
         parts = split(size, VECTORS_PER_PART, tiles, context)
-        config = {"group": group, "stepped": self.steps > 1}
+        batch = batch_of(ceildiv(parts.size, group), self._value_bytes)
+        config = {"group": group, "stepped": self.steps > 1, "batch": batch}
         return self._launched(prologue, epilogue, config, {}, parts, BLOCK_THREADS, tiles, 1)
 
     def _launched(

@@ -109,30 +109,49 @@ class ColumnWalk:
     tiles: int
     """Of kept rows and columns: the blocks for each part."""
     parts: Parts
+    batch: int
+    """Loads of a thread under way at once."""
+
+
+_MOST_BATCH = {4: 8, 8: 4}
+"""Loads of a thread under way at once, by the bytes of a value: what registers hold of eight values a load."""
+
+
+def batch_of(steps: int, value_bytes: int) -> int:
+    """The loads under way at once of a thread that takes so many `steps`: few distinct kernels."""
+    return min(power_of_two(steps), _MOST_BATCH[value_bytes])
 
 
 _MOST_PARTS = 64
-_WAIT, _BATCH = 900, 8
-"""Cycles until a batch of loads of a thread has come from memory (an H100 needs 700 to 1100), and the loads of one."""
+_WAIT = 900
+"""Cycles until a batch of loads of a thread has come from memory (an H100 needs 700 to 1100)."""
+_ROUND = 80  # to halve the threads that share a column: a barrier, shared memory there and back
 _JOIN = 3000
 """Cycles until the last block knows that it is the last and has read what the others left."""
 _BLOCK_RATE, _TOTAL_RATE = 40, 1600
 """Bytes a cycle that a multiprocessor, and the GPU, read (measured with copies on an H100)."""
-_RESIDENT_THREADS = 1024  # of a multiprocessor: the batches need 64 registers each
+_REGISTERS, _PER_LOAD = 40, 4
+"""Registers of a thread, and those more for each load of a batch (of fp16, in the machine code for sm_90a)."""
+_ALL_REGISTERS = 65536  # of a multiprocessor
+_INSTRUCTIONS, _OF_A_LOAD = 150, 28
+"""Of a warp, beside its loads, and for each of them: address, eight conversions and additions (counted there, too)."""
+_ISSUED = 2.2  # instructions a cycle of a multiprocessor (gemm_stream.py)
 
 
 @lru_cache(maxsize=4096)  # hundreds of candidates, and a model has few distinct shapes
-def pick_column_walk(kept: int, steps: int, chunks: int, vector_bytes: int, multiprocessors: int) -> ColumnWalk:
+def pick_column_walk(
+    kept: int, steps: int, chunks: int, vector_bytes: int, value_bytes: int, multiprocessors: int
+) -> ColumnWalk:
     """The walk with the least estimated time over `steps` rows of `chunks` vectors for each of `kept` rows, where
     columns are kept. Blocks that read less than 32 bytes side by side (a sector of the caches) would read it twice."""
     least = min(chunks, max(1, 32 // vector_bytes))
     walks = (
-        _column_walk(kept, steps, chunks, column_threads, threads, wanted)
+        _column_walk(kept, steps, chunks, column_threads, threads, wanted, value_bytes)
         for threads in (BLOCK_THREADS, 2 * BLOCK_THREADS)
         for column_threads in _column_threads(chunks, least)
         for wanted in _part_counts(steps)
     )
-    return min(walks, key=lambda walk: _walk_cycles(walk, steps, vector_bytes, multiprocessors))
+    return min(walks, key=lambda walk: column_walk_cycles(walk, vector_bytes, multiprocessors))
 
 
 def _column_threads(chunks: int, least: int) -> list[int]:
@@ -145,28 +164,36 @@ def _part_counts(steps: int) -> list[int]:
     return [1] + [count for count in (2, 4, 8, 16, 32, _MOST_PARTS) if steps // count >= STEPS_PER_PART]
 
 
-def _column_walk(kept: int, steps: int, chunks: int, column_threads: int, threads: int, wanted: int) -> ColumnWalk:
+def _column_walk(
+    kept: int, steps: int, chunks: int, column_threads: int, threads: int, wanted: int, value_bytes: int
+) -> ColumnWalk:
     part = max(1, ceildiv(steps, wanted))
     row_threads = max(1, min(threads // column_threads, part))
     kept_threads = max(1, min(threads // (column_threads * row_threads), kept))
     column_tiles = ceildiv(chunks, column_threads)
     tiles = ceildiv(kept, kept_threads) * column_tiles
     parts = Parts(max(1, ceildiv(steps, part)), part)
-    return ColumnWalk(threads, kept_threads, row_threads, column_threads, column_tiles, tiles, parts)
+    batch = batch_of(ceildiv(part, row_threads), value_bytes)
+    return ColumnWalk(threads, kept_threads, row_threads, column_threads, column_tiles, tiles, parts, batch)
 
 
-def _walk_cycles(walk: ColumnWalk, steps: int, vector_bytes: int, multiprocessors: int) -> float:
-    """Estimated cycles, without those that every launch takes."""
+def column_walk_cycles(walk: ColumnWalk, vector_bytes: int, multiprocessors: int) -> float:
+    """Estimated cycles, without those that every launch takes. Of means over 7×7 pixels of 1,280 channels in fp16 it
+    says, with 2 µs for the launch, 15.5 µs for 15.0 measured on an H100 (batch 128, in blocks of 512) and 4.4 for 4.0
+    (batch 32, in blocks of 256)."""
     blocks = walk.tiles * walk.parts.count
     busy = walk.kept_threads * walk.row_threads * walk.column_threads
-    batches = ceildiv(ceildiv(walk.parts.size, walk.row_threads), _BATCH)
+    batches = ceildiv(ceildiv(walk.parts.size, walk.row_threads), walk.batch)
     block_bytes = walk.parts.size * walk.kept_threads * walk.column_threads * vector_bytes
-    resident = max(1, _RESIDENT_THREADS // walk.threads)
-    shared = min(resident, ceildiv(blocks, multiprocessors))  # blocks side by side on the busiest multiprocessor
-    waves = ceildiv(blocks, multiprocessors * resident)
-    wave = max(batches * _WAIT, shared * block_bytes / _BLOCK_RATE) + 40 * power_of_two(walk.row_threads).bit_length()
+    issued = walk.threads / 32 * (batches * walk.batch * _OF_A_LOAD + _INSTRUCTIONS) / _ISSUED
+    work = max(issued, block_bytes / _BLOCK_RATE)
+    wait = batches * _WAIT + _ROUND * power_of_two(walk.row_threads).bit_length()
+    resident = max(1, _ALL_REGISTERS // (_REGISTERS + _PER_LOAD * walk.batch) // walk.threads)
+    # Blocks of the busiest multiprocessor: those that are resident work while others wait.
+    own = ceildiv(blocks, multiprocessors)
+    wave = max(own * work, ceildiv(own, resident) * (wait + work))
     total = blocks * block_bytes / _TOTAL_RATE
     if walk.column_tiles > 1:  # memory turns to another place for every run of vectors: as long as 32 bytes more take
         total *= 1 + 32 / (walk.column_threads * vector_bytes)
     # Threads without work hide less of the others' waiting.
-    return hypot(waves * wave, total) + 0.1 * total * walk.threads / busy + (_JOIN if walk.parts.count > 1 else 0)
+    return hypot(wave, total) + 0.1 * total * walk.threads / busy + (_JOIN if walk.parts.count > 1 else 0)

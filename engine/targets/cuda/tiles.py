@@ -22,6 +22,8 @@ class Operands(Enum):
     """fp16 or bf16"""
     TF32 = (4, 2)
     """fp32, rounded"""
+    REFINED = (4, 4)
+    """fp32, the first rounded, the second in two parts: two products"""
     EXACT = (4, 6)
     """fp32, in three products"""
 
@@ -32,6 +34,11 @@ class Operands(Enum):
     @property
     def slowness(self) -> int:
         return self.value[1]
+
+    @property
+    def parts(self) -> int:
+        """The matrices that the second operand is for wgmma, one after the other along k."""
+        return 2 if self is Operands.REFINED else 1
 
 
 @dataclass(frozen=True)
@@ -190,7 +197,7 @@ def mma_cycles(m: int, n: int, k: int, batch: int, tile: MmaTile, multiprocessor
 def pick_wgmma(
     m: int, n: int, k: int, multiprocessors: int, operands: Operands = Operands.HALF, most_splits: int = 1
 ) -> WgmmaTile:
-    """The wgmma tile with the least estimated time. Operands are HALF or TF32."""
+    """The wgmma tile with the least estimated time. Operands are not EXACT."""
     return min(
         wgmma_tiles(m, n, k, operands, most_splits),
         key=lambda tile: wgmma_cycles(m, n, k, tile, multiprocessors, operands),
@@ -202,7 +209,7 @@ def wgmma_tiles(
 ) -> Iterator[WgmmaTile]:
     """Every wgmma tile, with k in one part or in up to `most_splits`."""
     tiles = (replace(tile, panel_bytes=panel_bytes) for tile in WGMMA_TILES)
-    return _split(tiles, m, n, k * operands.itemsize, groups, most_splits)
+    return _split(tiles, m, n, k * operands.itemsize * operands.parts, groups, most_splits)
 
 
 @dataclass(frozen=True)
@@ -241,7 +248,7 @@ def wgmma_cycles(
     slowdown, least_step, l2_rate = rates.steady + rates.narrow / tile.n, 202, 67  # cycles; bytes a cycle
     epilogue, launch = 955 + 0.013 * tile.m * tile.n, 1920
     tiles = ceildiv(m, tile.m) * ceildiv(n, tile.n)
-    steps = ceildiv(ceildiv(k * operands.itemsize, 128), tile.splits)
+    steps = ceildiv(operands.parts * ceildiv(k * operands.itemsize, 128), tile.splits)
     # 128 bytes of k are half as many fp32 operands as halves, at half the rate.
     # A row of a narrow panel is taken to cost the copy engine what one of 128 bytes costs (not measured).
     rows = tile.m * 128 // tile.panel_bytes + tile.n

@@ -10,6 +10,7 @@ from engine.ir.ops import (
     Gemm,
 )
 from engine.plan.plan import Step
+from engine.plan.tensor import Buffer, BufferKind
 from engine.targets.cuda.covering.build import (
     ACC,
     BIAS_RESIDUAL,
@@ -42,7 +43,8 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         (fp16, context, (*portable, *wgmma)),
         (residual, context, [replace(tile, splits=3) for tile in divisible]),
         (_product(DType.BF16), context, (portable[0], *wgmma[:1])),
-        (_product(F32), rounding, (portable[0], portable[-1], *wgmma[:1], *wgmma[7:8])),
+        (_product(F32), rounding, (*portable, *wgmma[:1], *wgmma[7:8])),
+        (computed(_product(F32)), rounding, (portable[0], portable[-1], *wgmma[:1], *wgmma[7:8])),
         (_product(F32), context, portable),
     ]
     for step, how, tiles in chosen:
@@ -50,14 +52,24 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         epilogue = epilogue_of(step, step.op.stores, (0, 1), 400)
         for tile in tiles:
             yield f"gemm {tile}", launch_product(product_of(step, how), epilogue, tile, how)
-    for dtype, k in ((F16, 16), (F16, 32), (DType.BF16, 32), (F32, 8), (F32, 16)):
-        step, how = _product(dtype, 5000, k, 96 + k, residual=k == 32 and dtype is F16), rounding
+    short: list[Step] = [
+        *(_product(dtype, 5000, k, 96 + k) for dtype, k in ((F16, 16), (DType.BF16, 32), (F32, 8), (F32, 16))),
+        _product(F16, 5000, 32, 128, residual=True),
+    ]
+    for step in (*short, *(computed(step) for step in short[2:4])):
         assert isinstance(step.op, Gemm)
-        product = product_of(step, how)
-        slices = stream_tile(product, operands_of(dtype, how))
+        product = product_of(step, rounding)
+        slices = stream_tile(product, operands_of(product, rounding))
         assert slices is not None
         epilogue = epilogue_of(step, step.op.stores, (0, 1), product.n)
-        yield f"gemm {slices}", launch_product(product, epilogue, slices, how)
+        yield f"gemm {slices}", launch_product(product, epilogue, slices, rounding)
+
+
+def computed(step: Step) -> Step:
+    """The same product with a computed second operand, k innermost."""
+    b = step.inputs[1]
+    buffer = Buffer("computed", BufferKind.INPUT, b.buffer.nbytes)
+    return replace(step, inputs=(step.inputs[0], replace(b, buffer=buffer, strides=(1, b.shape[0])), *step.inputs[2:]))
 
 
 def _product(dtype: DType, m: int = 300, k: int = 384, n: int = 400, residual: bool = False) -> Step:

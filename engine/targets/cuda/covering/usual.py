@@ -103,7 +103,11 @@ def steps() -> Iterator[Step]:
     yield make_step(Norm(NormKind.L2, (1,), 1e-12, arg(0), stores=(ACC,)), [(F16, (9, 384))], "l2 norm")
     yield make_step(Softmax(1, source=arg(0), stores=(ACC,)), [(F16, (9, 1000))], "softmax")
     yield make_step(Softmax(1, True, arg(0), (ACC,)), [(F16, (9, 999))], "log softmax")
-    yield make_step(Reduce(ReduceKind.MEAN, (2, 3), False, arg(0), (stored(ACC),)), [image], "global average")
+    average = Reduce(ReduceKind.MEAN, (2, 3), False, arg(0), (stored(ACC),))
+    yield make_step(average, [image], "global average")
+    # Batches of as many loads as a thread has steps.
+    for images, side in ((32, 7), (32, 5), (32, 2)):
+        yield make_step(average, [channels_inner(images, 1280, side, side)], "global average, channels inside")
     yield make_step(
         Reduce(ReduceKind.SUM, (1,), False, mul(arg(0), arg(1)), (ACC,)), [row, (F16, (4, 100, 1))], "masked sum"
     )

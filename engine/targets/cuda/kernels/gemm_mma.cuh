@@ -1,5 +1,5 @@
 // Matrix product on mma.sync, for every GPU from Ampere on: a[z, m, k] · b[z, k, n], fp32 accumulation. Operands are fp16, bf16, or
-// fp32 (rounded to tf32, or `exact`). One block computes one tile; a ring of STAGES tiles of A and B is filled by cp.async ahead of
+// fp32 (rounded to tf32, `exact`, or `refined`: only a is rounded). One block computes one tile; a ring of STAGES tiles of A and B is filled by cp.async ahead of
 // the warps that multiply.
 // Every layout: a_k_inner and b_k_inner say whether k is an operand's innermost axis, a_access and b_access how many bytes can be
 // read at once along it.
@@ -11,7 +11,7 @@
 #include "scheduler/stamp.cuh"
 #include "scheduler/tiles.cuh"
 
-using Operand = MmaOperand<config::operand, config::exact>;
+using Operand = MmaOperand<config::operand, config::exact, config::refined>;
 using Element = Operand::Element;
 constexpr int TILE_M = config::tile_m, TILE_N = config::tile_n, TILE_K = config::tile_k_bytes / sizeof(Element), STAGES = config::stages;
 constexpr int WARPS_M = config::warps_m, WARPS_N = config::warps_n, THREADS = 32 * WARPS_M * WARPS_N;

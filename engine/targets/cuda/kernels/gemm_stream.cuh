@@ -1,5 +1,5 @@
 // Matrix product of many rows with few columns and a short k, which is bound by memory: a[m, k] · b[n, k]ᵀ of fp16, bf16 or fp32
-// rounded to tf32. b lies in shared memory as fragments; warps walk over slices of 16 rows of a, whose next slice is under way from
+// rounded to tf32 (`refined`: only a is, b is split in two such numbers). b lies in shared memory as fragments; warps walk over slices of 16 rows of a, whose next slice is under way from
 // memory to registers while this one is multiplied. No barrier but the first, so that many warps of a multiprocessor load,
 // multiply and store at once.
 // The sum runs over k in an order of its own: a lane's words of k lie side by side, so that it loads up to 16 bytes of a row at once,
@@ -19,7 +19,10 @@ constexpr int GROUPS = config::groups, THREADS = config::threads, WARPS = THREAD
 constexpr int LANE_K = WORDS * 4 / sizeof(Element);
 constexpr int CHUNKS = WORDS;  // 16-byte chunks that a lane has of a group of 32 columns of b
 static_assert(WORDS == 2 || WORDS == 4, "8 or 16 bytes");
-static_assert(GROUPS * CHUNKS * 32 * 16 == config::shared_bytes, "the host asks for the fragments of b");
+constexpr bool REFINED = config::refined;
+constexpr u32 FRAGMENT_BYTES = GROUPS * CHUNKS * 32 * 16;  // of b, or of each of its parts
+static_assert((REFINED ? 2 : 1) * FRAGMENT_BYTES == config::shared_bytes, "the host asks for the fragments of b");
+static_assert(!REFINED || same<Element, float>::value, "only fp32 is rounded");
 static_assert(WIDTH == 8, "a lane has eight columns");
 
 struct alignas(WORDS * 4) Words { u32 word[WORDS]; };
@@ -34,12 +37,15 @@ DEVICE void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 DEVICE Words load_words(const Element* matrix, i64 stride, u32 row, u32 rows, u32 k, u32 ks) {
   Words words = {};
   if (row < rows && k < ks) words = *reinterpret_cast<const Words*>(matrix + row * stride + k);
-  if constexpr (same<Element, float>::value) {
-#pragma unroll
-    for (int i = 0; i < WORDS; ++i) words.word[i] = round_to_tf32(__uint_as_float(words.word[i]));
-  }
   return words;
 }
+// What the matrix instruction takes of a word in memory: pairs of halves as they are.
+DEVICE u32 rounded(u32 word) {
+  if constexpr (same<Element, float>::value) return round_to_tf32(__uint_as_float(word));
+  else return word;
+}
+// What rounding leaves of a number, rounded.
+DEVICE u32 rest(u32 word) { return round_to_tf32(__uint_as_float(word) - __uint_as_float(round_to_tf32(__uint_as_float(word)))); }
 
 // The fragments of b, chunk by chunk: of 16 bytes that belong to a lane. With four words a chunk is one block of eight columns for
 // two instructions along k, with two words it is two blocks for one. This thread's share, on its way before any of it is stored.
@@ -67,14 +73,23 @@ DEVICE void store_share(u32 fragments, const Share& share) {
 #pragma unroll
   for (int pass = 0; pass < sizeof(Share) / 16; ++pass) {
     const u32 i = pass * THREADS + threadIdx.x;
-    if (i < GROUPS * CHUNKS * 32) store_shared_16(fragments + 16 * i, share.chunk[pass]);
+    const uint4 c = share.chunk[pass];
+    if (i >= GROUPS * CHUNKS * 32) continue;
+    store_shared_16(fragments + 16 * i, make_uint4(rounded(c.x), rounded(c.y), rounded(c.z), rounded(c.w)));
+    if constexpr (REFINED) store_shared_16(fragments + FRAGMENT_BYTES + 16 * i, make_uint4(rest(c.x), rest(c.y), rest(c.z), rest(c.w)));
   }
 }
 
 struct Slice { Words upper, lower; };  // rows r and r + 8, r = lane / 4
 
 DEVICE Slice load_slice(const Params& p, u32 row, u32 quad) {
-  return {load_words(p.a, p.a_stride, row, p.m, quad * LANE_K, p.k), load_words(p.a, p.a_stride, row + 8, p.m, quad * LANE_K, p.k)};
+  Slice slice = {load_words(p.a, p.a_stride, row, p.m, quad * LANE_K, p.k), load_words(p.a, p.a_stride, row + 8, p.m, quad * LANE_K, p.k)};
+#pragma unroll
+  for (int i = 0; i < WORDS; ++i) {
+    slice.upper.word[i] = rounded(slice.upper.word[i]);
+    slice.lower.word[i] = rounded(slice.lower.word[i]);
+  }
+  return slice;
 }
 
 // Columns 32 group … of a slice. Column c of block b of d is column 4c + b of the group.
@@ -124,6 +139,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
         inputs[1] = Epilogue::fetch(p, sources[1], column, count);
       }
       float d[16] = {};
+      if constexpr (REFINED) multiply_group(d, slice, fragments + FRAGMENT_BYTES, group, lane);
       multiply_group(d, slice, fragments, group, lane);
 #pragma unroll
       for (int half_of = 0; half_of < 2; ++half_of) {

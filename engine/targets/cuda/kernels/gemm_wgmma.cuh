@@ -1,13 +1,16 @@
-// Matrix product for sm_90a (mma/wgmma_pipeline.cuh) of operands that the copy engine can read as they lie.
+// Matrix product for sm_90a (mma/wgmma_pipeline.cuh) of operands that the copy engine can read as they lie. b may come in parts that
+// add up to it, in turn for every step of k; p.k counts them all.
 #pragma once
 #include "mma/wgmma_pipeline.cuh"
+
+constexpr u32 PARTS_OF_B = config::parts;
 
 struct RowLoad {
   static constexpr int UNROLL = 4, AHEAD = PARTS * TILE_N <= 128 ? TILE_N / 16 : PARTS * TILE_N <= 256 ? 4 : 1;
   u32 row;
   DEVICE RowLoad(const Params&, u32 row, u32) : row(row) {}
   DEVICE void operator()(const Params& p, u32 destination, u32 barrier, u32 step) {
-    copy_box(destination, p.map_a, barrier, step * TILE_K, row);
+    copy_box(destination, p.map_a, barrier, step / PARTS_OF_B * TILE_K, row);
   }
 };
 

@@ -37,7 +37,8 @@ class Kind:
 
     @property
     def rounding(self) -> float:
-        """How operands are taken: as they are (fp32 may lose its last bits), or rounded to tf32."""
+        """How operands are taken: as they are (fp32 may lose its last bits), or rounded to the nearest tf32
+        (test_gemm.py derives the figure)."""
         return 2.0**-10 if self.tf32 else 2.0**-21
 
     def context(self, runner: Runner) -> Context:

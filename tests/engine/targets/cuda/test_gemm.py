@@ -18,17 +18,23 @@ from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
 from engine.targets.cuda.gemm import epilogue_of, launch_product, lower, operands_of, pick_tile
 from engine.targets.cuda.gemm_stream import StreamTile, stream_tile
 from engine.targets.cuda.kernel import Context, Launch, WeightStore, content
-from engine.targets.cuda.product import product_of
+from engine.targets.cuda.product import product_of, round_to_tf32, split_weight
 from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES, Tile, WgmmaTile
 from tests.engine.targets.cuda.cases import check, fed, ragged, rng_of, wiped
 from tests.engine.targets.cuda.emulator.runner import EmulatedRunner
-from tests.engine.targets.cuda.harness import Case, Runner
+from tests.engine.targets.cuda.harness import Case, Runner, compare
 
 BF16 = DType.BF16
 KINDS = {"fp16": (F16, False), "bf16": (BF16, False), "tf32": (F32, True), "fp32": (F32, False)}
 """Kinds of operands: (dtype, whether fp32 is rounded to tf32)."""
-EXACT, TF32 = 2.0**-21, 2.0**-10  # the copy engine and the instruction truncate
-"""How operands are taken: as they are (fp32 loses its last bits), or rounded to tf32."""
+EXACT = 2.0**-21
+"""How operands are taken as they are: fp32 loses its last bits."""
+NEAREST = 1.5 * 2.0**-11
+"""How one operand is taken that is rounded to the nearest tf32. Between 1 and 2, where squares are 7/3 on average,
+steps are 2⁻¹⁰ and errors 2⁻¹⁰/√12: 0.76 · 2⁻¹² of a number, and as much of a sum of products, in standard deviations.
+`compare` allows twice the figure: 8 of them, beyond which is none of 10¹² elements."""
+BOTH_NEAREST = 2.0**-10
+"""The same where both operands are rounded, so that deviations are √2 as large: 7.5 of them."""
 
 
 def stores_of(dtype: DType) -> Mapping[str, ex.Expr]:
@@ -42,8 +48,9 @@ def stores_of(dtype: DType) -> Mapping[str, ex.Expr]:
     }
 
 
-def rounding(kind: str) -> float:
-    return TF32 if kind == "tf32" else EXACT
+def rounding(kind: str, weight: bool = True) -> float:
+    """A weight of fp32 is in two parts where the other operand is rounded."""
+    return EXACT if kind != "tf32" else NEAREST if weight else BOTH_NEAREST
 
 
 def context_of(runner: Runner, kind: str) -> Context:
@@ -80,6 +87,58 @@ def test_gemm_of_every_kind_with_weight_matches_float64(runner: Runner, count: i
     check(runner, cases)
 
 
+def test_fp32_is_rounded_to_nearest_and_weights_are_not(runner: Runner) -> None:
+    """In every tile: the result is that of operands rounded on the host, but for what the instruction loses when it
+    adds in fp32 and truncates. No operand lies halfway, where the units differ: the copy engine takes the even number,
+    the conversion the larger."""
+    rng, context, lost = rng_of("nearest"), context_of(runner, "tf32"), 2.0**-16
+    for m, k, n in ((70, 48, 40), (300, 16, 96), (300, 8, 96)):
+        for known in (True, False):
+            arrays = [without_halves(rng.standard_normal(shape)) for shape in ((m, k), (k, n))]
+            b = arrays[1] if known else fed(F32, (k, n), 0, 1)
+            step = make_step(Gemm((ACC,)), [fed(F32, (m, k), -1, 0), b])
+            product = product_of(step, context)
+            slices = stream_tile(product, operands_of(product, context))
+            a, b_taken = round_to_tf32(arrays[0]), arrays[1] if known else round_to_tf32(arrays[1])
+            expected = a.astype(np.float64) @ b_taken.astype(np.float64)
+            for tile in (*tiles_of(runner, "tf32"), *([slices] if slices else [])):
+                launch = launched(step, tile, context)
+                assert runner.prepare(launch.kernel) is None
+                (got,) = runner.run(step, [launch], arrays)
+                ratio, problem = compare(got, expected.astype(np.float32), k, lost)
+                runner.tally.count(step, ratio, failed=problem is not None)
+                assert problem is None, f"{m}x{n}x{k} {tile}, {'constant' if known else 'computed'}: {problem}"
+
+
+def without_halves(x: np.ndarray) -> np.ndarray:
+    """fp32 with the last bit set, so that nothing lies in the middle between two numbers of tf32."""
+    return (x.astype(np.float32).view(np.uint32) | np.uint32(1)).view(np.float32)
+
+
+def test_rounding_on_the_host() -> None:
+    """To nearest, halves away from zero, to the next binade and to infinity; what is not finite stays."""
+    step = 2.0**-10
+    x = np.array([1 + step / 2, -1 - step / 2, 1 + 0.49 * step, 2 - step / 4, 0, -0.0, np.inf, -np.inf], np.float32)
+    rounded = round_to_tf32(x)
+    assert np.array_equal(rounded, np.array([1 + step, -1 - step, 1, 2, 0, 0, np.inf, -np.inf], np.float32))
+    assert np.array_equal(np.signbit(rounded), np.signbit(x))
+    assert np.isinf(round_to_tf32(np.array([np.finfo(np.float32).max])))
+    assert np.isnan(round_to_tf32(np.array([np.nan, -np.nan], np.float32))).all()
+
+
+def test_a_weight_in_two_parts_adds_up_to_22_bits() -> None:
+    b = np.random.default_rng(0).standard_normal((3, 40)).astype(np.float32)
+    b[0, 0] = np.inf
+    parts = split_weight(b).reshape(3, 2, 2, 32)  # column, step, part, k
+    assert not (parts.view(np.uint32) & 0x1FFF).any(), "tf32"
+    big, small = (parts[:, :, i].reshape(3, 64) for i in range(2))
+    assert np.array_equal(big[:, :40], round_to_tf32(b)) and not big[:, 40:].any() and not small[:, 40:].any()
+    assert small[0, 0] == 0
+    finite = np.isfinite(b)
+    off = big[:, :40][finite].astype(np.float64) + small[:, :40][finite] - b[finite]
+    assert (np.abs(off) <= 2.0**-22 * np.abs(b[finite])).all()
+
+
 def test_gemm_in_slices_matches_float64(runner: Runner, count: int) -> None:
     """Every kind of operands, steps of k and columns; rows of several slices a warp, some of them beyond the last."""
     rng, cases = rng_of("slices"), []
@@ -92,7 +151,7 @@ def test_gemm_in_slices_matches_float64(runner: Runner, count: int) -> None:
         inputs += [] if name == "plain" else [weight(n, dtype=dtype)]
         inputs += [(dtype, (m, n))] if name == "residual" else []
         step, context = make_step(Gemm((stores_of(dtype)[name],)), inputs), context_of(runner, kind)
-        tile = stream_tile(product_of(step, context), operands_of(dtype, context))
+        tile = stream_tile(product_of(step, context), operands_of(product_of(step, context), context))
         assert tile is not None
         launch = launched(step, tile, context)
         label = f"{kind} {m}x{n}x{k} {name} {tile}"
@@ -153,7 +212,7 @@ def test_gemm_of_every_kind_of_activations_matches_float64(runner: Runner, count
             step = replace(step, outputs=(result,))
         label = f"{kind} {a.shape} {a.strides} {b.shape} {b.strides} {result.strides}"
         launches = lower(step, context_of(runner, kind))
-        cases.append(Case(label, step, k, lowered=launches, rounding=rounding(kind)))
+        cases.append(Case(label, step, k, lowered=launches, rounding=rounding(kind, weight=False)))
     check(runner, cases)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from engine.plan.plan import Step
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.covering import ACC, F16, F32, I64, make_step
 from engine.targets.cuda.reduce import lower, requirements
+from engine.targets.cuda.sweeps import pick_column_walk
 from tests.engine.targets.cuda.cases import (
     FLOATS,
     INTEGERS,
@@ -118,10 +120,27 @@ def test_few_results_of_long_walks(runner: Runner, count: int) -> None:
     check(runner, cases)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 14, 56])
+@pytest.mark.parametrize("value_bytes", [4, 8])
+def test_a_batch_of_loads_is_as_long_as_the_walk_of_a_thread(size: int, value_bytes: int) -> None:
+    """No more than the next power of two, what a batch repeats beyond the end being read in vain; and never so many
+    that registers do not hold them."""
+    for kept, chunks in itertools.product((1, 32, 128), (1, 8, 160)):
+        walk = pick_column_walk(kept, size * size, chunks, 16, value_bytes, 132)
+        steps = -(-walk.parts.size // walk.row_threads)
+        assert walk.batch == 32 // value_bytes if steps >= 32 // value_bytes else steps <= walk.batch < 2 * steps
+
+
+def test_averages_of_many_images_have_several_blocks_to_a_multiprocessor() -> None:
+    """Global average pooling of EfficientNet at batch 128: while one block adds up, others load."""
+    walk = pick_column_walk(128, 49, 160, 16, 4, 132)
+    assert walk.threads == 256 and walk.parts.count == 1 and walk.tiles >= 4 * 132
+
+
 def test_averages_of_images_in_every_walk(runner: Runner) -> None:
     """Channels inside: as an H100 takes them, in wide blocks, in tiles of columns, in parts."""
     cases, walks = [], set()
-    for images, channels, size in ((1, 144, 56), (1, 32, 112), (1, 20, 14), (3, 240, 14), (7, 672, 7)):
+    for images, channels, size in ((1, 144, 56), (1, 32, 112), (1, 48, 40), (1, 20, 14), (3, 240, 14), (7, 672, 7)):
         image = cv.channels_inner(images, channels, size, size)
         op = reduction(ReduceKind.MEAN, (2, 3), F16, keepdims=True)
         step = make_step(op, [image])

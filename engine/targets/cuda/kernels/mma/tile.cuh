@@ -58,8 +58,8 @@ template <int ROW_BYTES, bool I_FIRST> DEVICE void load_words(u32 (&r)[4], u32 t
 //   load_a, load_b          a fragment from a tile; K_INNER: k runs along the tile's rows
 //   multiply(d, a, b)       d (16 rows, fp32, 8-column blocks of four) += a · b for N fragments of b side by side
 //   swizzled                where a chunk lies in a tile
-// EXACT (fp32 only): not rounded to tf32, but split in two such numbers.
-template <class T, bool EXACT = false> struct MmaOperand;
+// fp32 is rounded to tf32, or split in two such numbers: the second operand where REFINED, both where EXACT.
+template <class T, bool EXACT = false, bool REFINED = EXACT> struct MmaOperand;
 
 // The accumulators of one 16×8 block.
 template <int N> DEVICE float (&block_of(float (&d)[N], int j))[4] { return *reinterpret_cast<float(*)[4]>(&d[4 * j]); }
@@ -90,12 +90,13 @@ template <class T> struct MmaHalves {
 template <> struct MmaOperand<half> : MmaHalves<half> {};
 template <> struct MmaOperand<bfloat16> : MmaHalves<bfloat16> {};
 
-// fp32 operands on the tf32 instruction: rounded to its 11 bits, or (EXACT) as big + small, which keep 22 of the 24. Of the four
+// fp32 operands on the tf32 instruction: rounded to its 11 bits, or split as big + small, which keep 22 of the 24. Of the four
 // products the one of the small parts is below the rounding of the others and left out.
-template <bool EXACT> struct MmaOperand<float, EXACT> {
+template <bool EXACT, bool REFINED> struct MmaOperand<float, EXACT, REFINED> {
   using Element = float;
   static constexpr int PER_CHUNK = 4, K = 8;
-  struct Fragment { u32 word[4], small[EXACT ? 4 : 1]; };
+  static_assert(REFINED || !EXACT, "");
+  struct Fragment { u32 word[4], small[REFINED ? 4 : 1]; };
 
   template <bool K_INNER, int ROW_BYTES> DEVICE static u32 swizzled(u32 row, u32 chunk) {
     if constexpr (K_INNER) return ::swizzled<ROW_BYTES>(row, chunk);
@@ -104,20 +105,20 @@ template <bool EXACT> struct MmaOperand<float, EXACT> {
   template <bool K_INNER, int ROW_BYTES> DEVICE static void load_a(Fragment& a, u32 tile, u32 row, u32 k) {
     if constexpr (K_INNER) ::load_a<ROW_BYTES>(a.word, tile, row, k);
     else load_words<ROW_BYTES, false>(a.word, tile, row, k);
-    round(a);
+    round<EXACT>(a);
   }
   template <bool K_INNER, int ROW_BYTES> DEVICE static void load_b(Fragment& b, u32 tile, u32 column, u32 k) {
     if constexpr (K_INNER) load_b_k_inner<ROW_BYTES>(b.word, tile, column, k);
     else load_words<ROW_BYTES, true>(b.word, tile, column, k);
-    round(b);
+    round<REFINED>(b);
   }
   // From fp32 numbers, as they were loaded, to what the instruction takes.
-  DEVICE static void round(Fragment& f) {
+  template <bool SPLIT = EXACT> DEVICE static void round(Fragment& f) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float x = __uint_as_float(f.word[i]);
       f.word[i] = round_to_tf32(x);
-      if constexpr (EXACT) f.small[i] = round_to_tf32(x - __uint_as_float(f.word[i]));
+      if constexpr (SPLIT) f.small[i] = round_to_tf32(x - __uint_as_float(f.word[i]));
     }
   }
   template <int N> DEVICE static void multiply(float (&d)[8 * N], const Fragment& a, const Fragment (&b)[N]) {
@@ -134,10 +135,8 @@ template <bool EXACT> struct MmaOperand<float, EXACT> {
   }
   // The same, all of it added by the instruction: for short sums.
   template <int N> DEVICE static void accumulate(float (&d)[8 * N], const Fragment& a, const Fragment (&b)[N]) {
-    if constexpr (EXACT) {
-      add_products(d, a.small, b, [](const Fragment& f) -> const u32(&)[4] { return f.word; });
-      add_products(d, a.word, b, [](const Fragment& f) -> const u32(&)[4] { return f.small; });
-    }
+    if constexpr (EXACT) add_products(d, a.small, b, [](const Fragment& f) -> const u32(&)[4] { return f.word; });
+    if constexpr (REFINED) add_products(d, a.word, b, [](const Fragment& f) -> const u32(&)[4] { return f.small; });
     add_products(d, a.word, b, [](const Fragment& f) -> const u32(&)[4] { return f.word; });
   }
 

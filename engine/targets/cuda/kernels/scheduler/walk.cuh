@@ -10,7 +10,7 @@ using Operation = config::operation;
 using Value = Prologue::value_t;
 constexpr int THREADS = config::threads;
 constexpr bool SPLIT = config::split;
-constexpr int BATCH = sizeof(Value) > 4 ? 4 : 8;  // loads of a thread under way at once
+constexpr int BATCH = config::batch;  // loads of a thread under way at once; more than there are would be loaded in vain
 constexpr u32 CHAIN = 64;  // additions one after the other: a sum of n terms is off by a few times CHAIN + n / CHAIN roundings
 
 DEVICE void reset(Value (&v)[WIDTH]) {

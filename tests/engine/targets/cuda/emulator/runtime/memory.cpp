@@ -42,13 +42,13 @@ void settle(u32 barrier) {
   note_progress();
 }
 
-// As the copy engine does: fp32 is rounded to tf32 where the map says so.
+// As the copy engine does: fp32 is rounded to the nearest tf32 where the map says so, halves to the even one.
 void copy_element(unsigned char* to, const void* from, u64 bytes, bool tf32) {
   memcpy(to, from, bytes);
   if (!tf32) return;
   u32 word;
   memcpy(&word, to, 4);
-  if ((word & 0x7f800000) != 0x7f800000) word = (word + 0x1000) & ~0x1fffu;
+  if ((word & 0x7f800000) != 0x7f800000) word = (word + 0xfff + (word >> 13 & 1)) & ~0x1fffu;
   memcpy(to, &word, 4);
 }
 
