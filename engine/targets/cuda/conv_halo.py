@@ -31,6 +31,7 @@ from engine.targets.cuda.tiles import Operands
 PANEL_BYTES = 128  # of channels, what there is of a pixel
 _MOST_PIXELS = 1024  # of one copy
 _MOST_BYTES = (1 << 20) - 1  # that a barrier counts
+_MOST_PLACES = (1 << 30) - _MOST_PIXELS  # that `divisor_arguments` divides
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def has_halo(step: Step, geometry: Geometry) -> bool:
     along = zip(phase.axes[1:], geometry.input[1:], (grid.height, grid.width), strict=True)
     return (
         geometry.channels <= panel_channels(step)
+        and grid.places < _MOST_PLACES
         and all(geometry.strides[axis] == 1 or phase.axes[axis].out == 1 for axis in (1, 2))
         and all(
             axis.pad >= 0 and lowest <= -axis.pad and places - axis.pad - size <= highest
@@ -159,6 +161,13 @@ def cycles(step: Step, geometry: Geometry, tile: HaloTile, multiprocessors: int)
     return launch_cycles + filters + hypot(time, step.cost.bytes / memory_rate)
 
 
+def divisor_arguments(name: str, divisor: int) -> dict[str, int]:
+    """n // divisor = n · factor >> shift for n below 2³⁰: the factor is less than 1 too large, and n < 2^shift / divisor.
+    It fits 31 bits."""
+    shift = 30 + (divisor - 1).bit_length()
+    return {f"{name}_factor": ceildiv(1 << shift, divisor), f"{name}_shift": shift}
+
+
 def launch_halo(step: Step, geometry: Geometry, filters: Pointer, tile: HaloTile, context: Context) -> Launch:
     """The launch in the given tile. `filters`: packed for panels of `panel_channels`."""
     dtype, (phase,), grid = step.inputs[1].dtype, geometry.phases, Grid.of(geometry)
@@ -181,6 +190,7 @@ def launch_halo(step: Step, geometry: Geometry, filters: Pointer, tile: HaloTile
             "map_b": TensorMap(filters, geometry.n, taps * panel, taps * panel, tile.n, panel),
             "tiles": tiles, "n": geometry.n, "images": geometry.images, "taps": taps,
             "halo_bytes": halo * PANEL_BYTES, "grid_h": grid.height, "grid_w": grid.width,
+            **divisor_arguments("grid_h", grid.height), **divisor_arguments("grid_w", grid.width),
             "out_h": phase.out[1], "out_w": phase.out[2], "pad_h": pad_y, "pad_w": pad_x,
             "kernel_h": phase.kernel[1], "kernel_w": phase.kernel[2],
             "tap_line": geometry.dilations[1] * grid.width, "tap_pixel": geometry.dilations[2],

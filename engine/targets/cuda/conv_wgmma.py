@@ -24,7 +24,7 @@ from engine.targets.cuda.kernel import (
     is_constant,
     launch,
 )
-from engine.targets.cuda.tiles import GATHERED, Operands, WgmmaTile, wgmma_cycles, wgmma_tiles
+from engine.targets.cuda.tiles import GATHERED, GATHERED_TILES, Operands, WgmmaTile, wgmma_cycles, wgmma_tiles
 
 _PANELS = (128, 64, 32)  # bytes of channels that a copy can bring of each pixel
 _MOST_STEP = 8  # pixels between neighbours of the walk
@@ -99,7 +99,7 @@ def pick(step: Step, geometry: Geometry, operands: Operands, most_splits: int, c
         if geometry.channels % panel and (groups > 1 or not is_constant(w)):
             continue
         k = padded_k(geometry, panel)
-        for tile in wgmma_tiles(m, n, k, operands, most_splits, groups, panel_bytes):
+        for tile in wgmma_tiles(m, n, k, operands, most_splits, groups, panel_bytes, GATHERED_TILES):
             if not has_registers(tile, geometry):
                 continue
             cycles = wgmma_cycles(m, n, k, tile, context.multiprocessors, operands, groups, step.cost.bytes, GATHERED)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from math import hypot
@@ -125,6 +125,10 @@ WGMMA_TILES = (
     WgmmaTile(128, 96, 7, cooperative=True),
 )
 
+GATHERED_TILES = (*WGMMA_TILES, WgmmaTile(128, 128, 6, cooperative=True), WgmmaTile(256, 128, 4, cooperative=True))
+"""Those of convolutions: a gathered step is bound by the L2 cache sooner than one of a product, and large tiles read
+less of it, those of 128 columns, too."""
+
 Tile: TypeAlias = MmaTile | WgmmaTile
 T = TypeVar("T", MmaTile, WgmmaTile)
 
@@ -198,11 +202,18 @@ def pick_wgmma(
 
 
 def wgmma_tiles(
-    m: int, n: int, k: int, operands: Operands, most_splits: int, groups: int = 1, panel_bytes: int = 128
+    m: int,
+    n: int,
+    k: int,
+    operands: Operands,
+    most_splits: int,
+    groups: int = 1,
+    panel_bytes: int = 128,
+    tiles: Sequence[WgmmaTile] = WGMMA_TILES,
 ) -> Iterator[WgmmaTile]:
-    """Every wgmma tile, with k in one part or in up to `most_splits`."""
-    tiles = (replace(tile, panel_bytes=panel_bytes) for tile in WGMMA_TILES)
-    return _split(tiles, m, n, k * operands.itemsize, groups, most_splits)
+    """Every one of the wgmma `tiles`, with k in one part or in up to `most_splits`."""
+    with_panels = (replace(tile, panel_bytes=panel_bytes) for tile in tiles)
+    return _split(with_panels, m, n, k * operands.itemsize, groups, most_splits)
 
 
 @dataclass(frozen=True)
