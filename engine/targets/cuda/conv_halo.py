@@ -26,7 +26,7 @@ from engine.targets.cuda.kernel import (
     is_constant,
     launch,
 )
-from engine.targets.cuda.tiles import Operands
+from engine.targets.cuda.tiles import Choice, Operands
 
 PANEL_BYTES = 128  # of channels, what there is of a pixel
 _MOST_PIXELS = 1024  # of one copy
@@ -92,14 +92,6 @@ class Grid:
         return (taps * tile.n + tile.stages * self.halo(tile)) * PANEL_BYTES + 8 * (2 * tile.stages + 3)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A tile, and the cycles that it should take."""
-
-    tile: HaloTile
-    cycles: float
-
-
 def panel_channels(step: Step) -> int:
     """The channels that a halo has room for."""
     return PANEL_BYTES // step.inputs[1].dtype.itemsize
@@ -133,7 +125,7 @@ def candidates(step: Step, geometry: Geometry, context: Context) -> Iterator[Hal
             yield tile
 
 
-def pick(step: Step, geometry: Geometry, operands: Operands, context: Context) -> Choice | None:
+def pick(step: Step, geometry: Geometry, operands: Operands, context: Context) -> Choice[HaloTile] | None:
     """The tile that should be fastest, if the kernel can run the step."""
     if not context.architecture.wgmma or operands is Operands.EXACT or not has_halo(step, geometry):
         return None
@@ -162,8 +154,8 @@ def cycles(step: Step, geometry: Geometry, tile: HaloTile, multiprocessors: int)
 
 
 def divisor_arguments(name: str, divisor: int) -> dict[str, int]:
-    """n // divisor = n · factor >> shift for n below 2³⁰: the factor is less than 1 too large, and n < 2^shift / divisor.
-    It fits 31 bits."""
+    """n // divisor = n · factor >> shift for n below 2³⁰: the factor is less than 1 too large, and n ≤ 2^shift / divisor.
+    It fits an i32."""
     shift = 30 + (divisor - 1).bit_length()
     return {f"{name}_factor": ceildiv(1 << shift, divisor), f"{name}_shift": shift}
 

@@ -24,20 +24,12 @@ from engine.targets.cuda.kernel import (
     is_constant,
     launch,
 )
-from engine.targets.cuda.tiles import GATHERED, GATHERED_TILES, Operands, WgmmaTile, wgmma_cycles, wgmma_tiles
+from engine.targets.cuda.tiles import GATHERED, GATHERED_TILES, Choice, Operands, WgmmaTile, wgmma_cycles, wgmma_tiles
 
 _PANELS = (128, 64, 32)  # bytes of channels that a copy can bring of each pixel
 _MOST_STEP = 8  # pixels between neighbours of the walk
 REACH = {2: (-128, 127, 255), 3: (-16, 15, 31)}
 """By spatial axes: corners of the bounding box, and the largest offset of a copy."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A tile, and the cycles that it should take."""
-
-    tile: WgmmaTile
-    cycles: float
 
 
 def suits(geometry: Geometry) -> bool:
@@ -84,7 +76,9 @@ class _Axis:
         return cls(size, 1, -along.pad, last - (size - 1), stride if along.out > 1 else 1, reach)
 
 
-def pick(step: Step, geometry: Geometry, operands: Operands, most_splits: int, context: Context) -> Choice | None:
+def pick(
+    step: Step, geometry: Geometry, operands: Operands, most_splits: int, context: Context
+) -> Choice[WgmmaTile] | None:
     """The tile that should be fastest, if a kernel of these can run the step."""
     w = step.inputs[1]
     if not context.architecture.wgmma or operands is Operands.EXACT or geometry.x_dtype is not w.dtype:

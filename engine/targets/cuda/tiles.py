@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from math import hypot
-from typing import ClassVar, TypeAlias, TypeVar
+from typing import ClassVar, Generic, TypeAlias, TypeVar
 
 from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.kernel import ceildiv
@@ -131,6 +131,16 @@ less of it, those of 128 columns, too."""
 
 Tile: TypeAlias = MmaTile | WgmmaTile
 T = TypeVar("T", MmaTile, WgmmaTile)
+AnyTile = TypeVar("AnyTile")
+
+
+@dataclass(frozen=True)
+class Choice(Generic[AnyTile]):
+    """A tile, and the cycles that it should take."""
+
+    tile: AnyTile
+    cycles: float
+
 
 # Per multiprocessor and clock: multiply-adds on fp16 (NVIDIA's architecture papers: A100 1024, H100 2048). bf16 is as
 # fast, tf32 half as fast.

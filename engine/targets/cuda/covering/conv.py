@@ -29,7 +29,7 @@ from engine.targets.cuda.covering.build import (
 )
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.kernel import Context, Launch
-from engine.targets.cuda.tiles import MMA_TILES, GATHERED_TILES, MmaTile, Tile, WgmmaTile
+from engine.targets.cuda.tiles import GATHERED_TILES, MMA_TILES, MmaTile, Tile, WgmmaTile
 
 
 def convolutions(context: Context) -> Iterator[tuple[str, Launch]]:

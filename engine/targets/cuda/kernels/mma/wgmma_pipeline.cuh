@@ -127,7 +127,7 @@ template <class LOAD> DEVICE void run_pipeline(const Params& p) {
       if constexpr (SPLIT) {
         const u32 every = group * tiles + t, share = COOPERATIVE ? CONSUMERS * every + consumer : every;
         if (!add_splits<SPLIT>(p, d, 4 * share + warp, blockIdx.y)) continue;
-        layout = layout_of(unknown(t));
+        layout = layout_of(unknown(t));  // nothing of it takes registers until here
         epilogue.begin_columns(p, layout);
         epilogue.begin(p, layout);
       }
