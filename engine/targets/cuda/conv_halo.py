@@ -154,7 +154,7 @@ def cycles(step: Step, geometry: Geometry, tile: HaloTile, multiprocessors: int)
 
 
 def divisor_arguments(name: str, divisor: int) -> dict[str, int]:
-    """n // divisor = n · factor >> shift for n below 2³⁰: the factor is less than 1 too large, and n ≤ 2^shift / divisor.
+    """n // divisor = n · factor >> shift for n below 2³⁰: the factor is less than 1 too large, n ≤ 2^shift / divisor.
     It fits an i32."""
     shift = 30 + (divisor - 1).bit_length()
     return {f"{name}_factor": ceildiv(1 << shift, divisor), f"{name}_shift": shift}
