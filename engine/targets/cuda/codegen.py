@@ -13,11 +13,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.expr import PointOp
-from engine.targets.cuda.kernel import I64, STORAGE, Argument, Functor, LevelSizes, StatusWord, TensorArgument
+from engine.targets.cuda.kernel import (
+    I64,
+    STORAGE,
+    Argument,
+    Functor,
+    LevelSizes,
+    Reads,
+    StatusWord,
+    TensorArgument,
+    ceildiv,
+)
 from engine.targets.cuda.spaces import Operand, Space
 
 COMPUTE = {
@@ -134,6 +145,7 @@ class _Writer:
         self.rows: dict[str, str] = {}
         self.fetches: list[str] = []
         self.fixed_fetches: list[str] = []
+        self.reads = Reads()
         self.prepare: list[str] = []
         self.finish: list[str] = []
 
@@ -154,6 +166,11 @@ class _Writer:
             self.declare(name, operand)
             offset = f"row_offset(p.{name}, r)"
             dtype, column = STORAGE[operand.dtype], _column(operand)
+            columns = 8 if operand.strides[-1] or (operand.index and operand.index.strides[-1]) else 1
+            registers = ceildiv(columns * operand.dtype.itemsize, 4)
+            fixed = operand.index is None and not any(operand.strides[:-1])
+            if not fixed:
+                self.reads = replace(self.reads, varying=self.reads.varying + registers)
             if operand.index is not None:
                 self.declare(f"{name}_index", operand.index)
                 self.arguments[f"{name}_rows"] = operand.table_rows
@@ -174,7 +191,8 @@ class _Writer:
                 offset += f" + {row} * p.{name}_row_stride"
             member = f"Fetched<{dtype}, {column}> a{i};"
             fetch = f"fetch_columns<{dtype}, {column}, {self.aligned(operand)}>"
-            if operand.index is None and not any(operand.strides[:-1]):
+            if fixed:
+                self.reads = replace(self.reads, fixed=self.reads.fixed + registers)
                 self.fixed_members.append(member)
                 self.fixed_fetches.append(f"fixed.a{i} = {fetch}(p.{name}, 0, column, count);")
                 continue
@@ -221,7 +239,7 @@ class _Writer:
             *self.finish,
         ]
         code = f"struct {name} {{\n{head}  DEVICE static {signature} {{\n{_indented(lines)}\n  }}\n{tail}}};\n"
-        return Functor(code, tuple(self.arguments.items()))
+        return Functor(code, tuple(self.arguments.items()), self.reads)
 
 
 def _indented(lines: Sequence[str]) -> str:

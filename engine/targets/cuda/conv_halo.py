@@ -26,7 +26,7 @@ from engine.targets.cuda.kernel import (
     is_constant,
     launch,
 )
-from engine.targets.cuda.tiles import Choice, Operands
+from engine.targets.cuda.tiles import ROUND_TRIP, Choice, Operands, late_fetches
 
 PANEL_BYTES = 128  # of channels, what there is of a pixel
 _MOST_PIXELS = 1024  # of one copy
@@ -150,7 +150,16 @@ def cycles(step: Step, geometry: Geometry, tile: HaloTile, multiprocessors: int)
     step_cycles = max(multiply, halo if tile.stages > 2 else halo + 700)
     time = max(rounds * step_cycles + epilogue, ceildiv(rounds, 2) * (multiply + epilogue))
     filters = taps * tile.n * PANEL_BYTES / l2_rate + halo
-    return launch_cycles + filters + hypot(time, step.cost.bytes / memory_rate)
+    waiting = _late_fetches(step, geometry, tile) * ROUND_TRIP * ceildiv(rounds, 2)
+    return launch_cycles + filters + hypot(time, step.cost.bytes / memory_rate) + waiting
+
+
+def _late_fetches(step: Step, geometry: Geometry, tile: HaloTile) -> int:
+    """How often a consumer waits for what the epilogue reads of a tile."""
+    accumulators = tile.m * tile.n // 128  # of a lane
+    room = (144 if tile.swapped else 156) - accumulators  # as in conv_halo.cuh
+    groups, chunk = (tile.n // 64, 2) if tile.swapped else (tile.n // 32, 1)
+    return late_fetches(epilogue_for(step, geometry.n).reads, accumulators // 8, groups, room, chunk)
 
 
 def divisor_arguments(name: str, divisor: int) -> dict[str, int]:

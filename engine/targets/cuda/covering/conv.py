@@ -29,7 +29,7 @@ from engine.targets.cuda.covering.build import (
 )
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.kernel import Context, Launch
-from engine.targets.cuda.tiles import GATHERED_TILES, MMA_TILES, MmaTile, Tile, WgmmaTile
+from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES, MmaTile, Tile, WgmmaTile
 
 
 def convolutions(context: Context) -> Iterator[tuple[str, Launch]]:
@@ -72,7 +72,7 @@ def _gathered_convolutions(context: Context, rounding: Context) -> Iterator[tupl
     """Implicit products whose patches the copy engine gathers, in every tile: widths of panels take turns."""
     wgmma = [
         replace(tile, panel_bytes=128 >> i % 3)
-        for i, tile in enumerate(GATHERED_TILES if context.architecture.wgmma else ())
+        for i, tile in enumerate(WGMMA_TILES if context.architecture.wgmma else ())
     ]
     split = [replace(tile, splits=3) for tile in wgmma if tile.most_splits > 1]
     every = [replace(tile, panel_bytes=128) for tile in wgmma]

@@ -3,7 +3,7 @@
 #include "mma/wgmma_pipeline.cuh"
 
 struct RowLoad {
-  static constexpr int UNROLL = 4;
+  static constexpr int UNROLL = 4, AHEAD = PARTS * TILE_N <= 128 ? TILE_N / 16 : PARTS * TILE_N <= 256 ? 4 : 1;
   u32 row;
   DEVICE RowLoad(const Params&, u32 row, u32) : row(row) {}
   DEVICE void operator()(const Params& p, u32 destination, u32 barrier, u32 step) {

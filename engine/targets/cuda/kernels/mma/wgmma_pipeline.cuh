@@ -22,8 +22,7 @@ constexpr int PARTS = CONSUMER_M / 64;  // one instruction covers 64 rows
 constexpr int THREADS = 128 * (1 + CONSUMERS), ACCUMULATORS = PARTS * TILE_N / 2;
 using Layout = NeighbouringRows<PARTS, TILE_N / 8>;
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
-// Registers of a consumer for anything but accumulators and operands of the epilogue. Partial sums come in batches.
-constexpr int RESERVED = SPLIT ? 96 : 72;
+constexpr int RESERVED = 72;  // registers of a consumer for anything but accumulators and operands of the epilogue
 // A block starts with 168 registers for each of its 384 threads; asking for more than these in all waits for ever.
 static_assert(128 * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS) <= 168 * THREADS, "");
 
@@ -36,7 +35,8 @@ static_assert(BARRIERS + 8 * (2 * STAGES + CONSUMERS) == config::shared_bytes, "
 static_assert(A_BYTES % 1024 == 0 && B_BYTES % 1024 == 0, "operands start at a swizzle atom");
 
 // LOAD(p, row, step) is made for each tile of a, by its first row and first step; its call (p, destination, barrier, step) copies
-// the panels of a step. Steps come one after the other; UNROLL of them fit the producer's registers at once.
+// the panels of a step. Steps come one after the other; UNROLL of them fit the producer's registers at once. AHEAD rows of 32 columns
+// of epilogue operands fit a consumer's, beside the accumulators, where partial sums have been added.
 template <class LOAD> DEVICE void run_pipeline(const Params& p) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 ring = shared_address(shared);
@@ -86,13 +86,11 @@ template <class LOAD> DEVICE void run_pipeline(const Params& p) {
     u32 ordinal = COOPERATIVE ? 0 : consumer;  // of this block's tiles
     for (u32 t = blockIdx.x + ordinal * gridDim.x; t < tiles; t += TURNS * gridDim.x, ordinal += TURNS) {
       u32 stage = ordinal * steps % STAGES, parity = ordinal * steps / STAGES & 1, previous = stage;
-      const auto layout_of = [&](u32 t) {
-        const TileIndex tile = tile_of<16>(t, tiles_m, tiles_n);
-        return Layout(first_column + tile.n * TILE_N, first_column + p.n, tile.m * TILE_M + row0 + 16 * warp + lane / 4, p.m);
-      };
-      Layout layout = layout_of(t);
+      const TileIndex tile = tile_of<16>(t, tiles_m, tiles_n);
+      const u32 column = first_column + tile.n * TILE_N, columns = first_column + p.n, row = tile.m * TILE_M + row0 + 16 * warp + lane / 4;
+      const Layout layout(column, columns, row, p.m);
       EarlyEpilogue<Epilogue, Layout, CONSUMER_REGISTERS - RESERVED - ACCUMULATORS> epilogue;
-      if constexpr (!SPLIT) {  // while the other consumer multiplies; partial sums need the registers first
+      if constexpr (!SPLIT) {  // while the other consumer multiplies
         epilogue.begin_columns(p, layout);
         epilogue.begin(p, layout);
       }
@@ -127,11 +125,15 @@ template <class LOAD> DEVICE void run_pipeline(const Params& p) {
       if constexpr (SPLIT) {
         const u32 every = group * tiles + t, share = COOPERATIVE ? CONSUMERS * every + consumer : every;
         if (!add_splits<SPLIT>(p, d, 4 * share + warp, blockIdx.y)) continue;
-        layout = layout_of(unknown(t));  // nothing of it takes registers until here
-        epilogue.begin_columns(p, layout);
-        epilogue.begin(p, layout);
+        // Partial sums need the registers first: a few operands at a time, of a place that is found again.
+        const TileIndex again = tile_of<16>(unknown(t), tiles_m, tiles_n);
+        const u32 first = again.m * TILE_M + row0 + 16 * warp + lane / 4, first_of_columns = first_column + again.n * TILE_N;
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i)
+          emit_fragment<Epilogue, TILE_N / 8, LOAD::AHEAD>(p, d[i], 0, first + 64 * i, p.m, first_of_columns, columns);
+      } else {
+        epilogue.store(p, layout, d);
       }
-      epilogue.store(p, layout, d);
     }
   }
   stamp_end(p.stamp, threadIdx.x % 128 == 0);  // the producer is through long before the consumers
