@@ -14,7 +14,7 @@ from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.attention import heads_of, sizes_of
 from engine.targets.cuda.attention_tiles import cycles as portable_cycles
 from engine.targets.cuda.attention_tiles import pick
-from engine.targets.cuda.gemm import operands_of, pick_tile
+from engine.targets.cuda.gemm import epilogue_of, operands_of, pick_tile
 from engine.targets.cuda.gemm_stream import StreamTile, stream_cycles
 from engine.targets.cuda.kernel import Context
 from engine.targets.cuda.product import product_of
@@ -37,11 +37,14 @@ def predicted_us(step: Step, context: Context) -> float | None:
 
 def _product_cycles(step: Step, context: Context) -> float:
     product, multiprocessors = product_of(step, context), context.multiprocessors
-    tile, operands = pick_tile(product, context), operands_of(product, context)
+    assert isinstance(step.op, Gemm)
+    shape = step.outputs[0].shape
+    reads = epilogue_of(step, step.op.stores, tuple(range(len(shape))), shape[-1]).reads
+    tile, operands = pick_tile(product, context, reads), operands_of(product, context)
     if isinstance(tile, StreamTile):
         return stream_cycles(product, tile, multiprocessors, product.dtype.itemsize)
     if isinstance(tile, WgmmaTile):
-        return wgmma_cycles(product.m, product.n, product.k, tile, multiprocessors, operands)
+        return wgmma_cycles(product.m, product.n, product.k, tile, multiprocessors, operands, reads=reads)
     return mma_cycles(product.m, product.n, product.k, product.batch.count, tile, multiprocessors, operands)
 
 

@@ -3,7 +3,8 @@
 A functor computes WIDTH neighbouring columns of one row of the kernel's iteration space: `Epilogue::store(p, row,
 column, count, acc, Epilogue::fetch(p, row, column, count))` writes every output of the node, `Prologue::load(p, row,
 column, count, value)` reads its source. A kernel may fetch what an epilogue reads long before it stores, and find a
-row (`at`, `to`) once for many columns: what tables name is looked up there. Floats are
+row (`at`, `to`) once for many columns: what tables name is looked up there. What is the same in every row (`fixed`, a
+bias) can be fetched apart from what is not (`varying`, a residual), and serve many rows. Floats are
 computed in fp32 (fp64 where the expression says so) and rounded once, when stored. Adding an operation to the IR adds a
 line to `_FLOAT` or `_INTEGER`, and a device function to kernels/epilogue/math.cuh where the language lacks it.
 """
@@ -12,11 +13,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.expr import PointOp
-from engine.targets.cuda.kernel import I64, STORAGE, Argument, Functor, LevelSizes, StatusWord, TensorArgument
+from engine.targets.cuda.kernel import (
+    I64,
+    STORAGE,
+    Argument,
+    Functor,
+    LevelSizes,
+    Reads,
+    StatusWord,
+    TensorArgument,
+    ceildiv,
+)
 from engine.targets.cuda.spaces import Operand, Space
 
 COMPUTE = {
@@ -96,6 +108,8 @@ def epilogue(
     tail = (
         f"  DEVICE static void store(const Params& p, u32 row, {more}, const Inputs& inputs) "
         "{ store(p, to(p, row), column, count, acc, inputs); }\n"
+        f"  DEVICE static void store(const Params& p, u32 row, {more}, const Fixed& fixed, const Varying& varying) "
+        "{ store(p, row, column, count, acc, Inputs{fixed, varying}); }\n"
         f"  DEVICE static void store(const Params& p, u32 row, {more}) "
         "{ store(p, row, column, count, acc, fetch(p, row, column, count)); }\n"
     )
@@ -125,10 +139,13 @@ class _Writer:
         self.space = space
         self.granularity = granularity
         self.arguments: dict[str, Argument] = {f"{prefix}_levels": LevelSizes(space.levels)}
-        self.members: list[str] = []
+        self.members: list[str] = []  # of what varies from row to row; `fixed_…`: of what does not
+        self.fixed_members: list[str] = []
         self.lookups: list[str] = []
         self.rows: dict[str, str] = {}
         self.fetches: list[str] = []
+        self.fixed_fetches: list[str] = []
+        self.reads = Reads()
         self.prepare: list[str] = []
         self.finish: list[str] = []
 
@@ -149,6 +166,11 @@ class _Writer:
             self.declare(name, operand)
             offset = f"row_offset(p.{name}, r)"
             dtype, column = STORAGE[operand.dtype], _column(operand)
+            columns = 8 if operand.strides[-1] or (operand.index and operand.index.strides[-1]) else 1
+            registers = ceildiv(columns * operand.dtype.itemsize, 4)
+            fixed = operand.index is None and not any(operand.strides[:-1])
+            if not fixed:
+                self.reads = replace(self.reads, varying=self.reads.varying + registers)
             if operand.index is not None:
                 self.declare(f"{name}_index", operand.index)
                 self.arguments[f"{name}_rows"] = operand.table_rows
@@ -160,19 +182,23 @@ class _Writer:
                     self.rows |= {f"a{i}": offset, f"a{i}_index": place}
                     self.members.append(f"Fetched<{dtype}, Column::STRIDED> a{i};")
                     self.fetches.append(
-                        f"inputs.a{i} = fetch_rows<{dtype}, {by}>(p.{name}, rows.a{i}, p.{name}_index, "
+                        f"varying.a{i} = fetch_rows<{dtype}, {by}>(p.{name}, rows.a{i}, p.{name}_index, "
                         f"rows.a{i}_index, p.{name}_rows, p.{name}_row_stride, column, count, p.{self.prefix}_status);"
                     )
                     continue
                 self.lookups.append(f"const i64 index{i} = table_index<{by}>(p.{name}_index, {place});")
                 row = f"row_within(index{i}, p.{name}_rows, p.{self.prefix}_status)"
                 offset += f" + {row} * p.{name}_row_stride"
+            member = f"Fetched<{dtype}, {column}> a{i};"
+            fetch = f"fetch_columns<{dtype}, {column}, {self.aligned(operand)}>"
+            if fixed:
+                self.reads = replace(self.reads, fixed=self.reads.fixed + registers)
+                self.fixed_members.append(member)
+                self.fixed_fetches.append(f"fixed.a{i} = {fetch}(p.{name}, 0, column, count);")
+                continue
             self.rows[f"a{i}"] = offset
-            self.members.append(f"Fetched<{dtype}, {column}> a{i};")
-            self.fetches.append(
-                f"inputs.a{i} = fetch_columns<{dtype}, {column}, {self.aligned(operand)}>"
-                f"(p.{name}, rows.a{i}, column, count);"
-            )
+            self.members.append(member)
+            self.fetches.append(f"varying.a{i} = {fetch}(p.{name}, rows.a{i}, column, count);")
 
     def functor(
         self, name: str, signature: str, results: Mapping[str, tuple[ex.Expr, DType]], head: str, tail: str
@@ -186,13 +212,21 @@ class _Writer:
         # All indices are read before the first is compared, which may lead to a store that no load passes.
         found = (f"rows.{place} = {offset};" for place, offset in self.rows.items())
         at = _indented([self.split, *self.lookups, "Rows rows;", *found, "return rows;"])
-        fetch = _indented(["Inputs inputs;", *self.fetches, "return inputs;"])
-        head += f"  struct Inputs {{ {' '.join(self.members)} }};\n"
+        fetch = _indented(["Varying varying;", *self.fetches, "return varying;"])
+        fetch_fixed = _indented(["Fixed fixed;", *self.fixed_fetches, "return fixed;"])
+        head += f"  struct Fixed {{ {' '.join(self.fixed_members)} }};\n"
+        head += f"  struct Varying {{ {' '.join(self.members)} }};\n"
+        head += "  struct Inputs : Fixed, Varying {};\n"
         head += f"  struct Rows {{ {' '.join(f'i64 {place};' for place in self.rows)} }};\n"
         head += f"  DEVICE static Rows at(const Params& p, u32 row) {{\n{at}\n  }}\n"
         head += (
-            "  DEVICE static Inputs fetch(const Params& p, const Rows& rows, u32 column, u32 count) "
+            f"  DEVICE static Fixed fetch_fixed(const Params& p, u32 column, u32 count) {{\n{fetch_fixed}\n  }}\n"
+            "  DEVICE static Varying fetch_varying(const Params& p, const Rows& rows, u32 column, u32 count) "
             f"{{\n{fetch}\n  }}\n"
+            "  DEVICE static Varying fetch_varying(const Params& p, u32 row, u32 column, u32 count) "
+            "{ return fetch_varying(p, at(p, row), column, count); }\n"
+            "  DEVICE static Inputs fetch(const Params& p, const Rows& rows, u32 column, u32 count) "
+            "{ return {fetch_fixed(p, column, count), fetch_varying(p, rows, column, count)}; }\n"
             "  DEVICE static Inputs fetch(const Params& p, u32 row, u32 column, u32 count) "
             "{ return fetch(p, at(p, row), column, count); }\n"
         )
@@ -205,7 +239,7 @@ class _Writer:
             *self.finish,
         ]
         code = f"struct {name} {{\n{head}  DEVICE static {signature} {{\n{_indented(lines)}\n  }}\n{tail}}};\n"
-        return Functor(code, tuple(self.arguments.items()))
+        return Functor(code, tuple(self.arguments.items()), self.reads)
 
 
 def _indented(lines: Sequence[str]) -> str:

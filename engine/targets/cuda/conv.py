@@ -190,7 +190,8 @@ def _lower_product(step: Step, geometry: Geometry, context: Context) -> Launch:
         k_inner = lies.channel == 1
         b = Matrix(pointer_to(w), lies.column if k_inner else lies.channel, k_inner)
     product = Product(geometry.rows, geometry.n, geometry.k, w.dtype, a, b)
-    return launch_product(product, epilogue_for(step, geometry.n), pick_tile(product, context), context)
+    epilogue = epilogue_for(step, geometry.n)
+    return launch_product(product, epilogue, pick_tile(product, context, epilogue.reads), context)
 
 
 # Implicit products

@@ -26,11 +26,12 @@ from engine.targets.cuda.kernel import (
     is_constant,
     launch,
 )
-from engine.targets.cuda.tiles import Operands
+from engine.targets.cuda.tiles import ROUND_TRIP, Choice, Operands, late_fetches
 
 PANEL_BYTES = 128  # of channels, what there is of a pixel
 _MOST_PIXELS = 1024  # of one copy
 _MOST_BYTES = (1 << 20) - 1  # that a barrier counts
+_MOST_PLACES = (1 << 30) - _MOST_PIXELS  # that `divisor_arguments` divides
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,6 @@ class Grid:
         return (taps * tile.n + tile.stages * self.halo(tile)) * PANEL_BYTES + 8 * (2 * tile.stages + 3)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A tile, and the cycles that it should take."""
-
-    tile: HaloTile
-    cycles: float
-
-
 def panel_channels(step: Step) -> int:
     """The channels that a halo has room for."""
     return PANEL_BYTES // step.inputs[1].dtype.itemsize
@@ -113,6 +106,7 @@ def has_halo(step: Step, geometry: Geometry) -> bool:
     along = zip(phase.axes[1:], geometry.input[1:], (grid.height, grid.width), strict=True)
     return (
         geometry.channels <= panel_channels(step)
+        and grid.places < _MOST_PLACES
         and all(geometry.strides[axis] == 1 or phase.axes[axis].out == 1 for axis in (1, 2))
         and all(
             axis.pad >= 0 and lowest <= -axis.pad and places - axis.pad - size <= highest
@@ -131,7 +125,7 @@ def candidates(step: Step, geometry: Geometry, context: Context) -> Iterator[Hal
             yield tile
 
 
-def pick(step: Step, geometry: Geometry, operands: Operands, context: Context) -> Choice | None:
+def pick(step: Step, geometry: Geometry, operands: Operands, context: Context) -> Choice[HaloTile] | None:
     """The tile that should be fastest, if the kernel can run the step."""
     if not context.architecture.wgmma or operands is Operands.EXACT or not has_halo(step, geometry):
         return None
@@ -156,7 +150,23 @@ def cycles(step: Step, geometry: Geometry, tile: HaloTile, multiprocessors: int)
     step_cycles = max(multiply, halo if tile.stages > 2 else halo + 700)
     time = max(rounds * step_cycles + epilogue, ceildiv(rounds, 2) * (multiply + epilogue))
     filters = taps * tile.n * PANEL_BYTES / l2_rate + halo
-    return launch_cycles + filters + hypot(time, step.cost.bytes / memory_rate)
+    waiting = _late_fetches(step, geometry, tile) * ROUND_TRIP * ceildiv(rounds, 2)
+    return launch_cycles + filters + hypot(time, step.cost.bytes / memory_rate) + waiting
+
+
+def _late_fetches(step: Step, geometry: Geometry, tile: HaloTile) -> int:
+    """How often a consumer waits for what the epilogue reads of a tile."""
+    accumulators = tile.m * tile.n // 128  # of a lane
+    room = (144 if tile.swapped else 156) - accumulators  # as in conv_halo.cuh
+    groups, chunk = (tile.n // 64, 2) if tile.swapped else (tile.n // 32, 1)
+    return late_fetches(epilogue_for(step, geometry.n).reads, accumulators // 8, groups, room, chunk)
+
+
+def divisor_arguments(name: str, divisor: int) -> dict[str, int]:
+    """n // divisor = n · factor >> shift for n below 2³⁰: the factor is less than 1 too large, n ≤ 2^shift / divisor.
+    It fits an i32."""
+    shift = 30 + (divisor - 1).bit_length()
+    return {f"{name}_factor": ceildiv(1 << shift, divisor), f"{name}_shift": shift}
 
 
 def launch_halo(step: Step, geometry: Geometry, filters: Pointer, tile: HaloTile, context: Context) -> Launch:
@@ -181,6 +191,7 @@ def launch_halo(step: Step, geometry: Geometry, filters: Pointer, tile: HaloTile
             "map_b": TensorMap(filters, geometry.n, taps * panel, taps * panel, tile.n, panel),
             "tiles": tiles, "n": geometry.n, "images": geometry.images, "taps": taps,
             "halo_bytes": halo * PANEL_BYTES, "grid_h": grid.height, "grid_w": grid.width,
+            **divisor_arguments("grid_h", grid.height), **divisor_arguments("grid_w", grid.width),
             "out_h": phase.out[1], "out_w": phase.out[2], "pad_h": pad_y, "pad_w": pad_x,
             "kernel_h": phase.kernel[1], "kernel_w": phase.kernel[2],
             "tap_line": geometry.dilations[1] * grid.width, "tap_pixel": geometry.dilations[2],

@@ -7,6 +7,7 @@ The limits are those that the CUDA driver documents of cuTensorMapEncodeIm2col.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
 from engine.plan.plan import Step
 from engine.targets.cuda.conv_geometry import AXES, Geometry, padded_k, row_length
@@ -24,20 +25,13 @@ from engine.targets.cuda.kernel import (
     is_constant,
     launch,
 )
-from engine.targets.cuda.tiles import GATHERED, Operands, WgmmaTile, wgmma_cycles, wgmma_tiles
+from engine.targets.cuda.tiles import GATHERED, Choice, Operands, WgmmaTile, wgmma_cycles, wgmma_tiles
 
 _PANELS = (128, 64, 32)  # bytes of channels that a copy can bring of each pixel
+_LINE_BYTES = 128  # of the L2 cache
 _MOST_STEP = 8  # pixels between neighbours of the walk
 REACH = {2: (-128, 127, 255), 3: (-16, 15, 31)}
 """By spatial axes: corners of the bounding box, and the largest offset of a copy."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A tile, and the cycles that it should take."""
-
-    tile: WgmmaTile
-    cycles: float
 
 
 def suits(geometry: Geometry) -> bool:
@@ -84,14 +78,16 @@ class _Axis:
         return cls(size, 1, -along.pad, last - (size - 1), stride if along.out > 1 else 1, reach)
 
 
-def pick(step: Step, geometry: Geometry, operands: Operands, most_splits: int, context: Context) -> Choice | None:
+def pick(
+    step: Step, geometry: Geometry, operands: Operands, most_splits: int, context: Context
+) -> Choice[WgmmaTile] | None:
     """The tile that should be fastest, if a kernel of these can run the step."""
     w = step.inputs[1]
     if not context.architecture.wgmma or operands is Operands.EXACT or geometry.x_dtype is not w.dtype:
         return None
     if not suits(geometry):
         return None
-    m, n, groups = geometry.rows, geometry.n, geometry.groups
+    m, n, groups, reads = geometry.rows, geometry.n, geometry.groups, epilogue_for(step, geometry.n).reads
     choices = []
     for panel_bytes in _PANELS:
         panel = panel_bytes // w.dtype.itemsize
@@ -99,12 +95,27 @@ def pick(step: Step, geometry: Geometry, operands: Operands, most_splits: int, c
         if geometry.channels % panel and (groups > 1 or not is_constant(w)):
             continue
         k = padded_k(geometry, panel)
+        lines = _lines(geometry, panel_bytes)
         for tile in wgmma_tiles(m, n, k, operands, most_splits, groups, panel_bytes):
             if not has_registers(tile, geometry):
                 continue
-            cycles = wgmma_cycles(m, n, k, tile, context.multiprocessors, operands, groups, step.cost.bytes, GATHERED)
+            cycles = wgmma_cycles(
+                m, n, k, tile, context.multiprocessors, operands, groups, step.cost.bytes, GATHERED, reads, lines
+            )
             choices.append(Choice(tile, cycles))
     return min(choices, key=lambda choice: choice.cycles, default=None)
+
+
+def _lines(geometry: Geometry, panel_bytes: int) -> float:
+    """The lines of the L2 cache that a panel of a pixel lies in, on average over dense pixels and their panels."""
+    pixel = geometry.groups * geometry.channels * geometry.x_dtype.itemsize
+    panels = range(0, geometry.channels * geometry.x_dtype.itemsize, panel_bytes)
+    starts = [
+        (i * pixel + first, min(panel_bytes, panels.stop - first))
+        for i in range(_LINE_BYTES // gcd(pixel, _LINE_BYTES))
+        for first in panels
+    ]
+    return sum((at + size - 1) // _LINE_BYTES - at // _LINE_BYTES + 1 for at, size in starts) / len(starts)
 
 
 def has_registers(tile: WgmmaTile, geometry: Geometry) -> bool:

@@ -25,6 +25,7 @@ from engine.targets.cuda.kernel import (
     Instruction,
     Launch,
     Pointer,
+    Reads,
     TensorMap,
     ceildiv,
     launch,
@@ -33,7 +34,7 @@ from engine.targets.cuda.kernel import (
 )
 from engine.targets.cuda.product import Product, columns_in_parts, in_parts, is_weight, product_of, rows_inner, rows_of
 from engine.targets.cuda.spaces import operand, operands, space
-from engine.targets.cuda.tiles import MOST_SPLITS, Operands, Tile, WgmmaTile, pick_mma, pick_wgmma
+from engine.targets.cuda.tiles import MOST_SPLITS, NOTHING, Operands, Tile, WgmmaTile, pick_mma, pick_wgmma
 
 _MATRIX_TYPES = (DType.F16, DType.BF16, DType.F32)
 
@@ -79,7 +80,7 @@ def lower(step: Step, context: Context) -> list[Launch]:
     if not _on_matrix_units(op, *step.inputs[:2]):
         return [_launch_simt(step, epilogue, accumulator)]
     product = product_of(step, context)
-    return [launch_product(product, epilogue, pick_tile(product, context), context)]
+    return [launch_product(product, epilogue, pick_tile(product, context, epilogue.reads), context)]
 
 
 def epilogue_of(
@@ -99,16 +100,16 @@ def epilogue_of(
     return codegen.epilogue(stores, every, placed, every.operands[len(reads) :], granularity, accumulator)
 
 
-def pick_tile(product: Product, context: Context) -> Tile | StreamTile:
-    """The tile and the split of k that should be fastest."""
-    operands, tile = operands_of(product, context), _pick_block_tile(product, context)
+def pick_tile(product: Product, context: Context, reads: Reads = NOTHING) -> Tile | StreamTile:
+    """The tile and the split of k that should be fastest. `reads`: of the epilogue."""
+    operands, tile = operands_of(product, context), _pick_block_tile(product, context, reads)
     return streams_faster(product, tile, operands, context.multiprocessors) or tile
 
 
-def _pick_block_tile(product: Product, context: Context) -> Tile:
+def _pick_block_tile(product: Product, context: Context, reads: Reads) -> Tile:
     operands, multiprocessors = operands_of(product, context), context.multiprocessors
     if context.architecture.wgmma and product.suits_tma and operands is not Operands.EXACT:
-        return pick_wgmma(product.m, product.n, product.k, multiprocessors, operands, MOST_SPLITS)
+        return pick_wgmma(product.m, product.n, product.k, multiprocessors, operands, MOST_SPLITS, reads)
     return pick_mma(
         product.m, product.n, product.k, product.batch.count, context.architecture, multiprocessors, operands,
         MOST_SPLITS,

@@ -388,12 +388,22 @@ def _ctype(value: int | bool) -> str:
     return "bool" if isinstance(value, bool) else "int"
 
 
+@dataclass(frozen=True)
+class Reads:
+    """Registers that eight columns of a row of all that a functor reads take: of what is the same in every row, and of
+    what varies from row to row."""
+
+    fixed: int = 0
+    varying: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class Functor:
     """Generated device code (a struct) and the arguments it reads. Made by `codegen.py`."""
 
     code: str
     arguments: tuple[tuple[str, Argument], ...]
+    reads: Reads
 
 
 def ceildiv(a: int, b: int) -> int:

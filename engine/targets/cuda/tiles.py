@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 from math import hypot
-from typing import ClassVar, TypeAlias, TypeVar
+from typing import ClassVar, Generic, TypeAlias, TypeVar
 
 from engine.targets.cuda.architecture import Architecture
-from engine.targets.cuda.kernel import ceildiv
+from engine.targets.cuda.kernel import Reads, ceildiv
 
 MOST_SPLITS = 24
 
@@ -129,11 +129,22 @@ WGMMA_TILES = (
     WgmmaTile(64, 32, 16),
     WgmmaTile(128, 256, 4, cooperative=True),
     WgmmaTile(128, 192, 5, cooperative=True),
+    WgmmaTile(128, 128, 6, cooperative=True),
     WgmmaTile(128, 96, 7, cooperative=True),
 )
 
 Tile: TypeAlias = MmaTile | WgmmaTile
 T = TypeVar("T", MmaTile, WgmmaTile)
+AnyTile = TypeVar("AnyTile")
+
+
+@dataclass(frozen=True)
+class Choice(Generic[AnyTile]):
+    """A tile, and the cycles that it should take."""
+
+    tile: AnyTile
+    cycles: float
+
 
 # Per multiprocessor and clock: multiply-adds on fp16 (NVIDIA's architecture papers: A100 1024, H100 2048). bf16 is as
 # fast, tf32 half as fast.
@@ -147,6 +158,25 @@ _ARRIVAL = 3800
 """Cycles to make a partial sum visible, count it, and begin to read the others (fitted with the constants of wgmma)."""
 _PARTIAL_RATE = 39
 """Bytes of partial sums that a multiprocessor writes or reads in a cycle (fitted with the others)."""
+
+
+ROUND_TRIP = 1500
+"""Cycles that a consumer waits for an operand of the epilogue that it could not fetch before the product: residuals of
+64@56, 64→256@56 and 256→1024@14 in tiles whose registers hold a part of them, on an H100 (1300 to 2400)."""
+_CONSUMER_ROOM = 160
+"""Registers of a consumer for accumulators and operands of the epilogue (mma/wgmma_pipeline.cuh)."""
+NOTHING = Reads()
+
+
+def late_fetches(reads: Reads, pieces: int, groups: int, room: int, chunk: int = 1) -> int:
+    """How often a consumer waits for what its epilogue reads of a tile, as kernels/epilogue/early.cuh goes about it:
+    `pieces` of eight columns a lane, `chunk` at once, from `groups` of columns, with `room` registers for operands."""
+    if not reads.varying:
+        return 0  # what is the same in every row is in the cache
+    held = reads.fixed * groups + 2 * chunk * reads.varying <= room
+    each = reads.varying + (0 if held else reads.fixed)
+    depth = (room - held * reads.fixed * groups) // each // chunk * chunk
+    return ceildiv(pieces, max(chunk, depth)) - 1
 
 
 def pick_mma(
@@ -195,12 +225,18 @@ def mma_cycles(m: int, n: int, k: int, batch: int, tile: MmaTile, multiprocessor
 
 
 def pick_wgmma(
-    m: int, n: int, k: int, multiprocessors: int, operands: Operands = Operands.HALF, most_splits: int = 1
+    m: int,
+    n: int,
+    k: int,
+    multiprocessors: int,
+    operands: Operands = Operands.HALF,
+    most_splits: int = 1,
+    reads: Reads = NOTHING,
 ) -> WgmmaTile:
-    """The wgmma tile with the least estimated time. Operands are not EXACT."""
+    """The wgmma tile with the least estimated time. Operands are not EXACT; `reads`: of the epilogue."""
     return min(
         wgmma_tiles(m, n, k, operands, most_splits),
-        key=lambda tile: wgmma_cycles(m, n, k, tile, multiprocessors, operands),
+        key=lambda tile: wgmma_cycles(m, n, k, tile, multiprocessors, operands, reads=reads),
     )
 
 
@@ -214,21 +250,29 @@ def wgmma_tiles(
 
 @dataclass(frozen=True)
 class Rates:
-    """What the time of wgmma depends on: the time of a multiplication beside its nominal rate, `steady` and what is
-    divided by the columns of a tile (wide instructions read less shared memory for each), and the bytes a cycle that
-    all multiprocessors get from memory."""
+    """What the time of wgmma depends on. A multiplication takes `steady` and `narrow` divided by the columns of a tile
+    of its nominal time (wide instructions read less shared memory for each). A step takes the copy engine `row` cycles
+    for each row of the first operand and `line` for each line of the L2 cache that it lies in, `column` for each of the
+    second. `memory`: the bytes a cycle that all multiprocessors get. `beside`: the part of its epilogue that a
+    cooperative tile adds to its products. `start`: cycles before the first product and after the last."""
 
     steady: float
     narrow: float
     memory: float
+    row: float
+    line: float
+    column: float
+    beside: float
+    start: float
 
 
-PRODUCTS = Rates(0.93, 55, 1294)
+PRODUCTS = Rates(0.93, 55, 1294, row=1.91, line=0, column=1.91, beside=0.05, start=1920)
 """Fitted to a sweep of all tiles and splits over 28 shapes of fp16 on an H100 (products of transformers and of 1×1
 convolutions, 600 timings): the tile picked took 1 % longer than the best one on average, 9 % at worst."""
-GATHERED = Rates(0.78, 64, 1540)
-"""Patches of convolutions: three constants of a fit to 26 timings of layers of ResNet-50 and VGG-16 in four tiles on an
-H100. The whole fit, of six, was 10 % off; these alone were not judged."""
+GATHERED = Rates(0.89, 50, 2020, row=2.1, line=1.75, column=1.29, beside=0.55, start=2920)
+"""Patches of convolutions: fitted to a sweep of 4 to 8 tiles over 48 layers on an H100 (ResNet, VGG, ResNeXt, RegNet,
+EfficientNet, ConvNeXt: 300 timings, 12 % off). The tile picked took 1 % longer than the best one on average, 11 % at
+worst; with constants fitted to half of the layers 2 % and 28 % on the other half."""
 
 
 def wgmma_cycles(
@@ -241,27 +285,37 @@ def wgmma_cycles(
     groups: int = 1,
     nbytes: int | None = None,
     rates: Rates = PRODUCTS,
+    reads: Reads = NOTHING,
+    lines: float = 1,
 ) -> float:
     """Estimated cycles of `groups` products in tiles of wgmma. `nbytes`: what they touch in memory, where that is not
-    just the matrices. The constants are fitted as those of `PRODUCTS`.
+    just the matrices. `reads`: of the epilogue. `lines` of the L2 cache that the bytes of a copy's row lie in. The
+    constants that are not of `rates` are fitted with those of `PRODUCTS`.
     """
-    slowdown, least_step, l2_rate = rates.steady + rates.narrow / tile.n, 202, 67  # cycles; bytes a cycle
-    epilogue, launch = 955 + 0.013 * tile.m * tile.n, 1920
+    slowdown, least_step = rates.steady + rates.narrow / tile.n, 202  # cycles
+    epilogue = 955 + 0.013 * tile.m * tile.n
     tiles = ceildiv(m, tile.m) * ceildiv(n, tile.n)
     steps = ceildiv(operands.parts * ceildiv(k * operands.itemsize, 128), tile.splits)
     # 128 bytes of k are half as many fp32 operands as halves, at half the rate.
-    # A row of a narrow panel is taken to cost the copy engine what one of 128 bytes costs (not measured).
-    rows = tile.m * 128 // tile.panel_bytes + tile.n
-    step = max(slowdown * tile.m * tile.n * 64 / _WGMMA_RATE, rows * 128 / l2_rate, least_step)
+    # A row of a narrow panel costs the copy engine what one of 128 bytes costs.
+    copies = tile.m * 128 // tile.panel_bytes * (rates.row + rates.line * lines) + tile.n * rates.column
+    step = max(slowdown * tile.m * tile.n * 64 / _WGMMA_RATE, copies, least_step)
     blocks = min(tiles, max(1, multiprocessors // (tile.splits * groups)))
     waves = ceildiv(blocks * tile.splits * groups, multiprocessors)
     rounds = waves * ceildiv(tiles, blocks)  # tiles of the busiest multiprocessor
     if tile.cooperative:
-        time = rounds * (steps * step + 0.05 * epilogue)
+        time = rounds * (steps * step + rates.beside * epilogue)
     else:
         # One consumer's epilogue runs beside the other's product.
         time = max(rounds * steps * step + epilogue, ceildiv(rounds, 2) * (steps * step + epilogue))
     if tile.splits > 1:
         time += _ARRIVAL + (tile.splits + 1) * tile.m * tile.n * 4 / _PARTIAL_RATE
+    accumulators = tile.m * tile.n // (256 if tile.cooperative else 128)  # of a lane
+    waits = late_fetches(reads, accumulators // 8, tile.n // 32, _CONSUMER_ROOM - accumulators)
+    if tile.splits > 1:
+        waits = (
+            0 if not reads.varying else ceildiv(accumulators // 8, 4)
+        )  # nothing is fetched before partial sums are added
+    waiting = waits * ROUND_TRIP * (rounds if tile.cooperative else ceildiv(rounds, 2))
     touched = nbytes or operands.itemsize * groups * (m * k + k * n + m * n)
-    return launch + hypot(time, touched / rates.memory)
+    return rates.start + hypot(time, touched / rates.memory) + waiting

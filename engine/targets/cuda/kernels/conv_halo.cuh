@@ -9,7 +9,7 @@
 // Persistent and warp-specialised as mma/wgmma_pipeline.cuh: one thread keeps a ring of STAGES halos filled for two consumer
 // warpgroups that take tiles in turn. The blocks along y share the columns of a tile.
 #pragma once
-#include "epilogue/fragment.cuh"
+#include "epilogue/early.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/grid.cuh"
 #include "ptx/memory.cuh"
@@ -24,81 +24,71 @@ constexpr bool SWAPPED = config::swapped;
 constexpr int CONSUMERS = 2, THREADS = 128 * (1 + CONSUMERS);
 constexpr int PARTS = (SWAPPED ? TILE_N : TILE_M) / 64, WIDE = SWAPPED ? TILE_M : TILE_N;  // one instruction covers 64 × WIDE
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+constexpr int RESERVED = SWAPPED ? 88 : 76;  // registers of a consumer for anything but accumulators and operands of the epilogue
 static_assert(128 * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS) <= 168 * THREADS, "a block has 168 for a thread");
 constexpr int ROW_BYTES = 128, TILE_K = ROW_BYTES / sizeof(Element), TAP_BYTES = TILE_N * ROW_BYTES;
 constexpr u32 ROW = ROW_BYTES >> 4;  // in a descriptor
 constexpr int ACCUMULATORS = PARTS * WIDE / 2, PIECES = WIDE / 16;  // pieces of a part: 16-byte stores of a lane
-// Epilogue operands come while the products run, where a consumer has registers for all of them, else AHEAD pieces at a time.
-constexpr bool EARLY = ACCUMULATORS + PARTS * PIECES * sizeof(Epilogue::Inputs) / 4 <= 160;
-constexpr int AHEAD = ACCUMULATORS <= 96 && PIECES % 4 == 0 ? 4 : 2;
 
+// n / d below 2³⁰: conv_halo.py finds the factor and the shift of d.
+DEVICE u32 divided(u32 n, u32 factor, u32 shift) { return static_cast<u32>(static_cast<u64>(n) * factor >> shift); }
 // The output pixel at a place of the grid, or NO_PIXEL.
 constexpr u32 NO_PIXEL = ~0u;
 DEVICE u32 pixel_at(const Params& p, u32 place) {
-  const u32 line = place / p.grid_w, x = place - line * p.grid_w, image = line / p.grid_h, y = line - image * p.grid_h;
+  const u32 line = divided(place, p.grid_w_factor, p.grid_w_shift), x = place - line * p.grid_w;
+  const u32 image = divided(line, p.grid_h_factor, p.grid_h_shift), y = line - image * p.grid_h;
   return x < p.out_w && y < p.out_h && image < p.images ? (image * p.out_h + y) * p.out_w + x : NO_PIXEL;
 }
 
-// The two rows that a lane has of 64.
-struct Rows {
-  u32 row[2];
-  bool stored[2];
-  DEVICE Rows(const Params& p, u32 place) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      row[i] = pixel_at(p, place + 8 * i);
-      stored[i] = row[i] != NO_PIXEL;
-    }
+// What a lane has of a tile's results: rows are output pixels.
+struct Straight : FragmentPieces<PARTS, WIDE / 8> {
+  u32 place;  // the lane's first
+  DEVICE Straight(const Params& p, u32 column0) : FragmentPieces<PARTS, WIDE / 8>{column0, p.n} {}
+  DEVICE void take(u32 tile) { place = tile * TILE_M + (threadIdx.x / 32 & 3) * 16 + (threadIdx.x & 31) / 4; }
+  DEVICE Straight again() const {
+    Straight same = *this;
+    same.place = unknown(place);
+    return same;
+  }
+  DEVICE bool row(const Params& p, int piece, u32& found) const {
+    found = pixel_at(p, place + row_of(piece));
+    return found != NO_PIXEL;
   }
 };
-
-// What a lane has of a tile's results: its first place of the grid and its first column.
-struct Results {
-  u32 place, column;
-  DEVICE Results(const Params& p, u32 tile, u32 column0) {
-    const u32 lane = threadIdx.x & 31, warp = threadIdx.x / 32 & 3, octet = lane / 4;
-    column = SWAPPED ? column0 + 16 * warp + 8 * (octet & 1) : column0;
-    place = tile * TILE_M + (SWAPPED ? 2 * (lane & 3) + (octet >> 1 & 1) + 8 * (octet >> 2) : 16 * warp + octet);
+// The same of transposed results: two pieces at a time, from 16 pixels that lie beside each other.
+struct Swapped {
+  static constexpr int TOTAL = PARTS * PIECES, CHUNK = 2, FIXED = PARTS;
+  u32 place, first, columns;
+  DEVICE Swapped(const Params& p, u32 column0) : columns(p.n) {
+    first = column0 + 16 * (threadIdx.x / 32 & 3) + 8 * (threadIdx.x / 4 & 1);
   }
-  // COUNT pieces of a part from `first` on; swapped ones come in pairs.
-  template <int COUNT> DEVICE void fetch(const Params& p, Epilogue::Inputs (&inputs)[COUNT], int part, int first) const {
-    if constexpr (SWAPPED) {
-      const u32 c = column + 64 * part;
-#pragma unroll
-      for (int i = 0; i < COUNT; ++i) {
-        const u32 row = pixel_at(p, place + 16 * (first + i));
-        if (row != NO_PIXEL && c < p.n) inputs[i] = Epilogue::fetch(p, row, c, min(8u, p.n - c));
-      }
-    } else {
-      const Rows rows(p, place + 64 * part);
-      fetch_pieces<Epilogue>(p, inputs, first, rows.row, rows.stored, column, p.n);
-    }
+  DEVICE void take(u32 tile) {
+    const u32 lane = threadIdx.x & 31, octet = lane / 4;
+    place = tile * TILE_M + 2 * (lane & 3) + (octet >> 1 & 1) + 8 * (octet >> 2);
   }
-  template <int COUNT>
-  DEVICE void store(const Params& p, const float (&d)[WIDE / 2], const Epilogue::Inputs (&inputs)[COUNT], int part, int first) const {
-    if constexpr (SWAPPED) {
-      const u32 c = column + 64 * part;
+  DEVICE Swapped again() const {
+    Swapped same = *this;
+    same.place = unknown(place);
+    return same;
+  }
+  DEVICE static constexpr int fixed_of(int piece) { return piece / PIECES; }
+  DEVICE u32 column(int group) const { return first + 64 * group; }
+  DEVICE bool row(const Params& p, int piece, u32& found) const {
+    found = pixel_at(p, place + 16 * (piece % PIECES));
+    return found != NO_PIXEL;
+  }
+  DEVICE void gather(const float (&d)[PARTS][WIDE / 2], int piece, float (&v)[2][8]) const {
+    float sixteen[16];
 #pragma unroll
-      for (int i = 0; i < COUNT; i += 2) {
-        float v[16];
+    for (int j = 0; j < 16; ++j) sixteen[j] = d[piece / PIECES][8 * (piece % PIECES) + 4 * (j / 2 % 4) + 2 * (j / 8) + j % 2];
+    transpose_octet(sixteen, threadIdx.x / 4 & 7);
 #pragma unroll
-        for (int j = 0; j < 16; ++j) v[j] = d[8 * (first + i) + 4 * (j / 2 % 4) + 2 * (j / 8) + j % 2];
-        transpose_octet(v, threadIdx.x / 4 & 7);
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          float eight[8];
-#pragma unroll
-          for (int e = 0; e < 8; ++e) eight[e] = v[8 * j + e];
-          const u32 row = pixel_at(p, place + 16 * (first + i + j));
-          if (row != NO_PIXEL && c < p.n) Epilogue::store(p, row, c, min(8u, p.n - c), eight, inputs[i + j]);
-        }
-      }
-    } else {
-      const Rows rows(p, place + 64 * part);
-      store_pieces<Epilogue, Arrangement::BLOCKS>(p, d, inputs, first, rows.row, rows.stored, column, p.n);
-    }
+    for (int j = 0; j < 16; ++j) v[j / 8][j % 8] = sixteen[j];
   }
 };
+template <bool> struct LayoutOf { using Type = Straight; };
+template <> struct LayoutOf<true> { using Type = Swapped; };
+using Layout = LayoutOf<SWAPPED>::Type;
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 shared[];
@@ -137,10 +127,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_con
     const bool leader = threadIdx.x % 128 == 0;
     const u64 a0 = operand_descriptor<ROW_BYTES>(ring), b0 = operand_descriptor<ROW_BYTES>(filters);
     const u32 stage_step = p.halo_bytes >> 4, line_step = p.tap_line * ROW, pixel_step = p.tap_pixel * ROW;
+    Layout layout(p, column0);
+    EarlyEpilogue<Epilogue, Layout, CONSUMER_REGISTERS - RESERVED - ACCUMULATORS> epilogue;
+    epilogue.begin_columns(p, layout);
     barrier_wait(ready, 0);
     u32 ordinal = consumer;  // of this block's tiles
     for (u32 tile = blockIdx.x + ordinal * gridDim.x; tile < p.tiles; tile += CONSUMERS * gridDim.x, ordinal += CONSUMERS) {
       const u32 stage = ordinal % STAGES;
+      layout.take(tile);
+      epilogue.begin(p, layout);  // while the other consumer multiplies
       // A barrier's parity says nothing two phases later: wait until the other consumer is through with the stage before.
       if (ordinal > 0) barrier_wait(turn + 8 * consumer, (ordinal - 1) / CONSUMERS & 1);
       barrier_wait(full + 8 * stage, ordinal / STAGES & 1);
@@ -167,28 +162,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_con
         }
       } while (++tap < p.taps);
       if (leader) barrier_arrive(turn + 8 * (consumer ^ 1));
-      const Results results(p, tile, column0);
-      [[maybe_unused]] Epilogue::Inputs early[EARLY ? PARTS : 1][PIECES];
-      if constexpr (EARLY) {
-#pragma unroll
-        for (int i = 0; i < PARTS; ++i) results.fetch(p, early[i], i, 0);
-      }
       wgmma_wait<0>();
       if (leader) barrier_arrive(empty + 8 * stage);
 #pragma unroll
-      for (int i = 0; i < PARTS; ++i) {
-        wgmma_settle(d[i]);
-        if constexpr (EARLY) {
-          results.store(p, d[i], early[i], i, 0);
-        } else {
-#pragma unroll
-          for (int first = 0; first < PIECES; first += AHEAD) {
-            Epilogue::Inputs inputs[AHEAD];
-            results.fetch(p, inputs, i, first);
-            results.store(p, d[i], inputs, i, first);
-          }
-        }
-      }
+      for (int i = 0; i < PARTS; ++i) wgmma_settle(d[i]);
+      epilogue.store(p, layout, d);
     }
   }
   stamp_end(p.stamp);

@@ -5,7 +5,7 @@
 // takes half the rows of every tile, which is faster where a block has a single tile, and allows wider ones.
 // The grid is blocks × splits × groups: the blocks along y share the k of a tile; each group has its own columns of b and of the result.
 #pragma once
-#include "epilogue/fragment.cuh"
+#include "epilogue/early.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/grid.cuh"
 #include "ptx/memory.cuh"
@@ -19,8 +19,10 @@ constexpr int TILE_M = config::tile_m, TILE_N = config::tile_n, TILE_K = 128 / s
 constexpr bool COOPERATIVE = config::cooperative, SPLIT = config::split, GROUPED = config::grouped;
 constexpr int CONSUMERS = 2, CONSUMER_M = COOPERATIVE ? TILE_M / CONSUMERS : TILE_M;
 constexpr int PARTS = CONSUMER_M / 64;  // one instruction covers 64 rows
-constexpr int THREADS = 128 * (1 + CONSUMERS);
+constexpr int THREADS = 128 * (1 + CONSUMERS), ACCUMULATORS = PARTS * TILE_N / 2;
+using Layout = NeighbouringRows<PARTS, TILE_N / 8>;
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+constexpr int RESERVED = 72;  // registers of a consumer for anything but accumulators and operands of the epilogue
 // A block starts with 168 registers for each of its 384 threads; asking for more than these in all waits for ever.
 static_assert(128 * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS) <= 168 * THREADS, "");
 
@@ -34,7 +36,7 @@ static_assert(A_BYTES % 1024 == 0 && B_BYTES % 1024 == 0, "operands start at a s
 
 // LOAD(p, row, step) is made for each tile of a, by its first row and first step; its call (p, destination, barrier, step) copies
 // the panels of a step. Steps come one after the other; UNROLL of them fit the producer's registers at once. AHEAD rows of 32 columns
-// of epilogue operands fit a consumer's, beside the accumulators.
+// of epilogue operands fit a consumer's, beside the accumulators, where partial sums have been added.
 template <class LOAD> DEVICE void run_pipeline(const Params& p) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 ring = shared_address(shared);
@@ -84,6 +86,14 @@ template <class LOAD> DEVICE void run_pipeline(const Params& p) {
     u32 ordinal = COOPERATIVE ? 0 : consumer;  // of this block's tiles
     for (u32 t = blockIdx.x + ordinal * gridDim.x; t < tiles; t += TURNS * gridDim.x, ordinal += TURNS) {
       u32 stage = ordinal * steps % STAGES, parity = ordinal * steps / STAGES & 1, previous = stage;
+      const TileIndex tile = tile_of<16>(t, tiles_m, tiles_n);
+      const u32 column = first_column + tile.n * TILE_N, columns = first_column + p.n, row = tile.m * TILE_M + row0 + 16 * warp + lane / 4;
+      const Layout layout(column, columns, row, p.m);
+      EarlyEpilogue<Epilogue, Layout, CONSUMER_REGISTERS - RESERVED - ACCUMULATORS> epilogue;
+      if constexpr (!SPLIT) {  // while the other consumer multiplies
+        epilogue.begin_columns(p, layout);
+        epilogue.begin(p, layout);
+      }
       // A barrier's parity says nothing two phases later: wait until the other consumer is through with the stages before.
       if (!COOPERATIVE && ordinal > 0) barrier_wait(turn + 8 * consumer, (ordinal - 1) / CONSUMERS & 1);
 
@@ -110,18 +120,19 @@ template <class LOAD> DEVICE void run_pipeline(const Params& p) {
       if (!COOPERATIVE && leader) barrier_arrive(turn + 8 * (consumer ^ 1));
       wgmma_wait<0>();
       if (leader) barrier_arrive(empty + 8 * previous);
-      const TileIndex tile = tile_of<16>(t, tiles_m, tiles_n);
-      if constexpr (SPLIT) {
 #pragma unroll
-        for (int i = 0; i < PARTS; ++i) wgmma_settle(d[i]);
+      for (int i = 0; i < PARTS; ++i) wgmma_settle(d[i]);
+      if constexpr (SPLIT) {
         const u32 every = group * tiles + t, share = COOPERATIVE ? CONSUMERS * every + consumer : every;
         if (!add_splits<SPLIT>(p, d, 4 * share + warp, blockIdx.y)) continue;
-      }
+        // Partial sums need the registers first: a few operands at a time, of a place that is found again.
+        const TileIndex again = tile_of<16>(unknown(t), tiles_m, tiles_n);
+        const u32 first = again.m * TILE_M + row0 + 16 * warp + lane / 4, first_of_columns = first_column + again.n * TILE_N;
 #pragma unroll
-      for (int i = 0; i < PARTS; ++i) {
-        if constexpr (!SPLIT) wgmma_settle(d[i]);
-        const u32 row = tile.m * TILE_M + row0 + 64 * i + 16 * warp + lane / 4;
-        emit_fragment<Epilogue, TILE_N / 8, LOAD::AHEAD>(p, d[i], 0, row, p.m, first_column + tile.n * TILE_N, first_column + p.n);
+        for (int i = 0; i < PARTS; ++i)
+          emit_fragment<Epilogue, TILE_N / 8, LOAD::AHEAD>(p, d[i], 0, first + 64 * i, p.m, first_of_columns, columns);
+      } else {
+        epilogue.store(p, layout, d);
       }
     }
   }

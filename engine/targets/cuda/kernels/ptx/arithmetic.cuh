@@ -7,3 +7,9 @@ DEVICE float reciprocal_approx(float x) { float y; asm("rcp.approx.ftz.f32 %0, %
 // The other maximum and minimum: of a NaN and a number they are NaN.
 DEVICE float max_nan(float a, float b) { float y; asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b)); return y; }
 DEVICE float min_nan(float a, float b) { float y; asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b)); return y; }
+
+// x itself, as a number that the compiler knows nothing of: it computes again what comes of it, instead of keeping that in registers.
+DEVICE u32 unknown(u32 x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
