@@ -77,15 +77,25 @@ def epilogue(
     """`Epilogue`: the stores of a node. `inputs` and `outputs` are operands of `space`; `granularity` as in
     `Space.is_aligned`."""
     writer, targets = _Writer("epilogue", space, granularity), list[str]()
+    shifting, rest, carried = list[str](), list[str](), list[str]()
     writer.read(inputs)
     for j, output in enumerate(outputs):
         writer.declare(f"epilogue_out{j}", output)
         writer.prepare.append(f"{COMPUTE[output.dtype]} out{j}[WIDTH];")
         targets.append(f"targets.out{j} = row_offset(p.epilogue_out{j}, r);")
-        writer.finish.append(
+        store = (
             f"store_columns<{STORAGE[output.dtype]}, {_column(output)}, {writer.aligned(output)}>"
             f"(p.epilogue_out{j}, targets.out{j}, column, count, out{j});"
         )
+        writer.finish.append(store)
+        if writer.shifted(output):
+            place = f"p.epilogue_out{j}, targets.out{j}, column, first, end"
+            function = f"::store_shifted<{STORAGE[output.dtype]}>"
+            carried.append(f" Carry out{j};")
+            shifting.append(f"{function}({place}, out{j}, carries.out{j});")
+            rest.append(f"{function}({place}, none, carries.out{j});")
+        else:
+            shifting.append(f"if (count > 0) {store}")
     results = {
         f"out{j}[i]": (store, output.dtype) for j, (store, output) in enumerate(zip(stores, outputs, strict=True))
     }
@@ -100,6 +110,25 @@ def epilogue(
         "{ store(p, row, column, count, acc, fetch(p, row, column, count)); }\n"
     )
     signature = f"void store(const Params& p, const Targets& targets, {more}, const Inputs& inputs)"
+    head += f"  struct Carries {{{''.join(carried)} }};\n"
+    head += f"  static constexpr bool SHIFTED = {'true' if carried else 'false'};\n"
+    if carried:
+        # Templates, since kernels whose WIDTH is not 8 have no use for them.
+        span = "u32 column, u32 first, u32 end"
+        values = [
+            *(line.replace("WIDTH", "N") for line in writer.prepare),
+            "const u32 count = column < end ? min(8u, end - column) : 0;",
+            *_loop(results),
+            *shifting,
+        ]
+        last = ["const float none[N] = {};", *rest]
+        targets_of = "const Targets targets = to(p, row);"
+        tail += (
+            f"  template <int N> DEVICE static void store_shifted(const Params& p, u32 row, {span}, "
+            f"const {COMPUTE[acc]} (&acc)[N], const Inputs& inputs, Carries& carries) {{\n{_indented([targets_of, *values])}\n  }}\n"
+            f"  template <int N> DEVICE static void store_rest(const Params& p, u32 row, {span}, Carries& carries) "
+            f"{{\n{_indented([targets_of, *last])}\n  }}\n"
+        )
     return writer.functor("Epilogue", signature, results, head, tail)
 
 
@@ -140,6 +169,11 @@ class _Writer:
     def aligned(self, operand: Operand) -> str:
         return "true" if self.space.is_aligned(operand, self.granularity) else "false"
 
+    def shifted(self, operand: Operand) -> bool:
+        """Whether neighbouring lanes complete each other's 16 bytes (`store_shifted` of kernels/epilogue/access.cuh)."""
+        narrow = COMPUTE[operand.dtype] == "float" and operand.dtype.itemsize == 2
+        return narrow and operand.strides[-1] == 1 and not self.space.is_aligned(operand, self.granularity)
+
     def declare(self, name: str, operand: Operand) -> None:
         self.arguments[name] = TensorArgument(operand.pointer, operand.strides[:-1], operand.strides[-1])
 
@@ -177,12 +211,6 @@ class _Writer:
     def functor(
         self, name: str, signature: str, results: Mapping[str, tuple[ex.Expr, DType]], head: str, tail: str
     ) -> Functor:
-        body = _expression_lines([root for root, _ in results.values()])
-        names = body.names
-        loop = [
-            *body.lines,
-            *(f"{target} = {_convert(names[root], root.dtype, to)};" for target, (root, to) in results.items()),
-        ]
         # All indices are read before the first is compared, which may lead to a store that no load passes.
         found = (f"rows.{place} = {offset};" for place, offset in self.rows.items())
         at = _indented([self.split, *self.lookups, "Rows rows;", *found, "return rows;"])
@@ -196,16 +224,19 @@ class _Writer:
             "  DEVICE static Inputs fetch(const Params& p, u32 row, u32 column, u32 count) "
             "{ return fetch(p, at(p, row), column, count); }\n"
         )
-        lines = [
-            *self.prepare,
-            "#pragma unroll",
-            "for (int i = 0; i < WIDTH; ++i) {",
-            *(f"  {line}" for line in loop),
-            "}",
-            *self.finish,
-        ]
+        lines = [*self.prepare, *_loop(results), *self.finish]
         code = f"struct {name} {{\n{head}  DEVICE static {signature} {{\n{_indented(lines)}\n  }}\n{tail}}};\n"
         return Functor(code, tuple(self.arguments.items()))
+
+
+def _loop(results: Mapping[str, tuple[ex.Expr, DType]]) -> list[str]:
+    """Computes the results of all columns: what is assigned, and (expression, type) of its value."""
+    body = _expression_lines([root for root, _ in results.values()])
+    loop = [
+        *body.lines,
+        *(f"{target} = {_convert(body.names[root], root.dtype, to)};" for target, (root, to) in results.items()),
+    ]
+    return ["#pragma unroll", "for (int i = 0; i < WIDTH; ++i) {", *(f"  {line}" for line in loop), "}"]
 
 
 def _indented(lines: Sequence[str]) -> str:

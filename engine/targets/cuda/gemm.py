@@ -5,6 +5,7 @@ of rows where memory is the limit (gemm_stream.py), and, for types that the matr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,8 +16,10 @@ from engine.ir.ops import Gemm, Op
 from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda import codegen
+from engine.targets.cuda.align_rows import aligned, aligned_bytes
 from engine.targets.cuda.gemm_stream import StreamTile, launch_stream, streams_faster
 from engine.targets.cuda.kernel import (
+    ALIGNMENT,
     I64,
     STORAGE,
     Argument,
@@ -79,7 +82,7 @@ def lower(step: Step, context: Context) -> list[Launch]:
     if not _on_matrix_units(op, *step.inputs[:2]):
         return [_launch_simt(step, epilogue, accumulator)]
     product = product_of(step, context)
-    return [launch_product(product, epilogue, pick_tile(product, context), context)]
+    return launches_of(product, epilogue, pick_tile(product, context), context)
 
 
 def epilogue_of(
@@ -107,8 +110,9 @@ def pick_tile(product: Product, context: Context) -> Tile | StreamTile:
 
 def _pick_block_tile(product: Product, context: Context) -> Tile:
     operands, multiprocessors = operands_of(product.dtype, context), context.multiprocessors
-    if context.architecture.wgmma and product.suits_tma and operands is not Operands.EXACT:
-        return pick_wgmma(product.m, product.n, product.k, multiprocessors, operands, MOST_SPLITS)
+    if context.architecture.wgmma and product.suits_tma_aligned and operands is not Operands.EXACT:
+        tile = pick_wgmma(product.m, product.n, product.k, multiprocessors, operands, MOST_SPLITS)
+        return tile if product.suits_tma else replace(tile, aligns=True)
     return pick_mma(
         product.m, product.n, product.k, product.batch.count, context.architecture, multiprocessors, operands,
         MOST_SPLITS,
@@ -120,14 +124,28 @@ def operands_of(dtype: DType, context: Context) -> Operands:
     return Operands.HALF if dtype.itemsize == 2 else Operands.TF32 if context.tf32 else Operands.EXACT
 
 
-def launch_product(product: Product, epilogue: Functor, tile: Tile | StreamTile, context: Context) -> Launch:
-    """The launch of a product in the given tile."""
+def launches_of(product: Product, epilogue: Functor, tile: Tile | StreamTile, context: Context) -> list[Launch]:
+    """The launches of a product in the given tile."""
+    if not (isinstance(tile, WgmmaTile) and tile.aligns):
+        return [launch_product(product, epilogue, tile, context)]
+    tiles = ceildiv(product.m, tile.m) * ceildiv(product.n, tile.n)
+    before = ceildiv(aligned_bytes(product), ALIGNMENT) * ALIGNMENT
+    scratch = workspace(before + (tiles * tile.splits * tile.m * tile.n * 4 if tile.splits > 1 else 0))
+    copy, product = aligned(product, scratch, context.multiprocessors)
+    return [copy, launch_product(product, epilogue, tile, context, Pointer(scratch, before, "float"))]
+
+
+def launch_product(
+    product: Product, epilogue: Functor, tile: Tile | StreamTile, context: Context, partials: Pointer | None = None
+) -> Launch:
+    """The launch of a product in the given tile, whose operands lie as it reads them. `partials`: where a split product
+    leaves its sums, if not in a workspace of its own."""
     if isinstance(tile, StreamTile):
         return launch_stream(product, epilogue, tile, context)
     sizes = {"m": product.m, "n": product.n, "k": product.k}
     tiles = ceildiv(product.m, tile.m) * ceildiv(product.n, tile.n) * product.batch.count
     if isinstance(tile, WgmmaTile):
-        return _launch_wgmma(product, epilogue, tile, tiles, sizes, context.multiprocessors)
+        return _launch_wgmma(product, epilogue, tile, tiles, sizes, context.multiprocessors, partials)
     return launch(
         "gemm",
         "gemm_mma.cuh",
@@ -181,20 +199,28 @@ def _launch_simt(step: Step, epilogue: Functor, accumulator: DType) -> Launch:
     )  # fmt: skip
 
 
-def split_arguments(tiles: int, elements: int, warps: int, splits: int) -> dict[str, Argument]:
+def split_arguments(
+    tiles: int, elements: int, warps: int, splits: int, partials: Pointer | None = None
+) -> dict[str, Argument]:
     """What kernels/scheduler/split_k.cuh asks of a kernel's arguments: partial sums of `tiles` of so many `elements`,
-    and a counter for each of the `warps` that share a tile."""
+    where `partials` says or in a workspace, and a counter for each of the `warps` that share a tile."""
     if splits == 1:
         return {}
-    partials = workspace(tiles * splits * elements * 4)
+    partials = partials or Pointer(workspace(tiles * splits * elements * 4), ctype="float")
     arrived = Buffer("arrived", BufferKind.PLAN, tiles * warps * 4, np.zeros(tiles * warps, np.uint32))
     return {
-        "partials": Pointer(partials, ctype="float"), "arrived": Pointer(arrived, ctype="u32"), "splits": splits,
+        "partials": partials, "arrived": Pointer(arrived, ctype="u32"), "splits": splits,
     }  # fmt: skip
 
 
 def _launch_wgmma(
-    product: Product, epilogue: Functor, tile: WgmmaTile, tiles: int, sizes: dict[str, int], multiprocessors: int
+    product: Product,
+    epilogue: Functor,
+    tile: WgmmaTile,
+    tiles: int,
+    sizes: dict[str, int],
+    multiprocessors: int,
+    partials: Pointer | None,
 ) -> Launch:
     a, b, columns = product.a, product.b, 128 // product.dtype.itemsize
     return launch(
@@ -206,7 +232,7 @@ def _launch_wgmma(
             "map_a": TensorMap(a.pointer, product.m, product.k, a.stride, tile.m, columns),
             "map_b": TensorMap(b.pointer, product.n, product.k, b.stride, tile.n, columns),
             **sizes,
-            **split_arguments(tiles, tile.m * tile.n, 8 if tile.cooperative else 4, tile.splits),
+            **split_arguments(tiles, tile.m * tile.n, 8 if tile.cooperative else 4, tile.splits, partials),
         },
         (min(tiles, max(1, multiprocessors // tile.splits)), tile.splits, 1),  # persistent: a block a multiprocessor
         384,

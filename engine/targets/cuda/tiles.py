@@ -83,7 +83,7 @@ MMA_TILES = (
 class WgmmaTile:
     """A tile for wgmma, 128 bytes of k a step. Two consumer warpgroups take tiles in turn, or (`cooperative`) halve the
     rows of each. `splits` blocks share the k of a tile of the result. One copy brings `panel_bytes` of k of the first
-    operand."""
+    operand, whose rows another kernel has copied to multiples of 128 bytes where the tile `aligns`."""
 
     m: int
     n: int
@@ -91,6 +91,7 @@ class WgmmaTile:
     cooperative: bool = False
     splits: int = 1
     panel_bytes: int = 128
+    aligns: bool = False
     k_bytes: ClassVar[int] = 128
 
     @property

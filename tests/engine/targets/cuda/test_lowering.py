@@ -104,8 +104,8 @@ def test_what_has_no_kernel_is_refused(op, inputs) -> None:
 def test_weights_are_packed_once() -> None:
     store = WeightStore()
     (w,) = make_step(Gemm((ACC,)), [(F16, (1, 8)), weight(8, 8)]).inputs[1:]
-    assert store.packed(w, "n,k16B", pack_weight) is store.packed(w, "n,k16B", pack_weight)
-    assert store.packed(w, "n,k16B", pack_weight) is not store.packed(w, "k,n", lambda array: array)
+    assert store.packed(w, "n,k lines", pack_weight) is store.packed(w, "n,k lines", pack_weight)
+    assert store.packed(w, "n,k lines", pack_weight) is not store.packed(w, "k,n", lambda array: array)
 
 
 def test_weight_layouts() -> None:

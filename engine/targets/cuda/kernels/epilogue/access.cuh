@@ -81,6 +81,48 @@ DEVICE void store_columns(const Tensor& t, i64 offset, u32 column, u32 count, co
   }
 }
 
+// What a lane keeps from one call of `store_shifted` to the next along a row: the elements that fill up its next 16 bytes.
+struct Carry { u32 word[4]; };
+
+// 16-bit results whose rows begin anywhere. Four neighbouring lanes hold 32 neighbouring columns of a row, eight each from `column` on,
+// and the calls for a row follow each other from `first` on; they store [first, end). Lanes take over from each other what lies behind
+// multiples of 16 bytes, so that all but the two ends of the row goes to memory 16 bytes at once. A last call beyond `end` stores what
+// is left. All lanes of the warp call it; where a row is not there, `end` is not above `first`.
+template <class T> DEVICE void store_shifted(const Tensor& t, i64 offset, u32 column, u32 first, u32 end, const float (&v)[8], Carry& carry) {
+  static_assert(sizeof(T) == 2, "");
+  T* const place = static_cast<T*>(t.data) + offset + column;
+  const u32 shift = reinterpret_cast<u64>(place) / 2 & 7, quad = threadIdx.x & 3, from = (threadIdx.x & 28) | ((threadIdx.x + 3) & 3);
+  u32 x[8];  // eight columns before this lane's, and its own
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    x[4 + j] = static_cast<u32>(narrow<T>(v[2 * j]).bits) | static_cast<u32>(narrow<T>(v[2 * j + 1]).bits) << 16;
+    const u32 before = __shfl_sync(~0u, x[4 + j], from);
+    x[j] = quad == 0 ? carry.word[j] : before;
+    carry.word[j] = before;
+  }
+  // Moved up by `shift` elements: what belongs into the 16 bytes that hold the first of this lane's columns.
+#pragma unroll
+  for (int j = 7; j > 1; --j) x[j] = shift & 4 ? x[j - 2] : x[j];
+#pragma unroll
+  for (int j = 7; j > 2; --j) x[j] = shift & 2 ? x[j - 1] : x[j];
+#pragma unroll
+  for (int j = 7; j > 3; --j) x[j] = shift & 1 ? x[j] << 16 | x[j - 1] >> 16 : x[j];
+  const i64 low = static_cast<i64>(column) - shift, begin = first, limit = end;
+  u32* const words = reinterpret_cast<u32*>(place - shift);
+  if (low >= begin && low + 8 <= limit) {
+    *reinterpret_cast<uint4*>(words) = make_uint4(x[4], x[5], x[6], x[7]);
+  } else if (low < limit && low + 8 > begin) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const bool lower = low + 2 * j >= begin && low + 2 * j < limit, upper = low + 2 * j + 1 >= begin && low + 2 * j + 1 < limit;
+      u16* const halves = reinterpret_cast<u16*>(words + j);
+      if (lower && upper) words[j] = x[4 + j];
+      else if (lower) halves[0] = static_cast<u16>(x[4 + j]);
+      else if (upper) halves[1] = static_cast<u16>(x[4 + j] >> 16);
+    }
+  }
+}
+
 // A row of a table of `rows`. Indices count from the end when negative. One outside the table reads row 0 instead of foreign
 // memory and sets the step's status word, unless that is null: the run's results are then not handed out.
 DEVICE i64 row_within(i64 i, i64 rows, u32* status) {

@@ -68,6 +68,18 @@ DEVICE void fetch_pieces(const Params& p, typename EPILOGUE::Inputs (&inputs)[CO
   }
 }
 
+// Piece number `piece` of a fragment: eight neighbouring columns of a row.
+template <Arrangement ARRANGEMENT, int SIZE> DEVICE void piece_of(float (&v)[8], const float (&d)[SIZE], int piece) {
+  const int group = piece / 2, lower = piece % 2;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int element = (4 * group + j) * 4 + 2 * lower;
+    v[ARRANGEMENT == Arrangement::BLOCKS ? 2 * j : j] = d[element];
+    v[ARRANGEMENT == Arrangement::BLOCKS ? 2 * j + 1 : j + 4] = d[element + 1];
+  }
+  if constexpr (ARRANGEMENT == Arrangement::BLOCKS) transpose_quad(v, threadIdx.x & 3);
+}
+
 // Stores the results of pieces whose `inputs` have been fetched.
 template <class EPILOGUE, Arrangement ARRANGEMENT, int COUNT, int SIZE>
 DEVICE void store_pieces(const Params& p, const float (&d)[SIZE], const typename EPILOGUE::Inputs (&inputs)[COUNT], int first,
@@ -77,29 +89,44 @@ DEVICE void store_pieces(const Params& p, const float (&d)[SIZE], const typename
   for (int i = 0; i < COUNT; ++i) {
     const int group = (first + i) / 2, lower = (first + i) % 2;
     float v[8];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int element = (4 * group + j) * 4 + 2 * lower;
-      v[ARRANGEMENT == Arrangement::BLOCKS ? 2 * j : j] = d[element];
-      v[ARRANGEMENT == Arrangement::BLOCKS ? 2 * j + 1 : j + 4] = d[element + 1];
-    }
-    if constexpr (ARRANGEMENT == Arrangement::BLOCKS) transpose_quad(v, quad);
+    piece_of<ARRANGEMENT>(v, d, first + i);
     const u32 c = column + 32 * group + 8 * quad;
     if (stored[lower] && c < columns) EPILOGUE::store(p, rows[lower], c, min(8u, columns - c), v, inputs[i]);
   }
 }
 
 // Hands a whole fragment to the epilogue. What it reads is fetched for AHEAD pieces at a time: as many as the kernel has registers for.
+// Results of 16 bits whose rows are not aligned (EPILOGUE::SHIFTED) pass from lane to lane.
 template <class EPILOGUE, int BLOCKS, int AHEAD = BLOCKS / 2, Arrangement ARRANGEMENT = Arrangement::BLOCKS>
 DEVICE void emit_rows(const Params& p, const float (&d)[BLOCKS * 4], const u32 (&rows)[2], const bool (&stored)[2], u32 column, u32 columns) {
   static_assert(BLOCKS % 4 == 0, "four lanes hold the columns of four blocks");
   constexpr int PIECES = BLOCKS / 2;
   static_assert(PIECES % AHEAD == 0, "");
+  if constexpr (EPILOGUE::SHIFTED) {
+    const u32 end = min(columns, column + 8 * BLOCKS), own = column + 8 * (threadIdx.x & 3);
+    const u32 ends[2] = {stored[0] ? end : 0, stored[1] ? end : 0};
+    typename EPILOGUE::Carries carries[2] = {};
 #pragma unroll
-  for (int first = 0; first < PIECES; first += AHEAD) {
-    typename EPILOGUE::Inputs inputs[AHEAD];
-    fetch_pieces<EPILOGUE>(p, inputs, first, rows, stored, column, columns);
-    store_pieces<EPILOGUE, ARRANGEMENT>(p, d, inputs, first, rows, stored, column, columns);
+    for (int first = 0; first < PIECES; first += AHEAD) {
+      typename EPILOGUE::Inputs inputs[AHEAD];
+      fetch_pieces<EPILOGUE>(p, inputs, first, rows, stored, column, columns);
+#pragma unroll
+      for (int i = 0; i < AHEAD; ++i) {
+        float v[8];
+        piece_of<ARRANGEMENT>(v, d, first + i);
+        const int lower = (first + i) % 2;
+        EPILOGUE::store_shifted(p, rows[lower], own + 32 * ((first + i) / 2), column, ends[lower], v, inputs[i], carries[lower]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) EPILOGUE::template store_rest<8>(p, rows[i], own + 8 * BLOCKS, column, ends[i], carries[i]);
+  } else {
+#pragma unroll
+    for (int first = 0; first < PIECES; first += AHEAD) {
+      typename EPILOGUE::Inputs inputs[AHEAD];
+      fetch_pieces<EPILOGUE>(p, inputs, first, rows, stored, column, columns);
+      store_pieces<EPILOGUE, ARRANGEMENT>(p, d, inputs, first, rows, stored, column, columns);
+    }
   }
 }
 
