@@ -107,7 +107,7 @@ template <class T> DEVICE void store_shifted(const Tensor& t, i64 offset, u32 co
   for (int j = 7; j > 2; --j) x[j] = shift & 2 ? x[j - 1] : x[j];
 #pragma unroll
   for (int j = 7; j > 3; --j) x[j] = shift & 1 ? x[j] << 16 | x[j - 1] >> 16 : x[j];
-  const i64 low = static_cast<i64>(column) - shift, begin = first, limit = end;
+  const i32 low = static_cast<i32>(column - shift), begin = static_cast<i32>(first), limit = static_cast<i32>(end);  // below 2³¹
   u32* const words = reinterpret_cast<u32*>(place - shift);
   if (low >= begin && low + 8 <= limit) {
     *reinterpret_cast<uint4*>(words) = make_uint4(x[4], x[5], x[6], x[7]);

@@ -102,24 +102,30 @@ DEVICE void emit_rows(const Params& p, const float (&d)[BLOCKS * 4], const u32 (
   static_assert(BLOCKS % 4 == 0, "four lanes hold the columns of four blocks");
   constexpr int PIECES = BLOCKS / 2;
   static_assert(PIECES % AHEAD == 0, "");
-  if constexpr (EPILOGUE::SHIFTED) {
-    const u32 end = min(columns, column + 8 * BLOCKS), own = column + 8 * (threadIdx.x & 3);
-    const u32 ends[2] = {stored[0] ? end : 0, stored[1] ? end : 0};
-    typename EPILOGUE::Carries carries[2] = {};
+  if constexpr (EPILOGUE::SHIFTED) {  // a row after the other: each carries registers along
+    constexpr int GROUPS = BLOCKS / 4, GROUPS_AHEAD = AHEAD % 2 == 0 ? AHEAD / 2 : 1;
+    const u32 own = column + 8 * (threadIdx.x & 3);
 #pragma unroll
-    for (int first = 0; first < PIECES; first += AHEAD) {
-      typename EPILOGUE::Inputs inputs[AHEAD];
-      fetch_pieces<EPILOGUE>(p, inputs, first, rows, stored, column, columns);
+    for (int lower = 0; lower < 2; ++lower) {
+      const u32 end = stored[lower] ? min(columns, column + 8 * BLOCKS) : 0;
+      typename EPILOGUE::Carries carries = {};
 #pragma unroll
-      for (int i = 0; i < AHEAD; ++i) {
-        float v[8];
-        piece_of<ARRANGEMENT>(v, d, first + i);
-        const int lower = (first + i) % 2;
-        EPILOGUE::store_shifted(p, rows[lower], own + 32 * ((first + i) / 2), column, ends[lower], v, inputs[i], carries[lower]);
+      for (int first = 0; first < GROUPS; first += GROUPS_AHEAD) {
+        typename EPILOGUE::Inputs inputs[GROUPS_AHEAD];
+#pragma unroll
+        for (int i = 0; i < GROUPS_AHEAD; ++i) {
+          const u32 c = own + 32 * (first + i);
+          if (c < end) inputs[i] = EPILOGUE::fetch(p, rows[lower], c, min(8u, end - c));
+        }
+#pragma unroll
+        for (int i = 0; i < GROUPS_AHEAD; ++i) {
+          float v[8];
+          piece_of<ARRANGEMENT>(v, d, 2 * (first + i) + lower);
+          EPILOGUE::store_shifted(p, rows[lower], own + 32 * (first + i), column, end, v, inputs[i], carries);
+        }
       }
+      EPILOGUE::template store_rest<8>(p, rows[lower], own + 8 * BLOCKS, column, end, carries);
     }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) EPILOGUE::template store_rest<8>(p, rows[i], own + 8 * BLOCKS, column, ends[i], carries[i]);
   } else {
 #pragma unroll
     for (int first = 0; first < PIECES; first += AHEAD) {
