@@ -113,23 +113,22 @@ def epilogue(
     head += f"  struct Carries {{{''.join(carried)} }};\n"
     head += f"  static constexpr bool SHIFTED = {'true' if carried else 'false'};\n"
     if carried:
-        # Templates, since kernels whose WIDTH is not 8 have no use for them.
-        span = "u32 column, u32 first, u32 end"
-        values = [
-            *(line.replace("WIDTH", "N") for line in writer.prepare),
-            "const u32 count = column < end ? min(8u, end - column) : 0;",
-            *_loop(results),
-            *shifting,
-        ]
-        last = ["const float none[N] = {};", *rest]
-        targets_of = "const Targets targets = to(p, row);"
-        tail += (
-            f"  template <int N> DEVICE static void store_shifted(const Params& p, u32 row, {span}, "
-            f"const {COMPUTE[acc]} (&acc)[N], const Inputs& inputs, Carries& carries) {{\n{_indented([targets_of, *values])}\n  }}\n"
-            f"  template <int N> DEVICE static void store_rest(const Params& p, u32 row, {span}, Carries& carries) "
-            f"{{\n{_indented([targets_of, *last])}\n  }}\n"
-        )
+        declared = [line.replace("WIDTH", "N") for line in writer.prepare]
+        tail += _shifted_stores([*declared, *_loop(results)], shifting, rest, COMPUTE[acc])
     return writer.functor("Epilogue", signature, results, head, tail)
+
+
+def _shifted_stores(values: Sequence[str], stores: Sequence[str], rest: Sequence[str], acc: str) -> str:
+    """`store_shifted` and `store_rest` of an epilogue: what kernels/epilogue/access.cuh does for one output, for all of
+    them. They are templates, since kernels whose WIDTH is not 8 have no use for them."""
+    to, span = "const Targets targets = to(p, row);", "const Params& p, u32 row, u32 column, u32 first, u32 end"
+    count = "const u32 count = column < end ? min(8u, end - column) : 0;"
+    store, last = _indented([to, count, *values, *stores]), _indented([to, "const float none[N] = {};", *rest])
+    return (
+        f"  template <int N> DEVICE static void store_shifted({span}, const {acc} (&acc)[N], const Inputs& inputs, "
+        f"Carries& carries) {{\n{store}\n  }}\n"
+        f"  template <int N> DEVICE static void store_rest({span}, Carries& carries) {{\n{last}\n  }}\n"
+    )
 
 
 def prologue(source: ex.Expr, space: Space, inputs: Mapping[int, Operand], granularity: int) -> Functor:
@@ -170,7 +169,7 @@ class _Writer:
         return "true" if self.space.is_aligned(operand, self.granularity) else "false"
 
     def shifted(self, operand: Operand) -> bool:
-        """Whether neighbouring lanes complete each other's 16 bytes (`store_shifted` of kernels/epilogue/access.cuh)."""
+        """Whether lanes complete each other's 16 bytes of it (`store_shifted` of kernels/epilogue/access.cuh)."""
         narrow = COMPUTE[operand.dtype] == "float" and operand.dtype.itemsize == 2
         return narrow and operand.strides[-1] == 1 and not self.space.is_aligned(operand, self.granularity)
 

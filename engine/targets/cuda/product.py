@@ -150,8 +150,8 @@ def pack_weight(b: np.ndarray) -> np.ndarray:
 
 
 def line_elements(k: int, dtype: DType) -> int:
-    """The elements from one line of k to the next where the 128 bytes that the copy engine takes of each lie in one line
-    of the cache; of a line of up to 64 bytes, which is never cut, its next power of two."""
+    """The elements from one row of k to the next such that the 128 bytes which the copy engine takes at once never lie
+    in two lines of the cache: whole lines, or the next power of two of up to 64 bytes."""
     nbytes = max(16, k * dtype.itemsize)
     length = ceildiv(nbytes, 128) * 128 if nbytes > 64 else 1 << (nbytes - 1).bit_length()
     return length // dtype.itemsize
