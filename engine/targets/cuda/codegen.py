@@ -89,11 +89,11 @@ def epilogue(
         )
         writer.finish.append(store)
         if writer.shifted(output):
-            place = f"p.epilogue_out{j}, targets.out{j}, column, first, end"
+            place = f"p.epilogue_out{j}, targets.out{j}, column, first, end, present"
             function = f"::store_shifted<{STORAGE[output.dtype]}>"
             carried.append(f" Carry out{j};")
-            shifting.append(f"{function}({place}, out{j}, carries.out{j});")
-            rest.append(f"{function}({place}, none, carries.out{j});")
+            shifting.append(f"{function}({place}, at, out{j}, carries.out{j});")
+            rest.append(f"{function}({place}, Place::BEYOND, none, carries.out{j});")
         else:
             shifting.append(f"if (count > 0) {store}")
     results = {
@@ -121,12 +121,15 @@ def epilogue(
 def _shifted_stores(values: Sequence[str], stores: Sequence[str], rest: Sequence[str], acc: str) -> str:
     """`store_shifted` and `store_rest` of an epilogue: what kernels/epilogue/access.cuh does for one output, for all of
     them. They are templates, since kernels whose WIDTH is not 8 have no use for them."""
-    to, span = "const Targets targets = to(p, row);", "const Params& p, u32 row, u32 column, u32 first, u32 end"
-    count = "const u32 count = column < end ? min(8u, end - column) : 0;"
+    to, span = (
+        "const Targets targets = to(p, row);",
+        "const Params& p, u32 row, u32 column, u32 first, u32 end, bool present",
+    )
+    count = "const u32 count = present && column < end ? min(8u, end - column) : 0;"
     store, last = _indented([to, count, *values, *stores]), _indented([to, "const float none[N] = {};", *rest])
     return (
-        f"  template <int N> DEVICE static void store_shifted({span}, const {acc} (&acc)[N], const Inputs& inputs, "
-        f"Carries& carries) {{\n{store}\n  }}\n"
+        f"  template <int N> DEVICE static void store_shifted({span}, Place at, const {acc} (&acc)[N], "
+        f"const Inputs& inputs, Carries& carries) {{\n{store}\n  }}\n"
         f"  template <int N> DEVICE static void store_rest({span}, Carries& carries) {{\n{last}\n  }}\n"
     )
 

@@ -5,7 +5,6 @@ of rows where memory is the limit (gemm_stream.py), and, for types that the matr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -17,7 +16,8 @@ from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda import codegen
 from engine.targets.cuda.align_rows import aligned, aligned_bytes
-from engine.targets.cuda.gemm_stream import StreamTile, launch_stream, streams_faster
+from engine.targets.cuda.choices import key_of, tile_of
+from engine.targets.cuda.gemm_stream import AnyTile, StreamTile, launch_stream, stream_tile, streams_faster
 from engine.targets.cuda.kernel import (
     ALIGNMENT,
     I64,
@@ -35,8 +35,9 @@ from engine.targets.cuda.kernel import (
     workspace,
 )
 from engine.targets.cuda.product import Product, is_weight, product_of, rows_inner, rows_of
+from engine.targets.cuda.product_cost import Ranked, ranked_mma, ranked_stream, ranked_wgmma
 from engine.targets.cuda.spaces import operand, operands, space
-from engine.targets.cuda.tiles import MOST_SPLITS, Operands, Tile, WgmmaTile, pick_mma, pick_wgmma
+from engine.targets.cuda.tiles import Operands, WgmmaTile
 
 _MATRIX_TYPES = (DType.F16, DType.BF16, DType.F32)
 
@@ -77,12 +78,23 @@ def _inner(matrices: Tensor, rows: bool) -> Requirement:
 def lower(step: Step, context: Context) -> list[Launch]:
     op, shape = step.op, step.outputs[0].shape
     assert isinstance(op, Gemm)
-    accumulator = _accumulator(op)
-    epilogue = epilogue_of(step, op.stores, tuple(range(len(shape))), shape[-1], accumulator)
-    if not _on_matrix_units(op, *step.inputs[:2]):
+    parts = parts_of(step, context)
+    if parts is None:
+        accumulator = _accumulator(op)
+        epilogue = epilogue_of(step, op.stores, tuple(range(len(shape))), shape[-1], accumulator)
         return [_launch_simt(step, epilogue, accumulator)]
-    product = product_of(step, context)
+    product, epilogue = parts
     return launches_of(product, epilogue, pick_tile(product, context), context)
+
+
+def parts_of(step: Step, context: Context) -> tuple[Product, Functor] | None:
+    """The product and the epilogue of a step for the matrix units; None for others."""
+    op, shape = step.op, step.outputs[0].shape
+    if not isinstance(op, Gemm) or not _on_matrix_units(op, *step.inputs[:2]):
+        return None
+    return product_of(step, context), epilogue_of(
+        step, op.stores, tuple(range(len(shape))), shape[-1], _accumulator(op)
+    )
 
 
 def epilogue_of(
@@ -102,21 +114,26 @@ def epilogue_of(
     return codegen.epilogue(stores, every, placed, every.operands[len(reads) :], granularity, accumulator)
 
 
-def pick_tile(product: Product, context: Context) -> Tile | StreamTile:
-    """The tile and the split of k that should be fastest."""
-    operands, tile = operands_of(product.dtype, context), _pick_block_tile(product, context)
-    return streams_faster(product, tile, operands, context.multiprocessors) or tile
+def pick_tile(product: Product, context: Context) -> AnyTile:
+    """The tile that was fastest on the device, where it has been timed; else what should be."""
+    operands = operands_of(product.dtype, context)
+    timed = context.choices.get(key_of(product, operands))
+    chosen = None if timed is None else tile_of(timed, product, operands)
+    return chosen or ranked_tiles(product, context)[0].tile
 
 
-def _pick_block_tile(product: Product, context: Context) -> Tile:
+def ranked_tiles(product: Product, context: Context) -> list[Ranked]:
+    """The tiles that can take a product, with k in one part or in several, from what should be the fastest on."""
     operands, multiprocessors = operands_of(product.dtype, context), context.multiprocessors
+    every = [*ranked_mma(product, operands, context.architecture, multiprocessors)]
     if context.architecture.wgmma and product.suits_tma_aligned and operands is not Operands.EXACT:
-        tile = pick_wgmma(product.m, product.n, product.k, multiprocessors, operands, MOST_SPLITS)
-        return tile if product.suits_tma else replace(tile, aligns=True)
-    return pick_mma(
-        product.m, product.n, product.k, product.batch.count, context.architecture, multiprocessors, operands,
-        MOST_SPLITS,
-    )  # fmt: skip
+        every += ranked_wgmma(product, operands, multiprocessors)
+    every.sort(key=lambda ranked: ranked.estimate.cycles)
+    slices = stream_tile(product, operands)
+    if slices is not None:
+        faster = streams_faster(product, slices, every[0].tile, operands, multiprocessors)
+        every.insert(0 if faster else 1, ranked_stream(product, slices, operands, multiprocessors))
+    return every
 
 
 def operands_of(dtype: DType, context: Context) -> Operands:
@@ -124,7 +141,7 @@ def operands_of(dtype: DType, context: Context) -> Operands:
     return Operands.HALF if dtype.itemsize == 2 else Operands.TF32 if context.tf32 else Operands.EXACT
 
 
-def launches_of(product: Product, epilogue: Functor, tile: Tile | StreamTile, context: Context) -> list[Launch]:
+def launches_of(product: Product, epilogue: Functor, tile: AnyTile, context: Context) -> list[Launch]:
     """The launches of a product in the given tile."""
     if not (isinstance(tile, WgmmaTile) and tile.aligns):
         return [launch_product(product, epilogue, tile, context)]
@@ -136,7 +153,7 @@ def launches_of(product: Product, epilogue: Functor, tile: Tile | StreamTile, co
 
 
 def launch_product(
-    product: Product, epilogue: Functor, tile: Tile | StreamTile, context: Context, partials: Pointer | None = None
+    product: Product, epilogue: Functor, tile: AnyTile, context: Context, partials: Pointer | None = None
 ) -> Launch:
     """The launch of a product in the given tile, whose operands lie as it reads them. `partials`: where a split product
     leaves its sums, if not in a workspace of its own."""

@@ -154,11 +154,18 @@ def pick_mma(
     most_splits: int = 1,
 ) -> MmaTile:
     """The tile with the least estimated time among those whose ring fits the architecture."""
-    fitting = [tile for tile in MMA_TILES if tile.shared_bytes <= architecture.shared_bytes]
     return min(
-        _split(fitting, m, n, k * operands.itemsize, batch, most_splits),
+        mma_tiles(m, n, k, batch, architecture, operands, most_splits),
         key=lambda tile: mma_cycles(m, n, k, batch, tile, multiprocessors, operands),
     )
+
+
+def mma_tiles(
+    m: int, n: int, k: int, batch: int, architecture: Architecture, operands: Operands, most_splits: int
+) -> Iterator[MmaTile]:
+    """Every tile of mma.sync whose ring fits the architecture, with k in one part or in up to `most_splits`."""
+    fitting = [tile for tile in MMA_TILES if tile.shared_bytes <= architecture.shared_bytes]
+    return _split(fitting, m, n, k * operands.itemsize, batch, most_splits)
 
 
 def _split(tiles: Iterable[T], m: int, n: int, k_bytes: int, batch: int, most: int) -> Iterator[T]:

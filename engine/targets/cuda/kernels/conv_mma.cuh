@@ -80,12 +80,12 @@ struct PhaseEpilogue {
     Epilogue::store(p, place(p, row), column, count, acc, inputs);
   }
   template <int N>
-  DEVICE static void store_shifted(const Params& p, u32 row, u32 column, u32 first, u32 end, const float (&acc)[N], const Inputs& inputs,
-                                   Carries& carries) {
-    Epilogue::store_shifted(p, place(p, row), column, first, end, acc, inputs, carries);
+  DEVICE static void store_shifted(const Params& p, u32 row, u32 column, u32 first, u32 end, bool present, Place at, const float (&acc)[N],
+                                   const Inputs& inputs, Carries& carries) {
+    Epilogue::store_shifted(p, place(p, row), column, first, end, present, at, acc, inputs, carries);
   }
-  template <int N> DEVICE static void store_rest(const Params& p, u32 row, u32 column, u32 first, u32 end, Carries& carries) {
-    Epilogue::store_rest<N>(p, place(p, row), column, first, end, carries);
+  template <int N> DEVICE static void store_rest(const Params& p, u32 row, u32 column, u32 first, u32 end, bool present, Carries& carries) {
+    Epilogue::store_rest<N>(p, place(p, row), column, first, end, present, carries);
   }
 };
 

@@ -104,10 +104,10 @@ DEVICE void emit_rows(const Params& p, const float (&d)[BLOCKS * 4], const u32 (
   static_assert(PIECES % AHEAD == 0, "");
   if constexpr (EPILOGUE::SHIFTED) {  // a row after the other: each carries registers along
     constexpr int GROUPS = BLOCKS / 4, GROUPS_AHEAD = AHEAD % 2 == 0 ? AHEAD / 2 : 1;
-    const u32 own = column + 8 * (threadIdx.x & 3);
+    const u32 own = column + 8 * (threadIdx.x & 3), end = min(columns, column + 8 * BLOCKS);
 #pragma unroll
     for (int lower = 0; lower < 2; ++lower) {
-      const u32 end = stored[lower] ? min(columns, column + 8 * BLOCKS) : 0;
+      const bool present = stored[lower];
       typename EPILOGUE::Carries carries = {};
 #pragma unroll
       for (int first = 0; first < GROUPS; first += GROUPS_AHEAD) {
@@ -115,16 +115,17 @@ DEVICE void emit_rows(const Params& p, const float (&d)[BLOCKS * 4], const u32 (
 #pragma unroll
         for (int i = 0; i < GROUPS_AHEAD; ++i) {
           const u32 c = own + 32 * (first + i);
-          if (c < end) inputs[i] = EPILOGUE::fetch(p, rows[lower], c, min(8u, end - c));
+          if (present && c < end) inputs[i] = EPILOGUE::fetch(p, rows[lower], c, min(8u, end - c));
         }
 #pragma unroll
         for (int i = 0; i < GROUPS_AHEAD; ++i) {
           float v[8];
           piece_of<ARRANGEMENT>(v, d, 2 * (first + i) + lower);
-          EPILOGUE::store_shifted(p, rows[lower], own + 32 * (first + i), column, end, v, inputs[i], carries);
+          const Place at = first + i == 0 ? Place::FIRST : Place::WITHIN;
+          EPILOGUE::store_shifted(p, rows[lower], own + 32 * (first + i), column, end, present, at, v, inputs[i], carries);
         }
       }
-      EPILOGUE::template store_rest<8>(p, rows[lower], own + 8 * BLOCKS, column, end, carries);
+      EPILOGUE::template store_rest<8>(p, rows[lower], own + 8 * BLOCKS, column, end, present, carries);
     }
   } else {
 #pragma unroll
