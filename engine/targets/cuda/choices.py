@@ -17,7 +17,7 @@ from engine.targets.cuda.gemm_stream import AnyTile, StreamTile, stream_tile
 from engine.targets.cuda.kernel import Choice
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.source import expand
-from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES, Operands, Tile, WgmmaTile
+from engine.targets.cuda.tiles import MMA_TILES, PRODUCT_TILES, Operands, Tile, WgmmaTile
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def tile_of(choice: Choice, product: Product, operands: Operands) -> AnyTile | N
     kernel, splits, aligns = choice.get("kernel"), choice.get("splits"), choice.get("aligns")
     if kernel == "stream":
         return stream_tile(product, operands)
-    tiles: tuple[Tile, ...] = WGMMA_TILES if kernel == "wgmma" else MMA_TILES if kernel == "mma" else ()
+    tiles: tuple[Tile, ...] = PRODUCT_TILES if kernel == "wgmma" else MMA_TILES if kernel == "mma" else ()
     tile = next((t for t in tiles if (t.m, t.n) == (choice.get("m"), choice.get("n"))), None)
     if tile is None or type(splits) is not int or not 1 <= splits <= tile.most_splits:
         return None
@@ -75,7 +75,7 @@ class ChoiceFile:
 
     def __init__(self, folder: Path | None, device: str, driver: str) -> None:
         sources = expand("".join(f'#include "{name}"\n' for name in _KERNELS))
-        tiles = repr((WGMMA_TILES, MMA_TILES))
+        tiles = repr((PRODUCT_TILES, MMA_TILES))
         digest = hashlib.sha256("\0".join([sources, tiles, driver]).encode()).hexdigest()[:16]
         name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
         self.path = folder and folder / f"{name}-{digest}.json"

@@ -59,7 +59,7 @@ from engine.targets.cuda.gemm_stream import stream_tile
 from engine.targets.cuda.image import Filter, centre_box, launch_images
 from engine.targets.cuda.kernel import Context, Launch, WeightStore
 from engine.targets.cuda.product import product_of
-from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES, MmaTile, Tile, WgmmaTile
+from engine.targets.cuda.tiles import MMA_TILES, PRODUCT_TILES, WGMMA_TILES, MmaTile, Tile, WgmmaTile
 
 F16, F32, I64 = DType.F16, DType.F32, DType.I64
 ACC = ex.Acc()
@@ -577,7 +577,7 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
     fp16, architecture = _product(F16), context.architecture
     residual = make_step(Gemm((BIAS_RESIDUAL,)), [*fp16.inputs, (F16, (300, 400))])
     portable = [tile for tile in MMA_TILES if tile.shared_bytes <= architecture.shared_bytes]
-    wgmma = WGMMA_TILES if architecture.wgmma else ()
+    wgmma = PRODUCT_TILES if architecture.wgmma else ()
     divisible: list[Tile] = [*portable, *(tile for tile in wgmma if tile.most_splits > 1)]
     rounding = replace(context, tf32=True)
     chosen: list[tuple[Step, Context, Sequence[Tile]]] = [

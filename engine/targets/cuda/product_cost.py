@@ -16,7 +16,15 @@ from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.gemm_stream import AnyTile, StreamTile, stream_cycles
 from engine.targets.cuda.kernel import ceildiv
 from engine.targets.cuda.product import Product
-from engine.targets.cuda.tiles import MOST_SPLITS, Operands, WgmmaTile, mma_cycles, mma_tiles, wgmma_tiles
+from engine.targets.cuda.tiles import (
+    MOST_SPLITS,
+    PRODUCT_TILES,
+    Operands,
+    WgmmaTile,
+    mma_cycles,
+    mma_tiles,
+    wgmma_tiles,
+)
 
 CLOCK_MHZ = 1755
 """The clock of all cycles here."""
@@ -59,33 +67,33 @@ class Ranked:
 
 
 _RATE = 2048  # multiply-adds of fp16 a cycle (NVIDIA's architecture paper)
-_STEADY, _NARROW = 0.65, 32
-"""The time of a multiplication beside that rate at our clock, which small products exceed: `steady`, and what is
-divided by the columns of a tile (wide instructions read less shared memory for each)."""
-_CACHE_RATE = 7260
+_STEADY, _NARROW = 0.9, 8
+"""The time of a multiplication beside that rate at our clock, which small products exceed: `steady` (set, not fitted),
+and what is divided by the columns of a tile (wide instructions read less shared memory for each)."""
+_CACHE_RATE = 7240
 """Bytes a cycle from the L2 cache to all multiprocessors."""
-_CUT = {32: 1.1, 16: 1.85}
+_CUT = {32: 1.2, 16: 1.9}
 """What bytes of rows cost more that begin at multiples of so many only: 128 of them lie in two lines of the cache, or
 reach into one sector more."""
-_LEAST_STEP = 146  # waiting and issuing
-_FINISH, _FINISH_ELEMENT, _SHIFT_ELEMENT = 94, 0.054, 0.12
+_LEAST_STEP = 140  # waiting and issuing
+_FINISH, _FINISH_ELEMENT, _SHIFT_ELEMENT = 130, 0.046, 0.12
 """A tile's results: each element's, and more where rows of the result do not begin at multiples of 16 bytes."""
-_ARRIVAL, _PARTIAL_RATE = 2000, 50
+_ARRIVAL, _PARTIAL_RATE = 2100, 51
 """Partial sums: until they are visible and counted, and the bytes that a multiprocessor writes or reads in a cycle."""
-_LAUNCH, _MEMORY_RATE = 4070, 2260
-_PARTIAL_SECTORS = 1.8
+_LAUNCH, _MEMORY_RATE = 4120, 2360
+_PARTIAL_SECTORS = 1.9
 """What bytes of the result cost memory more whose rows do not begin at multiples of a sector (32 bytes)."""
-_COPY_LAUNCH, _COPY_RATE = 2300, 2020
+_COPY_LAUNCH, _COPY_RATE = 2330, 2030
 
 _MMA_LAUNCH, _MMA_MEMORY_RATE = 2800, 2960
 _MMA_SHARE = 0.95
-_NARROW_LOADS = {16: 1.0, 4: 1.9, 2: 4.5}
+_NARROW_LOADS = {16: 1.0, 4: 2.5, 2: 4.5}
 """The time of a tile of mma.sync on an H100 beside `mma_cycles`, by the bytes that are loaded at once of a row of a."""
 
 
 def ranked_wgmma(product: Product, operands: Operands, multiprocessors: int) -> Iterator[Ranked]:
     """Every tile of wgmma that can take the product."""
-    for tile in wgmma_tiles(product.m, product.n, product.k, operands, MOST_SPLITS):
+    for tile in wgmma_tiles(product.m, product.n, product.k, operands, MOST_SPLITS, tiles=PRODUCT_TILES):
         for aligns in (False, True):
             if product.suits_tma_aligned if aligns else product.suits_tma:
                 chosen = replace(tile, aligns=aligns)

@@ -108,9 +108,9 @@ class WgmmaTile:
 
     @property
     def most_splits(self) -> int:
-        """128 rows in turn leave a consumer no registers to add partial sums beside 128 accumulators (the gate shows
-        spills)."""
-        return 1 if self.m * self.n >= 128 * 128 and not self.cooperative else MOST_SPLITS
+        """128 rows in turn leave a consumer no registers to add partial sums beside 128 accumulators, nor do 224
+        columns (the gate shows spills)."""
+        return 1 if (self.m * self.n >= 128 * 128 and not self.cooperative) or self.n == 224 else MOST_SPLITS
 
 
 WGMMA_TILES = (
@@ -125,6 +125,15 @@ WGMMA_TILES = (
     WgmmaTile(128, 192, 5, cooperative=True),
     WgmmaTile(128, 96, 7, cooperative=True),
 )
+
+PRODUCT_TILES = (
+    *WGMMA_TILES,
+    WgmmaTile(128, 224, 5, cooperative=True),
+    WgmmaTile(128, 160, 6, cooperative=True),
+    WgmmaTile(64, 160, 7),
+    WgmmaTile(64, 96, 10),
+)
+"""Tiles of plain products: widths in between fill a last round that others leave half empty."""
 
 Tile: TypeAlias = MmaTile | WgmmaTile
 T = TypeVar("T", MmaTile, WgmmaTile)
@@ -206,11 +215,18 @@ def pick_wgmma(
 
 
 def wgmma_tiles(
-    m: int, n: int, k: int, operands: Operands, most_splits: int, groups: int = 1, panel_bytes: int = 128
+    m: int,
+    n: int,
+    k: int,
+    operands: Operands,
+    most_splits: int,
+    groups: int = 1,
+    panel_bytes: int = 128,
+    tiles: Iterable[WgmmaTile] = WGMMA_TILES,
 ) -> Iterator[WgmmaTile]:
-    """Every wgmma tile, with k in one part or in up to `most_splits`."""
-    tiles = (replace(tile, panel_bytes=panel_bytes) for tile in WGMMA_TILES)
-    return _split(tiles, m, n, k * operands.itemsize, groups, most_splits)
+    """Every one of the tiles, with k in one part or in up to `most_splits`."""
+    wide = (replace(tile, panel_bytes=panel_bytes) for tile in tiles)
+    return _split(wide, m, n, k * operands.itemsize, groups, most_splits)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,11 @@ from engine.plan.tensor import Buffer, BufferKind
 from engine.specs import TileTrial
 from engine.targets.cuda.choices import choice_of, key_of, tile_text
 from engine.targets.cuda.gemm import launches_of, operands_of, parts_of, pick_tile, ranked_tiles
-from engine.targets.cuda.kernel import ALIGNMENT, AnyMap, Launch, Pointer, ceildiv, pack
+from engine.targets.cuda.gemm_stream import AnyTile
+from engine.targets.cuda.kernel import ALIGNMENT, AnyMap, Context, Launch, Pointer, ceildiv, pack
+from engine.targets.cuda.product import Product
+from engine.targets.cuda.product_cost import Ranked
+from engine.targets.cuda.tiles import WgmmaTile
 
 if TYPE_CHECKING:
     from engine.targets.cuda.target import CudaTarget
@@ -47,7 +51,7 @@ def trials(target: CudaTarget, steps: Iterable[Step], timed: bool, most: int = C
         if key in seen:
             continue
         seen.add(key)
-        ranked = ranked_tiles(product, context)[:most]
+        ranked = candidates(product, context, most)
         times: list[float | None] = [None] * len(ranked)
         if timed and key not in target.choices:
             rows = [launches_of(product, epilogue, one.tile, context) for one in ranked]
@@ -61,6 +65,21 @@ def trials(target: CudaTarget, steps: Iterable[Step], timed: bool, most: int = C
             yield TileTrial(
                 step.name, key, tile_text(one.tile), one.estimate.us, one.estimate.bound, us, one.tile == chosen
             )
+
+
+def candidates(product: Product, context: Context, most: int = CANDIDATES) -> list[Ranked]:
+    """The tiles worth timing: those that should be the fastest, and the best of every other kernel, whose estimates
+    compare less well."""
+    ranked = ranked_tiles(product, context)
+    chosen = ranked[:most]
+    for one in ranked[most:]:
+        if all(_kind(one.tile) != _kind(other.tile) for other in chosen):
+            chosen.append(one)
+    return chosen
+
+
+def _kind(tile: AnyTile) -> tuple[type, bool]:
+    return type(tile), isinstance(tile, WgmmaTile) and tile.aligns
 
 
 def _fastest(times: Sequence[float]) -> int:

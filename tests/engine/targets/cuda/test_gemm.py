@@ -19,7 +19,7 @@ from engine.targets.cuda.gemm import epilogue_of, launches_of, lower, operands_o
 from engine.targets.cuda.gemm_stream import StreamTile, stream_tile
 from engine.targets.cuda.kernel import Context, Launch, WeightStore, content
 from engine.targets.cuda.product import product_of
-from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES, Tile, WgmmaTile
+from engine.targets.cuda.tiles import MMA_TILES, PRODUCT_TILES, Tile, WgmmaTile
 from tests.engine.targets.cuda.cases import check, fed, ragged, rng_of, wiped
 from tests.engine.targets.cuda.emulator.runner import EmulatedRunner
 from tests.engine.targets.cuda.harness import Case, Runner
@@ -53,7 +53,7 @@ def context_of(runner: Runner, kind: str) -> Context:
 def tiles_of(runner: Runner, kind: str) -> list[Tile]:
     """The tiles for operands of this kind; those of wgmma need them to lie as the copy engine reads."""
     wgmma = runner.context.architecture.wgmma and kind != "fp32"
-    return [*MMA_TILES, *(WGMMA_TILES if wgmma else ())]
+    return [*MMA_TILES, *(PRODUCT_TILES if wgmma else ())]
 
 
 def test_gemm_of_every_kind_with_weight_matches_float64(runner: Runner, count: int) -> None:

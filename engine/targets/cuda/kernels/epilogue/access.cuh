@@ -82,14 +82,13 @@ DEVICE void store_columns(const Tensor& t, i64 offset, u32 column, u32 count, co
   }
 }
 
-// What a lane keeps from one call of `store_shifted` to the next along a row: the elements that fill up its next 16 bytes, and the 16
-// bytes in which the row ends, if they were its.
-struct Carry { u32 word[4], tail[4]; };
+// What a lane keeps from one call of `store_shifted` to the next along a row: the elements that fill up its next 16 bytes.
+struct Carry { u32 word[4]; };
 
-// What [begin, end) has of the 16 bytes at `words`, whose first element is column `low`: lane `from` of four has them, and each of the
-// four stores a word, or half of one.
-DEVICE void store_edge(u32* words, i32 low, i32 begin, i32 end, const u32 (&x)[4], u32 from) {
-  const u32 quad = threadIdx.x & 3, source = (threadIdx.x & 28) | from;
+// What [begin, end) has of the 16 bytes at `words`, whose first element is column `low`: the first of four lanes has them, and each of
+// the four stores a word, or half of one.
+DEVICE void store_edge(u32* words, i32 low, i32 begin, i32 end, const u32 (&x)[4]) {
+  const u32 quad = threadIdx.x & 3, source = threadIdx.x & 28;
   u32 word = 0;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
@@ -100,6 +99,14 @@ DEVICE void store_edge(u32* words, i32 low, i32 begin, i32 end, const u32 (&x)[4
   const bool lower = column >= begin && column < end, upper = column + 1 >= begin && column + 1 < end;
   store_global_4_if(lower && upper, words + quad, word);
   store_global_2_if(lower != upper, reinterpret_cast<u16*>(words + quad) + upper, static_cast<u16>(upper ? word >> 16 : word));
+}
+
+// The first `count` halves, up to seven, of the 16 bytes at `words`.
+DEVICE void store_front(u32* words, const u32 (&x)[4], u32 count) {
+  const u32 half = count < 2 ? x[0] : count < 4 ? x[1] : count < 6 ? x[2] : x[3];
+  store_global_8_if(count & 4, words, x[0], x[1]);
+  store_global_4_if(count & 2, words + (count & 4) / 2, count & 4 ? x[2] : x[0]);
+  store_global_2_if(count & 1, reinterpret_cast<u16*>(words + count / 2), static_cast<u16>(half));
 }
 
 // 16-bit results whose rows begin anywhere. Four neighbouring lanes hold 32 neighbouring columns of a row, eight each from `column` on,
@@ -133,14 +140,8 @@ DEVICE void store_shifted(const Tensor& t, i64 offset, u32 column, u32 first, u3
   u32* const words0 = reinterpret_cast<u32*>(place - 8 * quad - shift);  // of the first of the four lanes
   if (at != Place::BEYOND && low >= begin && low + 8 <= limit)
     *reinterpret_cast<uint4*>(words0 + 4 * quad) = make_uint4(x[4], x[5], x[6], x[7]);
-  const bool cut = low < limit && low + 8 > limit;
-#pragma unroll
-  for (int j = 0; j < 4; ++j) carry.tail[j] = cut ? chunk[j] : carry.tail[j];
-  if (at == Place::FIRST) store_edge(words0, low0, begin, shift == 0 ? begin : limit, chunk, 0);
-  if (at == Place::BEYOND) {
-    const i32 last = limit - (limit - low0 & 7);  // where the 16 bytes begin in which the row ends, `last` − `low0` from here
-    store_edge(words0 + (last - low0) / 2, last, begin, limit, carry.tail, (last - low0) / 8 & 3);
-  }
+  store_front(words0 + 4 * quad, chunk, low >= begin && low < limit && low + 8 > limit ? limit - low : 0);
+  if (at == Place::FIRST) store_edge(words0, low0, begin, shift == 0 ? begin : limit, chunk);
 }
 
 // A row of a table of `rows`. Indices count from the end when negative. One outside the table reads row 0 instead of foreign
