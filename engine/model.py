@@ -30,7 +30,7 @@ from engine.ir.ops import Opaque
 from engine.plan.build import Constants, build
 from engine.plan.cache import LeastRecentlyUsed
 from engine.plan.plan import Plan
-from engine.specs import DeviceInfo, KernelStat, ProfileRow, StepStat, TensorSpec, roofline
+from engine.specs import DeviceInfo, KernelStat, ProfileRow, StepStat, TensorSpec, TileTrial, roofline
 from engine.targets.base import Executable, Resident, Target
 
 PLAN_CACHE_BYTES = 64 << 20
@@ -161,6 +161,12 @@ class Model:
             self._profile_row(now, now.launches - then.launches, now.seconds - then.seconds)
             for then, now in zip(before, after, strict=True)
         )
+
+    def tune(self, sizes: Mapping[str, int], timed: bool = True) -> Iterator[TileTrial]:
+        """The tiles that the products of the plan for `sizes` can run in, beside each other. They are timed on the
+        device, and the fastest kept on disk for models loaded later; unless `timed`, the cost model's estimates are all
+        there is. Raises ShapeError, DeviceError (a CPU has nothing to choose from), OutOfMemory."""
+        yield from self._target.trials(self.plan(sizes), timed)
 
     def _profile_row(self, stat: StepStat, calls: int, seconds: float) -> ProfileRow:
         each = seconds / max(calls, 1)

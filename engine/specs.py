@@ -53,6 +53,20 @@ class StepStat:
 
 
 @dataclass(frozen=True)
+class TileTrial:
+    """One way of running a step, beside the others of that step: what `estimate_us` is mostly spent on is `bound`.
+    `measured_us` is None where it was not timed; `chosen`: plans bound from now on take it."""
+
+    step: str
+    product: str
+    tile: str
+    estimate_us: float
+    bound: str
+    measured_us: float | None
+    chosen: bool
+
+
+@dataclass(frozen=True)
 class KernelStat:
     """Totals of one kernel family and operator since the model was loaded. `cached_bytes`: those of `bytes` that the
     device's cache can hold from one use to the next."""

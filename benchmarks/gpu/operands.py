@@ -31,7 +31,8 @@ Fill = Callable[[torch.Tensor], None]
 
 
 class Operands:
-    """`count` sets of the step's inputs and outputs, and of the packed weights of `launches`.
+    """`count` sets of the step's inputs and outputs, and of the packed weights of `launches`; what these only leave to
+    each other or to their next run has one place, as in a plan.
 
     Inputs are normally distributed; constants have their content. `fills` are the inputs that want another content.
     """
@@ -76,7 +77,8 @@ class Operands:
     def _allocated(self, buffer: Buffer, dtype: DType | None) -> torch.Tensor:
         """Memory for a buffer in every set, as rows of bytes."""
         padded = ceildiv(max(1, buffer.nbytes), ALIGNMENT) * ALIGNMENT
-        memory = torch.full((self.count, padded), _POISON, dtype=torch.uint8, device=self._device)
+        count = 1 if buffer.kind in (BufferKind.WORKSPACE, BufferKind.PLAN) else self.count
+        memory = torch.full((count, padded), _POISON, dtype=torch.uint8, device=self._device)
         if buffer.data is not None:
             content = np.ascontiguousarray(buffer.data).reshape(-1).view(np.uint8)
             memory[:, : buffer.nbytes] = torch.from_numpy(content.copy()).to(self._device)
@@ -93,7 +95,8 @@ class Operands:
 
     def address(self, i: int, pointer: Pointer) -> int:
         """Where a launch's pointer points to in set `i`."""
-        return int(self._memory[id(pointer.buffer)][i].data_ptr()) + pointer.offset
+        memory = self._memory[id(pointer.buffer)]
+        return int(memory[i % len(memory)].data_ptr()) + pointer.offset
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """What the cost models that choose tiles say that a step takes. Needs no GPU.
 
-Their constants are of an H100, in cycles at the clock below; of another GPU nothing is said. The constants of products
-on wgmma were fitted to shapes of the suite `gemm` (tiles.py); those of the suite `random` were not among them.
+Their constants are of an H100, in cycles at one clock; of another GPU nothing is said. The constants of products
+on wgmma were fitted to shapes of the suite `gemm` (product_cost.py); those of the suite `random` were not among them.
 """
 
 from __future__ import annotations
@@ -14,14 +14,9 @@ from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.attention import heads_of, sizes_of
 from engine.targets.cuda.attention_tiles import cycles as portable_cycles
 from engine.targets.cuda.attention_tiles import pick
-from engine.targets.cuda.gemm import epilogue_of, operands_of, pick_tile
-from engine.targets.cuda.gemm_stream import StreamTile, stream_cycles
+from engine.targets.cuda.gemm import parts_of, pick_tile, ranked_tiles
 from engine.targets.cuda.kernel import Context
-from engine.targets.cuda.product import product_of
-from engine.targets.cuda.tiles import WgmmaTile, mma_cycles, wgmma_cycles
-
-_CLOCK_MHZ = 1755
-"""At which the estimates for plain products on wgmma equal, in the geometric mean, what an H100 (SXM) took."""
+from engine.targets.cuda.product_cost import CLOCK_MHZ
 
 
 def predicted_us(step: Step, context: Context) -> float | None:
@@ -29,23 +24,19 @@ def predicted_us(step: Step, context: Context) -> float | None:
     if context.architecture is not SM_90A or step.inputs[0].dtype is not DType.F16:
         return None
     if isinstance(step.op, Gemm):
-        return _product_cycles(step, context) / _CLOCK_MHZ
+        return _product_cycles(step, context) / CLOCK_MHZ
     if isinstance(step.op, Attention):
-        return _attention_cycles(step, context) / _CLOCK_MHZ
+        return _attention_cycles(step, context) / CLOCK_MHZ
     return None
 
 
 def _product_cycles(step: Step, context: Context) -> float:
-    product, multiprocessors = product_of(step, context), context.multiprocessors
-    assert isinstance(step.op, Gemm)
-    shape = step.outputs[0].shape
-    reads = epilogue_of(step, step.op.stores, tuple(range(len(shape))), shape[-1]).reads
-    tile, operands = pick_tile(product, context, reads), operands_of(product, context)
-    if isinstance(tile, StreamTile):
-        return stream_cycles(product, tile, multiprocessors, product.dtype.itemsize)
-    if isinstance(tile, WgmmaTile):
-        return wgmma_cycles(product.m, product.n, product.k, tile, multiprocessors, operands, reads=reads)
-    return mma_cycles(product.m, product.n, product.k, product.batch.count, tile, multiprocessors, operands)
+    parts = parts_of(step, context)
+    assert parts is not None
+    product, epilogue = parts
+    tile = pick_tile(product, context, epilogue.reads)
+    ranked = ranked_tiles(product, context, epilogue.reads)
+    return next(one.estimate.cycles for one in ranked if one.tile == tile)
 
 
 def _attention_cycles(step: Step, context: Context) -> float:

@@ -1,4 +1,4 @@
-"""``python -m engine inspect | run | check | profile``: argument parsing and dispatch. One module per command."""
+"""``python -m engine inspect | run | check | profile | tune``: parses arguments, calls the command. One module each."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import sys
 from collections.abc import Sequence
 
 import engine
-from engine.cli import check, inspect, profile, run
+from engine.cli import check, inspect, profile, run, tune
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0 done, 1 a check failed, 2 an error the user can mend, 141
     nobody reads the output any more (what a shell gives for a program ended by SIGPIPE)."""
     parser = argparse.ArgumentParser(
-        prog="python -m engine", description="Inspect, run, check and profile ONNX models."
+        prog="python -m engine", description="Inspect, run, check, profile and tune ONNX models."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (inspect, run, check, profile):
+    for module in (inspect, run, check, profile, tune):
         command = commands.add_parser(module.NAME, help=module.HELP, description=module.HELP)
         command.add_argument("model", help="the .onnx file")
         command.add_argument("--device", default="auto", help="auto or cpu (default: %(default)s)")

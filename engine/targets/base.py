@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,7 +11,7 @@ from engine.ir.ops import Op
 from engine.passes.traits import Traits
 from engine.plan.plan import Plan, Requirement
 from engine.plan.tensor import Tensor
-from engine.specs import DeviceInfo, StepStat
+from engine.specs import DeviceInfo, StepStat, TileTrial
 
 
 class Executable(Protocol):
@@ -77,6 +77,12 @@ class Target(Protocol):
     def bind(self, plan: Plan) -> Executable: ...
 
     def resident(self, plan: Plan) -> Resident: ...
+
+    def trials(self, plan: Plan, timed: bool) -> Iterator[TileTrial]:
+        """The tiles that the products of a plan can run in, step by step; `timed`: those that should be the fastest are
+        run, and the fastest is kept for plans that are bound later. Raises DeviceError where there is nothing to choose
+        from, OutOfMemory."""
+        ...
 
     def memory(self) -> Mapping[str, int]:
         """Bytes by kind: ``weights`` (packed), ``arena``."""

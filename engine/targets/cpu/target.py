@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 
 import numpy as np
 
-from engine.errors import OutOfMemory, ShapeError
+from engine.errors import DeviceError, OutOfMemory, ShapeError
 from engine.ir.dtype import DType
 from engine.ir.ops import Cost, Op, Opaque
 from engine.passes.traits import Traits
 from engine.plan.plan import Plan, Requirement, Step
 from engine.plan.residency import cached_bytes
 from engine.plan.tensor import Buffer, BufferKind, Tensor
-from engine.specs import DeviceInfo, StepStat
+from engine.specs import DeviceInfo, StepStat, TileTrial
 from engine.targets.cpu.ceilings import ceilings, processor_name
 from engine.targets.cpu.codegen.isa import host_isa
 from engine.targets.cpu.families import family_of
@@ -101,6 +101,10 @@ class CpuTarget:
     def resident(self, plan: Plan) -> HostResident:
         """The plan with arrays of its own."""
         return HostResident(plan, self.bind(plan))
+
+    def trials(self, plan: Plan, timed: bool) -> Iterator[TileTrial]:
+        """Raises DeviceError: the kernels of a CPU have one way to run."""
+        raise DeviceError("there is nothing to choose on a CPU: tuning is for GPUs. Use device='cuda'")
 
     def memory(self) -> Mapping[str, int]:
         """Bytes by kind."""

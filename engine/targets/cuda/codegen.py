@@ -89,15 +89,25 @@ def epilogue(
     """`Epilogue`: the stores of a node. `inputs` and `outputs` are operands of `space`; `granularity` as in
     `Space.is_aligned`."""
     writer, targets = _Writer("epilogue", space, granularity), list[str]()
+    shifting, rest, carried = list[str](), list[str](), list[str]()
     writer.read(inputs)
     for j, output in enumerate(outputs):
         writer.declare(f"epilogue_out{j}", output)
         writer.prepare.append(f"{COMPUTE[output.dtype]} out{j}[WIDTH];")
         targets.append(f"targets.out{j} = row_offset(p.epilogue_out{j}, r);")
-        writer.finish.append(
+        store = (
             f"store_columns<{STORAGE[output.dtype]}, {_column(output)}, {writer.aligned(output)}>"
             f"(p.epilogue_out{j}, targets.out{j}, column, count, out{j});"
         )
+        writer.finish.append(store)
+        if writer.shifted(output):
+            place = f"p.epilogue_out{j}, targets.out{j}, column, first, end, present"
+            function = f"::store_shifted<{STORAGE[output.dtype]}>"
+            carried.append(f" Carry out{j};")
+            shifting.append(f"{function}({place}, at, out{j}, carries.out{j});")
+            rest.append(f"{function}({place}, Place::BEYOND, none, carries.out{j});")
+        else:
+            shifting.append(f"if (count > 0) {store}")
     results = {
         f"out{j}[i]": (store, output.dtype) for j, (store, output) in enumerate(zip(stores, outputs, strict=True))
     }
@@ -114,7 +124,28 @@ def epilogue(
         "{ store(p, row, column, count, acc, fetch(p, row, column, count)); }\n"
     )
     signature = f"void store(const Params& p, const Targets& targets, {more}, const Inputs& inputs)"
+    head += f"  struct Carries {{{''.join(carried)} }};\n"
+    head += f"  static constexpr bool SHIFTED = {'true' if carried else 'false'};\n"
+    if carried:
+        declared = [line.replace("WIDTH", "N") for line in writer.prepare]
+        tail += _shifted_stores([*declared, *_loop(results)], shifting, rest, COMPUTE[acc])
     return writer.functor("Epilogue", signature, results, head, tail)
+
+
+def _shifted_stores(values: Sequence[str], stores: Sequence[str], rest: Sequence[str], acc: str) -> str:
+    """`store_shifted` and `store_rest` of an epilogue: what kernels/epilogue/access.cuh does for one output, for all of
+    them. They are templates, since kernels whose WIDTH is not 8 have no use for them."""
+    to, span = (
+        "const Targets targets = to(p, row);",
+        "const Params& p, u32 row, u32 column, u32 first, u32 end, bool present",
+    )
+    count = "const u32 count = present && column < end ? min(8u, end - column) : 0;"
+    store, last = _indented([to, count, *values, *stores]), _indented([to, "const float none[N] = {};", *rest])
+    return (
+        f"  template <int N> DEVICE static void store_shifted({span}, Place at, const {acc} (&acc)[N], "
+        f"const Inputs& inputs, Carries& carries) {{\n{store}\n  }}\n"
+        f"  template <int N> DEVICE static void store_rest({span}, Carries& carries) {{\n{last}\n  }}\n"
+    )
 
 
 def prologue(source: ex.Expr, space: Space, inputs: Mapping[int, Operand], granularity: int) -> Functor:
@@ -156,6 +187,11 @@ class _Writer:
 
     def aligned(self, operand: Operand) -> str:
         return "true" if self.space.is_aligned(operand, self.granularity) else "false"
+
+    def shifted(self, operand: Operand) -> bool:
+        """Whether lanes complete each other's 16 bytes of it (`store_shifted` of kernels/epilogue/access.cuh)."""
+        narrow = COMPUTE[operand.dtype] == "float" and operand.dtype.itemsize == 2
+        return narrow and operand.strides[-1] == 1 and not self.space.is_aligned(operand, self.granularity)
 
     def declare(self, name: str, operand: Operand) -> None:
         self.arguments[name] = TensorArgument(operand.pointer, operand.strides[:-1], operand.strides[-1])
@@ -203,12 +239,6 @@ class _Writer:
     def functor(
         self, name: str, signature: str, results: Mapping[str, tuple[ex.Expr, DType]], head: str, tail: str
     ) -> Functor:
-        body = _expression_lines([root for root, _ in results.values()])
-        names = body.names
-        loop = [
-            *body.lines,
-            *(f"{target} = {_convert(names[root], root.dtype, to)};" for target, (root, to) in results.items()),
-        ]
         # All indices are read before the first is compared, which may lead to a store that no load passes.
         found = (f"rows.{place} = {offset};" for place, offset in self.rows.items())
         at = _indented([self.split, *self.lookups, "Rows rows;", *found, "return rows;"])
@@ -230,16 +260,19 @@ class _Writer:
             "  DEVICE static Inputs fetch(const Params& p, u32 row, u32 column, u32 count) "
             "{ return fetch(p, at(p, row), column, count); }\n"
         )
-        lines = [
-            *self.prepare,
-            "#pragma unroll",
-            "for (int i = 0; i < WIDTH; ++i) {",
-            *(f"  {line}" for line in loop),
-            "}",
-            *self.finish,
-        ]
+        lines = [*self.prepare, *_loop(results), *self.finish]
         code = f"struct {name} {{\n{head}  DEVICE static {signature} {{\n{_indented(lines)}\n  }}\n{tail}}};\n"
         return Functor(code, tuple(self.arguments.items()), self.reads)
+
+
+def _loop(results: Mapping[str, tuple[ex.Expr, DType]]) -> list[str]:
+    """Computes the results of all columns: what is assigned, and (expression, type) of its value."""
+    body = _expression_lines([root for root, _ in results.values()])
+    loop = [
+        *body.lines,
+        *(f"{target} = {_convert(body.names[root], root.dtype, to)};" for target, (root, to) in results.items()),
+    ]
+    return ["#pragma unroll", "for (int i = 0; i < WIDTH; ++i) {", *(f"  {line}" for line in loop), "}"]
 
 
 def _indented(lines: Sequence[str]) -> str:

@@ -37,7 +37,7 @@ from engine.targets.cuda.conv_simt import (
 )
 from engine.targets.cuda.conv_stem import is_stem, launch_stem
 from engine.targets.cuda.depthwise import is_depthwise_product, launch_depthwise_product
-from engine.targets.cuda.gemm import launch_product, pick_tile, split_arguments
+from engine.targets.cuda.gemm import launches_of, pick_tile, split_arguments
 from engine.targets.cuda.kernel import (
     STORAGE,
     Argument,
@@ -51,7 +51,7 @@ from engine.targets.cuda.kernel import (
     pointer_to,
     workspace,
 )
-from engine.targets.cuda.product import Matrix, Product
+from engine.targets.cuda.product import Matrix, Product, line_elements
 from engine.targets.cuda.spaces import operand, space
 from engine.targets.cuda.tiles import MmaTile, Operands, Tile, WgmmaTile, mma_cycles, pick_mma
 
@@ -108,7 +108,7 @@ def lower(step: Step, context: Context) -> list[Launch]:
     if is_patches(step, geometry):
         return launch_patches(step, geometry, operands, context)
     if _is_product(step, geometry):
-        return [_lower_product(step, geometry, context)]
+        return _lower_product(step, geometry, context)
     # The filters that a launch has just packed lie where the sums of a split product would.
     splits = _MOST_SPLITS if is_constant(step.inputs[1]) else 1
     m, n, k, batch = geometry.rows, geometry.n, geometry.phases[0].k, geometry.groups * len(geometry.phases)
@@ -176,22 +176,22 @@ def _is_product(step: Step, geometry: Geometry) -> bool:
     )
 
 
-def _lower_product(step: Step, geometry: Geometry, context: Context) -> Launch:
+def _lower_product(step: Step, geometry: Geometry, context: Context) -> list[Launch]:
     x, w = step.inputs[0], step.inputs[1]
-    per_chunk = 16 // w.dtype.itemsize
+    line = line_elements(geometry.k, w.dtype)
     order = channels_last(len(x.shape))
     (pixels,) = space(x.shape, order[:-1], order[-1:], [operand(x, len(x.shape))]).operands
-    a = Matrix(geometry.x, pixels.strides[0] or row_length(geometry.k, per_chunk))
+    a = Matrix(geometry.x, pixels.strides[0] or line)
     if is_constant(w):
-        filters, _ = filters_of(step, geometry, context)
-        b = Matrix(filters, row_length(geometry.k, per_chunk), padded=True)
+        filters, _ = filters_of(step, geometry, context, line)
+        b = Matrix(filters, line, padded=True)
     else:
         lies = tap_strides(w, geometry)
         k_inner = lies.channel == 1
         b = Matrix(pointer_to(w), lies.column if k_inner else lies.channel, k_inner)
     product = Product(geometry.rows, geometry.n, geometry.k, w.dtype, a, b)
     epilogue = epilogue_for(step, geometry.n)
-    return launch_product(product, epilogue, pick_tile(product, context, epilogue.reads), context)
+    return launches_of(product, epilogue, pick_tile(product, context, epilogue.reads), context)
 
 
 # Implicit products

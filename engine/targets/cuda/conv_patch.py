@@ -13,11 +13,11 @@ from engine.ir.dtype import DType
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda import pointwise
-from engine.targets.cuda.conv_geometry import Geometry, pack_filter, row_length
+from engine.targets.cuda.conv_geometry import Geometry, pack_filter
 from engine.targets.cuda.conv_simt import epilogue_for
 from engine.targets.cuda.gemm import launch_product
 from engine.targets.cuda.kernel import Context, Launch, Pointer, is_constant, pointer_to
-from engine.targets.cuda.product import Matrix, Product
+from engine.targets.cuda.product import Matrix, Product, line_elements
 from engine.targets.cuda.spaces import operand
 from engine.targets.cuda.tiles import Operands, Tile, pick_mma, pick_wgmma
 
@@ -55,22 +55,22 @@ def launch_patches(step: Step, geometry: Geometry, operands: Operands, context: 
     first, second = (taps, channels) if inner else (channels, taps)
     shape = (*blocks, *first[0], *second[0])
     source = Tensor(x.buffer, x.dtype, shape, (*apart, *first[1], *second[1]), x.offset)
-    nbytes = prod(shape) * element.itemsize
-    patches = Tensor(Buffer("patches", BufferKind.WORKSPACE, nbytes), element, shape, row_major(shape))
+    line = line_elements(geometry.k, element)
+    within, patch = row_major((*first[0], *second[0])), row_major(blocks)
+    nbytes = prod(blocks) * line * element.itemsize
+    strides = (*(stride * line for stride in patch), *within)
+    patches = Tensor(Buffer("patches", BufferKind.WORKSPACE, nbytes), element, shape, strides)
     copied = ex.cast(ex.cast(ex.Arg(0, x.dtype), DType.F32), element) if x.dtype is not element else ex.Arg(0, element)
     rearranged = pointwise.launches((copied,), {0: operand(source, len(shape))}, (patches,), context, "conv")
 
-    per_chunk = 16 // element.itemsize
-    length = row_length(geometry.k, per_chunk)
-
     def pack(w: np.ndarray) -> np.ndarray:
         if inner:
-            return pack_filter(w, geometry, per_chunk)
-        return np.pad(w.reshape(w.shape[0], -1), ((0, 0), (0, length - geometry.k))).reshape(-1)
+            return pack_filter(w, geometry, line)
+        return np.pad(w.reshape(w.shape[0], -1), ((0, 0), (0, line - geometry.k))).reshape(-1)
 
-    packed = context.weights.packed(step.inputs[1], f"patches,{'c' if inner else 'taps'} inner {per_chunk}", pack)
-    filters = Matrix(Pointer(packed, ctype=pointer_to(step.inputs[1]).ctype), length, padded=True)
-    product = Product(geometry.rows, geometry.n, geometry.k, element, Matrix(pointer_to(patches), geometry.k), filters)
+    packed = context.weights.packed(step.inputs[1], f"patches,{'c' if inner else 'taps'} inner, lines", pack)
+    filters = Matrix(Pointer(packed, ctype=pointer_to(step.inputs[1]).ctype), line, padded=True)
+    product = Product(geometry.rows, geometry.n, geometry.k, element, Matrix(pointer_to(patches), line), filters)
     return [
         *rearranged,
         launch_product(product, epilogue_for(step, geometry.n), _tile(product, operands, context), context),

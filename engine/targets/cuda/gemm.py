@@ -15,8 +15,11 @@ from engine.ir.ops import Gemm, Op
 from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda import codegen
-from engine.targets.cuda.gemm_stream import StreamTile, launch_stream, streams_faster
+from engine.targets.cuda.align_rows import aligned, aligned_bytes
+from engine.targets.cuda.choices import key_of, tile_of
+from engine.targets.cuda.gemm_stream import AnyTile, StreamTile, launch_stream, stream_tile, streams_faster
 from engine.targets.cuda.kernel import (
+    ALIGNMENT,
     I64,
     STORAGE,
     Argument,
@@ -33,8 +36,9 @@ from engine.targets.cuda.kernel import (
     workspace,
 )
 from engine.targets.cuda.product import Product, columns_in_parts, in_parts, is_weight, product_of, rows_inner, rows_of
+from engine.targets.cuda.product_cost import Ranked, ranked_mma, ranked_stream, ranked_wgmma
 from engine.targets.cuda.spaces import operand, operands, space
-from engine.targets.cuda.tiles import MOST_SPLITS, NOTHING, Operands, Tile, WgmmaTile, pick_mma, pick_wgmma
+from engine.targets.cuda.tiles import NOTHING, Operands, WgmmaTile
 
 _MATRIX_TYPES = (DType.F16, DType.BF16, DType.F32)
 
@@ -75,12 +79,23 @@ def _inner(matrices: Tensor, rows: bool) -> Requirement:
 def lower(step: Step, context: Context) -> list[Launch]:
     op, shape = step.op, step.outputs[0].shape
     assert isinstance(op, Gemm)
-    accumulator = _accumulator(op)
-    epilogue = epilogue_of(step, op.stores, tuple(range(len(shape))), shape[-1], accumulator)
-    if not _on_matrix_units(op, *step.inputs[:2]):
+    parts = parts_of(step, context)
+    if parts is None:
+        accumulator = _accumulator(op)
+        epilogue = epilogue_of(step, op.stores, tuple(range(len(shape))), shape[-1], accumulator)
         return [_launch_simt(step, epilogue, accumulator)]
-    product = product_of(step, context)
-    return [launch_product(product, epilogue, pick_tile(product, context, epilogue.reads), context)]
+    product, epilogue = parts
+    return launches_of(product, epilogue, pick_tile(product, context, epilogue.reads), context)
+
+
+def parts_of(step: Step, context: Context) -> tuple[Product, Functor] | None:
+    """The product and the epilogue of a step for the matrix units; None for others."""
+    op, shape = step.op, step.outputs[0].shape
+    if not isinstance(op, Gemm) or not _on_matrix_units(op, *step.inputs[:2]):
+        return None
+    return product_of(step, context), epilogue_of(
+        step, op.stores, tuple(range(len(shape))), shape[-1], _accumulator(op)
+    )
 
 
 def epilogue_of(
@@ -100,20 +115,26 @@ def epilogue_of(
     return codegen.epilogue(stores, every, placed, every.operands[len(reads) :], granularity, accumulator)
 
 
-def pick_tile(product: Product, context: Context, reads: Reads = NOTHING) -> Tile | StreamTile:
-    """The tile and the split of k that should be fastest. `reads`: of the epilogue."""
-    operands, tile = operands_of(product, context), _pick_block_tile(product, context, reads)
-    return streams_faster(product, tile, operands, context.multiprocessors) or tile
+def pick_tile(product: Product, context: Context, reads: Reads = NOTHING) -> AnyTile:
+    """The tile that was fastest on the device, where it was timed; else what should be. `reads`: of the epilogue."""
+    operands = operands_of(product, context)
+    timed = context.choices.get(key_of(product, operands, reads))
+    chosen = None if timed is None else tile_of(timed, product, operands)
+    return chosen or ranked_tiles(product, context, reads)[0].tile
 
 
-def _pick_block_tile(product: Product, context: Context, reads: Reads) -> Tile:
+def ranked_tiles(product: Product, context: Context, reads: Reads = NOTHING) -> list[Ranked]:
+    """The tiles that can take a product, with k in one part or in several, from what should be the fastest on."""
     operands, multiprocessors = operands_of(product, context), context.multiprocessors
-    if context.architecture.wgmma and product.suits_tma and operands is not Operands.EXACT:
-        return pick_wgmma(product.m, product.n, product.k, multiprocessors, operands, MOST_SPLITS, reads)
-    return pick_mma(
-        product.m, product.n, product.k, product.batch.count, context.architecture, multiprocessors, operands,
-        MOST_SPLITS,
-    )  # fmt: skip
+    every = [*ranked_mma(product, operands, context.architecture, multiprocessors)]
+    if context.architecture.wgmma and product.suits_tma_aligned and operands is not Operands.EXACT:
+        every += ranked_wgmma(product, operands, multiprocessors, reads)
+    every.sort(key=lambda ranked: ranked.estimate.cycles)
+    slices = stream_tile(product, operands)
+    if slices is not None:
+        faster = streams_faster(product, slices, every[0].tile, operands, multiprocessors)
+        every.insert(0 if faster else 1, ranked_stream(product, slices, operands, multiprocessors))
+    return every
 
 
 def operands_of(product: Product, context: Context) -> Operands:
@@ -126,14 +147,28 @@ def operands_of(product: Product, context: Context) -> Operands:
     return Operands.REFINED if product.b.is_constant else Operands.TF32
 
 
-def launch_product(product: Product, epilogue: Functor, tile: Tile | StreamTile, context: Context) -> Launch:
-    """The launch of a product in the given tile."""
+def launches_of(product: Product, epilogue: Functor, tile: AnyTile, context: Context) -> list[Launch]:
+    """The launches of a product in the given tile."""
+    if not (isinstance(tile, WgmmaTile) and tile.aligns):
+        return [launch_product(product, epilogue, tile, context)]
+    tiles = ceildiv(product.m, tile.m) * ceildiv(product.n, tile.n)
+    before = ceildiv(aligned_bytes(product), ALIGNMENT) * ALIGNMENT
+    scratch = workspace(before + (tiles * tile.splits * tile.m * tile.n * 4 if tile.splits > 1 else 0))
+    copy, product = aligned(product, scratch, context.multiprocessors)
+    return [copy, launch_product(product, epilogue, tile, context, Pointer(scratch, before, "float"))]
+
+
+def launch_product(
+    product: Product, epilogue: Functor, tile: AnyTile, context: Context, partials: Pointer | None = None
+) -> Launch:
+    """The launch of a product in the given tile, whose operands lie as it reads them. `partials`: where a split product
+    leaves its sums, if not in a workspace of its own."""
     if isinstance(tile, StreamTile):
         return launch_stream(product, epilogue, tile, context)
     sizes = {"m": product.m, "n": product.n, "k": product.k}
     tiles = ceildiv(product.m, tile.m) * ceildiv(product.n, tile.n) * product.batch.count
     if isinstance(tile, WgmmaTile):
-        return _launch_wgmma(product, epilogue, tile, tiles, context)
+        return _launch_wgmma(product, epilogue, tile, tiles, context, partials)
     operands = operands_of(product, context)
     return launch(
         "gemm",
@@ -189,19 +224,23 @@ def _launch_simt(step: Step, epilogue: Functor, accumulator: DType) -> Launch:
     )  # fmt: skip
 
 
-def split_arguments(tiles: int, elements: int, warps: int, splits: int) -> dict[str, Argument]:
+def split_arguments(
+    tiles: int, elements: int, warps: int, splits: int, partials: Pointer | None = None
+) -> dict[str, Argument]:
     """What kernels/scheduler/split_k.cuh asks of a kernel's arguments: partial sums of `tiles` of so many `elements`,
-    and a counter for each of the `warps` that share a tile."""
+    where `partials` says or in a workspace, and a counter for each of the `warps` that share a tile."""
     if splits == 1:
         return {}
-    partials = workspace(tiles * splits * elements * 4)
+    partials = partials or Pointer(workspace(tiles * splits * elements * 4), ctype="float")
     arrived = Buffer("arrived", BufferKind.PLAN, tiles * warps * 4, np.zeros(tiles * warps, np.uint32))
     return {
-        "partials": Pointer(partials, ctype="float"), "arrived": Pointer(arrived, ctype="u32"), "splits": splits,
+        "partials": partials, "arrived": Pointer(arrived, ctype="u32"), "splits": splits,
     }  # fmt: skip
 
 
-def _launch_wgmma(product: Product, epilogue: Functor, tile: WgmmaTile, tiles: int, context: Context) -> Launch:
+def _launch_wgmma(
+    product: Product, epilogue: Functor, tile: WgmmaTile, tiles: int, context: Context, partials: Pointer | None
+) -> Launch:
     a, b, k, columns = product.a, product.b, product.k, 128 // product.dtype.itemsize
     parts = operands_of(product, context).parts
     if parts > 1:
@@ -217,7 +256,7 @@ def _launch_wgmma(product: Product, epilogue: Functor, tile: WgmmaTile, tiles: i
             "m": product.m,
             "n": product.n,
             "k": k,
-            **split_arguments(tiles, tile.m * tile.n, 8 if tile.cooperative else 4, tile.splits),
+            **split_arguments(tiles, tile.m * tile.n, 8 if tile.cooperative else 4, tile.splits, partials),
         },
         # Persistent: a block a multiprocessor.
         (min(tiles, max(1, context.multiprocessors // tile.splits)), tile.splits, 1),

@@ -279,15 +279,21 @@ class WeightStore:
         return self._packed[key][1]
 
 
+Choice: TypeAlias = Mapping[str, str | int | float | bool]
+"""A tile that was timed (choices.py)."""
+
+
 @dataclass(frozen=True)
 class Context:
     """What lowering a step needs to know beside the step. `tf32`: products of fp32 operands round them to the nearest
-    tf32, or take them in two parts (gemm.py); else they are as exact as fp32."""
+    tf32, or take them in two parts (gemm.py); else they are as exact as fp32. `choices`: tiles of products that were
+    timed on the device, by `choices.key_of`."""
 
     architecture: Architecture
     multiprocessors: int
     weights: WeightStore
     tf32: bool = False
+    choices: Mapping[str, Choice] = field(default_factory=dict)
 
 
 class Family(Protocol):

@@ -103,8 +103,13 @@ class Product:
     @property
     def suits_tma(self) -> bool:
         """Whether the copy engine can read both operands as single matrices."""
+        return self.suits_tma_aligned and self.a_access == 16
+
+    @property
+    def suits_tma_aligned(self) -> bool:
+        """Whether it can where the rows of a have been copied to where it reads them (align_rows.py)."""
         single = self.batch.count == 1 and self.a.k_inner and self.b.k_inner
-        return single and min(self.a_access, self.b_access) == 16 and min(self.k, self.a.stride, self.b.stride) > 0
+        return single and self.b_access == 16 and min(self.k, self.a.stride, self.b.stride) > 0
 
 
 def product_of(step: Step, context: Context) -> Product:
@@ -114,7 +119,7 @@ def product_of(step: Step, context: Context) -> Product:
     m, row, batch = rows_of(step)
     if rows_inner(a):
         return Product(m, n, k, a.dtype, Matrix(pointer_to(a), a.strides[-1], False), _second(b, context), batch)
-    line = row if m > 1 else _padded(k, a.dtype)  # to a second row where there is none: any will do
+    line = row if m > 1 else line_elements(k, a.dtype)  # to a second row where there is none: any will do
     return Product(m, n, k, a.dtype, Matrix(pointer_to(a), line), _second(b, context), batch)
 
 
@@ -135,16 +140,16 @@ def rows_of(step: Step) -> tuple[int, int, Batch]:
 def _second(b: Tensor, context: Context) -> Matrix:
     """The second operand. A weight is packed with k innermost."""
     if is_weight(b):
-        packed = context.weights.packed(b, "n,k16B", pack_weight)
-        return Matrix(Pointer(packed, ctype=STORAGE[b.dtype]), _padded(b.shape[-2], b.dtype), padded=True)
+        packed = context.weights.packed(b, "n,k lines", pack_weight)
+        return Matrix(Pointer(packed, ctype=STORAGE[b.dtype]), line_elements(b.shape[-2], b.dtype), padded=True)
     k_inner = b.strides[-2] == 1 and (b.strides[-1] != 1 or (b.shape[-2] > 1 and b.shape[-1] == 1))
     return Matrix(pointer_to(b), b.strides[-1 if k_inner else -2], k_inner)
 
 
 def pack_weight(b: np.ndarray) -> np.ndarray:
-    """[…, k, n] → [n, k] with k padded to whole 16-byte chunks."""
+    """[…, k, n] → [n, k] with k padded to whole lines."""
     k, n = b.shape[-2:]
-    packed = np.zeros((n, _padded(k, DType.of(b.dtype))), b.dtype)
+    packed = np.zeros((n, line_elements(k, DType.of(b.dtype))), b.dtype)
     packed[:, :k] = b.reshape(k, n).T
     return packed
 
@@ -185,10 +190,12 @@ def round_to_tf32(x: np.ndarray) -> np.ndarray:
     return nearest.view(np.float32)
 
 
-def _padded(k: int, dtype: DType) -> int:
-    """k in whole 16-byte chunks."""
-    chunk = 16 // dtype.itemsize
-    return ceildiv(k, chunk) * chunk
+def line_elements(k: int, dtype: DType) -> int:
+    """The elements from one row of k to the next such that the 128 bytes which the copy engine takes at once never lie
+    in two lines of the cache: whole lines, or the next power of two of up to 64 bytes."""
+    nbytes = max(16, k * dtype.itemsize)
+    length = ceildiv(nbytes, 128) * 128 if nbytes > 64 else 1 << (nbytes - 1).bit_length()
+    return length // dtype.itemsize
 
 
 def rows_inner(a: Tensor) -> bool:

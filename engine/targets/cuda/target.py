@@ -17,17 +17,20 @@ from pathlib import Path
 import cupy
 import numpy as np
 
+from engine.cache_folder import cache_folder
 from engine.errors import OutOfMemory
 from engine.ir.ops import Op
 from engine.plan.plan import Plan, Requirement
 from engine.plan.tensor import Buffer, Tensor
-from engine.specs import DeviceInfo
+from engine.specs import DeviceInfo, TileTrial
 from engine.targets.base import Resident
+from engine.targets.cuda import probe
 from engine.targets.cuda.ceilings import measure_ceilings
+from engine.targets.cuda.choices import ChoiceFile
 from engine.targets.cuda.device import Device
 from engine.targets.cuda.executable import Executable
 from engine.targets.cuda.families import TRAITS, family_of
-from engine.targets.cuda.kernel import Context, WeightStore
+from engine.targets.cuda.kernel import Choice, Context, WeightStore
 from engine.targets.cuda.memory import SLOTS, Slot, Slots, device_memory
 from engine.targets.cuda.resident import ResidentExecutable
 
@@ -49,6 +52,8 @@ class CudaTarget:
         self.tf32 = tf32
         self.weights = WeightStore()
         self.lock = threading.RLock()
+        self._choice_file = ChoiceFile(cache_folder("tiles"), self.device.name, probe.driver_version())
+        self.choices = self._choice_file.read()
         self._constants: dict[int, tuple[Buffer, cupy.ndarray]] = {}
         self._arena = device_memory()
         with self.device.errors(), self.device.current():
@@ -74,7 +79,19 @@ class CudaTarget:
 
     @property
     def context(self) -> Context:
-        return Context(self.device.architecture, self.device.multiprocessors, self.weights, self.tf32)
+        device = self.device
+        return Context(device.architecture, device.multiprocessors, self.weights, self.tf32, self.choices)
+
+    def keep_choices(self, found: Mapping[str, Choice]) -> None:
+        """Take tiles that were timed on this device (tuner.py) for plans bound from now on, in later processes, too."""
+        self.choices = {**self.choices, **found}
+        self._choice_file.add(found)
+
+    def trials(self, plan: Plan, timed: bool) -> Iterator[TileTrial]:
+        """The tiles that the products of a plan can run in: see `Target.trials`, and tuner.py."""
+        from engine.targets.cuda.tuner import trials  # only who tunes needs it
+
+        return trials(self, plan.steps, timed)
 
     # Memory
 

@@ -90,7 +90,7 @@ MMA_TILES = (
 class WgmmaTile:
     """A tile for wgmma, 128 bytes of k a step. Two consumer warpgroups take tiles in turn, or (`cooperative`) halve the
     rows of each. `splits` blocks share the k of a tile of the result. One copy brings `panel_bytes` of k of the first
-    operand."""
+    operand, whose rows another kernel has copied to multiples of 128 bytes where the tile `aligns`."""
 
     m: int
     n: int
@@ -98,6 +98,7 @@ class WgmmaTile:
     cooperative: bool = False
     splits: int = 1
     panel_bytes: int = 128
+    aligns: bool = False
     k_bytes: ClassVar[int] = 128
 
     @property
@@ -114,9 +115,9 @@ class WgmmaTile:
 
     @property
     def most_splits(self) -> int:
-        """128 rows in turn leave a consumer no registers to add partial sums beside 128 accumulators (the gate shows
-        spills)."""
-        return 1 if self.m * self.n >= 128 * 128 and not self.cooperative else MOST_SPLITS
+        """128 rows in turn leave a consumer no registers to add partial sums beside 128 accumulators, nor do 224
+        columns (the gate shows spills)."""
+        return 1 if (self.m * self.n >= 128 * 128 and not self.cooperative) or self.n == 224 else MOST_SPLITS
 
 
 WGMMA_TILES = (
@@ -132,6 +133,15 @@ WGMMA_TILES = (
     WgmmaTile(128, 128, 6, cooperative=True),
     WgmmaTile(128, 96, 7, cooperative=True),
 )
+
+PRODUCT_TILES = (
+    *WGMMA_TILES,
+    WgmmaTile(128, 224, 5, cooperative=True),
+    WgmmaTile(128, 160, 6, cooperative=True),
+    WgmmaTile(64, 160, 7),
+    WgmmaTile(64, 96, 10),
+)
+"""Tiles of plain products: widths in between fill a last round that others leave half empty."""
 
 Tile: TypeAlias = MmaTile | WgmmaTile
 T = TypeVar("T", MmaTile, WgmmaTile)
@@ -190,11 +200,18 @@ def pick_mma(
     most_splits: int = 1,
 ) -> MmaTile:
     """The tile with the least estimated time among those whose ring fits the architecture."""
-    fitting = [tile for tile in MMA_TILES if tile.shared_bytes <= architecture.shared_bytes]
     return min(
-        _split(fitting, m, n, k * operands.itemsize, batch, most_splits),
+        mma_tiles(m, n, k, batch, architecture, operands, most_splits),
         key=lambda tile: mma_cycles(m, n, k, batch, tile, multiprocessors, operands),
     )
+
+
+def mma_tiles(
+    m: int, n: int, k: int, batch: int, architecture: Architecture, operands: Operands, most_splits: int
+) -> Iterator[MmaTile]:
+    """Every tile of mma.sync whose ring fits the architecture, with k in one part or in up to `most_splits`."""
+    fitting = [tile for tile in MMA_TILES if tile.shared_bytes <= architecture.shared_bytes]
+    return _split(fitting, m, n, k * operands.itemsize, batch, most_splits)
 
 
 def _split(tiles: Iterable[T], m: int, n: int, k_bytes: int, batch: int, most: int) -> Iterator[T]:
@@ -241,11 +258,18 @@ def pick_wgmma(
 
 
 def wgmma_tiles(
-    m: int, n: int, k: int, operands: Operands, most_splits: int, groups: int = 1, panel_bytes: int = 128
+    m: int,
+    n: int,
+    k: int,
+    operands: Operands,
+    most_splits: int,
+    groups: int = 1,
+    panel_bytes: int = 128,
+    tiles: Iterable[WgmmaTile] = WGMMA_TILES,
 ) -> Iterator[WgmmaTile]:
-    """Every wgmma tile, with k in one part or in up to `most_splits`."""
-    tiles = (replace(tile, panel_bytes=panel_bytes) for tile in WGMMA_TILES)
-    return _split(tiles, m, n, k * operands.itemsize * operands.parts, groups, most_splits)
+    """Every one of the tiles, with k in one part or in up to `most_splits`."""
+    wide = (replace(tile, panel_bytes=panel_bytes) for tile in tiles)
+    return _split(wide, m, n, k * operands.itemsize * operands.parts, groups, most_splits)
 
 
 @dataclass(frozen=True)
@@ -310,12 +334,15 @@ def wgmma_cycles(
         time = max(rounds * steps * step + epilogue, ceildiv(rounds, 2) * (steps * step + epilogue))
     if tile.splits > 1:
         time += _ARRIVAL + (tile.splits + 1) * tile.m * tile.n * 4 / _PARTIAL_RATE
-    accumulators = tile.m * tile.n // (256 if tile.cooperative else 128)  # of a lane
-    waits = late_fetches(reads, accumulators // 8, tile.n // 32, _CONSUMER_ROOM - accumulators)
-    if tile.splits > 1:
-        waits = (
-            0 if not reads.varying else ceildiv(accumulators // 8, 4)
-        )  # nothing is fetched before partial sums are added
-    waiting = waits * ROUND_TRIP * (rounds if tile.cooperative else ceildiv(rounds, 2))
     touched = nbytes or operands.itemsize * groups * (m * k + k * n + m * n)
-    return rates.start + hypot(time, touched / rates.memory) + waiting
+    return rates.start + hypot(time, touched / rates.memory) + waiting_cycles(tile, reads, rounds)
+
+
+def waiting_cycles(tile: WgmmaTile, reads: Reads, rounds: int) -> int:
+    """The cycles in which epilogues of `rounds` tiles wait for what they read."""
+    accumulators = tile.m * tile.n // (256 if tile.cooperative else 128)  # of a lane
+    if tile.splits == 1:
+        waits = late_fetches(reads, accumulators // 8, tile.n // 32, _CONSUMER_ROOM - accumulators)
+    else:  # nothing is fetched before partial sums are added
+        waits = ceildiv(accumulators // 8, 4) if reads.varying else 0
+    return waits * ROUND_TRIP * (rounds if tile.cooperative else ceildiv(rounds, 2))

@@ -24,7 +24,7 @@ from engine.targets.cuda.covering.build import (
     stored,
     weight,
 )
-from engine.targets.cuda.gemm import epilogue_of, launch_product, operands_of
+from engine.targets.cuda.gemm import epilogue_of, launch_product, launches_of, operands_of
 from engine.targets.cuda.gemm_stream import stream_tile
 from engine.targets.cuda.kernel import Context, Launch
 from engine.targets.cuda.product import product_of
@@ -46,12 +46,18 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         (_product(F32), rounding, (*portable, *wgmma[:1], *wgmma[7:8])),
         (computed(_product(F32)), rounding, (portable[0], portable[-1], *wgmma[:1], *wgmma[7:8])),
         (_product(F32), context, portable),
+        (_product(F16, k=387, n=401), context, (portable[1], *(replace(tile, aligns=True) for tile in wgmma))),
+        (_product(F16, k=387, n=401), context, [replace(t, aligns=True, splits=3) for t in wgmma if t.most_splits > 1]),
+        (_product(DType.BF16, k=388, n=402, residual=True), context, [replace(t, aligns=True) for t in wgmma[:1]]),
+        (_product(F32, k=387, n=401), rounding, [replace(tile, aligns=True) for tile in wgmma[:1]]),
     ]
     for step, how, tiles in chosen:
         assert isinstance(step.op, Gemm)
-        epilogue = epilogue_of(step, step.op.stores, (0, 1), 400)
+        product = product_of(step, how)
+        epilogue = epilogue_of(step, step.op.stores, (0, 1), product.n)
         for tile in tiles:
-            yield f"gemm {tile}", launch_product(product_of(step, how), epilogue, tile, how)
+            for launch in launches_of(product, epilogue, tile, how):
+                yield f"gemm {tile}", launch
     short: list[Step] = [
         *(_product(dtype, 5000, k, 96 + k) for dtype, k in ((F16, 16), (DType.BF16, 32), (F32, 8), (F32, 16))),
         _product(F16, 5000, 32, 128, residual=True),

@@ -61,6 +61,8 @@ DEVICE Pixel pixel_of(const Window& window, u32 row) {
 // The epilogue for the rows of this block's phase.
 struct PhaseEpilogue {
   using Inputs = Epilogue::Inputs;
+  using Carries = Epilogue::Carries;
+  static constexpr bool SHIFTED = Epilogue::SHIFTED;
   template <class PARAMS> DEVICE static u32 place(const PARAMS& p, u32 row) {
     if constexpr (PHASED) {
       const Phase& f = p.phases[blockIdx.z / splits_of<SPLIT>(p)];
@@ -76,6 +78,14 @@ struct PhaseEpilogue {
   }
   DEVICE static void store(const Params& p, u32 row, u32 column, u32 count, const float (&acc)[8], const Inputs& inputs) {
     Epilogue::store(p, place(p, row), column, count, acc, inputs);
+  }
+  template <int N>
+  DEVICE static void store_shifted(const Params& p, u32 row, u32 column, u32 first, u32 end, bool present, Place at, const float (&acc)[N],
+                                   const Inputs& inputs, Carries& carries) {
+    Epilogue::store_shifted(p, place(p, row), column, first, end, present, at, acc, inputs, carries);
+  }
+  template <int N> DEVICE static void store_rest(const Params& p, u32 row, u32 column, u32 first, u32 end, bool present, Carries& carries) {
+    Epilogue::store_rest<N>(p, place(p, row), column, first, end, present, carries);
   }
 };
 

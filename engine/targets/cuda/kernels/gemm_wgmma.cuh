@@ -6,7 +6,8 @@
 constexpr u32 PARTS_OF_B = config::parts;
 
 struct RowLoad {
-  static constexpr int UNROLL = 4, AHEAD = PARTS * TILE_N <= 128 ? TILE_N / 16 : PARTS * TILE_N <= 256 ? 4 : 1;
+  static constexpr int UNROLL = 4, PIECES = TILE_N / 16;
+  static constexpr int AHEAD = PARTS * TILE_N <= 128 ? PIECES : PARTS * TILE_N > 256 ? 1 : PIECES % 4 == 0 ? 4 : 2;
   u32 row;
   DEVICE RowLoad(const Params&, u32 row, u32) : row(row) {}
   DEVICE void operator()(const Params& p, u32 destination, u32 barrier, u32 step) {

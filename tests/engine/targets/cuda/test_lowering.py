@@ -28,7 +28,7 @@ from engine.targets.cuda.kernel import (
     pack,
     workspace_bytes,
 )
-from engine.targets.cuda.product import pack_weight
+from engine.targets.cuda.product import line_elements, pack_weight
 from engine.targets.cuda.spaces import operand, space
 from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES
 
@@ -41,9 +41,34 @@ def lower(step, architecture=SM_90A) -> Launch:
 def test_hopper_takes_wgmma_where_the_copy_engine_can_read() -> None:
     aligned = make_step(Gemm((cv.stored(ACC),)), [(F16, (64, 384)), weight(384, 384)])
     odd = make_step(Gemm((cv.stored(ACC),)), [(F16, (64, 383)), weight(383, 384)])
+    computed = make_step(Gemm((cv.stored(ACC),)), [(F16, (64, 383)), (F16, (383, 384))])
     assert lower(aligned).kernel.instruction is Instruction.WGMMA
     assert lower(aligned, SM_80).kernel.instruction is Instruction.MMA
-    assert lower(odd).kernel.instruction is Instruction.MMA
+    assert lower(odd, SM_80).kernel.instruction is Instruction.MMA
+    assert lower(computed).kernel.instruction is Instruction.MMA
+    copy, product = family_of(odd.op).lower(odd, Context(SM_90A, 132, WeightStore()))
+    assert product.kernel.instruction is Instruction.WGMMA
+    assert dict(copy.arguments)["rows_out"].buffer is dict(product.arguments)["map_a"].pointer.buffer
+
+
+def test_copied_rows_and_partial_sums_lie_side_by_side() -> None:
+    """A step has one workspace."""
+    step = make_step(Gemm((ACC,)), [(F16, (64, 8191)), weight(8191, 64)])
+    launches = family_of(step.op).lower(step, Context(SM_90A, 132, WeightStore()))
+    copy, product = (dict(launch.arguments) for launch in launches)
+    rows, partials, splits = copy["rows_out"], product["partials"], product["splits"]
+    assert rows.buffer is partials.buffer is product["map_a"].pointer.buffer
+    assert partials.offset >= 64 * 8192 * 2
+    assert workspace_bytes(launches) >= partials.offset + 4 * 64 * 64 * splits
+
+
+def test_lines_of_k_are_never_cut() -> None:
+    """By the lines of the cache, which have 128 bytes."""
+    for dtype in (F16, F32):
+        for k in range(1, 700):
+            nbytes, used = line_elements(k, dtype) * dtype.itemsize, k * dtype.itemsize
+            assert nbytes % 16 == 0 and used <= nbytes < used + 128
+            assert all(start % 128 + min(used, 128) <= 128 for start in range(0, nbytes * 8, nbytes))
 
 
 def test_fp32_takes_wgmma_only_where_it_may_be_rounded() -> None:
@@ -104,8 +129,8 @@ def test_what_has_no_kernel_is_refused(op, inputs) -> None:
 def test_weights_are_packed_once() -> None:
     store = WeightStore()
     (w,) = make_step(Gemm((ACC,)), [(F16, (1, 8)), weight(8, 8)]).inputs[1:]
-    assert store.packed(w, "n,k16B", pack_weight) is store.packed(w, "n,k16B", pack_weight)
-    assert store.packed(w, "n,k16B", pack_weight) is not store.packed(w, "k,n", lambda array: array)
+    assert store.packed(w, "n,k lines", pack_weight) is store.packed(w, "n,k lines", pack_weight)
+    assert store.packed(w, "n,k lines", pack_weight) is not store.packed(w, "k,n", lambda array: array)
 
 
 def test_weight_layouts() -> None:

@@ -2,6 +2,7 @@
 // column. Rows split into LEVELS nested counters (batch, head, position …), each with its own stride per tensor, so a kernel
 // whose rows are simply 0 … m−1 reads a broadcast, strided or split operand. WIDTH neighbouring columns move at once.
 #pragma once
+#include "ptx/memory.cuh"
 #include "types.cuh"
 
 constexpr int WIDTH = config::width;  // elements a thread handles at once: 8, or 1 where columns are not neighbours
@@ -79,6 +80,68 @@ DEVICE void store_columns(const Tensor& t, i64 offset, u32 column, u32 count, co
     for (int i = 0; i < WIDTH; ++i)
       if (i < count) p[(column + i) * stride] = narrow<T>(v[i]);
   }
+}
+
+// What a lane keeps from one call of `store_shifted` to the next along a row: the elements that fill up its next 16 bytes.
+struct Carry { u32 word[4]; };
+
+// What [begin, end) has of the 16 bytes at `words`, whose first element is column `low`: the first of four lanes has them, and each of
+// the four stores a word, or half of one.
+DEVICE void store_edge(u32* words, i32 low, i32 begin, i32 end, const u32 (&x)[4]) {
+  const u32 quad = threadIdx.x & 3, source = threadIdx.x & 28;
+  u32 word = 0;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const u32 v = __shfl_sync(~0u, x[j], source);
+    word = quad == j ? v : word;
+  }
+  const i32 column = low + 2 * static_cast<i32>(quad);
+  const bool lower = column >= begin && column < end, upper = column + 1 >= begin && column + 1 < end;
+  store_global_4_if(lower && upper, words + quad, word);
+  store_global_2_if(lower != upper, reinterpret_cast<u16*>(words + quad) + upper, static_cast<u16>(upper ? word >> 16 : word));
+}
+
+// The first `count` halves, up to seven, of the 16 bytes at `words`.
+DEVICE void store_front(u32* words, const u32 (&x)[4], u32 count) {
+  const u32 half = count < 2 ? x[0] : count < 4 ? x[1] : count < 6 ? x[2] : x[3];
+  store_global_8_if(count & 4, words, x[0], x[1]);
+  store_global_4_if(count & 2, words + (count & 4) / 2, count & 4 ? x[2] : x[0]);
+  store_global_2_if(count & 1, reinterpret_cast<u16*>(words + count / 2), static_cast<u16>(half));
+}
+
+// 16-bit results whose rows begin anywhere. Four neighbouring lanes hold 32 neighbouring columns of a row, eight each from `column` on,
+// and the calls for a row follow each other from `first` on; they store [first, end). Lanes take over from each other what lies behind
+// multiples of 16 bytes, so that all but the two ends of the row goes to memory 16 bytes at once. A last call beyond `end` stores what
+// is left. All lanes of the warp call it; `present`: whether there is such a row. `at` is known when the kernel is compiled.
+enum class Place { FIRST, WITHIN, BEYOND };
+template <class T>
+DEVICE void store_shifted(const Tensor& t, i64 offset, u32 column, u32 first, u32 end, bool present, Place at, const float (&v)[8], Carry& carry) {
+  static_assert(sizeof(T) == 2, "");
+  T* const place = static_cast<T*>(t.data) + offset + column;
+  const u32 shift = reinterpret_cast<u64>(place) / 2 & 7, quad = threadIdx.x & 3, from = (threadIdx.x & 28) | ((threadIdx.x + 3) & 3);
+  u32 x[8];  // eight columns before this lane's, and its own
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    x[4 + j] = static_cast<u32>(narrow<T>(v[2 * j]).bits) | static_cast<u32>(narrow<T>(v[2 * j + 1]).bits) << 16;
+    const u32 before = __shfl_sync(~0u, x[4 + j], from);
+    x[j] = quad == 0 ? carry.word[j] : before;
+    carry.word[j] = before;
+  }
+  // Moved up by `shift` elements: what belongs into the 16 bytes that hold the first of this lane's columns.
+#pragma unroll
+  for (int j = 7; j > 1; --j) x[j] = shift & 4 ? x[j - 2] : x[j];
+#pragma unroll
+  for (int j = 7; j > 2; --j) x[j] = shift & 2 ? x[j - 1] : x[j];
+#pragma unroll
+  for (int j = 7; j > 3; --j) x[j] = shift & 1 ? x[j] << 16 | x[j - 1] >> 16 : x[j];
+  const u32 chunk[4] = {x[4], x[5], x[6], x[7]};
+  const i32 begin = static_cast<i32>(first), limit = present ? static_cast<i32>(end) : 0;  // below 2³¹
+  const i32 low0 = static_cast<i32>(column - 8 * quad - shift), low = low0 + 8 * static_cast<i32>(quad);
+  u32* const words0 = reinterpret_cast<u32*>(place - 8 * quad - shift);  // of the first of the four lanes
+  if (at != Place::BEYOND && low >= begin && low + 8 <= limit)
+    *reinterpret_cast<uint4*>(words0 + 4 * quad) = make_uint4(x[4], x[5], x[6], x[7]);
+  store_front(words0 + 4 * quad, chunk, low >= begin && low < limit && low + 8 > limit ? limit - low : 0);
+  if (at == Place::FIRST) store_edge(words0, low0, begin, shift == 0 ? begin : limit, chunk);
 }
 
 // A row of a table of `rows`. Indices count from the end when negative. One outside the table reads row 0 instead of foreign

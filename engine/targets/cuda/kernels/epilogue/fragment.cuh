@@ -68,6 +68,18 @@ DEVICE void fetch_pieces(const Params& p, typename EPILOGUE::Inputs (&inputs)[CO
   }
 }
 
+// Piece number `piece` of a fragment: eight neighbouring columns of a row.
+template <Arrangement ARRANGEMENT, int SIZE> DEVICE void piece_of(float (&v)[8], const float (&d)[SIZE], int piece) {
+  const int group = piece / 2, lower = piece % 2;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int element = (4 * group + j) * 4 + 2 * lower;
+    v[ARRANGEMENT == Arrangement::BLOCKS ? 2 * j : j] = d[element];
+    v[ARRANGEMENT == Arrangement::BLOCKS ? 2 * j + 1 : j + 4] = d[element + 1];
+  }
+  if constexpr (ARRANGEMENT == Arrangement::BLOCKS) transpose_quad(v, threadIdx.x & 3);
+}
+
 // Stores the results of pieces whose `inputs` have been fetched.
 template <class EPILOGUE, Arrangement ARRANGEMENT, int COUNT, int SIZE>
 DEVICE void store_pieces(const Params& p, const float (&d)[SIZE], const typename EPILOGUE::Inputs (&inputs)[COUNT], int first,
@@ -77,29 +89,51 @@ DEVICE void store_pieces(const Params& p, const float (&d)[SIZE], const typename
   for (int i = 0; i < COUNT; ++i) {
     const int group = (first + i) / 2, lower = (first + i) % 2;
     float v[8];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int element = (4 * group + j) * 4 + 2 * lower;
-      v[ARRANGEMENT == Arrangement::BLOCKS ? 2 * j : j] = d[element];
-      v[ARRANGEMENT == Arrangement::BLOCKS ? 2 * j + 1 : j + 4] = d[element + 1];
-    }
-    if constexpr (ARRANGEMENT == Arrangement::BLOCKS) transpose_quad(v, quad);
+    piece_of<ARRANGEMENT>(v, d, first + i);
     const u32 c = column + 32 * group + 8 * quad;
     if (stored[lower] && c < columns) EPILOGUE::store(p, rows[lower], c, min(8u, columns - c), v, inputs[i]);
   }
 }
 
 // Hands a whole fragment to the epilogue. What it reads is fetched for AHEAD pieces at a time: as many as the kernel has registers for.
+// Results of 16 bits whose rows are not aligned (EPILOGUE::SHIFTED) pass from lane to lane.
 template <class EPILOGUE, int BLOCKS, int AHEAD = BLOCKS / 2, Arrangement ARRANGEMENT = Arrangement::BLOCKS>
 DEVICE void emit_rows(const Params& p, const float (&d)[BLOCKS * 4], const u32 (&rows)[2], const bool (&stored)[2], u32 column, u32 columns) {
   static_assert(BLOCKS % 4 == 0, "four lanes hold the columns of four blocks");
   constexpr int PIECES = BLOCKS / 2;
   static_assert(PIECES % AHEAD == 0, "");
+  if constexpr (EPILOGUE::SHIFTED) {  // a row after the other: each carries registers along
+    constexpr int GROUPS = BLOCKS / 4, GROUPS_AHEAD = AHEAD % 2 == 0 ? AHEAD / 2 : 1;
+    const u32 own = column + 8 * (threadIdx.x & 3), end = min(columns, column + 8 * BLOCKS);
 #pragma unroll
-  for (int first = 0; first < PIECES; first += AHEAD) {
-    typename EPILOGUE::Inputs inputs[AHEAD];
-    fetch_pieces<EPILOGUE>(p, inputs, first, rows, stored, column, columns);
-    store_pieces<EPILOGUE, ARRANGEMENT>(p, d, inputs, first, rows, stored, column, columns);
+    for (int lower = 0; lower < 2; ++lower) {
+      const bool present = stored[lower];
+      typename EPILOGUE::Carries carries = {};
+#pragma unroll
+      for (int first = 0; first < GROUPS; first += GROUPS_AHEAD) {
+        typename EPILOGUE::Inputs inputs[GROUPS_AHEAD];
+#pragma unroll
+        for (int i = 0; i < GROUPS_AHEAD; ++i) {
+          const u32 c = own + 32 * (first + i);
+          if (present && c < end) inputs[i] = EPILOGUE::fetch(p, rows[lower], c, min(8u, end - c));
+        }
+#pragma unroll
+        for (int i = 0; i < GROUPS_AHEAD; ++i) {
+          float v[8];
+          piece_of<ARRANGEMENT>(v, d, 2 * (first + i) + lower);
+          const Place at = first + i == 0 ? Place::FIRST : Place::WITHIN;
+          EPILOGUE::store_shifted(p, rows[lower], own + 32 * (first + i), column, end, present, at, v, inputs[i], carries);
+        }
+      }
+      EPILOGUE::template store_rest<8>(p, rows[lower], own + 8 * BLOCKS, column, end, present, carries);
+    }
+  } else {
+#pragma unroll
+    for (int first = 0; first < PIECES; first += AHEAD) {
+      typename EPILOGUE::Inputs inputs[AHEAD];
+      fetch_pieces<EPILOGUE>(p, inputs, first, rows, stored, column, columns);
+      store_pieces<EPILOGUE, ARRANGEMENT>(p, d, inputs, first, rows, stored, column, columns);
+    }
   }
 }
 

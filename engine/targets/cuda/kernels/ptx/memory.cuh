@@ -50,6 +50,17 @@ DEVICE float4 load_global_16(const float* p) {
   asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
   return v;
 }
+// Two words, a word, or half of one, where `condition` holds; without a branch, so that stores before and behind stay side by side.
+DEVICE void store_global_8_if(bool condition, u32* p, u32 v, u32 w) {
+  asm volatile("{.reg .pred c; setp.ne.u32 c, %0, 0; @c st.global.v2.u32 [%1], {%2, %3};}"
+               ::"r"(static_cast<u32>(condition)), "l"(p), "r"(v), "r"(w) : "memory");
+}
+DEVICE void store_global_4_if(bool condition, u32* p, u32 v) {
+  asm volatile("{.reg .pred c; setp.ne.u32 c, %0, 0; @c st.global.u32 [%1], %2;}" ::"r"(static_cast<u32>(condition)), "l"(p), "r"(v) : "memory");
+}
+DEVICE void store_global_2_if(bool condition, u16* p, u16 v) {
+  asm volatile("{.reg .pred c; setp.ne.u32 c, %0, 0; @c st.global.u16 [%1], %2;}" ::"r"(static_cast<u32>(condition)), "l"(p), "h"(v) : "memory");
+}
 // What this thread has written, or has seen written, is visible to the GPU before what it does next. Weaker than
 // __threadfence, which also puts the fences of all threads in one order.
 DEVICE void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }

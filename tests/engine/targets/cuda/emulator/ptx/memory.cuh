@@ -23,6 +23,17 @@ inline void store_global_16(float* p, float4 v) {
   if (reinterpret_cast<u64>(p) % 16) emulator::fail("a vector store to a misaligned address");
   *reinterpret_cast<float4*>(p) = v;
 }
+inline void store_global_8_if(bool condition, u32* p, u32 v, u32 w) {
+  if (condition && reinterpret_cast<u64>(p) % 8) emulator::fail("a vector store to a misaligned address");
+  if (condition) p[0] = v, p[1] = w;
+}
+inline void store_global_4_if(bool condition, u32* p, u32 v) {
+  if (condition && reinterpret_cast<u64>(p) % 4) emulator::fail("a store to a misaligned address");
+  if (condition) *p = v;
+}
+inline void store_global_2_if(bool condition, u16* p, u16 v) {
+  if (condition) *p = v;
+}
 inline float4 load_global_16(const float* p) {
   if (reinterpret_cast<u64>(p) % 16) emulator::fail("a vector load from a misaligned address");
   return *reinterpret_cast<const float4*>(p);

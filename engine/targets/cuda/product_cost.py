@@ -1,0 +1,161 @@
+"""What a product should take in each tile: the analytic cost model behind the choice of tiles. Called by `gemm.py`.
+
+All in cycles of an H100, in terms of what the chip does: a multiprocessor multiplies a step of k while the next ones
+come from the L2 cache, whichever takes longer; a block finishes its tiles, beside the next product where two consumers
+take turns; before and after, memory delivers what all of them touch. The constants of wgmma were fitted to timings of
+60 random shapes of fp16 in some twenty tiles each. Of 48 others the tile picked takes 5 % longer than the best one in
+the geometric mean, the best of the first six 0.04 %; estimates are 12 % off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from engine.targets.cuda.architecture import Architecture
+from engine.targets.cuda.gemm_stream import AnyTile, StreamTile, stream_cycles
+from engine.targets.cuda.kernel import Reads, ceildiv
+from engine.targets.cuda.product import Product
+from engine.targets.cuda.tiles import (
+    MOST_SPLITS,
+    NOTHING,
+    PRODUCT_TILES,
+    Operands,
+    WgmmaTile,
+    mma_cycles,
+    mma_tiles,
+    waiting_cycles,
+    wgmma_tiles,
+)
+
+CLOCK_MHZ = 1755
+"""The clock of all cycles here."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Cycles of a product: launch and first loads, copying rows of a beforehand, the busiest multiprocessor, and memory
+    from and to which all data come and go. `limit` says what a step of k waits for."""
+
+    launch: float
+    copy: float
+    busy: float
+    memory: float
+    limit: str
+
+    @property
+    def cycles(self) -> float:
+        """Small products hide little of one behind the other, and large ones have little but products."""
+        return self.launch + self.copy + self.busy + self.memory
+
+    @property
+    def us(self) -> float:
+        """Microseconds."""
+        return self.cycles / CLOCK_MHZ
+
+    @property
+    def bound(self) -> str:
+        """What the time mostly is."""
+        parts = {"launch": self.launch, "copied rows": self.copy, "memory": self.memory, self.limit: self.busy}
+        return max(parts, key=lambda name: parts[name])
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A tile, and what a product should take in it."""
+
+    tile: AnyTile
+    estimate: Estimate
+
+
+_RATE = 2048  # multiply-adds of fp16 a cycle (NVIDIA's architecture paper)
+_STEADY, _NARROW = 0.9, 8
+"""The time of a multiplication beside that rate at our clock, which small products exceed: `steady` (set, not fitted),
+and what is divided by the columns of a tile (wide instructions read less shared memory for each)."""
+_CACHE_RATE = 7240
+"""Bytes a cycle from the L2 cache to all multiprocessors."""
+_CUT = {32: 1.2, 16: 1.9}
+"""What bytes of rows cost more that begin at multiples of so many only: 128 of them lie in two lines of the cache, or
+reach into one sector more."""
+_LEAST_STEP = 140  # waiting and issuing
+_FINISH, _FINISH_ELEMENT, _SHIFT_ELEMENT = 130, 0.046, 0.12
+"""A tile's results: each element's, and more where rows of the result do not begin at multiples of 16 bytes."""
+_ARRIVAL, _PARTIAL_RATE = 2100, 51
+"""Partial sums: until they are visible and counted, and the bytes that a multiprocessor writes or reads in a cycle."""
+_LAUNCH, _MEMORY_RATE = 4120, 2360
+_PARTIAL_SECTORS = 1.9
+"""What bytes of the result cost memory more whose rows do not begin at multiples of a sector (32 bytes)."""
+_COPY_LAUNCH, _COPY_RATE = 2330, 2030
+
+_MMA_LAUNCH, _MMA_MEMORY_RATE = 2800, 2960
+_MMA_SHARE = 0.95
+_NARROW_LOADS = {16: 1.0, 4: 2.5, 2: 4.5}
+"""The time of a tile of mma.sync on an H100 beside `mma_cycles`, by the bytes that are loaded at once of a row of a."""
+
+
+def ranked_wgmma(
+    product: Product, operands: Operands, multiprocessors: int, reads: Reads = NOTHING
+) -> Iterator[Ranked]:
+    """Every tile of wgmma that can take the product. `reads`: of the epilogue."""
+    for tile in wgmma_tiles(product.m, product.n, product.k, operands, MOST_SPLITS, tiles=PRODUCT_TILES):
+        for aligns in (False, True):
+            if product.suits_tma_aligned if aligns else product.suits_tma:
+                chosen = replace(tile, aligns=aligns)
+                yield Ranked(chosen, _wgmma_estimate(product, chosen, operands, multiprocessors, reads))
+
+
+def _wgmma_estimate(
+    product: Product, tile: WgmmaTile, operands: Operands, multiprocessors: int, reads: Reads
+) -> Estimate:
+    """In a tile of wgmma. Operands are not EXACT."""
+    m, n, k, itemsize = product.m, product.n, product.k, operands.itemsize
+    tiles = ceildiv(m, tile.m) * ceildiv(n, tile.n)
+    steps = ceildiv(operands.parts * ceildiv(k * itemsize, 128), tile.splits)
+    blocks = min(tiles, max(1, multiprocessors // tile.splits))
+    waves = ceildiv(blocks * tile.splits, multiprocessors)
+    rounds = waves * ceildiv(tiles, blocks)  # tiles of the busiest multiprocessor
+    # 128 bytes of k are half as many fp32 operands as halves, at half the rate.
+    multiply = (_STEADY + _NARROW / tile.n) * tile.m * tile.n * 64 / _RATE
+    rows = min(tile.m, m) * (1 if tile.aligns else _cut(product.a.stride * itemsize))
+    rows += min(tile.n, n) * _cut(product.b.stride * itemsize)
+    together = min(blocks * tile.splits, multiprocessors) / _CACHE_RATE
+    step, limit = max((multiply, "products"), (rows * 128 * together, "L2 cache"), (_LEAST_STEP, "steps"))
+    finish = _FINISH + tile.m * tile.n * (_FINISH_ELEMENT + (_SHIFT_ELEMENT if n % 8 else 0))
+    if tile.splits > 1:
+        finish += _ARRIVAL + (tile.splits + 1) * tile.m * tile.n * 4 / _PARTIAL_RATE
+    if tile.cooperative:
+        busy = rounds * (steps * step + finish)
+    else:  # one consumer finishes its tile beside the other's product
+        busy = max(rounds * steps * step + finish, ceildiv(rounds, 2) * (steps * step + finish))
+    busy += waiting_cycles(tile, reads, rounds)
+    copy = _COPY_LAUNCH + 2 * m * k * itemsize / _COPY_RATE if tile.aligns else 0
+    return Estimate(_LAUNCH, copy, busy, _touched(product, operands) / _MEMORY_RATE, limit)
+
+
+def _cut(stride_bytes: int) -> float:
+    """What bytes of rows so far apart cost beside those of whole lines of the cache."""
+    return _CUT.get(stride_bytes & -stride_bytes, 1) if stride_bytes > 128 else 1
+
+
+def _touched(product: Product, operands: Operands) -> float:
+    """The bytes that come from memory and go there."""
+    m, n, k = product.m, product.n, product.k
+    result = m * n * (_PARTIAL_SECTORS if n * operands.itemsize % 32 else 1)
+    return operands.itemsize * product.batch.count * (m * k + k * n + result)
+
+
+def ranked_mma(
+    product: Product, operands: Operands, architecture: Architecture, multiprocessors: int
+) -> Iterator[Ranked]:
+    """Every tile of mma.sync."""
+    m, n, k, batch = product.m, product.n, product.k, product.batch.count
+    share, memory = _MMA_SHARE * _NARROW_LOADS[product.a_access], _touched(product, operands) / _MMA_MEMORY_RATE
+    for tile in mma_tiles(m, n, k, batch, architecture, operands, MOST_SPLITS):
+        busy = share * mma_cycles(m, n, k, batch, tile, multiprocessors, operands)
+        yield Ranked(tile, Estimate(_MMA_LAUNCH, 0, busy, memory, "products"))
+
+
+def ranked_stream(product: Product, tile: StreamTile, operands: Operands, multiprocessors: int) -> Ranked:
+    """The product in slices of rows."""
+    cycles = stream_cycles(product, tile, multiprocessors, operands.itemsize)
+    return Ranked(tile, Estimate(0, 0, 0, cycles, "slices"))

@@ -1,0 +1,178 @@
+"""Times the tiles that the cost model ranks first on the device, and keeps the fastest (choices.py). Asked for by
+``python -m engine tune`` and by the benchmarks; nothing waits for it when a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from statistics import median
+from typing import TYPE_CHECKING
+
+import cupy
+import numpy as np
+
+from engine.plan.plan import Step
+from engine.plan.tensor import Buffer, BufferKind
+from engine.specs import TileTrial
+from engine.targets.cuda.choices import choice_of, key_of, tile_text
+from engine.targets.cuda.gemm import launches_of, operands_of, parts_of, pick_tile, ranked_tiles
+from engine.targets.cuda.gemm_stream import AnyTile
+from engine.targets.cuda.kernel import ALIGNMENT, AnyMap, Context, Launch, Pointer, Reads, ceildiv, pack
+from engine.targets.cuda.product import Product
+from engine.targets.cuda.product_cost import Ranked
+from engine.targets.cuda.tiles import NOTHING, WgmmaTile
+
+if TYPE_CHECKING:
+    from engine.targets.cuda.target import CudaTarget
+
+CANDIDATES = 6
+"""Tiles that are timed of each product."""
+_ROTATE_BYTES = (
+    160 << 20
+)  # several times the L2 cache: operands come from memory, as in a model whose weights are large
+_MOST_SETS = 32
+_ROUNDS = 5
+_ROUND_SECONDS = 1e-3
+_POOL = 1 << 20  # random numbers that the operands repeat
+_GAIN = 0.98  # of the cost model's tile: what is faster by less than the noise does not take its place
+
+
+def trials(target: CudaTarget, steps: Iterable[Step], timed: bool, most: int = CANDIDATES) -> Iterator[TileTrial]:
+    """The tiles of the products among `steps`, each kind of product once, from what the cost model expects to be the
+    fastest on. `timed`: they are run, unless the product has been timed before, and the fastest is kept. Raises
+    CompileError, OutOfMemory."""
+    seen = set[str]()
+    for step in steps:
+        context = target.context
+        parts = parts_of(step, context)
+        if parts is None:
+            continue
+        product, epilogue = parts
+        key = key_of(product, operands_of(product, context), epilogue.reads)
+        if key in seen:
+            continue
+        seen.add(key)
+        ranked = candidates(product, context, epilogue.reads, most)
+        times: list[float | None] = [None] * len(ranked)
+        if timed and key not in target.choices:
+            rows = [launches_of(product, epilogue, one.tile, context) for one in ranked]
+            with target.lock, target.device.errors(), target.device.current():
+                found = _times(target, step, rows)
+            fastest = _fastest(found)
+            target.keep_choices({key: choice_of(ranked[fastest].tile, found[fastest])})
+            times = [*found]
+        chosen = pick_tile(product, target.context, epilogue.reads)
+        for one, us in zip(ranked, times, strict=True):
+            yield TileTrial(
+                step.name, key, tile_text(one.tile), one.estimate.us, one.estimate.bound, us, one.tile == chosen
+            )
+
+
+def candidates(product: Product, context: Context, reads: Reads = NOTHING, most: int = CANDIDATES) -> list[Ranked]:
+    """The tiles worth timing: those that should be the fastest, and the best of every other kernel, whose estimates
+    compare less well."""
+    ranked = ranked_tiles(product, context, reads)
+    chosen = ranked[:most]
+    for one in ranked[most:]:
+        if all(_kind(one.tile) != _kind(other.tile) for other in chosen):
+            chosen.append(one)
+    return chosen
+
+
+def _kind(tile: AnyTile) -> tuple[type, bool]:
+    return type(tile), isinstance(tile, WgmmaTile) and tile.aligns
+
+
+def _fastest(times: Sequence[float]) -> int:
+    """The tile to take: the cost model's own, the first, unless another one beats it by more than noise."""
+    best = min(range(len(times)), key=times.__getitem__)
+    return best if times[best] < _GAIN * times[0] else 0
+
+
+def _times(target: CudaTarget, step: Step, rows: Sequence[list[Launch]]) -> list[float]:
+    """Microseconds of each row of launches: the median of rounds that take turns."""
+    target.device.load(launch.kernel for row in rows for launch in row)
+    count = min(_MOST_SETS, max(1, ceildiv(_ROTATE_BYTES, max(1, step.cost.bytes))))
+    memory = _Memory(count)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    graphs = [_captured(target, row, memory, stream) for row in rows]
+    cupy.cuda.get_current_stream().synchronize()  # on which the operands were written
+    repeats = [max(1, int(_ROUND_SECONDS / max(_seconds(graph, stream, 2) / 2, 1e-7))) for graph in graphs]
+    rounds = [
+        [_seconds(graph, stream, repeat) / repeat / count for graph, repeat in zip(graphs, repeats, strict=True)]
+        for _ in range(_ROUNDS)
+    ]
+    return [median(one) * 1e6 for one in zip(*rounds, strict=True)]
+
+
+class _Memory:
+    """Device memory of every buffer that launches name: a copy for each set, but for what launches leave to each other
+    or to their next run, which has one place."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._pieces: dict[int, tuple[Buffer, cupy.ndarray]] = {}
+        self._pool = cupy.asarray(np.random.default_rng(0).standard_normal(_POOL).astype(np.float32))
+
+    def address(self, pointer: Pointer, i: int) -> int:
+        buffer = pointer.buffer
+        if id(buffer) not in self._pieces:
+            self._pieces[id(buffer)] = (buffer, self._allocated(buffer, pointer.ctype))
+        memory = self._pieces[id(buffer)][1]
+        return int(memory[i % len(memory)].data.ptr) + pointer.offset
+
+    def _allocated(self, buffer: Buffer, ctype: str) -> cupy.ndarray:
+        shared = buffer.kind in (BufferKind.WORKSPACE, BufferKind.PLAN)
+        padded = ceildiv(max(1, buffer.nbytes), ALIGNMENT) * ALIGNMENT
+        memory = cupy.zeros((1 if shared else self.count, padded), cupy.uint8)
+        if shared:  # counters and partial sums; counters begin at zero
+            return memory
+        numbers = self._numbers(ctype)
+        if numbers is not None:
+            flat = memory.reshape(-1)
+            for start in range(0, flat.size, numbers.size):
+                flat[start : start + numbers.size] = numbers[: flat.size - start]
+        return memory
+
+    def _numbers(self, ctype: str) -> cupy.ndarray | None:
+        """Random numbers of a type as bytes; None for integers, which may be indices."""
+        match ctype:
+            case "half":
+                return self._pool.astype(cupy.float16).view(cupy.uint8)
+            case "bfloat16":
+                return (self._pool.view(cupy.uint32) >> 16).astype(cupy.uint16).view(cupy.uint8)
+            case "float":
+                return self._pool.view(cupy.uint8)
+        return None
+
+
+def _captured(target: CudaTarget, row: Sequence[Launch], memory: _Memory, stream: cupy.cuda.Stream) -> cupy.cuda.Graph:
+    """A graph that runs the launches on every set."""
+    device = target.device
+    prepared: list[tuple[Launch, bytes]] = []
+    for i in range(memory.count):
+
+        def address(pointer: Pointer, i: int = i) -> int:
+            return memory.address(pointer, i)
+
+        def encode(map_: AnyMap, i: int = i) -> bytes:
+            return device.encode(map_, memory.address(map_.pointer, i))
+
+        prepared += [(launch, pack(launch.arguments, address, encode, 0)) for launch in row]
+    with stream:
+        stream.begin_capture()
+        try:
+            for i, (launch, params) in enumerate(prepared):
+                device.launch(launch.kernel, launch.grid, params, stream, target.overlap and i > 0)
+        finally:
+            graph = stream.end_capture()
+    return graph
+
+
+def _seconds(graph: cupy.cuda.Graph, stream: cupy.cuda.Stream, repeats: int) -> float:
+    begin, end = cupy.cuda.Event(), cupy.cuda.Event()
+    begin.record(stream)
+    for _ in range(repeats):
+        graph.launch(stream)
+    end.record(stream)
+    end.synchronize()
+    return float(cupy.cuda.get_elapsed_time(begin, end)) * 1e-3
