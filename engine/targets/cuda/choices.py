@@ -42,7 +42,7 @@ def choice_of(tile: AnyTile, us: float) -> Choice:
     choice: dict[str, str | int | float | bool] = {
         "kernel": kernel, "m": tile.m, "n": tile.n, "splits": tile.splits, "us": us,
     }  # fmt: skip
-    return {**choice, "aligns": tile.aligns} if isinstance(tile, WgmmaTile) else choice
+    return {**choice, "cooperative": tile.cooperative, "aligns": tile.aligns} if isinstance(tile, WgmmaTile) else choice
 
 
 def tile_text(tile: AnyTile) -> str:
@@ -61,7 +61,8 @@ def tile_of(choice: Choice, product: Product, operands: Operands) -> AnyTile | N
     if kernel == "stream":
         return stream_tile(product, operands)
     tiles: tuple[Tile, ...] = PRODUCT_TILES if kernel == "wgmma" else MMA_TILES if kernel == "mma" else ()
-    tile = next((t for t in tiles if (t.m, t.n) == (choice.get("m"), choice.get("n"))), None)
+    fitting = [t for t in tiles if (t.m, t.n) == (choice.get("m"), choice.get("n"))]
+    tile = next((t for t in fitting if getattr(t, "cooperative", None) == choice.get("cooperative")), None)
     if tile is None or type(splits) is not int or not 1 <= splits <= tile.most_splits:
         return None
     if not isinstance(tile, WgmmaTile):

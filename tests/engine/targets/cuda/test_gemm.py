@@ -104,9 +104,9 @@ def test_fp32_is_rounded_to_nearest_and_weights_are_not(runner: Runner) -> None:
             a, b_taken = round_to_tf32(arrays[0]), arrays[1] if known else round_to_tf32(arrays[1])
             expected = a.astype(np.float64) @ b_taken.astype(np.float64)
             for tile in (*tiles_of(runner, "tf32"), *([slices] if slices else [])):
-                launch = launched(step, tile, context)
-                assert runner.prepare(launch.kernel) is None
-                (got,) = runner.run(step, [launch], arrays)
+                launches = launched(step, tile, context)
+                assert all(runner.prepare(launch.kernel) is None for launch in launches)
+                (got,) = runner.run(step, launches, arrays)
                 ratio, problem = compare(got, expected.astype(np.float32), k, lost)
                 runner.tally.count(step, ratio, failed=problem is not None)
                 assert problem is None, f"{m}x{n}x{k} {tile}, {'constant' if known else 'computed'}: {problem}"
