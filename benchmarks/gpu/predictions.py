@@ -14,9 +14,8 @@ from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.attention import heads_of, sizes_of
 from engine.targets.cuda.attention_tiles import cycles as portable_cycles
 from engine.targets.cuda.attention_tiles import pick
-from engine.targets.cuda.gemm import pick_tile, ranked_tiles
+from engine.targets.cuda.gemm import parts_of, pick_tile, ranked_tiles
 from engine.targets.cuda.kernel import Context
-from engine.targets.cuda.product import product_of
 from engine.targets.cuda.product_cost import CLOCK_MHZ
 
 
@@ -32,8 +31,10 @@ def predicted_us(step: Step, context: Context) -> float | None:
 
 
 def _product_cycles(step: Step, context: Context) -> float:
-    product = product_of(step, context)
-    tile = pick_tile(product, context)
+    parts = parts_of(step, context)
+    assert parts is not None, "fp16 is for the matrix units"
+    product, epilogue = parts
+    tile = pick_tile(product, epilogue, context)
     return next(one.estimate.cycles for one in ranked_tiles(product, context) if one.tile == tile)
 
 

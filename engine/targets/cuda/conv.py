@@ -190,7 +190,8 @@ def _lower_product(step: Step, geometry: Geometry, context: Context) -> list[Lau
         k_inner = lies.channel == 1
         b = Matrix(pointer_to(w), lies.column if k_inner else lies.channel, k_inner)
     product = Product(geometry.rows, geometry.n, geometry.k, w.dtype, a, b)
-    return launches_of(product, epilogue_for(step, geometry.n), pick_tile(product, context), context)
+    epilogue = epilogue_for(step, geometry.n)
+    return launches_of(product, epilogue, pick_tile(product, epilogue, context), context)
 
 
 # Implicit products

@@ -84,7 +84,7 @@ def lower(step: Step, context: Context) -> list[Launch]:
         epilogue = epilogue_of(step, op.stores, tuple(range(len(shape))), shape[-1], accumulator)
         return [_launch_simt(step, epilogue, accumulator)]
     product, epilogue = parts
-    return launches_of(product, epilogue, pick_tile(product, context), context)
+    return launches_of(product, epilogue, pick_tile(product, epilogue, context), context)
 
 
 def parts_of(step: Step, context: Context) -> tuple[Product, Functor] | None:
@@ -114,10 +114,10 @@ def epilogue_of(
     return codegen.epilogue(stores, every, placed, every.operands[len(reads) :], granularity, accumulator)
 
 
-def pick_tile(product: Product, context: Context) -> AnyTile:
+def pick_tile(product: Product, epilogue: Functor, context: Context) -> AnyTile:
     """The tile that was fastest on the device, where it has been timed; else what should be."""
     operands = operands_of(product.dtype, context)
-    timed = context.choices.get(key_of(product, operands))
+    timed = context.choices.get(key_of(product, operands, epilogue)) if context.choices else None
     chosen = None if timed is None else tile_of(timed, product, operands)
     return chosen or ranked_tiles(product, context)[0].tile
 
