@@ -25,6 +25,7 @@ from engine.plan.plan import Step
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.kernel import Launch
 from engine.targets.cuda.target import CudaTarget
+from engine.targets.cuda.tuner import trials
 
 TOLERANCE = 1e-2
 COMPILE = "compile"
@@ -39,7 +40,9 @@ def measure_all(
     begin = time.monotonic()
     full_precision()
     torch.backends.cudnn.benchmark = True
-    lowered = [_lowered(target, case) for case in cases]
+    steps = [step_of(case) for case in cases]
+    _tune(target, steps)
+    lowered = [_lowered(target, step) for step in steps]
     try:
         target.device.load(launch.kernel for one in lowered for launch in one.launches)
     except EngineError as error:
@@ -56,6 +59,17 @@ def measure_all(
         torch.cuda.empty_cache()
 
 
+def _tune(target: CudaTarget, steps: Sequence[Step]) -> None:
+    """Let the tuner choose the tiles of the products, as ``python -m engine tune`` does, before any peer runs."""
+    begin = time.monotonic()
+    try:
+        timed = [trial for trial in trials(target, steps, timed=True) if trial.measured_us is not None]
+        products = len({trial.product for trial in timed})
+        print(f"timed {len(timed)} tiles of {products} products: {time.monotonic() - begin:.0f} s", flush=True)
+    except EngineError as error:
+        print(f"the tuner failed, the cost model's tiles are taken: {reason(error)}")
+
+
 @dataclass(frozen=True)
 class _Lowered:
     """A case's step with its launches, or why it has none."""
@@ -65,8 +79,7 @@ class _Lowered:
     failure: str = ""
 
 
-def _lowered(target: CudaTarget, case: KernelCase) -> _Lowered:
-    step = step_of(case)
+def _lowered(target: CudaTarget, step: Step) -> _Lowered:
     try:
         return _Lowered(step, family_of(step.op).lower(step, target.context))
     except EngineError as error:

@@ -32,11 +32,10 @@ def predicted_us(step: Step, context: Context) -> float | None:
 
 def _product_cycles(step: Step, context: Context) -> float:
     parts = parts_of(step, context)
-    assert parts is not None
+    assert parts is not None, "fp16 is for the matrix units"
     product, epilogue = parts
-    tile = pick_tile(product, context, epilogue.reads)
-    ranked = ranked_tiles(product, context, epilogue.reads)
-    return next(one.estimate.cycles for one in ranked if one.tile == tile)
+    tile = pick_tile(product, epilogue, context)
+    return next(one.estimate.cycles for one in ranked_tiles(product, context, epilogue.reads) if one.tile == tile)
 
 
 def _attention_cycles(step: Step, context: Context) -> float:

@@ -14,24 +14,24 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine.targets.cuda.gemm_stream import AnyTile, StreamTile, stream_tile
-from engine.targets.cuda.kernel import Choice, Reads
+from engine.targets.cuda.kernel import Choice, Functor
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.source import expand
-from engine.targets.cuda.tiles import MMA_TILES, NOTHING, PRODUCT_TILES, Operands, Tile, WgmmaTile
+from engine.targets.cuda.tiles import MMA_TILES, PRODUCT_TILES, Operands, Tile, WgmmaTile
 
 log = logging.getLogger(__name__)
 
 _KERNELS = ("gemm_wgmma.cuh", "gemm_mma.cuh", "gemm_stream.cuh", "align_rows.cuh")
 
 
-def key_of(product: Product, operands: Operands, reads: Reads = NOTHING) -> str:
+def key_of(product: Product, operands: Operands, epilogue: Functor) -> str:
     """What names a product in the file: all that the choice of a tile depends on."""
     a, b, itemsize = product.a, product.b, product.dtype.itemsize
     lies = [f"{name}{'k' if x.k_inner else 'r'}{access}/{x.stride * itemsize % 128}"
             for name, x, access in (("a", a, product.a_access), ("b", b, product.b_access))]  # fmt: skip
     size = f"{product.batch.count}x{product.m}x{product.n}x{product.k}"
-    epilogue = f"epilogue{reads.fixed}/{reads.varying}"
-    return " ".join([operands.name.lower(), product.dtype.value, size, *lies, epilogue])
+    stores = hashlib.sha256(epilogue.code.encode()).hexdigest()[:8]
+    return " ".join([operands.name.lower(), product.dtype.value, size, *lies, stores])
 
 
 def choice_of(tile: AnyTile, us: float) -> Choice:

@@ -191,7 +191,7 @@ def _lower_product(step: Step, geometry: Geometry, context: Context) -> list[Lau
         b = Matrix(pointer_to(w), lies.column if k_inner else lies.channel, k_inner)
     product = Product(geometry.rows, geometry.n, geometry.k, w.dtype, a, b)
     epilogue = epilogue_for(step, geometry.n)
-    return launches_of(product, epilogue, pick_tile(product, context, epilogue.reads), context)
+    return launches_of(product, epilogue, pick_tile(product, epilogue, context), context)
 
 
 # Implicit products

@@ -85,7 +85,7 @@ def lower(step: Step, context: Context) -> list[Launch]:
         epilogue = epilogue_of(step, op.stores, tuple(range(len(shape))), shape[-1], accumulator)
         return [_launch_simt(step, epilogue, accumulator)]
     product, epilogue = parts
-    return launches_of(product, epilogue, pick_tile(product, context, epilogue.reads), context)
+    return launches_of(product, epilogue, pick_tile(product, epilogue, context), context)
 
 
 def parts_of(step: Step, context: Context) -> tuple[Product, Functor] | None:
@@ -115,12 +115,12 @@ def epilogue_of(
     return codegen.epilogue(stores, every, placed, every.operands[len(reads) :], granularity, accumulator)
 
 
-def pick_tile(product: Product, context: Context, reads: Reads = NOTHING) -> AnyTile:
-    """The tile that was fastest on the device, where it was timed; else what should be. `reads`: of the epilogue."""
+def pick_tile(product: Product, epilogue: Functor, context: Context) -> AnyTile:
+    """The tile that was fastest on the device, where it has been timed; else what should be."""
     operands = operands_of(product, context)
-    timed = context.choices.get(key_of(product, operands, reads))
+    timed = context.choices.get(key_of(product, operands, epilogue)) if context.choices else None
     chosen = None if timed is None else tile_of(timed, product, operands)
-    return chosen or ranked_tiles(product, context, reads)[0].tile
+    return chosen or ranked_tiles(product, context, epilogue.reads)[0].tile
 
 
 def ranked_tiles(product: Product, context: Context, reads: Reads = NOTHING) -> list[Ranked]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,10 @@ from engine.specs import TileTrial
 from engine.targets.cuda.choices import choice_of, key_of, tile_text
 from engine.targets.cuda.gemm import launches_of, operands_of, parts_of, pick_tile, ranked_tiles
 from engine.targets.cuda.gemm_stream import AnyTile
-from engine.targets.cuda.kernel import ALIGNMENT, AnyMap, Context, Launch, Pointer, Reads, ceildiv, pack
+from engine.targets.cuda.kernel import ALIGNMENT, AnyMap, Context, Functor, Launch, Pointer, ceildiv, pack
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.product_cost import Ranked
-from engine.targets.cuda.tiles import NOTHING, WgmmaTile
+from engine.targets.cuda.tiles import WgmmaTile
 
 if TYPE_CHECKING:
     from engine.targets.cuda.target import CudaTarget
@@ -40,37 +41,47 @@ def trials(target: CudaTarget, steps: Iterable[Step], timed: bool, most: int = C
     """The tiles of the products among `steps`, each kind of product once, from what the cost model expects to be the
     fastest on. `timed`: they are run, unless the product has been timed before, and the fastest is kept. Raises
     CompileError, OutOfMemory."""
-    seen = set[str]()
+    found = dict[str, _Product]()
     for step in steps:
-        context = target.context
-        parts = parts_of(step, context)
-        if parts is None:
-            continue
-        product, epilogue = parts
-        key = key_of(product, operands_of(product, context), epilogue.reads)
-        if key in seen:
-            continue
-        seen.add(key)
-        ranked = candidates(product, context, epilogue.reads, most)
-        times: list[float | None] = [None] * len(ranked)
+        parts = parts_of(step, target.context)
+        if parts is not None:
+            product, epilogue = parts
+            key = key_of(product, operands_of(product, target.context), epilogue)
+            if key not in found:
+                found[key] = _Product(step, product, epilogue, candidates(product, epilogue, target.context, most))
+    untimed = [one for key, one in found.items() if timed and key not in target.choices]
+    target.device.load(launch.kernel for one in untimed for row in one.launches(target.context) for launch in row)
+    for key, one in found.items():
+        times: Sequence[float | None] = [None] * len(one.ranked)
         if timed and key not in target.choices:
-            rows = [launches_of(product, epilogue, one.tile, context) for one in ranked]
             with target.lock, target.device.errors(), target.device.current():
-                found = _times(target, step, rows)
-            fastest = _fastest(found)
-            target.keep_choices({key: choice_of(ranked[fastest].tile, found[fastest])})
-            times = [*found]
-        chosen = pick_tile(product, target.context, epilogue.reads)
-        for one, us in zip(ranked, times, strict=True):
-            yield TileTrial(
-                step.name, key, tile_text(one.tile), one.estimate.us, one.estimate.bound, us, one.tile == chosen
-            )
+                measured = _times(target, one.step, one.launches(target.context))
+            fastest = _fastest(measured)
+            target.keep_choices({key: choice_of(one.ranked[fastest].tile, measured[fastest])})
+            times = measured
+        chosen = pick_tile(one.product, one.epilogue, target.context)
+        for ranked, us in zip(one.ranked, times, strict=True):
+            tile, estimate = ranked.tile, ranked.estimate
+            yield TileTrial(one.step.name, key, tile_text(tile), estimate.us, estimate.bound, us, tile == chosen)
 
 
-def candidates(product: Product, context: Context, reads: Reads = NOTHING, most: int = CANDIDATES) -> list[Ranked]:
+@dataclass(frozen=True)
+class _Product:
+    """A product of a step, and what it could run in."""
+
+    step: Step
+    product: Product
+    epilogue: Functor
+    ranked: list[Ranked]
+
+    def launches(self, context: Context) -> list[list[Launch]]:
+        return [launches_of(self.product, self.epilogue, one.tile, context) for one in self.ranked]
+
+
+def candidates(product: Product, epilogue: Functor, context: Context, most: int = CANDIDATES) -> list[Ranked]:
     """The tiles worth timing: those that should be the fastest, and the best of every other kernel, whose estimates
     compare less well."""
-    ranked = ranked_tiles(product, context, reads)
+    ranked = ranked_tiles(product, context, epilogue.reads)
     chosen = ranked[:most]
     for one in ranked[most:]:
         if all(_kind(one.tile) != _kind(other.tile) for other in chosen):
@@ -89,8 +100,7 @@ def _fastest(times: Sequence[float]) -> int:
 
 
 def _times(target: CudaTarget, step: Step, rows: Sequence[list[Launch]]) -> list[float]:
-    """Microseconds of each row of launches: the median of rounds that take turns."""
-    target.device.load(launch.kernel for row in rows for launch in row)
+    """Microseconds of each row of launches, whose kernels are loaded: the median of rounds that take turns."""
     count = min(_MOST_SETS, max(1, ceildiv(_ROTATE_BYTES, max(1, step.cost.bytes))))
     memory = _Memory(count)
     stream = cupy.cuda.Stream(non_blocking=True)

@@ -9,23 +9,35 @@ from pathlib import Path
 import pytest
 
 from engine.cli import main
+from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.ops import Gemm
 from engine.targets.cuda.architecture import ARCHITECTURES
 from engine.targets.cuda.choices import ChoiceFile, choice_of, key_of, tile_of, tile_text
-from engine.targets.cuda.covering import ACC, F16, make_step, weight
-from engine.targets.cuda.gemm import pick_tile, ranked_tiles
+from engine.targets.cuda.covering import ACC, F16, make_step, stored, weight
+from engine.targets.cuda.gemm import parts_of, pick_tile, ranked_tiles
 from engine.targets.cuda.gemm_stream import StreamTile
-from engine.targets.cuda.kernel import Context, WeightStore
-from engine.targets.cuda.product import Product, product_of
+from engine.targets.cuda.kernel import Context, Functor, WeightStore
+from engine.targets.cuda.product import Product
 from engine.targets.cuda.tiles import MMA_TILES, PRODUCT_TILES, Operands, WgmmaTile
 
 HOPPER = Context(ARCHITECTURES["sm_90a"], 132, WeightStore())
 HALF = Operands.HALF
 
 
+def parts(m: int, n: int, k: int, dtype: DType = F16, store: ex.Expr = ACC) -> tuple[Product, Functor]:
+    found = parts_of(make_step(Gemm((store,)), [(dtype, (m, k)), weight(k, n, dtype=dtype)]), HOPPER)
+    assert found is not None
+    return found
+
+
 def product(m: int, n: int, k: int, dtype: DType = F16) -> Product:
-    return product_of(make_step(Gemm((ACC,)), [(dtype, (m, k)), weight(k, n, dtype=dtype)]), HOPPER)
+    return parts(m, n, k, dtype)[0]
+
+
+def key(m: int, n: int, k: int, dtype: DType = F16, store: ex.Expr = ACC) -> str:
+    one, epilogue = parts(m, n, k, dtype, store)
+    return key_of(one, HALF, epilogue)
 
 
 def test_a_choice_names_its_tile() -> None:
@@ -53,20 +65,21 @@ def test_a_choice_for_another_product_is_not_taken() -> None:
         assert tile_of(damaged, aligned, HALF) is None
 
 
-def test_products_that_lie_otherwise_have_other_keys() -> None:
-    products = [product(100, 100, k) for k in (512, 520, 511)] + [product(100, 100, 512, DType.BF16)]
-    assert len({key_of(one, HALF) for one in products}) == len(products)
-    assert key_of(product(100, 100, 512), HALF) == key_of(product(100, 100, 512), HALF)
+def test_products_that_differ_have_other_keys() -> None:
+    keys = [key(100, 100, k) for k in (512, 520, 511)]
+    keys += [key(100, 100, 512, DType.BF16), key(100, 100, 512, store=stored(ACC))]
+    assert len(set(keys)) == len(keys)
+    assert key(100, 100, 512) == key(100, 100, 512)
 
 
 def test_a_product_takes_what_was_timed() -> None:
-    one = product(4096, 768, 768)
+    one, epilogue = parts(4096, 768, 768)
     ranked = ranked_tiles(one, HOPPER)
     assert [r.estimate.cycles for r in ranked] == sorted(r.estimate.cycles for r in ranked)
-    assert pick_tile(one, HOPPER) == ranked[0].tile
-    timed = replace(HOPPER, choices={key_of(one, HALF): choice_of(ranked[4].tile, 9.0)})
-    assert pick_tile(one, timed) == ranked[4].tile != ranked[0].tile
-    assert pick_tile(product(4096, 768, 776), timed) == pick_tile(product(4096, 768, 776), HOPPER)
+    assert pick_tile(one, epilogue, HOPPER) == ranked[0].tile
+    timed = replace(HOPPER, choices={key(4096, 768, 768): choice_of(ranked[4].tile, 9.0)})
+    assert pick_tile(one, epilogue, timed) == ranked[4].tile != ranked[0].tile
+    assert pick_tile(*parts(4096, 768, 776), timed) == pick_tile(*parts(4096, 768, 776), HOPPER)
 
 
 def test_rows_are_copied_where_the_copy_engine_cannot_read_them() -> None:

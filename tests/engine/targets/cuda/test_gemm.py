@@ -15,7 +15,7 @@ from engine.plan.tensor import Tensor, row_major
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import ARCHITECTURES
 from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
-from engine.targets.cuda.gemm import epilogue_of, launches_of, lower, operands_of, pick_tile
+from engine.targets.cuda.gemm import epilogue_of, launches_of, lower, operands_of, parts_of, pick_tile
 from engine.targets.cuda.gemm_stream import StreamTile, stream_tile
 from engine.targets.cuda.kernel import Context, Launch, WeightStore, content
 from engine.targets.cuda.product import product_of, round_to_tf32, split_weight
@@ -167,7 +167,9 @@ def test_slices_are_for_many_rows_and_little_work() -> None:
 
     def slices(m: int, k: int, n: int, dtype: DType = F16) -> bool:
         step = make_step(Gemm((stores_of(dtype)["bias"],)), [(dtype, (m, k)), weight(k, n, dtype=dtype), weight(n)])
-        return isinstance(pick_tile(product_of(step, context), context), StreamTile)
+        parts = parts_of(step, context)
+        assert parts is not None
+        return isinstance(pick_tile(*parts, context), StreamTile)
 
     large, medium = 128 * 112 * 112, 128 * 56 * 56
     assert all(slices(*shape) for shape in ((large, 16, 96), (large, 32, 16), (medium, 24, 144)))

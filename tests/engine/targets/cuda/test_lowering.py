@@ -30,7 +30,7 @@ from engine.targets.cuda.kernel import (
 )
 from engine.targets.cuda.product import line_elements, pack_weight
 from engine.targets.cuda.spaces import operand, space
-from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES
+from engine.targets.cuda.tiles import MMA_TILES, PRODUCT_TILES, WGMMA_TILES
 
 
 def lower(step, architecture=SM_90A) -> Launch:
@@ -99,7 +99,7 @@ def test_a_pointwise_convolution_is_a_product() -> None:
 def test_every_tile_fits_some_architecture_and_the_smallest_has_one() -> None:
     least = min(architecture.shared_bytes for architecture in ARCHITECTURES.values())
     assert any(tile.shared_bytes <= least for tile in MMA_TILES)
-    assert all(tile.shared_bytes <= SM_90A.shared_bytes for tile in WGMMA_TILES)
+    assert all(tile.shared_bytes <= SM_90A.shared_bytes for tile in (*WGMMA_TILES, *PRODUCT_TILES))
 
 
 def test_one_kernel_serves_every_batch() -> None:
@@ -108,7 +108,7 @@ def test_one_kernel_serves_every_batch() -> None:
         return lower(make_step(Gemm((cv.BIAS_GELU,)), inputs)).kernel
 
     assert kernel(32) == kernel(33)
-    assert len({kernel(batch) for batch in range(1, 65)}) <= len(WGMMA_TILES)
+    assert len({kernel(batch) for batch in range(1, 65)}) <= len(PRODUCT_TILES)
 
 
 @pytest.mark.parametrize(
