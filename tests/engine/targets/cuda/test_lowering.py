@@ -72,7 +72,7 @@ def test_lines_of_k_are_never_cut() -> None:
 
 
 def test_fp32_takes_wgmma_only_where_it_may_be_rounded() -> None:
-    step = make_step(Gemm((ACC,)), [(F32, (64, 384)), weight(384, 384, dtype=F32)])
+    step = make_step(Gemm((ACC,)), [(F32, (2048, 384)), weight(384, 384, dtype=F32)])
     for tf32, instruction in ((True, Instruction.WGMMA), (False, Instruction.MMA)):
         (launch,) = family_of(step.op).lower(step, Context(SM_90A, 132, WeightStore(), tf32))
         assert launch.kernel.instruction is instruction
