@@ -137,11 +137,19 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True)
+class Profile:
+    """Report `ProfileReport` of a model under the same id."""
+
+    id: int
+    key: ModelKey
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Finish everything accepted, close every model, report `Stopped`."""
 
 
-Command = LoadModel | Infer | Cancel | Unload | Stats | Stop
+Command = LoadModel | Infer | Cancel | Unload | Stats | Profile | Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +163,14 @@ class Device:
     peak_flops: float
     peak_bytes: float
     peak_cache_bytes: float
+
+    def floors(self, flops: float, nbytes: float, cached_bytes: float) -> tuple[float, float]:
+        """Seconds that so many FLOPs, and that so many bytes, some of them from the cache, take at least; zeros where
+        the ceilings are not known."""
+        if min(self.peak_flops, self.peak_bytes, self.peak_cache_bytes) <= 0:
+            return 0.0, 0.0
+        moving = (nbytes - cached_bytes) / self.peak_bytes + cached_bytes / self.peak_cache_bytes
+        return flops / self.peak_flops, moving
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +240,9 @@ class Unloaded:
 
 @dataclass(frozen=True, slots=True)
 class KernelCounters:
-    """What one kernel of a model did since it was loaded; `cached_bytes` are those that the cache can hold."""
+    """What one kernel of a model did since it was loaded; `cached_bytes` are those that the cache can hold. The floors
+    are the seconds that its FLOPs and that its bytes take at least on the device it ran on; 0 where the device has no
+    known ceilings."""
 
     kernel: str
     op: str
@@ -233,6 +251,8 @@ class KernelCounters:
     flops: float
     bytes: float
     cached_bytes: float
+    flops_floor_seconds: float
+    bytes_floor_seconds: float
 
     def plus(self, other: "KernelCounters") -> "KernelCounters":
         """Both together."""
@@ -244,6 +264,8 @@ class KernelCounters:
             self.flops + other.flops,
             self.bytes + other.bytes,
             self.cached_bytes + other.cached_bytes,
+            self.flops_floor_seconds + other.flops_floor_seconds,
+            self.bytes_floor_seconds + other.bytes_floor_seconds,
         )
 
 
@@ -267,6 +289,36 @@ class StatsReport:
 
 
 @dataclass(frozen=True, slots=True)
+class StepProfile:
+    """What one step of a plan has done since the plan was made; `flops`, `bytes` and `cached_bytes` are per launch."""
+
+    step: str
+    kernel: str
+    op: str
+    launches: int
+    seconds: float
+    flops: int
+    bytes: int
+    cached_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlanProfile:
+    """The steps of the plan for `sizes`, in order."""
+
+    sizes: tuple[tuple[str, int], ...]
+    steps: tuple[StepProfile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileReport:
+    """The answer to `Profile`: the plans that are ready; none of a model that is not loaded."""
+
+    id: int
+    plans: tuple[PlanProfile, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Stopped:
     """The worker is done; no report follows."""
 
@@ -280,4 +332,15 @@ class WorkerLost:
     restarting: bool
 
 
-Report = ModelReady | LoadFailed | InferResult | InferFailed | BatchDone | Unloaded | StatsReport | Stopped | WorkerLost
+Report = (
+    ModelReady
+    | LoadFailed
+    | InferResult
+    | InferFailed
+    | BatchDone
+    | Unloaded
+    | StatsReport
+    | ProfileReport
+    | Stopped
+    | WorkerLost
+)

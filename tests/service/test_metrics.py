@@ -21,7 +21,9 @@ inference_requests_total inference_request_duration_seconds inference_queue_dura
 inference_preprocess_duration_seconds inference_compute_duration_seconds inference_batch_size inference_batch_tokens
 inference_padding_tokens_total inference_queue_depth inference_inflight engine_kernel_launches_total
 engine_kernel_seconds_total engine_kernel_flops_total engine_kernel_bytes_total engine_kernel_flops_per_second
-engine_kernel_bytes_per_second engine_kernel_roofline_ratio engine_device_memory_bytes engine_model_load_seconds
+engine_kernel_bytes_per_second engine_kernel_roofline_ratio engine_kernel_flops_floor_seconds_total
+engine_kernel_bytes_floor_seconds_total engine_device_peak_flops_per_second engine_device_peak_bytes_per_second
+engine_device_memory_bytes engine_model_load_seconds
 engine_fallback_ops engine_info process_start_time_seconds
 """.split()
 
@@ -87,6 +89,14 @@ def test_kernels_are_the_engines_own_counters(server: Running) -> None:
         labels = {"model": "identity", "version": "1", "kernel": stat.kernel, "op": stat.op}
         for field in ("launches", "seconds", "flops", "bytes", "cached_bytes"):
             assert sample(text, f"engine_kernel_{field}_total", **labels) == pytest.approx(getattr(stat, field))
+        device = model.device_info
+        floor = stat.flops / device.peak_flops
+        assert sample(text, "engine_kernel_flops_floor_seconds_total", **labels) == pytest.approx(floor)
+        floor = (stat.bytes - stat.cached_bytes) / device.peak_bytes + stat.cached_bytes / device.peak_cache_bytes
+        assert sample(text, "engine_kernel_bytes_floor_seconds_total", **labels) == pytest.approx(floor)
+    assert sample(text, "engine_device_peak_flops_per_second", device="cpu") == model.device_info.peak_flops
+    for level, peak in (("memory", model.device_info.peak_bytes), ("cache", model.device_info.peak_cache_bytes)):
+        assert sample(text, "engine_device_peak_bytes_per_second", device="cpu", level=level) == peak
     assert sample(text, "engine_device_memory_bytes", device="cpu", kind="weights") == 3000
 
 
@@ -99,7 +109,8 @@ def test_openmetrics_where_asked_for(shared: Running) -> None:
 def stats(
     launches: int, seconds: float, flops: float, moved: float, kernel: str = "k", cached: float = 0.0
 ) -> tuple[ModelStats, ...]:
-    counters = (KernelCounters(kernel, "Gemm", launches, seconds, flops, moved, cached),)
+    floors = DEVICE.floors(flops, moved, cached)
+    counters = (KernelCounters(kernel, "Gemm", launches, seconds, flops, moved, cached, *floors),)
     return (ModelStats(KEY, counters, (("weights", 7),), 0, 0),)
 
 
@@ -169,8 +180,10 @@ def test_a_reloaded_model_starts_again() -> None:
 
 def test_a_device_without_known_peaks_has_no_roofline() -> None:
     collector = EngineCollector()
-    collector.loaded(KEY, LoadedModel(Device("cpu", "c", "x", 1, 0.0, 0.0, 0.0), 0.1, 0))
-    collector.update(stats(1, 0.5, 1e8, 1e6))
+    unknown = Device("cpu", "c", "x", 1, 0.0, 0.0, 0.0)
+    collector.loaded(KEY, LoadedModel(unknown, 0.1, 0))
+    counters = (KernelCounters("k", "Gemm", 1, 0.5, 1e8, 1e6, 0.0, *unknown.floors(1e8, 1e6, 0.0)),)
+    collector.update((ModelStats(KEY, counters, (), 0, 0),))
     assert speeds(collector)["engine_kernel_roofline_ratio"] == []
 
 
@@ -180,3 +193,28 @@ def test_fallback_ops_and_load_time_of_each_model(start: Start, tmp_path: Path) 
     assert 'engine_fallback_ops{model="identity",version="1"} 0.0' in text
     assert 0 < sample(text, "engine_model_load_seconds", model="identity") < 10
     assert 'name="Fake CPU"' in text
+
+
+def test_the_profile_has_every_step_of_every_plan(server: Running) -> None:
+    load(server)
+    model = next(model for model in server.engine.models if model.kind == "identity")
+    for path in ("/v2/models/identity/profile", "/v2/models/identity/versions/1/profile"):
+        found = server.client.get(path).json()
+        assert (found["name"], found["version"]) == ("identity", "1")
+        assert found["device"]["peak_flops"] == model.device_info.peak_flops
+        ((plan,), (expected,)) = found["plans"], model.plan_stats()
+        assert plan["sizes"] == {"batch": 1}
+        assert plan["seconds"] == pytest.approx(sum(step.seconds for step in expected.steps))
+        assert [step["step"] for step in plan["steps"]] == ["first", "second"]
+        first, n = plan["steps"][0], expected.steps[0].launches
+        assert (first["kernel"], first["op"], first["launches"], first["flops"]) == ("gemm_f32", "Gemm", n, 5e8)
+        assert first["flops_per_second"] == pytest.approx(5e8 / 1e-3)
+        assert first["roofline_ratio"] == pytest.approx(5e8 / 1e12 / 1e-3)
+        assert plan["steps"][1]["roofline_ratio"] == pytest.approx(5e6 / 1e11 / 1e-4)
+
+
+def test_the_profile_of_an_engine_in_another_process(shared: Running) -> None:
+    assert shared.identity([1, 2, 3, 4]).status_code == 200
+    (plan,) = shared.client.get("/v2/models/identity/profile").json()["plans"]
+    assert all(step["launches"] > 0 for step in plan["steps"])
+    assert shared.client.get("/v2/models/nothing/profile").status_code == 404

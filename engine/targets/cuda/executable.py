@@ -180,7 +180,8 @@ class Executable:
     # Figures
 
     def step_stats(self) -> Sequence[StepStat]:
-        """Runs and time of every step since it was bound. Times are those of the sampled runs, scaled to all."""
+        """Runs and time of every step since it was bound. Times are those of the sampled runs, each standing for all
+        until the next."""
         return self._program.step_stats()
 
     @property
