@@ -99,6 +99,7 @@ def rows(
     """A table of the newest values, a row for each set of labels. `columns`: name and unit of each query's values, the
     first of which sorts; `hidden`: labels that are not shown."""
     panel = table.Panel().title(title).description(text).datasource(SOURCE).span(span).height(height)
+    panel.align(common.FieldTextAlignment.AUTO)
     panel.targets(list(_targets(queries, instant=True)))
     names = values_of(queries)
     renamed = {name: column for name, (column, _) in zip(names, columns, strict=True)}

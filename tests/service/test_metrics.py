@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from service.kernel_metrics import WINDOW_S, EngineCollector, LoadedModel
 from service.workers.messages import Device, KernelCounters, ModelKey, ModelStats
+from tests.deploy.prometheus import needs_prometheus, promtool
 from tests.service.conftest import Running, Start, add_model, sample
 
 KEY = ModelKey("m", 1)
@@ -44,11 +43,11 @@ def test_every_promised_metric_is_there_after_load(server: Running) -> None:
     assert [name for name in NAMES if name not in promised] == []
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian package prometheus) is not installed")
+@needs_prometheus
 def test_promtool_has_no_complaint(server: Running) -> None:
     load(server)
     text = server.client.get("/metrics").text
-    done = subprocess.run(["promtool", "check", "metrics"], input=text, text=True, capture_output=True, check=False)
+    done = promtool("check", "metrics", text=text)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
