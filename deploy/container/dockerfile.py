@@ -3,6 +3,7 @@ uses. Anything else is an error, so that nothing is passed over. Called by walk.
 """
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterable
@@ -129,8 +130,17 @@ def context(root: Path, ignore: str) -> list[Path]:
                 keep = pattern.startswith("!")
         return keep
 
-    files = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
-    return sorted(path for path in files if path.parts[0] != ".git" and taken(path))
+    kept = tuple(pattern.removeprefix("!") for pattern in patterns if pattern.startswith("!"))
+    found = []
+    for folder, folders, files in os.walk(root):
+        here = Path(folder).relative_to(root)
+        folders[:] = [name for name in folders if taken(here / name) or any(_leads_to(here / name, one) for one in kept)]
+        found += [here / name for name in files if taken(here / name)]
+    return sorted(found)
+
+
+def _leads_to(folder: Path, pattern: str) -> bool:
+    return pattern.startswith((f"{folder}/", "**/"))
 
 
 def _fits(path: Path, pattern: str) -> bool:
