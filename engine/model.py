@@ -30,7 +30,7 @@ from engine.ir.ops import Opaque
 from engine.plan.build import Constants, build
 from engine.plan.cache import LeastRecentlyUsed
 from engine.plan.plan import Plan
-from engine.specs import DeviceInfo, KernelStat, PlanStat, ProfileRow, StepStat, TensorSpec, roofline
+from engine.specs import DeviceInfo, KernelStat, ProfileRow, StepStat, TensorSpec, roofline
 from engine.targets.base import Executable, Resident, Target
 
 PLAN_CACHE_BYTES = 64 << 20
@@ -177,12 +177,6 @@ class Model:
             for held in every:
                 _accumulate(totals, held.bound.step_stats())
         return tuple(totals[key] for key in sorted(totals))
-
-    def plan_stats(self) -> tuple[PlanStat, ...]:
-        """Step by step, what the plans that are ready have done since each was made, by their sizes."""
-        with self._lock:
-            found = [(key, tuple(ready.bound.step_stats())) for key, ready in self._plans.items()]
-        return tuple(PlanStat(tuple(zip(self._symbols, key, strict=True)), steps) for key, steps in sorted(found))
 
     @property
     def concurrent_runs(self) -> int:

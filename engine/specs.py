@@ -53,14 +53,6 @@ class StepStat:
 
 
 @dataclass(frozen=True)
-class PlanStat:
-    """What the plan for `sizes` (every symbol of the input shapes) has done since it was made: its steps in order."""
-
-    sizes: tuple[tuple[str, int], ...]
-    steps: tuple[StepStat, ...]
-
-
-@dataclass(frozen=True)
 class KernelStat:
     """Totals of one kernel family and operator since the model was loaded. `cached_bytes`: those of `bytes` that the
     device's cache can hold from one use to the next."""

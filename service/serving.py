@@ -21,22 +21,12 @@ from service.settings import Settings
 from service.siblings import Action, Alone, Change, Siblings
 from service.workers.client import EngineClient
 from service.workers.clients import first_id
-from service.workers.messages import (
-    BatchDone,
-    LoadFailed,
-    ModelKey,
-    ModelReady,
-    PlanProfile,
-    Report,
-    Unloaded,
-    WorkerLost,
-)
+from service.workers.messages import BatchDone, LoadFailed, ModelReady, Report, Unloaded, WorkerLost
 from service.workers.transport import Transport
 
 log = logging.getLogger(__name__)
 
 _STATISTICS_TIMEOUT_S = 2.0
-_PROFILE_TIMEOUT_S = 5.0
 _STOP_S = 1.0  # for closing models when draining has used up its own time
 
 
@@ -214,11 +204,3 @@ class Serving:
             self.metrics.engine.update(await self.engine.statistics(_STATISTICS_TIMEOUT_S))
         except TimeoutError:
             log.warning("the engine did not answer a statistics request within %s s", _STATISTICS_TIMEOUT_S)
-
-    async def profile(self, key: ModelKey) -> tuple[PlanProfile, ...]:
-        """What the steps of a model's plans have done, of all front ends. Raises Unavailable where the engine does not
-        answer in time."""
-        try:
-            return await self.engine.profile(key, _PROFILE_TIMEOUT_S)
-        except TimeoutError:
-            raise Unavailable(f"the engine did not answer within {_PROFILE_TIMEOUT_S:g} s", retry_after=1.0) from None

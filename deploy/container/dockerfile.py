@@ -134,7 +134,9 @@ def context(root: Path, ignore: str) -> list[Path]:
     found = []
     for folder, folders, files in os.walk(root):
         here = Path(folder).relative_to(root)
-        folders[:] = [name for name in folders if taken(here / name) or any(_leads_to(here / name, one) for one in kept)]
+        folders[:] = [
+            name for name in folders if taken(here / name) or any(_leads_to(here / name, one) for one in kept)
+        ]
         found += [here / name for name in files if taken(here / name)]
     return sorted(found)
 

@@ -48,9 +48,6 @@ class LeastRecentlyUsed(Generic[K, V]):
     def values(self) -> list[V]:
         return list(self._items.values())
 
-    def items(self) -> list[tuple[K, V]]:
-        return list(self._items.items())
-
     def __len__(self) -> int:
         return len(self._items)
 

@@ -1,6 +1,5 @@
 """Open Inference Protocol v2, all but infer: health, metadata, configuration, statistics, repository index."""
 
-from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter
@@ -14,14 +13,13 @@ from service.routes.protocol_documents import (
     LIVE_ANSWER,
     METADATA_ANSWER,
     MODEL_READY_ANSWER,
-    PROFILE_ANSWER,
     READY_ANSWER,
     SERVER_ANSWER,
     STATISTICS_ANSWER,
 )
 from service.routes.responses import JsonResponse, ServingOf
 from service.serving import Serving
-from service.workers.messages import BatchingMode, Device, StepProfile, TensorInfo
+from service.workers.messages import BatchingMode, TensorInfo
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol v2"])
 
@@ -124,46 +122,11 @@ async def model_statistics(serving: ServingOf, model: str, version: str | None =
     return await _statistics(serving, models)
 
 
-@router.get("/models/{model}/profile", responses=PROFILE_ANSWER)
-@router.get("/models/{model}/versions/{version}/profile", responses=PROFILE_ANSWER)
-async def model_profile(serving: ServingOf, model: str, version: str | None = None) -> JsonResponse:
-    """Step by step, what the plans of a model have done; the kernels of /metrics in detail."""
-    served = serving.models.find(model, version)
-    served.check_ready()
-    device = served.specs.device
-    plans = await serving.profile(served.key)
-    return JsonResponse(
-        {
-            "name": served.key.name,
-            "version": str(served.key.version),
-            "device": asdict(device),
-            "plans": [
-                {
-                    "sizes": dict(plan.sizes),
-                    "seconds": sum(step.seconds for step in plan.steps),
-                    "steps": [_profiled(step, device) for step in plan.steps],
-                }
-                for plan in plans
-            ],
-        }
-    )
-
-
 async def _statistics(serving: Serving, models: list[ServedModel]) -> JsonResponse:
     totals = await serving.totals()
     if totals is not None:
         return JsonResponse({"model_stats": [totals["statistics"][str(model.key)] for model in models]})
     return JsonResponse({"model_stats": [m.statistics.document(m.key.name, m.key.version) for m in models]})
-
-
-def _profiled(step: StepProfile, device: Device) -> dict[str, Any]:
-    """A step with its rates, where it has run long enough to have any."""
-    document = asdict(step)
-    if step.seconds > 0:
-        each = step.seconds / step.launches
-        document["flops_per_second"], document["bytes_per_second"] = step.flops / each, step.bytes / each
-        document["roofline_ratio"] = max(device.floors(step.flops, step.bytes, step.cached_bytes)) / each
-    return document
 
 
 def _dims(shape: tuple[int | str, ...]) -> list[int]:

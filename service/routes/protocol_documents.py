@@ -160,56 +160,6 @@ CONFIG_ANSWER = answer_of(
 _DURATION = object_of({"count": _UNSIGNED, "ns": _UNSIGNED}, ["count", "ns"])
 _PARTS = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output", "cache_hit", "cache_miss")
 _BATCH_PARTS = ("compute_input", "compute_infer", "compute_output")
-_NUMBER: Schema = {"type": "number", "minimum": 0}
-_STEP: Schema = object_of(
-    {
-        "step": STRING,
-        "kernel": STRING,
-        "op": STRING,
-        "launches": _UNSIGNED,
-        "seconds": {**_NUMBER, "description": "Of all launches."},
-        "flops": {**_UNSIGNED, "description": "Of one launch, as are the bytes."},
-        "bytes": _UNSIGNED,
-        "cached_bytes": {**_UNSIGNED, "description": "Those that the device's cache can hold."},
-        "flops_per_second": _NUMBER,
-        "bytes_per_second": _NUMBER,
-        "roofline_ratio": {**_NUMBER, "description": "The least time at the device's measured ceilings / the time."},
-    },
-    ["step", "kernel", "op", "launches", "seconds", "flops", "bytes", "cached_bytes"],
-)
-_DEVICE: Schema = object_of(
-    {
-        "device": STRING,
-        "name": STRING,
-        "arch": STRING,
-        "threads": _UNSIGNED,
-        "peak_flops": {**_NUMBER, "description": "Measured ceiling, FLOP/s."},
-        "peak_bytes": {**_NUMBER, "description": "Measured ceiling of memory, bytes/s."},
-        "peak_cache_bytes": {**_NUMBER, "description": "Measured ceiling of the last-level cache, bytes/s."},
-    },
-    ["device", "name", "arch", "threads", "peak_flops", "peak_bytes", "peak_cache_bytes"],
-)
-PROFILE_ANSWER = answer_of(
-    object_of(
-        {
-            "name": STRING,
-            "version": STRING,
-            "device": _DEVICE,
-            "plans": list_of(
-                object_of(
-                    {
-                        "sizes": {"type": "object", "additionalProperties": _UNSIGNED},
-                        "seconds": {**_NUMBER, "description": "Of all steps together."},
-                        "steps": list_of(_STEP),
-                    },
-                    ["sizes", "seconds", "steps"],
-                )
-            ),
-        },
-        ["name", "version", "device", "plans"],
-    ),
-    "What every step of the plans that are ready has done since its plan was made; rates only of steps that have run.",
-)
 STATISTICS_ANSWER = answer_of(
     object_of(
         {

@@ -32,7 +32,6 @@ from service.workers.messages import (
     LoadModel,
     ModelKey,
     ModelReady,
-    ProfileReport,
     Report,
     StatsReport,
     Stop,
@@ -232,7 +231,7 @@ class Child:
         """Who a report is for. Called with the lock."""
         books = self._books
         match report:
-            case InferResult() | InferFailed() | StatsReport() | ProfileReport():
+            case InferResult() | InferFailed() | StatsReport():
                 return [client_of(report.id)]
             case BatchDone():
                 return [client_of(report.request)]

@@ -18,9 +18,6 @@ from service.workers.messages import (
     ModelKey,
     ModelStats,
     NamedTensors,
-    PlanProfile,
-    Profile,
-    ProfileReport,
     Report,
     Stats,
     StatsReport,
@@ -41,7 +38,7 @@ class EngineClient:
         self._on_report = on_report
         self._ids = itertools.count(first_id)
         self._pending: dict[int, asyncio.Future[InferResult]] = {}
-        self._asked: dict[int, asyncio.Future[StatsReport | ProfileReport]] = {}
+        self._statistics: dict[int, asyncio.Future[StatsReport]] = {}
         self._stopped: asyncio.Future[None] | None = None
 
     def start(self) -> None:
@@ -82,25 +79,15 @@ class EngineClient:
 
     async def statistics(self, timeout: float) -> tuple[ModelStats, ...]:
         """Counters of all loaded models. Raises TimeoutError."""
-        report = await self._ask(Stats(next(self._ids)), timeout)
-        assert isinstance(report, StatsReport)
-        return report.models
-
-    async def profile(self, key: ModelKey, timeout: float) -> tuple[PlanProfile, ...]:
-        """What the steps of a model's plans have done. Raises TimeoutError."""
-        report = await self._ask(Profile(next(self._ids), key), timeout)
-        assert isinstance(report, ProfileReport)
-        return report.plans
-
-    async def _ask(self, question: Stats | Profile, timeout: float) -> StatsReport | ProfileReport:
-        future: asyncio.Future[StatsReport | ProfileReport] = asyncio.get_running_loop().create_future()
-        self._asked[question.id] = future
+        number = next(self._ids)
+        future: asyncio.Future[StatsReport] = asyncio.get_running_loop().create_future()
+        self._statistics[number] = future
         try:
-            self._transport.send(question)
+            self._transport.send(Stats(number))
             async with asyncio.timeout(timeout):
-                return await future
+                return (await future).models
         finally:
-            self._asked.pop(question.id, None)
+            self._statistics.pop(number, None)
 
     async def stop(self, timeout: float) -> None:
         """Let the worker finish what it accepted and close its models. Raises TimeoutError."""
@@ -120,8 +107,8 @@ class EngineClient:
             case InferFailed():
                 error = from_engine(report.code, report.reason, report.retry_after)
                 self._settle(report.id, lambda future: future.set_exception(error))
-            case StatsReport() | ProfileReport():
-                waiting = self._asked.get(report.id)
+            case StatsReport():
+                waiting = self._statistics.get(report.id)
                 if waiting is not None and not waiting.done():
                     waiting.set_result(report)
             case Stopped():

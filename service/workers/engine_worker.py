@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from service.batching.batcher import assemble, scatter
 from service.batching.queue import Batch, Entry, Taken
 from service.batching.scheduler import Scheduler, Work
-from service.workers.engine_api import EngineKernelStat, EngineModel, EngineModule, EngineStepStat
+from service.workers.engine_api import EngineKernelStat, EngineModel, EngineModule
 from service.workers.messages import (
     BatchDone,
     BatchingMode,
@@ -38,13 +38,9 @@ from service.workers.messages import (
     ModelKey,
     ModelReady,
     ModelStats,
-    PlanProfile,
-    Profile,
-    ProfileReport,
     Report,
     Stats,
     StatsReport,
-    StepProfile,
     Stop,
     Stopped,
     Unload,
@@ -103,8 +99,6 @@ class EngineWorker:
                 self._scheduler.cancel(command.id)
             case Stats():
                 self._statistics.submit(self._stats, command)
-            case Profile():
-                self._statistics.submit(self._profile, command)
             case LoadModel():
                 self._loader.submit(self._load, command)
             case Unload():
@@ -206,14 +200,6 @@ class EngineWorker:
             models.append(ModelStats(key, kernels, tuple(model.memory().items()), queued, dropped))
         self._report(StatsReport(command.id, tuple(models)))
 
-    def _profile(self, command: Profile) -> None:
-        model = self._models.get(command.key)
-        plans = model.plan_stats() if model is not None else ()
-        report = ProfileReport(
-            command.id, tuple(PlanProfile(tuple(p.sizes), tuple(map(_step, p.steps))) for p in plans)
-        )
-        self._report(report)
-
     # ---- engine threads
 
     def _run(self) -> None:
@@ -299,11 +285,6 @@ def _counters(kernel: EngineKernelStat, device: Device) -> KernelCounters:
     floors = device.floors(kernel.flops, kernel.bytes, kernel.cached_bytes)
     done = (kernel.launches, kernel.seconds, kernel.flops, kernel.bytes, kernel.cached_bytes)
     return KernelCounters(kernel.kernel, kernel.op, *done, *floors)
-
-
-def _step(stat: EngineStepStat) -> StepProfile:
-    each = (stat.flops, stat.bytes, stat.cached_bytes)
-    return StepProfile(stat.step, stat.kernel, stat.op, stat.launches, stat.seconds, *each)
 
 
 def _alone(part: Taken) -> Batch:

@@ -137,19 +137,11 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True)
-class Profile:
-    """Report `ProfileReport` of a model under the same id."""
-
-    id: int
-    key: ModelKey
-
-
-@dataclass(frozen=True, slots=True)
 class Stop:
     """Finish everything accepted, close every model, report `Stopped`."""
 
 
-Command = LoadModel | Infer | Cancel | Unload | Stats | Profile | Stop
+Command = LoadModel | Infer | Cancel | Unload | Stats | Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,36 +281,6 @@ class StatsReport:
 
 
 @dataclass(frozen=True, slots=True)
-class StepProfile:
-    """What one step of a plan has done since the plan was made; `flops`, `bytes` and `cached_bytes` are per launch."""
-
-    step: str
-    kernel: str
-    op: str
-    launches: int
-    seconds: float
-    flops: int
-    bytes: int
-    cached_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class PlanProfile:
-    """The steps of the plan for `sizes`, in order."""
-
-    sizes: tuple[tuple[str, int], ...]
-    steps: tuple[StepProfile, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ProfileReport:
-    """The answer to `Profile`: the plans that are ready; none of a model that is not loaded."""
-
-    id: int
-    plans: tuple[PlanProfile, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Stopped:
     """The worker is done; no report follows."""
 
@@ -332,15 +294,4 @@ class WorkerLost:
     restarting: bool
 
 
-Report = (
-    ModelReady
-    | LoadFailed
-    | InferResult
-    | InferFailed
-    | BatchDone
-    | Unloaded
-    | StatsReport
-    | ProfileReport
-    | Stopped
-    | WorkerLost
-)
+Report = ModelReady | LoadFailed | InferResult | InferFailed | BatchDone | Unloaded | StatsReport | Stopped | WorkerLost

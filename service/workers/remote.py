@@ -25,8 +25,6 @@ from service.workers.messages import (
     LoadModel,
     ModelKey,
     ModelReady,
-    Profile,
-    ProfileReport,
     Report,
     Stats,
     StatsReport,
@@ -94,8 +92,6 @@ class RemoteTransport:
                 self._deliver(InferFailed(command.id, FailureCode.WORKER_LOST, reason, 1.0))
             case Stats():
                 self._deliver(self._counters.report(StatsReport(command.id, ())))
-            case Profile():
-                self._deliver(ProfileReport(command.id, ()))
             case Unload():
                 self._deliver(Unloaded(command.key))
             case Stop():

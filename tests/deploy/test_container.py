@@ -36,9 +36,7 @@ def one(image: str, name: str) -> Instruction:
 
 
 @pytest.mark.parametrize("image", IMAGES)
-def test_an_image_runs_the_service_without_rights(
-    image: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_image_runs_the_service_without_rights(image: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     user = one(image, "USER").text
     assert user == "tilewave"
     assert any("useradd --uid 10001 " in i.text and user in i.text for i in inherited(STAGES, image))
@@ -115,7 +113,9 @@ def test_prometheus_and_grafana_find_what_they_look_for() -> None:
     assert f"http://{target}" in document["load"]["command"]
     mounts = dict(volume.split(":")[:2] for volume in document["grafana"]["volumes"])
     assert mounts["./deploy/grafana/provisioning"] == "/etc/grafana/provisioning"
-    provider = yaml.safe_load((ROOT / "deploy/grafana/provisioning/dashboards/tilewave.yml").read_text())["providers"][0]
+    provider = yaml.safe_load((ROOT / "deploy/grafana/provisioning/dashboards/tilewave.yml").read_text())["providers"][
+        0
+    ]
     assert provider["options"]["path"] == mounts["./deploy/grafana/dashboards"]
     home = document["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
     assert (ROOT / home.replace(mounts["./deploy/grafana/dashboards"], "deploy/grafana/dashboards")).is_file()

@@ -50,19 +50,6 @@ def test_many_threads_get_their_own_results_and_every_run_counts(plan_cache_byte
         assert max(counts) <= before + 240 * steps
 
 
-def test_plans_tell_what_each_of_their_steps_has_done() -> None:
-    with load() as model:
-        for n in (3, 1, 3):
-            model.run(feeds(n))
-        one, three = model.plan_stats()
-        assert (one.sizes, three.sizes) == ((("n", 1),), (("n", 3),))
-        for plan, runs in ((one, 1), (three, 2)):
-            expected = model.plan(dict(plan.sizes)).steps
-            assert [(stat.step, stat.launches) for stat in plan.steps] == [(step.name, runs) for step in expected]
-            assert [stat.flops for stat in plan.steps] == [step.cost.flops for step in expected]
-            assert all(stat.seconds > 0 for stat in plan.steps)
-
-
 def test_closing_amid_runs_waits_for_them_and_refuses_the_next() -> None:
     model = load()
     expected = model.run(feeds(9))["y"]

@@ -64,17 +64,6 @@ class KernelStat:
 
 
 @dataclass(frozen=True)
-class StepStat(KernelStat):
-    step: str = ""
-
-
-@dataclass(frozen=True)
-class PlanStat:
-    sizes: tuple[tuple[str, int], ...]
-    steps: tuple[StepStat, ...]
-
-
-@dataclass(frozen=True)
 class DeviceInfo:
     device: str = "cpu"
     name: str = "Fake CPU"
@@ -286,13 +275,6 @@ class FakeModel:
             KernelStat("gemm_f32", "Gemm", n, n * 1e-3, n * self._arguments.get("flops", 5e8), n * 1e6, n * 1e6),
             KernelStat("pointwise_f32", "Pointwise", n, n * 1e-4, n * 1e5, n * 5e6),
         )
-
-    def plan_stats(self) -> tuple[PlanStat, ...]:
-        """One plan of two steps; per launch what `kernel_stats` has of one."""
-        n = self._launches
-        first = StepStat("gemm_f32", "Gemm", n, n * 1e-3, int(5e8), int(1e6), int(1e6), "first")
-        second = StepStat("pointwise_f32", "Pointwise", n, n * 1e-4, int(1e5), int(5e6), 0, "second")
-        return (PlanStat((("batch", 1),), (first, second)),)
 
     def memory(self) -> dict[str, int]:
         """Bytes by kind."""

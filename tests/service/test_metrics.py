@@ -192,28 +192,3 @@ def test_fallback_ops_and_load_time_of_each_model(start: Start, tmp_path: Path) 
     assert 'engine_fallback_ops{model="identity",version="1"} 0.0' in text
     assert 0 < sample(text, "engine_model_load_seconds", model="identity") < 10
     assert 'name="Fake CPU"' in text
-
-
-def test_the_profile_has_every_step_of_every_plan(server: Running) -> None:
-    load(server)
-    model = next(model for model in server.engine.models if model.kind == "identity")
-    for path in ("/v2/models/identity/profile", "/v2/models/identity/versions/1/profile"):
-        found = server.client.get(path).json()
-        assert (found["name"], found["version"]) == ("identity", "1")
-        assert found["device"]["peak_flops"] == model.device_info.peak_flops
-        ((plan,), (expected,)) = found["plans"], model.plan_stats()
-        assert plan["sizes"] == {"batch": 1}
-        assert plan["seconds"] == pytest.approx(sum(step.seconds for step in expected.steps))
-        assert [step["step"] for step in plan["steps"]] == ["first", "second"]
-        first, n = plan["steps"][0], expected.steps[0].launches
-        assert (first["kernel"], first["op"], first["launches"], first["flops"]) == ("gemm_f32", "Gemm", n, 5e8)
-        assert first["flops_per_second"] == pytest.approx(5e8 / 1e-3)
-        assert first["roofline_ratio"] == pytest.approx(5e8 / 1e12 / 1e-3)
-        assert plan["steps"][1]["roofline_ratio"] == pytest.approx(5e6 / 1e11 / 1e-4)
-
-
-def test_the_profile_of_an_engine_in_another_process(shared: Running) -> None:
-    assert shared.identity([1, 2, 3, 4]).status_code == 200
-    (plan,) = shared.client.get("/v2/models/identity/profile").json()["plans"]
-    assert all(step["launches"] > 0 for step in plan["steps"])
-    assert shared.client.get("/v2/models/nothing/profile").status_code == 404
