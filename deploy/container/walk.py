@@ -44,6 +44,17 @@ for path, kind, body in (
     request = urllib.request.Request(f"http://127.0.0.1:8000/v1/models/{path}", body, {"Content-Type": kind})
     print(path, urllib.request.urlopen(request).read()[:150].decode())
 """
+# The compiler of the image for GPUs works, which needs no GPU.
+_COMPILE = """
+from itertools import islice
+from engine.targets.cuda import covering
+from engine.targets.cuda.architecture import ARCHITECTURES
+from engine.targets.cuda.compiler import Compiler
+for name, architecture in ARCHITECTURES.items():
+    for _, launch in islice(covering.launches(architecture), 1):
+        code = Compiler(name, cache=None, workers=1).cubin(launch.kernel.source)
+        print(name, launch.kernel.family, len(code), "bytes of machine code")
+"""
 _LOAD = "5s"
 _READY_S = 120
 _STOP_S = 30
@@ -216,6 +227,8 @@ class Walk:
                 time.sleep(0.2)
             seconds = time.monotonic() - started
             _run(enter + _as_user(root, user, directory, variables, ["python", "-c", _QUESTIONS]))
+            if target == "service-cuda":
+                _run(enter + _as_user(root, user, directory, variables, ["python", "-c", _COMPILE]))
             self._load(service.pid)
             service.send_signal(signal.SIGTERM)
             status = service.wait(_STOP_S)
