@@ -180,8 +180,7 @@ class Executable:
     # Figures
 
     def step_stats(self) -> Sequence[StepStat]:
-        """Runs and time of every step since it was bound. Times are those of the sampled runs, each standing for all
-        until the next."""
+        """Runs and time of every step since it was bound. Times are those of the sampled runs, scaled to all."""
         return self._program.step_stats()
 
     @property

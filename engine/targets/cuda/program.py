@@ -187,11 +187,11 @@ class Program:
         words = stamps.view(np.uint64).reshape(-1, 2)
         begin, end = words[:, 0], ~words[:, 1]
         on_device = np.array([not isinstance(step.op, Opaque) for step in self.plan.steps])  # others write no stamps
-        self._times.add(self._runs, np.where(on_device & (end > begin), end - begin, 0).astype(np.float64))
+        self._times.add(np.where(on_device & (end > begin), end - begin, 0).astype(np.float64))
 
     def step_stats(self) -> Sequence[StepStat]:
-        """Runs and time of every step since it was bound. Times on the device are those of the sampled runs, each
-        standing for all until the next; the host's are of all."""
+        """Runs and time of every step since it was bound. Times on the device are those of the sampled runs, scaled to
+        all; the host's are of all. Never less than before."""
         with self._target.lock:
             runs, nanoseconds = self._runs, self._times.total(self._runs)
             on_host = {part.index: part.nanoseconds for part in self._parts if isinstance(part, HostStep)}

@@ -1,8 +1,8 @@
 """Seconds of a plan's steps of which only one run in some writes stamps. Used by program.py.
 
-The newest sample stands for every run until the next one. So what has been charged never becomes less: scaling the mean
-of all samples to all runs would, when a quick sample follows slow ones, and whoever takes rates of it would see a
-counter that begins again.
+The mean of the samples stands for every run. A quick sample after slow ones makes that less than what was told before,
+which whoever takes rates of it would read as a counter that begins again; so what was told stays until the mean has
+caught up with it. It is never further above than the time of as many runs as there are from one sample to the next.
 """
 
 import numpy as np
@@ -15,17 +15,17 @@ class SampledTimes:
     """Nanoseconds of each of `steps` steps over all runs. Whoever calls it holds the target's lock."""
 
     def __init__(self, steps: int) -> None:
-        self._charged: Nanoseconds = np.zeros(steps, np.float64)
-        self._charged_runs = 0
-        self._newest: Nanoseconds | None = None
+        self._sampled: Nanoseconds = np.zeros(steps, np.float64)
+        self._samples = 0
+        self._told: Nanoseconds = np.zeros(steps, np.float64)
 
-    def add(self, runs: int, sample: Nanoseconds) -> None:
-        """A sample has arrived when `runs` runs have been queued. The first stands for the runs before it, too."""
-        self._charged = self._charged + (sample if self._newest is None else self._newest) * (runs - self._charged_runs)
-        self._charged_runs, self._newest = runs, sample
+    def add(self, sample: Nanoseconds) -> None:
+        """The nanoseconds of each step in one run."""
+        self._sampled += sample
+        self._samples += 1
 
     def total(self, runs: int) -> Nanoseconds:
-        """All of `runs` runs, the number queued by now; zero before the first sample."""
-        if self._newest is None:
-            return self._charged
-        return self._charged + self._newest * (runs - self._charged_runs)
+        """All of `runs` runs; zero before the first sample, and never less than before."""
+        if self._samples:
+            self._told = np.maximum(self._told, self._sampled * (runs / self._samples))
+        return self._told

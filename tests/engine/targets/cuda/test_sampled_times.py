@@ -4,25 +4,29 @@ import numpy as np
 
 from engine.targets.cuda.sampled_times import SampledTimes
 
+EVERY = 16
 
-def test_each_sample_stands_for_the_runs_until_the_next() -> None:
+
+def test_the_mean_of_the_samples_stands_for_every_run() -> None:
     times = SampledTimes(2)
     assert times.total(1).tolist() == [0.0, 0.0]
-    times.add(2, np.array([10.0, 1.0]))
+    times.add(np.array([10.0, 1.0]))
     assert times.total(2).tolist() == [20.0, 2.0]
-    assert times.total(5).tolist() == [50.0, 5.0]
-    times.add(6, np.array([4.0, 2.0]))
-    assert times.total(6).tolist() == [60.0, 6.0]
-    assert times.total(8).tolist() == [68.0, 10.0]
+    times.add(np.array([20.0, 3.0]))
+    assert times.total(4).tolist() == [60.0, 8.0]
 
 
-def test_no_sample_makes_the_total_less() -> None:
-    """A mean over all samples, scaled to all runs, would fall at the quick sample after slow ones."""
-    random, times, last = np.random.default_rng(0), SampledTimes(1), 0.0
+def test_a_quick_sample_makes_no_total_less_nor_keeps_it_far_above_the_mean() -> None:
+    random, times = np.random.default_rng(0), SampledTimes(1)
+    sampled, last, most, stood = [], 0.0, 0.0, 0
     for run in range(1, 2000):
-        if run % 16 == 2:
-            times.add(run, random.exponential(1e4, 1))
-        total = float(times.total(run)[0])
+        if run % EVERY == 2:
+            sampled.append(float(random.exponential(1e4)))
+            times.add(np.array(sampled[-1:]))
+        total, mean = float(times.total(run)[0]), float(np.mean(sampled)) if sampled else 0.0
         assert total >= last
+        most = max(most, mean)
+        assert run * mean <= total * (1 + 1e-12) and total - run * mean <= (EVERY + 2) * most
+        stood += total > run * mean * (1 + 1e-12)
         last = total
-    assert abs(last / 1999 - 1e4) < 3e3  # three deviations of the mean of 125 samples
+    assert len(sampled) == 125 and stood > 100  # so that the case is there
