@@ -26,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 installed = $(patsubst %,$(VENV)/.installed-%,runtime $(EXTRAS) $(1))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models serve test lint bench bench-gpu kernels kernels-all load lock clean
+.PHONY: help setup models serve test lint bench bench-gpu kernels kernels-all load dashboards lock clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -40,7 +40,7 @@ models: $(call installed)
 serve: models  ## the service; on a GPU where there is one; options in ARGS="--port 9000"
 	@exec $(BIN)/python -m service $(ARGS)
 
-test: models $(call installed,test load)  ## the tests; PYTEST_ARGS="tests/models -x" for some of them
+test: models $(call installed,test load) $(VENV)/.prometheus  ## the tests; PYTEST_ARGS="tests/models -x" for some of them
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(call installed,test load)  ## ruff and mypy
@@ -65,6 +65,9 @@ kernels-all: $(call installed,kernels)  ## the same for every architecture
 load: $(call installed,load)  ## 20 users for 30 s against a running service; TARGET=http://host:port
 	$(BIN)/locust -f load_tests/locustfile.py --headless -u 20 -r 20 -t 30s --host $(TARGET) $(ARGS)
 
+dashboards: $(call installed,test)  ## deploy/grafana/dashboards anew from deploy/grafana/*.py
+	$(BIN)/python -m deploy.grafana
+
 lock: | $(VENV)/.created  ## requirements.lock anew from pyproject.toml
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --upgrade \
@@ -86,6 +89,11 @@ $(VENV)/.installed-%: pyproject.toml requirements.lock | $(VENV)/.created
 	@$(BIN)/python -c '$(REQUIREMENTS)' $* > $@.txt
 	@$(BIN)/python -m pip install --quiet --no-compile --requirement $@.txt --constraint requirements.lock
 	@mv $@.txt $@
+
+# For the tests of deploy/. Without it they are skipped, and say so.
+$(VENV)/.prometheus: tests/deploy/get-prometheus | $(VENV)/.created
+	@tests/deploy/get-prometheus $(VENV)/prometheus && touch $@ || \
+		echo "warning: no Prometheus: the tests that need it will be skipped (on Debian: apt install prometheus)" >&2
 
 $(VENV)/.created:
 	@for candidate in $(PYTHONS); do \

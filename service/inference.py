@@ -52,15 +52,16 @@ class InferenceRequest:
         seconds = now - self.started
         self.model.metrics.inflight.dec()
         self.model.end_use()
+        span = current.get()
+        trace = span.trace if span is not None else ""
         if error is not None:
-            self.model.metrics.failed(describe(error).outcome, seconds)
+            self.model.metrics.failed(describe(error).outcome, seconds, trace)
             self.model.statistics.failed(seconds)
             return
         after = now - self._returned if self._returned else 0.0
-        span = current.get()
         if span is not None:
             span.inferred(self.model.key.name, self.model.key.version, self._stages(after))
-        self.model.metrics.answered(seconds, self.queue_s, self.preprocess_s, self.compute_s)
+        self.model.metrics.answered(seconds, self.queue_s, self.preprocess_s, self.compute_s, trace)
         self.model.statistics.answered(seconds, self.queue_s, self.preprocess_s, self.compute_s, after)
 
     def _stages(self, postprocess: float) -> dict[str, float]:

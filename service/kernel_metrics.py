@@ -85,6 +85,8 @@ class EngineCollector(Collector):
             "flops": "Floating-point operations of the mathematics that a kernel did.",
             "bytes": "Bytes that a kernel had to touch.",
             "cached_bytes": "Those of them that the device's cache can hold from one use to the next.",
+            "flops_floor_seconds": "Time that its FLOPs take at least, at the device's measured ceiling.",
+            "bytes_floor_seconds": "Time that its bytes take at least, at the measured ceilings of memory and cache.",
         }
         for field, text in texts.items():
             family = CounterMetricFamily(f"engine_kernel_{field}", text, labels=_KERNEL)
@@ -103,20 +105,18 @@ class EngineCollector(Collector):
         )
         before = self._history[0][1] if len(self._history) > 1 else {}
         for (key, kernel, op), now in _by_kernel(self._models).items():
-            then = before.get((key, kernel, op), KernelCounters(kernel, op, 0, 0.0, 0.0, 0.0, 0.0))
-            loaded = self._loaded.get(key)
+            then = before.get((key, kernel, op), KernelCounters(kernel, op, 0, *[0.0] * 6))
             seconds = now.seconds - then.seconds
-            if seconds <= 0 or loaded is None:
+            if seconds <= 0:
                 continue
             labels = (key.name, str(key.version), kernel, op)
             flop_rate, byte_rate = (now.flops - then.flops) / seconds, (now.bytes - then.bytes) / seconds
             flops.add_metric(labels, flop_rate)
             moved.add_metric(labels, byte_rate)
-            device = loaded.device
-            if min(device.peak_flops, device.peak_bytes, device.peak_cache_bytes) > 0:
-                cached_rate = (now.cached_bytes - then.cached_bytes) / seconds
-                moving = (byte_rate - cached_rate) / device.peak_bytes + cached_rate / device.peak_cache_bytes
-                ratio.add_metric(labels, max(flop_rate / device.peak_flops, moving))
+            computing = now.flops_floor_seconds - then.flops_floor_seconds
+            moving = now.bytes_floor_seconds - then.bytes_floor_seconds
+            if max(computing, moving) > 0:
+                ratio.add_metric(labels, max(computing, moving) / seconds)
         yield from (flops, moved, ratio)
 
     def _models_and_devices(self) -> Iterable[Metric]:
@@ -149,10 +149,23 @@ class EngineCollector(Collector):
         for key, loaded in self._loaded.items():
             seconds.add_metric((key.name, str(key.version)), loaded.load_seconds)
             fallback.add_metric((key.name, str(key.version)), loaded.fallback_ops)
+        flops = GaugeMetricFamily(
+            "engine_device_peak_flops_per_second", "Measured ceiling of a device's FLOP rate.", labels=("device",)
+        )
+        moved = GaugeMetricFamily(
+            "engine_device_peak_bytes_per_second",
+            "Measured ceilings of a device's byte rates, of memory and of the last-level cache.",
+            labels=("device", "level"),
+        )
         for device in {loaded.device.device: loaded.device for loaded in self._loaded.values()}.values():
             about = {"name": device.name, "arch": device.arch, "threads": str(device.threads)}
             info.add_metric((device.device,), about)
-        yield from (depth, dropped, used, seconds, fallback, info)
+            if device.peak_flops > 0:
+                flops.add_metric((device.device,), device.peak_flops)
+            for level, peak in (("memory", device.peak_bytes), ("cache", device.peak_cache_bytes)):
+                if peak > 0:
+                    moved.add_metric((device.device, level), peak)
+        yield from (depth, dropped, used, seconds, fallback, info, flops, moved)
 
 
 def _by_kernel(models: Iterable[ModelStats]) -> dict[KernelKey, KernelCounters]:

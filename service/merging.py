@@ -6,16 +6,21 @@ counted that are gone: no counter ever goes back.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
-from prometheus_client.samples import Sample
+from prometheus_client.samples import Exemplar, Sample
 
 Snapshot = dict[str, Any]
-"""`metrics`: families as [name, help, type, [[sample, labels, value], …]]; `statistics`: by "model/version" the entries
+"""`metrics`: families as [name, help, type, [[sample, labels, value, exemplar], …]], an exemplar being [labels, value,
+timestamp] or None; `statistics`: by "model/version" the entries
 of `model_stats`."""
+
+_SampleKey = tuple[str, tuple[tuple[str, str], ...]]
+_Exemplar = list[Any] | None
 
 # Each process counts the same restarts; a start and a limit are no amounts.
 _MOST = frozenset({"engine_process_restarts", "process_start_time_seconds", "process_max_fds", "python_info"})
@@ -27,7 +32,12 @@ def take(registry: CollectorRegistry, but: Collector, statistics: Mapping[str, d
     """What one process counted, without what `but` collects."""
     theirs = {family.name for family in but.collect()}
     families = [
-        [family.name, family.documentation, family.type, [[s.name, s.labels, s.value] for s in family.samples]]
+        [
+            family.name,
+            family.documentation,
+            family.type,
+            [[s.name, s.labels, s.value, _plain(s)] for s in family.samples],
+        ]
         for family in registry.collect()
         if family.name not in theirs
     ]
@@ -36,18 +46,19 @@ def take(registry: CollectorRegistry, but: Collector, statistics: Mapping[str, d
 
 def merge(snapshots: Sequence[Snapshot]) -> Snapshot:
     """The sum."""
-    families: dict[str, tuple[str, str, dict[tuple[str, tuple[tuple[str, str], ...]], float]]] = {}
+    families: dict[str, tuple[str, str, dict[_SampleKey, tuple[float, _Exemplar]]]] = {}
     for snapshot in snapshots:
         for name, documentation, kind, samples in snapshot["metrics"]:
             _, _, values = families.setdefault(name, (documentation, kind, {}))
-            for sample, labels, value in samples:
+            for sample, labels, value, exemplar in samples:
                 key = (sample, tuple(labels.items()))
-                before = values.get(key)
-                if before is not None:
+                if key in values:
+                    before, older = values[key]
                     value = max(before, value) if name in _MOST else before + value
-                values[key] = value
+                    exemplar = max(filter(None, (older, exemplar)), key=itemgetter(2), default=None)
+                values[key] = (value, exemplar)
     metrics = [
-        [name, documentation, kind, [[sample, dict(labels), value] for (sample, labels), value in values.items()]]
+        [name, documentation, kind, [[sample, dict(labels), *values[sample, labels]] for sample, labels in values]]
         for name, (documentation, kind, values) in families.items()
     ]
     statistics: dict[str, dict[str, Any]] = {}
@@ -73,8 +84,16 @@ class Merged(Collector):
         """The families."""
         for name, documentation, kind, samples in self._snapshot["metrics"]:
             family = Metric(name, documentation, kind)
-            family.samples = [Sample(sample, labels, value) for sample, labels, value in samples]
+            family.samples = [
+                Sample(sample, labels, value, exemplar=Exemplar(*exemplar) if exemplar else None)
+                for sample, labels, value, exemplar in samples
+            ]
             yield family
+
+
+def _plain(sample: Sample) -> _Exemplar:
+    found = sample.exemplar
+    return None if found is None else [dict(found.labels), found.value, float(found.timestamp or 0)]
 
 
 def _sum(a: Any, b: Any) -> Any:

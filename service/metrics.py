@@ -45,18 +45,20 @@ class ModelMetrics:
         self._padding = metrics.padding.labels(*labels)
         self.inflight = metrics.inflight.labels(*labels)
 
-    def answered(self, seconds: float, queue: float, preprocess: float, compute: float) -> None:
-        """One request was answered."""
+    def answered(self, seconds: float, queue: float, preprocess: float, compute: float, trace: str) -> None:
+        """One request was answered. `trace` is the id of its trace, empty where there is none: the exemplar of its
+        buckets, which OpenMetrics shows."""
+        exemplar = {"trace_id": trace} if trace else None
         self._requests[Outcome.SUCCESS].inc()
-        self._duration.observe(seconds)
-        self._queue.observe(queue)
-        self._preprocess.observe(preprocess)
-        self._compute.observe(compute)
+        self._duration.observe(seconds, exemplar)
+        self._queue.observe(queue, exemplar)
+        self._preprocess.observe(preprocess, exemplar)
+        self._compute.observe(compute, exemplar)
 
-    def failed(self, outcome: Outcome, seconds: float) -> None:
+    def failed(self, outcome: Outcome, seconds: float, trace: str) -> None:
         """One request was refused, failed or dropped."""
         self._requests[outcome].inc()
-        self._duration.observe(seconds)
+        self._duration.observe(seconds, {"trace_id": trace} if trace else None)
 
     def ran(self, batch: BatchDone) -> None:
         """One batch was computed."""

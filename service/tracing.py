@@ -82,6 +82,9 @@ class RequestSpan:
     def __init__(self, tracer: Tracer, span: Any) -> None:
         self._tracer = tracer
         self._span = span
+        context = span.get_span_context()
+        self.trace = f"{context.trace_id:032x}" if context.trace_flags.sampled else ""
+        """The id of the trace; empty where the trace is not recorded."""
 
     def finish(self, method: str, route: str, status: int) -> None:
         """It has its answer."""

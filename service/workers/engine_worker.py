@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from service.batching.batcher import assemble, scatter
 from service.batching.queue import Batch, Entry, Taken
 from service.batching.scheduler import Scheduler, Work
-from service.workers.engine_api import EngineModel, EngineModule
+from service.workers.engine_api import EngineKernelStat, EngineModel, EngineModule
 from service.workers.messages import (
     BatchDone,
     BatchingMode,
     Cancel,
     Command,
+    Device,
     FailureCode,
     Infer,
     InferFailed,
@@ -69,6 +70,7 @@ class EngineWorker:
         self._scattering = threading.Lock()
         self._scheduler = Scheduler()
         self._models: dict[ModelKey, EngineModel] = {}
+        self._devices: dict[ModelKey, Device] = {}
         self._stopping = threading.Event()
         self._loader = ThreadPoolExecutor(1, "loader")
         self._statistics = ThreadPoolExecutor(1, "statistics")
@@ -134,6 +136,7 @@ class EngineWorker:
         if self._stopping.is_set():
             model.close()
             return
+        device = self._devices[command.key] = describe_device(model.device_info)
         self._models[command.key] = model
         self._start_threads(model.concurrent_runs)
         self._scheduler.add(command.key, command.batching, axes, model.concurrent_runs)
@@ -142,7 +145,7 @@ class EngineWorker:
                 key=command.key,
                 inputs=describe_tensors(model.inputs),
                 outputs=describe_tensors(model.outputs),
-                device=describe_device(model.device_info),
+                device=device,
                 load_seconds=seconds,
                 fallback_ops=model.fallback_ops,
                 batching=axes.mode,
@@ -170,6 +173,7 @@ class EngineWorker:
         model = self._models.pop(key, None)
         if model is not None:
             self._statistics.submit(model.close).result()
+            del self._devices[key]
 
     # ---- the end
 
@@ -190,10 +194,8 @@ class EngineWorker:
     def _stats(self, command: Stats) -> None:
         models = []
         for key, model in list(self._models.items()):
-            kernels = tuple(
-                KernelCounters(k.kernel, k.op, k.launches, k.seconds, k.flops, k.bytes, k.cached_bytes)
-                for k in model.kernel_stats()
-            )
+            device = self._devices[key]
+            kernels = tuple(_counters(kernel, device) for kernel in model.kernel_stats())
             queued, dropped = self._scheduler.depth(key)
             models.append(ModelStats(key, kernels, tuple(model.memory().items()), queued, dropped))
         self._report(StatsReport(command.id, tuple(models)))
@@ -277,6 +279,12 @@ class EngineWorker:
             else f"model {entry.request.key}: {type(error).__name__}"
         )
         self._report(InferFailed(entry.request.id, code, text))
+
+
+def _counters(kernel: EngineKernelStat, device: Device) -> KernelCounters:
+    floors = device.floors(kernel.flops, kernel.bytes, kernel.cached_bytes)
+    done = (kernel.launches, kernel.seconds, kernel.flops, kernel.bytes, kernel.cached_bytes)
+    return KernelCounters(kernel.kernel, kernel.op, *done, *floors)
 
 
 def _alone(part: Taken) -> Batch:

@@ -156,6 +156,14 @@ class Device:
     peak_bytes: float
     peak_cache_bytes: float
 
+    def floors(self, flops: float, nbytes: float, cached_bytes: float) -> tuple[float, float]:
+        """Seconds that so many FLOPs, and that so many bytes, some of them from the cache, take at least; zeros where
+        the ceilings are not known."""
+        if min(self.peak_flops, self.peak_bytes, self.peak_cache_bytes) <= 0:
+            return 0.0, 0.0
+        moving = (nbytes - cached_bytes) / self.peak_bytes + cached_bytes / self.peak_cache_bytes
+        return flops / self.peak_flops, moving
+
 
 @dataclass(frozen=True, slots=True)
 class ModelReady:
@@ -224,7 +232,9 @@ class Unloaded:
 
 @dataclass(frozen=True, slots=True)
 class KernelCounters:
-    """What one kernel of a model did since it was loaded; `cached_bytes` are those that the cache can hold."""
+    """What one kernel of a model did since it was loaded; `cached_bytes` are those that the cache can hold. The floors
+    are the seconds that its FLOPs and that its bytes take at least on the device it ran on; 0 where the device has no
+    known ceilings."""
 
     kernel: str
     op: str
@@ -233,6 +243,8 @@ class KernelCounters:
     flops: float
     bytes: float
     cached_bytes: float
+    flops_floor_seconds: float
+    bytes_floor_seconds: float
 
     def plus(self, other: "KernelCounters") -> "KernelCounters":
         """Both together."""
@@ -244,6 +256,8 @@ class KernelCounters:
             self.flops + other.flops,
             self.bytes + other.bytes,
             self.cached_bytes + other.cached_bytes,
+            self.flops_floor_seconds + other.flops_floor_seconds,
+            self.bytes_floor_seconds + other.bytes_floor_seconds,
         )
 
 

@@ -18,8 +18,9 @@ import httpx
 import numpy as np
 import pytest
 import tritonclient.http as triton
+from prometheus_client.samples import Exemplar
 
-from service.merging import lasting, merge
+from service.merging import Merged, lasting, merge
 from tests.service.conftest import Process, add_model, common_models, sample, wait_for
 from tests.service.fakes import WIDTH
 
@@ -334,13 +335,14 @@ def test_a_port_that_another_server_shares_is_taken(fleet: Fleet, root: Path, pr
 
 
 def test_merged_counters_are_sums_and_what_is_gone_keeps_its_counters() -> None:
-    def snapshot(requests: float, inflight: float, starts: float) -> dict[str, Any]:
+    def snapshot(requests: float, inflight: float, starts: float, trace: str | None = None) -> dict[str, Any]:
         labels = {"model": "m"}
+        exemplar = [{"trace_id": trace}, 0.5, starts] if trace else None
         return {
             "metrics": [
-                ["requests", "text", "counter", [["requests_total", labels, requests]]],
-                ["inflight", "text", "gauge", [["inflight", labels, inflight]]],
-                ["engine_process_restarts", "text", "counter", [["engine_process_restarts_total", {}, starts]]],
+                ["requests", "text", "counter", [["requests_total", labels, requests, exemplar]]],
+                ["inflight", "text", "gauge", [["inflight", labels, inflight, None]]],
+                ["engine_process_restarts", "text", "counter", [["engine_process_restarts_total", {}, starts, None]]],
             ],
             "statistics": {
                 "m/1": {
@@ -353,10 +355,12 @@ def test_merged_counters_are_sums_and_what_is_gone_keeps_its_counters() -> None:
             },
         }
 
-    gone = lasting(merge([snapshot(1, 1, 1), snapshot(2, 1, 2)]))
+    gone = lasting(merge([snapshot(1, 1, 1, "older"), snapshot(2, 1, 2, "newer")]))
     total = merge([gone, snapshot(2, 4, 1)])
     values = {samples[0][0]: samples[0][2] for _, _, _, samples in total["metrics"]}
     assert values == {"requests_total": 5, "inflight": 4, "engine_process_restarts_total": 2}
+    (family, *_) = Merged(total).collect()
+    assert family.samples[0].exemplar == Exemplar({"trace_id": "newer"}, 0.5, 2)
     entry = total["statistics"]["m/1"]
     assert (entry["name"], entry["last_inference"], entry["inference_count"]) == ("m", 2, 5)
     assert entry["inference_stats"]["success"] == {"count": 5, "ns": 30}

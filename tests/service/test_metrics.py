@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from service.kernel_metrics import WINDOW_S, EngineCollector, LoadedModel
 from service.workers.messages import Device, KernelCounters, ModelKey, ModelStats
+from tests.deploy.prometheus import needs_prometheus, promtool
 from tests.service.conftest import Running, Start, add_model, sample
 
 KEY = ModelKey("m", 1)
@@ -21,7 +20,9 @@ inference_requests_total inference_request_duration_seconds inference_queue_dura
 inference_preprocess_duration_seconds inference_compute_duration_seconds inference_batch_size inference_batch_tokens
 inference_padding_tokens_total inference_queue_depth inference_inflight engine_kernel_launches_total
 engine_kernel_seconds_total engine_kernel_flops_total engine_kernel_bytes_total engine_kernel_flops_per_second
-engine_kernel_bytes_per_second engine_kernel_roofline_ratio engine_device_memory_bytes engine_model_load_seconds
+engine_kernel_bytes_per_second engine_kernel_roofline_ratio engine_kernel_flops_floor_seconds_total
+engine_kernel_bytes_floor_seconds_total engine_device_peak_flops_per_second engine_device_peak_bytes_per_second
+engine_device_memory_bytes engine_model_load_seconds
 engine_fallback_ops engine_info process_start_time_seconds
 """.split()
 
@@ -42,11 +43,11 @@ def test_every_promised_metric_is_there_after_load(server: Running) -> None:
     assert [name for name in NAMES if name not in promised] == []
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian package prometheus) is not installed")
+@needs_prometheus
 def test_promtool_has_no_complaint(server: Running) -> None:
     load(server)
     text = server.client.get("/metrics").text
-    done = subprocess.run(["promtool", "check", "metrics"], input=text, text=True, capture_output=True, check=False)
+    done = promtool("check", "metrics", text=text)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -87,6 +88,14 @@ def test_kernels_are_the_engines_own_counters(server: Running) -> None:
         labels = {"model": "identity", "version": "1", "kernel": stat.kernel, "op": stat.op}
         for field in ("launches", "seconds", "flops", "bytes", "cached_bytes"):
             assert sample(text, f"engine_kernel_{field}_total", **labels) == pytest.approx(getattr(stat, field))
+        device = model.device_info
+        floor = stat.flops / device.peak_flops
+        assert sample(text, "engine_kernel_flops_floor_seconds_total", **labels) == pytest.approx(floor)
+        floor = (stat.bytes - stat.cached_bytes) / device.peak_bytes + stat.cached_bytes / device.peak_cache_bytes
+        assert sample(text, "engine_kernel_bytes_floor_seconds_total", **labels) == pytest.approx(floor)
+    assert sample(text, "engine_device_peak_flops_per_second", device="cpu") == model.device_info.peak_flops
+    for level, peak in (("memory", model.device_info.peak_bytes), ("cache", model.device_info.peak_cache_bytes)):
+        assert sample(text, "engine_device_peak_bytes_per_second", device="cpu", level=level) == peak
     assert sample(text, "engine_device_memory_bytes", device="cpu", kind="weights") == 3000
 
 
@@ -99,7 +108,8 @@ def test_openmetrics_where_asked_for(shared: Running) -> None:
 def stats(
     launches: int, seconds: float, flops: float, moved: float, kernel: str = "k", cached: float = 0.0
 ) -> tuple[ModelStats, ...]:
-    counters = (KernelCounters(kernel, "Gemm", launches, seconds, flops, moved, cached),)
+    floors = DEVICE.floors(flops, moved, cached)
+    counters = (KernelCounters(kernel, "Gemm", launches, seconds, flops, moved, cached, *floors),)
     return (ModelStats(KEY, counters, (("weights", 7),), 0, 0),)
 
 
@@ -169,8 +179,10 @@ def test_a_reloaded_model_starts_again() -> None:
 
 def test_a_device_without_known_peaks_has_no_roofline() -> None:
     collector = EngineCollector()
-    collector.loaded(KEY, LoadedModel(Device("cpu", "c", "x", 1, 0.0, 0.0, 0.0), 0.1, 0))
-    collector.update(stats(1, 0.5, 1e8, 1e6))
+    unknown = Device("cpu", "c", "x", 1, 0.0, 0.0, 0.0)
+    collector.loaded(KEY, LoadedModel(unknown, 0.1, 0))
+    counters = (KernelCounters("k", "Gemm", 1, 0.5, 1e8, 1e6, 0.0, *unknown.floors(1e8, 1e6, 0.0)),)
+    collector.update((ModelStats(KEY, counters, (), 0, 0),))
     assert speeds(collector)["engine_kernel_roofline_ratio"] == []
 
 

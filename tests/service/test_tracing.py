@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,14 +58,24 @@ def test_spans_of_a_request(repository: Path, spans: Any, tracer: Tracer) -> Non
             ),
             ("POST", "/v2/models/identity/infer", {"content": b"{"}),
             ("GET", "/nope", {}),
+            ("GET", "/metrics", {"headers": {"accept": "application/openmetrics-text; version=1.0.0"}}),
+            ("GET", "/metrics", {}),
         )
     )
-    assert [answer.status_code for answer in answers] == [200, 400, 404]
+    assert [answer.status_code for answer in answers] == [200, 400, 404, 200, 200]
     found = spans.get_finished_spans()
     requests = [
         s for s in found if s.attributes.get("http.request.method") and s.attributes["url.path"] != "/v2/health/ready"
     ]
-    inference, bad, unknown = requests
+    inference, bad, unknown, *_ = requests
+    bucket = r'^(inference_\w+)_bucket{.*model="identity".*} \S+ # {trace_id="(\w+)"}'
+    exemplars = set(re.findall(bucket, answers[3].text, re.MULTILINE))
+    assert exemplars == {
+        *((f"inference_{stage}_duration_seconds", TRACE) for stage in ("queue", "preprocess", "compute")),
+        ("inference_request_duration_seconds", TRACE),
+        ("inference_request_duration_seconds", f"{bad.context.trace_id:032x}"),
+    }
+    assert "trace_id" not in answers[4].text
     assert f"{inference.context.trace_id:032x}" == TRACE and f"{inference.parent.span_id:016x}" == PARENT
     assert inference.name == "POST /v2/models/{model}/infer"
     assert inference.attributes["http.response.status_code"] == 200

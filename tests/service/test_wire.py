@@ -57,7 +57,7 @@ from service.workers.wire import (
 )
 
 KEY = ModelKey("a model", 3)
-COUNTERS = (KernelCounters("gemm", "Gemm", 2, 0.5, 1e9, 1e6, 1e5),)
+COUNTERS = (KernelCounters("gemm", "Gemm", 2, 0.5, 1e9, 1e6, 1e5, 0.1, 0.2),)
 
 
 class Pair:
@@ -243,7 +243,7 @@ def test_a_full_region_says_whether_waiting_helps() -> None:
 
 
 def counted(launches: int, dropped: int = 0) -> ModelStats:
-    kernel = KernelCounters("gemm", "Gemm", launches, launches * 0.5, launches * 2.0, launches * 3.0, launches * 1.0)
+    kernel = KernelCounters("gemm", "Gemm", launches, *(launches * each for each in (0.5, 2.0, 3.0, 1.0, 0.25, 0.125)))
     return ModelStats(KEY, (kernel,), (("weights", 5),), 1, dropped)
 
 
@@ -254,7 +254,7 @@ def test_counters_go_on_where_the_last_process_ended() -> None:
     (between,) = counters.report(StatsReport(2, ())).models
     assert between.kernels[0].launches == 10 and between.memory == () and between.queued == 0
     (after,) = counters.report(StatsReport(3, (counted(4, 2),))).models
-    assert after.kernels == (KernelCounters("gemm", "Gemm", 14, 7.0, 28.0, 42.0, 14.0),)
+    assert after.kernels == (KernelCounters("gemm", "Gemm", 14, 7.0, 28.0, 42.0, 14.0, 3.5, 1.75),)
     assert after.dropped == 3 and after.memory == (("weights", 5),)
     counters.retire()
     counters.retire()

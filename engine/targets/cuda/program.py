@@ -23,6 +23,7 @@ from engine.specs import StepStat
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.host_step import HostStep
 from engine.targets.cuda.kernel import ALIGNMENT, AnyMap, Kernel, Launch, Pointer, ceildiv, pack, workspace_bytes
+from engine.targets.cuda.sampled_times import SampledTimes
 
 if TYPE_CHECKING:
     from engine.targets.cuda.target import CudaTarget
@@ -90,8 +91,7 @@ class Program:
         self._cached_bytes = cached_bytes(plan, target.cache_bytes)
         self._own: dict[int, cupy.ndarray] = {}
         self._runs = 0
-        self._samples = 0
-        self._nanoseconds = np.zeros(len(plan.steps), np.float64)
+        self._times = SampledTimes(len(plan.steps))
 
     # Launching
 
@@ -187,20 +187,18 @@ class Program:
         words = stamps.view(np.uint64).reshape(-1, 2)
         begin, end = words[:, 0], ~words[:, 1]
         on_device = np.array([not isinstance(step.op, Opaque) for step in self.plan.steps])  # others write no stamps
-        self._nanoseconds += np.where(on_device & (end > begin), end - begin, 0)
-        self._samples += 1
+        self._times.add(np.where(on_device & (end > begin), end - begin, 0).astype(np.float64))
 
     def step_stats(self) -> Sequence[StepStat]:
         """Runs and time of every step since it was bound. Times on the device are those of the sampled runs, scaled to
-        all; the host's are of all."""
+        all; the host's are of all. Never less than before."""
         with self._target.lock:
-            runs, samples, nanoseconds = self._runs, self._samples, self._nanoseconds.copy()
+            runs, nanoseconds = self._runs, self._times.total(self._runs)
             on_host = {part.index: part.nanoseconds for part in self._parts if isinstance(part, HostStep)}
-        scale = runs / samples * 1e-9 if samples else 0.0
         return [
             StepStat(
                 step.name, "host" if i in on_host else launches[0].kernel.family if launches else "none", step.op.name,
-                runs, on_host[i] * 1e-9 if i in on_host else float(nanoseconds[i]) * scale, step.cost.flops,
+                runs, on_host[i] * 1e-9 if i in on_host else float(nanoseconds[i]) * 1e-9, step.cost.flops,
                 step.cost.bytes, self._cached_bytes[i],
             )
             for i, (step, launches) in enumerate(self.launches)

@@ -1,0 +1,222 @@
+"""Debian's Prometheus, with the rules of deploy/, beside a server under load: every rule is evaluated, every query of
+every dashboard has data, and a kernel that becomes slow fires its alert.
+
+Time in the rules and the queries runs 200 times faster: five minutes are a second and a half.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+
+from engine.model import Model
+from service.app import create_app
+from service.serving import Serving
+from service.settings import Settings
+from service.tracing import Tracer
+from service.workers.transport import LocalTransport
+from tests.deploy.prometheus import (
+    DEPLOY,
+    ROOT,
+    Prometheus,
+    expressions,
+    needs_prometheus,
+    promtool,
+    running,
+    wait,
+)
+from tests.deploy.slow_kernel import slow_kernel
+
+pytestmark = needs_prometheus
+
+TIMES = 200.0
+FIXTURES = ROOT / "tests" / "fixtures"
+BOARDS = sorted((DEPLOY / "grafana" / "dashboards").glob("*.json"))
+DESIGN = """
+inference_requests_total inference_request_duration_seconds_bucket inference_queue_duration_seconds_bucket
+inference_preprocess_duration_seconds_bucket inference_compute_duration_seconds_bucket inference_batch_size_bucket
+inference_batch_tokens_bucket inference_padding_tokens_total inference_queue_depth inference_inflight
+engine_kernel_launches_total engine_kernel_seconds_total engine_kernel_flops_total engine_kernel_bytes_total
+engine_kernel_flops_per_second engine_kernel_bytes_per_second engine_kernel_roofline_ratio engine_device_memory_bytes
+engine_model_load_seconds engine_fallback_ops engine_info
+""".split()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A server under load, and the Prometheus that scrapes it."""
+
+    prometheus: Prometheus
+    serving: Serving
+    url: str
+
+    def model(self, name: str) -> Model:
+        """A model of the engine in this process."""
+        transport = self.serving.engine._transport
+        assert isinstance(transport, LocalTransport)
+        (model,) = (model for key, model in transport._worker._models.items() if key.name == name)
+        assert isinstance(model, Model)
+        return model
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
+    repository = tmp_path_factory.mktemp("models")
+    for name, file in (("convnet", "convnet_dynamo.onnx"), ("bert", "bert_dynamo.onnx")):
+        (repository / name / "1").mkdir(parents=True)
+        shutil.copy(FIXTURES / file, repository / name / "1" / "model.onnx")
+    exporter = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter").InMemorySpanExporter()
+    app = create_app(Settings(models=repository, device="cpu", threads=2), tracer=Tracer("", exporter))
+    listener = socket.create_server(("127.0.0.1", 0))
+    place = f"127.0.0.1:{listener.getsockname()[1]}"
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    done = threading.Event()
+    try:
+        wait(lambda: httpx.get(f"http://{place}/v2/health/ready").status_code == 200, "the models are loaded", 60)
+        with ThreadPoolExecutor(3) as pool, running(tmp_path_factory.mktemp("prometheus"), place, TIMES) as prometheus:
+            load = [pool.submit(send, f"http://{place}", done) for send in (_pictures, _tokens, _nonsense)]
+            yield Loaded(prometheus, app.state.serving, f"http://{place}")
+            done.set()
+            for one in load:
+                one.result(20)
+    finally:
+        done.set()
+        server.should_exit = True
+        thread.join(20)
+
+
+def _pictures(url: str, done: threading.Event) -> None:
+    pixels = np.random.default_rng(0).standard_normal((2, 3, 16, 16)).astype(np.float32)
+    tensor = {"name": "x", "shape": pixels.shape, "datatype": "FP32", "data": pixels.reshape(-1).tolist()}
+    with httpx.Client(base_url=url, timeout=20) as client:
+        while not done.wait(0.02):
+            assert client.post("/v2/models/convnet/infer", json={"inputs": [tensor]}).status_code == 200
+
+
+def _tokens(url: str, done: threading.Event) -> None:
+    ids = [[1, 2, 3, 4, 5, 6, 7], [1, 2, 3]]
+    with httpx.Client(base_url=url, timeout=20) as client:
+        while not done.wait(0.02):
+            assert client.post("/v1/models/bert/tokens", json={"ids": ids}).status_code == 200
+
+
+def _nonsense(url: str, done: threading.Event) -> None:
+    with httpx.Client(base_url=url, timeout=20) as client:
+        while not done.wait(0.1):
+            assert client.post("/v2/models/convnet/infer", content=b"{").status_code == 400
+            assert client.get("/nothing").status_code == 404
+
+
+def test_prometheus_scrapes_and_evaluates_every_rule(loaded: Loaded) -> None:
+    prometheus = loaded.prometheus
+    wait(lambda: prometheus.query('up{job="tilewave"} == 1'), "the server is scraped", 20)
+    rules = prometheus.rules()
+    assert len(rules) > 20
+
+    def evaluated() -> bool:
+        return all(rule["health"] == "ok" for rule in prometheus.rules())
+
+    wait(evaluated, "every rule is evaluated", 20)
+    assert [rule["lastError"] for rule in prometheus.rules() if rule.get("lastError")] == []
+    for rule in rules:
+        if rule["type"] == "recording":
+            prometheus.value(rule["name"])
+
+
+def test_every_metric_of_the_design_has_data(loaded: Loaded) -> None:
+    for name in DESIGN:
+        loaded.prometheus.value(name)
+
+
+def test_exemplars_lead_to_traces(loaded: Loaded) -> None:
+    def exemplars() -> Any:
+        now = time.time()
+        query = "inference_request_duration_seconds_bucket"
+        return loaded.prometheus.get("query_exemplars", query=query, start=f"{now - 60}", end=f"{now}")
+
+    wait(exemplars, "there are exemplars", 20)
+    found = {exemplar["labels"]["trace_id"] for series in exemplars() for exemplar in series["exemplars"]}
+    assert found and all(re.fullmatch(r"[0-9a-f]{32}", trace) for trace in found)
+
+
+def test_promtool_finds_nothing_in_the_metrics_of_a_loaded_server(loaded: Loaded) -> None:
+    text = httpx.get(f"{loaded.url}/metrics").text
+    done = promtool("check", "metrics", text=text)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_slow_kernel_shows_fires_its_alert_and_no_query_of_a_dashboard_is_empty(loaded: Loaded) -> None:
+    """Attention becomes a thousand times slower: its share of the roofline falls, others' stays, and the alert names
+    it. The dashboards are asked then, when there are alerts, too."""
+    prometheus = loaded.prometheus
+    level = "job_instance_model_version_kernel_op:engine_kernel"
+    attention = '{model="bert", op="Attention"}'
+    wait(lambda: prometheus.query(f"{level}_speed:ratio_of_baseline{attention}"), "there is a baseline", 30)
+    before = prometheus.value(f"{level}_roofline:ratio_rate5m{attention}")
+    gauge = prometheus.value(f"engine_kernel_roofline_ratio{attention}")
+    others = 'model="convnet", op="Conv", kernel="gemm"'
+    assert 0 < before <= 1.5 and 0 < gauge <= 1.5
+    with slow_kernel(loaded.model("bert"), "Attention", 2e-3):
+        wait(lambda: _names(prometheus.alerts("TilewaveKernelSlow"), "Attention"), "the alert fires", 40)
+        (alert,) = [a for a in prometheus.alerts("TilewaveKernelSlow") if a["labels"]["op"] == "Attention"]
+        assert {key: alert["labels"][key] for key in ("model", "version", "kernel", "severity")} == {
+            "model": "bert",
+            "version": "1",
+            "kernel": "attention",
+            "severity": "ticket",
+        }
+        assert float(alert["value"]) < 0.1
+        assert "kernel attention (Attention) of bert/1" in alert["annotations"]["summary"]
+        assert prometheus.value(f"{level}_roofline:ratio_rate5m{attention}") < before / 10
+        assert prometheus.value(f"{level}_roofline:ratio_rate5m{{{others}}}") > 0.01
+        wait(lambda: prometheus.value(f"engine_kernel_roofline_ratio{attention}") < gauge / 2, "the gauge falls", 20)
+        assert _empty(prometheus) == []
+
+
+def _names(alerts: list[dict[str, Any]], op: str) -> bool:
+    return any(alert["labels"]["op"] == op for alert in alerts)
+
+
+def _empty(prometheus: Prometheus) -> list[tuple[str, str, str]]:
+    """The queries of dashboards without a finite value, after every query of a variable has given it its values."""
+    empty = []
+    asked = 0
+    for path in BOARDS:
+        board = json.loads(path.read_text())
+        values = {"__rate_interval": "5m", "datasource": "prometheus"}
+        for variable in board["templating"]["list"]:
+            if variable["type"] == "query":
+                series, label = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]).groups()  # type: ignore[union-attr]
+                found = {one["metric"].get(label) for one in prometheus.query(_filled(series, values))}
+                assert found and None not in found, f"{path.name}: variable {variable['name']} has no values"
+                values[variable["name"]] = "|".join(sorted(found))
+        for where, expression in expressions(board):
+            asked += 1
+            filled = _filled(expression, values)
+            try:
+                wait(lambda filled=filled: prometheus.query(filled), "it has data", 5)
+            except AssertionError:
+                empty.append((path.name, where, filled))
+    assert asked > 50
+    return empty
+
+
+def _filled(expression: str, values: dict[str, str]) -> str:
+    filled = re.sub(r"\$\{?(\w+)\}?", lambda found: values[found[1]], expression)
+    assert "$" not in filled
+    return filled
