@@ -109,7 +109,7 @@ function offerPlans(select, { plans, plan }) {
 }
 
 function makeSeries(answer, letter) {
-  const families = [...new Set(answer.steps.map((step) => step.op))];
+  const families = [...new Set(answer.steps.map((step) => step.kernel))];
   const seconds = answer.steps.reduce((sum, step) => sum + step.seconds, 0);
   const runs = answer.plans.find((each) => each.name === answer.plan)?.runs ?? 0;
   return {
@@ -121,7 +121,7 @@ function makeSeries(answer, letter) {
     seconds,
     runs,
     families,
-    styleOf: letter ? () => `series-${letter}` : (step) => `family-${families.indexOf(step.op) % FAMILIES}`,
+    styleOf: letter ? () => `series-${letter}` : (step) => `family-${families.indexOf(step.kernel) % FAMILIES}`,
   };
 }
 
@@ -144,5 +144,5 @@ function legend(series) {
     return element("li", {}, svg("svg", { viewBox: "0 0 16 16", "aria-hidden": "true" }, shape), words);
   };
   if (series.length > 1) return series.map((one) => entry(`series-${one.name}`, one.diamond, one.prefix + one.title));
-  return series[0].families.map((op, i) => entry(`family-${i % FAMILIES}`, false, op));
+  return series[0].families.map((kernel, i) => entry(`family-${i % FAMILIES}`, false, kernel));
 }

@@ -10,7 +10,7 @@ const LEFT = 62;
 const RIGHT = 14;
 const TOP = 14;
 const BOTTOM = 44;
-const GUTTER = 26; // for steps without FLOPs
+const GUTTER = 44; // for steps without FLOPs, where there are any
 const LEAST_RADIUS = 3.5;
 const MOST_RADIUS = 15;
 
@@ -95,10 +95,11 @@ function makeScale(series, device, width, height) {
   const rates = steps.map((step) => (step.flops ? step.flops_per_second : step.bytes_per_second * x0));
   const ys = [...rates, device.peak_flops * 1.5, device.peak_bytes * x0].filter((y) => y > 0 && Number.isFinite(y));
   const [y0, y1] = [10 ** Math.floor(Math.log10(Math.min(...ys))), 10 ** Math.ceil(Math.log10(Math.max(...ys)))];
-  const [left, right, bottom] = [LEFT + GUTTER, width - RIGHT, height - BOTTOM];
+  const gutter = steps.every((step) => step.flops) ? 0 : GUTTER;
+  const [left, right, bottom] = [LEFT + gutter, width - RIGHT, height - BOTTOM];
   const along = (value, from, to) => Math.log10(value / from) / Math.log10(to / from);
   return {
-    x0, x1, y0, y1, left, right, bottom,
+    x0, x1, y0, y1, left, right, bottom, gutter,
     x: (value) => left + along(value, x0, x1) * (right - left),
     y: (value) => bottom - along(value, y0, y1) * (bottom - TOP),
   };
@@ -117,7 +118,7 @@ function axes(scale) {
     line(LEFT, scale.y(value), scale.right, scale.y(value));
     text(LEFT - 6, scale.y(value) + 4, "end", decade(value));
   }
-  text(LEFT + GUTTER / 2, scale.bottom + 16, "middle", "0");
+  if (scale.gutter) text(LEFT + scale.gutter / 2, scale.bottom + 16, "middle", "0");
   text((scale.left + scale.right) / 2, scale.bottom + 36, "middle", "FLOPs a byte");
   const [x, y] = [12, (TOP + scale.bottom) / 2];
   group.append(svg("text", { class: "axis-text", x, y, "text-anchor": "middle", transform: `rotate(-90 ${x} ${y})` }, "FLOP/s"));
@@ -158,7 +159,7 @@ function radius({ series, step }) {
 
 function makeDot(dot, scale) {
   const { series, step } = dot;
-  const x = step.flops ? scale.x(intensity(step)) : LEFT + GUTTER / 2;
+  const x = step.flops ? scale.x(intensity(step)) : LEFT + scale.gutter / 2;
   const y = scale.y(step.flops ? step.flops_per_second : step.bytes_per_second * scale.x0);
   const r = radius(dot);
   const shape = series.diamond ? `M0 ${-r}L${r} 0L0 ${r}L${-r} 0Z` : `M${-r} 0a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0Z`;
