@@ -84,7 +84,7 @@ def _jpeg(image: Image.Image, shorter_side: int) -> bytes:
 
 def pixels(photo: Photo) -> NDArray[np.float32]:
     """A photo as the input of the classifier, of shape `PIXELS`: the centre, 0.875 of the shorter side, normalised."""
-    image = Image.open(io.BytesIO(photo.jpeg))
+    image: Image.Image = Image.open(io.BytesIO(photo.jpeg))
     side = round(min(image.size) * 0.875)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.crop((left, top, left + side, top + side)).resize(PIXELS[:0:-1], Image.Resampling.BICUBIC)

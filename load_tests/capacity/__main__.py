@@ -26,7 +26,7 @@ from load_tests.report import machine
 from load_tests.servers import ROOT, tilewave
 from load_tests.workloads import default_repository
 
-RAMPS = {
+RAMPS: dict[str, tuple[Sequence[type], str]] = {
     "images": (
         [ImageUser],
         "JPEG photos of three sizes (the shorter side 240, 400 or 720 pixels) to the image endpoint of "

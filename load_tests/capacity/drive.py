@@ -32,7 +32,7 @@ class Driver:
         self._target, self._headers = target, headers
         self._environment = Environment(user_classes=list(kinds), host=target)
         self._runner = self._environment.create_local_runner()
-        self._environment.events.request.add_listener(self._note)
+        self._environment.events.request.add_listener(self._note)  # type: ignore[no-untyped-call]
         self._answers: list[tuple[float, float]] = []
         self._refused = 0
         self._failures: Counter[str] = Counter()

@@ -96,6 +96,9 @@ def parse(text: str) -> Samples:
     return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
 
 
+_FIELDS = ("launches", "seconds", "flops", "bytes", "cached_bytes")
+
+
 def split(before: Samples, after: Samples, wall: float) -> Split:
     """What came between two scrapes that are `wall` seconds apart."""
     grown = {key: value - before.get(key, 0.0) for key, value in after.items()}
@@ -108,7 +111,11 @@ def split(before: Samples, after: Samples, wall: float) -> Split:
             fields = by_kernel[of["model"], of["kernel"], of["op"]]
             field = name.removeprefix("engine_kernel_").removesuffix("_total")
             fields[field] = fields.get(field, 0.0) + value  # versions of a model together
-    kernels = [KernelTime(*key, **fields) for key, fields in by_kernel.items() if fields["seconds"] > 0]
+    kernels = [
+        KernelTime(*key, *(fields[field] for field in _FIELDS))
+        for key, fields in by_kernel.items()
+        if fields["seconds"] > 0
+    ]
     queue, preprocess, compute = (
         total[f"inference_{part}_duration_seconds_sum"] for part in ("queue", "preprocess", "compute")
     )
