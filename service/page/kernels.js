@@ -40,6 +40,8 @@ export function startKernels() {
         // The plan had to make room for others: the busiest one stands for it from now on.
         plan.replaceChildren();
         otherPlan.replaceChildren();
+        refresh();
+        return;
       }
       showProblem("kernels-problem", error.message);
     }

@@ -90,11 +90,15 @@ function makeScale(series, device, width, height) {
   const steps = series.flatMap((one) => one.steps).filter((step) => step.seconds > 0);
   const counted = steps.filter((step) => step.flops && step.bytes);
   const ridge = device.peak_flops / device.peak_bytes;
-  const xs = [...counted.map(intensity), ridge / 30, ridge * 8].filter((x) => x > 0 && Number.isFinite(x));
-  const [x0, x1] = [10 ** Math.floor(Math.log10(Math.min(...xs))), 10 ** Math.ceil(Math.log10(Math.max(...xs)))];
+  const known = (values, otherwise) => {
+    const found = values.filter((value) => value > 0 && Number.isFinite(value)); // ceilings may not be measured
+    return found.length ? found : otherwise;
+  };
+  const xs = known([...counted.map(intensity), ridge / 30, ridge * 8], [1]);
+  const [x0, x1] = decadesAround(xs);
   const rates = steps.map((step) => (step.flops ? step.flops_per_second : step.bytes_per_second * x0));
-  const ys = [...rates, device.peak_flops * 1.5, device.peak_bytes * x0].filter((y) => y > 0 && Number.isFinite(y));
-  const [y0, y1] = [10 ** Math.floor(Math.log10(Math.min(...ys))), 10 ** Math.ceil(Math.log10(Math.max(...ys)))];
+  const ys = known([...rates, device.peak_flops * 1.5, device.peak_bytes * x0], [1e9]);
+  const [y0, y1] = decadesAround(ys);
   const gutter = steps.every((step) => step.flops) ? 0 : GUTTER;
   const [left, right, bottom] = [LEFT + gutter, width - RIGHT, height - BOTTOM];
   const along = (value, from, to) => Math.log10(value / from) / Math.log10(to / from);
@@ -103,6 +107,13 @@ function makeScale(series, device, width, height) {
     x: (value) => left + along(value, x0, x1) * (right - left),
     y: (value) => bottom - along(value, y0, y1) * (bottom - TOP),
   };
+}
+
+/** Powers of ten below and above all values, never the same. */
+function decadesAround(values) {
+  const low = Math.floor(Math.log10(Math.min(...values)));
+  const high = Math.ceil(Math.log10(Math.max(...values)));
+  return [10 ** low, 10 ** Math.max(high, low + 1)];
 }
 
 function axes(scale) {
