@@ -3,7 +3,7 @@
 ``locust -f load_tests/locustfile.py --headless -u 20 -r 20 -t 30s --host http://127.0.0.1:8000``. Every user sends
 the next request when it has the last answer. An answer is a failure unless it is right: the status, the number
 and length of the vectors, the first label of a photo that is beyond doubt. ``--tags images`` runs one scenario.
-A server that asks for API keys gets that of ``TILEWAVE_API_KEY``. ``python -m load_tests.capacity`` (`make load`) has
+A server that asks for API keys gets that of ``API_KEY``. ``python -m load_tests.capacity`` (`make load`) has
 these users find out what a server can do, and reports it.
 """
 
@@ -28,7 +28,7 @@ TENSORS_PATH = "/v2/models/efficientnet-lite0/infer"
 EMBEDDING_SIZE = 384
 CLASSES = 1000
 
-KEY = os.environ.get("TILEWAVE_API_KEY", "")
+KEY = os.environ.get("API_KEY", "")
 HEADERS = {"authorization": f"Bearer {KEY}"} if KEY else {}
 
 PHOTOS = photos()

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 import tempfile
 import time
@@ -46,17 +47,19 @@ RAMPS: dict[str, tuple[Sequence[type], str]] = {
 BURST = "burst"
 _BURST_ABOUT = "Photos, texts and ids, as many of one kind of user as of the other."
 _CALM_USERS = 2
+_IDLE_LOAD = 0.25  # a CPU, of a machine that has nothing else to do
 _BURST_FACTOR = 8  # times the users of the latest saturation point
 
 
 def main() -> int:
     """Run what was asked for."""
     options = _parser().parse_args()
+    load = os.getloadavg()[0]
     with contextlib.ExitStack() as stack:
         target = options.target or stack.enter_context(_own_server(options.server_arguments))
         scenarios = _measure(options, target.rstrip("/"))
         ceilings = fetch_ceilings(target, HEADERS)
-    facts = _facts(options, sorted({ceiling.device for ceiling in ceilings.values()}))
+    facts = _facts(options, load, sorted({ceiling.device for ceiling in ceilings.values()}))
     document.write(report.blocks("What the server can do", facts, scenarios, ceilings), options.output)
     _store(scenarios, options.output / "results.json")
     print(f"{options.output / 'report.md'} and report.html are written")
@@ -130,15 +133,18 @@ def _stage(driver: Driver, name: str, users: int, seconds: float, settle: float)
     return stage
 
 
-def _facts(options: argparse.Namespace, devices: Sequence[str]) -> list[str]:
+def _facts(options: argparse.Namespace, load: float, devices: Sequence[str]) -> list[str]:
+    """What a reader has to know before the figures. `load`: of this machine, before it began."""
     here = machine()
+    is_busy = load > _IDLE_LOAD * here["cpus"]
     server = "a server on the same machine" if not options.target else "a server that was running already"
     return [
         f"`make load` on {here['date']}, commit {here['commit']}: {server}, models on {' and '.join(devices)}. The "
-        f"users ran on {here['cpus']} CPUs ({here['cpu']}) whose load was {here['load']:.1f} at the end.",
+        f"users ran on {here['cpus']} CPUs ({here['cpu']}).",
         f"Every user sends its next request when it has the last answer. {options.seconds:g} s a stage, after "
         f"{options.settle:g} s to settle. Every answer is checked; only good ones count. Queue, preprocess, compute "
         "and kernels are differences of `/metrics` before and after a stage.",
+        *([f"**Other work ran on this machine** (load {load:.1f} before it began): it could do more."] * is_busy),
     ]
 
 

@@ -46,7 +46,7 @@ Block = Heading | Paragraph | Table | Figure
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#13212a;max-width:60rem;margin:2rem auto;padding:0 1rem}
 h1,h2,h3{line-height:1.2}table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:1rem 0}
-th,td{padding:.25rem .6rem;border-bottom:1px solid #c9d3d8;text-align:right}
+th,td{padding:.25rem .6rem;border-bottom:1px solid #c9d3d8;text-align:right;white-space:nowrap}
 th:first-child,td:first-child{text-align:left}
 .scroll{overflow-x:auto}figure{margin:1rem 0}svg{max-width:100%;height:auto}
 """

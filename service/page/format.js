@@ -35,6 +35,7 @@ export function duration(seconds) {
 
 /** 0.0123 → "1.2 %". */
 export function percent(fraction) {
+  if (!Number.isFinite(fraction)) return "–";
   const value = fraction * 100;
   return `${value >= 10 || value === 0 ? Math.round(value) : value.toFixed(1)} %`;
 }

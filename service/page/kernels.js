@@ -29,12 +29,12 @@ export function startKernels() {
       const first = await profile(model.value, version.value, plan.value);
       const second = otherVersion.value ? await profile(model.value, otherVersion.value, otherPlan.value) : null;
       if (choiceNow() !== asked) return; // chosen anew meanwhile; that is asked for next
-      showProblem("kernels-problem", first.steps.length ? "" : "Nothing has run yet: send a request to this model.");
+      showProblem("kernels-problem", whyNot(first) || (second ? whyNot(second) : ""));
       offerPlans(plan, first);
       if (second) offerPlans(otherPlan, second);
       else setOptions(otherPlan, []);
-      byId("kernels-view").hidden = !first.steps.length;
-      if (first.steps.length) show(first, second);
+      byId("kernels-view").hidden = Boolean(whyNot(first));
+      if (!whyNot(first)) show(first, second && !whyNot(second) ? second : null);
     } catch (error) {
       if (error.status === 404 && (plan.value || otherPlan.value)) {
         // The plan had to make room for others: the busiest one stands for it from now on.
@@ -99,6 +99,13 @@ export function startKernels() {
   };
 }
 
+/** Why a profile cannot be shown; empty where it can. */
+function whyNot({ steps, version, plan }) {
+  if (!steps.length) return `Version ${version} has not run yet: send it a request.`;
+  if (steps.some((step) => step.seconds > 0)) return "";
+  return `No run of version ${version} at ${plan} has been timed yet: on a GPU that is one run of many.`;
+}
+
 async function profile(model, version, plan) {
   const query = plan ? `?plan=${encodeURIComponent(plan)}` : "";
   return getJson(`/v2/models/${encodeURIComponent(model)}/versions/${encodeURIComponent(version)}/profile${query}`);
@@ -137,7 +144,8 @@ function summary(series, device) {
     );
   });
   if (series.length > 1) sentences.push(`B takes ${(series[1].seconds / series[0].seconds).toFixed(2)} times as long as A.`);
-  return `${sentences.join(" ")} On ${device.name} (${device.arch}, ${device.threads} threads).`;
+  const ceilings = `${quantity(device.peak_flops, "FLOP/s")}, ${quantity(device.peak_bytes, "B/s")} of memory, ${quantity(device.peak_cache_bytes, "B/s")} of cache`;
+  return `${sentences.join(" ")} ${device.name} (${device.arch}, ${device.threads} threads): measured ceilings ${ceilings}.`;
 }
 
 function legend(series) {

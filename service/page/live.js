@@ -85,7 +85,8 @@ function makeCard(model) {
         done - total(now.samples, "inference_requests_total", good) + total(before.samples, "inference_requests_total", good);
       figures.rate.set(`${quantity(rate)}/s`, failed > 0.5 ? `${quantity(Math.round(failed))} refused or failed` : "requests", rate);
       const [median, late] = [quantile(0.5, newer, older), quantile(0.99, newer, older)];
-      figures.latency.set(duration(median), `99 of 100 in ${duration(late)}`, Number.isNaN(late) ? 0 : late);
+      const words = Number.isNaN(late) ? "no requests" : `99 of 100 in ${duration(late)}`;
+      figures.latency.set(duration(median), words, Number.isNaN(late) ? 0 : late);
     },
   };
 }

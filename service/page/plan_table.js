@@ -25,8 +25,8 @@ const PAIR = [
   { title: "A: time", value: (row) => row.a?.seconds, shown: duration },
   { title: "B: time", value: (row) => row.b?.seconds, shown: duration },
   { title: "B / A", value: (row) => row.b?.seconds / row.a?.seconds, shown: (value) => (Number.isFinite(value) ? value.toFixed(2) : "–") },
-  { title: "A: of the roofline", value: (row) => row.a?.roofline, shown: (value) => (value === undefined ? "–" : percent(value)) },
-  { title: "B: of the roofline", value: (row) => row.b?.roofline, shown: (value) => (value === undefined ? "–" : percent(value)) },
+  { title: "A: of the roofline", value: (row) => row.a?.roofline, shown: percent },
+  { title: "B: of the roofline", value: (row) => row.b?.roofline, shown: percent },
 ];
 
 /** Rows for one series or two: a step, or the steps of one name. */

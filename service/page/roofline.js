@@ -104,6 +104,7 @@ function makeScale(series, device, width, height) {
   const along = (value, from, to) => Math.log10(value / from) / Math.log10(to / from);
   return {
     x0, x1, y0, y1, left, right, bottom, gutter,
+    narrow: right - left < 420, // no room for every word
     x: (value) => left + along(value, x0, x1) * (right - left),
     y: (value) => bottom - along(value, y0, y1) * (bottom - TOP),
   };
@@ -117,10 +118,10 @@ function decadesAround(values) {
 }
 
 function axes(scale) {
+  const { narrow } = scale;
   const group = svg("g", { "aria-hidden": "true" });
   const line = (x1, y1, x2, y2) => group.append(svg("line", { class: "grid", x1, y1, x2, y2 }));
   const text = (x, y, anchor, words) => group.append(svg("text", { class: "axis-text", x, y, "text-anchor": anchor }, words));
-  const narrow = scale.right - scale.left < 420;
   for (const [value, i] of decades(scale.x0, scale.x1)) {
     line(scale.x(value), TOP, scale.x(value), scale.bottom);
     if (!narrow || i % 2 === 0) text(scale.x(value), scale.bottom + 16, "middle", decade(value));
@@ -142,13 +143,14 @@ function* decades(from, to) {
 
 function ceilings(scale, device) {
   const group = svg("g", { "aria-hidden": "true" });
+  const { narrow } = scale;
   const { peak_flops: flops } = device;
   if (!(flops > 0)) return group; // ceilings that were not measured are not drawn
   const flat = scale.y(flops);
   const ridge = Math.max(flops / device.peak_bytes, scale.x0);
   group.append(svg("line", { class: "ceiling", x1: scale.x(ridge), y1: flat, x2: scale.right, y2: flat }));
   const label = (x, y, anchor, words) => group.append(svg("text", { class: "ceiling-text", x, y, "text-anchor": anchor }, words));
-  label(scale.right - 2, flat - 6, "end", `compute ${quantity(flops, "FLOP/s")}`);
+  label(scale.right - 2, flat - 6, "end", narrow ? "compute" : `compute ${quantity(flops, "FLOP/s")}`);
   for (const [kind, rate] of [["cache", device.peak_cache_bytes], ["memory", device.peak_bytes]]) {
     if (!(rate > 0)) continue;
     const from = Math.max(scale.x0, scale.y0 / rate);
@@ -157,8 +159,10 @@ function ceilings(scale, device) {
     const line = (from === scale.x0 ? points : points.slice(1)).map((point) => point.join(",")).join(" ");
     group.append(svg("polyline", { class: `ceiling ${kind}`, points: line }));
     const middle = Math.sqrt(from * end);
-    const below = kind === "memory";
-    label(scale.x(middle) + (below ? 8 : -8), scale.y(rate * middle) + (below ? 14 : -6), below ? "start" : "end", `${kind} ${quantity(rate, "B/s")}`);
+    const [x, y] = [scale.x(middle), scale.y(rate * middle)];
+    const words = narrow ? kind : `${kind} ${quantity(rate, "B/s")}`;
+    if (kind === "memory") label(x + 8, y + 14, "start", words);
+    else label(x - 8, y - 6, "end", words);
   }
   return group;
 }

@@ -22,7 +22,7 @@ def test_every_scenario_gets_right_answers_and_is_reported(model_repository: Pat
                 *("--seconds", "1", "--settle", "0.1", "--most-users", "1", "--output", str(tmp_path / "out")),
             ],
             cwd=ROOT,
-            env={**os.environ, "TILEWAVE_API_KEY": "0123456789abcdef"},
+            env={**os.environ, "API_KEY": "0123456789abcdef"},
             capture_output=True,
             text=True,
             timeout=120,

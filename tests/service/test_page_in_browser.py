@@ -1,7 +1,7 @@
 """A browser on the page, before a real server with the default models: what a person does and sees.
 
 Needs a Chromium, which no Python package brings: on Debian `apt install chromium-headless-shell`, elsewhere any, named
-by TILEWAVE_CHROMIUM. `TILEWAVE_SCREENSHOTS=docs/page` also writes the screenshots of the documents.
+by CHROMIUM. `PAGE_SCREENSHOTS=docs/page` also writes the screenshots of the documents.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import io
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,20 @@ from typing import Any
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from load_tests.servers import Server, tilewave
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
-CHROMIUM = os.environ.get("TILEWAVE_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-SCREENSHOTS = os.environ.get("TILEWAVE_SCREENSHOTS")
+CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+SCREENSHOTS = os.environ.get("PAGE_SCREENSHOTS")
 CLASSIFIER, ENCODER = "efficientnet-lite0", "all-minilm-l6-v2"
 WAIT_MS = 30_000  # a machine that runs other tests is slow
 WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 320, "height": 640}
 KEY, NO_METRICS_KEY = "k" * 20, "i" * 20
 BEARER = {"authorization": f"Bearer {KEY}"}
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH; TILEWAVE_CHROMIUM names one elsewhere")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH; CHROMIUM names one elsewhere")
 
 
 @dataclass
@@ -237,13 +237,47 @@ def test_nobody_is_kept_from_using_it(tab: Tab, photos: Mapping[str, Path]) -> N
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page is wider than the screen"
     assert_accessible(page)
     if page.viewport_size == PHONE:
-        screenshot(page, "phone", full_page=True)
+        screenshot(page, "phone", full_page=True, clip=clip_of(page, "section[aria-labelledby=kernels-title]", 1000))
     page.fill("#sentences-text", "only one")
     page.click("text=Compare >> nth=0")
     expect(page.locator("#sentences-problem")).to_have_text("Write two sentences or more, each on a line of its own.")
     page.click("#key-open")
     expect(page.locator("#key-value")).to_be_focused()
     assert_accessible(page)
+
+
+def test_a_profile_without_times_or_ceilings_is_said_and_drawn(tab: Tab) -> None:
+    page = tab.open()
+    expect(page.locator(".dot").first).to_be_visible()
+
+    def change(how: Callable[[dict[str, Any]], object]) -> None:
+        """What the server says of the classifier, with something changed."""
+
+        def answer(route: Route) -> None:
+            document = route.fetch().json()
+            how(document)
+            route.fulfill(json=document)
+
+        page.unroute("**/profile*")
+        page.route("**/profile*", answer)
+
+    change(lambda document: [step.update(seconds=0, flops_per_second=0) for step in document["steps"]])
+    page.select_option("#kernels-model", CLASSIFIER)
+    expect(page.locator("#kernels-problem")).to_contain_text("has been timed yet")
+    expect(page.locator("#kernels-view")).to_be_hidden()
+    change(lambda document: document.update(steps=[], plans=[], plan=None))
+    page.select_option("#kernels-version", "1")
+    expect(page.locator("#kernels-problem")).to_have_text("Version 1 has not run yet: send it a request.")
+    change(lambda document: document["device"].update(peak_flops=0, peak_bytes=0, peak_cache_bytes=0))
+    page.select_option("#kernels-version", "2")
+    expect(page.locator(".dot").first).to_be_visible()
+    expect(page.locator(".ceiling")).to_have_count(0)
+    page.unroute("**/profile*")
+    # Whose plan has had to make room for others, sees the busiest one instead.
+    page.route("**/profile?plan=*", lambda route: route.fulfill(status=404, json={"error": "no such plan"}))
+    page.select_option("#kernels-version", "1")
+    expect(page.locator("#plan-caption")).to_contain_text("version 1")
+    tab.complaints.clear()  # the 404s
 
 
 def test_everything_is_reached_by_keyboard(tab: Tab) -> None:
