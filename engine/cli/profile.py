@@ -36,7 +36,7 @@ def main(arguments: argparse.Namespace) -> int:
         arrays = feeds(arguments, model)
         rows = model.profile(arrays, arguments.runs)
         run_seconds = _run_seconds(model, arrays, arguments.runs)
-        (sizes,) = (plan.sizes for plan in model.plan_profiles()[-1:])
+        sizes = model.plan_profiles()[-1].sizes
         device = model.device_info
     if arguments.trace is not None:
         title = f"{arguments.model}, {_sizes(sizes)}"
