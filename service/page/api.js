@@ -81,8 +81,8 @@ export function timingOf(answer) {
     .join(", ");
 }
 
-/** Call `work` now and every `seconds` while the page is looked at, one call at a time. Returns what calls it at once, or
- * as soon as the call under way has ended. */
+/** Call `work` now and every `seconds` while the page is looked at, one call at a time. Returns what calls it at once,
+ * or as soon as the call under way has ended. */
 export function whileVisible(seconds, work) {
   let running = false;
   let again = false;

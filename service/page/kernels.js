@@ -55,7 +55,8 @@ export function startKernels() {
     const series = [makeSeries(first, second ? "a" : null)];
     if (second) series.push(makeSeries(second, "b"));
     byId("kernels-summary").textContent = summary(series, first.device);
-    byId("plan-caption").textContent = `The plan of ${first.name}, ${series.map((one) => one.title).join(", beside it ")}`;
+    byId("plan-caption").textContent =
+      `The plan of ${first.name}, ${series.map((one) => one.title).join(", beside it ")}`;
     byId("roofline-legend").replaceChildren(...legend(series));
     plot.draw(series, first.device);
     table.draw(series);
@@ -64,7 +65,10 @@ export function startKernels() {
 
   function offerVersions() {
     const ready = models.filter((each) => each.state === "READY" && each.id === model.value);
-    setOptions(version, [...ready].reverse().map((each) => [each.version, each.version]));
+    setOptions(
+      version,
+      [...ready].reverse().map((each) => [each.version, each.version]),
+    );
     const others = ready.length ? [["", "nothing"], ...ready.map((each) => [each.version, each.version])] : [];
     setOptions(otherVersion, others);
   }
@@ -92,7 +96,11 @@ export function startKernels() {
       models = data;
       const before = model.value + version.value;
       const names = [...new Set(data.filter((each) => each.state === "READY").map((each) => each.id))];
-      setOptions(model, names.map((name) => [name, name]), "no model is ready");
+      setOptions(
+        model,
+        names.map((name) => [name, name]),
+        "no model is ready",
+      );
       offerVersions();
       if (model.value + version.value !== before) refresh();
     },
@@ -113,7 +121,10 @@ async function profile(model, version, plan) {
 
 function offerPlans(select, { plans, plan }) {
   const names = plans.map((each) => each.name).sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
-  setOptions(select, names.map((name) => [name, name.replaceAll("=", " ").replaceAll(",", ", ")]));
+  setOptions(
+    select,
+    names.map((name) => [name, name.replaceAll("=", " ").replaceAll(",", ", ")]),
+  );
   select.value = plan ?? "";
 }
 
@@ -138,19 +149,23 @@ function summary(series, device) {
   const sentences = series.map((one) => {
     const flops = one.steps.reduce((sum, step) => sum + step.flops, 0);
     const least = one.steps.reduce((sum, step) => sum + step.seconds * step.roofline, 0);
-    return (
-      `${one.prefix}${duration(one.seconds)} a run in ${one.steps.length} steps, ${quantity(flops / one.seconds, "FLOP/s")}, ` +
-      `${percent(least / one.seconds)} of what the device allows, over ${quantity(one.runs)} ${one.runs === 1 ? "run" : "runs"}.`
-    );
+    const rate = quantity(flops / one.seconds, "FLOP/s");
+    const reached = `${rate}, ${percent(least / one.seconds)} of what the device allows`;
+    const runs = `${quantity(one.runs)} ${one.runs === 1 ? "run" : "runs"}`;
+    return `${one.prefix}${duration(one.seconds)} a run in ${one.steps.length} steps, ${reached}, over ${runs}.`;
   });
-  if (series.length > 1) sentences.push(`B takes ${(series[1].seconds / series[0].seconds).toFixed(2)} times as long as A.`);
-  const ceilings = `${quantity(device.peak_flops, "FLOP/s")}, ${quantity(device.peak_bytes, "B/s")} of memory, ${quantity(device.peak_cache_bytes, "B/s")} of cache`;
-  return `${sentences.join(" ")} ${device.name} (${device.arch}, ${device.threads} threads): measured ceilings ${ceilings}.`;
+  if (series.length > 1)
+    sentences.push(`B takes ${(series[1].seconds / series[0].seconds).toFixed(2)} times as long as A.`);
+  const moved = `${quantity(device.peak_bytes, "B/s")} of memory, ${quantity(device.peak_cache_bytes, "B/s")} of cache`;
+  const ceilings = `measured ceilings ${quantity(device.peak_flops, "FLOP/s")}, ${moved}`;
+  return `${sentences.join(" ")} ${device.name} (${device.arch}, ${device.threads} threads): ${ceilings}.`;
 }
 
 function legend(series) {
   const entry = (style, diamond, words) => {
-    const shape = diamond ? svg("path", { d: "M8 1L15 8L8 15L1 8Z", class: style }) : svg("circle", { cx: 8, cy: 8, r: 6, class: style });
+    const shape = diamond
+      ? svg("path", { d: "M8 1L15 8L8 15L1 8Z", class: style })
+      : svg("circle", { cx: 8, cy: 8, r: 6, class: style });
     return element("li", {}, svg("svg", { viewBox: "0 0 16 16", "aria-hidden": "true" }, shape), words);
   };
   if (series.length > 1) return series.map((one) => entry(`series-${one.name}`, one.diamond, one.prefix + one.title));

@@ -67,7 +67,8 @@ function makeCard(model) {
     place,
     describe({ state: word, reason, task, batching }) {
       place.classList.toggle("down", word === "UNAVAILABLE");
-      const text = word === "READY" ? `${task}; batching: ${batching}` : `${word.toLowerCase()}${reason ? `: ${reason}` : ""}`;
+      const text =
+        word === "READY" ? `${task}; batching: ${batching}` : `${word.toLowerCase()}${reason ? `: ${reason}` : ""}`;
       if (state.textContent !== text) state.textContent = text;
     },
     update(counted) {
@@ -82,8 +83,14 @@ function makeCard(model) {
       const rate = Math.max(done, 0) / (now.at - before.at);
       const good = { ...labels, outcome: "success" };
       const failed =
-        done - total(now.samples, "inference_requests_total", good) + total(before.samples, "inference_requests_total", good);
-      figures.rate.set(`${quantity(rate)}/s`, failed > 0.5 ? `${quantity(Math.round(failed))} refused or failed` : "requests", rate);
+        done -
+        total(now.samples, "inference_requests_total", good) +
+        total(before.samples, "inference_requests_total", good);
+      figures.rate.set(
+        `${quantity(rate)}/s`,
+        failed > 0.5 ? `${quantity(Math.round(failed))} refused or failed` : "requests",
+        rate,
+      );
       const [median, late] = [quantile(0.5, newer, older), quantile(0.99, newer, older)];
       const words = Number.isNaN(late) ? "no requests" : `99 of 100 in ${duration(late)}`;
       figures.latency.set(duration(median), words, Number.isNaN(late) ? 0 : late);
@@ -95,7 +102,11 @@ function makeCard(model) {
 function figure(name) {
   const [value, remark] = [element("strong", {}, "–"), element("small", {})];
   const line = svg("polyline", {});
-  const spark = svg("svg", { class: "spark", viewBox: "0 0 100 20", preserveAspectRatio: "none", "aria-hidden": "true" }, line);
+  const spark = svg(
+    "svg",
+    { class: "spark", viewBox: "0 0 100 20", preserveAspectRatio: "none", "aria-hidden": "true" },
+    line,
+  );
   const past = [];
   return {
     place: element("div", {}, element("dt", {}, name), element("dd", {}, value, remark, spark)),
@@ -107,7 +118,10 @@ function figure(name) {
       const most = Math.max(...past, 1e-9);
       const x = (i) => 100 - (past.length - 1 - i) * (100 / (KEPT - 1));
       if (past.length < 2) return;
-      line.setAttribute("points", past.map((each, i) => `${x(i).toFixed(2)},${(19 - (each / most) * 18).toFixed(2)}`).join(" "));
+      line.setAttribute(
+        "points",
+        past.map((each, i) => `${x(i).toFixed(2)},${(19 - (each / most) * 18).toFixed(2)}`).join(" "),
+      );
     },
   };
 }

@@ -24,7 +24,11 @@ const PAIR = [
   { title: "B: kernel", text: true, value: (row) => row.b?.kernel ?? "–" },
   { title: "A: time", value: (row) => row.a?.seconds, shown: duration },
   { title: "B: time", value: (row) => row.b?.seconds, shown: duration },
-  { title: "B / A", value: (row) => row.b?.seconds / row.a?.seconds, shown: (value) => (Number.isFinite(value) ? value.toFixed(2) : "–") },
+  {
+    title: "B / A",
+    value: (row) => row.b?.seconds / row.a?.seconds,
+    shown: (value) => (Number.isFinite(value) ? value.toFixed(2) : "–"),
+  },
   { title: "A: of the roofline", value: (row) => row.a?.roofline, shown: percent },
   { title: "B: of the roofline", value: (row) => row.b?.roofline, shown: percent },
 ];
@@ -34,7 +38,10 @@ export function pair([a, b]) {
   const others = new Map((b?.steps ?? []).map((step) => [step.step, step]));
   const rows = a.steps.map((step) => ({ name: step.step, a: step, b: others.get(step.step) }));
   const seen = new Set(a.steps.map((step) => step.step));
-  return [...rows, ...(b?.steps ?? []).filter((step) => !seen.has(step.step)).map((step) => ({ name: step.step, b: step }))];
+  return [
+    ...rows,
+    ...(b?.steps ?? []).filter((step) => !seen.has(step.step)).map((step) => ({ name: step.step, b: step })),
+  ];
 }
 
 /** The table; `onChoose` gets the name of a step whose row is clicked. */
@@ -67,7 +74,11 @@ export function makePlanTable(table, onChoose) {
         const value = column.value(row, series);
         const name = i === 0 ? "th" : "td";
         const shown = column.shown ? column.shown(value) : value;
-        const attributes = { class: column.text ? "text" : null, scope: i === 0 ? "row" : null, title: i === 0 ? shown : null };
+        const attributes = {
+          class: column.text ? "text" : null,
+          scope: i === 0 ? "row" : null,
+          title: i === 0 ? shown : null,
+        };
         return element(name, attributes, shown);
       });
       rowOf.set(row.name, element("tr", { onclick: () => onChoose(row.name) }, ...cells));

@@ -40,7 +40,12 @@ export function makeRoofline(place, onChoose) {
 
   function draw(series, device) {
     drawn = [series, device];
-    const kept = dots[at] && { series: dots[at].series.name, step: dots[at].step.step, chosen: isChosen(), focused: hasFocus() };
+    const kept = dots[at] && {
+      series: dots[at].series.name,
+      step: dots[at].step.step,
+      chosen: isChosen(),
+      focused: hasFocus(),
+    };
     const width = Math.max(place.clientWidth, 280);
     const height = Math.min(Math.max(width * 0.5, 280), 520);
     const scale = makeScale(series, device, width, height);
@@ -56,7 +61,13 @@ export function makeRoofline(place, onChoose) {
     });
     // Large ones first, so that no dot lies hidden under another; the keyboard goes by the plan's order all the same.
     list.append(...[...dots].sort((a, b) => radius(b) - radius(a)).map((dot) => dot.node));
-    const box = { viewBox: `0 0 ${width} ${height}`, width, height, "aria-labelledby": "roofline-caption", role: "group" };
+    const box = {
+      viewBox: `0 0 ${width} ${height}`,
+      width,
+      height,
+      "aria-labelledby": "roofline-caption",
+      role: "group",
+    };
     place.replaceChildren(svg("svg", box, axes(scale), ceilings(scale, device), list));
     at = 0;
     const again = kept ? dots.findIndex((dot) => dot.series.name === kept.series && dot.step.step === kept.step) : -1;
@@ -103,7 +114,14 @@ function makeScale(series, device, width, height) {
   const [left, right, bottom] = [LEFT + gutter, width - RIGHT, height - BOTTOM];
   const along = (value, from, to) => Math.log10(value / from) / Math.log10(to / from);
   return {
-    x0, x1, y0, y1, left, right, bottom, gutter,
+    x0,
+    x1,
+    y0,
+    y1,
+    left,
+    right,
+    bottom,
+    gutter,
     narrow: right - left < 420, // no room for every word
     x: (value) => left + along(value, x0, x1) * (right - left),
     y: (value) => bottom - along(value, y0, y1) * (bottom - TOP),
@@ -121,7 +139,8 @@ function axes(scale) {
   const { narrow } = scale;
   const group = svg("g", { "aria-hidden": "true" });
   const line = (x1, y1, x2, y2) => group.append(svg("line", { class: "grid", x1, y1, x2, y2 }));
-  const text = (x, y, anchor, words) => group.append(svg("text", { class: "axis-text", x, y, "text-anchor": anchor }, words));
+  const text = (x, y, anchor, words) =>
+    group.append(svg("text", { class: "axis-text", x, y, "text-anchor": anchor }, words));
   for (const [value, i] of decades(scale.x0, scale.x1)) {
     line(scale.x(value), TOP, scale.x(value), scale.bottom);
     if (!narrow || i % 2 === 0) text(scale.x(value), scale.bottom + 16, "middle", decade(value));
@@ -133,7 +152,9 @@ function axes(scale) {
   if (scale.gutter) text(LEFT + scale.gutter / 2, scale.bottom + 16, "middle", "0");
   text((scale.left + scale.right) / 2, scale.bottom + 36, "middle", "FLOPs a byte");
   const [x, y] = [12, (TOP + scale.bottom) / 2];
-  group.append(svg("text", { class: "axis-text", x, y, "text-anchor": "middle", transform: `rotate(-90 ${x} ${y})` }, "FLOP/s"));
+  group.append(
+    svg("text", { class: "axis-text", x, y, "text-anchor": "middle", transform: `rotate(-90 ${x} ${y})` }, "FLOP/s"),
+  );
   return group;
 }
 
@@ -149,13 +170,21 @@ function ceilings(scale, device) {
   const flat = scale.y(flops);
   const ridge = Math.max(flops / device.peak_bytes, scale.x0);
   group.append(svg("line", { class: "ceiling", x1: scale.x(ridge), y1: flat, x2: scale.right, y2: flat }));
-  const label = (x, y, anchor, words) => group.append(svg("text", { class: "ceiling-text", x, y, "text-anchor": anchor }, words));
+  const label = (x, y, anchor, words) =>
+    group.append(svg("text", { class: "ceiling-text", x, y, "text-anchor": anchor }, words));
   label(scale.right - 2, flat - 6, "end", narrow ? "compute" : `compute ${quantity(flops, "FLOP/s")}`);
-  for (const [kind, rate] of [["cache", device.peak_cache_bytes], ["memory", device.peak_bytes]]) {
+  for (const [kind, rate] of [
+    ["cache", device.peak_cache_bytes],
+    ["memory", device.peak_bytes],
+  ]) {
     if (!(rate > 0)) continue;
     const from = Math.max(scale.x0, scale.y0 / rate);
     const end = Math.max(flops / rate, from);
-    const points = [[LEFT, scale.y(rate * from)], [scale.x(from), scale.y(rate * from)], [scale.x(end), scale.y(rate * end)]];
+    const points = [
+      [LEFT, scale.y(rate * from)],
+      [scale.x(from), scale.y(rate * from)],
+      [scale.x(end), scale.y(rate * end)],
+    ];
     const line = (from === scale.x0 ? points : points.slice(1)).map((point) => point.join(",")).join(" ");
     group.append(svg("polyline", { class: `ceiling ${kind}`, points: line }));
     const middle = Math.sqrt(from * end);
@@ -177,28 +206,31 @@ function makeDot(dot, scale) {
   const x = step.flops ? scale.x(intensity(step)) : LEFT + scale.gutter / 2;
   const y = scale.y(step.flops ? step.flops_per_second : step.bytes_per_second * scale.x0);
   const r = radius(dot);
-  const shape = series.diamond ? `M0 ${-r}L${r} 0L0 ${r}L${-r} 0Z` : `M${-r} 0a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0Z`;
+  const shape = series.diamond
+    ? `M0 ${-r}L${r} 0L0 ${r}L${-r} 0Z`
+    : `M${-r} 0a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0Z`;
+  const allowed = `${percent(step.roofline)} of what the device allows`;
   return svg("path", {
     class: `dot ${series.styleOf(step)}`,
     d: shape,
     transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})`,
     role: "option",
-    "aria-label": `${series.prefix}${step.step}, ${step.op}: ${duration(step.seconds)}, ${percent(step.roofline)} of what the device allows`,
+    "aria-label": `${series.prefix}${step.step}, ${step.op}: ${duration(step.seconds)}, ${allowed}`,
   });
 }
 
 /** What is known of a dot's step, in words. */
 export function describeStep({ series, step }) {
-  const work = step.flops
-    ? `${quantity(step.flops, "FLOP")} at ${quantity(step.flops_per_second, "FLOP/s")}, ${quantity(intensity(step))} FLOPs a byte; `
-    : "no FLOPs; ";
+  const rate = `${quantity(step.flops, "FLOP")} at ${quantity(step.flops_per_second, "FLOP/s")}`;
+  const work = step.flops ? `${rate}, ${quantity(intensity(step))} FLOPs a byte` : "no FLOPs";
+  const share = `${percent(step.seconds / series.seconds)} of a run`;
   return [
     element("strong", {}, `${series.prefix}${step.step}`),
     element("br"),
     `${step.op} by kernel ${step.kernel}, writes ${step.result}`,
     element("br"),
-    `${duration(step.seconds)}, ${percent(step.seconds / series.seconds)} of a run; ${percent(step.roofline)} of what the device allows`,
+    `${duration(step.seconds)}, ${share}; ${percent(step.roofline)} of what the device allows`,
     element("br"),
-    `${work}${quantity(step.bytes, "B")} at ${quantity(step.bytes_per_second, "B/s")}`,
+    `${work}; ${quantity(step.bytes, "B")} at ${quantity(step.bytes_per_second, "B/s")}`,
   ];
 }

@@ -27,7 +27,11 @@ export function startImage() {
     byId("image-answer").replaceChildren(element("p", {}, "Looking…"));
     try {
       const { path, query } = chosen(select.value);
-      const options = { method: "POST", body: file, headers: { "content-type": file.type || "application/octet-stream" } };
+      const options = {
+        method: "POST",
+        body: file,
+        headers: { "content-type": file.type || "application/octet-stream" },
+      };
       const answer = await request(`${path}/images?top_k=${TOP}&${query}`, options);
       const { predictions } = await answer.json();
       if (mine === turn) showLabels(predictions[0].labels, timingOf(answer));

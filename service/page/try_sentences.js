@@ -13,7 +13,10 @@ export function startSentences() {
   let turn = 0;
 
   async function compare() {
-    const sentences = text.value.split("\n").map((line) => line.trim()).filter(Boolean);
+    const sentences = text.value
+      .split("\n")
+      .map((line) => line.trim())
+      .filter(Boolean);
     const wrong = problemWith(sentences, select.value);
     showProblem("sentences-problem", wrong);
     if (wrong) return;
@@ -74,6 +77,12 @@ function showMatrix(sentences, matrix, timing) {
     return element("tr", {}, element("th", { scope: "row" }, `${i + 1}. ${sentences[i]}`), ...cells);
   });
   const caption = element("caption", {}, "Cosine of each pair: 1 means the same, 0 nothing in common");
-  const table = element("table", { class: "matrix" }, caption, element("thead", {}, head), element("tbody", {}, ...rows));
+  const table = element(
+    "table",
+    { class: "matrix" },
+    caption,
+    element("thead", {}, head),
+    element("tbody", {}, ...rows),
+  );
   byId("sentences-answer").replaceChildren(table, element("p", { class: "note" }, `In the server: ${timing}`));
 }
