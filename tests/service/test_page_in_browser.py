@@ -198,6 +198,26 @@ def test_the_roofline_has_a_dot_for_every_kernel(tab: Tab, photos: Mapping[str, 
     expect(slowest).to_have_text(profile["steps"][times.index(max(times))]["step"])
 
 
+def test_a_picture_may_be_dropped(tab: Tab, photos: Mapping[str, Path]) -> None:
+    page = tab.open()
+    expect(page.locator("#image-file")).to_be_enabled()
+    file = io.BytesIO()
+    Image.open(photos["camera"]).convert("RGB").resize((256, 256)).save(file, "JPEG")
+    carried = page.evaluate_handle(
+        """bytes => {
+            const carried = new DataTransfer();
+            carried.items.add(new File([new Uint8Array(bytes)], "camera.jpg", { type: "image/jpeg" }));
+            return carried;
+        }""",
+        list(file.getvalue()),
+    )
+    page.dispatch_event("#image-drop", "dragover", {"dataTransfer": carried})
+    expect(page.locator("#image-drop")).to_have_class("drop over")
+    page.dispatch_event("#image-drop", "drop", {"dataTransfer": carried})
+    expect(page.locator("#image-answer .name").first).to_have_text("tripod")
+    expect(page.locator("#image-drop")).to_have_class("drop")
+
+
 def clip_of(page: Page, selector: str, height: float) -> dict[str, float]:
     """The upper part of an element, on the whole page."""
     x, y, width, whole = page.locator(selector).evaluate(
