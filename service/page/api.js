@@ -5,6 +5,8 @@ const KEY = "tilewave-api-key";
 /** Dispatches "needed" (detail: why) when the server asks for a key, and "changed" when there is another. */
 export const keys = new EventTarget();
 
+let refused = false; // the last answer was that there must be a key, or another one
+
 export function currentKey() {
   return sessionStorage.getItem(KEY) ?? "";
 }
@@ -12,6 +14,7 @@ export function currentKey() {
 export function setKey(key) {
   if (key) sessionStorage.setItem(KEY, key);
   else sessionStorage.removeItem(KEY);
+  refused = false;
   keys.dispatchEvent(new Event("changed"));
 }
 
@@ -39,7 +42,11 @@ export async function request(path, options = {}) {
   const said = await explanation(answer);
   if (answer.status === 401) {
     const why = key ? "The server does not know this API key." : "This server asks for an API key.";
-    keys.dispatchEvent(new CustomEvent("needed", { detail: why }));
+    if (key === currentKey()) {
+      // Else the user has given another one meanwhile.
+      refused = true;
+      keys.dispatchEvent(new CustomEvent("needed", { detail: why }));
+    }
     throw new RequestError(why, 401);
   }
   const wait = answer.headers.get("retry-after");
@@ -81,8 +88,8 @@ export function timingOf(answer) {
     .join(", ");
 }
 
-/** Call `work` now and every `seconds` while the page is looked at, one call at a time. Returns what calls it at once,
- * or as soon as the call under way has ended. */
+/** Call `work` now and every `seconds` while the page is looked at and has the key it needs, one call at a time.
+ * Returns what calls it at once, or as soon as the call under way has ended. */
 export function whileVisible(seconds, work) {
   let running = false;
   let again = false;
@@ -95,7 +102,7 @@ export function whileVisible(seconds, work) {
     try {
       do {
         again = false;
-        if (!document.hidden) await work();
+        if (!document.hidden && !refused) await work();
       } while (again);
     } finally {
       running = false;

@@ -12,20 +12,14 @@ const MODELS_EVERY_S = 10;
 function startKeyDialog() {
   const dialog = byId("key-dialog");
   const open = (why) => {
+    if (dialog.open) return;
     byId("key-reason").textContent = why;
     byId("key-value").value = "";
     byId("key-forget").hidden = !currentKey();
-    if (!dialog.open) dialog.showModal();
+    dialog.showModal();
     byId("key-value").focus();
   };
-  let asked = false; // the page asks by itself once, not again at every poll
-  keys.addEventListener("needed", (event) => {
-    if (!asked) open(event.detail);
-    asked = true;
-  });
-  keys.addEventListener("changed", () => {
-    asked = false;
-  });
+  keys.addEventListener("needed", (event) => open(event.detail));
   byId("key-open").addEventListener("click", () => open("Requests of this page will carry it."));
   byId("key-cancel").addEventListener("click", () => dialog.close());
   byId("key-forget").addEventListener("click", () => {
