@@ -34,8 +34,7 @@ export async function request(path, options = {}) {
   let answer;
   try {
     answer = await fetch(path, { ...options, headers, cache: "no-store", credentials: "omit" });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
+  } catch {
     throw new RequestError("The server does not answer. Is it running, and can this machine reach it?", 0);
   }
   if (answer.ok) return answer;

@@ -29,8 +29,12 @@ function startKeyDialog() {
   byId("key-form").addEventListener("submit", (event) => {
     event.preventDefault();
     const key = byId("key-value").value.trim();
+    if (!/^[\x21-\x7e]+$/.test(key)) {
+      byId("key-reason").textContent = "A key is letters, digits and signs, without spaces.";
+      return;
+    }
     dialog.close();
-    if (key) setKey(key);
+    setKey(key);
   });
 }
 

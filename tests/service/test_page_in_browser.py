@@ -347,7 +347,10 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(server: Server, browser: Browser
     page.wait_for_timeout(2500)  # longer than the page waits between two looks at the metrics
     assert len(tab.complaints) == refused, "the page goes on asking without a key"
     page.click("#key-open")
-    page.keyboard.type("not a key that is known")
+    page.keyboard.type("kein Schlüssel")
+    page.keyboard.press("Enter")
+    expect(page.locator("#key-reason")).to_have_text("A key is letters, digits and signs, without spaces.")
+    page.fill("#key-value", "a-key-that-nobody-knows")
     page.keyboard.press("Enter")
     expect(page.locator("#key-reason")).to_have_text("The server does not know this API key.")
     page.keyboard.type(NO_METRICS_KEY)
