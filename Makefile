@@ -5,7 +5,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHONS = $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
-TARGET ?= http://127.0.0.1:8000
+TARGET ?=
 KERNEL_ARCHITECTURES ?= sm_80 sm_90a
 PYTEST_ARGS ?= -n auto --maxprocesses 8 --dist loadfile
 # Whether there is an NVIDIA driver, and its library can be loaded and speaks CUDA 13, which the packages are made for.
@@ -62,8 +62,8 @@ kernels: $(call installed,kernels)  ## the CUDA kernels compiled for Ampere and 
 kernels-all: $(call installed,kernels)  ## the same for every architecture
 	$(BIN)/python -m engine.targets.cuda.gate $(ARGS)
 
-load: $(call installed,load)  ## 20 users for 30 s against a running service; TARGET=http://host:port
-	$(BIN)/locust -f load_tests/locustfile.py --headless -u 20 -r 20 -t 30s --host $(TARGET) $(ARGS)
+load: models $(call installed,load)  ## what a server can do: build/load/report.html; of TARGET=http://host:port, or of its own
+	$(BIN)/python -m load_tests.capacity $(if $(TARGET),--target $(TARGET)) $(ARGS)
 
 dashboards: $(call installed,test)  ## deploy/grafana/dashboards anew from deploy/grafana/*.py
 	$(BIN)/python -m deploy.grafana

@@ -16,7 +16,7 @@ from engine.background import background
 from engine.errors import DeviceError, DeviceLost, EngineError, ModelError, OutOfMemory, ShapeError, UnsupportedOp
 from engine.loading import choose_device, load
 from engine.model import BoundModel, Model
-from engine.specs import DeviceInfo, KernelStat, ProfileRow, StepStat, TensorSpec
+from engine.specs import DeviceInfo, KernelStat, PlanProfile, ProfileRow, StepStat, TensorSpec
 
 __all__ = [
     "BoundModel",
@@ -28,6 +28,7 @@ __all__ = [
     "Model",
     "ModelError",
     "OutOfMemory",
+    "PlanProfile",
     "ProfileRow",
     "ShapeError",
     "StepStat",

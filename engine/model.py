@@ -30,7 +30,8 @@ from engine.ir.ops import Opaque
 from engine.plan.build import Constants, build
 from engine.plan.cache import LeastRecentlyUsed
 from engine.plan.plan import Plan
-from engine.specs import DeviceInfo, KernelStat, ProfileRow, StepStat, TensorSpec, TileTrial, roofline
+from engine.plan.tensor import Tensor
+from engine.specs import DeviceInfo, KernelStat, PlanProfile, ProfileRow, StepStat, TensorSpec, TileTrial, roofline
 from engine.targets.base import Executable, Resident, Target
 
 PLAN_CACHE_BYTES = 64 << 20
@@ -54,6 +55,8 @@ class _Ready(_Held[Executable]):
     def __init__(self, plan: Plan, executable: Executable) -> None:
         super().__init__(executable)
         self.outputs = {name: (tensor.shape, tensor.dtype.numpy) for name, tensor in plan.outputs.items()}
+        self.sizes = dict(plan.sizes)
+        self.results = tuple(", ".join(map(_described, step.outputs)) for step in plan.steps)
 
     @property
     def nbytes(self) -> int:
@@ -183,6 +186,19 @@ class Model:
             for held in every:
                 _accumulate(totals, held.bound.step_stats())
         return tuple(totals[key] for key in sorted(totals))
+
+    def plan_profiles(self) -> tuple[PlanProfile, ...]:
+        """Every plan that is ready, the one that ran last at the end: how its runs went since it was made, warm-up
+        included. The figures of `profile`, but of what the model really ran."""
+        with self._lock:
+            return tuple(
+                PlanProfile(
+                    ready.sizes,
+                    tuple(self._profile_row(stat, stat.launches, stat.seconds) for stat in ready.bound.step_stats()),
+                    ready.results,
+                )
+                for ready in self._plans.values()
+            )
 
     @property
     def concurrent_runs(self) -> int:
@@ -336,6 +352,10 @@ class BoundModel:
 
 def _spec(name: str, dtype: np.dtype, shape: Sequence[Any]) -> TensorSpec:
     return TensorSpec(name, dtype, tuple(dim if isinstance(dim, int) else str(dim) for dim in shape))
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tensor.dtype.value} {list(tensor.shape)}"
 
 
 def _accumulate(totals: dict[tuple[str, str], KernelStat], stats: Sequence[StepStat]) -> None:

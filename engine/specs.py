@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,6 +105,16 @@ class ProfileRow:
     @property
     def bytes_per_second(self) -> float:
         return self.bytes / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class PlanProfile:
+    """A plan that is ready, and how its runs went since it was made. `sizes` are those of the model's symbols;
+    `results` says of each step what it writes, as dtype and shape."""
+
+    sizes: Mapping[str, int]
+    rows: tuple[ProfileRow, ...]
+    results: tuple[str, ...]
 
 
 def roofline(flops: float, nbytes: float, cached_bytes: float, seconds: float, device: DeviceInfo) -> float:

@@ -1,8 +1,10 @@
-"""Load scenarios for locust: photos to the classifier, sentences and token ids to the encoder.
+"""Load scenarios for locust: photos and binary tensors to the classifier, sentences and token ids to the encoder.
 
 ``locust -f load_tests/locustfile.py --headless -u 20 -r 20 -t 30s --host http://127.0.0.1:8000``. Every user sends
 the next request when it has the last answer. An answer is a failure unless it is right: the status, the number
 and length of the vectors, the first label of a photo that is beyond doubt. ``--tags images`` runs one scenario.
+A server that asks for API keys gets that of ``API_KEY``. ``python -m load_tests.capacity`` (`make load`) has
+these users find out what a server can do, and reports it.
 """
 
 from __future__ import annotations
@@ -10,24 +12,48 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from locust import FastHttpUser, constant, tag, task
 
-from load_tests.payloads import photos, texts, token_ids
+from load_tests.payloads import PIXELS, photos, pixels, texts, token_ids
 
 IMAGES_PATH = "/v1/models/efficientnet-lite0/images"
 TOKENS_PATH = "/v1/models/all-minilm-l6-v2/tokens"
+TENSORS_PATH = "/v2/models/efficientnet-lite0/infer"
 EMBEDDING_SIZE = 384
+CLASSES = 1000
+
+KEY = os.environ.get("API_KEY", "")
+HEADERS = {"authorization": f"Bearer {KEY}"} if KEY else {}
 
 PHOTOS = photos()
+TENSOR = json.dumps(
+    {
+        "inputs": [
+            {
+                "name": "input",
+                "shape": [1, *PIXELS],
+                "datatype": "FP32",
+                "parameters": {"binary_data_size": 4 * math.prod(PIXELS)},
+            }
+        ],
+        "parameters": {"binary_data_output": True},
+    }
+).encode()
+"""What precedes the pixels in a request with a binary tensor."""
 
 _seeds = itertools.count()
 
 Check = Callable[[Any], str | None]
 """Says what is wrong with a parsed answer, or None."""
+
+Read = Callable[[bytes], Any]
+"""Parses a body."""
 
 
 class InferenceUser(FastHttpUser):
@@ -39,15 +65,24 @@ class InferenceUser(FastHttpUser):
     def on_start(self) -> None:
         self.random = random.Random(next(_seeds))
 
-    def post(self, path: str, name: str, check: Check, **body: Any) -> None:
+    def post(
+        self,
+        path: str,
+        name: str,
+        check: Check,
+        headers: Mapping[str, str] | None = None,
+        read: Read = json.loads,
+        **body: Any,
+    ) -> None:
         """Send one request; it is counted under ``name``, as a failure if its answer is not right."""
-        with self.client.request("POST", path, name=name, catch_response=True, **body) as response:
+        sent = {**HEADERS, **(headers or {})}
+        with self.client.request("POST", path, name=name, catch_response=True, headers=sent, **body) as response:
             if response.status_code == 0:
                 response.failure(f"no answer: {response.error}")
             elif response.status_code != 200:
                 response.failure(f"status {response.status_code}: {(response.text or '')[:200]}")
             else:
-                problem = _problem(response.content or b"", check)
+                problem = _problem(response.content or b"", read, check)
                 if problem is None:
                     response.success()
                 else:
@@ -85,9 +120,38 @@ class TokenUser(InferenceUser):
         self.post(TOKENS_PATH, "tokens (ids)", _embeddings(len(body)), json={"ids": body})
 
 
-def _problem(content: bytes, check: Check) -> str | None:
+class TensorUser(InferenceUser):
+    """Sends the pixels of photos as binary tensors, and gets the scores as one."""
+
+    @tag("tensors")
+    @task
+    def tensor(self) -> None:
+        index = self.random.randrange(len(PHOTOS))
+        if index not in _tensors:
+            _tensors[index] = pixels(PHOTOS[index]).tobytes()
+
+        def check(scores: Any) -> str | None:
+            if scores.shape != (CLASSES,) or not np.isfinite(scores).all():
+                return f"scores of shape {scores.shape}"
+            best = int(scores.argmax())
+            first = _best.setdefault(index, best)
+            return None if best == first else f"{PHOTOS[index].name} is class {best}, and was {first} before"
+
+        headers = {"inference-header-content-length": str(len(TENSOR))}
+        self.post(TENSORS_PATH, "tensors", check, headers, _scores, data=TENSOR + _tensors[index])
+
+
+_tensors: dict[int, bytes] = {}  # of photos, made when they are first sent
+_best: dict[int, int] = {}  # the first answers to them
+
+
+def _scores(content: bytes) -> Any:
+    return np.frombuffer(content[-4 * CLASSES :], np.float32)
+
+
+def _problem(content: bytes, read: Read, check: Check) -> str | None:
     try:
-        return check(json.loads(content))
+        return check(read(content))
     except (ValueError, KeyError, IndexError, TypeError) as error:
         return f"an answer of another form: {error!r}"
 

@@ -1,4 +1,5 @@
-"""What the load tests send: JPEG photos, sentences and token ids of realistic sizes. Used by ``locustfile``."""
+"""What the load tests send: photos, as JPEG files and as tensors, sentences and token ids of realistic sizes. Used by
+``locustfile``."""
 
 from __future__ import annotations
 
@@ -9,11 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 JPEG_QUALITY = 85
 SHORTER_SIDES = (240, 400, 720)
 """Pixels: a thumbnail, a preview and a screen-sized photo."""
+
+PIXELS = (3, 224, 224)
+"""The shape of a photo as the classifier takes it."""
 
 FIRST_TOKEN, LAST_TOKEN = 101, 102
 """[CLS] and [SEP] of the BERT vocabulary."""
@@ -74,6 +80,15 @@ def _jpeg(image: Image.Image, shorter_side: int) -> bytes:
     file = io.BytesIO()
     resized.save(file, "JPEG", quality=JPEG_QUALITY)
     return file.getvalue()
+
+
+def pixels(photo: Photo) -> NDArray[np.float32]:
+    """A photo as the input of the classifier, of shape `PIXELS`: the centre, 0.875 of the shorter side, normalised."""
+    image: Image.Image = Image.open(io.BytesIO(photo.jpeg))
+    side = round(min(image.size) * 0.875)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side)).resize(PIXELS[:0:-1], Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(((np.asarray(image, np.float32) - 127) / 128).transpose(2, 0, 1))
 
 
 def texts(source: random.Random) -> list[str]:

@@ -42,7 +42,7 @@ class Report:
         for what, check in self.checks.items():
             print(f"- {'yes' if check['holds'] else 'NO'}: {what} (found: {check['found']})")
         if output is not None:
-            document = {"name": self.name, "options": dict(self.options), "machine": _machine(), "rows": self.rows}
+            document = {"name": self.name, "options": dict(self.options), "machine": machine(), "rows": self.rows}
             output.write_text(json.dumps({**document, "checks": self.checks}, indent=1, default=str) + "\n")
         return 0 if all(check["holds"] for check in self.checks.values()) else 1
 
@@ -60,7 +60,7 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {

@@ -18,7 +18,7 @@ from service import __version__
 from service.access import read_access
 from service.errors import InvalidRequest, ServiceError, describe
 from service.middleware import RequestMiddleware
-from service.routes import embeddings, images, infer, operations, protocol, repository, tokens
+from service.routes import embeddings, images, infer, operations, page, profile, protocol, repository, tokens
 from service.routes.responses import error_response, failure
 from service.serving import Serving
 from service.settings import EngineProcess, Settings
@@ -87,6 +87,8 @@ def create_app(
         embeddings,
         protocol,
         operations,
+        page,
+        profile,
         repository,
     ):  # the busiest first: matching is linear
         app.include_router(routes.router)

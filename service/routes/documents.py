@@ -158,18 +158,10 @@ REQUEST_HEADERS: list[Schema] = [
     ),
     _header("X-Priority", {"type": "integer", "minimum": 0, "maximum": 100}, "1 is the most urgent, 0 the default."),
 ]
-LANDING_ANSWER = answer_of(
-    object_of(
-        {
-            "name": STRING,
-            "version": STRING,
-            "models": list_of(STRING),
-            "links": {"type": "object", "additionalProperties": STRING},
-        },
-        ["name", "version", "models", "links"],
-    ),
-    "What the server is, and where to go on.",
-)
+PAGE_ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The page.", "content": {"text/html": {"schema": STRING}}},
+    **ERRORS,
+}
 _ENTRY = object_of(
     {
         "id": STRING,

@@ -1,24 +1,15 @@
-"""What operators and newcomers look at: `/metrics`, `/v1/models`, `/`."""
+"""What operators and newcomers look at: `/metrics`, `/v1/models`. The page at `/` is in page.py."""
 
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from service import __version__
 from service.model import ServedModel
-from service.routes.documents import LANDING_ANSWER, METRICS_ANSWER, MODEL_ANSWER, MODELS_ANSWER
+from service.routes.documents import METRICS_ANSWER, MODEL_ANSWER, MODELS_ANSWER
 from service.routes.responses import JsonResponse, ServingOf
 
 router = APIRouter(tags=["operations"])
-
-
-@router.get("/", responses=LANDING_ANSWER)
-async def landing(serving: ServingOf) -> JsonResponse:
-    """What this server is and where to go on."""
-    links = {"models": "/v1/models", "metrics": "/metrics", "documentation": "/docs", "protocol": "/v2"}
-    models = sorted({model.key.name for model in serving.models.all_models()})
-    return JsonResponse({"name": "tilewave", "version": __version__, "models": models, "links": links})
 
 
 @router.get("/v1/models", responses=MODELS_ANSWER)

@@ -230,3 +230,30 @@ REGIONS_ANSWER = answer_of(
     ),
     "Registered regions.",
 )
+_SIZES = {"type": "object", "additionalProperties": _UNSIGNED}
+_SECONDS = {"type": "number", "minimum": 0}
+_STEP = {
+    **dict.fromkeys(("step", "op", "kernel", "result"), STRING),
+    **dict.fromkeys(("calls", "flops", "bytes", "cached_bytes"), _UNSIGNED),
+    **dict.fromkeys(("seconds", "flops_per_second", "bytes_per_second", "roofline"), _SECONDS),
+}
+_DEVICE = {
+    **dict.fromkeys(("device", "name", "arch"), STRING),
+    "threads": _UNSIGNED,
+    **dict.fromkeys(("peak_flops", "peak_bytes", "peak_cache_bytes"), _SECONDS),
+}
+_PLAN = {"name": STRING, "sizes": _SIZES, "runs": _UNSIGNED, "seconds": _SECONDS}
+PROFILE_ANSWER = answer_of(
+    object_of(
+        {
+            "name": STRING,
+            "version": STRING,
+            "device": object_of(_DEVICE, list(_DEVICE)),
+            "plans": list_of(object_of(_PLAN, list(_PLAN))),
+            "plan": {"type": ["string", "null"]},
+            "steps": list_of(object_of(_STEP, list(_STEP))),
+        },
+        ["name", "version", "device", "plans", "plan", "steps"],
+    ),
+    "Every plan that is ready, and what each step of one of them took, on average of its runs so far.",
+)

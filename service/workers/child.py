@@ -32,6 +32,7 @@ from service.workers.messages import (
     LoadModel,
     ModelKey,
     ModelReady,
+    ProfileReport,
     Report,
     StatsReport,
     Stop,
@@ -231,7 +232,7 @@ class Child:
         """Who a report is for. Called with the lock."""
         books = self._books
         match report:
-            case InferResult() | InferFailed() | StatsReport():
+            case InferResult() | InferFailed() | StatsReport() | ProfileReport():
                 return [client_of(report.id)]
             case BatchDone():
                 return [client_of(report.request)]

@@ -18,6 +18,8 @@ from service.workers.messages import (
     ModelKey,
     ModelStats,
     NamedTensors,
+    Profile,
+    ProfileReport,
     Report,
     Stats,
     StatsReport,
@@ -39,6 +41,7 @@ class EngineClient:
         self._ids = itertools.count(first_id)
         self._pending: dict[int, asyncio.Future[InferResult]] = {}
         self._statistics: dict[int, asyncio.Future[StatsReport]] = {}
+        self._profiles: dict[int, asyncio.Future[ProfileReport]] = {}
         self._stopped: asyncio.Future[None] | None = None
 
     def start(self) -> None:
@@ -89,6 +92,18 @@ class EngineClient:
         finally:
             self._statistics.pop(number, None)
 
+    async def profile(self, key: ModelKey, plan: str | None, timeout: float) -> ProfileReport:
+        """The plans of a model and the steps of one of them. Raises TimeoutError."""
+        number = next(self._ids)
+        future: asyncio.Future[ProfileReport] = asyncio.get_running_loop().create_future()
+        self._profiles[number] = future
+        try:
+            self._transport.send(Profile(number, key, plan))
+            async with asyncio.timeout(timeout):
+                return await future
+        finally:
+            self._profiles.pop(number, None)
+
     async def stop(self, timeout: float) -> None:
         """Let the worker finish what it accepted and close its models. Raises TimeoutError."""
         self._stopped = asyncio.get_running_loop().create_future()
@@ -111,6 +126,10 @@ class EngineClient:
                 waiting = self._statistics.get(report.id)
                 if waiting is not None and not waiting.done():
                     waiting.set_result(report)
+            case ProfileReport():
+                profile = self._profiles.get(report.id)
+                if profile is not None and not profile.done():
+                    profile.set_result(report)
             case Stopped():
                 if self._stopped is not None and not self._stopped.done():
                     self._stopped.set_result(None)

@@ -38,6 +38,7 @@ from service.workers.messages import (
     ModelKey,
     ModelReady,
     ModelStats,
+    Profile,
     Report,
     Stats,
     StatsReport,
@@ -46,6 +47,7 @@ from service.workers.messages import (
     Unload,
     Unloaded,
 )
+from service.workers.profiles import profile_report
 from service.workers.warmup import describe_device, describe_tensors, probe
 
 log = logging.getLogger(__name__)
@@ -99,6 +101,8 @@ class EngineWorker:
                 self._scheduler.cancel(command.id)
             case Stats():
                 self._statistics.submit(self._stats, command)
+            case Profile():
+                self._statistics.submit(self._profile, command)
             case LoadModel():
                 self._loader.submit(self._load, command)
             case Unload():
@@ -199,6 +203,10 @@ class EngineWorker:
             queued, dropped = self._scheduler.depth(key)
             models.append(ModelStats(key, kernels, tuple(model.memory().items()), queued, dropped))
         self._report(StatsReport(command.id, tuple(models)))
+
+    def _profile(self, command: Profile) -> None:
+        model = self._models.get(command.key)
+        self._report(profile_report(command, model.plan_profiles() if model is not None else ()))
 
     # ---- engine threads
 

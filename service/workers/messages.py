@@ -137,11 +137,21 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True)
+class Profile:
+    """Report `ProfileReport` under the same id: the plans of a model, and the steps of the one of this name (None: of
+    the one that has taken the most time)."""
+
+    id: int
+    key: ModelKey
+    plan: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Finish everything accepted, close every model, report `Stopped`."""
 
 
-Command = LoadModel | Infer | Cancel | Unload | Stats | Stop
+Command = LoadModel | Infer | Cancel | Unload | Stats | Profile | Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +291,43 @@ class StatsReport:
 
 
 @dataclass(frozen=True, slots=True)
+class PlanTotal:
+    """A plan that is ready: the values of the model's symbols, and a name made of them; its runs since it was made, and
+    the time of all its steps in a run."""
+
+    name: str
+    sizes: tuple[tuple[str, int], ...]
+    runs: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepProfile:
+    """One step of a plan; seconds, FLOPs and bytes are per run. `result` is what it writes, as dtype and shape."""
+
+    step: str
+    op: str
+    kernel: str
+    result: str
+    calls: int
+    seconds: float
+    flops: int
+    bytes: int
+    cached_bytes: int
+    roofline: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileReport:
+    """The answer to `Profile`. `plan` is the name of the one that `steps` are of; None where there is no such plan."""
+
+    id: int
+    plans: tuple[PlanTotal, ...]
+    plan: str | None
+    steps: tuple[StepProfile, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Stopped:
     """The worker is done; no report follows."""
 
@@ -294,4 +341,15 @@ class WorkerLost:
     restarting: bool
 
 
-Report = ModelReady | LoadFailed | InferResult | InferFailed | BatchDone | Unloaded | StatsReport | Stopped | WorkerLost
+Report = (
+    ModelReady
+    | LoadFailed
+    | InferResult
+    | InferFailed
+    | BatchDone
+    | Unloaded
+    | StatsReport
+    | ProfileReport
+    | Stopped
+    | WorkerLost
+)

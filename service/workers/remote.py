@@ -25,6 +25,8 @@ from service.workers.messages import (
     LoadModel,
     ModelKey,
     ModelReady,
+    Profile,
+    ProfileReport,
     Report,
     Stats,
     StatsReport,
@@ -92,6 +94,8 @@ class RemoteTransport:
                 self._deliver(InferFailed(command.id, FailureCode.WORKER_LOST, reason, 1.0))
             case Stats():
                 self._deliver(self._counters.report(StatsReport(command.id, ())))
+            case Profile():
+                self._deliver(ProfileReport(command.id, (), None, ()))
             case Unload():
                 self._deliver(Unloaded(command.key))
             case Stop():

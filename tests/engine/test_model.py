@@ -90,3 +90,21 @@ def test_a_bound_model_ends_with_its_model() -> None:
     other.close()
     with pytest.raises(engine.EngineError, match="closed"):
         model.bind({"n": 2})
+
+
+def test_profiles_of_plans_are_of_what_ran() -> None:
+    with load() as model:
+        for n, times in ((2, 3), (5, 4)):
+            for _ in range(times):
+                model.run(feeds(n))
+        first, last = model.plan_profiles()
+        assert (first.sizes, last.sizes) == ({"n": 2}, {"n": 5})
+        assert {row.calls for row in first.rows} == {3} and {row.calls for row in last.rows} == {4}
+        assert [row.step for row in last.rows] == [step.name for step in model.plan({"n": 5}).steps]
+        assert sum(row.flops for row in last.rows) == 2 * 5 * 64 * 64 + 5 * 64
+        assert last.results[-1] == "f32 [5, 64]"
+        total = sum(row.seconds * row.calls for plan in (first, last) for row in plan.rows)
+        assert total == pytest.approx(sum(stat.seconds for stat in model.kernel_stats()))
+        model.run(feeds(2))
+        assert model.plan_profiles()[-1].sizes == {"n": 2}
+    assert model.plan_profiles() == ()

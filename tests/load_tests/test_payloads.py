@@ -10,15 +10,7 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
-from load_tests.payloads import FIRST_TOKEN, LAST_TOKEN, SHORTER_SIDES, Photo, photos, texts, token_ids
-
-
-def _pixels(photo: Photo) -> np.ndarray:
-    image = Image.open(io.BytesIO(photo.jpeg))
-    side = round(min(image.size) * 0.875)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side)).resize((224, 224), Image.Resampling.BICUBIC)
-    return ((np.asarray(image, np.float32) - 127) / 128).transpose(2, 0, 1)
+from load_tests.payloads import FIRST_TOKEN, LAST_TOKEN, SHORTER_SIDES, photos, pixels, texts, token_ids
 
 
 def test_photos_are_jpegs_of_the_sizes_promised() -> None:
@@ -30,7 +22,7 @@ def test_labels_insisted_on_are_those_of_the_model(efficientnet_lite0: Path) -> 
     session = onnxruntime.InferenceSession(efficientnet_lite0 / "1/model.onnx", providers=["CPUExecutionProvider"])
     labels = (efficientnet_lite0 / "labels.txt").read_text().splitlines()
     known = [photo for photo in photos() if photo.label]
-    (logits,) = session.run(None, {"input": np.stack([_pixels(photo) for photo in known])})
+    (logits,) = session.run(None, {"input": np.stack([pixels(photo) for photo in known])})
     assert [labels[index] for index in logits.argmax(axis=1)] == [photo.label for photo in known]
 
 

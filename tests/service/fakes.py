@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -61,6 +62,26 @@ class KernelStat:
     flops: float
     bytes: float
     cached_bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class ProfileRow:
+    step: str
+    kernel: str
+    op: str
+    calls: int
+    seconds: float
+    flops: int
+    bytes: int
+    cached_bytes: int
+    roofline: float
+
+
+@dataclass(frozen=True)
+class PlanProfile:
+    sizes: Mapping[str, int]
+    rows: tuple[ProfileRow, ...]
+    results: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -208,12 +229,13 @@ class FakeModel:
         self._owner = owner
         self._arguments = arguments
         self._launches = 0
+        self._runs: Counter[tuple[tuple[str, int], ...]] = Counter()
         self._lock = threading.Lock()
 
     def run(self, feeds: Mapping[str, Array], /) -> dict[str, Array]:
         """Check like the real engine, wait for the gate, compute."""
         assert not self.closed, "run after close"
-        self._check(feeds)
+        sizes = self._check(feeds)
         if threading.current_thread().name.startswith("engine"):
             first = next(iter(feeds.values()))
             self._owner.calls.append((self.kind, first.shape))
@@ -237,6 +259,7 @@ class FakeModel:
             outputs = {name: np.full_like(array, self._arguments["answers"]) for name, array in outputs.items()}
         with self._lock:
             self._launches += 1
+            self._runs[tuple(sizes.items())] += 1
         return outputs
 
     def _fail_as_told(self, first: Array) -> None:
@@ -252,7 +275,8 @@ class FakeModel:
             if fault == "stuck":
                 time.sleep(60)
 
-    def _check(self, feeds: Mapping[str, Array]) -> None:
+    def _check(self, feeds: Mapping[str, Array]) -> dict[str, int]:
+        """The values of the symbols."""
         if set(feeds) != {spec.name for spec in self.inputs}:
             raise ShapeError(f"inputs {sorted(feeds)}; the model has {[spec.name for spec in self.inputs]}")
         symbols: dict[str, int] = {}
@@ -267,6 +291,7 @@ class FakeModel:
                     want = symbols.setdefault(want, got)
                 if want != got:
                     raise ShapeError(f"input '{spec.name}' has shape {array.shape}; it takes {spec.shape}")
+        return symbols
 
     def kernel_stats(self) -> tuple[KernelStat, ...]:
         """Two kernels, so much a launch; "flops" is what a run of the first has."""
@@ -274,6 +299,20 @@ class FakeModel:
         return (
             KernelStat("gemm_f32", "Gemm", n, n * 1e-3, n * self._arguments.get("flops", 5e8), n * 1e6, n * 1e6),
             KernelStat("pointwise_f32", "Pointwise", n, n * 1e-4, n * 1e5, n * 5e6),
+        )
+
+    def plan_profiles(self) -> tuple[PlanProfile, ...]:
+        """A plan for each set of sizes; a step that does sums and one that only copies."""
+        return tuple(
+            PlanProfile(
+                dict(sizes),
+                (
+                    ProfileRow("sums", "gemm_f32", "Gemm", runs, 1e-3, 5 * 10**8, 10**6, 10**6, 0.5),
+                    ProfileRow("copies", "pointwise_f32", "Pointwise", runs, 1e-4, 0, 5 * 10**6, 0, 0.25),
+                ),
+                ("f32 [1, 4]", "f32 [4, 1]"),
+            )
+            for sizes, runs in self._runs.items()
         )
 
     def memory(self) -> dict[str, int]:

@@ -45,6 +45,9 @@ def server(start: Start, repository: Path, keys: Path) -> Running:
     ("path", "right"),
     [
         ("/", None),
+        ("/page/main.js", None),
+        ("/page/", Right.INFERENCE),
+        ("/page/a/b", Right.INFERENCE),
         ("/docs", None),
         ("/docs/oauth2-redirect", None),
         ("/openapi.json", None),

@@ -131,6 +131,18 @@ def test_statistics_are_sums(fleet: Fleet) -> None:
     assert {count() for _ in range(8)} == {before + 20}
 
 
+def test_every_front_end_has_the_profile_of_the_one_engine(fleet: Fleet) -> None:
+    for _ in range(5):
+        assert fleet.identity([1.0] * 28).status_code == 200
+
+    def runs() -> int:
+        answer = fleet.ask("GET", "/v2/models/identity/profile", params={"plan": "batch=7"}).json()
+        assert [step["step"] for step in answer["steps"]] == ["sums", "copies"]
+        return int(answer["steps"][0]["calls"])
+
+    assert {runs() for _ in range(8)} == {5}
+
+
 def test_large_tensors_of_all_front_ends_cross_exactly(fleet: Fleet) -> None:
     generator = np.random.default_rng(5)
     arrays = [generator.standard_normal((rows, WIDTH), np.float32) for rows in (1, 2, 3, 7)]

@@ -1,0 +1,42 @@
+"""`python -m load_tests.capacity` against a server that runs: locust's users, every scenario, the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from load_tests.servers import ROOT, tilewave
+
+
+def test_every_scenario_gets_right_answers_and_is_reported(model_repository: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("inference,metrics 0123456789abcdef\n")
+    keys.chmod(0o600)
+    with tilewave(model_repository, tmp_path, "--device", "cpu", "--api-keys", str(keys)) as server:
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "load_tests.capacity", "--target", f"http://127.0.0.1:{server.port}"),
+                *("--seconds", "1", "--settle", "0.1", "--most-users", "1", "--output", str(tmp_path / "out")),
+            ],
+            cwd=ROOT,
+            env={**os.environ, "API_KEY": "0123456789abcdef"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 0, done.stderr
+    stages = json.loads((tmp_path / "out" / "results.json").read_text())["stages"]
+    expected = [("images", 1), ("tokens", 1), ("tensors", 1), ("burst", 2), ("burst", 8), ("burst", 2)]
+    assert [(stage["scenario"], stage["users"]) for stage in stages] == expected
+    for stage in stages:
+        assert stage["rate"] > 0 and not stage["failures"]
+        split = stage["split"]
+        assert split["requests"] > 0 and split["compute"] > 0 and split["kernels"]
+        assert 0 < sum(kernel["seconds"] for kernel in split["kernels"]) < 1.2 * split["wall"]
+    text = (tmp_path / "out" / "report.md").read_text()
+    for heading in ("## Images", "## Tokens", "## Tensors", "## Burst"):
+        assert f"\n{heading}\n" in text
+    assert "**Not saturated** by 1 user:" in text

@@ -1,0 +1,72 @@
+"""The page's files as the server gives them: complete, cacheable, open to everybody, and letting nothing in."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import service.page
+from tests.service.conftest import Running, Start, error_of
+
+FOLDER = Path(service.page.__file__).parent
+FILES = sorted(path.name for path in FOLDER.iterdir() if path.suffix in (".css", ".js", ".svg"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_is_there_with_its_type(shared: Running, name: str) -> None:
+    answer = shared.client.get(f"/page/{name}")
+    assert answer.status_code == 200
+    assert answer.content == (FOLDER / name).read_bytes()
+    kind = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}[name.rpartition(".")[2]]
+    assert answer.headers["content-type"].startswith(kind)
+
+
+def test_the_page_asks_for_what_is_there_and_nothing_else(shared: Running) -> None:
+    page = shared.client.get("/")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    asked = re.findall(r'(?:src|href)="([^"#]+)"', page.text)
+    assert {"/page/main.js", "/page/page.css", "/page/icon.svg"} <= set(asked)
+    for address in asked:
+        assert shared.client.get(address).status_code == 200, address
+    imported = {name for file in FOLDER.glob("*.js") for name in re.findall(r'from "\./([^"]+)"', file.read_text())}
+    assert imported < set(FILES)
+
+
+@pytest.mark.parametrize("path", ["/", "/page/main.js", "/page/page.css"])
+def test_nothing_from_elsewhere_is_let_in(shared: Running, path: str) -> None:
+    headers = shared.client.get(path).headers
+    policy = dict(part.strip().partition(" ")[::2] for part in headers["content-security-policy"].split(";"))
+    assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == policy["form-action"] == "'none'"
+    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+    assert policy["require-trusted-types-for"] == "'script'"
+    assert not any("unsafe" in value or "http" in value or "*" in value for value in policy.values())
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["referrer-policy"] == "no-referrer"
+
+
+def test_what_has_not_changed_is_not_sent_again(shared: Running) -> None:
+    tag = shared.client.get("/page/main.js").headers["etag"]
+    again = shared.client.get("/page/main.js", headers={"if-none-match": tag})
+    assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", tag)
+    assert shared.client.get("/page/page.css", headers={"if-none-match": tag}).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["nothing.js", "__init__.py", "%2e%2e", "%2e%2e%2fapp.py", "index.html%00"])
+def test_other_files_are_not_given_away(shared: Running, name: str) -> None:
+    answer = shared.client.get(f"/page/{name}")
+    assert answer.status_code in (404, 405) and error_of(answer)
+
+
+def test_the_page_needs_no_key_and_what_it_shows_does(start: Start, repository: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("inference 0123456789abcdef\n")
+    keys.chmod(0o600)
+    server = start(repository, api_keys=keys)
+    for path in ("/", *(f"/page/{name}" for name in FILES)):
+        assert server.client.get(path).status_code == 200
+    for path in ("/v1/models", "/metrics", "/v2/models/identity/profile"):
+        assert server.client.get(path).status_code == 401
+    key = {"authorization": "Bearer 0123456789abcdef"}
+    assert server.client.get("/v2/models/identity/profile", headers=key).status_code == 200
