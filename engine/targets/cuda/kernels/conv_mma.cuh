@@ -80,7 +80,7 @@ struct PhaseEpilogue {
     Epilogue::store(p, place(p, row), column, count, acc, inputs);
   }
   template <int N, class EPILOGUE = Epilogue>  // which has these only where results are not aligned
-  DEVICE static void store_shifted(const Params& p, u32 row, u32 column, u32 first, u32 end, bool present, Place at, const float (&acc)[N],
+  DEVICE static void store_shifted(const Params& p, u32 row, u32 column, u32 first, u32 end, bool present, Along at, const float (&acc)[N],
                                    const Inputs& inputs, Carries& carries) {
     EPILOGUE::store_shifted(p, place(p, row), column, first, end, present, at, acc, inputs, carries);
   }
