@@ -105,7 +105,7 @@ def epilogue(
             function = f"::store_shifted<{STORAGE[output.dtype]}>"
             carried.append(f" Carry out{j};")
             shifting.append(f"{function}({place}, at, out{j}, carries.out{j});")
-            rest.append(f"{function}({place}, Place::BEYOND, none, carries.out{j});")
+            rest.append(f"{function}({place}, Along::BEYOND, none, carries.out{j});")
         else:
             shifting.append(f"if (count > 0) {store}")
     results = {
@@ -142,7 +142,7 @@ def _shifted_stores(values: Sequence[str], stores: Sequence[str], rest: Sequence
     count = "const u32 count = present && column < end ? min(8u, end - column) : 0;"
     store, last = _indented([to, count, *values, *stores]), _indented([to, "const float none[N] = {};", *rest])
     return (
-        f"  template <int N> DEVICE static void store_shifted({span}, Place at, const {acc} (&acc)[N], "
+        f"  template <int N> DEVICE static void store_shifted({span}, Along at, const {acc} (&acc)[N], "
         f"const Inputs& inputs, Carries& carries) {{\n{store}\n  }}\n"
         f"  template <int N> DEVICE static void store_rest({span}, Carries& carries) {{\n{last}\n  }}\n"
     )

@@ -79,13 +79,14 @@ struct PhaseEpilogue {
   DEVICE static void store(const Params& p, u32 row, u32 column, u32 count, const float (&acc)[8], const Inputs& inputs) {
     Epilogue::store(p, place(p, row), column, count, acc, inputs);
   }
-  template <int N>
-  DEVICE static void store_shifted(const Params& p, u32 row, u32 column, u32 first, u32 end, bool present, Place at, const float (&acc)[N],
+  template <int N, class EPILOGUE = Epilogue>  // which has these only where results are not aligned
+  DEVICE static void store_shifted(const Params& p, u32 row, u32 column, u32 first, u32 end, bool present, Along at, const float (&acc)[N],
                                    const Inputs& inputs, Carries& carries) {
-    Epilogue::store_shifted(p, place(p, row), column, first, end, present, at, acc, inputs, carries);
+    EPILOGUE::store_shifted(p, place(p, row), column, first, end, present, at, acc, inputs, carries);
   }
-  template <int N> DEVICE static void store_rest(const Params& p, u32 row, u32 column, u32 first, u32 end, bool present, Carries& carries) {
-    Epilogue::store_rest<N>(p, place(p, row), column, first, end, present, carries);
+  template <int N, class EPILOGUE = Epilogue>
+  DEVICE static void store_rest(const Params& p, u32 row, u32 column, u32 first, u32 end, bool present, Carries& carries) {
+    EPILOGUE::template store_rest<N>(p, place(p, row), column, first, end, present, carries);
   }
 };
 

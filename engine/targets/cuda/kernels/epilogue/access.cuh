@@ -113,9 +113,9 @@ DEVICE void store_front(u32* words, const u32 (&x)[4], u32 count) {
 // and the calls for a row follow each other from `first` on; they store [first, end). Lanes take over from each other what lies behind
 // multiples of 16 bytes, so that all but the two ends of the row goes to memory 16 bytes at once. A last call beyond `end` stores what
 // is left. All lanes of the warp call it; `present`: whether there is such a row. `at` is known when the kernel is compiled.
-enum class Place { FIRST, WITHIN, BEYOND };
+enum class Along { FIRST, WITHIN, BEYOND };
 template <class T>
-DEVICE void store_shifted(const Tensor& t, i64 offset, u32 column, u32 first, u32 end, bool present, Place at, const float (&v)[8], Carry& carry) {
+DEVICE void store_shifted(const Tensor& t, i64 offset, u32 column, u32 first, u32 end, bool present, Along at, const float (&v)[8], Carry& carry) {
   static_assert(sizeof(T) == 2, "");
   T* const place = static_cast<T*>(t.data) + offset + column;
   const u32 shift = reinterpret_cast<u64>(place) / 2 & 7, quad = threadIdx.x & 3, from = (threadIdx.x & 28) | ((threadIdx.x + 3) & 3);
@@ -138,10 +138,10 @@ DEVICE void store_shifted(const Tensor& t, i64 offset, u32 column, u32 first, u3
   const i32 begin = static_cast<i32>(first), limit = present ? static_cast<i32>(end) : 0;  // below 2³¹
   const i32 low0 = static_cast<i32>(column - 8 * quad - shift), low = low0 + 8 * static_cast<i32>(quad);
   u32* const words0 = reinterpret_cast<u32*>(place - 8 * quad - shift);  // of the first of the four lanes
-  if (at != Place::BEYOND && low >= begin && low + 8 <= limit)
+  if (at != Along::BEYOND && low >= begin && low + 8 <= limit)
     *reinterpret_cast<uint4*>(words0 + 4 * quad) = make_uint4(x[4], x[5], x[6], x[7]);
   store_front(words0 + 4 * quad, chunk, low >= begin && low < limit && low + 8 > limit ? limit - low : 0);
-  if (at == Place::FIRST) store_edge(words0, low0, begin, shift == 0 ? begin : limit, chunk);
+  if (at == Along::FIRST) store_edge(words0, low0, begin, shift == 0 ? begin : limit, chunk);
 }
 
 // A row of a table of `rows`. Indices count from the end when negative. One outside the table reads row 0 instead of foreign

@@ -121,7 +121,7 @@ DEVICE void emit_rows(const Params& p, const float (&d)[BLOCKS * 4], const u32 (
         for (int i = 0; i < GROUPS_AHEAD; ++i) {
           float v[8];
           piece_of<ARRANGEMENT>(v, d, 2 * (first + i) + lower);
-          const Place at = first + i == 0 ? Place::FIRST : Place::WITHIN;
+          const Along at = first + i == 0 ? Along::FIRST : Along::WITHIN;
           EPILOGUE::store_shifted(p, rows[lower], own + 32 * (first + i), column, end, present, at, v, inputs[i], carries);
         }
       }
