@@ -293,10 +293,11 @@ class Rates:
 PRODUCTS = Rates(0.93, 55, 1294, row=1.91, line=0, column=1.91, beside=0.05, start=1920)
 """Fitted to a sweep of all tiles and splits over 28 shapes of fp16 on an H100 (products of transformers and of 1×1
 convolutions, 600 timings): the tile picked took 1 % longer than the best one on average, 9 % at worst."""
-GATHERED = Rates(0.89, 50, 2020, row=2.1, line=1.75, column=1.29, beside=0.55, start=2920)
-"""Patches of convolutions: fitted to a sweep of 4 to 8 tiles over 48 layers on an H100 (ResNet, VGG, ResNeXt, RegNet,
-EfficientNet, ConvNeXt: 300 timings, 12 % off). The tile picked took 1 % longer than the best one on average, 11 % at
-worst; with constants fitted to half of the layers 2 % and 28 % on the other half."""
+GATHERED = Rates(0.88, 49, 1800, row=2.0, line=1.84, column=1.26, beside=0.62, start=2540)
+"""Patches of convolutions: fitted to sweeps of 4 to 8 tiles over 75 layers on an H100 (ResNet, VGG, ResNeXt, RegNet,
+EfficientNet, ConvNeXt; 11 % off). The tile picked took 1 % longer than the best one on average, 15 % at worst; 2 % and
+26 % on the 27 layers of the second sweep with constants fitted to the first (12 % off). A pixel of 128 bytes costs the
+copy engine twice what a row of a matrix does."""
 
 
 def wgmma_cycles(
