@@ -27,7 +27,7 @@ from engine.targets.cuda.kernel import (
 )
 from engine.targets.cuda.spaces import VECTOR
 
-_WIDTHS = (32, 64, 128)  # features of a head, padded by zeros that the copy engine supplies
+_MAX_WIDTH = 256  # features of a head
 _BAND = 32  # heads whose causal tiles are dealt from the longest to the shortest; their k and v stay in L2
 _MASK_TILES = 32  # tiles of keys, up to which those that a padding mask hides are left out: a bit each
 _ROUNDS = 8  # items a block, up to which the cost model deals them one by one
@@ -55,7 +55,8 @@ class WgmmaAttentionTile:
 
     def shared_bytes(self, head: int, value: int, bias: bool) -> int:
         """Tiles of q, rings of k and v, the biases beside k, items, and the barriers (attention_wgmma.cuh). With a bias
-        an item passes through one more place."""
+        an item passes through one more place. `head` and `value` are padded."""
+        head = _padded(head, 32)
         tiles = self.q_stages * self.queries * head * 2 + self.stages * self.keys * (head + value) * 2
         biases = self.stages * self.keys * 4 if bias else 0
         items = self.q_stages + bias
@@ -78,40 +79,67 @@ def _readable(tensor: Tensor) -> bool:
     """Starts and strides are whole, positive chunks of 16 bytes, and no axis is empty."""
     *outer, _ = zip(tensor.shape, tensor.strides, strict=True)
     return (
-        0 < tensor.shape[-1] <= _WIDTHS[-1]
+        0 < tensor.shape[-1] <= _MAX_WIDTH
         and tensor.offset % VECTOR == 0
         and all(size == 1 or (size > 0 and stride > 0 and stride % VECTOR == 0) for size, stride in outer)
     )
 
 
-def candidates(head: int, value: int) -> Iterator[WgmmaAttentionTile]:
+def candidates(head: int, value: int, bias: BiasKind = BiasKind.NONE) -> Iterator[WgmmaAttentionTile]:
     """Tiles whose kernels have no spills; `head` and `value` are padded. A block starts with as many registers a thread
     as its launch bounds allow; producer and consumers divide those anew."""
-    if max(head, value) <= 64:
+    widest = max(head, value)
+    if widest <= 64:
         yield WgmmaAttentionTile(3, 128, 2, 1, 32, 160)
         yield WgmmaAttentionTile(4, 64, 8, 1, 32, 112)
         yield WgmmaAttentionTile(2, 128, 4, 1, 40, 232)
         yield WgmmaAttentionTile(1, 128, 2, 2, 40, 208, turns=False)
-    else:
+    elif widest <= 128:
+        if widest <= 96:
+            yield WgmmaAttentionTile(3, 96, 3, 1, 32, 160)
         yield WgmmaAttentionTile(2, 128, 2, 1, 40, 232)
         yield WgmmaAttentionTile(1, 64, 2, 2, 40, 208, turns=False)
+    elif widest <= 192:
+        yield WgmmaAttentionTile(2, 96, 2, 1, 40, 232, q_stages=1)
+        yield WgmmaAttentionTile(1, 32, 2, 2, 40, 208, turns=False, q_stages=1)
+    else:
+        # Lanes of a warp bring biases, 32 keys at a time.
+        yield WgmmaAttentionTile(2, 80 if bias is BiasKind.NONE else 64, 2, 1, 40, 232, q_stages=1)
+        yield WgmmaAttentionTile(1, 64, 2, 1, 40, 232, turns=False, q_stages=1)
 
 
-def padded(tensor: Tensor) -> int:
-    return next(width for width in _WIDTHS if width >= tensor.shape[-1])
+def _padded(features: int, multiple: int) -> int:
+    return ceildiv(features, multiple) * multiple
+
+
+def depth(tensor: Tensor) -> int:
+    """Features of q or k that the instruction sums over, 16 at a time; beyond 192 whole panels of 64. The copy engine
+    supplies zeros beyond a head's own."""
+    features = tensor.shape[-1]
+    return _padded(features, 16 if features <= 192 else 64)
+
+
+def width(tensor: Tensor) -> int:
+    """Features of v that a block computes: four blocks of eight at a time go to the epilogue."""
+    return _padded(tensor.shape[-1], 32)
+
+
+def step_candidates(step: Step) -> list[WgmmaAttentionTile]:
+    """The tiles for an attention that `suits`."""
+    return list(candidates(depth(step.inputs[0]), width(step.inputs[2]), Attended(step).bias))
 
 
 def pick(step: Step, context: Context) -> WgmmaAttentionTile:
     """The tile with the least estimated time."""
     work = work_of(step)
-    return min(candidates(work.head, work.value), key=lambda tile: cycles(tile, work, context.multiprocessors))
+    return min(step_candidates(step), key=lambda tile: cycles(tile, work, context.multiprocessors))
 
 
 def work_of(step: Step) -> Work:
     """What there is to do in an attention step."""
     attended = Attended(step)
     batch, heads, queries, _ = attended.sizes
-    head, value = padded(step.inputs[0]), padded(step.inputs[2])
+    head, value = depth(step.inputs[0]), width(step.inputs[2])
     return Work(queries, attended.keys, batch * heads, head, value, attended.op.causal)
 
 
@@ -133,8 +161,10 @@ def cycles(tile: WgmmaAttentionTile, work: Work, multiprocessors: int) -> float:
     launch, l2_bytes, memory_bytes = 4250, 37, 13  # bytes a cycle and multiprocessor
     items = ceildiv(work.queries, tile.queries) * work.groups
     blocks = min(tile.blocks, ceildiv(items, multiprocessors))  # on a multiprocessor
-    # Of 64 queries and a tile of keys: multiply-adds at the full rate, 16 exponentials a cycle.
-    products, exponentials = 64 * tile.keys * (work.head + work.value) / 2048, 64 * tile.keys / 16
+    # Of 64 queries and a tile of keys: multiply-adds at the full rate, 16 exponentials a cycle. A product with few keys
+    # takes as long as its operands come from shared memory: 2 KiB of q and 32 bytes of each key, 128 a cycle.
+    scores = work.head / 16 * max(tile.keys / 2, 16 + tile.keys / 4)
+    products, exponentials = scores + 64 * tile.keys * work.value / 2048, 64 * tile.keys / 16
     busy = 50 + products + 0.55 * exponentials  # of a warpgroup's tile when others fill its gaps
     alone = 300 + products / 2 + 1.85 * exponentials
     feed = blocks * tile.keys * (work.head + work.value) * 2 / l2_bytes
@@ -172,7 +202,7 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
     """The launch of an attention that `suits`, in the given tile."""
     attended, (q, k, v) = Attended(step), step.inputs[:3]
     op, (batch, heads, queries, _) = attended.op, attended.sizes
-    head, value = padded(q), padded(v)
+    head, value = depth(q), width(v)
     shared = tile.shared_bytes(head, value, op.has_bias)
     items = ceildiv(queries, tile.queries) * heads * batch
     blocks = min(items, context.multiprocessors * tile.blocks)
@@ -187,7 +217,7 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
         "skips": op.has_bias and not op.causal and 1 < key_tiles <= _MASK_TILES,
     }  # fmt: skip
     arguments: dict[str, Argument] = {
-        "map_q": _map(q, tile.queries), "map_k": _map(k, tile.keys), "map_v": _map(v, tile.keys),
+        "map_q": _map(q, tile.queries, head), "map_k": _map(k, tile.keys, head), "map_v": _map(v, tile.keys, value),
         **attended.arguments(), "groups": batch * heads,
         # 0 where all of the batch read the same.
         "q_batches": int(q.shape[0] > 1), "k_batches": int(k.shape[0] > 1), "v_batches": int(v.shape[0] > 1),
@@ -202,12 +232,12 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
     )  # fmt: skip
 
 
-def _map(tensor: Tensor, rows: int) -> TensorMap:
-    """Boxes of `rows` positions and a panel of features, of one head of one of the batch."""
+def _map(tensor: Tensor, rows: int, padded: int) -> TensorMap:
+    """Boxes of `rows` positions and a panel of the `padded` features, of one head of one of the batch."""
     batch, heads, positions, features = four(tensor.shape, 1)
     # Of an axis of one place nothing depends on the stride.
     batch_stride, head_stride, row_stride, _ = (stride or VECTOR for stride in strides(tensor))
-    panel = min(padded(tensor), 64)
+    panel = 32 if _padded(padded, 32) % 64 else 64
     outer = ((heads, head_stride), (batch, batch_stride))
     return TensorMap(pointer_to(tensor), positions, features, row_stride, rows, panel, outer)
 

@@ -377,11 +377,11 @@ def attentions(context: Context) -> Iterator[tuple[str, Launch]]:
     if context.architecture.wgmma:
         # Without a mask, with a causal one, and with one that may hide whole tiles of keys.
         kinds = ((False, 0), (True, 1), (False, 1))
-        for head, (causal, bias) in product((32, 64, 128), kinds):
-            for wgmma_tile in attention_wgmma.candidates(head, head):
-                turn += 1
-                dtype = DType.BF16 if turn % 4 == 0 else F16
-                step = attention(dtype, head, causal, bias, tokens=200)
+        for head, (causal, bias) in product((32, 64, 80, 96, 128, 192, 256), kinds):
+            turn += 1
+            dtype = DType.BF16 if turn % 4 == 0 else F16
+            step = attention(dtype, head, causal, bias, tokens=200)
+            for wgmma_tile in attention_wgmma.step_candidates(step):
                 yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, context)
 
 

@@ -22,6 +22,7 @@
 
 using Element = config::operand;
 constexpr int HEAD = config::head_padded, VALUE = config::value_padded, KEYS = config::keys;
+constexpr int HEAD_PANELS = (HEAD + 31) / 32 * 32;  // the features of q and k in shared memory
 constexpr int CONSUMERS = config::consumers, QUERIES = 64 * CONSUMERS, STAGES = config::stages, Q_STAGES = config::q_stages;
 constexpr bool CAUSAL = config::causal, BIAS = config::bias, TURNS = config::turns && CONSUMERS > 1;
 // SKIPS: tiles of keys may be left out, which are then taken from the first to the last. SCOUT: items come from the scout; where a
@@ -37,9 +38,9 @@ static_assert(!SKIPS || (BIAS && !CAUSAL), "only biases tell what can be skipped
 constexpr float MASKED = 8192.0f;  // see `live_tiles`
 constexpr float GROWTH = 8.0f;  // by how many powers of two a maximum is exceeded before it is replaced (see `exponentials`)
 
-// A tile in shared memory: panels of up to 64 features, each of ROWS rows of ROW_BYTES.
+// A tile in shared memory: panels of 64 features, or 32 where they do not come out even, each of ROWS rows of ROW_BYTES.
 template <int ROWS, int FEATURES> struct Tile {
-  static constexpr int PANEL = FEATURES < 64 ? FEATURES : 64, ROW_BYTES = PANEL * 2, PITCH = ROWS * ROW_BYTES;
+  static constexpr int PANEL = FEATURES % 64 ? 32 : 64, ROW_BYTES = PANEL * 2, PITCH = ROWS * ROW_BYTES;
   static constexpr int PANELS = FEATURES / PANEL, BYTES = PANELS * PITCH;
   static_assert(FEATURES % PANEL == 0 && PITCH % 1024 == 0, "panels start at a swizzle atom");
 
@@ -48,8 +49,8 @@ template <int ROWS, int FEATURES> struct Tile {
     for (int i = 0; i < PANELS; ++i) copy_box(tile + i * PITCH, map, landed, i * PANEL, row, head, batch);
   }
 };
-using QTile = Tile<QUERIES, HEAD>;
-using KTile = Tile<KEYS, HEAD>;
+using QTile = Tile<QUERIES, HEAD_PANELS>;
+using KTile = Tile<KEYS, HEAD_PANELS>;
 using VTile = Tile<KEYS, VALUE>;
 
 // Shared memory: q tiles, rings of k and of v, the biases of each k, the item of each q and the scout's, barriers. As in
@@ -102,7 +103,7 @@ DEVICE u32 next_tile(Item& item, u32 left) {
 // below the largest of all that its exponentials are 0 beside those of other keys: by MASKED powers of two, which the scores of a query
 // would have to differ by to make up for it. Called by a whole warp.
 DEVICE u32 live_tiles(const Params& p, const Item& item, u32 batch, u32 head) {
-  constexpr int LOADS = 8, TILES = 32 * LOADS / KEYS;  // in flight together
+  constexpr int EACH = KEYS / 32, TILES = 8 / EACH, LOADS = TILES * EACH;  // of a tile, and in flight together
   const u32 lane = threadIdx.x & 31;
   float largest = -INFINITY;  // of tile `lane`
 #pragma unroll 1
@@ -112,9 +113,9 @@ DEVICE u32 live_tiles(const Params& p, const Item& item, u32 batch, u32 head) {
     for (int i = 0; i < LOADS; ++i) bias[i] = key_bias(p, batch, head, tile * KEYS + 32 * i + lane);
 #pragma unroll
     for (int t = 0; t < TILES; ++t) {
-      float m = bias[t * LOADS / TILES];
+      float m = bias[t * EACH];
 #pragma unroll
-      for (int i = 1; i < LOADS / TILES; ++i) m = max_nan(m, bias[t * LOADS / TILES + i]);
+      for (int i = 1; i < EACH; ++i) m = max_nan(m, bias[t * EACH + i]);
 #pragma unroll
       for (int distance = 16; distance > 0; distance /= 2) m = max_nan(m, __shfl_xor_sync(~0u, m, distance));
       if (tile + t == lane) largest = m;
@@ -332,9 +333,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
       const u64 k = panel_descriptor<KTile::ROW_BYTES>(k_ring.tile(turn), KTile::PITCH);
       constexpr int STEPS = KTile::ROW_BYTES / 32;  // of a panel
       wgmma_fence();
+      // Descriptors of a wide head do not fit the uniform registers all at once: its panels are a loop.
+      constexpr int ALL = HEAD / 16, TOGETHER = ALL > 12 ? STEPS : ALL;
+      static_assert(ALL % TOGETHER == 0, "whole panels");
+#pragma unroll 1
+      for (int first = 0; first < ALL / TOGETHER; ++first)
 #pragma unroll
-      for (int i = 0; i < HEAD / 16; ++i)
-        wgmma<KEYS, Element>(s, q + i / STEPS * (QTile::PITCH >> 4) + i % STEPS * 2, k + i / STEPS * (KTile::PITCH >> 4) + i % STEPS * 2, i > 0);
+        for (int i = 0; i < TOGETHER; ++i)
+          wgmma<KEYS, Element>(
+              s, q + first * (QTile::PITCH >> 4) + i / STEPS * (QTile::PITCH >> 4) + i % STEPS * 2,
+              k + first * (KTile::PITCH >> 4) + i / STEPS * (KTile::PITCH >> 4) + i % STEPS * 2, i > 0 || first > 0);
       wgmma_commit();
     };
     const auto begin_values = [&](u32 turn, bool first) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.attention import lower
-from engine.targets.cuda.attention_wgmma import candidates, launch_attention, padded, pick, suits
+from engine.targets.cuda.attention_wgmma import candidates, launch_attention, pick, step_candidates, suits
 from engine.targets.cuda.covering import ACC, F16, F32, make_step
 from engine.targets.cuda.kernel import Context, Instruction, WeightStore, workspace
 from tests.engine.targets.cuda.attention_cases import ROUNDING, operand, result
@@ -21,11 +22,12 @@ from tests.engine.targets.cuda.cases import check, ragged, rng_of
 from tests.engine.targets.cuda.harness import Case, Runner
 
 KINDS = {"f16": F16, "bf16": DType.BF16}
+HEADS = (8, 32, 40, 48, 64, 72, 80, 96, 104, 128, 144, 192, 200, 256)
 
 
 def random_case(rng: np.random.Generator, kind: str, context: Context, i: int) -> Case:
     dtype = KINDS[kind]
-    head, value = (int(rng.choice([8, 32, 40, 64, 72, 128])) for _ in range(2))
+    head, value = (int(rng.choice(HEADS)) for _ in range(2))
     value = head if rng.random() < 0.5 else value
     queries, keys = ragged(rng, 400), ragged(rng, 600)
     batch, kv_heads = int(rng.integers(1, 4)), int(rng.integers(1, 4))
@@ -48,7 +50,7 @@ def random_case(rng: np.random.Generator, kind: str, context: Context, i: int) -
         inputs.append((DType.of(feeds[3].dtype), shape))
     op = Attention(head**-0.5, bool(rng.random() < 0.4), i % 2 == 1, bool(rng.random() < 0.3), (cv.stored(ACC, dtype),))
     step = result(rng, make_step(op, inputs))
-    tiles = list(candidates(padded(step.inputs[0]), padded(step.inputs[2])))
+    tiles = step_candidates(step)
     launches = [launch_attention(step, tiles[i % len(tiles)], context)]
     return Case(
         f"{kind} {shapes} {op.causal=} {tiles[i % len(tiles)]}", step, keys + head, feeds, launches, ROUNDING[kind]
@@ -64,10 +66,10 @@ def test_attention_on_warpgroups_matches_float64(hopper: Runner, count: int, kin
 def test_rings_wrap_around(hopper: Runner, count: int) -> None:
     """More tiles of queries than blocks, more tiles of keys than a ring has, and warpgroups without queries."""
     cases = []
-    for head, causal in ((32, False), (64, True), (64, False), (128, True)):
+    for head, causal in ((32, False), (64, True), (64, False), (80, False), (128, True), (192, False), (256, True)):
         heads: tuple[DType, tuple[int, ...]] = (F16, (3, 4, 450, head))
         step = make_step(Attention(head**-0.5, causal, stores=(cv.stored(ACC),)), [heads, heads, heads])
-        for tile in candidates(head, head):
+        for tile in step_candidates(step):
             case = Case(f"{head} {causal=} {tile}", step, 450, lowered=[launch_attention(step, tile, hopper.context)])
             cases.append(case)
     check(hopper, cases)
@@ -131,16 +133,16 @@ def test_values_of_skipped_tiles_are_not_read(hopper: Runner) -> None:
 
 
 def test_rows_without_keys_on_warpgroups(hopper: Runner, count: int) -> None:
-    heads: tuple[DType, tuple[int, ...]] = (F16, (2, 2, 70, 32))
     cases = []
-    for zero in (False, True):
+    for zero, head in product((False, True), (32, 80, 256)):
+        heads: tuple[DType, tuple[int, ...]] = (F16, (2, 2, 70, head))
         op = Attention(0.2, False, True, zero, (cv.stored(ACC),))
         for lowest in (-np.inf, float(np.finfo(np.float32).min)):
             bias = np.zeros((2, 1, 1, 70), np.float32)
             bias[1] = lowest
             step = make_step(op, [heads, heads, heads, (F32, bias.shape)])
             launches = [launch_attention(step, pick(step, hopper.context), hopper.context)]
-            cases.append(Case(f"{zero} {lowest}", step, 70, {3: bias}, launches))
+            cases.append(Case(f"{zero} {lowest} {head}", step, 70, {3: bias}, launches))
     check(hopper, cases)
 
 
@@ -158,7 +160,8 @@ def test_what_the_copy_engine_cannot_read_is_left_to_the_portable_kernel() -> No
     assert instruction([heads] * 3 + [(F32, (2, 1, 1, 100))], has_bias=True) is Instruction.WGMMA
     assert instruction([heads] * 3 + [(F32, (100, 100))], has_bias=True) is Instruction.MMA
     assert instruction([(F16, (2, 3, 100, 63))] * 3) is Instruction.MMA
-    assert instruction([(F16, (2, 3, 100, 136))] * 3) is Instruction.MMA
+    assert instruction([(F16, (2, 3, 100, 256))] * 3) is Instruction.WGMMA
+    assert instruction([(F16, (2, 3, 100, 264))] * 3) is Instruction.MMA
     assert instruction([(F16, (2, 3, 1, 64)), heads, heads]) is Instruction.MMA
     assert instruction([heads] * 3, scale=-1.0) is Instruction.MMA
     buffer = Buffer("input0", BufferKind.INPUT, 2 * 2 * 3 * 100 * 64 + 8)
