@@ -113,10 +113,10 @@ def _padded(features: int, multiple: int) -> int:
 
 
 def depth(tensor: Tensor) -> int:
-    """Features of q or k that the instruction sums over, 16 at a time; beyond 192 whole panels of 64. The copy engine
+    """Features of q or k that the instruction sums over, 16 at a time; beyond 128 whole panels. The copy engine
     supplies zeros beyond a head's own."""
     features = tensor.shape[-1]
-    return _padded(features, 16 if features <= 192 else 64)
+    return _padded(features, 16 if features <= 128 else 32)
 
 
 def width(tensor: Tensor) -> int:

@@ -332,18 +332,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
     const auto begin_scores = [&](u64 q, u32 turn) {
       const u64 k = panel_descriptor<KTile::ROW_BYTES>(k_ring.tile(turn), KTile::PITCH);
       constexpr int STEPS = KTile::ROW_BYTES / 32;  // of a panel
-      wgmma_fence();
-      // Descriptors of a wide head do not fit the uniform registers all at once: its panels are a loop.
-      constexpr int ALL = HEAD / 16, TOGETHER = ALL > 12 ? STEPS : ALL;
+      // NOTES: the descriptors of a wide head do not fit the uniform registers all at once, so its panels are a loop; each is a group,
+      // or NVRTC 13.0 puts a `warpgroup.arrive` behind the loop.
+      constexpr int ALL = HEAD / 16, TOGETHER = ALL > 8 ? STEPS : ALL;
       static_assert(ALL % TOGETHER == 0, "whole panels");
 #pragma unroll 1
-      for (int first = 0; first < ALL / TOGETHER; ++first)
+      for (int panel = 0; panel < ALL / TOGETHER; ++panel) {
+        const u64 q_panel = q + panel * (QTile::PITCH >> 4), k_panel = k + panel * (KTile::PITCH >> 4);
+        wgmma_fence();
 #pragma unroll
         for (int i = 0; i < TOGETHER; ++i)
           wgmma<KEYS, Element>(
-              s, q + first * (QTile::PITCH >> 4) + i / STEPS * (QTile::PITCH >> 4) + i % STEPS * 2,
-              k + first * (KTile::PITCH >> 4) + i / STEPS * (KTile::PITCH >> 4) + i % STEPS * 2, i > 0 || first > 0);
-      wgmma_commit();
+              s, q_panel + i / STEPS * (QTile::PITCH >> 4) + i % STEPS * 2, k_panel + i / STEPS * (KTile::PITCH >> 4) + i % STEPS * 2,
+              i > 0 || panel > 0);
+        wgmma_commit();
+      }
     };
     const auto begin_values = [&](u32 turn, bool first) {
       const u64 v = panel_descriptor<VTile::ROW_BYTES>(v_ring.tile(turn), VTile::PITCH);
