@@ -11,6 +11,7 @@ import numpy as np
 from engine.ir.dtype import DType
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor
+from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.attention_operands import Attended, BiasKind, four, strides
 from engine.targets.cuda.gemm import wgmma_function
 from engine.targets.cuda.kernel import (
@@ -31,6 +32,8 @@ _MAX_WIDTH = 256  # features of a head
 _BAND = 32  # heads whose causal tiles are dealt from the longest to the shortest; their k and v stay in L2
 _MASK_TILES = 32  # tiles of keys, up to which those that a padding mask hides are left out: a bit each
 _ROUNDS = 8  # items a block, up to which the cost model deals them one by one
+_BINS = 32  # of lengths, 4 bytes each, that packed sequences are sorted into
+MAX_SEQUENCES = 1023  # packed ones whose order fits beside the tiles
 _MIN_QUERIES = 17  # up to 16 the portable kernel wastes fewer rows, and deals the keys to several blocks
 
 
@@ -53,14 +56,16 @@ class WgmmaAttentionTile:
     def queries(self) -> int:
         return 64 * self.consumers
 
-    def shared_bytes(self, head: int, value: int, bias: bool) -> int:
-        """Tiles of q, rings of k and v, the biases beside k, items, and the barriers (attention_wgmma.cuh). With a bias
-        an item passes through one more place. `head` and `value` are padded."""
+    def shared_bytes(self, head: int, value: int, bias: bool, places: int = 0) -> int:
+        """Tiles of q, rings of k and v, the biases beside k, items, the order of packed sequences, and the barriers
+        (attention_wgmma.cuh). With a bias and packed an item passes through one more place. `head` and `value` are
+        padded; `places` as `_places` has it."""
         head = _padded(head, 32)
         tiles = self.q_stages * self.queries * head * 2 + self.stages * self.keys * (head + value) * 2
         biases = self.stages * self.keys * 4 if bias else 0
-        items = self.q_stages + bias
-        return tiles + biases + 16 * items + 8 * (2 * items + 4 * self.stages)
+        items = self.q_stages + (bias or places > 0)
+        order = 8 * (places + _BINS // 2) if places else 0
+        return tiles + biases + 32 * items + order + 8 * (2 * items + (5 if places else 4) * self.stages)
 
 
 def suits(step: Step) -> bool:
@@ -70,7 +75,8 @@ def suits(step: Step) -> bool:
         step.inputs[0].dtype in (DType.F16, DType.BF16)
         and attended.bias is not BiasKind.FULL
         and attended.op.scale > 0  # it meets the scores behind the maximum
-        and attended.sizes[2] >= _MIN_QUERIES
+        and (attended.op.packed or attended.sizes[2] >= _MIN_QUERIES)
+        and attended.sequences <= MAX_SEQUENCES
         and all(_readable(tensor) for tensor in step.inputs[:3])
     )
 
@@ -108,6 +114,11 @@ def candidates(head: int, value: int, bias: BiasKind = BiasKind.NONE) -> Iterato
         yield WgmmaAttentionTile(1, 64, 2, 1, 40, 232, turns=False, q_stages=1)
 
 
+def _places(sequences: int) -> int:
+    """Room for the order of so many packed sequences and what lies behind them; few sizes, that kernels are few."""
+    return max(32, 1 << sequences.bit_length())
+
+
 def _padded(features: int, multiple: int) -> int:
     return ceildiv(features, multiple) * multiple
 
@@ -125,8 +136,14 @@ def width(tensor: Tensor) -> int:
 
 
 def step_candidates(step: Step) -> list[WgmmaAttentionTile]:
-    """The tiles for an attention that `suits`."""
-    return list(candidates(depth(step.inputs[0]), width(step.inputs[2]), Attended(step).bias))
+    """The tiles for an attention that `suits`: those that fit the shared memory."""
+    attended, head, value = Attended(step), depth(step.inputs[0]), width(step.inputs[2])
+    places = _places(attended.sequences) if attended.op.packed else 0
+    return [
+        tile
+        for tile in candidates(head, value, attended.bias)
+        if tile.shared_bytes(head, value, attended.op.has_bias, places) <= SM_90A.shared_bytes
+    ]
 
 
 def pick(step: Step, context: Context) -> WgmmaAttentionTile:
@@ -140,6 +157,11 @@ def work_of(step: Step) -> Work:
     attended = Attended(step)
     batch, heads, queries, _ = attended.sizes
     head, value = depth(step.inputs[0]), width(step.inputs[2])
+    if attended.op.packed:
+        # How long sequences are only the device knows: they count as equally long.
+        sequences = max(1, attended.sequences)
+        each = max(1, ceildiv(queries, sequences))
+        return Work(each, each, sequences * heads, head, value, attended.op.causal)
     return Work(queries, attended.keys, batch * heads, head, value, attended.op.causal)
 
 
@@ -203,8 +225,10 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
     attended, (q, k, v) = Attended(step), step.inputs[:3]
     op, (batch, heads, queries, _) = attended.op, attended.sizes
     head, value = depth(q), width(v)
-    shared = tile.shared_bytes(head, value, op.has_bias)
-    items = ceildiv(queries, tile.queries) * heads * batch
+    places = _places(attended.sequences) if op.packed else 0
+    shared = tile.shared_bytes(head, value, op.has_bias, places)
+    # Of packed sequences at most: a tile of each is short, and of what belongs to none.
+    items = (ceildiv(queries, tile.queries) + attended.sequences) * heads * batch
     blocks = min(items, context.multiprocessors * tile.blocks)
     dynamic = items > blocks
     key_tiles = ceildiv(k.shape[-2], tile.keys)
@@ -213,7 +237,8 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
         "consumers": tile.consumers, "stages": tile.stages, "causal": op.causal, "bias": op.has_bias,
         "masked_rows_zero": op.masked_rows_zero, "producer_registers": tile.producer_registers,
         "consumer_registers": tile.consumer_registers, "blocks": tile.blocks, "shared_bytes": shared,
-        "q_stages": tile.q_stages, "turns": tile.turns, "band": _BAND, "dynamic": dynamic,
+        "q_stages": tile.q_stages, "turns": tile.turns, "band": _BAND, "dynamic": dynamic, "packed": op.packed,
+        "places": places,
         "skips": op.has_bias and not op.causal and 1 < key_tiles <= _MASK_TILES,
     }  # fmt: skip
     arguments: dict[str, Argument] = {
@@ -228,7 +253,9 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
     return launch(
         "attention", "attention_wgmma.cuh", config, [attended.epilogue()], arguments,
         (blocks, 1, 1), 128 * (tile.consumers + 1), shared,
-        Instruction.WGMMA, helpers=f'#include "ptx/wgmma_panels.cuh"\n{products}{attended.bias_code()}',
+        Instruction.WGMMA, helpers="".join(
+            ('#include "ptx/wgmma_panels.cuh"\n', products, attended.bias_code(), attended.sequences_code())
+        ),
     )  # fmt: skip
 
 

@@ -357,6 +357,14 @@ def attention(dtype: DType, head: int, causal: bool, bias: int, tokens: int = 10
     return make_step(op, inputs, f"attention {dtype.value} {head}{' causal' * causal}{' bias' * (bias > 0)}")
 
 
+def packed_attention(head: int, causal: bool, sequences: int = 3, tokens: int = 200) -> Step:
+    """Attention on sequences that lie one after the other."""
+    heads: tuple[DType, tuple[int, ...]] = (F16, (1, 4, tokens, head))
+    op = Attention(head**-0.5, causal, stores=(stored(ACC),), packed=True)
+    inputs: list[Given] = [heads, heads, heads, (DType.I32, (sequences + 1,))]
+    return make_step(op, inputs, f"attention packed {head}{' causal' * causal}")
+
+
 def attentions(context: Context) -> Iterator[tuple[str, Launch]]:
     """Attention in every kind of tile and operands; masks, biases, unaligned heads and splits take turns."""
     turn = 0
@@ -381,6 +389,10 @@ def attentions(context: Context) -> Iterator[tuple[str, Launch]]:
             turn += 1
             dtype = DType.BF16 if turn % 4 == 0 else F16
             step = attention(dtype, head, causal, bias, tokens=200)
+            for wgmma_tile in attention_wgmma.step_candidates(step):
+                yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, context)
+        for head, causal in product((64, 96, 128, 192, 256), (False, True)):
+            step = packed_attention(head, causal)
             for wgmma_tile in attention_wgmma.step_candidates(step):
                 yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, context)
 
