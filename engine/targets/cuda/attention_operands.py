@@ -51,17 +51,17 @@ class Attended:
     def bias(self) -> BiasKind:
         if not self.op.has_bias:
             return BiasKind.NONE
-        return BiasKind.PER_KEY if self._bias_strides[2] == 0 else BiasKind.FULL
+        return BiasKind.PER_KEY if self.bias_strides[2] == 0 else BiasKind.FULL
 
     @property
-    def _bias_strides(self) -> tuple[int, ...]:
+    def bias_strides(self) -> tuple[int, ...]:
         return four(operand(self.step.inputs[3], len(self.step.outputs[0].shape)).strides, 0)
 
     def arguments(self) -> dict[str, Argument]:
         _, heads, queries, features = self.sizes
         bias: dict[str, Argument] = {}
         if self.op.has_bias:
-            bias = {"bias": pointer_to(self.step.inputs[3]), "bias_stride": I64s(self._bias_strides)}
+            bias = {"bias": pointer_to(self.step.inputs[3]), "bias_stride": I64s(self.bias_strides)}
         if self.op.packed:
             starts = self.step.inputs[3]
             bias = {"starts": pointer_to(starts), "starts_stride": I64(starts.strides[0]), "sequences": self.sequences}

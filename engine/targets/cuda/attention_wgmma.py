@@ -11,7 +11,6 @@ import numpy as np
 from engine.ir.dtype import DType
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor
-from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.attention_operands import Attended, BiasKind, four, strides
 from engine.targets.cuda.gemm import wgmma_function
 from engine.targets.cuda.kernel import (
@@ -56,29 +55,39 @@ class WgmmaAttentionTile:
     def queries(self) -> int:
         return 64 * self.consumers
 
-    def shared_bytes(self, head: int, value: int, bias: bool, places: int = 0) -> int:
+    def shared_bytes(self, work: Work) -> int:
         """Tiles of q, rings of k and v, the biases beside k, items, the order of packed sequences, and the barriers
-        (attention_wgmma.cuh). With a bias and packed an item passes through one more place. `head` and `value` are
-        padded; `places` as `_places` has it."""
-        head = _padded(head, 32)
-        tiles = self.q_stages * self.queries * head * 2 + self.stages * self.keys * (head + value) * 2
-        biases = self.stages * self.keys * 4 if bias else 0
-        items = self.q_stages + (bias or places > 0)
-        order = 8 * (places + _BINS // 2) if places else 0
-        return tiles + biases + 32 * items + order + 8 * (2 * items + (5 if places else 4) * self.stages)
+        (attention_wgmma.cuh). With a bias by key and packed an item passes through one more place."""
+        head, packed = _padded(work.head, 32), work.places > 0
+        tiles = self.q_stages * self.queries * head * 2 + self.stages * self.keys * (head + work.value) * 2
+        biases = {
+            BiasKind.NONE: 0, BiasKind.PER_KEY: self.keys * 4,
+            BiasKind.FULL: self.queries * self.keys * work.bias_itemsize,
+        }[work.bias]  # fmt: skip
+        items = self.q_stages + (packed or work.bias is BiasKind.PER_KEY)
+        order = 8 * (work.places + _BINS // 2) if packed else 0
+        barriers = 2 * items + (5 if packed else 4) * self.stages
+        return tiles + self.stages * biases + 32 * items + order + 8 * barriers
 
 
 def suits(step: Step) -> bool:
-    """Whether the copy engine can read q, k and v, and the kernel has what the operator asks."""
+    """Whether the copy engine can read q, k, v and a full bias, and the kernel has what the operator asks."""
     attended = Attended(step)
     return (
         step.inputs[0].dtype in (DType.F16, DType.BF16)
-        and attended.bias is not BiasKind.FULL
         and attended.op.scale > 0  # it meets the scores behind the maximum
         and (attended.op.packed or attended.sizes[2] >= _MIN_QUERIES)
         and attended.sequences <= MAX_SEQUENCES
         and all(_readable(tensor) for tensor in step.inputs[:3])
+        and (attended.bias is not BiasKind.FULL or _readable_bias(attended))
     )
+
+
+def _readable_bias(attended: Attended) -> bool:
+    """Keys are neighbours, and start and strides whole chunks of 16 bytes."""
+    bias, chunk = attended.step.inputs[3], 16 // attended.step.inputs[3].dtype.itemsize
+    *outer, inner = attended.bias_strides
+    return inner == 1 and bias.offset % chunk == 0 and all(stride >= 0 and stride % chunk == 0 for stride in outer)
 
 
 def _readable(tensor: Tensor) -> bool:
@@ -91,10 +100,20 @@ def _readable(tensor: Tensor) -> bool:
     )
 
 
-def candidates(head: int, value: int, bias: BiasKind = BiasKind.NONE) -> Iterator[WgmmaAttentionTile]:
-    """Tiles whose kernels have no spills; `head` and `value` are padded. A block starts with as many registers a thread
-    as its launch bounds allow; producer and consumers divide those anew."""
-    widest = max(head, value)
+def candidates(work: Work) -> list[WgmmaAttentionTile]:
+    """Tiles whose kernels have no spills, and fit the shared memory of a multiprocessor. A block starts with as many
+    registers a thread as its launch bounds allow; producer and consumers divide those anew."""
+    tiles = _with_full_bias(work) if work.bias is BiasKind.FULL else _without_full_bias(work)
+    return [tile for tile in tiles if tile.shared_bytes(work) <= _shared_limit(tile.blocks)]
+
+
+def _shared_limit(blocks: int) -> int:
+    """Of each of the blocks that share a multiprocessor's 228 KiB, beside the KiB that the system takes."""
+    return (228 << 10) // blocks - (1 << 10)
+
+
+def _without_full_bias(work: Work) -> Iterator[WgmmaAttentionTile]:
+    widest = max(work.head, work.value)
     if widest <= 64:
         yield WgmmaAttentionTile(3, 128, 2, 1, 32, 160)
         yield WgmmaAttentionTile(4, 64, 8, 1, 32, 112)
@@ -110,7 +129,25 @@ def candidates(head: int, value: int, bias: BiasKind = BiasKind.NONE) -> Iterato
         yield WgmmaAttentionTile(1, 32, 2, 2, 40, 208, turns=False, q_stages=1)
     else:
         # Lanes of a warp bring biases, 32 keys at a time.
-        yield WgmmaAttentionTile(2, 80 if bias is BiasKind.NONE else 64, 2, 1, 40, 232, q_stages=1)
+        yield WgmmaAttentionTile(2, 80 if work.bias is BiasKind.NONE else 64, 2, 1, 40, 232, q_stages=1)
+        yield WgmmaAttentionTile(1, 64, 2, 1, 40, 232, turns=False, q_stages=1)
+
+
+def _with_full_bias(work: Work) -> Iterator[WgmmaAttentionTile]:
+    """A tile of biases is as large as one of k and v, in fp32 twice as large."""
+    widest = max(work.head, work.value)
+    if widest <= 128:
+        if widest <= 96:
+            yield WgmmaAttentionTile(3, 128 if widest <= 64 else 96, 2, 1, 32, 160)
+            yield WgmmaAttentionTile(3, 64, 2, 1, 32, 160)
+        yield WgmmaAttentionTile(2, 128, 2, 1, 40, 232, q_stages=1 if widest > 96 else 2)
+        yield WgmmaAttentionTile(2, 64, 2, 1, 40, 232)
+        yield WgmmaAttentionTile(1, 64, 2, 2, 40, 208, turns=False, q_stages=1)
+    elif widest <= 192:
+        yield WgmmaAttentionTile(2, 64, 2, 1, 40, 232, q_stages=1)
+        yield WgmmaAttentionTile(1, 32, 2, 2, 40, 208, turns=False, q_stages=1)
+    else:
+        yield WgmmaAttentionTile(2, 64, 2, 1, 40, 232, q_stages=1)
         yield WgmmaAttentionTile(1, 64, 2, 1, 40, 232, turns=False, q_stages=1)
 
 
@@ -135,39 +172,32 @@ def width(tensor: Tensor) -> int:
     return _padded(tensor.shape[-1], 32)
 
 
-def step_candidates(step: Step) -> list[WgmmaAttentionTile]:
-    """The tiles for an attention that `suits`: those that fit the shared memory."""
-    attended, head, value = Attended(step), depth(step.inputs[0]), width(step.inputs[2])
-    places = _places(attended.sequences) if attended.op.packed else 0
-    return [
-        tile
-        for tile in candidates(head, value, attended.bias)
-        if tile.shared_bytes(head, value, attended.op.has_bias, places) <= SM_90A.shared_bytes
-    ]
-
-
 def pick(step: Step, context: Context) -> WgmmaAttentionTile:
     """The tile with the least estimated time."""
     work = work_of(step)
-    return min(step_candidates(step), key=lambda tile: cycles(tile, work, context.multiprocessors))
+    return min(candidates(work), key=lambda tile: cycles(tile, work, context.multiprocessors))
 
 
 def work_of(step: Step) -> Work:
     """What there is to do in an attention step."""
     attended = Attended(step)
     batch, heads, queries, _ = attended.sizes
-    head, value = depth(step.inputs[0]), width(step.inputs[2])
+    keys, groups, places = attended.keys, batch * heads, 0
     if attended.op.packed:
         # How long sequences are only the device knows: they count as equally long.
-        sequences = max(1, attended.sequences)
-        each = max(1, ceildiv(queries, sequences))
-        return Work(each, each, sequences * heads, head, value, attended.op.causal)
-    return Work(queries, attended.keys, batch * heads, head, value, attended.op.causal)
+        queries = keys = max(1, ceildiv(queries, max(1, attended.sequences)))
+        groups, places = max(1, attended.sequences) * heads, _places(attended.sequences)
+    full = attended.bias is BiasKind.FULL
+    return Work(
+        queries, keys, groups, depth(step.inputs[0]), width(step.inputs[2]), attended.op.causal, attended.bias,
+        step.inputs[3].dtype.itemsize if full else 0, step.inputs[3].elements if full else 0, places,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to do: `groups` products of batch and heads. `head` and `value` are padded."""
+    """What there is to do: `groups` products of batch and heads. `head` and `value` are padded. `bias_itemsize`,
+    `biases`: bytes and number of the elements of a full bias; `places`: room for the order of packed sequences."""
 
     queries: int
     keys: int
@@ -175,6 +205,10 @@ class Work:
     head: int
     value: int
     causal: bool
+    bias: BiasKind = BiasKind.NONE
+    bias_itemsize: int = 0
+    biases: int = 0
+    places: int = 0
 
 
 def cycles(tile: WgmmaAttentionTile, work: Work, multiprocessors: int) -> float:
@@ -189,7 +223,9 @@ def cycles(tile: WgmmaAttentionTile, work: Work, multiprocessors: int) -> float:
     products, exponentials = scores + 64 * tile.keys * work.value / 2048, 64 * tile.keys / 16
     busy = 50 + products + 0.55 * exponentials  # of a warpgroup's tile when others fill its gaps
     alone = 300 + products / 2 + 1.85 * exponentials
-    feed = blocks * tile.keys * (work.head + work.value) * 2 / l2_bytes
+    if work.bias is BiasKind.FULL:  # a load, two conversions and two sums of a pair, 128 lanes a cycle (not measured)
+        busy, alone = busy + 64 * tile.keys * 2.5 / 128, alone + 64 * tile.keys * 2.5 / 128
+    feed = blocks * tile.keys * ((work.head + work.value) * 2 + tile.queries * work.bias_itemsize) / l2_bytes
 
     def step(active: int) -> float:
         """A tile of keys for so many warpgroups."""
@@ -207,8 +243,9 @@ def cycles(tile: WgmmaAttentionTile, work: Work, multiprocessors: int) -> float:
 
     lengths = [item(i * tile.queries) for i in reversed(range(ceildiv(work.queries, tile.queries)))]
     slots = multiprocessors * blocks
-    # What memory takes for q, k, v and the result where nothing lies in a cache.
-    floor = work.groups * (work.queries + work.keys) * (work.head + work.value) * 2 / (multiprocessors * memory_bytes)
+    # What memory takes for q, k, v, a full bias and the result where nothing lies in a cache.
+    moved = work.groups * (work.queries + work.keys) * (work.head + work.value) * 2 + work.biases * work.bias_itemsize
+    floor = moved / (multiprocessors * memory_bytes)
     if items > _ROUNDS * slots:
         return launch + max(floor, sum(lengths) * work.groups / slots + max(lengths) / 2)
     band = _BAND if work.causal else 1
@@ -224,9 +261,8 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
     """The launch of an attention that `suits`, in the given tile."""
     attended, (q, k, v) = Attended(step), step.inputs[:3]
     op, (batch, heads, queries, _) = attended.op, attended.sizes
-    head, value = depth(q), width(v)
-    places = _places(attended.sequences) if op.packed else 0
-    shared = tile.shared_bytes(head, value, op.has_bias, places)
+    work = work_of(step)
+    head, value, shared = work.head, work.value, tile.shared_bytes(work)
     # Of packed sequences at most: a tile of each is short, and of what belongs to none.
     items = (ceildiv(queries, tile.queries) + attended.sequences) * heads * batch
     blocks = min(items, context.multiprocessors * tile.blocks)
@@ -234,12 +270,13 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
     key_tiles = ceildiv(k.shape[-2], tile.keys)
     config: dict[str, int | bool | str] = {
         "operand": STORAGE[q.dtype], "head_padded": head, "value_padded": value, "keys": tile.keys,
-        "consumers": tile.consumers, "stages": tile.stages, "causal": op.causal, "bias": op.has_bias,
+        "consumers": tile.consumers, "stages": tile.stages, "causal": op.causal, "bias": attended.bias,
+        "bias_type": STORAGE[step.inputs[3].dtype] if op.has_bias else "float",
         "masked_rows_zero": op.masked_rows_zero, "producer_registers": tile.producer_registers,
         "consumer_registers": tile.consumer_registers, "blocks": tile.blocks, "shared_bytes": shared,
         "q_stages": tile.q_stages, "turns": tile.turns, "band": _BAND, "dynamic": dynamic, "packed": op.packed,
-        "places": places,
-        "skips": op.has_bias and not op.causal and 1 < key_tiles <= _MASK_TILES,
+        "places": work.places,
+        "skips": attended.bias is BiasKind.PER_KEY and not op.causal and 1 < key_tiles <= _MASK_TILES,
     }  # fmt: skip
     arguments: dict[str, Argument] = {
         "map_q": _map(q, tile.queries, head), "map_k": _map(k, tile.keys, head), "map_v": _map(v, tile.keys, value),
@@ -247,16 +284,47 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
         # 0 where all of the batch read the same.
         "q_batches": int(q.shape[0] > 1), "k_batches": int(k.shape[0] > 1), "v_batches": int(v.shape[0] > 1),
     }  # fmt: skip
+    arguments |= {"bias_heads": 0, "bias_batches": 0}
+    full = attended.bias is BiasKind.FULL
+    if full:
+        arguments |= _bias_arguments(attended, tile)
     if dynamic:
         arguments["counters"] = Pointer(Buffer("taken items", BufferKind.PLAN, 8, np.zeros(2, np.uint32)), ctype="u32")
+    full_bias = _FULL_BIAS.format("map_bias" if full else "map_k")
     products = wgmma_function(tile.keys, q.dtype) + register_product(value, q.dtype)
     return launch(
         "attention", "attention_wgmma.cuh", config, [attended.epilogue()], arguments,
         (blocks, 1, 1), 128 * (tile.consumers + 1), shared,
         Instruction.WGMMA, helpers="".join(
-            ('#include "ptx/wgmma_panels.cuh"\n', products, attended.bias_code(), attended.sequences_code())
+            ('#include "ptx/wgmma_panels.cuh"\n', products, attended.bias_code(), full_bias,
+             attended.sequences_code())
         ),
     )  # fmt: skip
+
+
+_FULL_BIAS = """struct FullBias {{
+  DEVICE static const TensorMap& map(const Params& p) {{ return p.{}; }}
+}};
+"""
+"""What the kernel reads a full bias through; without one it is not called."""
+
+
+def _bias_arguments(attended: Attended, tile: WgmmaAttentionTile) -> dict[str, Argument]:
+    """Boxes of a tile's queries and a panel of its keys, of one head of one of the batch; along what the bias is the
+    same for, there is one place."""
+    bias, (batch, heads, queries, _) = attended.step.inputs[3], attended.sizes
+    itemsize = bias.dtype.itemsize
+    panel = (64 if tile.keys * itemsize % 128 else 128) // itemsize
+    batch_stride, head_stride, row_stride, _ = attended.bias_strides
+    outer = tuple(
+        (size, stride) if stride else (1, 16) for size, stride in ((heads, head_stride), (batch, batch_stride))
+    )
+    return {
+        "map_bias": TensorMap(
+            pointer_to(bias), queries, attended.keys, row_stride, tile.queries, panel, outer, exact=True
+        ),
+        "bias_heads": int(head_stride > 0), "bias_batches": int(batch_stride > 0),
+    }  # fmt: skip
 
 
 def _map(tensor: Tensor, rows: int, padded: int) -> TensorMap:

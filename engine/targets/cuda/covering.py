@@ -348,11 +348,11 @@ def channels_inner(n: int, c: int, h: int, w: int) -> Tensor:
     return Tensor(buffer, F16, (n, c, h, w), row_major((n, c, h, w), channels_last(4)))
 
 
-def attention(dtype: DType, head: int, causal: bool, bias: int, tokens: int = 100) -> Step:
+def attention(dtype: DType, head: int, causal: bool, bias: int, tokens: int = 100, bias_dtype: DType = F32) -> Step:
     """Attention without a bias (0), with one for every key (1), or for every score (2)."""
     heads: tuple[DType, tuple[int, ...]] = (dtype, (2, 4, tokens, head))
     inputs: list[Given] = [heads, heads, heads]
-    inputs += [(F32, (2, 1, tokens if bias == 2 else 1, tokens))] if bias else []
+    inputs += [(bias_dtype, (2, 1, tokens if bias == 2 else 1, tokens))] if bias else []
     op = Attention(head**-0.5, causal, bias > 0, stores=(stored(ACC, dtype),))
     return make_step(op, inputs, f"attention {dtype.value} {head}{' causal' * causal}{' bias' * (bias > 0)}")
 
@@ -389,11 +389,15 @@ def attentions(context: Context) -> Iterator[tuple[str, Launch]]:
             turn += 1
             dtype = DType.BF16 if turn % 4 == 0 else F16
             step = attention(dtype, head, causal, bias, tokens=200)
-            for wgmma_tile in attention_wgmma.step_candidates(step):
+            for wgmma_tile in attention_wgmma.candidates(attention_wgmma.work_of(step)):
+                yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, context)
+        for head, dtype in product((64, 96, 128, 192, 256), (F16, DType.BF16, F32)):
+            step = attention(F16, head, head == 96, bias=2, tokens=200, bias_dtype=dtype)
+            for wgmma_tile in attention_wgmma.candidates(attention_wgmma.work_of(step)):
                 yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, context)
         for head, causal in product((64, 96, 128, 192, 256), (False, True)):
             step = packed_attention(head, causal)
-            for wgmma_tile in attention_wgmma.step_candidates(step):
+            for wgmma_tile in attention_wgmma.candidates(attention_wgmma.work_of(step)):
                 yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, context)
 
 

@@ -1,15 +1,15 @@
 // Attention for sm_90a: softmax(scale · q kᵀ + bias) v with fp16 or bf16 operands that the copy engine can read, fp32 sums; a bias is
-// one number a key. Persistent and warp-specialised: the last warpgroup takes items (a tile of queries of one head) and keeps rings of
+// one number a key, or (FULL) one a score, in tiles that the copy engine brings beside k. Persistent and warp-specialised: the last warpgroup takes items (a tile of queries of one head) and keeps rings of
 // tiles of q, k and v filled through TMA, and of the biases beside k; CONSUMERS warpgroups own 64 queries each. Keys are taken KEYS at a
 // time, from the last to the first, with a running maximum and a running sum. Probabilities stay in registers, as operand A of the
 // product with v. The scores of a tile are computed while the probabilities of the one before meet v.
-// With a bias three warps of the last warpgroup share its work, so that no copy waits for a load: the scout takes items and finds out
+// With a bias by key three warps of the last warpgroup share its work, so that no copy waits for a load: the scout takes items and finds out
 // which tiles of keys can matter, one item ahead; the copier starts copies; another brings the biases of the same tiles.
 // PACKED: sequences lie one after the other, and `starts` says where. The scout finds out which piece comes next (attention_packed.cuh);
 // the third warp makes zeros of what a tile of v has beyond the end of its sequence: its probabilities are 0, but 0 · NaN is NaN, and
 // what one sequence holds must not reach another.
 // NOTES: what a warpgroup does to the rings must not depend on which one it is, or descriptors leave the uniform registers.
-// `Bias` comes from attention.py.
+// `Bias` and `FullBias` come from attention_operands.py and attention_wgmma.py.
 #pragma once
 #include "epilogue/fragment.cuh"
 #include "epilogue/math.cuh"
@@ -27,9 +27,10 @@ using Element = config::operand;
 constexpr int HEAD = config::head_padded, VALUE = config::value_padded, KEYS = config::keys;
 constexpr int HEAD_PANELS = (HEAD + 31) / 32 * 32;  // the features of q and k in shared memory
 constexpr int CONSUMERS = config::consumers, QUERIES = 64 * CONSUMERS, STAGES = config::stages, Q_STAGES = config::q_stages;
-constexpr bool CAUSAL = config::causal, BIAS = config::bias, TURNS = config::turns && CONSUMERS > 1;
+// BIAS: one number a key. FULL: one a score.
+constexpr bool CAUSAL = config::causal, BIAS = config::bias == 1, FULL = config::bias == 2, TURNS = config::turns && CONSUMERS > 1;
 constexpr bool PACKED = config::packed;
-static_assert(!PACKED || !BIAS, "packed sequences have no bias");
+static_assert(!PACKED || config::bias == 0, "packed sequences have no bias");
 // SKIPS: tiles of keys may be left out, which are then taken from the first to the last. SCOUT: items come from the scout; where a
 // block has one and nothing is skipped, each warp finds it by itself.
 constexpr bool SKIPS = config::skips, SCOUT = PACKED || SKIPS || (BIAS && config::dynamic);
@@ -59,16 +60,40 @@ using QTile = Tile<QUERIES, HEAD_PANELS>;
 using KTile = Tile<KEYS, HEAD_PANELS>;
 using VTile = Tile<KEYS, VALUE>;
 
+// A tile of biases, one a score: panels of rows of 128 bytes of keys, or of 64 where those come out even.
+struct BiasTile {
+  using T = config::bias_type;
+  static constexpr int SIZE = sizeof(T), ROW_BYTES = KEYS * SIZE % 128 ? 64 : 128, PANEL = ROW_BYTES / SIZE, PITCH = QUERIES * ROW_BYTES;
+  static constexpr int PANELS = FULL ? KEYS / PANEL : 0, BYTES = PANELS * PITCH;
+  static_assert(!FULL || KEYS % PANEL == 0, "whole panels");
+  struct alignas(2 * SIZE) Pair { T x, y; };
+
+  DEVICE static void copy(u32 tile, const Params& p, u32 landed, u32 key, u32 query, u32 head, u32 batch) {
+#pragma unroll
+    for (int i = 0; i < PANELS; ++i) copy_box(tile + i * PITCH, FullBias::map(p), landed, key + i * PANEL, query, head, batch);
+  }
+  // Where a lane's first pair lies: keys 2 (lane % 4) and the next of its first row.
+  DEVICE static u32 start(u32 row) {
+    const u32 linear = row * ROW_BYTES;
+    return linear + (threadIdx.x & 3) * 2 * SIZE ^ (linear >> 7 & ROW_BYTES / 16 - 1) << 4;
+  }
+  // Pair `block`, 8 keys further each, of the first row or of the one 8 below: under the swizzle a step along a row is an exclusive or.
+  DEVICE static Pair pair(const u8* tile, u32 start, int block, int lower) {
+    constexpr int BLOCKS = PANEL / 8;
+    return *reinterpret_cast<const Pair*>(tile + (start ^ block % BLOCKS * 8 * SIZE) + block / BLOCKS * PITCH + lower * 8 * ROW_BYTES);
+  }
+};
+
 // A tile of queries of one head (`group` counts batch and heads), how many tiles of keys it meets, and a bit for each of them where some
 // are skipped. Of packed sequences, too: where the sequence begins, its queries and its keys. The last item of a block says that there
 // is nothing more: it is empty; others meet a tile of keys or have, packed, queries without any.
 struct alignas(16) Item { u32 query0, group, tiles, live, begin, rows, keys; };
 DEVICE bool nothing_more(const Item& item) { return (PACKED ? item.rows : item.tiles) == 0; }
 
-// Shared memory: q tiles, rings of k and of v, the biases of each k, the item of each q and the scout's, the order of packed sequences,
+// Shared memory: q tiles, rings of k and of v, the biases beside each k, the item of each q and the scout's, the order of packed sequences,
 // barriers. As in attention_wgmma.py.
 constexpr int K_RING = Q_STAGES * QTile::BYTES, V_RING = K_RING + STAGES * KTile::BYTES, BIASES = V_RING + STAGES * VTile::BYTES;
-constexpr int ITEMS = BIASES + (BIAS ? STAGES * KEYS * 4 : 0), PLACES = ITEMS + sizeof(Item) * (Q_STAGES + HELPERS);
+constexpr int ITEMS = BIASES + STAGES * (BIAS ? KEYS * 4 : BiasTile::BYTES), PLACES = ITEMS + sizeof(Item) * (Q_STAGES + HELPERS);
 constexpr int BARRIERS = PLACES + (PACKED ? 8 * (config::places + 16) : 0);
 static_assert(BARRIERS + 8 * (2 * (Q_STAGES + HELPERS) + (4 + PACKED) * STAGES) == config::shared_bytes, "the host asks for as much");
 
@@ -87,7 +112,11 @@ template <int DEPTH> struct Ring {
 };
 
 // In units of log2. A finite bias stays finite, so that a row of equal, very negative ones is uniform, not empty.
-DEVICE float bias_log2(float bias) { return bias == -INFINITY ? bias : fmaxf(bias * 1.4426950408889634f, -1e38f); }
+template <class T> DEVICE float bias_log2(T bias) {
+  const float wide = widen(bias), scaled = wide * 1.4426950408889634f;
+  if constexpr (same<T, half>::value) return scaled;  // far from where fp32 ends
+  else return wide == -INFINITY ? wide : fmaxf(scaled, -1e38f);
+}
 
 DEVICE float key_bias(const Params& p, u32 batch, u32 head, u32 key) {
   return key < p.keys ? bias_log2(Bias::at(p, batch, head, 0, key)) : -INFINITY;
@@ -159,14 +188,26 @@ DEVICE bool is_cut(const Params& p, const Item& item, u32 tile) { return (tile +
 
 // The scores of a tile of keys become exponentials. A maximum stays while no lane of the warp exceeds it by more than GROWTH: exponentials
 // and their sum may then be 2^GROWTH too large alike. True where it was replaced: what was summed up before has to be multiplied
-// with `correction`. `masked`: the tile has keys that some query must not see.
+// with `correction`. `masked`: the tile has keys that some query must not see. `bias_tile`: the biases of its scores, of which this
+// lane's begin at `bias_start`.
 DEVICE bool exponentials(
-    const Params& p, float (&s)[KEYS / 2], const float* biases, bool masked, u32 keys, u32 key0, u32 query, float (&maximum)[2],
+    const Params& p, float (&s)[KEYS / 2], const float* biases, const u8* bias_tile, u32 bias_start, bool masked, u32 keys, u32 key0, u32 query, float (&maximum)[2],
     float (&sum)[2], float (&correction)[2]) {
   const u32 quad = threadIdx.x & 3;
   if constexpr (BIAS) {
 #pragma unroll
     for (int i = 0; i < KEYS / 2; ++i) s[i] = fmaf(s[i], p.scale_log2, biases[i / 4 * 8 + quad * 2 + (i & 1)]);
+  }
+  if constexpr (FULL) {
+#pragma unroll
+    for (int i = 0; i < KEYS / 8; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const auto pair = BiasTile::pair(bias_tile, bias_start, i, h);
+        s[4 * i + 2 * h] = fmaf(s[4 * i + 2 * h], p.scale_log2, bias_log2(pair.x));
+        s[4 * i + 2 * h + 1] = fmaf(s[4 * i + 2 * h + 1], p.scale_log2, bias_log2(pair.y));
+      }
+    }
   }
   if (masked) {
     // Keys that the lane's first query sees, counted from its first column of the tile; of the other it sees 8 more.
@@ -177,7 +218,7 @@ DEVICE bool exponentials(
       if (i / 4 * 8 + (i & 1) >= (i & 2 ? lower_seen : seen)) s[i] = -INFINITY;
   }
   // Without a bias the scale, which is positive, meets the scores in the exponential only.
-  const float scale = BIAS ? 1.0f : p.scale_log2;
+  const float scale = BIAS || FULL ? 1.0f : p.scale_log2;
   float highest[2], shift[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -202,7 +243,7 @@ DEVICE bool exponentials(
   for (int h = 0; h < 2; ++h) shift[h] = shift_of(maximum[h]);
 #pragma unroll
   for (int i = 0; i < KEYS / 2; ++i) {
-    s[i] = exp2_approx(BIAS ? s[i] - shift[i >> 1 & 1] : fmaf(s[i], scale, -shift[i >> 1 & 1]));
+    s[i] = exp2_approx(BIAS || FULL ? s[i] - shift[i >> 1 & 1] : fmaf(s[i], scale, -shift[i >> 1 & 1]));
     sum[i >> 1 & 1] += s[i];
   }
   return grown;
@@ -272,7 +313,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
       const auto copy_keys = [&](const Item& item, u32 tile) {
         const u32 batch = item.group / p.heads, head = item.group - batch * p.heads, key0 = begin_of(item) + tile * KEYS;
         k_ring.wait_empty(turn);
-        barrier_arrive_expect(k_ring.landed(turn), KTile::BYTES);
+        barrier_arrive_expect(k_ring.landed(turn), KTile::BYTES + BiasTile::BYTES);
+        if (FULL) {
+          const u32 biases_of_tile = base + BIASES + turn % STAGES * BiasTile::BYTES;
+          BiasTile::copy(biases_of_tile, p, k_ring.landed(turn), tile * KEYS, item.query0, head * p.bias_heads, batch * p.bias_batches);
+        }
         KTile::copy(k_ring.tile(turn), p.map_k, k_ring.landed(turn), key0, head / p.heads_per_k, batch * p.k_batches);
         v_ring.wait_empty(turn);
         u32 landed = v_ring.landed(turn);
@@ -454,12 +499,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
         float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {}, correction[2];
         const u64 q = panel_descriptor<QTile::ROW_BYTES>(q_ring.tile(q_turn) + warpgroup * 64 * QTile::ROW_BYTES, QTile::PITCH);
         const u32 last = turn + item.tiles - 1;
+        const u32 bias_start = BiasTile::start(warpgroup * 64 + local_row);
         // The tile of `t`, a turn.
         const auto soften = [&](u32 t) {
           const u32 key0 = (last - t) * KEYS;
           // A bias hides the keys past the end itself.
           const bool masked = (!BIAS && key0 + KEYS > keys) || (CAUSAL && key0 + KEYS > first_query + 1);
-          return exponentials(p, s, biases + t % STAGES * KEYS, masked, keys, key0, query, maximum, sum, correction);
+          const u8* const bias_tile = shared + BIASES + t % STAGES * BiasTile::BYTES;
+          return exponentials(p, s, biases + t % STAGES * KEYS, bias_tile, bias_start, masked, keys, key0, query, maximum, sum, correction);
         };
         const u32 first = turn + hidden;
         k_ring.wait_full(first);
@@ -468,9 +515,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
         pass_turn();
         wgmma_wait<0>();
         wgmma_settle(s);
-        if constexpr (!BIAS) k_ring.leave(first);
+        if constexpr (!BIAS && !FULL) k_ring.leave(first);
         soften(first);
-        if constexpr (BIAS) k_ring.leave(first);  // a place of the ring has the biases of its keys, too
+        if constexpr (BIAS || FULL) k_ring.leave(first);  // a place of the ring has the biases of its keys, too
         round_probabilities();
 #pragma unroll 1
         for (u32 t = first + 1; t <= last; ++t) {
@@ -482,9 +529,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
           pass_turn();
           wgmma_wait<1>();
           wgmma_settle(s);
-          if constexpr (!BIAS) k_ring.leave(t);
+          if constexpr (!BIAS && !FULL) k_ring.leave(t);
           const bool grown = soften(t);
-          if constexpr (BIAS) k_ring.leave(t);
+          if constexpr (BIAS || FULL) k_ring.leave(t);
           wgmma_wait<0>();
           wgmma_settle(out);
           wgmma_keep(probabilities);

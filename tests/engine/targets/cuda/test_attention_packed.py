@@ -16,7 +16,7 @@ from engine.targets.cpu import attention as cpu_attention
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import SM_80, SM_90A
 from engine.targets.cuda.attention import lower
-from engine.targets.cuda.attention_wgmma import MAX_SEQUENCES, launch_attention, step_candidates, suits
+from engine.targets.cuda.attention_wgmma import MAX_SEQUENCES, candidates, launch_attention, suits, work_of
 from engine.targets.cuda.covering import ACC, F16, F32, make_step
 from engine.targets.cuda.kernel import Context, Instruction, WeightStore, workspace
 from tests.engine.targets.cuda.attention_cases import ROUNDING, operand, result
@@ -52,7 +52,7 @@ def random_case(rng: np.random.Generator, kind: str, context: Context, i: int) -
     inputs.append((DType.I32, (len(lengths) + 1,)))
     op = Attention(head**-0.5, bool(rng.random() < 0.4), stores=(cv.stored(ACC, dtype),), packed=True)
     step = result(rng, make_step(op, inputs))
-    tiles = step_candidates(step)
+    tiles = candidates(work_of(step))
     launches = [launch_attention(step, tiles[i % len(tiles)], context)]
     label = f"{kind} {shapes} {lengths} {op.causal=} {tiles[i % len(tiles)]}"
     return Case(label, step, 400 + head, {3: starts_of(lengths)}, launches, ROUNDING[kind])
@@ -70,7 +70,7 @@ def test_blocks_take_many_packed_items(hopper: Runner) -> None:
     cases = []
     for head, causal in ((64, False), (80, True), (256, False)):
         step = packed(F16, sum(lengths) + 40, 9, head, len(lengths), causal)
-        for tile in step_candidates(step):
+        for tile in candidates(work_of(step)):
             launches = [launch_attention(step, tile, replace(hopper.context, multiprocessors=5))]
             cases.append(Case(f"{head} {causal=} {tile}", step, 500, {3: starts_of(lengths)}, launches))
     check(hopper, cases)
@@ -91,7 +91,7 @@ def test_no_sequence_reaches_another(hopper: Runner) -> None:
     step = packed(F16, 290, 2, 64, 3)
     rng = np.random.default_rng(3)
     arrays = [rng.standard_normal((1, 2, 290, 64)).astype(np.float16) for _ in range(3)]
-    for tile in step_candidates(step):
+    for tile in candidates(work_of(step)):
         launches = [launch_attention(step, tile, hopper.context)]
         (want,) = hopper.run(step, launches, [*arrays, starts_of(lengths)])
         dirty = [array.copy() for array in arrays]
@@ -117,7 +117,7 @@ def test_a_packed_launch_leaves_its_counters_as_it_found_them(hopper: Runner) ->
     lengths = [64] * hopper.context.multiprocessors
     step = packed(F16, sum(lengths), 2, 32, len(lengths))
     elsewhere = replace(step.outputs[0], buffer=workspace(step.outputs[0].buffer.nbytes))
-    tile = step_candidates(step)[0]
+    tile = candidates(work_of(step))[0]
     first, second = (launch_attention(one, tile, hopper.context) for one in (replace(step, outputs=(elsewhere,)), step))
     assert "counters" in dict(first.arguments)
     shared = tuple((name, dict(first.arguments)[name] if name == "counters" else a) for name, a in second.arguments)
