@@ -118,8 +118,14 @@ template <class T> DEVICE float bias_log2(T bias) {
   else return wide == -INFINITY ? wide : fmaxf(scaled, -1e38f);
 }
 
-DEVICE float key_bias(const Params& p, u32 batch, u32 head, u32 key) {
-  return key < p.keys ? bias_log2(Bias::at(p, batch, head, 0, key)) : -INFINITY;
+// The biases of this lane's keys, of COUNT times 32 from `key0` on. All loads are under way before the first is used: one that lies
+// beyond the end reads the last key's instead, because a branch around it would wait for the one before.
+template <int COUNT> DEVICE void key_biases(const Params& p, u32 batch, u32 head, u32 key0, float (&bias)[COUNT]) {
+  const u32 first = key0 + (threadIdx.x & 31);
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) bias[i] = Bias::at(p, batch, head, 0, min(first + 32 * i, p.keys - 1));
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) bias[i] = first + 32 * i < p.keys ? bias_log2(bias[i]) : -INFINITY;
 }
 
 DEVICE Item item_of(const Params& p, u32 index) {
@@ -153,8 +159,7 @@ DEVICE u32 live_tiles(const Params& p, const Item& item, u32 batch, u32 head) {
 #pragma unroll 1
   for (u32 tile = 0; tile < item.tiles; tile += TILES) {
     float bias[LOADS];
-#pragma unroll
-    for (int i = 0; i < LOADS; ++i) bias[i] = key_bias(p, batch, head, tile * KEYS + 32 * i + lane);
+    key_biases(p, batch, head, tile * KEYS, bias);
 #pragma unroll
     for (int t = 0; t < TILES; ++t) {
       float m = bias[t * EACH];
@@ -363,8 +368,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
         for (u32 left = item.tiles; left > 0; --left, ++turn) {
           const u32 tile = next_tile(item, left);
           float bias[KEYS / 32];
-#pragma unroll
-          for (int i = 0; i < KEYS / 32; ++i) bias[i] = key_bias(p, batch, head, tile * KEYS + 32 * i + lane);
+          key_biases(p, batch, head, tile * KEYS, bias);
           k_ring.wait_empty(turn);
 #pragma unroll
           for (int i = 0; i < KEYS / 32; ++i) biases[turn % STAGES * KEYS + 32 * i + lane] = bias[i];
