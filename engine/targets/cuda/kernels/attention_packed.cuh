@@ -11,11 +11,16 @@ struct Place { u32 sequence, tiles; };
 
 // Where a sequence lies. Starts that fall, or lie outside, never lead beyond the tokens. The one behind the last is what is left.
 struct Span { u32 begin, rows, keys; };
-DEVICE Span span_of(const Params& p, u32 sequence) {
-  const u32 begin = min(Sequences::start(p, sequence), p.queries);
-  if (sequence == Sequences::count(p)) return {begin, p.queries - begin, 0};
-  const u32 end = max(begin, min(Sequences::start(p, sequence + 1), p.queries));
+DEVICE Span span_between(const Params& p, u32 start, u32 next) {
+  const u32 begin = min(start, p.queries), end = max(begin, min(next, p.queries));
   return {begin, end - begin, end - begin};
+}
+DEVICE Span span_of(const Params& p, u32 sequence) {
+  const bool behind = sequence == Sequences::count(p);
+  const u32 start = Sequences::start(p, sequence), next = Sequences::start(p, behind ? sequence : sequence + 1);
+  Span span = span_between(p, start, behind ? p.queries : next);
+  if (behind) span.keys = 0;
+  return span;
 }
 
 // The lanes whose bin is this lane's.
@@ -33,12 +38,28 @@ DEVICE u32 lanes_alike(u32 bin) {
 DEVICE void sort_sequences(const Params& p, Place* places, u32* bins) {
   const u32 lane = threadIdx.x & 31, below = (1u << lane) - 1;
   u32 longest = 0;
-  for (u32 i = lane; i < Sequences::count(p); i += 32) longest = max(longest, span_of(p, i).rows);
+#pragma unroll 1
+  for (u32 first = lane; first < Sequences::count(p); first += 128) {
+    u32 begin[4], end[4];  // all loads are under way before the first is used, and none is branched around
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const u32 i = min(first + 32 * j, Sequences::count(p) - 1);
+      begin[j] = Sequences::start(p, i);
+      end[j] = Sequences::start(p, i + 1);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const u32 rows = span_between(p, begin[j], end[j]).rows;
+      if (first + 32 * j < Sequences::count(p)) places[first + 32 * j].tiles = rows;  // for now, and in their own order
+      longest = max(longest, rows);
+    }
+  }
+  __syncwarp();
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) longest = max(longest, __shfl_xor_sync(~0u, longest, distance));
   const int shift = max(0, 27 - __clz(longest));  // lengths fall into 32 bins
   // Lanes without a sequence have a bin of their own, which is not counted.
-  const auto bin_of = [&](u32 i) { return i < Sequences::count(p) ? (longest >> shift) - (span_of(p, i).rows >> shift) : 32; };
+  const auto bin_of = [&](u32 i) { return i < Sequences::count(p) ? (longest >> shift) - (places[i].tiles >> shift) : 32; };
   bins[lane] = 0;
   __syncwarp();
 #pragma unroll 1
