@@ -49,6 +49,7 @@ from engine.targets.cuda import attention_wgmma, conv_halo, conv_stem, conv_wgmm
 from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.attention import heads_of, launch_attention
 from engine.targets.cuda.attention_tiles import Heads, candidates
+from engine.targets.cuda.attention_wgmma_tiles import candidates as candidates_on_warpgroups
 from engine.targets.cuda.conv import filters_of, launch_conv, lower_in
 from engine.targets.cuda.conv_geometry import Geometry, channels_last
 from engine.targets.cuda.conv_stem import is_stem, launch_stem, pairs_of
@@ -389,15 +390,15 @@ def attentions(context: Context) -> Iterator[tuple[str, Launch]]:
             turn += 1
             dtype = DType.BF16 if turn % 4 == 0 else F16
             step = attention(dtype, head, causal, bias, tokens=200)
-            for wgmma_tile in attention_wgmma.candidates(attention_wgmma.work_of(step)):
+            for wgmma_tile in candidates_on_warpgroups(attention_wgmma.work_of(step)):
                 yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, context)
         for head, dtype in product((64, 96, 128, 192, 256), (F16, DType.BF16, F32)):
             step = attention(F16, head, head == 96, bias=2, tokens=200, bias_dtype=dtype)
-            for wgmma_tile in attention_wgmma.candidates(attention_wgmma.work_of(step)):
+            for wgmma_tile in candidates_on_warpgroups(attention_wgmma.work_of(step)):
                 yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, context)
         for head, causal in product((64, 96, 128, 192, 256), (False, True)):
             step = packed_attention(head, causal)
-            for wgmma_tile in attention_wgmma.candidates(attention_wgmma.work_of(step)):
+            for wgmma_tile in candidates_on_warpgroups(attention_wgmma.work_of(step)):
                 yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, context)
 
 

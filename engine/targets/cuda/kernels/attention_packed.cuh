@@ -4,7 +4,7 @@
 // queries. Behind the last sequence come the tokens that belong to none: no key for them, and a result of zeros.
 // `Sequences` comes from attention_operands.py; attention_wgmma.cuh includes this behind its constants.
 #pragma once
-#include "types.cuh"
+#include "attention_items.cuh"
 
 // The sequence that comes in this place, and the tiles of queries of all places up to it, of one head.
 struct Place { u32 sequence, tiles; };

@@ -1,13 +1,12 @@
 // Attention for sm_90a: softmax(scale · q kᵀ + bias) v with fp16 or bf16 operands that the copy engine can read, fp32 sums; a bias is
-// one number a key, or (FULL) one a score, in tiles that the copy engine brings beside k. Persistent and warp-specialised: the last warpgroup takes items (a tile of queries of one head) and keeps rings of
-// tiles of q, k and v filled through TMA, and of the biases beside k; CONSUMERS warpgroups own 64 queries each. Keys are taken KEYS at a
-// time, from the last to the first, with a running maximum and a running sum. Probabilities stay in registers, as operand A of the
-// product with v. The scores of a tile are computed while the probabilities of the one before meet v.
-// With a bias by key three warps of the last warpgroup share its work, so that no copy waits for a load: the scout takes items and finds out
-// which tiles of keys can matter, one item ahead; the copier starts copies; another brings the biases of the same tiles.
-// PACKED: sequences lie one after the other, and `starts` says where. The scout finds out which piece comes next (attention_packed.cuh);
-// the third warp makes zeros of what a tile of v has beyond the end of its sequence: its probabilities are 0, but 0 · NaN is NaN, and
-// what one sequence holds must not reach another.
+// one number a key, or (FULL) one a score. Persistent and warp-specialised: the last warpgroup takes items (a tile of queries of one
+// head) and keeps rings of tiles of q, k and v filled through TMA, and of the biases beside k; CONSUMERS warpgroups own 64 queries each.
+// Keys are taken KEYS at a time, from the last to the first, with a running maximum and a running sum. Probabilities stay in registers,
+// as operand A of the product with v. The scores of a tile are computed while the probabilities of the one before meet v.
+// With a bias by key three warps of the last warpgroup share its work, so that no copy waits for a load: the scout takes items and finds
+// out which tiles of keys can matter, one item ahead; the copier starts copies; another brings the biases of the same tiles.
+// PACKED: sequences lie one after the other. The scout finds out which piece comes next; the third warp makes zeros of what a tile of v
+// has beyond the end of its sequence: its probabilities are 0, but 0 · NaN is NaN, and what one sequence holds must not reach another.
 // NOTES: what a warpgroup does to the rings must not depend on which one it is, or descriptors leave the uniform registers.
 // `Bias` and `FullBias` come from attention_operands.py and attention_wgmma.py.
 #pragma once
@@ -42,8 +41,11 @@ constexpr int PRODUCER_REGISTERS = config::producer_registers, CONSUMER_REGISTER
 constexpr int GROUPS = CAUSAL ? config::band : 1;
 static_assert(!BIAS || KEYS % 32 == 0, "the lanes of a warp load the biases of a tile");
 static_assert(!SKIPS || (BIAS && !CAUSAL), "only biases tell what can be skipped, from the first tile on");
-constexpr float MASKED = 8192.0f;  // see `live_tiles`
 constexpr float GROWTH = 8.0f;  // by how many powers of two a maximum is exceeded before it is replaced (see `exponentials`)
+
+#include "attention_biases.cuh"
+#include "attention_items.cuh"
+#include "attention_packed.cuh"
 
 // A tile in shared memory: panels of 64 features, or 32 where they do not come out even, each of ROWS rows of ROW_BYTES.
 template <int ROWS, int FEATURES> struct Tile {
@@ -59,36 +61,6 @@ template <int ROWS, int FEATURES> struct Tile {
 using QTile = Tile<QUERIES, HEAD_PANELS>;
 using KTile = Tile<KEYS, HEAD_PANELS>;
 using VTile = Tile<KEYS, VALUE>;
-
-// A tile of biases, one a score: panels of rows of 128 bytes of keys, or of 64 where those come out even.
-struct BiasTile {
-  using T = config::bias_type;
-  static constexpr int SIZE = sizeof(T), ROW_BYTES = KEYS * SIZE % 128 ? 64 : 128, PANEL = ROW_BYTES / SIZE, PITCH = QUERIES * ROW_BYTES;
-  static constexpr int PANELS = FULL ? KEYS / PANEL : 0, BYTES = PANELS * PITCH;
-  static_assert(!FULL || KEYS % PANEL == 0, "whole panels");
-  struct alignas(2 * SIZE) Pair { T x, y; };
-
-  DEVICE static void copy(u32 tile, const Params& p, u32 landed, u32 key, u32 query, u32 head, u32 batch) {
-#pragma unroll
-    for (int i = 0; i < PANELS; ++i) copy_box(tile + i * PITCH, FullBias::map(p), landed, key + i * PANEL, query, head, batch);
-  }
-  // Where a lane's first pair lies: keys 2 (lane % 4) and the next of its first row.
-  DEVICE static u32 start(u32 row) {
-    const u32 linear = row * ROW_BYTES;
-    return linear + (threadIdx.x & 3) * 2 * SIZE ^ (linear >> 7 & ROW_BYTES / 16 - 1) << 4;
-  }
-  // Pair `block`, 8 keys further each, of the first row or of the one 8 below: under the swizzle a step along a row is an exclusive or.
-  DEVICE static Pair pair(const u8* tile, u32 start, int block, int lower) {
-    constexpr int BLOCKS = PANEL / 8;
-    return *reinterpret_cast<const Pair*>(tile + (start ^ block % BLOCKS * 8 * SIZE) + block / BLOCKS * PITCH + lower * 8 * ROW_BYTES);
-  }
-};
-
-// A tile of queries of one head (`group` counts batch and heads), how many tiles of keys it meets, and a bit for each of them where some
-// are skipped. Of packed sequences, too: where the sequence begins, its queries and its keys. The last item of a block says that there
-// is nothing more: it is empty; others meet a tile of keys or have, packed, queries without any.
-struct alignas(16) Item { u32 query0, group, tiles, live, begin, rows, keys; };
-DEVICE bool nothing_more(const Item& item) { return (PACKED ? item.rows : item.tiles) == 0; }
 
 // Shared memory: q tiles, rings of k and of v, the biases beside each k, the item of each q and the scout's, the order of packed sequences,
 // barriers. As in attention_wgmma.py.
@@ -111,93 +83,13 @@ template <int DEPTH> struct Ring {
   }
 };
 
-// In units of log2. A finite bias stays finite, so that a row of equal, very negative ones is uniform, not empty.
-template <class T> DEVICE float bias_log2(T bias) {
-  const float wide = widen(bias), scaled = wide * 1.4426950408889634f;
-  if constexpr (same<T, half>::value) return scaled;  // far from where fp32 ends
-  else return wide == -INFINITY ? wide : fmaxf(scaled, -1e38f);
-}
-
-// The biases of this lane's keys, of COUNT times 32 from `key0` on. All loads are under way before the first is used: one that lies
-// beyond the end reads the last key's instead, because a branch around it would wait for the one before.
-template <int COUNT> DEVICE void key_biases(const Params& p, u32 batch, u32 head, u32 key0, float (&bias)[COUNT]) {
-  const u32 first = key0 + (threadIdx.x & 31);
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) bias[i] = Bias::at(p, batch, head, 0, min(first + 32 * i, p.keys - 1));
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) bias[i] = first + 32 * i < p.keys ? bias_log2(bias[i]) : -INFINITY;
-}
-
-DEVICE Item item_of(const Params& p, u32 index) {
-  const u32 query_tiles = (p.queries + QUERIES - 1) / QUERIES, per_band = GROUPS * query_tiles;
-  const u32 band = index / per_band, within = index - band * per_band, groups = min(static_cast<u32>(GROUPS), p.groups - band * GROUPS);
-  const u32 query0 = (query_tiles - 1 - within / groups) * QUERIES, keys = CAUSAL ? min(p.keys, query0 + QUERIES) : p.keys;
-  Item item{};
-  item.query0 = query0;
-  item.group = band * GROUPS + within % groups;
-  item.tiles = (keys + KEYS - 1) / KEYS;
-  return item;
-}
-
-#include "attention_packed.cuh"
-
-// The tile of keys that an item takes next, which has `left` of them left.
-DEVICE u32 next_tile(Item& item, u32 left) {
-  if (!SKIPS) return left - 1;
-  const u32 tile = __ffs(item.live) - 1;
-  item.live &= item.live - 1;
-  return tile;
-}
-
-// The tiles of keys of an item that can matter, a bit each; up to 32. A tile does not matter where the largest of its biases lies so far
-// below the largest of all that its exponentials are 0 beside those of other keys: by MASKED powers of two, which the scores of a query
-// would have to differ by to make up for it. Called by a whole warp.
-DEVICE u32 live_tiles(const Params& p, const Item& item, u32 batch, u32 head) {
-  constexpr int EACH = KEYS / 32, TILES = 8 / EACH, LOADS = TILES * EACH;  // of a tile, and in flight together
-  const u32 lane = threadIdx.x & 31;
-  float largest = -INFINITY;  // of tile `lane`
-#pragma unroll 1
-  for (u32 tile = 0; tile < item.tiles; tile += TILES) {
-    float bias[LOADS];
-    key_biases(p, batch, head, tile * KEYS, bias);
-#pragma unroll
-    for (int t = 0; t < TILES; ++t) {
-      float m = bias[t * EACH];
-#pragma unroll
-      for (int i = 1; i < EACH; ++i) m = max_nan(m, bias[t * EACH + i]);
-#pragma unroll
-      for (int distance = 16; distance > 0; distance /= 2) m = max_nan(m, __shfl_xor_sync(~0u, m, distance));
-      if (tile + t == lane) largest = m;
-    }
-  }
-  float all = largest;
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) all = max_nan(all, __shfl_xor_sync(~0u, all, distance));
-  // Of a difference that is not a number, and of none, nothing is known: with every key masked alike all tiles stay.
-  return __ballot_sync(~0u, !(all - largest >= MASKED)) & ~0u >> (32 - item.tiles);
-}
-
-// The sequence of an item: its first token, its queries and its keys. An item's queries and keys are counted from the first token.
-DEVICE u32 begin_of(const Item& item) { return PACKED ? item.begin : 0; }
-DEVICE u32 rows_of(const Params& p, const Item& item) { return PACKED ? item.rows : p.queries; }
-DEVICE u32 keys_of(const Params& p, const Item& item) { return PACKED ? item.keys : p.keys; }
-
-// The tiles at the end of the item's that the 64 queries from `first_query` on see no key of; all where there is no query.
-DEVICE u32 hidden_tiles(const Params& p, const Item& item, u32 first_query) {
-  if (first_query >= rows_of(p, item)) return item.tiles;
-  return CAUSAL ? item.tiles - (min(keys_of(p, item), first_query + 64) + KEYS - 1) / KEYS : 0;
-}
-
-// Whether the tile holds keys of other sequences.
-DEVICE bool is_cut(const Params& p, const Item& item, u32 tile) { return (tile + 1) * KEYS > keys_of(p, item); }
-
 // The scores of a tile of keys become exponentials. A maximum stays while no lane of the warp exceeds it by more than GROWTH: exponentials
 // and their sum may then be 2^GROWTH too large alike. True where it was replaced: what was summed up before has to be multiplied
 // with `correction`. `masked`: the tile has keys that some query must not see. `bias_tile`: the biases of its scores, of which this
 // lane's begin at `bias_start`.
 DEVICE bool exponentials(
-    const Params& p, float (&s)[KEYS / 2], const float* biases, const u8* bias_tile, u32 bias_start, bool masked, u32 keys, u32 key0, u32 query, float (&maximum)[2],
-    float (&sum)[2], float (&correction)[2]) {
+    const Params& p, float (&s)[KEYS / 2], const float* biases, const u8* bias_tile, u32 bias_start, bool masked, u32 keys, u32 key0,
+    u32 query, float (&maximum)[2], float (&sum)[2], float (&correction)[2]) {
   const u32 quad = threadIdx.x & 3;
   if constexpr (BIAS) {
 #pragma unroll

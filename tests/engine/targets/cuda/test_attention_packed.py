@@ -16,7 +16,8 @@ from engine.targets.cpu import attention as cpu_attention
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import SM_80, SM_90A
 from engine.targets.cuda.attention import lower
-from engine.targets.cuda.attention_wgmma import MAX_SEQUENCES, candidates, launch_attention, suits, work_of
+from engine.targets.cuda.attention_wgmma import MAX_SEQUENCES, launch_attention, suits, work_of
+from engine.targets.cuda.attention_wgmma_tiles import candidates
 from engine.targets.cuda.covering import ACC, F16, F32, make_step
 from engine.targets.cuda.kernel import Context, Instruction, WeightStore, workspace
 from tests.engine.targets.cuda.attention_cases import ROUNDING, operand, result
@@ -83,6 +84,11 @@ def test_a_packed_launch_serves_other_lengths(hopper: Runner) -> None:
     launches = lower(step, hopper.context)
     rows = ([300, 0, 0, 0, 0, 0], [1] * 6, [0] * 6, [50] * 6, [0, 0, 0, 0, 0, 299], [7, 120, 0, 63, 64, 1])
     check(hopper, [Case(str(lengths), step, 300, {3: starts_of(lengths)}, launches) for lengths in rows])
+
+
+def test_tokens_of_no_sequence_give_zeros(hopper: Runner) -> None:
+    step = packed(F16, 70, 2, 64, 0)
+    check(hopper, [Case("no sequence", step, 1, {3: starts_of([])})])
 
 
 def test_no_sequence_reaches_another(hopper: Runner) -> None:

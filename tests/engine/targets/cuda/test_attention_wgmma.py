@@ -14,7 +14,8 @@ from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.attention import lower
-from engine.targets.cuda.attention_wgmma import candidates, launch_attention, pick, suits, work_of
+from engine.targets.cuda.attention_wgmma import launch_attention, pick, suits, work_of
+from engine.targets.cuda.attention_wgmma_tiles import candidates
 from engine.targets.cuda.covering import ACC, F16, F32, make_step
 from engine.targets.cuda.kernel import Context, Instruction, WeightStore, workspace
 from tests.engine.targets.cuda.attention_cases import ROUNDING, operand, result
