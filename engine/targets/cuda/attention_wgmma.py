@@ -93,7 +93,7 @@ def work_of(step: Step) -> Work:
     batch, heads, queries, _ = attended.sizes
     keys, groups, places = attended.keys, batch * heads, 0
     if attended.op.packed:
-        # How long sequences are only the device knows: they count as equally long.
+        # How long sequences are only the device knows: here is their mean.
         queries = keys = max(1, ceildiv(queries, max(1, attended.sequences)))
         groups, places = max(1, attended.sequences) * heads, _places(attended.sequences)
     full = attended.bias is BiasKind.FULL

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heapreplace
 
 from engine.targets.cuda.attention_operands import BiasKind
@@ -13,6 +13,7 @@ from engine.targets.cuda.kernel import ceildiv
 BAND = 32  # heads whose causal tiles are dealt from the longest to the shortest; their k and v stay in L2
 _BINS = 32  # of lengths, 4 bytes each, that packed sequences are sorted into
 _ROUNDS = 8  # items a block, up to which the cost model deals them one by one
+_SHARES = (0.4, 0.8, 1.2, 1.6)  # lengths of packed sequences beside their mean, which is all that the host knows
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,16 @@ def _without_full_bias(work: Work) -> Iterator[WgmmaAttentionTile]:
         yield WgmmaAttentionTile(4, 64, 8, 1, 32, 112)
         yield WgmmaAttentionTile(2, 128, 4, 1, 40, 232)
         yield WgmmaAttentionTile(1, 128, 2, 2, 40, 208, turns=False)
+        if work.places:  # short sequences fill no larger tile
+            yield WgmmaAttentionTile(1, 64, 3, 3, 24, 136, turns=False)
     elif widest <= 128:
         if widest <= 96:
             yield WgmmaAttentionTile(3, 96, 3, 1, 32, 160)
-        yield WgmmaAttentionTile(2, 128, 2, 1, 40, 232)
+        yield WgmmaAttentionTile(2, 128, 3 if widest <= 96 else 2, 1, 40, 232)
         yield WgmmaAttentionTile(1, 64, 2, 2, 40, 208, turns=False)
     elif widest <= 192:
         yield WgmmaAttentionTile(2, 96, 2, 1, 40, 232, q_stages=1)
+        yield WgmmaAttentionTile(2, 64, 2, 1, 40, 232)
         yield WgmmaAttentionTile(1, 32, 2, 2, 40, 208, turns=False, q_stages=1)
     else:
         # Lanes of a warp bring biases, 32 keys at a time.
@@ -103,9 +107,6 @@ def _with_full_bias(work: Work) -> Iterator[WgmmaAttentionTile]:
     """A tile of biases is as large as one of k and v, in fp32 twice as large."""
     widest = max(work.head, work.value)
     if widest <= 128:
-        if widest <= 96:
-            yield WgmmaAttentionTile(3, 128 if widest <= 64 else 96, 2, 1, 32, 160)
-            yield WgmmaAttentionTile(3, 64, 2, 1, 32, 160)
         yield WgmmaAttentionTile(2, 128, 2, 1, 40, 232, q_stages=1 if widest > 96 else 2)
         yield WgmmaAttentionTile(2, 64, 2, 1, 40, 232)
         yield WgmmaAttentionTile(1, 64, 2, 2, 40, 208, turns=False, q_stages=1)
@@ -120,19 +121,46 @@ def _with_full_bias(work: Work) -> Iterator[WgmmaAttentionTile]:
 def cycles(tile: WgmmaAttentionTile, work: Work, multiprocessors: int) -> float:
     """Estimated cycles, at about 1.7 GHz. The constants are fitted to a sweep on an H100 (fp16, heads of 64 and 128,
     128 to 16384 tokens, one to four consumers): 3 % root mean square, 10 % at most."""
-    launch, l2_bytes, memory_bytes = 4250, 37, 13  # bytes a cycle and multiprocessor
-    items = ceildiv(work.queries, tile.queries) * work.groups
+    launch, memory_bytes = 4250, 13  # bytes a cycle and multiprocessor
+    kinds = [work] if not work.places else [_as_long(work, share) for share in _SHARES]
+    items = sum(ceildiv(kind.queries, tile.queries) * kind.groups for kind in kinds)
     blocks = min(tile.blocks, ceildiv(items, multiprocessors))  # on a multiprocessor
+    slots = multiprocessors * blocks
+    # What memory takes for q, k, v, a full bias and the result where nothing lies in a cache.
+    moved = work.groups * (work.queries + work.keys) * (work.head + work.value) * 2 + work.biases * work.bias_itemsize
+    floor = moved / (multiprocessors * memory_bytes)
+    dealt = [(_items(tile, kind, blocks), kind.groups) for kind in kinds]
+    longest = max(max(lengths) for lengths, _ in dealt)
+    if work.places or items > _ROUNDS * slots:
+        return launch + max(floor, longest, sum(sum(one) * groups for one, groups in dealt) / slots + longest / 2)
+    band = BAND if work.causal else 1
+    free = [0.0] * slots
+    for first in range(0, work.groups, band):
+        for length in dealt[0][0]:
+            for _ in range(min(band, work.groups - first)):
+                heapreplace(free, free[0] + length)
+    return launch + max(floor, *free)
+
+
+def _as_long(work: Work, share: float) -> Work:
+    """The packed sequences that are so long beside the mean."""
+    length = max(1, round(work.queries * share))
+    return replace(work, queries=length, keys=length, groups=ceildiv(work.groups, len(_SHARES)))
+
+
+def _items(tile: WgmmaAttentionTile, work: Work, blocks: int) -> list[float]:
+    """The cycles of each tile of queries of a head, from the last to the first, where so many blocks share a
+    multiprocessor."""
+    l2_bytes = 37  # a cycle and multiprocessor
     # Of 64 queries and a tile of keys: multiply-adds at the full rate, 16 exponentials a cycle. A product with few keys
     # takes as long as its operands come from shared memory: 2 KiB of q and 32 bytes of each key, 128 a cycle.
     scores = work.head / 16 * max(tile.keys / 2, 16 + tile.keys / 4)
     products, exponentials = scores + 64 * tile.keys * work.value / 2048, 64 * tile.keys / 16
-    busy = 50 + products + 0.55 * exponentials  # of a warpgroup's tile when others fill its gaps
-    alone = 300 + products / 2 + 1.85 * exponentials
     # What a bias adds to a score, 128 lanes a cycle: a sum and part of a load; of a full one conversions, too. Counted
-    # from the code, not measured.
+    # from the code.
     added = 64 * tile.keys / 128 * {BiasKind.NONE: 0.0, BiasKind.PER_KEY: 1.25, BiasKind.FULL: 3.5}[work.bias]
-    busy, alone = busy + added, alone + added
+    busy = 50 + products + 0.55 * exponentials + added  # of a warpgroup's tile when others fill its gaps
+    alone = 300 + products / 2 + 1.85 * exponentials + added
     feed = blocks * tile.keys * ((work.head + work.value) * 2 + tile.queries * work.bias_itemsize) / l2_bytes
 
     def step(active: int) -> float:
@@ -146,20 +174,6 @@ def cycles(tile: WgmmaAttentionTile, work: Work, multiprocessors: int) -> float:
         """A tile of queries: its warpgroups start together on the last tile that each of them sees."""
         rows = range(query0, min(work.queries, query0 + tile.queries), 64)
         seen = [ceildiv(min(work.keys, row + 64) if work.causal else work.keys, tile.keys) for row in rows]
-        tiles = range(max(seen))
-        return ends + sum(step(blocks * sum(count > i for count in seen)) for i in tiles)
+        return ends + sum(step(blocks * sum(count > i for count in seen)) for i in range(max(seen)))
 
-    lengths = [item(i * tile.queries) for i in reversed(range(ceildiv(work.queries, tile.queries)))]
-    slots = multiprocessors * blocks
-    # What memory takes for q, k, v, a full bias and the result where nothing lies in a cache.
-    moved = work.groups * (work.queries + work.keys) * (work.head + work.value) * 2 + work.biases * work.bias_itemsize
-    floor = moved / (multiprocessors * memory_bytes)
-    if items > _ROUNDS * slots:
-        return launch + max(floor, sum(lengths) * work.groups / slots + max(lengths) / 2)
-    band = BAND if work.causal else 1
-    free = [0.0] * slots
-    for first in range(0, work.groups, band):
-        for length in lengths:
-            for _ in range(min(band, work.groups - first)):
-                heapreplace(free, free[0] + length)
-    return launch + max(floor, *free)
+    return [item(i * tile.queries) for i in reversed(range(ceildiv(work.queries, tile.queries)))]

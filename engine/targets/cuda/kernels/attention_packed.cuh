@@ -57,7 +57,8 @@ DEVICE void sort_sequences(const Params& p, Place* places, u32* bins) {
   __syncwarp();
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) longest = max(longest, __shfl_xor_sync(~0u, longest, distance));
-  const int shift = max(0, 27 - __clz(longest));  // lengths fall into 32 bins
+  // A block with a single item needs no order.
+  const int shift = config::dynamic ? max(0, 27 - __clz(longest)) : 31;  // lengths fall into 32 bins, or into one
   // Lanes without a sequence have a bin of their own, which is not counted.
   const auto bin_of = [&](u32 i) { return i < Sequences::count(p) ? (longest >> shift) - (places[i].tiles >> shift) : 32; };
   bins[lane] = 0;

@@ -441,6 +441,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
           }
           round_probabilities();
         }
+        q_ring.leave(q_turn);  // the next tile of queries comes while this one's results go
         v_ring.wait_full(last);
         begin_values(last, first == last);
 #pragma unroll
@@ -454,7 +455,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
         wgmma_settle(out);
         wgmma_keep(probabilities);
         v_ring.leave(last);
-        q_ring.leave(q_turn);
 #pragma unroll
         for (int i = 0; i < VALUE / 2; ++i) out[i] *= sum[i >> 1 & 1];
         emit_fragment<Epilogue, VALUE / 8, 2>(p, out, first_row, query, rows, 0, p.value_size);
