@@ -8,7 +8,8 @@ graph declares. It is slow on purpose: nothing here shares code or tricks with a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
+from dataclasses import replace
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,8 @@ def _pad_or_crop(x: Array, pads: Sequence[tuple[int, int]], mode: str = "constan
 
 def _attention(op: ops.Attention, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
     q, k, v = (_wide(x) for x in inputs[:3])
+    if op.packed:
+        return _packed_attention(op, inputs, sizes, node)
     if q.ndim == 4:
         k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
     with np.errstate(all="ignore"):
@@ -171,6 +174,17 @@ def _attention(op: ops.Attention, inputs: Sequence[Array], sizes: Sizes, node: N
         if op.masked_rows_zero:
             weights = np.where(np.all(scores == -np.inf, axis=-1, keepdims=True), 0.0, weights)
     return _stores(op.stores, inputs, np.matmul(weights, v))
+
+
+def _packed_attention(op: ops.Attention, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    """Each sequence by itself, without an epilogue; that comes last, over all tokens."""
+    q, k, v, starts = *(_wide(x) for x in inputs[:3]), inputs[3]
+    single = replace(op, packed=False, stores=(ex.Acc(DType.F64),))
+    acc = np.zeros((*q.shape[:-1], v.shape[-1]))
+    for first, end in pairwise(starts):
+        tokens = [x[:, :, first:end] for x in (q, k, v)]
+        (acc[:, :, first:end],) = _attention(single, tokens, sizes, node)
+    return _stores(op.stores, inputs, acc)
 
 
 def _softmax(x: Array, axis: int) -> Array:

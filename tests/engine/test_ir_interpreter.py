@@ -9,6 +9,7 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
+from engine.errors import ShapeError
 from engine.ir import expr as ex
 from engine.ir import ops
 from engine.ir.dim import symbol
@@ -89,6 +90,33 @@ def test_attention_rows_without_keys() -> None:
     bias = np.array([[[[0, 0], [-np.inf, -np.inf]]]], np.float32)
     assert np.isnan(compute(ops.Attention(1.0, has_bias=True), q, q, q, bias)[0, 0, 1]).all()
     assert not compute(ops.Attention(1.0, has_bias=True, masked_rows_zero=True), q, q, q, bias)[0, 0, 1].any()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_attention_is_attention_of_each_sequence(causal: bool) -> None:
+    q, k, v = random(1, 4, 9, 8), random(1, 2, 9, 8), random(1, 2, 9, 6)
+    starts = np.array([0, 3, 3, 8], np.int32)
+    got = compute(ops.Attention(0.3, causal, packed=True), q, k, v, starts)
+    for first, end in ((0, 3), (3, 8)):
+        alone = compute(ops.Attention(0.3, causal), *(x[:, :, first:end] for x in (q, k, v)))
+        np.testing.assert_allclose(got[:, :, first:end], alone, atol=TOLERANCE)
+    assert not got[:, :, 8:].any()
+
+
+@pytest.mark.parametrize(
+    ("op", "shapes", "starts", "message"),
+    [
+        (ops.Attention(1.0, has_bias=True, packed=True), [(1, 2, 9, 8)] * 3, np.zeros(3, np.int32), "no bias"),
+        (ops.Attention(1.0, packed=True), [(2, 2, 9, 8)] * 3, np.zeros(3, np.int32), "tokens"),
+        (ops.Attention(1.0, packed=True), [(1, 2, 9, 8), (1, 2, 7, 8), (1, 2, 7, 8)], np.zeros(3, np.int32), "tokens"),
+        (ops.Attention(1.0, packed=True), [(1, 2, 9, 8)] * 3, np.zeros(3, np.int64), "i32"),
+    ],
+)
+def test_packed_attention_refuses_other_operands(
+    op: ops.Attention, shapes: list[tuple[int, ...]], starts: np.ndarray[Any, Any], message: str
+) -> None:
+    with pytest.raises(ShapeError, match=message):
+        compute(op, *(random(*shape) for shape in shapes), starts)
 
 
 def test_gathered_operands_read_rows_of_the_table() -> None:

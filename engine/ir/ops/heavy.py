@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from typing import ClassVar
 
 from engine.errors import ShapeError
 from engine.ir import expr as ex
 from engine.ir.dim import Dim, floordiv
+from engine.ir.dtype import DType
 from engine.ir.ops.base import ConcreteShape, Op, OperandTypes, ResultTypes, broadcast_shapes
 
 IDENTITY = (ex.Acc(),)
@@ -119,6 +120,12 @@ class Attention(Op):
     [batch, heads, sq, sk]. `causal` masks keys after the query (aligned at the first position). Rows in which every
     score is −inf give NaN as the softmax does, or 0 with `masked_rows_zero`. Never materialises the scores
     (running maximum and sum: Milakov & Gimelshein 2018; Rabe & Staats 2021).
+
+    With `packed`, sequences of different lengths lie one after the other along the axis s of q, k and v, which are of
+    rank 4 and batch 1, as many tokens each. The last fixed operand `starts`, int32 [sequences + 1], begins with 0 and
+    never falls: sequence i is the tokens from starts[i] up to starts[i + 1], and its queries see its own keys only,
+    `causal` counted from its first. Tokens from the last start on (their number is rounded up to a bucket's) give 0.
+    There is no bias.
     """
 
     scale: float
@@ -126,11 +133,12 @@ class Attention(Op):
     has_bias: bool = False
     masked_rows_zero: bool = False
     stores: tuple[ex.Expr, ...] = IDENTITY
+    packed: bool = False
 
     @property
     def operands(self) -> int:
-        """Number of fixed operands: q, k, v and, where `has_bias`, the bias."""
-        return 4 if self.has_bias else 3
+        """Number of fixed operands: q, k, v and, where `has_bias`, the bias, or, where `packed`, the starts."""
+        return 3 + self.has_bias + self.packed
 
     def infer(self, inputs: OperandTypes) -> ResultTypes:
         q, k, v = (t.shape for t in inputs[:3])
@@ -138,14 +146,32 @@ class Attention(Op):
             raise ShapeError(f"Attention: ranks {len(q)}, {len(k)}, {len(v)}; all must be 3 or all 4")
         if isinstance(q[-1], int) and isinstance(k[-1], int) and q[-1] != k[-1]:
             raise ShapeError(f"Attention: q has {q[-1]} features a head, k {k[-1]}")
+        if self.packed:
+            self._check_packed(inputs)
         batch = broadcast_shapes("Attention", q[:1], k[:1], v[:1])
         shape = (*batch, *q[1:-1], v[-1])
         return tuple((store.dtype, shape) for store in self.stores)
 
+    def _check_packed(self, inputs: OperandTypes) -> None:
+        if self.has_bias:
+            raise ShapeError("Attention: packed sequences have no bias")
+        q, k, v, starts = (t.shape for t in inputs[:4])
+        if len(q) != 4 or any(t[0] != 1 for t in (q, k, v)) or not q[-2] == k[-2] == v[-2]:
+            shapes = ", ".join(str(list(t)) for t in (q, k, v))
+            raise ShapeError(
+                f"Attention: packed q, k and v are [1, heads, tokens, features] of as many tokens: {shapes}"
+            )
+        if len(starts) != 1 or starts[0] == 0 or inputs[3].dtype is not DType.I32:
+            given = f"{inputs[3].dtype.value} {list(starts)}"
+            raise ShapeError(f"Attention: the starts of packed sequences are i32 [sequences + 1], not {given}")
+
     def flops(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:
+        """Packed sequences count as equally long: how long they are only the device knows."""
         q, k, v = (t.shape for t in inputs[:3])
-        scores = prod(outputs[0].shape[:-1]) * k[-2]
+        keys = ceil(k[-2] / max(1, inputs[3].shape[0] - 1)) if self.packed else k[-2]
+        scores = prod(outputs[0].shape[:-1]) * keys
         if self.causal:
-            scores = prod(outputs[0].shape[:-2]) * sum(min(i + 1, k[-2]) for i in range(q[-2]))
+            queries = keys if self.packed else q[-2]
+            scores = scores * sum(min(i + 1, keys) for i in range(queries)) // max(1, queries * keys)
         # Per score: 2·d for q kᵀ, 2·dv for p v, and scale, maximum, subtract, exp, sum.
         return scores * (2 * q[-1] + 2 * v[-1] + 5) + outputs[0].elements * ex.flops(*self.stores)

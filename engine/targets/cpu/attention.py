@@ -19,6 +19,8 @@ from engine.targets.cpu.spaces import Axes, operand, read_operands
 def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]:
     """Queries, keys and values have their features next to each other; all other strides are free."""
     assert isinstance(op, Attention)
+    if op.packed:
+        raise UnsupportedOp("Attention on packed sequences: the CPU kernel takes padded ones")
     if any(tensor.dtype is not DType.F32 for tensor in inputs[: op.operands]):
         raise UnsupportedOp(f"Attention on {inputs[0].dtype.value}: the CPU kernel computes float32; cast the operands")
     inner = Requirement(Access.INNER, tuple(range(len(inputs[0].shape))))

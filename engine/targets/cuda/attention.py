@@ -50,6 +50,11 @@ def lower(step: Step, context: Context) -> list[Launch]:
     heads, sizes = heads_of(step, context), sizes_of(step)
     if context.architecture.wgmma and attention_wgmma.suits(step):
         return [attention_wgmma.launch_attention(step, attention_wgmma.pick(step, context), context)]
+    if Attended(step).op.packed:
+        raise UnsupportedOp(
+            "Attention on packed sequences: only sm_90a has a kernel, of f16 and bf16, for up to "
+            f"{attention_wgmma.MAX_SEQUENCES} sequences and heads of a multiple of 8 up to 256"
+        )
     tile, splits = pick(heads, sizes, context.architecture, context.multiprocessors)
     return launch_attention(step, heads, tile, splits)
 

@@ -12,7 +12,7 @@ from engine.ir.ops import Attention
 from engine.plan.plan import Step
 from engine.plan.tensor import Tensor
 from engine.targets.cuda import codegen
-from engine.targets.cuda.kernel import Argument, Functor, I64s, pointer_to
+from engine.targets.cuda.kernel import I64, Argument, Functor, I64s, pointer_to
 from engine.targets.cuda.spaces import operand, operands, space
 
 LOG2_E = log2(e)
@@ -51,17 +51,20 @@ class Attended:
     def bias(self) -> BiasKind:
         if not self.op.has_bias:
             return BiasKind.NONE
-        return BiasKind.PER_KEY if self._bias_strides[2] == 0 else BiasKind.FULL
+        return BiasKind.PER_KEY if self.bias_strides[2] == 0 else BiasKind.FULL
 
     @property
-    def _bias_strides(self) -> tuple[int, ...]:
+    def bias_strides(self) -> tuple[int, ...]:
         return four(operand(self.step.inputs[3], len(self.step.outputs[0].shape)).strides, 0)
 
     def arguments(self) -> dict[str, Argument]:
         _, heads, queries, features = self.sizes
         bias: dict[str, Argument] = {}
         if self.op.has_bias:
-            bias = {"bias": pointer_to(self.step.inputs[3]), "bias_stride": I64s(self._bias_strides)}
+            bias = {"bias": pointer_to(self.step.inputs[3]), "bias_stride": I64s(self.bias_strides)}
+        if self.op.packed:
+            starts = self.step.inputs[3]
+            bias = {"starts": pointer_to(starts), "starts_stride": I64(starts.strides[0]), "sequences": self.sequences}
         return {
             "scale_log2": self.op.scale * LOG2_E, **bias, "queries": queries, "keys": self.keys, "value_size": features,
             "heads": heads, "heads_per_k": self._heads_per(1), "heads_per_v": self._heads_per(2),
@@ -70,6 +73,25 @@ class Attended:
     def _heads_per(self, which: int) -> int:
         """How many heads of q share one of input `which`."""
         return self.sizes[1] // four(self.step.inputs[which].shape, 1)[1]
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences lie one after the other, where they are packed."""
+        return self.step.inputs[3].shape[0] - 1 if self.op.packed else 0
+
+    def sequences_code(self) -> str:
+        """The struct `Sequences` that says where packed sequences begin."""
+        if not self.op.packed:
+            return """struct Sequences {
+  DEVICE static u32 start(const Params&, u32) { return 0; }
+  DEVICE static u32 count(const Params&) { return 0; }
+};
+"""
+        return """struct Sequences {
+  DEVICE static u32 start(const Params& p, u32 i) { return static_cast<u32>(p.starts[i * p.starts_stride]); }
+  DEVICE static u32 count(const Params& p) { return p.sequences; }
+};
+"""
 
     def bias_code(self) -> str:
         """The struct `Bias` that the kernels call."""

@@ -159,6 +159,8 @@ _SMALL_TENSOR_BIT = 1 << 21
 
 def _encode_box(map_: TensorMap, address: int) -> bytes:
     data_type, itemsize = _MAP_TYPES[map_.pointer.ctype]
+    if map_.exact and map_.pointer.ctype == "float":
+        data_type = driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT32
     box = [map_.box_columns, map_.box_rows, *(1 for _ in map_.outer)]
     error, encoded = driver.cuTensorMapEncodeTiled(
         data_type,

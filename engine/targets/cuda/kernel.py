@@ -65,6 +65,8 @@ class TensorMap:
     box_columns: int
     outer: tuple[tuple[int, int], ...] = ()
     """Size and stride (in elements) of further axes, of which a box has one place: none, or two (ptx/tma_outer.cuh)."""
+    exact: bool = False
+    """fp32 comes as it is."""
 
 
 @dataclass(frozen=True, eq=False)

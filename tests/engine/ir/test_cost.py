@@ -61,6 +61,14 @@ def test_causal_attention_counts_the_lower_triangle() -> None:
     assert causal == full * 10 // 16
 
 
+def test_packed_attention_counts_equal_lengths() -> None:
+    q, starts = T((1, 2, 12, 8)), T((4,), DType.I32)
+    full = ops.Attention(1.0, packed=True).flops([q, q, q, starts], [q])
+    causal = ops.Attention(1.0, causal=True, packed=True).flops([q, q, q, starts], [q])
+    assert full == 2 * 12 * 4 * (2 * 8 + 2 * 8 + 5)
+    assert causal == full * 10 // 16
+
+
 def test_embedding_reads_the_rows_it_looks_up() -> None:
     lookup = ops.Pointwise((ex.Arg(0, DType.F32),), gathers=((0, 1),))
     table, ids, y = T((30000, 8)), T((5,), DType.I64), T((5, 8))

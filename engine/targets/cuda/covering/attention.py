@@ -14,6 +14,7 @@ from engine.plan.plan import Step
 from engine.targets.cuda import attention_wgmma
 from engine.targets.cuda.attention import heads_of, launch_attention
 from engine.targets.cuda.attention_tiles import Heads, candidates
+from engine.targets.cuda.attention_wgmma_tiles import candidates as candidates_on_warpgroups
 from engine.targets.cuda.covering.build import (
     ACC,
     F16,
@@ -25,13 +26,21 @@ from engine.targets.cuda.covering.build import (
 from engine.targets.cuda.kernel import Context, Launch
 
 
-def attention(dtype: DType, head: int, causal: bool, bias: int, tokens: int = 100) -> Step:
+def attention(dtype: DType, head: int, causal: bool, bias: int, tokens: int = 100, bias_dtype: DType = F32) -> Step:
     """Attention without a bias (0), with one for every key (1), or for every score (2)."""
     heads: tuple[DType, tuple[int, ...]] = (dtype, (2, 4, tokens, head))
     inputs: list[Given] = [heads, heads, heads]
-    inputs += [(F32, (2, 1, tokens if bias == 2 else 1, tokens))] if bias else []
+    inputs += [(bias_dtype, (2, 1, tokens if bias == 2 else 1, tokens))] if bias else []
     op = Attention(head**-0.5, causal, bias > 0, stores=(stored(ACC, dtype),))
     return make_step(op, inputs, f"attention {dtype.value} {head}{' causal' * causal}{' bias' * (bias > 0)}")
+
+
+def packed_attention(head: int, causal: bool, sequences: int = 3, tokens: int = 200) -> Step:
+    """Attention on sequences that lie one after the other."""
+    heads: tuple[DType, tuple[int, ...]] = (F16, (1, 4, tokens, head))
+    op = Attention(head**-0.5, causal, stores=(stored(ACC),), packed=True)
+    inputs: list[Given] = [heads, heads, heads, (DType.I32, (sequences + 1,))]
+    return make_step(op, inputs, f"attention packed {head}{' causal' * causal}")
 
 
 def attentions(context: Context) -> Iterator[tuple[str, Launch]]:
@@ -54,9 +63,17 @@ def attentions(context: Context) -> Iterator[tuple[str, Launch]]:
     if context.architecture.wgmma:
         # Without a mask, with a causal one, and with one that may hide whole tiles of keys.
         kinds = ((False, 0), (True, 1), (False, 1))
-        for head, (causal, bias) in product((32, 64, 128), kinds):
-            for wgmma_tile in attention_wgmma.candidates(head, head):
-                turn += 1
-                dtype = DType.BF16 if turn % 4 == 0 else F16
-                step = attention(dtype, head, causal, bias, tokens=200)
+        for head, (causal, bias) in product((32, 64, 80, 96, 128, 192, 256), kinds):
+            turn += 1
+            dtype = DType.BF16 if turn % 4 == 0 else F16
+            step = attention(dtype, head, causal, bias, tokens=200)
+            for wgmma_tile in candidates_on_warpgroups(attention_wgmma.work_of(step)):
+                yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, context)
+        for head, dtype in product((64, 96, 128, 192, 256), (F16, DType.BF16, F32)):
+            step = attention(F16, head, head == 96, bias=2, tokens=200, bias_dtype=dtype)
+            for wgmma_tile in candidates_on_warpgroups(attention_wgmma.work_of(step)):
+                yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, context)
+        for head, causal in product((64, 96, 128, 192, 256), (False, True)):
+            step = packed_attention(head, causal)
+            for wgmma_tile in candidates_on_warpgroups(attention_wgmma.work_of(step)):
                 yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, context)

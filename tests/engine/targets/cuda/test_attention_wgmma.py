@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
 
 from engine.ir.dtype import DType
 from engine.ir.ops import Attention
-from engine.plan.tensor import Buffer, BufferKind, Tensor
+from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.attention import lower
-from engine.targets.cuda.attention_wgmma import candidates, launch_attention, padded, pick, suits
+from engine.targets.cuda.attention_wgmma import launch_attention, pick, suits, work_of
+from engine.targets.cuda.attention_wgmma_tiles import candidates
 from engine.targets.cuda.covering import ACC, F16, F32, make_step
 from engine.targets.cuda.kernel import Context, Instruction, WeightStore, workspace
 from tests.engine.targets.cuda.attention_cases import ROUNDING, operand, result
@@ -21,11 +23,12 @@ from tests.engine.targets.cuda.cases import check, ragged, rng_of
 from tests.engine.targets.cuda.harness import Case, Runner
 
 KINDS = {"f16": F16, "bf16": DType.BF16}
+HEADS = (8, 32, 40, 48, 64, 72, 80, 96, 104, 128, 144, 192, 200, 256)
 
 
 def random_case(rng: np.random.Generator, kind: str, context: Context, i: int) -> Case:
     dtype = KINDS[kind]
-    head, value = (int(rng.choice([8, 32, 40, 64, 72, 128])) for _ in range(2))
+    head, value = (int(rng.choice(HEADS)) for _ in range(2))
     value = head if rng.random() < 0.5 else value
     queries, keys = ragged(rng, 400), ragged(rng, 600)
     batch, kv_heads = int(rng.integers(1, 4)), int(rng.integers(1, 4))
@@ -48,7 +51,7 @@ def random_case(rng: np.random.Generator, kind: str, context: Context, i: int) -
         inputs.append((DType.of(feeds[3].dtype), shape))
     op = Attention(head**-0.5, bool(rng.random() < 0.4), i % 2 == 1, bool(rng.random() < 0.3), (cv.stored(ACC, dtype),))
     step = result(rng, make_step(op, inputs))
-    tiles = list(candidates(padded(step.inputs[0]), padded(step.inputs[2])))
+    tiles = candidates(work_of(step))
     launches = [launch_attention(step, tiles[i % len(tiles)], context)]
     return Case(
         f"{kind} {shapes} {op.causal=} {tiles[i % len(tiles)]}", step, keys + head, feeds, launches, ROUNDING[kind]
@@ -64,10 +67,10 @@ def test_attention_on_warpgroups_matches_float64(hopper: Runner, count: int, kin
 def test_rings_wrap_around(hopper: Runner, count: int) -> None:
     """More tiles of queries than blocks, more tiles of keys than a ring has, and warpgroups without queries."""
     cases = []
-    for head, causal in ((32, False), (64, True), (64, False), (128, True)):
+    for head, causal in ((32, False), (64, True), (64, False), (80, False), (128, True), (192, False), (256, True)):
         heads: tuple[DType, tuple[int, ...]] = (F16, (3, 4, 450, head))
         step = make_step(Attention(head**-0.5, causal, stores=(cv.stored(ACC),)), [heads, heads, heads])
-        for tile in candidates(head, head):
+        for tile in candidates(work_of(step)):
             case = Case(f"{head} {causal=} {tile}", step, 450, lowered=[launch_attention(step, tile, hopper.context)])
             cases.append(case)
     check(hopper, cases)
@@ -80,7 +83,7 @@ def test_a_launch_leaves_its_counters_as_it_found_them(hopper: Runner) -> None:
     step = make_step(op, [heads, heads, heads])
     elsewhere = replace(step.outputs[0], buffer=workspace(step.outputs[0].buffer.nbytes))
     other = replace(step, outputs=(elsewhere,))
-    tile = next(candidates(32, 32))
+    tile = candidates(work_of(step))[0]
     first, second = (launch_attention(one, tile, hopper.context) for one in (other, step))
     assert "counters" in dict(first.arguments)
     shared = tuple((name, dict(first.arguments)[name] if name == "counters" else a) for name, a in second.arguments)
@@ -95,7 +98,6 @@ def test_tiles_without_visible_keys_are_skipped(hopper: Runner, count: int) -> N
     wide: tuple[DType, tuple[int, ...]] = (F16, (6, 2, keys, 32))
     op = Attention(0.2, False, True, stores=(cv.stored(ACC),))
     cases = []
-    tiles = list(candidates(32, 32))
     for i, lowest in enumerate((-np.inf, float(np.finfo(np.float32).min), -65504.0, -1e4, 0.0)):
         bias = rng.standard_normal((6, 1, 1, keys)).astype(np.float32)
         position = np.arange(keys)
@@ -108,6 +110,7 @@ def test_tiles_without_visible_keys_are_skipped(hopper: Runner, count: int) -> N
         )  # none, or all alike (beside −65504 fp32 rounds a score to 2^-8)
         bias[5, ..., position < 256] -= 50.0  # small beside the others, but not nothing
         step = make_step(op, [heads, wide, wide, (F32, bias.shape)])
+        tiles = candidates(work_of(step))
         launches = [launch_attention(step, tiles[i % len(tiles)], hopper.context)]
         cases.append(Case(f"{lowest} {tiles[i % len(tiles)]}", step, keys, {3: bias}, launches))
     check(hopper, cases)
@@ -123,24 +126,88 @@ def test_values_of_skipped_tiles_are_not_read(hopper: Runner) -> None:
     step = make_step(op, [heads, heads, heads, (F32, bias.shape)])
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal(shape).astype(np.float16) for _ in range(3))
-    launches = [launch_attention(step, next(candidates(32, 32)), hopper.context)]
+    launches = [launch_attention(step, candidates(work_of(step))[0], hopper.context)]
     (want,) = hopper.run(step, launches, [q, k, v, bias])
     k[:, :, 256:], v[:, :, 256:] = np.nan, np.nan
     (got,) = hopper.run(step, launches, [q, k, v, bias])
     assert np.isfinite(want).all() and np.array_equal(got, want)
 
 
-def test_rows_without_keys_on_warpgroups(hopper: Runner, count: int) -> None:
-    heads: tuple[DType, tuple[int, ...]] = (F16, (2, 2, 70, 32))
+def full_bias(rng: np.random.Generator, scores: tuple[int, ...], dtype: DType) -> tuple[Tensor, np.ndarray]:
+    """A bias for every score, the same for all of the batch or all heads or not, with gaps between rows."""
+    lead = tuple(size if rng.random() < 0.5 else 1 for size in scores[:-2])
+    shape = (*lead[int(rng.integers(0, len(lead) + 1)) :], *scores[-2:])
+    chunk = 16 // dtype.itemsize
+    wide = (*shape[:-1], (-(-shape[-1] // chunk) + int(rng.integers(0, 2))) * chunk)
+    offset = chunk * int(rng.integers(0, 3))
+    buffer = Buffer("input3", BufferKind.INPUT, (int(np.prod(wide)) + offset) * dtype.itemsize)
+    order = (*(int(axis) for axis in rng.permutation(len(shape) - 1)), len(shape) - 1)
+    lowest = -np.inf if rng.random() < 0.5 else -1e4
+    content = np.where(rng.random(shape) < 0.3, lowest, rng.standard_normal(shape))
+    content[..., 0] = 0.0
+    return Tensor(buffer, dtype, shape, row_major(wide, order), offset), content.astype(dtype.numpy)
+
+
+@pytest.mark.parametrize("dtype", [F16, DType.BF16, F32], ids=lambda dtype: dtype.value)
+def test_full_biases_on_warpgroups_match_float64(hopper: Runner, count: int, dtype: DType) -> None:
+    rng = rng_of(f"full {dtype.value}")
     cases = []
-    for zero in (False, True):
+    for i in range(count):
+        head, queries, keys = int(rng.choice(HEADS)), max(2, ragged(rng, 300)), ragged(rng, 500)
+        batch, kv_heads = int(rng.integers(1, 4)), int(rng.integers(1, 3))
+        heads = kv_heads * int(rng.choice([1, 2]))
+        q, k = (batch, heads, queries, head), (batch, kv_heads, keys, head)
+        bias, content = full_bias(rng, (batch, heads, queries, keys), dtype)
+        op = Attention(head**-0.5, bool(rng.random() < 0.3), True, stores=(cv.stored(ACC),))
+        step = result(rng, make_step(op, [operand(rng, n, F16, shape) for n, shape in enumerate((q, k, k))] + [bias]))
+        tiles = candidates(work_of(step))
+        launches = [launch_attention(step, tiles[i % len(tiles)], hopper.context)]
+        label = f"{q} {k} {bias.shape} {op.causal=} {tiles[i % len(tiles)]}"
+        cases.append(Case(label, step, keys + head, {3: content}, launches))
+    check(hopper, cases)
+
+
+def test_rings_of_full_biases_wrap_around(hopper: Runner) -> None:
+    cases = []
+    for head, dtype in ((32, F16), (64, F32), (80, F16), (128, F16), (192, F32), (256, F16)):
+        heads: tuple[DType, tuple[int, ...]] = (F16, (2, 3, 344, head))
+        bias: tuple[DType, tuple[int, ...]] = (dtype, (3, 344, 344))
+        step = make_step(Attention(head**-0.5, False, True, stores=(cv.stored(ACC),)), [heads, heads, heads, bias])
+        for tile in candidates(work_of(step)):
+            launches = [launch_attention(step, tile, replace(hopper.context, multiprocessors=3))]
+            cases.append(Case(f"{head} {tile}", step, 344, lowered=launches))
+    check(hopper, cases)
+
+
+def test_rows_that_a_full_bias_empties(hopper: Runner) -> None:
+    """NaN or zeros, by −∞ alone: an exporter's finite minimum leaves a row uniform."""
+    heads: tuple[DType, tuple[int, ...]] = (F16, (2, 2, 72, 64))
+    cases = []
+    for zero, dtype in product((False, True), (F16, DType.BF16, F32)):
+        op = Attention(0.2, False, True, zero, (cv.stored(ACC),))
+        for lowest in (-np.inf, float(np.finfo(np.float32).min)) if dtype is not F16 else (-np.inf,):
+            bias = np.zeros((2, 1, 72, 72), np.float32)
+            bias[1, :, 36:] = lowest
+            bias[0, :, 5] = lowest
+            if dtype is DType.BF16:
+                bias = np.maximum(bias, -3.3e38) if np.isfinite(lowest) else bias
+            step = make_step(op, [heads, heads, heads, (dtype, bias.shape)])
+            launches = [launch_attention(step, pick(step, hopper.context), hopper.context)]
+            cases.append(Case(f"{zero} {dtype} {lowest}", step, 72, {3: bias.astype(dtype.numpy)}, launches))
+    check(hopper, cases)
+
+
+def test_rows_without_keys_on_warpgroups(hopper: Runner, count: int) -> None:
+    cases = []
+    for zero, head in product((False, True), (32, 80, 256)):
+        heads: tuple[DType, tuple[int, ...]] = (F16, (2, 2, 70, head))
         op = Attention(0.2, False, True, zero, (cv.stored(ACC),))
         for lowest in (-np.inf, float(np.finfo(np.float32).min)):
             bias = np.zeros((2, 1, 1, 70), np.float32)
             bias[1] = lowest
             step = make_step(op, [heads, heads, heads, (F32, bias.shape)])
             launches = [launch_attention(step, pick(step, hopper.context), hopper.context)]
-            cases.append(Case(f"{zero} {lowest}", step, 70, {3: bias}, launches))
+            cases.append(Case(f"{zero} {lowest} {head}", step, 70, {3: bias}, launches))
     check(hopper, cases)
 
 
@@ -156,9 +223,12 @@ def test_what_the_copy_engine_cannot_read_is_left_to_the_portable_kernel() -> No
     heads: tuple[DType, tuple[int, ...]] = (F16, (2, 3, 100, 64))
     assert instruction([heads] * 3) is Instruction.WGMMA
     assert instruction([heads] * 3 + [(F32, (2, 1, 1, 100))], has_bias=True) is Instruction.WGMMA
-    assert instruction([heads] * 3 + [(F32, (100, 100))], has_bias=True) is Instruction.MMA
+    assert instruction([heads] * 3 + [(F32, (100, 100))], has_bias=True) is Instruction.WGMMA
+    assert instruction([heads] * 3 + [(F16, (100, 100))], has_bias=True) is Instruction.MMA
+    assert instruction([heads] * 3 + [(F32, (3, 100, 1))], has_bias=True) is Instruction.MMA
     assert instruction([(F16, (2, 3, 100, 63))] * 3) is Instruction.MMA
-    assert instruction([(F16, (2, 3, 100, 136))] * 3) is Instruction.MMA
+    assert instruction([(F16, (2, 3, 100, 256))] * 3) is Instruction.WGMMA
+    assert instruction([(F16, (2, 3, 100, 264))] * 3) is Instruction.MMA
     assert instruction([(F16, (2, 3, 1, 64)), heads, heads]) is Instruction.MMA
     assert instruction([heads] * 3, scale=-1.0) is Instruction.MMA
     buffer = Buffer("input0", BufferKind.INPUT, 2 * 2 * 3 * 100 * 64 + 8)

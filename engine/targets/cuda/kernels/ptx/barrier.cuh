@@ -18,6 +18,8 @@ DEVICE void barrier_wait(u32 barrier, u32 parity) {
       "{\n.reg .pred done;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra DONE;\nbra WAIT;\nDONE:\n}"
       ::"r"(barrier), "r"(parity) : "memory");
 }
+// What this thread has written to shared memory is there for the asynchronous engines (copies, wgmma) that a barrier lets go on next.
+DEVICE void shared_writes_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // The hardware's numbered barriers, 1 to 15 (0 is __syncthreads): complete when THREADS threads have come, by either function.
 template <int THREADS> DEVICE void meet_at(u32 number) { asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(THREADS) : "memory"); }

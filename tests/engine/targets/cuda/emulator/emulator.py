@@ -23,7 +23,7 @@ from pathlib import Path
 from threading import Lock
 
 from engine.cache_folder import cache_folder
-from engine.targets.cuda.kernel import AnyMap, Launch, PixelMap, Pointer, pack
+from engine.targets.cuda.kernel import AnyMap, Launch, PixelMap, Pointer, TensorMap, pack
 from engine.targets.cuda.source import Source, expand
 
 _HERE = Path(__file__).parent
@@ -177,8 +177,8 @@ def _with_lines(message: str, source: Source, architecture: int) -> str:
 
 def encode(map_: AnyMap, address: int) -> bytes:
     """The `Map` of runtime.h. Raises EmulationError where the driver would refuse a map."""
-    tf32 = map_.pointer.ctype == "float"
-    size = 4 if tf32 else 2
+    size = 4 if map_.pointer.ctype == "float" else 2
+    tf32 = size == 4 and not (isinstance(map_, TensorMap) and map_.exact)
     if isinstance(map_, PixelMap):
         return _encode_pixels(map_, address, size, tf32)
     outer = map_.outer or ((1, 0), (1, 0))
