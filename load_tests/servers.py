@@ -102,13 +102,13 @@ class Server:
         return total / 1e6
 
     def cpu_seconds(self) -> float:
-        """CPU time of all its processes so far."""
-        ticks = 0
+        """CPU time of all threads of all its processes so far."""
+        nanoseconds = 0
         for pid in self.processes():
-            with contextlib.suppress(OSError):
-                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                ticks += int(fields[11]) + int(fields[12])
-        return ticks / os.sysconf("SC_CLK_TCK")
+            for task in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+                with contextlib.suppress(OSError):
+                    nanoseconds += int(task.read_text().split()[0])
+        return nanoseconds / 1e9
 
     def open_files(self) -> int:
         """Descriptors of all its processes."""
