@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from load_tests import peers
-from load_tests.fuzz_bodies import malformed
+from load_tests.fuzz_bodies import malformed, prepare
 from load_tests.http_client import Answer
 from load_tests.report import Report
 from load_tests.servers import Server, tilewave
@@ -76,6 +76,7 @@ def _routes(server: Server) -> dict[str, tuple[str, ...]]:
 async def _attack(
     server: Server, routes: dict[str, tuple[str, ...]], options: argparse.Namespace
 ) -> tuple[Counter[int], list[str]]:
+    prepare()
     statuses: Counter[int] = Counter()
     problems: list[str] = []
     cases = ((route, method) for route in routes for method in METHODS)

@@ -16,6 +16,12 @@ Body = tuple[bytes, dict[str, str]]
 """A body, and headers beside those that say its length."""
 
 
+def prepare() -> None:
+    """Make what takes long; connections that were waiting for it would be over their time."""
+    _packed_zeros()
+    _pictures()
+
+
 def malformed(route: str, source: random.Random) -> Body:
     """Mostly of the kind that a route reads."""
     own = next((kinds for end, kinds in _OWN_BODIES.items() if route.endswith(end)), _BODIES)

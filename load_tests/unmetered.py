@@ -1,4 +1,4 @@
-"""`python -m load_tests.unmetered`: the service, which stops to count at one SIGUSR1 and goes on at the next, to measure
+"""`python -m load_tests.unmetered`: the service, which stops counting at one SIGUSR1 and goes on at the next, to show
 what counting costs. Takes the arguments of `python -m service`.
 
 One process does both: two would differ by more than metrics cost, by where their memory lies. Every metric must have
@@ -13,7 +13,11 @@ from typing import Any
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
-_COUNTING = {Counter: ("inc",), Gauge: ("inc", "dec", "set"), Histogram: ("observe",)}
+_COUNTING: dict[type[MetricWrapperBase], tuple[str, ...]] = {
+    Counter: ("inc",),
+    Gauge: ("inc", "dec", "set"),
+    Histogram: ("observe",),
+}
 
 
 def _same(self: MetricWrapperBase, *_: Any, **__: Any) -> MetricWrapperBase:
