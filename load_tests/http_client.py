@@ -22,6 +22,9 @@ import orjson
 GIVEN_UP = 0
 """The status of a request without an answer: its connection ended."""
 
+REFUSED = -2
+"""The status of a request that could not be sent: nobody listened."""
+
 HUNG = -1
 """The status of a request without an answer in time."""
 
@@ -159,6 +162,9 @@ async def exchange(connection: Connection, one: Exchange, results: Results, time
     try:
         async with asyncio.timeout(timeout):
             answer = await connection.ask(one.request)
+    except ConnectionRefusedError:
+        results.count(REFUSED, 0.0, None)
+        return
     except ConnectionError:
         results.count(GIVEN_UP, 0.0, None)
         return
@@ -204,9 +210,9 @@ async def closed_loop(
         source, connection = random.Random(seed), Connection(port)
         while left > 0 and not ended and time.perf_counter() - began < seconds:
             left -= 1
-            before = results.statuses[GIVEN_UP]
+            before = results.statuses[GIVEN_UP] + results.statuses[REFUSED]
             await exchange(connection, make(source), results, timeout)
-            if results.statuses[GIVEN_UP] > before:
+            if results.statuses[GIVEN_UP] + results.statuses[REFUSED] > before:
                 await asyncio.sleep(0.05)  # the server may be on its way down or up
         connection.close()
 

@@ -5,12 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
-from load_tests.http_client import GIVEN_UP, HUNG, Connection, Exchange, Results, closed_loop, exchange, open_loop, post
+from load_tests.http_client import (
+    GIVEN_UP,
+    HUNG,
+    REFUSED,
+    Connection,
+    Exchange,
+    Results,
+    closed_loop,
+    exchange,
+    open_loop,
+    post,
+)
 from load_tests.report import Report
 
 RIGHT = b'{"outputs": 1}'
@@ -95,6 +107,13 @@ def test_a_request_is_sent_again_once_and_only_where_no_answer_had_begun() -> No
     assert (results.statuses, results.second_tries) == ({200: 1, GIVEN_UP: 2}, 0)
     results = ask(["/end"])
     assert (results.statuses, results.second_tries) == ({GIVEN_UP: 1}, 0), "a new connection has no second try"
+
+
+def test_a_port_that_nobody_listens_at_is_no_answer_that_was_lost() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    results = asyncio.run(closed_loop(port, lambda _: one("/good"), 1, count=2))
+    assert results.statuses == {REFUSED: 2}
 
 
 def test_a_closed_loop_ends_with_what_runs_beside_it() -> None:
