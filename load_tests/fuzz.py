@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this program."""
     parser.add_argument("--requests", type=int, default=20_000, help="hand-made ones")
     parser.add_argument("--connections", type=int, default=16)
-    parser.add_argument("--examples", type=int, default=300, help="of schemathesis, for each operation; 0: without it")
+    parser.add_argument("--examples", type=int, default=150, help="of schemathesis, for each operation; 0: without it")
     parser.add_argument("--seed", type=int, default=0)
 
 
