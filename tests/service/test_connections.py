@@ -203,7 +203,9 @@ def test_a_header_that_trickles_behind_a_request_has_no_more_time_than_others(st
     server = start(repository, header_timeout=0.3)
     server.engine.gate.clear()
     with connect(server.url) as raw:
-        raw.sendall(INFER + b"GET /")
+        raw.sendall(INFER)
+        assert server.engine.running.acquire(timeout=10)
+        raw.sendall(b"GET /")
         time.sleep(0.8)
         server.engine.gate.set()
         assert statuses(answer(raw)) == [200]
