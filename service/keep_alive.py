@@ -2,9 +2,9 @@
 down, and when its client does not read. `connection.py` has the rest of a connection's life.
 
 A client may send its next request in the very moment in which the server closes an idle connection, and never learn
-whether that was read. So idle connections are kept for longer than load balancers keep theirs, none is closed on which
-something has arrived (uvloop runs timers after what it has read, which may have taken long), and a server that shuts down first tells its clients, with
-their next answer, not to come back over the same connection.
+whether that was read. So idle connections are kept for longer than load balancers keep theirs; none is closed on which
+something has arrived (uvloop runs timers after what it has read, which may have taken long); and a server that shuts
+down first tells its clients, with their next answer, not to come back over the same connection.
 """
 
 import asyncio
