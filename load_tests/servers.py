@@ -91,13 +91,14 @@ class Server:
                 return pid
         raise RuntimeError("the engine has no process of its own")
 
-    def resident_mb(self) -> float:
-        """Resident memory of all its processes, in megabytes; what they share is counted once."""
+    def memory_mb(self) -> float:
+        """Resident memory of all its processes that was allocated, in megabytes; what they share is counted once. Pages
+        of mapped files are left out: how many of them are ours depends on who else maps the same libraries."""
         total = 0
         for pid in self.processes():
             with contextlib.suppress(OSError):
                 for line in (Path("/proc") / str(pid) / "smaps_rollup").read_text().splitlines():
-                    if line.startswith("Pss:"):
+                    if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
                         total += int(line.split()[1]) * 1024
         return total / 1e6
 
