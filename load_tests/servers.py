@@ -94,11 +94,18 @@ class Server:
     def memory_mb(self) -> float:
         """Resident memory of all its processes that was allocated, in megabytes; what they share is counted once. Pages
         of mapped files are left out: how many of them are ours depends on who else maps the same libraries."""
+        return self._resident_mb("Pss_Anon:", "Pss_Shmem:")
+
+    def rss_mb(self) -> float:
+        """Resident memory of all its processes, in megabytes, as `ps` has it."""
+        return self._resident_mb("Rss:")
+
+    def _resident_mb(self, *kinds: str) -> float:
         total = 0
         for pid in self.processes():
             with contextlib.suppress(OSError):
                 for line in (Path("/proc") / str(pid) / "smaps_rollup").read_text().splitlines():
-                    if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
+                    if line.startswith(kinds):
                         total += int(line.split()[1]) * 1024
         return total / 1e6
 
