@@ -136,20 +136,23 @@ class Connection(KeptConnection):
             return
         if self._refusal is not None:
             return
-        if self._in_header and self._timer is None:
-            self._start_timer(self.header_timeout)
         self._unread += len(data)
         self._unset_keepalive_if_required()
         try:
             self._parse(data)
         except httptools.HttpParserError:
             self.send_400_response("")
+        if self._unread or self._begun:
+            self._check_header()
+
+    def _check_header(self) -> None:
+        """Something has begun that is not whole: a header is not too large yet, and not given for ever."""
         if self._lingering is not None or self._refusal is not None or self.transport.is_closing():
             return
         if self._unread > self.max_header_bytes or (self._in_header and self._header_bytes > self.max_header_bytes):
             self._refuse_header()
-        elif self._in_header and self._begun and self._timer is None:
-            self._start_timer(self.header_timeout)  # of a header that began behind another request
+        elif self._in_header and self._timer is None:
+            self._start_timer(self.header_timeout)
 
     def linger(self) -> None:
         """Close our sending side now, the connection when the client does, is quiet, or has sent too much."""
@@ -227,11 +230,15 @@ class Connection(KeptConnection):
             raise _HeaderTooLarge
         if self.parser.should_upgrade():
             return
+        self.begin_body()
+        super().on_headers_complete()
+        self.cycle.transport = _AnswerTransport(self, self.cycle)  # its task has not begun
+
+    def begin_body(self) -> None:
+        """The header's time is over."""
         self._unread = 0
         self._in_header = False
         self._stop_timer()
-        super().on_headers_complete()
-        self.cycle.transport = _AnswerTransport(self, self.cycle)  # its task has not begun
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""
@@ -242,14 +249,19 @@ class Connection(KeptConnection):
         """The request is whole."""
         if self.parser.should_upgrade():
             return
+        self.end_message()
+        super().on_message_complete()
+        if self.cycle.response_complete and not self.transport.is_closing():
+            self.arm_keep_alive()
+
+    def end_message(self) -> None:
+        """What comes next is a header."""
         self._unread = 0
         self._in_header = True
         self._begun = False
         self._header_bytes = 0
-        self._stop_timer()
-        super().on_message_complete()
-        if self.cycle.response_complete and not self.transport.is_closing():
-            self.arm_keep_alive()
+        if self._timer is not None:
+            self._stop_timer()
 
     def send_400_response(self, msg: str) -> None:
         """Bytes that are not HTTP get our error form too."""

@@ -25,7 +25,7 @@ class KeptConnection(HttpToolsProtocol):
     keep_alive_timeout: int  # seconds
     reading_timeout: float  # seconds in which a client must take something of its answer
 
-    _shutting_down = False
+    shutting_down = False
     _closing: asyncio.TimerHandle | None = None
     _reading: asyncio.TimerHandle | None = None
     _unsent = 0  # bytes of answers when the client was looked at last
@@ -50,17 +50,13 @@ class KeptConnection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """A request has begun; the last one where the server shuts down."""
         super().on_headers_complete()
-        if self._shutting_down:
+        if self.shutting_down:
             self.cycle.keep_alive = False
 
     def on_response_complete(self) -> None:
         """The answer is written, and may not be read."""
         super().on_response_complete()
-        if self._reading is not None:
-            self._reading.cancel()  # an answer begins only when most of the one before has been taken
-            self._reading = None
-        if self.transport.get_write_buffer_size():
-            self._watch_reader()
+        self.watch_reader()
 
     def arm_keep_alive(self) -> None:
         """The connection is idle from now on."""
@@ -74,7 +70,7 @@ class KeptConnection(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """The next answer is the last; a client that asks for none in a moment is not waited for."""
-        self._shutting_down = True
+        self.shutting_down = True
         if self.cycle is None or self.cycle.response_complete:
             self._closing = self.loop.call_later(_GOODBYE_S, self._close_if_idle)
         else:
@@ -97,22 +93,28 @@ class KeptConnection(HttpToolsProtocol):
 
     def _idle_until(self) -> float | None:
         """The loop's time at which an idle connection would be closed; None of one that is not idle."""
-        if self.timeout_keep_alive_task is None or self.transport.is_closing():
+        end = self.end_of_pause()
+        if end is None or self.transport.is_closing() or self.transport.get_write_buffer_size() or self.has_unread():
             return None
-        if self.transport.get_write_buffer_size() or self.has_unread():
-            return None
-        return self.timeout_keep_alive_task.when()
+        return end
 
-    def _watch_reader(self) -> None:
+    def end_of_pause(self) -> float | None:
+        """When the time between two requests is over; None within a request."""
+        return None if self.timeout_keep_alive_task is None else self.timeout_keep_alive_task.when()
+
+    def watch_reader(self) -> None:
+        """An answer has been written: see that the client takes it."""
+        if self._reading is not None:
+            self._reading.cancel()  # an answer begins only when most of the one before has been taken
+            self._reading = None
         self._unsent = self.transport.get_write_buffer_size()
-        self._reading = self.loop.call_later(self.reading_timeout, self._look_at_reader)
+        if self._unsent:
+            self._reading = self.loop.call_later(self.reading_timeout, self._look_at_reader)
 
     def _look_at_reader(self) -> None:
         """A client that asks for much and reads nothing would hold its answer in memory for ever."""
         left = self.transport.get_write_buffer_size()
-        if not left:
-            self._reading = None
-        elif self._unsent - left < _SLOWEST_READER * self.reading_timeout:
+        if left and self._unsent - left < _SLOWEST_READER * self.reading_timeout:
             self.transport.abort()
         else:
-            self._watch_reader()
+            self.watch_reader()
