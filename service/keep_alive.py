@@ -17,7 +17,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 _GOODBYE_S = 0.5  # in which a client that is busy sends its next request
 _SLOWEST_READER = 1000  # bytes a second
 _ROOM = 32  # a 32nd of the idle connections is closed at a time, so that looking for them costs each new one little
-
 _PASSED_OVER = 8  # of those that seem idle, and are about to send or do not read
 
 
