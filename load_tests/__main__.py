@@ -1,4 +1,5 @@
-"""`python -m load_tests NAME`: what the service is measured by. Exit status 1 where something does not hold that must.
+"""`python -m load_tests NAME`: what the service is measured by. The last line says PASS or FAIL; the exit status is 1
+where something does not hold that must, or the program itself came to an end.
 
 overhead, models: beside LitServe and mosec. lengths, fuzz, kills, overload, shutdown, crash: whether it is right under
 stress. soak, cycles: whether it leaks. metrics: what its metrics cost. perf-analyzer: a sweep by the public tool. Each
@@ -11,6 +12,7 @@ import argparse
 import shutil
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 from load_tests import (
@@ -60,6 +62,10 @@ def main() -> int:
         folder = Path(temporary)
         try:
             report: Report = PROGRAMS[options.name].measure(options, folder)
+        except Exception as error:
+            traceback.print_exc()
+            print(f"\nFAIL: {options.name}; it ended with {type(error).__name__}: {error}")
+            return 1
         finally:
             if options.logs is not None:
                 options.logs.mkdir(parents=True, exist_ok=True)

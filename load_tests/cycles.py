@@ -49,13 +49,15 @@ def measure(options: argparse.Namespace, folder: Path) -> Report:
     with tilewave(root, folder, *options.server_arguments.split()) as server:
         for number in range(options.warm_up):
             cycle(server, number)
-        memory, files = server.resident_mb(), server.open_files()
-        report.add(cycles=0, resident_mb=round(memory, 1), files=files)
+        memory, files = [server.memory_mb()], server.open_files()
+        report.add(cycles=0, memory_mb=round(memory[0], 1), rss_mb=round(server.rss_mb(), 1), files=files)
         for number in range(options.cycles):
             cycle(server, number)
             if (number + 1) % max(options.cycles // 10, 1) == 0:
-                report.add(cycles=number + 1, resident_mb=round(server.resident_mb(), 1), files=server.open_files())
-        grown = server.resident_mb() - memory
+                memory.append(server.memory_mb())
+                rss = round(server.rss_mb(), 1)
+                report.add(cycles=number + 1, memory_mb=round(memory[-1], 1), rss_mb=rss, files=server.open_files())
+        grown = memory[-1] - memory[0]
         report.check(f"memory is back within {MOST_MB:g} MB", grown <= MOST_MB, f"{grown:.1f} MB")
         report.check("files are back", server.open_files() <= files, f"{files} → {server.open_files()}")
         report.check("every call does what it should", not failures, failures[:3])

@@ -3,6 +3,9 @@
 Requests are bytes made beforehand; an answer's status and body are checked by the caller's function while the next
 request is on its way. Closed loop: each connection sends when it has its answer. Open loop: requests are sent at times
 that do not depend on answers, each on a connection that is free.
+
+As every client does, it does not send on a connection that the server has closed while it was idle, and sends again,
+once, where the server closes a connection just as it is used again. Both are counted.
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ import orjson
 
 GIVEN_UP = 0
 """The status of a request without an answer: its connection ended."""
+
+REFUSED = -2
+"""The status of a request that could not be sent: nobody listened."""
 
 HUNG = -1
 """The status of a request without an answer in time."""
@@ -48,6 +54,10 @@ class Results:
     latencies: list[float] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
+    renewed: int = 0
+    """Connections that the server had closed while they were idle."""
+    second_tries: int = 0
+    """Requests whose connection, which had been idle, ended before anything of an answer came."""
 
     def count(self, status: int, seconds: float, problem: str | None) -> None:
         """One request is over."""
@@ -75,6 +85,8 @@ class Results:
             "p99_ms": round(self.percentile(99) * 1e3, 3),
             "statuses": {str(status): count for status, count in sorted(self.statuses.items())},
             "wrong": len(self.problems),
+            "renewed_connections": self.renewed,
+            "second_tries": self.second_tries,
         }
 
 
@@ -90,6 +102,10 @@ def get(path: str) -> bytes:
     return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
 
 
+class _Closed(ConnectionError):
+    """A connection ended before anything of an answer came."""
+
+
 class Connection:
     """One connection. Answers must say their length, as those of every server measured here do."""
 
@@ -97,12 +113,28 @@ class Connection:
         self._port = port
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
+        self.renewed = 0
+        self.second_tries = 0
 
     async def ask(self, request: bytes) -> Answer:
         """Send and wait. Raises ConnectionError where the connection ends before the answer does."""
+        if self._reader is not None and self._reader.at_eof():
+            self.close()
+            self.renewed += 1
+        if self._writer is None:
+            return await self._exchange(request)
+        try:
+            return await self._exchange(request)
+        except _Closed:
+            self.second_tries += 1
+            return await self._exchange(request)
+
+    async def _exchange(self, request: bytes) -> Answer:
+        """Raises _Closed where nothing of an answer came, ConnectionError where not all of it did."""
         if self._writer is None:
             self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 26)
         assert self._reader is not None
+        head = b""
         try:
             self._writer.write(request)
             head = await self._reader.readuntil(b"\r\n\r\n")
@@ -111,7 +143,8 @@ class Connection:
             body = await self._reader.readexactly(int(headers[b"content-length"]))
         except (asyncio.IncompleteReadError, OSError) as error:
             self.close()
-            raise ConnectionError from error
+            has_begun = head or (isinstance(error, asyncio.IncompleteReadError) and error.partial)
+            raise ConnectionError("half an answer") if has_begun else _Closed from error
         if headers.get(b"connection", b"").lower() == b"close":
             self.close()
         return Answer(int(first.split(b" ", 2)[1]), headers, body)
@@ -120,15 +153,18 @@ class Connection:
         """End it; the next `ask` makes a new one."""
         if self._writer is not None:
             self._writer.close()
-            self._writer = None
+            self._reader = self._writer = None
 
 
 async def exchange(connection: Connection, one: Exchange, results: Results, timeout: float) -> None:
     """One request, counted."""
-    began = time.perf_counter()
+    began, renewed, second_tries = time.perf_counter(), connection.renewed, connection.second_tries
     try:
         async with asyncio.timeout(timeout):
             answer = await connection.ask(one.request)
+    except ConnectionRefusedError:
+        results.count(REFUSED, 0.0, None)
+        return
     except ConnectionError:
         results.count(GIVEN_UP, 0.0, None)
         return
@@ -136,6 +172,9 @@ async def exchange(connection: Connection, one: Exchange, results: Results, time
         connection.close()
         results.count(HUNG, 0.0, None)
         return
+    finally:
+        results.renewed += connection.renewed - renewed
+        results.second_tries += connection.second_tries - second_tries
     seconds = time.perf_counter() - began
     results.count(answer.status, seconds, one.problem(answer) if answer.status == 200 else _form(answer))
 
@@ -171,9 +210,9 @@ async def closed_loop(
         source, connection = random.Random(seed), Connection(port)
         while left > 0 and not ended and time.perf_counter() - began < seconds:
             left -= 1
-            before = results.statuses[GIVEN_UP]
+            before = results.statuses[GIVEN_UP] + results.statuses[REFUSED]
             await exchange(connection, make(source), results, timeout)
-            if results.statuses[GIVEN_UP] > before:
+            if results.statuses[GIVEN_UP] + results.statuses[REFUSED] > before:
                 await asyncio.sleep(0.05)  # the server may be on its way down or up
         connection.close()
 

@@ -6,7 +6,7 @@ import argparse
 import asyncio
 from pathlib import Path
 
-from load_tests.http_client import GIVEN_UP, HUNG, closed_loop, open_loop
+from load_tests.http_client import GIVEN_UP, HUNG, REFUSED, closed_loop, open_loop
 from load_tests.report import Report
 from load_tests.servers import tilewave
 from load_tests.workloads import default_repository, texts
@@ -40,8 +40,10 @@ def measure(options: argparse.Namespace, folder: Path) -> Report:
         report.add(load="closed loop after it", offered_per_s=round(after.rate, 1), **after.row())
         left = server.metric("inference_inflight", model=MODEL)
     report.check("only 200, 429, 503, 504", set(results.statuses) <= ALLOWED, dict(results.statuses))
-    hung = results.statuses[HUNG] + results.statuses[GIVEN_UP]
-    report.check("every request is answered", hung == 0 and left == 0, hung)
+    names = {HUNG: "no answer in 60 s", GIVEN_UP: "connection ended", REFUSED: "connection refused"}
+    unanswered = {name: results.statuses[status] for status, name in names.items()}
+    report.check("every request is answered", not any(unanswered.values()) and left == 0, unanswered)
+    report.check("no connection ends under a request", results.second_tries == 0, results.second_tries)
     report.check("answers are right", not results.problems, results.problems[:3])
     bound = 2 * (_QUEUED_BATCHES + 2) * _MAX_TOKENS / (mean * capacity.rate)
     p99 = results.percentile(99)

@@ -24,6 +24,7 @@ class Report:
     options: Mapping[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)
     checks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic)
 
     def add(self, **row: Any) -> None:
         """A row of the table."""
@@ -35,16 +36,22 @@ class Report:
         self.checks[what] = {"holds": bool(holds), "found": found}
 
     def finish(self, output: Path | None) -> int:
-        """Print it, store it; 0 where everything holds, else 1."""
+        """Print it, with the verdict in the last line; store it; 0 where everything holds, else 1."""
+        seconds = time.monotonic() - self.began
         print(f"## {self.name}\n")
         if self.rows:
             print(_table(self.rows))
         for what, check in self.checks.items():
             print(f"- {'yes' if check['holds'] else 'NO'}: {what} (found: {check['found']})")
+        holding = sum(check["holds"] for check in self.checks.values())
+        passed = holding == len(self.checks)
+        verdict = "PASS" if passed else "FAIL"
+        print(f"\n{verdict}: {self.name}; {holding} of {len(self.checks)} checks hold; {seconds:.0f} s")
         if output is not None:
             document = {"name": self.name, "options": dict(self.options), "machine": machine(), "rows": self.rows}
-            output.write_text(json.dumps({**document, "checks": self.checks}, indent=1, default=str) + "\n")
-        return 0 if all(check["holds"] for check in self.checks.values()) else 1
+            outcome = {"checks": self.checks, "passed": passed, "seconds": round(seconds, 1)}
+            output.write_text(json.dumps({**document, **outcome}, indent=1, default=str) + "\n")
+        return 0 if passed else 1
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

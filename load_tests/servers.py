@@ -91,24 +91,32 @@ class Server:
                 return pid
         raise RuntimeError("the engine has no process of its own")
 
-    def resident_mb(self) -> float:
-        """Resident memory of all its processes, in megabytes; what they share is counted once."""
+    def memory_mb(self) -> float:
+        """Resident memory of all its processes that was allocated, in megabytes; what they share is counted once. Pages
+        of mapped files are left out: how many of them are ours depends on who else maps the same libraries."""
+        return self._resident_mb("Pss_Anon:", "Pss_Shmem:")
+
+    def rss_mb(self) -> float:
+        """Resident memory of all its processes, in megabytes, as `ps` has it."""
+        return self._resident_mb("Rss:")
+
+    def _resident_mb(self, *kinds: str) -> float:
         total = 0
         for pid in self.processes():
             with contextlib.suppress(OSError):
                 for line in (Path("/proc") / str(pid) / "smaps_rollup").read_text().splitlines():
-                    if line.startswith("Pss:"):
+                    if line.startswith(kinds):
                         total += int(line.split()[1]) * 1024
         return total / 1e6
 
     def cpu_seconds(self) -> float:
-        """CPU time of all its processes so far."""
-        ticks = 0
+        """CPU time of all threads of all its processes so far."""
+        nanoseconds = 0
         for pid in self.processes():
-            with contextlib.suppress(OSError):
-                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                ticks += int(fields[11]) + int(fields[12])
-        return ticks / os.sysconf("SC_CLK_TCK")
+            for task in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+                with contextlib.suppress(OSError):
+                    nanoseconds += int(task.read_text().split()[0])
+        return nanoseconds / 1e9
 
     def open_files(self) -> int:
         """Descriptors of all its processes."""

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from load_tests.http_client import GIVEN_UP, HUNG, closed_loop
+from load_tests.http_client import GIVEN_UP, HUNG, REFUSED, closed_loop
 from load_tests.report import Report
 from load_tests.servers import Server, tilewave
 from load_tests.workloads import default_repository, texts
@@ -46,10 +46,12 @@ def measure(options: argparse.Namespace, folder: Path) -> Report:
 
             results = asyncio.run(closed_loop(server.port, make, options.connections, meanwhile=terminate))
             said = _logged(server.log)
-        answered = {status: count for status, count in results.statuses.items() if status not in (GIVEN_UP, HUNG)}
+        unanswered = (GIVEN_UP, HUNG, REFUSED)
+        answered = {status: count for status, count in results.statuses.items() if status not in unanswered}
         lost = {status: said[status] - answered.get(status, 0) for status in said}
         report.add(turn=turn, seconds=round(found["seconds"], 2), **results.row())
         report.check(f"{turn}: every accepted request got its answer", not any(lost.values()), lost)
+        report.check(f"{turn}: no kept connection ends under a request", not results.second_tries, results.second_tries)
         report.check(f"{turn}: nothing but 200 and 503", set(answered) <= {200, 503}, sorted(answered))
         report.check(f"{turn}: exit status 0 in {MOST_S:g} s", found["exit"] == 0 and found["seconds"] <= MOST_S, found)
         report.check(f"{turn}: answers are right", not results.problems, results.problems[:3])

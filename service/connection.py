@@ -11,7 +11,8 @@ sent a "100 Continue" now and then, which every HTTP/1.1 client passes over.
 
 Closing a connection on which more arrives resets it, and a reset takes the answer from a client that has not read it.
 So where a request is refused before all of it is there, only our sending side is closed at first; what comes is thrown
-away.
+away. Answers come in the order of the requests: bytes that are no request are refused when those before them have
+theirs.
 """
 
 import asyncio
@@ -19,8 +20,9 @@ import socket
 from http import HTTPStatus
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+from service.keep_alive import KeptConnection
 from service.settings import Settings
 
 # Most answers are there before the first question is asked. A reset takes a round trip.
@@ -28,6 +30,7 @@ _FIRST_QUESTION_S, _NEXT_QUESTION_S, _RESET_S = 0.01, 1.0, 0.02
 _OFFER = (b"upgrade", b"http2-settings")
 _QUIET_S = 2.0  # a refused client that sends nothing for so long has stopped
 _STILL_THERE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_MOST_REFUSED = 256  # connections over the limit that may read why; more are closed at once
 
 
 class _HeaderTooLarge(Exception):
@@ -58,7 +61,7 @@ class _AnswerTransport(asyncio.Transport):
             self._connection.transport.close()
 
 
-class Connection(HttpToolsProtocol):
+class Connection(KeptConnection):
     """A connection with the bounds of `limited`."""
 
     max_connections: int
@@ -67,22 +70,24 @@ class Connection(HttpToolsProtocol):
     linger_bytes: int  # what is thrown away at most, and for how long, of a body that was refused
     linger_timeout: float
 
-    _timer: asyncio.TimerHandle | None = None
+    _timer: asyncio.TimerHandle | None = None  # of a header, or of a body that was answered before it was there
     _in_header = True  # from the end of a request to the end of the next one's header
+    _begun = False  # whether something of a request has come that has not come to its end
     _unread = 0  # bytes since the parser last got to the end of a header or to a piece of a body
     _header_bytes = 0
     _lingering: asyncio.TimerHandle | None = None  # a request was refused: until the connection is closed
     _linger_end = 0.0  # of the loop's time
     _thrown_away = 0
+    _refusal: tuple[HTTPStatus, str] | None = None  # of what follows on the requests that have no answer yet
     _half_closed: asyncio.TimerHandle | None = None  # until the client is asked, or looked at, the next time
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The header's time begins: a client that connects and says nothing goes too."""
         super().connection_made(transport)
-        if len(self.connections) > self.max_connections:
+        if len(self.connections) > self.max_connections and not self.make_room():
             self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, f"the server has its {self.max_connections} connections")
             return
-        self._start_timer()
+        self._start_timer(self.header_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing more will come."""
@@ -94,6 +99,10 @@ class Connection(HttpToolsProtocol):
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """The client sends no more; one that has an answer to come may still read it. True keeps the connection."""
+        if self.pipeline and self.cycle.more_body:
+            self._refuse(HTTPStatus.BAD_REQUEST, "the request is not all there")
+        if self._refusal is not None:
+            return True
         if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
             return False
         self.cycle.keep_alive = False
@@ -125,16 +134,25 @@ class Connection(HttpToolsProtocol):
         if self._lingering is not None:
             self._throw_away(len(data))
             return
-        if self._in_header and self._timer is None:
-            self._start_timer()
+        if self._refusal is not None:
+            return
         self._unread += len(data)
         self._unset_keepalive_if_required()
         try:
             self._parse(data)
         except httptools.HttpParserError:
             self.send_400_response("")
-        if self._unread > self.max_header_bytes and self._lingering is None and not self.transport.is_closing():
+        if self._unread or self._begun:
+            self._check_header()
+
+    def _check_header(self) -> None:
+        """Something has begun that is not whole: a header is not too large yet, and not given for ever."""
+        if self._lingering is not None or self._refusal is not None or self.transport.is_closing():
+            return
+        if self._unread > self.max_header_bytes or (self._in_header and self._header_bytes > self.max_header_bytes):
             self._refuse_header()
+        elif self._in_header and self._timer is None:
+            self._start_timer(self.header_timeout)
 
     def linger(self) -> None:
         """Close our sending side now, the connection when the client does, is quiet, or has sent too much."""
@@ -144,10 +162,16 @@ class Connection(HttpToolsProtocol):
         self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
-        """The answer is written; the time of an idle connection does not run where a refused body is thrown away."""
+        """The answer is written. Where the request is not all there, the rest of it gets the time of a body; the time
+        of an idle connection does not run where a refused body is thrown away."""
+        is_last = not self.pipeline
         super().on_response_complete()
+        if self._refusal is not None and is_last and not self.transport.is_closing():
+            self._refuse(*self._refusal)
         if self._lingering is not None:
             self._unset_keepalive_if_required()
+        elif self.cycle.more_body and self._timer is None:
+            self._start_timer(self.linger_timeout)
 
     def _throw_away(self, count: int) -> None:
         assert self._lingering is not None
@@ -188,6 +212,7 @@ class Connection(HttpToolsProtocol):
         """The first byte of a request."""
         super().on_message_begin()
         self._header_bytes = 0
+        self._begun = True
 
     def on_url(self, url: bytes) -> None:
         """A piece of the request's path."""
@@ -205,11 +230,15 @@ class Connection(HttpToolsProtocol):
             raise _HeaderTooLarge
         if self.parser.should_upgrade():
             return
+        self.begin_body()
+        super().on_headers_complete()
+        self.cycle.transport = _AnswerTransport(self, self.cycle)  # its task has not begun
+
+    def begin_body(self) -> None:
+        """The header's time is over."""
         self._unread = 0
         self._in_header = False
         self._stop_timer()
-        super().on_headers_complete()
-        self.cycle.transport = _AnswerTransport(self, self.cycle)  # its task has not begun
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""
@@ -220,9 +249,19 @@ class Connection(HttpToolsProtocol):
         """The request is whole."""
         if self.parser.should_upgrade():
             return
+        self.end_message()
+        super().on_message_complete()
+        if self.cycle.response_complete and not self.transport.is_closing():
+            self.arm_keep_alive()
+
+    def end_message(self) -> None:
+        """What comes next is a header."""
         self._unread = 0
         self._in_header = True
-        super().on_message_complete()
+        self._begun = False
+        self._header_bytes = 0
+        if self._timer is not None:
+            self._stop_timer()
 
     def send_400_response(self, msg: str) -> None:
         """Bytes that are not HTTP get our error form too."""
@@ -236,19 +275,36 @@ class Connection(HttpToolsProtocol):
         self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, text)
 
     def _refuse(self, status: HTTPStatus, text: str) -> None:
-        """Answer and close; where the client is sending, not before it has had the time to read that."""
+        """Answer, when the requests before have their answers, and close when the client has had the time to read."""
         self._stop_timer()
+        if self._is_due():
+            self._refusal = status, text
+            return
+        if self.cycle is not None and not self.cycle.response_complete:  # its body is broken
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         body = f'{{"error":"{text}"}}'
         again = "retry-after: 1\r\n" if status is HTTPStatus.SERVICE_UNAVAILABLE else ""
         head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
         self.transport.write(f"{head}content-length: {len(body)}\r\n{again}connection: close\r\n\r\n{body}".encode())
-        if status in (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE):
-            self.linger()
-        else:
+        if len(self.connections) > self.max_connections + _MOST_REFUSED:
             self.transport.close()
+        else:
+            self.linger()
 
-    def _start_timer(self) -> None:
-        self._timer = self.loop.call_later(self.header_timeout, self._too_late)
+    def _is_due(self) -> bool:
+        """Whether an answer to an earlier request comes first. A request that is broken itself is not answered but
+        refused; one that waits behind others is forgotten."""
+        if self.pipeline and self.pipeline[0][0].more_body:
+            self.pipeline.popleft()
+            return True
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            return False
+        return bool(self.pipeline) or cycle.response_started or not cycle.more_body
+
+    def _start_timer(self, seconds: float) -> None:
+        self._timer = self.loop.call_later(seconds, self._too_late)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -256,9 +312,18 @@ class Connection(HttpToolsProtocol):
             self._timer = None
 
     def _too_late(self) -> None:
-        if self._unread and self.cycle is None:
+        """The header, or what is left of a body that has been answered, did not arrive."""
+        self._timer = None
+        if self.transport.is_closing():
+            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            if self._in_header:
+                self._start_timer(self.header_timeout)  # an answer is due first
+        elif self._in_header and self._begun:
             self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"the header did not arrive within {self.header_timeout:g} s")
-        elif self.cycle is None or self.cycle.response_complete:
+        elif self._in_header and self.has_unread():
+            self._start_timer(self.header_timeout)
+        else:
             self.transport.close()
 
 
@@ -269,6 +334,8 @@ def limited(settings: Settings) -> type[Connection]:
         max_connections = settings.max_connections
         max_header_bytes = settings.max_header_bytes
         header_timeout = settings.header_timeout
+        keep_alive_timeout = settings.keep_alive_timeout
+        reading_timeout = settings.body_timeout
         linger_bytes = 2 * settings.max_body_bytes
         linger_timeout = settings.body_timeout
 

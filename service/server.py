@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 # Engine and HTTP share this process on a CPU. The default of 5 ms is how long a thread that wants the interpreter
 # waits for one that is busy; answers of a few milliseconds need less.
 _SWITCH_INTERVAL_S = 0.0005
+_OTHER_FILES = 512  # models, libraries, connections that are being refused
 
 
 class _Server(uvicorn.Server):
@@ -69,9 +71,27 @@ def spare_the_collector() -> None:
     gc.freeze()
 
 
+def allow_connections(count: int) -> None:
+    """Raise this process's limit on open files, which is often 1,024, to what `count` connections need; said aloud
+    where the system does not allow that."""
+    needed = count + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < needed:
+        log.warning(
+            "this process may open %d files, too few for --max-connections %d; raise the limit (ulimit -Hn)",
+            allowed,
+            count,
+        )
+
+
 def run_server(app: FastAPI, settings: Settings, listener: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT. Does not return where a run of the engine outlasts the drain."""
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    allow_connections(settings.max_connections)
     config = uvicorn.Config(
         app,
         http=limited(settings),

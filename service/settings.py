@@ -109,6 +109,9 @@ class Settings(BaseSettings):
     request_timeout: float = Field(default=30.0, gt=0, description="deadline of a request that names none, seconds")
     header_timeout: float = Field(default=10.0, gt=0, description="time for a request's header to arrive, seconds")
     body_timeout: float = Field(default=30.0, gt=0, description="time for a request body to arrive, seconds")
+    keep_alive_timeout: int = Field(
+        default=75, ge=1, description="time that an idle connection is kept; load balancers keep theirs for 60 seconds"
+    )
     drain_timeout: int = Field(
         default=25, ge=0, description="time for accepted requests to finish after SIGTERM, seconds"
     )

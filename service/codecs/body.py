@@ -17,6 +17,7 @@ from service.codecs.compression import WINDOW_BITS, decompress
 from service.errors import ClientGone, InvalidRequest, SlowBody, TooLarge, UnsupportedEncoding
 from service.settings import Settings
 
+_DIGITS_OF_A_DOUBLE = 300  # any integer of fewer is one
 _MAX_EXPLAINED_BYTES = 8 << 20  # reading a body again takes longer than reading it
 
 
@@ -49,8 +50,8 @@ async def read_body(request: Request, settings: Settings) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class NotJson:
-    """A number that JSON does not have, as it was written: NaN, Infinity, 1e999. Only `explain` of `parse_object` ever
-    sees one."""
+    """A number that no double holds, as it was written: NaN, Infinity, 1e999, an integer of 400 digits. Only `explain`
+    of `parse_object` ever sees one."""
 
     text: str
 
@@ -78,7 +79,7 @@ def _unreadable(
     if str(error.doc)[error.pos :].startswith(("NaN", "Infinity")) or "infinity" in error.msg:
         if len(body) <= _MAX_EXPLAINED_BYTES:
             try:
-                document = json.loads(body, parse_constant=NotJson, parse_float=_float)
+                document = json.loads(body, parse_constant=NotJson, parse_float=_float, parse_int=_integer)
             except (ValueError, RecursionError):
                 document = None
             if isinstance(document, dict):
@@ -93,3 +94,9 @@ def _unreadable(
 def _float(text: str) -> Any:
     value = float(text)
     return value if math.isfinite(value) else NotJson(text)
+
+
+def _integer(text: str) -> Any:
+    if len(text) < _DIGITS_OF_A_DOUBLE:
+        return int(text)
+    return NotJson(text)

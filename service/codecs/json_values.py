@@ -102,11 +102,14 @@ def _unevenness(data: Any, shape: tuple[int, ...], axis: int, place: str) -> str
 def shown(value: Any) -> str:
     """A JSON value in an error message."""
     if isinstance(value, NotJson):
-        return value.text
+        return _cut(value.text)
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | dict):
         return "a list" if isinstance(value, list) else "an object"
-    text = repr(value)
-    text = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
+    text = _cut(repr(value))
     return f"the string {text}" if isinstance(value, str) else text
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"

@@ -10,7 +10,7 @@ from fastapi import Depends, Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 
-from service.errors import ErrorRow, InvalidRequest, ServiceError, TooLarge, Unauthorized, describe, document
+from service.errors import ErrorRow, InvalidRequest, ServiceError, SlowBody, TooLarge, Unauthorized, describe, document
 from service.serving import Serving
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def refusal(error: ServiceError, path: str) -> JsonResponse:
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
-    if isinstance(error, TooLarge):
+    if isinstance(error, TooLarge | SlowBody):
         headers["connection"] = "close"  # the rest of the body may still be on its way
     elif isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"

@@ -5,12 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
-from load_tests.http_client import GIVEN_UP, HUNG, Exchange, Results, closed_loop, open_loop, post
+from load_tests.http_client import (
+    GIVEN_UP,
+    HUNG,
+    REFUSED,
+    Connection,
+    Exchange,
+    Results,
+    closed_loop,
+    exchange,
+    open_loop,
+    post,
+)
 from load_tests.report import Report
 
 RIGHT = b'{"outputs": 1}'
@@ -28,6 +40,12 @@ async def _serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
             await reader.readexactly(2)
             path = head.split(b" ")[1]
             if path == b"/end":
+                return
+            if path == b"/last":  # and nothing says so
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(RIGHT), RIGHT))
+                return
+            if path == b"/half":
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n")
                 return
             if path == b"/hang":
                 await asyncio.sleep(60)
@@ -64,6 +82,40 @@ def test_everything_is_counted_as_what_it_was() -> None:
     assert len(results.latencies) == 6
 
 
+def test_an_idle_connection_that_was_closed_is_made_anew() -> None:
+    async def load(port: int) -> Results:
+        results = Results()
+        connection = Connection(port)
+        for path in ("/last", "/good", "/good"):
+            await exchange(connection, one(path), results, 1.0)
+            await asyncio.sleep(0.05)
+        connection.close()
+        return results
+
+    results = run(load)
+    assert (results.statuses, results.renewed, results.second_tries) == ({200: 3}, 1, 0)
+
+
+def test_a_request_is_sent_again_once_and_only_where_no_answer_had_begun() -> None:
+    def ask(paths: list[str]) -> Results:
+        waiting = iter(paths)
+        return run(lambda port: closed_loop(port, lambda _: one(next(waiting)), 1, count=len(paths)))
+
+    results = ask(["/good", "/end", "/good"])
+    assert (results.statuses, results.second_tries) == ({200: 2, GIVEN_UP: 1}, 1), "the second try ended so, too"
+    results = ask(["/good", "/half", "/half"])
+    assert (results.statuses, results.second_tries) == ({200: 1, GIVEN_UP: 2}, 0)
+    results = ask(["/end"])
+    assert (results.statuses, results.second_tries) == ({GIVEN_UP: 1}, 0), "a new connection has no second try"
+
+
+def test_a_port_that_nobody_listens_at_is_no_answer_that_was_lost() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    results = asyncio.run(closed_loop(port, lambda _: one("/good"), 1, count=2))
+    assert results.statuses == {REFUSED: 2}
+
+
 def test_a_closed_loop_ends_with_what_runs_beside_it() -> None:
     results = run(lambda port: closed_loop(port, lambda _: one("/good"), 4, meanwhile=lambda: asyncio.sleep(0.2)))
     assert set(results.statuses) == {200} and 0.2 <= results.seconds < 5
@@ -95,5 +147,7 @@ def test_a_report_fails_where_something_does_not_hold(tmp_path: Path, capsys: py
     assert report.finish(tmp_path / "a.json") == 0
     report.check("does not", False, 2)
     assert report.finish(tmp_path / "a.json") == 1
-    assert "NO: does not (found: 2)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "\nPASS: Name; 1 of 1 checks hold; 0 s\n" in printed
+    assert "NO: does not (found: 2)" in printed and printed.endswith("\nFAIL: Name; 1 of 2 checks hold; 0 s\n")
     assert json.loads((tmp_path / "a.json").read_text())["checks"]["does not"] == {"holds": False, "found": 2}

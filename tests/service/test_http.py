@@ -529,28 +529,6 @@ def test_a_long_answer_and_an_idle_connection_are_no_late_header(start: Start, r
         time.sleep(0.4)
 
 
-def test_connections_over_the_limit_are_refused_and_the_others_go_on(start: Start, repository: Path) -> None:
-    server = start(repository, max_connections=4)
-    assert server.identity([1.0] * 4).status_code == 200  # one is open now, and stays
-    address = ("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
-    with contextlib.ExitStack() as opened:
-        for _ in range(3):
-            opened.enter_context(socket.create_connection(address))
-        wait_for(lambda: server.identity([1.0] * 4).status_code == 200)
-        with socket.create_connection(address) as refused:
-            answer = refused.recv(4096)
-        assert answer.startswith(b"HTTP/1.1 503 ") and b'{"error":"the server has its 4 connections"}' in answer
-        assert b"retry-after: 1" in answer
-        assert server.identity([1.0] * 4).status_code == 200
-
-    def answers() -> bool:
-        with socket.create_connection(address) as again:
-            again.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            return again.recv(4096).startswith(b"HTTP/1.1 200")
-
-    wait_for(answers)
-
-
 @pytest.mark.parametrize("path", ["/", "/nope", "/metrics", "/v2/health/live", "/v2/models/identity"])
 def test_every_answer_says_how_long_it_took(shared: Running, path: str) -> None:
     (timing,) = shared.client.get(path).headers.get_list("server-timing")

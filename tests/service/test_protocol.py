@@ -374,7 +374,9 @@ def test_integers_are_integers_in_range(start: Start, tmp_path: Path, value: Any
     assert error.endswith("; INT32 takes integers from -2147483648 to 2147483647")
 
 
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize(
+    "value", ["NaN", "Infinity", "-Infinity", "1e999", "1" + "0" * 400, "9" * 5000, "1" * 400 + "e9"]
+)
 @pytest.mark.parametrize(("kind", "datatype"), [("int32", "INT32"), ("identity", "FP32"), ("bool", "BOOL")])
 @pytest.mark.parametrize("binary_header", [False, True], ids=["JSON", "JSON before binary data"])
 def test_numbers_that_json_does_not_have_are_named_where_they_are(
@@ -388,7 +390,8 @@ def test_numbers_that_json_does_not_have_are_named_where_they_are(
     headers = {"inference-header-content-length": str(len(body))} if binary_header else {}
     response = start(tmp_path).client.post("/v2/models/m/infer", content=body, headers=headers)
     assert response.status_code == 400
-    assert f"input 'input': data[0][{int(columns) - 1}] is {value}; {datatype} takes " in error_of(response)
+    said = value if len(value) <= 40 else f"{value[:40]}…"
+    assert f"input 'input': data[0][{int(columns) - 1}] is {said}; {datatype} takes " in error_of(response)
 
 
 def test_numbers_that_json_does_not_have_are_refused_where_nobody_looks_at_them(shared: Running) -> None:

@@ -131,16 +131,19 @@ def test_bad_json(shared: Running, body: bytes) -> None:
     assert error_of(response)
 
 
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize(
+    "value", ["NaN", "Infinity", "-Infinity", "1e999", "1" + "0" * 400, "9" * 5000, "1" * 400 + "e9"]
+)
 def test_numbers_that_json_does_not_have_are_named_where_they_are(shared: Running, value: str) -> None:
     response = shared.client.post("/v1/models/encoder/tokens", content=f'{{"ids": [[1, 2], [3, {value}]]}}')
+    said = value if len(value) <= 40 else f"{value[:40]}…"
     assert response.status_code == 400
-    assert error_of(response) == f"ids[1][1] is {value}; token ids are integers from 0 to 2147483647"
+    assert error_of(response) == f"ids[1][1] is {said}; token ids are integers from 0 to 2147483647"
     response = shared.client.post("/v1/embeddings", content=f'{{"model": "encoder", "input": [[1], [{value}]]}}')
     assert response.status_code == 400
-    assert error_of(response) == f"input[1][0] is {value}; token ids are integers from 0 to 2147483647"
+    assert error_of(response) == f"input[1][0] is {said}; token ids are integers from 0 to 2147483647"
     response = shared.client.post("/v1/models/encoder/tokens", content=f'{{"text": ["a", {value}]}}')
-    assert f"text[1] is {value}; send a string" in error_of(response)
+    assert f"text[1] is {said}; send a string" in error_of(response)
     response = shared.client.post("/v1/embeddings", content=f'{{"model": "encoder", "input": "a", "user": {value}}}')
     assert response.status_code == 400
     assert "neither NaN nor infinity" in error_of(response)

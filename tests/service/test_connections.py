@@ -1,0 +1,320 @@
+"""How connections end: idle ones, those over the limit, slow clients, shutdown; and that no request is lost by it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from service.connection import Connection
+from tests.service.conftest import ROOT, Process, Running, Start, add_model, wait_for
+
+LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+HEAD = b"POST /v2/models/identity/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+BODY = b'{"inputs":[{"name":"input","shape":[1,4],"datatype":"FP32","data":[1,2,3,4]}]}'
+INFER = HEAD % len(BODY) + BODY
+
+
+def connect(url: str) -> socket.socket:
+    host, port = url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def answer(raw: socket.socket) -> bytes:
+    """One answer of a connection that stays; empty where it has ended."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        data = raw.recv(65536)
+        if not data:
+            return received
+        received += data
+    head, _, body = received.partition(b"\r\n\r\n")
+    (length,) = (int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+    while len(body) < length:
+        body += raw.recv(65536)
+    return head + b"\r\n\r\n" + body
+
+
+def everything(raw: socket.socket) -> bytes:
+    """What comes until the server closes."""
+    return b"".join(iter(lambda: raw.recv(65536), b""))
+
+
+def statuses(received: bytes) -> list[int]:
+    return [int(part[:3]) for part in received.split(b"HTTP/1.1 ")[1:]]
+
+
+# ---- between requests
+
+
+def test_an_idle_connection_is_kept_and_then_closed(start: Start, repository: Path) -> None:
+    server = start(repository, keep_alive_timeout=1)
+    with connect(server.url) as raw:
+        for _ in range(2):
+            time.sleep(0.5)
+            raw.sendall(LIVE)
+            assert statuses(answer(raw)) == [200]
+        began = time.monotonic()
+        assert raw.recv(1) == b""
+        assert 0.5 < time.monotonic() - began < 5
+
+
+def test_a_request_that_comes_as_the_idle_time_ends_is_answered(
+    start: Start, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event loop runs timers after what it has read; what arrived while that took its time it has not seen yet."""
+    server = start(repository, keep_alive_timeout=1)
+    on_body = Connection.on_body
+
+    def slow(connection: Connection, body: bytes) -> None:
+        time.sleep(1.5)
+        on_body(connection, body)
+
+    with connect(server.url) as raw, contextlib.ExitStack() as opened:
+        raw.sendall(LIVE)
+        assert statuses(answer(raw)) == [200]
+        monkeypatch.setattr(Connection, "on_body", slow)
+        other = opened.enter_context(connect(server.url))  # the parser of `raw` has the method that was there
+        other.sendall(INFER)
+        time.sleep(0.3)
+        raw.sendall(LIVE)
+        assert statuses(answer(raw)) == [200]
+        assert statuses(answer(other)) == [200]
+
+
+def test_a_connection_whose_body_came_after_its_answer_is_idle_like_others(start: Start, repository: Path) -> None:
+    server = start(repository, keep_alive_timeout=1)
+    with connect(server.url) as raw:
+        raw.sendall(b"POST /nope HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n")
+        assert statuses(answer(raw)) == [404]
+        raw.sendall(b"body" + LIVE)
+        assert statuses(answer(raw)) == [200]
+        raw.sendall(b"POST /nope HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n")
+        assert statuses(answer(raw)) == [404]
+        raw.sendall(b"body")
+        assert raw.recv(1) == b""
+
+
+# ---- the limit
+
+
+def test_connections_over_the_limit_are_refused_and_the_others_go_on(start: Start, repository: Path) -> None:
+    server = start(repository, max_connections=4)
+    with contextlib.ExitStack() as opened:
+        silent = [opened.enter_context(connect(server.url)) for _ in range(4)]
+        with connect(server.url) as refused:
+            refused.sendall(b"x" * 100_000)
+            got = everything(refused)
+        assert statuses(got) == [503] and b'{"error":"the server has its 4 connections"}' in got
+        assert b"retry-after: 1" in got
+        for raw in silent:
+            raw.sendall(LIVE)
+            assert statuses(answer(raw)) == [200]
+
+    def answers() -> bool:
+        with connect(server.url) as again:
+            again.sendall(LIVE)
+            return statuses(answer(again)) == [200]
+
+    wait_for(answers)
+
+
+def test_idle_connections_make_room_the_longest_idle_first(start: Start, repository: Path) -> None:
+    server = start(repository, max_connections=8)
+    with contextlib.ExitStack() as opened:
+        kept = [opened.enter_context(connect(server.url)) for _ in range(8)]
+        for raw in reversed(kept):
+            raw.sendall(LIVE)
+            assert statuses(answer(raw)) == [200]
+            time.sleep(0.01)
+        server.engine.gate.clear()
+        kept[-1].sendall(INFER)  # was idle for the longest time, and is busy now
+        assert server.engine.running.acquire(timeout=10)
+        for _ in range(3):
+            raw = opened.enter_context(connect(server.url))
+            raw.sendall(LIVE)
+            assert statuses(answer(raw)) == [200]
+        server.engine.gate.set()
+        assert statuses(answer(kept[-1])) == [200]
+        for raw in kept[4:7]:
+            assert raw.recv(1) == b""
+        for raw in kept[:4]:
+            raw.sendall(LIVE)
+            assert statuses(answer(raw)) == [200]
+
+
+@pytest.mark.parametrize(("hard", "said"), [(8192, False), (600, True)])
+def test_the_system_s_limit_on_files_is_raised_to_what_connections_need(hard: int, said: bool) -> None:
+    code = (
+        "import logging, resource; logging.basicConfig(); from service.server import allow_connections; "
+        "allow_connections(4096); print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard)),
+    )
+    assert int(ended.stdout) == min(hard, 4096 + 512)
+    assert ("--max-connections 4096" in ended.stderr) == said
+
+
+# ---- slow clients
+
+
+def test_a_client_that_does_not_read_its_answer_is_not_kept(start: Start, tmp_path: Path) -> None:
+    add_model(tmp_path, "grow", "grow")
+    server = start(tmp_path, body_timeout=1.0)
+    rows, size = 16, 16 << 20
+    tensor = {"name": "input", "shape": [rows, 4], "datatype": "FP32", "data": [1.0] * rows * 4}
+    body = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    request = (HEAD % len(body)).replace(b"identity", b"grow") + body
+    with connect(server.url) as deaf, connect(server.url) as slow:
+        for raw in (deaf, slow):
+            raw.sendall(request)
+        read, began = 0, time.monotonic()
+        while read <= size and (piece := slow.recv(300_000)):
+            read += len(piece)
+            time.sleep(0.05)
+        assert read > size, "a client that reads slowly has all of it"
+        assert time.monotonic() - began > 2
+        assert len(everything(deaf)) < size
+
+
+def test_half_of_a_second_header_is_answered_when_it_is_late(start: Start, repository: Path) -> None:
+    server = start(repository, header_timeout=0.3)
+    with connect(server.url) as raw:
+        raw.sendall(LIVE)
+        assert statuses(answer(raw)) == [200]
+        raw.sendall(LIVE[:-10])
+        got = everything(raw)
+    assert statuses(got) == [408] and b"within 0.3 s" in got
+
+
+def test_a_header_that_trickles_behind_a_request_has_no_more_time_than_others(start: Start, repository: Path) -> None:
+    server = start(repository, header_timeout=0.3)
+    server.engine.gate.clear()
+    with connect(server.url) as raw:
+        raw.sendall(INFER)
+        assert server.engine.running.acquire(timeout=10)
+        raw.sendall(b"GET /")
+        time.sleep(0.8)
+        server.engine.gate.set()
+        assert statuses(answer(raw)) == [200]
+        assert trickle(raw) < 3
+
+
+def trickle(raw: socket.socket) -> float:
+    """Send byte after byte until the server has closed; the seconds that took, ten at most."""
+    began = time.monotonic()
+    raw.settimeout(0.05)
+    while time.monotonic() - began < 10:
+        with contextlib.suppress(TimeoutError):
+            try:
+                raw.sendall(b"x")
+                if raw.recv(65536) == b"":
+                    break
+            except (BrokenPipeError, ConnectionResetError):
+                break
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("path", [b"/nope", b"/v2/models/identity/infer"], ids=["unread", "read too slowly"])
+def test_a_body_that_trickles_on_after_its_answer_has_no_more_time_than_others(
+    start: Start, repository: Path, path: bytes
+) -> None:
+    server = start(repository, body_timeout=0.5)
+    with connect(server.url) as raw:
+        raw.sendall(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" % path)
+        assert trickle(raw) < 4
+
+
+# ---- what is broken behind what is not
+
+
+@pytest.mark.parametrize(
+    ("garbage", "status"),
+    [
+        (b"\x00\x01 garbage\r\n\r\n", 400),
+        (b"GET /" + b"x" * 5000, 431),
+        (b"POST /nope HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+    ],
+    ids=["garbage", "header", "body"],
+)
+@pytest.mark.parametrize("before", [1, 3])
+def test_answers_come_in_the_order_of_requests(
+    start: Start, repository: Path, garbage: bytes, status: int, before: int
+) -> None:
+    server = start(repository, max_header_bytes=2048)
+    server.engine.gate.clear()
+    with connect(server.url) as raw:
+        raw.sendall(INFER * before + garbage)
+        assert server.engine.running.acquire(timeout=10)
+        time.sleep(0.05)
+        server.engine.gate.set()
+        got = everything(raw)
+    assert statuses(got) == [200] * before + [status]
+    assert got.count(b"[1.0,2.0,3.0,4.0]") == before
+
+
+def test_half_a_request_behind_a_whole_one_costs_that_nothing(server: Running) -> None:
+    server.engine.gate.clear()
+    with connect(server.url) as raw:
+        raw.sendall(INFER + INFER[:-5])
+        raw.shutdown(socket.SHUT_WR)
+        assert server.engine.running.acquire(timeout=10)
+        time.sleep(0.05)
+        server.engine.gate.set()
+        got = everything(raw)
+    assert statuses(got)[0] == 200 and statuses(got)[1:] in ([], [400])
+    assert b"[1.0,2.0,3.0,4.0]" in got
+
+
+def test_a_body_that_is_no_body_is_refused_at_once_and_given_up(
+    server: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    with connect(server.url) as raw:
+        raw.sendall(b"POST /v2/models/identity/infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        time.sleep(0.05)
+        raw.sendall(b"zz\r\n")
+        assert statuses(everything(raw)) == [400]
+    wait_for(lambda: server.metric("inference_inflight", model="identity") == 0)
+    assert server.metric("inference_requests_total", model="identity", outcome="cancelled") == 1
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+# ---- the end
+
+
+def test_a_client_that_asks_as_the_server_shuts_down_is_answered(tmp_path: Path, processes: list[Process]) -> None:
+    """Those of kept connections too: a connection is not closed under a client that may just have sent."""
+    add_model(tmp_path, "identity", "identity")
+    process = Process(tmp_path)
+    processes.append(process)
+    process.wait_ready()
+    with contextlib.ExitStack() as opened:
+        raws = [opened.enter_context(connect(process.url)) for _ in range(4)]
+        for raw in raws[1:]:  # the first has never asked for anything
+            raw.sendall(LIVE)
+            assert statuses(answer(raw)) == [200]
+        process.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        for raw in raws[:3]:
+            raw.sendall(INFER)
+            got = answer(raw)
+            assert statuses(got) == [503] and b"connection: close" in got
+            assert raw.recv(1) == b""
+        began = time.monotonic()
+        assert raws[3].recv(1) == b""
+        assert time.monotonic() - began < 3
+    assert process.process.wait(10) == 0
