@@ -21,8 +21,6 @@ from http import HTTPStatus
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from service.settings import Settings
-
 # Most answers are there before the first question is asked. A reset takes a round trip.
 _FIRST_QUESTION_S, _NEXT_QUESTION_S, _RESET_S = 0.01, 1.0, 0.02
 _OFFER = (b"upgrade", b"http2-settings")
@@ -59,7 +57,7 @@ class _AnswerTransport(asyncio.Transport):
 
 
 class Connection(HttpToolsProtocol):
-    """A connection with the bounds of `limited`."""
+    """A connection with bounds; `direct_connection.py` sets them."""
 
     max_connections: int
     max_header_bytes: int
@@ -260,16 +258,3 @@ class Connection(HttpToolsProtocol):
             self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"the header did not arrive within {self.header_timeout:g} s")
         elif self.cycle is None or self.cycle.response_complete:
             self.transport.close()
-
-
-def limited(settings: Settings) -> type[Connection]:
-    """The class that uvicorn makes connections of."""
-
-    class Limited(Connection):
-        max_connections = settings.max_connections
-        max_header_bytes = settings.max_header_bytes
-        header_timeout = settings.header_timeout
-        linger_bytes = 2 * settings.max_body_bytes
-        linger_timeout = settings.body_timeout
-
-    return Limited

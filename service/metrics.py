@@ -2,7 +2,8 @@
 side).
 
 `Metrics` belongs to one app and has its own registry; its numbers are plain ones (`numbers.py`). Requests stamp them
-once, at their end; models hold bound children, so no label is looked up on the way. Unknown model names never become label values.
+once, at their end; models hold bound children, so no label is looked up on the way. Unknown model names never become
+label values.
 """
 
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, disable_created_metrics

@@ -16,7 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.access import Access
-from service.connection import limited
+from service.direct_connection import connections
 from service.serving import Serving
 from service.settings import Settings
 
@@ -74,7 +74,7 @@ def run_server(app: FastAPI, settings: Settings, listener: socket.socket) -> Non
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     config = uvicorn.Config(
         app,
-        http=limited(settings),
+        http=connections(settings, app.state.direct),
         ws="none",
         log_config=None,
         access_log=False,

@@ -51,7 +51,7 @@ class Source:
 
 def parse_infer(
     body: bytes,
-    header_length: str | None,
+    header_length: bytes | None,
     inputs: Sequence[TensorInfo],
     outputs: Sequence[TensorInfo],
     source: Source,
@@ -62,11 +62,7 @@ def parse_infer(
         data = memoryview(b"")
         document = parse_object(body, partial(_read_inputs, data=data, specs=inputs, source=source))
     else:
-        size = (
-            int(header_length)
-            if header_length.isascii() and header_length.isdigit() and len(header_length) < 16
-            else -1
-        )
+        size = int(header_length) if header_length.isdigit() and len(header_length) < 16 else -1
         if not 0 <= size <= len(body):
             raise InvalidRequest("Inference-Header-Content-Length is not the length of a JSON header inside the body")
         if size == 0:

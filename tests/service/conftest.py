@@ -20,7 +20,7 @@ import uvicorn
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from service.app import create_app
-from service.connection import limited
+from service.direct_connection import connections
 from service.serving import Serving
 from service.settings import Settings
 from tests.service.fakes import FakeEngine
@@ -131,7 +131,11 @@ class Starter:
         listener = socket.create_server(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         config = uvicorn.Config(
-            app, http=limited(chosen), log_config=None, access_log=False, timeout_graceful_shutdown=5
+            app,
+            http=connections(chosen, app.state.direct),
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=5,
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
