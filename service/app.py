@@ -118,7 +118,7 @@ def _transport(settings: Settings, engine: Callable[[], EngineModule]) -> Transp
     where = settings.engine_process
     if where is EngineProcess.ALWAYS or (where is EngineProcess.AUTO and uses_gpu(settings.device)):
         return ProcessTransport(ProcessOptions(import_path(engine), settings.transfer_bytes))
-    return LocalTransport(engine)
+    return LocalTransport(engine, settings.light_run_us / 1e6)
 
 
 async def _failure(request: Request, error: Exception) -> Response:

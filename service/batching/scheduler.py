@@ -1,8 +1,9 @@
 """Which model runs next: the queues of all models of one engine, behind one lock.
 
-The receiving thread (HTTP side in-process) calls `submit` and `cancel`; the engine threads alone call `take`, `record`
-and `done`, and sleep in `take` on a condition, never on a timer that polls. Models share the engine by the seconds they
-used: the one with the least goes next, and one that was idle starts level with the others.
+The receiving thread (HTTP side in-process) calls `submit`, `wake` after one or many of them, and `cancel`; the engine
+threads call `take`, `record`, `done` and `reported`, and sleep in `take` on a condition, never on a timer that polls.
+Whoever may run light batches itself takes them with `take_at_once`. Models share the engine by the seconds they used:
+the one with the least goes next, and one that was idle starts level with the others.
 
 A batch is formed when it may start: where nothing runs, or where what runs and the model itself overlap so many runs.
 While k batches run, a second of the clock is 1/k of an engine second for each.
@@ -11,7 +12,8 @@ While k batches run, a second of the clock is 1/k of an engine second for each.
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
 from service.batching.policy import BatchAxes
@@ -24,11 +26,12 @@ _RATE_WEIGHT = 0.2  # of the newest batch in the running mean of a model's rate
 @dataclass(slots=True)
 class _Lane:
     """One model in the scheduler. `used` are engine seconds; `rate` is cost per engine second, 0 until measured;
-    `running` batches of at most `concurrent_runs`."""
+    `running` batches of at most `concurrent_runs`; `untold` have run, and their answers are not reported."""
 
     queue: ModelQueue
     concurrent_runs: int
     running: int = 0
+    untold: int = 0
     used: float = 0.0
     rate: float = 0.0
     dropped: int = 0
@@ -52,6 +55,7 @@ class Scheduler:
         self._condition = threading.Condition()
         self._lanes: dict[ModelKey, _Lane] = {}
         self._owner: dict[int, ModelKey] = {}
+        self._handed: deque[Work] = deque()
         self._stopping = False
         self._engine_seconds = 0.0
         self._counted_until = clock()
@@ -68,11 +72,11 @@ class Scheduler:
             if lane is None:
                 return
             lane.removed = True
-            self._condition.wait_for(lambda: not lane.queue.entries and not lane.running)
+            self._condition.wait_for(lambda: not (lane.queue.entries or lane.running or lane.untold))
             del self._lanes[key]
 
     def submit(self, request: Infer) -> InferFailed | None:
-        """Queue a request; the refusal if there is no such model or its queue is full."""
+        """Queue a request; the refusal if there is no such model or its queue is full. `wake` has to follow."""
         with self._condition:
             lane = self._lanes.get(request.key)
             if lane is None or lane.removed or self._stopping:
@@ -90,8 +94,13 @@ class Scheduler:
                 lane.used = max(lane.used, self._level())
             queue.push(entry)
             self._owner[request.id] = request.key
-            self._condition.notify_all()
         return None
+
+    def wake(self) -> None:
+        """Have the engine threads look for work, if there is some."""
+        with self._condition:
+            if self._stopping or self._handed or any(lane.queue.cost for lane in self._lanes.values()):
+                self._condition.notify_all()
 
     def cancel(self, request_id: int) -> None:
         """Drop a request; rows that are computing now are thrown away when they are done."""
@@ -128,29 +137,63 @@ class Scheduler:
         """
         with self._condition:
             while True:
+                if self._handed:
+                    return self._handed.popleft()
                 now = self._clock()
                 self._expire(now, on_expired)
                 key, due = self._next(now)
                 if key is not None:
-                    lane = self._lanes[key]
-                    batch = lane.queue.take(now)
-                    if batch is not None:
-                        self._count_seconds()
-                        lane.running += 1
-                        return Work(key, lane.queue.axes, batch)
+                    work = self._start(key, now)
+                    if work is not None:
+                        return work
                 elif self._stopping and not self._waits(now):
                     return None
                 self._condition.wait(None if due is None else max(due - now, 0.0))
+
+    def take_at_once(self, models: Container[ModelKey], on_expired: Callable[[Entry], None]) -> Work | None:
+        """The next batch if it is due, nothing runs and it is of one of `models`; `done` or `hand_over` has to
+        follow."""
+        with self._condition:
+            if self._handed or any(lane.running for lane in self._lanes.values()):
+                return None
+            now = self._clock()
+            self._expire(now, on_expired)
+            key, _ = self._next(now)
+            return self._start(key, now) if key is not None and key in models else None
+
+    def hand_over(self, work: Work) -> None:
+        """A batch that was taken is for an engine thread."""
+        with self._condition:
+            self._handed.append(work)
+            self._condition.notify_all()
+
+    def _start(self, key: ModelKey, now: float) -> Work | None:
+        lane = self._lanes[key]
+        batch = lane.queue.take(now)
+        if batch is None:
+            return None
+        self._count_seconds()
+        lane.running += 1
+        return Work(key, lane.queue.axes, batch)
 
     def _waits(self, now: float) -> bool:
         return any(lane.queue.due(now) is not None for lane in self._lanes.values())
 
     def done(self, work: Work) -> None:
-        """A batch that was taken is over; another may start."""
+        """A batch that was taken is over; another may start. `wake` and `reported` have to follow."""
         with self._condition:
             self._count_seconds()
-            self._lanes[work.key].running -= 1
-            self._condition.notify_all()
+            lane = self._lanes[work.key]
+            lane.running -= 1
+            lane.untold += 1
+
+    def reported(self, work: Work) -> None:
+        """Its answers have been told."""
+        with self._condition:
+            lane = self._lanes[work.key]
+            lane.untold -= 1
+            if lane.removed:
+                self._condition.notify_all()
 
     def engine_seconds(self) -> float:
         """A clock that goes while batches run, slower the more of them: its difference over a batch is the batch's

@@ -49,7 +49,7 @@ async def run_tokens(
 
 
 def tokens_job(inference: InferenceRequest, body: bytes, _: Headers) -> Job:
-    """What a request of INLINE_CHARACTERS bytes at most and without a query asks for. Raises InvalidRequest, TooLarge."""
+    """What a request of at most INLINE_CHARACTERS bytes and no query asks for. Raises InvalidRequest, TooLarge."""
     codec = token_codec(inference.model)
     ids, texts = _parse(body, inference.serving.settings)
     return _job(inference.model, codec.batch(ids or codec.encode_texts(texts)), raw=False, top_k=TOP_K)

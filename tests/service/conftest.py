@@ -126,6 +126,7 @@ class Starter:
         """A server for `root`; `ready` waits until nothing loads any more. In a process of its own (`always`) the
         engine is another one than the `Running.engine` that the test sees."""
         engine = engine or FakeEngine()
+        settings.setdefault("light_run_us", 0)  # tests hold runs back, which would hold back the event loop
         chosen = Settings(models=root, drain_timeout=5, engine_process=engine_process, **settings)
         app = create_app(chosen, FakeEngine if engine_process == "always" else lambda: engine)
         listener = socket.create_server(("127.0.0.1", 0))
@@ -209,6 +210,7 @@ class Process:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         command = [sys.executable, "-m", "tests.service.serve_fake", "--models", str(root), "--port", str(self.port)]
+        command += ["--light-run-us", "0"]
         self.process = subprocess.Popen(
             [*command, *arguments],
             cwd=ROOT,

@@ -501,9 +501,11 @@ def test_batches_that_run_side_by_side_share_the_engine_seconds() -> None:
     now[0] = 6.0  # both
     first_share = scheduler.engine_seconds() - first_began
     scheduler.done(first)
+    scheduler.reported(first)
     now[0] = 7.0  # the second alone
     second_share = scheduler.engine_seconds() - second_began
     scheduler.done(second)
+    scheduler.reported(second)
     now[0] = 50.0  # idle
     assert (first_share, second_share) == (4.0, 3.0)
     assert scheduler.engine_seconds() == 5.0
