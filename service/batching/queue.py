@@ -143,6 +143,8 @@ class ModelQueue:
 
     def due(self, now: float) -> float | None:
         """When a batch may start: `now` or earlier if one may at once, None if nothing waits."""
+        if not self._groups:
+            return None
         groups = self._waiting()
         if not groups or not self._waits_for_company:
             return now if groups else None
@@ -173,6 +175,8 @@ class ModelQueue:
     def _next(self, now: float) -> Group | None:
         """The group whose first piece is the most urgent, of those that are due if any is."""
         groups = self._waiting()
+        if len(groups) == 1:
+            return groups[0]
         if self._waits_for_company:
             groups = [group for group in groups if self._group_due(group, now) <= now] or groups
         return min(groups, key=lambda group: self._groups[group][0][:2], default=None)

@@ -1,7 +1,7 @@
 """Which model runs next: the queues of all models of one engine, behind one lock.
 
 The receiving thread (HTTP side in-process) calls `submit`, `wake` after one or many of them, and `cancel`; the engine
-threads call `take`, `record`, `done` and `reported`, and sleep in `take` on a condition, never on a timer that polls.
+threads call `take`, `done` and `reported`, and sleep in `take` on a condition, never on a timer that polls.
 Whoever may run light batches itself takes them with `take_at_once`. Models share the engine by the seconds they used:
 the one with the least goes next, and one that was idle starts level with the others.
 
@@ -28,6 +28,7 @@ class _Lane:
     """One model in the scheduler. `used` are engine seconds; `rate` is cost per engine second, 0 until measured;
     `running` batches of at most `concurrent_runs`; `untold` have run, and their answers are not reported."""
 
+    key: ModelKey
     queue: ModelQueue
     concurrent_runs: int
     running: int = 0
@@ -40,11 +41,21 @@ class _Lane:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A batch and the model it belongs to."""
+    """A batch and the model it belongs to; `began` is of the engine seconds."""
 
-    key: ModelKey
-    axes: BatchAxes
+    lane: _Lane
     batch: Batch
+    began: float
+
+    @property
+    def key(self) -> ModelKey:
+        """The model."""
+        return self.lane.key
+
+    @property
+    def axes(self) -> BatchAxes:
+        """Its axes."""
+        return self.lane.queue.axes
 
 
 class Scheduler:
@@ -57,13 +68,14 @@ class Scheduler:
         self._owner: dict[int, ModelKey] = {}
         self._handed: deque[Work] = deque()
         self._stopping = False
+        self._running = 0  # batches of all lanes
         self._engine_seconds = 0.0
         self._counted_until = clock()
 
     def add(self, key: ModelKey, options: BatchingOptions, axes: BatchAxes, concurrent_runs: int = 1) -> None:
         """Accept requests for a model from now on, and run so many batches of it at once."""
         with self._condition:
-            self._lanes[key] = _Lane(ModelQueue(options, axes), concurrent_runs, used=self._level())
+            self._lanes[key] = _Lane(key, ModelQueue(options, axes), concurrent_runs, used=self._level())
 
     def remove(self, key: ModelKey) -> None:
         """Accept no more requests for a model and wait until what it accepted is done."""
@@ -114,15 +126,13 @@ class Scheduler:
                 lane.dropped += 1
             self._condition.notify_all()
 
-    def finish(self, entries: Iterable[Entry]) -> list[Entry]:
-        """Take answered or failed entries out of the books; those that were not cancelled meanwhile."""
+    def finish(self, work: Work, entries: Iterable[Entry]) -> list[Entry]:
+        """Take answered or failed entries of a batch out of the books; those that were not cancelled meanwhile."""
         with self._condition:
-            return [entry for entry in entries if self._forget(entry)]
-
-    def _forget(self, entry: Entry) -> bool:
-        self._owner.pop(entry.request.id, None)
-        lane = self._lanes.get(entry.request.key)
-        return lane is not None and lane.queue.remove(entry.request.id) is not None
+            queue = work.lane.queue
+            for entry in entries:
+                self._owner.pop(entry.request.id, None)
+            return [entry for entry in entries if queue.remove(entry.request.id) is not None]
 
     def stop(self) -> None:
         """Accept nothing more; `take` returns None once everything accepted has been taken."""
@@ -141,9 +151,9 @@ class Scheduler:
                     return self._handed.popleft()
                 now = self._clock()
                 self._expire(now, on_expired)
-                key, due = self._next(now)
-                if key is not None:
-                    work = self._start(key, now)
+                lane, due = self._next(now)
+                if lane is not None:
+                    work = self._start(lane, now)
                     if work is not None:
                         return work
                 elif self._stopping and not self._waits(now):
@@ -154,12 +164,12 @@ class Scheduler:
         """The next batch if it is due, nothing runs and it is of one of `models`; `done` or `hand_over` has to
         follow."""
         with self._condition:
-            if self._handed or any(lane.running for lane in self._lanes.values()):
+            if self._handed or self._running:
                 return None
             now = self._clock()
             self._expire(now, on_expired)
-            key, _ = self._next(now)
-            return self._start(key, now) if key is not None and key in models else None
+            lane, _ = self._next(now)
+            return self._start(lane, now) if lane is not None and lane.key in models else None
 
     def hand_over(self, work: Work) -> None:
         """A batch that was taken is for an engine thread."""
@@ -167,57 +177,45 @@ class Scheduler:
             self._handed.append(work)
             self._condition.notify_all()
 
-    def _start(self, key: ModelKey, now: float) -> Work | None:
-        lane = self._lanes[key]
+    def _start(self, lane: _Lane, now: float) -> Work | None:
         batch = lane.queue.take(now)
         if batch is None:
             return None
-        self._count_seconds()
+        self._count_seconds(now)
         lane.running += 1
-        return Work(key, lane.queue.axes, batch)
+        self._running += 1
+        return Work(lane, batch, self._engine_seconds)
 
     def _waits(self, now: float) -> bool:
         return any(lane.queue.due(now) is not None for lane in self._lanes.values())
 
-    def done(self, work: Work) -> None:
-        """A batch that was taken is over; another may start. `wake` and `reported` have to follow."""
+    def done(self, work: Work, succeeded: bool = True) -> float:
+        """A batch that was taken is over; another may start. Its engine seconds: those that pass while batches run,
+        slower the more of them. `wake` and `reported` have to follow."""
         with self._condition:
-            self._count_seconds()
-            lane = self._lanes[work.key]
+            self._count_seconds(self._clock())
+            lane = work.lane
             lane.running -= 1
+            self._running -= 1
             lane.untold += 1
+            seconds = self._engine_seconds - work.began
+            lane.used += seconds
+            if succeeded and seconds > 0:
+                rate = (work.batch.tokens or work.batch.rows) / seconds
+                lane.rate = rate if not lane.rate else lane.rate + _RATE_WEIGHT * (rate - lane.rate)
+            return seconds
 
     def reported(self, work: Work) -> None:
         """Its answers have been told."""
         with self._condition:
-            lane = self._lanes[work.key]
-            lane.untold -= 1
-            if lane.removed:
+            work.lane.untold -= 1
+            if work.lane.removed:
                 self._condition.notify_all()
 
-    def engine_seconds(self) -> float:
-        """A clock that goes while batches run, slower the more of them: its difference over a batch is the batch's
-        share of the engine."""
-        with self._condition:
-            self._count_seconds()
-            return self._engine_seconds
-
-    def _count_seconds(self) -> None:
-        now = self._clock()
-        running = sum(lane.running for lane in self._lanes.values())
-        if running:
-            self._engine_seconds += (now - self._counted_until) / running
+    def _count_seconds(self, now: float) -> None:
+        if self._running:
+            self._engine_seconds += (now - self._counted_until) / self._running
         self._counted_until = now
-
-    def record(self, work: Work, seconds: float) -> None:
-        """Account the engine seconds of a batch."""
-        with self._condition:
-            lane = self._lanes.get(work.key)
-            if lane is None or seconds <= 0:
-                return
-            lane.used += seconds
-            rate = (work.batch.tokens or work.batch.rows) / seconds
-            lane.rate = rate if not lane.rate else lane.rate + _RATE_WEIGHT * (rate - lane.rate)
 
     def depth(self, key: ModelKey) -> tuple[int, int]:
         """Requests of a model that wait and that were dropped before compute."""
@@ -237,28 +235,27 @@ class Scheduler:
                 lane.dropped += 1
                 on_expired(entry)
 
-    def _next(self, now: float) -> tuple[ModelKey | None, float | None]:
+    def _next(self, now: float) -> tuple[_Lane | None, float | None]:
         """The model to run now, or None and when the next batch is due (None: nothing waits, or what is next waits for
         a batch to end)."""
-        best: ModelKey | None = None
+        best: _Lane | None = None
         soonest: float | None = None
-        for key, lane in self._lanes.items():
+        for lane in self._lanes.values():
             due = lane.queue.due(now)
             if due is None:
                 continue
             if due > now and not (self._stopping or lane.removed):
                 soonest = due if soonest is None else min(soonest, due)
-            elif best is None or lane.used < self._lanes[best].used:
-                best = key
+            elif best is None or lane.used < best.used:
+                best = lane
         # The model whose turn it is waits for those that it cannot run beside; nobody overtakes it meanwhile.
-        if best is not None and not self._may_start(self._lanes[best]):
+        if best is not None and self._running and not self._may_start(best):
             return None, None
         return best, soonest
 
     def _may_start(self, lane: _Lane) -> bool:
         running = [other for other in self._lanes.values() if other.running]
-        most = min(other.concurrent_runs for other in (lane, *running))
-        return sum(other.running for other in running) < most
+        return self._running < min(other.concurrent_runs for other in (lane, *running))
 
     def _level(self) -> float:
         """Engine seconds of the busy model that used least: where a model that comes back starts."""

@@ -233,13 +233,15 @@ class EngineWorker:
 
     def _run_one(self, work: Work, then: Callable[[], None] = lambda: None) -> None:
         """Run a batch. The next one may start before the answers of this one are told: `then` comes in between."""
-        self._busy_since[threading.get_ident()] = time.monotonic()
+        thread = threading.get_ident()
+        self._busy_since[thread] = time.monotonic()
         reports: list[Report] = []
+        succeeded = False
         try:
-            reports = self._execute(work)
+            reports, succeeded = self._execute(work, work.batch)
         finally:
-            del self._busy_since[threading.get_ident()]
-            self._scheduler.done(work)
+            del self._busy_since[thread]
+            self._scheduler.done(work, succeeded)
             then()
             if reports:
                 self._reports(reports)
@@ -255,36 +257,35 @@ class EngineWorker:
         text = "the deadline passed while the request waited in the queue"
         self._report(InferFailed(entry.request.id, FailureCode.DEADLINE, text))
 
-    def _execute(self, work: Work) -> list[Report]:
-        """Run a batch; what is to be told of it. If it fails, each request in it runs alone, without padding: neither
-        its neighbours nor the common length shall fail it (the model's positions may end before that)."""
-        started, share, cpu = time.monotonic(), self._scheduler.engine_seconds(), time.thread_time()
+    def _execute(self, work: Work, batch: Batch) -> tuple[list[Report], bool]:
+        """Run a batch; what is to be told of it, and whether it ran. If it fails, each request in it runs alone,
+        without padding: neither its neighbours nor the common length shall fail it (the model's positions may end
+        before that)."""
+        started = time.monotonic()
         try:
-            outputs = self._models[work.key].run(assemble(work.batch))
+            outputs = self._models[work.key].run(assemble(batch))
             seconds = time.monotonic() - started
-            self._light.record(work.key, work.batch, seconds, time.thread_time() - cpu)
             with self._scattering:
-                finished = scatter(work.batch, dict(outputs), work.axes)
-                for part in work.batch.parts:
+                finished = scatter(batch, outputs, work.axes)
+                for part in batch.parts:
                     part.entry.compute_seconds += seconds
         except Exception as error:
             if isinstance(error, self._engine().DeviceLost):
                 self._on_lost(str(error))
-                return [report for part in work.batch.parts for report in self._fail(part.entry, error)]
-            alone = [_alone(part) for part in work.batch.parts]
-            if alone == [work.batch]:
-                return self._fail(work.batch.parts[0].entry, error)
-            return [report for batch in alone for report in self._execute(Work(work.key, work.axes, batch))]
-        self._scheduler.record(work, self._scheduler.engine_seconds() - share)
-        batch = work.batch
+                return [report for part in batch.parts for report in self._fail(work, part.entry, error)], False
+            alone = [_alone(part) for part in batch.parts]
+            if alone == [batch]:
+                return self._fail(work, batch.parts[0].entry, error), False
+            return [report for one in alone for report in self._execute(work, one)[0]], False
+        self._light.record(work.key, batch, seconds)
         padding = batch.rows * batch.width - batch.tokens if batch.width else 0
         rows = batch.rows if work.axes.mode is not BatchingMode.NONE else _rows(batch.parts[0].entry.arrays)
         done = BatchDone(work.key, rows, batch.tokens, padding, seconds, batch.parts[0].entry.request.id)
-        return [done, *map(_answer, self._scheduler.finish(finished))]
+        return [done, *map(_answer, self._scheduler.finish(work, finished))], True
 
-    def _fail(self, entry: Entry, error: Exception) -> list[Report]:
+    def _fail(self, work: Work, entry: Entry, error: Exception) -> list[Report]:
         """What to tell of a request that failed; nothing if nobody waits for it any more."""
-        if not self._scheduler.finish([entry]):
+        if not self._scheduler.finish(work, [entry]):
             return []
         module = self._engine()
         code = FailureCode.ENGINE

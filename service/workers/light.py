@@ -6,14 +6,12 @@ Called by the engine worker; numbers may be a run out of date.
 """
 
 from dataclasses import dataclass
-from math import inf
 
 from service.batching.queue import Batch
 from service.workers.messages import ModelKey
 
-_PROOF = 8  # runs of a shape before it is trusted
-_WEIGHT = 0.1  # of the newest run in the mean
-_FORGET = 1.05  # how fast the quickest run is forgotten
+_PROOF = 4  # runs of a shape before it is trusted
+_STEP = 0.1  # by which the median follows
 _SHAPES = 256  # that are remembered of a model
 
 Shape = tuple[int, int, tuple[tuple[int, ...], ...]]
@@ -21,12 +19,11 @@ Shape = tuple[int, int, tuple[tuple[int, ...], ...]]
 
 @dataclass(slots=True)
 class _Runs:
-    """`quickest_s` is of the clock: on a busy machine the mean says more of the others. What waits for a device is slow
-    by it, what computes by `cpu_s`, the mean time of the thread's own."""
+    """`median_s` goes up a step for a run that took longer and down for one that did not: on a busy machine a mean says
+    more of what else it does."""
 
-    count: int = 0
-    cpu_s: float = 0.0
-    quickest_s: float = inf
+    median_s: float
+    count: int = 1
 
 
 class LightRuns:
@@ -38,28 +35,28 @@ class LightRuns:
         self.models: set[ModelKey] = set()
         """Those that have batches which are light."""
 
-    def record(self, key: ModelKey, batch: Batch, seconds: float, cpu_seconds: float) -> None:
-        """A batch took so long, and so much of its thread."""
+    def record(self, key: ModelKey, batch: Batch, seconds: float) -> None:
+        """A batch took so long."""
         if not self._limit_s:
             return
         shapes = self._runs.setdefault(key, {})
-        if len(shapes) >= _SHAPES:
-            shapes.clear()
-        runs = shapes.setdefault(_shape(batch), _Runs())
-        weight = max(_WEIGHT, 1 / (runs.count + 1))
-        runs.cpu_s += weight * (cpu_seconds - runs.cpu_s)
-        runs.quickest_s = min(seconds, runs.quickest_s * _FORGET)
+        shape = _shape(batch)
+        runs = shapes.get(shape)
+        if runs is None:
+            if len(shapes) >= _SHAPES:
+                shapes.clear()
+            shapes[shape] = _Runs(seconds)
+            return
+        runs.median_s *= 1 + _STEP if seconds > runs.median_s else 1 - _STEP
         runs.count += 1
-        if self._is_light(runs):
+        if runs.count == _PROOF and runs.median_s <= self._limit_s:
             self.models.add(key)
 
     def allows(self, key: ModelKey, batch: Batch) -> bool:
         """Whether a batch is light."""
-        runs = self._runs.get(key, {}).get(_shape(batch))
-        return runs is not None and self._is_light(runs)
-
-    def _is_light(self, runs: _Runs) -> bool:
-        return runs.count >= _PROOF and max(runs.cpu_s, runs.quickest_s) <= self._limit_s
+        shapes = self._runs.get(key)
+        runs = shapes.get(_shape(batch)) if shapes is not None else None
+        return runs is not None and runs.count >= _PROOF and runs.median_s <= self._limit_s
 
     def forget(self, key: ModelKey) -> None:
         """A model is gone."""

@@ -490,25 +490,26 @@ def test_batches_that_run_side_by_side_share_the_engine_seconds() -> None:
         inputs = (("input", LocalTensor(np.zeros((1, 4), np.float32))),)
         scheduler.submit(Infer(number, key, inputs, ("output",), (), 0.0, 1e9, 50))
 
-    def take() -> tuple[Work, float]:
+    def take() -> Work:
         work = scheduler.take(lambda _: None)
         assert work is not None
-        return work, scheduler.engine_seconds()
+        return work
 
-    first, first_began = take()
+    first = take()
     now[0] = 2.0  # alone
-    second, second_began = take()
+    second = take()
     now[0] = 6.0  # both
-    first_share = scheduler.engine_seconds() - first_began
-    scheduler.done(first)
+    assert scheduler.done(first) == 4.0
     scheduler.reported(first)
     now[0] = 7.0  # the second alone
-    second_share = scheduler.engine_seconds() - second_began
-    scheduler.done(second)
+    assert scheduler.done(second) == 3.0
     scheduler.reported(second)
     now[0] = 50.0  # idle
-    assert (first_share, second_share) == (4.0, 3.0)
-    assert scheduler.engine_seconds() == 5.0
+    scheduler.submit(Infer(2, key, inputs, ("output",), (), 0.0, 1e9, 50))
+    third = take()
+    now[0] = 51.0
+    assert scheduler.done(third) == 1.0
+    scheduler.reported(third)
 
 
 def test_padding_is_counted(harness: Harness) -> None:

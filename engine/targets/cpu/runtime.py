@@ -99,6 +99,7 @@ class Pool:
             raise DeviceError("the thread pool cannot be set up: pthread_mutex_init failed")
         self._threads: list[threading.Thread] = []
         self._scratch = aligned_bytes(0)
+        self._scratch_address = address(self._scratch)
         self._scratch_stride = 0
         self._turns = Turns(self._set_wanted)
 
@@ -133,7 +134,8 @@ class Pool:
         if needed > self._scratch_stride or self._scratch.nbytes < self._scratch_stride * program.threads:
             self._scratch_stride = max(needed, self._scratch_stride)
             self._scratch = aligned_bytes(self._scratch_stride * max(program.threads, len(self._threads) + 1))
-        program.job[native.JOB_SCRATCH // _WORD] = address(self._scratch)
+            self._scratch_address = address(self._scratch)
+        program.job[native.JOB_SCRATCH // _WORD] = self._scratch_address
         program.job[native.JOB_SCRATCH_STRIDE // _WORD] = self._scratch_stride
 
     @property
