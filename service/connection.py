@@ -123,16 +123,23 @@ class Connection(HttpToolsProtocol):
         if self._lingering is not None:
             self._throw_away(len(data))
             return
-        if self._in_header and self._timer is None:
-            self._start_timer()
         self._unread += len(data)
         self._unset_keepalive_if_required()
         try:
             self._parse(data)
         except httptools.HttpParserError:
             self.send_400_response("")
-        if self._unread > self.max_header_bytes and self._lingering is None and not self.transport.is_closing():
+        if self._unread:
+            self._check_header()
+
+    def _check_header(self) -> None:
+        """A header has begun that is not whole: not too large yet, and not for ever."""
+        if self._lingering is not None or self.transport.is_closing():
+            return
+        if self._unread > self.max_header_bytes:
             self._refuse_header()
+        elif self._in_header and self._timer is None:
+            self._start_timer()
 
     def linger(self) -> None:
         """Close our sending side now, the connection when the client does, is quiet, or has sent too much."""
@@ -203,11 +210,15 @@ class Connection(HttpToolsProtocol):
             raise _HeaderTooLarge
         if self.parser.should_upgrade():
             return
+        self.begin_body()
+        super().on_headers_complete()
+        self.cycle.transport = _AnswerTransport(self, self.cycle)  # its task has not begun
+
+    def begin_body(self) -> None:
+        """The header's time is over."""
         self._unread = 0
         self._in_header = False
         self._stop_timer()
-        super().on_headers_complete()
-        self.cycle.transport = _AnswerTransport(self, self.cycle)  # its task has not begun
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""
@@ -218,9 +229,13 @@ class Connection(HttpToolsProtocol):
         """The request is whole."""
         if self.parser.should_upgrade():
             return
+        self.end_message()
+        super().on_message_complete()
+
+    def end_message(self) -> None:
+        """What comes next is a header."""
         self._unread = 0
         self._in_header = True
-        super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Bytes that are not HTTP get our error form too."""

@@ -7,9 +7,8 @@ routes. What this does not take (`Direct.find`) goes through ASGI. Called by `co
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from service.codecs.compression import asked_for
 from service.errors import ClientGone, ServiceError, Unavailable, describe
@@ -29,31 +28,24 @@ _LARGEST_BODY = 1 << 20  # the rest costs more than ASGI adds, and its body shou
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A route of the app that can be answered directly; `with_query` where it has no parameters in its query."""
+    """A route of the app that can be answered directly; `with_query` where its query says nothing."""
 
     path: str
-    pattern: re.Pattern[str]
+    pattern: re.Pattern[bytes]
     job: Callable[[InferenceRequest, bytes, Headers], Job]
     largest_body: int
     with_query: bool
 
 
-_ROUTES = (
-    Route("/v2/models/{model}/infer", re.compile(r"/v2/models/([^/]+)/infer"), infer_job, _LARGEST_BODY, True),
-    Route(
-        "/v1/models/{model}/tokens",
-        re.compile(r"/v1/models/([^/]+)/tokens"),
-        tokens_job,
-        INLINE_CHARACTERS,
-        False,
-    ),
-    Route(
-        "/v2/models/{model}/versions/{version}/infer",
-        re.compile(r"/v2/models/([^/]+)/versions/([^/]+)/infer"),
-        infer_job,
-        _LARGEST_BODY,
-        True,
-    ),
+_INFER, _TOKENS = "/v2/models/{model}/infer", "/v1/models/{model}/tokens"
+_VERSIONED = "/v2/models/{model}/versions/{version}/infer"
+_ROUTES = tuple(
+    Route(path, re.compile(re.sub(r"\{\w+\}", "([^/%]+)", path).encode()), job, largest_body, with_query)
+    for path, job, largest_body, with_query in (
+        (_INFER, infer_job, _LARGEST_BODY, True),
+        (_TOKENS, tokens_job, INLINE_CHARACTERS, False),
+        (_VERSIONED, infer_job, _LARGEST_BODY, True),
+    )
 )
 
 
@@ -65,27 +57,27 @@ class Direct:
         self.requests = requests
         self.open: set[DirectRequest] = set()
 
-    def find(self, scope: Mapping[str, Any]) -> "DirectRequest | None":
-        """The request of an ASGI scope, if it can go directly: a short body of known length that nobody has to unpack,
-        for a route that answers at once; without traces, which follow tasks."""
-        if scope["method"] != "POST" or self.requests.tracer is not None:
+    def find(self, url: bytes, raw: list[tuple[bytes, bytes]]) -> "DirectRequest | None":
+        """The POST request with this URL and these headers, if it can go directly: a short body of known length that
+        nobody has to unpack, for a route that answers at once; without traces, which follow tasks."""
+        if self.requests.tracer is not None or not url.isascii():
             return None
-        path = scope["path"]
+        path, _, query = url.partition(b"?")
         for route in _ROUTES:
             found = route.pattern.fullmatch(path)
             if found is not None:
                 break
         else:
             return None
-        headers = headers_of(scope["headers"])
+        headers = headers_of(raw)
         length = headers.get(b"content-length", b"")
         if not length.isdigit() or int(length) > min(route.largest_body, self.serving.settings.max_body_bytes):
             return None
         if b"content-encoding" in headers or asked_for(headers.get(b"accept-encoding", b"")) is not None:
             return None
-        if scope["query_string"] and not route.with_query:
+        if query and not route.with_query:
             return None
-        return DirectRequest(self, route, found.groups(), path, headers)
+        return DirectRequest(self, route, [name.decode() for name in found.groups()], path.decode(), headers)
 
     def shut_down(self) -> None:
         """Answer what is still running when the drain time is over."""
@@ -98,7 +90,7 @@ class DirectRequest:
 
     __slots__ = ("_direct", "_exchange", "_headers", "_inference", "_job", "_names", "_path", "_route", "_send")
 
-    def __init__(self, direct: Direct, route: Route, names: tuple[str, ...], path: str, headers: Headers) -> None:
+    def __init__(self, direct: Direct, route: Route, names: list[str], path: str, headers: Headers) -> None:
         self._direct, self._route, self._names, self._path = direct, route, names, path
         self._headers = headers
         self._inference: InferenceRequest | None = None
@@ -134,8 +126,8 @@ class DirectRequest:
                 self._fail(outputs)
                 return
             answer = inference.answer(self._job, outputs)
-            inference.end(None)
             self._inference = None
+            inference.end(None)
             self._close(200, answer.headers, answer.body)
         except Exception as error:
             self._fail(error)

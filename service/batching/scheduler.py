@@ -63,7 +63,8 @@ class Scheduler:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._condition = threading.Condition()
+        self._lock = threading.Lock()
+        self._condition = threading.Condition(self._lock)
         self._lanes: dict[ModelKey, _Lane] = {}
         self._owner: dict[int, ModelKey] = {}
         self._handed: deque[Work] = deque()
@@ -74,12 +75,12 @@ class Scheduler:
 
     def add(self, key: ModelKey, options: BatchingOptions, axes: BatchAxes, concurrent_runs: int = 1) -> None:
         """Accept requests for a model from now on, and run so many batches of it at once."""
-        with self._condition:
+        with self._lock:
             self._lanes[key] = _Lane(key, ModelQueue(options, axes), concurrent_runs, used=self._level())
 
     def remove(self, key: ModelKey) -> None:
         """Accept no more requests for a model and wait until what it accepted is done."""
-        with self._condition:
+        with self._lock:
             lane = self._lanes.get(key)
             if lane is None:
                 return
@@ -89,7 +90,7 @@ class Scheduler:
 
     def submit(self, request: Infer) -> InferFailed | None:
         """Queue a request; the refusal if there is no such model or its queue is full. `wake` has to follow."""
-        with self._condition:
+        with self._lock:
             lane = self._lanes.get(request.key)
             if lane is None or lane.removed or self._stopping:
                 return InferFailed(request.id, FailureCode.NOT_LOADED, f"model {request.key} is not loaded")
@@ -110,13 +111,13 @@ class Scheduler:
 
     def wake(self) -> None:
         """Have the engine threads look for work, if there is some."""
-        with self._condition:
+        with self._lock:
             if self._stopping or self._handed or any(lane.queue.cost for lane in self._lanes.values()):
                 self._condition.notify_all()
 
     def cancel(self, request_id: int) -> None:
         """Drop a request; rows that are computing now are thrown away when they are done."""
-        with self._condition:
+        with self._lock:
             key = self._owner.pop(request_id, None)
             lane = self._lanes.get(key) if key is not None else None
             if lane is None:
@@ -128,7 +129,7 @@ class Scheduler:
 
     def finish(self, work: Work, entries: Iterable[Entry]) -> list[Entry]:
         """Take answered or failed entries of a batch out of the books; those that were not cancelled meanwhile."""
-        with self._condition:
+        with self._lock:
             queue = work.lane.queue
             for entry in entries:
                 self._owner.pop(entry.request.id, None)
@@ -136,7 +137,7 @@ class Scheduler:
 
     def stop(self) -> None:
         """Accept nothing more; `take` returns None once everything accepted has been taken."""
-        with self._condition:
+        with self._lock:
             self._stopping = True
             self._condition.notify_all()
 
@@ -145,7 +146,7 @@ class Scheduler:
 
         Entries whose deadline passed in the queue are handed to `on_expired` (engine thread, lock held) and dropped.
         """
-        with self._condition:
+        with self._lock:
             while True:
                 if self._handed:
                     return self._handed.popleft()
@@ -163,7 +164,7 @@ class Scheduler:
     def take_at_once(self, models: Container[ModelKey], on_expired: Callable[[Entry], None]) -> Work | None:
         """The next batch if it is due, nothing runs and it is of one of `models`; `done` or `hand_over` has to
         follow."""
-        with self._condition:
+        with self._lock:
             if self._handed or self._running:
                 return None
             now = self._clock()
@@ -173,7 +174,7 @@ class Scheduler:
 
     def hand_over(self, work: Work) -> None:
         """A batch that was taken is for an engine thread."""
-        with self._condition:
+        with self._lock:
             self._handed.append(work)
             self._condition.notify_all()
 
@@ -192,7 +193,7 @@ class Scheduler:
     def done(self, work: Work, succeeded: bool = True) -> float:
         """A batch that was taken is over; another may start. Its engine seconds: those that pass while batches run,
         slower the more of them. `wake` and `reported` have to follow."""
-        with self._condition:
+        with self._lock:
             self._count_seconds(self._clock())
             lane = work.lane
             lane.running -= 1
@@ -207,7 +208,7 @@ class Scheduler:
 
     def reported(self, work: Work) -> None:
         """Its answers have been told."""
-        with self._condition:
+        with self._lock:
             work.lane.untold -= 1
             if work.lane.removed:
                 self._condition.notify_all()
@@ -219,7 +220,7 @@ class Scheduler:
 
     def depth(self, key: ModelKey) -> tuple[int, int]:
         """Requests of a model that wait and that were dropped before compute."""
-        with self._condition:
+        with self._lock:
             lane = self._lanes.get(key)
             if lane is None:
                 return 0, 0
