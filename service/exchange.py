@@ -50,9 +50,11 @@ class Exchange:
     def own_headers(self, answer: RawHeaders) -> list[tuple[bytes, bytes]]:
         """What every answer says besides its own headers."""
         own = [(b"x-request-id", self.identity.encode())]
-        if not any(name == b"server-timing" for name, _ in answer):
-            total = (time.monotonic() - self.started) * 1e3
-            own.append((b"server-timing", b"total;dur=%.3f" % total))
+        for name, _ in answer:
+            if name == b"server-timing":
+                return own
+        total = (time.monotonic() - self.started) * 1e3
+        own.append((b"server-timing", b"total;dur=%.3f" % total))
         return own
 
     def end(self, route: str) -> None:

@@ -30,6 +30,7 @@ class ModelMetrics:
     def __init__(self, metrics: "Metrics", key: ModelKey) -> None:
         labels = (key.name, str(key.version))
         self._requests = {outcome: metrics.requests.labels(*labels, outcome.value) for outcome in Outcome}
+        self._successes = self._requests[Outcome.SUCCESS]
         self._duration = metrics.duration.labels(*labels)
         self._queue = metrics.queue.labels(*labels)
         self._preprocess = metrics.preprocess.labels(*labels)
@@ -41,7 +42,7 @@ class ModelMetrics:
 
     def answered(self, seconds: float, queue: float, preprocess: float, compute: float) -> None:
         """One request was answered."""
-        self._requests[Outcome.SUCCESS].inc()
+        self._successes.inc()
         self._duration.observe(seconds)
         self._queue.observe(queue)
         self._preprocess.observe(preprocess)

@@ -68,12 +68,19 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one run of the engine computes. `width` is the padded length in tokens (0 without a sequence)."""
+    """What one run of the engine computes. `width` is the padded length in tokens (0 without a sequence), `shapes` are
+    those of a row of each input, the sequence left out."""
 
     parts: tuple[Taken, ...]
     rows: int
     width: int
     tokens: int
+    shapes: tuple[Shape, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, tuple[Shape, ...]]:
+        """What decides which plan of the engine runs it."""
+        return self.rows, self.width, self.shapes
 
 
 def make_entry(request: Infer, axes: BatchAxes) -> Entry:
@@ -211,7 +218,7 @@ class ModelQueue:
                 heapq.heappop(heap)
             if self.axes.mode is BatchingMode.NONE:
                 break
-        return Batch(tuple(parts), total, width, tokens)
+        return Batch(tuple(parts), total, width, tokens, group[1])
 
     def _fitting(self, piece: Piece, total: int, width: int) -> tuple[list[int], int]:
         """Rows of `piece` that fit beside `total` rows of `width` tokens, and the width they make."""

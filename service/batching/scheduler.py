@@ -13,9 +13,10 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from service.batching.light import LightRuns
 from service.batching.policy import BatchAxes
 from service.batching.queue import Batch, Entry, ModelQueue, make_entry
 from service.workers.messages import BatchingOptions, FailureCode, Infer, InferFailed, ModelKey
@@ -31,6 +32,7 @@ class _Lane:
     key: ModelKey
     queue: ModelQueue
     concurrent_runs: int
+    light: LightRuns
     running: int = 0
     untold: int = 0
     used: float = 0.0
@@ -53,6 +55,11 @@ class Work:
         return self.lane.key
 
     @property
+    def light(self) -> LightRuns:
+        """What its batches took."""
+        return self.lane.light
+
+    @property
     def axes(self) -> BatchAxes:
         """Its axes."""
         return self.lane.queue.axes
@@ -73,10 +80,20 @@ class Scheduler:
         self._engine_seconds = 0.0
         self._counted_until = clock()
 
-    def add(self, key: ModelKey, options: BatchingOptions, axes: BatchAxes, concurrent_runs: int = 1) -> None:
-        """Accept requests for a model from now on, and run so many batches of it at once."""
+    def add(
+        self,
+        key: ModelKey,
+        options: BatchingOptions,
+        axes: BatchAxes,
+        concurrent_runs: int = 1,
+        light_s: float = 0.0,
+    ) -> None:
+        """Accept requests for a model from now on, and run so many batches of it at once; a light one takes less than
+        `light_s`."""
         with self._lock:
-            self._lanes[key] = _Lane(key, ModelQueue(options, axes), concurrent_runs, used=self._level())
+            self._lanes[key] = _Lane(
+                key, ModelQueue(options, axes), concurrent_runs, LightRuns(light_s), used=self._level()
+            )
 
     def remove(self, key: ModelKey) -> None:
         """Accept no more requests for a model and wait until what it accepted is done."""
@@ -161,8 +178,8 @@ class Scheduler:
                     return None
                 self._condition.wait(None if due is None else max(due - now, 0.0))
 
-    def take_at_once(self, models: Container[ModelKey], on_expired: Callable[[Entry], None]) -> Work | None:
-        """The next batch if it is due, nothing runs and it is of one of `models`; `done` or `hand_over` has to
+    def take_at_once(self, on_expired: Callable[[Entry], None]) -> Work | None:
+        """The next batch if it is due, nothing runs and its model has light ones; `done` or `hand_over` has to
         follow."""
         with self._lock:
             if self._handed or self._running:
@@ -170,7 +187,7 @@ class Scheduler:
             now = self._clock()
             self._expire(now, on_expired)
             lane, _ = self._next(now)
-            return self._start(lane, now) if lane is not None and lane.key in models else None
+            return self._start(lane, now) if lane is not None and lane.light.any else None
 
     def hand_over(self, work: Work) -> None:
         """A batch that was taken is for an engine thread."""

@@ -4,7 +4,7 @@ Threads: `engine` alone runs batches (so the cores are shared fairly between mod
 the engine); where a model overlaps several runs, as on a GPU, there are as many engine threads, each with one batch.
 `loader` loads, warms up, unloads, and gives way to `engine` in all of it; `statistics` reads counters, so that a scrape
 never waits for either. `handle` may be called by one receiving thread and returns at once; one that has many requests
-calls `accept` for each and then `work_off`, which runs what is light (`light.py`) itself.
+calls `accept` for each and then `work_off`, which runs what is light (`batching/light.py`) itself.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.batching.batcher import assemble, scatter
+from service.batching.policy import Shape
 from service.batching.queue import Batch, Entry, Taken
 from service.batching.scheduler import Scheduler, Work
 from service.workers.engine_api import EngineModel, EngineModule
-from service.workers.light import LightRuns
 from service.workers.messages import (
     BatchDone,
     BatchingMode,
@@ -71,7 +71,7 @@ class EngineWorker:
         self._busy_since: dict[int, float] = {}
         self._scattering = threading.Lock()
         self._scheduler = Scheduler()
-        self._light = LightRuns(light_s)
+        self._light_s = light_s
         self._models: dict[ModelKey, EngineModel] = {}
         self._stopping = threading.Event()
         self._loader = ThreadPoolExecutor(1, "loader")
@@ -117,8 +117,8 @@ class EngineWorker:
 
     def work_off(self) -> None:
         """Run the light batches of what was accepted on this thread, and leave the others to the engine's."""
-        while (work := self._scheduler.take_at_once(self._light.models, self._expired)) is not None:
-            if not self._light.allows(work.key, work.batch):
+        while (work := self._scheduler.take_at_once(self._expired)) is not None:
+            if not work.light.allows(work.batch):
                 self._scheduler.hand_over(work)
                 return
             self._run_one(work)
@@ -154,7 +154,7 @@ class EngineWorker:
             return
         self._models[command.key] = model
         self._start_threads(model.concurrent_runs)
-        self._scheduler.add(command.key, command.batching, axes, model.concurrent_runs)
+        self._scheduler.add(command.key, command.batching, axes, model.concurrent_runs, self._light_s)
         self._report(
             ModelReady(
                 key=command.key,
@@ -186,7 +186,6 @@ class EngineWorker:
     def _close(self, key: ModelKey) -> None:
         """Close a model where counters are read, so that none is closed while its own are."""
         model = self._models.pop(key, None)
-        self._light.forget(key)
         if model is not None:
             self._statistics.submit(model.close).result()
 
@@ -273,11 +272,11 @@ class EngineWorker:
             if isinstance(error, self._engine().DeviceLost):
                 self._on_lost(str(error))
                 return [report for part in batch.parts for report in self._fail(work, part.entry, error)], False
-            alone = [_alone(part) for part in batch.parts]
+            alone = [_alone(part, batch.shapes) for part in batch.parts]
             if alone == [batch]:
                 return self._fail(work, batch.parts[0].entry, error), False
             return [report for one in alone for report in self._execute(work, one)[0]], False
-        self._light.record(work.key, batch, seconds)
+        work.light.record(batch, seconds)
         padding = batch.rows * batch.width - batch.tokens if batch.width else 0
         rows = batch.rows if work.axes.mode is not BatchingMode.NONE else _rows(batch.parts[0].entry.arrays)
         done = BatchDone(work.key, rows, batch.tokens, padding, seconds, batch.parts[0].entry.request.id)
@@ -305,10 +304,10 @@ class EngineWorker:
         return [InferFailed(entry.request.id, code, text)]
 
 
-def _alone(part: Taken) -> Batch:
+def _alone(part: Taken, shapes: tuple[Shape, ...]) -> Batch:
     """One request's part of a batch as a batch of its own, as wide as its own longest row."""
     lengths = [part.entry.lengths[row] for row in part.rows] if part.entry.lengths else []
-    return Batch((part,), len(part.rows), max(lengths, default=0), sum(lengths))
+    return Batch((part,), len(part.rows), max(lengths, default=0), sum(lengths), shapes)
 
 
 def _answer(entry: Entry) -> InferResult:
