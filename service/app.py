@@ -117,7 +117,7 @@ def _transport(settings: Settings, engine: Callable[[], EngineModule]) -> Transp
     """The worker where the settings want it: a GPU that fails takes its whole process with it."""
     where = settings.engine_process
     if where is EngineProcess.ALWAYS or (where is EngineProcess.AUTO and uses_gpu(settings.device)):
-        return ProcessTransport(ProcessOptions(import_path(engine), settings.transfer_bytes))
+        return ProcessTransport(ProcessOptions(import_path(engine), settings.transfer_bytes, settings.light_run_us))
     return LocalTransport(engine, settings.light_run_us / 1e6)
 
 

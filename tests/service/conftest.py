@@ -139,7 +139,7 @@ class Starter:
             timeout_graceful_shutdown=5,
         )
         server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http", daemon=True)
         thread.start()
         client = httpx.Client(base_url=url, timeout=20)
         running = Running(url, client, engine, app.state.serving)
