@@ -98,7 +98,7 @@ class Model:
         """
         arrays = check_feeds(self._graph.inputs, feeds)
         sizes = sizes_of(self._graph.inputs, arrays)
-        with self._explained(sizes, arrays):
+        try:
             with self._lock:
                 ready = self._ready(sizes)
                 self._enter(ready)
@@ -107,20 +107,28 @@ class Model:
                 ready.bound.run(arrays, outputs)
             finally:
                 self._leave(ready)
+        except (ShapeError, MemoryError) as error:
+            raise self._explain(error, sizes, arrays) from error
         return outputs
 
     @contextmanager
-    def _explained(self, sizes: Mapping[str, int], arrays: Mapping[str, np.ndarray]) -> Iterator[None]:
-        """Errors in the caller's terms: the sizes at fault, the input that holds a wild index, the memory asked for."""
+    def _explained(self, sizes: Mapping[str, int]) -> Iterator[None]:
+        """Errors of making a plan in the caller's terms."""
         try:
             yield
-        except ShapeError as error:
+        except (ShapeError, MemoryError) as error:
+            raise self._explain(error, sizes, {}) from error
+
+    def _explain(
+        self, error: ShapeError | MemoryError, sizes: Mapping[str, int], arrays: Mapping[str, np.ndarray]
+    ) -> EngineError:
+        """An error in the caller's terms: the sizes at fault, the input with a wild index, the memory asked for."""
+        if isinstance(error, ShapeError):
             told = index_out_of_range(self._graph, arrays) or size_out_of_range(self._graph, sizes)
-            raise (ShapeError(told) if told else error) from error
-        except MemoryError as error:
-            asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
-            detail = f": {error}" if str(error) else ""
-            raise OutOfMemory(f"no memory for {asked or 'this model'}{detail}; use smaller sizes") from error
+            return ShapeError(told) if told else error
+        asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        detail = f": {error}" if str(error) else ""
+        return OutOfMemory(f"no memory for {asked or 'this model'}{detail}; use smaller sizes")
 
     def bind(self, sizes: Mapping[str, int]) -> BoundModel:
         """A plan for fixed sizes with its own input and output arrays in the device's memory, for repeated runs without
@@ -129,7 +137,7 @@ class Model:
         `sizes` gives every symbol of the input shapes. Raises ShapeError where one is missing, unknown or not positive.
         """
         self._check_sizes(sizes)
-        with self._lock, self._explained(sizes, {}):
+        with self._lock, self._explained(sizes):
             held = _Held(self._target.resident(self._build(sizes)))
             self._pinned.append(held)
         return BoundModel(self, held)
@@ -137,7 +145,7 @@ class Model:
     def plan(self, sizes: Mapping[str, int]) -> Plan:
         """The plan for `sizes`, for inspection: its steps, tensors, memory and costs."""
         self._check_sizes(sizes)
-        with self._lock, self._explained(sizes, {}):
+        with self._lock, self._explained(sizes):
             return self._build(sizes)
 
     def sample_feeds(self, sizes: Mapping[str, int], seed: int = 0) -> dict[str, np.ndarray]:
@@ -271,7 +279,8 @@ class Model:
             self._calls -= 1
             if held in self._ending:
                 self._end(held)
-            self._left.notify_all()
+            if self._closed:
+                self._left.notify_all()
 
     def _end(self, held: _Held[Any]) -> None:
         """Give one back, now or when the last call has left it; what it has counted stays. Under the lock."""

@@ -4,7 +4,7 @@ Runs on the engine worker's threads, between `Scheduler.take` and the next one; 
 because the parts of a request may be in two batches that run at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ def _is_whole(part: Taken) -> bool:
     return len(part.rows) == part.entry.rows
 
 
-def scatter(batch: Batch, outputs: dict[str, Array], axes: BatchAxes) -> list[Entry]:
+def scatter(batch: Batch, outputs: Mapping[str, Array], axes: BatchAxes) -> list[Entry]:
     """Give each entry its rows of `outputs`, padding cut off; returns the entries that now have all their rows.
 
     A request whose rows ran in several batches gets one array per output; where its rows have unequal lengths, what

@@ -3,7 +3,8 @@
 Threads: `engine` alone runs batches (so the cores are shared fairly between models and nothing waits for a lock inside
 the engine); where a model overlaps several runs, as on a GPU, there are as many engine threads, each with one batch.
 `loader` loads, warms up, unloads, and gives way to `engine` in all of it; `statistics` reads counters, so that a scrape
-never waits for either. `handle` may be called by one receiving thread and returns at once.
+never waits for either. `handle` may be called by one receiving thread and returns at once; one that has many requests
+calls `accept` for each and then `work_off`, which runs what is light (`batching/light.py`) itself.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.batching.batcher import assemble, scatter
+from service.batching.policy import Shape
 from service.batching.queue import Batch, Entry, Taken
 from service.batching.scheduler import Scheduler, Work
 from service.workers.engine_api import EngineModel, EngineModule
@@ -61,6 +63,7 @@ class EngineWorker:
         engine: Callable[[], EngineModule],
         report: Callable[[Sequence[Report]], None],
         on_lost: Callable[[str], None] = lambda _: None,
+        light_s: float = 0.0,
     ) -> None:
         self._engine = engine
         self._reports = report
@@ -68,6 +71,7 @@ class EngineWorker:
         self._busy_since: dict[int, float] = {}
         self._scattering = threading.Lock()
         self._scheduler = Scheduler()
+        self._light_s = light_s
         self._models: dict[ModelKey, EngineModel] = {}
         self._stopping = threading.Event()
         self._loader = ThreadPoolExecutor(1, "loader")
@@ -90,9 +94,8 @@ class EngineWorker:
         """Take one command; never blocks."""
         match command:
             case Infer():
-                refusal = self._scheduler.submit(command)
-                if refusal is not None:
-                    self._report(refusal)
+                self.accept(command)
+                self._scheduler.wake()
             case Cancel():
                 self._scheduler.cancel(command.id)
             case Stats():
@@ -105,6 +108,21 @@ class EngineWorker:
                 self._stopping.set()
                 self._scheduler.stop()
                 threading.Thread(target=self._stop, name="stop", daemon=True).start()
+
+    def accept(self, request: Infer) -> None:
+        """Queue a request, or refuse it; `work_off` has to follow."""
+        refusal = self._scheduler.submit(request)
+        if refusal is not None:
+            self._report(refusal)
+
+    def work_off(self) -> None:
+        """Run the light batches of what was accepted on this thread, and leave the others to the engine's."""
+        while (work := self._scheduler.take_at_once(self._expired)) is not None:
+            if not work.light.allows(work.batch):
+                self._scheduler.hand_over(work)
+                return
+            self._run_one(work)
+        self._scheduler.wake()
 
     def _report(self, report: Report) -> None:
         self._reports((report,))
@@ -136,7 +154,7 @@ class EngineWorker:
             return
         self._models[command.key] = model
         self._start_threads(model.concurrent_runs)
-        self._scheduler.add(command.key, command.batching, axes, model.concurrent_runs)
+        self._scheduler.add(command.key, command.batching, axes, model.concurrent_runs, self._light_s)
         self._report(
             ModelReady(
                 key=command.key,
@@ -209,13 +227,24 @@ class EngineWorker:
         work = self._scheduler.take(self._expired)
         if work is None:
             return False
-        self._busy_since[threading.get_ident()] = time.monotonic()
-        try:
-            self._execute(work)
-        finally:
-            del self._busy_since[threading.get_ident()]
-            self._scheduler.done(work)
+        self._run_one(work, self._scheduler.wake)
         return True
+
+    def _run_one(self, work: Work, then: Callable[[], None] = lambda: None) -> None:
+        """Run a batch. The next one may start before the answers of this one are told: `then` comes in between."""
+        thread = threading.get_ident()
+        self._busy_since[thread] = time.monotonic()
+        reports: list[Report] = []
+        succeeded = False
+        try:
+            reports, succeeded = self._execute(work, work.batch)
+        finally:
+            del self._busy_since[thread]
+            self._scheduler.done(work, succeeded)
+            then()
+            if reports:
+                self._reports(reports)
+            self._scheduler.reported(work)
 
     @property
     def busy_seconds(self) -> float:
@@ -227,40 +256,36 @@ class EngineWorker:
         text = "the deadline passed while the request waited in the queue"
         self._report(InferFailed(entry.request.id, FailureCode.DEADLINE, text))
 
-    def _execute(self, work: Work) -> None:
-        """Run a batch; if it fails, run each request in it alone and without padding: neither its neighbours nor the
-        batch's common length shall fail it (the model's positions may end before that)."""
-        started, share = time.monotonic(), self._scheduler.engine_seconds()
+    def _execute(self, work: Work, batch: Batch) -> tuple[list[Report], bool]:
+        """Run a batch; what is to be told of it, and whether it ran. If it fails, each request in it runs alone,
+        without padding: neither its neighbours nor the common length shall fail it (the model's positions may end
+        before that)."""
+        started = time.monotonic()
         try:
-            outputs = self._models[work.key].run(assemble(work.batch))
+            outputs = self._models[work.key].run(assemble(batch))
             seconds = time.monotonic() - started
             with self._scattering:
-                finished = scatter(work.batch, dict(outputs), work.axes)
-                for part in work.batch.parts:
+                finished = scatter(batch, outputs, work.axes)
+                for part in batch.parts:
                     part.entry.compute_seconds += seconds
         except Exception as error:
             if isinstance(error, self._engine().DeviceLost):
                 self._on_lost(str(error))
-                for part in work.batch.parts:
-                    self._fail(part.entry, error)
-                return
-            alone = [_alone(part) for part in work.batch.parts]
-            if alone == [work.batch]:
-                self._fail(work.batch.parts[0].entry, error)
-                return
-            for batch in alone:
-                self._execute(Work(work.key, work.axes, batch))
-            return
-        self._scheduler.record(work, self._scheduler.engine_seconds() - share)
-        batch = work.batch
+                return [report for part in batch.parts for report in self._fail(work, part.entry, error)], False
+            alone = [_alone(part, batch.shapes) for part in batch.parts]
+            if alone == [batch]:
+                return self._fail(work, batch.parts[0].entry, error), False
+            return [report for one in alone for report in self._execute(work, one)[0]], False
+        work.light.record(batch, seconds)
         padding = batch.rows * batch.width - batch.tokens if batch.width else 0
         rows = batch.rows if work.axes.mode is not BatchingMode.NONE else _rows(batch.parts[0].entry.arrays)
         done = BatchDone(work.key, rows, batch.tokens, padding, seconds, batch.parts[0].entry.request.id)
-        self._reports([done, *map(_answer, self._scheduler.finish(finished))])
+        return [done, *map(_answer, self._scheduler.finish(work, finished))], True
 
-    def _fail(self, entry: Entry, error: Exception) -> None:
-        if not self._scheduler.finish([entry]):
-            return
+    def _fail(self, work: Work, entry: Entry, error: Exception) -> list[Report]:
+        """What to tell of a request that failed; nothing if nobody waits for it any more."""
+        if not self._scheduler.finish(work, [entry]):
+            return []
         module = self._engine()
         code = FailureCode.ENGINE
         if isinstance(error, module.ShapeError):
@@ -276,13 +301,13 @@ class EngineWorker:
             if str(error)
             else f"model {entry.request.key}: {type(error).__name__}"
         )
-        self._report(InferFailed(entry.request.id, code, text))
+        return [InferFailed(entry.request.id, code, text)]
 
 
-def _alone(part: Taken) -> Batch:
+def _alone(part: Taken, shapes: tuple[Shape, ...]) -> Batch:
     """One request's part of a batch as a batch of its own, as wide as its own longest row."""
     lengths = [part.entry.lengths[row] for row in part.rows] if part.entry.lengths else []
-    return Batch((part,), len(part.rows), max(lengths, default=0), sum(lengths))
+    return Batch((part,), len(part.rows), max(lengths, default=0), sum(lengths), shapes)
 
 
 def _answer(entry: Entry) -> InferResult:

@@ -146,14 +146,19 @@ class CpuExecutable:
             arena = self._target.arena.at_least(self._arena_bytes)
             arrays = self._places.bases(arena, inputs, outputs)
             addresses = np.asarray([address(array) for array in arrays], np.int64)
-            # From piece to piece the inputs and outputs move on; the arena is used again.
-            steps = np.asarray([0, *(array.nbytes // self._pieces for array in arrays[1:])], np.int64)
-            for piece in range(self._pieces):
-                for part in self._parts:
-                    if isinstance(part, _Native):
-                        part.run(workers, addresses + piece * steps)
-                    else:
-                        part.run(arrays)
+            self._run_parts(workers, arrays, addresses)
+            if self._pieces > 1:
+                # From piece to piece the inputs and outputs move on; the arena is used again.
+                steps = np.asarray([0, *(array.nbytes // self._pieces for array in arrays[1:])], np.int64)
+                for piece in range(1, self._pieces):
+                    self._run_parts(workers, arrays, addresses + piece * steps)
+
+    def _run_parts(self, workers: Pool, arrays: Sequence[np.ndarray], addresses: np.ndarray) -> None:
+        for part in self._parts:
+            if isinstance(part, _Native):
+                part.run(workers, addresses)
+            else:
+                part.run(arrays)
 
     def step_stats(self) -> Sequence[StepStat]:
         """Runs and time of every step since it was bound, in the plan's order."""
@@ -281,6 +286,7 @@ class _Native:
         columns = np.asarray(moving, np.int64).reshape(-1, 3)
         self._slots, self._bases, self._offsets = (np.ascontiguousarray(column) for column in columns.T)
         self._addresses: bytes | None = None
+        self._all_well = bytes(self.program.status.nbytes)
         self.program.forget_sources()
 
     def run(self, workers: Pool, addresses: np.ndarray) -> None:
@@ -290,7 +296,7 @@ class _Native:
             self.program.slots[self._slots] = addresses[self._bases] + self._offsets
             self._addresses = current
         workers.run(self.program)
-        if self.program.status.any():
+        if self.program.status.tobytes() != self._all_well:
             wrong = self.steps[int(self.program.status.argmax())].name
             self.program.status[:] = 0
             raise ShapeError(f"step {wrong!r}: an index is out of range for the table that it looks up")

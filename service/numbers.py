@@ -1,0 +1,127 @@
+"""The numbers behind the service's metrics: plain ones, which become Prometheus families when they are scraped.
+
+Event loop only, so that counting takes no lock: a request touches a dozen of them. `metrics.py` says which there are.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import Generic, TypeVar
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+
+class Number:
+    """A counter, or a gauge, of one set of labels."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def inc(self, amount: int = 1) -> None:
+        """So many more."""
+        self.value += amount
+
+    def dec(self) -> None:
+        """One less."""
+        self.value -= 1
+
+
+class Distribution:
+    """A histogram of one set of labels; `bounds` are the upper ends of its buckets, ascending."""
+
+    __slots__ = ("_bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        """One more."""
+        self.counts[bisect_left(self._bounds, value)] += 1
+        self.total += value
+
+
+Child = TypeVar("Child", Number, Distribution)
+
+
+class Family(Collector, Generic[Child]):
+    """All numbers of one name, by the values of its labels."""
+
+    def __init__(self, name: str, text: str, labels: Sequence[str], registry: CollectorRegistry) -> None:
+        self._name, self._text, self._labels = name, text, tuple(labels)
+        self._children: dict[tuple[str, ...], Child] = {}
+        registry.register(self)
+
+    def labels(self, *values: str) -> Child:
+        """The number with these labels, from now on exposed."""
+        child = self._children.get(values)
+        if child is None:
+            child = self._children[values] = self._make()
+        return child
+
+    def _make(self) -> Child:
+        raise NotImplementedError
+
+    def collect(self) -> Iterable[Metric]:
+        """The family as it is now."""
+        raise NotImplementedError
+
+
+class Counters(Family[Number]):
+    """Numbers that only grow."""
+
+    def _make(self) -> Number:
+        return Number()
+
+    def collect(self) -> Iterable[Metric]:
+        """One sample for each set of labels."""
+        family = CounterMetricFamily(self._name, self._text, labels=self._labels)
+        for values, child in self._children.items():
+            family.add_metric(values, child.value)
+        yield family
+
+
+class Gauges(Family[Number]):
+    """Numbers that come and go."""
+
+    def _make(self) -> Number:
+        return Number()
+
+    def collect(self) -> Iterable[Metric]:
+        """One sample for each set of labels."""
+        family = GaugeMetricFamily(self._name, self._text, labels=self._labels)
+        for values, child in self._children.items():
+            family.add_metric(values, child.value)
+        yield family
+
+
+class Histograms(Family[Distribution]):
+    """Distributions over the same buckets."""
+
+    def __init__(
+        self, name: str, text: str, labels: Sequence[str], bounds: Sequence[float], registry: CollectorRegistry
+    ) -> None:
+        self._bounds = tuple(bounds)
+        self._edges = (*map(floatToGoString, self._bounds), "+Inf")
+        super().__init__(name, text, labels, registry)
+
+    def _make(self) -> Distribution:
+        return Distribution(self._bounds)
+
+    def collect(self) -> Iterable[Metric]:
+        """Cumulative buckets, count and sum for each set of labels."""
+        family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
+        for values, child in self._children.items():
+            family.add_metric(values, list(zip(self._edges, accumulate(child.counts), strict=True)), child.total)
+        yield family
