@@ -185,7 +185,8 @@ def _schemathesis(report: Report, server: Server, folder: Path, options: argpars
     (folder / "schemathesis.txt").write_text(ended.stdout + ended.stderr)
     made = server.metric("http_responses_total") - before
     report.add(kind="schemathesis", requests=int(made), exit_status=ended.returncode)
-    report.check(f"schemathesis finds nothing ({CHECKS})", ended.returncode == 0, ended.stdout[-1500:])
+    found = "nothing" if ended.returncode == 0 else f"{ended.stdout[-1500:]} {ended.stderr[-500:]}"
+    report.check(f"schemathesis finds nothing ({CHECKS})", ended.returncode == 0, found)
     report.check(
         "both together sent at least 20,000 requests, unless asked for fewer",
         made + before_it >= min(20_000, options.requests),

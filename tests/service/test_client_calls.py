@@ -18,11 +18,19 @@ import pytest
 import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
 import tritonclient.utils.shared_memory as shm
-from tritonclient.utils import InferenceServerException
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from tests.service.conftest import Running, Starter, add_model, common_models, error_of
 
 VALUES = np.array([[1.5, -2, 3, 4], [5, 6, 7, 8]], np.float32)
+ARRAYS = {
+    "half": np.array([[1.5, -3]], np.float16),
+    "int32": np.array([[-(2**31), 7], [3, 2**31 - 1]], np.int32),
+    "bool": np.array([[True, False]]),
+    "strings": np.array([["ä", ""], ["long " * 100, "d"]], object),
+}
+"""By model, what it takes. It gives back the same, but for `half`, which halves it."""
+
 NOT_OURS = {
     "close",
     "update_trace_settings",
@@ -67,6 +75,8 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     starter = Starter()
     root = common_models(tmp_path_factory.mktemp("served") / "models")
     add_model(root, "identity", "identity", version=2)
+    for kind in ARRAYS:
+        add_model(root, kind, kind)
     yield starter(root, engine_process=request.param, shared_memory_prefixes="/tilewave_test_")
     starter.stop()
 
@@ -118,6 +128,23 @@ def test_infer(client: Caller, binary: bool, request_compression: str | None, re
     )
     np.testing.assert_array_equal(result.as_numpy("output"), VALUES)
     assert (result.get_response()["id"], result.get_response()["model_version"]) == ("r-1", "1")
+
+
+@pytest.mark.parametrize("binary", [False, True], ids=["JSON", "binary"])
+@pytest.mark.parametrize("kind", ARRAYS)
+def test_infer_in_other_datatypes(client: Caller, kind: str, binary: bool) -> None:
+    array = ARRAYS[kind]
+    given = triton.InferInput("input", list(array.shape), np_to_triton_dtype(array.dtype))
+    given.set_data_from_numpy(array, binary_data=binary or kind == "half")
+    wanted = triton.InferRequestedOutput("output", binary_data=binary)
+    if kind == "half" and not binary:
+        with pytest.raises(InferenceServerException, match="binary"):
+            client.infer(kind, [given], outputs=[wanted])
+        return
+    found = client.infer(kind, [given], outputs=[wanted]).as_numpy("output")
+    if kind == "strings":
+        found = np.vectorize(lambda text: text.decode() if isinstance(text, bytes) else text, otypes=[object])(found)
+    np.testing.assert_array_equal(found, array / 2 if kind == "half" else array)
 
 
 def test_async_infer(served: Running) -> None:
