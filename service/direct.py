@@ -9,6 +9,7 @@ routes. What this does not take (`Direct.find`) goes through ASGI. Called by `co
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from service.codecs.compression import asked_for
 from service.errors import ClientGone, ServiceError, Unavailable, describe
@@ -49,6 +50,17 @@ _ROUTES = tuple(
 )
 
 
+@lru_cache(4096)
+def _route_of(url: bytes) -> tuple[Route, tuple[str, ...], str] | None:
+    """The route that a URL names, the names in it, its path."""
+    path, _, query = url.partition(b"?")
+    for route in _ROUTES:
+        found = route.pattern.fullmatch(path)
+        if found is not None and path.isascii() and (route.with_query or not query):
+            return route, tuple(name.decode() for name in found.groups()), path.decode()
+    return None
+
+
 class Direct:
     """Makes the requests that go directly."""
 
@@ -60,24 +72,17 @@ class Direct:
     def find(self, url: bytes, raw: list[tuple[bytes, bytes]]) -> "DirectRequest | None":
         """The POST request with this URL and these headers, if it can go directly: a short body of known length that
         nobody has to unpack, for a route that answers at once; without traces, which follow tasks."""
-        if self.requests.tracer is not None or not url.isascii():
+        named = _route_of(url)
+        if named is None or self.requests.tracer is not None:
             return None
-        path, _, query = url.partition(b"?")
-        for route in _ROUTES:
-            found = route.pattern.fullmatch(path)
-            if found is not None:
-                break
-        else:
-            return None
+        route, names, path = named
         headers = headers_of(raw)
         length = headers.get(b"content-length", b"")
         if not length.isdigit() or int(length) > min(route.largest_body, self.serving.settings.max_body_bytes):
             return None
         if b"content-encoding" in headers or asked_for(headers.get(b"accept-encoding", b"")) is not None:
             return None
-        if query and not route.with_query:
-            return None
-        return DirectRequest(self, route, [name.decode() for name in found.groups()], path.decode(), headers)
+        return DirectRequest(self, route, names, path, headers)
 
     def shut_down(self) -> None:
         """Answer what is still running when the drain time is over."""
@@ -90,7 +95,7 @@ class DirectRequest:
 
     __slots__ = ("_direct", "_exchange", "_headers", "_inference", "_job", "_names", "_path", "_route", "_send")
 
-    def __init__(self, direct: Direct, route: Route, names: list[str], path: str, headers: Headers) -> None:
+    def __init__(self, direct: Direct, route: Route, names: tuple[str, ...], path: str, headers: Headers) -> None:
         self._direct, self._route, self._names, self._path = direct, route, names, path
         self._headers = headers
         self._inference: InferenceRequest | None = None

@@ -44,8 +44,8 @@ class Entry:
     closed: bool = False
 
     def __post_init__(self) -> None:
-        self.width = max(self.lengths, default=0)
-        self.even = min(self.lengths, default=0) == self.width
+        self.width = max(self.lengths) if self.lengths else 0
+        self.even = not self.lengths or min(self.lengths) == self.width
         self.cost_left = self.cost
 
 

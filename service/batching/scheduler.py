@@ -129,8 +129,12 @@ class Scheduler:
     def wake(self) -> None:
         """Have the engine threads look for work, if there is some."""
         with self._lock:
-            if self._stopping or self._handed or any(lane.queue.cost for lane in self._lanes.values()):
+            if self._stopping or self._handed or self._has_work():
                 self._condition.notify_all()
+
+    def _has_work(self) -> bool:
+        """Whether something waits that is in no batch."""
+        return any(lane.queue.cost for lane in self._lanes.values())
 
     def cancel(self, request_id: int) -> None:
         """Drop a request; rows that are computing now are thrown away when they are done."""
@@ -182,7 +186,7 @@ class Scheduler:
         """The next batch if it is due, nothing runs and its model has light ones; `done` or `hand_over` has to
         follow."""
         with self._lock:
-            if self._handed or self._running:
+            if self._handed or self._running or not self._has_work():
                 return None
             now = self._clock()
             self._expire(now, on_expired)

@@ -6,6 +6,7 @@ looked for once something is known to be wrong.
 """
 
 import math
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,7 @@ from service.codecs.finite import count_non_finite
 from service.errors import InvalidRequest
 
 _MAX_SHOWN = 40
+_FLOATS = {"FP32": "f", "FP64": "d"}  # those that JSON data can have, and the array module's name of each
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +53,13 @@ class JsonTensor:
             return np.array(flat, object).reshape(self.shape)
         if self.dtype.kind in "iu" and (min(flat) < proper.low or max(flat) > proper.high):
             raise self._wrong(flat, nested, lambda value: not proper.low <= value <= proper.high, proper.words)
-        with np.errstate(over="ignore"):
-            array = np.array(flat, self.dtype)
-        if self.dtype.kind == "f" and count_non_finite(array):
+        code = _FLOATS.get(self.datatype)
+        if code is None:
+            return np.array(flat, self.dtype).reshape(self.shape)
+        values = np.frombuffer(array(code, flat), self.dtype)  # what is out of range becomes infinite without a word
+        if count_non_finite(values):
             raise self._wrong(flat, nested, lambda value: not abs(value) <= proper.high, proper.words)
-        return array.reshape(self.shape)
+        return values.reshape(self.shape)
 
     def _flat(self, data: list[Any]) -> list[Any]:
         """The elements of data that is nested, which must be nested like the shape all the way down."""
