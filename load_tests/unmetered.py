@@ -8,9 +8,9 @@ import signal
 import sys
 from types import FrameType
 
-from service.numbers import Distribution, Number
+from service.numbers import Distribution, Number, Rows
 
-_COUNTING = ((Number, "inc"), (Number, "dec"), (Distribution, "observe"))
+_COUNTING = ((Number, "inc"), (Number, "dec"), (Distribution, "observe"), (Rows, "add"))
 
 
 def _nothing(self: object, amount: float = 1) -> None:

@@ -5,9 +5,11 @@ Event loop only, so that counting takes no lock: a request touches a dozen of th
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Generic, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
@@ -17,6 +19,8 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
+
+_MOST_ROWS = 1000
 
 
 class Number:
@@ -50,6 +54,56 @@ class Distribution:
         """One more."""
         self.counts[bisect_left(self._bounds, value)] += 1
         self.total += value
+
+    def observe_all(self, values: NDArray[np.float64]) -> None:
+        """Many more."""
+        places = np.searchsorted(self._bounds, values)
+        for place, count in enumerate(np.bincount(places, minlength=len(self.counts)).tolist()):
+            self.counts[place] += count
+        self.total += float(values.sum())
+
+
+class Rows:
+    """Values that are observed together, one for each of `distributions`. They are kept until somebody looks, or until
+    there are many: counting a thousand at a time costs each a third of what it costs alone."""
+
+    __slots__ = ("_distributions", "_kept")
+
+    def __init__(self, distributions: Sequence[Distribution]) -> None:
+        self._distributions = distributions
+        self._kept: list[tuple[float, ...]] = []
+
+    def add(self, row: tuple[float, ...]) -> None:
+        """One more of each."""
+        self._kept.append(row)
+        if len(self._kept) >= _MOST_ROWS:
+            self.count()
+
+    def count(self) -> None:
+        """Count what was kept."""
+        kept, self._kept = self._kept, []
+        if kept:
+            values = np.fromiter(chain.from_iterable(kept), np.float64, len(kept) * len(self._distributions))
+            for distribution, column in zip(self._distributions, values.reshape(len(kept), -1).T, strict=True):
+                distribution.observe_all(column)
+
+
+class RowsByLabels(Collector):
+    """All `Rows` of a registry, counted before its other families are looked at: made before them."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._rows: dict[tuple[str, ...], Rows] = {}
+        registry.register(self)
+
+    def labels(self, *values: str, of: Sequence[Distribution]) -> Rows:
+        """Those with these labels."""
+        return self._rows.setdefault(values, Rows(of))
+
+    def collect(self) -> Iterable[Metric]:
+        """Nothing of its own."""
+        for rows in self._rows.values():
+            rows.count()
+        return ()
 
 
 Child = TypeVar("Child", Number, Distribution)

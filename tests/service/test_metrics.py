@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from service.kernel_metrics import WINDOW_S, EngineCollector, LoadedModel
+from service.numbers import Distribution, Rows
 from service.workers.messages import Device, KernelCounters, ModelKey, ModelStats
 from tests.service.conftest import Running, Start, add_model, sample
 
@@ -180,3 +181,20 @@ def test_fallback_ops_and_load_time_of_each_model(start: Start, tmp_path: Path) 
     assert 'engine_fallback_ops{model="identity",version="1"} 0.0' in text
     assert 0 < sample(text, "engine_model_load_seconds", model="identity") < 10
     assert 'name="Fake CPU"' in text
+
+
+def test_rows_counted_together_are_counted_as_alone() -> None:
+    bounds = (0.1, 0.5, 1.0)
+    values = [(0.1, 0.0), (0.5, 2.0), (0.500001, 1.0), (7.0, 0.3)] * 700
+    alone = [Distribution(bounds), Distribution(bounds)]
+    together = [Distribution(bounds), Distribution(bounds)]
+    rows = Rows(together)
+    for row in values:
+        rows.add(row)
+        for distribution, value in zip(alone, row, strict=True):
+            distribution.observe(value)
+    rows.count()
+    rows.count()
+    for one, other in zip(alone, together, strict=True):
+        assert one.counts == other.counts
+        assert one.total == pytest.approx(other.total, rel=1e-12)
