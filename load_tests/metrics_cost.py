@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this program."""
     parser.add_argument("--connections", type=int, default=16)
     parser.add_argument("--requests", type=int, default=2000, help="of each turn")
-    parser.add_argument("--pairs", type=int, default=150, help="of turns with and without, at most")
+    parser.add_argument("--pairs", type=int, default=300, help="of turns with and without, at most")
 
 
 def measure(options: argparse.Namespace, folder: Path) -> Report:
