@@ -17,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 _GOODBYE_S = 0.5  # in which a client that is busy sends its next request
 _SLOWEST_READER = 1000  # bytes a second
 _ROOM = 32  # a 32nd of the idle connections is closed at a time, so that looking for them costs each new one little
+_PASSED_OVER = 8  # of those that seem idle, and are about to send or do not read
 
 
 class KeptConnection(HttpToolsProtocol):
@@ -83,20 +84,19 @@ class KeptConnection(HttpToolsProtocol):
     def make_room(self) -> bool:
         """Close the connections that have been idle longest; whether there were any."""
         kept = (connection for connection in self.connections if isinstance(connection, KeptConnection))
-        idle = [
-            (end, id(connection), connection) for connection in kept if (end := connection._idle_until()) is not None
-        ]
-        for _, _, connection in heapq.nsmallest(max(len(idle) // _ROOM, 1), idle):
-            connection.transport.close()
+        ends = ((connection.end_of_pause(), id(connection), connection) for connection in kept)
+        idle = [(end, number, connection) for end, number, connection in ends if end is not None]
+        wanted, closed = max(len(idle) // _ROOM, 1), 0
+        for _, _, connection in heapq.nsmallest(wanted + _PASSED_OVER, idle):
+            transport = connection.transport
+            if transport.is_closing() or transport.get_write_buffer_size() or connection.has_unread():
+                continue
+            transport.close()
             self.connections.discard(connection)  # its end is noticed only after others have come
-        return bool(idle)
-
-    def _idle_until(self) -> float | None:
-        """The loop's time at which an idle connection would be closed; None of one that is not idle."""
-        end = self.end_of_pause()
-        if end is None or self.transport.is_closing() or self.transport.get_write_buffer_size() or self.has_unread():
-            return None
-        return end
+            closed += 1
+            if closed == wanted:
+                break
+        return closed > 0
 
     def end_of_pause(self) -> float | None:
         """When the time between two requests is over; None within a request."""
