@@ -162,8 +162,9 @@ class Scheduler:
             self._stopping = True
             self._condition.notify_all()
 
-    def take(self, on_expired: Callable[[Entry], None]) -> Work | None:
-        """The next batch, waiting for one as long as it takes; None when stopped and empty. `done` has to follow.
+    def take(self, on_expired: Callable[[Entry], None], wait: bool = True) -> Work | None:
+        """The next batch, waiting for one as long as it takes, or not at all; None where there is none, after waiting
+        only when stopped and empty. `done` has to follow.
 
         Entries whose deadline passed in the queue are handed to `on_expired` (engine thread, lock held) and dropped.
         """
@@ -179,6 +180,8 @@ class Scheduler:
                     if work is not None:
                         return work
                 elif self._stopping and not self._waits(now):
+                    return None
+                if not wait:
                     return None
                 self._condition.wait(None if due is None else max(due - now, 0.0))
 

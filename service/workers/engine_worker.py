@@ -11,16 +11,11 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from service.batching.batcher import assemble, scatter
-from service.batching.policy import Shape
-from service.batching.queue import Batch, Entry, Taken
+from service.batching.batcher import alone, answer, assemble, rows_of, scatter
+from service.batching.queue import Batch, Entry
 from service.batching.scheduler import Scheduler, Work
 from service.workers.engine_api import EngineModel, EngineModule
 from service.workers.messages import (
@@ -31,11 +26,9 @@ from service.workers.messages import (
     FailureCode,
     Infer,
     InferFailed,
-    InferResult,
     KernelCounters,
     LoadFailed,
     LoadModel,
-    LocalTensor,
     ModelKey,
     ModelReady,
     ModelStats,
@@ -50,6 +43,8 @@ from service.workers.messages import (
 from service.workers.warmup import describe_device, describe_tensors, probe
 
 log = logging.getLogger(__name__)
+
+_Told = tuple[Work, list[Report]]  # a batch that has run, and what is to be told of it
 
 _LAST_LOAD_S = 0.5  # how long the end waits for a model that is being loaded for nothing
 
@@ -121,7 +116,9 @@ class EngineWorker:
             if not work.light.allows(work.batch):
                 self._scheduler.hand_over(work)
                 return
-            self._run_one(work)
+            untold: list[_Told] = []
+            self._run_one(work, untold)
+            self._tell(untold)
         self._scheduler.wake()
 
     def _report(self, report: Report) -> None:
@@ -219,29 +216,43 @@ class EngineWorker:
     # ---- engine threads
 
     def _run(self) -> None:
-        while self._run_next():
+        untold: list[_Told] = []
+        while self._run_next(untold):
             pass
 
-    def _run_next(self) -> bool:
-        """One batch; nothing of it is kept until the next one comes. False when there is none any more."""
-        work = self._scheduler.take(self._expired)
+    def _run_next(self, untold: list[_Told]) -> bool:
+        """One batch; nothing of it is kept while there is none to run. False when there is none any more.
+
+        The answers of the batch before are told once the next one is about to run: whoever gets them needs the
+        interpreter, which a run leaves alone, and would else keep this thread from starting it.
+        """
+        work = self._scheduler.take(self._expired, wait=False)
+        if work is None:
+            self._tell(untold)
+            work = self._scheduler.take(self._expired)
         if work is None:
             return False
-        self._run_one(work, self._scheduler.wake)
+        self._run_one(work, untold)
+        self._scheduler.wake()
         return True
 
-    def _run_one(self, work: Work, then: Callable[[], None] = lambda: None) -> None:
-        """Run a batch. The next one may start before the answers of this one are told: `then` comes in between."""
+    def _run_one(self, work: Work, untold: list[_Told]) -> None:
+        """Run a batch, after which the next one may start, and add what is to be told to `untold`; what is there
+        already is told before the run."""
         thread = threading.get_ident()
         self._busy_since[thread] = time.monotonic()
         reports: list[Report] = []
         succeeded = False
         try:
-            reports, succeeded = self._execute(work, work.batch)
+            reports, succeeded = self._execute(work, work.batch, untold)
         finally:
             del self._busy_since[thread]
             self._scheduler.done(work, succeeded)
-            then()
+            untold.append((work, reports))
+
+    def _tell(self, untold: list[_Told]) -> None:
+        while untold:
+            work, reports = untold.pop()
             if reports:
                 self._reports(reports)
             self._scheduler.reported(work)
@@ -256,13 +267,15 @@ class EngineWorker:
         text = "the deadline passed while the request waited in the queue"
         self._report(InferFailed(entry.request.id, FailureCode.DEADLINE, text))
 
-    def _execute(self, work: Work, batch: Batch) -> tuple[list[Report], bool]:
+    def _execute(self, work: Work, batch: Batch, untold: list[_Told]) -> tuple[list[Report], bool]:
         """Run a batch; what is to be told of it, and whether it ran. If it fails, each request in it runs alone,
         without padding: neither its neighbours nor the common length shall fail it (the model's positions may end
         before that)."""
         started = time.monotonic()
         try:
-            outputs = self._models[work.key].run(assemble(batch))
+            feeds = assemble(batch)
+            self._tell(untold)
+            outputs = self._models[work.key].run(feeds)
             seconds = time.monotonic() - started
             with self._scattering:
                 finished = scatter(batch, outputs, work.axes)
@@ -272,15 +285,15 @@ class EngineWorker:
             if isinstance(error, self._engine().DeviceLost):
                 self._on_lost(str(error))
                 return [report for part in batch.parts for report in self._fail(work, part.entry, error)], False
-            alone = [_alone(part, batch.shapes) for part in batch.parts]
-            if alone == [batch]:
+            singles = [alone(part, batch.shapes) for part in batch.parts]
+            if singles == [batch]:
                 return self._fail(work, batch.parts[0].entry, error), False
-            return [report for one in alone for report in self._execute(work, one)[0]], False
+            return [report for one in singles for report in self._execute(work, one, untold)[0]], False
         work.light.record(batch, seconds)
         padding = batch.rows * batch.width - batch.tokens if batch.width else 0
-        rows = batch.rows if work.axes.mode is not BatchingMode.NONE else _rows(batch.parts[0].entry.arrays)
+        rows = batch.rows if work.axes.mode is not BatchingMode.NONE else rows_of(batch.parts[0].entry.arrays)
         done = BatchDone(work.key, rows, batch.tokens, padding, seconds, batch.parts[0].entry.request.id)
-        return [done, *map(_answer, self._scheduler.finish(work, finished))], True
+        return [done, *map(answer, self._scheduler.finish(work, finished))], True
 
     def _fail(self, work: Work, entry: Entry, error: Exception) -> list[Report]:
         """What to tell of a request that failed; nothing if nobody waits for it any more."""
@@ -302,22 +315,3 @@ class EngineWorker:
             else f"model {entry.request.key}: {type(error).__name__}"
         )
         return [InferFailed(entry.request.id, code, text)]
-
-
-def _alone(part: Taken, shapes: tuple[Shape, ...]) -> Batch:
-    """One request's part of a batch as a batch of its own, as wide as its own longest row."""
-    lengths = [part.entry.lengths[row] for row in part.rows] if part.entry.lengths else []
-    return Batch((part,), len(part.rows), max(lengths, default=0), sum(lengths), shapes)
-
-
-def _answer(entry: Entry) -> InferResult:
-    request = entry.request
-    outputs = tuple((name, LocalTensor(entry.outputs[name])) for name in request.outputs)
-    passed = time.monotonic() - request.arrival
-    computed = min(entry.compute_seconds, passed)  # parts of a request may have run side by side
-    return InferResult(request.id, outputs, passed - computed, computed)
-
-
-def _rows(arrays: Mapping[str, NDArray[Any]]) -> int:
-    first = next(iter(arrays.values()), np.empty(0))
-    return int(first.shape[0]) if first.ndim else 1
