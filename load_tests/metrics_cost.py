@@ -74,8 +74,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Report:
         cpu_us_a_request_on=round(on * 1e6, 1),
         cpu_us_a_request_off=round(off * 1e6, 1),
         loss=f"{loss:.2%}",
-        from_=f"{low:.2%}",
-        to=f"{high:.2%}",
+        interval=f"{low:.2%} to {high:.2%}",
         cpu_ms_a_scrape=round(scrape * 1e3, 2),
     )
     report.check(f"the loss is known within {CLOSE:.1%}", (high - low) / 2 <= CLOSE, f"{low:.2%} to {high:.2%}")
