@@ -3,16 +3,16 @@
 
 import sys
 
-from service.numbers import Distribution, Number
+from service.numbers import Distribution, Joint, Number
 
 
-def _nothing(self: object, amount: float = 1) -> None:
+def _nothing(self: object, *_: float) -> None:
     return
 
 
 def main() -> int:
     """Take the work out of every metric, then serve."""
-    for kind, names in ((Number, ("inc", "dec")), (Distribution, ("observe",))):
+    for kind, names in ((Number, ("inc", "dec")), (Distribution, ("observe",)), (Joint, ("observe",))):
         for name in names:
             setattr(kind, name, _nothing)
     from service.__main__ import main as serve

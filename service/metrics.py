@@ -12,7 +12,7 @@ from prometheus_client.exposition import choose_encoder
 from service.errors import Outcome
 from service.kernel_metrics import EngineCollector
 from service.merging import Merged, Snapshot
-from service.numbers import Counters, Gauges, Histograms
+from service.numbers import Counters, Gauges, Histograms, Joint
 from service.workers.messages import BatchDone, ModelKey
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -32,9 +32,8 @@ class ModelMetrics:
         self._requests = {outcome: metrics.requests.labels(*labels, outcome.value) for outcome in Outcome}
         self._successes = self._requests[Outcome.SUCCESS]
         self._duration = metrics.duration.labels(*labels)
-        self._queue = metrics.queue.labels(*labels)
-        self._preprocess = metrics.preprocess.labels(*labels)
-        self._compute = metrics.compute.labels(*labels)
+        stages = (metrics.queue.labels(*labels), metrics.preprocess.labels(*labels), metrics.compute.labels(*labels))
+        self._answers = Joint(self._duration, *stages)
         self._batch_size = metrics.batch_size.labels(*labels)
         self._batch_tokens = metrics.batch_tokens.labels(*labels)
         self._padding = metrics.padding.labels(*labels)
@@ -43,10 +42,7 @@ class ModelMetrics:
     def answered(self, seconds: float, queue: float, preprocess: float, compute: float) -> None:
         """One request was answered."""
         self._successes.inc()
-        self._duration.observe(seconds)
-        self._queue.observe(queue)
-        self._preprocess.observe(preprocess)
-        self._compute.observe(compute)
+        self._answers.observe(seconds, queue, preprocess, compute)
 
     def failed(self, outcome: Outcome, seconds: float) -> None:
         """One request was refused, failed or dropped."""
