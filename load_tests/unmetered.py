@@ -8,12 +8,12 @@ import signal
 import sys
 from types import FrameType
 
-from service.numbers import Distribution, Number, Rows
+from service.numbers import Distribution, Joint, Number
 
-_COUNTING = ((Number, "inc"), (Number, "dec"), (Distribution, "observe"), (Rows, "add"))
+_COUNTING = ((Number, "inc"), (Number, "dec"), (Distribution, "observe"), (Joint, "observe"))
 
 
-def _nothing(self: object, amount: float = 1) -> None:
+def _nothing(self: object, *_: float) -> None:
     return
 
 

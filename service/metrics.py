@@ -12,7 +12,7 @@ from prometheus_client.exposition import choose_encoder
 from service.errors import Outcome
 from service.kernel_metrics import EngineCollector
 from service.merging import Merged, Snapshot
-from service.numbers import Counters, Gauges, Histograms, RowsByLabels
+from service.numbers import Counters, Gauges, Histograms, Joint
 from service.workers.messages import BatchDone, ModelKey
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -32,8 +32,8 @@ class ModelMetrics:
         self._requests = {outcome: metrics.requests.labels(*labels, outcome.value) for outcome in Outcome}
         self._successes = self._requests[Outcome.SUCCESS]
         self._duration = metrics.duration.labels(*labels)
-        of_answers = (metrics.duration, metrics.queue, metrics.preprocess, metrics.compute)
-        self._answers = metrics.answers.labels(*labels, of=[family.labels(*labels) for family in of_answers])
+        stages = (metrics.queue.labels(*labels), metrics.preprocess.labels(*labels), metrics.compute.labels(*labels))
+        self._answers = Joint(self._duration, *stages)
         self._batch_size = metrics.batch_size.labels(*labels)
         self._batch_tokens = metrics.batch_tokens.labels(*labels)
         self._padding = metrics.padding.labels(*labels)
@@ -42,7 +42,7 @@ class ModelMetrics:
     def answered(self, seconds: float, queue: float, preprocess: float, compute: float) -> None:
         """One request was answered."""
         self._successes.inc()
-        self._answers.add((seconds, queue, preprocess, compute))
+        self._answers.observe(seconds, queue, preprocess, compute)
 
     def failed(self, outcome: Outcome, seconds: float) -> None:
         """One request was refused, failed or dropped."""
@@ -62,7 +62,6 @@ class Metrics:
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry(auto_describe=False)
-        self.answers = RowsByLabels(registry)
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         self.engine = EngineCollector()

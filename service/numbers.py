@@ -3,13 +3,13 @@
 Event loop only, so that counting takes no lock: a request touches a dozen of them. `metrics.py` says which there are.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
@@ -20,7 +20,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-_MOST_ROWS = 1000
+_KEPT = 1024
 
 
 class Number:
@@ -43,67 +43,55 @@ class Number:
 class Distribution:
     """A histogram of one set of labels; `bounds` are the upper ends of its buckets, ascending."""
 
-    __slots__ = ("_bounds", "counts", "total")
+    __slots__ = ("_bounds", "_counts", "_total", "joint")
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
+        self._counts = [0] * (len(bounds) + 1)
+        self._total = 0.0
+        self.joint: Joint | None = None
 
     def observe(self, value: float) -> None:
         """One more."""
-        self.counts[bisect_left(self._bounds, value)] += 1
-        self.total += value
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._total += value
 
-    def observe_all(self, values: NDArray[np.float64]) -> None:
+    def observe_all(self, values: Sequence[float]) -> None:
         """Many more."""
         places = np.searchsorted(self._bounds, values)
-        for place, count in enumerate(np.bincount(places, minlength=len(self.counts)).tolist()):
-            self.counts[place] += count
-        self.total += float(values.sum())
+        more = np.bincount(places, minlength=len(self._counts)).tolist()
+        self._counts = [count + new for count, new in zip(self._counts, more, strict=True)]
+        self._total += math.fsum(values)
+
+    def read(self) -> tuple[list[int], float]:
+        """How many are in each bucket, and the sum of all."""
+        if self.joint is not None:
+            self.joint.settle()
+        return self._counts, self._total
 
 
-class Rows:
-    """Values that are observed together, one for each of `distributions`. They are kept until somebody looks, or until
-    there are many: counting a thousand at a time costs each a third of what it costs alone."""
+class Joint:
+    """Distributions that are observed together, for every request: what they are told is kept until there is much of it
+    or somebody asks, because looking up many places at once costs a fraction of each."""
 
-    __slots__ = ("_distributions", "_kept")
-
-    def __init__(self, distributions: Sequence[Distribution]) -> None:
+    def __init__(self, *distributions: Distribution) -> None:
         self._distributions = distributions
         self._kept: list[tuple[float, ...]] = []
+        for distribution in distributions:
+            distribution.joint = self
 
-    def add(self, row: tuple[float, ...]) -> None:
+    def observe(self, *values: float) -> None:
         """One more of each."""
-        self._kept.append(row)
-        if len(self._kept) >= _MOST_ROWS:
-            self.count()
+        self._kept.append(values)
+        if len(self._kept) >= _KEPT:
+            self.settle()
 
-    def count(self) -> None:
-        """Count what was kept."""
-        kept, self._kept = self._kept, []
-        if kept:
-            values = np.fromiter(chain.from_iterable(kept), np.float64, len(kept) * len(self._distributions))
-            for distribution, column in zip(self._distributions, values.reshape(len(kept), -1).T, strict=True):
-                distribution.observe_all(column)
-
-
-class RowsByLabels(Collector):
-    """All `Rows` of a registry, counted before its other families are looked at: made before them."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._rows: dict[tuple[str, ...], Rows] = {}
-        registry.register(self)
-
-    def labels(self, *values: str, of: Sequence[Distribution]) -> Rows:
-        """Those with these labels."""
-        return self._rows.setdefault(values, Rows(of))
-
-    def collect(self) -> Iterable[Metric]:
-        """Nothing of its own."""
-        for rows in self._rows.values():
-            rows.count()
-        return ()
+    def settle(self) -> None:
+        """Count what is kept."""
+        if self._kept:
+            kept, self._kept = self._kept, []
+            for distribution, values in zip(self._distributions, zip(*kept, strict=True), strict=True):
+                distribution.observe_all(values)
 
 
 Child = TypeVar("Child", Number, Distribution)
@@ -177,5 +165,6 @@ class Histograms(Family[Distribution]):
         """Cumulative buckets, count and sum for each set of labels."""
         family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
         for values, child in self._children.items():
-            family.add_metric(values, list(zip(self._edges, accumulate(child.counts), strict=True)), child.total)
+            counts, total = child.read()
+            family.add_metric(values, list(zip(self._edges, accumulate(counts), strict=True)), total)
         yield family

@@ -149,13 +149,11 @@ class ModelQueue:
         return [entry for entry in waiting if entry.request.deadline <= now]
 
     def due(self, now: float) -> float | None:
-        """When a batch may start: `now` or earlier if one may at once, None if nothing waits."""
-        if not self._groups:
-            return None
-        groups = self._waiting()
-        if not groups or not self._waits_for_company:
-            return now if groups else None
-        return min(self._group_due(group, now) for group in groups)
+        """When a batch may start: `now` or earlier if one may at once, None if nothing waits. What waits may have been
+        closed, which `take` finds out."""
+        if not self._groups or not self._waits_for_company:
+            return now if self._groups else None
+        return min((self._group_due(group, now) for group in self._waiting()), default=None)
 
     @property
     def _waits_for_company(self) -> bool:

@@ -179,9 +179,8 @@ class Scheduler:
                     work = self._start(lane, now)
                     if work is not None:
                         return work
-                elif self._stopping and not self._waits(now):
-                    return None
-                if not wait:
+                    continue  # all that waited there has been closed
+                if not wait or (self._stopping and not self._waits(now)):
                     return None
                 self._condition.wait(None if due is None else max(due - now, 0.0))
 

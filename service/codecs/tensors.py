@@ -70,15 +70,16 @@ def parse_infer(
         data = memoryview(body)[size:]
         document = parse_object(body[:size], partial(_read_inputs, data=data, specs=inputs, source=source))
     parameters = member(document, "parameters")
-    refuse_unsupported(parameters)
+    if parameters:
+        refuse_unsupported(parameters)
     return InferDocument(
         id=_identifier(document),
         inputs=_parse_inputs(document.get("inputs"), data, inputs, source),
         outputs=parse_outputs(
             document.get("outputs"), parameters.get("binary_data_output", False), outputs, source.memory
         ),
-        priority=integer(parameters, "priority"),
-        timeout_us=integer(parameters, "timeout"),
+        priority=integer(parameters, "priority") if parameters else 0,
+        timeout_us=integer(parameters, "timeout") if parameters else 0,
     )
 
 

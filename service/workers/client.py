@@ -7,7 +7,6 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from service.errors import DeadlineExceeded, ServiceError, from_engine
 from service.workers.messages import (
@@ -31,12 +30,6 @@ Done = Callable[[InferResult | ServiceError], None]
 """What becomes of a request; called once."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    deadline: float
-    done: Done
-
-
 class EngineClient:
     """One worker as the service uses it. `on_report` gets the reports that answer no request."""
 
@@ -44,7 +37,7 @@ class EngineClient:
         self._transport = transport
         self._on_report = on_report
         self._ids = itertools.count(first_id)
-        self._pending: dict[int, _Pending] = {}
+        self._pending: dict[int, tuple[float, Done]] = {}
         self._alarm: asyncio.TimerHandle | None = None  # for the first deadline there may be
         self._alarm_at = 0.0
         self._statistics: dict[int, asyncio.Future[StatsReport]] = {}
@@ -71,7 +64,7 @@ class EngineClient:
         """Run one request; its number. `deadline` is in `time.monotonic()`. `done` gets the answer, or the exception of
         service.errors that stands for it, unless `abandon` comes before."""
         request = Infer(next(self._ids), key, inputs, outputs, lengths, time.monotonic(), deadline, priority)
-        self._pending[request.id] = _Pending(deadline, done)
+        self._pending[request.id] = deadline, done
         if self._alarm is None or deadline < self._alarm_at:
             self._set_alarm(deadline)
         self._transport.send(request)
@@ -92,12 +85,14 @@ class EngineClient:
         """End what is past its deadline. One timer for all requests: nearly all are answered long before theirs."""
         self._alarm = None
         now = time.monotonic()
-        for number in [number for number, pending in self._pending.items() if pending.deadline <= now]:
-            pending = self._pending.pop(number)
+        for number in [number for number, (deadline, _) in self._pending.items() if deadline <= now]:
+            pending = self._pending.pop(number, None)  # an end of another may have been its, too
+            if pending is None:
+                continue
             self._transport.send(Cancel(number))
-            pending.done(DeadlineExceeded("the deadline passed before the answer was there"))
+            pending[1](DeadlineExceeded("the deadline passed before the answer was there"))
         if self._pending and self._alarm is None:
-            self._set_alarm(min(pending.deadline for pending in self._pending.values()))
+            self._set_alarm(min(deadline for deadline, _ in self._pending.values()))
 
     async def statistics(self, timeout: float) -> tuple[ModelStats, ...]:
         """Counters of all loaded models. Raises TimeoutError."""
@@ -127,11 +122,11 @@ class EngineClient:
             case InferResult():
                 pending = self._pending.pop(report.id, None)
                 if pending is not None:
-                    pending.done(report)
+                    pending[1](report)
             case InferFailed():
                 pending = self._pending.pop(report.id, None)
                 if pending is not None:
-                    pending.done(from_engine(report.code, report.reason, report.retry_after))
+                    pending[1](from_engine(report.code, report.reason, report.retry_after))
             case StatsReport():
                 waiting = self._statistics.pop(report.id, None)
                 if waiting is not None and not waiting.done():
