@@ -61,7 +61,8 @@ class Turns:
             return
         if not self._open.is_set():
             self._open.wait()
-        if not self._lock.acquire(timeout=max(0.0, self._firm_until - time.monotonic())):
+        free = self._lock.acquire(blocking=False)
+        if not free and not self._lock.acquire(timeout=max(0.0, self._firm_until - time.monotonic())):
             self._count(1)
             try:
                 self._lock.acquire()

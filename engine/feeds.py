@@ -21,8 +21,7 @@ def check_feeds(inputs: Sequence[Value], feeds: Mapping[str, Any]) -> dict[str, 
     Missing and unknown names, dtypes and ranks are wrong, and fixed sizes that differ.
     """
     names = [value.name for value in inputs]
-    unknown = sorted(set(feeds) - set(names))
-    if unknown:
+    if unknown := sorted(set(feeds).difference(names)):
         raise ShapeError(f"the model has no input {unknown[0]!r}; its inputs are {', '.join(map(repr, names))}")
     return {value.name: _check_one(value, feeds) for value in inputs}
 

@@ -25,6 +25,7 @@ from engine.feeds import (
     size_out_of_range,
     sizes_of,
 )
+from engine.ir.dtype import DType
 from engine.ir.graph import Graph
 from engine.ir.ops import Opaque
 from engine.plan.build import Constants, build
@@ -36,6 +37,7 @@ from engine.targets.base import Executable, Resident, Target
 
 PLAN_CACHE_BYTES = 64 << 20
 PROFILE_RUNS = 20
+KNOWN_SHAPES = 1024
 
 
 R = TypeVar("R", bound=Executable | Resident)
@@ -81,6 +83,11 @@ class Model:
         """Dropped, with calls in them."""
         self._closed = False
         self._symbols = free_symbols(graph.inputs)
+        self._known: dict[tuple[tuple[int, ...], ...], dict[str, int]] = {}
+        """Sizes by the shapes of feeds that passed the checks."""
+        # Strings are looked at one by one, every time.
+        strings = any(value.dtype is DType.STRING for value in graph.inputs)
+        self._plain = () if strings else tuple((value.name, value.dtype.numpy) for value in graph.inputs)
         self.inputs = tuple(_spec(value.name, value.dtype.numpy, value.shape) for value in graph.inputs)
         self.outputs = tuple(
             _spec(name, value.dtype.numpy, value.shape)
@@ -99,9 +106,8 @@ class Model:
         Returns NumPy arrays with the ONNX dtypes and shapes, by output name. Raises ShapeError for feeds that do not
         fit the model, OutOfMemory for sizes the device cannot hold, DeviceError where the device fails.
         """
-        arrays = check_feeds(self._graph.inputs, feeds)
-        sizes = sizes_of(self._graph.inputs, arrays)
-        with self._explained(sizes, arrays):
+        arrays, sizes = self._checked(feeds)
+        try:
             with self._lock:
                 ready = self._ready(sizes)
                 self._enter(ready)
@@ -110,20 +116,50 @@ class Model:
                 ready.bound.run(arrays, outputs)
             finally:
                 self._leave(ready)
+        except (ShapeError, MemoryError) as error:
+            raise self._explain(error, sizes, arrays) from error
         return outputs
 
+    def _checked(self, feeds: Mapping[str, Any]) -> tuple[Mapping[str, np.ndarray], dict[str, int]]:
+        """The feeds as arrays, and the sizes that their shapes give. Plain arrays of shapes that were right before are
+        looked at no further."""
+        shapes: list[tuple[int, ...]] = []
+        if len(feeds) == len(self._plain):
+            for name, dtype in self._plain:
+                array = feeds.get(name)
+                if type(array) is not np.ndarray or array.dtype != dtype or not array.flags.c_contiguous:
+                    break
+                shapes.append(array.shape)
+            else:
+                known = self._known.get(tuple(shapes))
+                if known is not None:
+                    return feeds, known
+        arrays = check_feeds(self._graph.inputs, feeds)
+        sizes = sizes_of(self._graph.inputs, arrays)
+        if len(shapes) == len(arrays):
+            if len(self._known) >= KNOWN_SHAPES:
+                self._known.clear()
+            self._known[tuple(shapes)] = sizes
+        return arrays, sizes
+
     @contextmanager
-    def _explained(self, sizes: Mapping[str, int], arrays: Mapping[str, np.ndarray]) -> Iterator[None]:
-        """Errors in the caller's terms: the sizes at fault, the input that holds a wild index, the memory asked for."""
+    def _explained(self, sizes: Mapping[str, int]) -> Iterator[None]:
+        """Errors of making a plan in the caller's terms."""
         try:
             yield
-        except ShapeError as error:
+        except (ShapeError, MemoryError) as error:
+            raise self._explain(error, sizes, {}) from error
+
+    def _explain(
+        self, error: ShapeError | MemoryError, sizes: Mapping[str, int], arrays: Mapping[str, np.ndarray]
+    ) -> EngineError:
+        """An error in the caller's terms: the sizes at fault, the input with a wild index, the memory asked for."""
+        if isinstance(error, ShapeError):
             told = index_out_of_range(self._graph, arrays) or size_out_of_range(self._graph, sizes)
-            raise (ShapeError(told) if told else error) from error
-        except MemoryError as error:
-            asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
-            detail = f": {error}" if str(error) else ""
-            raise OutOfMemory(f"no memory for {asked or 'this model'}{detail}; use smaller sizes") from error
+            return ShapeError(told) if told else error
+        asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        detail = f": {error}" if str(error) else ""
+        return OutOfMemory(f"no memory for {asked or 'this model'}{detail}; use smaller sizes")
 
     def bind(self, sizes: Mapping[str, int]) -> BoundModel:
         """A plan for fixed sizes with its own input and output arrays in the device's memory, for repeated runs without
@@ -132,7 +168,7 @@ class Model:
         `sizes` gives every symbol of the input shapes. Raises ShapeError where one is missing, unknown or not positive.
         """
         self._check_sizes(sizes)
-        with self._lock, self._explained(sizes, {}):
+        with self._lock, self._explained(sizes):
             held = _Held(self._target.resident(self._build(sizes)))
             self._pinned.append(held)
         return BoundModel(self, held)
@@ -140,7 +176,7 @@ class Model:
     def plan(self, sizes: Mapping[str, int]) -> Plan:
         """The plan for `sizes`, for inspection: its steps, tensors, memory and costs."""
         self._check_sizes(sizes)
-        with self._lock, self._explained(sizes, {}):
+        with self._lock, self._explained(sizes):
             return self._build(sizes)
 
     def sample_feeds(self, sizes: Mapping[str, int], seed: int = 0) -> dict[str, np.ndarray]:
@@ -293,7 +329,8 @@ class Model:
             self._calls -= 1
             if held in self._ending:
                 self._end(held)
-            self._left.notify_all()
+            if self._closed:
+                self._left.notify_all()
 
     def _end(self, held: _Held[Any]) -> None:
         """Give one back, now or when the last call has left it; what it has counted stays. Under the lock."""

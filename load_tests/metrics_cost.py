@@ -8,6 +8,7 @@ import math
 import random
 import signal
 import statistics
+import time
 from pathlib import Path
 
 from load_tests.http_client import closed_loop
@@ -25,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this program."""
     parser.add_argument("--connections", type=int, default=16)
     parser.add_argument("--requests", type=int, default=2000, help="of each turn")
-    parser.add_argument("--pairs", type=int, default=300, help="of turns with and without, at most")
+    parser.add_argument("--pairs", type=int, default=400, help="of turns with and without, at most")
+    parser.add_argument("--seconds", type=float, default=400.0, help="of all turns, at most")
 
 
 def measure(options: argparse.Namespace, folder: Path) -> Report:
@@ -40,7 +42,10 @@ def measure(options: argparse.Namespace, folder: Path) -> Report:
         spent: dict[bool, list[float]] = {True: [], False: []}
         counting = True
         low = high = math.nan
+        end = time.monotonic() + options.seconds
         for pair in range(options.pairs):
+            if time.monotonic() > end:
+                break
             turns = {}
             for counts in (True, False) if pair % 2 == 0 else (False, True):
                 if counts != counting:
@@ -69,8 +74,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Report:
         cpu_us_a_request_on=round(on * 1e6, 1),
         cpu_us_a_request_off=round(off * 1e6, 1),
         loss=f"{loss:.2%}",
-        from_=f"{low:.2%}",
-        to=f"{high:.2%}",
+        interval=f"{low:.2%} to {high:.2%}",
         cpu_ms_a_scrape=round(scrape * 1e3, 2),
     )
     report.check(f"the loss is known within {CLOSE:.1%}", (high - low) / 2 <= CLOSE, f"{low:.2%} to {high:.2%}")

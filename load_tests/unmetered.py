@@ -1,49 +1,32 @@
 """`python -m load_tests.unmetered`: the service, which stops counting at one SIGUSR1 and goes on at the next, to show
 what counting costs. Takes the arguments of `python -m service`.
 
-One process does both: two would differ by more than metrics cost, by where their memory lies. Every metric must have
-been used before, or it would never count.
+One process does both: two would differ by more than metrics cost, by where their memory lies.
 """
 
 import signal
 import sys
 from types import FrameType
-from typing import Any
 
-from prometheus_client import Counter, Gauge, Histogram
-from prometheus_client.metrics import MetricWrapperBase
+from service.numbers import Distribution, Joint, Number
 
-_COUNTING: dict[type[MetricWrapperBase], tuple[str, ...]] = {
-    Counter: ("inc",),
-    Gauge: ("inc", "dec", "set"),
-    Histogram: ("observe",),
-}
+_COUNTING = ((Number, "inc"), (Number, "dec"), (Distribution, "observe"), (Joint, "observe"))
 
 
-def _same(self: MetricWrapperBase, *_: Any, **__: Any) -> MetricWrapperBase:
-    return self
-
-
-def _nothing(self: MetricWrapperBase, *_: Any, **__: Any) -> None:
+def _nothing(self: object, *_: float) -> None:
     return
-
-
-_OFF: dict[tuple[type[MetricWrapperBase], str], Any] = {
-    (MetricWrapperBase, "labels"): _same,
-    **{(kind, name): _nothing for kind, names in _COUNTING.items() for name in names},
-}
 
 
 def main() -> int:
     """Serve, and have the work taken out of every metric at a signal."""
-    there = {place: getattr(*place) for place in _OFF}
+    there = {place: getattr(*place) for place in _COUNTING}
     counts = True
 
     def toggle(sig: int, frame: FrameType | None) -> None:
         nonlocal counts
         counts = not counts
-        for (kind, name), method in (there if counts else _OFF).items():
-            setattr(kind, name, method)
+        for (kind, name), method in there.items():
+            setattr(kind, name, method if counts else _nothing)
 
     signal.signal(signal.SIGUSR1, toggle)
     from service.__main__ import main as serve

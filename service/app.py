@@ -16,7 +16,9 @@ from starlette.responses import Response
 
 from service import __version__
 from service.access import read_access
+from service.direct import Direct
 from service.errors import InvalidRequest, ServiceError, describe
+from service.exchange import Requests
 from service.middleware import RequestMiddleware
 from service.routes import embeddings, images, infer, operations, page, profile, protocol, repository, tokens
 from service.routes.responses import error_response, failure
@@ -61,6 +63,9 @@ def create_app(
     else:
         serving = Serving(settings, front_end.transport, on_settled, front_end.siblings, front_end.number)
 
+    requests = Requests(serving.metrics, access, settings.access_log, tracer)
+    direct = Direct(serving, requests)
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         if front_end is None:
@@ -68,6 +73,7 @@ def create_app(
         else:
             await front_end.join(serving)
         yield
+        direct.shut_down()
         await serving.close()
         if tracer is not None:
             await asyncio.to_thread(tracer.close)
@@ -79,7 +85,7 @@ def create_app(
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    app.state.serving, app.state.access = serving, access
+    app.state.serving, app.state.access, app.state.direct = serving, access, direct
     for routes in (
         infer,
         images,
@@ -98,13 +104,7 @@ def create_app(
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(Exception, _failure)
     app.add_middleware(Shortcut, infer=infer.infer)
-    app.add_middleware(
-        RequestMiddleware,
-        metrics=serving.metrics,
-        access=access,
-        access_log=settings.access_log,
-        tracer=tracer,
-    )
+    app.add_middleware(RequestMiddleware, requests=requests)
     return app
 
 
@@ -119,8 +119,8 @@ def _transport(settings: Settings, engine: Callable[[], EngineModule]) -> Transp
     """The worker where the settings want it: a GPU that fails takes its whole process with it."""
     where = settings.engine_process
     if where is EngineProcess.ALWAYS or (where is EngineProcess.AUTO and uses_gpu(settings.device)):
-        return ProcessTransport(ProcessOptions(import_path(engine), settings.transfer_bytes))
-    return LocalTransport(engine)
+        return ProcessTransport(ProcessOptions(import_path(engine), settings.transfer_bytes, settings.light_run_us))
+    return LocalTransport(engine, settings.light_run_us / 1e6)
 
 
 async def _failure(request: Request, error: Exception) -> Response:

@@ -88,9 +88,11 @@ class Catalog:
         Unavailable."""
         versions = self.versions(name)
         if version is None:
-            ready = [model for model in versions if model.state is ModelState.READY]
+            for model in reversed(versions):
+                if model.state is ModelState.READY:
+                    return model
             usable = [model for model in versions if model.state is not ModelState.UNAVAILABLE]
-            return (ready or usable or versions)[-1]
+            return (usable or versions)[-1]
         for model in versions:
             if str(model.key.version) == version:
                 return model

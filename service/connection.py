@@ -23,7 +23,6 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from service.keep_alive import KeptConnection
-from service.settings import Settings
 
 # Most answers are there before the first question is asked. A reset takes a round trip.
 _FIRST_QUESTION_S, _NEXT_QUESTION_S, _RESET_S = 0.01, 1.0, 0.02
@@ -62,7 +61,7 @@ class _AnswerTransport(asyncio.Transport):
 
 
 class Connection(KeptConnection):
-    """A connection with the bounds of `limited`."""
+    """A connection with bounds; `direct_connection.py` sets them."""
 
     max_connections: int
     max_header_bytes: int
@@ -292,6 +291,10 @@ class Connection(KeptConnection):
         else:
             self.linger()
 
+    def has_refused(self) -> bool:
+        """Whether what follows on the requests under way is refused when they have their answers."""
+        return self._refusal is not None
+
     def _is_due(self) -> bool:
         """Whether an answer to an earlier request comes first. A request that is broken itself is not answered but
         refused; one that waits behind others is forgotten."""
@@ -325,18 +328,3 @@ class Connection(KeptConnection):
             self._start_timer(self.header_timeout)
         else:
             self.transport.close()
-
-
-def limited(settings: Settings) -> type[Connection]:
-    """The class that uvicorn makes connections of."""
-
-    class Limited(Connection):
-        max_connections = settings.max_connections
-        max_header_bytes = settings.max_header_bytes
-        header_timeout = settings.header_timeout
-        keep_alive_timeout = settings.keep_alive_timeout
-        reading_timeout = settings.body_timeout
-        linger_bytes = 2 * settings.max_body_bytes
-        linger_timeout = settings.body_timeout
-
-    return Limited

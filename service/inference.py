@@ -1,12 +1,15 @@
 """One inference request from the HTTP side: when it started, its deadline, where its time went, how it is counted.
 
-Every route that infers opens `InferenceRequest` as a context manager around its work and calls `run`; metrics and
-statistics are stamped once, when the context ends.
+Routes open an `InferenceRequest` as a context manager around their work and await `run`; `direct.py`, which has no task
+to wait in, calls `begin`, `start` and `end`. Either way metrics and statistics are stamped once, at the end. What a
+request asks of the engine, and how its answer is made, is a `Job`, which routes make without knowing who waits.
 """
 
 import asyncio
 import time
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -15,13 +18,40 @@ from numpy.typing import NDArray
 from starlette.requests import Request
 
 from service.codecs.body import read_body
-from service.errors import InvalidRequest, describe
+from service.errors import ClientGone, InvalidRequest, ServiceError, describe
+from service.exchange import Headers
 from service.model import ServedModel
 from service.serving import Serving
 from service.tracing import current
 from service.workers.messages import BatchingMode, InferResult, LocalTensor, NamedTensors
 
 _DEFAULT, _LOWEST = 50, 100  # priorities; 1 is the most urgent
+
+# How long a request waits before its connection is watched: most are answered by then and never pay for it.
+_WATCH_AFTER_S = 0.01
+
+Outputs = dict[str, NDArray[Any]]
+Done = Callable[[Outputs | ServiceError], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A good answer: its body, and its headers but for the length."""
+
+    body: bytes
+    headers: tuple[tuple[bytes, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a request asks of the engine, and the function that makes its answer of the outputs. `lengths` are the
+    tokens of its rows. `independent` rows go to a model that is never batched one by one."""
+
+    inputs: NamedTensors
+    outputs: tuple[str, ...]
+    answer: Callable[[Outputs], Answer]
+    lengths: tuple[int, ...] = ()
+    independent: bool = False
 
 
 @dataclass(slots=True)
@@ -32,24 +62,22 @@ class InferenceRequest:
     model: ServedModel
     deadline: float
     priority: int
-    request: Request
     started: float
     queue_s: float = 0.0
     preprocess_s: float = 0.0
     compute_s: float = 0.0
     _received: float = 0.0
     _returned: float = 0.0
+    _calls: list[int] = field(default_factory=list)
 
-    def __enter__(self) -> "InferenceRequest":
+    def begin(self) -> None:
+        """It holds its model from now on; `end` has to follow."""
         self.model.use()
         self.model.metrics.inflight.inc()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        now = time.monotonic()
-        seconds = now - self.started
+    def end(self, error: BaseException | None) -> None:
+        """It has its answer, or `error` became of it."""
+        seconds = time.monotonic() - self.started
         self.model.metrics.inflight.dec()
         self.model.end_use()
         span = current.get()
@@ -58,11 +86,20 @@ class InferenceRequest:
             self.model.metrics.failed(describe(error).outcome, seconds, trace)
             self.model.statistics.failed(seconds)
             return
-        after = now - self._returned if self._returned else 0.0
+        after = self.started + seconds - self._returned if self._returned else 0.0
         if span is not None:
             span.inferred(self.model.key.name, self.model.key.version, self._stages(after))
         self.model.metrics.answered(seconds, self.queue_s, self.preprocess_s, self.compute_s, trace)
         self.model.statistics.answered(seconds, self.queue_s, self.preprocess_s, self.compute_s, after)
+
+    def __enter__(self) -> "InferenceRequest":
+        self.begin()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.end(error)
 
     def _stages(self, postprocess: float) -> dict[str, float]:
         parts = {"preprocess": self.preprocess_s, "queue": self.queue_s, "compute": self.compute_s}
@@ -76,9 +113,9 @@ class InferenceRequest:
         """1 is the most urgent; 0 is the default, the middle."""
         self.priority = priority or _DEFAULT
 
-    async def body(self) -> bytes:
+    async def body(self, request: Request) -> bytes:
         """The request's body; preprocessing begins here. Raises the errors of codecs.body."""
-        data = await read_body(self.request, self.serving.settings)
+        data = await read_body(request, self.serving.settings)
         self.received()
         return data
 
@@ -86,61 +123,111 @@ class InferenceRequest:
         """The body is there: preprocessing begins."""
         self._received = time.monotonic()
 
-    async def run(
-        self, inputs: NamedTensors, outputs: tuple[str, ...], lengths: tuple[int, ...] = ()
-    ) -> dict[str, NDArray[Any]]:
-        """Run the engine on tensors of this request; preprocessing ends here. Raises the errors of service.errors."""
+    def start(self, job: Job, done: Done) -> None:
+        """Run the engine; preprocessing ends here. `done` gets the outputs, or the error of service.errors that stands
+        for them, unless `abandon` comes before."""
         self.preprocess_s = time.monotonic() - self._received
-        result = await self._infer(inputs, outputs, lengths)
+        rows = job.inputs[0][1].view().shape[0] if job.independent else 1
+        if rows == 1 or self.model.specs.batching is not BatchingMode.NONE:
+            self._call(job.inputs, job, job.lengths, partial(self._return, done))
+            return
+        results = _Rows(rows, partial(self._return_rows, job.outputs, done))
+        for row, inputs in enumerate(_split(job, self.model)):
+            self._call(inputs, job, (), partial(results.add, row))
+            if results.failed:
+                break
+
+    def _call(
+        self,
+        inputs: NamedTensors,
+        job: Job,
+        lengths: tuple[int, ...],
+        done: Callable[[InferResult | ServiceError], None],
+    ) -> None:
+        engine, key = self.serving.engine, self.model.key
+        self._calls.append(engine.begin(key, inputs, job.outputs, lengths, self.deadline, self.priority, done))
+
+    def _return(self, done: Done, result: InferResult | ServiceError) -> None:
+        if isinstance(result, ServiceError):
+            done(result)
+            return
         self._returned = time.monotonic()
         self.queue_s, self.compute_s = result.queue_seconds, result.compute_seconds
-        return {name: handle.view() for name, handle in result.outputs}
+        done({name: handle.view() for name, handle in result.outputs})
 
-    async def run_rows(
-        self, inputs: NamedTensors, outputs: tuple[str, ...], lengths: tuple[int, ...] = ()
-    ) -> dict[str, NDArray[Any]]:
-        """Like `run` for independent rows; a model that is never batched gets them one by one, without padding."""
-        rows = inputs[0][1].view().shape[0]
-        if self.model.specs.batching is not BatchingMode.NONE or rows == 1:
-            return await self.run(inputs, outputs, lengths)
-        sequence = {
-            spec.name: len(spec.shape) == 2 and isinstance(spec.shape[1], str) for spec in self.model.specs.inputs
-        }
-        self.preprocess_s = time.monotonic() - self._received
-        calls = []
-        for row in range(rows):
-            cut = slice(lengths[row]) if lengths else slice(None)
-            views = ((name, handle.view()[row : row + 1]) for name, handle in inputs)
-            alone = tuple((name, LocalTensor(view[:, cut] if sequence[name] else view)) for name, view in views)
-            calls.append(self._infer(alone, outputs, ()))
-        tasks = [asyncio.ensure_future(call) for call in calls]
-        try:
-            results = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
+    def _return_rows(self, outputs: tuple[str, ...], done: Done, results: list[InferResult] | ServiceError) -> None:
+        if isinstance(results, ServiceError):
+            self.abandon()
+            done(results)
+            return
         self._returned = time.monotonic()
         self.queue_s = sum(result.queue_seconds for result in results)
         self.compute_s = sum(result.compute_seconds for result in results)
-        return {name: _stack([dict(result.outputs)[name].view() for result in results]) for name in outputs}
+        done({name: _stack([dict(result.outputs)[name].view() for result in results]) for name in outputs})
 
-    async def _infer(self, inputs: NamedTensors, outputs: tuple[str, ...], lengths: tuple[int, ...]) -> InferResult:
-        return await self.serving.engine.infer(
-            self.model.key, inputs, outputs, lengths, self.deadline, self.priority, self._disconnected
-        )
+    def abandon(self) -> None:
+        """Nobody waits any more: what has no answer yet is dropped from the queue."""
+        for number in self._calls:
+            self.serving.engine.abandon(number)
 
-    async def _disconnected(self) -> None:
-        while (await self.request.receive())["type"] != "http.disconnect":
-            pass
+    async def run(self, job: Job, request: Request) -> Outputs:
+        """Like `start`; whatever ends the wait also drops the work. Raises the errors of service.errors."""
+        future: asyncio.Future[Outputs] = asyncio.get_running_loop().create_future()
+        watch = _Watch(future, request)
+        try:
+            self.start(job, partial(_settle, future))
+            return await future
+        finally:
+            watch.cancel()
+            self.abandon()
 
-    def headers(self) -> dict[str, str]:
-        """`Server-Timing` of the answer, in milliseconds. Call it last: postprocessing ends here."""
+    def answer(self, job: Job, outputs: Outputs) -> Answer:
+        """The answer, with `Server-Timing` in milliseconds. Call it last: postprocessing ends here."""
+        return self.timed(job.answer(outputs))
+
+    def timed(self, answer: Answer) -> Answer:
+        """The same with `Server-Timing`."""
         after = time.monotonic() - self._returned
-        timing = (
-            f"queue;dur={self.queue_s * 1e3:.3f}, preprocess;dur={self.preprocess_s * 1e3:.3f}, "
-            f"compute;dur={self.compute_s * 1e3:.3f}, postprocess;dur={after * 1e3:.3f}"
+        timing = b"queue;dur=%.3f, preprocess;dur=%.3f, compute;dur=%.3f, postprocess;dur=%.3f" % (
+            self.queue_s * 1e3,
+            self.preprocess_s * 1e3,
+            self.compute_s * 1e3,
+            after * 1e3,
         )
-        return {"server-timing": timing}
+        return Answer(answer.body, (*answer.headers, (b"server-timing", timing)))
+
+
+class _Rows:
+    """The answers of rows that run one by one; `done` gets all of them, or the first error."""
+
+    def __init__(self, count: int, done: Callable[[list[InferResult] | ServiceError], None]) -> None:
+        self._results: dict[int, InferResult] = {}
+        self._count = count
+        self._done = done
+        self.failed = False
+
+    def add(self, row: int, result: InferResult | ServiceError) -> None:
+        """One row is done."""
+        if self.failed:
+            return
+        if isinstance(result, ServiceError):
+            self.failed = True
+            self._done(result)
+            return
+        self._results[row] = result
+        if len(self._results) == self._count:
+            self._done([self._results[row] for row in range(self._count)])
+
+
+def _split(job: Job, model: ServedModel) -> list[NamedTensors]:
+    """Each row alone, cut to its own length."""
+    sequence = {spec.name: len(spec.shape) == 2 and isinstance(spec.shape[1], str) for spec in model.specs.inputs}
+    parts = []
+    for row in range(job.inputs[0][1].view().shape[0]):
+        cut = slice(job.lengths[row]) if job.lengths else slice(None)
+        views = ((name, handle.view()[row : row + 1]) for name, handle in job.inputs)
+        parts.append(tuple((name, LocalTensor(view[:, cut] if sequence[name] else view)) for name, view in views))
+    return parts
 
 
 def _stack(parts: list[NDArray[Any]]) -> NDArray[Any]:
@@ -154,14 +241,49 @@ def _stack(parts: list[NDArray[Any]]) -> NDArray[Any]:
     return out
 
 
-def open_request(serving: Serving, model: ServedModel, request: Request) -> InferenceRequest:
+def _settle(future: asyncio.Future[Outputs], result: Outputs | ServiceError) -> None:
+    if future.done():
+        return
+    if isinstance(result, ServiceError):
+        future.set_exception(result)
+    else:
+        future.set_result(result)
+
+
+class _Watch:
+    """Ends the wait of a task when its client goes. For all but the first milliseconds."""
+
+    def __init__(self, future: asyncio.Future[Outputs], request: Request) -> None:
+        self._future = future
+        self._receive: Callable[[], Awaitable[Any]] = request.receive
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(_WATCH_AFTER_S, self._begin)
+        self._task: asyncio.Task[None] | None = None
+
+    def _begin(self) -> None:
+        self._task = self._loop.create_task(self._wait())
+
+    async def _wait(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        _settle(self._future, ClientGone("the client closed the connection"))
+
+    def cancel(self) -> None:
+        """Stop watching."""
+        self._timer.cancel()
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None  # its traceback leads back here: a cycle would keep the answer until it is collected
+
+
+def open_request(serving: Serving, model: ServedModel, headers: Headers) -> InferenceRequest:
     """Begin a request; its deadline and priority come from the headers `X-Timeout-Ms` and `X-Priority`.
 
     Raises InvalidRequest for a header that is no number or out of range.
     """
     started = time.monotonic()
-    timeout, priority = request.headers.get("x-timeout-ms"), request.headers.get("x-priority")
-    opened = InferenceRequest(serving, model, started + serving.settings.request_timeout, _DEFAULT, request, started)
+    timeout, priority = headers.get(b"x-timeout-ms"), headers.get(b"x-priority")
+    opened = InferenceRequest(serving, model, started + serving.settings.request_timeout, _DEFAULT, started)
     if timeout is not None:
         opened.limit_time(_number(timeout, "X-Timeout-Ms", 1, 86_400_000) / 1000)
     if priority is not None:
@@ -169,7 +291,7 @@ def open_request(serving: Serving, model: ServedModel, request: Request) -> Infe
     return opened
 
 
-def _number(text: str, name: str, lowest: int, highest: int) -> int:
-    if not text.isascii() or not text.isdigit() or len(text) > 9 or not lowest <= int(text) <= highest:
+def _number(value: bytes, name: str, lowest: int, highest: int) -> int:
+    if not value.isdigit() or len(value) > 9 or not lowest <= int(value) <= highest:
         raise InvalidRequest(f"header {name}: send an integer from {lowest} to {highest}")
-    return int(text)
+    return int(value)

@@ -1,24 +1,18 @@
 """The service's own Prometheus metrics: every name, help text and bucket in one place (docs/metrics.md is its reader's
 side).
 
-`Metrics` belongs to one app and has its own registry. Requests stamp it once, at their end; models hold bound
-children, so no label is looked up on the way. Unknown model names never become label values.
+`Metrics` belongs to one app and has its own registry; its numbers are plain ones (`numbers.py`). Requests stamp them
+once, at their end; models hold bound children, so no label is looked up on the way. Unknown model names never become
+label values.
 """
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    PlatformCollector,
-    ProcessCollector,
-    disable_created_metrics,
-)
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
 
 from service.errors import Outcome
 from service.kernel_metrics import EngineCollector
 from service.merging import Merged, Snapshot
+from service.numbers import Counters, Gauges, Histograms, Joint
 from service.workers.messages import BatchDone, ModelKey
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -36,10 +30,10 @@ class ModelMetrics:
     def __init__(self, metrics: "Metrics", key: ModelKey) -> None:
         labels = (key.name, str(key.version))
         self._requests = {outcome: metrics.requests.labels(*labels, outcome.value) for outcome in Outcome}
+        self._successes = self._requests[Outcome.SUCCESS]
         self._duration = metrics.duration.labels(*labels)
-        self._queue = metrics.queue.labels(*labels)
-        self._preprocess = metrics.preprocess.labels(*labels)
-        self._compute = metrics.compute.labels(*labels)
+        stages = (metrics.queue.labels(*labels), metrics.preprocess.labels(*labels), metrics.compute.labels(*labels))
+        self._answers = Joint(self._duration, *stages)
         self._batch_size = metrics.batch_size.labels(*labels)
         self._batch_tokens = metrics.batch_tokens.labels(*labels)
         self._padding = metrics.padding.labels(*labels)
@@ -48,17 +42,13 @@ class ModelMetrics:
     def answered(self, seconds: float, queue: float, preprocess: float, compute: float, trace: str) -> None:
         """One request was answered. `trace` is the id of its trace, empty where there is none: the exemplar of its
         buckets, which OpenMetrics shows."""
-        exemplar = {"trace_id": trace} if trace else None
-        self._requests[Outcome.SUCCESS].inc()
-        self._duration.observe(seconds, exemplar)
-        self._queue.observe(queue, exemplar)
-        self._preprocess.observe(preprocess, exemplar)
-        self._compute.observe(compute, exemplar)
+        self._successes.inc()
+        self._answers.observe((seconds, queue, preprocess, compute), trace)
 
     def failed(self, outcome: Outcome, seconds: float, trace: str) -> None:
         """One request was refused, failed or dropped."""
         self._requests[outcome].inc()
-        self._duration.observe(seconds, {"trace_id": trace} if trace else None)
+        self._duration.observe(seconds, trace)
 
     def ran(self, batch: BatchDone) -> None:
         """One batch was computed."""
@@ -77,8 +67,8 @@ class Metrics:
         PlatformCollector(registry=registry)
         self.engine = EngineCollector()
         registry.register(self.engine)
-        self.requests = Counter(
-            "inference_requests_total", "Inference requests by how they ended.", (*_MODEL, "outcome"), registry=registry
+        self.requests = Counters(
+            "inference_requests_total", "Inference requests by how they ended.", (*_MODEL, "outcome"), registry
         )
         self.duration = self._histogram(
             "inference_request_duration_seconds", "From the first byte read to the answer.", _SECONDS
@@ -92,26 +82,22 @@ class Metrics:
         )
         self.batch_size = self._histogram("inference_batch_size", "Rows of a batch.", _ROWS)
         self.batch_tokens = self._histogram("inference_batch_tokens", "Tokens of a batch, padding left out.", _TOKENS)
-        self.padding = Counter(
-            "inference_padding_tokens_total",
-            "Tokens computed only to make rows equally long.",
-            _MODEL,
-            registry=registry,
+        self.padding = Counters(
+            "inference_padding_tokens_total", "Tokens computed only to make rows equally long.", _MODEL, registry
         )
-        self.inflight = Gauge(
-            "inference_inflight", "Requests accepted and not answered yet.", _MODEL, registry=registry
-        )
-        self.restarts = Counter(
+        self.inflight = Gauges("inference_inflight", "Requests accepted and not answered yet.", _MODEL, registry)
+        self.restarts = Counters(
             "engine_process_restarts_total",
             "Times the engine's process was lost; it is started again unless the server is shutting down.",
-            registry=registry,
-        )
-        self.responses = Counter(
-            "http_responses_total", "HTTP answers by route and status.", ("route", "status"), registry=registry
+            (),
+            registry,
+        ).labels()
+        self.responses = Counters(
+            "http_responses_total", "HTTP answers by route and status.", ("route", "status"), registry
         )
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, text, _MODEL, buckets=buckets, registry=self.registry)
+    def _histogram(self, name: str, text: str, bounds: tuple[float, ...]) -> Histograms:
+        return Histograms(name, text, _MODEL, bounds, self.registry)
 
     def model(self, key: ModelKey) -> ModelMetrics:
         """The children of a model version; made once per load, so that its series exist from the start."""

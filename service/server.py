@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.access import Access
-from service.connection import limited
+from service.direct_connection import connections
 from service.serving import Serving
 from service.settings import Settings
 
@@ -94,7 +94,7 @@ def run_server(app: FastAPI, settings: Settings, listener: socket.socket) -> Non
     allow_connections(settings.max_connections)
     config = uvicorn.Config(
         app,
-        http=limited(settings),
+        http=connections(settings, app.state.direct),
         ws="none",
         log_config=None,
         access_log=False,

@@ -102,6 +102,9 @@ class Settings(BaseSettings):
     transfer_bytes: int = Field(
         default=1 << 30, ge=1 << 20, description="shared memory for tensors to the engine's process, and as much back"
     )
+    light_run_us: int = Field(
+        default=200, ge=0, description="batches that take less, in microseconds, run on the HTTP thread; 0: none"
+    )
     preprocess_threads: int = Field(
         default=2, ge=1, le=256, description="threads that decode images and tokenize long texts"
     )

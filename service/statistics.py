@@ -11,19 +11,19 @@ _NS = 1_000_000_000
 
 @dataclass(slots=True)
 class Duration:
-    """How often, and how long in all (nanoseconds)."""
+    """How often, and how long in all."""
 
     count: int = 0
-    ns: int = 0
+    seconds: float = 0.0
 
     def add(self, seconds: float) -> None:
         """One more."""
         self.count += 1
-        self.ns += max(round(seconds * _NS), 0)
+        self.seconds += seconds
 
     def document(self) -> dict[str, int]:
-        """The protocol's form."""
-        return {"count": self.count, "ns": self.ns}
+        """The protocol's form: nanoseconds."""
+        return {"count": self.count, "ns": max(round(self.seconds * _NS), 0)}
 
 
 @dataclass(slots=True)

@@ -86,7 +86,9 @@ class Supervisor:
         self._retired: list[Snapshot] = []
         self._waiting = ThreadPoolExecutor(len(listeners), "wait")  # each waits for its front end all the time
         self._attach: socket.socket | None = None
-        self._engine = ProcessTransport(ProcessOptions(engine, _ENGINE_TRANSFER), self._engine_started)
+        self._engine = ProcessTransport(
+            ProcessOptions(engine, _ENGINE_TRANSFER, settings.light_run_us), self._engine_started
+        )
         self._engine_stopped = asyncio.Event()
         self._stopping = asyncio.Event()
 

@@ -4,15 +4,16 @@ Runs on the engine worker's threads, between `Scheduler.take` and the next one; 
 because the parts of a request may be in two batches that run at once.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.batching.policy import BatchAxes
+from service.batching.policy import BatchAxes, Shape
 from service.batching.queue import Batch, Entry, Taken
-from service.workers.messages import BatchingMode
+from service.workers.messages import BatchingMode, InferResult, LocalTensor
 
 Array = NDArray[Any]
 
@@ -44,7 +45,7 @@ def _is_whole(part: Taken) -> bool:
     return len(part.rows) == part.entry.rows
 
 
-def scatter(batch: Batch, outputs: dict[str, Array], axes: BatchAxes) -> list[Entry]:
+def scatter(batch: Batch, outputs: Mapping[str, Array], axes: BatchAxes) -> list[Entry]:
     """Give each entry its rows of `outputs`, padding cut off; returns the entries that now have all their rows.
 
     A request whose rows ran in several batches gets one array per output; where its rows have unequal lengths, what
@@ -82,3 +83,24 @@ def _place(entry: Entry, name: str, source: Array, rows: list[int], sequence_axe
 
 def _cut(ndim: int, axes: Sequence[int], length: int) -> tuple[slice, ...]:
     return tuple(slice(length) if axis in axes else slice(None) for axis in range(ndim))
+
+
+def alone(part: Taken, shapes: tuple[Shape, ...]) -> Batch:
+    """One request's part of a batch as a batch of its own, as wide as its own longest row."""
+    lengths = [part.entry.lengths[row] for row in part.rows] if part.entry.lengths else []
+    return Batch((part,), len(part.rows), max(lengths, default=0), sum(lengths), shapes)
+
+
+def answer(entry: Entry) -> InferResult:
+    """The answer to a request that has all its rows."""
+    request = entry.request
+    outputs = tuple((name, LocalTensor(entry.outputs[name])) for name in request.outputs)
+    passed = time.monotonic() - request.arrival
+    computed = min(entry.compute_seconds, passed)  # parts of a request may have run side by side
+    return InferResult(request.id, outputs, passed - computed, computed)
+
+
+def rows_of(arrays: Mapping[str, Array]) -> int:
+    """The rows of a request of a model that is never batched: its first axis, as far as it has one."""
+    first = next(iter(arrays.values()), np.empty(0))
+    return int(first.shape[0]) if first.ndim else 1

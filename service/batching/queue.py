@@ -44,8 +44,8 @@ class Entry:
     closed: bool = False
 
     def __post_init__(self) -> None:
-        self.width = max(self.lengths, default=0)
-        self.even = min(self.lengths, default=0) == self.width
+        self.width = max(self.lengths) if self.lengths else 0
+        self.even = not self.lengths or min(self.lengths) == self.width
         self.cost_left = self.cost
 
 
@@ -68,12 +68,19 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one run of the engine computes. `width` is the padded length in tokens (0 without a sequence)."""
+    """What one run of the engine computes. `width` is the padded length in tokens (0 without a sequence), `shapes` are
+    those of a row of each input, the sequence left out."""
 
     parts: tuple[Taken, ...]
     rows: int
     width: int
     tokens: int
+    shapes: tuple[Shape, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, tuple[Shape, ...]]:
+        """What decides which plan of the engine runs it."""
+        return self.rows, self.width, self.shapes
 
 
 def make_entry(request: Infer, axes: BatchAxes) -> Entry:
@@ -142,11 +149,11 @@ class ModelQueue:
         return [entry for entry in waiting if entry.request.deadline <= now]
 
     def due(self, now: float) -> float | None:
-        """When a batch may start: `now` or earlier if one may at once, None if nothing waits."""
-        groups = self._waiting()
-        if not groups or not self._waits_for_company:
-            return now if groups else None
-        return min(self._group_due(group, now) for group in groups)
+        """When a batch may start: `now` or earlier if one may at once, None if nothing waits. What waits may have been
+        closed, which `take` finds out."""
+        if not self._groups or not self._waits_for_company:
+            return now if self._groups else None
+        return min((self._group_due(group, now) for group in self._waiting()), default=None)
 
     @property
     def _waits_for_company(self) -> bool:
@@ -173,6 +180,8 @@ class ModelQueue:
     def _next(self, now: float) -> Group | None:
         """The group whose first piece is the most urgent, of those that are due if any is."""
         groups = self._waiting()
+        if len(groups) == 1:
+            return groups[0]
         if self._waits_for_company:
             groups = [group for group in groups if self._group_due(group, now) <= now] or groups
         return min(groups, key=lambda group: self._groups[group][0][:2], default=None)
@@ -207,7 +216,7 @@ class ModelQueue:
                 heapq.heappop(heap)
             if self.axes.mode is BatchingMode.NONE:
                 break
-        return Batch(tuple(parts), total, width, tokens)
+        return Batch(tuple(parts), total, width, tokens, group[1])
 
     def _fitting(self, piece: Piece, total: int, width: int) -> tuple[list[int], int]:
         """Rows of `piece` that fit beside `total` rows of `width` tokens, and the width they make."""

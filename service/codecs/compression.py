@@ -24,13 +24,15 @@ def decompress(body: bytes, encoding: str, limit: int) -> bytes:
     return data
 
 
-def asked_for(accept_encoding: str) -> str | None:
+def asked_for(accept_encoding: bytes) -> str | None:
     """The coding that a client asks an answer to have: the one it names alone.
 
     Most HTTP libraries name all they can read with every request, which is no wish, and compressing floats costs more
     than a fast network saves; the protocol's clients name one where their user wants it.
     """
-    coding, _, weight = accept_encoding.strip().lower().partition(";")
+    if not accept_encoding:
+        return None
+    coding, _, weight = accept_encoding.decode("latin-1").strip().lower().partition(";")
     coding, weight = coding.strip(), weight.replace(" ", "")
     if coding not in WINDOW_BITS or (weight and (not weight.startswith("q=") or not weight[2:].strip("0."))):
         return None

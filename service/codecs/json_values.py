@@ -6,8 +6,10 @@ looked for once something is known to be wrong.
 """
 
 import math
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -15,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.codecs.body import NotJson
+from service.codecs.finite import count_non_finite
 from service.errors import InvalidRequest
 
 _MAX_SHOWN = 40
+_FLOATS = {"FP32": "f", "FP64": "d"}  # those that JSON data can have, and the array module's name of each
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,38 +37,29 @@ class JsonTensor:
         """`data`, flat and row-major or nested like the shape, as an array. Raises InvalidRequest."""
         if type(data) is not list:
             raise self._error(f"'data' is {shown(data)}; send a list")
-        nested = list in set(map(type, data))
-        flat = self._flat(data) if nested else data
+        types = set(map(type, data))
+        nested = list in types
+        flat = data
+        if nested:
+            flat = self._flat(data)
+            types = set(map(type, flat))
         if len(flat) != math.prod(self.shape):
             wanted = f"its shape {list(self.shape)} holds {math.prod(self.shape)}"
             raise self._error(f"'data' has {len(flat)} elements; {wanted}")
-        kinds, expected = self._expected()
-        if not set(map(type, flat)) <= kinds:
-            raise self._wrong(flat, nested, lambda value: type(value) not in kinds, expected)
+        proper = _proper(self.datatype, self.dtype)
+        if not types <= proper.kinds:
+            raise self._wrong(flat, nested, lambda value: type(value) not in proper.kinds, proper.words)
         if self.datatype == "BYTES":
             return np.array(flat, object).reshape(self.shape)
-        if self.dtype.kind in "iu":
-            low, high = np.iinfo(self.dtype).min, np.iinfo(self.dtype).max
-            if min(flat) < low or max(flat) > high:
-                raise self._wrong(flat, nested, lambda value: not low <= value <= high, expected)
-        with np.errstate(over="ignore"):
-            array = np.array(flat, self.dtype).reshape(self.shape)
-        if self.dtype.kind == "f" and not np.isfinite(array).all():
-            most = float(np.finfo(self.dtype).max)
-            raise self._wrong(flat, nested, lambda value: not abs(value) <= most, expected)
-        return array
-
-    def _expected(self) -> tuple[set[type], str]:
-        """The Python types that JSON makes of proper values, and those values in words."""
-        if self.datatype == "BOOL":
-            return {bool}, "true or false"
-        if self.datatype == "BYTES":
-            return {str}, "strings"
-        if self.dtype.kind == "f":
-            most = float(np.finfo(self.dtype).max)
-            return {int, float}, f"numbers from {-most:.3g} to {most:.3g} (NaN and infinity come as binary data only)"
-        limits = np.iinfo(self.dtype)
-        return {int}, f"integers from {limits.min} to {limits.max}"
+        if self.dtype.kind in "iu" and (min(flat) < proper.low or max(flat) > proper.high):
+            raise self._wrong(flat, nested, lambda value: not proper.low <= value <= proper.high, proper.words)
+        code = _FLOATS.get(self.datatype)
+        if code is None:
+            return np.array(flat, self.dtype).reshape(self.shape)
+        values = np.frombuffer(array(code, flat), self.dtype)  # what is out of range becomes infinite without a word
+        if count_non_finite(values):
+            raise self._wrong(flat, nested, lambda value: not abs(value) <= proper.high, proper.words)
+        return values.reshape(self.shape)
 
     def _flat(self, data: list[Any]) -> list[Any]:
         """The elements of data that is nested, which must be nested like the shape all the way down."""
@@ -85,6 +80,31 @@ class JsonTensor:
 
     def _error(self, text: str) -> InvalidRequest:
         return InvalidRequest(f"input '{self.name}': {text}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Proper:
+    """What a datatype takes: the Python types that JSON makes of it, its range, all of it in words."""
+
+    kinds: frozenset[type]
+    words: str
+    low: float = 0
+    high: float = 0
+
+
+@cache
+def _proper(datatype: str, dtype: np.dtype[Any]) -> _Proper:
+    if datatype == "BOOL":
+        return _Proper(frozenset({bool}), "true or false")
+    if datatype == "BYTES":
+        return _Proper(frozenset({str}), "strings")
+    if dtype.kind == "f":
+        most = float(np.finfo(dtype).max)
+        words = f"numbers from {-most:.3g} to {most:.3g} (NaN and infinity come as binary data only)"
+        return _Proper(frozenset({int, float}), words, -most, most)
+    limits = np.iinfo(dtype)
+    words = f"integers from {limits.min} to {limits.max}"
+    return _Proper(frozenset({int}), words, int(limits.min), int(limits.max))
 
 
 def _unevenness(data: Any, shape: tuple[int, ...], axis: int, place: str) -> str:

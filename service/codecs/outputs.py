@@ -7,6 +7,7 @@ best classes (the classification extension: strings "value:index:label").
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ def parse_outputs(
     if type(default) is not bool:
         raise InvalidRequest("parameter 'binary_data_output' is not a boolean")
     if value is None or value == []:
-        return tuple(RequestedOutput(spec.name, default) for spec in specs)
+        return tuple([_all_of(spec.name, default) for spec in specs])
     if not isinstance(value, list):
         raise InvalidRequest("'outputs' is not a list")
     known = {spec.name: spec for spec in specs}
@@ -65,6 +66,12 @@ def parse_outputs(
             raise InvalidRequest(f"output '{name}' is asked for twice")
         wanted[name] = _parse_output(name, member(output, "parameters"), default, known[name], memory)
     return tuple(wanted.values())
+
+
+@lru_cache(1024)
+def _all_of(name: str, binary: bool) -> RequestedOutput:
+    """An output that is asked for in no other way; names are those of models."""
+    return RequestedOutput(name, binary)
 
 
 def _parse_output(

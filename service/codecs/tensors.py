@@ -51,7 +51,7 @@ class Source:
 
 def parse_infer(
     body: bytes,
-    header_length: str | None,
+    header_length: bytes | None,
     inputs: Sequence[TensorInfo],
     outputs: Sequence[TensorInfo],
     source: Source,
@@ -62,11 +62,7 @@ def parse_infer(
         data = memoryview(b"")
         document = parse_object(body, partial(_read_inputs, data=data, specs=inputs, source=source))
     else:
-        size = (
-            int(header_length)
-            if header_length.isascii() and header_length.isdigit() and len(header_length) < 16
-            else -1
-        )
+        size = int(header_length) if header_length.isdigit() and len(header_length) < 16 else -1
         if not 0 <= size <= len(body):
             raise InvalidRequest("Inference-Header-Content-Length is not the length of a JSON header inside the body")
         if size == 0:
@@ -74,15 +70,16 @@ def parse_infer(
         data = memoryview(body)[size:]
         document = parse_object(body[:size], partial(_read_inputs, data=data, specs=inputs, source=source))
     parameters = member(document, "parameters")
-    refuse_unsupported(parameters)
+    if parameters:
+        refuse_unsupported(parameters)
     return InferDocument(
         id=_identifier(document),
         inputs=_parse_inputs(document.get("inputs"), data, inputs, source),
         outputs=parse_outputs(
             document.get("outputs"), parameters.get("binary_data_output", False), outputs, source.memory
         ),
-        priority=integer(parameters, "priority"),
-        timeout_us=integer(parameters, "timeout"),
+        priority=integer(parameters, "priority") if parameters else 0,
+        timeout_us=integer(parameters, "timeout") if parameters else 0,
     )
 
 
@@ -101,7 +98,7 @@ def _raw_body(
     if open_axes and fixed:
         shape[open_axes[-1]] = max(count // fixed, 1)  # too few for one are told so by their number
     array = _from_binary(data, datatype_of(spec.dtype), spec, tuple(shape))
-    _check_elements(array.shape, spec, source)
+    _check_elements(array, spec, source)
     wanted = tuple(RequestedOutput(output.name, True) for output in outputs)
     return InferDocument("", ((spec.name, array),), wanted, 0, 0)
 
@@ -173,7 +170,8 @@ def _parse_input(
 ) -> tuple[Array, int]:
     """One input, and where the binary data of the next one begins."""
     parameters = member(tensor, "parameters")
-    refuse_unsupported(parameters)
+    if parameters:
+        refuse_unsupported(parameters)
     datatype = datatype_of(spec.dtype)
     if tensor.get("datatype") != datatype:
         raise InvalidRequest(
@@ -181,16 +179,17 @@ def _parse_input(
             f"the model takes {datatype}, convert it"
         )
     shape = _parse_shape(tensor.get("shape"), spec)
-    place = shared_place(parameters, f"input '{spec.name}'")
-    ways = {"data": "data" in tensor, "binary_data_size": "binary_data_size" in parameters, "shared memory": place}
-    given = [f"'{way}'" for way, is_given in ways.items() if is_given]
-    if len(given) > 1:
+    place = shared_place(parameters, f"input '{spec.name}'") if parameters else None
+    has_data, has_size = "data" in tensor, "binary_data_size" in parameters
+    if has_data + has_size + (place is not None) > 1:
+        ways = {"data": has_data, "binary_data_size": has_size, "shared memory": place}
+        given = [f"'{way}'" for way, is_given in ways.items() if is_given]
         raise InvalidRequest(f"input '{spec.name}' has both {' and '.join(given)}")
     if place is not None:
         if place.nbytes > source.max_elements * _LARGEST_ITEM:
             raise TooLarge(f"input '{spec.name}' has {place.nbytes} bytes of shared memory; send it in parts")
         array = _from_binary(memoryview(source.memory.read(place)), datatype, spec, shape)
-    elif "binary_data_size" in parameters:
+    elif has_size:
         size = integer(parameters, "binary_data_size")
         if size > len(data) - offset:
             raise InvalidRequest(
@@ -198,38 +197,46 @@ def _parse_input(
             )
         array = _from_binary(data[offset : offset + size], datatype, spec, shape)
         offset += size
-    elif "data" not in tensor:
+    elif not has_data:
         raise InvalidRequest(f"input '{spec.name}' has no 'data'")
     elif datatype in BINARY_ONLY:
         raise InvalidRequest(f"input '{spec.name}': {datatype} comes as binary data only")
     else:
         array = JsonTensor(spec.name, datatype, spec.dtype, shape).array(tensor["data"])
-    _check_elements(array.shape, spec, source)
+    _check_elements(array, spec, source)
     return array, offset
 
 
-def _check_elements(shape: tuple[int, ...], spec: TensorInfo, source: Source) -> None:
-    if math.prod(shape) > source.max_elements:
+def _check_elements(array: Array, spec: TensorInfo, source: Source) -> None:
+    if array.size > source.max_elements:
         raise TooLarge(
-            f"input '{spec.name}' has {math.prod(shape)} elements; the limit is {source.max_elements}; send it in parts"
+            f"input '{spec.name}' has {array.size} elements; the limit is {source.max_elements}; send it in parts"
         )
 
 
 def _parse_shape(value: Any, spec: TensorInfo) -> tuple[int, ...]:
-    expected = list(spec.shape)
+    if type(value) is list and len(value) == len(spec.shape):
+        for want, got in zip(spec.shape, value, strict=True):
+            if type(got) is not int or got < 1 or (want != got and type(want) is int):
+                break
+        else:
+            return tuple(value)
+    raise _wrong_shape(value, spec)
+
+
+def _wrong_shape(value: Any, spec: TensorInfo) -> InvalidRequest:
+    """What is wrong with a shape."""
     if not isinstance(value, list) or any(type(dim) is not int or dim < 0 for dim in value):
-        raise InvalidRequest(
+        return InvalidRequest(
             f"input '{spec.name}': 'shape' is {str(value)[:100]}; send a list of integers that are not negative"
         )
-    fits = len(value) == len(expected) and all(
-        isinstance(want, str) or want == got for want, got in zip(expected, value, strict=True)
+    fits = len(value) == len(spec.shape) and all(
+        isinstance(want, str) or want == got for want, got in zip(spec.shape, value, strict=True)
     )
-    if not fits:
-        wanted = f"[{', '.join(map(str, expected))}]"
-        raise InvalidRequest(f"input '{spec.name}' has shape {str(value)[:100]}; the model takes {wanted}")
-    if any(dim == 0 for dim in value):
-        raise InvalidRequest(f"input '{spec.name}' has shape {value}, which holds nothing")
-    return tuple(value)
+    if fits:
+        return InvalidRequest(f"input '{spec.name}' has shape {value}, which holds nothing")
+    wanted = f"[{', '.join(map(str, spec.shape))}]"
+    return InvalidRequest(f"input '{spec.name}' has shape {str(value)[:100]}; the model takes {wanted}")
 
 
 def _check_size(count: int, shape: tuple[int, ...], spec: TensorInfo) -> None:

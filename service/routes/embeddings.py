@@ -7,15 +7,18 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter, Request
 from numpy.typing import NDArray
+from starlette.responses import Response
 
 from service.codecs.body import parse_object, read_body
-from service.codecs.tokens import check_ids, check_texts
+from service.codecs.tokens import TokenBatch, check_ids, check_texts
 from service.errors import InvalidRequest
-from service.inference import open_request
+from service.exchange import headers_of
+from service.inference import Answer, Job, Outputs, open_request
+from service.model import ServedModel
 from service.model_config import Task
 from service.routes.documents import EMBEDDINGS_ANSWER, EMBEDDINGS_BODY, REQUEST_HEADERS
-from service.routes.responses import JsonResponse, ServingOf
-from service.routes.tokens import embed, encode, token_codec
+from service.routes.responses import AnswerResponse, ServingOf, json_answer
+from service.routes.tokens import embed, encode, engine_lengths, token_codec
 from service.settings import Settings
 
 router = APIRouter()
@@ -29,7 +32,7 @@ _FORMATS = ("float", "base64")
     openapi_extra={"requestBody": EMBEDDINGS_BODY, "parameters": REQUEST_HEADERS},
     responses=EMBEDDINGS_ANSWER,
 )
-async def create_embeddings(request: Request, serving: ServingOf) -> JsonResponse:
+async def create_embeddings(request: Request, serving: ServingOf) -> Response:
     """Embed a text, texts, a list of token ids or several. Texts are cut to the model's length."""
     settings = serving.settings
     document = parse_object(await read_body(request, settings), partial(_read, settings=settings))
@@ -37,7 +40,7 @@ async def create_embeddings(request: Request, serving: ServingOf) -> JsonRespons
     if not isinstance(name, str):
         raise InvalidRequest("'model' is missing or no string; send the name of an embedding model")
     served = serving.accepting(name)
-    with open_request(serving, served, request) as inference:
+    with open_request(serving, served, headers_of(request.scope["headers"])) as inference:
         inference.received()
         codec = token_codec(served)
         if served.task is not Task.SENTENCE_EMBEDDING:
@@ -47,18 +50,26 @@ async def create_embeddings(request: Request, serving: ServingOf) -> JsonRespons
             raise InvalidRequest("'encoding_format' is neither 'float' nor 'base64'")
         ids, texts = _read(document, settings)
         rows = ids or await encode(serving, codec, texts)
-        vectors = await embed(inference, codec, rows)
-        dimensions = document.get("dimensions")
+        job = _job(served, codec.batch(rows), encoding, document.get("dimensions"))
+        return AnswerResponse(inference.answer(job, await inference.run(job, request)))
+
+
+def _job(served: ServedModel, batch: TokenBatch, encoding: str, dimensions: Any) -> Job:
+    name = served.key.name
+
+    def answer(outputs: Outputs) -> Answer:
+        vectors = embed(served, batch, outputs)
         if dimensions is not None and dimensions != vectors.shape[1]:
             raise InvalidRequest(f"'dimensions': the vectors of model '{name}' have {vectors.shape[1]}; leave it out")
-        tokens = sum(len(row) for row in rows)
+        tokens = sum(batch.lengths)
         data = [
             {"object": "embedding", "index": index, "embedding": _encode(vector, encoding)}
             for index, vector in enumerate(vectors)
         ]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        answer = {"object": "list", "data": data, "model": name, "usage": usage}
-        return JsonResponse(answer, headers=inference.headers())
+        return json_answer({"object": "list", "data": data, "model": name, "usage": usage})
+
+    return Job(batch.inputs, (served.main_output().name,), answer, engine_lengths(served, batch), independent=True)
 
 
 def _read(document: dict[str, Any], settings: Settings) -> tuple[list[list[int]], list[str]]:

@@ -9,20 +9,23 @@ from fastapi import APIRouter, Depends, Query, Request
 from numpy.typing import NDArray
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.responses import Response
 
 from service.codecs.classify import probabilities, top_labels
 from service.codecs.finite import require_finite
-from service.codecs.images import decode
+from service.codecs.images import ImageSpec, decode
 from service.errors import InvalidRequest, TooLarge
-from service.inference import open_request
+from service.exchange import headers_of
+from service.inference import Answer, Job, Outputs, open_request
 from service.model import ServedModel
 from service.model_config import Task
 from service.routes.documents import IMAGES_ANSWER, IMAGES_BODY, REQUEST_HEADERS
-from service.routes.responses import JsonResponse, ServingOf, check_query
+from service.routes.responses import AnswerResponse, ServingOf, check_query, json_answer
 from service.workers.messages import LocalTensor
 
 router = APIRouter(tags=["inference"])
 
+TOP_K = 5
 TopK = Annotated[int, Query(ge=1, le=1000, description="How many labels, most probable first.")]
 Raw = Annotated[bool, Query(description="Answer with the model's outputs as they are.")]
 Version = Annotated[str | None, Query(description="A version of the model; the highest when not given.")]
@@ -35,11 +38,11 @@ Version = Annotated[str | None, Query(description="A version of the model; the h
     dependencies=[Depends(check_query)],
 )
 async def classify_images(
-    request: Request, serving: ServingOf, model: str, top_k: TopK = 5, raw: Raw = False, version: Version = None
-) -> JsonResponse:
+    request: Request, serving: ServingOf, model: str, top_k: TopK = TOP_K, raw: Raw = False, version: Version = None
+) -> Response:
     """Classify the image in the body (JPEG, PNG, WebP), or every file of a multipart form."""
     served = serving.accepting(model, version)
-    with open_request(serving, served, request) as inference:
+    with open_request(serving, served, headers_of(request.scope["headers"])) as inference:
         if served.images is None:
             raise InvalidRequest(
                 f"model '{model}' takes no images (its task is '{served.task}'): images go into one 4-D input with "
@@ -47,21 +50,29 @@ async def classify_images(
             )
         spec = served.images
         settings = serving.settings
-        files = await _files(await inference.body(), request.headers, settings.max_images)
+        files = await _files(await inference.body(request), request.headers, settings.max_images)
         limits = (settings.max_image_bytes, settings.max_image_pixels)
         jobs = [partial(decode, data, spec, *limits) for data in files]
         arrays = await serving.preprocess.run(jobs, inference.deadline)
-        names = tuple(o.name for o in served.specs.outputs) if raw else (served.main_output().name,)
-        batch = arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
-        outputs = await inference.run_rows(((spec.input, LocalTensor(batch)),), names)
-        answer: dict[str, Any] = {"model": served.key.name, "version": str(served.key.version)}
+        job = _job(served, spec, arrays, raw, top_k)
+        return AnswerResponse(inference.answer(job, await inference.run(job, request)))
+
+
+def _job(served: ServedModel, spec: ImageSpec, arrays: list[NDArray[Any]], raw: bool, top_k: int) -> Job:
+    names = tuple(o.name for o in served.specs.outputs) if raw else (served.main_output().name,)
+    batch = arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
+
+    def answer(outputs: Outputs) -> Answer:
+        content: dict[str, Any] = {"model": served.key.name, "version": str(served.key.version)}
         if raw:
-            answer["outputs"] = {name: np.ascontiguousarray(array) for name, array in outputs.items()}
+            content["outputs"] = {name: np.ascontiguousarray(array) for name, array in outputs.items()}
         else:
-            if served.task is not Task.IMAGE_CLASSIFICATION:
-                raise InvalidRequest(f"model '{model}' does not classify; ask for ?raw=true")
-            answer["predictions"] = _predictions(served, names[0], outputs[names[0]], top_k)
-        return JsonResponse(answer, headers=inference.headers())
+            content["predictions"] = _predictions(served, names[0], outputs[names[0]], top_k)
+        return json_answer(content)
+
+    if not raw and served.task is not Task.IMAGE_CLASSIFICATION:
+        raise InvalidRequest(f"model '{served.key.name}' does not classify; ask for ?raw=true")
+    return Job(((spec.input, LocalTensor(batch)),), names, answer, independent=True)
 
 
 def _predictions(served: ServedModel, output: str, scores: NDArray[Any], top_k: int) -> list[dict[str, Any]]:

@@ -11,19 +11,41 @@ from fastapi.routing import APIRoute
 from starlette.responses import Response
 
 from service.errors import ErrorRow, InvalidRequest, ServiceError, SlowBody, TooLarge, Unauthorized, describe, document
+from service.inference import Answer
 from service.serving import Serving
 
 log = logging.getLogger(__name__)
 
 
-class JsonResponse(Response):
+_JSON = ((b"content-type", b"application/json"),)
+
+
+def to_json(content: Any) -> bytes:
     """JSON through orjson; numpy arrays are written without a detour over lists (NaN and infinity become null)."""
+    return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def json_answer(content: Any) -> Answer:
+    """A good answer in JSON."""
+    return Answer(to_json(content), _JSON)
+
+
+class JsonResponse(Response):
+    """A response of any status in JSON."""
 
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
         """The body."""
-        return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+        return to_json(content)
+
+
+class AnswerResponse(Response):
+    """A good answer for ASGI."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.body)
+        self.raw_headers.extend(answer.headers)
 
 
 def error_response(message: str, row: ErrorRow, path: str, headers: Mapping[str, str] | None = None) -> JsonResponse:

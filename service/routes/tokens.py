@@ -7,25 +7,27 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter, Depends, Request
 from numpy.typing import NDArray
+from starlette.responses import Response
 
 from service.codecs.body import parse_object
 from service.codecs.classify import probabilities, top_labels
 from service.codecs.finite import require_finite
 from service.codecs.tokens import TokenBatch, TokenCodec, check_ids, check_texts, pool
 from service.errors import InvalidRequest
-from service.inference import InferenceRequest, open_request
+from service.exchange import Headers, headers_of
+from service.inference import Answer, InferenceRequest, Job, Outputs, open_request
 from service.model import ServedModel
 from service.model_config import Task
 from service.routes.documents import REQUEST_HEADERS, TOKENS_ANSWER, TOKENS_BODY
-from service.routes.images import Raw, TopK, Version
-from service.routes.responses import JsonResponse, ServingOf, check_query
+from service.routes.images import TOP_K, Raw, TopK, Version
+from service.routes.responses import AnswerResponse, ServingOf, check_query, json_answer
 from service.serving import Serving
 from service.settings import Settings
 
 router = APIRouter(tags=["inference"])
 
-# Above this, tokenizing takes long enough to be moved off the event loop.
-_INLINE_CHARACTERS = 2000
+INLINE_CHARACTERS = 2000
+"""Above this, tokenizing takes long enough to be moved off the event loop."""
 
 
 @router.post(
@@ -35,20 +37,34 @@ _INLINE_CHARACTERS = 2000
     dependencies=[Depends(check_query)],
 )
 async def run_tokens(
-    request: Request, serving: ServingOf, model: str, top_k: TopK = 5, raw: Raw = False, version: Version = None
-) -> JsonResponse:
+    request: Request, serving: ServingOf, model: str, top_k: TopK = TOP_K, raw: Raw = False, version: Version = None
+) -> Response:
     """Run texts, or rows of token ids of any lengths. Texts are cut to the model's length; ids never are."""
     served = serving.accepting(model, version)
-    with open_request(serving, served, request) as inference:
+    with open_request(serving, served, headers_of(request.scope["headers"])) as inference:
         codec = token_codec(served)
-        rows = await _rows(serving, codec, await inference.body())
-        batch = codec.batch(rows)
-        names = _outputs(served, raw)
-        outputs = await inference.run_rows(batch.inputs, names, engine_lengths(served, batch))
-        answer: dict[str, Any] = {"model": served.key.name, "version": str(served.key.version)}
-        answer.update(_answer(served, batch, outputs, names[0], raw, top_k))
-        answer["usage"] = {"tokens": sum(batch.lengths)}
-        return JsonResponse(answer, headers=inference.headers())
+        ids, texts = _parse(await inference.body(request), serving.settings)
+        job = _job(served, codec.batch(ids or await encode(serving, codec, texts)), raw, top_k)
+        return AnswerResponse(inference.answer(job, await inference.run(job, request)))
+
+
+def tokens_job(inference: InferenceRequest, body: bytes, _: Headers) -> Job:
+    """What a request of at most INLINE_CHARACTERS bytes and no query asks for. Raises InvalidRequest, TooLarge."""
+    codec = token_codec(inference.model)
+    ids, texts = _parse(body, inference.serving.settings)
+    return _job(inference.model, codec.batch(ids or codec.encode_texts(texts)), raw=False, top_k=TOP_K)
+
+
+def _job(served: ServedModel, batch: TokenBatch, raw: bool, top_k: int) -> Job:
+    names = _outputs(served, raw)
+
+    def answer(outputs: Outputs) -> Answer:
+        content: dict[str, Any] = {"model": served.key.name, "version": str(served.key.version)}
+        content.update(_answer(served, batch, outputs, names[0], raw, top_k))
+        content["usage"] = {"tokens": sum(batch.lengths)}
+        return json_answer(content)
+
+    return Job(batch.inputs, names, answer, engine_lengths(served, batch), independent=True)
 
 
 def token_codec(served: ServedModel) -> TokenCodec:
@@ -62,7 +78,7 @@ def token_codec(served: ServedModel) -> TokenCodec:
 
 async def encode(serving: Serving, codec: TokenCodec, texts: list[str]) -> list[list[int]]:
     """Token ids of checked texts, off the event loop where they are long. Raises InvalidRequest, Overloaded."""
-    if sum(len(text) for text in texts) <= _INLINE_CHARACTERS:
+    if sum(len(text) for text in texts) <= INLINE_CHARACTERS:
         return codec.encode_texts(texts)
     return (await serving.preprocess.run([lambda: codec.encode_texts(texts)]))[0]
 
@@ -72,20 +88,15 @@ def engine_lengths(served: ServedModel, batch: TokenBatch) -> tuple[int, ...]:
     return batch.lengths if isinstance(served.specs.inputs[0].shape[1], str) else ()
 
 
-async def embed(inference: InferenceRequest, codec: TokenCodec, rows: list[list[int]]) -> NDArray[np.float32]:
-    """Sentence vectors (rows, hidden) of rows of token ids. Raises the errors of service.errors."""
-    served = inference.model
-    batch = codec.batch(rows)
+def embed(served: ServedModel, batch: TokenBatch, outputs: Outputs) -> NDArray[np.float32]:
+    """Sentence vectors (rows, hidden) of what a model answers. Raises EngineFailed."""
     name = served.main_output().name
-    outputs = await inference.run_rows(batch.inputs, (name,), engine_lengths(served, batch))
     config = served.folder.config.tokens
     return require_finite(pool(outputs[name], batch.mask, config.pooling, config.normalize), served.key.name, name)
 
 
-async def _rows(serving: Serving, codec: TokenCodec, body: bytes) -> list[list[int]]:
-    document = parse_object(body, partial(_read, settings=serving.settings))
-    ids, texts = _read(document, serving.settings)
-    return ids or await encode(serving, codec, texts)
+def _parse(body: bytes, settings: Settings) -> tuple[list[list[int]], list[str]]:
+    return _read(parse_object(body, partial(_read, settings=settings)), settings)
 
 
 def _read(document: dict[str, Any], settings: Settings) -> tuple[list[list[int]], list[str]]:
@@ -108,7 +119,7 @@ def _outputs(served: ServedModel, raw: bool) -> tuple[str, ...]:
 
 
 def _answer(
-    served: ServedModel, batch: TokenBatch, outputs: dict[str, NDArray[Any]], main: str, raw: bool, top_k: int
+    served: ServedModel, batch: TokenBatch, outputs: Outputs, main: str, raw: bool, top_k: int
 ) -> dict[str, Any]:
     labels = served.folder.labels
     if raw or served.task is Task.TENSORS:
@@ -124,9 +135,7 @@ def _answer(
             require_finite(scores[row : row + 1, :length], model, main)[0] for row, length in enumerate(batch.lengths)
         ]
         return {"predictions": [{"tokens": [top_labels(token, labels, 1)[0] for token in row]} for row in rows]}
-    config = served.folder.config.tokens
-    vectors = pool(outputs[main], batch.mask, config.pooling, config.normalize)
-    return {"embeddings": require_finite(vectors, model, main)}
+    return {"embeddings": embed(served, batch, outputs)}
 
 
 def _ragged(served: ServedModel, name: str, array: NDArray[Any], lengths: tuple[int, ...]) -> list[NDArray[Any]]:

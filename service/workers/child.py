@@ -1,10 +1,10 @@
 """`python -m service.workers.child`: the engine worker in a process of its own. Started by process.py alone.
 
 Threads besides the worker's own: the main one reads the commands of the process that started this one, one more each
-those of a front end, `pulse` sends heartbeats and gives shared memory back, `attach` takes new front ends in. The
-process ends when its first socket does, whatever the reason; signals are for the HTTP process, which decides what they
-mean. Several front ends hold the same models: one is loaded when the first asks for it and unloaded when the last lets
-it go.
+those of a front end; both queue all requests that came together before anybody looks at them, and run light batches
+themselves. `pulse` sends heartbeats and gives shared memory back, `attach` takes new front ends in. The process ends
+when its first socket does, whatever the reason; signals are for the HTTP process, which decides what they mean. Several
+front ends hold the same models: one is loaded when the first asks for it and unloaded when the last lets it go.
 """
 
 import gc
@@ -26,6 +26,7 @@ from service.workers.engine_worker import EngineWorker
 from service.workers.messages import (
     BatchDone,
     Cancel,
+    Infer,
     InferFailed,
     InferResult,
     LoadFailed,
@@ -53,24 +54,26 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class ChildArguments:
     """The command line: file descriptors it inherits (its connection, and the socket that brings those of front ends),
-    the engine as "module:callable", the level of the log."""
+    the engine as "module:callable", the level of the log, how many microseconds a light batch takes at most."""
 
     connection: Connection
     attach: int
     engine: str
     log_level: int
+    light_run_us: int
 
     def to_list(self) -> list[str]:
         """As command-line arguments."""
         c = self.connection
-        return [*map(str, (c.socket, c.requests, c.answers, self.attach)), self.engine, str(self.log_level)]
+        descriptors = map(str, (c.socket, c.requests, c.answers, self.attach))
+        return [*descriptors, self.engine, str(self.log_level), str(self.light_run_us)]
 
     @classmethod
     def from_list(cls, arguments: Sequence[str]) -> "ChildArguments":
         """From command-line arguments."""
-        *descriptors, engine, level = arguments
+        *descriptors, engine, level, light = arguments
         socket_, requests, answers, attach = map(int, descriptors)
-        return cls(Connection(socket_, requests, answers), attach, engine, int(level))
+        return cls(Connection(socket_, requests, answers), attach, engine, int(level), int(light))
 
 
 @dataclass(slots=True)
@@ -99,7 +102,7 @@ class Child:
         self._attach = socket.socket(fileno=arguments.attach)
         self._lock = threading.RLock()
         self._books = _Books(clients={FIRST_CLIENT: self._first})
-        self._worker = EngineWorker(_named(arguments.engine), self._report, self._lost)
+        self._worker = EngineWorker(_named(arguments.engine), self._report, self._lost, arguments.light_run_us / 1e6)
 
     def run(self) -> None:
         """Serve until the first socket ends."""
@@ -107,7 +110,7 @@ class Child:
         self._worker.start()
         for name, target in (("pulse", self._pulse), ("attach", self._take_in)):
             threading.Thread(target=target, name=name, daemon=True).start()
-        self._first.serve(self._handle)
+        self._first.serve(self._handle, self._worker.work_off)
 
     # ---- clients
 
@@ -127,7 +130,7 @@ class Child:
         releasing = threading.Thread(target=self._release, args=(client,), name="release", daemon=True)
         releasing.start()
         try:
-            client.serve(self._handle)
+            client.serve(self._handle, self._worker.work_off)
         finally:
             client.disconnect()
             with self._lock:
@@ -171,6 +174,8 @@ class Child:
             case Stop() if client is not self._first:
                 client.stop()
                 self._finish(client)
+            case Infer():
+                self._worker.accept(command)
             case Release():
                 raise TypeError("the client's own business")
             case _:

@@ -1,4 +1,4 @@
-"""Requests on the HTTP side: a future per request, its deadline, and the messages to and from one worker.
+"""Requests on the HTTP side: who gets each answer, its deadline, and the messages to and from one worker.
 
 Runs on the event loop alone.
 """
@@ -6,9 +6,9 @@ Runs on the event loop alone.
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
-from service.errors import ClientGone, DeadlineExceeded, from_engine
+from service.errors import DeadlineExceeded, ServiceError, from_engine
 from service.workers.messages import (
     Cancel,
     Command,
@@ -28,8 +28,8 @@ from service.workers.messages import (
 )
 from service.workers.transport import Transport
 
-# How long a request waits before its connection is watched: most are answered by then and never pay for it.
-_WATCH_AFTER_S = 0.01
+Done = Callable[[InferResult | ServiceError], None]
+"""What becomes of a request; called once."""
 
 
 class EngineClient:
@@ -39,7 +39,9 @@ class EngineClient:
         self._transport = transport
         self._on_report = on_report
         self._ids = itertools.count(first_id)
-        self._pending: dict[int, asyncio.Future[InferResult]] = {}
+        self._pending: dict[int, tuple[float, Done]] = {}
+        self._alarm: asyncio.TimerHandle | None = None  # for the first deadline there may be
+        self._alarm_at = 0.0
         self._statistics: dict[int, asyncio.Future[StatsReport]] = {}
         self._profiles: dict[int, asyncio.Future[ProfileReport]] = {}
         self._stopped: asyncio.Future[None] | None = None
@@ -52,7 +54,7 @@ class EngineClient:
         """Send a command whose report comes through `on_report`."""
         self._transport.send(command)
 
-    async def infer(
+    def begin(
         self,
         key: ModelKey,
         inputs: NamedTensors,
@@ -60,25 +62,40 @@ class EngineClient:
         lengths: tuple[int, ...],
         deadline: float,
         priority: int,
-        disconnected: Callable[[], Awaitable[None]],
-    ) -> InferResult:
-        """Run one request. `deadline` is in `time.monotonic()`; `disconnected` returns when the client has gone.
+        done: Done,
+    ) -> int:
+        """Run one request; its number. `deadline` is in `time.monotonic()`. `done` gets the answer, or the exception of
+        service.errors that stands for it, unless `abandon` comes before."""
+        request = Infer(next(self._ids), key, inputs, outputs, lengths, time.monotonic(), deadline, priority)
+        self._pending[request.id] = deadline, done
+        if self._alarm is None or deadline < self._alarm_at:
+            self._set_alarm(deadline)
+        self._transport.send(request)
+        return request.id
 
-        Raises the exceptions of service.errors; whatever ends the wait early also drops the request from the queue.
-        """
-        loop = asyncio.get_running_loop()
+    def abandon(self, number: int) -> None:
+        """Nobody waits for a request any more: it is dropped from the queue, if it has no answer yet."""
+        if self._pending.pop(number, None) is not None:
+            self._transport.send(Cancel(number))
+
+    def _set_alarm(self, deadline: float) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm_at = deadline
+        self._alarm = asyncio.get_running_loop().call_later(max(deadline - time.monotonic(), 0.0), self._expire)
+
+    def _expire(self) -> None:
+        """End what is past its deadline. One timer for all requests: nearly all are answered long before theirs."""
+        self._alarm = None
         now = time.monotonic()
-        request = Infer(next(self._ids), key, inputs, outputs, lengths, now, deadline, priority)
-        future: asyncio.Future[InferResult] = loop.create_future()
-        self._pending[request.id] = future
-        watch = _Watch(loop, future, deadline - now, disconnected)
-        try:
-            self._transport.send(request)
-            return await future
-        finally:
-            watch.cancel()
-            if self._pending.pop(request.id, None) is not None:
-                self._transport.send(Cancel(request.id))
+        for number in [number for number, (deadline, _) in self._pending.items() if deadline <= now]:
+            pending = self._pending.pop(number, None)  # an end of another may have been its, too
+            if pending is None:
+                continue
+            self._transport.send(Cancel(number))
+            pending[1](DeadlineExceeded("the deadline passed before the answer was there"))
+        if self._pending and self._alarm is None:
+            self._set_alarm(min(deadline for deadline, _ in self._pending.values()))
 
     async def statistics(self, timeout: float) -> tuple[ModelStats, ...]:
         """Counters of all loaded models. Raises TimeoutError."""
@@ -118,12 +135,15 @@ class EngineClient:
     def _receive(self, report: Report) -> None:
         match report:
             case InferResult():
-                self._settle(report.id, lambda future: future.set_result(report))
+                pending = self._pending.pop(report.id, None)
+                if pending is not None:
+                    pending[1](report)
             case InferFailed():
-                error = from_engine(report.code, report.reason, report.retry_after)
-                self._settle(report.id, lambda future: future.set_exception(error))
+                pending = self._pending.pop(report.id, None)
+                if pending is not None:
+                    pending[1](from_engine(report.code, report.reason, report.retry_after))
             case StatsReport():
-                waiting = self._statistics.get(report.id)
+                waiting = self._statistics.pop(report.id, None)
                 if waiting is not None and not waiting.done():
                     waiting.set_result(report)
             case ProfileReport():
@@ -135,50 +155,3 @@ class EngineClient:
                     self._stopped.set_result(None)
             case _:
                 self._on_report(report)
-
-    def _settle(self, request_id: int, settle: Callable[[asyncio.Future[InferResult]], None]) -> None:
-        future = self._pending.pop(request_id, None)
-        if future is not None and not future.done():
-            settle(future)
-
-
-class _Watch:
-    """Ends a request at its deadline, or when its client goes. For all but the first milliseconds: most requests are
-    answered by then, and cost one timer."""
-
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        future: asyncio.Future[InferResult],
-        seconds: float,
-        disconnected: Callable[[], Awaitable[None]],
-    ) -> None:
-        self._loop = loop
-        self._future = future
-        self._left = seconds - _WATCH_AFTER_S
-        self._disconnected = disconnected
-        self._task: asyncio.Task[None] | None = None
-        if self._left <= 0:
-            self._timer = loop.call_later(max(seconds, 0.0), self._expire)
-        else:
-            self._timer = loop.call_later(_WATCH_AFTER_S, self._begin)
-
-    def _begin(self) -> None:
-        self._timer = self._loop.call_later(self._left, self._expire)
-        self._task = self._loop.create_task(self._wait())
-
-    def _expire(self) -> None:
-        if not self._future.done():
-            self._future.set_exception(DeadlineExceeded("the deadline passed before the answer was there"))
-
-    async def _wait(self) -> None:
-        await self._disconnected()
-        if not self._future.done():
-            self._future.set_exception(ClientGone("the client closed the connection"))
-
-    def cancel(self) -> None:
-        """Stop watching."""
-        self._timer.cancel()
-        if self._task is not None:
-            self._task.cancel()
-            self._task = None  # its traceback leads back here: a cycle would keep the answer until it is collected

@@ -51,7 +51,7 @@ class _State:
 
 
 class Client:
-    """One connection. `on_message` and `on_end` are called on the thread that `serve` runs on."""
+    """One connection. What `serve` calls, it calls on its own thread."""
 
     def __init__(self, number: int, connection: Connection) -> None:
         self.number = number
@@ -68,12 +68,13 @@ class Client:
         self._lock = threading.Lock()
         self._state = _State()
 
-    def serve(self, on_message: Callable[["Client", ToEngine], None]) -> None:
-        """Read until the socket ends."""
+    def serve(self, on_message: Callable[["Client", ToEngine], None], on_pause: Callable[[], None]) -> None:
+        """Read until the socket ends. `on_pause` follows all messages that came together."""
         frames = FrameReader()
         while data := self._receive():
             for text, payload in frames.feed(data):
                 self._handle(text, payload, on_message)
+            on_pause()
 
     def _receive(self) -> bytes:
         try:

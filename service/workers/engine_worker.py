@@ -3,22 +3,19 @@
 Threads: `engine` alone runs batches (so the cores are shared fairly between models and nothing waits for a lock inside
 the engine); where a model overlaps several runs, as on a GPU, there are as many engine threads, each with one batch.
 `loader` loads, warms up, unloads, and gives way to `engine` in all of it; `statistics` reads counters, so that a scrape
-never waits for either. `handle` may be called by one receiving thread and returns at once.
+never waits for either. `handle` may be called by one receiving thread and returns at once; one that has many requests
+calls `accept` for each and then `work_off`, which runs what is light (`batching/light.py`) itself.
 """
 
 import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from service.batching.batcher import assemble, scatter
-from service.batching.queue import Batch, Entry, Taken
+from service.batching.batcher import alone, answer, assemble, rows_of, scatter
+from service.batching.queue import Batch, Entry
 from service.batching.scheduler import Scheduler, Work
 from service.workers.engine_api import EngineKernelStat, EngineModel, EngineModule
 from service.workers.messages import (
@@ -30,11 +27,9 @@ from service.workers.messages import (
     FailureCode,
     Infer,
     InferFailed,
-    InferResult,
     KernelCounters,
     LoadFailed,
     LoadModel,
-    LocalTensor,
     ModelKey,
     ModelReady,
     ModelStats,
@@ -52,6 +47,8 @@ from service.workers.warmup import describe_device, describe_tensors, probe
 
 log = logging.getLogger(__name__)
 
+_Told = tuple[Work, list[Report]]  # a batch that has run, and what is to be told of it
+
 _LAST_LOAD_S = 0.5  # how long the end waits for a model that is being loaded for nothing
 
 
@@ -64,6 +61,7 @@ class EngineWorker:
         engine: Callable[[], EngineModule],
         report: Callable[[Sequence[Report]], None],
         on_lost: Callable[[str], None] = lambda _: None,
+        light_s: float = 0.0,
     ) -> None:
         self._engine = engine
         self._reports = report
@@ -71,6 +69,7 @@ class EngineWorker:
         self._busy_since: dict[int, float] = {}
         self._scattering = threading.Lock()
         self._scheduler = Scheduler()
+        self._light_s = light_s
         self._models: dict[ModelKey, EngineModel] = {}
         self._devices: dict[ModelKey, Device] = {}
         self._stopping = threading.Event()
@@ -94,9 +93,8 @@ class EngineWorker:
         """Take one command; never blocks."""
         match command:
             case Infer():
-                refusal = self._scheduler.submit(command)
-                if refusal is not None:
-                    self._report(refusal)
+                self.accept(command)
+                self._scheduler.wake()
             case Cancel():
                 self._scheduler.cancel(command.id)
             case Stats():
@@ -111,6 +109,23 @@ class EngineWorker:
                 self._stopping.set()
                 self._scheduler.stop()
                 threading.Thread(target=self._stop, name="stop", daemon=True).start()
+
+    def accept(self, request: Infer) -> None:
+        """Queue a request, or refuse it; `work_off` has to follow."""
+        refusal = self._scheduler.submit(request)
+        if refusal is not None:
+            self._report(refusal)
+
+    def work_off(self) -> None:
+        """Run the light batches of what was accepted on this thread, and leave the others to the engine's."""
+        while (work := self._scheduler.take_at_once(self._expired)) is not None:
+            if not work.light.allows(work.batch):
+                self._scheduler.hand_over(work)
+                return
+            untold: list[_Told] = []
+            self._run_one(work, untold)
+            self._tell(untold)
+        self._scheduler.wake()
 
     def _report(self, report: Report) -> None:
         self._reports((report,))
@@ -143,7 +158,7 @@ class EngineWorker:
         device = self._devices[command.key] = describe_device(model.device_info)
         self._models[command.key] = model
         self._start_threads(model.concurrent_runs)
-        self._scheduler.add(command.key, command.batching, axes, model.concurrent_runs)
+        self._scheduler.add(command.key, command.batching, axes, model.concurrent_runs, self._light_s)
         self._report(
             ModelReady(
                 key=command.key,
@@ -211,21 +226,46 @@ class EngineWorker:
     # ---- engine threads
 
     def _run(self) -> None:
-        while self._run_next():
+        untold: list[_Told] = []
+        while self._run_next(untold):
             pass
 
-    def _run_next(self) -> bool:
-        """One batch; nothing of it is kept until the next one comes. False when there is none any more."""
-        work = self._scheduler.take(self._expired)
+    def _run_next(self, untold: list[_Told]) -> bool:
+        """One batch; nothing of it is kept while there is none to run. False when there is none any more.
+
+        The answers of the batch before are told once the next one is about to run: whoever gets them needs the
+        interpreter, which a run leaves alone, and would else keep this thread from starting it.
+        """
+        work = self._scheduler.take(self._expired, wait=False)
+        if work is None:
+            self._tell(untold)
+            work = self._scheduler.take(self._expired)
         if work is None:
             return False
-        self._busy_since[threading.get_ident()] = time.monotonic()
-        try:
-            self._execute(work)
-        finally:
-            del self._busy_since[threading.get_ident()]
-            self._scheduler.done(work)
+        self._run_one(work, untold)
+        self._scheduler.wake()
         return True
+
+    def _run_one(self, work: Work, untold: list[_Told]) -> None:
+        """Run a batch, after which the next one may start, and add what is to be told to `untold`; what is there
+        already is told before the run."""
+        thread = threading.get_ident()
+        self._busy_since[thread] = time.monotonic()
+        reports: list[Report] = []
+        succeeded = False
+        try:
+            reports, succeeded = self._execute(work, work.batch, untold)
+        finally:
+            del self._busy_since[thread]
+            self._scheduler.done(work, succeeded)
+            untold.append((work, reports))
+
+    def _tell(self, untold: list[_Told]) -> None:
+        while untold:
+            work, reports = untold.pop()
+            if reports:
+                self._reports(reports)
+            self._scheduler.reported(work)
 
     @property
     def busy_seconds(self) -> float:
@@ -237,40 +277,38 @@ class EngineWorker:
         text = "the deadline passed while the request waited in the queue"
         self._report(InferFailed(entry.request.id, FailureCode.DEADLINE, text))
 
-    def _execute(self, work: Work) -> None:
-        """Run a batch; if it fails, run each request in it alone and without padding: neither its neighbours nor the
-        batch's common length shall fail it (the model's positions may end before that)."""
-        started, share = time.monotonic(), self._scheduler.engine_seconds()
+    def _execute(self, work: Work, batch: Batch, untold: list[_Told]) -> tuple[list[Report], bool]:
+        """Run a batch; what is to be told of it, and whether it ran. If it fails, each request in it runs alone,
+        without padding: neither its neighbours nor the common length shall fail it (the model's positions may end
+        before that)."""
+        started = time.monotonic()
         try:
-            outputs = self._models[work.key].run(assemble(work.batch))
+            feeds = assemble(batch)
+            self._tell(untold)
+            outputs = self._models[work.key].run(feeds)
             seconds = time.monotonic() - started
             with self._scattering:
-                finished = scatter(work.batch, dict(outputs), work.axes)
-                for part in work.batch.parts:
+                finished = scatter(batch, outputs, work.axes)
+                for part in batch.parts:
                     part.entry.compute_seconds += seconds
         except Exception as error:
             if isinstance(error, self._engine().DeviceLost):
                 self._on_lost(str(error))
-                for part in work.batch.parts:
-                    self._fail(part.entry, error)
-                return
-            alone = [_alone(part) for part in work.batch.parts]
-            if alone == [work.batch]:
-                self._fail(work.batch.parts[0].entry, error)
-                return
-            for batch in alone:
-                self._execute(Work(work.key, work.axes, batch))
-            return
-        self._scheduler.record(work, self._scheduler.engine_seconds() - share)
-        batch = work.batch
+                return [report for part in batch.parts for report in self._fail(work, part.entry, error)], False
+            singles = [alone(part, batch.shapes) for part in batch.parts]
+            if singles == [batch]:
+                return self._fail(work, batch.parts[0].entry, error), False
+            return [report for one in singles for report in self._execute(work, one, untold)[0]], False
+        work.light.record(batch, seconds)
         padding = batch.rows * batch.width - batch.tokens if batch.width else 0
-        rows = batch.rows if work.axes.mode is not BatchingMode.NONE else _rows(batch.parts[0].entry.arrays)
+        rows = batch.rows if work.axes.mode is not BatchingMode.NONE else rows_of(batch.parts[0].entry.arrays)
         done = BatchDone(work.key, rows, batch.tokens, padding, seconds, batch.parts[0].entry.request.id)
-        self._reports([done, *map(_answer, self._scheduler.finish(finished))])
+        return [done, *map(answer, self._scheduler.finish(work, finished))], True
 
-    def _fail(self, entry: Entry, error: Exception) -> None:
-        if not self._scheduler.finish([entry]):
-            return
+    def _fail(self, work: Work, entry: Entry, error: Exception) -> list[Report]:
+        """What to tell of a request that failed; nothing if nobody waits for it any more."""
+        if not self._scheduler.finish(work, [entry]):
+            return []
         module = self._engine()
         code = FailureCode.ENGINE
         if isinstance(error, module.ShapeError):
@@ -286,29 +324,10 @@ class EngineWorker:
             if str(error)
             else f"model {entry.request.key}: {type(error).__name__}"
         )
-        self._report(InferFailed(entry.request.id, code, text))
+        return [InferFailed(entry.request.id, code, text)]
 
 
 def _counters(kernel: EngineKernelStat, device: Device) -> KernelCounters:
     floors = device.floors(kernel.flops, kernel.bytes, kernel.cached_bytes)
     done = (kernel.launches, kernel.seconds, kernel.flops, kernel.bytes, kernel.cached_bytes)
     return KernelCounters(kernel.kernel, kernel.op, *done, *floors)
-
-
-def _alone(part: Taken) -> Batch:
-    """One request's part of a batch as a batch of its own, as wide as its own longest row."""
-    lengths = [part.entry.lengths[row] for row in part.rows] if part.entry.lengths else []
-    return Batch((part,), len(part.rows), max(lengths, default=0), sum(lengths))
-
-
-def _answer(entry: Entry) -> InferResult:
-    request = entry.request
-    outputs = tuple((name, LocalTensor(entry.outputs[name])) for name in request.outputs)
-    passed = time.monotonic() - request.arrival
-    computed = min(entry.compute_seconds, passed)  # parts of a request may have run side by side
-    return InferResult(request.id, outputs, passed - computed, computed)
-
-
-def _rows(arrays: Mapping[str, NDArray[Any]]) -> int:
-    first = next(iter(arrays.values()), np.empty(0))
-    return int(first.shape[0]) if first.ndim else 1

@@ -34,11 +34,13 @@ _LONGEST_LINE = 4000
 
 @dataclass(frozen=True, slots=True)
 class ProcessOptions:
-    """`engine` is "module:callable"; `transfer_bytes` bounds the shared memory of each direction. A child that says
-    nothing for `silence_s`, or computes one batch for `stuck_s`, is ended."""
+    """`engine` is "module:callable"; `transfer_bytes` bounds the shared memory of each direction; a light batch takes
+    `light_run_us` microseconds at most. A child that says nothing for `silence_s`, or computes one batch for
+    `stuck_s`, is ended."""
 
     engine: str
     transfer_bytes: int
+    light_run_us: int = 0
     silence_s: float = 30.0
     stuck_s: float = 120.0
 
@@ -117,7 +119,8 @@ class ProcessTransport(RemoteTransport):
             requests, answers = map_region(inward), map_region(outward)
             level = logging.getLogger().level
             connection = Connection(far.fileno(), inward, outward)
-            arguments = ChildArguments(connection, theirs.fileno(), self._options.engine, level)
+            options = self._options
+            arguments = ChildArguments(connection, theirs.fileno(), options.engine, level, options.light_run_us)
             process = self._process = await loop.run_in_executor(None, _spawn, arguments)
         ended = asyncio.Event()
         link = self._make_link(requests, answers, ended.set)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from service.workers.engine_api import EngineModule
 from service.workers.engine_worker import EngineWorker
-from service.workers.messages import Command, Report
+from service.workers.messages import Command, Infer, Report
 
 
 class Transport(Protocol):
@@ -29,13 +29,16 @@ class Transport(Protocol):
 
 
 class LocalTransport:
-    """A worker in this process: commands are method calls, reports come back in bundles through the event loop."""
+    """A worker in this process: commands are method calls, reports come back in bundles through the event loop. What
+    came in one turn of the loop is looked at together, at its end. Batches that take less than `light_s` run on the
+    loop itself."""
 
-    def __init__(self, engine: Callable[[], EngineModule]) -> None:
-        self._worker = EngineWorker(engine, self._report)
+    def __init__(self, engine: Callable[[], EngineModule], light_s: float = 0.0) -> None:
+        self._worker = EngineWorker(engine, self._report, light_s=light_s)
         self._reports: deque[Report] = deque()
         self._lock = threading.Lock()
-        self._scheduled = False
+        self._scheduled = False  # to deliver
+        self._accepted = False  # requests that the worker has not looked at
         self._loop: asyncio.AbstractEventLoop | None = None
         self._receive: Callable[[Report], None] | None = None
 
@@ -46,14 +49,27 @@ class LocalTransport:
         self._worker.start()
 
     def send(self, command: Command) -> None:
-        """Hand a command to the worker's threads."""
-        self._worker.handle(command)
+        """Hand a command to the worker."""
+        if not isinstance(command, Infer):
+            self._worker.handle(command)
+            return
+        self._worker.accept(command)
+        if not self._accepted and self._loop is not None:
+            self._accepted = True
+            self._loop.call_soon(self._work_off)
 
     def close(self) -> None:
         """Nothing to do: a worker in this process ends with it."""
 
+    def _work_off(self) -> None:
+        self._accepted = False
+        with self._lock:
+            self._scheduled = True
+        self._worker.work_off()
+        self._deliver()
+
     def _report(self, reports: Sequence[Report]) -> None:
-        """Any thread of the worker: queue the reports and wake the loop once per bundle."""
+        """Any thread of the worker, or the loop's: queue the reports and wake the loop once per bundle."""
         with self._lock:
             self._reports.extend(reports)
             if self._scheduled:

@@ -20,7 +20,7 @@ import uvicorn
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from service.app import create_app
-from service.connection import limited
+from service.direct_connection import connections
 from service.serving import Serving
 from service.settings import Settings
 from tests.service.fakes import FakeEngine
@@ -126,15 +126,20 @@ class Starter:
         """A server for `root`; `ready` waits until nothing loads any more. In a process of its own (`always`) the
         engine is another one than the `Running.engine` that the test sees."""
         engine = engine or FakeEngine()
+        settings.setdefault("light_run_us", 0)  # tests hold runs back, which would hold back the event loop
         chosen = Settings(models=root, drain_timeout=5, engine_process=engine_process, **settings)
         app = create_app(chosen, FakeEngine if engine_process == "always" else lambda: engine)
         listener = socket.create_server(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         config = uvicorn.Config(
-            app, http=limited(chosen), log_config=None, access_log=False, timeout_graceful_shutdown=5
+            app,
+            http=connections(chosen, app.state.direct),
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=5,
         )
         server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http", daemon=True)
         thread.start()
         client = httpx.Client(base_url=url, timeout=20)
         running = Running(url, client, engine, app.state.serving)
@@ -205,6 +210,7 @@ class Process:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         command = [sys.executable, "-m", "tests.service.serve_fake", "--models", str(root), "--port", str(self.port)]
+        command += ["--light-run-us", "0"]
         self.process = subprocess.Popen(
             [*command, *arguments],
             cwd=ROOT,

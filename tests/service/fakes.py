@@ -2,8 +2,9 @@
 
 A "model file" is JSON: {"kind": …} plus arguments; `KINDS` lists what there is. It checks its feeds as strictly as
 the real one.
-`FakeEngine.gate` can hold runs back, so that tests decide when a batch ends; `calls` records every run. What a thread
-other than `engine` does must be inside `background`, and its runs are in `probes`.
+`FakeEngine.gate` can hold runs back, so that tests decide when a batch ends; `calls` records every run and `threads` on
+which one it was. What a thread other than those in `SERVING` does must be inside `background`, and its runs are in
+`probes`.
 """
 
 import json
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 VOCABULARY = 100
 HIDDEN = 4
+SERVING = ("engine", "http")  # how names of threads begin that run batches
 WIDTH = 1 << 16  # floats in a row of "wide": 256 KiB
 
 
@@ -236,8 +238,9 @@ class FakeModel:
         """Check like the real engine, wait for the gate, compute."""
         assert not self.closed, "run after close"
         sizes = self._check(feeds)
-        if threading.current_thread().name.startswith("engine"):
+        if threading.current_thread().name.startswith(SERVING):
             first = next(iter(feeds.values()))
+            self._owner.threads.append(threading.current_thread().name)
             self._owner.calls.append((self.kind, first.shape))
             self._owner.running.release()
             assert self._owner.gate.wait(20), "the test never opened the gate"
@@ -255,7 +258,7 @@ class FakeModel:
             if "probe_error" in self._arguments:
                 raise EngineError(self._arguments["probe_error"])
         outputs = self._run(feeds)
-        if "answers" in self._arguments and threading.current_thread().name.startswith("engine"):
+        if "answers" in self._arguments and threading.current_thread().name.startswith(SERVING):
             outputs = {name: np.full_like(array, self._arguments["answers"]) for name, array in outputs.items()}
         with self._lock:
             self._launches += 1
@@ -336,6 +339,7 @@ class FakeEngine:
     each load."""
 
     calls: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    threads: list[str] = field(default_factory=list)
     probes: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     behind: Behind = field(default_factory=Behind)
     models: list[FakeModel] = field(default_factory=list)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import re
 from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from service.kernel_metrics import WINDOW_S, EngineCollector, LoadedModel
+from service.numbers import Histograms, Joint
 from service.workers.messages import Device, KernelCounters, ModelKey, ModelStats
 from tests.deploy.prometheus import needs_prometheus, promtool
 from tests.service.conftest import Running, Start, add_model, sample
@@ -192,3 +195,23 @@ def test_fallback_ops_and_load_time_of_each_model(start: Start, tmp_path: Path) 
     assert 'engine_fallback_ops{model="identity",version="1"} 0.0' in text
     assert 0 < sample(text, "engine_model_load_seconds", model="identity") < 10
     assert 'name="Fake CPU"' in text
+
+
+def test_distributions_that_are_observed_together_count_as_each_alone() -> None:
+    registry = CollectorRegistry(auto_describe=False)
+    bounds = ((0.1, 1.0, 10.0), (1.0, 2.0))
+    together = [Histograms(f"together_{i}", "", ("m",), edges, registry).labels("a") for i, edges in enumerate(bounds)]
+    alone = [Histograms(f"alone_{i}", "", ("m",), edges, registry).labels("a") for i, edges in enumerate(bounds)]
+    joint = Joint(*together)
+    draw = random.Random(0)
+    for _ in range(2500):  # more than are kept
+        values = draw.choice((0.1, 1.0, 10.0, draw.expovariate(1.0))), draw.uniform(0.0, 3.0)
+        joint.observe(*values)
+        for distribution, value in zip(alone, values, strict=True):
+            distribution.observe(value)
+    together[0].observe(5.0)
+    alone[0].observe(5.0)
+    for one, other in zip(together, alone, strict=True):
+        (counts, total), (expected, sum_) = one.read(), other.read()
+        assert counts == expected and sum(counts) >= 2500
+        assert total == pytest.approx(sum_, rel=1e-12)

@@ -218,8 +218,8 @@ def test_a_model_that_kills_the_process_while_loading_is_given_up(start: Start, 
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that waits for its engine process for a second or two only."""
 
-    def options(engine: str, transfer_bytes: int) -> ProcessOptions:
-        return ProcessOptions(engine, transfer_bytes, silence_s=4.0, stuck_s=1.5)
+    def options(engine: str, transfer_bytes: int, light_run_us: int) -> ProcessOptions:
+        return ProcessOptions(engine, transfer_bytes, light_run_us, silence_s=4.0, stuck_s=1.5)
 
     monkeypatch.setattr(app, "ProcessOptions", options)
 

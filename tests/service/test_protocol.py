@@ -348,7 +348,7 @@ def test_bad_strings(data: bytes, words: str) -> None:
     tensor_ = {"name": "s", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": len(data)}}
     header = json.dumps({"inputs": [tensor_]}).encode()
     with pytest.raises(InvalidRequest) as refused:
-        parse_infer(header + data, str(len(header)), [spec], [], SOURCE)
+        parse_infer(header + data, str(len(header)).encode(), [spec], [], SOURCE)
     assert f"input 's'{':' if words[0] != '0' else ' has'} " in str(refused.value)
     assert words in str(refused.value)
 

@@ -490,23 +490,26 @@ def test_batches_that_run_side_by_side_share_the_engine_seconds() -> None:
         inputs = (("input", LocalTensor(np.zeros((1, 4), np.float32))),)
         scheduler.submit(Infer(number, key, inputs, ("output",), (), 0.0, 1e9, 50))
 
-    def take() -> tuple[Work, float]:
+    def take() -> Work:
         work = scheduler.take(lambda _: None)
         assert work is not None
-        return work, scheduler.engine_seconds()
+        return work
 
-    first, first_began = take()
+    first = take()
     now[0] = 2.0  # alone
-    second, second_began = take()
+    second = take()
     now[0] = 6.0  # both
-    first_share = scheduler.engine_seconds() - first_began
-    scheduler.done(first)
+    assert scheduler.done(first) == 4.0
+    scheduler.reported(first)
     now[0] = 7.0  # the second alone
-    second_share = scheduler.engine_seconds() - second_began
-    scheduler.done(second)
+    assert scheduler.done(second) == 3.0
+    scheduler.reported(second)
     now[0] = 50.0  # idle
-    assert (first_share, second_share) == (4.0, 3.0)
-    assert scheduler.engine_seconds() == 5.0
+    scheduler.submit(Infer(2, key, inputs, ("output",), (), 0.0, 1e9, 50))
+    third = take()
+    now[0] = 51.0
+    assert scheduler.done(third) == 1.0
+    scheduler.reported(third)
 
 
 def test_padding_is_counted(harness: Harness) -> None:
@@ -532,3 +535,67 @@ def test_statistics_are_answered_while_the_engine_is_busy(harness: Harness) -> N
     report = harness.next(StatsReport)
     assert report.id == 5
     assert {kernel.kernel for kernel in report.models[0].kernels} == {"gemm_f32", "pointwise_f32"}
+
+
+def light(root: Path, **arguments: Any) -> Harness:
+    """A harness whose worker runs on the caller what takes less than 10 ms."""
+    harness = Harness(root)
+    harness.worker.handle(Stop())
+    harness.next(Stopped)
+    report = harness.reports.put
+    harness.worker = EngineWorker(lambda: harness.engine, lambda reports: [report(r) for r in reports], light_s=0.01)
+    harness.worker.start()
+    harness.load("identity", BatchingOptions(max_batch=4), **arguments)
+    return harness
+
+
+def bring(harness: Harness, *numbers: int, rows: int = 1) -> list[str]:
+    """Requests that come together, answered; the threads that ran them."""
+    before = len(harness.engine.threads)
+    for number in numbers:
+        inputs = (("input", LocalTensor(np.full((rows, 4), number, np.float32))),)
+        now = time.monotonic()
+        harness.worker.accept(Infer(number, ModelKey("identity", 1), inputs, ("output",), (), now, now + 20, 50))
+    name, threading.current_thread().name = threading.current_thread().name, "http"
+    try:
+        harness.worker.work_off()
+    finally:
+        threading.current_thread().name = name
+    answers = harness.answers(len(numbers))
+    assert {number: value_of(answer) for number, answer in answers.items()} == {n: float(n) for n in numbers}
+    return harness.engine.threads[before:]
+
+
+def test_batches_that_have_been_quick_run_on_the_thread_that_brought_them(tmp_path: Path) -> None:
+    harness = light(tmp_path)
+    assert [bring(harness, number) for number in range(4)] == [["engine"]] * 4
+    assert [bring(harness, number) for number in range(4, 9)] == [["http"]] * 5
+    assert bring(harness, 10, 11) == ["engine"], "this shape is new"
+    assert bring(harness, 12, rows=3) == ["engine"], "and so is this"
+    for number in range(20, 28):
+        bring(harness, number, number + 100, number + 200, number + 300, number + 400)
+    assert bring(harness, 1, 2, 3, 4, 5, 6, 7, 8, 9) == ["http"] * 3, "two full batches and one of one row"
+    harness.stop()
+    harness.next(Stopped)
+
+
+def test_batches_that_take_long_stay_on_the_engine_thread(tmp_path: Path) -> None:
+    harness = light(tmp_path, sleep=0.03)
+    assert [bring(harness, number) for number in range(8)] == [["engine"]] * 8
+    harness.stop()
+    harness.next(Stopped)
+
+
+def test_a_batch_that_is_no_longer_quick_goes_back_to_the_engine_thread(tmp_path: Path) -> None:
+    harness = light(tmp_path)
+    for number in range(6):
+        bring(harness, number)
+    (model,) = harness.engine.models
+    model._arguments["sleep"] = 0.05
+    for number in range(200):
+        if bring(harness, number) == ["engine"]:
+            break
+    else:
+        raise AssertionError("it is slow, and runs on the thread that brings it all the same")
+    harness.stop()
+    harness.next(Stopped)

@@ -99,6 +99,7 @@ class Pool:
             raise DeviceError("the thread pool cannot be set up: pthread_mutex_init failed")
         self._threads: list[threading.Thread] = []
         self._scratch = aligned_bytes(0)
+        self._scratch_address = address(self._scratch)
         self._scratch_stride = 0
         self._turns = Turns(self._set_wanted)
 
@@ -133,7 +134,8 @@ class Pool:
         if needed > self._scratch_stride or self._scratch.nbytes < self._scratch_stride * program.threads:
             self._scratch_stride = max(needed, self._scratch_stride)
             self._scratch = aligned_bytes(self._scratch_stride * max(program.threads, len(self._threads) + 1))
-        program.job[native.JOB_SCRATCH // _WORD] = address(self._scratch)
+            self._scratch_address = address(self._scratch)
+        program.job[native.JOB_SCRATCH // _WORD] = self._scratch_address
         program.job[native.JOB_SCRATCH_STRIDE // _WORD] = self._scratch_stride
 
     @property
@@ -153,9 +155,10 @@ class Pool:
         in the background that gave way for this gets no further turn."""
         self._turns.__enter__()
         self._block[native.POOL_STOP // _WORD] = 1
-        empty = Program([], 2 if self._threads else 1)
-        empty.prepare()
         if self._threads:
+            empty = Program([], 1)
+            empty.threads = 2  # which wakes them
+            empty.prepare()
             self._run(self._address, empty.job_address)
         for thread in self._threads:
             thread.join()
@@ -197,6 +200,17 @@ if hasattr(os, "register_at_fork"):
 atexit.register(_stop_pool)
 
 
+def _most_tasks(steps: Sequence[Sequence[Launch]]) -> int:
+    """The most tasks that may run at a time; at least 1."""
+    most = 1
+    for step in steps:
+        group = 0
+        for launch in step:
+            group = group + launch.tasks if launch.concurrent else launch.tasks
+            most = max(most, group)
+    return most
+
+
 class Program:
     """Launches in the form that the native executor walks.
 
@@ -207,7 +221,7 @@ class Program:
 
     def __init__(self, steps: Sequence[Sequence[Launch]], threads: int) -> None:
         launches = [launch for step in steps for launch in step]
-        self.threads = threads
+        self.threads = min(threads, _most_tasks(steps))  # to wake one for nothing costs more than a small task
         self.scratch_bytes = max((-(-launch.scratch_bytes // 64) * 64 for launch in launches), default=0)
         self.statistics = _aligned_words(2 * max(1, len(steps)))
         self.status = _aligned_words(max(1, len(steps)))

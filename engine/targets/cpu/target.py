@@ -117,6 +117,9 @@ class CpuTarget:
         return_free_memory()
 
 
+_FEW = 16  # pointers that are filled in faster one by one than by NumPy
+
+
 class CpuExecutable:
     """A plan with its kernels, ready to run. Safe to use from many threads: one run at a time."""
 
@@ -149,15 +152,20 @@ class CpuExecutable:
         with self._target.lock:
             arena = self._target.arena.at_least(self._arena_bytes)
             arrays = self._places.bases(arena, inputs, outputs)
-            addresses = np.asarray([address(array) for array in arrays], np.int64)
-            # From piece to piece the inputs and outputs move on; the arena is used again.
-            steps = np.asarray([0, *(array.nbytes // self._pieces for array in arrays[1:])], np.int64)
-            for piece in range(self._pieces):
-                for part in self._parts:
-                    if isinstance(part, _Native):
-                        part.run(workers, addresses + piece * steps)
-                    else:
-                        part.run(arrays)
+            addresses = [address(array) for array in arrays]
+            self._run_parts(workers, arrays, addresses)
+            for _ in range(1, self._pieces):
+                # From piece to piece the inputs and outputs move on; the arena is used again.
+                for i in range(1, len(arrays)):
+                    addresses[i] += arrays[i].nbytes // self._pieces
+                self._run_parts(workers, arrays, addresses)
+
+    def _run_parts(self, workers: Pool, arrays: Sequence[np.ndarray], addresses: Sequence[int]) -> None:
+        for part in self._parts:
+            if isinstance(part, _Native):
+                part.run(workers, addresses)
+            else:
+                part.run(arrays)
 
     def step_stats(self) -> Sequence[StepStat]:
         """Runs and time of every step since it was bound, in the plan's order."""
@@ -284,17 +292,23 @@ class _Native:
                 moving.append((int(slot), base, offset))
         columns = np.asarray(moving, np.int64).reshape(-1, 3)
         self._slots, self._bases, self._offsets = (np.ascontiguousarray(column) for column in columns.T)
-        self._addresses: bytes | None = None
+        self._few = moving if len(moving) <= _FEW else None
+        self._addresses: tuple[int, ...] | None = None
+        self._all_well = bytes(self.program.status.nbytes)
         self.program.forget_sources()
 
-    def run(self, workers: Pool, addresses: np.ndarray) -> None:
+    def run(self, workers: Pool, addresses: Sequence[int]) -> None:
         """Run with arena, inputs and outputs at `addresses`."""
-        current = addresses.tobytes()
+        current = tuple(addresses)
         if current != self._addresses:
-            self.program.slots[self._slots] = addresses[self._bases] + self._offsets
+            if self._few is None:
+                self.program.slots[self._slots] = np.asarray(addresses, np.int64)[self._bases] + self._offsets
+            else:
+                for slot, base, offset in self._few:
+                    self.program.slots[slot] = addresses[base] + offset
             self._addresses = current
         workers.run(self.program)
-        if self.program.status.any():
+        if self.program.status.tobytes() != self._all_well:
             wrong = self.steps[int(self.program.status.argmax())].name
             self.program.status[:] = 0
             raise ShapeError(f"step {wrong!r}: an index is out of range for the table that it looks up")

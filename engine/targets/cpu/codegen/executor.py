@@ -317,7 +317,7 @@ def _define_execute(module: Module) -> None:
 
                 def completed() -> None:
                     b.store(now, b.offset(finished, STAMP), 8)
-                    _wake(b, pool)
+                    b.branch(b.compare("ne", threads, 1), lambda: _wake(b, pool))  # else nobody waits for this job
 
                 b.branch(complete, completed)
 

@@ -1,0 +1,198 @@
+"""A connection whose small requests go directly (`direct.py`): it holds them back from ASGI until their body is there,
+and writes an answer in one piece.
+
+Most bodies come with the header. One that takes longer goes through ASGI, with what has come of it: there are the
+limits of time, the back pressure, the answers to `Expect: 100-continue`.
+"""
+
+import asyncio
+from functools import partial
+from http import HTTPStatus
+from typing import ClassVar
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+from service.connection import Connection
+from service.direct import Direct, DirectRequest
+from service.exchange import RawHeaders
+from service.settings import Settings
+
+_BODY_S = 0.05  # how long a request is held back at most
+
+
+class _NoWaiter:
+    """In the place of an event that nobody waits for."""
+
+    def set(self) -> None:
+        """Nothing to tell."""
+
+
+class _Cycle:
+    """What uvicorn and `Connection` ask of the request that a connection is at, where it goes directly."""
+
+    __slots__ = ("disconnected", "keep_alive", "more_body", "response_complete", "response_started")
+    scope: ClassVar = {"http_version": "1.1"}
+    message_event: ClassVar = _NoWaiter()
+
+    def __init__(self, keep_alive: bool) -> None:
+        self.keep_alive = keep_alive
+        self.more_body = True
+        self.disconnected = self.response_started = self.response_complete = False
+
+
+class DirectConnection(Connection):
+    """A connection with a direct way to `direct`."""
+
+    direct: Direct
+
+    _held: DirectRequest | None = None
+    _body = b""  # what there is of its body
+    _patience: asyncio.TimerHandle | None = None
+    _running: DirectRequest | None = None
+    _idle_since = 0.0  # of the loop's time; 0 while there is a request
+    _idle_timer: asyncio.TimerHandle | None = None
+
+    def on_headers_complete(self) -> None:
+        """The header is there."""
+        held = self._find()
+        if held is None:
+            super().on_headers_complete()
+            return
+        self.begin_body()
+        self._held, self._body = held, b""
+        self.cycle = _Cycle(self.parser.should_keep_alive() and not self.shutting_down)  # type: ignore[assignment]
+
+    def _find(self) -> DirectRequest | None:
+        parser = self.parser
+        if parser.get_method() != b"POST" or parser.get_http_version() != "1.1" or parser.should_upgrade():
+            return None
+        if self._header_bytes > self.max_header_bytes or self.expect_100_continue or self.flow.write_paused:
+            return None
+        if self.cycle is not None and not self.cycle.response_complete:
+            return None
+        return self.direct.find(self.url, self.headers)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of the client."""
+        super().data_received(data)
+        if self._held is not None and self._patience is None:
+            self._patience = self.loop.call_later(_BODY_S, self._let_go)
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body."""
+        if self._held is None:
+            super().on_body(body)
+        else:
+            self._unread = 0
+            self._body = self._body + body if self._body else body
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        request = self._held
+        if request is None:
+            super().on_message_complete()
+            return
+        self.end_message()
+        cycle: _Cycle = self.cycle  # type: ignore[assignment]
+        cycle.more_body = False
+        self._stop_holding()
+        self._running, body, self._body = request, self._body, b""
+        request.begin(body, partial(self._answer, cycle))
+
+    def _let_go(self) -> None:
+        """The body takes its time, or will never be whole: uvicorn's own cycle begins where the direct one was."""
+        if self._held is not None:
+            self._stop_holding()
+            self.cycle = None  # type: ignore[assignment]
+            super().on_headers_complete()
+            self.cycle.body += self._body
+            self._body = b""
+
+    def _stop_holding(self) -> None:
+        self._held = None
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+
+    def _answer(self, cycle: _Cycle, status: int, headers: RawHeaders, body: bytes) -> None:
+        """Write an answer, and be ready for the next request."""
+        self._running = None
+        transport = self.transport
+        if transport.is_closing():
+            return
+        lines = [STATUS_LINE[status]]
+        for name, value in (*self.server_state.default_headers, *headers):
+            lines += (name, b": ", value, b"\r\n")
+            if name == b"connection":
+                cycle.keep_alive = False  # "close" is all that an answer says there
+        if not cycle.keep_alive and (b"connection", b"close") not in headers:
+            lines.append(b"connection: close\r\n")
+        lines += (b"content-length: %d\r\n\r\n" % len(body), body)
+        transport.write(b"".join(lines))
+        cycle.response_started = cycle.response_complete = True
+        if not cycle.keep_alive:
+            transport.close()
+        if self.pipeline or self.has_refused():
+            self.on_response_complete()
+        else:
+            self.server_state.total_requests += 1
+            self.watch_reader()
+            self._be_idle()
+
+    # ---- keep-alive: one timer for all pauses of a connection, which are short
+
+    def _be_idle(self) -> None:
+        self._idle_since = self.loop.time()
+        if self._idle_timer is None:
+            self._idle_timer = self.loop.call_later(self.timeout_keep_alive, self._look_whether_idle)
+
+    def _look_whether_idle(self) -> None:
+        self._idle_timer = None
+        if not self._idle_since or self.transport.is_closing():
+            return
+        left = self._idle_since + self.timeout_keep_alive - self.loop.time()
+        if left > 0:
+            self._idle_timer = self.loop.call_later(left, self._look_whether_idle)
+        else:
+            self.timeout_keep_alive_handler()
+
+    def end_of_pause(self) -> float | None:
+        """When the time between two requests is over; None within a request."""
+        if self._idle_since:
+            return self._idle_since + self.timeout_keep_alive
+        return super().end_of_pause()
+
+    def _refuse(self, status: HTTPStatus, text: str) -> None:
+        self._stop_holding()  # what is broken is the body that it waits for
+        super()._refuse(status, text)
+
+    def _unset_keepalive_if_required(self) -> None:
+        """Something came."""
+        self._idle_since = 0.0
+        super()._unset_keepalive_if_required()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client has gone."""
+        self._let_go()
+        super().connection_lost(exc)
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+        if self._running is not None:
+            self._running.gone()
+            self._running = None
+
+
+def connections(settings: Settings, direct: Direct) -> type[DirectConnection]:
+    """The class that uvicorn makes connections of."""
+
+    class Limited(DirectConnection):
+        max_connections = settings.max_connections
+        max_header_bytes = settings.max_header_bytes
+        header_timeout = settings.header_timeout
+        keep_alive_timeout = settings.keep_alive_timeout
+        reading_timeout = settings.body_timeout
+        linger_bytes = 2 * settings.max_body_bytes
+        linger_timeout = settings.body_timeout
+
+    Limited.direct = direct
+    return Limited

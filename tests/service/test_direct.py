@@ -1,0 +1,224 @@
+"""The direct way of small requests: it answers and counts as ASGI does, and gives way to it."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from service.direct import DirectRequest
+from service.direct_connection import DirectConnection
+from tests.service.conftest import Running, Start, wait_for
+
+ROW = [1.0, 2.0, 3.0, 4.0]
+NO_DATA = {"name": "input", "shape": [1, 4], "datatype": "FP32"}
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+INFER, TOKENS = "/v2/models/identity/infer", "/v1/models/encoder/tokens"
+
+
+def tensor(**changes: object) -> dict[str, object]:
+    return {**NO_DATA, "data": ROW, **changes}
+
+
+def body(document: object) -> bytes:
+    return json.dumps(document).encode()
+
+
+def binary() -> tuple[bytes, str]:
+    header = body({"inputs": [{**NO_DATA, "parameters": {"binary_data_size": 16}}]})
+    return header + bytes(16), f"Inference-Header-Content-Length: {len(header)}"
+
+
+GOOD = body({"inputs": [tensor()]})
+CASES: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
+    "json": (INFER, GOOD, ()),
+    "version": ("/v2/models/identity/versions/1/infer", GOOD, ()),
+    "query": (f"{INFER}?a=b", GOOD, ()),
+    "id": (INFER, body({"id": "me", "inputs": [tensor()]}), ("X-Request-Id: find-me",)),
+    "binary": (INFER, binary()[0], (binary()[1],)),
+    "binary answer": (INFER, body({"inputs": [tensor()], "parameters": {"binary_data_output": True}}), ()),
+    "texts": (TOKENS, body({"text": ["a man is eating food"]}), ()),
+    "ids": (TOKENS, body({"ids": [[2, 5, 3], [2, 3]]}), ()),
+    "no model": ("/v2/models/nobody/infer", GOOD, ()),
+    "no version": ("/v2/models/identity/versions/7/infer", GOOD, ()),
+    "no tokens": ("/v1/models/identity/tokens", body({"ids": [[1]]}), ()),
+    "no JSON": (INFER, b"{", ()),
+    "empty": (INFER, b"", ()),
+    "no inputs": (INFER, b"{}", ()),
+    "shape": (INFER, body({"inputs": [tensor(shape=[1, 5])]}), ()),
+    "nothing": (INFER, body({"inputs": [tensor(shape=[0, 4])]}), ()),
+    "element": (INFER, body({"inputs": [tensor(data=[1, 2, 3, "4"])]}), ()),
+    "too large": (INFER, body({"inputs": [tensor(shape=[30, 4], data=[0.5] * 120)]}), ()),
+    "time": (INFER, GOOD, ("X-Timeout-Ms: soon",)),
+    "priority": (INFER, GOOD, ("X-Priority: 101",)),
+    "close": (INFER, GOOD, ("Connection: close",)),
+}
+
+
+def post(url: str, content: bytes, headers: tuple[str, ...], chunked: bool = False) -> bytes:
+    lines = [f"POST {url} HTTP/1.1", "Host: here", *headers]
+    if chunked:
+        content = b"%x\r\n%b\r\n0\r\n\r\n" % (len(content), content) if content else b"0\r\n\r\n"
+        lines.append("Transfer-Encoding: chunked")
+    else:
+        lines.append(f"Content-Length: {len(content)}")
+    return "\r\n".join((*lines, "", "")).encode() + content
+
+
+def read(raw: socket.socket) -> tuple[bytes, dict[bytes, bytes], bytes]:
+    """Status line, headers, body of one answer."""
+    data = b""
+    while b"\r\n\r\n" not in data.removeprefix(CONTINUE):
+        piece = raw.recv(65536)
+        assert piece, data
+        data += piece
+    head, _, rest = data.removeprefix(CONTINUE).partition(b"\r\n\r\n")
+    first, *lines = head.split(b"\r\n")
+    headers = {name.lower(): value for name, _, value in (line.partition(b": ") for line in lines)}
+    while len(rest) < int(headers[b"content-length"]):
+        rest += raw.recv(65536)
+    return first, headers, rest
+
+
+def connect(server: Running) -> socket.socket:
+    raw = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])))
+    raw.settimeout(10)
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return raw
+
+
+@pytest.fixture
+def direct(monkeypatch: pytest.MonkeyPatch) -> list[DirectRequest]:
+    """The requests that went directly."""
+    begun: list[DirectRequest] = []
+    begin = DirectRequest.begin
+
+    def spy(self: DirectRequest, *arguments: object) -> None:
+        begun.append(self)
+        begin(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(DirectRequest, "begin", spy)
+    return begun
+
+
+def comparable(answer: tuple[bytes, dict[bytes, bytes], bytes]) -> object:
+    """All of an answer but what differs from one to the next."""
+    status, headers, content = answer
+    varying = {b"date", b"x-request-id", b"server-timing"}
+    timing = re.sub(rb"[\d.]+", b"N", headers[b"server-timing"])
+    return status, {k: v for k, v in headers.items() if k not in varying}, set(headers), timing, content
+
+
+def counts(server: Running) -> dict[str, float]:
+    text = server.client.get("/metrics").text
+    found = re.findall(r"^((?:http_responses|inference_requests|inference_inflight)\S*) (\S+)$", text, re.MULTILINE)
+    return {name: float(value) for name, value in found if "/metrics" not in name}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_ways_answer_and_count_the_same(start: Start, repository: Path, direct: list[object], case: str) -> None:
+    server = start(repository, max_tensor_elements=100)
+    url, content, headers = CASES[case]
+    answers, counted = [], []
+    for chunked in (False, True):
+        before = counts(server)
+        with connect(server) as raw:
+            raw.sendall(post(url, content, headers, chunked))
+            answers.append(comparable(read(raw)))
+        after = counts(server)
+        counted.append({name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name)})
+        assert len(direct) == 1, "the first goes directly, the second does not"
+    assert answers[0] == answers[1]
+    assert counted[0] == counted[1] != {}
+
+
+@pytest.mark.parametrize(
+    ("url", "headers"),
+    [
+        (INFER, ("Accept-Encoding: gzip",)),
+        (INFER, ("Expect: 100-continue",)),
+        (f"{TOKENS}?raw=true", ()),
+        ("/v2/models/identit%79/infer", ()),
+    ],
+)
+def test_what_takes_more_than_a_call_goes_through_asgi(
+    server: Running, direct: list[object], url: str, headers: tuple[str, ...]
+) -> None:
+    content = GOOD if url.startswith("/v2") else body({"ids": [[2, 3]]})
+    with connect(server) as raw:
+        raw.sendall(post(url, content, headers))
+        assert read(raw)[0] == b"HTTP/1.1 200 OK"
+    assert direct == []
+
+
+@pytest.mark.parametrize(("pause", "directly"), [(0.0, True), (0.3, False)], ids=["soon", "late"])
+def test_a_body_in_pieces(server: Running, direct: list[object], pause: float, directly: bool) -> None:
+    request = post(INFER, GOOD, ())
+    with connect(server) as raw:
+        for _ in range(2):
+            for cut in (request[:-60], request[-60:-20], request[-20:]):
+                raw.sendall(cut)
+                time.sleep(pause or 0.002)
+            status, _, content = read(raw)
+            assert status == b"HTTP/1.1 200 OK" and json.loads(content)["outputs"][0]["data"] == ROW
+    assert bool(direct) is directly
+
+
+def test_pipelined_requests_are_answered_in_order(server: Running, direct: list[object]) -> None:
+    requests = [post(INFER, body({"id": str(number), "inputs": [tensor()]}), ()) for number in range(6)]
+    with connect(server) as raw:
+        raw.sendall(b"".join(requests))
+        answers = b""
+        while answers.count(b'"id"') < 6:
+            answers += raw.recv(65536)
+    assert re.findall(rb'"id":"(\d)"', answers) == [b"%d" % number for number in range(6)]
+    assert direct
+
+
+def test_half_a_body_and_a_client_that_goes_is_counted_as_before(server: Running, direct: list[object]) -> None:
+    with connect(server) as raw:
+        raw.sendall(post(INFER, GOOD, ())[:-20])
+    wait_for(lambda: server.metric("inference_requests_total", model="identity", outcome="cancelled") == 1)
+    assert direct == [] and server.metric("inference_inflight", model="identity") == 0
+
+
+def test_an_idle_connection_is_closed_when_its_time_is_over(
+    server: Running, direct: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[float] = []
+    look = DirectConnection._look_whether_idle
+
+    def spy(self: DirectConnection) -> None:
+        looked.append(time.monotonic())
+        look(self)
+
+    monkeypatch.setattr(DirectConnection, "_look_whether_idle", spy)
+    with connect(server) as raw:
+        for _ in range(5):
+            raw.sendall(post(INFER, GOOD, ()))
+            assert read(raw)[0] == b"HTTP/1.1 200 OK"
+            time.sleep(0.3)
+        began = time.monotonic()
+        assert raw.recv(100) == b""
+        assert 3.5 < time.monotonic() - began < 6  # 5 s after the last answer, of which a part has passed
+    assert 1 <= len(looked) <= 3, "one timer for all pauses"
+    assert len(direct) == 5
+
+
+def test_light_batches_run_on_the_http_thread_and_answer_the_same(
+    start: Start, repository: Path, direct: list[object]
+) -> None:
+    server = start(repository, light_run_us=10_000_000)
+    with ThreadPoolExecutor(8) as pool:
+        rows = [[float(number), 0.0, -number, 0.5] for number in range(200)]
+        answers = list(pool.map(server.identity, rows))
+    assert [answer.json()["outputs"][0]["data"] for answer in answers] == rows
+    assert "http" in server.engine.threads
+    ids = {"ids": [[2, 5, 3]]}
+    vectors = [server.client.post(TOKENS, json=ids).json()["embeddings"] for _ in range(20)]
+    assert all(vector == vectors[0] for vector in vectors) and server.engine.threads[-1] == "http"
