@@ -435,7 +435,7 @@ def test_a_gpu_that_was_asked_for_and_cannot_be_used_ends_the_process(
     process = Process(tmp_path, "--device", device)
     processes.append(process)
     if device != "cuda:99":
-        wait_for(lambda: _is_live(process))
+        wait_for(lambda: _is_live(process), 60)  # as long as any process may take to start
         return
     _, errors = process.process.communicate(timeout=20)
     assert process.process.returncode == 1
