@@ -16,11 +16,9 @@ from engine.plan.tensor import Buffer, BufferKind
 from engine.specs import TileTrial
 from engine.targets.cuda.choices import choice_of, key_of, tile_text
 from engine.targets.cuda.gemm import launches_of, operands_of, parts_of, pick_tile, ranked_tiles
-from engine.targets.cuda.gemm_stream import AnyTile
 from engine.targets.cuda.kernel import ALIGNMENT, AnyMap, Context, Functor, Launch, Pointer, ceildiv, pack
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.product_cost import Ranked
-from engine.targets.cuda.tiles import WgmmaTile
 
 if TYPE_CHECKING:
     from engine.targets.cuda.target import CudaTarget
@@ -84,13 +82,9 @@ def candidates(product: Product, context: Context, most: int = CANDIDATES) -> li
     ranked = ranked_tiles(product, context)
     chosen = ranked[:most]
     for one in ranked[most:]:
-        if all(_kind(one.tile) != _kind(other.tile) for other in chosen):
+        if all(type(one.tile) is not type(other.tile) for other in chosen):
             chosen.append(one)
     return chosen
-
-
-def _kind(tile: AnyTile) -> tuple[type, bool]:
-    return type(tile), isinstance(tile, WgmmaTile) and tile.aligns
 
 
 def _fastest(times: Sequence[float]) -> int:
