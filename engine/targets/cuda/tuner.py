@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 CANDIDATES = 6
 """Tiles that are timed of each product."""
-_ROTATE_BYTES = (
-    160 << 20
-)  # several times the L2 cache: operands come from memory, as in a model whose weights are large
+_ROTATE_BYTES = 160 << 20  # several times the L2 cache: operands come from memory
 _MOST_SETS = 32
 _ROUNDS = 5
 _ROUND_SECONDS = 1e-3
