@@ -3,8 +3,8 @@
 All in cycles of an H100, in terms of what the chip does: a multiprocessor multiplies a step of k while the next ones
 come from the L2 cache, whichever takes longer; a block finishes its tiles, beside the next product where two consumers
 take turns; before and after, memory delivers what all of them touch. The constants of wgmma were fitted to timings of
-60 random shapes of fp16 in some twenty tiles each. Of 48 others the tile picked takes 5 % longer than the best one in
-the geometric mean, the best of the first six 0.04 %; estimates are 12 % off.
+60 random shapes of fp16 in some twenty tiles each (before there were those of 64×96, 160 and 224 columns). Of 48 others
+the tile picked took 6 % longer than the best one timed, in the geometric mean; estimates were 12 % off.
 """
 
 from __future__ import annotations
@@ -88,20 +88,20 @@ _PARTIAL_SECTORS = 1.9
 _COPY_LAUNCH, _COPY_RATE = 2330, 2030
 
 _MMA_LAUNCH, _MMA_MEMORY_RATE = 2800, 2960
-_MMA_SHARE = 0.95
-_NARROW_LOADS = {16: 1.0, 4: 2.5, 2: 4.5}
-"""The time of a tile of mma.sync on an H100 beside `mma_cycles`, by the bytes that are loaded at once of a row of a."""
+_MMA_SHARE, _TALL = 0.95, 1.5
+_NARROW_LOADS = {16: 1.0, 4: 1.8, 2: 3.5}
+"""The time of a tile of mma.sync on an H100 beside `mma_cycles`, of one with more than 16 rows, and by the bytes that
+are loaded at once of a row of a: from 60 timings, of which half lie within 15 %."""
 
 
 def ranked_wgmma(
     product: Product, operands: Operands, multiprocessors: int, reads: Reads = NOTHING
 ) -> Iterator[Ranked]:
-    """Every tile of wgmma that can take the product. `reads`: of the epilogue."""
+    """Every tile of wgmma. Rows are copied only where the copy engine cannot read them: those that it can, cut by lines
+    of the cache, gained 5 % at best and lost up to 20 % (of 1208×3144×7304). `reads`: of the epilogue."""
     for tile in wgmma_tiles(product.m, product.n, product.k, operands, MOST_SPLITS, tiles=PRODUCT_TILES):
-        for aligns in (False, True):
-            if product.suits_tma_aligned if aligns else product.suits_tma:
-                chosen = replace(tile, aligns=aligns)
-                yield Ranked(chosen, _wgmma_estimate(product, chosen, operands, multiprocessors, reads))
+        chosen = replace(tile, aligns=not product.suits_tma)
+        yield Ranked(chosen, _wgmma_estimate(product, chosen, operands, multiprocessors, reads))
 
 
 def _wgmma_estimate(
@@ -149,9 +149,10 @@ def ranked_mma(
 ) -> Iterator[Ranked]:
     """Every tile of mma.sync."""
     m, n, k, batch = product.m, product.n, product.k, product.batch.count
+    tall = _TALL if architecture.wgmma else 1
     share, memory = _MMA_SHARE * _NARROW_LOADS[product.a_access], _touched(product, operands) / _MMA_MEMORY_RATE
     for tile in mma_tiles(m, n, k, batch, architecture, operands, MOST_SPLITS):
-        busy = share * mma_cycles(m, n, k, batch, tile, multiprocessors, operands)
+        busy = share * mma_cycles(m, n, k, batch, tile, multiprocessors, operands) * (tall if tile.m > 16 else 1)
         yield Ranked(tile, Estimate(_MMA_LAUNCH, 0, busy, memory, "products"))
 
 

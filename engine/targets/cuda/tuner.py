@@ -16,20 +16,16 @@ from engine.plan.tensor import Buffer, BufferKind
 from engine.specs import TileTrial
 from engine.targets.cuda.choices import choice_of, key_of, tile_text
 from engine.targets.cuda.gemm import launches_of, operands_of, parts_of, pick_tile, ranked_tiles
-from engine.targets.cuda.gemm_stream import AnyTile
 from engine.targets.cuda.kernel import ALIGNMENT, AnyMap, Context, Functor, Launch, Pointer, ceildiv, pack
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.product_cost import Ranked
-from engine.targets.cuda.tiles import WgmmaTile
 
 if TYPE_CHECKING:
     from engine.targets.cuda.target import CudaTarget
 
 CANDIDATES = 6
 """Tiles that are timed of each product."""
-_ROTATE_BYTES = (
-    160 << 20
-)  # several times the L2 cache: operands come from memory, as in a model whose weights are large
+_ROTATE_BYTES = 160 << 20  # several times the L2 cache: operands come from memory
 _MOST_SETS = 32
 _ROUNDS = 5
 _ROUND_SECONDS = 1e-3
@@ -84,13 +80,9 @@ def candidates(product: Product, epilogue: Functor, context: Context, most: int 
     ranked = ranked_tiles(product, context, epilogue.reads)
     chosen = ranked[:most]
     for one in ranked[most:]:
-        if all(_kind(one.tile) != _kind(other.tile) for other in chosen):
+        if all(type(one.tile) is not type(other.tile) for other in chosen):
             chosen.append(one)
     return chosen
-
-
-def _kind(tile: AnyTile) -> tuple[type, bool]:
-    return type(tile), isinstance(tile, WgmmaTile) and tile.aligns
 
 
 def _fastest(times: Sequence[float]) -> int:

@@ -103,7 +103,7 @@ DEVICE void emit_rows(const Params& p, const float (&d)[BLOCKS * 4], const u32 (
   constexpr int PIECES = BLOCKS / 2;
   static_assert(PIECES % AHEAD == 0, "");
   if constexpr (EPILOGUE::SHIFTED) {  // a row after the other: each carries registers along
-    constexpr int GROUPS = BLOCKS / 4, GROUPS_AHEAD = AHEAD % 2 == 0 ? AHEAD / 2 : 1;
+    constexpr int GROUPS = BLOCKS / 4, GROUPS_AHEAD = AHEAD == PIECES ? GROUPS : 1;
     const u32 own = column + 8 * (threadIdx.x & 3), end = min(columns, column + 8 * BLOCKS);
 #pragma unroll
     for (int lower = 0; lower < 2; ++lower) {
