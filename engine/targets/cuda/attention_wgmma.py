@@ -82,9 +82,15 @@ def width(tensor: Tensor) -> int:
 
 
 def pick(step: Step, context: Context) -> WgmmaAttentionTile:
-    """The tile with the least estimated time."""
+    """The tile with the least estimated time. A mask by key hides tiles that the host does not know of: of equal ones
+    the smallest, with which blocks even that out."""
     work = work_of(step)
-    return min(candidates(work), key=lambda tile: cycles(tile, work, context.multiprocessors))
+
+    def rank(tile: WgmmaAttentionTile) -> tuple[float, int]:
+        estimated = cycles(tile, work, context.multiprocessors)
+        return estimated, tile.queries if work.bias is BiasKind.PER_KEY else 0
+
+    return min(candidates(work), key=rank)
 
 
 def work_of(step: Step) -> Work:

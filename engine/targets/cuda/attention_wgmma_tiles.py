@@ -90,7 +90,7 @@ def _without_full_bias(work: Work) -> Iterator[WgmmaAttentionTile]:
             yield WgmmaAttentionTile(1, 64, 3, 3, 24, 136, turns=False)
     elif widest <= 128:
         if widest <= 96:
-            yield WgmmaAttentionTile(3, 96, 3, 1, 32, 160)
+            yield WgmmaAttentionTile(3, 96, 3, 1, 40, 152)
         yield WgmmaAttentionTile(2, 128, 3 if widest <= 96 else 2, 1, 40, 232)
         yield WgmmaAttentionTile(1, 64, 2, 2, 40, 208, turns=False)
     elif widest <= 192:

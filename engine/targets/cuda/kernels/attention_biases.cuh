@@ -28,7 +28,8 @@ template <int COUNT> DEVICE void key_biases(const Params& p, u32 batch, u32 head
 // below the largest of all that its exponentials are 0 beside those of other keys: by MASKED powers of two, which the scores of a query
 // would have to differ by to make up for it. Called by a whole warp.
 DEVICE u32 live_tiles(const Params& p, const Item& item, u32 batch, u32 head) {
-  constexpr int EACH = KEYS / 32, TILES = 8 / EACH, LOADS = TILES * EACH;  // of a tile, and in flight together
+  // Of a tile, and in flight together: as many as the scout has registers for.
+  constexpr int EACH = KEYS / 32, TILES = (PRODUCER_REGISTERS < 40 ? 4 : 8) / EACH, LOADS = TILES * EACH;
   const u32 lane = threadIdx.x & 31;
   float largest = -INFINITY;  // of tile `lane`
 #pragma unroll 1

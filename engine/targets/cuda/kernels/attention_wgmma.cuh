@@ -250,25 +250,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
       if (!SCOUT) no_more_items<config::dynamic>(p);
     }
     if (BIAS && warp == 1) {
-      const auto bring_biases = [&](const Item& item, u32 tile) {
-        const u32 batch = item.group / p.heads, head = item.group - batch * p.heads;
-        float bias[KEYS / 32];
-        key_biases(p, batch, head, tile * KEYS, bias);
-        k_ring.wait_empty(turn);
-#pragma unroll
-        for (int i = 0; i < KEYS / 32; ++i) biases[turn % STAGES * KEYS + 32 * i + lane] = bias[i];
-        barrier_arrive(k_ring.landed(turn));
-        ++turn;
-      };
-      for (;; ++q_turn) {
-        const bool begun = SKIPS && q_turn == 0;  // as the copier
-        if (begun) bring_biases(first, 0);
-        Item item = take(q_turn);
-        if constexpr (SCOUT) scouted.leave(q_turn);
-        if (item.tiles == 0) break;
-        if (begun) next_tile(item, item.tiles--);
+      // As the copier's, the first tile of the block's first item does not wait for the scout: it is an item of its own.
+      Item item = first;
+      item.tiles = item.live = 1;
 #pragma unroll 1
-        for (u32 left = item.tiles; left > 0; --left) bring_biases(item, next_tile(item, left));
+      for (bool begun = SKIPS;; begun = false) {
+        if (!begun) {
+          item = take(q_turn);
+          if constexpr (SCOUT) scouted.leave(q_turn);
+          if (item.tiles == 0) break;
+          if (SKIPS && q_turn == 0) next_tile(item, item.tiles--);
+          ++q_turn;
+        }
+        const u32 batch = item.group / p.heads, head = item.group - batch * p.heads;
+#pragma unroll 1
+        for (u32 left = item.tiles; left > 0; --left, ++turn) {
+          float bias[KEYS / 32];
+          key_biases(p, batch, head, next_tile(item, left) * KEYS, bias);
+          k_ring.wait_empty(turn);
+#pragma unroll
+          for (int i = 0; i < KEYS / 32; ++i) biases[turn % STAGES * KEYS + 32 * i + lane] = bias[i];
+          barrier_arrive(k_ring.landed(turn));
+        }
       }
     }
     if (PACKED && warp == 1) {
