@@ -188,8 +188,9 @@ def test_half_a_body_and_a_client_that_goes_is_counted_as_before(server: Running
 
 
 def test_an_idle_connection_is_closed_when_its_time_is_over(
-    server: Running, direct: list[object], monkeypatch: pytest.MonkeyPatch
+    start: Start, repository: Path, direct: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    server = start(repository, keep_alive_timeout=2)
     looked: list[float] = []
     look = DirectConnection._look_whether_idle
 
@@ -205,7 +206,7 @@ def test_an_idle_connection_is_closed_when_its_time_is_over(
             time.sleep(0.3)
         began = time.monotonic()
         assert raw.recv(100) == b""
-        assert 3.5 < time.monotonic() - began < 6  # 5 s after the last answer, of which a part has passed
+        assert 1.5 < time.monotonic() - began < 4  # 2 s after the last answer, of which a part has passed
     assert 1 <= len(looked) <= 3, "one timer for all pauses"
     assert len(direct) == 5
 

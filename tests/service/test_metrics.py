@@ -206,12 +206,12 @@ def test_distributions_that_are_observed_together_count_as_each_alone() -> None:
     draw = random.Random(0)
     for _ in range(2500):  # more than are kept
         values = draw.choice((0.1, 1.0, 10.0, draw.expovariate(1.0))), draw.uniform(0.0, 3.0)
-        joint.observe(*values)
+        joint.observe(values)
         for distribution, value in zip(alone, values, strict=True):
             distribution.observe(value)
     together[0].observe(5.0)
     alone[0].observe(5.0)
     for one, other in zip(together, alone, strict=True):
-        (counts, total), (expected, sum_) = one.read(), other.read()
+        (counts, _, total), (expected, _, sum_) = one.read(), other.read()
         assert counts == expected and sum(counts) >= 2500
         assert total == pytest.approx(sum_, rel=1e-12)

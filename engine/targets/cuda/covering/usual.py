@@ -91,6 +91,7 @@ def steps() -> Iterator[Step]:
         )
     for head, causal in ((32, False), (64, True), (128, False)):
         yield attention(F16, head, causal, bias=1)
+    yield attention(F16, 64, False, bias=2, tokens=200)
     row = (F16, (4, 100, 384))
     residual = add(arg(0), arg(3))
     yield make_step(

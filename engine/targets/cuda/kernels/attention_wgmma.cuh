@@ -175,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
     }
     if constexpr (HELPERS) {
       barrier_init(scouted.full, 1);
-      barrier_init(scouted.empty, 2);  // the copier and the third warp
+      barrier_init(scouted.empty, 33);  // the copier, and every lane of the warp that brings biases or zeros
     }
     barrier_init_fence();
   }
@@ -257,7 +257,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
       for (bool begun = SKIPS;; begun = false) {
         if (!begun) {
           item = take(q_turn);
-          if constexpr (SCOUT) scouted.leave(q_turn);
+          if constexpr (SCOUT) barrier_arrive(scouted.empty);
           if (item.tiles == 0) break;
           if (SKIPS && q_turn == 0) next_tile(item, item.tiles--);
           ++q_turn;
@@ -279,7 +279,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
 #pragma unroll 1
       for (;; ++q_turn) {
         const Item item = take(q_turn);
-        scouted.leave(q_turn);
+        barrier_arrive(scouted.empty);
         if (nothing_more(item)) break;
 #pragma unroll 1
         for (u32 left = item.tiles; left > 0; --left, ++turn) {
@@ -376,7 +376,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
 
     for (;; ++q_turn) {
       q_ring.wait_full(q_turn);
-      Item item = items[q_turn % Q_STAGES];
+      // Read by the lane that gives the place back, and by no other.
+      Item item{};
+      if ((threadIdx.x & 31) == 0) item = items[q_turn % Q_STAGES];
       item.query0 = __shfl_sync(~0u, item.query0, 0);
       item.group = __shfl_sync(~0u, item.group, 0);
       item.tiles = __shfl_sync(~0u, item.tiles, 0);
