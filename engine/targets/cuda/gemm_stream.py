@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import hypot
-from typing import ClassVar, TypeAlias
+from typing import TypeAlias
 
 from engine.targets.cuda.kernel import I64, STORAGE, Context, Functor, Instruction, Launch, ceildiv, launch
 from engine.targets.cuda.product import Product
@@ -21,12 +21,16 @@ _MOST_BYTES = 64  # of k: 16 bytes a lane. A tile of wgmma would be half empty
 @dataclass(frozen=True)
 class StreamTile:
     """All columns of a slice of rows, in `groups` of 32; a lane loads `words` of 4 bytes of a row. `refined`: the
-    columns are multiplied in two parts. `blocks` share a multiprocessor."""
+    columns are multiplied in two parts."""
 
     groups: int
     words: int
     refined: bool = False
-    blocks: ClassVar[int] = 3
+
+    @property
+    def blocks(self) -> int:
+        """Resident beside each other: three, but where a lane holds so much that registers would not do."""
+        return 2 if self.refined and self.words == 4 else 3
 
     @property
     def shared_bytes(self) -> int:

@@ -81,6 +81,8 @@ template <int DEPTH> struct Ring {
     __syncwarp();
     if ((threadIdx.x & 31) == 0) barrier_arrive(empty + 8 * (turn % DEPTH));
   }
+  // Each lane for itself, of what all of them have read.
+  DEVICE void leave_each(u32 turn) const { barrier_arrive(empty + 8 * (turn % DEPTH)); }
 };
 
 // The scores of a tile of keys become exponentials. A maximum stays while no lane of the warp exceeds it by more than GROWTH: exponentials
@@ -164,11 +166,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
     prefetch_tensor_map(p.map_v);
     for (int i = 0; i < Q_STAGES; ++i) {
       barrier_init(q_ring.full + 8 * i, 2);  // the item is known, and q has landed
-      barrier_init(q_ring.empty + 8 * i, WARPS);
+      barrier_init(q_ring.empty + 8 * i, 32 * WARPS);
     }
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(k_ring.full + 8 * i, BIAS ? 33 : 1);  // each lane that brings biases arrives for what it wrote
-      barrier_init(k_ring.empty + 8 * i, WARPS);
+      barrier_init(k_ring.empty + 8 * i, BIAS ? 32 * WARPS : WARPS);
       barrier_init(v_ring.full + 8 * i, PACKED ? 33 : 1);
       if constexpr (PACKED) barrier_init(cut_landed + 8 * i, 1);
       barrier_init(v_ring.empty + 8 * i, WARPS);
@@ -369,6 +371,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
       for (int i = 0; i < KEYS / 4; ++i) probabilities[i] = pack_pair<Element>(s[2 * i], s[2 * i + 1]);
     };
 
+    // A place of the keys has their biases, too, which every lane has read; the keys themselves are read by the warp's products.
+    const auto leave_keys = [&](u32 turn) {
+      if constexpr (BIAS) k_ring.leave_each(turn);
+      else k_ring.leave(turn);
+    };
+
     // Consumers take turns to start products, so that one computes exponentials while another multiplies.
     const auto take_turn = [&] { if constexpr (TURNS) meet_at<256>(1 + warpgroup); };
     const auto pass_turn = [&] { if constexpr (TURNS) pass_by<256>(warpgroup + 1 == CONSUMERS ? 1 : 2 + warpgroup); };
@@ -376,9 +384,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
 
     for (;; ++q_turn) {
       q_ring.wait_full(q_turn);
-      // Read by the lane that gives the place back, and by no other.
-      Item item{};
-      if ((threadIdx.x & 31) == 0) item = items[q_turn % Q_STAGES];
+      Item item = items[q_turn % Q_STAGES];
       item.query0 = __shfl_sync(~0u, item.query0, 0);
       item.group = __shfl_sync(~0u, item.group, 0);
       item.tiles = __shfl_sync(~0u, item.tiles, 0);
@@ -395,7 +401,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
         k_ring.wait_full(turn + i);
         take_turn();
         pass_turn();
-        k_ring.leave(turn + i);
+        leave_keys(turn + i);
         v_ring.wait_full(turn + i);
         v_ring.leave(turn + i);
       }
@@ -419,9 +425,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
         pass_turn();
         wgmma_wait<0>();
         wgmma_settle(s);
-        if constexpr (!BIAS && !FULL) k_ring.leave(first);
+        if constexpr (!BIAS && !FULL) leave_keys(first);
         soften(first);
-        if constexpr (BIAS || FULL) k_ring.leave(first);  // a place of the ring has the biases of its keys, too
+        if constexpr (BIAS || FULL) leave_keys(first);  // a place of the ring has the biases of its keys, too
         round_probabilities();
 #pragma unroll 1
         for (u32 t = first + 1; t <= last; ++t) {
@@ -433,9 +439,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
           pass_turn();
           wgmma_wait<1>();
           wgmma_settle(s);
-          if constexpr (!BIAS && !FULL) k_ring.leave(t);
+          if constexpr (!BIAS && !FULL) leave_keys(t);
           const bool grown = soften(t);
-          if constexpr (BIAS || FULL) k_ring.leave(t);
+          if constexpr (BIAS || FULL) leave_keys(t);
           wgmma_wait<0>();
           wgmma_settle(out);
           wgmma_keep(probabilities);
@@ -446,7 +452,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
           }
           round_probabilities();
         }
-        q_ring.leave(q_turn);  // the next tile of queries comes while this one's results go
+        q_ring.leave_each(q_turn);  // the next tile of queries comes while this one's results go
         v_ring.wait_full(last);
         begin_values(last, first == last);
 #pragma unroll
@@ -464,7 +470,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
         for (int i = 0; i < VALUE / 2; ++i) out[i] *= sum[i >> 1 & 1];
         emit_fragment<Epilogue, VALUE / 8, 2>(p, out, first_row, query, rows, 0, p.value_size);
       } else {
-        q_ring.leave(q_turn);
+        q_ring.leave_each(q_turn);
         if (PACKED && item.tiles == 0) {
 #pragma unroll
           for (int i = 0; i < VALUE / 2; ++i) out[i] = 0.0f;
