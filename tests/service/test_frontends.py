@@ -132,7 +132,7 @@ def test_statistics_are_sums(fleet: Fleet) -> None:
 
 
 def test_every_front_end_has_the_profile_of_the_one_engine(fleet: Fleet) -> None:
-    for _ in range(5):
+    def run() -> None:
         assert fleet.identity([1.0] * 28).status_code == 200
 
     def runs() -> int:
@@ -140,7 +140,11 @@ def test_every_front_end_has_the_profile_of_the_one_engine(fleet: Fleet) -> None
         assert [step["step"] for step in answer["steps"]] == ["sums", "copies"]
         return int(answer["steps"][0]["calls"])
 
-    assert {runs() for _ in range(8)} == {5}
+    run()
+    before = runs()  # other tests' requests may have made a batch of seven, too
+    for _ in range(5):
+        run()
+    assert {runs() for _ in range(8)} == {before + 5}
 
 
 def test_large_tensors_of_all_front_ends_cross_exactly(fleet: Fleet) -> None:
