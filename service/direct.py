@@ -3,7 +3,7 @@ without a task, without ASGI.
 
 FastAPI, its middlewares and a task take several times as long as all the rest of a small request. What is checked,
 counted, logged and answered is the same, by the same functions: `exchange.py`, `inference.py` and the jobs of the
-routes. What this does not take (`Direct.find`) goes through ASGI. Called by `connection.py`; event loop only.
+routes. What this does not take (`Direct.find`) goes through ASGI. Called by `direct_connection.py`; event loop only.
 """
 
 import re

@@ -8,7 +8,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
 from prometheus_client import CollectorRegistry
@@ -130,32 +130,32 @@ class Family(Collector, Generic[Child]):
         raise NotImplementedError
 
 
-class Counters(Family[Number]):
+class Numbers(Family[Number]):
+    """One number for each set of labels."""
+
+    _kind: ClassVar[type[CounterMetricFamily] | type[GaugeMetricFamily]]
+
+    def _make(self) -> Number:
+        return Number()
+
+    def collect(self) -> Iterable[Metric]:
+        """One sample for each set of labels."""
+        family = self._kind(self._name, self._text, labels=self._labels)
+        for values, child in self._children.items():
+            family.add_metric(values, child.value)
+        yield family
+
+
+class Counters(Numbers):
     """Numbers that only grow."""
 
-    def _make(self) -> Number:
-        return Number()
-
-    def collect(self) -> Iterable[Metric]:
-        """One sample for each set of labels."""
-        family = CounterMetricFamily(self._name, self._text, labels=self._labels)
-        for values, child in self._children.items():
-            family.add_metric(values, child.value)
-        yield family
+    _kind = CounterMetricFamily
 
 
-class Gauges(Family[Number]):
+class Gauges(Numbers):
     """Numbers that come and go."""
 
-    def _make(self) -> Number:
-        return Number()
-
-    def collect(self) -> Iterable[Metric]:
-        """One sample for each set of labels."""
-        family = GaugeMetricFamily(self._name, self._text, labels=self._labels)
-        for values, child in self._children.items():
-            family.add_metric(values, child.value)
-        yield family
+    _kind = GaugeMetricFamily
 
 
 class Histograms(Family[Distribution]):
