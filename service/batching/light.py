@@ -7,13 +7,11 @@ scheduler's lane of the model; called by the engine worker, whose threads may se
 
 from dataclasses import dataclass
 
-from service.batching.queue import Batch
+from service.batching.queue import Batch, PlanShape
 
 _PROOF = 4  # runs of a shape before it is trusted
 _STEP = 0.1  # by which the median follows
 _SHAPES = 256  # that are remembered
-
-Shape = tuple[int, int, tuple[tuple[int, ...], ...]]
 
 
 @dataclass(slots=True)
@@ -30,7 +28,7 @@ class LightRuns:
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
-        self._runs: dict[Shape, _Runs] = {}
+        self._runs: dict[PlanShape, _Runs] = {}
         self.any = False
         """Whether some have been light."""
 

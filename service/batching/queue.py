@@ -18,6 +18,9 @@ from service.workers.messages import BatchingMode, BatchingOptions, Infer
 
 Group = tuple[int, tuple[Shape, ...]]
 
+PlanShape = tuple[int, int, tuple[Shape, ...]]
+"""Rows, width and the shapes of a row of each input: see `Batch`."""
+
 
 @dataclass(slots=True)
 class Entry:
@@ -78,7 +81,7 @@ class Batch:
     shapes: tuple[Shape, ...]
 
     @property
-    def shape(self) -> tuple[int, int, tuple[Shape, ...]]:
+    def shape(self) -> PlanShape:
         """What decides which plan of the engine runs it."""
         return self.rows, self.width, self.shapes
 
