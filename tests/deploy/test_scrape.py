@@ -169,8 +169,9 @@ def test_a_slow_kernel_shows_fires_its_alert_and_no_query_of_a_dashboard_is_empt
     wait(lambda: prometheus.query(f"{level}_speed:ratio_of_baseline{attention}"), "there is a baseline", 30)
     before = prometheus.value(f"{level}_roofline:ratio_rate5m{attention}")
     gauge = prometheus.value(f"engine_kernel_roofline_ratio{attention}")
-    others = 'model="convnet", op="Conv", kernel="gemm"'
-    assert 0 < before <= 1.5 and 0 < gauge <= 1.5
+    others = '{model="convnet", op="Conv", kernel="gemm"}'
+    others_before = prometheus.value(f"{level}_roofline:ratio_rate5m{others}")
+    assert before > 0 and gauge > 0 and others_before > 0
     with slow_kernel(loaded.model("bert"), "Attention", 2e-3):
         wait(lambda: _names(prometheus.alerts("TilewaveKernelSlow"), "Attention"), "the alert fires", 40)
         (alert,) = [a for a in prometheus.alerts("TilewaveKernelSlow") if a["labels"]["op"] == "Attention"]
@@ -182,8 +183,10 @@ def test_a_slow_kernel_shows_fires_its_alert_and_no_query_of_a_dashboard_is_empt
         }
         assert float(alert["value"]) < 0.1
         assert "kernel attention (Attention) of bert/1" in alert["annotations"]["summary"]
-        assert prometheus.value(f"{level}_roofline:ratio_rate5m{attention}") < before / 10
-        assert prometheus.value(f"{level}_roofline:ratio_rate5m{{{others}}}") > 0.01
+        left = prometheus.value(f"{level}_roofline:ratio_rate5m{attention}") / before
+        assert left < 0.1
+        # Beside the fall of attention: this machine may have become slower for everyone meanwhile.
+        assert prometheus.value(f"{level}_roofline:ratio_rate5m{others}") / others_before > 3 * left
         wait(lambda: prometheus.value(f"engine_kernel_roofline_ratio{attention}") < gauge / 2, "the gauge falls", 20)
         assert _empty(prometheus) == []
 
