@@ -70,7 +70,7 @@ def test_blocks_take_many_packed_items(hopper: Runner) -> None:
     lengths = [3, 500, 64, 0, 129, 17, 256, 90]
     cases = []
     for head, causal in ((64, False), (80, True), (256, False)):
-        step = packed(F16, sum(lengths) + 40, 9, head, len(lengths), causal)
+        step = packed(F16, sum(lengths) + 40, 3, head, len(lengths), causal)
         for tile in candidates(work_of(step)):
             launches = [launch_attention(step, tile, replace(hopper.context, multiprocessors=5))]
             cases.append(Case(f"{head} {causal=} {tile}", step, 500, {3: starts_of(lengths)}, launches))
