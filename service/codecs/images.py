@@ -4,6 +4,7 @@ Called on the preprocessing threads. The geometry is that of torchvision's usual
 shorter side, centre crop, then (value - mean) / std on 0-255 values.
 """
 
+import contextlib
 import io
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +97,8 @@ def decode(data: bytes, spec: ImageSpec, max_bytes: int, max_pixels: int) -> NDA
                     "scale it down"
                 )
             image.load()
-            pixels = _crop(_to_mode(_upright(image), spec.channels), spec)
+            _turn_upright(image)
+            pixels = _crop(_to_mode(image, spec.channels), spec)
     except UnidentifiedImageError:
         raise InvalidRequest("this is not a JPEG, PNG or WebP image; send the bytes of one") from None
     except TooLarge:
@@ -106,12 +108,11 @@ def decode(data: bytes, spec: ImageSpec, max_bytes: int, max_pixels: int) -> NDA
     return _normalise(pixels, spec)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation says; an EXIF block that cannot be read is no reason to refuse the picture."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:
-        return image
+def _turn_upright(image: Image.Image) -> None:
+    """As its EXIF orientation says, where it lies otherwise; an EXIF block that cannot be read is no reason to refuse
+    the picture."""
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)  # else a picture that is upright would be copied
 
 
 def _to_mode(image: Image.Image, channels: int) -> Image.Image:
@@ -136,10 +137,24 @@ def _crop(image: Image.Image, spec: ImageSpec) -> Image.Image:
 
 
 def _normalise(image: Image.Image, spec: ImageSpec) -> NDArray[Any]:
+    """(value - mean) / std in fp32, written once, where it stays."""
     pixels = np.asarray(image)
     if spec.channels == 1:
         pixels = pixels[:, :, None]
-    if spec.dtype.kind == "f":
-        pixels = (pixels.astype(np.float32) - spec.mean) / spec.std
-    ordered = pixels.transpose(2, 0, 1) if spec.layout is Layout.NCHW else pixels
-    return np.ascontiguousarray(ordered, spec.dtype)
+    if spec.dtype.kind != "f":
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1) if spec.layout is Layout.NCHW else pixels, spec.dtype)
+    if spec.layout is Layout.NHWC:
+        out = np.subtract(pixels, spec.mean, dtype=np.float32)
+        out /= spec.std
+        return out.astype(spec.dtype, copy=False)
+    out = np.empty((spec.channels, spec.height, spec.width), np.float32)
+    for plane, values, mean, std in zip(out, pixels.transpose(2, 0, 1), *_by_channel(spec), strict=True):
+        np.subtract(np.ascontiguousarray(values), mean, out=plane, dtype=np.float32)
+        plane /= std
+    return out.astype(spec.dtype, copy=False)
+
+
+def _by_channel(spec: ImageSpec) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean and deviation of each channel."""
+    mean, std = (np.broadcast_to(values, spec.channels) for values in (spec.mean, spec.std))
+    return mean, std

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from service.codecs.images import ImageSpec, decode, make_image_spec
 from service.errors import DeadlineExceeded, InvalidRequest, TooLarge
-from service.model_config import ImagesConfig
+from service.model_config import ImagesConfig, Interpolation, Layout
 from service.preprocess import PreprocessPool
 from tests.service.conftest import Running, Start, add_model, error_of
 from tests.service.fakes import FakeEngine
@@ -81,6 +81,52 @@ def test_crop_is_the_centre_of_the_shorter_side() -> None:
     expected = np.asarray(whole, np.float32).transpose(2, 0, 1)
     # At the crop's edge the reference filter sees pixels that ours leaves out.
     np.testing.assert_allclose(got[:, 2:-2, 2:-2], expected[:, 2:-2, 2:-2], atol=1)
+
+
+def plainly_decoded(data: bytes, made: ImageSpec) -> np.ndarray:
+    """What `decode` has to give, bit for bit, in plain Pillow and NumPy."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB" if made.channels == 3 else "L")
+    scale = min(image.size) / made.resize
+    left, top = (
+        round((size / scale - crop) / 2) * scale
+        for size, crop in zip(image.size, (made.width, made.height), strict=True)
+    )
+    box = (left, top, min(left + made.width * scale, image.width), min(top + made.height * scale, image.height))
+    levels = np.asarray(image.resize((made.width, made.height), made.filter, box=box))
+    levels = levels.reshape(made.height, made.width, made.channels)
+    if made.dtype.kind == "f":
+        levels = ((levels.astype(np.float32) - made.mean) / made.std).astype(made.dtype)
+    return levels.transpose(2, 0, 1) if made.layout is Layout.NCHW else levels
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64", "uint8"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("layout", list(Layout))
+def test_pixels_are_those_of_pillow_and_the_formula_to_the_bit(dtype: str, channels: int, layout: Layout) -> None:
+    generator = np.random.default_rng(3)
+    for width, height in ((61, 47), (40, 200), (300, 33), (17, 90)):
+        noise = generator.integers(0, 256, (height, width, 3), np.uint8)
+        data = file_of(Image.fromarray(noise), "JPEG", quality=90)
+        for filter_ in Interpolation:
+            shape = ("n", channels, 20, 24) if layout is Layout.NCHW else ("n", 20, 24, channels)
+            config = ImagesConfig(
+                layout=layout, resize=31, interpolation=filter_, mean=(127.0, 100.5, 3.0)[:channels], std=(58.4,)
+            )
+            made = make_image_spec("x", np.dtype(dtype), shape, config)
+            assert made is not None
+            found = decode(data, made, *LIMITS)
+            assert found.dtype == made.dtype
+            assert found.flags.c_contiguous
+            np.testing.assert_array_equal(found, plainly_decoded(data, made))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_pictures_are_those_of_pillow_to_the_bit(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise = Image.fromarray(np.random.default_rng(4).integers(0, 256, (50, 70, 3), np.uint8))
+    data = file_of(noise, "JPEG", exif=exif)
+    np.testing.assert_array_equal(decode(data, spec(), *LIMITS), plainly_decoded(data, spec()))
 
 
 @pytest.mark.parametrize(
