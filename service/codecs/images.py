@@ -146,12 +146,13 @@ def _normalise(image: Image.Image, spec: ImageSpec) -> NDArray[Any]:
     if spec.layout is Layout.NHWC:
         out = np.subtract(pixels, spec.mean, dtype=np.float32)
         out /= spec.std
-        return out.astype(spec.dtype, copy=False)
-    out = np.empty((spec.channels, spec.height, spec.width), np.float32)
-    for plane, values, mean, std in zip(out, pixels.transpose(2, 0, 1), *_by_channel(spec), strict=True):
-        np.subtract(np.ascontiguousarray(values), mean, out=plane, dtype=np.float32)
-        plane /= std
-    return out.astype(spec.dtype, copy=False)
+    else:
+        out = np.empty((spec.channels, spec.height, spec.width), np.float32)
+        for plane, values, mean, std in zip(out, pixels.transpose(2, 0, 1), *_by_channel(spec), strict=True):
+            np.subtract(np.ascontiguousarray(values), mean, out=plane, dtype=np.float32)
+            plane /= std
+    result: NDArray[Any] = out.astype(spec.dtype, copy=False)
+    return result
 
 
 def _by_channel(spec: ImageSpec) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
