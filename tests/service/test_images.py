@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from service.codecs.classify import top_labels
 from service.codecs.images import ImageSpec, decode, make_image_spec
 from service.errors import DeadlineExceeded, InvalidRequest, TooLarge
 from service.model_config import ImagesConfig, Interpolation, Layout
@@ -244,6 +245,27 @@ def test_top_k_bounds_the_labels(shared: Running) -> None:
     answer = post(shared, file_of(plain("red")), query="?top_k=1").json()
     assert [entry["label"] for entry in answer["predictions"][0]["labels"]] == ["red"]
     assert len(post(shared, file_of(plain("red")), query="?top_k=900").json()["predictions"][0]["labels"]) == 3
+
+
+def test_ties_for_the_last_label_keep_the_order_of_the_classes() -> None:
+    row = np.array([0.1, 0.3, 0.1, 0.3, 0.1, 0.1], np.float32)
+    labels = [entry["index"] for entry in top_labels(row, [], 4)]
+    assert labels == [1, 3, 0, 2]
+    drawn = np.random.default_rng(1).integers(0, 20, 1000).astype(np.float32)
+    assert [entry["index"] for entry in top_labels(drawn, [], 60)] == np.argsort(-drawn, kind="stable")[:60].tolist()
+
+
+@pytest.mark.parametrize("body", [file_of(plain("red")), b"", b"hello"], ids=["picture", "empty", "text"])
+@pytest.mark.parametrize("model", ["colours", "encoder", "nobody"])
+def test_with_and_without_a_query_the_answer_is_the_same(shared: Running, body: bytes, model: str) -> None:
+    """The one goes through FastAPI's routing, the other past it."""
+    plain_, routed = post(shared, body, model), post(shared, body, model, "?top_k=5")
+    assert plain_.status_code == routed.status_code
+    assert plain_.json() == routed.json()
+    changing = {"server-timing", "date", "x-request-id"}
+    assert {k: v for k, v in plain_.headers.items() if k not in changing} == {
+        k: v for k, v in routed.headers.items() if k not in changing
+    }
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1001", "x", "1.5", ""])
