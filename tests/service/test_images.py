@@ -17,11 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from engine import DeviceError, images
 from service.codecs.classify import top_labels
 from service.codecs.images import ImageSpec, decode, make_image_spec
 from service.errors import DeadlineExceeded, InvalidRequest, TooLarge
 from service.model_config import ImagesConfig, Interpolation, Layout
 from service.preprocess import PreprocessPool
+from service.workers import resampling
 from tests.service.conftest import Running, Start, add_model, error_of
 from tests.service.fakes import FakeEngine
 
@@ -121,13 +123,64 @@ def test_pixels_are_those_of_pillow_and_the_formula_to_the_bit(dtype: str, chann
             np.testing.assert_array_equal(found, plainly_decoded(data, made))
 
 
+def crops(**config: Any) -> ImageSpec:
+    """A spec for crops that the engine's kernels take."""
+    made = make_image_spec("x", np.dtype("float32"), ("n", 3, 40, 40), ImagesConfig(**config))
+    assert made is not None
+    return made
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_turned_pictures_are_those_of_pillow_to_the_bit(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    noise = Image.fromarray(np.random.default_rng(4).integers(0, 256, (50, 70, 3), np.uint8))
+    noise = Image.fromarray(np.random.default_rng(4).integers(0, 256, (100, 140, 3), np.uint8))
     data = file_of(noise, "JPEG", exif=exif)
-    np.testing.assert_array_equal(decode(data, spec(), *LIMITS), plainly_decoded(data, spec()))
+    np.testing.assert_array_equal(decode(data, crops(), *LIMITS), plainly_decoded(data, crops()))
+
+
+def test_a_photo_of_many_blocks_of_pillows_memory_is_resized_by_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image.Image, "resize", None)
+    wide = Image.fromarray(np.random.default_rng(5).integers(0, 256, (2100, 2200, 3), np.uint8))  # 18 MB of Pillow's
+    data = file_of(wide, "JPEG")
+    found = decode(data, crops(), 1 << 25, 1 << 25)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(found, plainly_decoded(data, crops()))
+
+
+def test_where_the_system_forbids_code_pillow_resizes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise DeviceError("no executable memory")
+
+    data = file_of(Image.fromarray(np.random.default_rng(6).integers(0, 256, (100, 140, 3), np.uint8)))
+    monkeypatch.setattr(images, "resize", refuse)
+    resampling._engine_resize.cache_clear()
+    try:
+        for _ in range(2):
+            np.testing.assert_array_equal(decode(data, crops(), *LIMITS), plainly_decoded(data, crops()))
+    finally:
+        resampling._engine_resize.cache_clear()
+    assert [record.getMessage() for record in caplog.records] == [
+        "photos are resized by Pillow, which takes longer: no executable memory"
+    ]
+
+
+def test_scaling_in_the_decoder_is_for_large_jpegs_only() -> None:
+    """Waves of 20 pixels of a picture that becomes a sixth as large: both ways see nearly the same."""
+    y, x = np.mgrid[:400, :400]
+    waves = np.stack([128 + 90 * np.sin((x + turn * y) / 20) for turn in (0, 1, 2)], -1).astype(np.uint8)
+    exact, scaled = (crops(std=(1.0,), size=40, dct_scaling=on) for on in (False, True))
+    large, small = Image.fromarray(waves), Image.fromarray(waves[:170, :170])
+    for data, same in (
+        (file_of(large, "JPEG", quality=95), False),
+        (file_of(small, "JPEG", quality=95), True),  # less than four times the size it is resized to
+        (file_of(large, "PNG"), True),
+    ):
+        one, other = (decode(data, made, *LIMITS) for made in (exact, scaled))
+        assert np.array_equal(one, other) is same
+        np.testing.assert_allclose(one, other, atol=6)
 
 
 @pytest.mark.parametrize(
