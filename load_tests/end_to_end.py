@@ -5,7 +5,8 @@ does not do. So photos are held to the engine with the same decoding, and the sa
 are held to the engine alone; the ratio of photos to the engine alone is in the table. Servers and baselines take turns,
 every other time in reverse order; a ratio is the median of those of the turns, so that a drift of the machine does not
 decide. The engine alone gets runs of the very sizes that the server's had in the turn before. CPU milliseconds a
-request are the server's and the client's: on one machine the load costs the server its share.
+request are the server's and the client's: on one machine the load costs the server its share. `engine_share_of_cpu` is
+what the engine alone takes of them: the ratio that a machine without idle processors would show.
 """
 
 from __future__ import annotations
@@ -129,6 +130,7 @@ def _report(
         row: dict[str, Any] = {"case": name, "by": key, **totals(own)}
         if key == OURS:
             row |= {"batch": round(batch, 1), "of_engine_alone": round(ratios[ALONE], 3)}
+            row["engine_share_of_cpu"] = round(cpu_of_request(turns[ALONE]) / cpu_of_request(own), 3)
             if DECODING in ratios:
                 row["of_engine_with_decoding"] = round(ratios[DECODING], 3)
         if key in results:
@@ -146,6 +148,11 @@ def _report(
 def ratio_of_turns(ours: list[Turn], others: list[Turn]) -> float:
     """The median over the turns of one rate over the other in the same turn."""
     return median(one.rate / other.rate for one, other in zip(ours, others, strict=True))
+
+
+def cpu_of_request(turns: list[Turn]) -> float:
+    """CPU seconds of both sides for a request: unlike a rate, hardly touched by what else the machine does."""
+    return sum(turn.server_cpu + turn.client_cpu for turn in turns) / sum(turn.requests for turn in turns)
 
 
 def totals(turns: list[Turn]) -> dict[str, float]:

@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from load_tests.baselines import Alone, Turn
-from load_tests.end_to_end import ratio_of_turns, totals
+from load_tests.end_to_end import cpu_of_request, ratio_of_turns, totals
 from load_tests.http_client import Answer, Results
 from load_tests.payloads import PIXELS, photos
 from load_tests.workloads import pixel_tensors
@@ -44,6 +44,7 @@ def test_a_ratio_is_that_of_turns_beside_each_other() -> None:
 def test_totals_weigh_turns_by_their_length_and_count_cpu_a_request() -> None:
     row = totals([turn(100, 1.0), turn(40, 3.0)])
     assert row == {"requests_per_s": 55.0, "server_cpu_ms": 9.09, "client_cpu_ms": 4.55}
+    assert cpu_of_request([turn(100, 1.0), turn(40, 3.0)]) == pytest.approx(3.0 / 220)
     assert "client_cpu_ms" not in totals([Turn(10, 1.0, 1.0)])
 
 

@@ -104,7 +104,7 @@ def _kernels(isa: Isa) -> tuple[_Native, _Native]:
     return row_type(addresses[rows.symbol]), column_type(addresses[columns.symbol])
 
 
-@lru_cache(256)  # photos come in few sizes; a large one's weights have some 100 KB
+@lru_cache(128)  # photos come in few sizes; the weights of a large one have some 60 KB
 def _windows(size: int, begin: float, end: float, outputs: int, filter_: Filter, block: int) -> _Windows | None:
     """The windows of `outputs` pixels that cover [begin, end) of `size` ones, in whole blocks of taps; None where a
     window is longer than all there is.
