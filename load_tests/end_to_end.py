@@ -1,139 +1,166 @@
-"""Whole models through HTTP beside LitServe and mosec with ONNX Runtime, and against the engine alone."""
+"""Whole models through HTTP beside LitServe and mosec with ONNX Runtime, and against the engine alone.
+
+A photo costs its decoding, which shares the processors with the engine wherever it is done, and which the engine alone
+does not do. So photos are held to the engine with the same decoding, and the same model is measured with tensors, which
+are held to the engine alone; the ratio of photos to the engine alone is in the table. Servers and baselines take turns,
+every other time in reverse order; a ratio is the median of those of the turns, so that a drift of the machine does not
+decide. The engine alone gets runs of the very sizes that the server's had in the turn before. CPU milliseconds a
+request are the server's and the client's: on one machine the load costs the server its share. `engine_share_of_cpu` is
+what the engine alone takes of them: the ratio that a machine without idle processors would show.
+"""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
-import json
 import time
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
+from statistics import median
+from typing import Any
 
-import numpy as np
-
-import engine
 from load_tests import peers
-from load_tests.http_client import Exchange, Results, closed_loop, post
-from load_tests.payloads import photos
+from load_tests.baselines import Alone, Sizes, Turn
+from load_tests.http_client import Results, closed_loop
+from load_tests.model_cases import ALONE, CASES, DECODING, Case
 from load_tests.report import Report
 from load_tests.servers import Server, running, tilewave
-from load_tests.workloads import Make, default_repository, images, our_label, texts
+from load_tests.workloads import Make, default_repository
 
-IMAGES, TEXTS = "efficientnet-lite0", "all-minilm-l6-v2"
 LEAST_OF_ENGINE = 0.9
+OURS = "tilewave"
+PEERS = {"litserve": peers.litserve, "mosec": peers.mosec}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this program."""
     parser.add_argument("--connections", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=30.0, help="of each turn")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each turn")
     parser.add_argument("--warm-up", type=float, default=20.0, help="seconds of load before the first turn")
-    parser.add_argument("--turns", type=int, default=3, help="of all servers, one after the other; the best counts")
-    parser.add_argument("--models", nargs="*", default=[IMAGES, TEXTS], choices=[IMAGES, TEXTS])
+    parser.add_argument("--turns", type=int, default=5, help="of all servers and baselines, one after the other")
+    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
 
 
 def measure(options: argparse.Namespace, folder: Path) -> Report:
-    """The servers of one model take turns; only one has requests at a time."""
+    """The cases one after the other."""
     report = Report("Models through HTTP", vars(options))
-    for name in options.models:
-        root = default_repository(folder, name)
-        kind = "images" if name == IMAGES else "texts"
-        with ExitStack() as opened:
-            ours = opened.enter_context(tilewave(root, folder, *options.server_arguments.split()))
-            lit = opened.enter_context(running(peers.litserve(kind, folder, root / name)))
-            mosec = opened.enter_context(running(peers.mosec(kind, folder, root / name)))
-            cases = {
-                "tilewave": (ours, _ours(name)),
-                "litserve": (lit, _litserve(name)),
-                "mosec": (mosec, _mosec(name)),
-            }
-            best: dict[str, Results] = {}
-            shape = (1, 1)
-            for process, make in cases.values():  # our engine makes a plan for each shape of a batch it meets
-                asyncio.run(closed_loop(process.port, make, options.connections, options.warm_up))
-            for _ in range(options.turns):
-                for server, (process, make) in cases.items():
-                    before = _batches(ours, name)
-                    results = asyncio.run(closed_loop(process.port, make, options.connections, options.seconds))
-                    if server not in best or results.rate > best[server].rate:
-                        best[server] = results
-                        rows, runs, tokens = (a - b for a, b in zip(_batches(ours, name), before, strict=True))
-                        if server == "tilewave" and runs:
-                            shape = (max(round(rows / runs), 1), max(round(tokens / rows), 1))
-        alone = engine_rate(root / name, *shape)
-        for server, results in best.items():
-            report.add(model=name, server=server, connections=options.connections, **results.row())
-        report.add(
-            model=name, server=f"engine alone, batch {shape[0]}, {shape[1]} tokens", requests_per_s=round(alone, 1)
-        )
-        for server, results in best.items():
-            wrong = len(results.problems) + results.statuses.total() - results.statuses[200]
-            report.check(f"{name}, {server}: every answer is 200 and right", not wrong, wrong)
-        for peer in ("litserve", "mosec"):
-            ratio = best["tilewave"].rate / best[peer].rate
-            report.check(f"{name}: throughput above {peer}'s", ratio > 1, f"{ratio:.2f} times")
-        ratio = best["tilewave"].rate / alone
-        report.check(
-            f"{name}: at least {LEAST_OF_ENGINE} of the engine alone", ratio >= LEAST_OF_ENGINE, f"{ratio:.2f}"
-        )
+    for name in options.cases:
+        _measure(name, CASES[name], options, folder, report)
     return report
 
 
-def _batches(server: Server, name: str) -> tuple[float, float, float]:
-    """Rows, runs, and tokens with padding (0 for images), so far."""
-    rows, runs = (server.metric(f"inference_batch_size_{part}", model=name) for part in ("sum", "count"))
-    tokens = server.metric("inference_batch_tokens_sum", model=name)
-    return rows, runs, tokens + server.metric("inference_padding_tokens_total", model=name)
+class _Served:
+    """Turns of a server under load."""
+
+    def __init__(self, server: Server, make: Make, connections: int) -> None:
+        self.results = Results()
+        self._server, self._make, self._connections = server, make, connections
+
+    def load(self, seconds: float) -> Results:
+        """Requests that are not counted."""
+        return asyncio.run(closed_loop(self._server.port, self._make, self._connections, seconds))
+
+    def turn(self, seconds: float) -> Turn:
+        """Requests that are."""
+        server, client = self._server.cpu_seconds(), time.process_time()
+        results = self.load(seconds)
+        client = time.process_time() - client
+        self.results.extend(results)
+        return Turn(len(results.latencies), results.seconds, self._server.cpu_seconds() - server, client)
 
 
-def _ours(name: str) -> Make:
-    if name == IMAGES:
-        return images(f"/v1/models/{name}/images", our_label)
-    return texts(f"/v1/models/{name}/tokens", "text")
+class _Ours(_Served):
+    """Our server. `shapes` are the sizes of its runs since the last look, and how many had them."""
+
+    def __init__(self, server: Server, make: Make, connections: int, model: str) -> None:
+        super().__init__(server, make, connections)
+        self._path = f"/v2/models/{model}/profile"
+        self._before: Counter[Sizes] = Counter()
+        self.shapes: Counter[Sizes] = Counter()
+
+    def load(self, seconds: float) -> Results:
+        """Requests; their batches make the shapes."""
+        results = super().load(seconds)
+        plans = self._server.document(self._path)["plans"]
+        runs = Counter({tuple(plan["sizes"].items()): plan["runs"] for plan in plans})
+        self.shapes, self._before = runs - self._before, runs
+        return results
+
+    @property
+    def batch(self) -> float:
+        """Rows of a run on average: the first of its sizes."""
+        return sum(sizes[0][1] * runs for sizes, runs in self.shapes.items()) / self.shapes.total()
 
 
-def _mosec(name: str) -> Make:
-    return (
-        images("/inference", lambda body: str(json.loads(body)["label"]))
-        if name == IMAGES
-        else texts("/inference", "text")
-    )
+def _measure(name: str, case: Case, options: argparse.Namespace, folder: Path, report: Report) -> None:
+    root = default_repository(folder, case.model)
+    with ExitStack() as opened:
+        server = opened.enter_context(tilewave(root, folder, *options.server_arguments.split()))
+        ours = _Ours(server, case.ours(), options.connections, case.model)
+        served: dict[str, _Served] = {OURS: ours}
+        for peer, make in case.peers.items():
+            started = opened.enter_context(running(PEERS[peer](case.kind, folder, root / case.model)))
+            served[peer] = _Served(started, make(), options.connections)
+        alone = opened.enter_context(closing(Alone(root / case.model)))
+        for one in served.values():  # our engine makes a plan for each shape of a batch it meets
+            one.load(options.warm_up)
+        contenders: dict[str, Callable[[float], Turn]] = {key: one.turn for key, one in served.items()}
+        contenders[ALONE] = lambda seconds: alone.engine_rows(seconds, ours.shapes)
+        if case.goal == DECODING:
+            contenders[DECODING] = lambda seconds: alone.decoded_photos(seconds, round(ours.batch))
+        turns: dict[str, list[Turn]] = {key: [] for key in contenders}
+        for number in range(options.turns):
+            for key in list(contenders)[:: -1 if number % 2 else 1]:
+                turns[key].append(contenders[key](options.seconds))
+    _report(name, case, turns, {key: one.results for key, one in served.items()}, ours.batch, report)
 
 
-def _litserve(name: str) -> Make:
-    if name != IMAGES:
-        return texts("/predict", "text")
-    prepared = []
-    for photo in photos():
-        body = json.dumps({"image": base64.b64encode(photo.jpeg).decode()}).encode()
-        request = post("/predict", body, {"Content-Type": "application/json"})
-        problem = lambda answer, photo=photo: (  # noqa: E731
-            None if photo.label in (None, json.loads(answer.body)["label"]) else "another label"
-        )
-        prepared.append(Exchange(request, problem))
-    return lambda source: source.choice(prepared)
+def _report(
+    name: str,
+    case: Case,
+    turns: dict[str, list[Turn]],
+    results: dict[str, Results],
+    batch: float,
+    report: Report,
+) -> None:
+    ratios = {key: ratio_of_turns(turns[OURS], of) for key, of in turns.items() if key != OURS}
+    for key, own in turns.items():
+        row: dict[str, Any] = {"case": name, "by": key, **totals(own)}
+        if key == OURS:
+            row |= {"batch": round(batch, 1), "of_engine_alone": round(ratios[ALONE], 3)}
+            row["engine_share_of_cpu"] = round(cpu_of_request(turns[ALONE]) / cpu_of_request(own), 3)
+            if DECODING in ratios:
+                row["of_engine_with_decoding"] = round(ratios[DECODING], 3)
+        if key in results:
+            row |= {k: value for k, value in results[key].row().items() if k not in row}
+        report.add(**row)
+    for key, result in results.items():
+        wrong = len(result.problems) + result.statuses.total() - result.statuses[200]
+        report.check(f"{name}, {key}: every answer is 200 and right", not wrong, wrong)
+    for peer in case.peers:
+        report.check(f"{name}: throughput above {peer}'s", ratios[peer] > 1, f"{ratios[peer]:.2f} times")
+    ratio = ratios[case.goal]
+    report.check(f"{name}: at least {LEAST_OF_ENGINE} of the {case.goal}", ratio >= LEAST_OF_ENGINE, f"{ratio:.2f}")
 
 
-def engine_rate(folder: Path, batch: int, tokens: int, seconds: float = 5.0) -> float:
-    """Rows a second of the engine at a batch size; texts are so many tokens long."""
-    model = engine.load(str(folder / "1" / "model.onnx"))
-    try:
-        generator = np.random.default_rng(0)
-        feeds = {}
-        for spec in model.inputs:
-            shape = [
-                batch if axis == 0 else dim if isinstance(dim, int) else tokens for axis, dim in enumerate(spec.shape)
-            ]
-            if spec.dtype.kind == "f":
-                feeds[spec.name] = generator.standard_normal(shape).astype(spec.dtype)
-            else:
-                feeds[spec.name] = np.ones(shape, spec.dtype)
-        model.run(feeds)
-        runs, began = 0, time.perf_counter()
-        while time.perf_counter() - began < seconds:
-            model.run(feeds)
-            runs += 1
-        return runs * batch / (time.perf_counter() - began)
-    finally:
-        model.close()
+def ratio_of_turns(ours: list[Turn], others: list[Turn]) -> float:
+    """The median over the turns of one rate over the other in the same turn."""
+    return median(one.rate / other.rate for one, other in zip(ours, others, strict=True))
+
+
+def cpu_of_request(turns: list[Turn]) -> float:
+    """CPU seconds of both sides for a request: unlike a rate, hardly touched by what else the machine does."""
+    return sum(turn.server_cpu + turn.client_cpu for turn in turns) / sum(turn.requests for turn in turns)
+
+
+def totals(turns: list[Turn]) -> dict[str, float]:
+    """Requests a second and CPU milliseconds a request of all turns together; the client's only where there is one."""
+    requests = sum(turn.requests for turn in turns)
+    row = {"requests_per_s": round(requests / sum(turn.seconds for turn in turns), 1)}
+    for side in ("server_cpu", "client_cpu"):
+        seconds: float = sum(getattr(turn, side) for turn in turns)
+        if seconds:
+            row[f"{side}_ms"] = round(seconds / requests * 1e3, 2)
+    return row

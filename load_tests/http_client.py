@@ -77,6 +77,15 @@ class Results:
         ordered = sorted(self.latencies)
         return ordered[min(int(len(ordered) * percent / 100), len(ordered) - 1)] if ordered else float("nan")
 
+    def extend(self, other: Results) -> None:
+        """Count what came of other requests, too, as if the ones had followed the others."""
+        self.seconds += other.seconds
+        self.latencies += other.latencies
+        self.statuses += other.statuses
+        self.problems += other.problems
+        self.renewed += other.renewed
+        self.second_tries += other.second_tries
+
     def row(self) -> dict[str, float | int | dict[str, int]]:
         """What is printed and stored."""
         return {

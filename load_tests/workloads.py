@@ -6,17 +6,19 @@ import base64
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import orjson
+import tokenizers
 from onnx import TensorProto, helper
 
 from load_tests.http_client import Answer, Connection, Exchange, post
-from load_tests.payloads import SENTENCES, photos
+from load_tests.payloads import PIXELS, SENTENCES, Photo, photos, pixels
 from load_tests.servers import ROOT
 
 MODELS = ROOT / "models"
@@ -139,6 +141,39 @@ def images(path: str, label: Callable[[bytes], str]) -> Make:
     return lambda source: source.choice(prepared)
 
 
+def pixel_tensors(model: str, tensor: str, labels: list[str]) -> Make:
+    """Photos as the classifier takes them, (1, 3, 224, 224) of fp32, as binary data both ways. An answer is right
+    where its highest score is that of the photo's label."""
+
+    def problem(answer: Answer, photo: Photo) -> str | None:
+        start = int(answer.headers[b"inference-header-content-length"])
+        scores = np.frombuffer(answer.body, np.float32, offset=start)
+        if scores.size != len(labels):
+            return f"{scores.size} scores"
+        return _label_problem(labels[int(scores.argmax())], photo.label)
+
+    prepared = []
+    for photo in photos():
+        data = pixels(photo).tobytes()
+        document = {
+            "inputs": [
+                {
+                    "name": tensor,
+                    "shape": [1, *PIXELS],
+                    "datatype": "FP32",
+                    "parameters": {"binary_data_size": len(data)},
+                }
+            ],
+            "parameters": {"binary_data_output": True},
+        }
+        header = json.dumps(document).encode()
+        request = post(
+            f"/v2/models/{model}/infer", header + data, {"Inference-Header-Content-Length": str(len(header))}
+        )
+        prepared.append(Exchange(request, lambda answer, photo=photo: problem(answer, photo)))  # type: ignore[misc]
+    return lambda source: source.choice(prepared)
+
+
 def _label_problem(found: str, expected: str | None) -> str | None:
     return None if expected in (None, found) else f"{found!r} instead of {expected!r}"
 
@@ -151,15 +186,26 @@ def our_label(body: bytes) -> str:
 
 def texts(path: str, key: str) -> Make:
     """One sentence a request, under a key of the body; the answer has its unit vector under `embeddings`."""
+    return _embedded(path, [{key: [text]} for text in SENTENCES])
 
+
+def sentence_ids(path: str, tokenizer: Path, max_length: int | None) -> Make:
+    """The same sentences as rows of token ids, cut to `max_length`."""
+    reader = tokenizers.Tokenizer.from_file(str(tokenizer))
+    reader.no_truncation() if max_length is None else reader.enable_truncation(max_length)
+    reader.no_padding()
+    return _embedded(path, [{"ids": [reader.encode(text).ids]} for text in SENTENCES])
+
+
+def _embedded(path: str, documents: Sequence[Mapping[str, Any]]) -> Make:
     def problem(answer: Answer) -> str | None:
         vectors = np.array(orjson.loads(answer.body)["embeddings"])
         is_unit = vectors.shape == (1, EMBEDDING_SIZE) and abs(float(np.vdot(vectors, vectors)) - 1) < 2e-3
         return None if is_unit else f"vectors of shape {vectors.shape}"
 
     prepared = [
-        Exchange(post(path, json.dumps({key: [text]}).encode(), {"Content-Type": "application/json"}), problem)
-        for text in SENTENCES
+        Exchange(post(path, json.dumps(document).encode(), {"Content-Type": "application/json"}), problem)
+        for document in documents
     ]
     return lambda source: source.choice(prepared)
 

@@ -24,7 +24,7 @@ from service.routes import embeddings, images, infer, operations, page, profile,
 from service.routes.responses import error_response, failure
 from service.serving import Serving
 from service.settings import EngineProcess, Settings
-from service.shortcut import Shortcut
+from service.shortcut import IMAGES, INFER, VERSIONED_INFER, Route, Shortcut
 from service.siblings import Alone, Siblings
 from service.tracing import Tracer
 from service.workers.clients import FIRST_CLIENT
@@ -103,7 +103,12 @@ def create_app(
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(Exception, _failure)
-    app.add_middleware(Shortcut, infer=infer.infer)
+    shortcuts = (
+        Route(INFER, infer.infer, with_query=True),
+        Route(IMAGES, images.classify_plainly),
+        Route(VERSIONED_INFER, infer.infer, with_query=True),
+    )
+    app.add_middleware(Shortcut, routes=shortcuts)
     app.add_middleware(RequestMiddleware, requests=requests)
     return app
 

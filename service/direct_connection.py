@@ -46,7 +46,7 @@ class DirectConnection(Connection):
     direct: Direct
 
     _held: DirectRequest | None = None
-    _body = b""  # what there is of its body
+    _body: list[bytes]  # what there is of its body
     _patience: asyncio.TimerHandle | None = None
     _running: DirectRequest | None = None
     _idle_since = 0.0  # of the loop's time; 0 while there is a request
@@ -59,7 +59,7 @@ class DirectConnection(Connection):
             super().on_headers_complete()
             return
         self.begin_body()
-        self._held, self._body = held, b""
+        self._held, self._body = held, []
         self.cycle = _Cycle(self.parser.should_keep_alive() and not self.shutting_down)  # type: ignore[assignment]
 
     def _find(self) -> DirectRequest | None:
@@ -84,7 +84,7 @@ class DirectConnection(Connection):
             super().on_body(body)
         else:
             self._unread = 0
-            self._body = self._body + body if self._body else body
+            self._body.append(body)
 
     def on_message_complete(self) -> None:
         """The request is whole."""
@@ -96,7 +96,7 @@ class DirectConnection(Connection):
         cycle: _Cycle = self.cycle  # type: ignore[assignment]
         cycle.more_body = False
         self._stop_holding()
-        self._running, body, self._body = request, self._body, b""
+        self._running, body, self._body = request, b"".join(self._body), []
         request.begin(body, partial(self._answer, cycle))
 
     def _let_go(self) -> None:
@@ -105,8 +105,8 @@ class DirectConnection(Connection):
             self._stop_holding()
             self.cycle = None  # type: ignore[assignment]
             super().on_headers_complete()
-            self.cycle.body += self._body
-            self._body = b""
+            self.cycle.body += b"".join(self._body)
+            self._body = []
 
     def _stop_holding(self) -> None:
         self._held = None

@@ -82,7 +82,8 @@ class BatchingConfig(_Section):
 
 
 class ImagesConfig(_Section):
-    """`[images]`: `size` of the crop and `resize` of the shorter side in pixels, `mean` and `std` in 0-255 units."""
+    """`[images]`: `size` of the crop and `resize` of the shorter side in pixels, `mean` and `std` in 0-255 units.
+    `dct_scaling`: a JPEG may be decoded at a half, a quarter or an eighth of its size where that is large enough."""
 
     size: Extent | tuple[Extent, Extent] | None = None
     resize: Extent | None = None
@@ -90,6 +91,7 @@ class ImagesConfig(_Section):
     mean: tuple[float, ...] = Field(default=(0.0,), min_length=1, max_length=4)
     std: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(255.0,), min_length=1, max_length=4)
     layout: Layout | None = None
+    dct_scaling: bool = False
 
 
 class TokensConfig(_Section):

@@ -49,7 +49,7 @@ class PreprocessPool:
         self._jobs += len(jobs)
         try:
             async with asyncio.timeout(None if deadline == math.inf else deadline - time.monotonic()):
-                lanes = [asyncio.ensure_future(lane()) for _ in range(self._lanes)]
+                lanes = [asyncio.ensure_future(lane()) for _ in range(min(self._lanes, len(jobs)))]
                 try:
                     await asyncio.gather(*lanes)
                 finally:

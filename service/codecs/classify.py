@@ -20,7 +20,9 @@ def probabilities(scores: NDArray[Any]) -> NDArray[np.float32]:
 def top_labels(row: NDArray[np.float32], labels: Sequence[str], top_k: int) -> list[dict[str, Any]]:
     """The `top_k` most probable classes of one row (classes,), most probable first; ties keep the class order."""
     count = min(top_k, row.shape[0])
-    order = np.argsort(-row, kind="stable")[:count]
+    least = np.partition(row, row.shape[0] - count)[row.shape[0] - count]
+    among = np.flatnonzero(row >= least)  # all that tie for the last place, too
+    order = among[np.argsort(-row[among], kind="stable")[:count]]
     return [
         {"label": labels[i] if i < len(labels) else str(i), "index": int(i), "probability": float(row[i])}
         for i in order

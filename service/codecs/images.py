@@ -4,6 +4,7 @@ Called on the preprocessing threads. The geometry is that of torchvision's usual
 shorter side, centre crop, then (value - mean) / std on 0-255 values.
 """
 
+import contextlib
 import io
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from service.codecs.pillow_memory import rgb_pixels
 from service.errors import InvalidRequest, TooLarge
 from service.model_config import ImagesConfig, Interpolation, Layout
+from service.workers.resampling import resize
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 
@@ -23,8 +26,13 @@ _FILTERS = {
     Interpolation.BICUBIC: Image.Resampling.BICUBIC,
     Interpolation.LANCZOS: Image.Resampling.LANCZOS,
 }
+_OF_THE_ENGINE = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
 _DEFAULT_SIZE = 224
 _CROP_FRACTION = 0.875  # 224 of 256: the shorter side before the crop where model.toml names none
+
+# A JPEG that is decoded at a half, a quarter or an eighth stays so many times as large as it is resized to: what the
+# decoder leaves out of a picture is coarser than what a filter does.
+_LEAST_REDUCED = 2
 
 # Our own limit on pixels is checked on the header; Pillow's would be a second, global one.
 Image.MAX_IMAGE_PIXELS = None
@@ -44,6 +52,7 @@ class ImageSpec:
     std: NDArray[np.float32]
     layout: Layout
     dtype: np.dtype[Any]
+    dct_scaling: bool
 
 
 def image_size(config: ImagesConfig) -> tuple[int, int] | None:
@@ -76,7 +85,10 @@ def make_image_spec(
     if resize < max(height, width):
         raise ValueError(f"model.toml: key 'images.resize': {resize} is smaller than the crop; raise it or remove it")
     mean, std = np.array(config.mean, np.float32), np.array(config.std, np.float32)
-    return ImageSpec(name, height, width, resize, channels, _FILTERS[config.interpolation], mean, std, layout, dtype)
+    return ImageSpec(
+        name, height, width, resize, channels, _FILTERS[config.interpolation], mean, std, layout, dtype,
+        config.dct_scaling,
+    )  # fmt: skip
 
 
 def decode(data: bytes, spec: ImageSpec, max_bytes: int, max_pixels: int) -> NDArray[Any]:
@@ -95,23 +107,25 @@ def decode(data: bytes, spec: ImageSpec, max_bytes: int, max_pixels: int) -> NDA
                     f"the image has {image.width} x {image.height} pixels; the limit is {max_pixels} in all; "
                     "scale it down"
                 )
+            if spec.dct_scaling:  # of a JPEG file; other formats know nothing of it
+                image.draft(None, (_LEAST_REDUCED * spec.resize,) * 2)
             image.load()
-            pixels = _crop(_to_mode(_upright(image), spec.channels), spec)
+            _turn_upright(image)
+            levels = _crop(_to_mode(image, spec.channels), spec)
     except UnidentifiedImageError:
         raise InvalidRequest("this is not a JPEG, PNG or WebP image; send the bytes of one") from None
     except TooLarge:
         raise
     except Exception as error:  # a hostile file makes Pillow's plugins raise nearly anything
         raise InvalidRequest(f"the image cannot be decoded: {str(error)[:200]}; send the whole file") from None
-    return _normalise(pixels, spec)
+    return _normalise(levels, spec)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation says; an EXIF block that cannot be read is no reason to refuse the picture."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:
-        return image
+def _turn_upright(image: Image.Image) -> None:
+    """As its EXIF orientation says, where it lies otherwise; an EXIF block that cannot be read is no reason to refuse
+    the picture."""
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)  # else a picture that is upright would be copied
 
 
 def _to_mode(image: Image.Image, channels: int) -> Image.Image:
@@ -126,20 +140,39 @@ def _to_mode(image: Image.Image, channels: int) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _crop(image: Image.Image, spec: ImageSpec) -> Image.Image:
-    """Resize of the shorter side, centre crop at whole pixels. Only what the crop shows is resampled."""
+def _crop(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
+    """Resize of the shorter side, centre crop at whole pixels: (channels, height, width). Only what the crop shows is
+    resampled."""
     scale = min(image.width, image.height) / spec.resize
     left = round((image.width / scale - spec.width) / 2) * scale
     top = round((image.height / scale - spec.height) / 2) * scale
     right, bottom = min(left + spec.width * scale, image.width), min(top + spec.height * scale, image.height)
-    return image.resize((spec.width, spec.height), spec.filter, box=(left, top, right, bottom))
+    box, size = (left, top, right, bottom), (spec.height, spec.width)
+    pixels = rgb_pixels(image) if spec.filter in _OF_THE_ENGINE and image.mode == "RGB" else None
+    if pixels is not None:
+        levels = resize(pixels.address, (pixels.height, pixels.width), box, size, spec.filter.name)
+        if levels is not None:
+            return levels
+    plain = np.asarray(image.resize((spec.width, spec.height), spec.filter, box=box))
+    return plain.reshape(*size, spec.channels).transpose(2, 0, 1)
 
 
-def _normalise(image: Image.Image, spec: ImageSpec) -> NDArray[Any]:
-    pixels = np.asarray(image)
-    if spec.channels == 1:
-        pixels = pixels[:, :, None]
-    if spec.dtype.kind == "f":
-        pixels = (pixels.astype(np.float32) - spec.mean) / spec.std
-    ordered = pixels.transpose(2, 0, 1) if spec.layout is Layout.NCHW else pixels
-    return np.ascontiguousarray(ordered, spec.dtype)
+def _normalise(levels: NDArray[np.uint8], spec: ImageSpec) -> NDArray[Any]:
+    """(value - mean) / std in fp32, written once, where it stays; integer inputs get the levels."""
+    nhwc = spec.layout is Layout.NHWC
+    if spec.dtype.kind != "f":
+        return np.ascontiguousarray(levels.transpose(1, 2, 0) if nhwc else levels, spec.dtype)
+    shape = (spec.height, spec.width, spec.channels) if nhwc else levels.shape
+    out = np.empty(shape, np.float32)
+    planes = out.transpose(2, 0, 1) if nhwc else out
+    for plane, values, mean, std in zip(planes, levels, *_by_channel(spec), strict=True):
+        np.subtract(np.ascontiguousarray(values), mean, out=plane, dtype=np.float32)
+        plane /= std
+    result: NDArray[Any] = out.astype(spec.dtype, copy=False)
+    return result
+
+
+def _by_channel(spec: ImageSpec) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean and deviation of each channel."""
+    mean, std = (np.broadcast_to(values, spec.channels) for values in (spec.mean, spec.std))
+    return mean, std

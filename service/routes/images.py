@@ -21,6 +21,7 @@ from service.model import ServedModel
 from service.model_config import Task
 from service.routes.documents import IMAGES_ANSWER, IMAGES_BODY, REQUEST_HEADERS
 from service.routes.responses import AnswerResponse, ServingOf, check_query, json_answer
+from service.serving import Serving
 from service.workers.messages import LocalTensor
 
 router = APIRouter(tags=["inference"])
@@ -41,6 +42,17 @@ async def classify_images(
     request: Request, serving: ServingOf, model: str, top_k: TopK = TOP_K, raw: Raw = False, version: Version = None
 ) -> Response:
     """Classify the image in the body (JPEG, PNG, WebP), or every file of a multipart form."""
+    return await _classify(request, serving, model, top_k, raw, version)
+
+
+async def classify_plainly(request: Request) -> Response:
+    """The same for a request without a query, which shortcut.py brings."""
+    return await _classify(request, request.app.state.serving, request.path_params["model"], TOP_K, False, None)
+
+
+async def _classify(
+    request: Request, serving: Serving, model: str, top_k: int, raw: bool, version: str | None
+) -> Response:
     served = serving.accepting(model, version)
     with open_request(serving, served, headers_of(request.scope["headers"])) as inference:
         if served.images is None:

@@ -15,12 +15,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
+from engine import DeviceError, images
+from service.codecs.classify import top_labels
 from service.codecs.images import ImageSpec, decode, make_image_spec
 from service.errors import DeadlineExceeded, InvalidRequest, TooLarge
-from service.model_config import ImagesConfig
+from service.model_config import ImagesConfig, Interpolation, Layout
 from service.preprocess import PreprocessPool
+from service.workers import resampling
 from tests.service.conftest import Running, Start, add_model, error_of
 from tests.service.fakes import FakeEngine
 
@@ -81,6 +84,103 @@ def test_crop_is_the_centre_of_the_shorter_side() -> None:
     expected = np.asarray(whole, np.float32).transpose(2, 0, 1)
     # At the crop's edge the reference filter sees pixels that ours leaves out.
     np.testing.assert_allclose(got[:, 2:-2, 2:-2], expected[:, 2:-2, 2:-2], atol=1)
+
+
+def plainly_decoded(data: bytes, made: ImageSpec) -> np.ndarray:
+    """What `decode` has to give, bit for bit, in plain Pillow and NumPy."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB" if made.channels == 3 else "L")
+    scale = min(image.size) / made.resize
+    left, top = (
+        round((size / scale - crop) / 2) * scale
+        for size, crop in zip(image.size, (made.width, made.height), strict=True)
+    )
+    box = (left, top, min(left + made.width * scale, image.width), min(top + made.height * scale, image.height))
+    levels = np.asarray(image.resize((made.width, made.height), made.filter, box=box))
+    levels = levels.reshape(made.height, made.width, made.channels)
+    if made.dtype.kind == "f":
+        levels = ((levels.astype(np.float32) - made.mean) / made.std).astype(made.dtype)
+    return levels.transpose(2, 0, 1) if made.layout is Layout.NCHW else levels
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64", "uint8"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("layout", list(Layout))
+def test_pixels_are_those_of_pillow_and_the_formula_to_the_bit(dtype: str, channels: int, layout: Layout) -> None:
+    generator = np.random.default_rng(3)
+    for width, height in ((61, 47), (40, 200), (300, 33), (17, 90)):
+        noise = generator.integers(0, 256, (height, width, 3), np.uint8)
+        data = file_of(Image.fromarray(noise), "JPEG", quality=90)
+        for filter_ in Interpolation:
+            shape = ("n", channels, 20, 24) if layout is Layout.NCHW else ("n", 20, 24, channels)
+            config = ImagesConfig(
+                layout=layout, resize=31, interpolation=filter_, mean=(127.0, 100.5, 3.0)[:channels], std=(58.4,)
+            )
+            made = make_image_spec("x", np.dtype(dtype), shape, config)
+            assert made is not None
+            found = decode(data, made, *LIMITS)
+            assert found.dtype == made.dtype
+            assert found.flags.c_contiguous
+            np.testing.assert_array_equal(found, plainly_decoded(data, made))
+
+
+def crops(**config: Any) -> ImageSpec:
+    """A spec for crops that the engine's kernels take."""
+    made = make_image_spec("x", np.dtype("float32"), ("n", 3, 40, 40), ImagesConfig(**config))
+    assert made is not None
+    return made
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_pictures_are_those_of_pillow_to_the_bit(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise = Image.fromarray(np.random.default_rng(4).integers(0, 256, (100, 140, 3), np.uint8))
+    data = file_of(noise, "JPEG", exif=exif)
+    np.testing.assert_array_equal(decode(data, crops(), *LIMITS), plainly_decoded(data, crops()))
+
+
+def test_a_photo_of_many_blocks_of_pillows_memory_is_resized_by_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image.Image, "resize", None)
+    wide = Image.fromarray(np.random.default_rng(5).integers(0, 256, (2100, 2200, 3), np.uint8))  # 18 MB of Pillow's
+    data = file_of(wide, "JPEG")
+    found = decode(data, crops(), 1 << 25, 1 << 25)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(found, plainly_decoded(data, crops()))
+
+
+def test_where_the_system_forbids_code_pillow_resizes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise DeviceError("no executable memory")
+
+    data = file_of(Image.fromarray(np.random.default_rng(6).integers(0, 256, (100, 140, 3), np.uint8)))
+    monkeypatch.setattr(images, "resize", refuse)
+    resampling._engine_resize.cache_clear()
+    try:
+        for _ in range(2):
+            np.testing.assert_array_equal(decode(data, crops(), *LIMITS), plainly_decoded(data, crops()))
+    finally:
+        resampling._engine_resize.cache_clear()
+    assert [record.getMessage() for record in caplog.records] == [
+        "photos are resized by Pillow, which takes longer: no executable memory"
+    ]
+
+
+def test_scaling_in_the_decoder_is_for_large_jpegs_only() -> None:
+    """Waves of 20 pixels of a picture that becomes a sixth as large: both ways see nearly the same."""
+    y, x = np.mgrid[:400, :400]
+    waves = np.stack([128 + 90 * np.sin((x + turn * y) / 20) for turn in (0, 1, 2)], -1).astype(np.uint8)
+    exact, scaled = (crops(std=(1.0,), size=40, dct_scaling=on) for on in (False, True))
+    large, small = Image.fromarray(waves), Image.fromarray(waves[:170, :170])
+    for data, same in (
+        (file_of(large, "JPEG", quality=95), False),
+        (file_of(small, "JPEG", quality=95), True),  # less than four times the size it is resized to
+        (file_of(large, "PNG"), True),
+    ):
+        one, other = (decode(data, made, *LIMITS) for made in (exact, scaled))
+        assert np.array_equal(one, other) is same
+        np.testing.assert_allclose(one, other, atol=6)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +298,27 @@ def test_top_k_bounds_the_labels(shared: Running) -> None:
     answer = post(shared, file_of(plain("red")), query="?top_k=1").json()
     assert [entry["label"] for entry in answer["predictions"][0]["labels"]] == ["red"]
     assert len(post(shared, file_of(plain("red")), query="?top_k=900").json()["predictions"][0]["labels"]) == 3
+
+
+def test_ties_for_the_last_label_keep_the_order_of_the_classes() -> None:
+    row = np.array([0.1, 0.3, 0.1, 0.3, 0.1, 0.1], np.float32)
+    labels = [entry["index"] for entry in top_labels(row, [], 4)]
+    assert labels == [1, 3, 0, 2]
+    drawn = np.random.default_rng(1).integers(0, 20, 1000).astype(np.float32)
+    assert [entry["index"] for entry in top_labels(drawn, [], 60)] == np.argsort(-drawn, kind="stable")[:60].tolist()
+
+
+@pytest.mark.parametrize("body", [file_of(plain("red")), b"", b"hello"], ids=["picture", "empty", "text"])
+@pytest.mark.parametrize("model", ["colours", "encoder", "nobody"])
+def test_with_and_without_a_query_the_answer_is_the_same(shared: Running, body: bytes, model: str) -> None:
+    """The one goes through FastAPI's routing, the other past it."""
+    plain_, routed = post(shared, body, model), post(shared, body, model, "?top_k=5")
+    assert plain_.status_code == routed.status_code
+    assert plain_.json() == routed.json()
+    changing = {"server-timing", "date", "x-request-id"}
+    assert {k: v for k, v in plain_.headers.items() if k not in changing} == {
+        k: v for k, v in routed.headers.items() if k not in changing
+    }
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1001", "x", "1.5", ""])

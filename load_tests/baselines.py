@@ -1,0 +1,120 @@
+"""What the engine does without a service: alone, and with the decoding of photos that a service cannot do without. In
+this process, for a while at a time, so that a measurement can take turns with servers. Called by `end_to_end`."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+import engine
+from load_tests.payloads import Photo, photos
+from service.codecs.images import ImageSpec, decode, make_image_spec
+from service.model_config import read_model_config
+from service.settings import Settings
+
+_BATCHES_AHEAD = 3  # that are decoded, or being decoded, while one is computed: as many as 64 clients keep a server in
+Array = NDArray[np.generic]
+
+Sizes = tuple[tuple[str, int], ...]
+"""The open sizes of a run by name, such as its rows and their tokens."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """`requests` that were done in `seconds` of the clock, with CPU seconds of whoever did them and whoever asked."""
+
+    requests: int
+    seconds: float
+    server_cpu: float
+    client_cpu: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Requests a second."""
+        return self.requests / self.seconds
+
+
+class Alone:
+    """The engine with one model, in a process that does nothing else meanwhile. To be closed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._model = engine.load(str(folder / "1" / "model.onnx"))
+
+    def close(self) -> None:
+        """All memory back."""
+        self._model.close()
+
+    def engine_rows(self, seconds: float, shapes: Mapping[Sizes, int]) -> Turn:
+        """Runs of these sizes, each as often as the others as `shapes` says, in random order; a row is a request."""
+        feeds = {sizes: self._feeds(dict(sizes)) for sizes in shapes}
+        for feed in feeds.values():
+            self._model.run(feed)  # the plan for these sizes
+        deck = [feeds[sizes] for sizes, runs in shapes.items() for _ in range(runs)]
+        random.Random(0).shuffle(deck)
+        return _timed(seconds, map(self._run, cycle(deck)))
+
+    def _feeds(self, sizes: Mapping[str, int]) -> dict[str, Array]:
+        generator = np.random.default_rng(0)
+        feeds: dict[str, Array] = {}
+        for spec in self._model.inputs:
+            shape = [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape]
+            values = generator.standard_normal(shape) if spec.dtype.kind == "f" else np.ones(shape)
+            feeds[spec.name] = values.astype(spec.dtype)
+        return feeds
+
+    def _run(self, feeds: Mapping[str, Array]) -> int:
+        """Rows of a run."""
+        self._model.run(feeds)
+        return len(next(iter(feeds.values())))
+
+    def decoded_photos(self, seconds: float, batch: int) -> Turn:
+        """JPEG files decoded by the service's function on as many threads as it has by default, `batch` at a time
+        through the engine, while the threads decode the next ones."""
+        threads = Settings.model_fields["preprocess_threads"].default
+        files = photos()
+        with ThreadPoolExecutor(threads) as pool:
+            pixels = self._pictures(pool, files, batch)
+            name = self._images.input
+            self._run({name: next(pixels)})
+            try:
+                return _timed(seconds, (self._run({name: batch}) for batch in pixels))
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _pictures(self, pool: ThreadPoolExecutor, files: list[Photo], batch: int) -> Iterator[Array]:
+        """Batches of decoded photos, without end."""
+        spec, source = self._images, cycle(files)
+        limits = tuple(Settings.model_fields[name].default for name in ("max_image_bytes", "max_image_pixels"))
+        waiting: deque[Future[Array]] = deque()
+        while True:
+            while len(waiting) < batch * (1 + _BATCHES_AHEAD):
+                waiting.append(pool.submit(decode, next(source).jpeg, spec, *limits))
+            yield np.stack([waiting.popleft().result() for _ in range(batch)])
+
+    @property
+    def _images(self) -> ImageSpec:
+        (tensor,) = self._model.inputs
+        config = read_model_config(self._folder / "model.toml").images
+        spec = make_image_spec(tensor.name, tensor.dtype, tensor.shape, config)
+        assert spec is not None, "a model for photos"
+        return spec
+
+
+def _timed(seconds: float, work: Iterable[int]) -> Turn:
+    """`work` says after each step how many requests that was; it is left when the time is over."""
+    requests, began, cpu = 0, time.perf_counter(), time.process_time()
+    for done in work:
+        requests += done
+        if time.perf_counter() - began >= seconds:
+            break
+    return Turn(requests, time.perf_counter() - began, time.process_time() - cpu)
