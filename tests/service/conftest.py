@@ -243,4 +243,4 @@ def processes() -> Iterator[list[Process]]:
     yield started
     for process in started:
         process.process.kill()
-        process.process.communicate()
+        process.process.communicate(timeout=60)  # until all that it started have ended, too: they have its pipes

@@ -7,6 +7,9 @@ import os
 import re
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,8 +23,10 @@ import pytest
 import tritonclient.http as triton
 from prometheus_client.samples import Exemplar
 
+from service.frontend import FrontEndArguments
 from service.merging import Merged, lasting, merge
-from tests.service.conftest import Process, add_model, common_models, sample, wait_for
+from service.settings import Settings
+from tests.service.conftest import ROOT, Process, add_model, common_models, sample, wait_for
 from tests.service.fakes import WIDTH
 
 FRONTENDS = 3
@@ -341,6 +346,27 @@ def test_front_ends_end_with_a_supervisor_that_is_killed(root: Path, processes: 
         return True
 
     wait_for(lambda: all(map(gone, pids)), 30)
+
+
+def test_a_front_end_ends_where_its_supervisor_was_gone_before_it_had_joined(root: Path) -> None:
+    """As where both are started and the supervisor is killed at once."""
+    with contextlib.ExitStack() as opened:
+        listener = opened.enter_context(socket.create_server(("127.0.0.1", 0)))
+        ends = [socket.socketpair(), socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)]
+        for supervisors, _ in ends:
+            supervisors.close()
+        (_, peer), (_, connections) = ends
+        opened.enter_context(peer)
+        opened.enter_context(connections)
+        settings = Settings(models=root).model_dump_json()
+        arguments = FrontEndArguments(listener.fileno(), peer.fileno(), connections.fileno(), 1, settings)
+        command = [sys.executable, "-m", "service.frontend", *arguments.to_list()]
+        inherited = (listener.fileno(), peer.fileno(), connections.fileno())
+        process = subprocess.Popen(command, cwd=ROOT, pass_fds=inherited, stderr=subprocess.DEVNULL)
+    try:
+        process.wait(60)
+    finally:
+        process.kill()
 
 
 def test_a_port_that_another_server_shares_is_taken(fleet: Fleet, root: Path, processes: list[Process]) -> None:
