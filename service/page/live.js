@@ -8,6 +8,7 @@ import { buckets, parse, quantile, total } from "./metrics.js";
 const EVERY_S = 2;
 const WINDOW_S = 10; // rates and latencies are over so long
 const KEPT = 90; // points of a spark line: three minutes
+const FEWEST = 30; // that it has room for, from the first one on
 
 export function startLive() {
   const cards = new Map();
@@ -116,7 +117,7 @@ function figure(name) {
       past.push(point);
       if (past.length > KEPT) past.shift();
       const most = Math.max(...past, 1e-9);
-      const x = (i) => 100 - (past.length - 1 - i) * (100 / (KEPT - 1));
+      const x = (i) => 100 - (past.length - 1 - i) * (100 / (Math.max(past.length, FEWEST) - 1));
       if (past.length < 2) return;
       line.setAttribute(
         "points",
