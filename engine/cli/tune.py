@@ -25,8 +25,8 @@ def main(arguments: argparse.Namespace) -> int:
             measured = "" if trial.measured_us is None else f"{trial.measured_us:.2f}"
             rows.append(
                 [
-                    "*" if trial.chosen else "", step_text(trial.step, 40) if first else "", trial.product if first else "",
-                    trial.tile, f"{trial.estimate_us:.2f}", trial.bound, measured,
+                    "*" if trial.chosen else "", step_text(trial.step, 40) if first else "",
+                    trial.product if first else "", trial.tile, f"{trial.estimate_us:.2f}", trial.bound, measured,
                 ]
             )  # fmt: skip
         print(table(rows, frozenset({4, 6})))
