@@ -74,10 +74,10 @@ def run(load: Callable[[int], Awaitable[Results]]) -> Results:
 
 
 def test_everything_is_counted_as_what_it_was() -> None:
-    paths = ["/good", "/wrong", "/full", "/odd", "/end", "/hang"] * 3
+    paths = ["/good", "/wrong", "/full", "/odd", "/end"] * 3 + ["/hang"]
     waiting = iter(paths)
-    results = run(lambda port: closed_loop(port, lambda _: one(next(waiting)), 1, count=len(paths), timeout=0.1))
-    assert results.statuses == {200: 6, 429: 6, GIVEN_UP: 3, HUNG: 3}
+    results = run(lambda port: closed_loop(port, lambda _: one(next(waiting)), 1, count=len(paths), timeout=1))
+    assert results.statuses == {200: 6, 429: 6, GIVEN_UP: 3, HUNG: 1}
     assert sorted(results.problems) == ['an error like b\'{"detail": "full"}\''] * 3 + ["wrong"] * 3
     assert len(results.latencies) == 6
 

@@ -23,6 +23,10 @@ BODY = b'{"inputs":[{"name":"input","shape":[1,4],"datatype":"FP32","data":[1,2,
 INFER = HEAD % len(BODY) + BODY
 
 
+TRICKLE_S = 15
+"""As good as for ever, beside limits of half a second."""
+
+
 def connect(url: str) -> socket.socket:
     host, port = url.removeprefix("http://").split(":")
     return socket.create_connection((host, int(port)), timeout=10)
@@ -56,15 +60,15 @@ def statuses(received: bytes) -> list[int]:
 
 
 def test_an_idle_connection_is_kept_and_then_closed(start: Start, repository: Path) -> None:
-    server = start(repository, keep_alive_timeout=1)
+    server = start(repository, keep_alive_timeout=2)
     with connect(server.url) as raw:
         for _ in range(2):
-            time.sleep(0.5)
+            time.sleep(0.3)
             raw.sendall(LIVE)
             assert statuses(answer(raw)) == [200]
         began = time.monotonic()
-        assert raw.recv(1) == b""
-        assert 0.5 < time.monotonic() - began < 5
+        assert raw.recv(1) == b"", "within the 10 s that `connect` waits"
+        assert time.monotonic() - began > 0.3, "not at once, however late this thread looks at the clock"
 
 
 def test_a_request_that_comes_as_the_idle_time_ends_is_answered(
@@ -211,14 +215,14 @@ def test_a_header_that_trickles_behind_a_request_has_no_more_time_than_others(st
         time.sleep(0.8)
         server.engine.gate.set()
         assert statuses(answer(raw)) == [200]
-        assert trickle(raw) < 3
+        assert trickle(raw) < TRICKLE_S
 
 
 def trickle(raw: socket.socket) -> float:
-    """Send byte after byte until the server has closed; the seconds that took, ten at most."""
+    """Send byte after byte until the server has closed; the seconds that took, TRICKLE_S at most."""
     began = time.monotonic()
     raw.settimeout(0.05)
-    while time.monotonic() - began < 10:
+    while time.monotonic() - began < TRICKLE_S:
         with contextlib.suppress(TimeoutError):
             try:
                 raw.sendall(b"x")
@@ -236,7 +240,7 @@ def test_a_body_that_trickles_on_after_its_answer_has_no_more_time_than_others(
     server = start(repository, body_timeout=0.5)
     with connect(server.url) as raw:
         raw.sendall(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" % path)
-        assert trickle(raw) < 4
+        assert trickle(raw) < TRICKLE_S
 
 
 # ---- what is broken behind what is not
@@ -314,7 +318,5 @@ def test_a_client_that_asks_as_the_server_shuts_down_is_answered(tmp_path: Path,
             got = answer(raw)
             assert statuses(got) == [503] and b"connection: close" in got
             assert raw.recv(1) == b""
-        began = time.monotonic()
-        assert raws[3].recv(1) == b""
-        assert time.monotonic() - began < 3
+        assert raws[3].recv(1) == b"", "within the 10 s that `connect` waits, far less than an idle connection is kept"
     assert process.process.wait(10) == 0

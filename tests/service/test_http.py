@@ -516,7 +516,7 @@ def test_a_header_that_does_not_arrive_is_given_up(start: Start, repository: Pat
     server = start(repository, header_timeout=0.3)
     began = time.monotonic()
     answer = answer_to(server, *pieces)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 8, "far less than the 75 s of an idle connection"
     assert answer.startswith(b"HTTP/1.1 200" if ASK in pieces else b"HTTP/1.1 408" if pieces else b"")
 
 
