@@ -64,7 +64,7 @@ class Prometheus:
 
     def __init__(self, url: str, times: float) -> None:
         self.times = times
-        self._client = httpx.Client(base_url=url, timeout=10)
+        self._client = httpx.Client(base_url=url, timeout=10, verify=False)
 
     def get(self, path: str, **parameters: str) -> Any:
         """The data of an answer of its API."""
@@ -136,7 +136,7 @@ def running(folder: Path, target: str, times: float) -> Iterator[Prometheus]:
 
 def _answers(own: str) -> bool:
     try:
-        return httpx.get(f"http://{own}/-/ready").status_code == 200
+        return httpx.get(f"http://{own}/-/ready", verify=False).status_code == 200
     except httpx.TransportError:
         return False
 

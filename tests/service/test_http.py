@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.service.conftest import Running, Start, add_model, error_of, wait_for
+from tests.service.conftest import Client, Running, Start, add_model, error_of, wait_for
 
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "HEAD")
 PATHS = (
@@ -269,7 +269,7 @@ def test_overload_is_refused_at_once_and_what_was_accepted_is_answered(start: St
     server = start(repository)
     server.engine.gate.clear()
     limits = httpx.Limits(max_connections=60)
-    with ThreadPoolExecutor(40) as pool, httpx.Client(base_url=server.url, timeout=20, limits=limits) as client:
+    with ThreadPoolExecutor(40) as pool, Client(base_url=server.url, limits=limits) as client:
         body = {"inputs": [{"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}
         futures = [pool.submit(client.post, "/v2/models/identity/infer", json=body) for _ in range(40)]
         wait_for(lambda: sum(future.done() for future in futures) == 40 - 17)
@@ -454,7 +454,7 @@ def test_openapi_says_which_form_errors_have(shared: Running) -> None:
 
 def test_many_threads_get_their_own_answers(shared: Running) -> None:
     def work(seed: int) -> bool:
-        with httpx.Client(base_url=shared.url, timeout=20) as client:
+        with Client(base_url=shared.url) as client:
             for i in range(40):
                 value = float(seed * 1000 + i)
                 body = {"inputs": [{"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [value] * 4}]}

@@ -20,7 +20,7 @@ from service.errors import InvalidRequest
 from service.model_config import ModelConfigError, Pooling, Task, read_model_config
 from service.repository import Repository, check_name
 from service.settings import Precision, Settings, SettingsError, read_settings, unknown_variables
-from tests.service.conftest import Process, Running, Start, add_model, error_of, wait_for
+from tests.service.conftest import Process, Running, Start, add_model, error_of, get, post, wait_for
 from tests.service.fakes import FakeEngine
 
 ROOT = Path(__file__).parent.parent.parent
@@ -352,7 +352,7 @@ def test_sigterm_answers_what_was_accepted_and_exits_0(tmp_path: Path, processes
     statuses: list[int] = []
 
     def infer() -> None:
-        statuses.append(httpx.post(f"{process.url}/v2/models/identity/infer", json=body, timeout=20).status_code)
+        statuses.append(post(f"{process.url}/v2/models/identity/infer", json=body, timeout=20).status_code)
 
     threads = [threading.Thread(target=infer) for _ in range(3)]
     for thread in threads:
@@ -378,7 +378,7 @@ def test_sigterm_does_not_wait_for_ever(tmp_path: Path, processes: list[Process]
     answers: list[httpx.Response] = []
 
     def infer() -> None:
-        answers.append(httpx.post(f"{process.url}/v2/models/identity/infer", json=body, timeout=20))
+        answers.append(post(f"{process.url}/v2/models/identity/infer", json=body, timeout=20))
 
     thread = threading.Thread(target=infer)
     thread.start()
@@ -398,7 +398,7 @@ def test_logs_are_json_on_request(tmp_path: Path, processes: list[Process]) -> N
     process = Process(tmp_path, TILEWAVE_LOG_FORMAT="json", TILEWAVE_ACCESS_LOG="true")
     processes.append(process)
     process.wait_ready()
-    httpx.get(f"{process.url}/v2", headers={"x-request-id": "find-me"})
+    get(f"{process.url}/v2", headers={"x-request-id": "find-me"})
     process.process.send_signal(signal.SIGINT)
     _, errors = process.process.communicate(timeout=20)
     lines = [json.loads(line) for line in errors.splitlines()]
@@ -444,7 +444,7 @@ def test_a_gpu_that_was_asked_for_and_cannot_be_used_ends_the_process(
 
 def _is_live(process: Process) -> bool:
     try:
-        return httpx.get(f"{process.url}/v2/health/live").status_code == 200
+        return get(f"{process.url}/v2/health/live").status_code == 200
     except httpx.TransportError:
         return False
 

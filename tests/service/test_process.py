@@ -41,7 +41,7 @@ from service.workers.messages import (
 )
 from service.workers.process import ProcessOptions, ProcessTransport
 from service.workers.transport import LocalTransport
-from tests.service.conftest import Process, Running, Start, add_model, error_of, wait_for
+from tests.service.conftest import Process, Running, Start, add_model, error_of, post, wait_for
 from tests.service.fakes import WIDTH, FakeEngine
 
 
@@ -270,7 +270,7 @@ def test_the_log_has_what_the_process_says(tmp_path: Path, processes: list[Proce
     processes.append(process)
     process.wait_ready()
     body = {"inputs": [{"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [-7] * 4}]}
-    assert httpx.post(f"{process.url}/v2/models/identity/infer", json=body).status_code == 503
+    assert post(f"{process.url}/v2/models/identity/infer", json=body).status_code == 503
     process.wait_ready()
     process.process.send_signal(signal.SIGTERM)
     _, errors = process.process.communicate(timeout=30)
@@ -377,7 +377,7 @@ def test_a_crash_while_the_server_drains_is_logged_and_answered(tmp_path: Path, 
     answers: list[httpx.Response] = []
     body = {"inputs": [{"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [1] * 4}]}
     url = f"{process.url}/v2/models/identity/infer"
-    thread = threading.Thread(target=lambda: answers.append(httpx.post(url, json=body, timeout=30)))
+    thread = threading.Thread(target=lambda: answers.append(post(url, json=body, timeout=30)))
     thread.start()
     process.wait_inflight(1)
     (child,) = children(process.process.pid)
@@ -500,7 +500,7 @@ def test_a_cancelled_request_gives_its_memory_back(start: Start, tmp_path: Path)
     headers = {"content-type": "application/octet-stream", "inference-header-content-length": "0"}
     for _ in range(4):
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(url, content=array.tobytes(), headers=headers, timeout=0.1)
+            post(url, content=array.tobytes(), headers=headers, timeout=0.1)
     wait_for(lambda: transport(server).shared_bytes == 0)
 
 
