@@ -1,6 +1,6 @@
 // How every step of a plan runs: a summary, the roofline plot and the table, of one version of a model or of two.
 
-import { getJson, keys, whileVisible } from "./api.js";
+import { getJson, keys, partly, whileVisible } from "./api.js";
 import { byId, element, setOptions, showProblem, svg } from "./dom.js";
 import { duration, percent, quantity } from "./format.js";
 import { makePlanTable } from "./plan_table.js";
@@ -46,7 +46,7 @@ export function startKernels() {
         refresh();
         return;
       }
-      showProblem("kernels-problem", error.message);
+      showProblem("kernels-problem", partly(error));
     }
   });
 

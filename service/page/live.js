@@ -1,6 +1,6 @@
 // Throughput, latency and queue of every model now, from /metrics.
 
-import { keys, request, whileVisible } from "./api.js";
+import { keys, partly, request, whileVisible } from "./api.js";
 import { byId, element, showProblem, svg } from "./dom.js";
 import { duration, quantity } from "./format.js";
 import { buckets, parse, quantile, total } from "./metrics.js";
@@ -22,7 +22,7 @@ export function startLive() {
       while (counted.length > 2 && counted.at(-1).at - counted[1].at >= WINDOW_S) counted.shift();
       for (const card of cards.values()) card.update(counted);
     } catch (error) {
-      showProblem("live-problem", error.message);
+      showProblem("live-problem", partly(error));
     }
   });
   keys.addEventListener("changed", poll);

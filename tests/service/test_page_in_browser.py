@@ -388,8 +388,20 @@ def test_what_goes_wrong_is_said_in_words(tab: Tab, server: Server, tmp_path: Pa
     page.route("**/tokens*", lambda route: route.fulfill(**busy))
     page.click("#sentences-form button")
     expect(page.locator("#sentences-problem")).to_have_text("The queue is full. Try again in 3 s.")
+    page.unroute("**/tokens*")
+    page.route(re.compile("/(v1/models|metrics|profile|ready)"), lambda route: route.abort())
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # it looks again at once
+    expect(page.locator("#models-problem")).to_contain_text("The server does not answer.")
+    expect(page.locator("#server-state")).to_have_text("No answer.")
+    for place in ("#live-problem", "#kernels-problem"):
+        expect(page.locator(place)).to_have_text("What is seen here is the last that was heard.")
+    expect(page.locator(".dot").first).to_be_visible()
+    page.unroute(re.compile("/(v1/models|metrics|profile|ready)"))
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    for place in ("#models-problem", "#live-problem", "#kernels-problem"):
+        expect(page.locator(place)).to_be_hidden()
     # What the browser itself writes about such answers is expected here, and only that.
-    assert len(tab.complaints) == 3 and all("Failed to load resource" in complaint for complaint in tab.complaints)
+    assert len(tab.complaints) >= 3 and all("Failed to load resource" in complaint for complaint in tab.complaints)
     tab.complaints.clear()
 
 
