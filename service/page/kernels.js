@@ -101,7 +101,10 @@ export function startKernels() {
     otherPlan.replaceChildren();
     refresh();
   });
-  plan.addEventListener("change", refresh);
+  plan.addEventListener("change", () => {
+    otherPlan.replaceChildren(); // the other version follows
+    refresh();
+  });
   otherPlan.addEventListener("change", refresh);
   keys.addEventListener("changed", refresh);
 

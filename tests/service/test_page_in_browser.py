@@ -295,6 +295,10 @@ def test_two_versions_stand_side_by_side(tab: Tab) -> None:
     assert len(ratios) == alone and all(re.fullmatch(r"\d+\.\d\d", text) for text in ratios)
     page.select_option("#other-plan", "batch=1")
     expect(page.locator("#kernels-summary")).to_contain_text("times as long as A, but their sizes differ.")
+    page.select_option("#kernels-plan", "batch=1")
+    expect(page.locator("#kernels-summary")).not_to_contain_text("differ")
+    page.select_option("#kernels-plan", "batch=2")
+    expect(page.locator("#other-plan")).to_have_value("batch=2")
 
 
 @pytest.mark.parametrize(
