@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,8 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+
+from load_tests.servers import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = ROOT / "deploy"
@@ -104,8 +105,7 @@ def running(folder: Path, target: str, times: float) -> Iterator[Prometheus]:
     rules.mkdir()
     for path in RULES:
         (rules / path.name).write_text(faster(path.read_text(), times))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        own = f"127.0.0.1:{listener.getsockname()[1]}"
+    own = f"127.0.0.1:{free_port()}"
     text = faster((DEPLOY / "prometheus" / "prometheus.yml").read_text(), times)
     for name, place in (("tilewave:8000", target), ("localhost:9090", own)):
         assert name in text

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from load_tests.http_client import (
     post,
 )
 from load_tests.report import Report
+from load_tests.servers import free_port
 
 RIGHT = b'{"outputs": 1}'
 
@@ -110,8 +110,7 @@ def test_a_request_is_sent_again_once_and_only_where_no_answer_had_begun() -> No
 
 
 def test_a_port_that_nobody_listens_at_is_no_answer_that_was_lost() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     results = asyncio.run(closed_loop(port, lambda _: one("/good"), 1, count=2))
     assert results.statuses == {REFUSED: 2}
 

@@ -20,6 +20,7 @@ import pytest
 import uvicorn
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from load_tests.servers import free_port
 from service.app import create_app
 from service.direct_connection import connections
 from service.serving import Serving
@@ -215,8 +216,7 @@ class Process:
     """`python -m service` with the fake engine."""
 
     def __init__(self, root: Path, *arguments: str, **environment: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         command = [sys.executable, "-m", "tests.service.serve_fake", "--models", str(root), "--port", str(self.port)]
         command += ["--light-run-us", "0"]
         self.process = subprocess.Popen(
