@@ -144,8 +144,8 @@ class Server:
 
 
 def free_port() -> int:
-    """A port that is free, and stays so while a server takes seconds to start: it is none of those, from 32,768 on, that
-    the system gives to whoever asks for any, connections included. Raises OSError where none is found."""
+    """A port that is free, and stays so while a server takes seconds to start: it is none of those, from 32,768 on,
+    that the system gives to whoever asks for any, connections included. Raises OSError where none is found."""
     for port in random.SystemRandom().sample(_PORTS, 100):
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
