@@ -170,6 +170,9 @@ def test_the_roofline_has_a_dot_for_every_kernel(tab: Tab, photos: Mapping[str, 
     expect(page.locator("#plan-table tr.chosen th")).to_have_text(steps[-1])
     page.locator("#plan-table tbody tr").nth(2).click()
     expect(page.locator("#step-detail strong")).to_have_text(steps[2])
+    cut = "e => e.scrollWidth > e.clientWidth"
+    assert page.locator("#plan-table tbody th").nth(4).evaluate(cut)
+    assert not page.locator("#plan-table tr.chosen th").evaluate(cut), "the row that is chosen has the whole name"
 
     page.click("#plan-table thead >> text=Time")
     times = [step["seconds"] for step in profile["steps"]]
