@@ -100,7 +100,7 @@ def sample(text: str, name: str, **labels: str) -> float:
     return 0.0
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 10.0, every: float = 0.002) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0, every: float = 0.002) -> None:
     """Wait until a condition holds; fail if it never does. It is looked at every so many seconds."""
     end = time.monotonic() + seconds
     while not condition():
@@ -110,7 +110,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10.0, every: float 
 
 # Everything here is plain HTTP. httpx reads the certificates of all authorities for each client and each single
 # request, which takes 25 ms of a CPU: more than most tests.
-Client = partial(httpx.Client, verify=False, timeout=20)
+Client = partial(httpx.Client, verify=False, timeout=30)
 get = partial(httpx.get, verify=False)
 post = partial(httpx.post, verify=False)
 
@@ -158,7 +158,7 @@ class Starter:
             engine.load_gate.set()
             client.close()
             server.should_exit = True
-            thread.join(15)
+            thread.join(30)
             assert not thread.is_alive(), "the server did not stop"
             assert all(model.closed for model in engine.models), "a model was not closed"
 

@@ -141,7 +141,7 @@ def test_idle_connections_make_room_the_longest_idle_first(start: Start, reposit
             time.sleep(0.01)
         server.engine.gate.clear()
         kept[-1].sendall(INFER)  # was idle for the longest time, and is busy now
-        assert server.engine.running.acquire(timeout=10)
+        assert server.engine.running.acquire(timeout=30)
         for _ in range(3):
             raw = opened.enter_context(connect(server.url))
             raw.sendall(LIVE)
@@ -196,21 +196,21 @@ def test_a_client_that_does_not_read_its_answer_is_not_kept(start: Start, tmp_pa
 
 
 def test_half_of_a_second_header_is_answered_when_it_is_late(start: Start, repository: Path) -> None:
-    server = start(repository, header_timeout=0.3)
+    server = start(repository, header_timeout=0.5)
     with connect(server.url) as raw:
         raw.sendall(LIVE)
         assert statuses(answer(raw)) == [200]
         raw.sendall(LIVE[:-10])
         got = everything(raw)
-    assert statuses(got) == [408] and b"within 0.3 s" in got
+    assert statuses(got) == [408] and b"within 0.5 s" in got
 
 
 def test_a_header_that_trickles_behind_a_request_has_no_more_time_than_others(start: Start, repository: Path) -> None:
-    server = start(repository, header_timeout=0.3)
+    server = start(repository, header_timeout=0.5)
     server.engine.gate.clear()
     with connect(server.url) as raw:
         raw.sendall(INFER)
-        assert server.engine.running.acquire(timeout=10)
+        assert server.engine.running.acquire(timeout=30)
         raw.sendall(b"GET /")
         time.sleep(0.8)
         server.engine.gate.set()
@@ -263,7 +263,7 @@ def test_answers_come_in_the_order_of_requests(
     server.engine.gate.clear()
     with connect(server.url) as raw:
         raw.sendall(INFER * before + garbage)
-        assert server.engine.running.acquire(timeout=10)
+        assert server.engine.running.acquire(timeout=30)
         time.sleep(0.05)
         server.engine.gate.set()
         got = everything(raw)
@@ -276,7 +276,7 @@ def test_half_a_request_behind_a_whole_one_costs_that_nothing(server: Running) -
     with connect(server.url) as raw:
         raw.sendall(INFER + INFER[:-5])
         raw.shutdown(socket.SHUT_WR)
-        assert server.engine.running.acquire(timeout=10)
+        assert server.engine.running.acquire(timeout=30)
         time.sleep(0.05)
         server.engine.gate.set()
         got = everything(raw)
@@ -319,4 +319,4 @@ def test_a_client_that_asks_as_the_server_shuts_down_is_answered(tmp_path: Path,
             assert statuses(got) == [503] and b"connection: close" in got
             assert raw.recv(1) == b""
         assert raws[3].recv(1) == b"", "within the 10 s that `connect` waits, far less than an idle connection is kept"
-    assert process.process.wait(10) == 0
+    assert process.process.wait(60) == 0

@@ -288,7 +288,7 @@ def test_requests_that_wait_together_run_together(server: Running) -> None:
     server.engine.gate.clear()
     with ThreadPoolExecutor(9) as pool:
         first = pool.submit(server.identity, [0.0] * 4)
-        assert server.engine.running.acquire(timeout=10)
+        assert server.engine.running.acquire(timeout=30)
         others = [pool.submit(server.identity, [float(i)] * 4) for i in range(1, 9)]
         wait_for(lambda: server.metric("inference_queue_depth", model="identity") == 8)
         server.engine.gate.set()
@@ -302,7 +302,7 @@ def test_a_client_that_goes_is_dropped_before_compute(server: Running) -> None:
     server.engine.gate.clear()
     with ThreadPoolExecutor(1) as pool:
         busy = pool.submit(server.identity, [0.0] * 4)
-        assert server.engine.running.acquire(timeout=10)
+        assert server.engine.running.acquire(timeout=30)
         host, port = server.url.removeprefix("http://").split(":")
         clients = [socket.create_connection((host, int(port))) for _ in range(5)]
         for raw in clients:
@@ -345,7 +345,7 @@ def everything(raw: socket.socket) -> bytes:
 def test_a_client_that_closed_its_sending_side_gets_its_answer(server: Running, version: str, seconds: float) -> None:
     server.engine.gate.clear()
     raw = half_closed(server, infer_bytes(version))
-    assert server.engine.running.acquire(timeout=10)
+    assert server.engine.running.acquire(timeout=30)
     time.sleep(seconds)
     server.engine.gate.set()
     *interim, answer = everything(raw).split(b"HTTP/1.1 ")[1:]
@@ -373,7 +373,7 @@ def test_a_client_that_goes_after_it_closed_its_sending_side_is_noticed(server: 
     server.engine.gate.clear()
     with ThreadPoolExecutor(1) as pool:
         busy = pool.submit(server.identity, [0.0] * 4)
-        assert server.engine.running.acquire(timeout=10)
+        assert server.engine.running.acquire(timeout=30)
         raw = half_closed(server, infer_bytes())
         assert raw.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         assert server.metric("inference_queue_depth", model="identity") == 1
@@ -521,12 +521,12 @@ def test_a_header_that_does_not_arrive_is_given_up(start: Start, repository: Pat
 
 
 def test_a_long_answer_and_an_idle_connection_are_no_late_header(start: Start, repository: Path) -> None:
-    server = start(repository, header_timeout=0.2)
+    server = start(repository, header_timeout=0.4)
     for _ in range(2):
         server.engine.gate.clear()
-        threading.Timer(0.5, server.engine.gate.set).start()
+        threading.Timer(0.6, server.engine.gate.set).start()
         assert server.identity([1, 2, 3, 4]).status_code == 200
-        time.sleep(0.4)
+        time.sleep(0.6)
 
 
 @pytest.mark.parametrize("path", ["/", "/nope", "/metrics", "/v2/health/live", "/v2/models/identity"])

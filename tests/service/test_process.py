@@ -500,7 +500,7 @@ def test_a_cancelled_request_gives_its_memory_back(start: Start, tmp_path: Path)
     headers = {"content-type": "application/octet-stream", "inference-header-content-length": "0"}
     for _ in range(4):
         with pytest.raises(httpx.ReadTimeout):
-            post(url, content=array.tobytes(), headers=headers, timeout=0.1)
+            post(url, content=array.tobytes(), headers=headers, timeout=httpx.Timeout(30, read=0.1))
     wait_for(lambda: transport(server).shared_bytes == 0)
 
 
