@@ -488,7 +488,7 @@ def test_full_shared_memory_is_back_pressure(start: Start, tmp_path: Path) -> No
             else:
                 assert response.status_code == 429 and response.headers["retry-after"] == "1"
                 assert "shared memory" in error_of(response)
-    assert statuses.count(200) > 10 and statuses.count(429) > 0
+    assert statuses.count(200) > 0 and statuses.count(429) > 0
     wait_for(lambda: transport(server).shared_bytes == 0)
 
 
