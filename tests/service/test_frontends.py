@@ -30,6 +30,7 @@ from tests.service.conftest import ROOT, Process, add_model, common_models, samp
 from tests.service.fakes import WIDTH
 
 FRONTENDS = 3
+EVERY_S = 0.05  # between two looks at many processes, each of which takes them time that they need
 
 
 def children(pid: int, module: str) -> list[int]:
@@ -74,7 +75,7 @@ class Fleet:
         return {self.ask("GET", path).status_code for _ in range(24)}
 
     def wait_everywhere(self, path: str, status: int) -> None:
-        wait_for(lambda: self.everywhere(path) == {status}, 60)
+        wait_for(lambda: self.everywhere(path) == {status}, 60, EVERY_S)
 
     def metric(self, name: str, **labels: str) -> float:
         return sample(self.ask("GET", "/metrics").text, name, **labels)
@@ -250,7 +251,7 @@ def test_a_front_end_that_dies_loses_only_its_own_connections(fleet: Fleet) -> N
         workers = [pool.submit(work, i) for i in range(4)]
         time.sleep(0.3)
         os.kill(victims[0], signal.SIGKILL)
-        wait_for(lambda: len(set(fleet.front_ends()) - set(victims)) == 1, 30)
+        wait_for(lambda: len(set(fleet.front_ends()) - set(victims)) == 1, 30, EVERY_S)
         time.sleep(1.5)
         ended.set()
         for worker in workers:
@@ -322,10 +323,10 @@ def test_more_front_ends_than_cores(root: Path, processes: list[Process]) -> Non
     processes.append(process)
     process.wait_ready()
     fleet = Fleet(process)
-    wait_for(lambda: len(fleet.front_ends()) == count, 60)
+    wait_for(lambda: len(fleet.front_ends()) == count, 60, EVERY_S)
     fleet.wait_everywhere("/v2/health/ready", 200)
     os.kill(fleet.engine(), signal.SIGKILL)
-    wait_for(lambda: fleet.metric("engine_process_restarts_total") == 1, 30)
+    wait_for(lambda: fleet.metric("engine_process_restarts_total") == 1, 30, EVERY_S)
     fleet.wait_everywhere("/v2/health/ready", 200)
     process.process.terminate()
     process.process.communicate(timeout=60)
@@ -345,7 +346,7 @@ def test_front_ends_end_with_a_supervisor_that_is_killed(root: Path, processes: 
             return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
         return True
 
-    wait_for(lambda: all(map(gone, pids)), 30)
+    wait_for(lambda: all(map(gone, pids)), 30, EVERY_S)
 
 
 def test_a_front_end_ends_where_its_supervisor_was_gone_before_it_had_joined(root: Path) -> None:
