@@ -4,6 +4,7 @@ service's settings and the files here. `python -m deploy.container` builds and r
 from __future__ import annotations
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from deploy.container.dockerfile import (
     parse,
 )
 from service.settings import read_settings
-from tests.deploy.prometheus import ROOT
+from tests.deploy.prometheus import ROOT, needs_prometheus, program
 
 STAGES = parse((ROOT / "Dockerfile").read_text())
 IMAGES = ("service", "service-cuda")
@@ -141,6 +142,14 @@ def test_images_of_others_are_pinned_and_get_nothing_from_elsewhere() -> None:
         "GF_NEWS_NEWS_FEED_ENABLED",
         "GF_PLUGINS_PREINSTALL_AUTO_UPDATE",
     } <= said_no
+
+
+@needs_prometheus
+def test_prometheus_knows_every_option_that_compose_gives_it() -> None:
+    known = subprocess.run([str(program("prometheus")), "--help"], capture_output=True, text=True, check=False)
+    options = [word.split("=")[0] for word in compose()["services"]["prometheus"]["command"]]
+    assert len(options) > 3
+    assert [option for option in options if f"{option}=" not in known.stdout + known.stderr] == []
 
 
 def test_one_variant_is_started_by_default() -> None:
