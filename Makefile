@@ -26,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 installed = $(patsubst %,$(VENV)/.installed-%,runtime $(EXTRAS) $(1))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models serve test lint bench bench-gpu kernels kernels-all load dashboards lock clean
+.PHONY: help setup models serve test lint bench bench-gpu kernels kernels-all load dashboards screenshots lock clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -67,6 +67,9 @@ load: models $(call installed,load)  ## what a server can do: build/load/report.
 
 dashboards: $(call installed,test)  ## deploy/grafana/dashboards anew from deploy/grafana/*.py
 	$(BIN)/python -m deploy.grafana
+
+screenshots: models $(call installed,test load)  ## docs/page/*.webp anew: the page of a server that runs the default models
+	$(BIN)/python -m docs.page
 
 lock: | $(VENV)/.created  ## requirements.lock anew from pyproject.toml
 	$(BIN)/python -m pip install --quiet uv

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 _READY_S = 300  # with cold caches
+_PORTS = range(20_000, 32_000)
 
 
 class Server:
@@ -149,10 +151,12 @@ class Server:
 
 
 def free_port() -> int:
-    """A port that is free now."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that is free, and stays so while a server takes seconds to start: it is none of those, from 32,768 on,
+    that the system gives to whoever asks for any, connections included. Raises OSError where none is found."""
+    for port in random.SystemRandom().sample(_PORTS, 100):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise OSError(f"no port from {_PORTS.start} to {_PORTS.stop} is free")
 
 
 @contextlib.contextmanager

@@ -59,12 +59,11 @@ class FrontEnd:
         self._started = asyncio.Event()
 
     async def join(self, serving: Serving) -> None:
-        """Start serving as the others do: with what administrators have changed meanwhile."""
+        """Start serving as the others do: with what administrators have changed meanwhile. Raises PeerGone where the
+        supervisor is gone already."""
         self._serving = serving
+        await self._peer.connect(self._end)
         self._talking = asyncio.get_running_loop().create_task(self._talk())
-        await asyncio.sleep(0)
-        while not self._peer.connected:
-            await asyncio.sleep(0.001)
         state = await self._peer.ask("hello")
         serving.start(frozenset(state["unloaded"]))
         for region in state["regions"]:
@@ -73,7 +72,7 @@ class FrontEnd:
 
     async def _talk(self) -> None:
         """Until the supervisor is gone: then this process goes, too."""
-        await self._peer.run(self._end)
+        await self._peer.run()
         assert self._serving is not None
         if not self._serving.draining:
             log.error("the supervisor is gone")

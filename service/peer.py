@@ -30,18 +30,18 @@ class Peer:
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
 
-    @property
-    def connected(self) -> bool:
-        """Whether `ask` can be called."""
-        return self._writer is not None
+    async def connect(self, end: socket.socket) -> None:
+        """Take this side's end of the socket: `ask` can be called from now on."""
+        self._reader, self._writer = await asyncio.open_unix_connection(sock=end, limit=_LONGEST_LINE)
 
-    async def run(self, end: socket.socket) -> None:
-        """Talk until the other side is gone."""
-        reader, self._writer = await asyncio.open_unix_connection(sock=end, limit=_LONGEST_LINE)
+    async def run(self) -> None:
+        """Talk until the other side is gone; after `connect`."""
+        assert self._reader is not None
         try:
-            while line := await reader.readline():
+            while line := await self._reader.readline():
                 self._receive(orjson.loads(line))
         except (ConnectionError, ValueError):
             pass

@@ -188,7 +188,8 @@ class Supervisor:
             slot.process = await loop.run_in_executor(None, _spawn, arguments)
         log.info("front end %d is process %d", slot.number, slot.process.pid)
         slot.peer = Peer(lambda kind, content: self._answer(slot, kind, content))
-        talking = loop.create_task(slot.peer.run(near))
+        await slot.peer.connect(near)
+        talking = loop.create_task(slot.peer.run())
         watching = loop.create_task(self._watch(slot))
         self._connect(slot)
         if self._stopping.is_set():

@@ -4,7 +4,7 @@ whether it is as fast as it used to be."""
 from grafana_foundation_sdk.builders import common, dashboard, xychart
 from grafana_foundation_sdk.models import dashboard as models
 from grafana_foundation_sdk.models import units
-from grafana_foundation_sdk.models.common import TooltipDisplayMode
+from grafana_foundation_sdk.models.common import LegendDisplayMode, LegendPlacement, TooltipDisplayMode
 from grafana_foundation_sdk.models.xychart import SeriesMapping, XYShowMode
 
 from deploy.grafana.panels import OF_MODEL, OF_SERVER, RATE, SOURCE, instant, lines, make, number, rows, values_of
@@ -94,6 +94,8 @@ def _roofline() -> xychart.Panel:
     )
     panel.mapping(SeriesMapping.MANUAL).show(XYShowMode.POINTS)
     panel.series([_series(measured, intensity), _series(roof, intensity)])
+    legend = common.VizLegendOptions().show_legend(True).placement(LegendPlacement.BOTTOM)
+    panel.legend(legend.display_mode(LegendDisplayMode.LIST))
     logarithmic = models.DynamicConfigValue(id_val="custom.scaleDistribution", value={"type": "log", "log": 10})
     for column, unit in ((intensity, units.Short), (measured, units.FlopsPerSecond), (roof, units.FlopsPerSecond)):
         panel.override_by_name(column, [models.DynamicConfigValue(id_val="unit", value=unit), logarithmic])

@@ -101,5 +101,10 @@ def quantity(value: float, unit: str) -> str:
     return f"{value:.3g} {unit}"
 
 
+def step_text(name: str, width: int = 48) -> str:
+    """A step's name in a column: its first node, by which steps differ, and as many of those fused into it as fit."""
+    return name if len(name) <= width else f"{name[: width - 1]}…"
+
+
 def shape_text(shape: Sequence[int | str]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 import engine
-from engine.cli.common import open_model, quantity, shape_text, sizes, table
+from engine.cli.common import open_model, quantity, shape_text, sizes, step_text, table
 from engine.ir.ops import Opaque
 from engine.ir.printer import op_text
 from engine.plan.plan import Plan
@@ -32,7 +32,7 @@ def main(arguments: argparse.Namespace) -> int:
             rows.append(
                 [
                     str(index),
-                    step.name[-40:],
+                    step_text(step.name, 40),
                     op_text(step.op, [f"%{i}" for i in range(len(step.inputs))])[:90],
                     shape_text(step.outputs[0].shape),
                     quantity(step.cost.flops, ""),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import engine
-from engine.cli.common import add_feed_arguments, feeds, open_model, quantity, table
+from engine.cli.common import add_feed_arguments, feeds, open_model, quantity, step_text, table
 from engine.cli.trace import chrome_trace
 
 NAME = "profile"
@@ -73,7 +73,7 @@ def _print(
     lines = [["step", "kernel", "µs", "FLOP/s", "B/s", "cached", "roofline"]]
     lines.extend(
         [
-            row.step[-48:],
+            step_text(row.step),
             row.kernel,
             f"{row.seconds * 1e6:.1f}",
             quantity(row.flops_per_second, ""),
@@ -91,7 +91,8 @@ def _print(
         f"\n{total * 1e3:.3f} ms in {len(rows)} steps, {quantity(flops / total if total else 0.0, 'FLOP/s')}; "
         f"{run_seconds * 1e3:.3f} ms from call to return ({_sizes(sizes)})"
     )
-    print(f"{device.name} ({device.arch}, {device.threads} threads): measured ceilings "
+    threads = f", {device.threads} threads" if device.threads else ""  # a GPU has none to count
+    print(f"{device.name} ({device.arch}{threads}): measured ceilings "
           f"{quantity(device.peak_flops, 'FLOP/s')}, {quantity(device.peak_bytes, 'B/s')} of memory, "
           f"{quantity(device.peak_cache_bytes, 'B/s')} of {device.cache_bytes >> 20} MiB of cache")  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from engine.cli.common import open_model, sizes, table
+from engine.cli.common import open_model, sizes, step_text, table
 
 NAME = "tune"
 HELP = "time the tiles of a model's products on the GPU and keep the fastest, or explain the choice"
@@ -25,8 +25,8 @@ def main(arguments: argparse.Namespace) -> int:
             measured = "" if trial.measured_us is None else f"{trial.measured_us:.2f}"
             rows.append(
                 [
-                    "*" if trial.chosen else "", trial.step[-40:] if first else "", trial.product if first else "",
-                    trial.tile, f"{trial.estimate_us:.2f}", trial.bound, measured,
+                    "*" if trial.chosen else "", step_text(trial.step, 40) if first else "",
+                    trial.product if first else "", trial.tile, f"{trial.estimate_us:.2f}", trial.bound, measured,
                 ]
             )  # fmt: skip
         print(table(rows, frozenset({4, 6})))

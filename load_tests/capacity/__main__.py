@@ -21,7 +21,7 @@ from load_tests.capacity import document, report
 from load_tests.capacity.drive import Driver
 from load_tests.capacity.report import Scenario
 from load_tests.capacity.saturation import Stage, is_saturated, saturation_point
-from load_tests.capacity.scrape import fetch_ceilings
+from load_tests.capacity.scrape import fetch, fetch_ceilings
 from load_tests.locustfile import HEADERS, ImageUser, TensorUser, TokenUser
 from load_tests.report import machine
 from load_tests.servers import ROOT, tilewave
@@ -57,6 +57,11 @@ def main() -> int:
     load = os.getloadavg()[0]
     with contextlib.ExitStack() as stack:
         target = options.target or stack.enter_context(_own_server(options.server_arguments))
+        try:  # before anything is measured
+            fetch(target, HEADERS)
+        except (OSError, ValueError) as error:
+            print(f"error: {target}/metrics cannot be read: {error}", file=sys.stderr)
+            return 2
         scenarios = _measure(options, target.rstrip("/"))
         ceilings = fetch_ceilings(target, HEADERS)
     facts = _facts(options, load, sorted({ceiling.device for ceiling in ceilings.values()}))
@@ -104,7 +109,7 @@ def _measure(options: argparse.Namespace, target: str) -> list[Scenario]:
         try:
             if name == BURST:
                 known = (saturation_point(ramp.stages).users for ramp in found)
-                users = max(known, default=options.most_users // _BURST_FACTOR)
+                users = max(known, default=max(options.most_users // _BURST_FACTOR, 1))
                 levels = (_CALM_USERS, users * _BURST_FACTOR, _CALM_USERS)
                 settle = 0.0  # what follows upon the change is what is looked for
                 stages = [_stage(driver, name, level, options.seconds, settle) for level in levels]

@@ -16,7 +16,7 @@ import gevent
 from locust.env import Environment
 
 from load_tests.capacity.saturation import Stage
-from load_tests.capacity.scrape import fetch, split
+from load_tests.capacity.scrape import Samples, fetch, split
 
 _MOST_SPAWNED = 100
 """Users started in a second: more make locust complain."""
@@ -50,17 +50,23 @@ class Driver:
         does not say what it does."""
         self._runner.start(users, spawn_rate=min(users, _MOST_SPAWNED))
         gevent.sleep(settle)
-        before = fetch(self._target, self._headers)
+        before, asked = self._scrape()
         self._answers, self._refused, self._failures = [], 0, Counter()
         started, cpu = time.monotonic(), _own_cpu()
         gevent.sleep(seconds)
         answers, refused, failures = self._answers, self._refused, self._failures
         lasted, cpu = time.monotonic() - started, _own_cpu() - cpu
-        after = fetch(self._target, self._headers)
-        between = split(before, after, time.monotonic() - started)
+        after, asked_again = self._scrape()
+        between = split(before, after, asked_again - asked)
         timeline = [(at - started, latency) for at, latency in answers]
         latencies = sorted(latency for _, latency in answers)
         return Stage(users, lasted, latencies, refused, failures, cpu, between, timeline)
+
+    def _scrape(self) -> tuple[Samples, float]:
+        """What the server counts, and when it counted that: in the middle of the request, as far as can be told."""
+        began = time.monotonic()
+        samples = fetch(self._target, self._headers)
+        return samples, (began + time.monotonic()) / 2
 
     def close(self) -> None:
         """End the users; answers that are under way are not waited for."""

@@ -159,7 +159,7 @@ def _kernels(split: Split, ceilings: Mapping[str, Ceilings]) -> Table:
                 _percent(kernel.roofline(allowed)) if allowed is not None else "–",
             ]
         )
-    return Table(head, rows)
+    return Table(head, rows, texts=3)
 
 
 def _burst(scenario: Scenario) -> list[Block]:

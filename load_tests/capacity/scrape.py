@@ -78,7 +78,8 @@ def fetch_ceilings(target: str, headers: Mapping[str, str]) -> Mapping[str, Ceil
     for model in json.loads(_get(f"{target}/v1/models", headers))["data"]:
         if model["state"] == "READY":
             document = json.loads(_get(f"{target}/v2/models/{model['id']}/profile", headers))["device"]
-            device = f"{document['name']} ({document['arch']}, {document['threads']} threads)"
+            threads = f", {document['threads']} threads" if document["threads"] else ""  # a GPU has none to count
+            device = f"{document['name']} ({document['arch']}{threads})"
             peaks = (document["peak_flops"], document["peak_bytes"], document["peak_cache_bytes"])
             found[model["id"]] = Ceilings(device, *peaks)
     return found

@@ -26,6 +26,11 @@ export class RequestError extends Error {
   }
 }
 
+/** What a part of the page says beside what it shows, after an error: that there is no server, the page's head says. */
+export function partly(error) {
+  return error.status === 0 ? "What is seen here is the last that was heard." : error.message;
+}
+
 /** The answer to a request, if it is a good one. Throws RequestError. */
 export async function request(path, options = {}) {
   const headers = new Headers(options.headers);

@@ -1,6 +1,6 @@
 // How every step of a plan runs: a summary, the roofline plot and the table, of one version of a model or of two.
 
-import { getJson, keys, whileVisible } from "./api.js";
+import { getJson, keys, partly, whileVisible } from "./api.js";
 import { byId, element, setOptions, showProblem, svg } from "./dom.js";
 import { duration, percent, quantity } from "./format.js";
 import { makePlanTable } from "./plan_table.js";
@@ -12,8 +12,10 @@ const FAMILIES = 8; // colours
 export function startKernels() {
   const [model, version, plan] = ["kernels-model", "kernels-version", "kernels-plan"].map(byId);
   const [otherVersion, otherPlan] = [byId("other-version"), byId("other-plan")];
+  const otherField = otherPlan.closest(".field");
   let models = [];
   let chosenStep = null;
+  let shown = ""; // what is drawn: a server that runs nothing does not take a selection or a focus away
 
   const plot = makeRoofline(byId("roofline"), (dot) => {
     chosenStep = dot.step.step;
@@ -27,12 +29,13 @@ export function startKernels() {
     const asked = choiceNow();
     try {
       const first = await profile(model.value, version.value, plan.value);
-      const second = otherVersion.value ? await profile(model.value, otherVersion.value, otherPlan.value) : null;
+      const second = otherVersion.value ? await beside(first) : null;
       if (choiceNow() !== asked) return; // chosen anew meanwhile; that is asked for next
       showProblem("kernels-problem", whyNot(first) || (second ? whyNot(second) : ""));
       offerPlans(plan, first);
       if (second) offerPlans(otherPlan, second);
       else setOptions(otherPlan, []);
+      otherField.hidden = !second;
       byId("kernels-view").hidden = Boolean(whyNot(first));
       if (!whyNot(first)) show(first, second && !whyNot(second) ? second : null);
     } catch (error) {
@@ -43,15 +46,26 @@ export function startKernels() {
         refresh();
         return;
       }
-      showProblem("kernels-problem", error.message);
+      showProblem("kernels-problem", partly(error));
     }
   });
+
+  /** The profile of the other version: at the sizes chosen for it, else at those of the first if it has run there. */
+  async function beside(first) {
+    const other = await profile(model.value, otherVersion.value, otherPlan.value);
+    const has = other.plans.some((each) => each.name === first.plan);
+    if (otherPlan.value || !has || other.plan === first.plan) return other;
+    return profile(model.value, otherVersion.value, first.plan);
+  }
 
   function choiceNow() {
     return JSON.stringify([model, version, plan, otherVersion, otherPlan].map((select) => select.value));
   }
 
   function show(first, second) {
+    const drawn = JSON.stringify([first, second]);
+    if (drawn === shown) return;
+    shown = drawn;
     const series = [makeSeries(first, second ? "a" : null)];
     if (second) series.push(makeSeries(second, "b"));
     byId("kernels-summary").textContent = summary(series, first.device);
@@ -87,7 +101,10 @@ export function startKernels() {
     otherPlan.replaceChildren();
     refresh();
   });
-  plan.addEventListener("change", refresh);
+  plan.addEventListener("change", () => {
+    otherPlan.replaceChildren(); // the other version follows
+    refresh();
+  });
   otherPlan.addEventListener("change", refresh);
   keys.addEventListener("changed", refresh);
 
@@ -135,6 +152,7 @@ function makeSeries(answer, letter) {
   return {
     name: letter ?? "",
     prefix: letter ? `${letter.toUpperCase()}: ` : "",
+    plan: answer.plan,
     title: `version ${answer.version} at ${answer.plan.replaceAll("=", " ").replaceAll(",", ", ")}`,
     diamond: letter === "b",
     steps: answer.steps,
@@ -154,11 +172,15 @@ function summary(series, device) {
     const runs = `${quantity(one.runs)} ${one.runs === 1 ? "run" : "runs"}`;
     return `${one.prefix}${duration(one.seconds)} a run in ${one.steps.length} steps, ${reached}, over ${runs}.`;
   });
-  if (series.length > 1)
-    sentences.push(`B takes ${(series[1].seconds / series[0].seconds).toFixed(2)} times as long as A.`);
+  if (series.length > 1) {
+    const [a, b] = series;
+    const times = `B takes ${(b.seconds / a.seconds).toFixed(2)} times as long as A`;
+    sentences.push(a.plan === b.plan ? `${times}.` : `${times}, but their sizes differ.`);
+  }
   const moved = `${quantity(device.peak_bytes, "B/s")} of memory, ${quantity(device.peak_cache_bytes, "B/s")} of cache`;
   const ceilings = `measured ceilings ${quantity(device.peak_flops, "FLOP/s")}, ${moved}`;
-  return `${sentences.join(" ")} ${device.name} (${device.arch}, ${device.threads} threads): ${ceilings}.`;
+  const threads = device.threads ? `, ${device.threads} threads` : ""; // a GPU has none to count
+  return `${sentences.join(" ")} ${device.name} (${device.arch}${threads}): ${ceilings}.`;
 }
 
 function legend(series) {

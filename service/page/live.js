@@ -1,6 +1,6 @@
 // Throughput, latency and queue of every model now, from /metrics.
 
-import { keys, request, whileVisible } from "./api.js";
+import { keys, partly, request, whileVisible } from "./api.js";
 import { byId, element, showProblem, svg } from "./dom.js";
 import { duration, quantity } from "./format.js";
 import { buckets, parse, quantile, total } from "./metrics.js";
@@ -8,6 +8,7 @@ import { buckets, parse, quantile, total } from "./metrics.js";
 const EVERY_S = 2;
 const WINDOW_S = 10; // rates and latencies are over so long
 const KEPT = 90; // points of a spark line: three minutes
+const FEWEST = 30; // that it has room for, from the first one on
 
 export function startLive() {
   const cards = new Map();
@@ -21,7 +22,7 @@ export function startLive() {
       while (counted.length > 2 && counted.at(-1).at - counted[1].at >= WINDOW_S) counted.shift();
       for (const card of cards.values()) card.update(counted);
     } catch (error) {
-      showProblem("live-problem", error.message);
+      showProblem("live-problem", partly(error));
     }
   });
   keys.addEventListener("changed", poll);
@@ -116,7 +117,7 @@ function figure(name) {
       past.push(point);
       if (past.length > KEPT) past.shift();
       const most = Math.max(...past, 1e-9);
-      const x = (i) => 100 - (past.length - 1 - i) * (100 / (KEPT - 1));
+      const x = (i) => 100 - (past.length - 1 - i) * (100 / (Math.max(past.length, FEWEST) - 1));
       if (past.length < 2) return;
       line.setAttribute(
         "points",

@@ -44,7 +44,7 @@ async function showState() {
   try {
     await request("/v2/health/ready");
   } catch (error) {
-    text = error.message;
+    text = error.status === 0 ? "No answer." : error.message;
   }
   if (place.textContent !== text) place.textContent = text;
 }

@@ -1,8 +1,11 @@
 // The models of /v1/models as choices.
 
-/** [value, text] of every version that is ready and has this task; a model's name alone where it has one version. */
+/** [value, text] of every version that is ready and has this task, of each model the one first that is served where a
+ * request names none; a model's name alone where it has one version. */
 export function choices(models, task) {
   const ready = models.filter((model) => model.state === "READY" && model.task === task);
+  const order = [...new Set(ready.map((model) => model.id))];
+  ready.sort((a, b) => order.indexOf(a.id) - order.indexOf(b.id) || b.version - a.version);
   return ready.map((model) => {
     const alone = ready.filter((other) => other.id === model.id).length === 1;
     return [pathOf(model), alone ? model.id : `${model.id}, version ${model.version}`];

@@ -3,25 +3,23 @@
 import { element } from "./dom.js";
 import { duration, percent, quantity } from "./format.js";
 
+// What a narrow screen shows without scrolling comes first.
 const ALONE = [
   { title: "Step", text: true, value: (row) => row.a.step },
+  { title: "Time", value: (row) => row.a.seconds, shown: duration },
+  { title: "Share", value: (row, [a]) => row.a.seconds / a.seconds, shown: percent },
+  { title: "Roofline", value: (row) => row.a.roofline, shown: percent },
   { title: "Op", text: true, value: (row) => row.a.op },
   { title: "Kernel", text: true, value: (row) => row.a.kernel },
   { title: "Writes", text: true, value: (row) => row.a.result },
-  { title: "Time", value: (row) => row.a.seconds, shown: duration },
-  { title: "Share", value: (row, [a]) => row.a.seconds / a.seconds, shown: percent },
   { title: "FLOPs", value: (row) => row.a.flops, shown: (value) => quantity(value) },
   { title: "Bytes", value: (row) => row.a.bytes, shown: (value) => quantity(value, "B") },
   { title: "FLOP/s", value: (row) => row.a.flops_per_second, shown: (value) => quantity(value) },
   { title: "B/s", value: (row) => row.a.bytes_per_second, shown: (value) => quantity(value) },
-  { title: "Of the roofline", value: (row) => row.a.roofline, shown: percent },
 ];
 
 const PAIR = [
   { title: "Step", text: true, value: (row) => (row.a ?? row.b).step },
-  { title: "Op", text: true, value: (row) => (row.a ?? row.b).op },
-  { title: "A: kernel", text: true, value: (row) => row.a?.kernel ?? "–" },
-  { title: "B: kernel", text: true, value: (row) => row.b?.kernel ?? "–" },
   { title: "A: time", value: (row) => row.a?.seconds, shown: duration },
   { title: "B: time", value: (row) => row.b?.seconds, shown: duration },
   {
@@ -29,8 +27,11 @@ const PAIR = [
     value: (row) => row.b?.seconds / row.a?.seconds,
     shown: (value) => (Number.isFinite(value) ? value.toFixed(2) : "–"),
   },
-  { title: "A: of the roofline", value: (row) => row.a?.roofline, shown: percent },
-  { title: "B: of the roofline", value: (row) => row.b?.roofline, shown: percent },
+  { title: "A: roofline", value: (row) => row.a?.roofline, shown: percent },
+  { title: "B: roofline", value: (row) => row.b?.roofline, shown: percent },
+  { title: "Op", text: true, value: (row) => (row.a ?? row.b).op },
+  { title: "A: kernel", text: true, value: (row) => row.a?.kernel ?? "–" },
+  { title: "B: kernel", text: true, value: (row) => row.b?.kernel ?? "–" },
 ];
 
 /** Rows for one series or two: a step, or the steps of one name. */
@@ -46,19 +47,21 @@ export function pair([a, b]) {
 
 /** The table; `onChoose` gets the name of a step whose row is clicked. */
 export function makePlanTable(table, onChoose) {
-  let sort = null; // { title, down }, or the plan's order
+  let sort = null; // { title, up }, or the plan's order
   let drawn = [];
   const rowOf = new Map();
 
-  function sortBy(title) {
-    if (sort?.title !== title) sort = { title, down: true };
-    else sort = sort.down ? { title, down: false } : null;
+  /** Numbers with the largest first, text from A on; then the other way round; then the plan's order. */
+  function sortBy({ title, text }) {
+    const first = Boolean(text);
+    if (sort?.title !== title) sort = { title, up: first };
+    else sort = sort.up === first ? { title, up: !first } : null;
     draw(drawn);
   }
 
   function header(column) {
-    const direction = sort?.title === column.title ? (sort.down ? "descending" : "ascending") : null;
-    const button = element("button", { type: "button", onclick: () => sortBy(column.title) }, column.title);
+    const direction = sort?.title === column.title ? (sort.up ? "ascending" : "descending") : null;
+    const button = element("button", { type: "button", onclick: () => sortBy(column) }, column.title);
     return element("th", { scope: "col", class: column.text ? "text" : null, "aria-sort": direction }, button);
   }
 
@@ -90,9 +93,12 @@ export function makePlanTable(table, onChoose) {
   function sorted(rows, columns, series) {
     const column = columns.find((each) => each.title === sort?.title);
     if (!column) return rows;
-    const key = (row) => column.value(row, series) ?? -Infinity;
-    const compare = (a, b) => (column.text ? key(a).localeCompare(key(b)) : key(b) - key(a) || 0);
-    return [...rows].sort((a, b) => (sort.down ? 1 : -1) * compare(a, b));
+    const key = (row) => {
+      const value = column.value(row, series);
+      return column.text || Number.isFinite(value) ? value : -Infinity; // a step that the other plan has not
+    };
+    const compare = (a, b) => (column.text ? key(a).localeCompare(key(b)) : key(a) - key(b) || 0);
+    return [...rows].sort((a, b) => (sort.up ? 1 : -1) * compare(a, b));
   }
 
   return {

@@ -13,11 +13,13 @@ const BOTTOM = 44;
 const GUTTER = 44; // for steps without FLOPs, where there are any
 const LEAST_RADIUS = 3.5;
 const MOST_RADIUS = 15;
+const REACH = 24; // pixels from a finger to the dot that is meant
 
 /** A plot in `place`. `onChoose` gets the dot, { series, step }, that is pointed at or has the focus. */
 export function makeRoofline(place, onChoose) {
   let dots = []; // { series, step, node }
   let at = 0; // the dot that the keyboard is on
+  let ring = svg("path", {}); // around the chosen dot, above those that cover it
   let drawn = null;
 
   function choose(index, focus) {
@@ -27,9 +29,21 @@ export function makeRoofline(place, onChoose) {
       node.setAttribute("aria-selected", String(i === at));
       node.classList.toggle("chosen", i === at);
     });
+    for (const name of ["d", "transform"]) ring.setAttribute(name, dots[at].node.getAttribute(name));
     if (focus) dots[at].node.focus();
     onChoose(dots[at]);
   }
+
+  // Small dots are hard to hit: the nearest one is meant.
+  place.addEventListener("click", (event) => {
+    if (event.target.closest(".dot")) return;
+    const distances = dots.map(({ node }) => {
+      const box = node.getBoundingClientRect();
+      return Math.hypot(event.clientX - (box.left + box.right) / 2, event.clientY - (box.top + box.bottom) / 2);
+    });
+    const least = Math.min(...distances);
+    if (least <= REACH) choose(distances.indexOf(least), true);
+  });
 
   const moves = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Home: -Infinity, End: Infinity };
   place.addEventListener("keydown", (event) => {
@@ -49,6 +63,7 @@ export function makeRoofline(place, onChoose) {
     const width = Math.max(place.clientWidth, 280);
     const height = Math.min(Math.max(width * 0.5, 280), 520);
     const scale = makeScale(series, device, width, height);
+    ring = svg("path", { class: "ring" });
     const list = svg("g", { role: "listbox", "aria-label": "Steps", "aria-orientation": "horizontal" });
     dots = series.flatMap((one) => one.steps.filter((step) => step.seconds > 0).map((step) => ({ series: one, step })));
     dots.forEach((dot, i) => {
@@ -60,7 +75,7 @@ export function makeRoofline(place, onChoose) {
       dot.node.setAttribute("aria-selected", "false");
     });
     // Large ones first, so that no dot lies hidden under another; the keyboard goes by the plan's order all the same.
-    list.append(...[...dots].sort((a, b) => radius(b) - radius(a)).map((dot) => dot.node));
+    list.append(...[...dots].sort((a, b) => share(b) - share(a)).map((dot) => dot.node));
     const box = {
       viewBox: `0 0 ${width} ${height}`,
       width,
@@ -68,7 +83,7 @@ export function makeRoofline(place, onChoose) {
       "aria-labelledby": "roofline-caption",
       role: "group",
     };
-    place.replaceChildren(svg("svg", box, axes(scale), ceilings(scale, device), list));
+    place.replaceChildren(svg("svg", box, axes(scale), ceilings(scale, device), list, ring));
     at = 0;
     const again = kept ? dots.findIndex((dot) => dot.series.name === kept.series && dot.step.step === kept.step) : -1;
     if (again >= 0 && kept.chosen) choose(again, kept.focused);
@@ -123,6 +138,7 @@ function makeScale(series, device, width, height) {
     bottom,
     gutter,
     narrow: right - left < 420, // no room for every word
+    zoom: Math.min(1, (right - left) / 700),
     x: (value) => left + along(value, x0, x1) * (right - left),
     y: (value) => bottom - along(value, y0, y1) * (bottom - TOP),
   };
@@ -168,8 +184,12 @@ function ceilings(scale, device) {
   const { peak_flops: flops } = device;
   if (!(flops > 0)) return group; // ceilings that were not measured are not drawn
   const flat = scale.y(flops);
-  const ridge = Math.max(flops / device.peak_bytes, scale.x0);
-  group.append(svg("line", { class: "ceiling", x1: scale.x(ridge), y1: flat, x2: scale.right, y2: flat }));
+  // What comes from the cache meets the ceiling of computing first; what comes from memory at the second ridge.
+  const ridges = [device.peak_cache_bytes, device.peak_bytes].map((rate) => (rate > 0 ? flops / rate : scale.x1));
+  const [first, second] = ridges.map((ridge) => Math.min(Math.max(ridge, scale.x0), scale.x1));
+  const level = (kind, x1, x2) => group.append(svg("line", { class: `ceiling ${kind}`, x1, y1: flat, x2, y2: flat }));
+  if (first < second) level("cache", scale.x(first), scale.x(second));
+  level("compute", scale.x(second), scale.right);
   const label = (x, y, anchor, words) =>
     group.append(svg("text", { class: "ceiling-text", x, y, "text-anchor": anchor }, words));
   label(scale.right - 2, flat - 6, "end", narrow ? "compute" : `compute ${quantity(flops, "FLOP/s")}`);
@@ -191,21 +211,25 @@ function ceilings(scale, device) {
     const [x, y] = [scale.x(middle), scale.y(rate * middle)];
     const words = narrow ? kind : `${kind} ${quantity(rate, "B/s")}`;
     if (kind === "memory") label(x + 8, y + 14, "start", words);
-    else label(x - 8, y - 6, "end", words);
+    else label(Math.max(x - 8, scale.left + 7 * words.length), y - 6, "end", words);
   }
   return group;
 }
 
-/** The area of a dot is the step's share of the time. */
-function radius({ series, step }) {
-  return Math.max(LEAST_RADIUS, Math.min(MOST_RADIUS, 44 * Math.sqrt(step.seconds / series.seconds)));
+function share({ series, step }) {
+  return step.seconds / series.seconds;
+}
+
+/** The area of a dot is the step's share of the time; all are smaller where the plot is. */
+function radius(dot, { zoom }) {
+  return Math.max(LEAST_RADIUS, zoom * Math.min(MOST_RADIUS, 44 * Math.sqrt(share(dot))));
 }
 
 function makeDot(dot, scale) {
   const { series, step } = dot;
   const x = step.flops ? scale.x(intensity(step)) : LEFT + scale.gutter / 2;
   const y = scale.y(step.flops ? step.flops_per_second : step.bytes_per_second * scale.x0);
-  const r = radius(dot);
+  const r = radius(dot, scale);
   const shape = series.diamond
     ? `M0 ${-r}L${r} 0L0 ${r}L${-r} 0Z`
     : `M${-r} 0a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0Z`;

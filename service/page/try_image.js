@@ -6,6 +6,8 @@ import { percent } from "./format.js";
 import { choices, chosen } from "./models.js";
 
 const TOP = 5;
+const ONE_ONLY = "One picture at a time, please.";
+const NO_FILE = "That is no file. Save the picture first, or copy and paste it.";
 
 export function startImage() {
   const select = byId("image-model");
@@ -26,6 +28,7 @@ export function startImage() {
     showProblem("image-problem", "");
     byId("image-answer").replaceChildren(element("p", {}, "Looking…"));
     try {
+      await checkReadable(file);
       const { path, query } = chosen(select.value);
       const options = {
         method: "POST",
@@ -44,17 +47,25 @@ export function startImage() {
 
   input.addEventListener("change", () => send(input.files[0]));
   select.addEventListener("change", () => send(last));
+  // A file that misses the place is taken as well: else the browser would leave the page and show the file.
+  const carriesFile = (event) => event.dataTransfer.types.includes("Files");
   for (const kind of ["dragenter", "dragover"]) {
-    drop.addEventListener(kind, (event) => {
+    document.addEventListener(kind, (event) => {
+      if (!carriesFile(event) && !drop.contains(event.target)) return;
       event.preventDefault();
       drop.classList.add("over");
     });
   }
-  drop.addEventListener("dragleave", () => drop.classList.remove("over"));
-  drop.addEventListener("drop", (event) => {
-    event.preventDefault();
+  document.addEventListener("dragleave", (event) => {
+    if (!event.relatedTarget || !carriesFile(event)) drop.classList.remove("over");
+  });
+  document.addEventListener("drop", (event) => {
     drop.classList.remove("over");
-    send(event.dataTransfer.files[0]);
+    if (!carriesFile(event) && !drop.contains(event.target)) return;
+    event.preventDefault();
+    const { files } = event.dataTransfer;
+    if (files.length === 1) send(files[0]);
+    else showProblem("image-problem", files.length ? ONE_ONLY : NO_FILE);
   });
   document.addEventListener("paste", (event) => {
     const [file] = event.clipboardData.files;
@@ -68,6 +79,15 @@ export function startImage() {
       input.disabled = !options.length;
     },
   };
+}
+
+/** Throws where a file cannot be read, which a request would report as a server that does not answer. */
+async function checkReadable(file) {
+  try {
+    await file.slice(0, 1).arrayBuffer();
+  } catch {
+    throw new Error("The browser cannot read this. Is it a folder, or has the file gone?");
+  }
 }
 
 function preview(file) {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,8 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+
+from load_tests.servers import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = ROOT / "deploy"
@@ -64,7 +65,7 @@ class Prometheus:
 
     def __init__(self, url: str, times: float) -> None:
         self.times = times
-        self._client = httpx.Client(base_url=url, timeout=10)
+        self._client = httpx.Client(base_url=url, timeout=10, verify=False)
 
     def get(self, path: str, **parameters: str) -> Any:
         """The data of an answer of its API."""
@@ -104,8 +105,7 @@ def running(folder: Path, target: str, times: float) -> Iterator[Prometheus]:
     rules.mkdir()
     for path in RULES:
         (rules / path.name).write_text(faster(path.read_text(), times))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        own = f"127.0.0.1:{listener.getsockname()[1]}"
+    own = f"127.0.0.1:{free_port()}"
     text = faster((DEPLOY / "prometheus" / "prometheus.yml").read_text(), times)
     for name, place in (("tilewave:8000", target), ("localhost:9090", own)):
         assert name in text
@@ -136,7 +136,7 @@ def running(folder: Path, target: str, times: float) -> Iterator[Prometheus]:
 
 def _answers(own: str) -> bool:
     try:
-        return httpx.get(f"http://{own}/-/ready").status_code == 200
+        return httpx.get(f"http://{own}/-/ready", verify=False).status_code == 200
     except httpx.TransportError:
         return False
 

@@ -3,6 +3,8 @@ service's settings and the files here. `python -m deploy.container` builds and r
 
 from __future__ import annotations
 
+import re
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from deploy.container.dockerfile import (
     parse,
 )
 from service.settings import read_settings
-from tests.deploy.prometheus import ROOT
+from tests.deploy.prometheus import ROOT, needs_prometheus, program
 
 STAGES = parse((ROOT / "Dockerfile").read_text())
 IMAGES = ("service", "service-cuda")
@@ -91,6 +93,7 @@ def test_compose_builds_images_that_there_are_and_mounts_files_that_there_are() 
     document = compose()
     volumes = set()
     for service in document["services"].values():
+        assert set(service.get("depends_on", ())) <= set(document["services"])
         if "build" in service:
             assert service["build"]["target"] in STAGES
         for volume in service.get("volumes", ()):
@@ -112,7 +115,8 @@ def test_prometheus_and_grafana_find_what_they_look_for() -> None:
         assert document[variant]["ports"] == [f"127.0.0.1:{port}:{port}"]
     assert f"http://{target}" in document["load"]["command"]
     mounts = dict(volume.split(":")[:2] for volume in document["grafana"]["volumes"])
-    assert mounts["./deploy/grafana/provisioning"] == "/etc/grafana/provisioning"
+    for folder in (ROOT / "deploy" / "grafana" / "provisioning").iterdir():
+        assert mounts[f"./deploy/grafana/provisioning/{folder.name}"] == f"/etc/grafana/provisioning/{folder.name}"
     provider = yaml.safe_load((ROOT / "deploy/grafana/provisioning/dashboards/tilewave.yml").read_text())["providers"][
         0
     ]
@@ -122,6 +126,30 @@ def test_prometheus_and_grafana_find_what_they_look_for() -> None:
     source = yaml.safe_load((ROOT / "deploy/grafana/provisioning/datasources/prometheus.yml").read_text())
     host, _, own = source["datasources"][0]["url"].removeprefix("http://").partition(":")
     assert host in document and document["prometheus"]["ports"] == [f"127.0.0.1:{own}:{own}"]
+
+
+def test_images_of_others_are_pinned_and_get_nothing_from_elsewhere() -> None:
+    document = compose()["services"]
+    for name in ("prometheus", "grafana"):
+        assert re.fullmatch(r"[\w/]+:v?\d+\.\d+\.\d+", document[name]["image"]), "a release, not a moving tag"
+    settings = document["grafana"]["environment"]
+    assert settings["GF_PLUGINS_PREINSTALL_DISABLED"] == "true"
+    said_no = {name for name, value in settings.items() if value == "false"}
+    assert {
+        "GF_ANALYTICS_REPORTING_ENABLED",
+        "GF_ANALYTICS_CHECK_FOR_UPDATES",
+        "GF_ANALYTICS_CHECK_FOR_PLUGIN_UPDATES",
+        "GF_NEWS_NEWS_FEED_ENABLED",
+        "GF_PLUGINS_PREINSTALL_AUTO_UPDATE",
+    } <= said_no
+
+
+@needs_prometheus
+def test_prometheus_knows_every_option_that_compose_gives_it() -> None:
+    known = subprocess.run([str(program("prometheus")), "--help"], capture_output=True, text=True, check=False)
+    options = [word.split("=")[0] for word in compose()["services"]["prometheus"]["command"]]
+    assert len(options) > 3
+    assert [option for option in options if f"{option}=" not in known.stdout + known.stderr] == []
 
 
 def test_one_variant_is_started_by_default() -> None:

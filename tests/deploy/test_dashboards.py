@@ -105,6 +105,12 @@ def test_variables_and_data_source_are_those_that_are_provisioned(board: dict[st
     assert source["jsonData"]["timeInterval"] == config["global"]["scrape_interval"]
 
 
+def test_panels_with_several_series_say_which_is_which(board: dict[str, Any]) -> None:
+    for panel in board["panels"]:
+        if panel["type"] in ("timeseries", "xychart"):
+            assert panel["options"]["legend"]["showLegend"] is True, panel["title"]
+
+
 def test_dashboards_have_names_of_their_own() -> None:
     boards = [json.loads(path.read_text()) for path in sorted(Path(FOLDER).iterdir())]
     assert len({board["uid"] for board in boards}) == len({board["title"] for board in boards}) == 3

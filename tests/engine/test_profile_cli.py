@@ -11,6 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from engine.cli import main
+from engine.cli.common import step_text
 from engine.cli.trace import chrome_trace
 from engine.specs import DeviceInfo, ProfileRow
 from service.routes.protocol_documents import PROFILE_ANSWER
@@ -89,3 +90,10 @@ def test_slices_of_a_trace_lie_end_to_end_and_carry_their_rates() -> None:
 def test_a_trace_that_cannot_be_written_is_named(product: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert profile(product, "--trace", "/nowhere/trace.json") == 2
     assert "/nowhere/trace.json" in capsys.readouterr().err
+
+
+def test_a_long_name_of_a_step_keeps_what_it_differs_in() -> None:
+    """Of a step that is a convolution with what is fused into it, the convolution's name, which comes first."""
+    name = "/blocks/1/expand/Conv + /blocks/1/bn0/BatchNormalization + /blocks/1/bn0/Clip"
+    assert step_text(name) == "/blocks/1/expand/Conv + /blocks/1/bn0/BatchNorm…"
+    assert step_text("/fc/Gemm") == "/fc/Gemm" and len(step_text(name, 40)) == 40

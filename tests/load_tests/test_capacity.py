@@ -9,7 +9,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 
+from load_tests.browser import CHROMIUM, chromium
 from load_tests.capacity.charts import Line, Mark, line_chart, stacked_bars
 from load_tests.capacity.document import Heading, Paragraph, Table, write
 from load_tests.capacity.report import Scenario, blocks
@@ -133,6 +135,8 @@ def test_both_forms_of_the_report_say_the_same(written: Path) -> None:
     markdown, html = (written / "report.md").read_text(), (written / "report.html").read_text()
     rows = [row for row in re.findall(r"^\| (.+) \|$", markdown, re.MULTILINE) if not row.startswith("---")]
     assert len(rows) == 18 and all(f">{escape(cell)}<" in html for row in rows for cell in row.split(" | "))
+    assert "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |" in markdown, "names of kernels begin at the left"
+    assert html.count('<td class="text">conv</td><td class="text">Conv</td><td class="text">m</td><td>') == 1
     assert "wrong &lt;label&gt;" in html and "<strong>Saturated at 2 users</strong>" in html
     figures = re.findall(r"\]\(([^)]+\.svg)\)", markdown)
     assert figures == ["images-curve.svg", "images-time.svg", "burst.svg"]
@@ -141,6 +145,17 @@ def test_both_forms_of_the_report_say_the_same(written: Path) -> None:
         ElementTree.fromstring(svg)
         assert svg in html
     assert not re.search(r"(src|href)=", html), "a report needs nothing from elsewhere"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH; CHROMIUM names one elsewhere")
+def test_nobody_is_kept_from_reading_the_report(written: Path) -> None:
+    with chromium() as browser:
+        for scheme in ("light", "dark"):
+            page = browser.new_page(color_scheme=scheme, viewport={"width": 390, "height": 844})
+            page.goto((written / "report.html").as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            found = Axe().run(page)
+            assert found.violations_count == 0, found.generate_report()
 
 
 def points_of(svg: str) -> list[list[tuple[float, float]]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from load_tests.http_client import (
     post,
 )
 from load_tests.report import Report
+from load_tests.servers import free_port
 
 RIGHT = b'{"outputs": 1}'
 
@@ -74,10 +74,10 @@ def run(load: Callable[[int], Awaitable[Results]]) -> Results:
 
 
 def test_everything_is_counted_as_what_it_was() -> None:
-    paths = ["/good", "/wrong", "/full", "/odd", "/end", "/hang"] * 3
+    paths = ["/good", "/wrong", "/full", "/odd", "/end"] * 3 + ["/hang"]
     waiting = iter(paths)
-    results = run(lambda port: closed_loop(port, lambda _: one(next(waiting)), 1, count=len(paths), timeout=0.1))
-    assert results.statuses == {200: 6, 429: 6, GIVEN_UP: 3, HUNG: 3}
+    results = run(lambda port: closed_loop(port, lambda _: one(next(waiting)), 1, count=len(paths), timeout=1))
+    assert results.statuses == {200: 6, 429: 6, GIVEN_UP: 3, HUNG: 1}
     assert sorted(results.problems) == ['an error like b\'{"detail": "full"}\''] * 3 + ["wrong"] * 3
     assert len(results.latencies) == 6
 
@@ -110,8 +110,7 @@ def test_a_request_is_sent_again_once_and_only_where_no_answer_had_begun() -> No
 
 
 def test_a_port_that_nobody_listens_at_is_no_answer_that_was_lost() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     results = asyncio.run(closed_loop(port, lambda _: one("/good"), 1, count=2))
     assert results.statuses == {REFUSED: 2}
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 import uvicorn
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from load_tests.servers import free_port
 from service.app import create_app
 from service.direct_connection import connections
 from service.serving import Serving
@@ -98,12 +100,19 @@ def sample(text: str, name: str, **labels: str) -> float:
     return 0.0
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Wait until a condition holds; fail if it never does."""
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0, every: float = 0.002) -> None:
+    """Wait until a condition holds; fail if it never does. It is looked at every so many seconds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "the condition never came true"
-        time.sleep(0.002)
+        time.sleep(every)
+
+
+# Everything here is plain HTTP. httpx reads the certificates of all authorities for each client and each single
+# request, which takes 25 ms of a CPU: more than most tests.
+Client = partial(httpx.Client, verify=False, timeout=30)
+get = partial(httpx.get, verify=False)
+post = partial(httpx.post, verify=False)
 
 
 Start = Callable[..., Running]
@@ -141,7 +150,7 @@ class Starter:
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http", daemon=True)
         thread.start()
-        client = httpx.Client(base_url=url, timeout=20)
+        client = Client(base_url=url)
         running = Running(url, client, engine, app.state.serving)
 
         def stop() -> None:
@@ -149,7 +158,7 @@ class Starter:
             engine.load_gate.set()
             client.close()
             server.should_exit = True
-            thread.join(15)
+            thread.join(30)
             assert not thread.is_alive(), "the server did not stop"
             assert all(model.closed for model in engine.models), "a model was not closed"
 
@@ -207,8 +216,7 @@ class Process:
     """`python -m service` with the fake engine."""
 
     def __init__(self, root: Path, *arguments: str, **environment: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         command = [sys.executable, "-m", "tests.service.serve_fake", "--models", str(root), "--port", str(self.port)]
         command += ["--light-run-us", "0"]
         self.process = subprocess.Popen(
@@ -225,16 +233,16 @@ class Process:
         def ready() -> bool:
             assert self.process.poll() is None, self.process.communicate()
             try:
-                return httpx.get(f"{self.url}/v2/health/ready").status_code == 200
+                return get(f"{self.url}/v2/health/ready").status_code == 200
             except httpx.TransportError:
                 return False
 
-        wait_for(ready, 60)
+        wait_for(ready, 60, every=0.02)  # while it starts, it needs the CPU more
 
     def wait_inflight(self, count: int) -> None:
         """Until `count` requests of the identity model have been accepted."""
         url = f"{self.url}/metrics"
-        wait_for(lambda: sample(httpx.get(url).text, "inference_inflight", model="identity") == count)
+        wait_for(lambda: sample(get(url).text, "inference_inflight", model="identity") == count)
 
 
 @pytest.fixture
@@ -243,4 +251,4 @@ def processes() -> Iterator[list[Process]]:
     yield started
     for process in started:
         process.process.kill()
-        process.process.communicate()
+        process.process.communicate(timeout=60)  # until all that it started have ended, too: they have its pipes

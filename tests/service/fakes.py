@@ -243,7 +243,7 @@ class FakeModel:
             self._owner.threads.append(threading.current_thread().name)
             self._owner.calls.append((self.kind, first.shape))
             self._owner.running.release()
-            assert self._owner.gate.wait(20), "the test never opened the gate"
+            assert self._owner.gate.wait(60), "the test never opened the gate"
             if "sleep" in self._arguments:
                 time.sleep(self._arguments["sleep"])
             poison = self._arguments.get("poison")
@@ -378,7 +378,7 @@ class FakeEngine:
         """Read the JSON; anything else is a ModelError."""
         assert self.behind.active, "a load that does not give way"
         self.loading.release()
-        assert self.load_gate.wait(20), "the test never opened the load gate"
+        assert self.load_gate.wait(60), "the test never opened the load gate"
         with open(path, "rb") as file:
             try:
                 arguments = json.load(file)

@@ -6,14 +6,13 @@ import logging
 import signal
 from pathlib import Path
 
-import httpx
 import openai
 import pytest
 import tritonclient.http as triton
 
 from service.access import Access, Right, read_access, right_for
 from service.settings import Settings, SettingsError, read_settings
-from tests.service.conftest import Process, Running, Start, error_of, wait_for
+from tests.service.conftest import Process, Running, Start, error_of, get, wait_for
 
 KEYS = {
     "user": ("inference", "u" * 16),
@@ -189,7 +188,7 @@ def test_sighup_reads_the_keys_again(repository: Path, keys: Path, processes: li
     process.wait_ready()
 
     def status(who: str) -> int:
-        return httpx.get(f"{process.url}/v1/models", headers=bearer(who)).status_code
+        return get(f"{process.url}/v1/models", headers=bearer(who)).status_code
 
     assert status("user") == 200
     keys.write_text("nonsense\n")

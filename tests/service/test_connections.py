@@ -23,6 +23,10 @@ BODY = b'{"inputs":[{"name":"input","shape":[1,4],"datatype":"FP32","data":[1,2,
 INFER = HEAD % len(BODY) + BODY
 
 
+TRICKLE_S = 15
+"""As good as for ever, beside limits of half a second."""
+
+
 def connect(url: str) -> socket.socket:
     host, port = url.removeprefix("http://").split(":")
     return socket.create_connection((host, int(port)), timeout=10)
@@ -56,15 +60,15 @@ def statuses(received: bytes) -> list[int]:
 
 
 def test_an_idle_connection_is_kept_and_then_closed(start: Start, repository: Path) -> None:
-    server = start(repository, keep_alive_timeout=1)
+    server = start(repository, keep_alive_timeout=2)
     with connect(server.url) as raw:
         for _ in range(2):
-            time.sleep(0.5)
+            time.sleep(0.3)
             raw.sendall(LIVE)
             assert statuses(answer(raw)) == [200]
         began = time.monotonic()
-        assert raw.recv(1) == b""
-        assert 0.5 < time.monotonic() - began < 5
+        assert raw.recv(1) == b"", "within the 10 s that `connect` waits"
+        assert time.monotonic() - began > 0.3, "not at once, however late this thread looks at the clock"
 
 
 def test_a_request_that_comes_as_the_idle_time_ends_is_answered(
@@ -137,7 +141,7 @@ def test_idle_connections_make_room_the_longest_idle_first(start: Start, reposit
             time.sleep(0.01)
         server.engine.gate.clear()
         kept[-1].sendall(INFER)  # was idle for the longest time, and is busy now
-        assert server.engine.running.acquire(timeout=10)
+        assert server.engine.running.acquire(timeout=30)
         for _ in range(3):
             raw = opened.enter_context(connect(server.url))
             raw.sendall(LIVE)
@@ -192,33 +196,33 @@ def test_a_client_that_does_not_read_its_answer_is_not_kept(start: Start, tmp_pa
 
 
 def test_half_of_a_second_header_is_answered_when_it_is_late(start: Start, repository: Path) -> None:
-    server = start(repository, header_timeout=0.3)
+    server = start(repository, header_timeout=0.5)
     with connect(server.url) as raw:
         raw.sendall(LIVE)
         assert statuses(answer(raw)) == [200]
         raw.sendall(LIVE[:-10])
         got = everything(raw)
-    assert statuses(got) == [408] and b"within 0.3 s" in got
+    assert statuses(got) == [408] and b"within 0.5 s" in got
 
 
 def test_a_header_that_trickles_behind_a_request_has_no_more_time_than_others(start: Start, repository: Path) -> None:
-    server = start(repository, header_timeout=0.3)
+    server = start(repository, header_timeout=0.5)
     server.engine.gate.clear()
     with connect(server.url) as raw:
         raw.sendall(INFER)
-        assert server.engine.running.acquire(timeout=10)
+        assert server.engine.running.acquire(timeout=30)
         raw.sendall(b"GET /")
         time.sleep(0.8)
         server.engine.gate.set()
         assert statuses(answer(raw)) == [200]
-        assert trickle(raw) < 3
+        assert trickle(raw) < TRICKLE_S
 
 
 def trickle(raw: socket.socket) -> float:
-    """Send byte after byte until the server has closed; the seconds that took, ten at most."""
+    """Send byte after byte until the server has closed; the seconds that took, TRICKLE_S at most."""
     began = time.monotonic()
     raw.settimeout(0.05)
-    while time.monotonic() - began < 10:
+    while time.monotonic() - began < TRICKLE_S:
         with contextlib.suppress(TimeoutError):
             try:
                 raw.sendall(b"x")
@@ -236,7 +240,7 @@ def test_a_body_that_trickles_on_after_its_answer_has_no_more_time_than_others(
     server = start(repository, body_timeout=0.5)
     with connect(server.url) as raw:
         raw.sendall(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" % path)
-        assert trickle(raw) < 4
+        assert trickle(raw) < TRICKLE_S
 
 
 # ---- what is broken behind what is not
@@ -259,7 +263,7 @@ def test_answers_come_in_the_order_of_requests(
     server.engine.gate.clear()
     with connect(server.url) as raw:
         raw.sendall(INFER * before + garbage)
-        assert server.engine.running.acquire(timeout=10)
+        assert server.engine.running.acquire(timeout=30)
         time.sleep(0.05)
         server.engine.gate.set()
         got = everything(raw)
@@ -272,7 +276,7 @@ def test_half_a_request_behind_a_whole_one_costs_that_nothing(server: Running) -
     with connect(server.url) as raw:
         raw.sendall(INFER + INFER[:-5])
         raw.shutdown(socket.SHUT_WR)
-        assert server.engine.running.acquire(timeout=10)
+        assert server.engine.running.acquire(timeout=30)
         time.sleep(0.05)
         server.engine.gate.set()
         got = everything(raw)
@@ -314,7 +318,5 @@ def test_a_client_that_asks_as_the_server_shuts_down_is_answered(tmp_path: Path,
             got = answer(raw)
             assert statuses(got) == [503] and b"connection: close" in got
             assert raw.recv(1) == b""
-        began = time.monotonic()
-        assert raws[3].recv(1) == b""
-        assert time.monotonic() - began < 3
-    assert process.process.wait(10) == 0
+        assert raws[3].recv(1) == b"", "within the 10 s that `connect` waits, far less than an idle connection is kept"
+    assert process.process.wait(60) == 0

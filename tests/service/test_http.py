@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.service.conftest import Running, Start, add_model, error_of, wait_for
+from tests.service.conftest import Client, Running, Start, add_model, error_of, wait_for
 
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "HEAD")
 PATHS = (
@@ -269,7 +269,7 @@ def test_overload_is_refused_at_once_and_what_was_accepted_is_answered(start: St
     server = start(repository)
     server.engine.gate.clear()
     limits = httpx.Limits(max_connections=60)
-    with ThreadPoolExecutor(40) as pool, httpx.Client(base_url=server.url, timeout=20, limits=limits) as client:
+    with ThreadPoolExecutor(40) as pool, Client(base_url=server.url, limits=limits) as client:
         body = {"inputs": [{"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}]}
         futures = [pool.submit(client.post, "/v2/models/identity/infer", json=body) for _ in range(40)]
         wait_for(lambda: sum(future.done() for future in futures) == 40 - 17)
@@ -288,7 +288,7 @@ def test_requests_that_wait_together_run_together(server: Running) -> None:
     server.engine.gate.clear()
     with ThreadPoolExecutor(9) as pool:
         first = pool.submit(server.identity, [0.0] * 4)
-        assert server.engine.running.acquire(timeout=10)
+        assert server.engine.running.acquire(timeout=30)
         others = [pool.submit(server.identity, [float(i)] * 4) for i in range(1, 9)]
         wait_for(lambda: server.metric("inference_queue_depth", model="identity") == 8)
         server.engine.gate.set()
@@ -302,7 +302,7 @@ def test_a_client_that_goes_is_dropped_before_compute(server: Running) -> None:
     server.engine.gate.clear()
     with ThreadPoolExecutor(1) as pool:
         busy = pool.submit(server.identity, [0.0] * 4)
-        assert server.engine.running.acquire(timeout=10)
+        assert server.engine.running.acquire(timeout=30)
         host, port = server.url.removeprefix("http://").split(":")
         clients = [socket.create_connection((host, int(port))) for _ in range(5)]
         for raw in clients:
@@ -345,7 +345,7 @@ def everything(raw: socket.socket) -> bytes:
 def test_a_client_that_closed_its_sending_side_gets_its_answer(server: Running, version: str, seconds: float) -> None:
     server.engine.gate.clear()
     raw = half_closed(server, infer_bytes(version))
-    assert server.engine.running.acquire(timeout=10)
+    assert server.engine.running.acquire(timeout=30)
     time.sleep(seconds)
     server.engine.gate.set()
     *interim, answer = everything(raw).split(b"HTTP/1.1 ")[1:]
@@ -373,7 +373,7 @@ def test_a_client_that_goes_after_it_closed_its_sending_side_is_noticed(server: 
     server.engine.gate.clear()
     with ThreadPoolExecutor(1) as pool:
         busy = pool.submit(server.identity, [0.0] * 4)
-        assert server.engine.running.acquire(timeout=10)
+        assert server.engine.running.acquire(timeout=30)
         raw = half_closed(server, infer_bytes())
         assert raw.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         assert server.metric("inference_queue_depth", model="identity") == 1
@@ -454,7 +454,7 @@ def test_openapi_says_which_form_errors_have(shared: Running) -> None:
 
 def test_many_threads_get_their_own_answers(shared: Running) -> None:
     def work(seed: int) -> bool:
-        with httpx.Client(base_url=shared.url, timeout=20) as client:
+        with Client(base_url=shared.url) as client:
             for i in range(40):
                 value = float(seed * 1000 + i)
                 body = {"inputs": [{"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [value] * 4}]}
@@ -516,17 +516,17 @@ def test_a_header_that_does_not_arrive_is_given_up(start: Start, repository: Pat
     server = start(repository, header_timeout=0.3)
     began = time.monotonic()
     answer = answer_to(server, *pieces)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 8, "far less than the 75 s of an idle connection"
     assert answer.startswith(b"HTTP/1.1 200" if ASK in pieces else b"HTTP/1.1 408" if pieces else b"")
 
 
 def test_a_long_answer_and_an_idle_connection_are_no_late_header(start: Start, repository: Path) -> None:
-    server = start(repository, header_timeout=0.2)
+    server = start(repository, header_timeout=0.4)
     for _ in range(2):
         server.engine.gate.clear()
-        threading.Timer(0.5, server.engine.gate.set).start()
+        threading.Timer(0.6, server.engine.gate.set).start()
         assert server.identity([1, 2, 3, 4]).status_code == 200
-        time.sleep(0.4)
+        time.sleep(0.6)
 
 
 @pytest.mark.parametrize("path", ["/", "/nope", "/metrics", "/v2/health/live", "/v2/models/identity"])

@@ -442,22 +442,19 @@ def test_a_request_of_many_images_leaves_room_for_others_and_ends_at_its_deadlin
         with lock:
             running -= 1
 
-    async def work() -> tuple[int, float]:
+    async def work() -> int:
         pool = PreprocessPool(threads, 256)
-        began = time.monotonic()
-        large = asyncio.ensure_future(pool.run([slow] * 64, began + 0.6))
+        large = asyncio.ensure_future(pool.run([slow] * 64, time.monotonic() + 1.2))  # of 1.6 s at least
         await asyncio.sleep(0.01)
         assert await pool.run([lambda: 7]) == [7]
-        waited = time.monotonic() - began
+        assert not large.done(), "the small request waited for the large one"
         with pytest.raises(DeadlineExceeded):
             await large
-        assert time.monotonic() - began < 2
         before = begun
+        assert before < 64
         await asyncio.sleep(0.2)
         assert begun == before, "decoding went on after the deadline"
         pool.close()
-        return most, waited
+        return most
 
-    parallel, waited = asyncio.run(work())
-    assert parallel == min(2, max(1, threads - 1))
-    assert waited < 0.4
+    assert asyncio.run(work()) == min(2, max(1, threads - 1))

@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import service.page
-from tests.service.conftest import Running, Start, error_of
+from docs.page.__main__ import MOST_BYTES
+from tests.service.conftest import ROOT, Running, Start, error_of
 
 FOLDER = Path(service.page.__file__).parent
 FILES = sorted(path.name for path in FOLDER.iterdir() if path.suffix in (".css", ".js", ".svg"))
@@ -70,3 +72,17 @@ def test_the_page_needs_no_key_and_what_it_shows_does(start: Start, repository: 
         assert server.client.get(path).status_code == 401
     key = {"authorization": "Bearer 0123456789abcdef"}
     assert server.client.get("/v2/models/identity/profile", headers=key).status_code == 200
+
+
+def test_the_documents_show_pictures_of_the_page_and_they_are_small() -> None:
+    """`make screenshots` makes them."""
+    texts = [(path, path.read_text()) for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))]
+    shown = {
+        path.parent / name for path, text in texts for name in re.findall(r"\]\(((?:docs/)?page/\w+\.webp)\)", text)
+    }
+    assert {path.stem for path in shown} == {"try", "kernels", "dark", "phone"}
+    assert shown == set((ROOT / "docs" / "page").glob("*.webp"))
+    for path in shown:
+        assert path.stat().st_size <= MOST_BYTES
+        with Image.open(path) as picture:
+            assert picture.format == "WEBP" and picture.width >= 700

