@@ -8,9 +8,9 @@ import signal
 import sys
 from types import FrameType
 
-from service.numbers import Distribution, Joint, Number
+from service.numbers import Distribution, Number, Rows
 
-_COUNTING = ((Number, "inc"), (Number, "dec"), (Distribution, "observe"), (Joint, "observe"))
+_COUNTING = ((Number, "inc"), (Distribution, "observe"), (Rows, "add"))
 
 
 def _nothing(self: object, *_: float) -> None:

@@ -20,7 +20,6 @@ from service.model import ModelState, ServedModel
 from service.model_config import batching_options
 from service.repository import ModelFolder, Repository, check_name
 from service.settings import Settings
-from service.statistics import ModelStatistics
 from service.workers.messages import (
     BatchDone,
     Command,
@@ -231,7 +230,7 @@ class Catalog:
 
     def _known(self, folder: ModelFolder, key: ModelKey, expected: bool) -> ServedModel:
         options = batching_options(folder.config.batching)
-        return ServedModel(key, folder, options, self._metrics.model(key), ModelStatistics(), expected)
+        return ServedModel(key, folder, options, self._metrics.model(key), expected)
 
     def _note_broken_versions(self, folder: ModelFolder) -> None:
         versions = self._models.setdefault(folder.name, {})
@@ -269,7 +268,6 @@ class Catalog:
         model = self._by_key.get(report.key)
         if model is not None:
             model.metrics.ran(report)
-            model.statistics.ran(report)
 
     def accept(self, report: ModelReady) -> None:
         """A model is loaded and warm: it takes over."""
@@ -305,6 +303,7 @@ class Catalog:
         model = self._by_key.pop(report.key, None)
         if model is None:
             return
+        model.metrics.settle()
         self._failed[report.key.name, report.key.version] = report.key.generation
         self._refuse(model, report.reason)
         self._settle(report.key, model.reason)
@@ -320,7 +319,9 @@ class Catalog:
         future = self._leaving.pop(report.key, None)
         if future is None:  # refused when it was loaded already
             return
-        self._by_key.pop(report.key, None)
+        model = self._by_key.pop(report.key, None)
+        if model is not None:
+            model.metrics.settle()
         self._metrics.engine.unloaded(report.key)
         future.set_result(None)
         self._on_settled()
