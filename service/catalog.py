@@ -85,11 +85,13 @@ class Catalog:
     def find(self, name: str, version: str | None = None) -> ServedModel:
         """A version of a model: the one asked for, else the highest that is ready, or will be. Raises NotFound,
         Unavailable."""
+        if version is None and name not in self._broken:
+            there = self._models.get(name, {})
+            ready = [number for number, model in there.items() if model.state is ModelState.READY]
+            if ready:
+                return there[max(ready)]
         versions = self.versions(name)
         if version is None:
-            for model in reversed(versions):
-                if model.state is ModelState.READY:
-                    return model
             usable = [model for model in versions if model.state is not ModelState.UNAVAILABLE]
             return (usable or versions)[-1]
         for model in versions:
