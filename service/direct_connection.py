@@ -93,7 +93,7 @@ class DirectConnection(Connection):
         """Bytes of the client."""
         known = self._known
         if known is not None and len(data) == known.size and data.startswith(known.header) and self._is_free():
-            self._idle_since = 0.0
+            self._unset_keepalive_if_required()
             cycle = _Cycle(keep_alive=True)
             self.cycle = cycle  # type: ignore[assignment]
             self._begin(known.request.again(), cycle, data[len(known.header) :])
@@ -109,7 +109,7 @@ class DirectConnection(Connection):
         than the one before."""
         if self._begun or self.shutting_down or self.flow.write_paused or self.transport.is_closing():
             return False
-        if self._timer is not None or self.timeout_keep_alive_task is not None or self._is_ending():
+        if self._timer is not None or self._is_ending():
             return False
         return bool(self.cycle.response_complete)
 
@@ -118,7 +118,8 @@ class DirectConnection(Connection):
         data = self._data
         header = data[: len(data) - len(body)]
         is_alone = header.endswith(_END_OF_HEADER) and header.count(_END_OF_HEADER) == 1 and data.endswith(body)
-        self._known = _Known(header, len(data), request) if is_alone and len(header) <= _LARGEST_KNOWN else None
+        if is_alone and len(header) <= _LARGEST_KNOWN:
+            self._known = _Known(header, len(data), request)
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""

@@ -21,6 +21,7 @@ from service.codecs.body import read_body
 from service.errors import ClientGone, InvalidRequest, ServiceError, describe
 from service.exchange import Headers
 from service.model import ServedModel
+from service.record import record
 from service.serving import Serving
 from service.tracing import RequestSpan, current
 from service.workers.messages import BatchingMode, InferResult, LocalTensor, NamedTensors
@@ -34,7 +35,7 @@ Outputs = dict[str, NDArray[Any]]
 Done = Callable[[Outputs | ServiceError], None]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Answer:
     """A good answer: its body, and its headers but for the length."""
 
@@ -42,7 +43,7 @@ class Answer:
     headers: tuple[tuple[bytes, bytes], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Job:
     """What a request asks of the engine, and the function that makes its answer of the outputs. `lengths` are the
     tokens of its rows. `independent` rows go to a model that is never batched one by one."""

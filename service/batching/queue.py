@@ -13,6 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from service.batching.policy import BatchAxes, Shape, bucket_of, capacity, padded_width
+from service.record import record
 from service.workers.messages import BatchingMode, BatchingOptions, Infer
 
 Group = tuple[int, tuple[Shape, ...]]
@@ -54,7 +55,7 @@ class Piece:
     first: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Taken:
     """Rows of one entry inside a batch."""
 
@@ -62,7 +63,7 @@ class Taken:
     rows: list[int]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Batch:
     """What one run of the engine computes. `width` is the padded length in tokens (0 without a sequence), `shapes` are
     those of a row of each input, the sequence left out."""

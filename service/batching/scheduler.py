@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from service.batching.light import LightRuns
 from service.batching.policy import BatchAxes
 from service.batching.queue import Batch, Entry, ModelQueue, make_entry
+from service.record import record
 from service.workers.messages import BatchingOptions, FailureCode, Infer, InferFailed, ModelKey
 
 _RATE_WEIGHT = 0.2  # of the newest batch in the running mean of a model's rate
@@ -41,7 +42,7 @@ class _Lane:
     removed: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Work:
     """A batch and the model it belongs to; `began` is of the engine seconds."""
 
@@ -132,7 +133,10 @@ class Scheduler:
 
     def _has_work(self) -> bool:
         """Whether something waits that is in no batch."""
-        return any([lane.queue.cost for lane in self._lanes.values()])  # they are few
+        for lane in self._lanes.values():  # noqa: SIM110, a generator takes several times as long
+            if lane.queue.cost:
+                return True
+        return False
 
     def cancel(self, request_id: int) -> None:
         """Drop a request; rows that are computing now are thrown away when they are done."""
