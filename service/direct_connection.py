@@ -48,7 +48,8 @@ class _Cycle:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """A request that went directly: its header, as it was sent and as it was understood, and the bytes of all of it."""
+    """A request that went directly: its header, as it was sent and as it was understood, and the bytes of all of it.
+    `request` never begins itself."""
 
     header: bytes
     size: int
@@ -93,16 +94,20 @@ class DirectConnection(Connection):
         """Bytes of the client."""
         known = self._known
         if known is not None and len(data) == known.size and data.startswith(known.header) and self._is_free():
-            self._unset_keepalive_if_required()
-            cycle = _Cycle(keep_alive=True)
-            self.cycle = cycle  # type: ignore[assignment]
-            self._begin(known.request.again(), cycle, data[len(known.header) :])
+            self._begin_again(known, data)
             return
         self._data = b"" if self._begun else data
         super().data_received(data)
         self._data = b""
         if self._held is not None and self._patience is None:
             self._patience = self.loop.call_later(_BODY_S, self._let_go)
+
+    def _begin_again(self, known: _Known, data: bytes) -> None:
+        """A request with a known header."""
+        self._unset_keepalive_if_required()
+        cycle = _Cycle(keep_alive=True)
+        self.cycle = cycle  # type: ignore[assignment]
+        self._begin(known.request.again(), cycle, data[len(known.header) :])
 
     def _is_free(self) -> bool:
         """Whether the connection is between two requests, and nothing is known that would make the next one another
@@ -119,7 +124,7 @@ class DirectConnection(Connection):
         header = data[: len(data) - len(body)]
         is_alone = header.endswith(_END_OF_HEADER) and header.count(_END_OF_HEADER) == 1 and data.endswith(body)
         if is_alone and len(header) <= _LARGEST_KNOWN:
-            self._known = _Known(header, len(data), request)
+            self._known = _Known(header, len(data), request.again())  # which holds neither tensors nor an answer
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""

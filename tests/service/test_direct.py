@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from service.direct import DirectRequest
-from service.direct_connection import DirectConnection
+from service.direct_connection import DirectConnection, _Known
 from tests.service.conftest import Running, Start, wait_for
 
 ROW = [1.0, 2.0, 3.0, 4.0]
@@ -181,16 +181,16 @@ def test_pipelined_requests_are_answered_in_order(server: Running, direct: list[
 
 
 @pytest.fixture
-def repeated(monkeypatch: pytest.MonkeyPatch) -> list[DirectRequest]:
-    """The requests whose header was not parsed again."""
-    found: list[DirectRequest] = []
-    again = DirectRequest.again
+def repeated(monkeypatch: pytest.MonkeyPatch) -> list[_Known]:
+    """What was known of the requests whose header was not parsed again."""
+    found: list[_Known] = []
+    begin_again = DirectConnection._begin_again
 
-    def spy(self: DirectRequest) -> DirectRequest:
-        found.append(again(self))
-        return found[-1]
+    def spy(self: DirectConnection, known: _Known, data: bytes) -> None:
+        found.append(known)
+        begin_again(self, known, data)
 
-    monkeypatch.setattr(DirectRequest, "again", spy)
+    monkeypatch.setattr(DirectConnection, "_begin_again", spy)
     return found
 
 
@@ -206,7 +206,7 @@ def answered(raw: socket.socket) -> float:
 
 
 def test_a_header_that_repeats_is_parsed_once_and_answers_are_those_of_the_bodies(
-    server: Running, direct: list[object], repeated: list[object]
+    server: Running, direct: list[DirectRequest], repeated: list[_Known]
 ) -> None:
     with connect(server) as raw:
         for number in range(5):
@@ -218,7 +218,8 @@ def test_a_header_that_repeats_is_parsed_once_and_answers_are_those_of_the_bodie
         raw.sendall(row_of(11))
         assert answered(raw) == 11
     assert (len(direct), len(repeated)) == (7, 5)
-    assert len({request._exchange.identity for request in direct}) == 7  # type: ignore[attr-defined]
+    assert len({request._exchange.identity for request in direct}) == 7
+    assert not any(hasattr(known.request, "_job") for known in repeated), "tensors that a connection holds while idle"
     assert server.metric("http_responses_total", route="/v2/models/{model}/infer", status="200") == 7
 
 
