@@ -84,7 +84,7 @@ class InferenceRequest:
             metrics.failed(describe(error).outcome, seconds, span.trace if span is not None else "")
         else:
             after = now - self._returned if self._returned else 0.0
-            metrics.answers.add(seconds, self.queue_s, self.preprocess_s, self.compute_s, after)
+            metrics.answers.add((seconds, self.queue_s, self.preprocess_s, self.compute_s, after))
             if span is not None:
                 self._trace(span, seconds, after)
         self.model.end_use()

@@ -70,7 +70,7 @@ class ModelMetrics:
 
     def ran(self, batch: BatchDone) -> None:
         """One batch was computed."""
-        self._batches.add(batch.rows, batch.tokens, batch.padding, batch.compute_seconds, time.time())
+        self._batches.add((batch.rows, batch.tokens, batch.padding, batch.compute_seconds, time.time()))
 
     @property
     def statistics(self) -> ModelStatistics:

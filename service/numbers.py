@@ -84,7 +84,7 @@ class Rows:
         self._pack = struct.Struct(f"{width}d").pack
         self._width = width
 
-    def add(self, *row: float) -> None:
+    def add(self, row: tuple[float, ...]) -> None:
         """One more."""
         self._kept.append(self._pack(*row))
         if len(self._kept) >= _KEPT:

@@ -215,7 +215,7 @@ def test_rows_count_as_each_value_alone() -> None:
     draw = random.Random(0)
     for _ in range(2500):  # more than are kept
         values = draw.choice((0.1, 1.0, 10.0, draw.expovariate(1.0))), draw.uniform(0.0, 3.0)
-        rows.add(*values)
+        rows.add(values)
         for distribution, value in zip(alone, values, strict=True):
             distribution.observe(value)
     together[0].observe(5.0)
@@ -233,14 +233,14 @@ def test_a_version_that_is_loaded_again_counts_on_while_the_one_before_drains() 
     before, after = metrics.model(KEY), metrics.model(ModelKey(KEY.name, KEY.version, 2))
     before.inflight, after.inflight = 2, 1
     for model, seconds in ((before, 0.2), (before, 0.3), (after, 0.4)):
-        model.answers.add(seconds, 0.1, 0.01, 0.05, 0.02)
+        model.answers.add((seconds, 0.1, 0.01, 0.05, 0.02))
         model.ran(BatchDone(KEY, 3, 7, 2, 0.05, 1))
 
     def read(name: str, **more: str) -> float | None:
         return metrics.registry.get_sample_value(name, {**labels, **more})
 
     assert read("inference_inflight") == 3
-    before.answers.add(0.5, 0.1, 0.01, 0.05, 0.02)
+    before.answers.add((0.5, 0.1, 0.01, 0.05, 0.02))
     before.settle()  # as at its unloading
     before.inflight = 0
     del before, model
@@ -262,8 +262,8 @@ def test_statistics_are_those_of_one_load() -> None:
     for rows in (1, 4, 4):
         models[0].ran(BatchDone(KEY, rows, 0, 0, 0.25 * rows, 1))
     for _ in range(3000):  # more than are kept
-        models[0].answers.add(0.5, 0.125, 0.0625, 0.25, 0.03125)
-    models[1].answers.add(0.5, 0.0, 0.0, 0.5, 0.0)
+        models[0].answers.add((0.5, 0.125, 0.0625, 0.25, 0.03125))
+    models[1].answers.add((0.5, 0.0, 0.0, 0.5, 0.0))
     document = models[0].statistics.document("m", 1)
     assert (document["inference_count"], document["execution_count"]) == (9, 3)
     assert {entry["batch_size"]: entry["compute_infer"] for entry in document["batch_stats"]} == {
