@@ -1,5 +1,6 @@
 """`python -m load_tests.unmetered`: the service, which stops counting at one SIGUSR1 and goes on at the next, to show
-what counting costs. Takes the arguments of `python -m service`.
+what counting costs. Takes the arguments of `python -m service`. The statistics of the protocol go on: they are made of
+the same rows (`service.numbers.Rows`), which are kept with and without.
 
 One process does both: two would differ by more than metrics cost, by where their memory lies.
 """
@@ -8,9 +9,9 @@ import signal
 import sys
 from types import FrameType
 
-from service.numbers import Distribution, Joint, Number
+from service.numbers import Distribution, Number
 
-_COUNTING = ((Number, "inc"), (Number, "dec"), (Distribution, "observe"), (Joint, "observe"))
+_COUNTING = ((Number, "inc"), (Distribution, "observe"), (Distribution, "observe_all"))
 
 
 def _nothing(self: object, *_: float) -> None:

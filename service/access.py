@@ -52,6 +52,8 @@ class Access:
         """Raises SettingsError for a file that cannot be used."""
         self._file = file
         self._rights: Mapping[bytes, frozenset[Right]] = _read(file) if file is not None else {}
+        self.asks = file is not None
+        """Whether there is anything to ask for."""
 
     def check(self, path: str, authorization: str) -> None:
         """Raises Unauthorized or Forbidden unless a request to `path` with this header may go on."""

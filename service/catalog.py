@@ -20,7 +20,6 @@ from service.model import ModelState, ServedModel
 from service.model_config import batching_options
 from service.repository import ModelFolder, Repository, check_name
 from service.settings import Settings
-from service.statistics import ModelStatistics
 from service.workers.messages import (
     BatchDone,
     Command,
@@ -86,11 +85,13 @@ class Catalog:
     def find(self, name: str, version: str | None = None) -> ServedModel:
         """A version of a model: the one asked for, else the highest that is ready, or will be. Raises NotFound,
         Unavailable."""
+        if version is None and name not in self._broken:
+            there = self._models.get(name, {})
+            ready = [number for number, model in there.items() if model.state is ModelState.READY]
+            if ready:
+                return there[max(ready)]
         versions = self.versions(name)
         if version is None:
-            for model in reversed(versions):
-                if model.state is ModelState.READY:
-                    return model
             usable = [model for model in versions if model.state is not ModelState.UNAVAILABLE]
             return (usable or versions)[-1]
         for model in versions:
@@ -231,7 +232,7 @@ class Catalog:
 
     def _known(self, folder: ModelFolder, key: ModelKey, expected: bool) -> ServedModel:
         options = batching_options(folder.config.batching)
-        return ServedModel(key, folder, options, self._metrics.model(key), ModelStatistics(), expected)
+        return ServedModel(key, folder, options, self._metrics.model(key), expected)
 
     def _note_broken_versions(self, folder: ModelFolder) -> None:
         versions = self._models.setdefault(folder.name, {})
@@ -269,7 +270,6 @@ class Catalog:
         model = self._by_key.get(report.key)
         if model is not None:
             model.metrics.ran(report)
-            model.statistics.ran(report)
 
     def accept(self, report: ModelReady) -> None:
         """A model is loaded and warm: it takes over."""
@@ -305,6 +305,7 @@ class Catalog:
         model = self._by_key.pop(report.key, None)
         if model is None:
             return
+        model.metrics.settle()
         self._failed[report.key.name, report.key.version] = report.key.generation
         self._refuse(model, report.reason)
         self._settle(report.key, model.reason)
@@ -320,7 +321,9 @@ class Catalog:
         future = self._leaving.pop(report.key, None)
         if future is None:  # refused when it was loaded already
             return
-        self._by_key.pop(report.key, None)
+        model = self._by_key.pop(report.key, None)
+        if model is not None:
+            model.metrics.settle()
         self._metrics.engine.unloaded(report.key)
         future.set_result(None)
         self._on_settled()

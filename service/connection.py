@@ -209,9 +209,18 @@ class Connection(KeptConnection):
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
-        super().on_message_begin()
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
         self._header_bytes = 0
         self._begun = True
+
+    def _make_scope(self) -> None:
+        """What uvicorn makes at the first byte, for the requests that go through ASGI."""
+        url, headers, expect_100_continue = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expect_100_continue
+        self.headers += headers  # the scope has this very list
 
     def on_url(self, url: bytes) -> None:
         """A piece of the request's path."""
@@ -230,6 +239,7 @@ class Connection(KeptConnection):
         if self.parser.should_upgrade():
             return
         self.begin_body()
+        self._make_scope()
         super().on_headers_complete()
         self.cycle.transport = _AnswerTransport(self, self.cycle)  # its task has not begun
 
@@ -290,6 +300,10 @@ class Connection(KeptConnection):
             self.transport.close()
         else:
             self.linger()
+
+    def _is_ending(self) -> bool:
+        """Whether what comes is not read any more, or not to be answered."""
+        return self._lingering is not None or self._refusal is not None
 
     def has_refused(self) -> bool:
         """Whether what follows on the requests under way is refused when they have their answers."""

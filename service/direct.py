@@ -100,6 +100,10 @@ class DirectRequest:
         self._headers = headers
         self._inference: InferenceRequest | None = None
 
+    def again(self) -> "DirectRequest":
+        """A further request with this one's URL and headers."""
+        return DirectRequest(self._direct, self._route, self._names, self._path, self._headers)
+
     def begin(self, body: bytes, send: Send) -> None:
         """The body is there. `send` is called once, perhaps at once, unless `gone` comes before."""
         direct = self._direct
@@ -132,8 +136,10 @@ class DirectRequest:
                 return
             answer = inference.answer(self._job, outputs)
             self._inference = None
-            inference.end(None)
-            self._close(200, answer.headers, answer.body)
+            try:
+                self._close(200, answer.headers, answer.body)
+            finally:
+                inference.end(None)  # after the write: the client need not wait for the counting
         except Exception as error:
             self._fail(error)
         finally:
@@ -157,7 +163,7 @@ class DirectRequest:
         exchange = self._exchange
         exchange.status = status
         self._direct.open.discard(self)
-        self._send(status, (*headers, *exchange.own_headers(headers)), body)
+        self._send(status, [*headers, *exchange.own_headers(headers)], body)
         exchange.end(self._route.path)
 
     def gone(self) -> None:

@@ -3,9 +3,13 @@ and writes an answer in one piece.
 
 Most bodies come with the header. One that takes longer goes through ASGI, with what has come of it: there are the
 limits of time, the back pressure, the answers to `Expect: 100-continue`.
+
+Most clients send the same header with every request of a connection. One that is, byte for byte, that of the request
+before, with all of a body of the same length, says what that one said: it is not parsed again.
 """
 
 import asyncio
+from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from typing import ClassVar
@@ -18,6 +22,8 @@ from service.exchange import RawHeaders
 from service.settings import Settings
 
 _BODY_S = 0.05  # how long a request is held back at most
+_LARGEST_KNOWN = 2048  # bytes of a header that a connection remembers
+_END_OF_HEADER = b"\r\n\r\n"
 
 
 class _NoWaiter:
@@ -40,11 +46,23 @@ class _Cycle:
         self.disconnected = self.response_started = self.response_complete = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A request that went directly: its header, as it was sent and as it was understood, and the bytes of all of it.
+    `request` never begins itself."""
+
+    header: bytes
+    size: int
+    request: DirectRequest
+
+
 class DirectConnection(Connection):
     """A connection with a direct way to `direct`."""
 
     direct: Direct
 
+    _known: _Known | None = None
+    _data = b""  # what the parser is at, where a request begins with its first byte
     _held: DirectRequest | None = None
     _body: list[bytes]  # what there is of its body
     _patience: asyncio.TimerHandle | None = None
@@ -74,9 +92,39 @@ class DirectConnection(Connection):
 
     def data_received(self, data: bytes) -> None:
         """Bytes of the client."""
+        known = self._known
+        if known is not None and len(data) == known.size and data.startswith(known.header) and self._is_free():
+            self._begin_again(known, data)
+            return
+        self._data = b"" if self._begun else data
         super().data_received(data)
+        self._data = b""
         if self._held is not None and self._patience is None:
             self._patience = self.loop.call_later(_BODY_S, self._let_go)
+
+    def _begin_again(self, known: _Known, data: bytes) -> None:
+        """A request with a known header."""
+        self._unset_keepalive_if_required()
+        cycle = _Cycle(keep_alive=True)
+        self.cycle = cycle  # type: ignore[assignment]
+        self._begin(known.request.again(), cycle, data[len(known.header) :])
+
+    def _is_free(self) -> bool:
+        """Whether the connection is between two requests, and nothing is known that would make the next one another
+        than the one before."""
+        if self._begun or self.shutting_down or self.flow.write_paused or self.transport.is_closing():
+            return False
+        if self._timer is not None or self._is_ending():
+            return False
+        return bool(self.cycle.response_complete)
+
+    def _remember(self, request: DirectRequest, body: bytes) -> None:
+        """The request that is whole now, if it is all that came with its first byte."""
+        data = self._data
+        header = data[: len(data) - len(body)]
+        is_alone = header.endswith(_END_OF_HEADER) and header.count(_END_OF_HEADER) == 1 and data.endswith(body)
+        if is_alone and len(header) <= _LARGEST_KNOWN:
+            self._known = _Known(header, len(data), request.again())  # which holds neither tensors nor an answer
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""
@@ -94,9 +142,15 @@ class DirectConnection(Connection):
             return
         self.end_message()
         cycle: _Cycle = self.cycle  # type: ignore[assignment]
-        cycle.more_body = False
         self._stop_holding()
-        self._running, body, self._body = request, b"".join(self._body), []
+        body, self._body = b"".join(self._body), []
+        if cycle.keep_alive:
+            self._remember(request, body)
+        self._begin(request, cycle, body)
+
+    def _begin(self, request: DirectRequest, cycle: _Cycle, body: bytes) -> None:
+        cycle.more_body = False
+        self._running = request
         request.begin(body, partial(self._answer, cycle))
 
     def _let_go(self) -> None:

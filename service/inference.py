@@ -21,8 +21,9 @@ from service.codecs.body import read_body
 from service.errors import ClientGone, InvalidRequest, ServiceError, describe
 from service.exchange import Headers
 from service.model import ServedModel
+from service.record import record
 from service.serving import Serving
-from service.tracing import current
+from service.tracing import RequestSpan, current
 from service.workers.messages import BatchingMode, InferResult, LocalTensor, NamedTensors
 
 _DEFAULT, _LOWEST = 50, 100  # priorities; 1 is the most urgent
@@ -34,7 +35,7 @@ Outputs = dict[str, NDArray[Any]]
 Done = Callable[[Outputs | ServiceError], None]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Answer:
     """A good answer: its body, and its headers but for the length."""
 
@@ -42,7 +43,7 @@ class Answer:
     headers: tuple[tuple[bytes, bytes], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Job:
     """What a request asks of the engine, and the function that makes its answer of the outputs. `lengths` are the
     tokens of its rows. `independent` rows go to a model that is never batched one by one."""
@@ -73,24 +74,27 @@ class InferenceRequest:
     def begin(self) -> None:
         """It holds its model from now on; `end` has to follow."""
         self.model.use()
-        self.model.metrics.inflight.inc()
 
     def end(self, error: BaseException | None) -> None:
         """It has its answer, or `error` became of it."""
-        seconds = time.monotonic() - self.started
-        self.model.metrics.inflight.dec()
-        self.model.end_use()
+        now = time.monotonic()
+        seconds, metrics = now - self.started, self.model.metrics
         span = current.get()
-        trace = span.trace if span is not None else ""
         if error is not None:
-            self.model.metrics.failed(describe(error).outcome, seconds, trace)
-            self.model.statistics.failed(seconds)
-            return
-        after = self.started + seconds - self._returned if self._returned else 0.0
-        if span is not None:
-            span.inferred(self.model.key.name, self.model.key.version, self._stages(after))
-        self.model.metrics.answered(seconds, self.queue_s, self.preprocess_s, self.compute_s, trace)
-        self.model.statistics.answered(seconds, self.queue_s, self.preprocess_s, self.compute_s, after)
+            metrics.failed(describe(error).outcome, seconds, span.trace if span is not None else "")
+        else:
+            after = now - self._returned if self._returned else 0.0
+            metrics.answers.add((seconds, self.queue_s, self.preprocess_s, self.compute_s, after))
+            if span is not None:
+                self._trace(span, seconds, after)
+        self.model.end_use()
+
+    def _trace(self, span: RequestSpan, seconds: float, after: float) -> None:
+        parts = {"preprocess": self.preprocess_s, "queue": self.queue_s, "compute": self.compute_s}
+        span.inferred(self.model.key.name, self.model.key.version, {**parts, "postprocess": after})
+        if span.trace:
+            times = (seconds, self.queue_s, self.preprocess_s, self.compute_s)
+            self.model.metrics.exemplify(span.trace, *times)
 
     def __enter__(self) -> "InferenceRequest":
         self.begin()
@@ -100,10 +104,6 @@ class InferenceRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.end(error)
-
-    def _stages(self, postprocess: float) -> dict[str, float]:
-        parts = {"preprocess": self.preprocess_s, "queue": self.queue_s, "compute": self.compute_s}
-        return {**parts, "postprocess": postprocess}
 
     def limit_time(self, seconds: float) -> None:
         """The answer is worthless after `seconds`; the server's own limit stays."""

@@ -2,17 +2,24 @@
 side).
 
 `Metrics` belongs to one app and has its own registry; its numbers are plain ones (`numbers.py`). Requests stamp them
-once, at their end; models hold bound children, so no label is looked up on the way. Unknown model names never become
+once, at their end, and batches at theirs: one call each, of which all else follows when it is read, the statistics of
+the protocol too. Models hold bound children, so no label is looked up on the way. Unknown model names never become
 label values.
 """
 
+import time
+from weakref import WeakSet
+
+import numpy as np
+from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
 
 from service.errors import Outcome
 from service.kernel_metrics import EngineCollector
 from service.merging import Merged, Snapshot
-from service.numbers import Counters, Gauges, Histograms, Joint
+from service.numbers import Counters, Gauges, Histograms, Registry, Rows
+from service.statistics import ModelStatistics
 from service.workers.messages import BatchDone, ModelKey
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -25,7 +32,11 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class ModelMetrics:
-    """The children of one model version."""
+    """The children of one model version, from its loading to its unloading, when `settle` is called at the latest.
+
+    `inflight` are the requests that use it now. `answers` gets a row for each that was answered: the seconds from its
+    beginning to its end, then those of queue, preprocessing, computing and postprocessing.
+    """
 
     def __init__(self, metrics: "Metrics", key: ModelKey) -> None:
         labels = (key.name, str(key.version))
@@ -33,36 +44,66 @@ class ModelMetrics:
         self._successes = self._requests[Outcome.SUCCESS]
         self._duration = metrics.duration.labels(*labels)
         stages = (metrics.queue.labels(*labels), metrics.preprocess.labels(*labels), metrics.compute.labels(*labels))
-        self._answers = Joint(self._duration, *stages)
+        self._times = (self._duration, *stages)
         self._batch_size = metrics.batch_size.labels(*labels)
         self._batch_tokens = metrics.batch_tokens.labels(*labels)
         self._padding = metrics.padding.labels(*labels)
-        self.inflight = metrics.inflight.labels(*labels)
+        self.inflight_number = metrics.inflight.labels(*labels)
+        self.inflight = 0
+        self.answers = Rows(5, self._count_answers)
+        self._batches = Rows(5, self._count_batches)
+        self._statistics = ModelStatistics()
 
-    def answered(self, seconds: float, queue: float, preprocess: float, compute: float, trace: str) -> None:
-        """One request was answered. `trace` is the id of its trace, empty where there is none: the exemplar of its
-        buckets, which OpenMetrics shows."""
-        self._successes.inc()
-        self._answers.observe((seconds, queue, preprocess, compute), trace)
+    def exemplify(self, trace: str, *seconds: float) -> None:
+        """A request that is answered, with these times, belongs to the trace with this id: OpenMetrics shows it as the
+        exemplar of its buckets."""
+        for distribution, value in zip(self._times, seconds, strict=True):
+            distribution.exemplify(value, trace)
 
     def failed(self, outcome: Outcome, seconds: float, trace: str) -> None:
-        """One request was refused, failed or dropped."""
+        """One request was refused, failed or dropped; `trace` is empty where it has none."""
         self._requests[outcome].inc()
-        self._duration.observe(seconds, trace)
+        self._duration.observe(seconds)
+        if trace:
+            self._duration.exemplify(seconds, trace)
+        self._statistics.failed(seconds)
 
     def ran(self, batch: BatchDone) -> None:
         """One batch was computed."""
-        self._batch_size.observe(batch.rows)
-        if batch.tokens:
-            self._batch_tokens.observe(batch.tokens)
-            self._padding.inc(batch.padding)
+        self._batches.add((batch.rows, batch.tokens, batch.padding, batch.compute_seconds, time.time()))
+
+    @property
+    def statistics(self) -> ModelStatistics:
+        """The protocol's view of it."""
+        self.settle()
+        return self._statistics
+
+    def settle(self) -> None:
+        """Count what was told of requests and batches."""
+        self.answers.settle()
+        self._batches.settle()
+
+    def _count_answers(self, columns: NDArray[np.float64]) -> None:
+        self._successes.inc(columns.shape[1])
+        for distribution, values in zip(self._times, columns[:-1], strict=True):
+            distribution.observe_all(values)
+        self._statistics.answered(columns)
+
+    def _count_batches(self, columns: NDArray[np.float64]) -> None:
+        rows, tokens, padding, seconds, ended = columns
+        self._batch_size.observe_all(rows)
+        if tokens.any():
+            self._batch_tokens.observe_all(tokens[tokens > 0])
+            self._padding.inc(int(padding.sum()))
+        self._statistics.ran(rows, seconds, ended[-1])
 
 
 class Metrics:
     """All metrics of one server process."""
 
     def __init__(self) -> None:
-        registry = self.registry = CollectorRegistry(auto_describe=False)
+        registry = self.registry = Registry(self._settle)
+        self._models: WeakSet[ModelMetrics] = WeakSet()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         self.engine = EngineCollector()
@@ -101,7 +142,17 @@ class Metrics:
 
     def model(self, key: ModelKey) -> ModelMetrics:
         """The children of a model version; made once per load, so that its series exist from the start."""
-        return ModelMetrics(self, key)
+        model = ModelMetrics(self, key)
+        self._models.add(model)
+        return model
+
+    def _settle(self) -> None:
+        """Count everything that was told. A version that is loaded again is two models for a while."""
+        for number in self.inflight.children():
+            number.value = 0
+        for model in self._models:
+            model.settle()
+            model.inflight_number.value += model.inflight
 
     def render(self, accept: str, totals: Snapshot | None = None) -> tuple[bytes, str]:
         """The exposition and its content type: OpenMetrics where `accept` asks for it, else the text format. `totals`

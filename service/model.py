@@ -13,7 +13,6 @@ from service.errors import InvalidRequest, Unavailable
 from service.metrics import ModelMetrics
 from service.model_config import Pooling, Task
 from service.repository import ModelFolder
-from service.statistics import ModelStatistics
 from service.workers.messages import BatchingOptions, ModelKey, ModelReady, TensorInfo
 
 
@@ -28,15 +27,13 @@ class ModelState(StrEnum):
 @dataclass(slots=True)
 class ServedModel:
     """One version of one model. `reason` says why it is not READY; the server is not ready before an `expected` model
-    is. `users` are requests that began with it and have not ended."""
+    is."""
 
     key: ModelKey
     folder: ModelFolder
     options: BatchingOptions
     metrics: ModelMetrics
-    statistics: ModelStatistics
     expected: bool = True
-    users: int = 0
     state: ModelState = ModelState.LOADING
     reason: str = ""
     ready: ModelReady | None = None
@@ -48,18 +45,18 @@ class ServedModel:
 
     def use(self) -> None:
         """A request begins; `end_use` has to follow."""
-        self.users += 1
+        self.metrics.inflight += 1
 
     def end_use(self) -> None:
         """A request has ended."""
-        self.users -= 1
-        if not self.users and self._unused is not None:
+        self.metrics.inflight -= 1
+        if self._unused is not None and not self.metrics.inflight:
             unused, self._unused = self._unused, None
             unused()
 
     def when_unused(self, call: Callable[[], None]) -> None:
         """Call when no request uses the model, which new ones do not any more."""
-        if self.users:
+        if self.metrics.inflight:
             self._unused = call
         else:
             call()

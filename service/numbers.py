@@ -1,16 +1,18 @@
 """The numbers behind the service's metrics: plain ones, which become Prometheus families when they are scraped.
 
-Event loop only, so that counting takes no lock: a request touches a dozen of them. `metrics.py` says which there are.
+Event loop only, so that counting takes no lock. What is told of every request and of every batch is kept as it comes
+(`Rows`) and counted when there is much of it or somebody asks. `metrics.py` says which numbers there are.
 """
 
-import math
+import struct
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
@@ -37,71 +39,76 @@ class Number:
         """So many more."""
         self.value += amount
 
-    def dec(self) -> None:
-        """One less."""
-        self.value -= 1
-
 
 class Distribution:
     """A histogram of one set of labels; `bounds` are the upper ends of its buckets, ascending."""
 
-    __slots__ = ("_bounds", "_counts", "_exemplars", "_total", "joint")
+    __slots__ = ("_bounds", "_counts", "_exemplars", "_total")
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
         self._counts = [0] * (len(bounds) + 1)
         self._exemplars: dict[int, Exemplar] = {}
         self._total = 0.0
-        self.joint: Joint | None = None
 
-    def observe(self, value: float, trace: str = "") -> None:
-        """One more; the exemplar of its bucket where it has a trace."""
-        place = bisect_left(self._bounds, value)
-        self._counts[place] += 1
+    def observe(self, value: float) -> None:
+        """One more."""
+        self._counts[bisect_left(self._bounds, value)] += 1
         self._total += value
-        if trace:
-            self._exemplars[place] = Exemplar({"trace_id": trace}, value, time.time())
 
-    def observe_all(self, values: Sequence[float]) -> None:
+    def observe_all(self, values: NDArray[np.float64]) -> None:
         """Many more."""
         places = np.searchsorted(self._bounds, values)
         more = np.bincount(places, minlength=len(self._counts)).tolist()
         self._counts = [count + new for count, new in zip(self._counts, more, strict=True)]
-        self._total += math.fsum(values)
+        self._total += float(values.sum())
+
+    def exemplify(self, value: float, trace: str) -> None:
+        """One that is, or will be, counted belongs to a trace: it is the exemplar of its bucket from now on."""
+        self._exemplars[bisect_left(self._bounds, value)] = Exemplar({"trace_id": trace}, value, time.time())
 
     def read(self) -> tuple[list[int], list[Exemplar | None], float]:
         """How many are in each bucket, the latest one of each that has a trace, and the sum of all."""
-        if self.joint is not None:
-            self.joint.settle()
         return self._counts, [self._exemplars.get(place) for place in range(len(self._counts))], self._total
 
 
-class Joint:
-    """Distributions that are observed together, for every request: what they are told is kept until there is much of it
-    or somebody asks, because looking up many places at once costs a fraction of each."""
+class Rows:
+    """Numbers that are told together, a row at a time: keeping a row costs a fraction of counting it. `count` gets the
+    columns of many, (width, rows)."""
 
-    def __init__(self, *distributions: Distribution) -> None:
-        self._distributions = distributions
-        self._kept: list[tuple[float, ...]] = []
-        for distribution in distributions:
-            distribution.joint = self
+    __slots__ = ("_count", "_kept", "_pack", "_width")
 
-    def observe(self, values: tuple[float, ...], trace: str = "") -> None:
-        """One more of each, of the trace with this id where there is one."""
-        if trace:
-            for distribution, value in zip(self._distributions, values, strict=True):
-                distribution.observe(value, trace)
-            return
-        self._kept.append(values)
+    def __init__(self, width: int, count: Callable[[NDArray[np.float64]], None]) -> None:
+        self._count = count
+        self._kept: list[bytes] = []  # which the garbage collector need not look into, unlike tuples
+        self._pack = struct.Struct(f"{width}d").pack
+        self._width = width
+
+    def add(self, row: tuple[float, ...]) -> None:
+        """One more."""
+        self._kept.append(self._pack(*row))
         if len(self._kept) >= _KEPT:
             self.settle()
 
     def settle(self) -> None:
         """Count what is kept."""
         if self._kept:
-            kept, self._kept = self._kept, []
-            for distribution, values in zip(self._distributions, zip(*kept, strict=True), strict=True):
-                distribution.observe_all(values)
+            columns = np.frombuffer(b"".join(self._kept)).reshape(-1, self._width).T
+            self._kept.clear()
+            self._count(columns)
+
+
+class Registry(CollectorRegistry):
+    """Families that are up to date whenever they are collected: `settle` is called before."""
+
+    def __init__(self, settle: Callable[[], None]) -> None:
+        super().__init__(auto_describe=False)
+        self._settle = settle
+
+    def collect(self) -> Iterable[Metric]:
+        """All families as they are now."""
+        self._settle()
+        return super().collect()
 
 
 Child = TypeVar("Child", Number, Distribution)
@@ -121,6 +128,10 @@ class Family(Collector, Generic[Child]):
         if child is None:
             child = self._children[values] = self._make()
         return child
+
+    def children(self) -> Iterable[Child]:
+        """The numbers of all labels."""
+        return self._children.values()
 
     def _make(self) -> Child:
         raise NotImplementedError

@@ -161,7 +161,8 @@ class Serving:
 
     def snapshot(self) -> Snapshot:
         """What this process has counted."""
-        statistics = {str(m.key): m.statistics.document(m.key.name, m.key.version) for m in self.models.all_models()}
+        models = self.models.all_models()
+        statistics = {str(m.key): m.metrics.statistics.document(m.key.name, m.key.version) for m in models}
         return take(self.metrics.registry, self.metrics.engine, statistics)
 
     async def totals(self) -> Snapshot | None:

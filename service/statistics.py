@@ -1,10 +1,10 @@
 """The counters behind `GET /v2/models/{model}/stats`, in the protocol's own shape. Event loop only."""
 
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from service.workers.messages import BatchDone
+import numpy as np
+from numpy.typing import NDArray
 
 _NS = 1_000_000_000
 
@@ -16,9 +16,9 @@ class Duration:
     count: int = 0
     seconds: float = 0.0
 
-    def add(self, seconds: float) -> None:
-        """One more."""
-        self.count += 1
+    def add(self, seconds: float, count: int = 1) -> None:
+        """So many more, with the sum of their times."""
+        self.count += count
         self.seconds += seconds
 
     def document(self) -> dict[str, int]:
@@ -41,24 +41,26 @@ class ModelStatistics:
     compute_output: Duration = field(default_factory=Duration)
     batches: dict[int, Duration] = field(default_factory=dict)
 
-    def answered(self, total: float, queue: float, preprocess: float, compute: float, postprocess: float) -> None:
-        """One request was answered; times in seconds."""
-        self.success.add(total)
-        self.queue.add(queue)
-        self.compute_input.add(preprocess)
-        self.compute_infer.add(compute)
-        self.compute_output.add(postprocess)
+    def answered(self, times: NDArray[np.float64]) -> None:
+        """Requests were answered: their seconds in all, in the queue, in preprocessing, computing and postprocessing,
+        (5, requests)."""
+        stages = (self.success, self.queue, self.compute_input, self.compute_infer, self.compute_output)
+        for stage, seconds in zip(stages, times.sum(axis=1).tolist(), strict=True):
+            stage.add(seconds, times.shape[1])
 
     def failed(self, total: float) -> None:
         """One request failed."""
         self.fail.add(total)
 
-    def ran(self, batch: BatchDone) -> None:
-        """One batch was computed."""
-        self.inference_count += batch.rows
-        self.execution_count += 1
-        self.last_inference_ms = time.time_ns() // 1_000_000
-        self.batches.setdefault(batch.rows, Duration()).add(batch.compute_seconds)
+    def ran(self, rows: NDArray[np.float64], seconds: NDArray[np.float64], last: float) -> None:
+        """Batches were computed: their rows, and how long each took, (batches,); the last one at a time of
+        `time.time()`."""
+        self.inference_count += int(rows.sum())
+        self.execution_count += rows.size
+        self.last_inference_ms = int(last * 1e3)
+        for size in np.unique(rows):
+            those = rows == size
+            self.batches.setdefault(int(size), Duration()).add(float(seconds[those].sum()), int(those.sum()))
 
     def document(self, name: str, version: int) -> dict[str, Any]:
         """One entry of `model_stats`."""

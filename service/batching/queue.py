@@ -7,13 +7,13 @@ groups waits as one `Piece` per group; a piece may be taken in parts.
 
 import heapq
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from numpy.typing import NDArray
 
 from service.batching.policy import BatchAxes, Shape, bucket_of, capacity, padded_width
+from service.record import record
 from service.workers.messages import BatchingMode, BatchingOptions, Infer
 
 Group = tuple[int, tuple[Shape, ...]]
@@ -27,8 +27,8 @@ class Entry:
     """A request on the engine side, from its arrival to its last row.
 
     `width` is the longest row in tokens, 0 for models without a sequence; `even` says that all rows have that length.
-    Both are found once: a request of many rows is looked at once per batch that holds a part of it. `rows_left` are in
-    no batch yet, `rows_done` have their results.
+    Both are found once: a request of many rows is looked at once per batch that holds a part of it. `cost_left` is of
+    rows that are in no batch yet, `rows_done` have their results.
     """
 
     request: Infer
@@ -36,20 +36,14 @@ class Entry:
     rows: int
     lengths: tuple[int, ...]
     cost: int
-    rows_left: int
-    width: int = field(init=False)
-    even: bool = field(init=False)
-    cost_left: int = field(init=False)
+    cost_left: int
+    width: int = 0
+    even: bool = True
     rows_done: int = 0
     started: float | None = None
     compute_seconds: float = 0.0
     outputs: dict[str, NDArray[Any]] = field(default_factory=dict)
     closed: bool = False
-
-    def __post_init__(self) -> None:
-        self.width = max(self.lengths) if self.lengths else 0
-        self.even = not self.lengths or min(self.lengths) == self.width
-        self.cost_left = self.cost
 
 
 @dataclass(slots=True)
@@ -61,7 +55,7 @@ class Piece:
     first: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Taken:
     """Rows of one entry inside a batch."""
 
@@ -69,7 +63,7 @@ class Taken:
     rows: list[int]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Batch:
     """What one run of the engine computes. `width` is the padded length in tokens (0 without a sequence), `shapes` are
     those of a row of each input, the sequence left out."""
@@ -97,7 +91,8 @@ def make_entry(request: Infer, axes: BatchAxes) -> Entry:
     if axes.sequence is None:
         return Entry(request, arrays, rows, (), rows, rows)
     lengths = request.lengths or (int(first.shape[1]),) * rows
-    return Entry(request, arrays, rows, lengths, sum(lengths), rows)
+    cost, width = sum(lengths), max(lengths)
+    return Entry(request, arrays, rows, lengths, cost, cost, width, min(lengths) == width)
 
 
 class ModelQueue:
@@ -112,29 +107,30 @@ class ModelQueue:
         self.entries: dict[int, Entry] = {}
         self._groups: dict[Group, list[tuple[int, int, Piece]]] = {}
         self._sequence = 0
+        self._waits_for_company = options.max_delay_s > 0 and axes.mode is not BatchingMode.NONE
+        self._unbatched_axes = 0 if axes.mode is BatchingMode.NONE else 1
 
     def push(self, entry: Entry) -> None:
         """Add an entry whose cost the scheduler has accepted."""
         self.entries[entry.request.id] = entry
         self.cost += entry.cost
-        self.earliest_deadline = min(self.earliest_deadline, entry.request.deadline)
+        if entry.request.deadline < self.earliest_deadline:
+            self.earliest_deadline = entry.request.deadline
         for group, rows in self._grouped(entry):
             self._sequence += 1
             item = (entry.request.priority, self._sequence, Piece(entry, rows))
             heapq.heappush(self._groups.setdefault(group, []), item)
 
-    def _grouped(self, entry: Entry) -> Iterator[tuple[Group, list[int]]]:
+    def _grouped(self, entry: Entry) -> list[tuple[Group, list[int]]]:
         if not entry.lengths:
-            skip = 0 if self.axes.mode is BatchingMode.NONE else 1
-            yield (0, tuple(array.shape[skip:] for array in entry.arrays.values())), list(range(entry.rows))
-            return
+            shapes = tuple([array.shape[self._unbatched_axes :] for array in entry.arrays.values()])
+            return [((0, shapes), list(range(entry.rows)))]
         shapes = tuple(array.shape[2:] for array in entry.arrays.values())
         grouped: dict[int, list[int]] = {}
         for row, length in enumerate(entry.lengths):
             padded = self.axes.mode is BatchingMode.PADDED
             grouped.setdefault(bucket_of(length, self.options.buckets) if padded else length, []).append(row)
-        for width, rows in grouped.items():
-            yield (width, shapes), rows
+        return [((width, shapes), rows) for width, rows in grouped.items()]
 
     def remove(self, request_id: int) -> Entry | None:
         """Forget an entry (cancelled, expired, failed); rows in a running batch are dropped when it ends."""
@@ -158,10 +154,6 @@ class ModelQueue:
             return now if self._groups else None
         return min((self._group_due(group, now) for group in self._waiting()), default=None)
 
-    @property
-    def _waits_for_company(self) -> bool:
-        return self.options.max_delay_s > 0 and self.axes.mode is not BatchingMode.NONE
-
     def _group_due(self, group: Group, now: float) -> float:
         """When a batch of a group may start: at once where it is full, else when its oldest request has waited."""
         pieces = [piece for _, _, piece in self._groups[group] if not piece.entry.closed]
@@ -172,8 +164,7 @@ class ModelQueue:
 
     def _waiting(self) -> list[Group]:
         """The groups that have something to run; closed pieces in front and empty groups go on the way."""
-        for group in list(self._groups):
-            heap = self._groups[group]
+        for group, heap in list(self._groups.items()):
             while heap and heap[0][2].entry.closed:
                 heapq.heappop(heap)
             if not heap:
@@ -202,19 +193,21 @@ class ModelQueue:
             if piece.entry.closed:
                 heapq.heappop(heap)
                 continue
+            entry = piece.entry
             taken, width = self._fitting(piece, total, width)
             if not taken:
                 break
-            entry = piece.entry
-            entry.started = entry.started if entry.started is not None else now
+            if entry.started is None:
+                entry.started = now
             parts.append(Taken(entry, taken))
-            total += len(taken)
-            cost = self._row_cost(entry, taken)
-            tokens += cost if entry.lengths else 0
+            cost = count = len(taken)
+            if entry.lengths:
+                cost = sum([entry.lengths[row] for row in taken])
+                tokens += cost
+            total += count
             self.cost -= cost
             entry.cost_left -= cost
-            entry.rows_left -= len(taken)
-            piece.first += len(taken)
+            piece.first += count
             if piece.first == len(piece.rows):
                 heapq.heappop(heap)
             if self.axes.mode is BatchingMode.NONE:
@@ -223,10 +216,13 @@ class ModelQueue:
 
     def _fitting(self, piece: Piece, total: int, width: int) -> tuple[list[int], int]:
         """Rows of `piece` that fit beside `total` rows of `width` tokens, and the width they make."""
+        if not piece.entry.lengths:
+            room = max(self.options.max_batch - total, 0 if total else 1)
+            return piece.rows[piece.first : piece.first + room], 0
         taken: list[int] = []
         for index in range(piece.first, len(piece.rows)):
             row = piece.rows[index]
-            wider = max(width, self._width(piece.entry.lengths[row])) if piece.entry.lengths else 0
+            wider = max(width, self._width(piece.entry.lengths[row]))
             rows = total + len(taken) + 1
             if rows > 1 and (rows > self.options.max_batch or rows * wider > self.options.max_tokens):
                 break
@@ -236,6 +232,3 @@ class ModelQueue:
 
     def _width(self, length: int) -> int:
         return padded_width(length, self.options.buckets) if self.axes.mode is BatchingMode.PADDED else length
-
-    def _row_cost(self, entry: Entry, rows: list[int]) -> int:
-        return sum(entry.lengths[row] for row in rows) if entry.lengths else len(rows)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from service.batching.light import LightRuns
 from service.batching.policy import BatchAxes
 from service.batching.queue import Batch, Entry, ModelQueue, make_entry
+from service.record import record
 from service.workers.messages import BatchingOptions, FailureCode, Infer, InferFailed, ModelKey
 
 _RATE_WEIGHT = 0.2  # of the newest batch in the running mean of a model's rate
@@ -41,7 +42,7 @@ class _Lane:
     removed: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Work:
     """A batch and the model it belongs to; `began` is of the engine seconds."""
 
@@ -73,7 +74,6 @@ class Scheduler:
         self._lock = threading.Lock()
         self._condition = threading.Condition(self._lock)
         self._lanes: dict[ModelKey, _Lane] = {}
-        self._owner: dict[int, ModelKey] = {}
         self._handed: deque[Work] = deque()
         self._stopping = False
         self._running = 0  # batches of all lanes
@@ -123,7 +123,6 @@ class Scheduler:
             if not queue.entries:
                 lane.used = max(lane.used, self._level())
             queue.push(entry)
-            self._owner[request.id] = request.key
         return None
 
     def wake(self) -> None:
@@ -134,26 +133,25 @@ class Scheduler:
 
     def _has_work(self) -> bool:
         """Whether something waits that is in no batch."""
-        return any(lane.queue.cost for lane in self._lanes.values())
+        for lane in self._lanes.values():  # noqa: SIM110, a generator takes several times as long
+            if lane.queue.cost:
+                return True
+        return False
 
     def cancel(self, request_id: int) -> None:
         """Drop a request; rows that are computing now are thrown away when they are done."""
         with self._lock:
-            key = self._owner.pop(request_id, None)
-            lane = self._lanes.get(key) if key is not None else None
-            if lane is None:
-                return
-            entry = lane.queue.remove(request_id)
-            if entry is not None and entry.started is None:
-                lane.dropped += 1
-            self._condition.notify_all()
+            for lane in self._lanes.values():
+                entry = lane.queue.remove(request_id)
+                if entry is not None:
+                    lane.dropped += entry.started is None
+                    self._condition.notify_all()
+                    return
 
     def finish(self, work: Work, entries: Iterable[Entry]) -> list[Entry]:
         """Take answered or failed entries of a batch out of the books; those that were not cancelled meanwhile."""
         with self._lock:
             queue = work.lane.queue
-            for entry in entries:
-                self._owner.pop(entry.request.id, None)
             return [entry for entry in entries if queue.remove(entry.request.id) is not None]
 
     def stop(self) -> None:
@@ -185,15 +183,23 @@ class Scheduler:
                 self._condition.wait(None if due is None else max(due - now, 0.0))
 
     def take_at_once(self, on_expired: Callable[[Entry], None]) -> Work | None:
-        """The next batch if it is due, nothing runs and its model has light ones; `done` or `hand_over` has to
-        follow."""
+        """The next batch if it is due, nothing runs and its model has light ones; `done` or `hand_over` has to follow.
+        None where the engine threads are to do what there is: they are woken."""
         with self._lock:
-            if self._handed or self._running or not self._has_work():
-                return None
-            now = self._clock()
-            self._expire(now, on_expired)
-            lane, _ = self._next(now)
-            return self._start(lane, now) if lane is not None and lane.light.any else None
+            if self._handed or self._has_work():
+                work = None if self._handed or self._running else self._start_light(on_expired)
+                if work is not None:
+                    return work
+                self._condition.notify_all()
+            elif self._stopping:
+                self._condition.notify_all()
+            return None
+
+    def _start_light(self, on_expired: Callable[[Entry], None]) -> Work | None:
+        now = self._clock()
+        self._expire(now, on_expired)
+        lane, _ = self._next(now)
+        return self._start(lane, now) if lane is not None and lane.light.any else None
 
     def hand_over(self, work: Work) -> None:
         """A batch that was taken is for an engine thread."""
@@ -255,7 +261,6 @@ class Scheduler:
                 continue
             for entry in lane.queue.expired(now):
                 lane.queue.remove(entry.request.id)
-                self._owner.pop(entry.request.id, None)
                 lane.dropped += 1
                 on_expired(entry)
 
@@ -283,7 +288,7 @@ class Scheduler:
 
     def _level(self) -> float:
         """Engine seconds of the busy model that used least: where a model that comes back starts."""
-        return min((lane.used for lane in self._lanes.values() if lane.queue.entries), default=0.0)
+        return min([lane.used for lane in self._lanes.values() if lane.queue.entries], default=0.0)
 
     def _retry_after(self) -> float:
         """Seconds until what waits now is done at the measured rates; at least one."""

@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from service.codecs.body import NotJson
 from service.codecs.finite import count_non_finite
 from service.errors import InvalidRequest
+from service.record import record
 
 _MAX_SHOWN = 40
 _FLOATS = {"FP32": "f", "FP64": "d"}  # those that JSON data can have, and the array module's name of each
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class JsonTensor:
     """What is due: the input's name, the protocol's datatype and the dtype behind it, the shape that was claimed."""
 

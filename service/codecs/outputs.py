@@ -19,6 +19,7 @@ from service.codecs.json_values import shown
 from service.codecs.parameters import integer, member, refuse_unsupported, shared_place
 from service.codecs.tensor_types import BINARY_ONLY, datatype_of
 from service.errors import InvalidRequest
+from service.record import record
 from service.workers.messages import TensorInfo
 
 _MAX_NAME = 64
@@ -37,7 +38,7 @@ class RequestedOutput:
     place: Place | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Classes:
     """What the classification extension needs of a model: whether axis 0 is the batch, and the labels there are."""
 

@@ -8,7 +8,6 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from service.codecs.outputs import RequestedOutput, parse_outputs
 from service.codecs.parameters import integer, member, refuse_unsupported, shared_place
 from service.codecs.tensor_types import BINARY_ONLY, datatype_of
 from service.errors import InvalidRequest, TooLarge
+from service.record import record
 from service.workers.messages import TensorInfo
 
 _MAX_NAME = 64
@@ -29,7 +29,7 @@ _LARGEST_ITEM = 8  # bytes of an element
 Array = NDArray[Any]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class InferDocument:
     """A checked infer request; `inputs` in the model's own order."""
 
@@ -60,7 +60,7 @@ def parse_infer(
     InvalidRequest, TooLarge, and what the shared memory raises."""
     if header_length is None:
         data = memoryview(b"")
-        document = parse_object(body, partial(_read_inputs, data=data, specs=inputs, source=source))
+        document = parse_object(body, lambda found: _read_inputs(found, data, inputs, source))
     else:
         size = int(header_length) if header_length.isdigit() and len(header_length) < 16 else -1
         if not 0 <= size <= len(body):
@@ -68,7 +68,7 @@ def parse_infer(
         if size == 0:
             return _raw_body(body, inputs, outputs, source)
         data = memoryview(body)[size:]
-        document = parse_object(body[:size], partial(_read_inputs, data=data, specs=inputs, source=source))
+        document = parse_object(body[:size], lambda found: _read_inputs(found, data, inputs, source))
     parameters = member(document, "parameters")
     if parameters:
         refuse_unsupported(parameters)
@@ -148,11 +148,13 @@ def _parse_inputs(
         if spec.name not in found:
             raise InvalidRequest(f"input '{spec.name}' is missing")
     _check_symbols(found, specs)
-    return tuple((spec.name, found[spec.name]) for spec in specs)
+    return tuple([(spec.name, found[spec.name]) for spec in specs])
 
 
 def _check_symbols(arrays: dict[str, Array], specs: Sequence[TensorInfo]) -> None:
     """A dim of one name has one extent in all inputs."""
+    if len(specs) == 1 and len(set(specs[0].shape)) == len(specs[0].shape):
+        return  # no name is there twice
     seen: dict[str, tuple[int, str]] = {}
     for spec in specs:
         for symbol, extent in zip(spec.shape, arrays[spec.name].shape, strict=True):

@@ -126,7 +126,7 @@ async def _statistics(serving: Serving, models: list[ServedModel]) -> JsonRespon
     totals = await serving.totals()
     if totals is not None:
         return JsonResponse({"model_stats": [totals["statistics"][str(model.key)] for model in models]})
-    return JsonResponse({"model_stats": [m.statistics.document(m.key.name, m.key.version) for m in models]})
+    return JsonResponse({"model_stats": [m.metrics.statistics.document(m.key.name, m.key.version) for m in models]})
 
 
 def _dims(shape: tuple[int | str, ...]) -> list[int]:

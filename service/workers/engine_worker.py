@@ -116,8 +116,9 @@ class EngineWorker:
         if refusal is not None:
             self._report(refusal)
 
-    def work_off(self) -> None:
-        """Run the light batches of what was accepted on this thread, and leave the others to the engine's."""
+    def work_off(self, after_each: Callable[[], None] = lambda: None) -> None:
+        """Run the light batches of what was accepted on this thread, and leave the others to the engine's. `after_each`
+        is called when the answers of a batch have been reported."""
         while (work := self._scheduler.take_at_once(self._expired)) is not None:
             if not work.light.allows(work.batch):
                 self._scheduler.hand_over(work)
@@ -125,7 +126,11 @@ class EngineWorker:
             untold: list[_Told] = []
             self._run_one(work, untold)
             self._tell(untold)
-        self._scheduler.wake()
+            try:
+                after_each()
+            except Exception:
+                self._scheduler.wake()  # for what is left
+                raise
 
     def _report(self, report: Report) -> None:
         self._reports((report,))
@@ -303,7 +308,7 @@ class EngineWorker:
         padding = batch.rows * batch.width - batch.tokens if batch.width else 0
         rows = batch.rows if work.axes.mode is not BatchingMode.NONE else rows_of(batch.parts[0].entry.arrays)
         done = BatchDone(work.key, rows, batch.tokens, padding, seconds, batch.parts[0].entry.request.id)
-        return [done, *map(answer, self._scheduler.finish(work, finished))], True
+        return [*map(answer, self._scheduler.finish(work, finished)), done], True  # whoever waits for answers is first
 
     def _fail(self, work: Work, entry: Entry, error: Exception) -> list[Report]:
         """What to tell of a request that failed; nothing if nobody waits for it any more."""

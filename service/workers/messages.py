@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from service.record import record
+
 
 class FailureCode(StrEnum):
     """Why a worker could not answer."""
@@ -46,7 +48,7 @@ class ModelKey:
         return f"{self.name}/{self.version}"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class LocalTensor:
     """A tensor that this process sees, in its own memory or in shared memory; neither side writes to it."""
 
@@ -101,7 +103,7 @@ class LoadModel:
     image_size: tuple[int, int] | None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Infer:
     """Run one request. `lengths` are the tokens of each row where rows are shorter than the tensors are wide."""
 
@@ -115,7 +117,7 @@ class Infer:
     priority: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Cancel:
     """Nobody waits for this request any more; drop what has not started."""
 
@@ -197,7 +199,7 @@ class LoadFailed:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class InferResult:
     """The answer to an `Infer`: outputs in the order asked for, and where the time went (seconds).
 
@@ -220,7 +222,7 @@ class InferFailed:
     retry_after: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class BatchDone:
     """One run of a model that succeeded, for the metrics. `tokens` and `padding` are 0 for models without sequences;
     `request` is one that had rows in it."""

@@ -3,7 +3,6 @@ worker in a process of its own."""
 
 import asyncio
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -35,7 +34,7 @@ class LocalTransport:
 
     def __init__(self, engine: Callable[[], EngineModule], light_s: float = 0.0) -> None:
         self._worker = EngineWorker(engine, self._report, light_s=light_s)
-        self._reports: deque[Report] = deque()
+        self._reports: list[Report] = []
         self._lock = threading.Lock()
         self._scheduled = False  # to deliver
         self._accepted = False  # requests that the worker has not looked at
@@ -63,10 +62,11 @@ class LocalTransport:
 
     def _work_off(self) -> None:
         self._accepted = False
-        with self._lock:
-            self._scheduled = True
-        self._worker.work_off()
-        self._deliver()
+        self._scheduled = True  # an engine thread that sees the old value wakes the loop for nothing
+        try:
+            self._worker.work_off(lambda: self._deliver(more=True))
+        finally:
+            self._deliver()
 
     def _report(self, reports: Sequence[Report]) -> None:
         """Any thread of the worker, or the loop's: queue the reports and wake the loop once per bundle."""
@@ -78,11 +78,11 @@ class LocalTransport:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._deliver)
 
-    def _deliver(self) -> None:
+    def _deliver(self, more: bool = False) -> None:
+        """What was reported; whether it is called again without being asked to."""
         with self._lock:
-            reports = list(self._reports)
-            self._reports.clear()
-            self._scheduled = False
+            reports, self._reports = self._reports, []
+            self._scheduled = more
         if self._receive is not None:
             for report in reports:
                 self._receive(report)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from service.direct import DirectRequest
-from service.direct_connection import DirectConnection
+from service.direct_connection import DirectConnection, _Known
 from tests.service.conftest import Running, Start, wait_for
 
 ROW = [1.0, 2.0, 3.0, 4.0]
@@ -178,6 +178,114 @@ def test_pipelined_requests_are_answered_in_order(server: Running, direct: list[
             answers += raw.recv(65536)
     assert re.findall(rb'"id":"(\d)"', answers) == [b"%d" % number for number in range(6)]
     assert direct
+
+
+@pytest.fixture
+def repeated(monkeypatch: pytest.MonkeyPatch) -> list[_Known]:
+    """What was known of the requests whose header was not parsed again."""
+    found: list[_Known] = []
+    begin_again = DirectConnection._begin_again
+
+    def spy(self: DirectConnection, known: _Known, data: bytes) -> None:
+        found.append(known)
+        begin_again(self, known, data)
+
+    monkeypatch.setattr(DirectConnection, "_begin_again", spy)
+    return found
+
+
+def row_of(number: int) -> bytes:
+    """Requests of one length."""
+    return post(INFER, body({"inputs": [tensor(data=[float(number), 0.5, 0.25, 0.125])]}), ())
+
+
+def answered(raw: socket.socket) -> float:
+    status, _, content = read(raw)
+    assert status == b"HTTP/1.1 200 OK"
+    return float(json.loads(content)["outputs"][0]["data"][0])
+
+
+def test_a_header_that_repeats_is_parsed_once_and_answers_are_those_of_the_bodies(
+    server: Running, direct: list[DirectRequest], repeated: list[_Known]
+) -> None:
+    with connect(server) as raw:
+        for number in range(5):
+            raw.sendall(row_of(number))
+            assert answered(raw) == number
+        assert (len(direct), len(repeated)) == (5, 4)
+        raw.sendall(row_of(10))  # a longer body, so another header
+        assert answered(raw) == 10
+        raw.sendall(row_of(11))
+        assert answered(raw) == 11
+    assert (len(direct), len(repeated)) == (7, 5)
+    assert len({request._exchange.identity for request in direct}) == 7
+    assert not any(hasattr(known.request, "_job") for known in repeated), "tensors that a connection holds while idle"
+    assert server.metric("http_responses_total", route="/v2/models/{model}/infer", status="200") == 7
+
+
+def test_a_known_header_says_nothing_about_what_is_not_a_whole_request(
+    server: Running, direct: list[object], repeated: list[object]
+) -> None:
+    request = row_of(1)
+    with connect(server) as raw:
+        raw.sendall(request)
+        assert answered(raw) == 1
+        for cut in (request[:20], request[20:-30], request[-30:]):  # in pieces
+            raw.sendall(cut)
+            time.sleep(0.01)
+        assert answered(raw) == 1
+        raw.sendall(row_of(2) + row_of(3)[:40])  # with the beginning of the next one
+        assert answered(raw) == 2
+        raw.sendall(row_of(3)[40:])
+        assert answered(raw) == 3
+        assert repeated == []
+        raw.sendall(row_of(4))
+        assert answered(raw) == 4
+        assert len(repeated) == 1
+        raw.sendall(post(INFER, GOOD, (), chunked=True))  # through ASGI
+        assert answered(raw) == ROW[0]
+        raw.sendall(row_of(5))
+        assert answered(raw) == 5
+        assert len(repeated) == 2
+        raw.sendall(row_of(6) + row_of(7))
+        assert [int(found) for found in re.findall(rb'"data":\[(\d)', raw_answers(raw, 2))] == [6, 7]
+        raw.sendall(b"G" + request[1:])  # of the same length
+        assert read(raw)[0] == b"HTTP/1.1 400 Bad Request"
+        assert raw.recv(100) == b""
+    assert len(repeated) == 2
+
+
+def raw_answers(raw: socket.socket, count: int) -> bytes:
+    """So many answers, as they came."""
+    data = b""
+    while data.count(b'"outputs"') < count or not data.endswith(b"}"):
+        data += raw.recv(65536)
+    return data
+
+
+def test_errors_of_a_known_header_are_those_of_its_body(server: Running, repeated: list[object]) -> None:
+    bad = body({"inputs": [tensor(data=[1.0, 2.0, 3.0, "4.0"])]})
+    good = body({"inputs": [tensor(data=[1.0, 2.0, 3.0, 4.0])]})
+    good += b" " * (len(bad) - len(good))
+    with connect(server) as raw:
+        for content, status in ((good, b"200 OK"), (bad, b"400 Bad Request"), (good, b"200 OK")):
+            raw.sendall(post(INFER, content, ()))
+            assert read(raw)[0] == b"HTTP/1.1 " + status
+    assert len(repeated) == 2
+
+
+def test_a_connection_that_is_to_end_is_not_kept_by_a_known_header(
+    server: Running, direct: list[object], repeated: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with connect(server) as raw:
+        raw.sendall(row_of(1))
+        assert answered(raw) == 1
+        monkeypatch.setattr(DirectConnection, "shutting_down", True)
+        raw.sendall(row_of(2))
+        status, headers, _ = read(raw)
+        assert (status, headers[b"connection"]) == (b"HTTP/1.1 200 OK", b"close")
+        assert raw.recv(100) == b""
+    assert (len(direct), repeated) == (2, [])
 
 
 def test_half_a_body_and_a_client_that_goes_is_counted_as_before(server: Running, direct: list[object]) -> None:

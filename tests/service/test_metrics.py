@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
 from service.kernel_metrics import WINDOW_S, EngineCollector, LoadedModel
-from service.numbers import Histograms, Joint
-from service.workers.messages import Device, KernelCounters, ModelKey, ModelStats
+from service.metrics import Metrics
+from service.numbers import Histograms, Rows
+from service.workers.messages import BatchDone, Device, KernelCounters, ModelKey, ModelStats
 from tests.deploy.prometheus import needs_prometheus, promtool
 from tests.service.conftest import Running, Start, add_model, sample
 
@@ -197,21 +201,76 @@ def test_fallback_ops_and_load_time_of_each_model(start: Start, tmp_path: Path) 
     assert 'name="Fake CPU"' in text
 
 
-def test_distributions_that_are_observed_together_count_as_each_alone() -> None:
+def test_rows_count_as_each_value_alone() -> None:
     registry = CollectorRegistry(auto_describe=False)
     bounds = ((0.1, 1.0, 10.0), (1.0, 2.0))
     together = [Histograms(f"together_{i}", "", ("m",), edges, registry).labels("a") for i, edges in enumerate(bounds)]
     alone = [Histograms(f"alone_{i}", "", ("m",), edges, registry).labels("a") for i, edges in enumerate(bounds)]
-    joint = Joint(*together)
+
+    def count(columns: NDArray[np.float64]) -> None:
+        for distribution, values in zip(together, columns, strict=True):
+            distribution.observe_all(values)
+
+    rows = Rows(2, count)
     draw = random.Random(0)
     for _ in range(2500):  # more than are kept
         values = draw.choice((0.1, 1.0, 10.0, draw.expovariate(1.0))), draw.uniform(0.0, 3.0)
-        joint.observe(values)
+        rows.add(values)
         for distribution, value in zip(alone, values, strict=True):
             distribution.observe(value)
     together[0].observe(5.0)
     alone[0].observe(5.0)
+    rows.settle()
     for one, other in zip(together, alone, strict=True):
         (counts, _, total), (expected, _, sum_) = one.read(), other.read()
         assert counts == expected and sum(counts) >= 2500
         assert total == pytest.approx(sum_, rel=1e-12)
+
+
+def test_a_version_that_is_loaded_again_counts_on_while_the_one_before_drains() -> None:
+    metrics = Metrics()
+    labels = {"model": KEY.name, "version": str(KEY.version)}
+    before, after = metrics.model(KEY), metrics.model(ModelKey(KEY.name, KEY.version, 2))
+    before.inflight, after.inflight = 2, 1
+    for model, seconds in ((before, 0.2), (before, 0.3), (after, 0.4)):
+        model.answers.add((seconds, 0.1, 0.01, 0.05, 0.02))
+        model.ran(BatchDone(KEY, 3, 7, 2, 0.05, 1))
+
+    def read(name: str, **more: str) -> float | None:
+        return metrics.registry.get_sample_value(name, {**labels, **more})
+
+    assert read("inference_inflight") == 3
+    before.answers.add((0.5, 0.1, 0.01, 0.05, 0.02))
+    before.settle()  # as at its unloading
+    before.inflight = 0
+    del before, model
+    gc.collect()
+    for _ in range(2):  # nothing is counted twice
+        assert read("inference_requests_total", outcome="success") == 4
+        assert read("inference_request_duration_seconds_count") == 4
+        assert read("inference_request_duration_seconds_sum") == pytest.approx(1.4, rel=1e-12)
+        assert read("inference_request_duration_seconds_bucket", le="0.25") == 1
+        assert read("inference_batch_size_sum") == 9
+        assert read("inference_batch_tokens_count") == 3
+        assert read("inference_padding_tokens_total") == 6
+        assert read("inference_inflight") == 1
+
+
+def test_statistics_are_those_of_one_load() -> None:
+    metrics = Metrics()
+    models = [metrics.model(ModelKey("m", 1, generation)) for generation in range(2)]
+    for rows in (1, 4, 4):
+        models[0].ran(BatchDone(KEY, rows, 0, 0, 0.25 * rows, 1))
+    for _ in range(3000):  # more than are kept
+        models[0].answers.add((0.5, 0.125, 0.0625, 0.25, 0.03125))
+    models[1].answers.add((0.5, 0.0, 0.0, 0.5, 0.0))
+    document = models[0].statistics.document("m", 1)
+    assert (document["inference_count"], document["execution_count"]) == (9, 3)
+    assert {entry["batch_size"]: entry["compute_infer"] for entry in document["batch_stats"]} == {
+        1: {"count": 1, "ns": 250_000_000},
+        4: {"count": 2, "ns": 2_000_000_000},
+    }
+    stages = {"success": 1500, "queue": 375, "compute_input": 187.5, "compute_infer": 750, "compute_output": 93.75}
+    for name, seconds in stages.items():
+        assert document["inference_stats"][name] == {"count": 3000, "ns": round(seconds * 1e9)}, name
+    assert models[1].statistics.document("m", 1)["inference_stats"]["success"]["count"] == 1

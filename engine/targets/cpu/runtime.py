@@ -60,6 +60,9 @@ def _quota() -> int | None:
     return None
 
 
+_Byte = ctypes.c_char
+
+
 def aligned_bytes(nbytes: int) -> np.ndarray:
     """Uninitialised memory whose address is a multiple of 64."""
     raw = np.empty(nbytes + 64, np.uint8)
@@ -75,6 +78,12 @@ def _aligned_words(count: int) -> np.ndarray:
 
 def address(array: np.ndarray) -> int:
     """Where the array's first element lies."""
+    flags = array.flags
+    if flags.writeable and flags.c_contiguous and array.nbytes:
+        try:
+            return ctypes.addressof(_Byte.from_buffer(array))  # type: ignore[arg-type]  # in a fifth of the time
+        except ValueError:  # a dtype that buffers do not have
+            pass
     return int(array.__array_interface__["data"][0])
 
 

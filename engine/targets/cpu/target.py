@@ -43,6 +43,8 @@ class Arena:
     """Memory for the intermediates of the plan that runs. Grows to the largest plan; `release` gives it back."""
 
     memory: np.ndarray = field(default_factory=lambda: aligned_bytes(0))
+    address: int = 0
+    """Of `memory`, where it has bytes."""
 
     def at_least(self, nbytes: int) -> np.ndarray:
         if self.memory.nbytes < nbytes:
@@ -50,6 +52,7 @@ class Arena:
                 if nbytes > usable_memory_bytes():
                     raise MemoryError
                 self.memory = aligned_bytes(nbytes)
+                self.address = address(self.memory)
             except MemoryError:
                 raise OutOfMemory(f"the intermediates need {nbytes} bytes; use a smaller batch or sequence") from None
         return self.memory
@@ -152,7 +155,7 @@ class CpuExecutable:
         with self._target.lock:
             arena = self._target.arena.at_least(self._arena_bytes)
             arrays = self._places.bases(arena, inputs, outputs)
-            addresses = [address(array) for array in arrays]
+            addresses = [self._target.arena.address, *map(address, arrays[1:])]
             self._run_parts(workers, arrays, addresses)
             for _ in range(1, self._pieces):
                 # From piece to piece the inputs and outputs move on; the arena is used again.
@@ -206,9 +209,10 @@ class _Places:
 
     def __init__(self, plan: Plan) -> None:
         # A piece of the plan has tensors of its own but shares these buffers.
-        self._tensors = [*plan.inputs.items(), *plan.outputs.items()]
+        tensors = [*plan.inputs.items(), *plan.outputs.items()]
+        self._tensors = [(name, tensor.shape, tensor.dtype.numpy) for name, tensor in tensors]
         self._inputs = len(plan.inputs)
-        self._base = {id(tensor.buffer): i for i, (_, tensor) in enumerate(self._tensors, start=1)}
+        self._base = {id(tensor.buffer): i for i, (_, tensor) in enumerate(tensors, start=1)}
         self._kept: dict[int, np.ndarray] = {}
         self._table_bytes = 0
 
@@ -245,11 +249,11 @@ class _Places:
     ) -> list[np.ndarray]:
         """The arrays of all bases for one run, checked."""
         arrays = [arena]
-        for i, (name, tensor) in enumerate(self._tensors):
+        for i, (name, shape, dtype) in enumerate(self._tensors):
             array = (inputs if i < self._inputs else outputs)[name]
-            if array.shape != tensor.shape or array.dtype != tensor.dtype.numpy or not array.flags.c_contiguous:
+            if array.shape != shape or array.dtype != dtype or not array.flags.c_contiguous:
                 raise ShapeError(
-                    f"{name!r}: expected a C-contiguous {tensor.dtype.value} array of shape {list(tensor.shape)}, "
+                    f"{name!r}: expected a C-contiguous {dtype} array of shape {list(shape)}, "
                     f"got {array.dtype} of shape {list(array.shape)}"
                 )
             arrays.append(array)
