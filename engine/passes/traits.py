@@ -16,6 +16,8 @@ class Traits:
     the types for which it has a fused attention; in others scores and probabilities stay apart. `storage_type`: what
     fp32 activations and weights are kept in between operators, which compute in fp32 all the same (`narrow_floats`).
     `permuted_rows`: a product writes its rows in any order of several axes as fast as one after the other.
+    `packed_types`: the types for which its attention takes packed sequences; `packs`: whether models run on packed
+    tokens (`unpad`) unless the caller says otherwise.
     """
 
     channels_last: bool = True
@@ -23,3 +25,5 @@ class Traits:
     attention_types: frozenset[DType] = frozenset({DType.BF16, DType.F16, DType.F32, DType.F64})
     storage_type: DType = DType.F32
     permuted_rows: bool = False
+    packed_types: frozenset[DType] = frozenset()
+    packs: bool = False
