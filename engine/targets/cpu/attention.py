@@ -71,12 +71,12 @@ def lower(step: Step, context: Context) -> list[Launch]:
 
 
 def query_blocks(queries: int, lanes: int, max_vectors: int) -> list[tuple[int, int]]:
-    """(first query, vectors) of each block: full blocks, then halves down to one vector. The last come first: under a
-    causal mask they have the most keys."""
+    """(first query, vectors) of each block: full blocks, then those as wide as they can be without an empty vector. The
+    last come first: under a causal mask they have the most keys."""
     blocks = []
     first, vectors = 0, max_vectors
     while first < queries:
-        while vectors > 1 and queries - first <= vectors // 2 * lanes:
+        while queries - first <= (vectors - 1) * lanes:
             vectors //= 2
         blocks.append((first, vectors))
         first += vectors * lanes

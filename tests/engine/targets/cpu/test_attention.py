@@ -139,7 +139,7 @@ def test_blocks_cover_every_query_once() -> None:
     for queries in range(1, 300):
         blocks = sorted(query_blocks(queries, 16, 4))
         assert [start for start, _ in blocks] == [0, *np.cumsum([16 * n for _, n in blocks])[:-1]]
-        assert 0 <= sum(16 * n for _, n in blocks) - queries < 32
+        assert 0 <= sum(16 * n for _, n in blocks) - queries < 16
 
 
 def test_other_dtypes_are_refused() -> None:
