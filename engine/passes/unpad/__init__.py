@@ -31,7 +31,7 @@ from engine.ir.ops import Attention, Gemm, Reduce, Slice
 from engine.passes.layout import choose_orders
 from engine.passes.operands import fixed_operands
 from engine.passes.prologues import fuse_gathers
-from engine.passes.traits import Traits
+from engine.passes.traits import PackedAttention, Traits
 from engine.passes.unpad.elements import Index, broadcast
 from engine.passes.unpad.masks import Refused
 from engine.passes.unpad.rows import Rows
@@ -60,12 +60,12 @@ def unpad(graph: Graph, traits: Traits) -> Unpadded | str:
     attentions = [node for node in graph.nodes if isinstance(node.op, Attention)]
     if not attentions:
         return "no attention was recognised"
-    if not traits.packed_types:
+    if traits.packed is None:
         return "the device has no attention on packed sequences"
     reason = ""
     for mask in _masks(graph, attentions):
         try:
-            return _rewritten(graph, mask, traits)
+            return _rewritten(graph, mask, traits, traits.packed)
         except Refused as refused:
             reason = reason or str(refused)
         except ShapeError as error:
@@ -92,7 +92,7 @@ def _may_be_mask(value: Value) -> bool:
     return numeric and value.rank == 2 and all(map(is_symbol, value.shape)) and value.shape[0] != value.shape[1]
 
 
-def _rewritten(graph: Graph, mask: Value, traits: Traits) -> Unpadded:
+def _rewritten(graph: Graph, mask: Value, traits: Traits, kernel: PackedAttention) -> Unpadded:
     rows = Rows(graph, mask, symbol(_free_name("tokens", {str(s) for v in graph.inputs for s in symbols(*v.shape)})))
     names = {value.name for value in graph.inputs}
     for value in (rows.rows, rows.positions, rows.places, rows.starts):
@@ -102,8 +102,7 @@ def _rewritten(graph: Graph, mask: Value, traits: Traits) -> Unpadded:
     for node in graph.nodes:
         try:
             if isinstance(node.op, Attention):
-                if node.inputs[0].dtype not in traits.packed_types:
-                    raise Refused(f"no attention on packed sequences of {node.inputs[0].dtype.value} on this device")
+                _check_kernel(node, kernel)
                 pack_attention(rows, node)
                 count += 1
                 continue
@@ -122,6 +121,17 @@ def _rewritten(graph: Graph, mask: Value, traits: Traits) -> Unpadded:
         raise refused or Refused("no attention is masked")
     outputs = [rows.unpacked(value) for value in graph.outputs]
     return _finished(graph, rows, outputs, traits, count)
+
+
+def _check_kernel(node: Node, kernel: PackedAttention) -> None:
+    """Raises Refused where the target has no kernel for an attention on packed sequences."""
+    if node.inputs[0].dtype not in kernel.types:
+        raise Refused(f"no attention on packed sequences of {node.inputs[0].dtype.value} on this device")
+    for value in node.inputs[:3]:
+        width = value.shape[-1]
+        fits = isinstance(width, int) and width % kernel.multiple == 0 and width <= (kernel.widest or width)
+        if not fits:
+            raise Refused(f"no attention on packed sequences of heads of {width} features on this device")
 
 
 def _copy(rows: Rows, node: Node, inputs: list[Value] | None = None) -> None:

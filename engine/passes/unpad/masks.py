@@ -27,6 +27,8 @@ def hides_only(node: Node, mask: Value, producers: Mapping[Value, Node]) -> bool
     where = f"attention {node.origin!r}"
     if op.packed:
         raise Refused(f"{where} is packed already")
+    if op.scale <= 0:
+        raise Refused(f"{where} has a scale of {op.scale:g}")
     if not op.has_bias:
         raise Refused(f"{where} has no mask")
     bias = node.inputs[3]

@@ -146,6 +146,7 @@ def _expression(rows: Rows, node: Node) -> _Made:
     op = node.op
     assert isinstance(op, Pointwise | Norm | Softmax | Reduce)
     read = ex.arguments(op.source) if not isinstance(op, Pointwise) else ex.arguments(*op.stores)
+    _demand(bool(read), node, "reads nothing")
     rank = max(len(operand_shape(i, node.inputs, gathers_of(op))) for i in read)
     axes = _axes(rows, node, rank)
     reduced = {Norm: "axes", Reduce: "axes"}.get(type(op))
