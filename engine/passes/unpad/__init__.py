@@ -29,9 +29,9 @@ from engine.ir import expr as ex
 from engine.ir.dim import is_symbol, symbol, symbols
 from engine.ir.dtype import DType
 from engine.ir.graph import Graph, Node, Value
-from engine.ir.ops import Attention, Gemm, Reduce, Slice
+from engine.ir.ops import Attention, Gather, Gemm, Reduce, Slice
 from engine.passes.layout import choose_orders
-from engine.passes.operands import fixed_operands
+from engine.passes.operands import fixed_operands, gathers_of
 from engine.passes.prologues import fuse_gathers
 from engine.passes.traits import PackedAttention, Traits
 from engine.passes.unpad.elements import Index, broadcast
@@ -92,12 +92,24 @@ def _masks(graph: Graph, attentions: list[Node]) -> list[Value]:
             seen.add(value)
             node = producers.get(value)
             pending += node.inputs if node is not None and not isinstance(node.op, Attention) else ()
-    return [value for value in graph.inputs if value in seen and _may_be_mask(value)]
+    looked_up = _of_many(graph)
+    return [value for value in graph.inputs if value in seen and value not in looked_up and _may_be_mask(value)]
 
 
 def _may_be_mask(value: Value) -> bool:
     numeric = value.dtype.is_int or value.dtype.is_float or value.dtype is DType.BOOL
     return numeric and value.rank == 2 and all(map(is_symbol, value.shape)) and value.shape[0] != value.shape[1]
+
+
+def _of_many(graph: Graph) -> set[Value]:
+    """Values that choose from a table of more than two rows: token ids (compared with padding's, maybe), no mask."""
+    found = set()
+    for node in graph.nodes:
+        pairs = [(node.inputs[table], node.inputs[by], 0) for table, by in gathers_of(node.op)]
+        if isinstance(node.op, Gather):
+            pairs.append((node.inputs[0], node.inputs[1], node.op.axis))
+        found |= {by for table, by, axis in pairs if table.shape[axis] not in (1, 2)}
+    return found
 
 
 def _rewritten(graph: Graph, mask: Value, traits: Traits, kernel: PackedAttention) -> Unpadded:
