@@ -5,7 +5,7 @@ Called by the queue (grouping, cost) and by the engine worker at load (axes). A 
 shared by all inputs and outputs is never batched.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from service.workers.messages import BatchingMode, BatchingOptions, TensorInfo
@@ -21,14 +21,26 @@ Shape = tuple[int, ...]
 class BatchAxes:
     """The axes of a model that batching needs.
 
-    `sequence` is the symbol of axis 1 of the token inputs (None for models without one); `outputs` are, per output
-    name, the axes that carry it.
+    `sequence` is the symbol of axis 1 of the token inputs (None for models without one); `sequence_outputs` are, per
+    output name, the axes that carry it; `mask` is the input that tells tokens from padding (None for models without
+    one). `packed_tokens` is, where rows are packed, how many tokens the engine computes for so many.
     """
 
     mode: BatchingMode
     sequence: str | None
     sequence_outputs: dict[str, tuple[int, ...]]
     reason: str
+    mask: str | None = None
+    packed_tokens: Callable[[int], int] | None = None
+
+    def packed(self, packed_tokens: Callable[[int], int]) -> "BatchAxes":
+        """The same model with rows of any length side by side."""
+        reason = f"rows of any length side by side: what '{self.mask}' hides is not computed"
+        return replace(self, mode=BatchingMode.PACKED, reason=reason, packed_tokens=packed_tokens)
+
+    def computed(self, rows: int, width: int, tokens: int) -> int:
+        """How many tokens a run of rows of `tokens` altogether computes, handed over in the common length `width`."""
+        return rows * width if self.packed_tokens is None else self.packed_tokens(tokens)
 
     def without_padding(self, reason: str) -> "BatchAxes":
         """The same model with rows of equal length only."""
@@ -46,7 +58,8 @@ def find_axes(inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo]) -> Ba
         spec.name: tuple(axis for axis, dim in enumerate(spec.shape) if axis > 0 and dim == sequence)
         for spec in outputs
     }
-    axes = BatchAxes(BatchingMode.NONE, sequence, sequence_outputs, "")
+    mask = next((spec.name for spec in inputs if spec.name in MASK_NAMES), None)
+    axes = BatchAxes(BatchingMode.NONE, sequence, sequence_outputs, "", mask)
     symbol = inputs[0].shape[0] if inputs and inputs[0].shape else None
     for kind, specs in (("input", inputs), ("output", outputs)):
         for spec in specs:
@@ -63,7 +76,7 @@ def find_axes(inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo]) -> Ba
     known = {dim for spec in inputs for dim in spec.shape if isinstance(dim, str)}
     if any(isinstance(dim, str) and dim not in known for spec in outputs for dim in spec.shape):
         return axes.without_padding("rows of equal length: an output has a dim that no input has")
-    if not any(spec.name in MASK_NAMES for spec in inputs):
+    if mask is None:
         return axes.without_padding("rows of equal length: there is no mask input to pad under")
     return replace(axes, mode=BatchingMode.PADDED, reason=f"rows along '{symbol}', padded along '{sequence}'")
 

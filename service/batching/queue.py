@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from service.batching.policy import BatchAxes, Shape, bucket_of, capacity, padded_width
@@ -18,23 +19,25 @@ from service.workers.messages import BatchingMode, BatchingOptions, Infer
 
 Group = tuple[int, tuple[Shape, ...]]
 
-PlanShape = tuple[int, int, tuple[Shape, ...]]
-"""Rows, width and the shapes of a row of each input: see `Batch`."""
+PlanShape = tuple[int, int, int, tuple[Shape, ...]]
+"""Rows, width, computed tokens and the shapes of a row of each input: see `Batch`."""
 
 
 @dataclass(slots=True)
 class Entry:
     """A request on the engine side, from its arrival to its last row.
 
-    `width` is the longest row in tokens, 0 for models without a sequence; `even` says that all rows have that length.
-    Both are found once: a request of many rows is looked at once per batch that holds a part of it. `rows_left` are in
-    no batch yet, `rows_done` have their results.
+    `lengths` is how far each row reaches, empty for models without a sequence, and `tokens` what of it is computed:
+    all, but where rows are packed only what no mask hides. `width` is the longest row, 0 without a sequence; `even`
+    says that all rows have that length. Both are found once: a request of many rows is looked at once per batch that
+    holds a part of it. `rows_left` are in no batch yet, `rows_done` have their results.
     """
 
     request: Infer
     arrays: dict[str, NDArray[Any]]
     rows: int
     lengths: tuple[int, ...]
+    tokens: tuple[int, ...]
     cost: int
     rows_left: int
     width: int = field(init=False)
@@ -71,19 +74,21 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one run of the engine computes. `width` is the padded length in tokens (0 without a sequence), `shapes` are
-    those of a row of each input, the sequence left out."""
+    """What one run of the engine computes. `width` is the common length in which rows are handed over; of all its
+    `computed` tokens, `tokens` are the rows' own (all three 0 without a sequence). `shapes` are those of a row of each
+    input, the sequence left out."""
 
     parts: tuple[Taken, ...]
     rows: int
     width: int
     tokens: int
+    computed: int
     shapes: tuple[Shape, ...]
 
     @property
     def shape(self) -> PlanShape:
         """What decides which plan of the engine runs it."""
-        return self.rows, self.width, self.shapes
+        return self.rows, self.width, self.computed, self.shapes
 
 
 def make_entry(request: Infer, axes: BatchAxes) -> Entry:
@@ -91,13 +96,17 @@ def make_entry(request: Infer, axes: BatchAxes) -> Entry:
     row."""
     arrays = {name: handle.view() for name, handle in request.inputs}
     if axes.mode is BatchingMode.NONE:
-        return Entry(request, arrays, 1, (), 1, 1)
+        return Entry(request, arrays, 1, (), (), 1, 1)
     first = next(iter(arrays.values()))
     rows = int(first.shape[0])
     if axes.sequence is None:
-        return Entry(request, arrays, rows, (), rows, rows)
+        return Entry(request, arrays, rows, (), (), rows, rows)
     lengths = request.lengths or (int(first.shape[1]),) * rows
-    return Entry(request, arrays, rows, lengths, sum(lengths), rows)
+    tokens = lengths
+    if axes.mode is BatchingMode.PACKED and axes.mask is not None and not request.lengths:
+        # A row without a token waits for its turn like one with a token.
+        tokens = tuple(np.maximum(np.count_nonzero(arrays[axes.mask], axis=1), 1).tolist())
+    return Entry(request, arrays, rows, lengths, tokens, sum(tokens), rows)
 
 
 class ModelQueue:
@@ -129,6 +138,9 @@ class ModelQueue:
             yield (0, tuple(array.shape[skip:] for array in entry.arrays.values())), list(range(entry.rows))
             return
         shapes = tuple(array.shape[2:] for array in entry.arrays.values())
+        if self.axes.mode is BatchingMode.PACKED:
+            yield (0, shapes), list(range(entry.rows))
+            return
         grouped: dict[int, list[int]] = {}
         for row, length in enumerate(entry.lengths):
             padded = self.axes.mode is BatchingMode.PADDED
@@ -166,7 +178,9 @@ class ModelQueue:
         """When a batch of a group may start: at once where it is full, else when its oldest request has waited."""
         pieces = [piece for _, _, piece in self._groups[group] if not piece.entry.closed]
         rows = sum(len(piece.rows) - piece.first for piece in pieces)
-        if rows >= self.options.max_batch or rows * group[0] >= self.options.max_tokens:
+        packed = self.axes.mode is BatchingMode.PACKED  # then a request is one piece
+        tokens = sum(piece.entry.cost_left for piece in pieces) if packed else rows * group[0]
+        if rows >= self.options.max_batch or tokens >= self.options.max_tokens:
             return now
         return min(piece.entry.request.arrival for piece in pieces) + self.options.max_delay_s
 
@@ -196,13 +210,13 @@ class ModelQueue:
             return None
         heap = self._groups[group]
         parts: list[Taken] = []
-        total = width = tokens = 0
+        total = longest = tokens = 0
         while heap:
             piece = heap[0][2]
             if piece.entry.closed:
                 heapq.heappop(heap)
                 continue
-            taken, width = self._fitting(piece, total, width)
+            taken, longest = self._fitting(piece, total, longest, tokens)
             if not taken:
                 break
             entry = piece.entry
@@ -219,23 +233,39 @@ class ModelQueue:
                 heapq.heappop(heap)
             if self.axes.mode is BatchingMode.NONE:
                 break
-        return Batch(tuple(parts), total, width, tokens, group[1])
+        width = self._width(longest)
+        return Batch(tuple(parts), total, width, tokens, self.axes.computed(total, width, tokens), group[1])
 
-    def _fitting(self, piece: Piece, total: int, width: int) -> tuple[list[int], int]:
-        """Rows of `piece` that fit beside `total` rows of `width` tokens, and the width they make."""
-        taken: list[int] = []
+    def _fitting(self, piece: Piece, total: int, longest: int, tokens: int) -> tuple[list[int], int]:
+        """Rows of `piece` that fit beside `total` rows of `tokens` tokens, of which the longest has so many, and the
+        longest of all."""
+        entry, taken = piece.entry, list[int]()
         for index in range(piece.first, len(piece.rows)):
             row = piece.rows[index]
-            wider = max(width, self._width(piece.entry.lengths[row])) if piece.entry.lengths else 0
+            longer = max(longest, entry.lengths[row]) if entry.lengths else 0
             rows = total + len(taken) + 1
-            if rows > 1 and (rows > self.options.max_batch or rows * wider > self.options.max_tokens):
+            tokens += entry.tokens[row] if entry.tokens else 0
+            if rows > 1 and (
+                rows > self.options.max_batch or self._load(rows, longer, tokens) > self.options.max_tokens
+            ):
                 break
             taken.append(row)
-            width = wider
-        return taken, width
+            longest = longer
+        return taken, longest
 
-    def _width(self, length: int) -> int:
-        return padded_width(length, self.options.buckets) if self.axes.mode is BatchingMode.PADDED else length
+    def _load(self, rows: int, longest: int, tokens: int) -> int:
+        """What such rows take of the budget of tokens."""
+        return tokens if self.axes.mode is BatchingMode.PACKED else rows * self._width(longest)
+
+    def _width(self, longest: int) -> int:
+        if not longest:
+            return 0
+        match self.axes.mode:
+            case BatchingMode.PADDED:
+                return padded_width(longest, self.options.buckets)
+            case BatchingMode.PACKED:
+                return bucket_of(longest, self.options.buckets)
+        return longest
 
     def _row_cost(self, entry: Entry, rows: list[int]) -> int:
-        return sum(entry.lengths[row] for row in rows) if entry.lengths else len(rows)
+        return sum(entry.tokens[row] for row in rows) if entry.tokens else len(rows)
