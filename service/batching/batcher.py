@@ -90,7 +90,7 @@ def alone(part: Taken, shapes: tuple[Shape, ...], axes: BatchAxes) -> Batch:
     entry, rows = part.entry, len(part.rows)
     width = max((entry.lengths[row] for row in part.rows), default=0) if entry.lengths else 0
     tokens = sum(entry.tokens[row] for row in part.rows) if entry.tokens else 0
-    return Batch((part,), rows, width, tokens, axes.computed(rows, width, tokens), shapes)
+    return Batch((part,), rows, width, tokens, axes.computed(entry.packed, rows, width, tokens), shapes)
 
 
 def answer(entry: Entry) -> InferResult:

@@ -7,6 +7,10 @@ shared by all inputs and outputs is never batched.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from service.workers.messages import BatchingMode, BatchingOptions, TensorInfo
 
@@ -22,8 +26,8 @@ class BatchAxes:
     """The axes of a model that batching needs.
 
     `sequence` is the symbol of axis 1 of the token inputs (None for models without one); `sequence_outputs` are, per
-    output name, the axes that carry it; `mask` is the input that tells tokens from padding (None for models without
-    one). `packed_tokens` is, where rows are packed, how many tokens the engine computes for so many.
+    output name, the axes that carry it. Where rows are packed, `mask` is the input that tells tokens from padding, and
+    `packed_tokens` says how many a run of so many rows computes, of a width, with so many tokens of their own.
     """
 
     mode: BatchingMode
@@ -31,16 +35,18 @@ class BatchAxes:
     sequence_outputs: dict[str, tuple[int, ...]]
     reason: str
     mask: str | None = None
-    packed_tokens: Callable[[int], int] | None = None
+    packed_tokens: Callable[[int, int, int], int] | None = None
 
-    def packed(self, packed_tokens: Callable[[int], int]) -> "BatchAxes":
+    def packed(self, mask: str, packed_tokens: Callable[[int, int, int], int]) -> "BatchAxes":
         """The same model with rows of any length side by side."""
-        reason = f"rows of any length side by side: what '{self.mask}' hides is not computed"
-        return replace(self, mode=BatchingMode.PACKED, reason=reason, packed_tokens=packed_tokens)
+        reason = f"rows of any length side by side: what '{mask}' hides is not computed"
+        return replace(self, mode=BatchingMode.PACKED, reason=reason, mask=mask, packed_tokens=packed_tokens)
 
-    def computed(self, rows: int, width: int, tokens: int) -> int:
-        """How many tokens a run of rows of `tokens` altogether computes, handed over in the common length `width`."""
-        return rows * width if self.packed_tokens is None else self.packed_tokens(tokens)
+    def computed(self, packed: bool, rows: int, width: int, tokens: int) -> int:
+        """What a run computes of rows of so many tokens altogether, handed over in a common length."""
+        if packed and self.packed_tokens is not None:
+            return self.packed_tokens(rows, width, tokens)
+        return rows * width
 
     def without_padding(self, reason: str) -> "BatchAxes":
         """The same model with rows of equal length only."""
@@ -58,8 +64,7 @@ def find_axes(inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo]) -> Ba
         spec.name: tuple(axis for axis, dim in enumerate(spec.shape) if axis > 0 and dim == sequence)
         for spec in outputs
     }
-    mask = next((spec.name for spec in inputs if spec.name in MASK_NAMES), None)
-    axes = BatchAxes(BatchingMode.NONE, sequence, sequence_outputs, "", mask)
+    axes = BatchAxes(BatchingMode.NONE, sequence, sequence_outputs, "")
     symbol = inputs[0].shape[0] if inputs and inputs[0].shape else None
     for kind, specs in (("input", inputs), ("output", outputs)):
         for spec in specs:
@@ -76,7 +81,7 @@ def find_axes(inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo]) -> Ba
     known = {dim for spec in inputs for dim in spec.shape if isinstance(dim, str)}
     if any(isinstance(dim, str) and dim not in known for spec in outputs for dim in spec.shape):
         return axes.without_padding("rows of equal length: an output has a dim that no input has")
-    if mask is None:
+    if not any(spec.name in MASK_NAMES for spec in inputs):
         return axes.without_padding("rows of equal length: there is no mask input to pad under")
     return replace(axes, mode=BatchingMode.PADDED, reason=f"rows along '{symbol}', padded along '{sequence}'")
 
@@ -90,6 +95,22 @@ def _sequence_symbol(inputs: Sequence[TensorInfo]) -> str | None:
     symbols = {spec.shape[1] if len(spec.shape) == 2 and spec.dtype.kind in "iub" else None for spec in inputs}
     symbol = next(iter(symbols)) if len(symbols) == 1 else None
     return symbol if isinstance(symbol, str) else None
+
+
+def prefix_lengths(mask: NDArray[Any]) -> tuple[int, ...] | None:
+    """The number of ones in each row of a mask; None where a row is anything else than ones, at least one, and then
+    zeros."""
+    ones = np.count_nonzero(mask, axis=1)
+    ends = mask.shape[1] - np.argmax(mask[:, ::-1] != 0, axis=1)
+    return tuple(ones.tolist()) if ones.all() and np.array_equal(ones, ends) else None
+
+
+def width_of(packed: bool, longest: int, options: BatchingOptions, axes: BatchAxes) -> int:
+    """The common length in which rows are handed over. That of packed ones costs nothing that is computed, so it may be
+    as wide as its bucket, and makes few plans."""
+    if packed:
+        return bucket_of(longest, options.buckets)
+    return longest if axes.mode is BatchingMode.ROWS else padded_width(longest, options.buckets)
 
 
 def bucket_of(length: int, buckets: Sequence[int]) -> int:

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from service.batching.policy import BatchAxes, Shape, bucket_of, capacity, padded_width
+from service.batching.policy import BatchAxes, Shape, bucket_of, capacity, prefix_lengths, width_of
 from service.workers.messages import BatchingMode, BatchingOptions, Infer
 
 Group = tuple[int, tuple[Shape, ...]]
@@ -27,10 +26,10 @@ PlanShape = tuple[int, int, int, tuple[Shape, ...]]
 class Entry:
     """A request on the engine side, from its arrival to its last row.
 
-    `lengths` is how far each row reaches, empty for models without a sequence, and `tokens` what of it is computed:
-    all, but where rows are packed only what no mask hides. `width` is the longest row, 0 without a sequence; `even`
-    says that all rows have that length. Both are found once: a request of many rows is looked at once per batch that
-    holds a part of it. `rows_left` are in no batch yet, `rows_done` have their results.
+    `lengths` is how far each row reaches, empty for models without a sequence; `tokens` are what of it counts: all, but
+    of `packed` rows only what no mask hides. `width` is the longest row, 0 without a sequence; `even` says that all
+    rows have that length. Both are found once: a request of many rows is looked at once per batch that holds a part of
+    it. `rows_left` are in no batch yet, `rows_done` have their results.
     """
 
     request: Infer
@@ -40,6 +39,7 @@ class Entry:
     tokens: tuple[int, ...]
     cost: int
     rows_left: int
+    packed: bool = False
     width: int = field(init=False)
     even: bool = field(init=False)
     cost_left: int = field(init=False)
@@ -93,7 +93,7 @@ class Batch:
 
 def make_entry(request: Infer, axes: BatchAxes) -> Entry:
     """Wrap a request; its cost is tokens for sequence models, else rows. Never batched: the whole request is one
-    row."""
+    row. Where the model runs packed, a request does not if its mask is of another kind than the engine takes."""
     arrays = {name: handle.view() for name, handle in request.inputs}
     if axes.mode is BatchingMode.NONE:
         return Entry(request, arrays, 1, (), (), 1, 1)
@@ -102,11 +102,11 @@ def make_entry(request: Infer, axes: BatchAxes) -> Entry:
     if axes.sequence is None:
         return Entry(request, arrays, rows, (), (), rows, rows)
     lengths = request.lengths or (int(first.shape[1]),) * rows
-    tokens = lengths
-    if axes.mode is BatchingMode.PACKED and axes.mask is not None and not request.lengths:
-        # A row without a token waits for its turn like one with a token.
-        tokens = tuple(np.maximum(np.count_nonzero(arrays[axes.mask], axis=1), 1).tolist())
-    return Entry(request, arrays, rows, lengths, tokens, sum(tokens), rows)
+    tokens = request.lengths or None
+    if axes.mask is not None and not request.lengths:
+        tokens = prefix_lengths(arrays[axes.mask])
+    packed = axes.mask is not None and tokens is not None
+    return Entry(request, arrays, rows, lengths, tokens or lengths, sum(tokens or lengths), rows, packed)
 
 
 class ModelQueue:
@@ -138,13 +138,13 @@ class ModelQueue:
             yield (0, tuple(array.shape[skip:] for array in entry.arrays.values())), list(range(entry.rows))
             return
         shapes = tuple(array.shape[2:] for array in entry.arrays.values())
-        if self.axes.mode is BatchingMode.PACKED:
+        if entry.packed:
             yield (0, shapes), list(range(entry.rows))
             return
         grouped: dict[int, list[int]] = {}
         for row, length in enumerate(entry.lengths):
-            padded = self.axes.mode is BatchingMode.PADDED
-            grouped.setdefault(bucket_of(length, self.options.buckets) if padded else length, []).append(row)
+            even = self.axes.mode is BatchingMode.ROWS
+            grouped.setdefault(length if even else bucket_of(length, self.options.buckets), []).append(row)
         for width, rows in grouped.items():
             yield (width, shapes), rows
 
@@ -178,8 +178,9 @@ class ModelQueue:
         """When a batch of a group may start: at once where it is full, else when its oldest request has waited."""
         pieces = [piece for _, _, piece in self._groups[group] if not piece.entry.closed]
         rows = sum(len(piece.rows) - piece.first for piece in pieces)
-        packed = self.axes.mode is BatchingMode.PACKED  # then a request is one piece
-        tokens = sum(piece.entry.cost_left for piece in pieces) if packed else rows * group[0]
+        tokens = rows * group[0]
+        if pieces[0].entry.packed:  # then a request is one piece
+            tokens = sum(piece.entry.cost_left for piece in pieces)
         if rows >= self.options.max_batch or tokens >= self.options.max_tokens:
             return now
         return min(piece.entry.request.arrival for piece in pieces) + self.options.max_delay_s
@@ -233,8 +234,10 @@ class ModelQueue:
                 heapq.heappop(heap)
             if self.axes.mode is BatchingMode.NONE:
                 break
-        width = self._width(longest)
-        return Batch(tuple(parts), total, width, tokens, self.axes.computed(total, width, tokens), group[1])
+        packed = parts[0].entry.packed
+        width = width_of(packed, longest, self.options, self.axes)
+        computed = self.axes.computed(packed, total, width, tokens)
+        return Batch(tuple(parts), total, width, tokens, computed, group[1])
 
     def _fitting(self, piece: Piece, total: int, longest: int, tokens: int) -> tuple[list[int], int]:
         """Rows of `piece` that fit beside `total` rows of `tokens` tokens, of which the longest has so many, and the
@@ -242,30 +245,16 @@ class ModelQueue:
         entry, taken = piece.entry, list[int]()
         for index in range(piece.first, len(piece.rows)):
             row = piece.rows[index]
-            longer = max(longest, entry.lengths[row]) if entry.lengths else 0
             rows = total + len(taken) + 1
+            longer = max(longest, entry.lengths[row]) if entry.lengths else 0
             tokens += entry.tokens[row] if entry.tokens else 0
-            if rows > 1 and (
-                rows > self.options.max_batch or self._load(rows, longer, tokens) > self.options.max_tokens
-            ):
+            width = width_of(entry.packed, longer, self.options, self.axes)
+            computed = self.axes.computed(entry.packed, rows, width, tokens)
+            if rows > 1 and (rows > self.options.max_batch or computed > self.options.max_tokens):
                 break
             taken.append(row)
             longest = longer
         return taken, longest
-
-    def _load(self, rows: int, longest: int, tokens: int) -> int:
-        """What such rows take of the budget of tokens."""
-        return tokens if self.axes.mode is BatchingMode.PACKED else rows * self._width(longest)
-
-    def _width(self, longest: int) -> int:
-        if not longest:
-            return 0
-        match self.axes.mode:
-            case BatchingMode.PADDED:
-                return padded_width(longest, self.options.buckets)
-            case BatchingMode.PACKED:
-                return bucket_of(longest, self.options.buckets)
-        return longest
 
     def _row_cost(self, entry: Entry, rows: list[int]) -> int:
         return sum(entry.tokens[row] for row in rows) if entry.tokens else len(rows)

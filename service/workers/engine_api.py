@@ -107,12 +107,13 @@ class EngineModel(Protocol):
     @property
     def concurrent_runs(self) -> int: ...
     @property
-    def packed(self) -> bool:
-        """Whether runs compute only what the mask does not hide: rows of any length, side by side."""
+    def packed_mask(self) -> str | None:
+        """The input that says which tokens are real, where runs compute only those; None where they compute all."""
         ...
 
-    def packed_tokens(self, tokens: int) -> int:
-        """How many tokens a packed run computes for so many that the mask does not hide."""
+    def computed_tokens(self, rows: int, width: int, tokens: int) -> int:
+        """How many tokens a run on inputs (rows, width) computes, so many of which are real: in every row of the mask
+        ones and then zeros, at least one of the former."""
         ...
 
     def run(self, feeds: Mapping[str, NDArray[Any]], /) -> Mapping[str, NDArray[Any]]: ...

@@ -96,7 +96,7 @@ def _probe_padding(
         cut = tuple(slice(extent) for extent in expected.shape)
         if not _close(wide[name][cut], expected):
             return axes.without_padding(f"rows of equal length: padding changes '{name}'")
-    return axes.packed(model.packed_tokens) if model.packed else axes
+    return axes if model.packed_mask is None else axes.packed(model.packed_mask, model.computed_tokens)
 
 
 def _feeds(

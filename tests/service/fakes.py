@@ -227,7 +227,7 @@ class FakeModel:
         self.fallback_ops = 0
         self.load_seconds = 0.01
         self.concurrent_runs = arguments.get("concurrent_runs", 1)
-        self.packed = arguments.get("token_step", 0) > 0
+        self.packed_mask = "attention_mask" if "token_step" in arguments else None
         self.closed = False
         self._owner = owner
         self._arguments = arguments
@@ -266,10 +266,10 @@ class FakeModel:
             self._runs[tuple(sizes.items())] += 1
         return outputs
 
-    def packed_tokens(self, tokens: int) -> int:
-        """Rounded up to the `token_step` of a packed model."""
+    def computed_tokens(self, rows: int, width: int, tokens: int) -> int:
+        """Rounded up to the `token_step` of a packed model, where that is less than all."""
         step = int(self._arguments["token_step"])
-        return -(-tokens // step) * step
+        return min(-(-tokens // step) * step, rows * width)
 
     def _fail_as_told(self, first: Array) -> None:
         """`faults` maps an element of the first input to what happens to this process when it is met."""
