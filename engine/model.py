@@ -28,6 +28,8 @@ from engine.feeds import (
 from engine.ir.dtype import DType
 from engine.ir.graph import Graph
 from engine.ir.ops import Opaque
+from engine.packing import Batch, Packer
+from engine.passes.unpad import Unpadded
 from engine.plan.build import Constants, build
 from engine.plan.cache import LeastRecentlyUsed
 from engine.plan.plan import Plan
@@ -66,11 +68,25 @@ class _Ready(_Held[Executable]):
 
 
 class Model:
-    """A model on a device. Thread-safe. Use `engine.load` to make one, and `close` (or ``with``) to free it."""
+    """A model on a device. Thread-safe. Use `engine.load` to make one, and `close` (or ``with``) to free it.
 
-    def __init__(self, graph: Graph, target: Target, plan_cache_bytes: int = PLAN_CACHE_BYTES) -> None:
+    Beside its graph it may have one for packed tokens (`engine.passes.unpad`). Which of the two runs is decided for every
+    batch; what distinguishes their plans is a size more, the number of tokens.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        target: Target,
+        plan_cache_bytes: int = PLAN_CACHE_BYTES,
+        unpadded: Unpadded | str = "off",
+    ) -> None:
+        """`unpadded`: the graph on packed tokens, or why there is none."""
         self._graph = graph
         self._target = target
+        self._unpadded = unpadded
+        packed = target.traits.packed
+        self._packer = Packer(unpadded, packed.sequences if packed else None) if isinstance(unpadded, Unpadded) else None
         self._lock = threading.RLock()
         self._left = threading.Condition(self._lock)
         """Notified when a call has left."""
@@ -107,13 +123,14 @@ class Model:
         fit the model, OutOfMemory for sizes the device cannot hold, DeviceError where the device fails.
         """
         arrays, sizes = self._checked(feeds)
+        given, own_sizes = self._chosen(arrays, sizes)
         try:
             with self._lock:
-                ready = self._ready(sizes)
+                ready = self._ready(own_sizes)
                 self._enter(ready)
             try:
                 outputs = {name: np.empty(shape, dtype) for name, (shape, dtype) in ready.outputs.items()}
-                ready.bound.run(arrays, outputs)
+                ready.bound.run(given, outputs)
             finally:
                 self._leave(ready)
         except (ShapeError, MemoryError) as error:
@@ -142,6 +159,13 @@ class Model:
             self._known[tuple(shapes)] = sizes
         return arrays, sizes
 
+    def _chosen(
+        self, arrays: Mapping[str, np.ndarray], sizes: Mapping[str, int]
+    ) -> tuple[Mapping[str, np.ndarray], Mapping[str, int]]:
+        """What to run on these feeds: themselves, or a batch on packed tokens."""
+        batch = self._packer.pack(arrays, sizes) if self._packer is not None else None
+        return (arrays, sizes) if batch is None else (batch.arrays, batch.sizes)
+
     @contextmanager
     def _explained(self, sizes: Mapping[str, int]) -> Iterator[None]:
         """Errors of making a plan in the caller's terms."""
@@ -165,7 +189,9 @@ class Model:
         """A plan for fixed sizes with its own input and output arrays in the device's memory, for repeated runs without
         allocation and without transfers.
 
-        `sizes` gives every symbol of the input shapes. Raises ShapeError where one is missing, unknown or not positive.
+        `sizes` gives every symbol of the input shapes; with the size of `Model.packed_size` beside them the plan is that on
+        packed tokens, whose inputs and sizes `pack` makes. Raises ShapeError where one is missing, unknown or not
+        positive.
         """
         self._check_sizes(sizes)
         with self._lock, self._explained(sizes):
@@ -179,6 +205,31 @@ class Model:
         with self._lock, self._explained(sizes):
             return self._build(sizes)
 
+    @property
+    def packed_size(self) -> str | None:
+        """The name of the size that plans on packed tokens have beside the model's own: the number of tokens. None where
+        the model does not run on packed tokens; `why_padded` says why."""
+        return self._unpadded.tokens if self._packer is not None and isinstance(self._unpadded, Unpadded) else None
+
+    @property
+    def packed_mask(self) -> str | None:
+        """The input that says which tokens are real, of a model that runs on packed tokens."""
+        return self._unpadded.mask if self._packer is not None and isinstance(self._unpadded, Unpadded) else None
+
+    @property
+    def why_padded(self) -> str | None:
+        """In a few words why the model does not run on packed tokens; None where it does."""
+        return self._unpadded if isinstance(self._unpadded, str) else None
+
+    def pack(self, feeds: Mapping[str, Any]) -> Batch | None:
+        """What `run` would run on packed tokens for these feeds, however little that saves: inputs and sizes for `bind`.
+        None where the model does not, or the mask does not allow it (rows of ones followed by zeros, nothing else).
+
+        Raises ShapeError for feeds that do not fit the model.
+        """
+        arrays, sizes = self._checked(feeds)
+        return self._packer.pack(arrays, sizes, least_saving=-np.inf) if self._packer is not None else None
+
     def sample_feeds(self, sizes: Mapping[str, int], seed: int = 0) -> dict[str, np.ndarray]:
         """Random inputs the model accepts (for warm-up, checks and benchmarks): see `engine.feeds.sample_feeds`."""
         return sample_feeds(self._graph, sizes, seed)
@@ -190,8 +241,7 @@ class Model:
         with self._lock:
             for _ in range(2):
                 self.run(feeds)
-            sizes = sizes_of(self._graph.inputs, check_feeds(self._graph.inputs, feeds))
-            executable = self._ready(sizes).bound
+            executable = self._ready(self._chosen(*self._checked(feeds))[1]).bound
             before = executable.step_stats()
             for _ in range(runs):
                 self.run(feeds)
@@ -292,11 +342,12 @@ class Model:
     # Inside
 
     def _check_sizes(self, sizes: Mapping[str, int]) -> None:
-        unknown = sorted(set(sizes) - set(self._symbols))
+        names = self._symbols if self.packed_size not in sizes else (*self._symbols, str(self.packed_size))
+        unknown = sorted(set(sizes) - set(names))
         if unknown:
             known = ", ".join(self._symbols) or "none: all its sizes are fixed"
             raise ShapeError(f"the model has no size {unknown[0]!r}; it has {known}")
-        for name in self._symbols:
+        for name in names:
             size = sizes.get(name)
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ShapeError(f"size {name!r} must be given, an int and at least 1, not {size!r}")
@@ -304,13 +355,23 @@ class Model:
     def _build(self, sizes: Mapping[str, int]) -> Plan:
         if self._closed:
             raise EngineError("the model is closed")
-        return build(self._graph, sizes, self._target, self._constants)
+        return build(self._graph_of(sizes), sizes, self._target, self._constants)
+
+    def _graph_of(self, sizes: Mapping[str, int]) -> Graph:
+        """The graph that a plan of these sizes is one of."""
+        if not isinstance(self._unpadded, Unpadded) or self._unpadded.tokens not in sizes:
+            return self._graph
+        # A limit that the padded graph has (its table of positions) is the model's.
+        told = size_out_of_range(self._graph, sizes)
+        if told:
+            raise ShapeError(told)
+        return self._unpadded.graph
 
     def _ready(self, sizes: Mapping[str, int]) -> _Ready:
         """The plan for `sizes`, from the cache or made now. Under the lock."""
         if self._closed:
             raise EngineError("the model is closed")
-        key = tuple(sizes[name] for name in self._symbols)
+        key = (*(sizes[name] for name in self._symbols), sizes.get(self.packed_size or "", 0))
         ready = self._plans.get(key)
         if ready is None:
             plan = self._build(sizes)
