@@ -48,9 +48,9 @@ def load(
     where all float arithmetic is fp32 (fp64 stays fp64); on a GPU the fastest whose outputs agree with fp32 (see
     `engine.precision`). With `strict`, an operator without a kernel of ours is refused instead of run through
     onnx.reference. `threads` bounds the CPU threads (default: every core this process may use). `plan_cache_bytes`
-    bounds the plans kept ready for shapes seen before. `packed` says whether encoders whose mask is an input of zeros and
-    ones run on their real tokens only: True (where that can be proved right: `engine.passes.unpad`), False, or ``auto``:
-    as is best on the device. Outputs that show positions have zeros at padded ones then.
+    bounds the plans kept ready for shapes seen before. `packed` says whether encoders whose mask is an input of zeros
+    and ones run on their real tokens only: True (where that can be proved right: `engine.passes.unpad`), False, or
+    ``auto``: as is best on the device. Outputs that show positions have zeros at padded ones then.
 
     Raises ModelError (not a valid model), UnsupportedOp (valid, but not runnable here), DeviceError (no such device or
     precision there), OutOfMemory, ValueError (an argument that means nothing).

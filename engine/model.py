@@ -70,8 +70,8 @@ class _Ready(_Held[Executable]):
 class Model:
     """A model on a device. Thread-safe. Use `engine.load` to make one, and `close` (or ``with``) to free it.
 
-    Beside its graph it may have one for packed tokens (`engine.passes.unpad`). Which of the two runs is decided for every
-    batch; what distinguishes their plans is a size more, the number of tokens.
+    Beside its graph it may have one for packed tokens (`engine.passes.unpad`). Which of the two runs is decided for
+    every batch; what distinguishes their plans is a size more, the number of tokens.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Model:
         self._target = target
         self._unpadded = unpadded
         packed = target.traits.packed
-        self._packer = Packer(unpadded, packed.sequences if packed else None) if isinstance(unpadded, Unpadded) else None
+        self._packer = Packer(unpadded, packed) if isinstance(unpadded, Unpadded) and packed is not None else None
         self._lock = threading.RLock()
         self._left = threading.Condition(self._lock)
         """Notified when a call has left."""
@@ -119,22 +119,26 @@ class Model:
     def run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Run the model. `feeds` maps every input name to an array of the input's dtype and shape (NumPy or CuPy).
 
-        Returns NumPy arrays with the ONNX dtypes and shapes, by output name. Raises ShapeError for feeds that do not
-        fit the model, OutOfMemory for sizes the device cannot hold, DeviceError where the device fails.
+        Returns NumPy arrays with the ONNX dtypes and shapes, by output name. Where the model runs on packed tokens (see
+        `packed_mask`) outputs that show positions are 0 at those of padding, if the mask is ones and then zeros. Raises
+        ShapeError for feeds that do not fit the model, OutOfMemory for sizes the device cannot hold, DeviceError where
+        the device fails.
         """
         arrays, sizes = self._checked(feeds)
-        given, own_sizes = self._chosen(arrays, sizes)
+        batch = self._batch(arrays, sizes)
         try:
             with self._lock:
-                ready = self._ready(own_sizes)
+                ready = self._ready(batch.sizes)
                 self._enter(ready)
             try:
                 outputs = {name: np.empty(shape, dtype) for name, (shape, dtype) in ready.outputs.items()}
-                ready.bound.run(given, outputs)
+                ready.bound.run(batch.arrays, outputs)
             finally:
                 self._leave(ready)
         except (ShapeError, MemoryError) as error:
             raise self._explain(error, sizes, arrays) from error
+        if self._packer is not None:
+            self._packer.clear(outputs, batch)
         return outputs
 
     def _checked(self, feeds: Mapping[str, Any]) -> tuple[Mapping[str, np.ndarray], dict[str, int]]:
@@ -159,12 +163,9 @@ class Model:
             self._known[tuple(shapes)] = sizes
         return arrays, sizes
 
-    def _chosen(
-        self, arrays: Mapping[str, np.ndarray], sizes: Mapping[str, int]
-    ) -> tuple[Mapping[str, np.ndarray], Mapping[str, int]]:
-        """What to run on these feeds: themselves, or a batch on packed tokens."""
-        batch = self._packer.pack(arrays, sizes) if self._packer is not None else None
-        return (arrays, sizes) if batch is None else (batch.arrays, batch.sizes)
+    def _batch(self, arrays: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> Batch:
+        """What to run on these feeds: the padded graph, or that on packed tokens."""
+        return self._packer.batch(arrays, sizes) if self._packer is not None else Batch(arrays, sizes, False)
 
     @contextmanager
     def _explained(self, sizes: Mapping[str, int]) -> Iterator[None]:
@@ -189,9 +190,9 @@ class Model:
         """A plan for fixed sizes with its own input and output arrays in the device's memory, for repeated runs without
         allocation and without transfers.
 
-        `sizes` gives every symbol of the input shapes; with the size of `Model.packed_size` beside them the plan is that on
-        packed tokens, whose inputs and sizes `pack` makes. Raises ShapeError where one is missing, unknown or not
-        positive.
+        `sizes` gives every symbol of the input shapes; with the size of `Model.packed_size` beside them the plan is
+        that on packed tokens, whose inputs and sizes `pack` makes. Raises ShapeError where one is missing, unknown or
+        not positive.
         """
         self._check_sizes(sizes)
         with self._lock, self._explained(sizes):
@@ -207,8 +208,8 @@ class Model:
 
     @property
     def packed_size(self) -> str | None:
-        """The name of the size that plans on packed tokens have beside the model's own: the number of tokens. None where
-        the model does not run on packed tokens; `why_padded` says why."""
+        """The name of the size that plans on packed tokens have beside the model's own: the number of tokens. None
+        where the model does not run on packed tokens; `why_padded` says why."""
         return self._unpadded.tokens if self._packer is not None and isinstance(self._unpadded, Unpadded) else None
 
     @property
@@ -222,13 +223,15 @@ class Model:
         return self._unpadded if isinstance(self._unpadded, str) else None
 
     def pack(self, feeds: Mapping[str, Any]) -> Batch | None:
-        """What `run` would run on packed tokens for these feeds, however little that saves: inputs and sizes for `bind`.
-        None where the model does not, or the mask does not allow it (rows of ones followed by zeros, nothing else).
+        """What `run` would run on packed tokens for these feeds, however little that saves: inputs and sizes for
+        `bind`. None where the model does not, or the mask does not allow it (rows of ones followed by zeros, nothing
+        else).
 
         Raises ShapeError for feeds that do not fit the model.
         """
         arrays, sizes = self._checked(feeds)
-        return self._packer.pack(arrays, sizes, least_saving=-np.inf) if self._packer is not None else None
+        batch = self._packer.batch(arrays, sizes, least_saving=-np.inf) if self._packer is not None else None
+        return batch if batch is not None and batch.packed else None
 
     def sample_feeds(self, sizes: Mapping[str, int], seed: int = 0) -> dict[str, np.ndarray]:
         """Random inputs the model accepts (for warm-up, checks and benchmarks): see `engine.feeds.sample_feeds`."""
@@ -241,7 +244,7 @@ class Model:
         with self._lock:
             for _ in range(2):
                 self.run(feeds)
-            executable = self._ready(self._chosen(*self._checked(feeds))[1]).bound
+            executable = self._ready(self._batch(*self._checked(feeds)).sizes).bound
             before = executable.step_stats()
             for _ in range(runs):
                 self.run(feeds)

@@ -1,7 +1,7 @@
 """Running on packed tokens: what the host makes of the mask for each batch. Called by `engine.model`.
 
-Which graph runs is decided for every batch anew: the mask has to be what the proof (`engine.passes.unpad`) rests on, ones
-and then zeros in every row, at least one of the former; and there has to be enough padding to leave out.
+Which graph runs is decided for every batch anew: the mask has to be what the proof (`engine.passes.unpad`) rests on,
+ones and then zeros in every row, at least one of the former; and there has to be enough padding to leave out.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engine.passes.traits import PackedAttention
 from engine.passes.unpad import Unpadded
 
 _STEPS = 8
 """Numbers of tokens between a power of two and the next: of so many plans a new one is seldom made, and of the tokens
 computed a ninth at most, and on average a twentieth, belongs to nobody."""
 _LEAST_STEP = 8
-LEAST_SAVING = 0.1
-"""Of the rows of the padded batch, those to be left out before packing pays: what looking at the mask, looking up the
-inputs' rows and unpacking the results take (docs/performance.md)."""
+LEAST_SAVING = 1 / 32
+"""Of the rows of the padded batch, those to be left out before packing pays. Looking at the mask, looking up the
+inputs' rows and unpacking the results take 1 % of a run at 16 tokens and half a percent from 256 on (MiniLM on one
+core, the packed graph beside the padded one at as many tokens)."""
 
 
 def token_bucket(tokens: int) -> int:
@@ -30,39 +32,55 @@ def token_bucket(tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch on packed tokens: `arrays` are the feeds and the hidden inputs, `sizes` those of the packed graph."""
+    """What to run for some feeds: arrays and sizes of the packed graph, or, where `packed` is False, of the padded one.
+    `lengths`: the real tokens of every sequence, None where the mask is not one to pack by."""
 
-    arrays: dict[str, np.ndarray]
-    sizes: dict[str, int]
-    real_tokens: int
+    arrays: Mapping[str, np.ndarray]
+    sizes: Mapping[str, int]
+    packed: bool
+    lengths: np.ndarray | None = None
 
 
 class Packer:
-    """Makes batches for the packed graph of one model. `most_sequences`: in one batch, None: any number."""
+    """Makes batches for the packed graph of one model, on a target with the attention `kernel`."""
 
-    def __init__(self, unpadded: Unpadded, most_sequences: int | None) -> None:
+    def __init__(self, unpadded: Unpadded, kernel: PackedAttention) -> None:
         self._unpadded = unpadded
-        self._most = most_sequences
+        self._kernel = kernel
 
-    def pack(
+    def batch(
         self, arrays: Mapping[str, np.ndarray], sizes: Mapping[str, int], least_saving: float = LEAST_SAVING
-    ) -> Batch | None:
-        """The batch of `arrays`, whose sizes are `sizes`, on packed tokens; None where it has to run padded, or would
-        save less than `least_saving` of the rows."""
+    ) -> Batch:
+        """The batch of `arrays`, whose sizes are `sizes`: on packed tokens where the mask allows it and that saves
+        `least_saving` of the rows."""
         mask = arrays[self._unpadded.mask]
-        batch, sequence = mask.shape
-        if not mask.size or (self._most is not None and batch > self._most):
-            return None
-        lengths = prefix_lengths(mask)
+        lengths = prefix_lengths(mask) if mask.size else None
         if lengths is None:
-            return None
-        total = int(lengths.sum())
-        tokens = token_bucket(total)
-        if tokens > mask.size * (1 - least_saving):
-            return None
-        hidden = self._hidden(lengths, sequence, tokens)
+            return Batch(arrays, sizes, False)
+        tokens = token_bucket(int(lengths.sum()))
+        too_many = self._kernel.sequences is not None and len(lengths) > self._kernel.sequences
+        if too_many or tokens > mask.size * (1 - least_saving):
+            return Batch(arrays, sizes, False, lengths)
+        hidden = self._hidden(lengths, mask.shape[1], tokens)
         given = {self._unpadded.hidden[kind]: array for kind, array in hidden.items() if kind in self._unpadded.hidden}
-        return Batch({**arrays, **given}, {**sizes, self._unpadded.tokens: tokens}, total)
+        return Batch({**arrays, **given}, {**sizes, self._unpadded.tokens: tokens}, True, lengths)
+
+    def clear(self, outputs: Mapping[str, np.ndarray], batch: Batch) -> None:
+        """Put into the outputs of a padded run what a packed one has at padded positions, so that a row has the same
+        result whatever it shares its batch with."""
+        lengths = batch.lengths
+        if batch.packed or lengths is None:
+            return
+        sequence = batch.sizes[self._unpadded.sequence]
+        if int(lengths.min()) == sequence:
+            return
+        padded = np.arange(sequence) >= lengths[:, None]
+        for name, (axes, fill) in self._unpadded.shown.items():
+            array = outputs[name]
+            if len(axes) == 1:
+                shape = (*array.shape[: axes[0]], len(lengths), sequence, *array.shape[axes[0] + 1 :])
+                array, axes = array.reshape(shape), (axes[0], axes[0] + 1)
+            np.moveaxis(array, axes, (0, 1))[padded] = fill
 
     @staticmethod
     def _hidden(lengths: np.ndarray, sequence: int, tokens: int) -> dict[str, np.ndarray]:
@@ -86,7 +104,7 @@ def prefix_lengths(mask: np.ndarray) -> np.ndarray | None:
     """The number of ones in every row of `mask`, int64; None where a row is anything else than at least one 1 and then
     zeros."""
     real = mask if mask.dtype == np.bool_ else mask != 0
-    lengths = np.count_nonzero(real, axis=1)
+    lengths: np.ndarray = np.count_nonzero(real, axis=1)
     # As many ones as the place of the last one says: they come first.
     last = mask.shape[1] - np.argmax(real[:, ::-1], axis=1)
     if not lengths.all() or not np.array_equal(last, lengths):

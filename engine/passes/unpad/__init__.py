@@ -1,19 +1,21 @@
 """The pass `unpad`: an encoder whose mask is an input of zeros and ones, rewritten to run on real tokens only.
 
-From a finished graph and to another one, beside it, with the same constants: the padded graph stays as it is. In the new
-one the axes of batch and positions are one row of `tokens`, from the first operator that treats each position alone;
-attention runs on packed sequences; and what is not done position by position is given them unpacked. What has to hold:
+From a finished graph and to another one, beside it, with the same constants: the padded graph stays as it is. In the
+new one the axes of batch and positions are one row of `tokens`, from the first operator that treats each position
+alone; attention runs on packed sequences; and what is not done position by position is given them unpacked. What has to
+hold:
 
-- Attention: the bias gives real keys 0 and hides padded ones (and, if causal, later ones) for good (`masks.py`). Which it
-  is follows from what one element of the bias is, as a function of the mask at its place (`elements.py`).
-- Everything on packed rows: a row of the result depends on the same row of the operands, and on operands that are the same
-  for every token or for every token at a position (`rules.py`).
+- Attention: the bias gives real keys 0 and hides padded ones (and, if causal, later ones) for good (`masks.py`). Which
+  it is follows from what one element of the bias is, as a function of the mask at its place (`elements.py`).
+- Everything on packed rows: a row of the result depends on the same row of the operands, and on operands that are the
+  same for every token or for every token at a position (`rules.py`).
 - Everything else: it is done on values that are those of the original graph in every element. Those that no packed
   attention has a part in are; an unpacked one is where its elements at padded positions are known (a product with the
   mask), or where they are not looked at (the first position of a sequence). So no result at a real position, and none
   without positions, depends on what stood at padded ones.
 
-Outputs that show positions are filled with zeros at padded ones, where the original has what its encoder made of padding.
+Outputs that show positions are filled with zeros at padded ones, where the original has what its encoder made of
+padding.
 """
 
 from __future__ import annotations
@@ -41,10 +43,15 @@ from engine.passes.views import merge_views
 
 @dataclass(frozen=True)
 class Unpadded:
-    """The graph on packed tokens. `mask` is the input that says which are real, `tokens` the size that is their number,
-    rounded up. Beside inputs of the model `graph` has those of `hidden`, which are computed from the mask: int64 `rows`
-    [tokens], where each token is in batch · sequence; `positions` [tokens], where in its sequence; `places` [batch,
-    sequence], which token is there; int32 `starts` [batch + 1], the first token of each sequence."""
+    """The graph on packed tokens.
+
+    Its inputs are those of the model that it reads, and `hidden` ones, by kind, which are computed from the input
+    `mask`: int64 `rows` [tokens], where in batch · sequence each token is; `positions` [tokens], where in its sequence;
+    `places` [batch, sequence], which token is there; int32 `starts` [batch + 1], the first token of each sequence.
+    `batch`, `sequence` and `tokens` are names of sizes; the last, the number of tokens rounded up, is this graph's
+    alone. `shown` are the outputs with positions: their axes of batch and sequence (or the one that has both), and what
+    they are filled with at padded ones. `attentions` is the number of attentions on packed sequences.
+    """
 
     graph: Graph
     mask: str
@@ -52,6 +59,7 @@ class Unpadded:
     sequence: str
     tokens: str
     hidden: dict[str, str]
+    shown: dict[str, tuple[tuple[int, ...], float]]
     attentions: int
 
 
@@ -204,9 +212,9 @@ def _ignores_padding(rows: Rows, node: Node) -> bool:
         axes = rows.packed[b].axes
         if axes.batch is None or axes.sequence != b.rank - 2:
             return False
-        indices = [Index.ANY] * a.rank
-        indices[axes.batch], indices[-1] = Index.SEQUENCE, Index.KEY
-        weight = rows.padded.at(a, broadcast(tuple(indices), a.shape))
+        place = [Index.ANY] * a.rank
+        place[axes.batch], place[-1] = Index.SEQUENCE, Index.KEY
+        weight = rows.padded.at(a, broadcast(tuple(place), a.shape))
         return isinstance(weight, np.generic) and bool(weight == 0)
     return False
 
@@ -222,7 +230,12 @@ def _finished(graph: Graph, rows: Rows, outputs: list[Value], traits: Traits, co
     hidden = {"rows": rows.rows, "positions": rows.positions, "places": rows.places, "starts": rows.starts}
     new.inputs = [value for value in (*graph.inputs, *hidden.values()) if value in read]
     used = {kind: value.name for kind, value in hidden.items() if value in read}
-    return Unpadded(new, rows.mask.name, str(rows.batch), str(rows.sequence), str(rows.tokens), used, count)
+    shown = {
+        name: (rows.packed[value].axes.all, float(rows.fill_of(value)))
+        for name, value in zip(graph.output_names, graph.outputs, strict=True)
+        if value in rows.dependent and value in rows.packed
+    }
+    return Unpadded(new, rows.mask.name, str(rows.batch), str(rows.sequence), str(rows.tokens), used, shown, count)
 
 
 def _free_name(name: str, taken: set[str]) -> str:

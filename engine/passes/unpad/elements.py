@@ -1,9 +1,9 @@
 """What one element of a tensor is, as a function of the mask at its place: the proof behind the pass `unpad`.
 
-`Elements.at` follows an element back through the graph, from an index given in symbols ("this sequence, this key") to the
-mask, to constants and to ranges of positions. What it finds is a number, a position (which can only be compared with
-another), or unknown (None); so what holds for every sequence, length and place is decided by the few cases of a `Place`:
-whether the key is real, and whether it lies before, at or after the query. Reads the graph, changes nothing.
+`Elements.at` follows an element back through the graph, from an index given in symbols ("this sequence, this key") to
+the mask, to constants and to ranges of positions. What it finds is a number, a position (which can only be compared
+with another), or unknown (None); so what holds for every sequence, length and place is decided by the few cases of a
+`Place`: whether the key is real, and whether it lies before, at or after the query. Reads the graph, changes nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class Place:
     relation: Relation = Relation.AT
 
 
-Element: TypeAlias = np.generic | Index | None
+Element: TypeAlias = "np.generic[Any] | Index | None"
 """A number, the position that an `Index` stands for, or unknown."""
 Indices: TypeAlias = tuple[Index, ...]
 
@@ -129,7 +129,7 @@ class Elements:
             return None
         # The first token of a sequence and every query are real.
         real = self.place.real if indices[1] is Index.KEY else True
-        return dtype.numpy.type(real)
+        return _number(np.asarray(real, dtype.numpy))
 
     def _constant(self, data: np.ndarray, indices: Indices) -> Element:
         if data.dtype == object:
@@ -137,7 +137,7 @@ class Elements:
         first = data[tuple(0 if index is Index.FIRST else slice(None) for index in indices)]
         free = [index for index in indices if index is not Index.FIRST]
         if first.size and (first == first.reshape(-1)[0]).all():
-            return data.dtype.type(first.reshape(-1)[0])
+            return _number(first.reshape(-1)[:1])
         if free in ([Index.KEY], [Index.QUERY]) and np.array_equal(first, np.arange(len(first))):
             return free[0]
         if sorted(free, key=lambda index: index.value) == [Index.KEY, Index.QUERY]:
@@ -148,7 +148,7 @@ class Elements:
         """The element of a constant [queries, keys] that is the same wherever the key lies so."""
         if data.shape[0] != data.shape[1] or not 2 <= len(data) <= _LARGEST:
             return None
-        rows, columns = np.indices(data.shape, sparse=True)
+        rows, columns = np.ogrid[: len(data), : len(data)]
         match self.place.relation:
             case Relation.BEFORE:
                 part = data[np.broadcast_to(columns < rows, data.shape)]
@@ -156,7 +156,7 @@ class Elements:
                 part = data.diagonal()
             case _:
                 part = data[np.broadcast_to(columns > rows, data.shape)]
-        return data.dtype.type(part[0]) if (part == part[0]).all() else None
+        return _number(part[:1]) if (part == part[0]).all() else None
 
     def _sliced(self, op: Slice, source: Value, indices: Indices, depth: int) -> Element:
         # Index 0 of what a slice shows is its start; any other place is the source's only where nothing is left out.
@@ -181,8 +181,7 @@ class Elements:
         if all(isinstance(argument, np.generic) for argument in arguments):
             leaves = tuple(ex.Arg(i, arg.dtype) for i, arg in enumerate(e.args))
             arrays = [np.asarray(argument) for argument in arguments]
-            number: np.generic = ex.evaluate(ex.Apply(e.op, leaves, e.dtype), arrays)[()]
-            return number
+            return _number(ex.evaluate(ex.Apply(e.op, leaves, e.dtype), arrays))
         match e.op:
             case PointOp.CAST if isinstance(arguments[0], Index) and (e.dtype.is_int or e.dtype.is_float):
                 return arguments[0]
@@ -218,6 +217,12 @@ class Elements:
         return np.bool_({PointOp.EQ: equal, PointOp.LT: less, PointOp.LE: less or equal}[op])
 
 
+def _number(array: np.ndarray) -> Element:
+    """The element of an array of one."""
+    number: np.generic[Any] = array.reshape(-1)[0]
+    return number
+
+
 def broadcast(indices: Indices, shape: Shape) -> Indices:
     """The indices of an operand of `shape` that meets the element at `indices`."""
     own = indices[len(indices) - len(shape) :]
@@ -235,9 +240,7 @@ def reshaped(before: Shape, after: Shape, indices: Indices) -> Indices | None:
         own = {indices[axis] for axis in new if after[axis] != 1}
         if len(old) == 1 and len(new) == 1:
             found.append(indices[new[0]] if after[new[0]] != 1 else Index.FIRST)
-        elif all(before[axis] == 1 for axis in old):
-            found += [Index.FIRST] * len(old)
-        elif own <= {Index.FIRST}:
+        elif all(before[axis] == 1 for axis in old) or own <= {Index.FIRST}:
             found += [Index.FIRST] * len(old)
         elif own == {Index.ANY}:
             found += [Index.ANY] * len(old)

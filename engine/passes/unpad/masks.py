@@ -38,12 +38,12 @@ def hides_only(node: Node, mask: Value, producers: Mapping[Value, Node]) -> bool
 
     def hidden(real: bool, relation: Relation) -> bool:
         found = Elements(producers, mask, Place(real, relation)).beside(bias, indices)
-        if not isinstance(found, np.generic) or np.isnan(found):
+        if not isinstance(found, np.generic) or np.isnan(float(found)):
             raise Refused(f"{where}: its bias is more than a mask of {mask.name!r}")
         if found == 0:
             return False
-        if found > HIDDEN:
-            raise Refused(f"{where}: a bias of {found:g} hides nothing for good")
+        if float(found) > HIDDEN:
+            raise Refused(f"{where}: a bias of {float(found):g} hides nothing for good")
         return True
 
     if not all(hidden(False, relation) for relation in Relation):

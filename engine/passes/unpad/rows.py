@@ -1,8 +1,9 @@
-"""The graph that runs on packed tokens, under construction: values in their two forms, and what brings one to the other.
+"""The graph that runs on packed tokens, under construction: values in their two forms, and what brings one to the
+other.
 
 A value is *plain* in the form of the original graph, or *packed*: the same axes, but 1 for the batch and the number of
-tokens for the positions. Plain values that no packed attention has computed are the original's in every element; one that
-is unpacked is so at real tokens, and has its `fill` at the others.
+tokens for the positions. Plain values that no packed attention has computed are the original's in every element; one
+that is unpacked is so at real tokens, and has its `fill` at the others.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Rows:
 
     def __init__(self, graph: Graph, mask: Value, tokens: Sym) -> None:
         batch, sequence = mask.shape
-        assert isinstance(batch, Sym) and isinstance(sequence, Sym)
+        assert isinstance(batch, Sym)
+        assert isinstance(sequence, Sym)
         self.batch, self.sequence, self.tokens = batch, sequence, tokens
         self.mask = mask
         self.nodes: list[Node] = []
@@ -88,8 +90,8 @@ class Rows:
         return Axes(batch[0], sequence[0]) if len(batch) == len(sequence) == 1 else None
 
     def in_packed(self, value: Value) -> Packed:
-        """`value` packed: as it was computed, or by a lookup of its rows. Raises Refused where it has no rows, or a packed
-        attention has a part in it and it has been reduced since."""
+        """`value` packed: as it was computed, or by a lookup of its rows. Raises Refused where it has no rows, or a
+        packed attention has a part in it and it has been reduced since."""
         if value not in self.packed:
             axes = self.axes_of(value.shape)
             if axes is None or value in self.dependent:
@@ -175,7 +177,7 @@ class Rows:
         rest = flat.shape[1:] or (1,)
         table = self._reshaped(flat, (self.tokens, *rest))
         mask = self._reshaped(self.mask, (*self.mask.shape, *[1] * len(rest)))
-        fill = found.fill.item() if isinstance(found.fill, np.generic) else 0
+        fill = self.fill_of(value)
         arg = ex.Arg(2, mask.dtype)
         real = arg if mask.dtype is DType.BOOL else ex.apply(PointOp.NOT, ex.apply(PointOp.EQ, arg, _zero(arg)))
         store = ex.apply(PointOp.WHERE, real, ex.Arg(0, table.dtype), ex.const(fill, table.dtype))
@@ -185,6 +187,11 @@ class Rows:
         whole = self._reshaped(whole, (*lead, *flat.shape[1:]))
         self._unpacked[value] = self._transposed(whole, inverse(_order(axes, rank)))
         return self._unpacked[value]
+
+    def fill_of(self, value: Value) -> float:
+        """What padded positions of `value` are filled with when it is unpacked."""
+        fill = self.packed[value].fill
+        return float(fill) if isinstance(fill, np.generic) else 0.0
 
     def has_holes(self, value: Value) -> bool:
         """Whether the plain form of `value` is the original's at real tokens only."""

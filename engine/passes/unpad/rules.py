@@ -1,5 +1,5 @@
-"""Operators on packed rows: for each the proof that a row of its result depends on the same row of its operands alone, and
-the operator that does the same to packed ones. Called by the pass `unpad` for one node at a time.
+"""Operators on packed rows: for each the proof that a row of its result depends on the same row of its operands alone,
+and the operator that does the same to packed ones. Called by the pass `unpad` for one node at a time.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def pack(rows: Rows, node: Node) -> None:
 
 
 def pack_attention(rows: Rows, node: Node) -> None:
-    """Compute an attention on packed sequences. Raises Refused where its bias is more than a mask, or an operand has not
-    a row for every token."""
+    """Compute an attention on packed sequences. Raises Refused where its bias is more than a mask, or an operand has
+    not a row for every token."""
     op = node.op
     assert isinstance(op, Attention)
     causal = hides_only(node, rows.mask, rows.padded.producers)
@@ -152,18 +152,17 @@ def _expression(rows: Rows, node: Node) -> _Made:
     reduced = {Norm: "axes", Reduce: "axes"}.get(type(op))
     over: tuple[int, ...] = getattr(op, reduced) if reduced else (op.axis,) if isinstance(op, Softmax) else ()
     _demand(not set(over) & set(axes.all), node, "goes over positions or sequences")
-    after = axes
     if isinstance(op, Reduce):
+        after = axes
         tail = set(ex.arguments(*op.stores))
         if not op.keepdims:
             before = [sum(other < axis for other in over) for axis in axes.all]
             places = [axis - less for axis, less in zip(axes.all, before, strict=True)]
             after = Axes(None if axes.batch is None else places[0], places[-1])
             _demand(not tail & set(read), node, "reads an operand before and after it reduces")
-        inputs = _adapted(rows, node, range(len(node.inputs)), rank, axes, {i: (node.outputs[0].rank, after) for i in tail})
-    else:
-        inputs = _adapted(rows, node, range(len(node.inputs)), rank, axes)
-    return _Made(op, inputs, after)
+        apart = dict.fromkeys(tail - set(read), (node.outputs[0].rank, after))
+        return _Made(op, _adapted(rows, node, range(len(node.inputs)), rank, axes, apart), after)
+    return _Made(op, _adapted(rows, node, range(len(node.inputs)), rank, axes), axes)
 
 
 def _adapted(
@@ -174,7 +173,8 @@ def _adapted(
     axes: Axes,
     apart: dict[int, tuple[int, Axes]] | None = None,
 ) -> tuple[Value, ...]:
-    """The inputs `which` of a node, as they meet packed rows in a space of `rank` axes; those `apart` in another one."""
+    """The inputs `which` of a node, as they meet packed rows in a space of `rank` axes; those `apart` in another
+    one."""
     tables = dict(gathers_of(node.op))
     offsets = {by: rank - len(operand_shape(table, node.inputs, gathers_of(node.op))) for table, by in tables.items()}
     found = []
