@@ -100,9 +100,11 @@ def _sequence_symbol(inputs: Sequence[TensorInfo]) -> str | None:
 def prefix_lengths(mask: NDArray[Any]) -> tuple[int, ...] | None:
     """The number of ones in each row of a mask; None where a row is anything else than ones, at least one, and then
     zeros."""
-    ones = np.count_nonzero(mask, axis=1)
+    real = mask == 1
+    ones = np.count_nonzero(real, axis=1)
     ends = mask.shape[1] - np.argmax(mask[:, ::-1] != 0, axis=1)
-    return tuple(ones.tolist()) if ones.all() and np.array_equal(ones, ends) else None
+    prefixes = ones.all() and np.array_equal(ones, ends) and np.array_equal(real, mask)
+    return tuple(ones.tolist()) if prefixes else None
 
 
 def width_of(packed: bool, longest: int, options: BatchingOptions, axes: BatchAxes) -> int:
