@@ -217,6 +217,11 @@ class Model:
         """The input that says which tokens are real, of a model that runs on packed tokens."""
         return self._unpadded.mask if self._packer is not None and isinstance(self._unpadded, Unpadded) else None
 
+    def computed_tokens(self, rows: int, width: int, tokens: int) -> int:
+        """How many tokens `run` computes of inputs [rows, width] whose mask has so many ones: in every row at least
+        one, and then zeros."""
+        return rows * width if self._packer is None else self._packer.computed_tokens(rows, width, tokens)
+
     @property
     def why_padded(self) -> str | None:
         """In a few words why the model does not run on packed tokens; None where it does."""

@@ -58,12 +58,21 @@ class Packer:
         if lengths is None:
             return Batch(arrays, sizes, False)
         tokens = token_bucket(int(lengths.sum()))
-        too_many = self._kernel.sequences is not None and len(lengths) > self._kernel.sequences
-        if too_many or tokens > mask.size * (1 - least_saving):
+        if not self._pays(len(lengths), mask.size, tokens, least_saving):
             return Batch(arrays, sizes, False, lengths)
         hidden = self._hidden(lengths, mask.shape[1], tokens)
         given = {self._unpadded.hidden[kind]: array for kind, array in hidden.items() if kind in self._unpadded.hidden}
         return Batch({**arrays, **given}, {**sizes, self._unpadded.tokens: tokens}, True, lengths)
+
+    def computed_tokens(self, rows: int, width: int, tokens: int) -> int:
+        """How many tokens are computed of a batch [rows, width] of which so many are real."""
+        rounded = token_bucket(tokens)
+        return rounded if self._pays(rows, rows * width, rounded, LEAST_SAVING) else rows * width
+
+    def _pays(self, sequences: int, padded: int, tokens: int, least_saving: float) -> bool:
+        """Whether so many tokens run packed instead of the padded ones."""
+        possible = self._kernel.sequences is None or sequences <= self._kernel.sequences
+        return possible and tokens <= padded * (1 - least_saving)
 
     def clear(self, outputs: Mapping[str, np.ndarray], batch: Batch) -> None:
         """Put into the outputs of a padded run what a packed one has at padded positions, so that a row has the same

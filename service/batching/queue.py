@@ -13,30 +13,33 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from service.batching.policy import BatchAxes, Shape, bucket_of, capacity, padded_width
+from service.batching.policy import BatchAxes, Shape, bucket_of, capacity, prefix_lengths, width_of
 from service.workers.messages import BatchingMode, BatchingOptions, Infer
 
 Group = tuple[int, tuple[Shape, ...]]
 
-PlanShape = tuple[int, int, tuple[Shape, ...]]
-"""Rows, width and the shapes of a row of each input: see `Batch`."""
+PlanShape = tuple[int, int, int, tuple[Shape, ...]]
+"""Rows, width, computed tokens and the shapes of a row of each input: see `Batch`."""
 
 
 @dataclass(slots=True)
 class Entry:
     """A request on the engine side, from its arrival to its last row.
 
-    `width` is the longest row in tokens, 0 for models without a sequence; `even` says that all rows have that length.
-    Both are found once: a request of many rows is looked at once per batch that holds a part of it. `rows_left` are in
-    no batch yet, `rows_done` have their results.
+    `lengths` is how far each row reaches, empty for models without a sequence; `tokens` are what of it counts: all, but
+    of `packed` rows only what no mask hides. `width` is the longest row, 0 without a sequence; `even` says that all
+    rows have that length. Both are found once: a request of many rows is looked at once per batch that holds a part of
+    it. `rows_left` are in no batch yet, `rows_done` have their results.
     """
 
     request: Infer
     arrays: dict[str, NDArray[Any]]
     rows: int
     lengths: tuple[int, ...]
+    tokens: tuple[int, ...]
     cost: int
     rows_left: int
+    packed: bool = False
     width: int = field(init=False)
     even: bool = field(init=False)
     cost_left: int = field(init=False)
@@ -71,33 +74,39 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one run of the engine computes. `width` is the padded length in tokens (0 without a sequence), `shapes` are
-    those of a row of each input, the sequence left out."""
+    """What one run of the engine computes. `width` is the common length in which rows are handed over; of all its
+    `computed` tokens, `tokens` are the rows' own (all three 0 without a sequence). `shapes` are those of a row of each
+    input, the sequence left out."""
 
     parts: tuple[Taken, ...]
     rows: int
     width: int
     tokens: int
+    computed: int
     shapes: tuple[Shape, ...]
 
     @property
     def shape(self) -> PlanShape:
         """What decides which plan of the engine runs it."""
-        return self.rows, self.width, self.shapes
+        return self.rows, self.width, self.computed, self.shapes
 
 
 def make_entry(request: Infer, axes: BatchAxes) -> Entry:
     """Wrap a request; its cost is tokens for sequence models, else rows. Never batched: the whole request is one
-    row."""
+    row. Where the model runs packed, a request does not if its mask is of another kind than the engine takes."""
     arrays = {name: handle.view() for name, handle in request.inputs}
     if axes.mode is BatchingMode.NONE:
-        return Entry(request, arrays, 1, (), 1, 1)
+        return Entry(request, arrays, 1, (), (), 1, 1)
     first = next(iter(arrays.values()))
     rows = int(first.shape[0])
     if axes.sequence is None:
-        return Entry(request, arrays, rows, (), rows, rows)
+        return Entry(request, arrays, rows, (), (), rows, rows)
     lengths = request.lengths or (int(first.shape[1]),) * rows
-    return Entry(request, arrays, rows, lengths, sum(lengths), rows)
+    tokens = request.lengths or None
+    if axes.mask is not None and not request.lengths:
+        tokens = prefix_lengths(arrays[axes.mask])
+    packed = axes.mask is not None and tokens is not None
+    return Entry(request, arrays, rows, lengths, tokens or lengths, sum(tokens or lengths), rows, packed)
 
 
 class ModelQueue:
@@ -129,10 +138,13 @@ class ModelQueue:
             yield (0, tuple(array.shape[skip:] for array in entry.arrays.values())), list(range(entry.rows))
             return
         shapes = tuple(array.shape[2:] for array in entry.arrays.values())
+        if entry.packed:
+            yield (0, shapes), list(range(entry.rows))
+            return
         grouped: dict[int, list[int]] = {}
         for row, length in enumerate(entry.lengths):
-            padded = self.axes.mode is BatchingMode.PADDED
-            grouped.setdefault(bucket_of(length, self.options.buckets) if padded else length, []).append(row)
+            even = self.axes.mode is BatchingMode.ROWS
+            grouped.setdefault(length if even else bucket_of(length, self.options.buckets), []).append(row)
         for width, rows in grouped.items():
             yield (width, shapes), rows
 
@@ -166,7 +178,10 @@ class ModelQueue:
         """When a batch of a group may start: at once where it is full, else when its oldest request has waited."""
         pieces = [piece for _, _, piece in self._groups[group] if not piece.entry.closed]
         rows = sum(len(piece.rows) - piece.first for piece in pieces)
-        if rows >= self.options.max_batch or rows * group[0] >= self.options.max_tokens:
+        tokens = rows * group[0]
+        if pieces[0].entry.packed:  # then a request is one piece
+            tokens = sum(piece.entry.cost_left for piece in pieces)
+        if rows >= self.options.max_batch or tokens >= self.options.max_tokens:
             return now
         return min(piece.entry.request.arrival for piece in pieces) + self.options.max_delay_s
 
@@ -196,13 +211,13 @@ class ModelQueue:
             return None
         heap = self._groups[group]
         parts: list[Taken] = []
-        total = width = tokens = 0
+        total = longest = tokens = 0
         while heap:
             piece = heap[0][2]
             if piece.entry.closed:
                 heapq.heappop(heap)
                 continue
-            taken, width = self._fitting(piece, total, width)
+            taken, longest = self._fitting(piece, total, longest, tokens)
             if not taken:
                 break
             entry = piece.entry
@@ -219,23 +234,27 @@ class ModelQueue:
                 heapq.heappop(heap)
             if self.axes.mode is BatchingMode.NONE:
                 break
-        return Batch(tuple(parts), total, width, tokens, group[1])
+        packed = parts[0].entry.packed
+        width = width_of(packed, longest, self.options, self.axes)
+        computed = self.axes.computed(packed, total, width, tokens)
+        return Batch(tuple(parts), total, width, tokens, computed, group[1])
 
-    def _fitting(self, piece: Piece, total: int, width: int) -> tuple[list[int], int]:
-        """Rows of `piece` that fit beside `total` rows of `width` tokens, and the width they make."""
-        taken: list[int] = []
+    def _fitting(self, piece: Piece, total: int, longest: int, tokens: int) -> tuple[list[int], int]:
+        """Rows of `piece` that fit beside `total` rows of `tokens` tokens, of which the longest has so many, and the
+        longest of all."""
+        entry, taken = piece.entry, list[int]()
         for index in range(piece.first, len(piece.rows)):
             row = piece.rows[index]
-            wider = max(width, self._width(piece.entry.lengths[row])) if piece.entry.lengths else 0
             rows = total + len(taken) + 1
-            if rows > 1 and (rows > self.options.max_batch or rows * wider > self.options.max_tokens):
+            longer = max(longest, entry.lengths[row]) if entry.lengths else 0
+            tokens += entry.tokens[row] if entry.tokens else 0
+            width = width_of(entry.packed, longer, self.options, self.axes)
+            computed = self.axes.computed(entry.packed, rows, width, tokens)
+            if rows > 1 and (rows > self.options.max_batch or computed > self.options.max_tokens):
                 break
             taken.append(row)
-            width = wider
-        return taken, width
-
-    def _width(self, length: int) -> int:
-        return padded_width(length, self.options.buckets) if self.axes.mode is BatchingMode.PADDED else length
+            longest = longer
+        return taken, longest
 
     def _row_cost(self, entry: Entry, rows: list[int]) -> int:
-        return sum(entry.lengths[row] for row in rows) if entry.lengths else len(rows)
+        return sum(entry.tokens[row] for row in rows) if entry.tokens else len(rows)

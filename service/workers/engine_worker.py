@@ -295,14 +295,15 @@ class EngineWorker:
             if isinstance(error, self._engine().DeviceLost):
                 self._on_lost(str(error))
                 return [report for part in batch.parts for report in self._fail(work, part.entry, error)], False
-            singles = [alone(part, batch.shapes) for part in batch.parts]
+            singles = [alone(part, batch.shapes, work.axes) for part in batch.parts]
             if singles == [batch]:
                 return self._fail(work, batch.parts[0].entry, error), False
             return [report for one in singles for report in self._execute(work, one, untold)[0]], False
         work.light.record(batch, seconds)
-        padding = batch.rows * batch.width - batch.tokens if batch.width else 0
         rows = batch.rows if work.axes.mode is not BatchingMode.NONE else rows_of(batch.parts[0].entry.arrays)
-        done = BatchDone(work.key, rows, batch.tokens, padding, seconds, batch.parts[0].entry.request.id)
+        done = BatchDone(
+            work.key, rows, batch.tokens, batch.computed - batch.tokens, seconds, batch.parts[0].entry.request.id
+        )
         return [done, *map(answer, self._scheduler.finish(work, finished))], True
 
     def _fail(self, work: Work, entry: Entry, error: Exception) -> list[Report]:

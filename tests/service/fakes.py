@@ -227,6 +227,7 @@ class FakeModel:
         self.fallback_ops = 0
         self.load_seconds = 0.01
         self.concurrent_runs = arguments.get("concurrent_runs", 1)
+        self.packed_mask = "attention_mask" if "token_step" in arguments else None
         self.closed = False
         self._owner = owner
         self._arguments = arguments
@@ -264,6 +265,11 @@ class FakeModel:
             self._launches += 1
             self._runs[tuple(sizes.items())] += 1
         return outputs
+
+    def computed_tokens(self, rows: int, width: int, tokens: int) -> int:
+        """Rounded up to the `token_step` of a packed model, where that is less than all."""
+        step = int(self._arguments["token_step"])
+        return min(-(-tokens // step) * step, rows * width)
 
     def _fail_as_told(self, first: Array) -> None:
         """`faults` maps an element of the first input to what happens to this process when it is met."""

@@ -528,6 +528,29 @@ def test_padding_is_counted(harness: Harness) -> None:
     assert (batch.rows, batch.tokens, batch.padding) == (2, 25, 7)
 
 
+def test_packed_rows_share_a_run_and_what_is_computed_beside_them_is_padding(harness: Harness) -> None:
+    ready = harness.load("encoder", BatchingOptions(max_tokens=64), token_step=32)
+    assert ready.batching is BatchingMode.PACKED
+    assert "what 'attention_mask' hides is not computed" in ready.batching_reason
+    harness.load("identity")
+    harness.hold()
+    lengths = (3, 40, 9, 30)
+    for number, length in enumerate(lengths, 1):
+        ids, mask = np.full((1, length), number), np.ones((1, length), np.int64)
+        inputs = (("input_ids", LocalTensor(ids)), ("attention_mask", LocalTensor(mask)))
+        now = time.monotonic()
+        outputs = ("last_hidden_state",)
+        harness.worker.handle(Infer(number, ModelKey("encoder", 1), inputs, outputs, (length,), now, now + 20, 50))
+    harness.engine.gate.set()
+    done = [harness.next(BatchDone) for _ in range(3)]
+    batches = [(d.rows, d.tokens, d.padding) for d in done if d.key.name == "encoder"]
+    assert batches == [(3, 52, 12), (1, 30, 2)]
+
+
+def test_a_packed_model_whose_padding_shows_is_batched_without_padding(harness: Harness) -> None:
+    assert harness.load("unmasked", token_step=8).batching is BatchingMode.ROWS
+
+
 def test_statistics_are_answered_while_the_engine_is_busy(harness: Harness) -> None:
     harness.load("identity")
     harness.hold()
