@@ -29,6 +29,7 @@ from engine.targets.cuda.probe import Gpu
 log = logging.getLogger(__name__)
 
 _ON_CPU = (Precision.AUTO, Precision.FP32)
+_PACKED: dict[bool | str, bool | str] = {"auto": "auto", "on": True, "off": False}
 
 
 def load(
@@ -49,8 +50,8 @@ def load(
     `engine.precision`). With `strict`, an operator without a kernel of ours is refused instead of run through
     onnx.reference. `threads` bounds the CPU threads (default: every core this process may use). `plan_cache_bytes`
     bounds the plans kept ready for shapes seen before. `packed` says whether encoders whose mask is an input of zeros
-    and ones run on their real tokens only: True (where that can be proved right: `engine.passes.unpad`), False, or
-    ``auto``: as is best on the device. Outputs that show positions have zeros at padded ones then.
+    and ones run on their real tokens only: ``on`` or True (where that can be proved right: `engine.passes.unpad`),
+    ``off`` or False, or ``auto``: as is best on the device. Outputs that show positions have zeros at padded ones then.
 
     Raises ModelError (not a valid model), UnsupportedOp (valid, but not runnable here), DeviceError (no such device or
     precision there), OutOfMemory, ValueError (an argument that means nothing).
@@ -60,12 +61,12 @@ def load(
         raise ValueError(f"threads must be an int of at least 1, not {threads!r}")
     if not isinstance(plan_cache_bytes, int) or plan_cache_bytes < 0:
         raise ValueError(f"plan_cache_bytes must be an int of at least 0, not {plan_cache_bytes!r}")
-    if not (isinstance(packed, bool) or packed == "auto"):
-        raise ValueError(f"packed must be True, False or 'auto', not {packed!r}")
+    if not isinstance(packed, bool) and packed not in _PACKED:
+        raise ValueError(f"packed must be a bool or one of {', '.join(map(repr, _PACKED))}, not {packed!r}")
     if not isinstance(device, str):
         raise ValueError(f"device must be a str such as 'auto', not {device!r}")
     source = path if isinstance(path, bytes) else Path(path)
-    loader = _Loader(source, strict, threads, plan_cache_bytes, packed)
+    loader = _Loader(source, strict, threads, plan_cache_bytes, _PACKED.get(packed, packed))
     wanted = _precision(precision)
     gpu = _gpu(device)
     if gpu is None:

@@ -238,6 +238,11 @@ class Model:
         batch = self._packer.batch(arrays, sizes, least_saving=-np.inf) if self._packer is not None else None
         return batch if batch is not None and batch.packed else None
 
+    def clear_padding(self, outputs: Mapping[str, np.ndarray], feeds: Mapping[str, Any]) -> None:
+        """Put 0 at padded positions of `outputs`, wherever they come from, as `run` does for these feeds."""
+        if self._packer is not None:
+            self._packer.clear(outputs, replace(self._batch(*self._checked(feeds)), packed=False))
+
     def sample_feeds(self, sizes: Mapping[str, int], seed: int = 0) -> dict[str, np.ndarray]:
         """Random inputs the model accepts (for warm-up, checks and benchmarks): see `engine.feeds.sample_feeds`."""
         return sample_feeds(self._graph, sizes, seed)

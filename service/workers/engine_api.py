@@ -140,7 +140,7 @@ class EngineModule(Protocol):
         """What this thread does inside gives way to what others do with the engine."""
         ...
 
-    def load(self, path: str, *, device: str, precision: str, threads: int | None) -> EngineModel:
+    def load(self, path: str, *, device: str, precision: str, threads: int | None, packed: str) -> EngineModel:
         """Load a model file; raises a subclass of `EngineError`."""
         ...
 

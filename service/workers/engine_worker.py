@@ -141,7 +141,11 @@ class EngineWorker:
             module = self._engine()
             with module.background():
                 model = module.load(
-                    command.path, device=command.device, precision=command.precision, threads=command.threads
+                    command.path,
+                    device=command.device,
+                    precision=command.precision,
+                    threads=command.threads,
+                    packed=command.packed,
                 )
                 axes = probe(model, command, module.EngineError)
             seconds = time.monotonic() - started

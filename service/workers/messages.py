@@ -101,6 +101,7 @@ class LoadModel:
     threads: int | None
     batching: BatchingOptions
     image_size: tuple[int, int] | None
+    packed: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

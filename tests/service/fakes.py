@@ -379,7 +379,13 @@ class FakeEngine:
         return "cuda:0" if device.startswith("cuda") else "cpu"
 
     def load(
-        self, path: str, *, device: str = "auto", precision: str = "auto", threads: int | None = None
+        self,
+        path: str,
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        threads: int | None = None,
+        packed: str = "auto",
     ) -> FakeModel:
         """Read the JSON; anything else is a ModelError."""
         assert self.behind.active, "a load that does not give way"
