@@ -102,6 +102,8 @@ def _sequence_symbol(inputs: Sequence[TensorInfo]) -> str | None:
 def prefix_lengths(mask: NDArray[Any]) -> tuple[int, ...] | None:
     """The number of ones in each row of a mask; None where a row is anything else than ones, at least one, and then
     zeros."""
+    if not mask.size:
+        return None
     real = mask == 1
     ones = np.count_nonzero(real, axis=1)
     ends = mask.shape[1] - np.argmax(mask[:, ::-1] != 0, axis=1)
