@@ -90,6 +90,7 @@ def execute(runner: Runner, plan: Plan, feeds: dict[str, Array]) -> dict[str, Ar
             memory[buffer] = np.ascontiguousarray(buffer.data).reshape(-1).view(np.uint8)
         else:
             memory.setdefault(buffer, np.full(buffer.nbytes, 0xFF, np.uint8))
+
     def handed_in(tensor: Tensor) -> Tensor:
         """An operand as what runs a single step wants it: of a buffer that is filled before."""
         if tensor.buffer.kind is not BufferKind.ARENA:
