@@ -220,14 +220,14 @@ KINDS: dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], Runner]] 
 class FakeModel:
     """One loaded model."""
 
-    def __init__(self, owner: "FakeEngine", path: str, kind: str, arguments: dict[str, Any]) -> None:
+    def __init__(self, owner: "FakeEngine", path: str, kind: str, arguments: dict[str, Any], packed: str) -> None:
         self.inputs, self.outputs, self._run = KINDS[kind]
         self.kind, self.path = kind, path
         self.device_info = DeviceInfo()
         self.fallback_ops = 0
         self.load_seconds = 0.01
         self.concurrent_runs = arguments.get("concurrent_runs", 1)
-        self.packed_mask = "attention_mask" if "token_step" in arguments else None
+        self.packed_mask = "attention_mask" if "token_step" in arguments and packed != "off" else None
         self.closed = False
         self._owner = owner
         self._arguments = arguments
@@ -399,7 +399,7 @@ class FakeEngine:
                     os.kill(os.getpid(), signal.SIGKILL)
                 if arguments.get("bug"):
                     raise LookupError("oops")
-                model = FakeModel(self, path, arguments["kind"], arguments)
+                model = FakeModel(self, path, arguments["kind"], arguments, packed)
             except (ValueError, KeyError, TypeError) as error:
                 raise ModelError(f"{path.rsplit('/', 1)[-1]} is no ONNX model: {error}") from None
         self.models.append(model)

@@ -62,10 +62,12 @@ class Harness:
             self.worker.handle(Stop())
         self.stopped = True
 
-    def load(self, kind: str, options: BatchingOptions | None = None, name: str = "", **arguments: Any) -> ModelReady:
+    def load(
+        self, kind: str, options: BatchingOptions | None = None, name: str = "", packed: str = "auto", **arguments: Any
+    ) -> ModelReady:
         key = ModelKey(name or kind, 1)
         path = add_model(self.root, key.name, kind, **arguments) / "1" / "model.onnx"
-        command = LoadModel(key, str(path), "cpu", "auto", None, options or BatchingOptions(), None)
+        command = LoadModel(key, str(path), "cpu", "auto", None, options or BatchingOptions(), None, packed)
         self.worker.handle(command)
         return self.next(ModelReady)
 
@@ -545,6 +547,10 @@ def test_packed_rows_share_a_run_and_what_is_computed_beside_them_is_padding(har
     done = [harness.next(BatchDone) for _ in range(3)]
     batches = [(d.rows, d.tokens, d.padding) for d in done if d.key.name == "encoder"]
     assert batches == [(3, 52, 12), (1, 30, 2)]
+
+
+def test_rows_are_padded_where_packing_is_switched_off(harness: Harness) -> None:
+    assert harness.load("encoder", packed="off", token_step=8).batching is BatchingMode.PADDED
 
 
 def test_a_packed_model_whose_padding_shows_is_batched_without_padding(harness: Harness) -> None:
