@@ -32,6 +32,7 @@ from engine.ir.graph import Graph, Node, Value
 from engine.ir.ops import Attention, Gather, Gemm, Reduce, Slice
 from engine.passes.layout import choose_orders
 from engine.passes.operands import fixed_operands, gathers_of
+from engine.passes.pipeline import print_after
 from engine.passes.prologues import fuse_gathers
 from engine.passes.traits import PackedAttention, Traits
 from engine.passes.unpad.elements import Index, broadcast
@@ -238,6 +239,7 @@ def _finished(graph: Graph, rows: Rows, outputs: list[Value], traits: Traits, co
     fuse_gathers(new, traits)
     merge_views(new, traits)
     choose_orders(new, traits)
+    print_after("unpad", new)
     read = {value for node in new.nodes for value in node.inputs} | set(new.outputs)
     hidden = {"rows": rows.rows, "positions": rows.positions, "places": rows.places, "starts": rows.starts}
     new.inputs = [value for value in (*graph.inputs, *hidden.values()) if value in read]
