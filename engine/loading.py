@@ -19,6 +19,8 @@ from engine.feeds import free_symbols
 from engine.ir.graph import Graph
 from engine.ir.ops import Opaque
 from engine.model import PLAN_CACHE_BYTES, Model
+from engine.passes.traits import Traits
+from engine.passes.unpad import Unpadded
 from engine.precision import CANDIDATES, Precision, Verdict, Verdicts, decide, fingerprint, probe_sizes, source_hash
 from engine.targets.base import Target
 from engine.targets.cuda import probe
@@ -27,6 +29,7 @@ from engine.targets.cuda.probe import Gpu
 log = logging.getLogger(__name__)
 
 _ON_CPU = (Precision.AUTO, Precision.FP32)
+_PACKED: dict[bool | str, bool | str] = {"auto": "auto", "on": True, "off": False}
 
 
 def load(
@@ -36,6 +39,7 @@ def load(
     strict: bool = False,
     threads: int | None = None,
     plan_cache_bytes: int = PLAN_CACHE_BYTES,
+    packed: bool | str = "auto",
 ) -> Model:
     """Load an ONNX model and make it ready to run.
 
@@ -45,7 +49,9 @@ def load(
     where all float arithmetic is fp32 (fp64 stays fp64); on a GPU the fastest whose outputs agree with fp32 (see
     `engine.precision`). With `strict`, an operator without a kernel of ours is refused instead of run through
     onnx.reference. `threads` bounds the CPU threads (default: every core this process may use). `plan_cache_bytes`
-    bounds the plans kept ready for shapes seen before.
+    bounds the plans kept ready for shapes seen before. `packed` says whether encoders whose mask is an input of zeros
+    and ones run on their real tokens only: ``on`` or True (where that can be proved right: `engine.passes.unpad`),
+    ``off`` or False, or ``auto``: as is best on the device. Outputs that show positions have zeros at padded ones then.
 
     Raises ModelError (not a valid model), UnsupportedOp (valid, but not runnable here), DeviceError (no such device or
     precision there), OutOfMemory, ValueError (an argument that means nothing).
@@ -55,10 +61,12 @@ def load(
         raise ValueError(f"threads must be an int of at least 1, not {threads!r}")
     if not isinstance(plan_cache_bytes, int) or plan_cache_bytes < 0:
         raise ValueError(f"plan_cache_bytes must be an int of at least 0, not {plan_cache_bytes!r}")
+    if not isinstance(packed, bool) and packed not in _PACKED:
+        raise ValueError(f"packed must be a bool or one of {', '.join(map(repr, _PACKED))}, not {packed!r}")
     if not isinstance(device, str):
         raise ValueError(f"device must be a str such as 'auto', not {device!r}")
     source = path if isinstance(path, bytes) else Path(path)
-    loader = _Loader(source, strict, threads, plan_cache_bytes)
+    loader = _Loader(source, strict, threads, plan_cache_bytes, _PACKED.get(packed, packed))
     wanted = _precision(precision)
     gpu = _gpu(device)
     if gpu is None:
@@ -134,6 +142,7 @@ class _Loader:
     strict: bool
     threads: int | None
     plan_cache_bytes: int
+    packed: bool | str
 
     def on_cpu(self, wanted: Precision) -> Model:
         """The model on the CPU. Raises DeviceError for a precision that the CPU does not have."""
@@ -207,12 +216,23 @@ class _Loader:
     def _model(self, target: Target, precision: Precision) -> Model:
         from engine import passes
 
-        graph = passes.run(self._read(), replace(target.traits, storage_type=precision.storage))
+        traits = replace(target.traits, storage_type=precision.storage)
+        graph = passes.run(self._read(), traits)
         if self.strict:
             _refuse_opaque(graph)
-        model = Model(graph, target, self.plan_cache_bytes)
+        model = Model(graph, target, self.plan_cache_bytes, self._unpadded(graph, traits))
         model.precision = precision.value
         return model
+
+    def _unpadded(self, graph: Graph, traits: Traits) -> Unpadded | str:
+        """The graph on packed tokens, or why there is none."""
+        from engine.passes.unpad import unpad
+
+        if self.packed is False:
+            return "switched off"
+        if self.packed == "auto" and traits.packed is not None and not traits.packed.by_default:
+            return "switched off on this device unless asked for (packed=True)"
+        return unpad(graph, traits)
 
 
 def _probe(model: Model) -> dict[str, int]:

@@ -22,12 +22,15 @@ from engine.feeds import (
     free_symbols,
     index_out_of_range,
     sample_feeds,
+    size_limits,
     size_out_of_range,
     sizes_of,
 )
 from engine.ir.dtype import DType
 from engine.ir.graph import Graph
 from engine.ir.ops import Opaque
+from engine.packing import Batch, Packer
+from engine.passes.unpad import Unpadded
 from engine.plan.build import Constants, build
 from engine.plan.cache import LeastRecentlyUsed
 from engine.plan.plan import Plan
@@ -66,11 +69,25 @@ class _Ready(_Held[Executable]):
 
 
 class Model:
-    """A model on a device. Thread-safe. Use `engine.load` to make one, and `close` (or ``with``) to free it."""
+    """A model on a device. Thread-safe. Use `engine.load` to make one, and `close` (or ``with``) to free it.
 
-    def __init__(self, graph: Graph, target: Target, plan_cache_bytes: int = PLAN_CACHE_BYTES) -> None:
+    Beside its graph it may have one for packed tokens (`engine.passes.unpad`). Which of the two runs is decided for
+    every batch; what distinguishes their plans is a size more, the number of tokens.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        target: Target,
+        plan_cache_bytes: int = PLAN_CACHE_BYTES,
+        unpadded: Unpadded | str = "off",
+    ) -> None:
+        """`unpadded`: the graph on packed tokens, or why there is none."""
         self._graph = graph
         self._target = target
+        self._unpadded = unpadded
+        packed = target.traits.packed
+        self._packer = Packer(unpadded, packed) if isinstance(unpadded, Unpadded) and packed is not None else None
         self._lock = threading.RLock()
         self._left = threading.Condition(self._lock)
         """Notified when a call has left."""
@@ -103,21 +120,26 @@ class Model:
     def run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Run the model. `feeds` maps every input name to an array of the input's dtype and shape (NumPy or CuPy).
 
-        Returns NumPy arrays with the ONNX dtypes and shapes, by output name. Raises ShapeError for feeds that do not
-        fit the model, OutOfMemory for sizes the device cannot hold, DeviceError where the device fails.
+        Returns NumPy arrays with the ONNX dtypes and shapes, by output name. Where the model runs on packed tokens (see
+        `packed_mask`) outputs that show positions are 0 at those of padding, if the mask is ones and then zeros. Raises
+        ShapeError for feeds that do not fit the model, OutOfMemory for sizes the device cannot hold, DeviceError where
+        the device fails.
         """
         arrays, sizes = self._checked(feeds)
+        batch = self._batch(arrays, sizes)
         try:
             with self._lock:
-                ready = self._ready(sizes)
+                ready = self._ready(batch.sizes)
                 self._enter(ready)
             try:
                 outputs = {name: np.empty(shape, dtype) for name, (shape, dtype) in ready.outputs.items()}
-                ready.bound.run(arrays, outputs)
+                ready.bound.run(batch.arrays, outputs)
             finally:
                 self._leave(ready)
         except (ShapeError, MemoryError) as error:
             raise self._explain(error, sizes, arrays) from error
+        if self._packer is not None:
+            self._packer.clear(outputs, batch)
         return outputs
 
     def _checked(self, feeds: Mapping[str, Any]) -> tuple[Mapping[str, np.ndarray], dict[str, int]]:
@@ -142,6 +164,10 @@ class Model:
             self._known[tuple(shapes)] = sizes
         return arrays, sizes
 
+    def _batch(self, arrays: Mapping[str, np.ndarray], sizes: Mapping[str, int]) -> Batch:
+        """What to run on these feeds: the padded graph, or that on packed tokens."""
+        return self._packer.batch(arrays, sizes) if self._packer is not None else Batch(arrays, sizes, False)
+
     @contextmanager
     def _explained(self, sizes: Mapping[str, int]) -> Iterator[None]:
         """Errors of making a plan in the caller's terms."""
@@ -165,7 +191,9 @@ class Model:
         """A plan for fixed sizes with its own input and output arrays in the device's memory, for repeated runs without
         allocation and without transfers.
 
-        `sizes` gives every symbol of the input shapes. Raises ShapeError where one is missing, unknown or not positive.
+        `sizes` gives every symbol of the input shapes; with the size of `Model.packed_size` beside them the plan is
+        that on packed tokens, whose inputs and sizes `pack` makes. Raises ShapeError where one is missing, unknown or
+        not positive.
         """
         self._check_sizes(sizes)
         with self._lock, self._explained(sizes):
@@ -179,6 +207,43 @@ class Model:
         with self._lock, self._explained(sizes):
             return self._build(sizes)
 
+    @property
+    def packed_size(self) -> str | None:
+        """The name of the size that plans on packed tokens have beside the model's own: the number of tokens. None
+        where the model does not run on packed tokens; `why_padded` says why."""
+        return self._unpadded.tokens if self._packer is not None and isinstance(self._unpadded, Unpadded) else None
+
+    @property
+    def packed_mask(self) -> str | None:
+        """The input that says which tokens are real, of a model that runs on packed tokens."""
+        return self._unpadded.mask if self._packer is not None and isinstance(self._unpadded, Unpadded) else None
+
+    def computed_tokens(self, rows: int, width: int, tokens: int) -> int:
+        """How many tokens `run` computes of inputs [rows, width] whose mask has so many ones: in every row at least
+        one, and then zeros."""
+        return rows * width if self._packer is None else self._packer.computed_tokens(rows, width, tokens)
+
+    @property
+    def why_padded(self) -> str | None:
+        """In a few words why the model does not run on packed tokens; None where it does."""
+        return self._unpadded if isinstance(self._unpadded, str) else None
+
+    def pack(self, feeds: Mapping[str, Any]) -> Batch | None:
+        """What `run` would run on packed tokens for these feeds, however little that saves: inputs and sizes for
+        `bind`. None where the model does not, or the mask does not allow it (rows of ones followed by zeros, nothing
+        else).
+
+        Raises ShapeError for feeds that do not fit the model.
+        """
+        arrays, sizes = self._checked(feeds)
+        batch = self._packer.batch(arrays, sizes, least_saving=-np.inf) if self._packer is not None else None
+        return batch if batch is not None and batch.packed else None
+
+    def clear_padding(self, outputs: Mapping[str, np.ndarray], feeds: Mapping[str, Any]) -> None:
+        """Put 0 at padded positions of `outputs`, wherever they come from, as `run` does for these feeds."""
+        if self._packer is not None:
+            self._packer.clear(outputs, replace(self._batch(*self._checked(feeds)), packed=False))
+
     def sample_feeds(self, sizes: Mapping[str, int], seed: int = 0) -> dict[str, np.ndarray]:
         """Random inputs the model accepts (for warm-up, checks and benchmarks): see `engine.feeds.sample_feeds`."""
         return sample_feeds(self._graph, sizes, seed)
@@ -190,8 +255,7 @@ class Model:
         with self._lock:
             for _ in range(2):
                 self.run(feeds)
-            sizes = sizes_of(self._graph.inputs, check_feeds(self._graph.inputs, feeds))
-            executable = self._ready(sizes).bound
+            executable = self._ready(self._batch(*self._checked(feeds)).sizes).bound
             before = executable.step_stats()
             for _ in range(runs):
                 self.run(feeds)
@@ -262,6 +326,11 @@ class Model:
         return len(self._plans)
 
     @property
+    def size_limits(self) -> dict[str, int]:
+        """The most that a size may be, by the names of those that the model limits, as its table of positions does."""
+        return size_limits(self._graph)
+
+    @property
     def graph(self) -> Graph:
         """The compiled graph (read only)."""
         return self._graph
@@ -292,11 +361,12 @@ class Model:
     # Inside
 
     def _check_sizes(self, sizes: Mapping[str, int]) -> None:
-        unknown = sorted(set(sizes) - set(self._symbols))
+        names = self._symbols if self.packed_size not in sizes else (*self._symbols, str(self.packed_size))
+        unknown = sorted(set(sizes) - set(names))
         if unknown:
             known = ", ".join(self._symbols) or "none: all its sizes are fixed"
             raise ShapeError(f"the model has no size {unknown[0]!r}; it has {known}")
-        for name in self._symbols:
+        for name in names:
             size = sizes.get(name)
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ShapeError(f"size {name!r} must be given, an int and at least 1, not {size!r}")
@@ -304,13 +374,23 @@ class Model:
     def _build(self, sizes: Mapping[str, int]) -> Plan:
         if self._closed:
             raise EngineError("the model is closed")
-        return build(self._graph, sizes, self._target, self._constants)
+        return build(self._graph_of(sizes), sizes, self._target, self._constants)
+
+    def _graph_of(self, sizes: Mapping[str, int]) -> Graph:
+        """The graph that a plan of these sizes is one of."""
+        if not isinstance(self._unpadded, Unpadded) or self._unpadded.tokens not in sizes:
+            return self._graph
+        # A limit that the padded graph has (its table of positions) is the model's.
+        told = size_out_of_range(self._graph, sizes)
+        if told:
+            raise ShapeError(told)
+        return self._unpadded.graph
 
     def _ready(self, sizes: Mapping[str, int]) -> _Ready:
         """The plan for `sizes`, from the cache or made now. Under the lock."""
         if self._closed:
             raise EngineError("the model is closed")
-        key = tuple(sizes[name] for name in self._symbols)
+        key = (*(sizes[name] for name in self._symbols), sizes.get(self.packed_size or "", 0))
         ready = self._plans.get(key)
         if ready is None:
             plan = self._build(sizes)

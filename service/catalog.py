@@ -221,6 +221,7 @@ class Catalog:
             threads=settings.threads,
             batching=model.options,
             image_size=image_size(folder.config.images),
+            packed=(folder.config.packed or settings.packed).value,
         )
         self._by_key[key] = model
         versions = self._models.setdefault(key.name, {})

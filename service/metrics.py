@@ -124,7 +124,7 @@ class Metrics:
         self.batch_size = self._histogram("inference_batch_size", "Rows of a batch.", _ROWS)
         self.batch_tokens = self._histogram("inference_batch_tokens", "Tokens of a batch, padding left out.", _TOKENS)
         self.padding = Counters(
-            "inference_padding_tokens_total", "Tokens computed only to make rows equally long.", _MODEL, registry
+            "inference_padding_tokens_total", "Tokens computed that are no row's own.", _MODEL, registry
         )
         self.inflight = Gauges("inference_inflight", "Requests accepted and not answered yet.", _MODEL, registry)
         self.restarts = Counters(

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from service.settings import Precision
+from service.settings import Packed, Precision
 from service.workers.messages import BatchingOptions
 
 _MAX_TOML_BYTES = 1 << 20
@@ -108,6 +108,7 @@ class ModelConfig(_Section):
 
     task: Task | None = None
     precision: Precision | None = None
+    packed: Packed | None = None
     source: str | None = None
     license: str | None = None
     batching: BatchingConfig = BatchingConfig()

@@ -30,6 +30,14 @@ class Precision(StrEnum):
     FP16 = "fp16"
 
 
+class Packed(StrEnum):
+    """Whether the engine leaves out the padding of masked sequences."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
 class EngineProcess(StrEnum):
     """Where the engine runs."""
 
@@ -91,6 +99,9 @@ class Settings(BaseSettings):
     )
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     precision: Precision = Field(default=Precision.AUTO, description="arithmetic where model.toml says nothing")
+    packed: Packed = Field(
+        default=Packed.AUTO, description="leave out the padding of masked sequences, where model.toml says nothing"
+    )
     threads: int | None = Field(default=None, ge=1, le=1024, description="engine threads; all cores when not set")
     engine_process: EngineProcess = Field(
         default=EngineProcess.AUTO,

@@ -43,10 +43,14 @@ def measure_case(
 
     expected = peer()
     with engine.load(source, device="cpu", threads=threads) as model:
-        sizes = case.sizes if isinstance(case, ModelCase) else {}
-        floor = ceilings.plan_floor_us(model.plan(sizes))
+        # Padded positions are 0, where ONNX Runtime has what the encoder makes of padding; the floor is that of the
+        # plan which runs.
+        shown = {name: array.copy() for name, array in expected.items()}
+        model.clear_padding(shown, feeds)
+        model.run(feeds)
+        floor = ceilings.plan_floor_us(model.plan(model.plan_profiles()[-1].sizes))
         return measure(
-            lambda: CpuContender(lambda: model.run(feeds), expected, *seconds),
+            lambda: CpuContender(lambda: model.run(feeds), shown, *seconds),
             [Entry("ONNX Runtime", lambda: CpuContender(peer, expected, *seconds))],
             TOLERANCE,
             rounds,

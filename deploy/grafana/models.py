@@ -28,7 +28,7 @@ def models() -> dashboard.Dashboard:
               [(f"{_rate('inference_batch_size_sum')} / {_rate('inference_batch_size_count')}", _EACH)], units.Short),
         lines("Tokens", "Computed a second, padding left out; models for tokens only.",
               [(_rate("inference_batch_tokens_sum"), _EACH)], units.Short),
-        lines("Padding", "Share of the tokens that were computed only to make rows equally long.",
+        lines("Padding", "Share of the computed tokens that are no row's own.",
               [(f"{_rate('inference_padding_tokens_total')} / "
                 f"({_rate('inference_padding_tokens_total')} + {_rate('inference_batch_tokens_sum')})", _EACH)],
               units.PercentUnit, most=1),

@@ -25,6 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("--device", default="auto", help="auto or cpu (default: %(default)s)")
         command.add_argument("--precision", default="auto", help="auto or fp32 (default: %(default)s)")
         command.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
+        command.add_argument(
+            "--packed",
+            choices=("auto", "on", "off"),
+            default="auto",
+            help="leave out the padding of masked sequences (default: %(default)s, as is best on the device)",
+        )
         command.add_argument("--strict", action="store_true", help="refuse operators without a kernel of ours")
         command.add_argument(
             "--size", action="append", default=[], metavar="NAME=N", help="size of a symbol, e.g. batch=8 (default: 1)"

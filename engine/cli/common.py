@@ -20,18 +20,21 @@ def open_model(arguments: argparse.Namespace) -> engine.Model:
         precision=arguments.precision,
         strict=arguments.strict,
         threads=arguments.threads,
+        packed=arguments.packed,
     )
 
 
-def sizes(arguments: argparse.Namespace, model: engine.Model) -> dict[str, int]:
-    """The size of every symbol: what ``--size`` says, else 1. Raises ValueError for a malformed or unknown one."""
+def sizes(arguments: argparse.Namespace, model: engine.Model, packed: bool = False) -> dict[str, int]:
+    """The size of every symbol: what ``--size`` says, else 1; where `packed`, that of packed tokens too, if it is said.
+    Raises ValueError for a malformed or unknown one."""
     names = dict.fromkeys(dim for spec in model.inputs for dim in spec.shape if isinstance(dim, str))
     result = dict.fromkeys(names, 1)
+    extra = model.packed_size if packed else None
     for item in arguments.size:
         name, separator, number = item.partition("=")
         if not separator or not number.isdecimal() or int(number) < 1:
             raise ValueError(f"--size {item}: write NAME=N with N at least 1")
-        if name not in result:
+        if name not in result and name != extra:
             raise ValueError(f"--size {item}: the model has no size {name!r}; it has {', '.join(result) or 'none'}")
         result[name] = int(number)
     return result

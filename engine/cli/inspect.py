@@ -20,11 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     with open_model(arguments) as model:
-        chosen = sizes(arguments, model)
+        chosen = sizes(arguments, model, packed=True)
         plan = model.plan(chosen)
         for title, specs in (("input", model.inputs), ("output", model.outputs)):
             for spec in specs:
                 print(f"{title:6}  {spec.name}: {spec.dtype}{shape_text(spec.shape)}")
+        print(f"packed  {_packed(model)}")
         print(f"sizes   {', '.join(f'{name}={size}' for name, size in chosen.items()) or 'all fixed'}\n")
         rows = [["", "step", "operator", "output", "FLOPs", "bytes", "FLOP/byte"]]
         for index, step in enumerate(plan.steps):
@@ -43,6 +44,14 @@ def main(arguments: argparse.Namespace) -> int:
         print(table(rows, frozenset({0, 4, 5, 6})))
         _summary(model, plan)
     return 0
+
+
+def _packed(model: engine.Model) -> str:
+    """Whether the model runs on packed tokens, and why not."""
+    if model.packed_size is None:
+        return f"no: {model.why_padded}"
+    where = f"yes, where {model.packed_mask!r} is ones and then zeros in every row"
+    return f"{where} (--size {model.packed_size}=N shows the plan for N tokens)"
 
 
 def _summary(model: engine.Model, plan: Plan) -> None:

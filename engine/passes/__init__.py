@@ -2,7 +2,7 @@
 
 One file per rewrite. Each pass is a function `(graph, traits) -> None` that changes the graph in place and can be run
 and tested alone; `PASSES` is the order. `TILEWAVE_PRINT_AFTER=<pass>` (or `all`) prints the graph after a pass to
-stderr.
+stderr. `unpad` is no member of it: from a finished graph it makes another one, on packed tokens.
 """
 
 from engine.passes.pipeline import PASSES, run

@@ -84,9 +84,13 @@ _PRINT_AFTER = "TILEWAVE_PRINT_AFTER"
 
 def run(graph: Graph, traits: Traits) -> Graph:
     """Rewrite `graph` in place for a target with `traits`, and return it."""
-    printed = os.environ.get(_PRINT_AFTER, "")
     for rewrite in PASSES:
         rewrite(graph, traits)
-        if printed in (rewrite.__name__, "all"):
-            sys.stderr.write(f"# after {rewrite.__name__}\n{graph_text(graph)}\n\n")
+        print_after(rewrite.__name__, graph)
     return graph
+
+
+def print_after(name: str, graph: Graph) -> None:
+    """Print the graph to stderr, if the environment asks for it after the pass called `name`."""
+    if os.environ.get(_PRINT_AFTER, "") in (name, "all"):
+        sys.stderr.write(f"# after {name}\n{graph_text(graph)}\n\n")

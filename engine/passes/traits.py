@@ -8,6 +8,19 @@ from engine.ir.dtype import DType
 
 
 @dataclass(frozen=True)
+class PackedAttention:
+    """What a target's attention on packed sequences takes: `types` of q, k and v, heads of a multiple of `multiple`
+    features up to `widest` (None: of any width), and up to `sequences` of them (None: any number). `by_default`: models
+    run on packed tokens (`unpad`) unless the caller says otherwise."""
+
+    types: frozenset[DType]
+    multiple: int = 1
+    widest: int | None = None
+    sequences: int | None = None
+    by_default: bool = True
+
+
+@dataclass(frozen=True)
 class Traits:
     """The capability table of a target, as far as graph rewrites are concerned.
 
@@ -16,6 +29,7 @@ class Traits:
     the types for which it has a fused attention; in others scores and probabilities stay apart. `storage_type`: what
     fp32 activations and weights are kept in between operators, which compute in fp32 all the same (`narrow_floats`).
     `permuted_rows`: a product writes its rows in any order of several axes as fast as one after the other.
+    `packed`: its attention on packed sequences, None where it has none.
     """
 
     channels_last: bool = True
@@ -23,3 +37,4 @@ class Traits:
     attention_types: frozenset[DType] = frozenset({DType.BF16, DType.F16, DType.F32, DType.F64})
     storage_type: DType = DType.F32
     permuted_rows: bool = False
+    packed: PackedAttention | None = None

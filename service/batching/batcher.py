@@ -85,10 +85,12 @@ def _cut(ndim: int, axes: Sequence[int], length: int) -> tuple[slice, ...]:
     return tuple(slice(length) if axis in axes else slice(None) for axis in range(ndim))
 
 
-def alone(part: Taken, shapes: tuple[Shape, ...]) -> Batch:
+def alone(part: Taken, shapes: tuple[Shape, ...], axes: BatchAxes) -> Batch:
     """One request's part of a batch as a batch of its own, as wide as its own longest row."""
-    lengths = [part.entry.lengths[row] for row in part.rows] if part.entry.lengths else []
-    return Batch((part,), len(part.rows), max(lengths, default=0), sum(lengths), shapes)
+    entry, rows = part.entry, len(part.rows)
+    width = max((entry.lengths[row] for row in part.rows), default=0) if entry.lengths else 0
+    tokens = sum(entry.tokens[row] for row in part.rows) if entry.tokens else 0
+    return Batch((part,), rows, width, tokens, axes.computed(entry.packed, rows, width, tokens), shapes)
 
 
 def answer(entry: Entry) -> InferResult:

@@ -5,8 +5,12 @@ Called by the queue (grouping, cost) and by the engine worker at load (axes). A 
 shared by all inputs and outputs is never batched.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from service.workers.messages import BatchingMode, BatchingOptions, TensorInfo
 
@@ -21,14 +25,30 @@ Shape = tuple[int, ...]
 class BatchAxes:
     """The axes of a model that batching needs.
 
-    `sequence` is the symbol of axis 1 of the token inputs (None for models without one); `outputs` are, per output
-    name, the axes that carry it.
+    `sequence` is the symbol of axis 1 of the token inputs (None for models without one), of which the model takes
+    `longest` at most; `sequence_outputs` are, per output name, the axes that carry it. Where rows are packed, `mask` is
+    the input that tells tokens from padding, and `packed_tokens` says how many a run of so many rows computes, of a
+    width, with so many tokens of their own.
     """
 
     mode: BatchingMode
     sequence: str | None
     sequence_outputs: dict[str, tuple[int, ...]]
     reason: str
+    longest: int | None = None
+    mask: str | None = None
+    packed_tokens: Callable[[int, int, int], int] | None = None
+
+    def packed(self, mask: str, packed_tokens: Callable[[int, int, int], int]) -> "BatchAxes":
+        """The same model with rows of any length side by side."""
+        reason = f"rows of any length side by side: what '{mask}' hides is not computed"
+        return replace(self, mode=BatchingMode.PACKED, reason=reason, mask=mask, packed_tokens=packed_tokens)
+
+    def computed(self, packed: bool, rows: int, width: int, tokens: int) -> int:
+        """What a run computes of rows of so many tokens altogether, handed over in a common length."""
+        if packed and self.packed_tokens is not None:
+            return self.packed_tokens(rows, width, tokens)
+        return rows * width
 
     def without_padding(self, reason: str) -> "BatchAxes":
         """The same model with rows of equal length only."""
@@ -77,6 +97,27 @@ def _sequence_symbol(inputs: Sequence[TensorInfo]) -> str | None:
     symbols = {spec.shape[1] if len(spec.shape) == 2 and spec.dtype.kind in "iub" else None for spec in inputs}
     symbol = next(iter(symbols)) if len(symbols) == 1 else None
     return symbol if isinstance(symbol, str) else None
+
+
+def prefix_lengths(mask: NDArray[Any]) -> tuple[int, ...] | None:
+    """The number of ones in each row of a mask; None where a row is anything else than ones, at least one, and then
+    zeros."""
+    if not mask.size:
+        return None
+    real = mask == 1
+    ones = np.count_nonzero(real, axis=1)
+    ends = mask.shape[1] - np.argmax(mask[:, ::-1] != 0, axis=1)
+    prefixes = ones.all() and np.array_equal(ones, ends) and np.array_equal(real, mask)
+    return tuple(ones.tolist()) if prefixes else None
+
+
+def width_of(packed: bool, longest: int, options: BatchingOptions, axes: BatchAxes) -> int:
+    """The common length in which rows are handed over. That of packed ones costs nothing that is computed, so it may be
+    as wide as its bucket, and makes few plans. What is longer than the model takes is for the engine to refuse."""
+    if axes.mode is BatchingMode.ROWS:
+        return longest
+    width = bucket_of(longest, options.buckets) if packed else padded_width(longest, options.buckets)
+    return width if axes.longest is None else max(longest, min(width, axes.longest))
 
 
 def bucket_of(length: int, buckets: Sequence[int]) -> int:

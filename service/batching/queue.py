@@ -12,31 +12,33 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from service.batching.policy import BatchAxes, Shape, bucket_of, capacity, padded_width
+from service.batching.policy import BatchAxes, Shape, bucket_of, capacity, prefix_lengths, width_of
 from service.record import record
 from service.workers.messages import BatchingMode, BatchingOptions, Infer
 
 Group = tuple[int, tuple[Shape, ...]]
 
-PlanShape = tuple[int, int, tuple[Shape, ...]]
-"""Rows, width and the shapes of a row of each input: see `Batch`."""
+PlanShape = tuple[int, int, int, tuple[Shape, ...]]
+"""Rows, width, computed tokens and the shapes of a row of each input: see `Batch`."""
 
 
 @dataclass(slots=True)
 class Entry:
     """A request on the engine side, from its arrival to its last row.
 
-    `width` is the longest row in tokens, 0 for models without a sequence; `even` says that all rows have that length.
-    Both are found once: a request of many rows is looked at once per batch that holds a part of it. `cost_left` is of
-    rows that are in no batch yet, `rows_done` have their results.
+    `lengths` is how far each row reaches, empty for models without a sequence; `tokens` are what of it counts: all, but
+    of `packed` rows only what no mask hides. `width` is the longest row, 0 without a sequence; `even` says that all
+    rows have that length. Both are found once: a request of many rows is looked at once per batch that holds a part of
+    it. `cost_left` is of rows that are in no batch yet, `rows_done` have their results.
     """
 
     request: Infer
     arrays: dict[str, NDArray[Any]]
     rows: int
     lengths: tuple[int, ...]
+    tokens: tuple[int, ...]
     cost: int
-    cost_left: int
+    packed: bool = False
     width: int = 0
     even: bool = True
     rows_done: int = 0
@@ -44,6 +46,10 @@ class Entry:
     compute_seconds: float = 0.0
     outputs: dict[str, NDArray[Any]] = field(default_factory=dict)
     closed: bool = False
+    cost_left: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cost_left = self.cost
 
 
 @dataclass(slots=True)
@@ -65,34 +71,40 @@ class Taken:
 
 @record
 class Batch:
-    """What one run of the engine computes. `width` is the padded length in tokens (0 without a sequence), `shapes` are
-    those of a row of each input, the sequence left out."""
+    """What one run of the engine computes. `width` is the common length in which rows are handed over; of all its
+    `computed` tokens, `tokens` are the rows' own (all three 0 without a sequence). `shapes` are those of a row of each
+    input, the sequence left out."""
 
     parts: tuple[Taken, ...]
     rows: int
     width: int
     tokens: int
+    computed: int
     shapes: tuple[Shape, ...]
 
     @property
     def shape(self) -> PlanShape:
         """What decides which plan of the engine runs it."""
-        return self.rows, self.width, self.shapes
+        return self.rows, self.width, self.computed, self.shapes
 
 
 def make_entry(request: Infer, axes: BatchAxes) -> Entry:
     """Wrap a request; its cost is tokens for sequence models, else rows. Never batched: the whole request is one
-    row."""
+    row. Where the model runs packed, a request does not if its mask is of another kind than the engine takes."""
     arrays = {name: handle.view() for name, handle in request.inputs}
     if axes.mode is BatchingMode.NONE:
-        return Entry(request, arrays, 1, (), 1, 1)
+        return Entry(request, arrays, 1, (), (), 1)
     first = next(iter(arrays.values()))
     rows = int(first.shape[0])
     if axes.sequence is None:
-        return Entry(request, arrays, rows, (), rows, rows)
+        return Entry(request, arrays, rows, (), (), rows)
     lengths = request.lengths or (int(first.shape[1]),) * rows
-    cost, width = sum(lengths), max(lengths)
-    return Entry(request, arrays, rows, lengths, cost, cost, width, min(lengths) == width)
+    tokens = request.lengths or None
+    if axes.mask is not None and not request.lengths:
+        tokens = prefix_lengths(arrays[axes.mask])
+    packed = axes.mask is not None and tokens is not None
+    cost, width = sum(tokens or lengths), max(lengths)
+    return Entry(request, arrays, rows, lengths, tokens or lengths, cost, packed, width, min(lengths) == width)
 
 
 class ModelQueue:
@@ -126,10 +138,12 @@ class ModelQueue:
             shapes = tuple([array.shape[self._unbatched_axes :] for array in entry.arrays.values()])
             return [((0, shapes), list(range(entry.rows)))]
         shapes = tuple(array.shape[2:] for array in entry.arrays.values())
+        if entry.packed:
+            return [((0, shapes), list(range(entry.rows)))]
         grouped: dict[int, list[int]] = {}
         for row, length in enumerate(entry.lengths):
-            padded = self.axes.mode is BatchingMode.PADDED
-            grouped.setdefault(bucket_of(length, self.options.buckets) if padded else length, []).append(row)
+            even = self.axes.mode is BatchingMode.ROWS
+            grouped.setdefault(length if even else bucket_of(length, self.options.buckets), []).append(row)
         return [((width, shapes), rows) for width, rows in grouped.items()]
 
     def remove(self, request_id: int) -> Entry | None:
@@ -158,7 +172,10 @@ class ModelQueue:
         """When a batch of a group may start: at once where it is full, else when its oldest request has waited."""
         pieces = [piece for _, _, piece in self._groups[group] if not piece.entry.closed]
         rows = sum(len(piece.rows) - piece.first for piece in pieces)
-        if rows >= self.options.max_batch or rows * group[0] >= self.options.max_tokens:
+        tokens = rows * group[0]
+        if pieces[0].entry.packed:  # then a request is one piece
+            tokens = sum(piece.entry.cost_left for piece in pieces)
+        if rows >= self.options.max_batch or tokens >= self.options.max_tokens:
             return now
         return min(piece.entry.request.arrival for piece in pieces) + self.options.max_delay_s
 
@@ -187,14 +204,14 @@ class ModelQueue:
             return None
         heap = self._groups[group]
         parts: list[Taken] = []
-        total = width = tokens = 0
+        total = longest = tokens = 0
         while heap:
             piece = heap[0][2]
             if piece.entry.closed:
                 heapq.heappop(heap)
                 continue
             entry = piece.entry
-            taken, width = self._fitting(piece, total, width)
+            taken, longest = self._fitting(piece, total, longest, tokens)
             if not taken:
                 break
             if entry.started is None:
@@ -202,7 +219,7 @@ class ModelQueue:
             parts.append(Taken(entry, taken))
             cost = count = len(taken)
             if entry.lengths:
-                cost = sum([entry.lengths[row] for row in taken])
+                cost = sum([entry.tokens[row] for row in taken])
                 tokens += cost
             total += count
             self.cost -= cost
@@ -212,23 +229,28 @@ class ModelQueue:
                 heapq.heappop(heap)
             if self.axes.mode is BatchingMode.NONE:
                 break
-        return Batch(tuple(parts), total, width, tokens, group[1])
+        packed = parts[0].entry.packed
+        width = width_of(packed, longest, self.options, self.axes)
+        computed = self.axes.computed(packed, total, width, tokens)
+        return Batch(tuple(parts), total, width, tokens, computed, group[1])
 
-    def _fitting(self, piece: Piece, total: int, width: int) -> tuple[list[int], int]:
-        """Rows of `piece` that fit beside `total` rows of `width` tokens, and the width they make."""
-        if not piece.entry.lengths:
+    def _fitting(self, piece: Piece, total: int, longest: int, tokens: int) -> tuple[list[int], int]:
+        """Rows of `piece` that fit beside `total` rows of `tokens` tokens, of which the longest has so many, and the
+        longest of all."""
+        entry = piece.entry
+        if not entry.lengths:
             room = max(self.options.max_batch - total, 0 if total else 1)
             return piece.rows[piece.first : piece.first + room], 0
         taken: list[int] = []
         for index in range(piece.first, len(piece.rows)):
             row = piece.rows[index]
-            wider = max(width, self._width(piece.entry.lengths[row]))
             rows = total + len(taken) + 1
-            if rows > 1 and (rows > self.options.max_batch or rows * wider > self.options.max_tokens):
+            longer = max(longest, entry.lengths[row])
+            tokens += entry.tokens[row]
+            width = width_of(entry.packed, longer, self.options, self.axes)
+            computed = self.axes.computed(entry.packed, rows, width, tokens)
+            if rows > 1 and (rows > self.options.max_batch or computed > self.options.max_tokens):
                 break
             taken.append(row)
-            width = wider
-        return taken, width
-
-    def _width(self, length: int) -> int:
-        return padded_width(length, self.options.buckets) if self.axes.mode is BatchingMode.PADDED else length
+            longest = longer
+        return taken, longest

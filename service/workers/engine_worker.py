@@ -146,7 +146,11 @@ class EngineWorker:
             module = self._engine()
             with module.background():
                 model = module.load(
-                    command.path, device=command.device, precision=command.precision, threads=command.threads
+                    command.path,
+                    device=command.device,
+                    precision=command.precision,
+                    threads=command.threads,
+                    packed=command.packed,
                 )
                 axes = probe(model, command, module.EngineError)
             seconds = time.monotonic() - started
@@ -300,14 +304,14 @@ class EngineWorker:
             if isinstance(error, self._engine().DeviceLost):
                 self._on_lost(str(error))
                 return [report for part in batch.parts for report in self._fail(work, part.entry, error)], False
-            singles = [alone(part, batch.shapes) for part in batch.parts]
+            singles = [alone(part, batch.shapes, work.axes) for part in batch.parts]
             if singles == [batch]:
                 return self._fail(work, batch.parts[0].entry, error), False
             return [report for one in singles for report in self._execute(work, one, untold)[0]], False
         work.light.record(batch, seconds)
-        padding = batch.rows * batch.width - batch.tokens if batch.width else 0
         rows = batch.rows if work.axes.mode is not BatchingMode.NONE else rows_of(batch.parts[0].entry.arrays)
-        done = BatchDone(work.key, rows, batch.tokens, padding, seconds, batch.parts[0].entry.request.id)
+        padding, first = batch.computed - batch.tokens, batch.parts[0].entry
+        done = BatchDone(work.key, rows, batch.tokens, padding, seconds, first.request.id)
         return [*map(answer, self._scheduler.finish(work, finished)), done], True  # whoever waits for answers is first
 
     def _fail(self, work: Work, entry: Entry, error: Exception) -> list[Report]:

@@ -34,6 +34,7 @@ class BatchingMode(StrEnum):
     NONE = "none"
     ROWS = "rows"  # rows of equal shape
     PADDED = "padded"  # rows of unequal length, padded along the sequence axis under a mask
+    PACKED = "packed"  # rows of any length: the engine leaves out what the mask hides
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -76,8 +77,9 @@ class TensorInfo:
 class BatchingOptions:
     """How a model's requests are put together.
 
-    `max_batch` rows and `max_tokens` tokens (padding included) bound one run; `buckets` are the edges that group
-    sequences of similar length; `queue_batches` full runs may wait before requests are refused.
+    `max_batch` rows and `max_tokens` tokens bound one run, padding included where rows are padded; `buckets` are the
+    edges that group sequences of similar length, or, where rows are packed, the widths in which they are handed over;
+    `queue_batches` full runs may wait before requests are refused.
     """
 
     max_batch: int = 16
@@ -101,6 +103,7 @@ class LoadModel:
     threads: int | None
     batching: BatchingOptions
     image_size: tuple[int, int] | None
+    packed: str = "auto"
 
 
 @record

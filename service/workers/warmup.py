@@ -1,15 +1,16 @@
 """A model's first runs: they warm it up and check that batching changes no answer. Called on the loader thread.
 
 Batching is read from the specs (policy.find_axes), then proved: two rows together must equal each row alone, and a
-padded row must equal the same row without padding. A model that fails the proof is served with less batching, never
-wrongly. Sizes are the smallest that prove anything, and a model that computes for seconds on one row is not proved: its
-rows would gain nothing from each other.
+padded row must equal the same row without padding; where the engine leaves padding out, rows of any length may then
+share a run. A model that fails the proof is served with less batching, never wrongly. Sizes are the smallest that prove
+anything, and a model that computes for seconds on one row is not proved: its rows would gain nothing from each other.
 """
 
 import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ def probe(model: EngineModel, command: LoadModel, engine_error: type[Exception])
     """
     inputs, outputs = describe_tensors(model.inputs), describe_tensors(model.outputs)
     axes = find_axes(inputs, outputs)
+    axes = replace(axes, longest=model.size_limits.get(axes.sequence or ""))
     open_dims = any(isinstance(dim, str) for spec in inputs for dim in spec.shape[1:]) and axes.sequence is None
     strings = [spec.name for spec in inputs if spec.dtype == object]
     try:
@@ -96,7 +98,7 @@ def _probe_padding(
         cut = tuple(slice(extent) for extent in expected.shape)
         if not _close(wide[name][cut], expected):
             return axes.without_padding(f"rows of equal length: padding changes '{name}'")
-    return axes
+    return axes if model.packed_mask is None else axes.packed(model.packed_mask, model.computed_tokens)
 
 
 def _feeds(

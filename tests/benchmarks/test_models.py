@@ -51,7 +51,8 @@ def test_matches_onnx_runtime(name: str) -> None:
     del session
     assert 0.1 < expected.std() < 100
     with engine.load(content, device="cpu", strict=True) as model:
-        (got,) = model.run(feeds).values()
+        ((output, got),) = model.run(feeds).items()
+        model.clear_padding({output: expected}, feeds)
         shape = next(iter(feeds.values())).shape
         plan = model.plan(dict(zip(ARCHITECTURES[name].symbols, shape, strict=False)))
         assert len(plan.steps) <= STEPS[name]

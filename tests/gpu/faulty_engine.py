@@ -38,8 +38,8 @@ class FaultyEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(engine, name)
 
-    def load(self, path: str, *, device: str, precision: str, threads: int | None) -> _Model:
-        return _Model(engine.load(path, device=device, precision=precision, threads=threads))
+    def load(self, path: str, *, device: str, precision: str, threads: int | None, packed: str) -> _Model:
+        return _Model(engine.load(path, device=device, precision=precision, threads=threads, packed=packed))
 
 
 def faulty_engine() -> EngineModule:

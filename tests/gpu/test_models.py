@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,18 @@ pytestmark = pytest.mark.gpu
 TOLERANCE = 5e-3  # relative L2, storage in fp16
 SAME_ROW = 2e-3  # the same row in a batch of another size: other tiles, other order of sums
 RUNS = 10_000
+
+
+@pytest.fixture(scope="module")
+def minilm_packed(all_minilm_l6_v2: Path) -> Iterator[dict[str, engine.Model]]:
+    """MiniLM on packed tokens, by precision."""
+    models = {
+        precision: engine.load(all_minilm_l6_v2 / "1" / "model.onnx", device="cuda", precision=precision, packed=True)
+        for precision in ("fp16", "bf16")
+    }
+    yield models
+    for model in models.values():
+        model.close()
 
 
 def test_auto_takes_the_gpu_and_fp16(efficientnet: Both, minilm: Both) -> None:
@@ -53,6 +66,32 @@ def test_minilm_matches_the_cpu(minilm: Both, batch: int, sequence: int) -> None
 def test_every_length_from_1_to_256_matches_the_cpu(minilm: Both) -> None:
     worst = max((minilm.error(token_feeds(2, length, length)), length) for length in range(1, 257, 5))
     assert worst[0] <= TOLERANCE, f"worst at {worst[1]} tokens"
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize(("batch", "sequence"), [(1, 16), (7, 33), (32, 128), (128, 128), (8, 512)])
+def test_minilm_on_packed_tokens_matches_the_cpu(
+    minilm_packed: dict[str, engine.Model], minilm: Both, precision: str, batch: int, sequence: int
+) -> None:
+    model = minilm_packed[precision]
+    feeds = token_feeds(batch, sequence, 1)
+    feeds["attention_mask"][0, sequence // 2 :] = 0
+    got, expected = model.run(feeds), minilm.cpu.run(feeds)
+    assert "tokens" in model.plan_profiles()[-1].sizes
+    model.clear_padding(expected, feeds)
+    error = relative_error(got["last_hidden_state"], expected["last_hidden_state"])
+    assert error <= (TOLERANCE if precision == "fp16" else 2e-2)
+
+
+def test_packed_tokens_take_no_weights_of_their_own(minilm_packed: dict[str, engine.Model], minilm: Both) -> None:
+    model = minilm_packed["fp16"]
+    model.run(token_feeds(4, 64))
+    before = model.memory()["weights"]
+    for sequence in (16, 64, 100):
+        for batch in (3, 9):
+            model.run(token_feeds(batch, sequence))
+            model.run(model.sample_feeds({"batch": batch, "sequence": sequence}))
+    assert model.memory()["weights"] == before
 
 
 def test_a_row_is_the_same_in_any_batch(efficientnet: Both, minilm: Both) -> None:

@@ -220,13 +220,15 @@ KINDS: dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], Runner]] 
 class FakeModel:
     """One loaded model."""
 
-    def __init__(self, owner: "FakeEngine", path: str, kind: str, arguments: dict[str, Any]) -> None:
+    def __init__(self, owner: "FakeEngine", path: str, kind: str, arguments: dict[str, Any], packed: str) -> None:
         self.inputs, self.outputs, self._run = KINDS[kind]
         self.kind, self.path = kind, path
         self.device_info = DeviceInfo()
         self.fallback_ops = 0
         self.load_seconds = 0.01
         self.concurrent_runs = arguments.get("concurrent_runs", 1)
+        self.size_limits: dict[str, int] = arguments.get("limits", {})
+        self.packed_mask = "attention_mask" if "token_step" in arguments and packed != "off" else None
         self.closed = False
         self._owner = owner
         self._arguments = arguments
@@ -264,6 +266,11 @@ class FakeModel:
             self._launches += 1
             self._runs[tuple(sizes.items())] += 1
         return outputs
+
+    def computed_tokens(self, rows: int, width: int, tokens: int) -> int:
+        """Rounded up to the `token_step` of a packed model, where that is less than all."""
+        step = int(self._arguments["token_step"])
+        return min(-(-tokens // step) * step, rows * width)
 
     def _fail_as_told(self, first: Array) -> None:
         """`faults` maps an element of the first input to what happens to this process when it is met."""
@@ -373,7 +380,13 @@ class FakeEngine:
         return "cuda:0" if device.startswith("cuda") else "cpu"
 
     def load(
-        self, path: str, *, device: str = "auto", precision: str = "auto", threads: int | None = None
+        self,
+        path: str,
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        threads: int | None = None,
+        packed: str = "auto",
     ) -> FakeModel:
         """Read the JSON; anything else is a ModelError."""
         assert self.behind.active, "a load that does not give way"
@@ -387,7 +400,7 @@ class FakeEngine:
                     os.kill(os.getpid(), signal.SIGKILL)
                 if arguments.get("bug"):
                     raise LookupError("oops")
-                model = FakeModel(self, path, arguments["kind"], arguments)
+                model = FakeModel(self, path, arguments["kind"], arguments, packed)
             except (ValueError, KeyError, TypeError) as error:
                 raise ModelError(f"{path.rsplit('/', 1)[-1]} is no ONNX model: {error}") from None
         self.models.append(model)

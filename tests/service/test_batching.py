@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.batching.batcher import assemble, scatter
-from service.batching.policy import bucket_of, capacity, find_axes
-from service.batching.queue import Entry, ModelQueue, make_entry
+from service.batching.policy import BatchAxes, bucket_of, capacity, find_axes, prefix_lengths
+from service.batching.queue import Batch, Entry, ModelQueue, make_entry
 from service.workers.messages import BatchingMode, BatchingOptions, Infer, LocalTensor, ModelKey, TensorInfo
 from tests.service.fakes import HIDDEN, KINDS, VOCABULARY
 
@@ -102,15 +104,24 @@ def test_a_bucket_holds_its_length_and_bounds_the_padding(length: int) -> None:
     assert edge <= 8 or edge <= 2 * length
 
 
-def run_all(queue: ModelQueue, entries: list[Entry], kind: str) -> list[tuple[int, int, int]]:
-    """Run a queue dry; returns (rows, width, tokens) of every batch."""
+def rounded(rows: int, width: int, tokens: int) -> int:
+    """What an engine computes of packed rows: their tokens, up to a step, where that is less than all."""
+    return min(-(-tokens // 16) * 16, rows * width)
+
+
+def packed_axes() -> BatchAxes:
+    return find_axes(*infos("encoder")).packed("attention_mask", rounded)
+
+
+def run_all(queue: ModelQueue, entries: list[Entry], kind: str) -> list[Batch]:
+    """Run a queue dry; returns every batch."""
     compute = KINDS[kind][2]
     batches = []
     done: list[Entry] = []
     while (batch := queue.take(now=1.0)) is not None:
         outputs = compute(assemble(batch))
         done += scatter(batch, outputs, queue.axes)
-        batches.append((batch.rows, batch.width, batch.tokens))
+        batches.append(batch)
     assert sorted(id(e) for e in done) == sorted(id(e) for e in entries)
     return batches
 
@@ -121,11 +132,16 @@ def run_all(queue: ModelQueue, entries: list[Entry], kind: str) -> list[tuple[in
     max_batch=st.integers(1, 8),
     max_tokens=st.integers(1, 128),
     kind=st.sampled_from(["encoder", "maskless"]),
+    packed=st.booleans(),
 )
-def test_batched_rows_equal_single_rows(requests: list[list[int]], max_batch: int, max_tokens: int, kind: str) -> None:
-    """Any mix of requests, split and batched in any way, gives each row what it gets alone; budgets hold."""
+def test_batched_rows_equal_single_rows(
+    requests: list[list[int]], max_batch: int, max_tokens: int, kind: str, packed: bool
+) -> None:
+    """Any mix of requests, split and batched in any way, gives each row what it gets alone; budgets hold, of tokens
+    that are computed: of the rows' own where they are packed."""
     options = BatchingOptions(max_batch=max_batch, max_tokens=max_tokens)
-    axes = find_axes(*infos(kind))
+    packed = packed and kind == "encoder"
+    axes = packed_axes() if packed else find_axes(*infos(kind))
     queue = ModelQueue(options, axes)
     compute = KINDS[kind][2]
     entries, feeds = [], []
@@ -138,10 +154,12 @@ def test_batched_rows_equal_single_rows(requests: list[list[int]], max_batch: in
     assert queue.cost == sum(map(sum, requests))
     batches = run_all(queue, entries, kind)
     assert queue.cost == 0
-    assert sum(tokens for _, _, tokens in batches) == sum(map(sum, requests))
-    for rows, width, _ in batches:
-        assert rows <= max_batch
-        assert rows == 1 or rows * width <= max_tokens
+    assert sum(batch.tokens for batch in batches) == sum(map(sum, requests))
+    for batch in batches:
+        assert batch.rows <= max_batch
+        load = rounded(batch.rows, batch.width, batch.tokens) if packed else batch.rows * batch.width
+        assert batch.computed == load >= batch.tokens
+        assert batch.rows == 1 or load <= max_tokens
     for entry, arrays, lengths in zip(entries, feeds, requests, strict=True):
         got = entry.outputs["last_hidden_state"]
         assert got.shape == (len(lengths), max(lengths), HIDDEN)
@@ -149,6 +167,107 @@ def test_batched_rows_equal_single_rows(requests: list[list[int]], max_batch: in
             alone = compute({name: array[row : row + 1, :length] for name, array in arrays.items()})
             np.testing.assert_allclose(got[row, :length], alone["last_hidden_state"][0], rtol=1e-5, atol=1e-6)
             assert not got[row, length:].any()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40),
+    max_batch=st.integers(1, 12),
+    max_tokens=st.integers(1, 200),
+)
+def test_packed_rows_go_in_their_order_and_fill_every_batch(
+    lengths: list[int], max_batch: int, max_tokens: int
+) -> None:
+    """Whatever their lengths: a batch ends where the next row is too much, so no row is passed over."""
+    options = BatchingOptions(max_batch=max_batch, max_tokens=max_tokens)
+    queue = ModelQueue(options, packed_axes())
+    entries = [make_entry(request(i, token_rows([n]), (n,)), queue.axes) for i, n in enumerate(lengths)]
+    for entry in entries:
+        queue.push(entry)
+    batches = run_all(queue, entries, "encoder")
+    assert [part.entry.request.id for batch in batches for part in batch.parts] == list(range(len(lengths)))
+    for batch, following in pairwise(batches):
+        more = following.parts[0].entry.lengths[0]
+        width = bucket_of(max(batch.width, more), options.buckets)
+        assert batch.rows == max_batch or rounded(batch.rows + 1, width, batch.tokens + more) > max_tokens
+
+
+def test_a_long_row_is_not_overtaken_by_short_ones_that_keep_coming() -> None:
+    queue = ModelQueue(BatchingOptions(max_batch=64, max_tokens=100), packed_axes())
+    numbers = iter(range(1, 1000))
+
+    def short_ones() -> None:
+        for _ in range(20):
+            queue.push(make_entry(request(next(numbers), token_rows([9]), (9,)), queue.axes))
+
+    short_ones()
+    queue.push(make_entry(request(0, token_rows([95]), (95,)), queue.axes))
+    ahead, taken = 20, list[int]()
+    while 0 not in taken:
+        short_ones()
+        batch = queue.take(0.0)
+        assert batch is not None
+        taken += [part.entry.request.id for part in batch.parts]
+    assert len(taken) == ahead + 1
+
+
+def test_packed_rows_are_handed_over_in_few_widths() -> None:
+    """A width of its own would be another plan of the engine."""
+    queue = ModelQueue(BatchingOptions(max_batch=2, buckets=(16, 64)), packed_axes())
+    for number, length in enumerate((1, 17, 3, 60, 9, 16)):
+        queue.push(make_entry(request(number, token_rows([length]), (length,)), queue.axes))
+    batches = list(iter(lambda: queue.take(0.0), None))
+    assert [(batch.width, batch.tokens, batch.computed) for batch in batches] == [
+        (64, 18, 32),
+        (64, 63, 64),
+        (16, 25, 32),
+    ]
+    assert len({batch.shape for batch in batches}) == 3
+
+
+def test_a_mask_of_the_client_says_what_packed_rows_cost() -> None:
+    """Rows that come padded: what is hidden is not computed, and still has its place in the answer."""
+    arrays = {"input_ids": np.full((2, 40), 7), "attention_mask": np.tri(2, 40, 1, np.int64)}
+    queue = ModelQueue(BatchingOptions(max_tokens=20), packed_axes())
+    entry = make_entry(request(1, arrays), queue.axes)
+    assert (entry.cost, entry.packed) == (2 + 3, True)
+    queue.push(entry)
+    (batch,) = run_all(queue, [entry], "encoder")
+    assert (batch.rows, batch.tokens, batch.computed) == (2, 5, 16)
+    expected = KINDS["encoder"][2](arrays)["last_hidden_state"]
+    np.testing.assert_allclose(entry.outputs["last_hidden_state"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("row", [[1, 0, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 1]])
+def test_a_mask_that_the_engine_does_not_pack_keeps_to_itself(row: list[int]) -> None:
+    """The engine would run the whole batch padded, and the budget is of what it computes."""
+    queue = ModelQueue(BatchingOptions(max_batch=8, max_tokens=32), packed_axes())
+    arrays = {"input_ids": np.full((5, 6), 7), "attention_mask": np.array([[1, 1, 1, 0, 0, 0]] * 4 + [row])}
+    odd = make_entry(request(1, arrays), queue.axes)
+    assert (odd.cost, odd.packed) == (30, False)
+    others = [make_entry(request(i, token_rows([length]), (length,)), queue.axes) for i, length in ((2, 3), (3, 16))]
+    for entry in (odd, *others):
+        queue.push(entry)
+    batches = run_all(queue, [odd, *others], "encoder")
+    assert [(batch.rows, batch.width, batch.tokens, batch.computed) for batch in batches] == [
+        (4, 8, 24, 32), (1, 8, 6, 8), (2, 16, 19, 32),
+    ]  # fmt: skip
+    expected = KINDS["encoder"][2](arrays)["last_hidden_state"]
+    np.testing.assert_allclose(odd.outputs["last_hidden_state"], expected, rtol=1e-5, atol=1e-6)
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(0, 1), min_size=4, max_size=4), min_size=1, max_size=3),
+    kind=st.sampled_from("?if"),
+    most=st.sampled_from([1, 1, 2]),
+)
+def test_lengths_of_a_mask_are_those_of_ones_that_zeros_follow(rows: list[list[int]], kind: str, most: int) -> None:
+    mask = np.array(rows, kind) * np.array(most, kind)
+    texts = ["".join(str(int(one)) for one in row) for row in mask]
+    whole = all(re.fullmatch("1+0*", text) for text in texts)
+    expected = tuple(text.count("1") for text in texts) if whole else None
+    assert prefix_lengths(mask) == expected
+    assert prefix_lengths(mask[:, :0]) is None
 
 
 @settings(deadline=None, max_examples=30)
@@ -218,6 +337,16 @@ def test_a_batch_waits_for_company_only_as_long_as_it_may_and_not_when_full() ->
     assert queue.due(now=10.1) == 10.5
     queue.push(make_entry(request(2, {"input": np.ones((1, 4), np.float32)}, arrival=10.2), axes))
     assert queue.due(now=10.2) == 10.2
+
+
+def test_packed_rows_do_not_wait_for_company_when_their_tokens_fill_a_batch() -> None:
+    queue = ModelQueue(BatchingOptions(max_batch=16, max_tokens=112, max_delay_s=0.5), packed_axes())
+    queue.push(make_entry(request(1, token_rows([5, 70]), (5, 70), arrival=10.0), queue.axes))
+    assert queue.due(now=10.1) == 10.5
+    queue.push(make_entry(request(2, token_rows([37]), (37,), arrival=10.2), queue.axes))
+    assert queue.due(now=10.2) == 10.2
+    batch = queue.take(10.2)
+    assert batch is not None and (batch.rows, batch.tokens) == (3, 112)
 
 
 def test_a_full_group_does_not_wait_behind_one_that_waits_for_company() -> None:

@@ -63,7 +63,7 @@ def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
 
 def test_both_models_are_batched(client: httpx.Client) -> None:
     batching = {entry["id"]: entry["batching"] for entry in client.get("/v1/models").json()["data"]}
-    assert "padded along" in batching["all-minilm-l6-v2"]
+    assert batching["all-minilm-l6-v2"].startswith("rows of any length side by side")
     assert batching["efficientnet-lite0"].startswith("rows along")
 
 
@@ -120,6 +120,23 @@ def test_batched_answers_equal_single_ones(client: httpx.Client) -> None:
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda rows: embed(client, {"ids": rows}), requests))
     assert max(relative_error(a, b) for a, b in zip(together, alone, strict=True)) < 1e-5
+
+
+def test_padding_is_what_the_engine_computes_beside_the_tokens(client: httpx.Client) -> None:
+    """One run of four rows: 123 tokens, for which it has a plan of 128; padded to the longest they would be 400."""
+
+    def counted() -> tuple[float, float, float]:
+        lines = [line for line in client.get("/metrics").text.splitlines() if 'model="all-minilm-l6-v2"' in line]
+        names = ("inference_batch_tokens_count", "inference_batch_tokens_sum", "inference_padding_tokens_total")
+        runs, tokens, padding = (
+            sum(float(line.split()[-1]) for line in lines if line.startswith(name + "{")) for name in names
+        )
+        return runs, tokens, padding
+
+    before = counted()
+    embed(client, {"ids": [[101] * length for length in (3, 100, 13, 7)]})
+    runs, tokens, padding = (now - then for now, then in zip(counted(), before, strict=True))
+    assert (runs, tokens, padding) == (1, 123, 5)
 
 
 def test_an_id_out_of_range_is_named(client: httpx.Client) -> None:

@@ -19,7 +19,7 @@ from service import __main__ as main
 from service.errors import InvalidRequest
 from service.model_config import ModelConfigError, Pooling, Task, read_model_config
 from service.repository import Repository, check_name
-from service.settings import Precision, Settings, SettingsError, read_settings, unknown_variables
+from service.settings import Packed, Precision, Settings, SettingsError, read_settings, unknown_variables
 from tests.service.conftest import Process, Running, Start, add_model, error_of, get, post, wait_for
 from tests.service.fakes import FakeEngine
 
@@ -333,6 +333,11 @@ def test_help_shows_what_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_values_that_help_shows_are_read(tmp_path: Path, precision: Precision) -> None:
     settings = read_settings(["--models", str(tmp_path), "--precision", precision.value, "--threads", "3"])
     assert (settings.precision, settings.threads) == (precision, 3)
+
+
+@pytest.mark.parametrize("packed", list(Packed))
+def test_packing_is_switched(tmp_path: Path, packed: Packed) -> None:
+    assert read_settings(["--models", str(tmp_path), "--packed", packed.value]).packed == packed
 
 
 def test_every_setting_has_a_description() -> None:

@@ -90,7 +90,7 @@ def infer(*arrays: np.ndarray) -> Infer:
 
 MESSAGES = [
     LoadModel(KEY, "/m/ö.onnx", "cuda:1", "auto", None, BatchingOptions(buckets=(4, 8)), (224, 192)),
-    LoadModel(KEY, "m", "cpu", "fp32", 4, BatchingOptions(), None),
+    LoadModel(KEY, "m", "cpu", "fp32", 4, BatchingOptions(), None, "off"),
     Cancel(2**40),
     Unload(KEY),
     Stats(1),

@@ -62,10 +62,12 @@ class Harness:
             self.worker.handle(Stop())
         self.stopped = True
 
-    def load(self, kind: str, options: BatchingOptions | None = None, name: str = "", **arguments: Any) -> ModelReady:
+    def load(
+        self, kind: str, options: BatchingOptions | None = None, name: str = "", packed: str = "auto", **arguments: Any
+    ) -> ModelReady:
         key = ModelKey(name or kind, 1)
         path = add_model(self.root, key.name, kind, **arguments) / "1" / "model.onnx"
-        command = LoadModel(key, str(path), "cpu", "auto", None, options or BatchingOptions(), None)
+        command = LoadModel(key, str(path), "cpu", "auto", None, options or BatchingOptions(), None, packed)
         self.worker.handle(command)
         return self.next(ModelReady)
 
@@ -525,6 +527,49 @@ def test_padding_is_counted(harness: Harness) -> None:
     done = [harness.next(BatchDone), harness.next(BatchDone)]
     (batch,) = [d for d in done if d.key.name == "encoder"]
     assert (batch.rows, batch.tokens, batch.padding) == (2, 25, 7)
+
+
+def test_packed_rows_share_a_run_and_what_is_computed_beside_them_is_padding(harness: Harness) -> None:
+    ready = harness.load("encoder", BatchingOptions(max_tokens=64), token_step=32)
+    assert ready.batching is BatchingMode.PACKED
+    assert "what 'attention_mask' hides is not computed" in ready.batching_reason
+    harness.load("identity")
+    harness.hold()
+    lengths = (3, 40, 9, 30)
+    for number, length in enumerate(lengths, 1):
+        ids, mask = np.full((1, length), number), np.ones((1, length), np.int64)
+        inputs = (("input_ids", LocalTensor(ids)), ("attention_mask", LocalTensor(mask)))
+        now = time.monotonic()
+        outputs = ("last_hidden_state",)
+        harness.worker.handle(Infer(number, ModelKey("encoder", 1), inputs, outputs, (length,), now, now + 20, 50))
+    harness.engine.gate.set()
+    done = [harness.next(BatchDone) for _ in range(3)]
+    batches = [(d.rows, d.tokens, d.padding) for d in done if d.key.name == "encoder"]
+    assert batches == [(3, 52, 12), (1, 30, 2)]
+
+
+@pytest.mark.parametrize("packed", ["on", "off"])
+def test_rows_are_not_widened_past_a_models_positions(harness: Harness, packed: str) -> None:
+    """They end at 10 tokens, and the rows' bucket at 16: a run that fails is run again, each request alone."""
+    harness.load("short", packed=packed, token_step=8, limits={"sequence": 10})
+    harness.load("identity")
+    harness.hold()
+    for number, length in enumerate((9, 10, 9), 1):
+        inputs = tuple((name, LocalTensor(np.ones((1, length), np.int64))) for name in ("input_ids", "attention_mask"))
+        now = time.monotonic()
+        outputs = ("last_hidden_state",)
+        harness.worker.handle(Infer(number, ModelKey("short", 1), inputs, outputs, (length,), now, now + 20, 50))
+    harness.engine.gate.set()
+    assert all(isinstance(answer, InferResult) for answer in harness.answers(4).values())
+    assert [shape for kind, shape in harness.engine.calls if kind == "short"] == [(3, 10)]
+
+
+def test_rows_are_padded_where_packing_is_switched_off(harness: Harness) -> None:
+    assert harness.load("encoder", packed="off", token_step=8).batching is BatchingMode.PADDED
+
+
+def test_a_packed_model_whose_padding_shows_is_batched_without_padding(harness: Harness) -> None:
+    assert harness.load("unmasked", token_step=8).batching is BatchingMode.ROWS
 
 
 def test_statistics_are_answered_while_the_engine_is_busy(harness: Harness) -> None:

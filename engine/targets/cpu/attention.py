@@ -1,6 +1,7 @@
 """Fused attention: softmax(scale · q kᵀ + bias) v over strided views, for any lengths and head sizes.
 
-The kernel is in `codegen/flash.py`; this is the host side: which views, which blocks of queries, which arguments.
+The kernels are in `codegen/flash.py` and, for packed sequences, `codegen/packed.py`; this is the host side: which
+views, which blocks of queries, which arguments.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Tensor
 from engine.targets.cpu.codegen.flash import OUTPUT_RANK, AttentionSpec
 from engine.targets.cpu.codegen.operands import Walk
+from engine.targets.cpu.codegen.packed import WINDOW, PackedAttentionSpec
 from engine.targets.cpu.kernel import Context, Launch, Pointer, Slot, launch, pointer_to, table
 from engine.targets.cpu.spaces import Axes, operand, read_operands
 
@@ -19,9 +21,7 @@ from engine.targets.cpu.spaces import Axes, operand, read_operands
 def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]:
     """Queries, keys and values have their features next to each other; all other strides are free."""
     assert isinstance(op, Attention)
-    if op.packed:
-        raise UnsupportedOp("Attention on packed sequences: the CPU kernel takes padded ones")
-    if any(tensor.dtype is not DType.F32 for tensor in inputs[: op.operands]):
+    if any(tensor.dtype is not DType.F32 for tensor in inputs[: op.operands - op.packed]):
         raise UnsupportedOp(f"Attention on {inputs[0].dtype.value}: the CPU kernel computes float32; cast the operands")
     inner = Requirement(Access.INNER, tuple(range(len(inputs[0].shape))))
     free = Requirement()
@@ -42,9 +42,7 @@ def lower(step: Step, context: Context) -> list[Launch]:
     q, k, v = step.inputs[:3]
     batch, heads, queries, value_dim = sizes
     keys, head_dim = k.shape[-2:]
-    args: dict[str, Slot] = {
-        "heads": heads, "group": heads // _four(k.shape, 1)[1], "queries": queries, "keys": keys, "scale": op.scale,
-    }  # fmt: skip
+    args: dict[str, Slot] = {"heads": heads, "group": heads // _four(k.shape, 1)[1], "scale": op.scale}
     for name, tensor in zip("qkv", (q, k, v), strict=True):
         args |= _slots(name, tensor, ("batch", "head", "row"))
     walk = None
@@ -61,18 +59,24 @@ def lower(step: Step, context: Context) -> list[Launch]:
     )  # fmt: skip
     for (name, _), o in zip(spec.operands(), axes.operands, strict=True):
         args |= o.slots(name)
+    if op.packed:
+        starts = step.inputs[3]
+        args |= {"tokens": queries, "sequences": starts.shape[0] - 1, "starts": pointer_to(starts)}
+        args["starts.stride"] = starts.strides[0] * starts.dtype.itemsize
+        tasks = heads * -(-queries // WINDOW)
+        return [launch(PackedAttentionSpec(context.isa, spec), args, tasks, spec.scratch_bytes)]
     blocks = query_blocks(queries, spec.isa.lanes, spec.max_vectors)
-    args |= {"blocks": _table(blocks), "block_count": len(blocks)}
+    args |= {"queries": queries, "keys": keys, "blocks": _table(blocks), "block_count": len(blocks)}
     return [launch(spec, args, batch * heads * len(blocks), spec.scratch_bytes)]
 
 
 def query_blocks(queries: int, lanes: int, max_vectors: int) -> list[tuple[int, int]]:
-    """(first query, vectors) of each block: full blocks, then halves down to one vector. The last come first: under a
-    causal mask they have the most keys."""
+    """(first query, vectors) of each block: full blocks, then those as wide as they can be without an empty vector. The
+    last come first: under a causal mask they have the most keys."""
     blocks = []
     first, vectors = 0, max_vectors
     while first < queries:
-        while vectors > 1 and queries - first <= vectors // 2 * lanes:
+        while queries - first <= (vectors - 1) * lanes:
             vectors //= 2
         blocks.append((first, vectors))
         first += vectors * lanes

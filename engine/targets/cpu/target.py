@@ -18,7 +18,7 @@ import numpy as np
 from engine.errors import DeviceError, OutOfMemory, ShapeError
 from engine.ir.dtype import DType
 from engine.ir.ops import Cost, Op, Opaque
-from engine.passes.traits import Traits
+from engine.passes.traits import PackedAttention, Traits
 from engine.plan.plan import Plan, Requirement, Step
 from engine.plan.residency import cached_bytes
 from engine.plan.tensor import Buffer, BufferKind, Tensor
@@ -65,6 +65,7 @@ class CpuTarget:
         channels_last=True,
         float_types=frozenset({DType.F32, DType.F64}),
         attention_types=frozenset({DType.F32}),
+        packed=PackedAttention(frozenset({DType.F32})),
     )
     concurrent_runs = 1
 

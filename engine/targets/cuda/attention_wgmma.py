@@ -24,7 +24,7 @@ from engine.targets.cuda.kernel import (
 )
 from engine.targets.cuda.spaces import VECTOR
 
-_MAX_WIDTH = 256  # features of a head
+MAX_WIDTH = 256  # features of a head
 _MASK_TILES = 32  # tiles of keys, up to which those that a padding mask hides are left out: a bit each
 MAX_SEQUENCES = 1023  # packed ones whose order fits beside the tiles
 _MIN_QUERIES = 17  # up to 16 the portable kernel wastes fewer rows, and deals the keys to several blocks
@@ -54,7 +54,7 @@ def _readable(tensor: Tensor) -> bool:
     """Starts and strides are whole, positive chunks of 16 bytes, and no axis is empty."""
     *outer, _ = zip(tensor.shape, tensor.strides, strict=True)
     return (
-        0 < tensor.shape[-1] <= _MAX_WIDTH
+        0 < tensor.shape[-1] <= MAX_WIDTH
         and tensor.offset % VECTOR == 0
         and all(size == 1 or (size > 0 and stride > 0 and stride % VECTOR == 0) for size, stride in outer)
     )

@@ -3,6 +3,8 @@ line here and nowhere else."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from engine.errors import UnsupportedOp
 from engine.ir.dtype import DType
 from engine.ir.ops import (
@@ -24,9 +26,10 @@ from engine.ir.ops import (
     Softmax,
     TopK,
 )
-from engine.passes.traits import Traits
+from engine.passes.traits import PackedAttention, Traits
 from engine.targets.cuda import (
     attention,
+    attention_wgmma,
     concat,
     conv,
     gather,
@@ -42,6 +45,7 @@ from engine.targets.cuda import (
     scatter,
     top_k,
 )
+from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.kernel import Family
 
 FAMILIES: dict[type[Op], Family] = {
@@ -69,6 +73,20 @@ TRAITS = Traits(
     storage_type=DType.F16,
     permuted_rows=True,
 )
+
+PACKED = PackedAttention(
+    types=frozenset({DType.F16, DType.BF16}),
+    multiple=8,
+    widest=attention_wgmma.MAX_WIDTH,
+    sequences=attention_wgmma.MAX_SEQUENCES,
+    by_default=False,  # until whole models were measured
+)
+"""Of attention_wgmma.cuh."""
+
+
+def traits_of(architecture: Architecture) -> Traits:
+    """The traits of a GPU."""
+    return replace(TRAITS, packed=PACKED) if architecture.wgmma else TRAITS
 
 
 def family_of(op: Op) -> Family:

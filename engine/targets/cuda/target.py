@@ -20,6 +20,7 @@ import numpy as np
 from engine.cache_folder import cache_folder
 from engine.errors import OutOfMemory
 from engine.ir.ops import Op
+from engine.passes.traits import Traits
 from engine.plan.plan import Plan, Requirement
 from engine.plan.tensor import Buffer, Tensor
 from engine.specs import DeviceInfo, TileTrial
@@ -29,7 +30,7 @@ from engine.targets.cuda.ceilings import measure_ceilings
 from engine.targets.cuda.choices import ChoiceFile
 from engine.targets.cuda.device import Device
 from engine.targets.cuda.executable import Executable
-from engine.targets.cuda.families import TRAITS, family_of
+from engine.targets.cuda.families import TRAITS, family_of, traits_of
 from engine.targets.cuda.kernel import Choice, Context, WeightStore
 from engine.targets.cuda.memory import SLOTS, Slot, Slots, device_memory
 from engine.targets.cuda.resident import ResidentExecutable
@@ -43,12 +44,13 @@ class CudaTarget:
     for nothing but the device.
     """
 
-    traits = TRAITS
+    traits: Traits = TRAITS
     concurrent_runs = SLOTS
 
     def __init__(self, index: int = 0, cache: Path | None = None, overlap: bool = True, tf32: bool = False) -> None:
         self.device = Device(index, cache)
         self.overlap = overlap and self.device.architecture.dependent_launch
+        self.traits = traits_of(self.device.architecture)
         self.tf32 = tf32
         self.weights = WeightStore()
         self.lock = threading.RLock()

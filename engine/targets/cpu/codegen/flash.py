@@ -1,4 +1,5 @@
-"""The attention kernel: a block of queries against all keys. Launched by `attention.py`.
+"""The attention kernel: a block of queries against all keys. Launched by `attention.py`; `packed.py` makes of the same
+blocks the kernel for packed sequences.
 
 The lanes of a vector are queries. Scores are computed transposed, Sᵀ = K·(scale·Q)ᵀ, and so is the result, Oᵀ = Vᵀ·Pᵀ:
 the softmax over keys is then a lane-wise running maximum and sum, and keys and values are read as scalars straight from
@@ -57,7 +58,12 @@ class AttentionSpec(KernelSpec):
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        names = ["heads", "group", "queries", "keys", "blocks", "block_count", "scale"]
+        return ("heads", "queries", "keys", "blocks", "block_count", *self.block_parameters)
+
+    @property
+    def block_parameters(self) -> tuple[str, ...]:
+        """What a block reads, wherever it lies."""
+        names = ["group", "scale"]
         for tensor in "qkv":
             names += [tensor, *(f"{tensor}.{axis}" for axis in ("batch", "head", "row"))]
         if self.bias is not None:
@@ -91,31 +97,34 @@ class AttentionSpec(KernelSpec):
         block, rest = b.rem(b.task, block_count), b.div(b.task, block_count)
         entry = b.at(b.pointer("blocks"), block, 16)
         first, vectors = b.load("i64", entry), b.load("i64", b.offset(entry, 8))
-        place = _Place(b.div(rest, heads), b.rem(rest, heads), first)
+        place = Place(b.div(rest, heads), b.rem(rest, heads), 0, first, b.integer("queries"), b.integer("keys"))
 
         def variant(count: int) -> None:
             if count == 1:
-                _Block(self, kernel, 1, place).emit()
+                Block(self, kernel, 1, place).emit()
             else:
                 exact = b.compare("eq", vectors, count)
-                b.branch(exact, _Block(self, kernel, count, place).emit, lambda: variant(count // 2))
+                b.branch(exact, Block(self, kernel, count, place).emit, lambda: variant(count // 2))
 
         variant(self.max_vectors)
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Which block of queries a task computes."""
+class Place:
+    """Which block of queries is computed, of which sequence."""
 
     batch: Int
     head: Int
-    first: Value  # its first query
+    origin: Int  # where the sequence begins along the axis of queries and keys
+    first: Int  # the block's first query, counted from there
+    queries: Int
+    keys: Int
 
 
-class _Block:
+class Block:
     """Writes the code for blocks of `vectors` vectors of queries."""
 
-    def __init__(self, spec: AttentionSpec, kernel: KernelBuilder, vectors: int, place: _Place) -> None:
+    def __init__(self, spec: AttentionSpec, kernel: KernelBuilder, vectors: int, place: Place) -> None:
         self.spec, self.b, self.place = spec, kernel, place
         self.lanes = spec.isa.lanes
         self.vectors = vectors
@@ -123,19 +132,24 @@ class _Block:
         self.row = self.width * _F32  # bytes of a row of the transposed matrices
         self.tile = 6 if vectors == spec.max_vectors else 8 if spec.isa.registers >= 32 else 6
         self.type = vector_type("float", self.lanes)
+        self.queries, self.keys = place.queries, place.keys
 
-    def emit(self) -> None:
+    def _lay_out(self) -> None:
+        """The matrices in scratch."""
         b, spec = self.b, self.spec
-        self.queries, self.keys = b.integer("queries"), b.integer("keys")
         self.transposed_q = b.scratch
         self.scores = b.offset(self.transposed_q, spec.head_dim * self.row)
         self.result = b.offset(self.scores, KEY_BLOCK * self.row)
         self.maximum = b.offset(self.result, spec.value_dim * self.row)
         self.sum = b.offset(self.maximum, self.row)
         self.answer = b.offset(self.sum, self.row)
+
+    def emit(self) -> None:
+        b, spec = self.b, self.spec
+        self._lay_out()
         kv_head = b.div(self.place.head, b.integer("group"))
         self.k_row, self.v_row = b.integer("k.row"), b.integer("v.row")
-        self.k, self.v = self._base("k", kv_head), self._base("v", kv_head)
+        self.k, self.v = self._sequence("k", kv_head, self.k_row), self._sequence("v", kv_head, self.v_row)
         if spec.bias is not None:
             self.bias_query, self.bias_key = b.integer("bias.query"), b.integer("bias.key")
             self.bias = b.offset(self._base("bias", self.place.head), b.mul(self.place.first, self.bias_query))
@@ -146,6 +160,19 @@ class _Block:
             end = b.smin(end, b.add(self.place.first, self.width))
         b.loop(0, end, KEY_BLOCK, lambda key, _: self._keys(key, b.smin(KEY_BLOCK, b.sub(end, key))))
         self._finish()
+
+    def emit_zeros(self) -> None:
+        """The stores of queries that see no key, over 0."""
+        b = self.b
+        self._lay_out()
+        zero = b.const(0, self.type)
+        vectors = self.vectors * self.spec.padded_dim  # in `width` rows, each of `padded_dim` elements
+        b.loop(0, vectors, 1, lambda i, _: b.store(zero, b.at(self.answer, i, self.lanes * _F32), _F32))
+        self._store_rows()
+
+    def _sequence(self, name: str, head: Int, row: Int) -> Value:
+        """Where one head of the block's sequence begins."""
+        return self.b.offset(self._base(name, head), self.b.mul(self.place.origin, row))
 
     def _base(self, name: str, head: Int) -> Value:
         b = self.b
@@ -168,7 +195,8 @@ class _Block:
     def _transpose_queries(self) -> None:
         """Qᵀ times the scale. Queries beyond the last repeat the last: their lanes are computed and never stored."""
         b = self.b
-        q, q_row, scale = self._base("q", self.place.head), b.integer("q.row"), b.splat(b.real("scale"), self.lanes)
+        q_row, scale = b.integer("q.row"), b.splat(b.real("scale"), self.lanes)
+        q = self._sequence("q", self.place.head, q_row)
         last = b.sub(self.queries, 1)
 
         def squares(vector: Value) -> None:
@@ -391,7 +419,8 @@ class _Block:
         b, spec = self.b, self.spec
         operands = [Operand(b, name, a, OUTPUT_RANK, name.startswith("write")) for name, a in spec.operands()]
         cursors = [operand.start for operand in operands]
-        for axis, place in enumerate((self.place.batch, self.place.head, self.place.first)):
+        first = b.add(self.place.origin, self.place.first)
+        for axis, place in enumerate((self.place.batch, self.place.head, first)):
             cursors = [o.moved(c, axis, place) for o, c in zip(operands, cursors, strict=True)]
 
         def one(query: Value) -> None:

@@ -114,6 +114,23 @@ def test_gathered_table_reads_rows_from_both_ends(width: int, index_dtype: type,
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("index_dtype", [np.int64, np.int32])
+@pytest.mark.parametrize("shape", [(50, 33), (50, 4, 8), (50,)])
+def test_rows_of_no_index_are_zeros(shape: tuple[int, ...], index_dtype: type, isa: str) -> None:
+    """How rows of tokens go back to [batch, sequence]: -1 stands for none. The row that it reads, the last one,
+    does not show, whatever it holds."""
+    table = _random(*shape)
+    table[-1] = np.nan
+    index = np.random.default_rng(3).permutation(np.r_[np.full(13, -1), 0:49])[:60].reshape(5, 12).astype(index_dtype)
+    places = index.reshape(5, 12, *(1,) * (len(shape) - 1))
+    none = ex.apply(PointOp.LT, ex.Arg(2, DType.of(places.dtype)), ex.const(0, DType.of(places.dtype)))
+    rows = ex.apply(PointOp.WHERE, none, ex.const(0.0), ex.Arg(0, F32))
+    result = run_step(Pointwise((rows,), gathers=((0, 1),)), [table, index, places], isa)
+    assert result.status == 0
+    np.testing.assert_array_equal(result.outputs[0], np.where(places < 0, np.float32(0), table[index]))
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bad", [50, -51, 2**62, -(2**62)])
 @pytest.mark.parametrize("shape", [(50, 33), (50,)])
 def test_index_out_of_range_is_reported_and_reads_row_zero(shape: tuple[int, ...], bad: int, isa: str) -> None:

@@ -11,8 +11,6 @@ from engine.errors import UnsupportedOp
 from engine.ir.dtype import DType
 from engine.ir.ops import Attention
 from engine.plan.plan import Step
-from engine.plan.tensor import Buffer, BufferKind, Tensor
-from engine.targets.cpu import attention as cpu_attention
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import SM_80, SM_90A
 from engine.targets.cuda.attention import lower
@@ -144,11 +142,3 @@ def test_packed_attention_without_a_kernel_is_refused() -> None:
     ):
         with pytest.raises(UnsupportedOp, match="packed"):
             lower(refused, on)
-    tensors = tuple(
-        Tensor(
-            Buffer(f"input{i}", BufferKind.INPUT, t.buffer.nbytes * 2), F32 if i < 3 else DType.I32, t.shape, t.strides
-        )
-        for i, t in enumerate(step.inputs)
-    )
-    with pytest.raises(UnsupportedOp, match="packed"):
-        cpu_attention.requirements(step.op, tensors)

@@ -1,0 +1,110 @@
+"""Encoders on packed tokens on sm_90a: every step of their plans has a kernel, and the kernels, one after the other,
+give what the padded graph does at real tokens (conftest.py says on what they run)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine import frontend, passes
+from engine.ir.dtype import DType
+from engine.ir.graph import Graph
+from engine.ir.ops import Attention
+from engine.packing import Packer
+from engine.passes.unpad import Unpadded, unpad
+from engine.plan.build import Constants, build
+from engine.plan.plan import Plan
+from engine.plan.tensor import Buffer, BufferKind, Tensor
+from engine.targets.cuda.architecture import SM_80, SM_90A
+from engine.targets.cuda.families import PACKED, family_of, traits_of
+from tests.engine.ir_interpreter import run
+from tests.engine.passes.encoders import lengths_mask
+from tests.engine.plan.executor import Array, window
+from tests.engine.targets.cuda.harness import Runner
+from tests.engine.targets.cuda.planning import CudaCapabilities, copies, launches
+
+FIXTURES = Path(__file__).parents[3] / "fixtures"
+TRAITS = traits_of(SM_90A)
+STORAGE = {"f16": (DType.F16, 5e-3), "bf16": (DType.BF16, 4e-2)}  # with the bound of engine/precision.py
+
+
+def unpadded(path: Path, storage: DType) -> tuple[Graph, Unpadded | str]:
+    traits = replace(TRAITS, storage_type=storage)
+    graph = passes.run(frontend.read(path), traits)
+    return graph, unpad(graph, traits)
+
+
+@pytest.mark.parametrize("storage", [DType.F16, DType.BF16])
+def test_every_step_of_minilm_has_a_kernel(all_minilm_l6_v2: Path, storage: DType) -> None:
+    _, result = unpadded(all_minilm_l6_v2 / "1" / "model.onnx", storage)
+    assert isinstance(result, Unpadded), result
+    sizes = {"batch": 8, "sequence": 128, "tokens": 520}
+    plan = build(result.graph, sizes, CudaCapabilities(), Constants())
+    assert launches(plan)
+    assert copies(plan) == []
+    assert sum(isinstance(step.op, Attention) and step.op.packed for step in plan.steps) == 6
+    # Ids and types looked up, then as many steps as padded, then the result unpacked.
+    assert len(plan.steps) == 46
+
+
+def test_other_types_and_gpus_run_padded(all_minilm_l6_v2: Path) -> None:
+    path = all_minilm_l6_v2 / "1" / "model.onnx"
+    _, single = unpadded(path, DType.F32)
+    assert single == "no attention on packed sequences of f32 on this device"
+    older = traits_of(SM_80)
+    assert unpad(passes.run(frontend.read(path), older), older) == "the device has no attention on packed sequences"
+    assert not PACKED.by_default
+
+
+@pytest.mark.parametrize("kind", STORAGE)
+@pytest.mark.parametrize("name", ["bert_legacy", "roberta_dynamo", "gpt2_dynamo"])
+def test_packed_encoders_match_the_padded_graph(runner: Runner, name: str, kind: str) -> None:
+    storage, tolerance = STORAGE[kind]
+    graph, result = unpadded(FIXTURES / f"{name}.onnx", storage)
+    assert isinstance(result, Unpadded), result
+    mask = lengths_mask([3, 13, 1, 7], 13)
+    feeds = {"ids": np.random.default_rng(0).integers(2, 24, mask.shape), "mask": mask}
+    batch = Packer(result, PACKED).batch(feeds, {"batch": 4, "sequence": 13})
+    assert batch.packed
+    plan = build(result.graph, batch.sizes, CudaCapabilities(), Constants())
+    (got,) = execute(runner, plan, dict(batch.arrays)).values()
+    (want,) = run(frontend.read(FIXTURES / f"{name}.onnx"), feeds).values()
+    assert not got[mask == 0].any()
+    wide = got[mask == 1].astype(np.float64)
+    assert np.linalg.norm(wide - want[mask == 1]) / np.linalg.norm(want[mask == 1]) <= tolerance
+    assert graph.outputs[0].dtype is DType.of(got.dtype)
+
+
+def execute(runner: Runner, plan: Plan, feeds: dict[str, Array]) -> dict[str, Array]:
+    """The outputs of a plan whose steps a GPU, or the emulator, computes."""
+    memory: dict[Buffer, Array] = {}
+    twins: dict[Buffer, Buffer] = {}
+    for tensor in (t for step in plan.steps for t in (*step.inputs, *step.outputs)):
+        buffer = tensor.buffer
+        if buffer.kind is BufferKind.INPUT:
+            memory[buffer] = np.ascontiguousarray(feeds[buffer.name]).reshape(-1).view(np.uint8)
+        elif buffer.data is not None:
+            memory[buffer] = np.ascontiguousarray(buffer.data).reshape(-1).view(np.uint8)
+        else:
+            memory.setdefault(buffer, np.full(buffer.nbytes, 0xFF, np.uint8))
+
+    def handed_in(tensor: Tensor) -> Tensor:
+        """An operand as what runs a single step wants it: of a buffer that is filled before."""
+        if tensor.buffer.kind is not BufferKind.ARENA:
+            return tensor
+        if tensor.buffer not in twins:
+            twins[tensor.buffer] = Buffer(tensor.buffer.name, BufferKind.INPUT, tensor.buffer.nbytes)
+            memory[twins[tensor.buffer]] = memory[tensor.buffer]
+        return replace(tensor, buffer=twins[tensor.buffer])
+
+    for step in (replace(step, inputs=tuple(map(handed_in, step.inputs))) for step in plan.steps):
+        lowered = family_of(step.op).lower(step, runner.context)
+        for launch in lowered:
+            assert runner.prepare(launch.kernel) is None
+        results = runner.run(step, lowered, [np.ascontiguousarray(window(t, memory)) for t in step.inputs])
+        for tensor, array in zip(step.outputs, results, strict=True):
+            window(tensor, memory)[...] = array.reshape(tensor.shape)
+    return {name: window(tensor, memory).copy() for name, tensor in plan.outputs.items()}
