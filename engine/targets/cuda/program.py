@@ -5,7 +5,6 @@ executable that does not depend on where inputs and outputs lie. Used by `execut
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -20,9 +19,10 @@ from engine.plan.plan import Plan, Step
 from engine.plan.residency import cached_bytes
 from engine.plan.tensor import Buffer, BufferKind
 from engine.specs import StepStat
+from engine.targets.cuda.device import Packed
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.host_step import HostStep
-from engine.targets.cuda.kernel import ALIGNMENT, AnyMap, Kernel, Launch, Pointer, ceildiv, pack, workspace_bytes
+from engine.targets.cuda.kernel import ALIGNMENT, Kernel, Launch, Pointer, ceildiv, workspace_bytes
 from engine.targets.cuda.sampled_times import SampledTimes
 
 if TYPE_CHECKING:
@@ -122,28 +122,18 @@ class Program:
         def address(pointer: Pointer) -> int:
             return self.address(pointer, place)
 
-        def encode(map_: AnyMap) -> bytes:
-            return device.encode(map_, address(map_.pointer))
-
-        prepared: list[tuple[Launch, bytes]] = []
+        packed: list[Packed] = []
         for i in steps:
             stamp = place.stamps + i * STAMP_BYTES if stamped else 0
             status = place.status + self._status_of.get(i, 0) * STATUS_BYTES
-            launches = self.launches[i][1]
-            prepared += [(launch, pack(launch.arguments, address, encode, stamp, status)) for launch in launches]
-        with stream:
-            stream.begin_capture()
-            try:
-                if stamped:
-                    first, nbytes = place.stamps + steps.start * STAMP_BYTES, len(steps) * STAMP_BYTES
-                    cupy.cuda.runtime.memsetAsync(first, _STAMP_EMPTY, nbytes, stream.ptr)
-                for i, (launch, params) in enumerate(prepared):
-                    device.launch(launch.kernel, launch.grid, params, stream, target.overlap and i > 0)
-            except BaseException:
-                with suppress(Exception):  # a stream must not be left capturing
-                    stream.end_capture()
-                raise
-            return stream.end_capture()
+            packed += device.pack(self.launches[i][1], address, stamp, status)
+
+        def empty_stamps() -> None:
+            if stamped:
+                first, nbytes = place.stamps + steps.start * STAMP_BYTES, len(steps) * STAMP_BYTES
+                cupy.cuda.runtime.memsetAsync(first, _STAMP_EMPTY, nbytes, stream.ptr)
+
+        return device.capture(packed, stream, target.overlap, empty_stamps)
 
     def address(self, pointer: Pointer, place: Place) -> int:
         """Where a pointer points to on the device."""

@@ -15,10 +15,12 @@ from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind
 from engine.specs import TileTrial
 from engine.targets.cuda.choices import choice_of, key_of, tile_text
+from engine.targets.cuda.device import Packed
 from engine.targets.cuda.gemm import launches_of, operands_of, parts_of, pick_tile, ranked_tiles
-from engine.targets.cuda.kernel import ALIGNMENT, AnyMap, Context, Functor, Launch, Pointer, ceildiv, pack
+from engine.targets.cuda.kernel import ALIGNMENT, Context, Functor, Launch, Pointer, ceildiv
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.product_cost import Ranked
+from engine.targets.cuda.timing import elapsed_seconds
 
 if TYPE_CHECKING:
     from engine.targets.cuda.target import CudaTarget
@@ -149,32 +151,19 @@ class _Memory:
 
 def _captured(target: CudaTarget, row: Sequence[Launch], memory: _Memory, stream: cupy.cuda.Stream) -> cupy.cuda.Graph:
     """A graph that runs the launches on every set."""
-    device = target.device
-    prepared: list[tuple[Launch, bytes]] = []
+    device, packed = target.device, list[Packed]()
     for i in range(memory.count):
 
         def address(pointer: Pointer, i: int = i) -> int:
             return memory.address(pointer, i)
 
-        def encode(map_: AnyMap, i: int = i) -> bytes:
-            return device.encode(map_, memory.address(map_.pointer, i))
-
-        prepared += [(launch, pack(launch.arguments, address, encode, 0)) for launch in row]
-    with stream:
-        stream.begin_capture()
-        try:
-            for i, (launch, params) in enumerate(prepared):
-                device.launch(launch.kernel, launch.grid, params, stream, target.overlap and i > 0)
-        finally:
-            graph = stream.end_capture()
-    return graph
+        packed += device.pack(row, address)
+    return device.capture(packed, stream, target.overlap)
 
 
 def _seconds(graph: cupy.cuda.Graph, stream: cupy.cuda.Stream, repeats: int) -> float:
-    begin, end = cupy.cuda.Event(), cupy.cuda.Event()
-    begin.record(stream)
-    for _ in range(repeats):
-        graph.launch(stream)
-    end.record(stream)
-    end.synchronize()
-    return float(cupy.cuda.get_elapsed_time(begin, end)) * 1e-3
+    def work() -> None:
+        for _ in range(repeats):
+            graph.launch(stream)
+
+    return elapsed_seconds(stream, work)
