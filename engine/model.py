@@ -327,9 +327,10 @@ class Model:
         with self._lock:
             held.calls -= 1
             self._calls -= 1
-            if held in self._ending:
+            ending = held in self._ending
+            if ending:
                 self._end(held)
-            if self._closed:
+            if ending or self._closed:  # somebody may wait for it
                 self._left.notify_all()
 
     def _end(self, held: _Held[Any]) -> None:
