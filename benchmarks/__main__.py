@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks import cases
 from benchmarks.environment import gpu_driver, new_run, present_commit
 from benchmarks.hashes import kernel_hash
-from benchmarks.measure import ROUNDS
+from benchmarks.measure import ROUNDS, Measurement
 from benchmarks.recorder import Recorder
 from benchmarks.results import FOLDER, Ceilings, Device, Results
 from benchmarks.tables import DOCUMENTS, check, problem_of, regenerated
@@ -29,8 +29,8 @@ _MODEL_COMPILE_SECONDS = 240.0
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     commands = {
-        "kernels": kernels, "models": models, "accuracy": accuracy, "ready": ready, "cpu": cpu, "merge": merge,
-        "tables": tables,
+        "kernels": kernels, "models": models, "accuracy": accuracy, "ready": ready, "metrics": metrics, "cpu": cpu,
+        "merge": merge, "tables": tables,
     }  # fmt: skip
     run = commands[options.command]
     try:
@@ -90,6 +90,22 @@ def accuracy(options: argparse.Namespace) -> int:
         recorder = Recorder(device, new_run("gpu", options.commit, None, gpu_driver(session.GPU)), options.results)
         for case, found in accuracy.measure_all(chosen, files, deadline, options.workers):
             recorder.add(case, found.measurement, kernel_hash(device, case), facts=found.facts)
+        return recorder.end(len(chosen))
+
+
+def metrics(options: argparse.Namespace) -> int:
+    """What the kernel metrics of a GPU cost, and how far they are from ncu's."""
+    deadline = _deadline(options)
+    from benchmarks.gpu import metrics, ncu, session
+
+    profiler = None if options.no_ncu else ncu.find(options.ncu)
+    device = session.present()
+    chosen = _chosen(options, cases.METRICS, device)
+    with _model_files(options.models, [case.of.model for case in chosen]) as files:
+        recorder = Recorder(device, new_run("gpu", options.commit, None, gpu_driver(session.GPU)), options.results)
+        for case, found in metrics.measure_all(chosen, files, profiler, deadline):
+            measurement = Measurement(failure=found.failure, reasons=found.reasons)
+            recorder.add(case, measurement, kernel_hash(device, case), figures=found.figures)
         return recorder.end(len(chosen))
 
 
@@ -245,6 +261,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--device", choices=("cpu", "cuda"), required=True, help="of the server")
     _add_threads(command, "of the engine on the CPU")
     _add_commit(command)
+    command = commands.add_parser(
+        "metrics", parents=[measuring, repository], help="cost and error of the kernel metrics on the GPU"
+    )
+    command.add_argument("--ncu", default="ncu", metavar="PATH", help="Nsight Compute (default: that on the PATH)")
+    command.add_argument("--no-ncu", action="store_true", help="without it: only the cost, and sums of stamps")
     command = commands.add_parser("cpu", parents=[measuring, repository], help="models and layers on the CPU")
     command.add_argument("--suite", action="append", choices=("models", "layers"), help="(default: both)")
     _add_threads(command, "of each side")

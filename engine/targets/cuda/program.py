@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from engine.targets.cuda.target import CudaTarget
 
 SAMPLE_EVERY = 16
-"""One run in so many writes time stamps; its step times stand for the others."""
+"""One run in so many writes time stamps; its step times stand for the others. See `CudaTarget.sample_every`."""
 STAMP_BYTES = 16
 STATUS_BYTES = 4
 _STAMP_EMPTY = 0xFF
@@ -115,25 +115,34 @@ class Program:
             else:
                 next(segments).launch(stream)
 
-    def _capture(self, place: Place, steps: range, stamped: bool) -> cupy.cuda.Graph:
-        device, target = self._target.device, self._target
-        stream = cupy.cuda.Stream(non_blocking=True)
+    def launch_each(self, place: Place, stream: cupy.cuda.Stream) -> None:
+        """Queue one run kernel by kernel and not as graphs, without stamps: what a profiler sees as it is. As `launch`
+        otherwise."""
+        for part in self._parts:
+            if isinstance(part, HostStep):
+                part.run(lambda pointer: self.address(pointer, place), stream)
+            else:
+                self._target.device.launch_all(self._packed(place, part, False), stream, self._target.overlap)
 
-        def address(pointer: Pointer) -> int:
-            return self.address(pointer, place)
-
+    def _packed(self, place: Place, steps: range, stamped: bool) -> list[Packed]:
         packed: list[Packed] = []
         for i in steps:
             stamp = place.stamps + i * STAMP_BYTES if stamped else 0
             status = place.status + self._status_of.get(i, 0) * STATUS_BYTES
-            packed += device.pack(self.launches[i][1], address, stamp, status)
+            row = self.launches[i][1]
+            packed += self._target.device.pack(row, lambda pointer: self.address(pointer, place), stamp, status)
+        return packed
+
+    def _capture(self, place: Place, steps: range, stamped: bool) -> cupy.cuda.Graph:
+        target, packed = self._target, self._packed(place, steps, stamped)
+        stream = cupy.cuda.Stream(non_blocking=True)
 
         def empty_stamps() -> None:
             if stamped:
                 first, nbytes = place.stamps + steps.start * STAMP_BYTES, len(steps) * STAMP_BYTES
                 cupy.cuda.runtime.memsetAsync(first, _STAMP_EMPTY, nbytes, stream.ptr)
 
-        return device.capture(packed, stream, target.overlap, empty_stamps)
+        return target.device.capture(packed, stream, target.overlap, empty_stamps)
 
     def address(self, pointer: Pointer, place: Place) -> int:
         """Where a pointer points to on the device."""
@@ -156,7 +165,8 @@ class Program:
 
     def next_is_sampled(self) -> bool:
         """Whether the run that is about to be queued writes stamps."""
-        return self._runs % SAMPLE_EVERY == 1
+        every = self._target.sample_every
+        return every > 0 and self._runs % every == 1
 
     def count(self) -> None:
         """A run has been queued."""

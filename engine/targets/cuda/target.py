@@ -32,6 +32,7 @@ from engine.targets.cuda.executable import Executable
 from engine.targets.cuda.families import TRAITS, family_of
 from engine.targets.cuda.kernel import Choice, Context, WeightStore
 from engine.targets.cuda.memory import SLOTS, Slot, Slots, device_memory
+from engine.targets.cuda.program import SAMPLE_EVERY
 from engine.targets.cuda.resident import ResidentExecutable
 
 
@@ -50,6 +51,8 @@ class CudaTarget:
         self.device = Device(index, cache)
         self.overlap = overlap and self.device.architecture.dependent_launch
         self.tf32 = tf32
+        self.sample_every = SAMPLE_EVERY
+        """One run in so many writes time stamps; with 0 none does."""
         self.weights = WeightStore()
         self.lock = threading.RLock()
         self._choice_file = ChoiceFile(cache_folder("tiles"), self.device.name, probe.driver_version())
