@@ -24,6 +24,7 @@ from engine.errors import DeviceError
 
 _KERNEL_COMPILE_SECONDS = 120.0
 _MODEL_COMPILE_SECONDS = 240.0
+_TUNE_SECONDS = 120.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,10 +67,15 @@ def models(options: argparse.Namespace) -> int:
     compiled = cases.select(chosen, options.compile_case) if options.compile else []
     with _model_files(options.models, [case.model for case in chosen]) as files:
         from benchmarks.gpu import models
+        from benchmarks.gpu.tuning import tune_models
 
         _, device, run = session.begin(options.commit)
         assert run.ceilings is not None
         recorder = Recorder(device, run, options.results)
+        if options.tune:
+            tuning = time.monotonic()
+            tune_models(chosen, files, options.tune)
+            begin += time.monotonic() - tuning  # torch.compile has its own time
         until = begin + options.compile
         for case, found in models.measure_all(chosen, files, run.ceilings, compiled, until, deadline, options.workers):
             recorder.add(
@@ -250,6 +256,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--suite", action="append", choices=cases.KERNELS, help="(default: all)")
     _add_compile(command, 0.0, _KERNEL_COMPILE_SECONDS, "a case")
     command = commands.add_parser("models", parents=[measuring, repository], help="whole models on the GPU")
+    command.add_argument(
+        "--tune", type=float, default=_TUNE_SECONDS, metavar="SECONDS",
+        help="the tuner begins to time no product later, before anything else (0: it times none; default: %(default)g)",
+    )  # fmt: skip
     _add_compile(command, _MODEL_COMPILE_SECONDS, _MODEL_COMPILE_SECONDS, "all cases together, from the start")
     _add_substrings(command, "--compile-case", "torch.compile only for the cases, of those chosen, that contain this")
     _add_workers(command)
