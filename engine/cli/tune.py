@@ -1,5 +1,5 @@
-"""``python -m engine tune``: the products of a model, 1×1 convolutions among them, timed in several tiles on the device,
-or why the cost model picks what it picks."""
+"""``python -m engine tune``: the products of a model, 1×1 convolutions among them, timed in several tiles on the
+device, or why the cost model picks what it picks."""
 
 from __future__ import annotations
 
