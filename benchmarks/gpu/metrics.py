@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -23,6 +24,7 @@ from benchmarks.cases.metrics import LEAST_RATIO, MetricsCase
 from benchmarks.gpu import ncu, overhead
 from benchmarks.gpu.executables import resident, target_of
 from benchmarks.measure import reason
+from engine.specs import StepStat
 from engine.targets.cuda.program import SAMPLE_EVERY
 from engine.targets.cuda.resident import ResidentExecutable
 
@@ -122,18 +124,11 @@ def _measure(model: engine.Model, case: MetricsCase) -> _Measured:
     def stamp(on: bool) -> None:
         target.sample_every = SAMPLE_EVERY if on else 0
 
-    bound = _filled(resident(model, model.plan(case.of.sizes)), feeds)
-    stream = cupy.cuda.Stream(non_blocking=True)
-
-    def launch(runs: int) -> None:
-        for _ in range(runs):
-            bound.launch(stream)
-        stream.synchronize()
-
-    launched = overhead.measure(launch, stamp, SAMPLE_EVERY)
-    stamps_us = _stamps_us(bound, launch)
-    shapes = [[(one.grid, one.kernel.threads) for one in row] for _, row in bound.launches]
-    bound.close()
+    with _bound(model, case, feeds) as (_, launch):
+        launched = overhead.measure(launch, stamp, SAMPLE_EVERY)
+    with _bound(model, case, feeds) as (bound, launch):  # of which every sixteenth run is sampled, from the first on
+        stamps_us = _stamps_us(bound, launch)
+        shapes = [[(one.grid, one.kernel.threads) for one in row] for _, row in bound.launches]
     threads = model.concurrent_runs
     with ThreadPoolExecutor(threads) as pool:
 
@@ -156,21 +151,39 @@ def _of(ratio: overhead.Ratio, what: str) -> dict[str, float]:
     return {f"{what}_ratio": ratio.mean, f"{what}_low": ratio.low, f"{what}_high": ratio.high}
 
 
-def _filled(bound: ResidentExecutable, feeds: Mapping[str, np.ndarray]) -> ResidentExecutable:
+@contextmanager
+def _bound(
+    model: engine.Model, case: MetricsCase, feeds: Mapping[str, np.ndarray]
+) -> Iterator[tuple[ResidentExecutable, Callable[[int], None]]]:
+    """The model bound to a case's inputs, and what launches it so many times with no gap and waits."""
+    bound = resident(model, model.plan(case.of.sizes))
     for name, array in feeds.items():
         bound.inputs[name].set(np.ascontiguousarray(array, bound.inputs[name].dtype))
     cupy.cuda.runtime.deviceSynchronize()
-    return bound
+    stream = cupy.cuda.Stream(non_blocking=True)
+
+    def launch(runs: int) -> None:
+        for _ in range(runs):
+            bound.launch(stream)
+        stream.synchronize()
+
+    try:
+        yield bound, launch
+    finally:
+        bound.close()
 
 
 def _stamps_us(bound: ResidentExecutable, launch: Callable[[int], None]) -> list[float]:
     """µs of every step as the metrics tell them, of `_SAMPLES` samples at full load. Stamps are read when the next run
     is queued."""
-    before = bound.step_stats()
-    for _ in range(_SAMPLES):
-        launch(SAMPLE_EVERY)
+
+    def stats(samples: int) -> Sequence[StepStat]:
+        for _ in range(samples):
+            launch(SAMPLE_EVERY)
+        return bound.step_stats()
+
     launch(1)
-    after = bound.step_stats()
+    before, after = stats(2), stats(_SAMPLES)  # the first ones warm up
     return [
         (now.seconds - then.seconds) / (now.launches - then.launches) * 1e6
         for then, now in zip(before, after, strict=True)
@@ -181,17 +194,13 @@ def _serial_us(model: engine.Model, case: MetricsCase, feeds: Mapping[str, np.nd
     """µs of a run in which every kernel waits for the one before it to end, without stamps."""
     target = target_of(model)
     overlap, target.overlap, every, target.sample_every = target.overlap, False, target.sample_every, 0
+    seconds: list[float] = []
     try:
-        bound = _filled(resident(model, model.plan(case.of.sizes)), feeds)
-        stream = cupy.cuda.Stream(non_blocking=True)
-        seconds: list[float] = []
-        for _ in range(_ROUNDS + 1):
-            begin = time.perf_counter()
-            for _ in range(SAMPLE_EVERY):
-                bound.launch(stream)
-            stream.synchronize()
-            seconds.append(time.perf_counter() - begin)
-        bound.close()
+        with _bound(model, case, feeds) as (_, launch):
+            for _ in range(_ROUNDS + 1):
+                begin = time.perf_counter()
+                launch(SAMPLE_EVERY)
+                seconds.append(time.perf_counter() - begin)
     finally:
         target.overlap, target.sample_every = overlap, every
     return median(seconds[1:]) / SAMPLE_EVERY * 1e6  # the first captures
