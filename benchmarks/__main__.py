@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks import cases
 from benchmarks.environment import gpu_driver, new_run, present_commit
 from benchmarks.hashes import kernel_hash
-from benchmarks.measure import ROUNDS
+from benchmarks.measure import ROUNDS, Measurement
 from benchmarks.recorder import Recorder
 from benchmarks.results import FOLDER, Ceilings, Device, Results
 from benchmarks.tables import DOCUMENTS, check, problem_of, regenerated
@@ -24,13 +24,14 @@ from engine.errors import DeviceError
 
 _KERNEL_COMPILE_SECONDS = 120.0
 _MODEL_COMPILE_SECONDS = 240.0
+_TUNE_SECONDS = 120.0
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     commands = {
-        "kernels": kernels, "models": models, "accuracy": accuracy, "ready": ready, "cpu": cpu, "merge": merge,
-        "tables": tables,
+        "kernels": kernels, "models": models, "accuracy": accuracy, "ready": ready, "metrics": metrics, "cpu": cpu,
+        "merge": merge, "tables": tables,
     }  # fmt: skip
     run = commands[options.command]
     try:
@@ -66,10 +67,15 @@ def models(options: argparse.Namespace) -> int:
     compiled = cases.select(chosen, options.compile_case) if options.compile else []
     with _model_files(options.models, [case.model for case in chosen]) as files:
         from benchmarks.gpu import models
+        from benchmarks.gpu.tuning import tune_models
 
         _, device, run = session.begin(options.commit)
         assert run.ceilings is not None
         recorder = Recorder(device, run, options.results)
+        if options.tune:
+            tuning = time.monotonic()
+            tune_models(chosen, files, options.tune)
+            begin += time.monotonic() - tuning  # torch.compile has its own time
         until = begin + options.compile
         for case, found in models.measure_all(chosen, files, run.ceilings, compiled, until, deadline, options.workers):
             recorder.add(
@@ -90,6 +96,22 @@ def accuracy(options: argparse.Namespace) -> int:
         recorder = Recorder(device, new_run("gpu", options.commit, None, gpu_driver(session.GPU)), options.results)
         for case, found in accuracy.measure_all(chosen, files, deadline, options.workers):
             recorder.add(case, found.measurement, kernel_hash(device, case), facts=found.facts)
+        return recorder.end(len(chosen))
+
+
+def metrics(options: argparse.Namespace) -> int:
+    """What the kernel metrics of a GPU cost, and how far they are from ncu's."""
+    deadline = _deadline(options)
+    from benchmarks.gpu import metrics, ncu, session
+
+    profiler = None if options.no_ncu else ncu.find(options.ncu)
+    device = session.present()
+    chosen = _chosen(options, cases.METRICS, device)
+    with _model_files(options.models, [case.of.model for case in chosen]) as files:
+        recorder = Recorder(device, new_run("gpu", options.commit, None, gpu_driver(session.GPU)), options.results)
+        for case, found in metrics.measure_all(chosen, files, profiler, deadline):
+            measurement = Measurement(failure=found.failure, reasons=found.reasons)
+            recorder.add(case, measurement, kernel_hash(device, case), figures=found.figures)
         return recorder.end(len(chosen))
 
 
@@ -234,6 +256,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--suite", action="append", choices=cases.KERNELS, help="(default: all)")
     _add_compile(command, 0.0, _KERNEL_COMPILE_SECONDS, "a case")
     command = commands.add_parser("models", parents=[measuring, repository], help="whole models on the GPU")
+    command.add_argument(
+        "--tune", type=float, default=_TUNE_SECONDS, metavar="SECONDS",
+        help="the tuner begins to time no product later, before anything else (0: it times none; default: %(default)g)",
+    )  # fmt: skip
     _add_compile(command, _MODEL_COMPILE_SECONDS, _MODEL_COMPILE_SECONDS, "all cases together, from the start")
     _add_substrings(command, "--compile-case", "torch.compile only for the cases, of those chosen, that contain this")
     _add_workers(command)
@@ -245,6 +271,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--device", choices=("cpu", "cuda"), required=True, help="of the server")
     _add_threads(command, "of the engine on the CPU")
     _add_commit(command)
+    command = commands.add_parser(
+        "metrics", parents=[measuring, repository], help="cost and error of the kernel metrics on the GPU"
+    )
+    command.add_argument("--ncu", default="ncu", metavar="PATH", help="Nsight Compute (default: that on the PATH)")
+    command.add_argument("--no-ncu", action="store_true", help="without it: only the cost, and sums of stamps")
     command = commands.add_parser("cpu", parents=[measuring, repository], help="models and layers on the CPU")
     command.add_argument("--suite", action="append", choices=("models", "layers"), help="(default: both)")
     _add_threads(command, "of each side")

@@ -17,6 +17,7 @@ from benchmarks.results import Device
 _ENGINE = Path(__file__).parent.parent / "engine"
 _SHARED = ("ir", "passes", "plan")
 _DIGITS = 16
+_WHOLE = (cases.models.ModelCase, cases.accuracy.AccuracyCase, cases.ready.ReadyCase, cases.metrics.MetricsCase)
 
 
 def kernel_hash(device: Device, case: cases.Case) -> str:
@@ -24,7 +25,7 @@ def kernel_hash(device: Device, case: cases.Case) -> str:
     kernel, ImportError for a GPU's kernels without the packages of the extra `kernels`."""
     if not device.architecture:
         return tree_hash("targets/cpu")
-    if isinstance(case, cases.models.ModelCase | cases.accuracy.AccuracyCase | cases.ready.ReadyCase):
+    if isinstance(case, _WHOLE):
         return tree_hash("targets/cuda")
     from benchmarks.gpu import steps  # which needs NVRTC's bindings
 

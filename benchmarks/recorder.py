@@ -36,6 +36,7 @@ class Recorder:
         host_us: Mapping[str, float] = MappingProxyType({}),
         facts: Mapping[str, int] = MappingProxyType({}),
         seconds: Mapping[str, float] = MappingProxyType({}),
+        figures: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         """Keep and print one case."""
         error = measurement.rel_err
@@ -60,6 +61,7 @@ class Recorder:
             host_us={name: round(us, 2) for name, us in host_us.items()},
             errors={size: found for size, found in measurement.errors.items() if math.isfinite(found)},
             seconds={name: round(value, 2) for name, value in seconds.items()},
+            figures={name: round(value, 4) for name, value in figures.items()},
         )
         self._results.add(self._run, row)
         self._results.save(self._folder)
@@ -86,8 +88,11 @@ class Recorder:
 def line(row: Row) -> str:
     """A row for the terminal."""
     name = f"{row.suite:9} {row.case:42}"
+    figures = "  ".join(f"{what} {value:g}" for what, value in row.figures.items())
     if row.failure:
-        return f"{name} FAILED {row.failure}"
+        return f"{name} FAILED {row.failure}{figures and f'  {figures}'}"
+    if row.figures:
+        return f"{name} {figures}"
     if row.seconds:
         return f"{name} {'  '.join(f'{what} {value:.2f} s' for what, value in row.seconds.items())}"
     if row.facts:

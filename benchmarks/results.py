@@ -83,7 +83,8 @@ class Row:
     why. `floor_us`: what FLOPs and bytes take at the run's ceilings. `predicted_us`: what the cost model that chose the
     tile says. Of models on a GPU, `run_us`: `Model.run` with its copies, and `host_us`: the host's part of a run that
     nothing waits for. A row with a `failure` has no times. Rows of the suite `accuracy` have none either, but `errors`
-    by size and `facts`: counts of steps and kernels, and bytes. Rows of the suite `ready` have `seconds` from a start.
+    by size and `facts`: counts of steps and kernels, and bytes. Rows of the suite `ready` have `seconds` from a start,
+    those of `metrics` `figures` (benchmarks/gpu/metrics.py), which stay beside a failure.
     """
 
     suite: str
@@ -106,6 +107,7 @@ class Row:
     host_us: Mapping[str, float] = field(default_factory=dict)
     errors: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -189,5 +191,7 @@ def _ceilings(found: Mapping[str, float] | None) -> Ceilings | None:
 
 def _without_defaults(row: Row) -> dict[str, Any]:
     """The row's fields, less the optional ones that say nothing."""
-    optional = ("parts", "reasons", "run_us", "failure", "facts", "predicted_us", "host_us", "errors", "seconds")
+    optional = (
+        "parts", "reasons", "run_us", "failure", "facts", "predicted_us", "host_us", "errors", "seconds", "figures",
+    )  # fmt: skip
     return {key: value for key, value in asdict(row).items() if value or key not in optional}

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks import cases
 from benchmarks.cases.accuracy import BOUNDS, AccuracyCase
+from benchmarks.cases.metrics import BANDS, MetricsCase
 from benchmarks.cases.ready import ReadyCase
 from benchmarks.hashes import kernel_hash
 from benchmarks.results import Results, Row
@@ -56,6 +57,8 @@ def render(results: Results, rows: Sequence[Row]) -> str:
         return _accuracy(results, rows)
     if all(row.suite == ReadyCase.suite for row in rows):
         return _ready(results, rows)
+    if all(row.suite == MetricsCase.suite for row in rows):
+        return _metrics(results, rows)
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("ours", lambda row: "**failed**" if row.failure else _us(row.ours_us))
     ]
@@ -122,6 +125,41 @@ def _ready(results: Results, rows: Sequence[Row]) -> str:
         cells = [f"{row.seconds[event]:.2f}" if event in row.seconds else "–" for event in events]
         lines.append(_row([f"{row.case} **failed**" if row.failure else row.case, *cells]))
     return "\n".join([*lines, "", f"Seconds from the start. {_source(results, rows)}.", ""])
+
+
+def _metrics(results: Results, rows: Sequence[Row]) -> str:
+    """Rows of what the kernel metrics cost and tell as a Markdown table."""
+    times = {"graph_us": "graph", "serial_us": "serial", "stamps_us": "Σ stamps", "ncu_us": "Σ ncu",
+             "overlap_us": "overlap"}  # fmt: skip
+    heads = ["case", "launch, with/without", "run, with/without", *times.values(), *BANDS]
+    lines = [_row(heads), _row(["---", *["---:"] * (len(heads) - 1)])]
+    for row in rows:
+        cells = [_interval(row.figures, what) for what in ("launch", "run")]
+        cells += [_us(row.figures.get(name)) for name in times]
+        cells += [_deviation(row.figures, band) for band in BANDS]
+        lines.append(_row([f"{row.case} **failed**" if row.failure else row.case, *cells]))
+    said = (
+        "Throughput with stamps over that without, with its 95 % confidence interval: of launches of a bound model in "
+        "a stream, and of `Model.run` from two threads. µs a run: as a graph, the same where no kernel starts before "
+        "the one before it has ended, the sums of our stamps and of ncu's times over all kernels, and by how much the "
+        "latter exceeds the graph's time: what dependent launches overlap. Stamps beside ncu, by the time of a kernel: "
+        "median and worst deviation, number of kernels."
+    )
+    return "\n".join([*lines, "", f"{said} {_source(results, rows)}.", ""])
+
+
+def _interval(figures: Mapping[str, float], what: str) -> str:
+    if f"{what}_ratio" not in figures:
+        return "–"
+    ratio, low, high = (figures[f"{what}_{part}"] for part in ("ratio", "low", "high"))
+    return f"{ratio:.4f} ({low:.4f}–{high:.4f})"
+
+
+def _deviation(figures: Mapping[str, float], band: str) -> str:
+    if f"{band} kernels" not in figures:
+        return "–"
+    middle, worst, kernels = (figures[f"{band} {part}"] for part in ("median", "worst", "kernels"))
+    return f"{middle:+.1%}, {worst:+.1%} ({kernels:.0f})"
 
 
 _COUNTS = ("steps", "opaque", "kernels")

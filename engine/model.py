@@ -7,7 +7,9 @@ dropped, or a model that is closed, while calls are in it ends when the last of 
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -265,11 +267,12 @@ class Model:
             for then, now in zip(before, after, strict=True)
         )
 
-    def tune(self, sizes: Mapping[str, int], timed: bool = True) -> Iterator[TileTrial]:
-        """The tiles that the products of the plan for `sizes` can run in, beside each other. They are timed on the
-        device, and the fastest kept on disk for models loaded later; unless `timed`, the cost model's estimates are all
-        there is. Raises ShapeError, DeviceError (a CPU has nothing to choose from), OutOfMemory."""
-        yield from self._target.trials(self.plan(sizes), timed)
+    def tune(self, sizes: Mapping[str, int], timed: bool = True, seconds: float = math.inf) -> Iterator[TileTrial]:
+        """The tiles that the products of the plan for `sizes` can run in, 1×1 convolutions among them, beside each
+        other. They are timed on the device, and the fastest kept on disk for models loaded later; unless `timed`, or
+        where `seconds` have passed before, the cost model's estimates are all there is. Raises ShapeError, DeviceError
+        (a CPU has nothing to choose from), OutOfMemory."""
+        yield from self._target.trials(self.plan(sizes), timed, time.monotonic() + seconds)
 
     def _profile_row(self, stat: StepStat, calls: int, seconds: float) -> ProfileRow:
         each = seconds / max(calls, 1)
@@ -407,9 +410,10 @@ class Model:
         with self._lock:
             held.calls -= 1
             self._calls -= 1
-            if held in self._ending:
+            ending = held in self._ending
+            if ending:
                 self._end(held)
-            if self._closed:
+            if ending or self._closed:  # somebody may wait for it
                 self._left.notify_all()
 
     def _end(self, held: _Held[Any]) -> None:

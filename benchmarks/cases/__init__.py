@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
-from benchmarks.cases import accuracy, attention, conv, cpu, gemm, light, models, ready
+from benchmarks.cases import accuracy, attention, conv, cpu, gemm, light, metrics, models, ready
 
 
 class Case(Protocol):
@@ -33,6 +33,7 @@ KERNELS: Mapping[str, Sequence[KernelCase]] = {
 }
 GPU_MODELS: Sequence[models.ModelCase] = models.GPU_CASES
 ACCURACY: Sequence[accuracy.AccuracyCase] = accuracy.CASES
+METRICS: Sequence[metrics.MetricsCase] = metrics.CASES
 CPU_MODELS: Sequence[models.ModelCase] = models.CPU_CASES
 CPU_LAYERS: Sequence[cpu.LayerCase] = cpu.CASES
 
@@ -40,6 +41,7 @@ GPU: Mapping[str, Sequence[Case]] = {
     "models": GPU_MODELS,
     "accuracy": ACCURACY,
     "ready": ready.GPU_CASES,
+    "metrics": METRICS,
     **KERNELS,
 }
 CPU: Mapping[str, Sequence[Case]] = {"models": CPU_MODELS, "layers": CPU_LAYERS, "ready": ready.CPU_CASES}

@@ -11,6 +11,7 @@ import cupy
 
 from engine.model import Model
 from engine.plan.plan import Plan
+from engine.targets.cuda.resident import ResidentExecutable
 from engine.targets.cuda.target import CudaTarget, Executable
 
 _LAUNCHES, _ROUNDS = 20, 15
@@ -18,10 +19,18 @@ _LAUNCHES, _ROUNDS = 20, 15
 
 def executable(model: Model, plan: Plan) -> Executable:
     """`plan` bound to the GPU of `model`, on the weights and in the memory that all its plans share."""
-    return _target(model).bind(plan)
+    return target_of(model).bind(plan)
 
 
-def _target(model: Model) -> CudaTarget:
+def resident(model: Model, plan: Plan) -> ResidentExecutable:
+    """`plan` with arrays of its own, on the weights of `model`."""
+    bound = target_of(model).resident(plan)
+    assert isinstance(bound, ResidentExecutable)
+    return bound
+
+
+def target_of(model: Model) -> CudaTarget:
+    """The GPU of `model`."""
     target = model._target  # its own affair for everyone but measurements of what it launches
     assert isinstance(target, CudaTarget)
     return target
@@ -39,7 +48,7 @@ def compile_threads(processes: int) -> int:
 
 def limit_compiler(model: Model, threads: int) -> None:
     """Compile the kernels of `model` in so many threads: other processes compile theirs meanwhile."""
-    _target(model).device.compiler.workers = threads
+    target_of(model).device.compiler.workers = threads
 
 
 def host_us(launch: Callable[[cupy.cuda.Stream], None]) -> float:

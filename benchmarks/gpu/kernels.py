@@ -18,6 +18,7 @@ from benchmarks.gpu.predictions import predicted_us
 from benchmarks.gpu.remote import Remote
 from benchmarks.gpu.steps import step_of
 from benchmarks.gpu.timing import GraphContender, full_precision
+from benchmarks.gpu.tuning import tell
 from benchmarks.measure import Contender, Entry, Measurement, measure, reason
 from benchmarks.results import Ceilings
 from engine.errors import EngineError
@@ -60,12 +61,9 @@ def measure_all(
 
 
 def _tune(target: CudaTarget, steps: Sequence[Step]) -> None:
-    """Let the tuner choose the tiles of the products, as ``python -m engine tune`` does, before any peer runs."""
-    begin = time.monotonic()
+    """Let the tuner choose the tiles of the products, before any peer runs."""
     try:
-        timed = [trial for trial in trials(target, steps, timed=True) if trial.measured_us is not None]
-        products = len({trial.product for trial in timed})
-        print(f"timed {len(timed)} tiles of {products} products: {time.monotonic() - begin:.0f} s", flush=True)
+        tell("kernels", trials(target, steps, timed=True))
     except EngineError as error:
         print(f"the tuner failed, the cost model's tiles are taken: {reason(error)}")
 

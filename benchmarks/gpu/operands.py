@@ -18,7 +18,7 @@ from benchmarks.gpu.timing import Check, GraphContender, relative_error
 from engine.ir.dtype import DType
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor
-from engine.targets.cuda.kernel import ALIGNMENT, AnyMap, Launch, Pointer, ceildiv, pack
+from engine.targets.cuda.kernel import ALIGNMENT, Launch, Pointer, ceildiv
 from engine.targets.cuda.target import CudaTarget
 
 ROTATE_BYTES = 160 << 20
@@ -111,13 +111,8 @@ def our_contender(target: CudaTarget, launches: Sequence[Launch], operands: Oper
         def address(pointer: Pointer) -> int:
             return operands.address(i, pointer)
 
-        def encode(map_: AnyMap) -> bytes:
-            return target.device.encode(map_, address(map_.pointer))
-
         stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
-        for number, launch in enumerate(launches):
-            params = pack(launch.arguments, address, encode, 0)
-            target.device.launch(launch.kernel, launch.grid, params, stream, target.overlap and i + number > 0)
+        target.device.launch_all(target.device.pack(launches, address), stream, target.overlap, follows=i > 0)
         return operands.output(i)
 
     return GraphContender(work, operands.count, operands.check)

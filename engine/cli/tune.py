@@ -1,9 +1,10 @@
-"""``python -m engine tune``: the products of a model timed in several tiles on the device, or why the cost model picks
-what it picks."""
+"""``python -m engine tune``: the products of a model, 1×1 convolutions among them, timed in several tiles on the
+device, or why the cost model picks what it picks."""
 
 from __future__ import annotations
 
 import argparse
+import math
 
 from engine.cli.common import open_model, sizes, step_text, table
 
@@ -13,13 +14,16 @@ HELP = "time the tiles of a model's products on the GPU and keep the fastest, or
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--explain", action="store_true", help="time nothing: show what the cost model estimates")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="begin to time no product later than this (default: no limit)"
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
     with open_model(arguments) as model:
         rows = [["", "step", "product", "tile", "estimate µs", "bound by", "measured µs"]]
         before = ""
-        for trial in model.tune(sizes(arguments, model), timed=not arguments.explain):
+        for trial in model.tune(sizes(arguments, model), timed=not arguments.explain, seconds=arguments.seconds):
             first = trial.product != before
             before = trial.product
             measured = "" if trial.measured_us is None else f"{trial.measured_us:.2f}"

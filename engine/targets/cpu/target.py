@@ -106,7 +106,7 @@ class CpuTarget:
         """The plan with arrays of its own."""
         return HostResident(plan, self.bind(plan))
 
-    def trials(self, plan: Plan, timed: bool) -> Iterator[TileTrial]:
+    def trials(self, plan: Plan, timed: bool, deadline: float) -> Iterator[TileTrial]:
         """Raises DeviceError: the kernels of a CPU have one way to run."""
         raise DeviceError("there is nothing to choose on a CPU: tuning is for GPUs. Use device='cuda'")
 

@@ -14,6 +14,7 @@ from engine.ir.ops import Gemm, Pointwise, Reduce, ReduceKind
 from engine.plan.plan import Plan, Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda.resident import ResidentExecutable
+from engine.targets.cuda.timing import elapsed_seconds
 
 if TYPE_CHECKING:
     from engine.targets.cuda.target import CudaTarget
@@ -73,18 +74,9 @@ def _copy_rate(stream: cupy.cuda.Stream) -> float:
 
 def _least_seconds(stream: cupy.cuda.Stream, work: Callable[[], object]) -> float:
     """Of some runs, without the first."""
-    _seconds(stream, work)
+    elapsed_seconds(stream, work)
     seconds: list[float] = []
     begin = time.monotonic()
     while len(seconds) < _LEAST_REPEATS or time.monotonic() < begin + _LEAST_SECONDS:
-        seconds.append(_seconds(stream, work))
+        seconds.append(elapsed_seconds(stream, work))
     return min(seconds)
-
-
-def _seconds(stream: cupy.cuda.Stream, work: Callable[[], object]) -> float:
-    begin, end = cupy.cuda.Event(), cupy.cuda.Event()
-    begin.record(stream)
-    work()
-    end.record(stream)
-    end.synchronize()
-    return float(cupy.cuda.get_elapsed_time(begin, end)) * 1e-3

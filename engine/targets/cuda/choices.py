@@ -21,7 +21,7 @@ from engine.targets.cuda.tiles import MMA_TILES, PRODUCT_TILES, Operands, Tile, 
 
 log = logging.getLogger(__name__)
 
-_KERNELS = ("gemm_wgmma.cuh", "gemm_mma.cuh", "gemm_stream.cuh", "align_rows.cuh")
+_KERNELS = ("gemm_wgmma.cuh", "gemm_mma.cuh", "gemm_stream.cuh", "align_rows.cuh", "split_rows.cuh")
 
 
 def key_of(product: Product, operands: Operands, epilogue: Functor) -> str:
@@ -67,7 +67,8 @@ def tile_of(choice: Choice, product: Product, operands: Operands) -> AnyTile | N
         return None
     if not isinstance(tile, WgmmaTile):
         return replace(tile, splits=splits)
-    if type(aligns) is not bool or not (product.suits_tma_aligned if aligns else product.suits_tma):
+    lies_right = product.suits_tma and operands is not Operands.REFINED
+    if type(aligns) is not bool or not (product.suits_tma_aligned if aligns else lies_right):
         return None
     return replace(tile, splits=splits, aligns=aligns)
 

@@ -8,6 +8,7 @@ they can do (conv_simt.py).
 
 from __future__ import annotations
 
+from enum import Enum, auto
 from math import prod
 
 from engine.errors import UnsupportedOp
@@ -42,6 +43,7 @@ from engine.targets.cuda.kernel import (
     STORAGE,
     Argument,
     Context,
+    Functor,
     Instruction,
     Launch,
     Pointer,
@@ -87,28 +89,74 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
     )
 
 
-def lower(step: Step, context: Context) -> list[Launch]:
-    assert isinstance(step.op, Conv)
-    geometry = Geometry(step)
-    if not step.outputs[0].elements:
-        return []
+class _Way(Enum):
+    """The kernels that a convolution can run in."""
+
+    DEPTHWISE_PRODUCT = auto()
+    DEPTHWISE = auto()
+    STEM = auto()
+    DIRECT = auto()
+    SIMT = auto()
+    PATCHES = auto()
+    PRODUCT = auto()
+    IMPLICIT = auto()
+
+
+def _way(step: Step, geometry: Geometry, context: Context) -> _Way:
     if is_depthwise_product(step, geometry, context):
-        return [launch_depthwise_product(step, geometry, context)]
+        return _Way.DEPTHWISE_PRODUCT
     if is_depthwise(step, geometry):
-        return [launch_depthwise(step, geometry, context)]
+        return _Way.DEPTHWISE
     operands = operands_of(step, context)
     few = geometry.rows * geometry.n <= _DIRECT_OUTPUTS * context.multiprocessors
     if not (few and operands and geometry.k and _is_product(step, geometry)):
         if is_stem(step, geometry, context):
-            return [launch_stem(step, geometry, context)]
+            return _Way.STEM
         if is_direct(step, geometry):
-            return [launch_direct(step, geometry, context)]
+            return _Way.DIRECT
     if operands is None or _prefers_simt(geometry, operands):
-        return [launch_simt(step, geometry, context)]
+        return _Way.SIMT
     if is_patches(step, geometry):
-        return launch_patches(step, geometry, operands, context)
-    if _is_product(step, geometry):
-        return _lower_product(step, geometry, context)
+        return _Way.PATCHES
+    return _Way.PRODUCT if _is_product(step, geometry) else _Way.IMPLICIT
+
+
+def lower(step: Step, context: Context) -> list[Launch]:
+    assert isinstance(step.op, Conv)
+    geometry, operands = Geometry(step), operands_of(step, context)
+    if not step.outputs[0].elements:
+        return []
+    match _way(step, geometry, context):
+        case _Way.DEPTHWISE_PRODUCT:
+            return [launch_depthwise_product(step, geometry, context)]
+        case _Way.DEPTHWISE:
+            return [launch_depthwise(step, geometry, context)]
+        case _Way.STEM:
+            return [launch_stem(step, geometry, context)]
+        case _Way.DIRECT:
+            return [launch_direct(step, geometry, context)]
+        case _Way.SIMT:
+            return [launch_simt(step, geometry, context)]
+        case _Way.PATCHES:
+            assert operands is not None
+            return launch_patches(step, geometry, operands, context)
+        case _Way.PRODUCT:
+            product, epilogue = _product(step, geometry, context)
+            return launches_of(product, epilogue, pick_tile(product, epilogue, context), context)
+        case _Way.IMPLICIT:
+            assert operands is not None
+            return _lower_implicit(step, geometry, operands, context)
+
+
+def parts_of(step: Step, context: Context) -> tuple[Product, Functor] | None:
+    """The product and the epilogue of a convolution that runs as a product; None for others."""
+    geometry = Geometry(step)
+    if not step.outputs[0].elements or _way(step, geometry, context) is not _Way.PRODUCT:
+        return None
+    return _product(step, geometry, context)
+
+
+def _lower_implicit(step: Step, geometry: Geometry, operands: Operands, context: Context) -> list[Launch]:
     # The filters that a launch has just packed lie where the sums of a split product would.
     splits = _MOST_SPLITS if is_constant(step.inputs[1]) else 1
     m, n, k, batch = geometry.rows, geometry.n, geometry.phases[0].k, geometry.groups * len(geometry.phases)
@@ -176,7 +224,7 @@ def _is_product(step: Step, geometry: Geometry) -> bool:
     )
 
 
-def _lower_product(step: Step, geometry: Geometry, context: Context) -> list[Launch]:
+def _product(step: Step, geometry: Geometry, context: Context) -> tuple[Product, Functor]:
     x, w = step.inputs[0], step.inputs[1]
     line = line_elements(geometry.k, w.dtype)
     order = channels_last(len(x.shape))
@@ -189,9 +237,7 @@ def _lower_product(step: Step, geometry: Geometry, context: Context) -> list[Lau
         lies = tap_strides(w, geometry)
         k_inner = lies.channel == 1
         b = Matrix(pointer_to(w), lies.column if k_inner else lies.channel, k_inner)
-    product = Product(geometry.rows, geometry.n, geometry.k, w.dtype, a, b)
-    epilogue = epilogue_for(step, geometry.n)
-    return launches_of(product, epilogue, pick_tile(product, epilogue, context), context)
+    return Product(geometry.rows, geometry.n, geometry.k, w.dtype, a, b), epilogue_for(step, geometry.n)
 
 
 # Implicit products

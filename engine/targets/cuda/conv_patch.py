@@ -15,7 +15,7 @@ from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda import pointwise
 from engine.targets.cuda.conv_geometry import Geometry, pack_filter
 from engine.targets.cuda.conv_simt import epilogue_for
-from engine.targets.cuda.gemm import launch_product
+from engine.targets.cuda.gemm import launches_of
 from engine.targets.cuda.kernel import Context, Launch, Pointer, is_constant, pointer_to
 from engine.targets.cuda.product import Matrix, Product, line_elements
 from engine.targets.cuda.spaces import operand
@@ -71,10 +71,8 @@ def launch_patches(step: Step, geometry: Geometry, operands: Operands, context: 
     packed = context.weights.packed(step.inputs[1], f"patches,{'c' if inner else 'taps'} inner, lines", pack)
     filters = Matrix(Pointer(packed, ctype=pointer_to(step.inputs[1]).ctype), line, padded=True)
     product = Product(geometry.rows, geometry.n, geometry.k, element, Matrix(pointer_to(patches), line), filters)
-    return [
-        *rearranged,
-        launch_product(product, epilogue_for(step, geometry.n), _tile(product, operands, context), context),
-    ]
+    tile = _tile(product, operands, context)
+    return [*rearranged, *launches_of(product, epilogue_for(step, geometry.n), tile, context, taken=nbytes)]
 
 
 def _tile(product: Product, operands: Operands, context: Context) -> Tile:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import cupy
@@ -19,7 +20,7 @@ from engine.cache_folder import cache_folder
 from engine.errors import DeviceError, DeviceLost, OutOfMemory
 from engine.targets.cuda.architecture import Architecture, for_capability
 from engine.targets.cuda.compiler import Compiler, LogProgress
-from engine.targets.cuda.kernel import AnyMap, Kernel, PixelMap, TensorMap
+from engine.targets.cuda.kernel import AnyMap, Kernel, Launch, PixelMap, Pointer, TensorMap, pack
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,14 @@ _MAP_TYPES = {
 }
 """Element types of tensor maps, and their bytes."""
 _STATIC_LIMIT = 48 << 10  # more dynamic shared memory than this has to be asked for
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A launch with the bytes of its parameters."""
+
+    launch: Launch
+    params: bytes
 
 
 class Device:
@@ -132,6 +141,44 @@ class Device:
         check(
             driver.cuLaunchKernelEx(config, self._functions[kernel], ctypes.addressof(pointers), 0), kernel.source.name
         )
+
+    def pack(
+        self, launches: Iterable[Launch], address: Callable[[Pointer], int], stamp: int = 0, status: int = 0
+    ) -> list[Packed]:
+        """Launches with their parameters. `address` places what they point to, `stamp` and `status` are the addresses
+        of their stamp slot (0: none) and status word."""
+
+        def encode(map_: AnyMap) -> bytes:
+            return self.encode(map_, address(map_.pointer))
+
+        return [Packed(launch, pack(launch.arguments, address, encode, stamp, status)) for launch in launches]
+
+    def launch_all(
+        self, packed: Iterable[Packed], stream: cupy.cuda.Stream, overlap: bool, follows: bool = False
+    ) -> None:
+        """Launch one after the other. With `overlap` each may start while the one before it still drains; the first,
+        where it `follows` another of ours."""
+        for i, one in enumerate(packed):
+            self.launch(one.launch.kernel, one.launch.grid, one.params, stream, overlap and (follows or i > 0))
+
+    def capture(
+        self,
+        packed: Iterable[Packed],
+        stream: cupy.cuda.Stream,
+        overlap: bool,
+        before: Callable[[], object] = lambda: None,
+    ) -> cupy.cuda.Graph:
+        """A graph of the launches, behind what `before` queues in the stream."""
+        with stream:
+            stream.begin_capture()
+            try:
+                before()
+                self.launch_all(packed, stream, overlap)
+            except BaseException:
+                with suppress(Exception):  # a stream must not be left capturing
+                    stream.end_capture()
+                raise
+            return stream.end_capture()
 
     def encode(self, map_: AnyMap, address: int) -> bytes:
         """The 128 bytes of a tensor map: rows of a box are swizzled over their bytes, zeros outside."""

@@ -173,6 +173,12 @@ class Executable:
                 self.prepare()
             self._program.launch(self._graphs(slot), False, self._place(slot), stream or target.device.stream)
 
+    def launch_each(self) -> None:
+        """The same kernel by kernel, on the device's own stream: what a profiler sees as it is. After `prepare`."""
+        target = self._target
+        with target.lock, target.device.errors(), target.device.current():
+            self._program.launch_each(self._place(target.slots.all[0]), target.device.stream)
+
     def address(self, pointer: Pointer) -> int:
         """Where a pointer points to on the device, in the first slot. After `prepare`."""
         return self._program.address(pointer, self._place(self._target.slots.all[0]))

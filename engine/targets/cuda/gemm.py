@@ -15,7 +15,7 @@ from engine.ir.ops import Gemm, Op
 from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda import codegen
-from engine.targets.cuda.align_rows import aligned, aligned_bytes
+from engine.targets.cuda.align_rows import aligned, aligned_bytes, split, split_bytes
 from engine.targets.cuda.choices import key_of, tile_of
 from engine.targets.cuda.gemm_stream import AnyTile, StreamTile, launch_stream, stream_tile, streams_faster
 from engine.targets.cuda.kernel import (
@@ -35,7 +35,15 @@ from engine.targets.cuda.kernel import (
     pointer_to,
     workspace,
 )
-from engine.targets.cuda.product import Product, columns_in_parts, in_parts, is_weight, product_of, rows_inner, rows_of
+from engine.targets.cuda.product import (
+    PART_STEPS,
+    Product,
+    columns_in_parts,
+    is_weight,
+    product_of,
+    rows_inner,
+    rows_of,
+)
 from engine.targets.cuda.product_cost import Ranked, ranked_mma, ranked_stream, ranked_wgmma
 from engine.targets.cuda.spaces import operand, operands, space
 from engine.targets.cuda.tiles import NOTHING, Operands, WgmmaTile
@@ -147,15 +155,23 @@ def operands_of(product: Product, context: Context) -> Operands:
     return Operands.REFINED if product.b.is_constant else Operands.TF32
 
 
-def launches_of(product: Product, epilogue: Functor, tile: AnyTile, context: Context) -> list[Launch]:
-    """The launches of a product in the given tile."""
-    if not (isinstance(tile, WgmmaTile) and tile.aligns):
+def launches_of(product: Product, epilogue: Functor, tile: AnyTile, context: Context, taken: int = 0) -> list[Launch]:
+    """The launches of a product in the given tile. `taken`: the bytes of the workspace in which a lies."""
+    in_parts = operands_of(product, context) is Operands.REFINED
+    if not (isinstance(tile, WgmmaTile) and (tile.aligns or in_parts)):
         return [launch_product(product, epilogue, tile, context)]
     tiles = ceildiv(product.m, tile.m) * ceildiv(product.n, tile.n)
-    before = ceildiv(aligned_bytes(product), ALIGNMENT) * ALIGNMENT
-    scratch = workspace(before + (tiles * tile.splits * tile.m * tile.n * 4 if tile.splits > 1 else 0))
-    copy, product = aligned(product, scratch, context.multiprocessors)
-    return [copy, launch_product(product, epilogue, tile, context, Pointer(scratch, before, "float"))]
+    begin = ceildiv(taken, ALIGNMENT) * ALIGNMENT
+    nbytes = split_bytes(product) if in_parts else aligned_bytes(product)
+    end = begin + ceildiv(nbytes, ALIGNMENT) * ALIGNMENT
+    scratch = workspace(end + (tiles * tile.splits * tile.m * tile.n * 4 if tile.splits > 1 else 0))
+    place, multiprocessors = Pointer(scratch, begin), context.multiprocessors
+    copy, product = (
+        split(product, place, context.weights, multiprocessors)
+        if in_parts
+        else aligned(product, place, multiprocessors)
+    )
+    return [copy, launch_product(product, epilogue, tile, context, Pointer(scratch, end, "float"))]
 
 
 def launch_product(
@@ -241,21 +257,19 @@ def split_arguments(
 def _launch_wgmma(
     product: Product, epilogue: Functor, tile: WgmmaTile, tiles: int, context: Context, partials: Pointer | None
 ) -> Launch:
-    a, b, k, columns = product.a, product.b, product.k, 128 // product.dtype.itemsize
-    parts = operands_of(product, context).parts
-    if parts > 1:
-        b, k = in_parts(product, context.weights), columns_in_parts(product.k)
+    a, b, columns = product.a, product.b, 128 // product.dtype.itemsize
+    k = columns_in_parts(product.k) if product.in_parts else product.k  # as it lies
     return launch(
         "gemm",
         "gemm_wgmma.cuh",
-        {**tile.config, "operand": STORAGE[product.dtype], "grouped": False, "parts": parts},
+        {**tile.config, "operand": STORAGE[product.dtype], "grouped": False, "in_parts": product.in_parts},
         [epilogue],
         {
-            "map_a": TensorMap(a.pointer, product.m, product.k, a.stride, tile.m, columns),
+            "map_a": TensorMap(a.pointer, product.m, k, a.stride, tile.m, columns),
             "map_b": TensorMap(b.pointer, product.n, k, b.stride, tile.n, columns),
             "m": product.m,
             "n": product.n,
-            "k": k,
+            "k": k // 2 * PART_STEPS if product.in_parts else k,
             **split_arguments(tiles, tile.m * tile.n, 8 if tile.cooperative else 4, tile.splits, partials),
         },
         # Persistent: a block a multiprocessor.

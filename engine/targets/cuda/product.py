@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -89,6 +89,8 @@ class Product:
     a: Matrix
     b: Matrix
     batch: Batch = Batch()
+    in_parts: bool = False
+    """Both operands are sums of two matrices of bf16, whose columns lie by turns (`in_parts`)."""
 
     @property
     def a_access(self) -> int:
@@ -154,33 +156,37 @@ def pack_weight(b: np.ndarray) -> np.ndarray:
     return packed
 
 
-_STEP = 32
-"""Columns of fp32 that a step of wgmma takes."""
+PART_COLUMNS = 64
+"""Columns of bf16 that a step of wgmma takes: as many of one part lie beside as many of the other."""
+PART_STEPS = 3
+"""Steps of wgmma for so many columns of operands in two parts."""
 
 
 def columns_in_parts(k: int) -> int:
     """The columns of a matrix of k columns in two parts."""
-    return 2 * ceildiv(k, _STEP) * _STEP
+    return 2 * ceildiv(k, PART_COLUMNS) * PART_COLUMNS
 
 
-def in_parts(product: Product, weights: WeightStore) -> Matrix:
-    """A constant b of fp32, with k innermost, in two parts."""
+def in_parts(product: Product, weights: WeightStore) -> Product:
+    """A product of fp32 whose a lies in two parts of bf16, with its constant b in two parts, too."""
     b, k, columns = product.b, product.k, columns_in_parts(product.k)
     tensor = Tensor(b.pointer.buffer, product.dtype, (product.n, k), (b.stride, 1), b.pointer.offset // 4)
-    return Matrix(Pointer(weights.packed(tensor, "n,k32,parts", split_weight), ctype="float"), columns, padded=True)
+    packed = Pointer(weights.packed(tensor, "n,k64,parts", split_weight), ctype=STORAGE[DType.BF16])
+    return replace(product, dtype=DType.BF16, b=Matrix(packed, columns, padded=True), in_parts=True)
 
 
 def split_weight(b: np.ndarray) -> np.ndarray:
-    """fp32 [n, k] → [n, steps · 2 · 32]: of every 32 columns (the last padded with zeros) the nearest numbers of tf32,
-    and then the nearest ones to what these leave."""
+    """fp32 [n, k] → bf16 [n, steps · 2 · 64]: of every 64 columns (the last padded with zeros) the nearest numbers, and
+    then the nearest ones to what these leave."""
     n, k = b.shape
     padded = np.zeros((n, columns_in_parts(k) // 2), np.float32)
     padded[:, :k] = b
-    big = round_to_tf32(padded)
-    with np.errstate(invalid="ignore"):
-        small = np.where(np.isfinite(padded), round_to_tf32(padded - big), np.float32(0))
-    both = np.stack([part.reshape(n, -1, _STEP) for part in (big, small)], axis=2)
-    return np.ascontiguousarray(both.reshape(n, -1), np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        big = padded.astype(DType.BF16.numpy)
+        rest = padded - big.astype(np.float32)
+        small = np.where(np.isfinite(rest), rest, np.float32(0)).astype(DType.BF16.numpy)
+    both = np.stack([part.reshape(n, -1, PART_COLUMNS) for part in (big, small)], axis=2)
+    return np.ascontiguousarray(both.reshape(n, -1))
 
 
 def round_to_tf32(x: np.ndarray) -> np.ndarray:

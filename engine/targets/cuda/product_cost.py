@@ -98,10 +98,11 @@ are loaded at once of a row of a: from 60 timings, of which half lie within 15 %
 def ranked_wgmma(
     product: Product, operands: Operands, multiprocessors: int, reads: Reads = NOTHING
 ) -> Iterator[Ranked]:
-    """Every tile of wgmma. Rows are copied only where the copy engine cannot read them: those that it can, cut by lines
+    """Every tile of wgmma. Rows are copied where they are multiplied in parts, else only where the copy engine cannot
+    read them: those that it can, cut by lines
     of the cache, gained 5 % at best and lost up to 20 % (of 1208×3144×7304). `reads`: of the epilogue."""
     for tile in wgmma_tiles(product.m, product.n, product.k, operands, MOST_SPLITS, tiles=PRODUCT_TILES):
-        chosen = replace(tile, aligns=not product.suits_tma)
+        chosen = replace(tile, aligns=operands is Operands.REFINED or not product.suits_tma)
         yield Ranked(chosen, _wgmma_estimate(product, chosen, operands, multiprocessors, reads))
 
 
@@ -111,7 +112,7 @@ def _wgmma_estimate(
     """In a tile of wgmma. Operands are not EXACT."""
     m, n, k, itemsize = product.m, product.n, product.k, operands.itemsize
     tiles = ceildiv(m, tile.m) * ceildiv(n, tile.n)
-    steps = ceildiv(operands.parts * ceildiv(k * itemsize, 128), tile.splits)
+    steps = ceildiv(operands.wgmma_steps(k), tile.splits)
     blocks = min(tiles, max(1, multiprocessors // tile.splits))
     waves = ceildiv(blocks * tile.splits, multiprocessors)
     rounds = waves * ceildiv(tiles, blocks)  # tiles of the busiest multiprocessor

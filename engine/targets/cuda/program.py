@@ -5,7 +5,6 @@ executable that does not depend on where inputs and outputs lie. Used by `execut
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -20,16 +19,17 @@ from engine.plan.plan import Plan, Step
 from engine.plan.residency import cached_bytes
 from engine.plan.tensor import Buffer, BufferKind
 from engine.specs import StepStat
+from engine.targets.cuda.device import Packed
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.host_step import HostStep
-from engine.targets.cuda.kernel import ALIGNMENT, AnyMap, Kernel, Launch, Pointer, ceildiv, pack, workspace_bytes
+from engine.targets.cuda.kernel import ALIGNMENT, Kernel, Launch, Pointer, ceildiv, workspace_bytes
 from engine.targets.cuda.sampled_times import SampledTimes
 
 if TYPE_CHECKING:
     from engine.targets.cuda.target import CudaTarget
 
 SAMPLE_EVERY = 16
-"""One run in so many writes time stamps; its step times stand for the others."""
+"""One run in so many writes time stamps; its step times stand for the others. See `CudaTarget.sample_every`."""
 STAMP_BYTES = 16
 STATUS_BYTES = 4
 _STAMP_EMPTY = 0xFF
@@ -115,35 +115,34 @@ class Program:
             else:
                 next(segments).launch(stream)
 
-    def _capture(self, place: Place, steps: range, stamped: bool) -> cupy.cuda.Graph:
-        device, target = self._target.device, self._target
-        stream = cupy.cuda.Stream(non_blocking=True)
+    def launch_each(self, place: Place, stream: cupy.cuda.Stream) -> None:
+        """Queue one run kernel by kernel and not as graphs, without stamps: what a profiler sees as it is. As `launch`
+        otherwise."""
+        for part in self._parts:
+            if isinstance(part, HostStep):
+                part.run(lambda pointer: self.address(pointer, place), stream)
+            else:
+                self._target.device.launch_all(self._packed(place, part, False), stream, self._target.overlap)
 
-        def address(pointer: Pointer) -> int:
-            return self.address(pointer, place)
-
-        def encode(map_: AnyMap) -> bytes:
-            return device.encode(map_, address(map_.pointer))
-
-        prepared: list[tuple[Launch, bytes]] = []
+    def _packed(self, place: Place, steps: range, stamped: bool) -> list[Packed]:
+        packed: list[Packed] = []
         for i in steps:
             stamp = place.stamps + i * STAMP_BYTES if stamped else 0
             status = place.status + self._status_of.get(i, 0) * STATUS_BYTES
-            launches = self.launches[i][1]
-            prepared += [(launch, pack(launch.arguments, address, encode, stamp, status)) for launch in launches]
-        with stream:
-            stream.begin_capture()
-            try:
-                if stamped:
-                    first, nbytes = place.stamps + steps.start * STAMP_BYTES, len(steps) * STAMP_BYTES
-                    cupy.cuda.runtime.memsetAsync(first, _STAMP_EMPTY, nbytes, stream.ptr)
-                for i, (launch, params) in enumerate(prepared):
-                    device.launch(launch.kernel, launch.grid, params, stream, target.overlap and i > 0)
-            except BaseException:
-                with suppress(Exception):  # a stream must not be left capturing
-                    stream.end_capture()
-                raise
-            return stream.end_capture()
+            row = self.launches[i][1]
+            packed += self._target.device.pack(row, lambda pointer: self.address(pointer, place), stamp, status)
+        return packed
+
+    def _capture(self, place: Place, steps: range, stamped: bool) -> cupy.cuda.Graph:
+        target, packed = self._target, self._packed(place, steps, stamped)
+        stream = cupy.cuda.Stream(non_blocking=True)
+
+        def empty_stamps() -> None:
+            if stamped:
+                first, nbytes = place.stamps + steps.start * STAMP_BYTES, len(steps) * STAMP_BYTES
+                cupy.cuda.runtime.memsetAsync(first, _STAMP_EMPTY, nbytes, stream.ptr)
+
+        return target.device.capture(packed, stream, target.overlap, empty_stamps)
 
     def address(self, pointer: Pointer, place: Place) -> int:
         """Where a pointer points to on the device."""
@@ -166,7 +165,8 @@ class Program:
 
     def next_is_sampled(self) -> bool:
         """Whether the run that is about to be queued writes stamps."""
-        return self._runs % SAMPLE_EVERY == 1
+        every = self._target.sample_every
+        return every > 0 and self._runs % every == 1
 
     def count(self) -> None:
         """A run has been queued."""

@@ -17,10 +17,10 @@ import numpy as np
 
 from engine.errors import EngineError
 from engine.ir.dtype import DType
-from engine.plan.plan import Plan
+from engine.plan.plan import Plan, Step
 from engine.plan.tensor import Buffer
 from engine.specs import StepStat
-from engine.targets.cuda.kernel import ceildiv
+from engine.targets.cuda.kernel import Launch, ceildiv
 from engine.targets.cuda.memory import pinned_bytes
 from engine.targets.cuda.program import STAMP_BYTES, Graphs, Place, Program
 
@@ -141,6 +141,11 @@ class ResidentExecutable:
             self._stamps_wait = False
             end = self._stamps_at + self._program.stamp_bytes
             self._program.add_sample(self._host_words[self._stamps_at : end])
+
+    @property
+    def launches(self) -> Sequence[tuple[Step, list[Launch]]]:
+        """Every step with what it launches."""
+        return self._program.launches
 
     def step_stats(self) -> Sequence[StepStat]:
         """Runs and time of every step since it was bound."""

@@ -33,6 +33,7 @@ from engine.targets.cuda.executable import Executable
 from engine.targets.cuda.families import TRAITS, family_of, traits_of
 from engine.targets.cuda.kernel import Choice, Context, WeightStore
 from engine.targets.cuda.memory import SLOTS, Slot, Slots, device_memory
+from engine.targets.cuda.program import SAMPLE_EVERY
 from engine.targets.cuda.resident import ResidentExecutable
 
 
@@ -52,6 +53,8 @@ class CudaTarget:
         self.overlap = overlap and self.device.architecture.dependent_launch
         self.traits = traits_of(self.device.architecture)
         self.tf32 = tf32
+        self.sample_every = SAMPLE_EVERY
+        """One run in so many writes time stamps; with 0 none does."""
         self.weights = WeightStore()
         self.lock = threading.RLock()
         self._choice_file = ChoiceFile(cache_folder("tiles"), self.device.name, probe.driver_version())
@@ -89,11 +92,11 @@ class CudaTarget:
         self.choices = {**self.choices, **found}
         self._choice_file.add(found)
 
-    def trials(self, plan: Plan, timed: bool) -> Iterator[TileTrial]:
+    def trials(self, plan: Plan, timed: bool, deadline: float) -> Iterator[TileTrial]:
         """The tiles that the products of a plan can run in: see `Target.trials`, and tuner.py."""
         from engine.targets.cuda.tuner import trials  # only who tunes needs it
 
-        return trials(self, plan.steps, timed)
+        return trials(self, plan.steps, timed, deadline=deadline)
 
     # Memory
 

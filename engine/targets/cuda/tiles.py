@@ -23,7 +23,8 @@ class Operands(Enum):
     TF32 = (4, 2)
     """fp32, rounded"""
     REFINED = (4, 4)
-    """fp32, the first rounded, the second in two parts: two products"""
+    """fp32, the second a constant. On mma.sync the first is rounded and the second in two parts: two products. On wgmma
+    both are in two parts of bf16: three products at twice the rate."""
     EXACT = (4, 6)
     """fp32, in three products"""
 
@@ -35,10 +36,9 @@ class Operands(Enum):
     def slowness(self) -> int:
         return self.value[1]
 
-    @property
-    def parts(self) -> int:
-        """The matrices that the second operand is for wgmma, one after the other along k."""
-        return 2 if self is Operands.REFINED else 1
+    def wgmma_steps(self, k: int) -> int:
+        """The steps of 128 bytes that wgmma takes for so many columns."""
+        return 3 * ceildiv(k * 2, 128) if self is Operands.REFINED else ceildiv(k * self.itemsize, 128)
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def wgmma_tiles(
 ) -> Iterator[WgmmaTile]:
     """Every one of the tiles, with k in one part or in up to `most_splits`."""
     wide = (replace(tile, panel_bytes=panel_bytes) for tile in tiles)
-    return _split(wide, m, n, k * operands.itemsize * operands.parts, groups, most_splits)
+    return _split(wide, m, n, 128 * operands.wgmma_steps(k), groups, most_splits)
 
 
 @dataclass(frozen=True)
@@ -320,7 +320,7 @@ def wgmma_cycles(
     slowdown, least_step = rates.steady + rates.narrow / tile.n, 202  # cycles
     epilogue = 955 + 0.013 * tile.m * tile.n
     tiles = ceildiv(m, tile.m) * ceildiv(n, tile.n)
-    steps = ceildiv(operands.parts * ceildiv(k * operands.itemsize, 128), tile.splits)
+    steps = ceildiv(operands.wgmma_steps(k), tile.splits)
     # 128 bytes of k are half as many fp32 operands as halves, at half the rate.
     # A row of a narrow panel costs the copy engine what one of 128 bytes costs.
     copies = tile.m * 128 // tile.panel_bytes * (rates.row + rates.line * lines) + tile.n * rates.column

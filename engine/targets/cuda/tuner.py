@@ -3,28 +3,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from statistics import median
 from typing import TYPE_CHECKING
 
 import cupy
 import numpy as np
 
+from engine.ir.ops import Conv, Gemm
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind
 from engine.specs import TileTrial
+from engine.targets.cuda import conv, gemm
 from engine.targets.cuda.choices import choice_of, key_of, tile_text
-from engine.targets.cuda.gemm import launches_of, operands_of, parts_of, pick_tile, ranked_tiles
-from engine.targets.cuda.kernel import ALIGNMENT, AnyMap, Context, Functor, Launch, Pointer, ceildiv, pack
+from engine.targets.cuda.device import Packed
+from engine.targets.cuda.gemm import launches_of, operands_of, pick_tile, ranked_tiles
+from engine.targets.cuda.kernel import ALIGNMENT, Context, Functor, Launch, Pointer, ceildiv
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.product_cost import Ranked
+from engine.targets.cuda.timing import elapsed_seconds
 
 if TYPE_CHECKING:
     from engine.targets.cuda.target import CudaTarget
 
 CANDIDATES = 6
 """Tiles that are timed of each product."""
+_LOADED_TOGETHER = 12  # products whose kernels are compiled side by side, before the first of them is timed
 _ROTATE_BYTES = 160 << 20  # several times the L2 cache: operands come from memory
 _MOST_SETS = 32
 _ROUNDS = 5
@@ -33,23 +40,20 @@ _POOL = 1 << 20  # random numbers that the operands repeat
 _GAIN = 0.98  # of the cost model's tile: what is faster by less than the noise does not take its place
 
 
-def trials(target: CudaTarget, steps: Iterable[Step], timed: bool, most: int = CANDIDATES) -> Iterator[TileTrial]:
+def trials(
+    target: CudaTarget, steps: Iterable[Step], timed: bool, most: int = CANDIDATES, deadline: float = inf
+) -> Iterator[TileTrial]:
     """The tiles of the products among `steps`, each kind of product once, from what the cost model expects to be the
-    fastest on. `timed`: they are run, unless the product has been timed before, and the fastest is kept. Raises
-    CompileError, OutOfMemory."""
-    found = dict[str, _Product]()
-    for step in steps:
-        parts = parts_of(step, target.context)
-        if parts is not None:
-            product, epilogue = parts
-            key = key_of(product, operands_of(product, target.context), epilogue)
-            if key not in found:
-                found[key] = _Product(step, product, epilogue, candidates(product, epilogue, target.context, most))
-    untimed = [one for key, one in found.items() if timed and key not in target.choices]
-    target.device.load(launch.kernel for one in untimed for row in one.launches(target.context) for launch in row)
+    fastest on. `timed`: they are run, unless the product has been timed before, and the fastest is kept; those that
+    have not come to it at `deadline` (of `time.monotonic`) are not. Raises CompileError, OutOfMemory."""
+    found = _products(steps, target.context, most)
+    untimed = [key for key in found if timed and key not in target.choices]
+    loaded = set[str]()
     for key, one in found.items():
         times: Sequence[float | None] = [None] * len(one.ranked)
-        if timed and key not in target.choices:
+        if key in untimed and time.monotonic() < deadline:
+            if key not in loaded:
+                loaded |= _load(target, found, untimed[untimed.index(key) :][:_LOADED_TOGETHER])
             with target.lock, target.device.errors(), target.device.current():
                 measured = _times(target, one.step, one.launches(target.context))
             fastest = _fastest(measured)
@@ -59,6 +63,36 @@ def trials(target: CudaTarget, steps: Iterable[Step], timed: bool, most: int = C
         for ranked, us in zip(one.ranked, times, strict=True):
             tile, estimate = ranked.tile, ranked.estimate
             yield TileTrial(one.step.name, key, tile_text(tile), estimate.us, estimate.bound, us, tile == chosen)
+
+
+def product_of(step: Step, context: Context) -> tuple[Product, Functor] | None:
+    """The product that a step runs as, of those whose tile is chosen here, and its epilogue; None for others."""
+    match step.op:
+        case Gemm():
+            return gemm.parts_of(step, context)
+        case Conv():
+            return conv.parts_of(step, context)
+    return None
+
+
+def _products(steps: Iterable[Step], context: Context, most: int) -> dict[str, _Product]:
+    """The products among steps by their keys."""
+    found = dict[str, _Product]()
+    for step in steps:
+        parts = product_of(step, context)
+        if parts is not None:
+            product, epilogue = parts
+            key = key_of(product, operands_of(product, context), epilogue)
+            if key not in found:
+                found[key] = _Product(step, product, epilogue, candidates(product, epilogue, context, most))
+    return found
+
+
+def _load(target: CudaTarget, found: Mapping[str, _Product], keys: Sequence[str]) -> set[str]:
+    """Compile and load, in parallel, what some products could run in."""
+    rows = [row for key in keys for row in found[key].launches(target.context)]
+    target.device.load(launch.kernel for row in rows for launch in row)
+    return set(keys)
 
 
 @dataclass(frozen=True)
@@ -149,32 +183,19 @@ class _Memory:
 
 def _captured(target: CudaTarget, row: Sequence[Launch], memory: _Memory, stream: cupy.cuda.Stream) -> cupy.cuda.Graph:
     """A graph that runs the launches on every set."""
-    device = target.device
-    prepared: list[tuple[Launch, bytes]] = []
+    device, packed = target.device, list[Packed]()
     for i in range(memory.count):
 
         def address(pointer: Pointer, i: int = i) -> int:
             return memory.address(pointer, i)
 
-        def encode(map_: AnyMap, i: int = i) -> bytes:
-            return device.encode(map_, memory.address(map_.pointer, i))
-
-        prepared += [(launch, pack(launch.arguments, address, encode, 0)) for launch in row]
-    with stream:
-        stream.begin_capture()
-        try:
-            for i, (launch, params) in enumerate(prepared):
-                device.launch(launch.kernel, launch.grid, params, stream, target.overlap and i > 0)
-        finally:
-            graph = stream.end_capture()
-    return graph
+        packed += device.pack(row, address)
+    return device.capture(packed, stream, target.overlap)
 
 
 def _seconds(graph: cupy.cuda.Graph, stream: cupy.cuda.Stream, repeats: int) -> float:
-    begin, end = cupy.cuda.Event(), cupy.cuda.Event()
-    begin.record(stream)
-    for _ in range(repeats):
-        graph.launch(stream)
-    end.record(stream)
-    end.synchronize()
-    return float(cupy.cuda.get_elapsed_time(begin, end)) * 1e-3
+    def work() -> None:
+        for _ in range(repeats):
+            graph.launch(stream)
+
+    return elapsed_seconds(stream, work)

@@ -27,6 +27,7 @@ struct PatchLoad {
     r = tap_line - tap_plane * p.kernel_h;
     q = tap_plane;
   }
+  DEVICE static u32 column_of_b(u32 step) { return step * TILE_K; }
   DEVICE void operator()(const Params& p, u32 destination, u32 barrier, u32) {
 #pragma unroll
     for (int i = 0; i < PANELS; ++i) {

@@ -159,22 +159,22 @@ class FakeGpu:
         stamp, status = words[-1], words[len(buffers)] if _lookups(step.op) else 0
         self._touch_all(step, buffers, words)
         begin = time.perf_counter_ns()
-        places = {buffer: _bytes_at(word, buffer.nbytes) for buffer, word in zip(buffers, words, strict=False)}
+        places = {buffer: bytes_at(word, buffer.nbytes) for buffer, word in zip(buffers, words, strict=False)}
         inputs = [window(tensor, places).copy() for tensor in step.inputs]
         for table, index, axis in _lookups(step.op):
             rows = inputs[table].shape[axis]
             wrong = (inputs[index] < -rows) | (inputs[index] >= rows)
             inputs[index][wrong] = 0
             if wrong.any() and status:
-                _bytes_at(status, 4).view(np.uint32)[0] = 1
+                bytes_at(status, 4).view(np.uint32)[0] = 1
         results = ir_interpreter.run_node(Node(step.op, (), (), step.name), inputs, {})
         for tensor, result in zip(step.outputs, results, strict=True):
             window(tensor, places)[...] = result
         self._touch_all(step, buffers, words)  # nor may it be freed while it is in use
         if stamp:
             end = time.perf_counter_ns()
-            _bytes_at(stamp, 16).view(np.uint64)[:] = np.minimum(
-                _bytes_at(stamp, 16).view(np.uint64), np.array([begin, ~np.uint64(end)], np.uint64)
+            bytes_at(stamp, 16).view(np.uint64)[:] = np.minimum(
+                bytes_at(stamp, 16).view(np.uint64), np.array([begin, ~np.uint64(end)], np.uint64)
             )
 
     def _touch_all(self, step: Step, buffers: list[Buffer], words: list[int]) -> None:
@@ -188,7 +188,7 @@ def _lookups(op: ops.Op) -> list[tuple[int, int, int]]:
     return [(table, index, 0) for table, index in getattr(op, "gathers", ())]
 
 
-def _bytes_at(address: int, nbytes: int) -> np.ndarray:
+def bytes_at(address: int, nbytes: int) -> np.ndarray:
     return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(int(address)))
 
 
@@ -224,10 +224,10 @@ class FakeArray:
         self.set(content)
 
     def set(self, content: np.ndarray) -> None:
-        _bytes_at(self.data.ptr, self.nbytes)[:] = np.ascontiguousarray(content).reshape(-1).view(np.uint8)
+        bytes_at(self.data.ptr, self.nbytes)[:] = np.ascontiguousarray(content).reshape(-1).view(np.uint8)
 
     def get(self) -> np.ndarray:
-        return _bytes_at(self.data.ptr, self.nbytes).copy().view(self.dtype).reshape(self.shape)
+        return bytes_at(self.data.ptr, self.nbytes).copy().view(self.dtype).reshape(self.shape)
 
 
 class FakeStream:

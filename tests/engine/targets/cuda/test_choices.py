@@ -65,6 +65,15 @@ def test_a_choice_for_another_product_is_not_taken() -> None:
         assert tile_of(damaged, aligned, HALF) is None
 
 
+def test_a_product_in_two_parts_is_always_copied() -> None:
+    as_it_lies, copied = PRODUCT_TILES[0], replace(PRODUCT_TILES[0], aligns=True)
+    refined = product(100, 100, 512, DType.F32)
+    assert tile_of(choice_of(as_it_lies, 1.0), refined, Operands.REFINED) is None
+    assert tile_of(choice_of(copied, 1.0), refined, Operands.REFINED) == copied
+    ranked = ranked_tiles(refined, replace(HOPPER, tf32=True))
+    assert all(one.tile.aligns for one in ranked if isinstance(one.tile, WgmmaTile))
+
+
 def test_products_that_differ_have_other_keys() -> None:
     keys = [key(100, 100, k) for k in (512, 520, 511)]
     keys += [key(100, 100, 512, DType.BF16), key(100, 100, 512, store=stored(ACC))]

@@ -74,8 +74,9 @@ def test_lines_of_k_are_never_cut() -> None:
 def test_fp32_takes_wgmma_only_where_it_may_be_rounded() -> None:
     step = make_step(Gemm((ACC,)), [(F32, (2048, 384)), weight(384, 384, dtype=F32)])
     for tf32, instruction in ((True, Instruction.WGMMA), (False, Instruction.MMA)):
-        (launch,) = family_of(step.op).lower(step, Context(SM_90A, 132, WeightStore(), tf32))
+        *split, launch = family_of(step.op).lower(step, Context(SM_90A, 132, WeightStore(), tf32))
         assert launch.kernel.instruction is instruction
+        assert len(split) == tf32, "its rows are brought into two parts before"
 
 
 @pytest.mark.parametrize("architecture", [SM_80, SM_90A])

@@ -21,7 +21,7 @@ from engine import frontend, passes
 from engine.model import PLAN_CACHE_BYTES, Model
 from engine.targets.cuda.memory import SLOTS, Growing, Slots
 from engine.targets.cuda.target import CudaTarget
-from tests.engine.targets.cuda.fake_cupy import FREED, FakeArray, FakeGpu, fake_gpu
+from tests.engine.targets.cuda.fake_cupy import FREED, FakeArray, FakeGpu, bytes_at, fake_gpu
 
 ROWS, FEATURES = 10, 8
 WAIT_S = 20
@@ -434,6 +434,43 @@ def test_a_bound_model_closes_after_its_launch(model: Model, gpu: FakeGpu, backg
     gpu.gate.set()
     launch.result(WAIT_S)
     closing.result(WAIT_S)
+
+
+def test_every_sixteenth_run_is_sampled_unless_none_is(model: Model) -> None:
+    target, given = target_of(model), feeds(2, 3)
+
+    def sampled(runs: int) -> int:
+        executable = model._ready({"n": 2, "t": 3}).bound
+        before = executable._program._times._samples
+        for _ in range(runs):
+            model.run(given)
+        return int(executable._program._times._samples - before)
+
+    model.run(given)
+    assert sampled(32) == 2
+    target.sample_every = 0
+    assert sampled(32) == 0
+    target.sample_every = 8
+    assert sampled(32) == 4
+
+
+def test_kernels_one_by_one_do_what_the_graph_does(model: Model, gpu: FakeGpu) -> None:
+    given, target = feeds(2, 3), target_of(model)
+    expected = answer(model, given)
+    plan = model.plan({"n": 2, "t": 3})
+    executable = target.bind(plan)
+    outputs = {name: np.zeros(tensor.shape, tensor.dtype.numpy) for name, tensor in plan.outputs.items()}
+    executable.run(given, outputs)
+    captures, begun = gpu.captures, len(gpu.log)
+    slot = target.slots.all[0]
+    for tensor in plan.outputs.values():
+        start = executable._layout.tensors[id(tensor.buffer)]
+        bytes_at(slot.device + start, tensor.nbytes)[:] = 0
+        executable.launch_each()
+        target.device.stream.synchronize()
+        found = bytes_at(slot.device + start, tensor.nbytes).view(tensor.dtype.numpy).reshape(tensor.shape)
+        assert np.array_equal(found, expected)
+    assert (gpu.captures, len(gpu.log)) == (captures, begun), "no graph ran"
 
 
 # Slots

@@ -35,7 +35,7 @@ static_assert(BARRIERS + 8 * (2 * STAGES + CONSUMERS) == config::shared_bytes, "
 static_assert(A_BYTES % 1024 == 0 && B_BYTES % 1024 == 0, "operands start at a swizzle atom");
 
 // LOAD(p, row, step) is made for each tile of a, by its first row and first step; its call (p, destination, barrier, step) copies
-// the panels of a step. Steps come one after the other; UNROLL of them fit the producer's registers at once. AHEAD rows of 32 columns
+// the panels of a step of a, whose b begins at column LOAD::column_of_b(step). Steps come one after the other; UNROLL of them fit the producer's registers at once. AHEAD rows of 32 columns
 // of epilogue operands fit a consumer's, beside the accumulators, where partial sums have been added.
 template <class LOAD> DEVICE void run_pipeline(const Params& p) {
   extern __shared__ __align__(1024) u8 shared[];
@@ -71,7 +71,7 @@ template <class LOAD> DEVICE void run_pipeline(const Params& p) {
           barrier_wait(empty + 8 * stage, parity);
           barrier_arrive_expect(landed, STAGE_BYTES);
           load(p, a, landed, step);
-          copy_box(a + A_BYTES, p.map_b, landed, step * TILE_K, first_column + tile.n * TILE_N);
+          copy_box(a + A_BYTES, p.map_b, landed, LOAD::column_of_b(step), first_column + tile.n * TILE_N);
           if (++stage == STAGES) { stage = 0; parity ^= 1; }
         }
       }

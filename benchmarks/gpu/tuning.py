@@ -1,0 +1,47 @@
+"""The tuner before the benchmarks: it chooses the tiles of products, as ``python -m engine tune`` does, while nothing
+else runs on the GPU. What it finds is on disk, and taken by processes that start later."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import cupy
+
+import engine
+from benchmarks.cases.models import ModelCase
+from benchmarks.measure import reason
+from engine.errors import EngineError
+from engine.specs import TileTrial
+
+
+def tune_models(cases: Sequence[ModelCase], files: Mapping[str, Path], seconds: float) -> None:
+    """Tune the products of models in fp16, in the order of the cases of each, and say what was done. No product is
+    begun after `seconds`."""
+    begin = time.monotonic()
+    for name in dict.fromkeys(case.model for case in cases):
+        left = begin + seconds - time.monotonic()
+        if left <= 0:
+            print(f"the time for tuning is up before {name}", flush=True)
+            return
+        try:
+            with engine.load(files[name], device="cuda:0", precision="fp16", strict=True) as model:
+                for case in cases:
+                    if case.model == name:
+                        left = begin + seconds - time.monotonic()
+                        tell(case.name, model.tune(case.sizes, seconds=left))
+        except EngineError as error:
+            print(f"{name} is not all tuned, the cost model's tiles are taken: {reason(error)}", flush=True)
+    cupy.get_default_memory_pool().free_all_blocks()  # other processes need it
+
+
+def tell(what: str, trials: Iterable[TileTrial]) -> None:
+    """Run trials and say how many were timed, and how many products were not."""
+    begin, every = time.monotonic(), list(trials)
+    timed = [trial for trial in every if trial.measured_us is not None]
+    products, all_products = len({trial.product for trial in timed}), len({trial.product for trial in every})
+    print(
+        f"{what}: timed {len(timed)} tiles of {products} of {all_products} products: {time.monotonic() - begin:.0f} s",
+        flush=True,
+    )

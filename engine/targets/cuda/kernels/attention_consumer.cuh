@@ -1,0 +1,166 @@
+// A warpgroup of attention_wgmma.cuh that owns 64 queries of every item. Included there behind the constants.
+#pragma once
+#include "attention_memory.cuh"
+#include "attention_softmax.cuh"
+#include "epilogue/fragment.cuh"
+#include "ptx/grid.cuh"
+#include "ptx/pack.cuh"
+#include "ptx/wgmma_panels.cuh"
+#include "scheduler/stamp.cuh"
+
+DEVICE void consume(const Params& p, const Memory& memory, u32 warpgroup) {
+  u8* const shared = memory.shared;
+  const Ring<Q_STAGES>& q_ring = memory.q_ring;
+  const Ring<STAGES>& k_ring = memory.k_ring;
+  const Ring<STAGES>& v_ring = memory.v_ring;
+  float* const biases = memory.biases;
+  Item* const items = memory.items;
+  u32 turn = 0, q_turn = 0;  // of the rings
+  take_registers<CONSUMER_REGISTERS>();
+  wait_for_previous_kernel();
+  stamp_begin(p.stamp);
+  const u32 local_row = threadIdx.x / 32 % 4 * 16 + (threadIdx.x & 31) / 4;  // of the warpgroup's 64, and the one 8 below
+  float s[KEYS / 2], out[VALUE / 2];
+  u32 probabilities[KEYS / 4];
+  const auto begin_scores = [&](u64 q, u32 turn) {
+    const u64 k = panel_descriptor<KTile::ROW_BYTES>(k_ring.tile(turn), KTile::PITCH);
+    constexpr int STEPS = KTile::ROW_BYTES / 32;  // of a panel
+    // NOTES: the descriptors of a wide head do not fit the uniform registers all at once, so its panels are a loop; each is a group,
+    // or NVRTC 13.0 puts a `warpgroup.arrive` behind the loop.
+    constexpr int ALL = HEAD / 16, TOGETHER = ALL > 8 ? STEPS : ALL;
+    static_assert(ALL % TOGETHER == 0, "whole panels");
+#pragma unroll 1
+    for (int panel = 0; panel < ALL / TOGETHER; ++panel) {
+      const u64 q_panel = q + panel * (QTile::PITCH >> 4), k_panel = k + panel * (KTile::PITCH >> 4);
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < TOGETHER; ++i)
+        wgmma<KEYS, Element>(
+            s, q_panel + i / STEPS * (QTile::PITCH >> 4) + i % STEPS * 2, k_panel + i / STEPS * (KTile::PITCH >> 4) + i % STEPS * 2,
+            i > 0 || panel > 0);
+      wgmma_commit();
+    }
+  };
+  const auto begin_values = [&](u32 turn, bool first) {
+    const u64 v = panel_descriptor<VTile::ROW_BYTES>(v_ring.tile(turn), VTile::PITCH);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < KEYS / 16; ++i)
+      wgmma<VALUE, Element>(out, *reinterpret_cast<const u32(*)[4]>(&probabilities[4 * i]), v + i * (16 * VTile::ROW_BYTES >> 4), i > 0 || !first);
+    wgmma_commit();
+  };
+  // The accumulators of 16 keys are, rounded, operand A.
+  const auto round_probabilities = [&] {
+#pragma unroll
+    for (int i = 0; i < KEYS / 4; ++i) probabilities[i] = pack_pair<Element>(s[2 * i], s[2 * i + 1]);
+  };
+
+  // A place of the keys has their biases, too, which every lane has read; the keys themselves are read by the warp's products.
+  const auto leave_keys = [&](u32 turn) {
+    if constexpr (BIAS) k_ring.leave_each(turn);
+    else k_ring.leave(turn);
+  };
+
+  // Consumers take turns to start products, so that one computes exponentials while another multiplies.
+  const auto take_turn = [&] { if constexpr (TURNS) meet_at<256>(1 + warpgroup); };
+  const auto pass_turn = [&] { if constexpr (TURNS) pass_by<256>(warpgroup + 1 == CONSUMERS ? 1 : 2 + warpgroup); };
+  if (TURNS && warpgroup == CONSUMERS - 1) pass_by<256>(1);
+
+  for (;; ++q_turn) {
+    q_ring.wait_full(q_turn);
+    Item item = items[q_turn % Q_STAGES];
+    item.query0 = __shfl_sync(~0u, item.query0, 0);
+    item.group = __shfl_sync(~0u, item.group, 0);
+    item.tiles = __shfl_sync(~0u, item.tiles, 0);
+    if (PACKED) {
+      item.begin = __shfl_sync(~0u, item.begin, 0);
+      item.rows = __shfl_sync(~0u, item.rows, 0);
+      item.keys = __shfl_sync(~0u, item.keys, 0);
+    }
+    if (nothing_more(item)) break;
+    const u32 rows = rows_of(p, item), keys = keys_of(p, item), first_row = item.group * p.queries + begin_of(item);
+    const u32 first_query = item.query0 + 64 * warpgroup, query = first_query + local_row, hidden = hidden_tiles(p, item, first_query);
+#pragma unroll 1
+    for (u32 i = 0; i < hidden; ++i) {
+      k_ring.wait_full(turn + i);
+      take_turn();
+      pass_turn();
+      leave_keys(turn + i);
+      v_ring.wait_full(turn + i);
+      v_ring.leave(turn + i);
+    }
+    if (hidden < item.tiles) {
+      float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {}, correction[2];
+      const u64 q = panel_descriptor<QTile::ROW_BYTES>(q_ring.tile(q_turn) + warpgroup * 64 * QTile::ROW_BYTES, QTile::PITCH);
+      const u32 last = turn + item.tiles - 1;
+      const u32 bias_start = BiasTile::start(warpgroup * 64 + local_row);
+      // The tile of `t`, a turn.
+      const auto soften = [&](u32 t) {
+        const u32 key0 = (last - t) * KEYS;
+        // A bias hides the keys past the end itself.
+        const bool masked = (!BIAS && key0 + KEYS > keys) || (CAUSAL && key0 + KEYS > first_query + 1);
+        const u8* const bias_tile = shared + BIASES + t % STAGES * BiasTile::BYTES;
+        return exponentials(p, s, biases + t % STAGES * KEYS, bias_tile, bias_start, masked, keys, key0, query, maximum, sum, correction);
+      };
+      const u32 first = turn + hidden;
+      k_ring.wait_full(first);
+      take_turn();
+      begin_scores(q, first);
+      pass_turn();
+      wgmma_wait<0>();
+      wgmma_settle(s);
+      if constexpr (!BIAS && !FULL) leave_keys(first);
+      soften(first);
+      if constexpr (BIAS || FULL) leave_keys(first);  // a place of the ring has the biases of its keys, too
+      round_probabilities();
+#pragma unroll 1
+      for (u32 t = first + 1; t <= last; ++t) {
+        k_ring.wait_full(t);
+        take_turn();
+        begin_scores(q, t);
+        v_ring.wait_full(t - 1);
+        begin_values(t - 1, t == first + 1);
+        pass_turn();
+        wgmma_wait<1>();
+        wgmma_settle(s);
+        if constexpr (!BIAS && !FULL) leave_keys(t);
+        const bool grown = soften(t);
+        if constexpr (BIAS || FULL) leave_keys(t);
+        wgmma_wait<0>();
+        wgmma_settle(out);
+        wgmma_keep(probabilities);
+        v_ring.leave(t - 1);
+        if (grown) {
+#pragma unroll
+          for (int i = 0; i < VALUE / 2; ++i) out[i] *= correction[i >> 1 & 1];
+        }
+        round_probabilities();
+      }
+      q_ring.leave_each(q_turn);  // the next tile of queries comes while this one's results go
+      v_ring.wait_full(last);
+      begin_values(last, first == last);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
+        sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
+        // With every key masked 0 / 0 gives the NaN that the softmax gives, unless the operator asks for zeros.
+        sum[h] = config::masked_rows_zero && sum[h] == 0.0f ? 0.0f : 1.0f / sum[h];
+      }
+      wgmma_wait<0>();
+      wgmma_settle(out);
+      wgmma_keep(probabilities);
+      v_ring.leave(last);
+#pragma unroll
+      for (int i = 0; i < VALUE / 2; ++i) out[i] *= sum[i >> 1 & 1];
+      emit_fragment<Epilogue, VALUE / 8, 2>(p, out, first_row, query, rows, 0, p.value_size);
+    } else {
+      q_ring.leave_each(q_turn);
+      if (PACKED && item.tiles == 0) {
+#pragma unroll
+        for (int i = 0; i < VALUE / 2; ++i) out[i] = 0.0f;
+        emit_fragment<Epilogue, VALUE / 8, 2>(p, out, first_row, query, rows, 0, p.value_size);
+      }
+    }
+    turn += item.tiles;
+  }
+}

@@ -1,0 +1,166 @@
+// The last warpgroup of attention_wgmma.cuh: it takes items and keeps the rings filled. Included there behind the constants.
+// The copier, one thread, starts copies. With a bias by key or packed sequences a warp beside it brings biases or makes zeros, and the
+// scout finds out what comes next.
+#pragma once
+#include "attention_memory.cuh"
+#include "attention_packed.cuh"
+#include "ptx/grid.cuh"
+#include "scheduler/counter.cuh"
+
+DEVICE void produce(const Params& p, const Memory& memory) {
+  u8* const shared = memory.shared;
+  const u32 base = memory.base;
+  const Ring<Q_STAGES>& q_ring = memory.q_ring;
+  const Ring<1>& scouted = memory.scouted;
+  const Ring<STAGES>& k_ring = memory.k_ring;
+  const Ring<STAGES>& v_ring = memory.v_ring;
+  const u32 cut_landed = memory.cut_landed;
+  float* const biases = memory.biases;
+  Item* const items = memory.items;
+  u32 turn = 0, q_turn = 0;  // of the rings
+  give_registers<PRODUCER_REGISTERS>();
+  const u32 warp = threadIdx.x / 32 & 3, lane = threadIdx.x & 31;
+  const u32 end = (p.queries + QUERIES - 1) / QUERIES * p.groups;
+  u32 index = blockIdx.x;
+  const Item first = PACKED ? Item{} : item_of(p, index);
+  wait_for_previous_kernel();
+  // The next item, for the copier and the warp of the biases. Without a scout the one behind it is asked for at once.
+  const auto take = [&](u32 item_turn) -> Item {
+    if constexpr (SCOUT) {
+      scouted.wait_full(item_turn);
+      return items[Q_STAGES];
+    }
+    if (index >= end) return {};
+    const Item item = item_turn == 0 ? first : item_of(p, index);
+    index = item_after<config::dynamic>(p, index);
+    return item;
+  };
+  if (warp == 0 && lane == 0) {
+    const auto copy_q = [&](const Item& item) {
+      const u32 batch = item.group / p.heads, head = item.group - batch * p.heads;
+      barrier_arrive_expect(q_ring.landed(q_turn), QTile::BYTES);
+      QTile::copy(q_ring.tile(q_turn), p.map_q, q_ring.landed(q_turn), begin_of(item) + item.query0, head, batch * p.q_batches);
+    };
+    const auto copy_keys = [&](const Item& item, u32 tile) {
+      const u32 batch = item.group / p.heads, head = item.group - batch * p.heads, key0 = begin_of(item) + tile * KEYS;
+      k_ring.wait_empty(turn);
+      barrier_arrive_expect(k_ring.landed(turn), KTile::BYTES + BiasTile::BYTES);
+      if (FULL) {
+        const u32 biases_of_tile = base + BIASES + turn % STAGES * BiasTile::BYTES;
+        BiasTile::copy(biases_of_tile, p, k_ring.landed(turn), tile * KEYS, item.query0, head * p.bias_heads, batch * p.bias_batches);
+      }
+      KTile::copy(k_ring.tile(turn), p.map_k, k_ring.landed(turn), key0, head / p.heads_per_k, batch * p.k_batches);
+      v_ring.wait_empty(turn);
+      u32 landed = v_ring.landed(turn);
+      if (PACKED && is_cut(p, item, tile)) {
+        barrier_arrive(landed);
+        landed = cut_landed + 8 * (turn % STAGES);
+      }
+      barrier_arrive_expect(landed, VTile::BYTES);
+      VTile::copy(v_ring.tile(turn), p.map_v, landed, key0, head / p.heads_per_v, batch * p.v_batches);
+      ++turn;
+    };
+    for (;; ++q_turn) {
+      const bool begun = SKIPS && q_turn == 0;  // the block's first item does not wait for the scout, nor does its first tile of keys
+      if (begun) {
+        copy_q(first);
+        copy_keys(first, 0);
+      }
+      Item item = take(q_turn);
+      if constexpr (SCOUT) barrier_arrive(scouted.empty);
+      q_ring.wait_empty(q_turn);
+      items[q_turn % Q_STAGES] = item;
+      barrier_arrive(q_ring.landed(q_turn));
+      if (item.tiles == 0) {
+        barrier_arrive(q_ring.landed(q_turn));
+        if (nothing_more(item)) break;
+        continue;
+      }
+      if (begun) next_tile(item, item.tiles--);
+      else copy_q(item);
+#pragma unroll 1
+      for (u32 left = item.tiles; left > 0; --left) copy_keys(item, next_tile(item, left));
+    }
+    if (!SCOUT) no_more_items<config::dynamic>(p);
+  }
+  if (BIAS && warp == 1) {
+    // As the copier's, the first tile of the block's first item does not wait for the scout: it is an item of its own.
+    Item item = first;
+    item.tiles = item.live = 1;
+#pragma unroll 1
+    for (bool begun = SKIPS;; begun = false) {
+      if (!begun) {
+        item = take(q_turn);
+        if constexpr (SCOUT) barrier_arrive(scouted.empty);
+        if (item.tiles == 0) break;
+        if (SKIPS && q_turn == 0) next_tile(item, item.tiles--);
+        ++q_turn;
+      }
+      const u32 batch = item.group / p.heads, head = item.group - batch * p.heads;
+#pragma unroll 1
+      for (u32 left = item.tiles; left > 0; --left, ++turn) {
+        float bias[KEYS / 32];
+        key_biases(p, batch, head, next_tile(item, left) * KEYS, bias);
+        k_ring.wait_empty(turn);
+#pragma unroll
+        for (int i = 0; i < KEYS / 32; ++i) biases[turn % STAGES * KEYS + 32 * i + lane] = bias[i];
+        barrier_arrive(k_ring.landed(turn));
+      }
+    }
+  }
+  if (PACKED && warp == 1) {
+    u32 cut_phases = 0;  // a bit for each place of the ring
+#pragma unroll 1
+    for (;; ++q_turn) {
+      const Item item = take(q_turn);
+      barrier_arrive(scouted.empty);
+      if (nothing_more(item)) break;
+#pragma unroll 1
+      for (u32 left = item.tiles; left > 0; --left, ++turn) {
+        v_ring.wait_empty(turn);
+        if (is_cut(p, item, left - 1)) {
+          const u32 stage = turn % STAGES, kept = keys_of(p, item) - (left - 1) * KEYS;
+          barrier_wait(cut_landed + 8 * stage, cut_phases >> stage & 1);
+          cut_phases ^= 1u << stage;
+#pragma unroll 1
+          for (u32 panel = 0; panel < VTile::PANELS; ++panel)
+#pragma unroll 1
+            for (u32 at = kept * VTile::ROW_BYTES + 16 * lane; at < VTile::PITCH; at += 512)
+              *reinterpret_cast<uint4*>(shared + V_RING + stage * VTile::BYTES + panel * VTile::PITCH + at) = uint4{0, 0, 0, 0};
+          shared_writes_fence();
+        }
+        barrier_arrive(v_ring.landed(turn));
+      }
+    }
+  }
+  if (SCOUT && warp == 2) {
+    u32 place = 0;
+    Place* const places = reinterpret_cast<Place*>(shared + PLACES);
+    if (PACKED) sort_sequences(p, places, reinterpret_cast<u32*>(places + config::places));
+#pragma unroll 1
+    for (u32 item_turn = 0;; ++item_turn) {
+      // An item is taken only when the one before it has been begun: who takes them too early leaves others without.
+      scouted.wait_empty(item_turn);
+      if (item_turn > 0) {
+        u32 next = 0;
+        if (lane == 0) next = item_after<config::dynamic>(p, index);
+        index = __shfl_sync(~0u, next, 0);
+      }
+      Item item = first;
+      if (PACKED) item = packed_item(p, places, index, place);
+      else if (item_turn > 0) item = index < end ? item_of(p, index) : Item{};
+      if (SKIPS && item.tiles > 0) {
+        const u32 batch = item.group / p.heads;
+        item.live = live_tiles(p, item, batch, item.group - batch * p.heads);
+        if (item_turn == 0) item.live |= 1;  // already under way
+        item.tiles = __popc(item.live);
+      }
+      if (lane == 0) {
+        items[Q_STAGES] = item;
+        barrier_arrive(scouted.full);
+      }
+      if (nothing_more(item)) break;
+    }
+    if (lane == 0) no_more_items<config::dynamic>(p);
+  }
+}

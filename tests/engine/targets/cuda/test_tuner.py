@@ -1,0 +1,101 @@
+"""What the tuner times, and for how long. Needs the CUDA packages, no GPU (tests/gpu/test_tuner.py does)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+pytest.importorskip("cupy")
+
+from engine.ir.ops import Conv, Gemm, Pointwise
+from engine.plan.plan import Step
+from engine.targets.cuda import conv, tuner
+from engine.targets.cuda.architecture import ARCHITECTURES
+from engine.targets.cuda.choices import choice_of, key_of
+from engine.targets.cuda.covering import ACC, F16, channels_inner, make_step, stored, weight
+from engine.targets.cuda.gemm import launches_of, pick_tile, ranked_tiles
+from engine.targets.cuda.kernel import Choice, Context, WeightStore
+from engine.targets.cuda.target import CudaTarget
+from engine.targets.cuda.tiles import Operands
+
+HOPPER = Context(ARCHITECTURES["sm_90a"], 132, WeightStore())
+HALF = Operands.HALF
+
+
+def pixels(batch: int = 2, channels: int = 64, taps: int = 1) -> Step:
+    """A convolution of 28×28 images with 128 filters, in NHWC."""
+    op = Conv((taps, taps), ((taps // 2, taps // 2),) * 2, (1, 1), stores=(stored(ACC),))
+    image = channels_inner(batch, channels, 28, 28)
+    return make_step(op, [image, weight(128, channels, taps, taps)])
+
+
+def test_convolutions_that_are_products_are_tuned_as_such() -> None:
+    step = pixels()
+    found = tuner.product_of(step, HOPPER)
+    assert found is not None
+    one, epilogue = found
+    assert (one.m, one.n, one.k) == (2 * 28 * 28, 128, 64)
+    named = key_of(one, HALF, epilogue)
+    other = ranked_tiles(one, HOPPER, epilogue.reads)[3].tile
+    timed = replace(HOPPER, choices={named: choice_of(other, 1.0)})
+    assert pick_tile(one, epilogue, timed) == other
+    (launch,) = conv.lower(step, timed)
+    (expected,) = launches_of(one, epilogue, other, HOPPER)
+    assert launch.kernel.source.text == expected.kernel.source.text
+    assert tuner.product_of(pixels(taps=3), HOPPER) is None
+    relu = make_step(Pointwise((stored(ACC),)), [(F16, (4, 4))])
+    assert tuner.product_of(relu, HOPPER) is None
+
+
+@dataclass
+class FakeTarget:
+    """Keeps choices; its device loads anything."""
+
+    choices: dict[str, Choice] = field(default_factory=dict)
+    loads: list[int] = field(default_factory=list)
+    lock: nullcontext[None] = field(default_factory=nullcontext)
+
+    @property
+    def context(self) -> Context:
+        return replace(HOPPER, choices=self.choices)
+
+    @property
+    def device(self) -> SimpleNamespace:
+        def load(kernels: Iterable[object]) -> None:
+            self.loads.append(len(list(kernels)))
+
+        return SimpleNamespace(load=load, errors=nullcontext, current=nullcontext)
+
+    def keep_choices(self, found: Mapping[str, Choice]) -> None:
+        self.choices |= found
+
+
+def test_products_are_timed_until_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fifteen kinds of products, one of them twice; the clock goes on by a second for each that is timed."""
+    clock = [0.0]
+
+    def times(target: object, step: object, rows: Sequence[object]) -> list[float]:
+        clock[0] += 1
+        return [9.0 - i for i in range(len(rows))]  # the last tile is the fastest
+
+    monkeypatch.setattr(tuner, "_times", times)
+    monkeypatch.setattr(tuner.time, "monotonic", lambda: clock[0])
+    steps = [pixels(batch) for batch in range(1, 15)]
+    steps += [pixels(), make_step(Gemm((ACC,)), [(F16, (4096, 768)), weight(768, 768)])]
+    target = FakeTarget()
+    first = list(tuner.trials(cast(CudaTarget, target), steps, timed=True, deadline=5.0))
+    assert len({trial.product for trial in first}) == 15
+    assert len({trial.product for trial in first if trial.measured_us is not None}) == len(target.choices) == 5
+    assert len(target.loads) == 1, "no more is compiled than is timed soon"
+    for product in target.choices:
+        (chosen,) = (trial for trial in first if trial.product == product and trial.chosen)
+        assert chosen.measured_us == min(t.measured_us or 9.0 for t in first if t.product == product)
+    rest = list(tuner.trials(cast(CudaTarget, target), steps, timed=True))
+    assert len({trial.product for trial in rest if trial.measured_us is not None}) == 10
+    assert len(target.choices) == 15
+    assert not any(trial.measured_us for trial in tuner.trials(cast(CudaTarget, target), steps, timed=True))
