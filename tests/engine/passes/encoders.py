@@ -47,6 +47,8 @@ WEIGHTS = {
     "axes_12": np.array([1, 2]),
     "axes_13": np.array([1, 3]),
     "tiny": np.array(1e-9),
+    "along_0": np.array([-1, 1, 1, 1]),
+    "along_3": np.array([1, 1, 1, -1]),
     "flat": np.array([-1, H]),
     "triangle": np.tril(np.ones((1, 1, POSITIONS, POSITIONS), np.bool_)),
     "relative": random(1, HEADS, POSITIONS, POSITIONS, seed=9),

@@ -56,6 +56,12 @@ MASKS = {
     "scores selected twice": BOOLEAN + "w = Where(mb, u, minus_inf) bias = Where(mb, zero, lowest) t = Add(w, bias) ",
     "beside all that is true": BOOLEAN + RANGES + "every = LessOrEqual(query, query) ea = And(mb, every)"
     " t = Where(ea, u, minus_inf) ",
+    "looked up by sequence and key": RANGES
+    + """rows = Gather(shape, zero_i) rb = Range(zero_i, rows, one_i) rb4 = Reshape(rb, along_0)
+        rk4 = Reshape(range, along_3)
+        n0 = Shape<start=0,end=1>(ids) n3 = Shape<start=1,end=2>(ids) full = Concat<axis=0>(n0, one_1, one_1, n3)
+        eb = Expand(rb4, full) ek = Expand(rk4, full) ub = Unsqueeze(eb, axes_last) uk = Unsqueeze(ek, axes_last)
+        places = Concat<axis=-1>(ub, uk) m9 = Cast<to=9>(mask) mb = GatherND(m9, places) t = Where(mb, u, lowest) """,
     "looked up at the range of keys": RANGES + "mk = Gather<axis=1>(mask, range) m2 = Unsqueeze(mk, axes_12)"
     " mb = Cast<to=9>(m2) t = Where(mb, u, minus_inf) ",
 }
@@ -144,32 +150,34 @@ def compare(
     mask = lengths_mask(lengths, sequence)
     kind = onnx.helper.tensor_dtype_to_np_dtype(proto.graph.input[1].type.tensor_type.elem_type)
     feeds = {"ids": rng.integers(0, ROWS, mask.shape), "mask": mask.astype(kind)}
-    got, _ = _run(result, feeds, surplus)
+    got = run_packed(result, feeds, surplus)
     want = dict(zip(result.graph.output_names, ReferenceEvaluator(proto).run(None, feeds), strict=True))
     for name, array in want.items():
         if name in result.shown:
             axes, fill = result.shown[name]
-            array = _filled(array, axes, mask, fill)
+            array = filled(array, axes, mask, fill)
         close(got[name], array, TOLERANCE, name)
     other = feeds | {"ids": np.where(mask == 1, feeds["ids"], rng.integers(0, ROWS, mask.shape))}
-    again, _ = _run(result, other, surplus)
+    again = run_packed(result, other, surplus)
     for name in want:
         assert np.array_equal(again[name], got[name]), f"{name} depends on padding"
     return result
 
 
-def _run(result: Unpadded, feeds: dict[str, np.ndarray], surplus: int) -> tuple[dict[str, np.ndarray], object]:
+def run_packed(result: Unpadded, feeds: dict[str, np.ndarray], surplus: int = 0) -> dict[str, np.ndarray]:
+    """The outputs of the packed graph, with `surplus` tokens of no sequence more than there would be."""
     batch, sequence = feeds["mask"].shape
     made = Packer(result, KERNEL).batch(feeds, {result.batch: batch, result.sequence: sequence}, -np.inf)
     assert made.packed
     arrays = dict(made.arrays)
-    for kind in ("rows", "positions"):  # tokens of no sequence
+    for kind in ("rows", "positions"):
         if kind in result.hidden:
             arrays[result.hidden[kind]] = np.pad(arrays[result.hidden[kind]], (0, surplus))
-    return ir_interpreter.run(result.graph, {v.name: arrays[v.name] for v in result.graph.inputs}), made
+    return ir_interpreter.run(result.graph, {v.name: arrays[v.name] for v in result.graph.inputs})
 
 
-def _filled(array: np.ndarray, axes: tuple[int, ...], mask: np.ndarray, fill: float) -> np.ndarray:
+def filled(array: np.ndarray, axes: tuple[int, ...], mask: np.ndarray, fill: float) -> np.ndarray:
+    """`array` with padded positions filled; `axes` are those of batch and sequence, or the one that has both."""
     array = array.copy()
     if len(axes) == 1:
         array[mask.reshape(-1) == 0] = fill
@@ -356,9 +364,9 @@ def test_a_convolution_before_the_first_attention_runs_padded() -> None:
     assert isinstance(result, Unpadded), result
     mask = lengths_mask([3, 6, 1], 6)
     feeds = {"ids": np.random.default_rng(0).integers(0, ROWS, mask.shape), "mask": mask}
-    got, _ = _run(result, feeds, 0)
+    got = run_packed(result, feeds)
     (want,) = ReferenceEvaluator(proto).run(None, feeds)
-    close(got["y"], _filled(want, (0, 1), mask, 0.0), TOLERANCE, "y")
+    close(got["y"], filled(want, (0, 1), mask, 0.0), TOLERANCE, "y")
 
 
 def test_cross_attention_is_refused() -> None:
@@ -411,7 +419,7 @@ def test_the_operator_of_opset_23(causal: bool) -> None:
     mask = lengths_mask([3, 7, 1, 5], 7)
     feeds = {"ids": np.random.default_rng(0).integers(0, ROWS, mask.shape), "mask": mask}
     want = ir_interpreter.run(padded, feeds)["y"]
-    close(_run(result, feeds, 0)[0]["y"], _filled(want, (0, 1), mask, 0.0), TOLERANCE, "y")
+    close(run_packed(result, feeds)["y"], filled(want, (0, 1), mask, 0.0), TOLERANCE, "y")
 
 
 def test_operators_of_onnx_runtime() -> None:
@@ -446,6 +454,14 @@ def test_operators_of_onnx_runtime() -> None:
     given = lengths_mask([3, 7, 1, 5], 7)
     feeds = {"ids": np.random.default_rng(0).integers(0, ROWS, given.shape).astype(np.int32),
              "mask": given.astype(np.int32)}  # fmt: skip
-    got, _ = _run(result, feeds, 0)
+    got = run_packed(result, feeds)
     want = ir_interpreter.run(padded, feeds)
-    close(got["y"], _filled(want["y"], (0, 1), given, 0.0), 1e-6, "y")
+    close(got["y"], filled(want["y"], (0, 1), given, 0.0), 1e-6, "y")
+
+
+def test_a_mask_looked_up_along_its_diagonal_is_refused() -> None:
+    """mask[i, i] for row i: a place that nobody has shown to be real, or the key's."""
+    bias = f"""{RANGES}rows = Gather(shape, zero_i) rb = Range(zero_i, rows, one_i) r1 = Unsqueeze(rb, axes_last)
+        md = GatherElements<axis=1>(mask, r1) m2 = Unsqueeze(md, axes_12) mb = Cast<to=9>(m2) t = Where(mb, u, lowest) """
+    _, result = unpadded(encoder(bias))
+    assert isinstance(result, str)

@@ -1,0 +1,135 @@
+"""Random tails behind an attention: whatever is proved is right, and some of them are proved, some not."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx.reference import ReferenceEvaluator
+
+from engine.ir.graph import Graph
+from engine.passes.unpad import Unpadded
+from tests.engine import ir_interpreter
+from tests.engine.passes.encoders import BIAS, ROWS, H, encoder, lengths_mask
+from tests.engine.passes.test_unpad import CAUSAL, MASKS, filled, run_packed, unpadded
+from tests.engine.passes.toolkit import TOLERANCE, close
+
+B, S = 4, 6  # both differ from every other size
+PRE = """mu = Unsqueeze(mask, axes_last) mc = Cast<to=11>(mu) mb9 = Cast<to=9>(mu) mo = Sub(one, mc)
+    m1 = Unsqueeze(mask, axes_1) mr = Cast<to=11>(m1) lens = ReduceSum<keepdims=1>(mc, axes_1) """
+
+
+class Tail:
+    """A chain of random operators. `axes` are the meanings of the axes of the value so far: b, s, n, f (batch ·
+    sequence), 1."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.rng = rng
+        self.text = PRE
+        self.value, self.axes = "h", "bsn"
+        self.count = 0
+
+    def add(self, call: str, axes: str) -> None:
+        self.count += 1
+        new = f"t{self.count}"
+        self.text += f"{new} = {call.format(self.value)} "
+        self.value, self.axes = new, axes
+
+    def step(self) -> None:
+        steps = [
+            lambda: self.add("Tanh({0})", self.axes),
+            lambda: self.add("Mul({0}, half)", self.axes),
+            lambda: self.add("Softmax<axis=-1>({0})", self.axes),
+            lambda: self.add("Mul({0}, {0})", self.axes),
+        ]
+        axis = int(self.rng.integers(0, len(self.axes)))
+        where = {0: "axes_0", 1: "axes_1", 2: "axes_2"}[axis]
+        if len(self.axes) > 1:
+            kind = str(self.rng.choice(["ReduceSum", "ReduceMean", "ReduceMax"]))
+            dropped = self.axes[:axis] + self.axes[axis + 1 :]
+            kept = self.axes[:axis] + "1" + self.axes[axis + 1 :]
+            steps += [
+                lambda: self.add(f"{kind}<keepdims=0>({{0}}, {where})", dropped),
+                lambda: self.add(f"{kind}<keepdims=1>({{0}}, {where})", kept),
+                lambda: self.add(f"Softmax<axis={axis}>({{0}})", self.axes),
+                lambda: self.add(f"Gather<axis={axis}>({{0}}, zero_i)", dropped),
+                lambda: self.add(f"Slice({{0}}, zero_1, one_1, {'zero_1 one_1 two_1'.split()[axis]})", kept),
+                lambda: self.add(f"CumSum({{0}}, {'zero_i one_i two_i'.split()[axis]})", self.axes),
+                lambda: self.add(f"Concat<axis={axis}>({{0}}, {{0}})", self.axes[:axis] + "x" + self.axes[axis + 1 :]),
+            ]
+            perm = [int(i) for i in self.rng.permutation(len(self.axes))]
+            turned = "".join(self.axes[i] for i in perm)
+            steps.append(lambda: self.add(f"Transpose<perm={perm}>({{0}})".replace(" ", ""), turned))
+        if self.axes[-1] == "n":
+            steps += [lambda: self.add("MatMul({0}, wq)", self.axes), lambda: self.add("Add({0}, g)", self.axes),
+                      lambda: self.add("LayerNormalization<axis=-1>({0}, g)", self.axes)]  # fmt: skip
+        if self.axes in ("bsn", "bs1"):
+            steps += 2 * [
+                lambda: self.add("Mul({0}, mc)", self.axes),
+                lambda: self.add("Add({0}, mc)", self.axes),
+                lambda: self.add("Mul({0}, mo)", self.axes),
+                lambda: self.add("Where(mb9, {0}, minus_10000)", self.axes),
+                lambda: self.add("Where(mb9, zero, {0})", self.axes),
+                lambda: self.add("MatMul(mr, {0})", "b1" + self.axes[-1]),
+                lambda: self.add("Div({0}, lens)", self.axes),
+            ]
+        if self.axes == "bsn":
+            steps += [
+                lambda: self.add("Mul({0}, pe)", "bsn"),
+                lambda: self.add("Sub({0}, x)", "bsn"),
+                lambda: self.add("Reshape({0}, flat)", "fn"),
+                lambda: self.add("Concat<axis=2>({0}, we)", "bsx"),
+            ]
+        if self.axes == "fn":
+            steps.append(lambda: self.add("Reshape({0}, apart)", "bsn"))
+        if self.axes == "nsb":
+            steps.append(lambda: self.add("MatMul({0}, square)", "nsb"))
+        steps[int(self.rng.integers(0, len(steps)))]()
+
+    def model(self, bias: str) -> onnx.ModelProto:
+        outputs = f"double[{', '.join(f'o{i}' for i in range(len(self.axes)))}] y"
+        proto = encoder(bias, f"{self.text} y = Identity({self.value})", outputs)
+        extra = {"half": np.array(0.5), "two_i": np.array(2), "apart": np.array([B, S, H]), "square": np.eye(B) + 0.1}
+        for name, array in extra.items():
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+        return proto
+
+
+def outcome(seed: int) -> bool | None:
+    """Whether a random model is proved, and then right; None where it is no model."""
+    rng = np.random.default_rng(seed)
+    tail = Tail(rng)
+    for _ in range(int(rng.integers(1, 6))):
+        if tail.axes:
+            tail.step()
+    biases = [BIAS, *MASKS.values(), *CAUSAL.values()]
+    proto = tail.model(biases[int(rng.integers(0, len(biases)))])
+    mask = lengths_mask([int(n) for n in rng.permutation([1, 3, S, 4])], S)
+    feeds = {"ids": rng.integers(0, ROWS, mask.shape), "mask": mask}
+    graph, result = unpadded(proto)
+    if not isinstance(result, Unpadded):
+        return False
+    want = expected(proto, graph, feeds)
+    got = run_packed(result, feeds, int(rng.integers(0, 3)))["y"]
+    if "y" in result.shown:
+        axes, fill = result.shown["y"]
+        want = filled(want, axes, mask, fill)
+    close(got, want, 100 * TOLERANCE, f"seed {seed}: {tail.text}")
+    other = feeds | {"ids": np.where(mask == 1, feeds["ids"], rng.integers(0, ROWS, mask.shape))}
+    assert np.array_equal(run_packed(result, other, 0)["y"], run_packed(result, feeds, 0)["y"], equal_nan=True)
+    return True
+
+
+def expected(proto: onnx.ModelProto, graph: Graph, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        (reference,) = ReferenceEvaluator(proto).run(None, feeds)
+        padded = ir_interpreter.run(graph, feeds)["y"]
+    close(padded, reference, 100 * TOLERANCE, "the padded graph")
+    return padded
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_what_is_proved_is_right(part: int) -> None:
+    results = [outcome(seed) for seed in range(40 * part, 40 * part + 40)]
+    assert results.count(True) >= 5
+    assert results.count(False) >= 5
