@@ -180,7 +180,7 @@ def filled(array: np.ndarray, axes: tuple[int, ...], mask: np.ndarray, fill: flo
     """`array` with padded positions filled; `axes` are those of batch and sequence, or the one that has both."""
     array = array.copy()
     if len(axes) == 1:
-        array[mask.reshape(-1) == 0] = fill
+        np.moveaxis(array, axes[0], 0)[mask.reshape(-1) == 0] = fill
     else:
         np.moveaxis(array, axes, (0, 1))[mask == 0] = fill
     return array
@@ -462,6 +462,7 @@ def test_operators_of_onnx_runtime() -> None:
 def test_a_mask_looked_up_along_its_diagonal_is_refused() -> None:
     """mask[i, i] for row i: a place that nobody has shown to be real, or the key's."""
     bias = f"""{RANGES}rows = Gather(shape, zero_i) rb = Range(zero_i, rows, one_i) r1 = Unsqueeze(rb, axes_last)
-        md = GatherElements<axis=1>(mask, r1) m2 = Unsqueeze(md, axes_12) mb = Cast<to=9>(m2) t = Where(mb, u, lowest) """
+        md = GatherElements<axis=1>(mask, r1) m2 = Unsqueeze(md, axes_12) mb = Cast<to=9>(m2)
+        t = Where(mb, u, lowest) """
     _, result = unpadded(encoder(bias))
     assert isinstance(result, str)

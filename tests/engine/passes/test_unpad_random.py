@@ -8,10 +8,11 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from engine.ir.graph import Graph
+from engine.packing import Batch, Packer, prefix_lengths
 from engine.passes.unpad import Unpadded
 from tests.engine import ir_interpreter
 from tests.engine.passes.encoders import BIAS, ROWS, H, encoder, lengths_mask
-from tests.engine.passes.test_unpad import CAUSAL, MASKS, filled, run_packed, unpadded
+from tests.engine.passes.test_unpad import CAUSAL, KERNEL, MASKS, filled, run_packed, unpadded
 from tests.engine.passes.toolkit import TOLERANCE, close
 
 B, S = 4, 6  # both differ from every other size
@@ -113,7 +114,10 @@ def outcome(seed: int) -> bool | None:
     got = run_packed(result, feeds, int(rng.integers(0, 3)))["y"]
     if "y" in result.shown:
         axes, fill = result.shown["y"]
-        want = filled(want, axes, mask, fill)
+        cleared, want = want.copy(), filled(want, axes, mask, fill)
+        batch = Batch(feeds, {result.batch: B, result.sequence: S}, False, prefix_lengths(mask))
+        Packer(result, KERNEL).clear({"y": cleared}, batch)
+        assert np.array_equal(cleared, want, equal_nan=True)
     close(got, want, 100 * TOLERANCE, f"seed {seed}: {tail.text}")
     other = feeds | {"ids": np.where(mask == 1, feeds["ids"], rng.integers(0, ROWS, mask.shape))}
     assert np.array_equal(run_packed(result, other, 0)["y"], run_packed(result, feeds, 0)["y"], equal_nan=True)
