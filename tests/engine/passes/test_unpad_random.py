@@ -110,17 +110,16 @@ def outcome(seed: int) -> bool | None:
     graph, result = unpadded(proto)
     if not isinstance(result, Unpadded):
         return False
-    want = expected(proto, graph, feeds)
-    got = run_packed(result, feeds, int(rng.integers(0, 3)))["y"]
-    if "y" in result.shown:
-        axes, fill = result.shown["y"]
-        cleared, want = want.copy(), filled(want, axes, mask, fill)
-        batch = Batch(feeds, {result.batch: B, result.sequence: S}, False, prefix_lengths(mask))
-        Packer(result, KERNEL).clear({"y": cleared}, batch)
-        assert np.array_equal(cleared, want, equal_nan=True)
-    close(got, want, 100 * TOLERANCE, f"seed {seed}: {tail.text}")
-    other = feeds | {"ids": np.where(mask == 1, feeds["ids"], rng.integers(0, ROWS, mask.shape))}
-    assert np.array_equal(run_packed(result, other, 0)["y"], run_packed(result, feeds, 0)["y"], equal_nan=True)
+    for given in (feeds, feeds | {"ids": np.where(mask == 1, feeds["ids"], rng.integers(0, ROWS, mask.shape))}):
+        want = expected(proto, graph, given)
+        if "y" in result.shown:
+            axes, fill = result.shown["y"]
+            cleared, want = want.copy(), filled(want, axes, mask, fill)
+            batch = Batch(given, {result.batch: B, result.sequence: S}, False, prefix_lengths(mask))
+            Packer(result, KERNEL).clear({"y": cleared}, batch)
+            assert np.array_equal(cleared, want, equal_nan=True)
+        got = run_packed(result, given, int(rng.integers(0, 3)))["y"]
+        close(got, want, 100 * TOLERANCE, f"seed {seed}: {tail.text}")
     return True
 
 
@@ -134,6 +133,6 @@ def expected(proto: onnx.ModelProto, graph: Graph, feeds: dict[str, np.ndarray])
 
 @pytest.mark.parametrize("part", range(4))
 def test_what_is_proved_is_right(part: int) -> None:
-    results = [outcome(seed) for seed in range(40 * part, 40 * part + 40)]
-    assert results.count(True) >= 5
-    assert results.count(False) >= 5
+    results = [outcome(seed) for seed in range(30 * part, 30 * part + 30)]
+    assert results.count(True) >= 4
+    assert results.count(False) >= 4
