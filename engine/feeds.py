@@ -129,6 +129,16 @@ def size_out_of_range(graph: Graph, sizes: Mapping[str, int]) -> str | None:
     return None
 
 
+def size_limits(graph: Graph) -> dict[str, int]:
+    """The most that a size may be, of those that something fixed in the model (such as its position table) limits."""
+    limits: dict[str, int] = {}
+    for node in graph.nodes:
+        for value in node.outputs:
+            for name, limit in limits_within(*value.shape):
+                limits[name] = min(limit, limits.get(name, limit))
+    return limits
+
+
 def _index_limits(graph: Graph) -> dict[Value, int]:
     """For every value used to look up a table: the number of rows (the smallest, where it looks up several)."""
     limits: dict[Value, int] = {}

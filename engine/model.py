@@ -22,6 +22,7 @@ from engine.feeds import (
     free_symbols,
     index_out_of_range,
     sample_feeds,
+    size_limits,
     size_out_of_range,
     sizes_of,
 )
@@ -323,6 +324,11 @@ class Model:
     def plans_ready(self) -> int:
         """Number of plans in the cache."""
         return len(self._plans)
+
+    @property
+    def size_limits(self) -> dict[str, int]:
+        """The most that a size may be, by the names of those that the model limits, as its table of positions does."""
+        return size_limits(self._graph)
 
     @property
     def graph(self) -> Graph:

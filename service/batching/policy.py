@@ -25,15 +25,17 @@ Shape = tuple[int, ...]
 class BatchAxes:
     """The axes of a model that batching needs.
 
-    `sequence` is the symbol of axis 1 of the token inputs (None for models without one); `sequence_outputs` are, per
-    output name, the axes that carry it. Where rows are packed, `mask` is the input that tells tokens from padding, and
-    `packed_tokens` says how many a run of so many rows computes, of a width, with so many tokens of their own.
+    `sequence` is the symbol of axis 1 of the token inputs (None for models without one), of which the model takes
+    `longest` at most; `sequence_outputs` are, per output name, the axes that carry it. Where rows are packed, `mask` is
+    the input that tells tokens from padding, and `packed_tokens` says how many a run of so many rows computes, of a
+    width, with so many tokens of their own.
     """
 
     mode: BatchingMode
     sequence: str | None
     sequence_outputs: dict[str, tuple[int, ...]]
     reason: str
+    longest: int | None = None
     mask: str | None = None
     packed_tokens: Callable[[int, int, int], int] | None = None
 
@@ -100,6 +102,8 @@ def _sequence_symbol(inputs: Sequence[TensorInfo]) -> str | None:
 def prefix_lengths(mask: NDArray[Any]) -> tuple[int, ...] | None:
     """The number of ones in each row of a mask; None where a row is anything else than ones, at least one, and then
     zeros."""
+    if not mask.size:
+        return None
     real = mask == 1
     ones = np.count_nonzero(real, axis=1)
     ends = mask.shape[1] - np.argmax(mask[:, ::-1] != 0, axis=1)
@@ -109,10 +113,11 @@ def prefix_lengths(mask: NDArray[Any]) -> tuple[int, ...] | None:
 
 def width_of(packed: bool, longest: int, options: BatchingOptions, axes: BatchAxes) -> int:
     """The common length in which rows are handed over. That of packed ones costs nothing that is computed, so it may be
-    as wide as its bucket, and makes few plans."""
-    if packed:
-        return bucket_of(longest, options.buckets)
-    return longest if axes.mode is BatchingMode.ROWS else padded_width(longest, options.buckets)
+    as wide as its bucket, and makes few plans. What is longer than the model takes is for the engine to refuse."""
+    if axes.mode is BatchingMode.ROWS:
+        return longest
+    width = bucket_of(longest, options.buckets) if packed else padded_width(longest, options.buckets)
+    return width if axes.longest is None else max(longest, min(width, axes.longest))
 
 
 def bucket_of(length: int, buckets: Sequence[int]) -> int:

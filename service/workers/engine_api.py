@@ -107,6 +107,11 @@ class EngineModel(Protocol):
     @property
     def concurrent_runs(self) -> int: ...
     @property
+    def size_limits(self) -> Mapping[str, int]:
+        """The most that a symbolic dim may be, where the model limits it."""
+        ...
+
+    @property
     def packed_mask(self) -> str | None:
         """The input that says which tokens are real, where runs compute only those; None where they compute all."""
         ...

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ def probe(model: EngineModel, command: LoadModel, engine_error: type[Exception])
     """
     inputs, outputs = describe_tensors(model.inputs), describe_tensors(model.outputs)
     axes = find_axes(inputs, outputs)
+    axes = replace(axes, longest=model.size_limits.get(axes.sequence or ""))
     open_dims = any(isinstance(dim, str) for spec in inputs for dim in spec.shape[1:]) and axes.sequence is None
     strings = [spec.name for spec in inputs if spec.dtype == object]
     try:

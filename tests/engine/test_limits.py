@@ -32,6 +32,10 @@ def test_a_sequence_beyond_the_position_table_is_named_with_the_limit(minilm: en
         minilm.run(minilm.sample_feeds({"batch": 1, "sequence": 513}))
 
 
+def test_the_most_that_a_size_may_be_is_told(minilm: engine.Model) -> None:
+    assert minilm.size_limits == {"sequence": 512}
+
+
 @pytest.mark.parametrize("batch", [10**9, 10**12, 2.5, "3", True, 0])
 def test_sizes_that_make_no_sense_are_refused_at_once(minilm: engine.Model, batch: object) -> None:
     with pytest.raises(engine.EngineError, match="batch|elements|memory"):

@@ -227,6 +227,7 @@ class FakeModel:
         self.fallback_ops = 0
         self.load_seconds = 0.01
         self.concurrent_runs = arguments.get("concurrent_runs", 1)
+        self.size_limits: dict[str, int] = arguments.get("limits", {})
         self.packed_mask = "attention_mask" if "token_step" in arguments and packed != "off" else None
         self.closed = False
         self._owner = owner

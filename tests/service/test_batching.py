@@ -267,6 +267,7 @@ def test_lengths_of_a_mask_are_those_of_ones_that_zeros_follow(rows: list[list[i
     whole = all(re.fullmatch("1+0*", text) for text in texts)
     expected = tuple(text.count("1") for text in texts) if whole else None
     assert prefix_lengths(mask) == expected
+    assert prefix_lengths(mask[:, :0]) is None
 
 
 @settings(deadline=None, max_examples=30)

@@ -549,6 +549,22 @@ def test_packed_rows_share_a_run_and_what_is_computed_beside_them_is_padding(har
     assert batches == [(3, 52, 12), (1, 30, 2)]
 
 
+@pytest.mark.parametrize("packed", ["on", "off"])
+def test_rows_are_not_widened_past_a_models_positions(harness: Harness, packed: str) -> None:
+    """They end at 10 tokens, and the rows' bucket at 16: a run that fails is run again, each request alone."""
+    harness.load("short", packed=packed, token_step=8, limits={"sequence": 10})
+    harness.load("identity")
+    harness.hold()
+    for number, length in enumerate((9, 10, 9), 1):
+        inputs = tuple((name, LocalTensor(np.ones((1, length), np.int64))) for name in ("input_ids", "attention_mask"))
+        now = time.monotonic()
+        outputs = ("last_hidden_state",)
+        harness.worker.handle(Infer(number, ModelKey("short", 1), inputs, outputs, (length,), now, now + 20, 50))
+    harness.engine.gate.set()
+    assert all(isinstance(answer, InferResult) for answer in harness.answers(4).values())
+    assert [shape for kind, shape in harness.engine.calls if kind == "short"] == [(3, 10)]
+
+
 def test_rows_are_padded_where_packing_is_switched_off(harness: Harness) -> None:
     assert harness.load("encoder", packed="off", token_step=8).batching is BatchingMode.PADDED
 

@@ -166,7 +166,7 @@ class Block:
         b = self.b
         self._lay_out()
         zero = b.const(0, self.type)
-        vectors = self.vectors * self.spec.padded_dim  # as many as lanes times rows have
+        vectors = self.vectors * self.spec.padded_dim  # in `width` rows, each of `padded_dim` elements
         b.loop(0, vectors, 1, lambda i, _: b.store(zero, b.at(self.answer, i, self.lanes * _F32), _F32))
         self._store_rows()
 
