@@ -63,6 +63,7 @@ class Rows:
         self.dependent: set[Value] = set()
         """Values that a packed attention has a part in."""
         self._unpacked: dict[Value, Value] = {}
+        self._positioned: dict[tuple[Value, int], Value] = {}
         self.rows = Value("packed.rows", DType.I64, (tokens,))
         self.positions = Value("packed.positions", DType.I64, (tokens,))
         self.places = Value("packed.places", DType.I64, (batch, sequence))
@@ -155,6 +156,11 @@ class Rows:
 
     def _at_positions(self, value: Value, axis: int) -> Value:
         """What a plain value has along `axis`, once for each token: at its position."""
+        if (value, axis) not in self._positioned:
+            self._positioned[value, axis] = self._looked_up_at(value, axis)
+        return self._positioned[value, axis]
+
+    def _looked_up_at(self, value: Value, axis: int) -> Value:
         source = self.in_plain(value)
         if axis == 1 and value.shape[0] == 1 and value.rank > 2:
             # In the form in which a lookup can become a gathered operand.

@@ -50,6 +50,8 @@ WEIGHTS = {
     "along_0": np.array([-1, 1, 1, 1]),
     "along_3": np.array([1, 1, 1, -1]),
     "flat": np.array([-1, H]),
+    "cosines": np.cos(random(POSITIONS, D, seed=12)),
+    "sines": np.sin(random(POSITIONS, D, seed=12)),
     "triangle": np.tril(np.ones((1, 1, POSITIONS, POSITIONS), np.bool_)),
     "relative": random(1, HEADS, POSITIONS, POSITIONS, seed=9),
     "filter": random(H, H, 3, seed=10, scale=0.3),

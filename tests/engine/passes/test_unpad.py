@@ -466,3 +466,30 @@ def test_a_mask_looked_up_along_its_diagonal_is_refused() -> None:
         t = Where(mb, u, lowest) """
     _, result = unpadded(encoder(bias))
     assert isinstance(result, str)
+
+
+ROTARY = """n1 = Slice(sh, one_1, two_1, zero_1) cs = Slice(cosines, zero_1, n1, zero_1)
+    ss = Slice(sines, zero_1, n1, zero_1)
+    cos = Unsqueeze(cs, axes_01) sin = Unsqueeze(ss, axes_01) half_1 = Constant<value_ints=[2]>()
+    whole_1 = Constant<value_ints=[4]>() """
+
+
+def turned(name: str, result: str) -> str:
+    """Rotary embedding of [batch, heads, sequence, 4]."""
+    return f"""{name}a = Slice({name}, zero_1, half_1, axes_last) {name}b = Slice({name}, half_1, whole_1, axes_last)
+        {name}n = Neg({name}b) {name}r = Concat<axis=-1>({name}n, {name}a) {name}c = Mul({name}, cos)
+        {name}s = Mul({name}r, sin) {result} = Add({name}c, {name}s) """
+
+
+def test_rotary_embedding_is_looked_up_once() -> None:
+    """Angles of a position, for queries and keys: each table is looked up by position once."""
+    project = PROJECT.replace("q = Transpose", f"{ROTARY}q0 = Transpose").replace(
+        "kt = Transpose<perm=[0,2,3,1]>(ck)",
+        f"k0 = Transpose<perm=[0,2,1,3]>(ck) {turned('k0', 'kr')}{turned('q0', 'q')}kt = Transpose<perm=[0,1,3,2]>(kr)",
+    )
+    text = f"""(int64[b,s] ids, int64[b,s] mask) => (double[b,s,n] y) {{ {EMBEDDING}{project}{CAUSAL["and a range"]}
+        {ATTEND}y = Identity(h) }}"""
+    proto = model(text, {name: array for name, array in WEIGHTS.items() if name in text})
+    result = compare(proto, [3, 7, 1, 5], 7, surplus=2)
+    tables = [node for node in result.graph.nodes if isinstance(node.op, ops.Gather) and node.op.axis == 2]
+    assert len(tables) == 2
