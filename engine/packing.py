@@ -80,7 +80,7 @@ class Packer:
         lengths = batch.lengths
         if batch.packed or lengths is None:
             return
-        sequence = batch.sizes[self._unpadded.sequence]
+        sequence = batch.arrays[self._unpadded.mask].shape[1]
         if int(lengths.min()) == sequence:
             return
         padded = np.arange(sequence) >= lengths[:, None]

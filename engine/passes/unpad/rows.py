@@ -53,8 +53,6 @@ class Rows:
 
     def __init__(self, graph: Graph, mask: Value, tokens: Sym) -> None:
         batch, sequence = mask.shape
-        assert isinstance(batch, Sym)
-        assert isinstance(sequence, Sym)
         self.batch, self.sequence, self.tokens = batch, sequence, tokens
         self.mask = mask
         self.nodes: list[Node] = []

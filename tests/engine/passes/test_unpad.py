@@ -167,7 +167,7 @@ def compare(
 def run_packed(result: Unpadded, feeds: dict[str, np.ndarray], surplus: int = 0) -> dict[str, np.ndarray]:
     """The outputs of the packed graph, with `surplus` tokens of no sequence more than there would be."""
     batch, sequence = feeds["mask"].shape
-    made = Packer(result, KERNEL).batch(feeds, {result.batch: batch, result.sequence: sequence}, -np.inf)
+    made = Packer(result, KERNEL).batch(feeds, {"b": batch, "s": sequence}, -np.inf)
     assert made.packed
     arrays = dict(made.arrays)
     for kind in ("rows", "positions"):
@@ -378,13 +378,32 @@ def test_cross_attention_is_refused() -> None:
     assert isinstance(result, str)
 
 
-def test_fixed_sizes_are_refused() -> None:
+@pytest.mark.parametrize("sizes", [(None, 7), (4, None), (4, 7), (4, 12), (3, 7)])
+@pytest.mark.parametrize("tail", ["tokens and the first", "masked mean", "tokens, flat"])
+def test_fixed_sizes(sizes: tuple[int | None, int | None], tail: str) -> None:
+    """Of the batch, the sequence or both; also where one is another size of the model by chance (12 features, 3
+    heads)."""
+    proto = encoder(CAUSAL["and a range"], *TAILS[tail])
+    for value in proto.graph.input:
+        for dim, size in zip(value.type.tensor_type.shape.dim, sizes, strict=True):
+            if size is not None:
+                dim.dim_value = size
+    lengths, sequence = [3, 7, 1, 5][: sizes[0]], sizes[1] or 9
+    if sizes[1] == 12:
+        # What has 12 rows of 12 features does not say which is which.
+        assert isinstance(unpadded(proto)[1], str)
+    else:
+        compare(proto, lengths, sequence)
+
+
+@pytest.mark.parametrize("sizes", [(1, None), (5, 5)])
+def test_sizes_that_do_not_tell_the_axes_are_refused(sizes: tuple[int | None, int | None]) -> None:
     proto = encoder()
     for value in proto.graph.input:
-        value.type.tensor_type.shape.dim[1].dim_value = 7
-    _, result = unpadded(proto)
-    assert isinstance(result, str)
-    assert "of varying sizes" in result
+        for dim, size in zip(value.type.tensor_type.shape.dim, sizes, strict=True):
+            if size is not None:
+                dim.dim_value = size
+    assert "sizes that tell its axes" in str(unpadded(proto)[1])
 
 
 def test_no_kernel_no_packing() -> None:

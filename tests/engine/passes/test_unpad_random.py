@@ -115,7 +115,7 @@ def outcome(seed: int) -> bool | None:
         if "y" in result.shown:
             axes, fill = result.shown["y"]
             cleared, want = want.copy(), filled(want, axes, mask, fill)
-            batch = Batch(given, {result.batch: B, result.sequence: S}, False, prefix_lengths(mask))
+            batch = Batch(given, {"b": B, "s": S}, False, prefix_lengths(mask))
             Packer(result, KERNEL).clear({"y": cleared}, batch)
             assert np.array_equal(cleared, want, equal_nan=True)
         got = run_packed(result, given, int(rng.integers(0, 3)))["y"]
