@@ -523,7 +523,8 @@ def test_sequence_first_layers() -> None:
         n = Slice(xs, zero_1, one_1, zero_1) m = Slice(xs, one_1, two_1, zero_1) hb = Mul(m, heads_1)
         rank3 = Concat<axis=0>(n, hb, four_1) rank4 = Concat<axis=0>(m, heads_1, n, four_1) rq = Reshape(pq, rank3)
         rk = Reshape(pk, rank3) rv = Reshape(pv, rank3) tq = Transpose<perm=[1,0,2]>(rq)
-        tk = Transpose<perm=[1,0,2]>(rk) tv = Transpose<perm=[1,0,2]>(rv) q = Reshape(tq, rank4) k = Reshape(tk, rank4) v = Reshape(tv, rank4)
+        tk = Transpose<perm=[1,0,2]>(rk) tv = Transpose<perm=[1,0,2]>(rv)
+        q = Reshape(tq, rank4) k = Reshape(tk, rank4) v = Reshape(tv, rank4)
         kt = Transpose<perm=[0,1,3,2]>(k) s0 = MatMul(q, kt) u = Mul(s0, scale) """
     attend = """p = Softmax<axis=-1>(t) o = MatMul(p, v) ot = Transpose<perm=[2,0,1,3]>(o) om = Reshape(ot, flat)
         op = MatMul(om, wo) oo = Reshape(op, xs) r = Add(oo, x) h = LayerNormalization<axis=-1>(r, g)

@@ -136,3 +136,77 @@ def test_what_is_proved_is_right(part: int) -> None:
     results = [outcome(seed) for seed in range(30 * part, 30 * part + 30)]
     assert results.count(True) >= 4
     assert results.count(False) >= 4
+
+
+PARTS = """m2 = Unsqueeze(mask, axes_12) mb = Cast<to=9>(m2) ql = Unsqueeze(mask, axes_13) mqb = Cast<to=9>(ql)
+    shape = Shape(ids) length = Gather(shape, one_i) range = Range(zero_i, length, one_i) key = Unsqueeze(range, axes_0)
+    query = Unsqueeze(range, axes_1) n1 = Slice(shape, one_1, two_1, zero_1) axis_3 = Constant<value_ints=[3]>()
+    tr0 = Slice(triangle, zero_1, n1, axes_2) tri = Slice(tr0, zero_1, n1, axis_3) mfk = Cast<to=11>(m2)
+    imk = Sub(one, mfk) """
+
+
+class Mask:
+    """Scores `u` selected and added to, at random, by what masks are made of."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.rng, self.text, self.count = rng, PARTS, 0
+        scores = "u"
+        for _ in range(int(rng.integers(1, 4))):
+            scores = self.masked(scores)
+        self.text += f"t = Identity({scores}) "
+
+    def new(self, call: str) -> str:
+        self.count += 1
+        self.text += f"z{self.count} = {call} "
+        return f"z{self.count}"
+
+    def pick(self, *choices: str) -> str:
+        return choices[int(self.rng.integers(0, len(choices)))]
+
+    def condition(self, depth: int) -> str:
+        kind = self.pick("And", "Or", "Not", "leaf", "leaf", "leaf") if depth else "leaf"
+        if kind == "leaf":
+            compared = [self.new(f"{op}(key, query)") for op in ("LessOrEqual", "Less", "Equal")]
+            return self.pick("mb", "mb", "mqb", "tri", *compared)
+        parts = [self.condition(depth - 1) for _ in range(1 if kind == "Not" else 2)]
+        return self.new(f"{kind}({', '.join(parts)})")
+
+    def masked(self, scores: str) -> str:
+        fill = self.pick("lowest", "minus_inf", "minus_10000", "minus_100")
+        match self.pick("select", "select the other", "add a selection", "add a product"):
+            case "select":
+                return self.new(f"Where({self.condition(2)}, {scores}, {fill})")
+            case "select the other":
+                return self.new(f"Where({self.condition(1)}, {fill}, {scores})")
+            case "add a selection":
+                bias = self.new(f"Where({self.condition(2)}, zero, {fill})")
+            case _:
+                bias = self.new(f"Mul(imk, {self.pick('lowest', 'minus_10000', 'minus_100')})")
+        return self.new(f"Add({scores}, {bias})")
+
+
+def mask_outcome(seed: int) -> bool:
+    """Whether a random mask is proved to be one, and then is."""
+    rng = np.random.default_rng(seed)
+    mask = Mask(rng)
+    proto = encoder(mask.text)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(-100.0), "minus_100"))
+    _, result = unpadded(proto)
+    if not isinstance(result, Unpadded):
+        return False
+    given = lengths_mask([3, 7, 1, 5], 7)
+    feeds = {"ids": rng.integers(0, ROWS, given.shape), "mask": given}
+    with np.errstate(all="ignore"):
+        (want,) = ReferenceEvaluator(proto).run(None, feeds)
+    # A mask by −10000 leaves e^−10000 of a key in float64 as in float32: nothing.
+    close(
+        run_packed(result, feeds)["y"], filled(want, (0, 1), given, 0.0), 100 * TOLERANCE, f"seed {seed}: {mask.text}"
+    )
+    return True
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_masks_that_are_proved_are_masks(part: int) -> None:
+    results = [mask_outcome(seed) for seed in range(50 * part, 50 * part + 50)]
+    assert results.count(True) >= 4
+    assert results.count(False) >= 4
