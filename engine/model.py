@@ -407,9 +407,10 @@ class Model:
         with self._lock:
             held.calls -= 1
             self._calls -= 1
-            if held in self._ending:
+            ends = held in self._ending
+            if ends:
                 self._end(held)
-            if self._closed:
+            if ends or self._closed:
                 self._left.notify_all()
 
     def _end(self, held: _Held[Any]) -> None:
