@@ -160,7 +160,7 @@ class _Loader:
         if wanted is not Precision.AUTO:
             return self._checked(gpu, wanted)
         verdicts = Verdicts(cache_folder("precision"))
-        key = (fingerprint(self._read()), gpu.name, str(gpu.capability), source_hash(), *toolchain())
+        key = (fingerprint(self._read()), gpu.name, str(gpu.capability), source_hash(), str(self.packed), *toolchain())
         known = verdicts.read(*key)
         if known is not None:
             log.info("precision %s, as found before", known)
@@ -191,6 +191,10 @@ class _Loader:
                 log.warning("the precision is not checked: no sizes could be guessed: %s", error)
                 return self._checked(gpu, CANDIDATES[0]), Verdict(CANDIDATES[0], None)
             feeds = plain.sample_feeds(sizes)
+            if plain.packed_mask is not None:
+                # A row with padding, so that what is decided on runs packed where the model will.
+                mask = feeds[plain.packed_mask]
+                mask[-1, -(-mask.shape[1] // 4) :] = 0
             reference = plain.run(feeds)
         tried: list[Model] = []
 
@@ -198,7 +202,9 @@ class _Loader:
             for model in tried:
                 model.close()
             tried.append(self._model(cuda_target(gpu, precision), precision))
-            return tried[-1].run(feeds)
+            outputs = tried[-1].run(feeds)
+            plain.clear_padding(outputs, feeds)  # where the GPU has run it padded
+            return outputs
 
         try:
             verdict = decide(attempt, reference)

@@ -82,7 +82,7 @@ class Model:
         graph: Graph,
         target: Target,
         plan_cache_bytes: int = PLAN_CACHE_BYTES,
-        unpadded: Unpadded | str = "off",
+        unpadded: Unpadded | str = "switched off",
     ) -> None:
         """`unpadded`: the graph on packed tokens, or why there is none."""
         self._graph = graph

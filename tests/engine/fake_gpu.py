@@ -27,12 +27,15 @@ class FakeGpu:
     noise: Mapping[DType, float] = field(default_factory=dict)
     runs: list[DType] = field(default_factory=list)
     """Storage type of every run."""
+    sizes: list[Mapping[str, int]] = field(default_factory=list)
+    """Sizes of the plan of every run."""
+    traits: Traits = field(default_factory=Traits)
     open: int = 0
     """Targets made and not closed."""
 
     def target(self) -> FakeTarget:
         self.open += 1
-        return FakeTarget(self)
+        return FakeTarget(self, self.traits)
 
 
 @dataclass
@@ -71,6 +74,7 @@ class FakeExecutable:
     def run(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
         storage = next((step.inputs[1].dtype for step in self.plan.steps if isinstance(step.op, Gemm)), DType.F32)
         self.gpu.runs.append(storage)
+        self.gpu.sizes.append(self.plan.sizes)
         with np.errstate(all="ignore"):
             for name, array in execute(self.plan, inputs).items():
                 noise = self.gpu.noise.get(storage, 0.0)

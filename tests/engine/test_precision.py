@@ -12,10 +12,12 @@ import pytest
 import engine
 from engine import DeviceError, Model, UnsupportedOp, loading
 from engine.ir.dtype import DType
+from engine.passes.traits import PackedAttention, Traits
 from engine.precision import BOUNDS, Precision, Verdict, Verdicts, distance, fingerprint, probe_sizes
 from engine.targets.cuda import probe
 from engine.targets.cuda.probe import Gpu, Survey
 from tests.engine.fake_gpu import FakeGpu
+from tests.engine.passes.encoders import encoder, in_float32
 
 F16, BF16, F32 = DType.F16, DType.BF16, DType.F32
 
@@ -118,6 +120,22 @@ def test_a_precision_asked_for_is_the_one_that_runs(gpu: FakeGpu, name: str, sto
     gpu.kernels = frozenset({F16, BF16, F32} - {storage})
     with pytest.raises(UnsupportedOp):
         load(gpu, name)
+
+
+@pytest.mark.parametrize("packed", ["auto", True])
+def test_what_is_decided_on_has_padding(gpu: FakeGpu, packed: bool | str) -> None:
+    """Of an encoder: on packed tokens where they will be used, else padded, and then real tokens count."""
+    kernel = PackedAttention(frozenset({F16, BF16}), multiple=4, by_default=False)
+    gpu.traits = Traits(packed=kernel)
+    data = in_float32(encoder())
+    with engine.load(data, device="cuda", packed=packed) as model:
+        assert model.precision == "fp16"
+        assert (model.packed_mask is None) == (packed == "auto")
+        assert [sizes.get("tokens") for sizes in gpu.sizes] == [None if packed == "auto" else 24]
+    with engine.load(data, device="cuda", packed=packed):
+        assert len(gpu.runs) == 1, "the probe ran again"
+    with engine.load(data, device="cuda", packed=False):
+        assert len(gpu.runs) == 2, "a verdict on other plans was taken"
 
 
 def test_a_verdict_is_found_again(gpu: FakeGpu, caplog: pytest.LogCaptureFixture) -> None:

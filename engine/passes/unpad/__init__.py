@@ -49,15 +49,13 @@ class Unpadded:
     Its inputs are those of the model that it reads, and `hidden` ones, by kind, which are computed from the input
     `mask`: int64 `rows` [tokens], where in batch · sequence each token is; `positions` [tokens], where in its sequence;
     `places` [batch, sequence], which token is there; int32 `starts` [batch + 1], the first token of each sequence.
-    `batch`, `sequence` and `tokens` are names of sizes; the last, the number of tokens rounded up, is this graph's
-    alone. `shown` are the outputs with positions: their axes of batch and sequence (or the one that has both), and what
-    they are filled with at padded ones. `attentions` is the number of attentions on packed sequences.
+    `tokens` is the name of a size that is this graph's alone: the number of tokens, rounded up. `shown` are the outputs
+    with positions: their axes of batch and sequence (or the one that has both), and what they are filled with at padded
+    ones. `attentions` is the number of attentions on packed sequences.
     """
 
     graph: Graph
     mask: str
-    batch: str
-    sequence: str
     tokens: str
     hidden: dict[str, str]
     shown: dict[str, tuple[tuple[int, ...], float]]
@@ -79,7 +77,7 @@ def unpad(graph: Graph, traits: Traits) -> Unpadded | str:
             reason = reason or str(refused)
         except ShapeError as error:
             reason = reason or f"sizes do not fit: {error}"
-    return reason or "no attention is masked by an input [batch, sequence] of varying sizes"
+    return reason or "no attention is masked by an input [batch, sequence] of sizes that tell its axes"
 
 
 def _masks(graph: Graph, attentions: list[Node]) -> list[Value]:
@@ -99,7 +97,9 @@ def _masks(graph: Graph, attentions: list[Node]) -> list[Value]:
 
 def _may_be_mask(value: Value) -> bool:
     numeric = value.dtype.is_int or value.dtype.is_float or value.dtype is DType.BOOL
-    return numeric and value.rank == 2 and all(map(is_symbol, value.shape)) and value.shape[0] != value.shape[1]
+    # Axes are told by their sizes. That is no guess: a row (i, j) of what has these sizes is one whatever it means.
+    told = all(is_symbol(dim) or (isinstance(dim, int) and dim > 1) for dim in value.shape)
+    return numeric and value.rank == 2 and told and value.shape[0] != value.shape[1]
 
 
 def _of_many(graph: Graph) -> set[Value]:
@@ -249,7 +249,7 @@ def _finished(graph: Graph, rows: Rows, outputs: list[Value], traits: Traits, co
         for name, value in zip(graph.output_names, graph.outputs, strict=True)
         if value in rows.dependent and value in rows.packed
     }
-    return Unpadded(new, rows.mask.name, str(rows.batch), str(rows.sequence), str(rows.tokens), used, shown, count)
+    return Unpadded(new, rows.mask.name, str(rows.tokens), used, shown, count)
 
 
 def _free_name(name: str, taken: set[str]) -> str:

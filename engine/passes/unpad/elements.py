@@ -125,7 +125,7 @@ class Elements:
         return None
 
     def _masked(self, dtype: DType, indices: Indices) -> Element:
-        if indices[0] is not Index.SEQUENCE or indices[1] is Index.ANY:
+        if indices[0] is not Index.SEQUENCE or indices[1] not in (Index.FIRST, Index.QUERY, Index.KEY):
             return None
         # The first token of a sequence and every query are real.
         real = self.place.real if indices[1] is Index.KEY else True

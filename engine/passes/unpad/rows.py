@@ -8,8 +8,8 @@ that is unpacked is so at real tokens, and has its `fill` at the others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,13 +26,19 @@ from engine.passes.views import inverse
 
 @dataclass(frozen=True)
 class Axes:
-    """Which axis of a value is the batch's and which the positions'; `batch` None: the latter has both, row by row."""
+    """Which axis of a value is the batch's and which the positions'. `batch` None: the latter has both, sequence after
+    sequence or, where `turned`, position after position."""
 
     batch: int | None
     sequence: int
+    turned: bool = False
 
     def moved(self, by: int) -> Axes:
-        return Axes(None if self.batch is None else self.batch + by, self.sequence + by)
+        return self.at(lambda axis: axis + by)
+
+    def at(self, place: Callable[[int], int]) -> Axes:
+        """The same axes, each where `place` says."""
+        return replace(self, batch=None if self.batch is None else place(self.batch), sequence=place(self.sequence))
 
     @property
     def all(self) -> tuple[int, ...]:
@@ -53,8 +59,6 @@ class Rows:
 
     def __init__(self, graph: Graph, mask: Value, tokens: Sym) -> None:
         batch, sequence = mask.shape
-        assert isinstance(batch, Sym)
-        assert isinstance(sequence, Sym)
         self.batch, self.sequence, self.tokens = batch, sequence, tokens
         self.mask = mask
         self.nodes: list[Node] = []
@@ -63,6 +67,7 @@ class Rows:
         self.dependent: set[Value] = set()
         """Values that a packed attention has a part in."""
         self._unpacked: dict[Value, Value] = {}
+        self._positioned: dict[tuple[Value, int], Value] = {}
         self.rows = Value("packed.rows", DType.I64, (tokens,))
         self.positions = Value("packed.positions", DType.I64, (tokens,))
         self.places = Value("packed.places", DType.I64, (batch, sequence))
@@ -155,6 +160,11 @@ class Rows:
 
     def _at_positions(self, value: Value, axis: int) -> Value:
         """What a plain value has along `axis`, once for each token: at its position."""
+        if (value, axis) not in self._positioned:
+            self._positioned[value, axis] = self._looked_up_at(value, axis)
+        return self._positioned[value, axis]
+
+    def _looked_up_at(self, value: Value, axis: int) -> Value:
         source = self.in_plain(value)
         if axis == 1 and value.shape[0] == 1 and value.rank > 2:
             # In the form in which a lookup can become a gathered operand.
@@ -173,6 +183,8 @@ class Rows:
             return self._unpacked[value]
         found = self.packed[value]
         rank, axes = value.rank, found.axes
+        if axes.turned:
+            raise Refused(f"{value.name!r} has its positions before its sequences in one axis")
         flat = self._rows_first(found.value, axes, self.tokens)
         rest = flat.shape[1:] or (1,)
         table = self._reshaped(flat, (self.tokens, *rest))

@@ -88,9 +88,7 @@ def _packed(rows: Rows, node: Node) -> _Made:
             return _reshape(rows, node, op)
         case Transpose():
             found = rows.in_packed(node.inputs[0])
-            places = {axis: i for i, axis in enumerate(op.perm)}
-            batch = None if found.axes.batch is None else places[found.axes.batch]
-            return _Made(op, (found.value,), Axes(batch, places[found.axes.sequence]))
+            return _Made(op, (found.value,), found.axes.at(op.perm.index))
         case Slice():
             found = rows.in_packed(node.inputs[0])
             whole = all(
@@ -156,9 +154,7 @@ def _expression(rows: Rows, node: Node) -> _Made:
         after = axes
         tail = set(ex.arguments(*op.stores))
         if not op.keepdims:
-            before = [sum(other < axis for other in over) for axis in axes.all]
-            places = [axis - less for axis, less in zip(axes.all, before, strict=True)]
-            after = Axes(None if axes.batch is None else places[0], places[-1])
+            after = axes.at(lambda axis: axis - sum(other < axis for other in over))
             _demand(not tail & set(read), node, "reads an operand before and after it reduces")
         apart = dict.fromkeys(tail - set(read), (node.outputs[0].rank, after))
         return _Made(op, _adapted(rows, node, range(len(node.inputs)), rank, axes, apart), after)
@@ -235,12 +231,15 @@ def _regrouped(rows: Rows, axes: Axes, groups: list[tuple[range, range]], after:
         if list(old(axes.sequence)) != [axes.sequence]:
             return None
         if len(both) == 1:
-            return Axes(None, both[0])
-        split = len(both) == 2 and (after[both[0]], after[both[1]]) == (rows.batch, rows.sequence)
-        return Axes(both[0], both[1]) if split else None
-    if list(old(axes.sequence)) == [axes.batch, axes.sequence]:
+            return replace(axes, sequence=both[0])
+        wanted = (rows.sequence, rows.batch) if axes.turned else (rows.batch, rows.sequence)
+        if len(both) != 2 or (after[both[0]], after[both[1]]) != wanted:
+            return None
+        return Axes(both[1], both[0]) if axes.turned else Axes(both[0], both[1])
+    pair = list(old(axes.sequence))
+    if pair in ([axes.batch, axes.sequence], [axes.sequence, axes.batch]):
         merged = new(axes.sequence)
-        return Axes(None, merged[0]) if len(merged) == 1 else None
+        return Axes(None, merged[0], turned=pair[0] == axes.sequence) if len(merged) == 1 else None
     batch, sequence = single(axes.batch, rows.batch), single(axes.sequence, rows.sequence)
     return Axes(batch, sequence) if batch is not None and sequence is not None else None
 
@@ -250,8 +249,7 @@ def _gather(rows: Rows, node: Node, op: Gather) -> _Made:
     if data in rows.dependent:
         found = rows.in_packed(data)
         _demand(op.axis not in found.axes.all, node, "looks positions up")
-        moved = [axis + (by.rank - 1 if axis > op.axis else 0) for axis in found.axes.all]
-        axes = Axes(None if found.axes.batch is None else moved[0], moved[-1])
+        axes = found.axes.at(lambda axis: axis + (by.rank - 1 if axis > op.axis else 0))
         _demand(by not in rows.dependent, node, "looks up what it computed")
         return _Made(op, (found.value, rows.in_plain(by)), axes)
     index = rows.in_packed(by)

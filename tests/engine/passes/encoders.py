@@ -47,7 +47,11 @@ WEIGHTS = {
     "axes_12": np.array([1, 2]),
     "axes_13": np.array([1, 3]),
     "tiny": np.array(1e-9),
+    "along_0": np.array([-1, 1, 1, 1]),
+    "along_3": np.array([1, 1, 1, -1]),
     "flat": np.array([-1, H]),
+    "cosines": np.cos(random(POSITIONS, D, seed=12)),
+    "sines": np.sin(random(POSITIONS, D, seed=12)),
     "triangle": np.tril(np.ones((1, 1, POSITIONS, POSITIONS), np.bool_)),
     "relative": random(1, HEADS, POSITIONS, POSITIONS, seed=9),
     "filter": random(H, H, 3, seed=10, scale=0.3),
@@ -80,3 +84,19 @@ def encoder(
 def lengths_mask(lengths: list[int], sequence: int) -> np.ndarray:
     """Ones and then zeros in every row."""
     return (np.arange(sequence) < np.array(lengths)[:, None]).astype(np.int64)
+
+
+def in_float32(proto: onnx.ModelProto) -> bytes:
+    """The model of float64 in float32, for a target."""
+    wide, narrow = onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT
+    for i, tensor in enumerate(proto.graph.initializer):
+        if tensor.data_type == wide:
+            array = np.clip(onnx.numpy_helper.to_array(tensor), -3.4e38, 3.4e38).astype(np.float32)
+            proto.graph.initializer[i].CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    for value in proto.graph.output:
+        value.type.tensor_type.elem_type = narrow
+    for node in proto.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.i == wide:
+                attribute.i = narrow
+    return proto.SerializeToString()

@@ -56,6 +56,12 @@ MASKS = {
     "scores selected twice": BOOLEAN + "w = Where(mb, u, minus_inf) bias = Where(mb, zero, lowest) t = Add(w, bias) ",
     "beside all that is true": BOOLEAN + RANGES + "every = LessOrEqual(query, query) ea = And(mb, every)"
     " t = Where(ea, u, minus_inf) ",
+    "looked up by sequence and key": RANGES
+    + """rows = Gather(shape, zero_i) rb = Range(zero_i, rows, one_i) rb4 = Reshape(rb, along_0)
+        rk4 = Reshape(range, along_3)
+        n0 = Shape<start=0,end=1>(ids) n3 = Shape<start=1,end=2>(ids) full = Concat<axis=0>(n0, one_1, one_1, n3)
+        eb = Expand(rb4, full) ek = Expand(rk4, full) ub = Unsqueeze(eb, axes_last) uk = Unsqueeze(ek, axes_last)
+        places = Concat<axis=-1>(ub, uk) m9 = Cast<to=9>(mask) mb = GatherND(m9, places) t = Where(mb, u, lowest) """,
     "looked up at the range of keys": RANGES + "mk = Gather<axis=1>(mask, range) m2 = Unsqueeze(mk, axes_12)"
     " mb = Cast<to=9>(m2) t = Where(mb, u, minus_inf) ",
 }
@@ -144,35 +150,38 @@ def compare(
     mask = lengths_mask(lengths, sequence)
     kind = onnx.helper.tensor_dtype_to_np_dtype(proto.graph.input[1].type.tensor_type.elem_type)
     feeds = {"ids": rng.integers(0, ROWS, mask.shape), "mask": mask.astype(kind)}
-    got, _ = _run(result, feeds, surplus)
-    want = dict(zip(result.graph.output_names, ReferenceEvaluator(proto).run(None, feeds), strict=True))
+    got = run_packed(result, feeds, surplus)
+    with np.errstate(over="ignore"):  # the lowest number is added to the lowest number
+        want = dict(zip(result.graph.output_names, ReferenceEvaluator(proto).run(None, feeds), strict=True))
     for name, array in want.items():
         if name in result.shown:
             axes, fill = result.shown[name]
-            array = _filled(array, axes, mask, fill)
+            array = filled(array, axes, mask, fill)
         close(got[name], array, TOLERANCE, name)
     other = feeds | {"ids": np.where(mask == 1, feeds["ids"], rng.integers(0, ROWS, mask.shape))}
-    again, _ = _run(result, other, surplus)
+    again = run_packed(result, other, surplus)
     for name in want:
         assert np.array_equal(again[name], got[name]), f"{name} depends on padding"
     return result
 
 
-def _run(result: Unpadded, feeds: dict[str, np.ndarray], surplus: int) -> tuple[dict[str, np.ndarray], object]:
+def run_packed(result: Unpadded, feeds: dict[str, np.ndarray], surplus: int = 0) -> dict[str, np.ndarray]:
+    """The outputs of the packed graph, with `surplus` tokens of no sequence more than there would be."""
     batch, sequence = feeds["mask"].shape
-    made = Packer(result, KERNEL).batch(feeds, {result.batch: batch, result.sequence: sequence}, -np.inf)
+    made = Packer(result, KERNEL).batch(feeds, {"b": batch, "s": sequence}, -np.inf)
     assert made.packed
     arrays = dict(made.arrays)
-    for kind in ("rows", "positions"):  # tokens of no sequence
+    for kind in ("rows", "positions"):
         if kind in result.hidden:
             arrays[result.hidden[kind]] = np.pad(arrays[result.hidden[kind]], (0, surplus))
-    return ir_interpreter.run(result.graph, {v.name: arrays[v.name] for v in result.graph.inputs}), made
+    return ir_interpreter.run(result.graph, {v.name: arrays[v.name] for v in result.graph.inputs})
 
 
-def _filled(array: np.ndarray, axes: tuple[int, ...], mask: np.ndarray, fill: float) -> np.ndarray:
+def filled(array: np.ndarray, axes: tuple[int, ...], mask: np.ndarray, fill: float) -> np.ndarray:
+    """`array` with padded positions filled; `axes` are those of batch and sequence, or the one that has both."""
     array = array.copy()
     if len(axes) == 1:
-        array[mask.reshape(-1) == 0] = fill
+        np.moveaxis(array, axes[0], 0)[mask.reshape(-1) == 0] = fill
     else:
         np.moveaxis(array, axes, (0, 1))[mask == 0] = fill
     return array
@@ -356,9 +365,9 @@ def test_a_convolution_before_the_first_attention_runs_padded() -> None:
     assert isinstance(result, Unpadded), result
     mask = lengths_mask([3, 6, 1], 6)
     feeds = {"ids": np.random.default_rng(0).integers(0, ROWS, mask.shape), "mask": mask}
-    got, _ = _run(result, feeds, 0)
+    got = run_packed(result, feeds)
     (want,) = ReferenceEvaluator(proto).run(None, feeds)
-    close(got["y"], _filled(want, (0, 1), mask, 0.0), TOLERANCE, "y")
+    close(got["y"], filled(want, (0, 1), mask, 0.0), TOLERANCE, "y")
 
 
 def test_cross_attention_is_refused() -> None:
@@ -370,13 +379,32 @@ def test_cross_attention_is_refused() -> None:
     assert isinstance(result, str)
 
 
-def test_fixed_sizes_are_refused() -> None:
+@pytest.mark.parametrize("sizes", [(None, 7), (4, None), (4, 7), (4, 12), (3, 7)])
+@pytest.mark.parametrize("tail", ["tokens and the first", "masked mean", "tokens, flat"])
+def test_fixed_sizes(sizes: tuple[int | None, int | None], tail: str) -> None:
+    """Of the batch, the sequence or both; also where one is another size of the model by chance (12 features, 3
+    heads)."""
+    proto = encoder(CAUSAL["and a range"], *TAILS[tail])
+    for value in proto.graph.input:
+        for dim, size in zip(value.type.tensor_type.shape.dim, sizes, strict=True):
+            if size is not None:
+                dim.dim_value = size
+    lengths, sequence = [3, 7, 1, 5][: sizes[0]], sizes[1] or 9
+    if sizes[1] == 12:
+        # What has 12 rows of 12 features does not say which is which.
+        assert isinstance(unpadded(proto)[1], str)
+    else:
+        compare(proto, lengths, sequence)
+
+
+@pytest.mark.parametrize("sizes", [(1, None), (5, 5)])
+def test_sizes_that_do_not_tell_the_axes_are_refused(sizes: tuple[int | None, int | None]) -> None:
     proto = encoder()
     for value in proto.graph.input:
-        value.type.tensor_type.shape.dim[1].dim_value = 7
-    _, result = unpadded(proto)
-    assert isinstance(result, str)
-    assert "of varying sizes" in result
+        for dim, size in zip(value.type.tensor_type.shape.dim, sizes, strict=True):
+            if size is not None:
+                dim.dim_value = size
+    assert "sizes that tell its axes" in str(unpadded(proto)[1])
 
 
 def test_no_kernel_no_packing() -> None:
@@ -411,7 +439,7 @@ def test_the_operator_of_opset_23(causal: bool) -> None:
     mask = lengths_mask([3, 7, 1, 5], 7)
     feeds = {"ids": np.random.default_rng(0).integers(0, ROWS, mask.shape), "mask": mask}
     want = ir_interpreter.run(padded, feeds)["y"]
-    close(_run(result, feeds, 0)[0]["y"], _filled(want, (0, 1), mask, 0.0), TOLERANCE, "y")
+    close(run_packed(result, feeds)["y"], filled(want, (0, 1), mask, 0.0), TOLERANCE, "y")
 
 
 def test_operators_of_onnx_runtime() -> None:
@@ -446,6 +474,62 @@ def test_operators_of_onnx_runtime() -> None:
     given = lengths_mask([3, 7, 1, 5], 7)
     feeds = {"ids": np.random.default_rng(0).integers(0, ROWS, given.shape).astype(np.int32),
              "mask": given.astype(np.int32)}  # fmt: skip
-    got, _ = _run(result, feeds, 0)
+    got = run_packed(result, feeds)
     want = ir_interpreter.run(padded, feeds)
-    close(got["y"], _filled(want["y"], (0, 1), given, 0.0), 1e-6, "y")
+    close(got["y"], filled(want["y"], (0, 1), given, 0.0), 1e-6, "y")
+
+
+def test_a_mask_looked_up_along_its_diagonal_is_refused() -> None:
+    """mask[i, i] for row i: a place that nobody has shown to be real, or the key's."""
+    bias = f"""{RANGES}rows = Gather(shape, zero_i) rb = Range(zero_i, rows, one_i) r1 = Unsqueeze(rb, axes_last)
+        md = GatherElements<axis=1>(mask, r1) m2 = Unsqueeze(md, axes_12) mb = Cast<to=9>(m2)
+        t = Where(mb, u, lowest) """
+    _, result = unpadded(encoder(bias))
+    assert isinstance(result, str)
+
+
+ROTARY = """n1 = Slice(sh, one_1, two_1, zero_1) cs = Slice(cosines, zero_1, n1, zero_1)
+    ss = Slice(sines, zero_1, n1, zero_1)
+    cos = Unsqueeze(cs, axes_01) sin = Unsqueeze(ss, axes_01) half_1 = Constant<value_ints=[2]>()
+    whole_1 = Constant<value_ints=[4]>() """
+
+
+def turned(name: str, result: str) -> str:
+    """Rotary embedding of [batch, heads, sequence, 4]."""
+    return f"""{name}a = Slice({name}, zero_1, half_1, axes_last) {name}b = Slice({name}, half_1, whole_1, axes_last)
+        {name}n = Neg({name}b) {name}r = Concat<axis=-1>({name}n, {name}a) {name}c = Mul({name}, cos)
+        {name}s = Mul({name}r, sin) {result} = Add({name}c, {name}s) """
+
+
+def test_rotary_embedding_is_looked_up_once() -> None:
+    """Angles of a position, for queries and keys: each table is looked up by position once."""
+    project = PROJECT.replace("q = Transpose", f"{ROTARY}q0 = Transpose").replace(
+        "kt = Transpose<perm=[0,2,3,1]>(ck)",
+        f"k0 = Transpose<perm=[0,2,1,3]>(ck) {turned('k0', 'kr')}{turned('q0', 'q')}kt = Transpose<perm=[0,1,3,2]>(kr)",
+    )
+    text = f"""(int64[b,s] ids, int64[b,s] mask) => (double[b,s,n] y) {{ {EMBEDDING}{project}{CAUSAL["and a range"]}
+        {ATTEND}y = Identity(h) }}"""
+    proto = model(text, {name: array for name, array in WEIGHTS.items() if name in text})
+    result = compare(proto, [3, 7, 1, 5], 7, surplus=2)
+    tables = [node for node in result.graph.nodes if isinstance(node.op, ops.Gather) and node.op.axis == 2]
+    assert len(tables) == 2
+
+
+def test_sequence_first_layers() -> None:
+    """As in PyTorch's TransformerEncoder: [sequence, batch, features], batch and heads one axis on the way, and rows of
+    the output projection position after position."""
+    before = EMBEDDING.replace("x = LayerNorm", "xb = LayerNorm") + "x = Transpose<perm=[1,0,2]>(xb) "
+    project = """pq = MatMul(x, wq) pk = MatMul(x, wk) pw = MatMul(x, wv) pv = Add(pw, bv) xs = Shape(x)
+        n = Slice(xs, zero_1, one_1, zero_1) m = Slice(xs, one_1, two_1, zero_1) hb = Mul(m, heads_1)
+        rank3 = Concat<axis=0>(n, hb, four_1) rank4 = Concat<axis=0>(m, heads_1, n, four_1) rq = Reshape(pq, rank3)
+        rk = Reshape(pk, rank3) rv = Reshape(pv, rank3) tq = Transpose<perm=[1,0,2]>(rq)
+        tk = Transpose<perm=[1,0,2]>(rk) tv = Transpose<perm=[1,0,2]>(rv)
+        q = Reshape(tq, rank4) k = Reshape(tk, rank4) v = Reshape(tv, rank4)
+        kt = Transpose<perm=[0,1,3,2]>(k) s0 = MatMul(q, kt) u = Mul(s0, scale) """
+    attend = """p = Softmax<axis=-1>(t) o = MatMul(p, v) ot = Transpose<perm=[2,0,1,3]>(o) om = Reshape(ot, flat)
+        op = MatMul(om, wo) oo = Reshape(op, xs) r = Add(oo, x) h = LayerNormalization<axis=-1>(r, g)
+        y = Transpose<perm=[1,0,2]>(h) """
+    text = f"(int64[b,s] ids, int64[b,s] mask) => (double[b,s,n] y) {{ {before}{project}{BIAS}{attend} }}"
+    constants = WEIGHTS | {"heads_1": np.array([3]), "four_1": np.array([4])}
+    proto = model(text, {name: array for name, array in constants.items() if name in text})
+    compare(proto, [3, 7, 1, 5], 7, surplus=2)

@@ -13,6 +13,7 @@ from engine import frontend, passes
 from engine.ir.dtype import DType
 from engine.ir.graph import Graph
 from engine.ir.ops import Attention
+from engine.model import Model
 from engine.packing import Packer
 from engine.passes.unpad import Unpadded, unpad
 from engine.plan.build import Constants, build
@@ -108,3 +109,36 @@ def execute(runner: Runner, plan: Plan, feeds: dict[str, Array]) -> dict[str, Ar
         for tensor, array in zip(step.outputs, results, strict=True):
             window(tensor, memory)[...] = array.reshape(tensor.shape)
     return {name: window(tensor, memory).copy() for name, tensor in plan.outputs.items()}
+
+
+def test_the_runtime_takes_both_graphs_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a fake GPU (fake_cupy.py): hidden inputs are copied like the others, weights are there once."""
+    pytest.importorskip("cupy")
+    pytest.importorskip("cuda.bindings.nvrtc")
+    from engine.targets.cuda.target import CudaTarget
+    from tests.engine.targets.cuda.fake_cupy import fake_gpu
+
+    def feeds(lengths: list[int], sequence: int) -> dict[str, Array]:
+        mask = lengths_mask(lengths, sequence)
+        return {"ids": np.random.default_rng(len(lengths)).integers(2, 24, mask.shape), "mask": mask}
+
+    with fake_gpu(monkeypatch) as gpu:
+        target, other = CudaTarget(), CudaTarget()
+        graph = passes.run(frontend.read(FIXTURES / "bert_legacy.onnx"), target.traits)
+        with (
+            Model(graph, target, unpadded=unpad(graph, target.traits)) as packed,
+            Model(graph, other, unpadded="switched off") as padded,
+        ):
+            for lengths, sequence in (([3, 13, 1, 7], 13), ([5, 5], 5), ([13, 1], 13), ([3, 13, 1, 7], 13)):
+                given = feeds(lengths, sequence)
+                (got,), (want,) = packed.run(given).values(), padded.run(given).values()
+                np.testing.assert_allclose(got, want * given["mask"][..., None], rtol=0, atol=1e-2)
+            assert packed.plans_ready == 3  # packed, padded (nothing to leave out), packed
+            assert packed.memory()["weights"] == padded.memory()["weights"]
+            sizes = packed.pack(feeds([3, 13, 1, 7], 13))
+            assert sizes is not None
+            bound = packed.bind(sizes.sizes)
+            for name, array in bound.inputs.items():
+                array.set(sizes.arrays[name])
+            bound.launch()
+            assert not gpu.violations
