@@ -1,0 +1,235 @@
+"""Depthwise convolutions whose rows stream through shared memory by the copy engine of sm_90a (depthwise_rows.cuh):
+which they are, in which tile, and their launch. Called by `depthwise.py`'s caller, `conv.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+
+from engine.plan.plan import Step
+from engine.targets.cuda.architecture import share_of
+from engine.targets.cuda.conv_geometry import Geometry
+from engine.targets.cuda.conv_simt import epilogue_for
+from engine.targets.cuda.conv_wgmma import pixel_strides
+from engine.targets.cuda.depthwise import Window, is_depthwise_product, pack_tap_pairs, window_of
+from engine.targets.cuda.kernel import (
+    STORAGE,
+    Context,
+    Instruction,
+    Launch,
+    Pointer,
+    TensorMap,
+    ceildiv,
+    launch,
+)
+from engine.targets.cuda.spaces import MAX_COUNT, VECTOR
+
+TAKEN = False
+"""Whether `conv.py` takes this kernel where `cycles` says that it is faster. Its model has no measured constant yet."""
+
+_LARGEST = 5  # kernel size whose sums and weights a lane has registers for
+_LONGEST_PERIOD = 8  # rows that the loop is unrolled over
+_MOST_CONSUMERS = 16  # warps
+_LARGEST_BOX = 256  # pixels of one copy
+_SUMS_BYTES = 2048  # that a consumer warp passes its sums through
+_REGISTERS = 65536  # of a multiprocessor
+
+
+@dataclass(frozen=True)
+class Column:
+    """All images of a convolution on top of each other: `pitch` rows of inputs from one to the next, `lines` rows of
+    results from the first image's first one to the last image's last one."""
+
+    pitch: int
+    lines: int
+
+    @classmethod
+    def of(cls, window: Window, rows: int, pad: int) -> Column:
+        """`rows` of inputs an image, of which `pad` of padding are above."""
+        stride, out = window.stride[0], window.output[0]
+        reach = (window.kernel[0] - 1) * window.dilation[0]
+        last = (out - 1) * stride - pad + reach
+        pitch = ceildiv(max(rows + max(pad, 0), last + 1, out * stride), stride) * stride
+        return cls(pitch, (window.images - 1) * (pitch // stride) + out)
+
+
+@dataclass(frozen=True)
+class RowsTile:
+    """A block's tile: `panel` channels, `units` · 8 pixels of the width, `streams` parts of the column; a ring of
+    `stages` of `rows` rows. `blocks` share a multiprocessor. `expanded`: weights are kept as operands."""
+
+    panel: int
+    units: int
+    streams: int
+    rows: int
+    stages: int
+    blocks: int
+    expanded: bool
+
+    @property
+    def consumers(self) -> int:
+        return ceildiv(self.units * self.streams, 2) * (self.panel // 16)
+
+    @property
+    def threads(self) -> int:
+        return 32 * (self.consumers + 1)
+
+    def row_bytes(self, window: Window) -> int:
+        """A row of all streams, in whole atoms of the swizzle."""
+        return self.streams * ceildiv(window.span(8 * self.units, 1), 8) * 8 * 2 * self.panel
+
+    def shared_bytes(self, window: Window) -> int:
+        """The ring, what consumers pass their sums through, and the barriers `full` and `empty` of each stage."""
+        return (
+            self.stages * self.rows * self.row_bytes(window) + self.consumers * _SUMS_BYTES + 2 * 8 * self.stages
+        )
+
+
+def _live(window: Window) -> int:
+    """Rows of results that a row of inputs belongs to, at most."""
+    return (window.kernel[0] - 1) * window.dilation[0] // window.stride[0] + 1
+
+
+def _registers(window: Window, expanded: bool) -> int:
+    """What a thread is known to need: sums, weights, addresses."""
+    words = window.kernel[0] * window.tap_pairs
+    return ceildiv(8 * _live(window) + 2 * words * (2 if expanded else 1) + 64, 8) * 8
+
+
+@lru_cache(maxsize=1024)
+def candidates(window: Window, shared_bytes: int) -> tuple[RowsTile, ...]:
+    """The tiles that registers and shared memory have room for."""
+    live, stride, every = _live(window), window.stride[0], ceildiv(window.output[1], 8)
+    across = sorted({ceildiv(every, part) for part in range(1, every + 1)})
+    found = []
+    for panel, units, streams, stages, blocks, expanded in product(
+        (64, 32), across, (1, 2), (2, 3, 4, 6), (1, 2, 3, 4), (True, False)
+    ):
+        tile = RowsTile(panel, units, streams, stride, stages, blocks, expanded)
+        if panel > 32 and window.channels <= panel // 2 or window.span(8 * units, 1) > _LARGEST_BOX:
+            continue
+        # Several streams only where a unit would have no partner.
+        if tile.consumers > _MOST_CONSUMERS or (streams > 1 and units % 2 == 0):
+            continue
+        # Registers are given to a block in four equal parts, one for each scheduler.
+        if blocks * ceildiv(tile.threads, 128) * 128 * _registers(window, expanded) > _REGISTERS:
+            continue
+        for rows in sorted({stride, stride * live}):
+            tile = RowsTile(panel, units, streams, rows, stages, blocks, expanded)
+            if tile.shared_bytes(window) <= share_of(shared_bytes, blocks):
+                found.append(tile)
+    return tuple(found)
+
+
+def has_rows(step: Step, geometry: Geometry, context: Context) -> bool:
+    """Whether the kernel can run a step."""
+    if not context.architecture.wgmma or not is_depthwise_product(step, geometry, context):
+        return False
+    window = window_of(geometry)
+    column = _column(window, geometry)
+    lies = zip((geometry.images, *geometry.input), geometry.x_strides, strict=True)
+    return (
+        max(window.kernel) <= _LARGEST
+        and _live(window) * window.stride[0] <= _LONGEST_PERIOD
+        and geometry.images > 0
+        and all(stride > 0 for size, stride in lies if size > 1)
+        and (geometry.images + _LONGEST_PERIOD) * column.pitch <= MAX_COUNT
+        and bool(candidates(window, context.architecture.shared_bytes))
+    )
+
+
+def _column(window: Window, geometry: Geometry) -> Column:
+    return Column.of(window, geometry.input[1], geometry.pads[1])
+
+
+def _parts(window: Window, tile: RowsTile, lines: int, multiprocessors: int) -> tuple[int, int, int]:
+    """Panels and pieces of the width, blocks that share the column of each, and the rows of results of a stream."""
+    wide = ceildiv(window.channels, tile.panel) * ceildiv(window.output[1], 8 * tile.units)
+    sharing = max(1, max(1, multiprocessors) * tile.blocks // wide)
+    outputs = ceildiv(lines, sharing * tile.streams)
+    return wide, ceildiv(lines, outputs * tile.streams), outputs
+
+
+# In cycles of a multiprocessor: warp instructions that go through a row of inputs, one pair of taps and one product, a
+# row of results, a stage; the matrix instruction; shared memory's bytes; the memory's bytes and those of the copy
+# engine; the start of a block with its first input. Counted in machine code or taken from the kernels measured before:
+# nothing of it was fitted to this one.
+_READ, _ROW, _STAGE, _ISSUED = 2.0, 62.0, 24.0, 2.6
+_MMA, _SHARED_BYTES, _MEMORY_BYTES, _COPY_BYTES, _START = 2.0, 100.0, 11.9, 40.0, 3600.0
+
+
+def cycles(window: Window, tile: RowsTile, column: Column, multiprocessors: int) -> float:
+    """Estimated time of the convolution in a tile."""
+    wide, sharing, outputs = _parts(window, tile, column.lines, multiprocessors)
+    stride, pairs = window.stride[0], window.tap_pairs
+    inputs = (outputs - 1) * stride + (window.kernel[0] - 1) * window.dilation[0] + 1
+    rounds = ceildiv(wide * sharing, max(1, multiprocessors) * tile.blocks)
+    resident = min(tile.blocks, ceildiv(wide * sharing, max(1, multiprocessors)))
+    products = inputs * 2 * pairs * window.kernel[0] / stride  # of a warp
+    reads = inputs * 2 * pairs
+    warps = resident * tile.consumers
+    issue = warps * (
+        products * (1 if tile.expanded else 3) + reads * _READ + outputs * _ROW + inputs / tile.rows * _STAGE
+    ) / _ISSUED
+    conflicts = 2 if window.stride[1] > 1 else 1
+    shared = warps * (reads * 512 * conflicts + outputs * 2048) / _SHARED_BYTES
+    pixels = tile.streams * window.span(8 * tile.units, 1)
+    copied = resident * inputs * pixels * 2 * tile.panel / (_COPY_BYTES * tile.panel / 64)
+    share = min(1.0, window.channels / (ceildiv(window.channels, tile.panel) * tile.panel))
+    real = share * window.output[1] / (ceildiv(window.output[1], 8 * tile.units) * 8 * tile.units)
+    moved = resident * real * tile.panel * 2 * (inputs * pixels + outputs * tile.streams * 8 * tile.units)
+    busy = max(issue, warps * products * _MMA, shared, copied, moved / _MEMORY_BYTES)
+    # What one warp takes for its rows if it never waits for another: a read and its products, the sums' way.
+    alone = inputs * (60 + 8 * 2 * pairs * window.kernel[0] / stride) + outputs * 140
+    return _START + rounds * max(busy, alone)
+
+
+def ranked(step: Step, geometry: Geometry, context: Context) -> list[tuple[float, RowsTile]]:
+    """The tiles of a step that `has_rows` with their estimated cycles, from what should be the fastest on."""
+    window = window_of(geometry)
+    column = _column(window, geometry)
+    fitting = candidates(window, context.architecture.shared_bytes)
+    return sorted(
+        ((cycles(window, tile, column, context.multiprocessors), tile) for tile in fitting), key=lambda one: one[0]
+    )
+
+
+def launch_rows(step: Step, geometry: Geometry, tile: RowsTile, context: Context) -> Launch:
+    """The launch of a step that `has_rows` in the given tile."""
+    window, element = window_of(geometry), step.inputs[1].dtype
+    column = _column(window, geometry)
+    panels = ceildiv(window.channels, tile.panel)
+    wide, sharing, outputs = _parts(window, tile, column.lines, context.multiprocessors)
+    padded = panels * tile.panel
+    packed = context.weights.packed(
+        step.inputs[1], f"tap pairs c{padded}", lambda w: pack_tap_pairs(w.reshape(w.shape[0], *window.kernel), padded)
+    )
+    _, height, width = geometry.input
+    (pixel_stride, row_stride), image_stride = pixel_strides(geometry, (width, height), (1, 1))
+    pixels = TensorMap(
+        geometry.x, width, window.channels, pixel_stride, window.span(8 * tile.units, 1), tile.panel,
+        ((height, row_stride), (geometry.images, image_stride)),
+    )  # fmt: skip
+    return launch(
+        "depthwise",
+        "depthwise_rows.cuh",
+        {
+            "operand": STORAGE[element], "kernel_h": window.kernel[0], "kernel_w": window.kernel[1],
+            "stride_h": window.stride[0], "stride_w": window.stride[1], "dilation_h": window.dilation[0],
+            "dilation_w": window.dilation[1], "panel": tile.panel, "units": tile.units, "streams": tile.streams,
+            "rows": tile.rows, "stages": tile.stages, "blocks": tile.blocks, "expanded": tile.expanded,
+            "shared_bytes": tile.shared_bytes(window),
+        },
+        [epilogue_for(step, VECTOR)],
+        {
+            "map_x": pixels, "w": Pointer(packed, ctype=STORAGE[element]), "channels": window.channels,
+            "panels": panels, "pitch": column.pitch, "lines": column.lines, "outputs": outputs,
+            "out_h": window.output[0], "out_w": window.output[1], "pad_h": geometry.pads[1], "pad_w": geometry.pads[2],
+        },
+        (wide, sharing, 1),
+        tile.threads,
+        tile.shared_bytes(window),
+        Instruction.MMA,
+    )  # fmt: skip
