@@ -31,28 +31,29 @@ TAKEN = False
 
 _LARGEST = 5  # kernel size whose sums and weights a lane has registers for
 _LONGEST_PERIOD = 8  # rows that the loop is unrolled over
-_MOST_CONSUMERS = 16  # warps
+_MOST_WARPS = 16
 _LARGEST_BOX = 256  # pixels of one copy
-_SUMS_BYTES = 2048  # that a consumer warp passes its sums through
+_SUMS_BYTES = 2048  # that a warp passes its sums through
 _REGISTERS = 65536  # of a multiprocessor
 
 
 @dataclass(frozen=True)
 class Column:
-    """All images of a convolution on top of each other: `pitch` rows of inputs from one to the next, `lines` rows of
-    results from the first image's first one to the last image's last one."""
+    """All images of a convolution, of `size` (height, width), on top of each other: `pitch` rows of inputs from one to
+    the next, `lines` rows of results from the first image's first one to the last image's last one."""
 
+    size: tuple[int, int]
     pitch: int
     lines: int
 
     @classmethod
-    def of(cls, window: Window, rows: int, pad: int) -> Column:
-        """`rows` of inputs an image, of which `pad` of padding are above."""
-        stride, out = window.stride[0], window.output[0]
-        reach = (window.kernel[0] - 1) * window.dilation[0]
-        last = (out - 1) * stride - pad + reach
-        pitch = ceildiv(max(rows + max(pad, 0), last + 1, out * stride), stride) * stride
-        return cls(pitch, (window.images - 1) * (pitch // stride) + out)
+    def of(cls, geometry: Geometry) -> Column:
+        window, pad = window_of(geometry), geometry.pads[1]
+        size, stride, out = (geometry.input[1], geometry.input[2]), window.stride[0], window.output[0]
+        # The next image's padding begins behind this one, and behind the last row that this one's results meet.
+        met = window.span(out, 0) - pad
+        pitch = ceildiv(max(size[0] + max(pad, 0), met, out * stride), stride) * stride
+        return cls(size, pitch, (window.images - 1) * (pitch // stride) + out)
 
 
 @dataclass(frozen=True)
@@ -69,22 +70,16 @@ class RowsTile:
     expanded: bool
 
     @property
-    def consumers(self) -> int:
+    def warps(self) -> int:
         return ceildiv(self.units * self.streams, 2) * (self.panel // 16)
-
-    @property
-    def threads(self) -> int:
-        return 32 * (self.consumers + 1)
 
     def row_bytes(self, window: Window) -> int:
         """A row of all streams, in whole atoms of the swizzle."""
         return self.streams * ceildiv(window.span(8 * self.units, 1), 8) * 8 * 2 * self.panel
 
     def shared_bytes(self, window: Window) -> int:
-        """The ring, what consumers pass their sums through, and the barriers `full` and `empty` of each stage."""
-        return (
-            self.stages * self.rows * self.row_bytes(window) + self.consumers * _SUMS_BYTES + 2 * 8 * self.stages
-        )
+        """The ring, what warps pass their sums through, and the barriers `full` and `empty` of each stage."""
+        return self.stages * self.rows * self.row_bytes(window) + self.warps * _SUMS_BYTES + 2 * 8 * self.stages
 
 
 def _live(window: Window) -> int:
@@ -111,10 +106,10 @@ def candidates(window: Window, shared_bytes: int) -> tuple[RowsTile, ...]:
         if panel > 32 and window.channels <= panel // 2 or window.span(8 * units, 1) > _LARGEST_BOX:
             continue
         # Several streams only where a unit would have no partner.
-        if tile.consumers > _MOST_CONSUMERS or (streams > 1 and units % 2 == 0):
+        if tile.warps > _MOST_WARPS or (streams > 1 and units % 2 == 0):
             continue
         # Registers are given to a block in four equal parts, one for each scheduler.
-        if blocks * ceildiv(tile.threads, 128) * 128 * _registers(window, expanded) > _REGISTERS:
+        if blocks * ceildiv(tile.warps, 4) * 128 * _registers(window, expanded) > _REGISTERS:
             continue
         for rows in sorted({stride, stride * live}):
             tile = RowsTile(panel, units, streams, rows, stages, blocks, expanded)
@@ -127,8 +122,7 @@ def has_rows(step: Step, geometry: Geometry, context: Context) -> bool:
     """Whether the kernel can run a step."""
     if not context.architecture.wgmma or not is_depthwise_product(step, geometry, context):
         return False
-    window = window_of(geometry)
-    column = _column(window, geometry)
+    window, column = window_of(geometry), Column.of(geometry)
     lies = zip((geometry.images, *geometry.input), geometry.x_strides, strict=True)
     return (
         max(window.kernel) <= _LARGEST
@@ -140,10 +134,6 @@ def has_rows(step: Step, geometry: Geometry, context: Context) -> bool:
     )
 
 
-def _column(window: Window, geometry: Geometry) -> Column:
-    return Column.of(window, geometry.input[1], geometry.pads[1])
-
-
 def _parts(window: Window, tile: RowsTile, lines: int, multiprocessors: int) -> tuple[int, int, int]:
     """Panels and pieces of the width, blocks that share the column of each, and the rows of results of a stream."""
     wide = ceildiv(window.channels, tile.panel) * ceildiv(window.output[1], 8 * tile.units)
@@ -152,44 +142,51 @@ def _parts(window: Window, tile: RowsTile, lines: int, multiprocessors: int) -> 
     return wide, ceildiv(lines, outputs * tile.streams), outputs
 
 
-# In cycles of a multiprocessor: warp instructions that go through a row of inputs, one pair of taps and one product, a
-# row of results, a stage; the matrix instruction; shared memory's bytes; the memory's bytes and those of the copy
-# engine; the start of a block with its first input. Counted in machine code or taken from the kernels measured before:
-# nothing of it was fitted to this one.
+# Instructions of a warp, counted in machine code with bias and clamp: for a pair of taps, for a row of results, for a
+# stage; how many a multiprocessor issues a cycle.
 _READ, _ROW, _STAGE, _ISSUED = 2.0, 62.0, 24.0, 2.6
-_MMA, _SHARED_BYTES, _MEMORY_BYTES, _COPY_BYTES, _START = 2.0, 100.0, 11.9, 40.0, 3600.0
+# Cycles of a multiprocessor: a matrix instruction, and what shared memory, memory (0.9 of a copy's rate) and the copy
+# engine (of a row of 128 bytes, or less) take; the way of a row from memory; what one warp that waits for nobody takes
+# for a row of inputs, a product, and a row of results; a launch with its first row. None of it was fitted to this kernel.
+_MMA, _SHARED_BYTES, _MEMORY_BYTES, _COPY = 1.6, 100.0, 11.9, 3.2
+_LATENCY, _ALONE_READ, _ALONE_PRODUCT, _ALONE_ROW, _START = 1100.0, 70.0, 6.4, 150.0, 3600.0
+_SHARPNESS = 5.0
 
 
 def cycles(window: Window, tile: RowsTile, column: Column, multiprocessors: int) -> float:
     """Estimated time of the convolution in a tile."""
     wide, sharing, outputs = _parts(window, tile, column.lines, multiprocessors)
-    stride, pairs = window.stride[0], window.tap_pairs
-    inputs = (outputs - 1) * stride + (window.kernel[0] - 1) * window.dilation[0] + 1
-    rounds = ceildiv(wide * sharing, max(1, multiprocessors) * tile.blocks)
-    resident = min(tile.blocks, ceildiv(wide * sharing, max(1, multiprocessors)))
-    products = inputs * 2 * pairs * window.kernel[0] / stride  # of a warp
-    reads = inputs * 2 * pairs
-    warps = resident * tile.consumers
-    issue = warps * (
-        products * (1 if tile.expanded else 3) + reads * _READ + outputs * _ROW + inputs / tile.rows * _STAGE
-    ) / _ISSUED
-    conflicts = 2 if window.stride[1] > 1 else 1
-    shared = warps * (reads * 512 * conflicts + outputs * 2048) / _SHARED_BYTES
-    pixels = tile.streams * window.span(8 * tile.units, 1)
-    copied = resident * inputs * pixels * 2 * tile.panel / (_COPY_BYTES * tile.panel / 64)
-    share = min(1.0, window.channels / (ceildiv(window.channels, tile.panel) * tile.panel))
-    real = share * window.output[1] / (ceildiv(window.output[1], 8 * tile.units) * 8 * tile.units)
-    moved = resident * real * tile.panel * 2 * (inputs * pixels + outputs * tile.streams * 8 * tile.units)
-    busy = max(issue, warps * products * _MMA, shared, copied, moved / _MEMORY_BYTES)
-    # What one warp takes for its rows if it never waits for another: a read and its products, the sums' way.
-    alone = inputs * (60 + 8 * 2 * pairs * window.kernel[0] / stride) + outputs * 140
-    return _START + rounds * max(busy, alone)
+    stride, across = window.stride[0], 8 * tile.units
+    inputs = window.span(outputs, 0)  # rows that a stream goes through
+    blocks, most = wide * sharing, max(1, multiprocessors) * tile.blocks
+    resident = min(tile.blocks, ceildiv(blocks, max(1, multiprocessors)))
+    reads = inputs * 2 * window.tap_pairs
+    products = reads * window.kernel[0] / stride
+    each = products * (1 if tile.expanded else 3) + reads * _READ + outputs * _ROW + inputs / tile.rows * _STAGE
+    # Pixels that lie two apart meet in the banks of shared memory.
+    shared = reads * 512 * min(2, window.stride[1]) + outputs * 2048
+    streams, width = resident * tile.streams, window.span(across, 1)
+    # Of pixels that a block goes through, those that there are.
+    read = inputs * column.size[0] / column.pitch * min(width, column.size[1])
+    written = outputs * stride * window.output[0] / column.pitch * window.output[1] / ceildiv(window.output[1], across)
+    share = window.channels / (ceildiv(window.channels, tile.panel) * tile.panel)
+    alone = inputs * _ALONE_READ + products * _ALONE_PRODUCT + outputs * _ALONE_ROW
+    limits = (
+        resident * tile.warps * each / _ISSUED,
+        resident * tile.warps * products * _MMA,
+        resident * tile.warps * shared / _SHARED_BYTES,
+        streams * inputs * width * _COPY,
+        streams * 2 * tile.panel * share * (read + written) / _MEMORY_BYTES,
+        inputs / (tile.rows * (tile.stages - 1)) * _LATENCY,
+        alone,
+    )
+    # What is far from being the limit costs nothing, what is close to it something.
+    return _START + ceildiv(blocks, most) * sum(limit**_SHARPNESS for limit in limits) ** (1 / _SHARPNESS)
 
 
 def ranked(step: Step, geometry: Geometry, context: Context) -> list[tuple[float, RowsTile]]:
     """The tiles of a step that `has_rows` with their estimated cycles, from what should be the fastest on."""
-    window = window_of(geometry)
-    column = _column(window, geometry)
+    window, column = window_of(geometry), Column.of(geometry)
     fitting = candidates(window, context.architecture.shared_bytes)
     return sorted(
         ((cycles(window, tile, column, context.multiprocessors), tile) for tile in fitting), key=lambda one: one[0]
@@ -199,7 +196,7 @@ def ranked(step: Step, geometry: Geometry, context: Context) -> list[tuple[float
 def launch_rows(step: Step, geometry: Geometry, tile: RowsTile, context: Context) -> Launch:
     """The launch of a step that `has_rows` in the given tile."""
     window, element = window_of(geometry), step.inputs[1].dtype
-    column = _column(window, geometry)
+    column = Column.of(geometry)
     panels = ceildiv(window.channels, tile.panel)
     wide, sharing, outputs = _parts(window, tile, column.lines, context.multiprocessors)
     padded = panels * tile.panel
@@ -229,7 +226,7 @@ def launch_rows(step: Step, geometry: Geometry, tile: RowsTile, context: Context
             "out_h": window.output[0], "out_w": window.output[1], "pad_h": geometry.pads[1], "pad_w": geometry.pads[2],
         },
         (wide, sharing, 1),
-        tile.threads,
+        32 * tile.warps,
         tile.shared_bytes(window),
         Instruction.MMA,
     )  # fmt: skip
