@@ -29,7 +29,7 @@ from engine.targets.cuda.spaces import MAX_COUNT, VECTOR
 TAKEN = False
 """Whether `conv.py` takes this kernel where `cycles` says that it is faster. Its model has no measured constant yet."""
 
-_LARGEST = 5  # kernel size whose sums and weights a lane has registers for
+_LARGEST = 7  # kernel size whose sums and weights a lane has registers for
 _LONGEST_PERIOD = 8  # rows that the loop is unrolled over
 _MOST_WARPS = 16
 _LARGEST_BOX = 256  # pixels of one copy
@@ -59,7 +59,7 @@ class Column:
 @dataclass(frozen=True)
 class RowsTile:
     """A block's tile: `panel` channels, `units` · 8 pixels of the width, `streams` parts of the column; a ring of
-    `stages` of `rows` rows. `blocks` share a multiprocessor. `expanded`: weights are kept as operands."""
+    `stages` of `rows` rows. `blocks` share a multiprocessor."""
 
     panel: int
     units: int
@@ -67,7 +67,6 @@ class RowsTile:
     rows: int
     stages: int
     blocks: int
-    expanded: bool
 
     @property
     def warps(self) -> int:
@@ -87,10 +86,9 @@ def _live(window: Window) -> int:
     return (window.kernel[0] - 1) * window.dilation[0] // window.stride[0] + 1
 
 
-def _registers(window: Window, expanded: bool) -> int:
+def _registers(window: Window) -> int:
     """What a thread is known to need: sums, weights, addresses."""
-    words = window.kernel[0] * window.tap_pairs
-    return ceildiv(8 * _live(window) + 2 * words * (2 if expanded else 1) + 64, 8) * 8
+    return 8 * _live(window) + 4 * window.kernel[0] * window.tap_pairs + 64
 
 
 @lru_cache(maxsize=1024)
@@ -99,22 +97,20 @@ def candidates(window: Window, shared_bytes: int) -> tuple[RowsTile, ...]:
     live, stride, every = _live(window), window.stride[0], ceildiv(window.output[1], 8)
     across = sorted({ceildiv(every, part) for part in range(1, every + 1)})
     found = []
-    for panel, units, streams, stages, blocks, expanded in product(
-        (64, 32), across, (1, 2), (2, 3, 4, 6), (1, 2, 3, 4), (True, False)
+    for panel, units, streams, rows, stages, blocks in product(
+        (64, 32), across, (1, 2), sorted({stride, stride * live}), (2, 3, 4, 6), (1, 2, 3, 4)
     ):
-        tile = RowsTile(panel, units, streams, stride, stages, blocks, expanded)
+        tile = RowsTile(panel, units, streams, rows, stages, blocks)
         if panel > 32 and window.channels <= panel // 2 or window.span(8 * units, 1) > _LARGEST_BOX:
             continue
         # Several streams only where a unit would have no partner.
         if tile.warps > _MOST_WARPS or (streams > 1 and units % 2 == 0):
             continue
         # Registers are given to a block in four equal parts, one for each scheduler.
-        if blocks * ceildiv(tile.warps, 4) * 128 * _registers(window, expanded) > _REGISTERS:
+        if blocks * ceildiv(tile.warps, 4) * 128 * _registers(window) > _REGISTERS:
             continue
-        for rows in sorted({stride, stride * live}):
-            tile = RowsTile(panel, units, streams, rows, stages, blocks, expanded)
-            if tile.shared_bytes(window) <= share_of(shared_bytes, blocks):
-                found.append(tile)
+        if tile.shared_bytes(window) <= share_of(shared_bytes, blocks):
+            found.append(tile)
     return tuple(found)
 
 
@@ -162,7 +158,7 @@ def cycles(window: Window, tile: RowsTile, column: Column, multiprocessors: int)
     resident = min(tile.blocks, ceildiv(blocks, max(1, multiprocessors)))
     reads = inputs * 2 * window.tap_pairs
     products = reads * window.kernel[0] / stride
-    each = products * (1 if tile.expanded else 3) + reads * _READ + outputs * _ROW + inputs / tile.rows * _STAGE
+    each = products + reads * _READ + outputs * _ROW + inputs / tile.rows * _STAGE
     # Pixels that lie two apart meet in the banks of shared memory.
     shared = reads * 512 * min(2, window.stride[1]) + outputs * 2048
     streams, width = resident * tile.streams, window.span(across, 1)
@@ -216,7 +212,7 @@ def launch_rows(step: Step, geometry: Geometry, tile: RowsTile, context: Context
             "operand": STORAGE[element], "kernel_h": window.kernel[0], "kernel_w": window.kernel[1],
             "stride_h": window.stride[0], "stride_w": window.stride[1], "dilation_h": window.dilation[0],
             "dilation_w": window.dilation[1], "panel": tile.panel, "units": tile.units, "streams": tile.streams,
-            "rows": tile.rows, "stages": tile.stages, "blocks": tile.blocks, "expanded": tile.expanded,
+            "rows": tile.rows, "stages": tile.stages, "blocks": tile.blocks,
             "shared_bytes": tile.shared_bytes(window),
         },
         [epilogue_for(step, VECTOR)],

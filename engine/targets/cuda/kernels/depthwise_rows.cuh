@@ -98,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
   Feeder feeder(p, ring, full, empty, channel0, static_cast<int>(x0 * STRIDE_W) - p.pad_w, first, rows);
   const u32 unit0 = warp / GROUP_PAIRS * 2, group0 = warp % GROUP_PAIRS * 2;
   const DiagonalPlace place(lane);
-  DiagonalWeights<Element, WORDS, USED, config::expanded> weights[2];
+  DiagonalWeights<Element, WORDS, USED> weights[2];
   // Filters are constants: no kernel before this one writes them.
 #pragma unroll
   for (int g = 0; g < 2; ++g) weights[g].load(p.w + (channel0 + 8 * (group0 + g) + lane / 4) * (2 * WORDS), place);
@@ -155,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
               if (under % DILATION_H != 0 || r >= KERNEL_H) continue;
               float (&sum)[4] = d[(i / STRIDE_H + LIVE - age) % LIVE][g];
               if (under == 0 && j == 0) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
-              weights[g].multiply(sum, a, r * TAP_PAIRS + j, place);
+              weights[g].multiply(sum, a, r * TAP_PAIRS + j);
             }
           }
       }

@@ -16,10 +16,9 @@ struct DiagonalPlace {
   }
 };
 
-// The weights of eight channels: WORDS pairs of taps, a multiple of four, of which USED are there. EXPANDED: as operands; else they
-// become operands when they are used, which takes half the registers.
-template <class T, int WORDS, int USED, bool EXPANDED> struct DiagonalWeights {
-  u32 word[EXPANDED ? 2 * USED : USED];
+// The weights of eight channels as operands: WORDS pairs of taps, a multiple of four, of which USED are there.
+template <class T, int WORDS, int USED> struct DiagonalWeights {
+  u32 operand[2 * USED];
   DEVICE void load(const T* w, const DiagonalPlace& place) {
 #pragma unroll
     for (int i = 0; i < WORDS / 4; ++i) {
@@ -29,20 +28,14 @@ template <class T, int WORDS, int USED, bool EXPANDED> struct DiagonalWeights {
       for (int j = 0; j < 4; ++j) {
         const int k = 4 * i + j;
         if (k >= USED) continue;
-        if constexpr (EXPANDED) {
-          word[2 * k] = permute_bytes(taps[j], place.low);
-          word[2 * k + 1] = permute_bytes(taps[j], place.high);
-        } else {
-          word[k] = taps[j];
-        }
+        operand[2 * k] = permute_bytes(taps[j], place.low);
+        operand[2 * k + 1] = permute_bytes(taps[j], place.high);
       }
     }
   }
   // d += the pixels `a` times pair of taps i.
-  DEVICE void multiply(float (&d)[4], const u32 (&a)[4], int i, const DiagonalPlace& place) const {
-    const u32 b0 = EXPANDED ? word[EXPANDED ? 2 * i : 0] : permute_bytes(word[EXPANDED ? 0 : i], place.low);
-    const u32 b1 = EXPANDED ? word[EXPANDED ? 2 * i + 1 : 0] : permute_bytes(word[EXPANDED ? 0 : i], place.high);
-    if constexpr (same<T, half>::value) mma_f16_16816(d, a, b0, b1);
-    else mma_bf16_16816(d, a, b0, b1);
+  DEVICE void multiply(float (&d)[4], const u32 (&a)[4], int i) const {
+    if constexpr (same<T, half>::value) mma_f16_16816(d, a, operand[2 * i], operand[2 * i + 1]);
+    else mma_bf16_16816(d, a, operand[2 * i], operand[2 * i + 1]);
   }
 };
