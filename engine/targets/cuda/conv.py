@@ -2,8 +2,8 @@
 
 1×1 ones are matrix products (gemm.py), the rest implicit ones (conv_halo.py and conv_wgmma.py on sm_90a where the copy
 engine can gather the image, else conv_mma.cuh), but for images with few channels (conv_stem.py), patches that do not
-overlap (conv_patch.py), depthwise filters (depthwise.py), and those that the ordinary units do better, or that only
-they can do (conv_simt.py).
+overlap (conv_patch.py), depthwise filters (depthwise.py, depthwise_rows.py), and those that the ordinary units do
+better, or that only they can do (conv_simt.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from engine.ir.dtype import DType
 from engine.ir.ops import Conv, Op
 from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Tensor
-from engine.targets.cuda import conv_halo, conv_wgmma
+from engine.targets.cuda import conv_halo, conv_wgmma, depthwise_rows
 from engine.targets.cuda.conv_geometry import (
     AXES,
     Geometry,
@@ -93,6 +93,9 @@ def lower(step: Step, context: Context) -> list[Launch]:
     if not step.outputs[0].elements:
         return []
     if is_depthwise_product(step, geometry, context):
+        rows = depthwise_rows.pick(step, geometry, context)
+        if rows is not None:
+            return [depthwise_rows.launch_rows(step, geometry, rows, context)]
         return [launch_depthwise_product(step, geometry, context)]
     if is_depthwise(step, geometry):
         return [launch_depthwise(step, geometry, context)]

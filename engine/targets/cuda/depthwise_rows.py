@@ -1,14 +1,16 @@
 """Depthwise convolutions whose rows stream through shared memory by the copy engine of sm_90a (depthwise_rows.cuh):
-which they are, in which tile, and their launch. Called by `depthwise.py`'s caller, `conv.py`."""
+which they are, in which tile, and their launch. Called by `conv.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
+import numpy as np
+
 from engine.plan.plan import Step
+from engine.targets.cuda import depthwise
 from engine.targets.cuda.architecture import share_of
 from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.conv_simt import epilogue_for
@@ -27,9 +29,9 @@ from engine.targets.cuda.kernel import (
 from engine.targets.cuda.spaces import MAX_COUNT, VECTOR
 
 TAKEN = False
-"""Whether `conv.py` takes this kernel where `cycles` says that it is faster. Its model has no measured constant yet."""
+"""Whether a convolution runs in this kernel where `cycles` says that it is faster than depthwise_mma.cuh. Neither the
+kernel nor its model has been measured; ``python -m benchmarks tiles`` does that."""
 
-_LARGEST = 7  # kernel size whose sums and weights a lane has registers for
 _LONGEST_PERIOD = 8  # rows that the loop is unrolled over
 _MOST_WARPS = 16
 _LARGEST_BOX = 256  # pixels of one copy
@@ -101,7 +103,7 @@ def candidates(window: Window, shared_bytes: int) -> tuple[RowsTile, ...]:
         (64, 32), across, (1, 2), sorted({stride, stride * live}), (2, 3, 4, 6), (1, 2, 3, 4)
     ):
         tile = RowsTile(panel, units, streams, rows, stages, blocks)
-        if panel > 32 and window.channels <= panel // 2 or window.span(8 * units, 1) > _LARGEST_BOX:
+        if (panel > 32 and window.channels <= panel // 2) or window.span(8 * units, 1) > _LARGEST_BOX:
             continue
         # Several streams only where a unit would have no partner.
         if tile.warps > _MOST_WARPS or (streams > 1 and units % 2 == 0):
@@ -121,8 +123,7 @@ def has_rows(step: Step, geometry: Geometry, context: Context) -> bool:
     window, column = window_of(geometry), Column.of(geometry)
     lies = zip((geometry.images, *geometry.input), geometry.x_strides, strict=True)
     return (
-        max(window.kernel) <= _LARGEST
-        and _live(window) * window.stride[0] <= _LONGEST_PERIOD
+        _live(window) * window.stride[0] <= _LONGEST_PERIOD
         and geometry.images > 0
         and all(stride > 0 for size, stride in lies if size > 1)
         and (geometry.images + _LONGEST_PERIOD) * column.pitch <= MAX_COUNT
@@ -141,9 +142,9 @@ def _parts(window: Window, tile: RowsTile, lines: int, multiprocessors: int) -> 
 # Instructions of a warp, counted in machine code with bias and clamp: for a pair of taps, for a row of results, for a
 # stage; how many a multiprocessor issues a cycle.
 _READ, _ROW, _STAGE, _ISSUED = 2.0, 62.0, 24.0, 2.6
-# Cycles of a multiprocessor: a matrix instruction, and what shared memory, memory (0.9 of a copy's rate) and the copy
-# engine (of a row of 128 bytes, or less) take; the way of a row from memory; what one warp that waits for nobody takes
-# for a row of inputs, a product, and a row of results; a launch with its first row. None of it was fitted to this kernel.
+# Cycles of a multiprocessor: a matrix instruction; the bytes of shared memory and of memory (0.9 of a copy's rate) in
+# one; a row of a box in the copy engine; the way of a row from memory; what one warp that waits for nobody takes for a
+# row of inputs, a product, and a row of results; a launch with its first row. None was fitted to this kernel.
 _MMA, _SHARED_BYTES, _MEMORY_BYTES, _COPY = 1.6, 100.0, 11.9, 3.2
 _LATENCY, _ALONE_READ, _ALONE_PRODUCT, _ALONE_ROW, _START = 1100.0, 70.0, 6.4, 150.0, 3600.0
 _SHARPNESS = 5.0
@@ -177,16 +178,33 @@ def cycles(window: Window, tile: RowsTile, column: Column, multiprocessors: int)
         alone,
     )
     # What is far from being the limit costs nothing, what is close to it something.
-    return _START + ceildiv(blocks, most) * sum(limit**_SHARPNESS for limit in limits) ** (1 / _SHARPNESS)
+    return _START + ceildiv(blocks, most) * float(np.linalg.norm(limits, _SHARPNESS))
 
 
 def ranked(step: Step, geometry: Geometry, context: Context) -> list[tuple[float, RowsTile]]:
     """The tiles of a step that `has_rows` with their estimated cycles, from what should be the fastest on."""
-    window, column = window_of(geometry), Column.of(geometry)
-    fitting = candidates(window, context.architecture.shared_bytes)
-    return sorted(
-        ((cycles(window, tile, column, context.multiprocessors), tile) for tile in fitting), key=lambda one: one[0]
-    )
+    shared_bytes, multiprocessors = context.architecture.shared_bytes, context.multiprocessors
+    return list(_ranked(window_of(geometry), Column.of(geometry), shared_bytes, multiprocessors))
+
+
+@lru_cache(maxsize=256)
+def _ranked(
+    window: Window, column: Column, shared_bytes: int, multiprocessors: int
+) -> tuple[tuple[float, RowsTile], ...]:
+    fitting = candidates(window, shared_bytes)
+    estimates = ((cycles(window, tile, column, multiprocessors), tile) for tile in fitting)
+    return tuple(sorted(estimates, key=lambda one: one[0]))
+
+
+def pick(step: Step, geometry: Geometry, context: Context) -> RowsTile | None:
+    """The tile of a depthwise product that should be faster than in depthwise_mma.cuh, where the kernel is `TAKEN`."""
+    if not TAKEN or not has_rows(step, geometry, context):
+        return None
+    window = window_of(geometry)
+    other = depthwise.pick_tile(window, context.architecture.shared_bytes, context.multiprocessors)
+    estimate, tile = ranked(step, geometry, context)[0]
+    faster = other is None or estimate < depthwise.cycles(window, other, context.multiprocessors)
+    return tile if faster else None
 
 
 def launch_rows(step: Step, geometry: Geometry, tile: RowsTile, context: Context) -> Launch:

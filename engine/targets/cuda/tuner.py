@@ -51,7 +51,7 @@ def trials(target: CudaTarget, steps: Iterable[Step], timed: bool, most: int = C
         times: Sequence[float | None] = [None] * len(one.ranked)
         if timed and key not in target.choices:
             with target.lock, target.device.errors(), target.device.current():
-                measured = _times(target, one.step, one.launches(target.context))
+                measured = timed_launches(target, one.step, one.launches(target.context))
             fastest = _fastest(measured)
             target.keep_choices({key: choice_of(one.ranked[fastest].tile, measured[fastest])})
             times = measured
@@ -91,7 +91,7 @@ def _fastest(times: Sequence[float]) -> int:
     return best if times[best] < _GAIN * times[0] else 0
 
 
-def _times(target: CudaTarget, step: Step, rows: Sequence[list[Launch]]) -> list[float]:
+def timed_launches(target: CudaTarget, step: Step, rows: Sequence[list[Launch]]) -> list[float]:
     """Microseconds of each row of launches, whose kernels are loaded: the median of rounds that take turns."""
     count = min(_MOST_SETS, max(1, ceildiv(_ROTATE_BYTES, max(1, step.cost.bytes))))
     memory = _Memory(count)
