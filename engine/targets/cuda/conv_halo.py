@@ -127,13 +127,15 @@ def candidates(step: Step, geometry: Geometry, context: Context) -> Iterator[Hal
 
 def pick(step: Step, geometry: Geometry, operands: Operands, context: Context) -> Choice[HaloTile] | None:
     """The tile that should be fastest, if the kernel can run the step."""
-    if not context.architecture.wgmma or operands is Operands.EXACT or not has_halo(step, geometry):
-        return None
-    choices = (
-        Choice(tile, cycles(step, geometry, tile, context.multiprocessors))
-        for tile in candidates(step, geometry, context)
-    )
+    choices = estimates(step, geometry, operands, context)
     return min(choices, key=lambda choice: choice.cycles, default=None)
+
+
+def estimates(step: Step, geometry: Geometry, operands: Operands, context: Context) -> Iterator[Choice[HaloTile]]:
+    """What every tile should take; nothing where the kernel cannot run the step."""
+    if context.architecture.wgmma and operands is not Operands.EXACT and has_halo(step, geometry):
+        for tile in candidates(step, geometry, context):
+            yield Choice(tile, cycles(step, geometry, tile, context.multiprocessors))
 
 
 def cycles(step: Step, geometry: Geometry, tile: HaloTile, multiprocessors: int) -> float:

@@ -3,17 +3,18 @@ kernel or to fit its cost model (``python -m benchmarks tiles``). Needs no GPU."
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from engine.ir.ops import Conv
 from engine.plan.plan import Step
-from engine.targets.cuda import conv_halo, depthwise, depthwise_rows
+from engine.targets.cuda import conv_halo, conv_wgmma, depthwise, depthwise_rows
 from engine.targets.cuda.conv import lower, lower_in, operands_of
 from engine.targets.cuda.conv_geometry import Geometry
-from engine.targets.cuda.kernel import Context, Launch
-from engine.targets.cuda.tiles import Operands
+from engine.targets.cuda.conv_halo import HaloTile
+from engine.targets.cuda.kernel import Context, Launch, is_constant
+from engine.targets.cuda.tiles import MOST_SPLITS, WGMMA_TILES, Operands, Tile
 
 Ranked = TypeVar("Ranked")
 
@@ -28,30 +29,41 @@ class Variant:
 
 
 def variants(step: Step, context: Context, most: int) -> list[Variant]:
-    """The present way first, then up to `most` tiles of each kernel that is not tied to a cost model yet: half of them
-    what its model ranks first, the others from the whole ranking, so that a model can be fitted to their times."""
+    """The present way first, then up to `most` tiles of each kernel: half of them what its model ranks first, the
+    others from the whole ranking, so that a model can be fitted to their times."""
     assert isinstance(step.op, Conv)
     geometry = Geometry(step)
-    found = [Variant("present", None, tuple(lower(step, context)))]
+    present = Variant("present", None, tuple(lower(step, context)))
     if depthwise.is_depthwise_product(step, geometry, context):
-        window = depthwise.window_of(geometry)
-        shared, multiprocessors = context.architecture.shared_bytes, context.multiprocessors
-        tile = depthwise.pick_tile(window, shared, multiprocessors)
-        if tile is not None:
-            launch = depthwise.launch_depthwise_product(step, geometry, context, tile)
-            found.append(Variant(str(tile), depthwise.cycles(window, tile, multiprocessors), (launch,)))
+        return [present, *_depthwise(step, geometry, context, most)]
+    return [present, *_products(step, geometry, context, most)]
+
+
+def _depthwise(step: Step, geometry: Geometry, context: Context, most: int) -> Iterator[Variant]:
+    window = depthwise.window_of(geometry)
+    tile = depthwise.pick_tile(window, context.architecture.shared_bytes, context.multiprocessors)
+    if tile is not None:
+        launch = depthwise.launch_depthwise_product(step, geometry, context, tile)
+        yield Variant(str(tile), depthwise.cycles(window, tile, context.multiprocessors), (launch,))
     if depthwise_rows.has_rows(step, geometry, context):
         for cycles, rows in _spread(depthwise_rows.ranked(step, geometry, context), most):
-            launch = depthwise_rows.launch_rows(step, geometry, rows, context)
-            found.append(Variant(str(rows), cycles, (launch,)))
-    if operands_of(step, context) not in (None, Operands.EXACT) and conv_halo.has_halo(step, geometry):
-        halos = [
-            (conv_halo.cycles(step, geometry, halo, context.multiprocessors), halo)
-            for halo in conv_halo.candidates(step, geometry, context)
-        ]
-        for cycles, halo in _spread(sorted(halos, key=lambda one: one[0]), most):
-            found.append(Variant(str(halo), cycles, tuple(lower_in(step, geometry, halo, context))))
-    return found
+            yield Variant(str(rows), cycles, (depthwise_rows.launch_rows(step, geometry, rows, context),))
+
+
+def _products(step: Step, geometry: Geometry, context: Context, most: int) -> Iterator[Variant]:
+    """Implicit products on warpgroups."""
+    operands = operands_of(step, context)
+    if operands is None or operands is Operands.EXACT or not is_constant(step.inputs[1]):
+        return
+    tiles = (*WGMMA_TILES, *conv_wgmma.MORE_TILES)
+    gathered = conv_wgmma.estimates(step, geometry, operands, MOST_SPLITS, context, tiles)
+    kernels: list[list[tuple[float, Tile | HaloTile]]] = [
+        [(choice.cycles, choice.tile) for choice in gathered],
+        [(choice.cycles, choice.tile) for choice in conv_halo.estimates(step, geometry, operands, context)],
+    ]
+    for choices in kernels:
+        for cycles, tile in _spread(sorted(choices, key=lambda one: one[0]), most):
+            yield Variant(str(tile), cycles, tuple(lower_in(step, geometry, tile, context)))
 
 
 def _spread(ranked: Sequence[Ranked], most: int) -> list[Ranked]:

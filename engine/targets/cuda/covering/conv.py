@@ -84,6 +84,7 @@ def _gathered_convolutions(context: Context, rounding: Context) -> Iterator[tupl
         (_residual(F16, axes=3), context, few),
         (_residual(F16, channels=128, groups=2), context, few),
         (_residual(DType.BF16), context, wgmma[:1]),
+        (_residual(F16), context, conv_wgmma.MORE_TILES if wgmma else ()),
         (_residual(F32), rounding, (*wgmma[:3], *wgmma[7:8])),
         (_residual(F32, channels=128, groups=2, axes=3), rounding, split),
     ]
