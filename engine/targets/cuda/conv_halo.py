@@ -98,15 +98,19 @@ def panel_channels(step: Step) -> int:
 
 
 def has_halo(step: Step, geometry: Geometry) -> bool:
-    """Whether the pixels of a step's image lie alike around every output, with all their channels in one panel."""
+    """Whether the kernel can run a step: the pixels of its image `lies_alike`, with all their channels in one panel."""
+    return geometry.channels <= panel_channels(step) and lies_alike(step, geometry)
+
+
+def lies_alike(step: Step, geometry: Geometry) -> bool:
+    """Whether the pixels of a step's image lie alike around every output, in a grid that the copy engine walks over."""
     if not suits(geometry) or geometry.axes > 2 or geometry.groups > 1 or not is_constant(step.inputs[1]):
         return False
     (phase,), grid = geometry.phases, Grid.of(geometry)
     lowest, highest, _ = REACH[2]
     along = zip(phase.axes[1:], geometry.input[1:], (grid.height, grid.width), strict=True)
     return (
-        geometry.channels <= panel_channels(step)
-        and grid.places < _MOST_PLACES
+        grid.places < _MOST_PLACES
         and all(geometry.strides[axis] == 1 or phase.axes[axis].out == 1 for axis in (1, 2))
         and all(
             axis.pad >= 0 and lowest <= -axis.pad and places - axis.pad - size <= highest

@@ -9,12 +9,11 @@ from typing import TypeVar
 
 from engine.ir.ops import Conv
 from engine.plan.plan import Step
-from engine.targets.cuda import conv_halo, conv_wgmma, depthwise, depthwise_rows
-from engine.targets.cuda.conv import lower, lower_in, operands_of
+from engine.targets.cuda import conv_halo, conv_halo_deep, conv_wgmma, depthwise, depthwise_rows
+from engine.targets.cuda.conv import ConvTile, lower, lower_in, operands_of
 from engine.targets.cuda.conv_geometry import Geometry
-from engine.targets.cuda.conv_halo import HaloTile
 from engine.targets.cuda.kernel import Context, Launch, is_constant
-from engine.targets.cuda.tiles import MOST_SPLITS, WGMMA_TILES, Operands, Tile
+from engine.targets.cuda.tiles import MOST_SPLITS, WGMMA_TILES, Operands
 
 Ranked = TypeVar("Ranked")
 
@@ -57,9 +56,10 @@ def _products(step: Step, geometry: Geometry, context: Context, most: int) -> It
         return
     tiles = (*WGMMA_TILES, *conv_wgmma.MORE_TILES)
     gathered = conv_wgmma.estimates(step, geometry, operands, MOST_SPLITS, context, tiles)
-    kernels: list[list[tuple[float, Tile | HaloTile]]] = [
+    kernels: list[list[tuple[float, ConvTile]]] = [
         [(choice.cycles, choice.tile) for choice in gathered],
         [(choice.cycles, choice.tile) for choice in conv_halo.estimates(step, geometry, operands, context)],
+        [(choice.cycles, choice.tile) for choice in conv_halo_deep.estimates(step, geometry, operands, context)],
     ]
     for choices in kernels:
         for cycles, tile in _spread(sorted(choices, key=lambda one: one[0]), most):
