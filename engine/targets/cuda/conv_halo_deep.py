@@ -109,20 +109,20 @@ def estimates(step: Step, geometry: Geometry, operands: Operands, context: Conte
 
 
 def cycles(step: Step, geometry: Geometry, tile: DeepTile, multiprocessors: int) -> float:
-    """Estimated cycles, with constants of `tiles.GATHERED` and `conv_halo.cycles`: none was fitted to this kernel."""
+    """Estimated cycles, with constants of `conv_halo.cycles` and `tiles.GATHERED`: none was fitted to this kernel."""
     grid, taps = Grid.of(geometry), prod(geometry.phases[0].kernel)
     channels = row_length(geometry.channels, tile.panel_bytes // step.inputs[1].dtype.itemsize)
     panels = channels * step.inputs[1].dtype.itemsize // tile.panel_bytes
     columns, tiles = ceildiv(geometry.n, tile.n), ceildiv(grid.places, tile.m)
     sharing = max(1, multiprocessors // columns)
     rounds = ceildiv(tiles, sharing) * ceildiv(columns, multiprocessors)
-    multiply = (0.88 + 49 / tile.wide) * tile.m * tile.n * tile.panel_bytes / 2 / 2048
+    multiply = (0.94 + 20 / tile.wide) * tile.m * tile.n * tile.panel_bytes / 2 / 2048
     # A halo and the filters of its panel arrive while the panel before is multiplied.
     copies = tile.halo(grid) * 3.84 + taps * tile.n * 1.26
     panel = max(taps * max(multiply, 150), copies)
     epilogue = 955 + (0.0212 if tile.swapped else 0.013) * tile.m * tile.n
     accumulators = tile.parts * tile.wide // 2  # of a lane
-    room, chunk = (140, 2) if tile.swapped else (144, 1)  # as in conv_halo_deep.cuh
+    room, chunk = (140, 2) if tile.swapped else (132, 1)  # as in conv_halo_deep.cuh
     groups = tile.parts if tile.swapped else tile.n // 32
     reads = epilogue_for(step, geometry.n).reads
     late = late_fetches(reads, accumulators // 8, groups, room - accumulators, chunk) * ROUND_TRIP * rounds

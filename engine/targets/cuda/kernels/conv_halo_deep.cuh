@@ -20,7 +20,7 @@ constexpr int CONSUMERS = 2, THREADS = 128 * (1 + CONSUMERS);
 constexpr int PARTS = (SWAPPED ? TILE_N : TILE_M) / (64 * CONSUMERS), WIDE = SWAPPED ? TILE_M : TILE_N;  // an instruction: 64 × WIDE
 static_assert(PARTS > 0 && (SWAPPED ? TILE_N : TILE_M) % (64 * CONSUMERS) == 0, "consumers halve the rows of the instruction");
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
-constexpr int RESERVED = SWAPPED ? 92 : 88;  // registers of a consumer for anything but accumulators and operands of the epilogue
+constexpr int RESERVED = SWAPPED ? 92 : 100;  // registers of a consumer for anything but accumulators and operands of the epilogue
 static_assert(128 * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS) <= 168 * THREADS, "a block has 168 for a thread");
 constexpr int PANEL_BYTES = config::panel_bytes, PANEL = PANEL_BYTES / sizeof(Element), FILTER_BYTES = TILE_N * PANEL_BYTES;
 constexpr u32 ROW = PANEL_BYTES >> 4;  // in a descriptor
