@@ -148,6 +148,7 @@ def test_which_convolutions_have_a_deep_halo(
 
 def test_it_is_taken_only_where_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     step = conv_step((32, 128, 28, 28), (128, 128, 3, 3), pad=1)
+    monkeypatch.setattr(conv_halo_deep, "TAKEN", False)
     (before,) = lower(step, CONTEXT)
     assert '"conv_halo_deep.cuh"' not in before.kernel.source.text
     monkeypatch.setattr(conv_halo_deep, "TAKEN", True)

@@ -12,7 +12,7 @@ from engine.ir.dtype import DType
 from engine.ir.ops import Conv
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
-from engine.targets.cuda import conv_wgmma
+from engine.targets.cuda import conv_halo_deep, conv_wgmma
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.conv import lower, lower_in
@@ -226,6 +226,8 @@ def test_deep_layers_of_one_image_split_their_sums() -> None:
 def test_more_widths_are_considered_only_where_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """320 columns in two tiles of 160."""
     step = conv_step((32, 320, 20, 20), (320, 320, 3, 3), pad=1)
+    monkeypatch.setattr(conv_halo_deep, "TAKEN", False)
+    monkeypatch.setattr(conv_wgmma, "MORE_TAKEN", False)
     (before,) = lower(step, CONTEXT)
     assert "tile_n = 160" not in before.kernel.source.text
     monkeypatch.setattr(conv_wgmma, "MORE_TAKEN", True)

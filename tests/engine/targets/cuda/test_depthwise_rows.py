@@ -160,14 +160,16 @@ def body_of(launches: list[Launch]) -> str:
 
 def test_it_is_taken_only_where_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     step = depthwise_step(128, 144, 56, 3)
+    monkeypatch.setattr(depthwise_rows, "TAKEN", False)
     assert body_of(lower(step, CONTEXT)) == '#include "depthwise_mma.cuh"'
     monkeypatch.setattr(depthwise_rows, "TAKEN", True)
     assert body_of(lower(step, CONTEXT)) == '#include "depthwise_rows.cuh"'
     assert body_of(lower(step, replace(CONTEXT, architecture=SM_80))) == '#include "depthwise_mma.cuh"'
 
 
-def test_sweeps_get_the_present_way_and_tiles_from_the_whole_ranking() -> None:
+def test_sweeps_get_the_present_way_and_tiles_from_the_whole_ranking(monkeypatch: pytest.MonkeyPatch) -> None:
     step = depthwise_step(128, 144, 56, 3)
+    monkeypatch.setattr(depthwise_rows, "TAKEN", False)
     present, other, *rows = variants(step, CONTEXT, 8)
     assert body_of(list(present.launches)) == body_of(list(other.launches)) == '#include "depthwise_mma.cuh"'
     assert len({variant.name for variant in rows}) == 8
