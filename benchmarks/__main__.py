@@ -30,8 +30,8 @@ _TUNE_SECONDS = 120.0
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     commands = {
-        "kernels": kernels, "models": models, "accuracy": accuracy, "ready": ready, "metrics": metrics, "cpu": cpu,
-        "merge": merge, "tables": tables,
+        "kernels": kernels, "tiles": tiles, "models": models, "accuracy": accuracy, "ready": ready, "metrics": metrics,
+        "cpu": cpu, "merge": merge, "tables": tables,
     }  # fmt: skip
     run = commands[options.command]
     try:
@@ -83,6 +83,22 @@ def models(options: argparse.Namespace) -> int:
                 host_us=found.host_us,
             )  # fmt: skip
         return recorder.end(len(chosen))
+
+
+def tiles(options: argparse.Namespace) -> int:
+    """The ways in which convolutions could run; nothing is kept."""
+    deadline = _deadline(options)
+    from benchmarks.gpu import session, tiles
+    from engine.targets.cuda.target import CudaTarget
+
+    target = CudaTarget(session.GPU)
+    chosen = cases.select(cases.conv.CASES, options.case, options.part)
+    for case, found in tiles.measure_all(target, chosen, options.most, deadline):
+        print(case.name, flush=True)
+        for one in found:
+            predicted = "" if one.predicted_us is None else f" (predicted {one.predicted_us:.2f})"
+            print(f"  {one.us:.2f} µs{predicted} {one.variant.name}", flush=True)
+    return 0
 
 
 def accuracy(options: argparse.Namespace) -> int:
@@ -255,6 +271,11 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("kernels", parents=[measuring], help="single kernels on the GPU")
     command.add_argument("--suite", action="append", choices=cases.KERNELS, help="(default: all)")
     _add_compile(command, 0.0, _KERNEL_COMPILE_SECONDS, "a case")
+    command = commands.add_parser("tiles", help="ways in which convolutions could run, on the GPU; nothing is kept")
+    _add_substrings(command, "--case", "only cases whose name contains this, or one of these where it is repeated")
+    command.add_argument("--part", type=_part, default=(1, 1), metavar="1/3", help="only this part of the cases")
+    command.add_argument("--most", type=int, default=12, help="tiles of a kernel (default: %(default)s)")
+    command.add_argument("--deadline", type=float, metavar="SECONDS", help="begin no case after so long")
     command = commands.add_parser("models", parents=[measuring, repository], help="whole models on the GPU")
     command.add_argument(
         "--tune", type=float, default=_TUNE_SECONDS, metavar="SECONDS",

@@ -2,21 +2,22 @@
 
 1×1 ones are matrix products (gemm.py), the rest implicit ones (conv_halo.py and conv_wgmma.py on sm_90a where the copy
 engine can gather the image, else conv_mma.cuh), but for images with few channels (conv_stem.py), patches that do not
-overlap (conv_patch.py), depthwise filters (depthwise.py), and those that the ordinary units do better, or that only
-they can do (conv_simt.py).
+overlap (conv_patch.py), depthwise filters (depthwise.py, depthwise_rows.py), and those that the ordinary units do
+better, or that only they can do (conv_simt.py).
 """
 
 from __future__ import annotations
 
 from enum import Enum, auto
 from math import prod
+from typing import TypeAlias
 
 from engine.errors import UnsupportedOp
 from engine.ir.dtype import DType
 from engine.ir.ops import Conv, Op
 from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Tensor
-from engine.targets.cuda import conv_halo, conv_wgmma
+from engine.targets.cuda import conv_halo, conv_halo_deep, conv_wgmma, depthwise_rows
 from engine.targets.cuda.conv_geometry import (
     AXES,
     Geometry,
@@ -27,6 +28,7 @@ from engine.targets.cuda.conv_geometry import (
     tap_strides,
 )
 from engine.targets.cuda.conv_halo import HaloTile
+from engine.targets.cuda.conv_halo_deep import DeepTile
 from engine.targets.cuda.conv_patch import is_patches, launch_patches
 from engine.targets.cuda.conv_simt import (
     epilogue_for,
@@ -56,6 +58,8 @@ from engine.targets.cuda.kernel import (
 from engine.targets.cuda.product import Matrix, Product, line_elements
 from engine.targets.cuda.spaces import operand, space
 from engine.targets.cuda.tiles import MmaTile, Operands, Tile, WgmmaTile, mma_cycles, pick_mma
+
+ConvTile: TypeAlias = Tile | HaloTile | DeepTile
 
 _MOST_SPLITS = 24
 _MOST_BLOCKS = 65535  # along the second and third axis of a grid
@@ -128,6 +132,9 @@ def lower(step: Step, context: Context) -> list[Launch]:
         return []
     match _way(step, geometry, context):
         case _Way.DEPTHWISE_PRODUCT:
+            rows = depthwise_rows.pick(step, geometry, context)
+            if rows is not None:
+                return [depthwise_rows.launch_rows(step, geometry, rows, context)]
             return [launch_depthwise_product(step, geometry, context)]
         case _Way.DEPTHWISE:
             return [launch_depthwise(step, geometry, context)]
@@ -162,18 +169,24 @@ def _lower_implicit(step: Step, geometry: Geometry, operands: Operands, context:
     m, n, k, batch = geometry.rows, geometry.n, geometry.phases[0].k, geometry.groups * len(geometry.phases)
     portable = pick_mma(m, n, k, batch, context.architecture, context.multiprocessors, operands, splits)
     cycles = _GATHERING * mma_cycles(m, n, k, batch, portable, context.multiprocessors, operands)
-    tile: Tile | HaloTile = portable
+    tile: ConvTile = portable
     choice = conv_wgmma.pick(step, geometry, operands, splits, context)
     if choice is not None and choice.cycles < cycles:
         tile, cycles = choice.tile, choice.cycles
     halo = conv_halo.pick(step, geometry, operands, context)
     if halo is not None and halo.cycles < cycles:
-        tile = halo.tile
+        tile, cycles = halo.tile, halo.cycles
+    deep = conv_halo_deep.pick(step, geometry, operands, context)
+    if deep is not None and deep.cycles < cycles:
+        tile = deep.tile
     return lower_in(step, geometry, tile, context)
 
 
-def lower_in(step: Step, geometry: Geometry, tile: Tile | HaloTile, context: Context) -> list[Launch]:
+def lower_in(step: Step, geometry: Geometry, tile: ConvTile, context: Context) -> list[Launch]:
     """The launches of an implicit product in the given tile."""
+    if isinstance(tile, DeepTile):
+        filters, _ = filters_of(step, geometry, context, conv_halo_deep.panel_channels(tile, step))
+        return [conv_halo_deep.launch_deep(step, geometry, filters, tile, context)]
     if isinstance(tile, HaloTile):
         filters, _ = filters_of(step, geometry, context, conv_halo.panel_channels(step))
         return [conv_halo.launch_halo(step, geometry, filters, tile, context)]

@@ -98,15 +98,19 @@ def panel_channels(step: Step) -> int:
 
 
 def has_halo(step: Step, geometry: Geometry) -> bool:
-    """Whether the pixels of a step's image lie alike around every output, with all their channels in one panel."""
+    """Whether the kernel can run a step: the pixels of its image `lies_alike`, with all their channels in one panel."""
+    return geometry.channels <= panel_channels(step) and lies_alike(step, geometry)
+
+
+def lies_alike(step: Step, geometry: Geometry) -> bool:
+    """Whether the pixels of a step's image lie alike around every output, in a grid that the copy engine walks over."""
     if not suits(geometry) or geometry.axes > 2 or geometry.groups > 1 or not is_constant(step.inputs[1]):
         return False
     (phase,), grid = geometry.phases, Grid.of(geometry)
     lowest, highest, _ = REACH[2]
     along = zip(phase.axes[1:], geometry.input[1:], (grid.height, grid.width), strict=True)
     return (
-        geometry.channels <= panel_channels(step)
-        and grid.places < _MOST_PLACES
+        grid.places < _MOST_PLACES
         and all(geometry.strides[axis] == 1 or phase.axes[axis].out == 1 for axis in (1, 2))
         and all(
             axis.pad >= 0 and lowest <= -axis.pad and places - axis.pad - size <= highest
@@ -127,13 +131,15 @@ def candidates(step: Step, geometry: Geometry, context: Context) -> Iterator[Hal
 
 def pick(step: Step, geometry: Geometry, operands: Operands, context: Context) -> Choice[HaloTile] | None:
     """The tile that should be fastest, if the kernel can run the step."""
-    if not context.architecture.wgmma or operands is Operands.EXACT or not has_halo(step, geometry):
-        return None
-    choices = (
-        Choice(tile, cycles(step, geometry, tile, context.multiprocessors))
-        for tile in candidates(step, geometry, context)
-    )
+    choices = estimates(step, geometry, operands, context)
     return min(choices, key=lambda choice: choice.cycles, default=None)
+
+
+def estimates(step: Step, geometry: Geometry, operands: Operands, context: Context) -> Iterator[Choice[HaloTile]]:
+    """What every tile should take; nothing where the kernel cannot run the step."""
+    if context.architecture.wgmma and operands is not Operands.EXACT and has_halo(step, geometry):
+        for tile in candidates(step, geometry, context):
+            yield Choice(tile, cycles(step, geometry, tile, context.multiprocessors))
 
 
 def cycles(step: Step, geometry: Geometry, tile: HaloTile, multiprocessors: int) -> float:

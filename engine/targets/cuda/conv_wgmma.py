@@ -6,6 +6,7 @@ The limits are those that the CUDA driver documents of cuTensorMapEncodeIm2col.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import gcd
 
@@ -25,8 +26,20 @@ from engine.targets.cuda.kernel import (
     is_constant,
     launch,
 )
-from engine.targets.cuda.tiles import GATHERED, Choice, Operands, WgmmaTile, wgmma_cycles, wgmma_tiles
+from engine.targets.cuda.tiles import (
+    GATHERED,
+    WGMMA_TILES,
+    Choice,
+    Operands,
+    WgmmaTile,
+    wgmma_cycles,
+    wgmma_tiles,
+)
 
+MORE_TILES = (WgmmaTile(128, 160, 6, cooperative=True), WgmmaTile(64, 160, 7))
+"""Widths for 160 and 320 channels, of which those of `WGMMA_TILES` leave a sixth to a third empty."""
+MORE_TAKEN = False
+"""Whether `pick` considers them. They have not been measured; ``python -m benchmarks tiles`` does that."""
 _PANELS = (128, 64, 32)  # bytes of channels that a copy can bring of each pixel
 _LINE_BYTES = 128  # of the L2 cache
 _MOST_STEP = 8  # pixels between neighbours of the walk
@@ -82,13 +95,26 @@ def pick(
     step: Step, geometry: Geometry, operands: Operands, most_splits: int, context: Context
 ) -> Choice[WgmmaTile] | None:
     """The tile that should be fastest, if a kernel of these can run the step."""
+    tiles = (*WGMMA_TILES, *MORE_TILES) if MORE_TAKEN else WGMMA_TILES
+    choices = estimates(step, geometry, operands, most_splits, context, tiles)
+    return min(choices, key=lambda choice: choice.cycles, default=None)
+
+
+def estimates(
+    step: Step,
+    geometry: Geometry,
+    operands: Operands,
+    most_splits: int,
+    context: Context,
+    tiles: Iterable[WgmmaTile],
+) -> Iterator[Choice[WgmmaTile]]:
+    """What each of `tiles`, whole and split, should take; nothing where no kernel of these can run the step."""
     w = step.inputs[1]
     if not context.architecture.wgmma or operands is Operands.EXACT or geometry.x_dtype is not w.dtype:
-        return None
+        return
     if not suits(geometry):
-        return None
+        return
     m, n, groups, reads = geometry.rows, geometry.n, geometry.groups, epilogue_for(step, geometry.n).reads
-    choices = []
     for panel_bytes in _PANELS:
         panel = panel_bytes // w.dtype.itemsize
         # Filters that are packed on the device have no padding, and a panel must not reach into the next group.
@@ -96,14 +122,13 @@ def pick(
             continue
         k = padded_k(geometry, panel)
         lines = _lines(geometry, panel_bytes)
-        for tile in wgmma_tiles(m, n, k, operands, most_splits, groups, panel_bytes):
+        for tile in wgmma_tiles(m, n, k, operands, most_splits, groups, panel_bytes, tiles):
             if not has_registers(tile, geometry):
                 continue
             cycles = wgmma_cycles(
                 m, n, k, tile, context.multiprocessors, operands, groups, step.cost.bytes, GATHERED, reads, lines
             )
-            choices.append(Choice(tile, cycles))
-    return min(choices, key=lambda choice: choice.cycles, default=None)
+            yield Choice(tile, cycles)
 
 
 def _lines(geometry: Geometry, panel_bytes: int) -> float:

@@ -55,7 +55,7 @@ def trials(
             if key not in loaded:
                 loaded |= _load(target, found, untimed[untimed.index(key) :][:_LOADED_TOGETHER])
             with target.lock, target.device.errors(), target.device.current():
-                measured = _times(target, one.step, one.launches(target.context))
+                measured = timed_launches(target, one.step, one.launches(target.context))
             fastest = _fastest(measured)
             target.keep_choices({key: choice_of(one.ranked[fastest].tile, measured[fastest])})
             times = measured
@@ -125,7 +125,7 @@ def _fastest(times: Sequence[float]) -> int:
     return best if times[best] < _GAIN * times[0] else 0
 
 
-def _times(target: CudaTarget, step: Step, rows: Sequence[list[Launch]]) -> list[float]:
+def timed_launches(target: CudaTarget, step: Step, rows: Sequence[list[Launch]]) -> list[float]:
     """Microseconds of each row of launches, whose kernels are loaded: the median of rounds that take turns."""
     count = min(_MOST_SETS, max(1, ceildiv(_ROTATE_BYTES, max(1, step.cost.bytes))))
     memory = _Memory(count)

@@ -15,6 +15,7 @@ from engine.plan.tensor import row_major
 from engine.targets.cuda import conv_halo, conv_wgmma
 from engine.targets.cuda.conv import filters_of, launch_conv, lower_in
 from engine.targets.cuda.conv_geometry import Geometry, channels_last
+from engine.targets.cuda.conv_halo_deep import DeepTile
 from engine.targets.cuda.covering.build import (
     ACC,
     F16,
@@ -84,6 +85,7 @@ def _gathered_convolutions(context: Context, rounding: Context) -> Iterator[tupl
         (_residual(F16, axes=3), context, few),
         (_residual(F16, channels=128, groups=2), context, few),
         (_residual(DType.BF16), context, wgmma[:1]),
+        (_residual(F16), context, conv_wgmma.MORE_TILES if wgmma else ()),
         (_residual(F32), rounding, (*wgmma[:3], *wgmma[7:8])),
         (_residual(F32, channels=128, groups=2, axes=3), rounding, split),
     ]
@@ -95,6 +97,7 @@ def _gathered_convolutions(context: Context, rounding: Context) -> Iterator[tupl
                 yield f"conv {tile}", launch
     if context.architecture.wgmma:
         yield from _halos(context, rounding)
+        yield from _deep_halos(context, rounding)
 
 
 def _halos(context: Context, rounding: Context) -> Iterator[tuple[str, Launch]]:
@@ -105,6 +108,19 @@ def _halos(context: Context, rounding: Context) -> Iterator[tuple[str, Launch]]:
                 continue
             for launch in lower_in(step, Geometry(step), tile, how):
                 yield f"conv {tile}", launch
+
+
+def _deep_halos(context: Context, rounding: Context) -> Iterator[tuple[str, Launch]]:
+    """Halos of several panels: the tiles with the most accumulators and operands of the epilogue, either way round."""
+    for step, tile, how in (
+        (_residual(F16, channels=160), DeepTile(224, 128, 2, 9, swapped=True), context),
+        (_conv(DType.BF16, channels=160), DeepTile(256, 128, 2, 12, swapped=True, panel_bytes=64), context),
+        (_residual(F16, channels=160), DeepTile(128, 256, 2, 5), context),
+        (_residual(DType.BF16, channels=160), DeepTile(128, 192, 2, 7), context),
+        (_residual(F32, channels=48), DeepTile(256, 128, 2, 8), rounding),
+    ):
+        for launch in lower_in(step, Geometry(step), tile, how):
+            yield f"conv {tile}", launch
 
 
 def _residual(dtype: DType, channels: int = 0, groups: int = 1, axes: int = 2) -> Step:

@@ -20,8 +20,9 @@ from engine.targets.cuda.covering.build import (
     relu6,
     weight,
 )
-from engine.targets.cuda.depthwise import is_depthwise_product, launch_depthwise_product
-from engine.targets.cuda.kernel import Context, Launch
+from engine.targets.cuda.depthwise import is_depthwise_product, launch_depthwise_product, window_of
+from engine.targets.cuda.depthwise_rows import candidates, has_rows, launch_rows
+from engine.targets.cuda.kernel import Context, Launch, ceildiv
 
 
 def depthwise_products(context: Context) -> Iterator[tuple[str, Launch]]:
@@ -42,3 +43,28 @@ def depthwise_products(context: Context) -> Iterator[tuple[str, Launch]]:
         if is_depthwise_product(step, geometry, context):
             name = f"depthwise {kernel}/{stride} dilation {dilation} {channels}@{size}"
             yield name, launch_depthwise_product(step, geometry, context)
+    if context.architecture.wgmma:
+        yield from _rows(context)
+
+
+def _rows(context: Context) -> Iterator[tuple[str, Launch]]:
+    """Rows that stream, for every filter that networks have, in tiles that leave a thread the fewest registers: stages
+    of one row of results and of a period, with a clamp and with a residual in turn."""
+    for turn, (kernel, stride) in enumerate(((3, 1), (3, 2), (5, 1), (5, 2), (7, 1))):
+        dtype = DType.BF16 if turn % 3 == 0 else F16
+        biased = add(ACC, arg(2, dtype))
+        residual = turn % 2 == 0
+        store = add(biased, arg(3, dtype)) if residual else relu6(biased)
+        image = replace(channels_inner(2, 144, 30, 30), dtype=dtype)
+        results = replace(channels_inner(2, 144, 30 // stride, 30 // stride), dtype=dtype)
+        filters, bias = weight(144, 1, kernel, kernel, dtype=dtype), weight(144, 1, 1, dtype=dtype)
+        op = conv_op(kernel, stride, 144, ex.cast(store, dtype))
+        step = make_step(op, [image, filters, bias, *([results] if residual else [])])
+        geometry = Geometry(step)
+        assert has_rows(step, geometry, context)
+        fitting = candidates(window_of(geometry), context.architecture.shared_bytes)
+        most = max(tile.blocks * ceildiv(tile.warps, 4) for tile in fitting)
+        dense = [tile for tile in fitting if tile.blocks * ceildiv(tile.warps, 4) == most]
+        longest = max(tile.rows for tile in dense)
+        tile = next(tile for tile in dense if (tile.rows == longest) == residual)
+        yield f"depthwise rows {tile}", launch_rows(step, geometry, tile, context)

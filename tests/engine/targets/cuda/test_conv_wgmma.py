@@ -12,11 +12,12 @@ from engine.ir.dtype import DType
 from engine.ir.ops import Conv
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
+from engine.targets.cuda import conv_halo_deep, conv_wgmma
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.conv import lower, lower_in
 from engine.targets.cuda.conv_geometry import Geometry, channels_last
-from engine.targets.cuda.conv_wgmma import suits
+from engine.targets.cuda.conv_wgmma import MORE_TILES, suits
 from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
 from engine.targets.cuda.kernel import Context, Instruction, PixelMap, WeightStore
 from engine.targets.cuda.tiles import WGMMA_TILES, WgmmaTile
@@ -36,11 +37,12 @@ from tests.engine.targets.cuda.test_conv import (
 
 KINDS = (FP16, BF16_, TF32)
 PANELS = (128, 64, 32)
+TILES = (*WGMMA_TILES, *MORE_TILES)
 
 
 def tile_of(i: int, rng: np.random.Generator) -> WgmmaTile:
     """A tile, and the k of its results in one part or in several."""
-    tile = replace(WGMMA_TILES[i % len(WGMMA_TILES)], panel_bytes=PANELS[i % len(PANELS)])
+    tile = replace(TILES[i % len(TILES)], panel_bytes=PANELS[i % len(PANELS)])
     return replace(tile, splits=min(tile.most_splits, int(rng.choice([1, 1, 2, 3, 7]))))
 
 
@@ -130,7 +132,7 @@ def test_a_block_takes_several_tiles(hopper: Runner, count: int) -> None:
     """Rings and turns wrap around, and walks go from image to image."""
     cases = []
     x, n = ((3, 40, 13, 11), 72) if count < 100 else ((40, 72, 30, 29), 264)
-    for i, tile in enumerate(WGMMA_TILES):
+    for i, tile in enumerate(TILES):
         step = make_step(cv.conv_op(3), [(F16, x), weight(n, x[1], 3, 3), weight(n, 1, 1)])
         chosen = replace(tile, panel_bytes=PANELS[i % 3], splits=min(1 + i % 2, tile.most_splits))
         launches = lower_in(step, Geometry(step), chosen, hopper.context)
@@ -219,3 +221,15 @@ def test_deep_layers_of_one_image_split_their_sums() -> None:
     assert launch.grid[1] > 1
     (launch,) = lower(conv_step((32, 64, 56, 56), (64, 64, 3, 3), pad=1), CONTEXT)
     assert launch.grid[1] == 1
+
+
+def test_more_widths_are_considered_only_where_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """320 columns in two tiles of 160."""
+    step = conv_step((32, 320, 20, 20), (320, 320, 3, 3), pad=1)
+    monkeypatch.setattr(conv_halo_deep, "TAKEN", False)
+    monkeypatch.setattr(conv_wgmma, "MORE_TAKEN", False)
+    (before,) = lower(step, CONTEXT)
+    assert "tile_n = 160" not in before.kernel.source.text
+    monkeypatch.setattr(conv_wgmma, "MORE_TAKEN", True)
+    (after,) = lower(step, CONTEXT)
+    assert "tile_n = 160" in after.kernel.source.text

@@ -1,0 +1,175 @@
+"""Convolutions at stride 1 of many channels on the warpgroup matrix units of sm_90a, whose pixels come once for all
+kernel positions (conv_halo_deep.cuh): which they are, in which tile, and their launch. Called by `conv.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import hypot, prod
+
+from engine.plan.plan import Step
+from engine.targets.cuda.conv_geometry import Geometry, row_length
+from engine.targets.cuda.conv_halo import Grid, divisor_arguments, lies_alike
+from engine.targets.cuda.conv_simt import epilogue_for
+from engine.targets.cuda.conv_wgmma import pixel_strides
+from engine.targets.cuda.gemm import wgmma_function
+from engine.targets.cuda.kernel import (
+    STORAGE,
+    Context,
+    Instruction,
+    Launch,
+    PixelMap,
+    Pointer,
+    TensorMap,
+    ceildiv,
+    launch,
+)
+from engine.targets.cuda.tiles import ROUND_TRIP, Choice, Operands, late_fetches
+
+TAKEN = False
+"""Whether `conv.py` takes this kernel where `cycles` says that it is faster than the others. Neither the kernel nor its
+model has been measured; ``python -m benchmarks tiles`` does that."""
+
+_MOST_PIXELS = 1024  # of one copy
+_CONSUMERS = 2
+
+
+@dataclass(frozen=True)
+class DeepTile:
+    """`m` places of the grid × `n` columns; rings of `halos` and of `stages` boxes of filters, whose rows have
+    `panel_bytes` of channels. `swapped`: filters are the first operand."""
+
+    m: int
+    n: int
+    halos: int
+    stages: int
+    swapped: bool = False
+    panel_bytes: int = 128
+
+    @property
+    def wide(self) -> int:
+        """Columns of the instruction."""
+        return self.m if self.swapped else self.n
+
+    @property
+    def parts(self) -> int:
+        """Instructions of 64 rows of a consumer."""
+        return (self.n if self.swapped else self.m) // (64 * _CONSUMERS)
+
+    def halo(self, grid: Grid) -> int:
+        """Pixels under the tile, in whole atoms of the swizzle."""
+        return ceildiv(self.m + grid.reach[0] * grid.width + grid.reach[1], 8) * 8
+
+    def shared_bytes(self, grid: Grid) -> int:
+        """Both rings, and the barriers `full` and `empty` of each of their stages."""
+        rows = self.stages * self.n + self.halos * self.halo(grid)
+        return rows * self.panel_bytes + 2 * 8 * (self.stages + self.halos)
+
+
+_SHAPES = (
+    *((m, 128, True) for m in (96, 128, 160, 192, 224, 256)),
+    (128, 64, False), (128, 96, False), (128, 160, False), (128, 192, False), (128, 256, False),
+    (256, 64, False), (256, 96, False), (256, 128, False),
+)  # fmt: skip
+
+
+def has_deep_halo(step: Step, geometry: Geometry) -> bool:
+    """Whether the kernel can run a step: more than one kernel position, since it brings pixels for several."""
+    return lies_alike(step, geometry) and prod(geometry.phases[0].kernel) > 1
+
+
+def candidates(step: Step, geometry: Geometry, context: Context) -> Iterator[DeepTile]:
+    """The tiles that fit shared memory, with as many boxes of filters as that has room for."""
+    grid, itemsize = Grid.of(geometry), step.inputs[1].dtype.itemsize
+    panels = [128]
+    if row_length(geometry.channels, 64 // itemsize) % (128 // itemsize):
+        panels.append(64)  # the last panel of 128 bytes would be half empty
+    for (m, n, swapped), halos, panel_bytes in product(_SHAPES, (2, 3), panels):
+        tile = DeepTile(m, n, halos, 2, swapped, panel_bytes)
+        left = context.architecture.shared_bytes - tile.shared_bytes(grid)
+        if left < 0 or tile.halo(grid) > _MOST_PIXELS or (n > 64 and n // 2 >= geometry.n):
+            continue
+        more = left // (n * panel_bytes + 16)
+        yield DeepTile(m, n, halos, min(12, 2 + more), swapped, panel_bytes)
+
+
+def pick(step: Step, geometry: Geometry, operands: Operands, context: Context) -> Choice[DeepTile] | None:
+    """The tile that should be fastest, if the kernel is `TAKEN` and can run the step."""
+    choices = estimates(step, geometry, operands, context) if TAKEN else ()
+    return min(choices, key=lambda choice: choice.cycles, default=None)
+
+
+def estimates(step: Step, geometry: Geometry, operands: Operands, context: Context) -> Iterator[Choice[DeepTile]]:
+    """What every tile should take; nothing where the kernel cannot run the step."""
+    if context.architecture.wgmma and operands is not Operands.EXACT and has_deep_halo(step, geometry):
+        for tile in candidates(step, geometry, context):
+            yield Choice(tile, cycles(step, geometry, tile, context.multiprocessors))
+
+
+def cycles(step: Step, geometry: Geometry, tile: DeepTile, multiprocessors: int) -> float:
+    """Estimated cycles, with constants of `conv_halo.cycles` and `tiles.GATHERED`: none was fitted to this kernel."""
+    grid, taps = Grid.of(geometry), prod(geometry.phases[0].kernel)
+    channels = row_length(geometry.channels, tile.panel_bytes // step.inputs[1].dtype.itemsize)
+    panels = channels * step.inputs[1].dtype.itemsize // tile.panel_bytes
+    columns, tiles = ceildiv(geometry.n, tile.n), ceildiv(grid.places, tile.m)
+    sharing = max(1, multiprocessors // columns)
+    rounds = ceildiv(tiles, sharing) * ceildiv(columns, multiprocessors)
+    multiply = (0.94 + 20 / tile.wide) * tile.m * tile.n * tile.panel_bytes / 2 / 2048
+    # A halo and the filters of its panel arrive while the panel before is multiplied.
+    copies = tile.halo(grid) * 3.84 + taps * tile.n * 1.26
+    panel = max(taps * max(multiply, 150), copies)
+    epilogue = 955 + (0.0212 if tile.swapped else 0.013) * tile.m * tile.n
+    accumulators = tile.parts * tile.wide // 2  # of a lane
+    room, chunk = (140, 2) if tile.swapped else (132, 1)  # as in conv_halo_deep.cuh
+    groups = tile.parts if tile.swapped else tile.n // 32
+    reads = epilogue_for(step, geometry.n).reads
+    late = late_fetches(reads, accumulators // 8, groups, room - accumulators, chunk) * ROUND_TRIP * rounds
+    time = rounds * (panels * panel + 0.62 * epilogue)
+    return 2540 + hypot(time, step.cost.bytes / 1800) + late
+
+
+def panel_channels(tile: DeepTile, step: Step) -> int:
+    """The channels that a copy brings of each pixel."""
+    return tile.panel_bytes // step.inputs[1].dtype.itemsize
+
+
+def launch_deep(step: Step, geometry: Geometry, filters: Pointer, tile: DeepTile, context: Context) -> Launch:
+    """The launch in the given tile. `filters`: packed for panels of `panel_channels`."""
+    dtype, (phase,), grid = step.inputs[1].dtype, geometry.phases, Grid.of(geometry)
+    panel, halo, taps = panel_channels(tile, step), tile.halo(grid), prod(phase.kernel)
+    padded = row_length(geometry.channels, panel)
+    columns, tiles = ceildiv(geometry.n, tile.n), ceildiv(grid.places, tile.m)
+    size_y, size_x = geometry.input[1:]
+    pad_y, pad_x = phase.pads[1:]
+    strides, image_stride = pixel_strides(geometry, (size_x, size_y), (1, 1))
+    pixels = PixelMap(
+        geometry.x, geometry.channels, geometry.images, image_stride, (size_x, size_y), strides,
+        (-pad_x, -pad_y), (grid.width - pad_x - size_x, grid.height - pad_y - size_y), (1, 1), panel, halo,
+    )  # fmt: skip
+    return launch(
+        "conv",
+        "conv_halo_deep.cuh",
+        {
+            "tile_m": tile.m, "tile_n": tile.n, "halos": tile.halos, "stages": tile.stages, "swapped": tile.swapped,
+            "panel_bytes": tile.panel_bytes, "operand": STORAGE[dtype],
+        },
+        [epilogue_for(step, geometry.n)],
+        {
+            "map_a": pixels,
+            "map_b": TensorMap(filters, geometry.n, taps * padded, taps * padded, tile.n, panel),
+            "tiles": tiles, "n": geometry.n, "images": geometry.images, "taps": taps, "padded": padded,
+            "steps": taps * padded // panel, "halo_bytes": halo * tile.panel_bytes, "grid_h": grid.height,
+            "grid_w": grid.width,
+            **divisor_arguments("grid_h", grid.height), **divisor_arguments("grid_w", grid.width),
+            "out_h": phase.out[1], "out_w": phase.out[2], "pad_h": pad_y, "pad_w": pad_x,
+            "kernel_w": phase.kernel[2],
+            "tap_line": geometry.dilations[1] * grid.width, "tap_pixel": geometry.dilations[2],
+        },
+        (min(tiles, max(1, context.multiprocessors // columns)), columns, 1),
+        384,
+        tile.shared_bytes(grid),
+        Instruction.WGMMA,
+        helpers=f'#include "ptx/wgmma.cuh"\n{wgmma_function(tile.wide, dtype)}',
+    )  # fmt: skip

@@ -1,0 +1,246 @@
+"""Depthwise convolutions whose rows stream through shared memory by the copy engine of sm_90a (depthwise_rows.cuh):
+which they are, in which tile, and their launch. Called by `conv.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+
+import numpy as np
+
+from engine.plan.plan import Step
+from engine.targets.cuda import depthwise
+from engine.targets.cuda.architecture import share_of
+from engine.targets.cuda.conv_geometry import Geometry
+from engine.targets.cuda.conv_simt import epilogue_for
+from engine.targets.cuda.conv_wgmma import pixel_strides
+from engine.targets.cuda.depthwise import Window, is_depthwise_product, pack_tap_pairs, window_of
+from engine.targets.cuda.kernel import (
+    STORAGE,
+    Context,
+    Instruction,
+    Launch,
+    Pointer,
+    TensorMap,
+    ceildiv,
+    launch,
+)
+from engine.targets.cuda.spaces import MAX_COUNT, VECTOR
+
+TAKEN = False
+"""Whether a convolution runs in this kernel where `cycles` says that it is faster than depthwise_mma.cuh. Neither the
+kernel nor its model has been measured; ``python -m benchmarks tiles`` does that."""
+
+_LONGEST_PERIOD = 8  # rows that the loop is unrolled over
+_MOST_WARPS = 16
+_LARGEST_BOX = 256  # pixels of one copy
+_SUMS_BYTES = 2048  # that a warp passes its sums through
+_REGISTERS = 65536  # of a multiprocessor
+
+
+@dataclass(frozen=True)
+class Column:
+    """All images of a convolution, of `size` (height, width), on top of each other: `pitch` rows of inputs from one to
+    the next, `lines` rows of results from the first image's first one to the last image's last one."""
+
+    size: tuple[int, int]
+    pitch: int
+    lines: int
+
+    @classmethod
+    def of(cls, geometry: Geometry) -> Column:
+        window, pad = window_of(geometry), geometry.pads[1]
+        size, stride, out = (geometry.input[1], geometry.input[2]), window.stride[0], window.output[0]
+        # The next image's padding begins behind this one, and behind the last row that this one's results meet.
+        met = window.span(out, 0) - pad
+        pitch = ceildiv(max(size[0] + max(pad, 0), met, out * stride), stride) * stride
+        return cls(size, pitch, (window.images - 1) * (pitch // stride) + out)
+
+
+@dataclass(frozen=True)
+class RowsTile:
+    """A block's tile: `panel` channels, `units` · 8 pixels of the width, `streams` parts of the column; a ring of
+    `stages` of `rows` rows. `blocks` share a multiprocessor."""
+
+    panel: int
+    units: int
+    streams: int
+    rows: int
+    stages: int
+    blocks: int
+
+    @property
+    def warps(self) -> int:
+        return ceildiv(self.units * self.streams, 2) * (self.panel // 16)
+
+    def row_bytes(self, window: Window) -> int:
+        """A row of all streams, in whole atoms of the swizzle."""
+        return self.streams * ceildiv(window.span(8 * self.units, 1), 8) * 8 * 2 * self.panel
+
+    def shared_bytes(self, window: Window) -> int:
+        """The ring, what warps pass their sums through, and the barriers `full` and `empty` of each stage."""
+        return self.stages * self.rows * self.row_bytes(window) + self.warps * _SUMS_BYTES + 2 * 8 * self.stages
+
+
+def _live(window: Window) -> int:
+    """Rows of results that a row of inputs belongs to, at most."""
+    return (window.kernel[0] - 1) * window.dilation[0] // window.stride[0] + 1
+
+
+def _registers(window: Window) -> int:
+    """What a thread is known to need: sums, weights, addresses."""
+    return 8 * _live(window) + 4 * window.kernel[0] * window.tap_pairs + 64
+
+
+@lru_cache(maxsize=1024)
+def candidates(window: Window, shared_bytes: int) -> tuple[RowsTile, ...]:
+    """The tiles that registers and shared memory have room for."""
+    live, stride, every = _live(window), window.stride[0], ceildiv(window.output[1], 8)
+    across = sorted({ceildiv(every, part) for part in range(1, every + 1)})
+    found = []
+    for panel, units, streams, rows, stages, blocks in product(
+        (64, 32), across, (1, 2), sorted({stride, stride * live}), (2, 3, 4, 6), (1, 2, 3, 4)
+    ):
+        tile = RowsTile(panel, units, streams, rows, stages, blocks)
+        if (panel > 32 and window.channels <= panel // 2) or window.span(8 * units, 1) > _LARGEST_BOX:
+            continue
+        # Several streams only where a unit would have no partner.
+        if tile.warps > _MOST_WARPS or (streams > 1 and units % 2 == 0):
+            continue
+        # Registers are given to a block in four equal parts, one for each scheduler.
+        if blocks * ceildiv(tile.warps, 4) * 128 * _registers(window) > _REGISTERS:
+            continue
+        if tile.shared_bytes(window) <= share_of(shared_bytes, blocks):
+            found.append(tile)
+    return tuple(found)
+
+
+def has_rows(step: Step, geometry: Geometry, context: Context) -> bool:
+    """Whether the kernel can run a step."""
+    if not context.architecture.wgmma or not is_depthwise_product(step, geometry, context):
+        return False
+    window, column = window_of(geometry), Column.of(geometry)
+    lies = zip((geometry.images, *geometry.input), geometry.x_strides, strict=True)
+    return (
+        _live(window) * window.stride[0] <= _LONGEST_PERIOD
+        and geometry.images > 0
+        and all(stride > 0 for size, stride in lies if size > 1)
+        and (geometry.images + _LONGEST_PERIOD) * column.pitch <= MAX_COUNT
+        and bool(candidates(window, context.architecture.shared_bytes))
+    )
+
+
+def _parts(window: Window, tile: RowsTile, lines: int, multiprocessors: int) -> tuple[int, int, int]:
+    """Panels and pieces of the width, blocks that share the column of each, and the rows of results of a stream."""
+    wide = ceildiv(window.channels, tile.panel) * ceildiv(window.output[1], 8 * tile.units)
+    sharing = max(1, max(1, multiprocessors) * tile.blocks // wide)
+    outputs = ceildiv(lines, sharing * tile.streams)
+    return wide, ceildiv(lines, outputs * tile.streams), outputs
+
+
+# Instructions of a warp, counted in machine code with bias and clamp: for a pair of taps, for a row of results, for a
+# stage; how many a multiprocessor issues a cycle.
+_READ, _ROW, _STAGE, _ISSUED = 2.0, 62.0, 24.0, 2.6
+# Cycles of a multiprocessor: a matrix instruction; the bytes of shared memory and of memory (0.9 of a copy's rate) in
+# one; a row of a box in the copy engine; the way of a row from memory; what one warp that waits for nobody takes for a
+# row of inputs, a product, and a row of results; a launch with its first row. None was fitted to this kernel.
+_MMA, _SHARED_BYTES, _MEMORY_BYTES, _COPY = 1.6, 100.0, 11.9, 3.2
+_LATENCY, _ALONE_READ, _ALONE_PRODUCT, _ALONE_ROW, _START = 1100.0, 70.0, 6.4, 150.0, 3600.0
+_SHARPNESS = 5.0
+
+
+def cycles(window: Window, tile: RowsTile, column: Column, multiprocessors: int) -> float:
+    """Estimated time of the convolution in a tile."""
+    wide, sharing, outputs = _parts(window, tile, column.lines, multiprocessors)
+    stride, across = window.stride[0], 8 * tile.units
+    inputs = window.span(outputs, 0)  # rows that a stream goes through
+    blocks, most = wide * sharing, max(1, multiprocessors) * tile.blocks
+    resident = min(tile.blocks, ceildiv(blocks, max(1, multiprocessors)))
+    reads = inputs * 2 * window.tap_pairs
+    products = reads * window.kernel[0] / stride
+    each = products + reads * _READ + outputs * _ROW + inputs / tile.rows * _STAGE
+    # Pixels that lie two apart meet in the banks of shared memory.
+    shared = reads * 512 * min(2, window.stride[1]) + outputs * 2048
+    streams, width = resident * tile.streams, window.span(across, 1)
+    # Of pixels that a block goes through, those that there are.
+    read = inputs * column.size[0] / column.pitch * min(width, column.size[1])
+    written = outputs * stride * window.output[0] / column.pitch * window.output[1] / ceildiv(window.output[1], across)
+    share = window.channels / (ceildiv(window.channels, tile.panel) * tile.panel)
+    alone = inputs * _ALONE_READ + products * _ALONE_PRODUCT + outputs * _ALONE_ROW
+    limits = (
+        resident * tile.warps * each / _ISSUED,
+        resident * tile.warps * products * _MMA,
+        resident * tile.warps * shared / _SHARED_BYTES,
+        streams * inputs * width * _COPY,
+        streams * 2 * tile.panel * share * (read + written) / _MEMORY_BYTES,
+        inputs / (tile.rows * (tile.stages - 1)) * _LATENCY,
+        alone,
+    )
+    # What is far from being the limit costs nothing, what is close to it something.
+    return _START + ceildiv(blocks, most) * float(np.linalg.norm(limits, _SHARPNESS))
+
+
+def ranked(step: Step, geometry: Geometry, context: Context) -> list[tuple[float, RowsTile]]:
+    """The tiles of a step that `has_rows` with their estimated cycles, from what should be the fastest on."""
+    shared_bytes, multiprocessors = context.architecture.shared_bytes, context.multiprocessors
+    return list(_ranked(window_of(geometry), Column.of(geometry), shared_bytes, multiprocessors))
+
+
+@lru_cache(maxsize=256)
+def _ranked(
+    window: Window, column: Column, shared_bytes: int, multiprocessors: int
+) -> tuple[tuple[float, RowsTile], ...]:
+    fitting = candidates(window, shared_bytes)
+    estimates = ((cycles(window, tile, column, multiprocessors), tile) for tile in fitting)
+    return tuple(sorted(estimates, key=lambda one: one[0]))
+
+
+def pick(step: Step, geometry: Geometry, context: Context) -> RowsTile | None:
+    """The tile of a depthwise product that should be faster than in depthwise_mma.cuh, where the kernel is `TAKEN`."""
+    if not TAKEN or not has_rows(step, geometry, context):
+        return None
+    window = window_of(geometry)
+    other = depthwise.pick_tile(window, context.architecture.shared_bytes, context.multiprocessors)
+    estimate, tile = ranked(step, geometry, context)[0]
+    faster = other is None or estimate < depthwise.cycles(window, other, context.multiprocessors)
+    return tile if faster else None
+
+
+def launch_rows(step: Step, geometry: Geometry, tile: RowsTile, context: Context) -> Launch:
+    """The launch of a step that `has_rows` in the given tile."""
+    window, element = window_of(geometry), step.inputs[1].dtype
+    column = Column.of(geometry)
+    panels = ceildiv(window.channels, tile.panel)
+    wide, sharing, outputs = _parts(window, tile, column.lines, context.multiprocessors)
+    padded = panels * tile.panel
+    packed = context.weights.packed(
+        step.inputs[1], f"tap pairs c{padded}", lambda w: pack_tap_pairs(w.reshape(w.shape[0], *window.kernel), padded)
+    )
+    _, height, width = geometry.input
+    (pixel_stride, row_stride), image_stride = pixel_strides(geometry, (width, height), (1, 1))
+    pixels = TensorMap(
+        geometry.x, width, window.channels, pixel_stride, window.span(8 * tile.units, 1), tile.panel,
+        ((height, row_stride), (geometry.images, image_stride)),
+    )  # fmt: skip
+    return launch(
+        "depthwise",
+        "depthwise_rows.cuh",
+        {
+            "operand": STORAGE[element], "kernel_h": window.kernel[0], "kernel_w": window.kernel[1],
+            "stride_h": window.stride[0], "stride_w": window.stride[1], "dilation_h": window.dilation[0],
+            "dilation_w": window.dilation[1], "panel": tile.panel, "units": tile.units, "streams": tile.streams,
+            "rows": tile.rows, "stages": tile.stages, "blocks": tile.blocks,
+            "shared_bytes": tile.shared_bytes(window),
+        },
+        [epilogue_for(step, VECTOR)],
+        {
+            "map_x": pixels, "w": Pointer(packed, ctype=STORAGE[element]), "channels": window.channels,
+            "panels": panels, "pitch": column.pitch, "lines": column.lines, "outputs": outputs,
+            "out_h": window.output[0], "out_w": window.output[1], "pad_h": geometry.pads[1], "pad_w": geometry.pads[2],
+        },
+        (wide, sharing, 1),
+        32 * tile.warps,
+        tile.shared_bytes(window),
+        Instruction.MMA,
+    )  # fmt: skip

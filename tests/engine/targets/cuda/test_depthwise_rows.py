@@ -1,0 +1,179 @@
+"""Depthwise convolutions whose rows stream through shared memory, against float64: every tile, on random ragged shapes
+(conftest.py says on what)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from engine.plan.plan import Step
+from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
+from engine.targets.cuda import covering as cv
+from engine.targets.cuda import depthwise_rows
+from engine.targets.cuda.architecture import SM_80, SM_90A
+from engine.targets.cuda.conv import lower
+from engine.targets.cuda.conv_geometry import Geometry, channels_last
+from engine.targets.cuda.conv_variants import variants
+from engine.targets.cuda.covering import ACC, F16, make_step, weight
+from engine.targets.cuda.depthwise import window_of
+from engine.targets.cuda.depthwise_rows import Column, RowsTile, candidates, has_rows, launch_rows, ranked
+from engine.targets.cuda.kernel import Context, Launch, WeightStore
+from tests.engine.targets.cuda.cases import check, ragged, rng_of
+from tests.engine.targets.cuda.harness import Case, Runner
+from tests.engine.targets.cuda.test_conv import BF16_, EPILOGUES, FP16, Kind, Shape, case, random_shape, random_step
+from tests.engine.targets.cuda.test_conv_wgmma import conv_step
+
+CONTEXT = Context(SM_90A, 132, WeightStore())
+
+
+def streamed(rng: np.random.Generator, axes: int, kind: Kind, context: Context) -> Shape:
+    """A random depthwise convolution that the kernel can run, of a few images."""
+    while True:
+        shape = random_shape(rng, axes, ragged(rng, 150, 8), 1, 1, kernels=8)
+        shape = replace(shape, x=(int(rng.integers(1, 6)), *shape.x[1:]))
+        step = random_step(rng, kind, shape, "plain")
+        if has_rows(step, Geometry(step), context):
+            return shape
+
+
+def tile_of(rng: np.random.Generator, shape: Shape, kind: Kind, context: Context) -> RowsTile:
+    """One of the tiles that fit."""
+    step = random_step(rng, kind, shape, "plain")
+    fitting = candidates(window_of(Geometry(step)), context.architecture.shared_bytes)
+    return fitting[int(rng.integers(len(fitting)))]
+
+
+@pytest.mark.parametrize("axes", [2, 1])
+def test_streamed_rows_match_float64(hopper: Runner, count: int, axes: int) -> None:
+    """Strides and dilations that differ between axes, strides beyond the kernel, even kernels, pads of either side and
+    negative ones, ragged channels and widths, from image to image; one block for all rows, and a few."""
+    rng, cases = rng_of(f"rows{axes}"), []
+    for i in range(2 * count):
+        kind, name = (FP16, BF16_)[i % 2], EPILOGUES[i // 2 % 4]
+        context = kind.context(hopper)
+        few = replace(context, multiprocessors=int(rng.choice([1, 3, 12])))
+        shape = streamed(rng, axes, kind, context)
+        tile = tile_of(rng, shape, kind, context)
+        step = random_step(rng, kind, shape, name)
+        launches = [launch_rows(step, Geometry(step), tile, few)]
+        cases.append(case(rng, kind, shape, step, launches, f"{name} {tile}"))
+    check(hopper, cases)
+
+
+def test_windows_of_an_image_match_float64(hopper: Runner, count: int) -> None:
+    """Some of the channels, rows and pixels of a larger image. What lies around them is not a number, and must not be
+    multiplied, not even by zero."""
+    rng, cases = rng_of("rows windows"), []
+    for i in range(count):
+        kind = (FP16, BF16_)[i % 2]
+        shape = streamed(rng, 2, kind, kind.context(hopper))
+        tile = tile_of(rng, shape, kind, kind.context(hopper))
+        around = (shape.x[0], shape.x[1] + 8, shape.x[2] + 2, shape.x[3] + 3)
+        strides = row_major(around, channels_last(4))
+        offset = 8 + 2 * strides[2] + 3 * strides[3]
+        buffer = Buffer("input0", BufferKind.INPUT, (offset + int(np.prod(around))) * kind.w.itemsize)
+        step = random_step(rng, kind, shape, "bias")
+        step = replace(step, inputs=(Tensor(buffer, kind.x, shape.x, strides, offset), *step.inputs[1:]))
+        assert has_rows(step, Geometry(step), kind.context(hopper))
+        launches = [launch_rows(step, Geometry(step), tile, kind.context(hopper))]
+        cases.append(case(rng, kind, shape, step, launches, f"window {tile}"))
+    check(hopper, cases)
+
+
+def test_an_image_does_not_see_the_next_one(hopper: Runner, count: int) -> None:
+    """Between two images of the column lies as much padding as both need, however much there is on either side:
+    a large number in the rows at the edges would show."""
+    cases = []
+    for pads in (((1, 1), (1, 1)), ((2, 0), (0, 2)), ((0, 4), (4, 0)), ((0, 0), (0, 0)), ((4, 1), (1, 1))):
+        for stride in (1, 2):
+            op = replace(cv.conv_op(5, stride, 16), pads=pads, stores=(cv.stored(ACC),))
+            step = make_step(op, [(F16, (4, 16, 6, 9)), weight(16, 1, 5, 5)])
+            image = rng_of("edges").standard_normal((4, 16, 6, 9)).astype(np.float16)
+            image[1, :, 0] = image[1, :, 5] = 1000.0
+            for tile in (RowsTile(32, 1, 2, stride, 2, 1), RowsTile(32, 2, 1, stride, 3, 1)):
+                launches = [launch_rows(step, Geometry(step), tile, hopper.context)]
+                cases.append(Case(f"{pads}/{stride} {tile}", step, 25, {0: image}, launches, rounding=FP16.rounding))
+    check(hopper, cases)
+
+
+def test_a_ring_goes_round_many_times(hopper: Runner, count: int) -> None:
+    """One block with the rows of all images; several blocks whose parts begin anywhere in an image."""
+    cases = []
+    batch, size = (3, 17) if count < 100 else (40, 56)
+    for kernel, stride in ((3, 1), (3, 2), (5, 1), (5, 2), (7, 1)):
+        step = make_step(
+            cv.conv_op(kernel, stride, 48),
+            [(F16, (batch, 48, size, size)), weight(48, 1, kernel, kernel), weight(48, 1, 1)],
+        )
+        geometry = Geometry(step)
+        for multiprocessors in (1, 7):
+            few = replace(hopper.context, multiprocessors=multiprocessors)
+            tile = ranked(step, geometry, few)[0][1]
+            launches = [launch_rows(step, geometry, tile, few)]
+            label = f"{kernel}/{stride} {multiprocessors} {tile}"
+            cases.append(Case(label, step, kernel**2, lowered=launches, rounding=FP16.rounding))
+    check(hopper, cases)
+
+
+# Which convolutions, and how they lie
+
+
+def depthwise_step(batch: int, channels: int, size: int, kernel: int, stride: int = 1) -> Step:
+    x, w = (batch, channels, size, size), (channels, 1, kernel, kernel)
+    return conv_step(x, w, pad=kernel // 2, strides=stride, groups=channels)
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "options", "expected"),
+    [
+        ((32, 144, 56, 56), (144, 1, 3, 3), {"pad": 1}, True),
+        ((32, 144, 56, 56), (144, 1, 7, 7), {"pad": 3}, True),
+        ((32, 144, 56, 56), (144, 1, 3, 3), {"pad": 1, "strides": 2}, True),
+        ((32, 144, 999), (144, 1, 3), {"pad": 1}, True),
+        ((32, 144, 56, 56), (144, 1, 9, 9), {"pad": 4}, False),
+        ((32, 144, 56, 56), (144, 1, 5, 5), {"pad": 8, "dilation": 4}, False),
+        ((32, 145, 56, 56), (145, 1, 3, 3), {"pad": 1}, False),
+        ((32, 144, 56, 56), (144, 1, 3, 3), {"pad": 1, "known": False}, False),
+    ],
+)
+def test_which_convolutions_stream(
+    x: tuple[int, ...], w: tuple[int, ...], options: dict[str, int], expected: bool
+) -> None:
+    step = conv_step(x, w, **options, groups=x[1])  # type: ignore[arg-type]
+    assert has_rows(step, Geometry(step), CONTEXT) == expected
+    assert not has_rows(step, Geometry(step), replace(CONTEXT, architecture=SM_80))
+
+
+def test_images_lie_a_padding_apart() -> None:
+    """56 rows with one of padding between them; 14 at stride 2 with two, so that an image begins at an even row."""
+    for size, kernel, stride, pitch, lines in ((56, 3, 1, 57, 113), (14, 5, 2, 16, 15), (7, 5, 1, 9, 16)):
+        column = Column.of(Geometry(depthwise_step(2, 64, size, kernel, stride)))
+        assert (column.pitch, column.lines) == (pitch, lines)
+
+
+def body_of(launches: list[Launch]) -> str:
+    (launch,) = launches
+    return launch.kernel.source.text.rstrip().rpartition("\n")[2]
+
+
+def test_it_is_taken_only_where_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = depthwise_step(128, 144, 56, 3)
+    monkeypatch.setattr(depthwise_rows, "TAKEN", False)
+    assert body_of(lower(step, CONTEXT)) == '#include "depthwise_mma.cuh"'
+    monkeypatch.setattr(depthwise_rows, "TAKEN", True)
+    assert body_of(lower(step, CONTEXT)) == '#include "depthwise_rows.cuh"'
+    assert body_of(lower(step, replace(CONTEXT, architecture=SM_80))) == '#include "depthwise_mma.cuh"'
+
+
+def test_sweeps_get_the_present_way_and_tiles_from_the_whole_ranking(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = depthwise_step(128, 144, 56, 3)
+    monkeypatch.setattr(depthwise_rows, "TAKEN", False)
+    present, other, *rows = variants(step, CONTEXT, 8)
+    assert body_of(list(present.launches)) == body_of(list(other.launches)) == '#include "depthwise_mma.cuh"'
+    assert len({variant.name for variant in rows}) == 8
+    estimates = [variant.cycles for variant in rows if variant.cycles is not None]
+    every = [cycles for cycles, _ in ranked(step, Geometry(step), CONTEXT)]
+    assert estimates[:4] == every[:4]
+    assert estimates[-1] > every[len(every) // 2]
