@@ -28,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, default=2000, help="of each turn")
     parser.add_argument("--pairs", type=int, default=400, help="of turns with and without, at most")
     parser.add_argument("--seconds", type=float, default=400.0, help="of all turns, at most")
+    parser.add_argument(
+        "--keep-statistics",
+        action="store_true",
+        help="without metrics the statistics of the protocol are still counted, from the same rows",
+    )
 
 
 def measure(options: argparse.Namespace, folder: Path) -> Report:
@@ -35,6 +40,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Report:
     machine hardly changes; the loss is the median over pairs of turns, its interval one of 95 % by the bootstrap."""
     report = Report("What metrics cost", vars(options))
     arguments = options.server_arguments.split()
+    toggle = signal.SIGUSR1 if options.keep_statistics else signal.SIGUSR2
     with tilewave(identity_repository(folder), folder, *arguments, module="load_tests.unmetered") as server:
         _turn(server, options)
         _counted(server)  # every metric has been used now, every cache filled
@@ -49,7 +55,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Report:
             turns = {}
             for counts in (True, False) if pair % 2 == 0 else (False, True):
                 if counts != counting:
-                    server.signal(signal.SIGUSR1)
+                    server.signal(toggle)
                     counting = counts
                 before = _counted(server)
                 turns[counts] = _turn(server, options)
@@ -65,11 +71,12 @@ def measure(options: argparse.Namespace, folder: Path) -> Report:
                 if (high - low) / 2 <= CLOSE:
                     break
         if not counting:
-            server.signal(signal.SIGUSR1)
+            server.signal(toggle)
         scrape = _scrape(server)
     loss = statistics.median(losses)
     on, off = (statistics.median(spent[counts]) for counts in (True, False))
     report.add(
+        off="metrics" if options.keep_statistics else "metrics and statistics",
         pairs=len(losses),
         cpu_us_a_request_on=round(on * 1e6, 1),
         cpu_us_a_request_off=round(off * 1e6, 1),
