@@ -17,11 +17,11 @@ from engine.targets.cuda.gemm_stream import AnyTile, StreamTile, stream_tile
 from engine.targets.cuda.kernel import Choice, Functor
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.source import expand
-from engine.targets.cuda.tiles import MMA_TILES, PRODUCT_TILES, Operands, Tile, WgmmaTile
+from engine.targets.cuda.tiles import MMA_TILES, PRODUCT_TILES, STAGED_TILES, Operands, Tile, WgmmaTile
 
 log = logging.getLogger(__name__)
 
-_KERNELS = ("gemm_wgmma.cuh", "gemm_mma.cuh", "gemm_stream.cuh", "align_rows.cuh")
+_KERNELS = ("gemm_wgmma.cuh", "gemm_staged.cuh", "gemm_mma.cuh", "gemm_stream.cuh", "align_rows.cuh")
 
 
 def key_of(product: Product, operands: Operands, epilogue: Functor) -> str:
@@ -42,7 +42,9 @@ def choice_of(tile: AnyTile, us: float) -> Choice:
     choice: dict[str, str | int | float | bool] = {
         "kernel": kernel, "m": tile.m, "n": tile.n, "splits": tile.splits, "us": us,
     }  # fmt: skip
-    return {**choice, "cooperative": tile.cooperative, "aligns": tile.aligns} if isinstance(tile, WgmmaTile) else choice
+    if isinstance(tile, WgmmaTile):
+        choice |= {"cooperative": tile.cooperative, "aligns": tile.aligns, "slots": tile.slots}
+    return choice
 
 
 def tile_text(tile: AnyTile) -> str:
@@ -52,7 +54,8 @@ def tile_text(tile: AnyTile) -> str:
     kernel = "wgmma" if isinstance(tile, WgmmaTile) else "mma"
     turns = " cooperative" if isinstance(tile, WgmmaTile) and tile.cooperative else ""
     copied = ", rows copied" if isinstance(tile, WgmmaTile) and tile.aligns else ""
-    return f"{kernel} {tile.m}×{tile.n}{turns}{f', k in {tile.splits}' if tile.splits > 1 else ''}{copied}"
+    staged = ", results staged" if isinstance(tile, WgmmaTile) and tile.slots else ""
+    return f"{kernel} {tile.m}×{tile.n}{turns}{f', k in {tile.splits}' if tile.splits > 1 else ''}{copied}{staged}"
 
 
 def tile_of(choice: Choice, product: Product, operands: Operands) -> AnyTile | None:
@@ -60,9 +63,11 @@ def tile_of(choice: Choice, product: Product, operands: Operands) -> AnyTile | N
     kernel, splits, aligns = choice.get("kernel"), choice.get("splits"), choice.get("aligns")
     if kernel == "stream":
         return stream_tile(product, operands)
-    tiles: tuple[Tile, ...] = PRODUCT_TILES if kernel == "wgmma" else MMA_TILES if kernel == "mma" else ()
+    wgmma = (*PRODUCT_TILES, *STAGED_TILES)
+    tiles: tuple[Tile, ...] = wgmma if kernel == "wgmma" else MMA_TILES if kernel == "mma" else ()
     fitting = [t for t in tiles if (t.m, t.n) == (choice.get("m"), choice.get("n"))]
-    tile = next((t for t in fitting if getattr(t, "cooperative", None) == choice.get("cooperative")), None)
+    named = (choice.get("cooperative"), choice.get("slots"))
+    tile = next((t for t in fitting if (getattr(t, "cooperative", None), getattr(t, "slots", None)) == named), None)
     if tile is None or type(splits) is not int or not 1 <= splits <= tile.most_splits:
         return None
     if not isinstance(tile, WgmmaTile):
@@ -77,7 +82,7 @@ class ChoiceFile:
 
     def __init__(self, folder: Path | None, device: str, driver: str) -> None:
         sources = expand("".join(f'#include "{name}"\n' for name in _KERNELS))
-        tiles = repr((PRODUCT_TILES, MMA_TILES))
+        tiles = repr((PRODUCT_TILES, STAGED_TILES, MMA_TILES))
         digest = hashlib.sha256("\0".join([sources, tiles, driver]).encode()).hexdigest()[:16]
         name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
         self.path = folder and folder / f"{name}-{digest}.json"

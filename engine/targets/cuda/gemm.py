@@ -5,6 +5,7 @@ of rows where memory is the limit (gemm_stream.py), and, for types that the matr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from engine.ir.dtype import DType
 from engine.ir.ops import Gemm, Op
 from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor
-from engine.targets.cuda import codegen
+from engine.targets.cuda import codegen, product_cost
 from engine.targets.cuda.align_rows import aligned, aligned_bytes
 from engine.targets.cuda.choices import key_of, tile_of
 from engine.targets.cuda.gemm_stream import AnyTile, StreamTile, launch_stream, stream_tile, streams_faster
@@ -36,8 +37,9 @@ from engine.targets.cuda.kernel import (
     workspace,
 )
 from engine.targets.cuda.product import Product, columns_in_parts, in_parts, is_weight, product_of, rows_inner, rows_of
-from engine.targets.cuda.product_cost import Ranked, ranked_mma, ranked_stream, ranked_wgmma
+from engine.targets.cuda.product_cost import Ranked, ranked_mma, ranked_staged, ranked_stream, ranked_wgmma
 from engine.targets.cuda.spaces import operand, operands, space
+from engine.targets.cuda.staging import STAGED_WIDTH, staged_epilogue
 from engine.targets.cuda.tiles import NOTHING, Operands, WgmmaTile
 
 _MATRIX_TYPES = (DType.F16, DType.BF16, DType.F32)
@@ -111,8 +113,9 @@ def epilogue_of(
     reads = operands(step.inputs, ex.arguments(*stores), (), len(shape))
     writes = [operand(tensor, len(shape)) for tensor in step.outputs]
     every = space(shape, order[:-1], order[-1:], [*reads.values(), *writes])
-    placed = dict(zip(reads, every.operands, strict=False))
-    return codegen.epilogue(stores, every, placed, every.operands[len(reads) :], granularity, accumulator)
+    placed, results = dict(zip(reads, every.operands, strict=False)), every.operands[len(reads) :]
+    functor = codegen.epilogue(stores, every, placed, results, granularity, accumulator)
+    return replace(functor, staged=staged_epilogue(stores, every, placed, results, granularity))
 
 
 def pick_tile(product: Product, epilogue: Functor, context: Context) -> AnyTile:
@@ -120,7 +123,17 @@ def pick_tile(product: Product, epilogue: Functor, context: Context) -> AnyTile:
     operands = operands_of(product, context)
     timed = context.choices.get(key_of(product, operands, epilogue)) if context.choices else None
     chosen = None if timed is None else tile_of(timed, product, operands)
-    return chosen or ranked_tiles(product, context, epilogue.reads)[0].tile
+    if chosen is not None and not (needs_staged(chosen) and epilogue.staged is None):
+        return chosen
+    best = ranked_tiles(product, context, epilogue.reads)[0]
+    if product_cost.STAGED_BY_MODEL and isinstance(best.tile, WgmmaTile):
+        best = min(best, *staged_tiles(product, epilogue, context)[:1], key=lambda ranked: ranked.estimate.cycles)
+    return best.tile
+
+
+def needs_staged(tile: AnyTile) -> bool:
+    """Whether a tile is for epilogues that have a staged form."""
+    return isinstance(tile, WgmmaTile) and tile.slots > 0
 
 
 def ranked_tiles(product: Product, context: Context, reads: Reads = NOTHING) -> list[Ranked]:
@@ -135,6 +148,16 @@ def ranked_tiles(product: Product, context: Context, reads: Reads = NOTHING) -> 
         faster = streams_faster(product, slices, every[0].tile, operands, multiprocessors)
         every.insert(0 if faster else 1, ranked_stream(product, slices, operands, multiprocessors))
     return every
+
+
+def staged_tiles(product: Product, epilogue: Functor, context: Context) -> list[Ranked]:
+    """The tiles with staged results that can take a product, from what should be the fastest on."""
+    operands = operands_of(product, context)
+    suits = context.architecture.wgmma and product.suits_tma_aligned and operands is not Operands.EXACT
+    if epilogue.staged is None or not suits:
+        return []
+    every = ranked_staged(product, operands, context.multiprocessors)
+    return sorted(every, key=lambda ranked: ranked.estimate.cycles)
 
 
 def operands_of(product: Product, context: Context) -> Operands:
@@ -245,12 +268,24 @@ def _launch_wgmma(
     parts = operands_of(product, context).parts
     if parts > 1:
         b, k = in_parts(product, context.weights), columns_in_parts(product.k)
+    config: dict[str, int | bool | str] = {"operand": STORAGE[product.dtype], "grouped": False, "parts": parts}
+    body, maps = "gemm_wgmma.cuh", dict[str, Argument]()
+    if tile.slots:
+        staged = epilogue.staged
+        assert staged is not None, "the caller has looked"
+        body, epilogue = "gemm_staged.cuh", Functor(staged.code, staged.arguments, epilogue.reads)
+        config["width"] = STAGED_WIDTH
+        box = (product.m, product.n, tile.consumer_rows, tile.staged_columns)
+        maps = {"map_result": staged.result.map(*box)}
+        if staged.tile is not None:
+            maps["map_tile"] = staged.tile.map(*box)
     return launch(
         "gemm",
-        "gemm_wgmma.cuh",
-        {**tile.config, "operand": STORAGE[product.dtype], "grouped": False, "parts": parts},
+        body,
+        {**tile.config, **config},
         [epilogue],
         {
+            **maps,
             "map_a": TensorMap(a.pointer, product.m, product.k, a.stride, tile.m, columns),
             "map_b": TensorMap(b.pointer, product.n, k, b.stride, tile.n, columns),
             "m": product.m,

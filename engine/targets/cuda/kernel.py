@@ -412,6 +412,31 @@ class Functor:
     code: str
     arguments: tuple[tuple[str, Argument], ...]
     reads: Reads
+    staged: Staged | None = None
+
+
+@dataclass(frozen=True)
+class RowMatrix:
+    """Rows of 16-bit elements that the copy engine can read and write, `stride` elements apart."""
+
+    pointer: Pointer
+    stride: int
+
+    def map(self, rows: int, columns: int, box_rows: int, box_columns: int) -> TensorMap:
+        """The descriptor of so many rows and columns."""
+        return TensorMap(self.pointer, rows, columns, self.stride, box_rows, box_columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Staged:
+    """The same epilogue for results that go through shared memory (kernels/mma/staging.cuh): `code` computes two
+    neighbouring columns of the one `result`, from operands that are the same in every row and one full tile, if any.
+    Made by `staging.py`."""
+
+    code: str
+    arguments: tuple[tuple[str, Argument], ...]
+    result: RowMatrix
+    tile: RowMatrix | None
 
 
 def ceildiv(a: int, b: int) -> int:

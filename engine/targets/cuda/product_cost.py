@@ -21,6 +21,7 @@ from engine.targets.cuda.tiles import (
     MOST_SPLITS,
     NOTHING,
     PRODUCT_TILES,
+    STAGED_TILES,
     Operands,
     WgmmaTile,
     mma_cycles,
@@ -81,6 +82,11 @@ reach into one sector more."""
 _LEAST_STEP = 140  # waiting and issuing
 _FINISH, _FINISH_ELEMENT, _SHIFT_ELEMENT = 130, 0.046, 0.12
 """A tile's results: each element's, and more where rows of the result do not begin at multiples of 16 bytes."""
+STAGED_BY_MODEL = False
+"""Whether tiles with staged results are chosen by their estimates, which nothing has been measured for yet, and not
+only where the tuner has found them to be faster."""
+_STAGED_FINISH, _STAGED_ELEMENT = 300, 0.02
+"""The same of staged results: expected, not measured."""
 _ARRIVAL, _PARTIAL_RATE = 2100, 51
 """Partial sums: until they are visible and counted, and the bytes that a multiprocessor writes or reads in a cycle."""
 _LAUNCH, _MEMORY_RATE = 4120, 2360
@@ -105,6 +111,13 @@ def ranked_wgmma(
         yield Ranked(chosen, _wgmma_estimate(product, chosen, operands, multiprocessors, reads))
 
 
+def ranked_staged(product: Product, operands: Operands, multiprocessors: int) -> Iterator[Ranked]:
+    """Every tile of wgmma with staged results. No consumer waits for what its epilogue reads."""
+    for tile in STAGED_TILES:
+        chosen = replace(tile, aligns=not product.suits_tma)
+        yield Ranked(chosen, _wgmma_estimate(product, chosen, operands, multiprocessors, NOTHING))
+
+
 def _wgmma_estimate(
     product: Product, tile: WgmmaTile, operands: Operands, multiprocessors: int, reads: Reads
 ) -> Estimate:
@@ -121,7 +134,10 @@ def _wgmma_estimate(
     rows += min(tile.n, n) * _cut(product.b.stride * itemsize)
     together = min(blocks * tile.splits, multiprocessors) / _CACHE_RATE
     step, limit = max((multiply, "products"), (rows * 128 * together, "L2 cache"), (_LEAST_STEP, "steps"))
-    finish = _FINISH + tile.m * tile.n * (_FINISH_ELEMENT + (_SHIFT_ELEMENT if n % 8 else 0))
+    if tile.slots:
+        finish = _STAGED_FINISH + tile.m * tile.n * _STAGED_ELEMENT
+    else:
+        finish = _FINISH + tile.m * tile.n * (_FINISH_ELEMENT + (_SHIFT_ELEMENT if n % 8 else 0))
     if tile.splits > 1:
         finish += _ARRIVAL + (tile.splits + 1) * tile.m * tile.n * 4 / _PARTIAL_RATE
     if tile.cooperative:

@@ -15,7 +15,7 @@ from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind
 from engine.specs import TileTrial
 from engine.targets.cuda.choices import choice_of, key_of, tile_text
-from engine.targets.cuda.gemm import launches_of, operands_of, parts_of, pick_tile, ranked_tiles
+from engine.targets.cuda.gemm import launches_of, operands_of, parts_of, pick_tile, ranked_tiles, staged_tiles
 from engine.targets.cuda.kernel import ALIGNMENT, AnyMap, Context, Functor, Launch, Pointer, ceildiv, pack
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.product_cost import Ranked
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 CANDIDATES = 6
 """Tiles that are timed of each product."""
+STAGED_CANDIDATES = 3
+"""Those with staged results that are timed beside them."""
 _ROTATE_BYTES = 160 << 20  # several times the L2 cache: operands come from memory
 _MOST_SETS = 32
 _ROUNDS = 5
@@ -82,7 +84,7 @@ def candidates(product: Product, epilogue: Functor, context: Context, most: int 
     for one in ranked[most:]:
         if all(type(one.tile) is not type(other.tile) for other in chosen):
             chosen.append(one)
-    return chosen
+    return [*chosen, *staged_tiles(product, epilogue, context)[:STAGED_CANDIDATES]]
 
 
 def _fastest(times: Sequence[float]) -> int:

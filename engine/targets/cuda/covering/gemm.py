@@ -28,7 +28,7 @@ from engine.targets.cuda.gemm import epilogue_of, launch_product, launches_of, o
 from engine.targets.cuda.gemm_stream import stream_tile
 from engine.targets.cuda.kernel import Context, Launch
 from engine.targets.cuda.product import product_of
-from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES, Tile
+from engine.targets.cuda.tiles import MMA_TILES, STAGED_TILES, WGMMA_TILES, Tile
 
 
 def products(context: Context) -> Iterator[tuple[str, Launch]]:
@@ -36,7 +36,7 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
     fp16, architecture = _product(F16), context.architecture
     residual = make_step(Gemm((BIAS_RESIDUAL,)), [*fp16.inputs, (F16, (300, 400))])
     portable = [tile for tile in MMA_TILES if tile.shared_bytes <= architecture.shared_bytes]
-    wgmma = WGMMA_TILES if architecture.wgmma else ()
+    wgmma, staged = (WGMMA_TILES, STAGED_TILES) if architecture.wgmma else ((), ())
     divisible: list[Tile] = [*portable, *(tile for tile in wgmma if tile.most_splits > 1)]
     rounding = replace(context, tf32=True)
     chosen: list[tuple[Step, Context, Sequence[Tile]]] = [
@@ -50,6 +50,9 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         (_product(F16, k=387, n=401), context, [replace(t, aligns=True, splits=3) for t in wgmma if t.most_splits > 1]),
         (_product(DType.BF16, k=388, n=402, residual=True), context, [replace(t, aligns=True) for t in wgmma[:1]]),
         (_product(F32, k=387, n=401), rounding, [replace(tile, aligns=True) for tile in wgmma[:1]]),
+        (residual, context, staged),
+        (fp16, context, staged[:2]),
+        (_product(DType.BF16, residual=True), context, staged[4:5]),
     ]
     for step, how, tiles in chosen:
         assert isinstance(step.op, Gemm)

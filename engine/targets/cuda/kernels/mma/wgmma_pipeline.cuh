@@ -31,13 +31,22 @@ constexpr int PANEL_BYTES = config::panel_bytes, PANELS = 128 / PANEL_BYTES, PAN
 constexpr int PANEL_STEPS = PANEL_BYTES / 32;  // an instruction takes 32 bytes of k
 constexpr int A_BYTES = TILE_M * 128, B_BYTES = TILE_N * 128, STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int BARRIERS = STAGES * STAGE_BYTES;  // full[STAGES], empty[STAGES], turn[CONSUMERS]
-static_assert(BARRIERS + 8 * (2 * STAGES + CONSUMERS) == config::shared_bytes, "the host asks for ring and barriers");
+constexpr int RING_BYTES = BARRIERS + 8 * (2 * STAGES + CONSUMERS);
 static_assert(A_BYTES % 1024 == 0 && B_BYTES % 1024 == 0, "operands start at a swizzle atom");
+
+// Consumers store their results themselves: they keep what the epilogue reads in registers.
+struct OwnStores {
+  static constexpr bool STAGED = false;
+  static constexpr int SHARED_BYTES = RING_BYTES;
+  using Results = EarlyEpilogue<Epilogue, Layout, CONSUMER_REGISTERS - RESERVED - ACCUMULATORS>;
+};
 
 // LOAD(p, row, step) is made for each tile of a, by its first row and first step; its call (p, destination, barrier, step) copies
 // the panels of a step. Steps come one after the other; UNROLL of them fit the producer's registers at once. AHEAD rows of 32 columns
 // of epilogue operands fit a consumer's, beside the accumulators, where partial sums have been added.
-template <class LOAD> DEVICE void run_pipeline(const Params& p) {
+// STORES: who stores the results; the other way is mma/staging.cuh.
+template <class LOAD, class STORES = OwnStores> DEVICE void run_pipeline(const Params& p) {
+  static_assert(STORES::SHARED_BYTES == config::shared_bytes, "the host asks for ring, barriers and staged results");
   extern __shared__ __align__(1024) u8 shared[];
   const u32 ring = shared_address(shared);
   const u32 full = ring + BARRIERS, empty = full + 8 * STAGES, turn = empty + 8 * STAGES;
@@ -47,6 +56,7 @@ template <class LOAD> DEVICE void run_pipeline(const Params& p) {
     prefetch_tensor_map(p.map_b);
     for (int i = 0; i < 2 * STAGES + CONSUMERS; ++i)
       barrier_init(full + 8 * i, COOPERATIVE && i >= STAGES && i < 2 * STAGES ? CONSUMERS : 1);
+    if constexpr (STORES::STAGED) STORES::init(p, ring);
     barrier_init_fence();
   }
   __syncthreads();
@@ -76,6 +86,10 @@ template <class LOAD> DEVICE void run_pipeline(const Params& p) {
         }
       }
     }
+    if constexpr (STORES::STAGED) {
+      const u32 consumer = threadIdx.x / 32 - 1;  // one thread each carries results
+      if (consumer < CONSUMERS && threadIdx.x % 32 == 0) STORES(ring, consumer).carry(p, tiles_m, tiles_n);
+    }
   } else {
     take_registers<CONSUMER_REGISTERS>();
     const u32 consumer = warpgroup - 1, lane = threadIdx.x & 31, warp = threadIdx.x / 32 & 3;
@@ -89,7 +103,7 @@ template <class LOAD> DEVICE void run_pipeline(const Params& p) {
       const TileIndex tile = tile_of<16>(t, tiles_m, tiles_n);
       const u32 column = first_column + tile.n * TILE_N, columns = first_column + p.n, row = tile.m * TILE_M + row0 + 16 * warp + lane / 4;
       const Layout layout(column, columns, row, p.m);
-      EarlyEpilogue<Epilogue, Layout, CONSUMER_REGISTERS - RESERVED - ACCUMULATORS> epilogue;
+      typename STORES::Results epilogue;
       if constexpr (!SPLIT) {  // while the other consumer multiplies
         epilogue.begin_columns(p, layout);
         epilogue.begin(p, layout);
@@ -131,10 +145,12 @@ template <class LOAD> DEVICE void run_pipeline(const Params& p) {
 #pragma unroll
         for (int i = 0; i < PARTS; ++i)
           emit_fragment<Epilogue, TILE_N / 8, LOAD::AHEAD>(p, d[i], 0, first + 64 * i, p.m, first_of_columns, columns);
+      } else if constexpr (STORES::STAGED) {
+        epilogue.store(p, layout, d, STORES(ring, consumer), ordinal / TURNS);
       } else {
         epilogue.store(p, layout, d);
       }
     }
   }
-  stamp_end(p.stamp, threadIdx.x % 128 == 0);  // the producer is through long before the consumers
+  stamp_end(p.stamp, threadIdx.x % (STORES::STAGED ? 32 : 128) == 0);  // the producer is through long before the consumers
 }

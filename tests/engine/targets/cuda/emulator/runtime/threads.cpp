@@ -85,6 +85,7 @@ int lanes() { return std::min(WARP, threads - first_of_warp()); }
 [[noreturn]] void fiber_entry() {
   run_kernel(parameters);
   races::settle();
+  if (has_stores_under_way(current)) fail("a thread ends before its boxes have been read");
   living[current] = false;
   --alive;
   ++progress;
