@@ -265,9 +265,10 @@ class _Writer:
         return Functor(code, tuple(self.arguments.items()), self.reads)
 
 
-def loop_over(results: Mapping[str, tuple[ex.Expr, DType]]) -> list[str]:
-    """Computes the results of all columns: what is assigned, and (expression, type) of its value."""
-    body = _expression_lines([root for root, _ in results.values()])
+def loop_over(results: Mapping[str, tuple[ex.Expr, DType]], gelu: str = "gelu_narrow") -> list[str]:
+    """Computes the results of all columns: what is assigned, and (expression, type) of its value. `gelu`: the function
+    that is good enough where all results have 16 bits."""
+    body = _expression_lines([root for root, _ in results.values()], gelu)
     loop = [
         *body.lines,
         *(f"{target} = {_convert(body.names[root], root.dtype, to)};" for target, (root, to) in results.items()),
@@ -291,7 +292,7 @@ class _Lines:
         self.names: dict[ex.Expr, str] = {}
 
 
-def _expression_lines(roots: Sequence[ex.Expr]) -> _Lines:
+def _expression_lines(roots: Sequence[ex.Expr], gelu: str) -> _Lines:
     """One statement per operation, shared sub-expressions once. Where all results have 16 bits, GELU is computed as
     well as these need."""
     result = _Lines()
@@ -315,7 +316,7 @@ def _expression_lines(roots: Sequence[ex.Expr]) -> _Lines:
         else:
             name = f"t{len(result.lines)}"
             if node in short:
-                value = f"gelu_narrow({result.names[short[node]]})"
+                value = f"{gelu}({result.names[short[node]]})"
             else:
                 value = _apply(node, [result.names[arg] for arg in node.args])
             result.lines.append(f"const {COMPUTE[node.dtype]} {name} = {value};")

@@ -127,7 +127,8 @@ def pick_tile(product: Product, epilogue: Functor, context: Context) -> AnyTile:
         return chosen
     best = ranked_tiles(product, context, epilogue.reads)[0]
     if product_cost.STAGED_BY_MODEL and isinstance(best.tile, WgmmaTile):
-        best = min(best, *staged_tiles(product, epilogue, context)[:1], key=lambda ranked: ranked.estimate.cycles)
+        rivals = (best, *staged_tiles(product, epilogue, context)[:1])
+        best = min(rivals, key=lambda ranked: ranked.estimate.cycles)
     return best.tile
 
 

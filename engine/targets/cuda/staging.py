@@ -40,18 +40,18 @@ def staged_epilogue(
         for i, operand in fixed.items()
     }
     code = _code(stores[0], space, fixed, tiles, output.dtype, granularity)
-    read = next((_rows(operand) for operand in tiles.values()), None)
-    return Staged(code, tuple(arguments.items()), _rows(output), read)
+    read = next((_rows(operand, space) for operand in tiles.values()), None)
+    return Staged(code, tuple(arguments.items()), _rows(output, space), read)
 
 
 def _as_rows(operand: Operand, space: Space, granularity: int) -> bool:
     """Whether the copy engine can read or write it in whole rows of 16-bit elements."""
     aligned = operand.dtype in (DType.F16, DType.BF16) and space.is_aligned(operand, granularity)
-    return aligned and operand.index is None and operand.strides[-2] > 0
+    return aligned and operand.index is None
 
 
-def _rows(operand: Operand) -> RowMatrix:
-    return RowMatrix(operand.pointer, operand.strides[-2])
+def _rows(operand: Operand, space: Space) -> RowMatrix:
+    return RowMatrix(operand.pointer, operand.strides[-2] or space.columns)  # a single row is no distance from another
 
 
 def _registers(fixed: Mapping[int, Operand]) -> int:
@@ -83,7 +83,8 @@ def _code(
         for half, word in enumerate(("tile", "tile >> 16"))
     ]
     lines = [
-        "Inputs inputs{fixed, {}};", *words, "float out0[WIDTH];", *loop_over({"out0[i]": (store, result)}),
+        "Inputs inputs{fixed, {}};", *words, "float out0[WIDTH];",
+        *loop_over({"out0[i]": (store, result)}, gelu=f"gelu_for<{STORAGE[result]}>"),
         f"return pack_pair<{STORAGE[result]}>(out0[0], out0[1]);",
     ]  # fmt: skip
     return (

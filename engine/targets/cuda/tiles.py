@@ -171,6 +171,7 @@ STAGED_TILES = (
     WgmmaTile(128, 192, 4, cooperative=True, slots=3),
     WgmmaTile(128, 128, 5, cooperative=True, slots=2),
     WgmmaTile(128, 96, 7, cooperative=True, slots=3),
+    WgmmaTile(128, 192, 4, slots=2),
     WgmmaTile(128, 128, 5, slots=2),
     WgmmaTile(128, 64, 8, slots=1),
     WgmmaTile(64, 192, 5, slots=3),

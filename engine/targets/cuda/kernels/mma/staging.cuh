@@ -34,9 +34,10 @@ struct StagedPanel {
 struct StagedResults {
   using Fixed = Epilogue::Fixed;
   static constexpr int BLOCKS = STAGED_COLUMNS / 8;  // of a panel
-  // What is the same in every row is fetched before the products, where registers are left for all of it.
+  // What is the same in every row is fetched before the products, where registers are left for all of it. Elsewhere two blocks at a
+  // time: the other consumer multiplies meanwhile, and only the first of them are not in the cache.
   static constexpr bool HELD = registers_of<Fixed>() * TILE_N / 8 <= CONSUMER_REGISTERS - RESERVED - ACCUMULATORS;
-  Fixed fixed[HELD ? TILE_N / 8 : BLOCKS];
+  Fixed fixed[HELD ? TILE_N / 8 : 2];
 
   DEVICE void begin_columns(const Params& p, const Layout& layout) {
     if constexpr (HELD) fetch(p, layout, 0, TILE_N / 8);
@@ -50,15 +51,15 @@ struct StagedResults {
     const u32 own = places.slots + (16 * warp + (lane & 15)) * STAGED_ROW + ((lane >> 4 ^ phase) << 4);
 #pragma unroll
     for (int panel = 0; panel < STAGED_PANELS; ++panel) {
-      if constexpr (!HELD) fetch(p, layout, panel * BLOCKS, BLOCKS);
       const u32 use = count * STAGED_PANELS + panel;
       const u32 slot = STAGED_PANELS % SLOTS == 0 ? panel % SLOTS : use % SLOTS;
       barrier_wait(places.ready + 8 * slot, use / SLOTS & 1);
       const u32 place = own + slot * SLOT_BYTES;
 #pragma unroll
-      for (int i = 0; i < PARTS; ++i)
+      for (int block = 0; block < BLOCKS; block += 2) {
+        if constexpr (!HELD) fetch(p, layout, panel * BLOCKS + block, 2);
 #pragma unroll
-        for (int block = 0; block < BLOCKS; block += 2) {
+        for (int i = 0; i < PARTS; ++i) {
           const u32 address = (place ^ 16 * block) + i * 64 * STAGED_ROW;
           u32 r[4] = {};
           if constexpr (Epilogue::READS_TILE) load_matrix_x4(r, address);
@@ -66,10 +67,11 @@ struct StagedResults {
           for (int j = 0; j < 4; ++j) {  // rows r and r + 8 of a block, then of the next
             const int element = 4 * (panel * BLOCKS + block + j / 2) + 2 * (j % 2);
             const float acc[2] = {d[i][element], d[i][element + 1]};
-            r[j] = Epilogue::results(acc, fixed[(HELD ? panel * BLOCKS : 0) + block + j / 2], r[j]);
+            r[j] = Epilogue::results(acc, fixed[(HELD ? panel * BLOCKS + block : 0) + j / 2], r[j]);
           }
           store_matrix_x4(address, r);
         }
+      }
       shared_writes_fence();
       __syncwarp();
       if (lane == 0) barrier_arrive(places.written + 8 * slot);
