@@ -42,6 +42,7 @@ from engine.targets.cuda.kernel import (
     STORAGE,
     Argument,
     Context,
+    Functor,
     Instruction,
     Launch,
     Pointer,
@@ -92,23 +93,22 @@ def lower(step: Step, context: Context) -> list[Launch]:
     geometry = Geometry(step)
     if not step.outputs[0].elements:
         return []
+    operands = operands_of(step, context)
+    if _is_lowered_as_product(step, geometry, operands, context):
+        product, epilogue = _product_parts(step, geometry, context)
+        return launches_of(product, epilogue, pick_tile(product, epilogue, context), context)
     if is_depthwise_product(step, geometry, context):
         return [launch_depthwise_product(step, geometry, context)]
     if is_depthwise(step, geometry):
         return [launch_depthwise(step, geometry, context)]
-    operands = operands_of(step, context)
-    few = geometry.rows * geometry.n <= _DIRECT_OUTPUTS * context.multiprocessors
-    if not (few and operands and geometry.k and _is_product(step, geometry)):
-        if is_stem(step, geometry, context):
-            return [launch_stem(step, geometry, context)]
-        if is_direct(step, geometry):
-            return [launch_direct(step, geometry, context)]
+    if is_stem(step, geometry, context):
+        return [launch_stem(step, geometry, context)]
+    if is_direct(step, geometry):
+        return [launch_direct(step, geometry, context)]
     if operands is None or _prefers_simt(geometry, operands):
         return [launch_simt(step, geometry, context)]
     if is_patches(step, geometry):
         return launch_patches(step, geometry, operands, context)
-    if _is_product(step, geometry):
-        return _lower_product(step, geometry, context)
     # The filters that a launch has just packed lie where the sums of a split product would.
     splits = _MOST_SPLITS if is_constant(step.inputs[1]) else 1
     m, n, k, batch = geometry.rows, geometry.n, geometry.phases[0].k, geometry.groups * len(geometry.phases)
@@ -176,7 +176,25 @@ def _is_product(step: Step, geometry: Geometry) -> bool:
     )
 
 
-def _lower_product(step: Step, geometry: Geometry, context: Context) -> list[Launch]:
+def parts_of(step: Step, context: Context) -> tuple[Product, Functor] | None:
+    """The product and the epilogue of a step that is run as a product of matrices; None for others."""
+    geometry = Geometry(step)
+    if not step.outputs[0].elements or not _is_lowered_as_product(step, geometry, operands_of(step, context), context):
+        return None
+    return _product_parts(step, geometry, context)
+
+
+def _is_lowered_as_product(step: Step, geometry: Geometry, operands: Operands | None, context: Context) -> bool:
+    """Whether no other kernel is there for such a convolution, or suits it better."""
+    if operands is None or not _is_product(step, geometry) or _prefers_simt(geometry, operands):
+        return False
+    if is_depthwise_product(step, geometry, context) or is_depthwise(step, geometry) or is_patches(step, geometry):
+        return False
+    few = geometry.k > 0 and geometry.rows * geometry.n <= _DIRECT_OUTPUTS * context.multiprocessors
+    return few or not (is_stem(step, geometry, context) or is_direct(step, geometry))
+
+
+def _product_parts(step: Step, geometry: Geometry, context: Context) -> tuple[Product, Functor]:
     x, w = step.inputs[0], step.inputs[1]
     line = line_elements(geometry.k, w.dtype)
     order = channels_last(len(x.shape))
@@ -190,8 +208,7 @@ def _lower_product(step: Step, geometry: Geometry, context: Context) -> list[Lau
         k_inner = lies.channel == 1
         b = Matrix(pointer_to(w), lies.column if k_inner else lies.channel, k_inner)
     product = Product(geometry.rows, geometry.n, geometry.k, w.dtype, a, b)
-    epilogue = epilogue_for(step, geometry.n)
-    return launches_of(product, epilogue, pick_tile(product, epilogue, context), context)
+    return product, epilogue_for(step, geometry.n)
 
 
 # Implicit products

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 import cupy
 import numpy as np
 
+from engine.ir.ops import Conv
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind
 from engine.specs import TileTrial
+from engine.targets.cuda import conv, gemm
 from engine.targets.cuda.choices import choice_of, key_of, tile_text
-from engine.targets.cuda.gemm import launches_of, operands_of, parts_of, pick_tile, ranked_tiles, staged_tiles
+from engine.targets.cuda.gemm import launches_of, operands_of, pick_tile, ranked_tiles, staged_tiles
 from engine.targets.cuda.kernel import ALIGNMENT, AnyMap, Context, Functor, Launch, Pointer, ceildiv, pack
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.product_cost import Ranked
@@ -36,12 +38,13 @@ _GAIN = 0.98  # of the cost model's tile: what is faster by less than the noise 
 
 
 def trials(target: CudaTarget, steps: Iterable[Step], timed: bool, most: int = CANDIDATES) -> Iterator[TileTrial]:
-    """The tiles of the products among `steps`, each kind of product once, from what the cost model expects to be the
-    fastest on. `timed`: they are run, unless the product has been timed before, and the fastest is kept. Raises
-    CompileError, OutOfMemory."""
+    """The tiles of the products among `steps`, 1×1 convolutions among them, each kind of product once, from what the
+    cost model expects to be the fastest on. `timed`: they are run, unless the product has been timed before, and the
+    fastest is kept. Raises CompileError, OutOfMemory."""
     found = dict[str, _Product]()
     for step in steps:
-        parts = parts_of(step, target.context)
+        family = conv if isinstance(step.op, Conv) else gemm
+        parts = family.parts_of(step, target.context)
         if parts is not None:
             product, epilogue = parts
             key = key_of(product, operands_of(product, target.context), epilogue)

@@ -13,12 +13,20 @@ from engine.ir.dtype import DType
 from engine.ir.ops import Gemm
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, Tensor
+from engine.targets.cuda import conv, product_cost
 from engine.targets.cuda import covering as cv
-from engine.targets.cuda import product_cost
 from engine.targets.cuda.architecture import SM_80, SM_90A
 from engine.targets.cuda.choices import choice_of, key_of, tile_of, tile_text
 from engine.targets.cuda.covering import ACC, F16, F32, add, arg, make_step, mul, stored, weight
-from engine.targets.cuda.gemm import needs_staged, operands_of, parts_of, pick_tile, ranked_tiles, staged_tiles
+from engine.targets.cuda.gemm import (
+    launches_of,
+    needs_staged,
+    operands_of,
+    parts_of,
+    pick_tile,
+    ranked_tiles,
+    staged_tiles,
+)
 from engine.targets.cuda.kernel import Context, Functor, WeightStore
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.tiles import PRODUCT_TILES, STAGED_TILES, Operands
@@ -173,3 +181,38 @@ def test_a_staged_tile_that_was_fastest_is_taken() -> None:
     context = replace(HOPPER, choices={key: choice_of(STAGED_TILES[1], 9.0)})
     assert pick_tile(product, epilogue, context) == STAGED_TILES[1]
     assert pick_tile(product, replace(epilogue, staged=None), context) == pick_tile(product, epilogue, HOPPER)
+
+
+def test_a_convolution_that_is_a_product_can_be_staged() -> None:
+    """1×1 with a residual: what the tuner times is what is lowered."""
+    pixels = cv.channels_inner(2, 64, 14, 14)
+    more = cv.channels_inner(2, 256, 14, 14)
+    step = make_step(cv.conv_op(1, store=cv.BIAS_RESIDUAL), [pixels, weight(256, 64, 1, 1), weight(256, 1, 1), more])
+    found = conv.parts_of(step, HOPPER)
+    assert found is not None
+    product, epilogue = found
+    assert (product.m, product.n, product.k) == (2 * 14 * 14, 256, 64)
+    assert epilogue.staged is not None and epilogue.staged.tile is not None
+    sources = [launch.kernel.source for launch in conv.lower(step, HOPPER)]
+    chosen = pick_tile(product, epilogue, HOPPER)
+    assert sources == [launch.kernel.source for launch in launches_of(product, epilogue, chosen, HOPPER)]
+    for other in (cv.conv_op(3), cv.conv_op(1, stride=2), cv.conv_op(1, groups=2)):
+        kernel = 3 if other.pads[0][0] else 1
+        filters = weight(256, 64 // other.groups, kernel, kernel)
+        assert conv.parts_of(make_step(other, [pixels, filters, weight(256, 1, 1)]), HOPPER) is None
+
+
+def test_a_staged_convolution_matches_float64(hopper: Runner, count: int) -> None:
+    cases = []
+    for tile in STAGED_TILES:
+        pixels, more = cv.channels_inner(2, 64, 9, 13), cv.channels_inner(2, 136, 9, 13)
+        inputs = [pixels, weight(136, 64, 1, 1), weight(136, 1, 1), more]
+        step = make_step(cv.conv_op(1, store=cv.BIAS_RESIDUAL), inputs)
+        step = replace(
+            step, inputs=(*step.inputs[:3], replace(more, buffer=Buffer("more", more.buffer.kind, more.buffer.nbytes)))
+        )
+        found = conv.parts_of(step, hopper.context)
+        assert found is not None
+        launches = launches_of(*found, tile, hopper.context)
+        cases.append(Case(f"{tile}", step, 64, lowered=launches, rounding=EXACT))
+    check(hopper, cases)
