@@ -17,11 +17,14 @@ from engine.targets.cuda.gemm_stream import AnyTile, StreamTile, stream_tile
 from engine.targets.cuda.kernel import Choice, Functor
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.source import expand
-from engine.targets.cuda.tiles import MMA_TILES, PRODUCT_TILES, STAGED_TILES, Operands, Tile, WgmmaTile
+from engine.targets.cuda.tiles import BATCHED_TILES, MMA_TILES, PRODUCT_TILES, STAGED_TILES, Operands, Tile, WgmmaTile
 
 log = logging.getLogger(__name__)
 
-_KERNELS = ("gemm_wgmma.cuh", "gemm_staged.cuh", "gemm_mma.cuh", "gemm_stream.cuh", "align_rows.cuh")
+_KERNELS = ("gemm_wgmma.cuh", "gemm_staged.cuh", "gemm_batch.cuh", "gemm_mma.cuh", "gemm_stream.cuh", "align_rows.cuh")
+
+_FORM = ("cooperative", "slots", "batched")
+"""What tells tiles of wgmma of the same size apart."""
 
 
 def key_of(product: Product, operands: Operands, epilogue: Functor) -> str:
@@ -43,7 +46,7 @@ def choice_of(tile: AnyTile, us: float) -> Choice:
         "kernel": kernel, "m": tile.m, "n": tile.n, "splits": tile.splits, "us": us,
     }  # fmt: skip
     if isinstance(tile, WgmmaTile):
-        choice |= {"cooperative": tile.cooperative, "aligns": tile.aligns, "slots": tile.slots}
+        choice |= {"aligns": tile.aligns, **{name: getattr(tile, name) for name in _FORM}}
     return choice
 
 
@@ -54,6 +57,8 @@ def tile_text(tile: AnyTile) -> str:
     kernel = "wgmma" if isinstance(tile, WgmmaTile) else "mma"
     turns = " cooperative" if isinstance(tile, WgmmaTile) and tile.cooperative else ""
     copied = ", rows copied" if isinstance(tile, WgmmaTile) and tile.aligns else ""
+    if isinstance(tile, WgmmaTile) and tile.batched:
+        kernel = "wgmma, matrices in turn,"
     staged = ", results staged" if isinstance(tile, WgmmaTile) and tile.slots else ""
     return f"{kernel} {tile.m}×{tile.n}{turns}{f', k in {tile.splits}' if tile.splits > 1 else ''}{copied}{staged}"
 
@@ -63,18 +68,22 @@ def tile_of(choice: Choice, product: Product, operands: Operands) -> AnyTile | N
     kernel, splits, aligns = choice.get("kernel"), choice.get("splits"), choice.get("aligns")
     if kernel == "stream":
         return stream_tile(product, operands)
-    wgmma = (*PRODUCT_TILES, *STAGED_TILES)
+    wgmma = (*PRODUCT_TILES, *STAGED_TILES, *BATCHED_TILES)
     tiles: tuple[Tile, ...] = wgmma if kernel == "wgmma" else MMA_TILES if kernel == "mma" else ()
     fitting = [t for t in tiles if (t.m, t.n) == (choice.get("m"), choice.get("n"))]
-    named = (choice.get("cooperative"), choice.get("slots"))
-    tile = next((t for t in fitting if (getattr(t, "cooperative", None), getattr(t, "slots", None)) == named), None)
+    named = [choice.get(name) for name in _FORM]
+    tile = next((t for t in fitting if [getattr(t, name, None) for name in _FORM] == named), None)
     if tile is None or type(splits) is not int or not 1 <= splits <= tile.most_splits:
         return None
     if not isinstance(tile, WgmmaTile):
         return replace(tile, splits=splits)
-    if type(aligns) is not bool or not (product.suits_tma_aligned if aligns else product.suits_tma):
+    if type(aligns) is not bool:
         return None
-    return replace(tile, splits=splits, aligns=aligns)
+    if tile.batched:
+        fits = product.suits_tma_batched and not aligns
+    else:
+        fits = product.suits_tma_aligned if aligns else product.suits_tma
+    return replace(tile, splits=splits, aligns=aligns) if fits else None
 
 
 class ChoiceFile:
@@ -82,7 +91,7 @@ class ChoiceFile:
 
     def __init__(self, folder: Path | None, device: str, driver: str) -> None:
         sources = expand("".join(f'#include "{name}"\n' for name in _KERNELS))
-        tiles = repr((PRODUCT_TILES, STAGED_TILES, MMA_TILES))
+        tiles = repr((PRODUCT_TILES, STAGED_TILES, BATCHED_TILES, MMA_TILES))
         digest = hashlib.sha256("\0".join([sources, tiles, driver]).encode()).hexdigest()[:16]
         name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
         self.path = folder and folder / f"{name}-{digest}.json"

@@ -37,8 +37,15 @@ from engine.targets.cuda.kernel import (
     workspace,
 )
 from engine.targets.cuda.product import Product, columns_in_parts, in_parts, is_weight, product_of, rows_inner, rows_of
-from engine.targets.cuda.product_cost import Ranked, ranked_mma, ranked_staged, ranked_stream, ranked_wgmma
-from engine.targets.cuda.spaces import operand, operands, space
+from engine.targets.cuda.product_cost import (
+    Ranked,
+    ranked_batched,
+    ranked_mma,
+    ranked_staged,
+    ranked_stream,
+    ranked_wgmma,
+)
+from engine.targets.cuda.spaces import VECTOR, operand, operands, space
 from engine.targets.cuda.staging import STAGED_WIDTH, staged_epilogue
 from engine.targets.cuda.tiles import NOTHING, Operands, WgmmaTile
 
@@ -129,6 +136,9 @@ def pick_tile(product: Product, epilogue: Functor, context: Context) -> AnyTile:
     if product_cost.STAGED_BY_MODEL and isinstance(best.tile, WgmmaTile):
         rivals = (best, *staged_tiles(product, epilogue, context)[:1])
         best = min(rivals, key=lambda ranked: ranked.estimate.cycles)
+    if product_cost.BATCHED_BY_MODEL:
+        rivals = (best, *batched_tiles(product, epilogue, context)[:1])
+        best = min(rivals, key=lambda ranked: ranked.estimate.cycles)
     return best.tile
 
 
@@ -158,6 +168,15 @@ def staged_tiles(product: Product, epilogue: Functor, context: Context) -> list[
     if epilogue.staged is None or not suits:
         return []
     every = ranked_staged(product, operands, context.multiprocessors)
+    return sorted(every, key=lambda ranked: ranked.estimate.cycles)
+
+
+def batched_tiles(product: Product, epilogue: Functor, context: Context) -> list[Ranked]:
+    """The tiles of wgmma that can take products of several matrices, or across the lines of b, from what should be the
+    fastest on."""
+    if not context.architecture.wgmma or not product.suits_tma_batched:
+        return []
+    every = ranked_batched(product, operands_of(product, context), context.multiprocessors, epilogue.reads)
     return sorted(every, key=lambda ranked: ranked.estimate.cycles)
 
 
@@ -191,6 +210,8 @@ def launch_product(
         return launch_stream(product, epilogue, tile, context)
     sizes = {"m": product.m, "n": product.n, "k": product.k}
     tiles = ceildiv(product.m, tile.m) * ceildiv(product.n, tile.n) * product.batch.count
+    if isinstance(tile, WgmmaTile) and tile.batched:
+        return _launch_batched(product, epilogue, tile, tiles, context)
     if isinstance(tile, WgmmaTile):
         return _launch_wgmma(product, epilogue, tile, tiles, context, partials)
     operands = operands_of(product, context)
@@ -303,6 +324,43 @@ def _launch_wgmma(
     )
 
 
+def _launch_batched(product: Product, epilogue: Functor, tile: WgmmaTile, tiles: int, context: Context) -> Launch:
+    """The launch for products of several matrices, or across the lines of b."""
+    a, b, batch = product.a, product.b, product.batch
+    sizes = (1, 1, *batch.sizes)[-2:]
+    a_along, b_along = ((0, 0, *strides)[-2:] for strides in (batch.a, batch.b))
+
+    def places(strides: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """Inner axis first. Along an axis where all matrices are one there is one place; its stride means nothing."""
+        axes = zip(reversed(sizes), reversed(strides), strict=True)
+        return tuple((size, stride) if stride else (1, VECTOR) for size, stride in axes)
+
+    across, columns = not b.k_inner, 128 // product.dtype.itemsize
+    map_a = TensorMap(a.pointer, product.m, product.k, a.stride, tile.m, columns, places(a_along))
+    if across:
+        map_b = TensorMap(b.pointer, product.k, product.n, b.stride, columns, columns, places(b_along))
+    else:
+        map_b = TensorMap(b.pointer, product.n, product.k, b.stride, tile.n, columns, places(b_along))
+    multiply = "".join(wgmma_function(tile.n, product.dtype, form) for form in (False, True))  # the kernel names both
+    return launch(
+        "gemm",
+        "gemm_batch.cuh",
+        {**tile.config, "operand": STORAGE[product.dtype], "grouped": False, "across": across},
+        [epilogue],
+        {
+            "map_a": map_a, "map_b": map_b,
+            "m": product.m, "n": product.n, "k": product.k, "matrices": batch.count, "inner": sizes[1],
+            "a_inner": int(a_along[1] != 0), "a_outer": int(a_along[0] != 0),
+            "b_inner": int(b_along[1] != 0), "b_outer": int(b_along[0] != 0),
+        },
+        (min(tiles, context.multiprocessors), 1, 1),
+        384,
+        tile.shared_bytes,
+        Instruction.WGMMA,
+        helpers=f'#include "ptx/wgmma_panels.cuh"\n{multiply}',
+    )  # fmt: skip
+
+
 _INSTRUCTIONS = {
     DType.F16: ("k16.f32.f16.f16", "1, 1, 0, 0"), DType.BF16: ("k16.f32.bf16.bf16", "1, 1, 0, 0"),
     DType.F32: ("k8.f32.tf32.tf32", "1, 1"),
@@ -310,16 +368,17 @@ _INSTRUCTIONS = {
 """The end of the instruction's name, and its factors of the operands (and, for 16 bits, whether k is not innermost)."""
 
 
-def wgmma_function(n: int, dtype: DType) -> str:
+def wgmma_function(n: int, dtype: DType, across: bool = False) -> str:
     """`wgmma<n, T>`: d (64 × n, fp32) = a · bᵀ, plus d itself where `accumulate` is not 0. Operands are descriptors of
-    elements of `dtype`."""
-    count, storage = n // 2, STORAGE[dtype]
+    elements of `dtype`. `wgmma_across<n, T>` (16 bits): the rows of b are k."""
+    count, storage, name = n // 2, STORAGE[dtype], "wgmma_across" if across else "wgmma"
     instruction, factors = _INSTRUCTIONS[dtype]
+    factors = "1, 1, 0, 1" if across else factors
     registers = ", ".join(f"%{i}" for i in range(count))
     operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     return (
-        "template <int N, class T> DEVICE void wgmma(float (&d)[N / 2], u64 a, u64 b, u32 accumulate);\n"
-        f"template <> DEVICE void wgmma<{n}, {storage}>(float (&d)[{count}], u64 a, u64 b, u32 accumulate) {{\n"
+        f"template <int N, class T> DEVICE void {name}(float (&d)[N / 2], u64 a, u64 b, u32 accumulate);\n"
+        f"template <> DEVICE void {name}<{n}, {storage}>(float (&d)[{count}], u64 a, u64 b, u32 accumulate) {{\n"
         f'  asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n"\n'
         f'               "wgmma.mma_async.sync.aligned.m64n{n}{instruction} {{{registers}}}, %{count}, %{count + 1}, '
         f'p, {factors};\\n}}"\n'

@@ -18,6 +18,7 @@ from engine.targets.cuda.gemm_stream import AnyTile, StreamTile, stream_cycles
 from engine.targets.cuda.kernel import Reads, ceildiv
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.tiles import (
+    BATCHED_TILES,
     MOST_SPLITS,
     NOTHING,
     PRODUCT_TILES,
@@ -82,6 +83,9 @@ reach into one sector more."""
 _LEAST_STEP = 140  # waiting and issuing
 _FINISH, _FINISH_ELEMENT, _SHIFT_ELEMENT = 130, 0.046, 0.12
 """A tile's results: each element's, and more where rows of the result do not begin at multiples of 16 bytes."""
+BATCHED_BY_MODEL = False
+"""Whether products of several matrices, and across the lines of b, are given to wgmma by their estimates, which nothing
+has been measured for yet, and not only where the tuner has found that to be faster."""
 STAGED_BY_MODEL = False
 """Whether tiles with staged results are chosen by their estimates, which nothing has been measured for yet, and not
 only where the tuner has found them to be faster."""
@@ -111,6 +115,12 @@ def ranked_wgmma(
         yield Ranked(chosen, _wgmma_estimate(product, chosen, operands, multiprocessors, reads))
 
 
+def ranked_batched(product: Product, operands: Operands, multiprocessors: int, reads: Reads) -> Iterator[Ranked]:
+    """Every tile of wgmma for products of several matrices, or across the lines of b."""
+    for tile in BATCHED_TILES:
+        yield Ranked(tile, _wgmma_estimate(product, tile, operands, multiprocessors, reads))
+
+
 def ranked_staged(product: Product, operands: Operands, multiprocessors: int) -> Iterator[Ranked]:
     """Every tile of wgmma with staged results. No consumer waits for what its epilogue reads."""
     for tile in STAGED_TILES:
@@ -123,7 +133,7 @@ def _wgmma_estimate(
 ) -> Estimate:
     """In a tile of wgmma. Operands are not EXACT."""
     m, n, k, itemsize = product.m, product.n, product.k, operands.itemsize
-    tiles = ceildiv(m, tile.m) * ceildiv(n, tile.n)
+    tiles = ceildiv(m, tile.m) * ceildiv(n, tile.n) * product.batch.count
     steps = ceildiv(operands.parts * ceildiv(k * itemsize, 128), tile.splits)
     blocks = min(tiles, max(1, multiprocessors // tile.splits))
     waves = ceildiv(blocks * tile.splits, multiprocessors)

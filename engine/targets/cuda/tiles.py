@@ -92,7 +92,8 @@ class WgmmaTile:
     rows of each. `splits` blocks share the k of a tile of the result. One copy brings `panel_bytes` of k of the first
     operand, whose rows another kernel has copied to multiples of 128 bytes where the tile `aligns`. With `slots`
     results go to memory through shared memory, where so many panels of each consumer's tile have room
-    (kernels/mma/staging.cuh)."""
+    (kernels/mma/staging.cuh). `batched`: of several matrices, or across the lines of b (kernels/mma/batch_load.cuh).
+    """
 
     m: int
     n: int
@@ -102,6 +103,7 @@ class WgmmaTile:
     panel_bytes: int = 128
     aligns: bool = False
     slots: int = 0
+    batched: bool = False
     k_bytes: ClassVar[int] = 128
 
     @property
@@ -137,10 +139,9 @@ class WgmmaTile:
     @property
     def most_splits(self) -> int:
         """128 rows in turn leave a consumer no registers to add partial sums beside 128 accumulators, nor do 224
-        columns (the gate shows spills). Staged results are whole."""
-        return (
-            1 if self.slots or (self.m * self.n >= 128 * 128 and not self.cooperative) or self.n == 224 else MOST_SPLITS
-        )
+        columns (the gate shows spills). Staged results, and those of several matrices, are whole."""
+        full = (self.m * self.n >= 128 * 128 and not self.cooperative) or self.n == 224
+        return 1 if full or self.slots or self.batched else MOST_SPLITS
 
 
 WGMMA_TILES = (
@@ -169,15 +170,21 @@ PRODUCT_TILES = (
 STAGED_TILES = (
     WgmmaTile(128, 256, 4, cooperative=True, slots=2),
     WgmmaTile(128, 192, 4, cooperative=True, slots=3),
-    WgmmaTile(128, 128, 5, cooperative=True, slots=2),
     WgmmaTile(128, 96, 7, cooperative=True, slots=3),
     WgmmaTile(128, 192, 4, slots=2),
     WgmmaTile(128, 128, 5, slots=2),
     WgmmaTile(128, 64, 8, slots=1),
-    WgmmaTile(64, 192, 5, slots=3),
     WgmmaTile(64, 128, 8, slots=2),
 )
 """Tiles of products whose results go through shared memory."""
+
+BATCHED_TILES = (
+    WgmmaTile(128, 256, 4, cooperative=True, batched=True),
+    WgmmaTile(128, 128, 6, batched=True),
+    WgmmaTile(128, 64, 8, batched=True),
+    WgmmaTile(64, 64, 12, batched=True),
+)
+"""Tiles of products of several matrices, and across the lines of b."""
 
 Tile: TypeAlias = MmaTile | WgmmaTile
 T = TypeVar("T", MmaTile, WgmmaTile)

@@ -155,13 +155,13 @@ def test_which_epilogues_can_be_staged() -> None:
 
 def test_staged_tiles_are_timed_but_not_chosen_unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cupy")
-    from engine.targets.cuda.tuner import STAGED_CANDIDATES, candidates
+    from engine.targets.cuda.tuner import OTHER_CANDIDATES, candidates
 
     product, epilogue = parts(step_of(16384, 768, 768, "residual"))
     assert pick_tile(product, epilogue, HOPPER) == ranked_tiles(product, HOPPER, epilogue.reads)[0].tile
     assert not needs_staged(pick_tile(product, epilogue, HOPPER))
     timed = [ranked.tile for ranked in candidates(product, epilogue, HOPPER)]
-    assert sum(map(needs_staged, timed)) == STAGED_CANDIDATES and not needs_staged(timed[0])
+    assert sum(map(needs_staged, timed)) == OTHER_CANDIDATES and not needs_staged(timed[0])
     monkeypatch.setattr(product_cost, "STAGED_BY_MODEL", True)
     assert pick_tile(product, epilogue, HOPPER) == staged_tiles(product, epilogue, HOPPER)[0].tile
     bare = replace(epilogue, staged=None)

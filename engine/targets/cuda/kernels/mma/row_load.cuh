@@ -6,6 +6,7 @@
 constexpr u32 PARTS_OF_B = config::parts;
 
 struct RowLoad {
+  static constexpr bool BATCHED = false;
   static constexpr int UNROLL = 4, PIECES = TILE_N / 16;
   static constexpr int AHEAD = PARTS * TILE_N <= 128 ? PIECES : PARTS * TILE_N > 256 ? 1 : PIECES % 4 == 0 ? 4 : 2;
   u32 row;

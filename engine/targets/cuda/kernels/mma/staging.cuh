@@ -12,7 +12,7 @@
 #include "ptx/tma_store.cuh"
 
 static_assert(WIDTH == 2, "what a lane has of a block");
-static_assert(!SPLIT && !GROUPED, "");
+static_assert(!SPLIT && !GROUPED, "");  // nor are there several matrices
 constexpr int SLOTS = config::slots;
 constexpr int STAGED_COLUMNS = TILE_N % 64 == 0 ? 64 : 32, STAGED_ROW = 2 * STAGED_COLUMNS;  // bytes, under the swizzle of the same name
 constexpr int STAGED_PANELS = TILE_N / STAGED_COLUMNS, SLOT_BYTES = CONSUMER_M * STAGED_ROW;

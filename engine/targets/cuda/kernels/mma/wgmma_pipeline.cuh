@@ -34,6 +34,16 @@ constexpr int BARRIERS = STAGES * STAGE_BYTES;  // full[STAGES], empty[STAGES], 
 constexpr int RING_BYTES = BARRIERS + 8 * (2 * STAGES + CONSUMERS);
 static_assert(A_BYTES % 1024 == 0 && B_BYTES % 1024 == 0, "operands start at a swizzle atom");
 
+// BATCHED loads are of products of several matrices, one after the other: see mma/batch_load.cuh.
+template <bool BATCHED, class P> DEVICE u32 matrices_of(const P& p) {
+  if constexpr (BATCHED) return p.matrices;
+  else return 1;
+}
+template <class LOAD> DEVICE u64 second_descriptor(u32 address) {
+  if constexpr (LOAD::BATCHED) return LOAD::descriptor(address);
+  else return operand_descriptor<128>(address);
+}
+
 // Consumers store their results themselves: they keep what the epilogue reads in registers.
 struct OwnStores {
   static constexpr bool STAGED = false;
@@ -65,6 +75,7 @@ template <class LOAD, class STORES = OwnStores> DEVICE void run_pipeline(const P
   stamp_begin(p.stamp);
 
   const u32 tiles_m = (p.m + TILE_M - 1) / TILE_M, tiles_n = (p.n + TILE_N - 1) / TILE_N, tiles = tiles_m * tiles_n;
+  const u32 all = LOAD::BATCHED ? tiles * matrices_of<LOAD::BATCHED>(p) : tiles;
   const u32 group = GROUPED ? blockIdx.z : 0, first_column = group * p.n;
   // The blocks that share tiles take as many steps each; beyond k they read zeros.
   const u32 splits = splits_of<SPLIT>(p), steps = ((p.k + TILE_K - 1) / TILE_K + splits - 1) / splits;
@@ -72,16 +83,19 @@ template <class LOAD, class STORES = OwnStores> DEVICE void run_pipeline(const P
     give_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x == 0) {
       u32 stage = 0, parity = 1;  // a fresh barrier counts as completed in the phase before its first
-      for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
-        const TileIndex tile = tile_of<16>(t, tiles_m, tiles_n);
+      for (u32 t = blockIdx.x; t < all; t += gridDim.x) {
+        const u32 matrix = LOAD::BATCHED ? t / tiles : 0;
+        const TileIndex tile = tile_of<16>(t - matrix * tiles, tiles_m, tiles_n);
         LOAD load(p, tile.m * TILE_M, blockIdx.y * steps);
+        if constexpr (LOAD::BATCHED) load.turn_to(p, matrix, tile.n * TILE_N);
 #pragma unroll LOAD::UNROLL
         for (u32 step = blockIdx.y * steps; step < (blockIdx.y + 1) * steps; ++step) {
           const u32 a = ring + stage * STAGE_BYTES, landed = full + 8 * stage;
           barrier_wait(empty + 8 * stage, parity);
           barrier_arrive_expect(landed, STAGE_BYTES);
           load(p, a, landed, step);
-          copy_box(a + A_BYTES, p.map_b, landed, step * TILE_K, first_column + tile.n * TILE_N);
+          if constexpr (LOAD::BATCHED) load.second(p, a + A_BYTES, landed, step);
+          else copy_box(a + A_BYTES, p.map_b, landed, step * TILE_K, first_column + tile.n * TILE_N);
           if (++stage == STAGES) { stage = 0; parity ^= 1; }
         }
       }
@@ -95,14 +109,15 @@ template <class LOAD, class STORES = OwnStores> DEVICE void run_pipeline(const P
     const u32 consumer = warpgroup - 1, lane = threadIdx.x & 31, warp = threadIdx.x / 32 & 3;
     const bool leader = threadIdx.x % 128 == 0;
     const u32 row0 = COOPERATIVE ? consumer * CONSUMER_M : 0;  // within the tile
-    const u64 a0 = operand_descriptor<PANEL_BYTES>(ring + row0 * PANEL_BYTES), b0 = operand_descriptor<128>(ring + A_BYTES);
+    const u64 a0 = operand_descriptor<PANEL_BYTES>(ring + row0 * PANEL_BYTES), b0 = second_descriptor<LOAD>(ring + A_BYTES);
     constexpr u32 TURNS = COOPERATIVE ? 1 : CONSUMERS;
     u32 ordinal = COOPERATIVE ? 0 : consumer;  // of this block's tiles
-    for (u32 t = blockIdx.x + ordinal * gridDim.x; t < tiles; t += TURNS * gridDim.x, ordinal += TURNS) {
+    for (u32 t = blockIdx.x + ordinal * gridDim.x; t < all; t += TURNS * gridDim.x, ordinal += TURNS) {
       u32 stage = ordinal * steps % STAGES, parity = ordinal * steps / STAGES & 1, previous = stage;
-      const TileIndex tile = tile_of<16>(t, tiles_m, tiles_n);
+      const u32 matrix = LOAD::BATCHED ? t / tiles : 0, first_row = matrix * p.m;
+      const TileIndex tile = tile_of<16>(t - matrix * tiles, tiles_m, tiles_n);
       const u32 column = first_column + tile.n * TILE_N, columns = first_column + p.n, row = tile.m * TILE_M + row0 + 16 * warp + lane / 4;
-      const Layout layout(column, columns, row, p.m);
+      const Layout layout(column, columns, first_row + row, first_row + p.m);
       typename STORES::Results epilogue;
       if constexpr (!SPLIT) {  // while the other consumer multiplies
         epilogue.begin_columns(p, layout);
@@ -120,8 +135,11 @@ template <class LOAD, class STORES = OwnStores> DEVICE void run_pipeline(const P
         for (int k = 0; k < 128 / 32; ++k) {
           const u64 a_k = k / PANEL_STEPS * (PANEL >> 4) + 2 * (k % PANEL_STEPS);
 #pragma unroll
-          for (int i = 0; i < PARTS; ++i)
-            wgmma<TILE_N, Element>(d[i], a0 + offset + (64 * PANEL_BYTES >> 4) * i + a_k, b0 + offset + 2 * k, step | k);
+          for (int i = 0; i < PARTS; ++i) {
+            const u64 a = a0 + offset + (64 * PANEL_BYTES >> 4) * i + a_k;
+            if constexpr (LOAD::BATCHED) LOAD::multiply(d[i], a, b0 + offset + LOAD::STEP * k, step | k);
+            else wgmma<TILE_N, Element>(d[i], a, b0 + offset + 2 * k, step | k);
+          }
         }
         wgmma_commit();
         if (step > 0) {

@@ -61,6 +61,7 @@ void mma(Element element, float* d, const u32* a, u32 b0, u32 b1);
 
 // d (64×N) += or = a · b: N / 2 results a thread, 32 bytes of k, computed when the thread waits for the group.
 void wgmma(Element element, int n, float* d, u64 a, u64 b, bool accumulate, const void* where);
+void wgmma_across(Element element, int n, float* d, u64 a, u64 b, bool accumulate, const void* where);  // the rows of b are k
 void wgmma_registers(Element element, int n, float* d, const u32* a, u64 b, bool accumulate, const void* where);
 void wgmma_commit();
 void wgmma_wait(int pending);
