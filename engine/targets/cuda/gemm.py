@@ -4,7 +4,7 @@ of rows where memory is the limit (gemm_stream.py), and, for types that the matr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +18,14 @@ from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda import codegen, product_cost
 from engine.targets.cuda.align_rows import aligned, aligned_bytes
 from engine.targets.cuda.choices import key_of, tile_of
-from engine.targets.cuda.gemm_stream import AnyTile, StreamTile, launch_stream, stream_tile, streams_faster
+from engine.targets.cuda.gemm_stream import (
+    AnyTile,
+    StreamTile,
+    launch_stream,
+    narrow_stream_tile,
+    stream_tile,
+    streams_faster,
+)
 from engine.targets.cuda.kernel import (
     ALIGNMENT,
     I64,
@@ -39,6 +46,7 @@ from engine.targets.cuda.kernel import (
 from engine.targets.cuda.product import Product, columns_in_parts, in_parts, is_weight, product_of, rows_inner, rows_of
 from engine.targets.cuda.product_cost import (
     Ranked,
+    Way,
     ranked_batched,
     ranked_mma,
     ranked_staged,
@@ -133,11 +141,9 @@ def pick_tile(product: Product, epilogue: Functor, context: Context) -> AnyTile:
     if chosen is not None and not (needs_staged(chosen) and epilogue.staged is None):
         return chosen
     best = ranked_tiles(product, context, epilogue.reads)[0]
-    if product_cost.STAGED_BY_MODEL and isinstance(best.tile, WgmmaTile):
-        rivals = (best, *staged_tiles(product, epilogue, context)[:1])
-        best = min(rivals, key=lambda ranked: ranked.estimate.cycles)
-    if product_cost.BATCHED_BY_MODEL:
-        rivals = (best, *batched_tiles(product, epilogue, context)[:1])
+    if product_cost.CHOSEN_BY_MODEL and not isinstance(best.tile, StreamTile):
+        others = other_tiles(product, epilogue, context)
+        rivals = (best, *(ranked for way in product_cost.CHOSEN_BY_MODEL for ranked in others[way][:1]))
         best = min(rivals, key=lambda ranked: ranked.estimate.cycles)
     return best.tile
 
@@ -161,23 +167,19 @@ def ranked_tiles(product: Product, context: Context, reads: Reads = NOTHING) -> 
     return every
 
 
-def staged_tiles(product: Product, epilogue: Functor, context: Context) -> list[Ranked]:
-    """The tiles with staged results that can take a product, from what should be the fastest on."""
-    operands = operands_of(product, context)
-    suits = context.architecture.wgmma and product.suits_tma_aligned and operands is not Operands.EXACT
-    if epilogue.staged is None or not suits:
-        return []
-    every = ranked_staged(product, operands, context.multiprocessors)
-    return sorted(every, key=lambda ranked: ranked.estimate.cycles)
-
-
-def batched_tiles(product: Product, epilogue: Functor, context: Context) -> list[Ranked]:
-    """The tiles of wgmma that can take products of several matrices, or across the lines of b, from what should be the
-    fastest on."""
-    if not context.architecture.wgmma or not product.suits_tma_batched:
-        return []
-    every = ranked_batched(product, operands_of(product, context), context.multiprocessors, epilogue.reads)
-    return sorted(every, key=lambda ranked: ranked.estimate.cycles)
+def other_tiles(product: Product, epilogue: Functor, context: Context) -> Mapping[Way, list[Ranked]]:
+    """The tiles of every other way that can take a product, from what should be the fastest on."""
+    operands, multiprocessors = operands_of(product, context), context.multiprocessors
+    wgmma = context.architecture.wgmma
+    every: dict[Way, list[Ranked]] = {way: [] for way in Way}
+    if wgmma and product.suits_tma_aligned and operands is not Operands.EXACT and epilogue.staged is not None:
+        every[Way.STAGED] += ranked_staged(product, operands, multiprocessors)
+    if wgmma and product.suits_tma_batched:
+        every[Way.BATCHED] += ranked_batched(product, operands, multiprocessors, epilogue.reads)
+    slices = narrow_stream_tile(product, operands)
+    if slices is not None:
+        every[Way.NARROW].append(ranked_stream(product, slices, operands, multiprocessors))
+    return {way: sorted(tiles, key=lambda ranked: ranked.estimate.cycles) for way, tiles in every.items()}
 
 
 def operands_of(product: Product, context: Context) -> Operands:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from enum import Enum
 
 from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.gemm_stream import AnyTile, StreamTile, stream_cycles
@@ -31,6 +32,18 @@ from engine.targets.cuda.tiles import (
     wgmma_tiles,
 )
 
+
+class Way(Enum):
+    """What a product can also run in, beside the tiles that the cost model chooses from."""
+
+    STAGED = "results through shared memory (kernels/mma/staging.cuh)"
+    BATCHED = "several matrices, or across the lines of b, on wgmma (kernels/mma/batch_load.cuh)"
+    NARROW = "slices of rows that begin at multiples of 4 bytes (kernels/gemm_stream.cuh)"
+
+
+CHOSEN_BY_MODEL: frozenset[Way] = frozenset()
+"""The ways that are chosen by their estimates as well. Nothing has been measured for these yet, so that each is taken
+only where the tuner has found it to be faster."""
 CLOCK_MHZ = 1755
 """The clock of all cycles here."""
 
@@ -83,12 +96,6 @@ reach into one sector more."""
 _LEAST_STEP = 140  # waiting and issuing
 _FINISH, _FINISH_ELEMENT, _SHIFT_ELEMENT = 130, 0.046, 0.12
 """A tile's results: each element's, and more where rows of the result do not begin at multiples of 16 bytes."""
-BATCHED_BY_MODEL = False
-"""Whether products of several matrices, and across the lines of b, are given to wgmma by their estimates, which nothing
-has been measured for yet, and not only where the tuner has found that to be faster."""
-STAGED_BY_MODEL = False
-"""Whether tiles with staged results are chosen by their estimates, which nothing has been measured for yet, and not
-only where the tuner has found them to be faster."""
 _STAGED_FINISH, _STAGED_ELEMENT = 300, 0.02
 """The same of staged results: expected, not measured."""
 _ARRIVAL, _PARTIAL_RATE = 2100, 51

@@ -17,7 +17,7 @@ from engine.plan.tensor import Buffer, BufferKind
 from engine.specs import TileTrial
 from engine.targets.cuda import conv, gemm
 from engine.targets.cuda.choices import choice_of, key_of, tile_text
-from engine.targets.cuda.gemm import batched_tiles, launches_of, operands_of, pick_tile, ranked_tiles, staged_tiles
+from engine.targets.cuda.gemm import launches_of, operands_of, other_tiles, pick_tile, ranked_tiles
 from engine.targets.cuda.kernel import ALIGNMENT, AnyMap, Context, Functor, Launch, Pointer, ceildiv, pack
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.product_cost import Ranked
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 CANDIDATES = 6
 """Tiles that are timed of each product."""
 OTHER_CANDIDATES = 3
-"""Those that the cost model does not choose from which are timed beside them: with staged results, or of several
-matrices on wgmma."""
+"""Those of each `Way` that are timed beside them."""
 _ROTATE_BYTES = 160 << 20  # several times the L2 cache: operands come from memory
 _MOST_SETS = 32
 _ROUNDS = 5
@@ -88,8 +87,8 @@ def candidates(product: Product, epilogue: Functor, context: Context, most: int 
     for one in ranked[most:]:
         if all(type(one.tile) is not type(other.tile) for other in chosen):
             chosen.append(one)
-    others = (staged_tiles(product, epilogue, context), batched_tiles(product, epilogue, context))
-    return [*chosen, *(ranked for one in others for ranked in one[:OTHER_CANDIDATES])]
+    others = other_tiles(product, epilogue, context)
+    return [*chosen, *(ranked for tiles in others.values() for ranked in tiles[:OTHER_CANDIDATES])]
 
 
 def _fastest(times: Sequence[float]) -> int:

@@ -25,7 +25,7 @@ from engine.targets.cuda.covering.build import (
     weight,
 )
 from engine.targets.cuda.gemm import epilogue_of, launch_product, launches_of, operands_of
-from engine.targets.cuda.gemm_stream import stream_tile
+from engine.targets.cuda.gemm_stream import narrow_stream_tile, stream_tile
 from engine.targets.cuda.kernel import Context, Launch
 from engine.targets.cuda.product import product_of
 from engine.targets.cuda.tiles import BATCHED_TILES, MMA_TILES, STAGED_TILES, WGMMA_TILES, Tile
@@ -50,9 +50,9 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         (_product(F16, k=387, n=401), context, [replace(t, aligns=True, splits=3) for t in wgmma if t.most_splits > 1]),
         (_product(DType.BF16, k=388, n=402, residual=True), context, [replace(t, aligns=True) for t in wgmma[:1]]),
         (_product(F32, k=387, n=401), rounding, [replace(tile, aligns=True) for tile in wgmma[:1]]),
-        (residual, context, staged[:-1]),
+        (residual, context, (*staged[:2], *staged[3:-1])),
         (_product(DType.BF16, residual=True), context, staged[-1:]),
-        (fp16, context, staged[3:4]),
+        (fp16, context, staged[2:3]),
         (_matrices(k_inner=False), context, batched[:-1]),
         (_matrices(k_inner=True), context, batched[-1:]),
     ]
@@ -66,11 +66,13 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
     short: list[Step] = [
         *(_product(dtype, 5000, k, 96 + k) for dtype, k in ((F16, 16), (DType.BF16, 32), (F32, 8), (F32, 16))),
         _product(F16, 5000, 32, 128, residual=True),
+        _product(F16, 5000, 26, 81),
     ]
     for step in (*short, *(computed(step) for step in short[2:4])):
         assert isinstance(step.op, Gemm)
         product = product_of(step, rounding)
-        slices = stream_tile(product, operands_of(product, rounding))
+        operands = operands_of(product, rounding)
+        slices = stream_tile(product, operands) or narrow_stream_tile(product, operands)
         assert slices is not None
         epilogue = epilogue_of(step, step.op.stores, (0, 1), product.n)
         yield f"gemm {slices}", launch_product(product, epilogue, slices, rounding)

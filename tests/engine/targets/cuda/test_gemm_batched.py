@@ -15,9 +15,10 @@ from engine.targets.cuda import product_cost
 from engine.targets.cuda.architecture import SM_80, SM_90A
 from engine.targets.cuda.choices import choice_of, key_of, tile_of, tile_text
 from engine.targets.cuda.covering import ACC, F16, F32, make_step, stored, weight
-from engine.targets.cuda.gemm import batched_tiles, launches_of, operands_of, parts_of, pick_tile, ranked_tiles
+from engine.targets.cuda.gemm import launches_of, operands_of, other_tiles, parts_of, pick_tile, ranked_tiles
 from engine.targets.cuda.kernel import Context, Functor, WeightStore
 from engine.targets.cuda.product import Product
+from engine.targets.cuda.product_cost import Way
 from engine.targets.cuda.tiles import BATCHED_TILES, PRODUCT_TILES, STAGED_TILES, MmaTile, Operands
 from tests.engine.targets.cuda.cases import broadcast_of, check, fed, ragged, rng_of
 from tests.engine.targets.cuda.emulator.runner import EmulatedRunner
@@ -99,10 +100,10 @@ def test_batched_tiles_are_timed_but_not_chosen_unmeasured(monkeypatch: pytest.M
     assert isinstance(chosen, MmaTile) and chosen == ranked_tiles(product, HOPPER, epilogue.reads)[0].tile
     timed = [ranked.tile for ranked in candidates(product, epilogue, HOPPER)]
     assert sum(tile in BATCHED_TILES for tile in timed) == OTHER_CANDIDATES and timed[0] == chosen
-    monkeypatch.setattr(product_cost, "BATCHED_BY_MODEL", True)
+    monkeypatch.setattr(product_cost, "CHOSEN_BY_MODEL", frozenset({Way.BATCHED}))
     assert pick_tile(product, epilogue, HOPPER) in BATCHED_TILES
     older = replace(HOPPER, architecture=SM_80)
-    assert batched_tiles(*parts(step, older), older) == []
+    assert not other_tiles(*parts(step, older), older)[Way.BATCHED]
 
 
 def test_a_batched_tile_that_was_fastest_is_taken() -> None:

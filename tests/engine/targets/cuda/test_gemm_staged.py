@@ -22,13 +22,14 @@ from engine.targets.cuda.gemm import (
     launches_of,
     needs_staged,
     operands_of,
+    other_tiles,
     parts_of,
     pick_tile,
     ranked_tiles,
-    staged_tiles,
 )
 from engine.targets.cuda.kernel import Context, Functor, WeightStore
 from engine.targets.cuda.product import Product
+from engine.targets.cuda.product_cost import Way
 from engine.targets.cuda.tiles import PRODUCT_TILES, STAGED_TILES, Operands
 from tests.engine.targets.cuda.cases import check, ragged, rng_of
 from tests.engine.targets.cuda.emulator.runner import EmulatedRunner
@@ -162,12 +163,12 @@ def test_staged_tiles_are_timed_but_not_chosen_unmeasured(monkeypatch: pytest.Mo
     assert not needs_staged(pick_tile(product, epilogue, HOPPER))
     timed = [ranked.tile for ranked in candidates(product, epilogue, HOPPER)]
     assert sum(map(needs_staged, timed)) == OTHER_CANDIDATES and not needs_staged(timed[0])
-    monkeypatch.setattr(product_cost, "STAGED_BY_MODEL", True)
-    assert pick_tile(product, epilogue, HOPPER) == staged_tiles(product, epilogue, HOPPER)[0].tile
+    monkeypatch.setattr(product_cost, "CHOSEN_BY_MODEL", frozenset({Way.STAGED}))
+    assert pick_tile(product, epilogue, HOPPER) == other_tiles(product, epilogue, HOPPER)[Way.STAGED][0].tile
     bare = replace(epilogue, staged=None)
     assert pick_tile(product, bare, HOPPER) == ranked_tiles(product, HOPPER, epilogue.reads)[0].tile
     older = replace(HOPPER, architecture=SM_80)
-    assert staged_tiles(*parts(step_of(16384, 768, 768, "residual"), older), older) == []
+    assert not other_tiles(*parts(step_of(16384, 768, 768, "residual"), older), older)[Way.STAGED]
 
 
 def test_a_staged_tile_that_was_fastest_is_taken() -> None:
