@@ -88,7 +88,7 @@ def _code(
         f"return pack_pair<{STORAGE[result]}>(out0[0], out0[1]);",
     ]  # fmt: skip
     return (
-        '#include "ptx/pack.cuh"\n'
+        '#include "epilogue/gelu.cuh"\n#include "ptx/pack.cuh"\n'
         "struct Epilogue {\n"
         f"  static constexpr bool READS_TILE = {'true' if tiles else 'false'};\n"
         f"  struct Fixed {{ {members(fixed)} }};\n"
