@@ -120,7 +120,7 @@ struct StagedStores {
     while (sent.t < tiles) {
       barrier_wait(written + 8 * slot, parity);
       const TileIndex tile = tile_of<16>(sent.t, tiles_m, tiles_n);
-      store_box(p.map_result, slots + slot * SLOT_BYTES, column_of(tile, sent), row_of(tile));
+      if (is_inside(p, tile, sent)) store_box(p.map_result, slots + slot * SLOT_BYTES, column_of(tile, sent), row_of(tile));
       store_box_commit();
       sent.advance();
       if (brought.t < tiles) {
@@ -135,16 +135,22 @@ struct StagedStores {
  private:
   DEVICE u32 row_of(const TileIndex& tile) const { return tile.m * TILE_M + (COOPERATIVE ? consumer * CONSUMER_M : 0); }
   DEVICE static u32 column_of(const TileIndex& tile, const StagedPanel& at) { return tile.n * TILE_N + at.panel * STAGED_COLUMNS; }
+  DEVICE bool is_inside(const Params& p, const TileIndex& tile, const StagedPanel& at) const {
+    return row_of(tile) < p.m && column_of(tile, at) < p.n;
+  }
   // Makes a free place ready for the next panel. P: Params, which has `map_tile` only where there is a tile to bring.
   template <class P> DEVICE void bring(const P& p, StagedPanel& next, u32 slot, u32 tiles_m, u32 tiles_n) const {
     const u32 landed = ready + 8 * slot;
+    bool brings = false;
     if constexpr (Epilogue::READS_TILE) {
       const TileIndex tile = tile_of<16>(next.t, tiles_m, tiles_n);
-      barrier_arrive_expect(landed, SLOT_BYTES);
-      copy_box(slots + slot * SLOT_BYTES, p.map_tile, landed, column_of(tile, next), row_of(tile));
-    } else {
-      barrier_arrive(landed);
+      brings = is_inside(p, tile, next);
+      if (brings) {
+        barrier_arrive_expect(landed, SLOT_BYTES);
+        copy_box(slots + slot * SLOT_BYTES, p.map_tile, landed, column_of(tile, next), row_of(tile));
+      }
     }
+    if (!brings) barrier_arrive(landed);
     next.advance();
   }
 };
