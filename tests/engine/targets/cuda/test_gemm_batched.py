@@ -73,6 +73,9 @@ def test_batched_products_of_more_tiles_than_multiprocessors(hopper: Runner, cou
         launches = launches_of(product, epilogue, tile, hopper.context)
         cases.append(Case(f"{tile}", step, k, lowered=launches, rounding=EXACT))
     check(hopper, cases)
+    if isinstance(hopper, EmulatedRunner):
+        with hopper.in_reverse():
+            check(hopper, cases)
 
 
 def test_which_products_can_be_batched() -> None:

@@ -76,6 +76,9 @@ def test_staged_products_of_more_tiles_than_multiprocessors(hopper: Runner, coun
                 launches = launched(step, tile, hopper.context)
                 cases.append(Case(f"{m}x{n}x{k} {name} {tile}", step, k, lowered=launches, rounding=EXACT))
     check(hopper, cases)
+    if isinstance(hopper, EmulatedRunner):
+        with hopper.in_reverse():
+            check(hopper, cases)
 
 
 def test_staged_rows_may_lie_apart(hopper: Runner, count: int) -> None:

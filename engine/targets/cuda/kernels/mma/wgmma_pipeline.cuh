@@ -56,6 +56,9 @@ struct OwnStores {
 // of epilogue operands fit a consumer's, beside the accumulators, where partial sums have been added.
 // STORES: who stores the results; the other way is mma/staging.cuh.
 template <class LOAD, class STORES = OwnStores> DEVICE void run_pipeline(const Params& p) {
+  // Where a tile is a single step the leader hands its turn on before its product has waited for the consumer's other warps: one that is
+  // still busy with the tile before would see its own turn two phases late, and wait for ever. So each warp hands it on.
+  constexpr bool WARPS_HAND_ON = STORES::STAGED || LOAD::BATCHED;
   static_assert(STORES::SHARED_BYTES == config::shared_bytes, "the host asks for ring, barriers and staged results");
   extern __shared__ __align__(1024) u8 shared[];
   const u32 ring = shared_address(shared);
@@ -65,7 +68,7 @@ template <class LOAD, class STORES = OwnStores> DEVICE void run_pipeline(const P
     prefetch_tensor_map(p.map_a);
     prefetch_tensor_map(p.map_b);
     for (int i = 0; i < 2 * STAGES + CONSUMERS; ++i)
-      barrier_init(full + 8 * i, COOPERATIVE && i >= STAGES && i < 2 * STAGES ? CONSUMERS : 1);
+      barrier_init(full + 8 * i, COOPERATIVE && i >= STAGES && i < 2 * STAGES ? CONSUMERS : WARPS_HAND_ON && i >= 2 * STAGES ? 4 : 1);
     if constexpr (STORES::STAGED) STORES::init(p, ring);
     barrier_init_fence();
   }
@@ -149,7 +152,7 @@ template <class LOAD, class STORES = OwnStores> DEVICE void run_pipeline(const P
         previous = stage;
         if (++stage == STAGES) { stage = 0; parity ^= 1; }
       }
-      if (!COOPERATIVE && leader) barrier_arrive(turn + 8 * (consumer ^ 1));
+      if (!COOPERATIVE && (WARPS_HAND_ON ? lane == 0 : leader)) barrier_arrive(turn + 8 * (consumer ^ 1));
       wgmma_wait<0>();
       if (leader) barrier_arrive(empty + 8 * previous);
 #pragma unroll

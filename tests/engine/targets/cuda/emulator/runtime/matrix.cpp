@@ -205,15 +205,20 @@ void wgmma_registers(Element element, int n, float* d, const u32* a, u64 b, bool
   begin({element, n, d, a, 0, b, accumulate, where, true});
 }
 void wgmma_commit() {
+  meet_warp();  // a warp issues its products together
   products[current].committed.push_back(std::move(products[current].open));
   products[current].open.clear();
 }
 void wgmma_wait(int pending) {
   auto& groups = products[current].committed;
+  if (groups.size() <= static_cast<size_t>(pending)) return;
+  // A product is the warpgroup's: nobody is through before all of its threads have come to it and have their results.
+  meet_warpgroup();
   while (groups.size() > static_cast<size_t>(pending)) {
     for (const Product& p : groups.front()) finish(p);
     groups.erase(groups.begin());
   }
+  meet_warpgroup();
 }
 
 }  // namespace emulator
