@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -130,7 +131,7 @@ def epilogue_of(
     every = space(shape, order[:-1], order[-1:], [*reads.values(), *writes])
     placed, results = dict(zip(reads, every.operands, strict=False)), every.operands[len(reads) :]
     functor = codegen.epilogue(stores, every, placed, results, granularity, accumulator)
-    return replace(functor, staged=staged_epilogue(stores, every, placed, results, granularity))
+    return replace(functor, stage=partial(staged_epilogue, stores, every, placed, results, granularity))
 
 
 def pick_tile(product: Product, epilogue: Functor, context: Context) -> AnyTile:

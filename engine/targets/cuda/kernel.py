@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -405,14 +406,24 @@ class Reads:
     varying: int = 0
 
 
+def _without_stages() -> None:
+    return None
+
+
 @dataclass(frozen=True, eq=False)
 class Functor:
-    """Generated device code (a struct) and the arguments it reads. Made by `codegen.py`."""
+    """Generated device code (a struct) and the arguments it reads. Made by `codegen.py`. `stage` makes the staged form
+    of an epilogue, which few products ask for."""
 
     code: str
     arguments: tuple[tuple[str, Argument], ...]
     reads: Reads
-    staged: Staged | None = None
+    stage: Callable[[], Staged | None] = _without_stages
+
+    @cached_property
+    def staged(self) -> Staged | None:
+        """The same epilogue for results that go through shared memory; None where it has no such form."""
+        return self.stage()
 
 
 @dataclass(frozen=True)

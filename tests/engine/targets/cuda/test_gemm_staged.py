@@ -168,7 +168,7 @@ def test_staged_tiles_are_timed_but_not_chosen_unmeasured(monkeypatch: pytest.Mo
     assert sum(map(needs_staged, timed)) == OTHER_CANDIDATES and not needs_staged(timed[0])
     monkeypatch.setattr(product_cost, "CHOSEN_BY_MODEL", frozenset({Way.STAGED}))
     assert pick_tile(product, epilogue, HOPPER) == other_tiles(product, epilogue, HOPPER)[Way.STAGED][0].tile
-    bare = replace(epilogue, staged=None)
+    bare = replace(epilogue, stage=lambda: None)
     assert pick_tile(product, bare, HOPPER) == ranked_tiles(product, HOPPER, epilogue.reads)[0].tile
     older = replace(HOPPER, architecture=SM_80)
     assert not other_tiles(*parts(step_of(16384, 768, 768, "residual"), older), older)[Way.STAGED]
@@ -184,7 +184,7 @@ def test_a_staged_tile_that_was_fastest_is_taken() -> None:
     key = key_of(product, operands_of(product, HOPPER), epilogue)
     context = replace(HOPPER, choices={key: choice_of(STAGED_TILES[1], 9.0)})
     assert pick_tile(product, epilogue, context) == STAGED_TILES[1]
-    assert pick_tile(product, replace(epilogue, staged=None), context) == pick_tile(product, epilogue, HOPPER)
+    assert pick_tile(product, replace(epilogue, stage=lambda: None), context) == pick_tile(product, epilogue, HOPPER)
 
 
 def test_a_convolution_that_is_a_product_can_be_staged() -> None:
