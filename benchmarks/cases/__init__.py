@@ -22,11 +22,12 @@ class Case(Protocol):
 
 AnyCase = TypeVar("AnyCase", bound=Case)
 
-KernelCase = gemm.GemmCase | conv.ConvCase | attention.AttentionCase | light.LightCase
+KernelCase = gemm.GemmCase | gemm.MatricesCase | conv.ConvCase | attention.AttentionCase | light.LightCase
 
 KERNELS: Mapping[str, Sequence[KernelCase]] = {
     "gemm": gemm.CASES,
     "random": gemm.RANDOM_CASES,
+    "matrices": gemm.MATRICES_CASES,
     "conv": conv.CASES,
     "attention": attention.CASES,
     "light": light.CASES,

@@ -1,4 +1,5 @@
-"""Matrix products of fp16 activations [m, k] with fp16 weights, and what rides in their epilogue."""
+"""Matrix products of fp16 activations [m, k] with fp16 weights, and what rides in their epilogue; and products of
+activations."""
 
 from __future__ import annotations
 
@@ -37,6 +38,21 @@ class RandomGemmCase(GemmCase):
     """A shape that nobody chose: no constant of a cost model was fitted to it."""
 
     suite: ClassVar[str] = "random"
+
+
+@dataclass(frozen=True)
+class MatricesCase:
+    """Products of so many pairs of computed matrices [m, k] and [k, n], columns innermost in both."""
+
+    batch: int
+    m: int
+    n: int
+    k: int
+    suite: ClassVar[str] = "matrices"
+
+    @property
+    def name(self) -> str:
+        return f"{self.batch} of {self.m}x{self.n}x{self.k}"
 
 
 _SQUARES = (8192, 4096, 2048, 1024)
@@ -97,4 +113,12 @@ def _random_cases(seed: int = 20261125) -> Iterator[RandomGemmCase]:
 
 
 CASES = tuple(_cases())
+MATRICES_CASES = tuple(
+    MatricesCase(*sizes)
+    for sizes in (
+        (1, 4096, 4096, 4096), (1, 2048, 2048, 2048), (1, 1024, 1024, 1024),
+        (16, 1024, 1024, 1024), (64, 512, 512, 512),
+        (96, 1024, 64, 1024), (96, 512, 64, 512), (384, 128, 64, 128), (12, 2048, 128, 2048),  # values by probabilities
+    )
+)  # fmt: skip
 RANDOM_CASES = tuple(_random_cases())

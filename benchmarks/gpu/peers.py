@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.cases import KernelCase
 from benchmarks.cases.attention import AttentionCase, Mask
 from benchmarks.cases.conv import ConvCase, Tail
-from benchmarks.cases.gemm import Epilogue, GemmCase
+from benchmarks.cases.gemm import Epilogue, GemmCase, MatricesCase
 from benchmarks.cases.light import Kind, LightCase
 
 Function = Callable[..., torch.Tensor]
@@ -48,6 +48,8 @@ def peers(case: KernelCase) -> list[Peer]:
     match case:
         case GemmCase():
             return list(_gemm(case))
+        case MatricesCase():
+            return [Peer("cuBLAS", _matrices)]
         case ConvCase():
             return list(_conv(case))
         case AttentionCase():
@@ -61,6 +63,8 @@ def reference(case: KernelCase) -> Function:
     match case:
         case GemmCase():
             return _PRODUCTS[case.epilogue]
+        case MatricesCase():
+            return _matrices
         case ConvCase():
             return _without_search(_convolution(case))
         case AttentionCase():
@@ -81,6 +85,10 @@ _PRODUCTS: dict[Epilogue, Function] = {
 
 def _k_inner(a: torch.Tensor, b: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return (a, b.t().contiguous().t(), *others)
+
+
+def _matrices(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(a, b)
 
 
 def _gemm(case: GemmCase) -> Iterator[Peer]:

@@ -14,7 +14,7 @@ from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.attention import heads_of, sizes_of
 from engine.targets.cuda.attention_tiles import cycles as portable_cycles
 from engine.targets.cuda.attention_tiles import pick
-from engine.targets.cuda.gemm import parts_of, pick_tile, ranked_tiles
+from engine.targets.cuda.gemm import other_tiles, parts_of, pick_tile, ranked_tiles
 from engine.targets.cuda.kernel import Context
 from engine.targets.cuda.product_cost import CLOCK_MHZ
 
@@ -35,7 +35,9 @@ def _product_cycles(step: Step, context: Context) -> float:
     assert parts is not None, "fp16 is for the matrix units"
     product, epilogue = parts
     tile = pick_tile(product, epilogue, context)
-    return next(one.estimate.cycles for one in ranked_tiles(product, context, epilogue.reads) if one.tile == tile)
+    others = other_tiles(product, epilogue, context).values()
+    every = [*ranked_tiles(product, context, epilogue.reads), *(one for tiles in others for one in tiles)]
+    return next(one.estimate.cycles for one in every if one.tile == tile)
 
 
 def _attention_cycles(step: Step, context: Context) -> float:

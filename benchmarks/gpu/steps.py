@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.cases import KernelCase
 from benchmarks.cases.attention import AttentionCase, Mask
 from benchmarks.cases.conv import ConvCase, Tail
-from benchmarks.cases.gemm import Epilogue, GemmCase
+from benchmarks.cases.gemm import Epilogue, GemmCase, MatricesCase
 from benchmarks.cases.light import Kind, LightCase
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
@@ -26,7 +26,7 @@ from engine.targets.cuda.families import family_of
 from engine.targets.cuda.kernel import Context, WeightStore
 from engine.targets.cuda.source import expand
 
-KERNEL_CASES = (GemmCase, ConvCase, AttentionCase, LightCase)
+KERNEL_CASES = (GemmCase, MatricesCase, ConvCase, AttentionCase, LightCase)
 F16, F32 = DType.F16, DType.F32
 
 Constants = Callable[..., np.ndarray]
@@ -63,6 +63,9 @@ def step_of(case: KernelCase, weight: Constants = random_weight) -> Step:
     match case:
         case GemmCase():
             return _gemm(case, weight)
+        case MatricesCase():
+            shapes = (case.batch, case.m, case.k), (case.batch, case.k, case.n)
+            return cv.make_step(Gemm((cv.stored(cv.ACC),)), [(F16, shape) for shape in shapes])
         case ConvCase():
             return _conv(case, weight)
         case AttentionCase():

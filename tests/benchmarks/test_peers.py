@@ -14,7 +14,7 @@ import torch
 from benchmarks.cases import KernelCase
 from benchmarks.cases.attention import AttentionCase, Mask
 from benchmarks.cases.conv import ConvCase, Tail
-from benchmarks.cases.gemm import Epilogue, GemmCase
+from benchmarks.cases.gemm import Epilogue, GemmCase, MatricesCase
 from benchmarks.cases.light import Kind, LightCase
 from benchmarks.gpu import operands as operands_module
 from benchmarks.gpu.kernels import fills_of
@@ -27,6 +27,7 @@ from tests.engine import ir_interpreter
 ONLY_ON_A_GPU = {"cuDNN", "cuDNN fused", "flash", "memory-efficient"}
 SMALL: tuple[KernelCase, ...] = (
     *(GemmCase(33, 24, 48, epilogue) for epilogue in Epilogue),
+    MatricesCase(3, 33, 24, 48),
     ConvCase(2, 16, 24, 14, 3),
     ConvCase(2, 16, 24, 14, 1, 2),
     ConvCase(2, 16, 24, 14, 1, tail=Tail.RESIDUAL_RELU),

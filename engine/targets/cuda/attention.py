@@ -13,7 +13,7 @@ from engine.plan.tensor import Tensor
 from engine.targets.cuda import attention_wgmma
 from engine.targets.cuda.attention_operands import Attended, BiasKind, strides
 from engine.targets.cuda.attention_tiles import MAX_HEAD, AttentionTile, Heads, Sizes, pick
-from engine.targets.cuda.gemm import split_arguments
+from engine.targets.cuda.gemm_wgmma import split_arguments
 from engine.targets.cuda.kernel import (
     STORAGE,
     Context,

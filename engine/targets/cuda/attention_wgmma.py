@@ -9,7 +9,7 @@ from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda.attention_operands import Attended, BiasKind, four, strides
 from engine.targets.cuda.attention_wgmma_tiles import BAND, WgmmaAttentionTile, Work, candidates, cycles
-from engine.targets.cuda.gemm import wgmma_function
+from engine.targets.cuda.gemm_wgmma import wgmma_function
 from engine.targets.cuda.kernel import (
     STORAGE,
     Argument,

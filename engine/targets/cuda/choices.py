@@ -13,15 +13,21 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from engine.targets.cuda.gemm_stream import AnyTile, StreamTile, stream_tile
+from engine.targets.cuda.gemm_stream import AnyTile, StreamTile, narrow_stream_tile, stream_tile
 from engine.targets.cuda.kernel import Choice, Functor
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.source import expand
-from engine.targets.cuda.tiles import MMA_TILES, PRODUCT_TILES, Operands, Tile, WgmmaTile
+from engine.targets.cuda.tiles import BATCHED_TILES, MMA_TILES, PRODUCT_TILES, STAGED_TILES, Operands, Tile, WgmmaTile
 
 log = logging.getLogger(__name__)
 
-_KERNELS = ("gemm_wgmma.cuh", "gemm_mma.cuh", "gemm_stream.cuh", "align_rows.cuh", "split_rows.cuh")
+_KERNELS = (
+    "gemm_wgmma.cuh", "gemm_staged.cuh", "gemm_batch.cuh", "gemm_mma.cuh", "gemm_stream.cuh", "align_rows.cuh",
+    "split_rows.cuh",
+)  # fmt: skip
+
+_FORM = ("cooperative", "slots", "batched")
+"""What tells tiles of wgmma of the same size apart."""
 
 
 def key_of(product: Product, operands: Operands, epilogue: Functor) -> str:
@@ -37,40 +43,51 @@ def key_of(product: Product, operands: Operands, epilogue: Functor) -> str:
 def choice_of(tile: AnyTile, us: float) -> Choice:
     """A tile as the file has it, with the time that it took."""
     if isinstance(tile, StreamTile):
-        return {"kernel": "stream", "us": us}
+        return {"kernel": "stream", "narrow": tile.narrow, "us": us}
     kernel = "wgmma" if isinstance(tile, WgmmaTile) else "mma"
     choice: dict[str, str | int | float | bool] = {
         "kernel": kernel, "m": tile.m, "n": tile.n, "splits": tile.splits, "us": us,
     }  # fmt: skip
-    return {**choice, "cooperative": tile.cooperative, "aligns": tile.aligns} if isinstance(tile, WgmmaTile) else choice
+    if isinstance(tile, WgmmaTile):
+        choice |= {"aligns": tile.aligns, **{name: getattr(tile, name) for name in _FORM}}
+    return choice
 
 
 def tile_text(tile: AnyTile) -> str:
     """A tile for people."""
     if isinstance(tile, StreamTile):
-        return f"slices of {32 * tile.groups} columns"
+        return f"slices of {32 * tile.groups} columns{', narrow rows' if tile.narrow else ''}"
     kernel = "wgmma" if isinstance(tile, WgmmaTile) else "mma"
     turns = " cooperative" if isinstance(tile, WgmmaTile) and tile.cooperative else ""
     copied = ", rows copied" if isinstance(tile, WgmmaTile) and tile.aligns else ""
-    return f"{kernel} {tile.m}×{tile.n}{turns}{f', k in {tile.splits}' if tile.splits > 1 else ''}{copied}"
+    if isinstance(tile, WgmmaTile) and tile.batched:
+        kernel = "wgmma, matrices in turn,"
+    staged = ", results staged" if isinstance(tile, WgmmaTile) and tile.slots else ""
+    return f"{kernel} {tile.m}×{tile.n}{turns}{f', k in {tile.splits}' if tile.splits > 1 else ''}{copied}{staged}"
 
 
 def tile_of(choice: Choice, product: Product, operands: Operands) -> AnyTile | None:
     """The tile that a choice names, if it is one for such a product."""
     kernel, splits, aligns = choice.get("kernel"), choice.get("splits"), choice.get("aligns")
     if kernel == "stream":
-        return stream_tile(product, operands)
-    tiles: tuple[Tile, ...] = PRODUCT_TILES if kernel == "wgmma" else MMA_TILES if kernel == "mma" else ()
+        return narrow_stream_tile(product, operands) if choice.get("narrow") else stream_tile(product, operands)
+    wgmma = (*PRODUCT_TILES, *STAGED_TILES, *BATCHED_TILES)
+    tiles: tuple[Tile, ...] = wgmma if kernel == "wgmma" else MMA_TILES if kernel == "mma" else ()
     fitting = [t for t in tiles if (t.m, t.n) == (choice.get("m"), choice.get("n"))]
-    tile = next((t for t in fitting if getattr(t, "cooperative", None) == choice.get("cooperative")), None)
+    named = [choice.get(name) for name in _FORM]
+    tile = next((t for t in fitting if [getattr(t, name, None) for name in _FORM] == named), None)
     if tile is None or type(splits) is not int or not 1 <= splits <= tile.most_splits:
         return None
     if not isinstance(tile, WgmmaTile):
         return replace(tile, splits=splits)
-    lies_right = product.suits_tma and operands is not Operands.REFINED
-    if type(aligns) is not bool or not (product.suits_tma_aligned if aligns else lies_right):
+    if type(aligns) is not bool:
         return None
-    return replace(tile, splits=splits, aligns=aligns)
+    if tile.batched:
+        fits = product.suits_tma_batched and not aligns
+    else:
+        lies_right = product.suits_tma and operands is not Operands.REFINED
+        fits = product.suits_tma_aligned if aligns else lies_right
+    return replace(tile, splits=splits, aligns=aligns) if fits else None
 
 
 class ChoiceFile:
@@ -78,7 +95,7 @@ class ChoiceFile:
 
     def __init__(self, folder: Path | None, device: str, driver: str) -> None:
         sources = expand("".join(f'#include "{name}"\n' for name in _KERNELS))
-        tiles = repr((PRODUCT_TILES, MMA_TILES))
+        tiles = repr((PRODUCT_TILES, STAGED_TILES, BATCHED_TILES, MMA_TILES))
         digest = hashlib.sha256("\0".join([sources, tiles, driver]).encode()).hexdigest()[:16]
         name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
         self.path = folder and folder / f"{name}-{digest}.json"

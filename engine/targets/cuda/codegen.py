@@ -96,7 +96,7 @@ def epilogue(
         writer.prepare.append(f"{COMPUTE[output.dtype]} out{j}[WIDTH];")
         targets.append(f"targets.out{j} = row_offset(p.epilogue_out{j}, r);")
         store = (
-            f"store_columns<{STORAGE[output.dtype]}, {_column(output)}, {writer.aligned(output)}>"
+            f"store_columns<{STORAGE[output.dtype]}, {column_kind(output)}, {writer.aligned(output)}>"
             f"(p.epilogue_out{j}, targets.out{j}, column, count, out{j});"
         )
         writer.finish.append(store)
@@ -113,7 +113,7 @@ def epilogue(
     }
     places = "".join(f" i64 out{j};" for j in range(len(outputs)))
     more = f"u32 column, u32 count, const {COMPUTE[acc]} (&acc)[WIDTH]"
-    body = _indented([writer.split, "Targets targets;", *targets, "return targets;"])
+    body = indented([writer.split, "Targets targets;", *targets, "return targets;"])
     head = f"  struct Targets {{{places} }};\n  DEVICE static Targets to(const Params& p, u32 row) {{\n{body}\n  }}\n"
     tail = (
         f"  DEVICE static void store(const Params& p, u32 row, {more}, const Inputs& inputs) "
@@ -128,7 +128,7 @@ def epilogue(
     head += f"  static constexpr bool SHIFTED = {'true' if carried else 'false'};\n"
     if carried:
         declared = [line.replace("WIDTH", "N") for line in writer.prepare]
-        tail += _shifted_stores([*declared, *_loop(results)], shifting, rest, COMPUTE[acc])
+        tail += _shifted_stores([*declared, *loop_over(results)], shifting, rest, COMPUTE[acc])
     return writer.functor("Epilogue", signature, results, head, tail)
 
 
@@ -140,7 +140,7 @@ def _shifted_stores(values: Sequence[str], stores: Sequence[str], rest: Sequence
         "const Params& p, u32 row, u32 column, u32 first, u32 end, bool present",
     )
     count = "const u32 count = present && column < end ? min(8u, end - column) : 0;"
-    store, last = _indented([to, count, *values, *stores]), _indented([to, "const float none[N] = {};", *rest])
+    store, last = indented([to, count, *values, *stores]), indented([to, "const float none[N] = {};", *rest])
     return (
         f"  template <int N> DEVICE static void store_shifted({span}, Along at, const {acc} (&acc)[N], "
         f"const Inputs& inputs, Carries& carries) {{\n{store}\n  }}\n"
@@ -201,7 +201,7 @@ class _Writer:
             name = f"{self.prefix}_{i}"
             self.declare(name, operand)
             offset = f"row_offset(p.{name}, r)"
-            dtype, column = STORAGE[operand.dtype], _column(operand)
+            dtype, column = STORAGE[operand.dtype], column_kind(operand)
             columns = 8 if operand.strides[-1] or (operand.index and operand.index.strides[-1]) else 1
             registers = ceildiv(columns * operand.dtype.itemsize, 4)
             fixed = operand.index is None and not any(operand.strides[:-1])
@@ -241,9 +241,9 @@ class _Writer:
     ) -> Functor:
         # All indices are read before the first is compared, which may lead to a store that no load passes.
         found = (f"rows.{place} = {offset};" for place, offset in self.rows.items())
-        at = _indented([self.split, *self.lookups, "Rows rows;", *found, "return rows;"])
-        fetch = _indented(["Varying varying;", *self.fetches, "return varying;"])
-        fetch_fixed = _indented(["Fixed fixed;", *self.fixed_fetches, "return fixed;"])
+        at = indented([self.split, *self.lookups, "Rows rows;", *found, "return rows;"])
+        fetch = indented(["Varying varying;", *self.fetches, "return varying;"])
+        fetch_fixed = indented(["Fixed fixed;", *self.fixed_fetches, "return fixed;"])
         head += f"  struct Fixed {{ {' '.join(self.fixed_members)} }};\n"
         head += f"  struct Varying {{ {' '.join(self.members)} }};\n"
         head += "  struct Inputs : Fixed, Varying {};\n"
@@ -260,14 +260,15 @@ class _Writer:
             "  DEVICE static Inputs fetch(const Params& p, u32 row, u32 column, u32 count) "
             "{ return fetch(p, at(p, row), column, count); }\n"
         )
-        lines = [*self.prepare, *_loop(results), *self.finish]
-        code = f"struct {name} {{\n{head}  DEVICE static {signature} {{\n{_indented(lines)}\n  }}\n{tail}}};\n"
+        lines = [*self.prepare, *loop_over(results), *self.finish]
+        code = f"struct {name} {{\n{head}  DEVICE static {signature} {{\n{indented(lines)}\n  }}\n{tail}}};\n"
         return Functor(code, tuple(self.arguments.items()), self.reads)
 
 
-def _loop(results: Mapping[str, tuple[ex.Expr, DType]]) -> list[str]:
-    """Computes the results of all columns: what is assigned, and (expression, type) of its value."""
-    body = _expression_lines([root for root, _ in results.values()])
+def loop_over(results: Mapping[str, tuple[ex.Expr, DType]], gelu: str = "gelu_narrow") -> list[str]:
+    """Computes the results of all columns: what is assigned, and (expression, type) of its value. `gelu`: the function
+    that is good enough where all results have 16 bits."""
+    body = _expression_lines([root for root, _ in results.values()], gelu)
     loop = [
         *body.lines,
         *(f"{target} = {_convert(body.names[root], root.dtype, to)};" for target, (root, to) in results.items()),
@@ -275,11 +276,13 @@ def _loop(results: Mapping[str, tuple[ex.Expr, DType]]) -> list[str]:
     return ["#pragma unroll", "for (int i = 0; i < WIDTH; ++i) {", *(f"  {line}" for line in loop), "}"]
 
 
-def _indented(lines: Sequence[str]) -> str:
+def indented(lines: Sequence[str]) -> str:
+    """The body of a function."""
     return "\n".join(line if line.startswith("#") else f"    {line}" for line in lines)
 
 
-def _column(operand: Operand) -> str:
+def column_kind(operand: Operand) -> str:
+    """How its columns lie, as kernels/epilogue/access.cuh names it."""
     return "Column::" + {0: "BROADCAST", 1: "UNIT"}.get(operand.strides[-1], "STRIDED")
 
 
@@ -289,7 +292,7 @@ class _Lines:
         self.names: dict[ex.Expr, str] = {}
 
 
-def _expression_lines(roots: Sequence[ex.Expr]) -> _Lines:
+def _expression_lines(roots: Sequence[ex.Expr], gelu: str) -> _Lines:
     """One statement per operation, shared sub-expressions once. Where all results have 16 bits, GELU is computed as
     well as these need."""
     result = _Lines()
@@ -313,7 +316,7 @@ def _expression_lines(roots: Sequence[ex.Expr]) -> _Lines:
         else:
             name = f"t{len(result.lines)}"
             if node in short:
-                value = f"gelu_narrow({result.names[short[node]]})"
+                value = f"{gelu}({result.names[short[node]]})"
             else:
                 value = _apply(node, [result.names[arg] for arg in node.args])
             result.lines.append(f"const {COMPUTE[node.dtype]} {name} = {value};")

@@ -40,7 +40,8 @@ from engine.targets.cuda.conv_simt import (
 )
 from engine.targets.cuda.conv_stem import is_stem, launch_stem
 from engine.targets.cuda.depthwise import is_depthwise_product, launch_depthwise_product
-from engine.targets.cuda.gemm import launches_of, pick_tile, split_arguments
+from engine.targets.cuda.gemm import launches_of, pick_tile
+from engine.targets.cuda.gemm_wgmma import split_arguments
 from engine.targets.cuda.kernel import (
     STORAGE,
     Argument,

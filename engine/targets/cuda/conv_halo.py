@@ -13,7 +13,7 @@ from engine.plan.plan import Step
 from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.conv_simt import epilogue_for
 from engine.targets.cuda.conv_wgmma import REACH, pixel_strides, suits
-from engine.targets.cuda.gemm import wgmma_function
+from engine.targets.cuda.gemm_wgmma import wgmma_function
 from engine.targets.cuda.kernel import (
     STORAGE,
     Context,

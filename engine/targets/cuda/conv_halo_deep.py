@@ -14,7 +14,7 @@ from engine.targets.cuda.conv_geometry import Geometry, row_length
 from engine.targets.cuda.conv_halo import Grid, divisor_arguments, lies_alike
 from engine.targets.cuda.conv_simt import epilogue_for
 from engine.targets.cuda.conv_wgmma import pixel_strides
-from engine.targets.cuda.gemm import wgmma_function
+from engine.targets.cuda.gemm_wgmma import wgmma_function
 from engine.targets.cuda.kernel import (
     STORAGE,
     Context,

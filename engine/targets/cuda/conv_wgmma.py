@@ -13,7 +13,7 @@ from math import gcd
 from engine.plan.plan import Step
 from engine.targets.cuda.conv_geometry import AXES, Geometry, padded_k, row_length
 from engine.targets.cuda.conv_simt import epilogue_for
-from engine.targets.cuda.gemm import split_arguments, wgmma_function
+from engine.targets.cuda.gemm_wgmma import split_arguments, wgmma_function
 from engine.targets.cuda.kernel import (
     STORAGE,
     Context,

@@ -4,48 +4,55 @@ of rows where memory is the limit (gemm_stream.py), and, for types that the matr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 from engine.errors import UnsupportedOp
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.ops import Gemm, Op
 from engine.plan.plan import Access, Requirement, Step
-from engine.plan.tensor import Buffer, BufferKind, Tensor
-from engine.targets.cuda import codegen
+from engine.plan.tensor import Tensor
+from engine.targets.cuda import codegen, product_cost
 from engine.targets.cuda.align_rows import aligned, aligned_bytes, split, split_bytes
 from engine.targets.cuda.choices import key_of, tile_of
-from engine.targets.cuda.gemm_stream import AnyTile, StreamTile, launch_stream, stream_tile, streams_faster
+from engine.targets.cuda.gemm_stream import (
+    AnyTile,
+    StreamTile,
+    launch_stream,
+    narrow_stream_tile,
+    stream_tile,
+    streams_faster,
+)
+from engine.targets.cuda.gemm_wgmma import launch_batched, launch_wgmma, split_arguments
 from engine.targets.cuda.kernel import (
     ALIGNMENT,
     I64,
     STORAGE,
-    Argument,
     Context,
     Functor,
     Instruction,
     Launch,
     Pointer,
     Reads,
-    TensorMap,
     ceildiv,
     launch,
     pointer_to,
     workspace,
 )
-from engine.targets.cuda.product import (
-    PART_STEPS,
-    Product,
-    columns_in_parts,
-    is_weight,
-    product_of,
-    rows_inner,
-    rows_of,
+from engine.targets.cuda.product import Product, is_weight, product_of, rows_inner, rows_of
+from engine.targets.cuda.product_cost import (
+    Ranked,
+    Way,
+    ranked_batched,
+    ranked_mma,
+    ranked_staged,
+    ranked_stream,
+    ranked_wgmma,
 )
-from engine.targets.cuda.product_cost import Ranked, ranked_mma, ranked_stream, ranked_wgmma
 from engine.targets.cuda.spaces import operand, operands, space
+from engine.targets.cuda.staging import staged_epilogue
 from engine.targets.cuda.tiles import NOTHING, Operands, WgmmaTile
 
 _MATRIX_TYPES = (DType.F16, DType.BF16, DType.F32)
@@ -119,8 +126,9 @@ def epilogue_of(
     reads = operands(step.inputs, ex.arguments(*stores), (), len(shape))
     writes = [operand(tensor, len(shape)) for tensor in step.outputs]
     every = space(shape, order[:-1], order[-1:], [*reads.values(), *writes])
-    placed = dict(zip(reads, every.operands, strict=False))
-    return codegen.epilogue(stores, every, placed, every.operands[len(reads) :], granularity, accumulator)
+    placed, results = dict(zip(reads, every.operands, strict=False)), every.operands[len(reads) :]
+    functor = codegen.epilogue(stores, every, placed, results, granularity, accumulator)
+    return replace(functor, stage=partial(staged_epilogue, stores, every, placed, results, granularity))
 
 
 def pick_tile(product: Product, epilogue: Functor, context: Context) -> AnyTile:
@@ -128,7 +136,19 @@ def pick_tile(product: Product, epilogue: Functor, context: Context) -> AnyTile:
     operands = operands_of(product, context)
     timed = context.choices.get(key_of(product, operands, epilogue)) if context.choices else None
     chosen = None if timed is None else tile_of(timed, product, operands)
-    return chosen or ranked_tiles(product, context, epilogue.reads)[0].tile
+    if chosen is not None and not (needs_staged(chosen) and epilogue.staged is None):
+        return chosen
+    best = ranked_tiles(product, context, epilogue.reads)[0]
+    if product_cost.CHOSEN_BY_MODEL and not isinstance(best.tile, StreamTile):
+        others = other_tiles(product, epilogue, context)
+        rivals = (best, *(ranked for way in product_cost.CHOSEN_BY_MODEL for ranked in others[way][:1]))
+        best = min(rivals, key=lambda ranked: ranked.estimate.cycles)
+    return best.tile
+
+
+def needs_staged(tile: AnyTile) -> bool:
+    """Whether a tile is for epilogues that have a staged form."""
+    return isinstance(tile, WgmmaTile) and tile.slots > 0
 
 
 def ranked_tiles(product: Product, context: Context, reads: Reads = NOTHING) -> list[Ranked]:
@@ -143,6 +163,21 @@ def ranked_tiles(product: Product, context: Context, reads: Reads = NOTHING) -> 
         faster = streams_faster(product, slices, every[0].tile, operands, multiprocessors)
         every.insert(0 if faster else 1, ranked_stream(product, slices, operands, multiprocessors))
     return every
+
+
+def other_tiles(product: Product, epilogue: Functor, context: Context) -> Mapping[Way, list[Ranked]]:
+    """The tiles of every other way that can take a product, from what should be the fastest on."""
+    operands, multiprocessors = operands_of(product, context), context.multiprocessors
+    wgmma = context.architecture.wgmma
+    every: dict[Way, list[Ranked]] = {way: [] for way in Way}
+    if wgmma and product.suits_tma_aligned and operands is not Operands.EXACT and epilogue.staged is not None:
+        every[Way.STAGED] += ranked_staged(product, operands, multiprocessors)
+    if wgmma and product.suits_tma_batched:
+        every[Way.BATCHED] += ranked_batched(product, operands, multiprocessors, epilogue.reads)
+    slices = narrow_stream_tile(product, operands)
+    if slices is not None:
+        every[Way.NARROW].append(ranked_stream(product, slices, operands, multiprocessors))
+    return {way: sorted(tiles, key=lambda ranked: ranked.estimate.cycles) for way, tiles in every.items()}
 
 
 def operands_of(product: Product, context: Context) -> Operands:
@@ -183,8 +218,10 @@ def launch_product(
         return launch_stream(product, epilogue, tile, context)
     sizes = {"m": product.m, "n": product.n, "k": product.k}
     tiles = ceildiv(product.m, tile.m) * ceildiv(product.n, tile.n) * product.batch.count
+    if isinstance(tile, WgmmaTile) and tile.batched:
+        return launch_batched(product, epilogue, tile, tiles, context)
     if isinstance(tile, WgmmaTile):
-        return _launch_wgmma(product, epilogue, tile, tiles, context, partials)
+        return launch_wgmma(product, epilogue, tile, tiles, context, partials)
     operands = operands_of(product, context)
     return launch(
         "gemm",
@@ -238,68 +275,3 @@ def _launch_simt(step: Step, epilogue: Functor, accumulator: DType) -> Launch:
         (ceildiv(m, tile) * ceildiv(n, tile) * batch.count, 1, 1),
         128,
     )  # fmt: skip
-
-
-def split_arguments(
-    tiles: int, elements: int, warps: int, splits: int, partials: Pointer | None = None
-) -> dict[str, Argument]:
-    """What kernels/scheduler/split_k.cuh asks of a kernel's arguments: partial sums of `tiles` of so many `elements`,
-    where `partials` says or in a workspace, and a counter for each of the `warps` that share a tile."""
-    if splits == 1:
-        return {}
-    partials = partials or Pointer(workspace(tiles * splits * elements * 4), ctype="float")
-    arrived = Buffer("arrived", BufferKind.PLAN, tiles * warps * 4, np.zeros(tiles * warps, np.uint32))
-    return {
-        "partials": partials, "arrived": Pointer(arrived, ctype="u32"), "splits": splits,
-    }  # fmt: skip
-
-
-def _launch_wgmma(
-    product: Product, epilogue: Functor, tile: WgmmaTile, tiles: int, context: Context, partials: Pointer | None
-) -> Launch:
-    a, b, columns = product.a, product.b, 128 // product.dtype.itemsize
-    k = columns_in_parts(product.k) if product.in_parts else product.k  # as it lies
-    return launch(
-        "gemm",
-        "gemm_wgmma.cuh",
-        {**tile.config, "operand": STORAGE[product.dtype], "grouped": False, "in_parts": product.in_parts},
-        [epilogue],
-        {
-            "map_a": TensorMap(a.pointer, product.m, k, a.stride, tile.m, columns),
-            "map_b": TensorMap(b.pointer, product.n, k, b.stride, tile.n, columns),
-            "m": product.m,
-            "n": product.n,
-            "k": k // 2 * PART_STEPS if product.in_parts else k,
-            **split_arguments(tiles, tile.m * tile.n, 8 if tile.cooperative else 4, tile.splits, partials),
-        },
-        # Persistent: a block a multiprocessor.
-        (min(tiles, max(1, context.multiprocessors // tile.splits)), tile.splits, 1),
-        384,
-        tile.shared_bytes,
-        Instruction.WGMMA,
-        helpers=f'#include "ptx/wgmma.cuh"\n{wgmma_function(tile.n, product.dtype)}',
-    )
-
-
-_INSTRUCTIONS = {
-    DType.F16: ("k16.f32.f16.f16", "1, 1, 0, 0"), DType.BF16: ("k16.f32.bf16.bf16", "1, 1, 0, 0"),
-    DType.F32: ("k8.f32.tf32.tf32", "1, 1"),
-}  # fmt: skip
-"""The end of the instruction's name, and its factors of the operands (and, for 16 bits, whether k is not innermost)."""
-
-
-def wgmma_function(n: int, dtype: DType) -> str:
-    """`wgmma<n, T>`: d (64 × n, fp32) = a · bᵀ, plus d itself where `accumulate` is not 0. Operands are descriptors of
-    elements of `dtype`."""
-    count, storage = n // 2, STORAGE[dtype]
-    instruction, factors = _INSTRUCTIONS[dtype]
-    registers = ", ".join(f"%{i}" for i in range(count))
-    operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
-    return (
-        "template <int N, class T> DEVICE void wgmma(float (&d)[N / 2], u64 a, u64 b, u32 accumulate);\n"
-        f"template <> DEVICE void wgmma<{n}, {storage}>(float (&d)[{count}], u64 a, u64 b, u32 accumulate) {{\n"
-        f'  asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n"\n'
-        f'               "wgmma.mma_async.sync.aligned.m64n{n}{instruction} {{{registers}}}, %{count}, %{count + 1}, '
-        f'p, {factors};\\n}}"\n'
-        f'               : {operands} : "l"(a), "l"(b), "r"(accumulate));\n}}\n'
-    )

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -405,13 +406,48 @@ class Reads:
     varying: int = 0
 
 
+def _without_stages() -> None:
+    return None
+
+
 @dataclass(frozen=True, eq=False)
 class Functor:
-    """Generated device code (a struct) and the arguments it reads. Made by `codegen.py`."""
+    """Generated device code (a struct) and the arguments it reads. Made by `codegen.py`. `stage` makes the staged form
+    of an epilogue, which few products ask for."""
 
     code: str
     arguments: tuple[tuple[str, Argument], ...]
     reads: Reads
+    stage: Callable[[], Staged | None] = _without_stages
+
+    @cached_property
+    def staged(self) -> Staged | None:
+        """The same epilogue for results that go through shared memory; None where it has no such form."""
+        return self.stage()
+
+
+@dataclass(frozen=True)
+class RowMatrix:
+    """Rows of 16-bit elements that the copy engine can read and write, `stride` elements apart."""
+
+    pointer: Pointer
+    stride: int
+
+    def map(self, rows: int, columns: int, box_rows: int, box_columns: int) -> TensorMap:
+        """The descriptor of so many rows and columns."""
+        return TensorMap(self.pointer, rows, columns, self.stride, box_rows, box_columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Staged:
+    """The same epilogue for results that go through shared memory (kernels/mma/staging.cuh): `code` computes two
+    neighbouring columns of the one `result`, from operands that are the same in every row and one full tile, if any.
+    Made by `staging.py`."""
+
+    code: str
+    arguments: tuple[tuple[str, Argument], ...]
+    result: RowMatrix
+    tile: RowMatrix | None
 
 
 def ceildiv(a: int, b: int) -> int:

@@ -108,6 +108,14 @@ class Product:
         return self.suits_tma_aligned and self.a_access == 16
 
     @property
+    def suits_tma_batched(self) -> bool:
+        """Whether it can as several matrices, along two axes of the batch at most, or across b's lines."""
+        several = self.batch.count > 1 or not self.b.k_inner
+        lines = (self.a.stride, self.b.stride, self.k, *self.batch.sizes)
+        lies = self.a.k_inner and self.dtype.itemsize == 2 and len(self.batch.sizes) <= 2 and min(lines) > 0
+        return several and lies and self.a_access == self.b_access == 16
+
+    @property
     def suits_tma_aligned(self) -> bool:
         """Whether it can where the rows of a have been copied to where it reads them (align_rows.py)."""
         single = self.batch.count == 1 and self.a.k_inner and self.b.k_inner

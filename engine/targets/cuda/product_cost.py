@@ -12,15 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from enum import Enum
 
 from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.gemm_stream import AnyTile, StreamTile, stream_cycles
 from engine.targets.cuda.kernel import Reads, ceildiv
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.tiles import (
+    BATCHED_TILES,
     MOST_SPLITS,
     NOTHING,
     PRODUCT_TILES,
+    STAGED_TILES,
     Operands,
     WgmmaTile,
     mma_cycles,
@@ -29,6 +32,18 @@ from engine.targets.cuda.tiles import (
     wgmma_tiles,
 )
 
+
+class Way(Enum):
+    """What a product can also run in, beside the tiles that the cost model chooses from."""
+
+    STAGED = "results through shared memory (kernels/mma/staging.cuh)"
+    BATCHED = "several matrices, or across the lines of b, on wgmma (kernels/mma/batch_load.cuh)"
+    NARROW = "slices of rows that begin at multiples of 4 bytes (kernels/gemm_stream.cuh)"
+
+
+CHOSEN_BY_MODEL: frozenset[Way] = frozenset()
+"""The ways that are chosen by their estimates as well. Nothing has been measured for these yet, so that each is taken
+only where the tuner has found it to be faster."""
 CLOCK_MHZ = 1755
 """The clock of all cycles here."""
 
@@ -81,6 +96,8 @@ reach into one sector more."""
 _LEAST_STEP = 140  # waiting and issuing
 _FINISH, _FINISH_ELEMENT, _SHIFT_ELEMENT = 130, 0.046, 0.12
 """A tile's results: each element's, and more where rows of the result do not begin at multiples of 16 bytes."""
+_STAGED_FINISH, _STAGED_ELEMENT = 300, 0.02
+"""The same of staged results: expected, not measured."""
 _ARRIVAL, _PARTIAL_RATE = 2100, 51
 """Partial sums: until they are visible and counted, and the bytes that a multiprocessor writes or reads in a cycle."""
 _LAUNCH, _MEMORY_RATE = 4120, 2360
@@ -99,11 +116,24 @@ def ranked_wgmma(
     product: Product, operands: Operands, multiprocessors: int, reads: Reads = NOTHING
 ) -> Iterator[Ranked]:
     """Every tile of wgmma. Rows are copied where they are multiplied in parts, else only where the copy engine cannot
-    read them: those that it can, cut by lines
-    of the cache, gained 5 % at best and lost up to 20 % (of 1208×3144×7304). `reads`: of the epilogue."""
+    read them: those that it can, cut by lines of the cache, gained 5 % at best and lost up to 20 % (of 1208×3144×7304).
+    `reads`: of the epilogue."""
     for tile in wgmma_tiles(product.m, product.n, product.k, operands, MOST_SPLITS, tiles=PRODUCT_TILES):
         chosen = replace(tile, aligns=operands is Operands.REFINED or not product.suits_tma)
         yield Ranked(chosen, _wgmma_estimate(product, chosen, operands, multiprocessors, reads))
+
+
+def ranked_batched(product: Product, operands: Operands, multiprocessors: int, reads: Reads) -> Iterator[Ranked]:
+    """Every tile of wgmma for products of several matrices, or across the lines of b."""
+    for tile in BATCHED_TILES:
+        yield Ranked(tile, _wgmma_estimate(product, tile, operands, multiprocessors, reads))
+
+
+def ranked_staged(product: Product, operands: Operands, multiprocessors: int) -> Iterator[Ranked]:
+    """Every tile of wgmma with staged results. No consumer waits for what its epilogue reads."""
+    for tile in STAGED_TILES:
+        chosen = replace(tile, aligns=operands is Operands.REFINED or not product.suits_tma)
+        yield Ranked(chosen, _wgmma_estimate(product, chosen, operands, multiprocessors, NOTHING))
 
 
 def _wgmma_estimate(
@@ -111,7 +141,7 @@ def _wgmma_estimate(
 ) -> Estimate:
     """In a tile of wgmma. Operands are not EXACT."""
     m, n, k, itemsize = product.m, product.n, product.k, operands.itemsize
-    tiles = ceildiv(m, tile.m) * ceildiv(n, tile.n)
+    tiles = ceildiv(m, tile.m) * ceildiv(n, tile.n) * product.batch.count
     steps = ceildiv(operands.wgmma_steps(k), tile.splits)
     blocks = min(tiles, max(1, multiprocessors // tile.splits))
     waves = ceildiv(blocks * tile.splits, multiprocessors)
@@ -122,7 +152,10 @@ def _wgmma_estimate(
     rows += min(tile.n, n) * _cut(product.b.stride * itemsize)
     together = min(blocks * tile.splits, multiprocessors) / _CACHE_RATE
     step, limit = max((multiply, "products"), (rows * 128 * together, "L2 cache"), (_LEAST_STEP, "steps"))
-    finish = _FINISH + tile.m * tile.n * (_FINISH_ELEMENT + (_SHIFT_ELEMENT if n % 8 else 0))
+    if tile.slots:
+        finish = _STAGED_FINISH + tile.m * tile.n * _STAGED_ELEMENT
+    else:
+        finish = _FINISH + tile.m * tile.n * (_FINISH_ELEMENT + (_SHIFT_ELEMENT if n % 8 else 0))
     if tile.splits > 1:
         finish += _ARRIVAL + (tile.splits + 1) * tile.m * tile.n * 4 / _PARTIAL_RATE
     if tile.cooperative:

@@ -90,7 +90,10 @@ MMA_TILES = (
 class WgmmaTile:
     """A tile for wgmma, 128 bytes of k a step. Two consumer warpgroups take tiles in turn, or (`cooperative`) halve the
     rows of each. `splits` blocks share the k of a tile of the result. One copy brings `panel_bytes` of k of the first
-    operand, whose rows another kernel has copied to multiples of 128 bytes where the tile `aligns`."""
+    operand, whose rows another kernel has copied to multiples of 128 bytes where the tile `aligns`. With `slots`
+    results go to memory through shared memory, where so many panels of each consumer's tile have room
+    (kernels/mma/staging.cuh). `batched`: of several matrices, or across the lines of b (kernels/mma/batch_load.cuh).
+    """
 
     m: int
     n: int
@@ -99,25 +102,46 @@ class WgmmaTile:
     splits: int = 1
     panel_bytes: int = 128
     aligns: bool = False
+    slots: int = 0
+    batched: bool = False
     k_bytes: ClassVar[int] = 128
 
     @property
     def shared_bytes(self) -> int:
-        """The ring, and the barriers `full` and `empty` of each stage and `turn` of each consumer."""
-        return self.stages * (self.m + self.n) * 128 + 8 * (2 * self.stages + 2)
+        """The ring, and the barriers `full` and `empty` of each stage and `turn` of each consumer; with slots `ready`
+        and `written` of each, and then, from a multiple of 1024 bytes on, these."""
+        ring = self.stages * (self.m + self.n) * 128 + 8 * (2 * self.stages + 2)
+        if not self.slots:
+            return ring
+        return (
+            ceildiv(ring + 8 * 4 * self.slots, 1024) * 1024
+            + 2 * self.slots * self.consumer_rows * self.staged_columns * 2
+        )
+
+    @property
+    def consumer_rows(self) -> int:
+        """The rows of a tile that one consumer has."""
+        return self.m // 2 if self.cooperative else self.m
+
+    @property
+    def staged_columns(self) -> int:
+        """The columns of a panel of results: a row of one is as long as a swizzle."""
+        return 64 if self.n % 64 == 0 else 32
 
     @property
     def config(self) -> dict[str, int | bool | str]:
         return {
             "tile_m": self.m, "tile_n": self.n, "stages": self.stages, "cooperative": self.cooperative,
             "shared_bytes": self.shared_bytes, "split": self.splits > 1, "panel_bytes": self.panel_bytes,
+            **({"slots": self.slots} if self.slots else {}),
         }  # fmt: skip
 
     @property
     def most_splits(self) -> int:
         """128 rows in turn leave a consumer no registers to add partial sums beside 128 accumulators, nor do 224
-        columns (the gate shows spills)."""
-        return 1 if (self.m * self.n >= 128 * 128 and not self.cooperative) or self.n == 224 else MOST_SPLITS
+        columns (the gate shows spills). Staged results, and those of several matrices, are whole."""
+        full = (self.m * self.n >= 128 * 128 and not self.cooperative) or self.n == 224
+        return 1 if full or self.slots or self.batched else MOST_SPLITS
 
 
 WGMMA_TILES = (
@@ -142,6 +166,25 @@ PRODUCT_TILES = (
     WgmmaTile(64, 96, 10),
 )
 """Tiles of plain products: widths in between fill a last round that others leave half empty."""
+
+STAGED_TILES = (
+    WgmmaTile(128, 256, 4, cooperative=True, slots=2),
+    WgmmaTile(128, 192, 4, cooperative=True, slots=3),
+    WgmmaTile(128, 96, 7, cooperative=True, slots=3),
+    WgmmaTile(128, 192, 4, slots=2),
+    WgmmaTile(128, 128, 5, slots=2),
+    WgmmaTile(128, 64, 8, slots=1),
+    WgmmaTile(64, 128, 8, slots=2),
+)
+"""Tiles of products whose results go through shared memory."""
+
+BATCHED_TILES = (
+    WgmmaTile(128, 256, 4, cooperative=True, batched=True),
+    WgmmaTile(128, 128, 6, batched=True),
+    WgmmaTile(128, 64, 8, batched=True),
+    WgmmaTile(64, 64, 12, batched=True),
+)
+"""Tiles of products of several matrices, and across the lines of b."""
 
 Tile: TypeAlias = MmaTile | WgmmaTile
 T = TypeVar("T", MmaTile, WgmmaTile)

@@ -20,7 +20,7 @@ from engine.specs import TileTrial
 from engine.targets.cuda import conv, gemm
 from engine.targets.cuda.choices import choice_of, key_of, tile_text
 from engine.targets.cuda.device import Packed
-from engine.targets.cuda.gemm import launches_of, operands_of, pick_tile, ranked_tiles
+from engine.targets.cuda.gemm import launches_of, operands_of, other_tiles, pick_tile, ranked_tiles
 from engine.targets.cuda.kernel import ALIGNMENT, Context, Functor, Launch, Pointer, ceildiv
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.product_cost import Ranked
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 CANDIDATES = 6
 """Tiles that are timed of each product."""
+OTHER_CANDIDATES = 3
+"""Those of each `Way` that are timed beside them."""
 _LOADED_TOGETHER = 12  # products whose kernels are compiled side by side, before the first of them is timed
 _ROTATE_BYTES = 160 << 20  # several times the L2 cache: operands come from memory
 _MOST_SETS = 32
@@ -43,9 +45,10 @@ _GAIN = 0.98  # of the cost model's tile: what is faster by less than the noise 
 def trials(
     target: CudaTarget, steps: Iterable[Step], timed: bool, most: int = CANDIDATES, deadline: float = inf
 ) -> Iterator[TileTrial]:
-    """The tiles of the products among `steps`, each kind of product once, from what the cost model expects to be the
-    fastest on. `timed`: they are run, unless the product has been timed before, and the fastest is kept; those that
-    have not come to it at `deadline` (of `time.monotonic`) are not. Raises CompileError, OutOfMemory."""
+    """The tiles of the products among `steps`, 1×1 convolutions among them, each kind of product once, from what the
+    cost model expects to be the fastest on. `timed`: they are run, unless the product has been timed before, and the
+    fastest is kept; those that have not come to it at `deadline` (of `time.monotonic`) are not. Raises CompileError,
+    OutOfMemory."""
     found = _products(steps, target.context, most)
     untimed = [key for key in found if timed and key not in target.choices]
     loaded = set[str]()
@@ -116,7 +119,8 @@ def candidates(product: Product, epilogue: Functor, context: Context, most: int 
     for one in ranked[most:]:
         if all(type(one.tile) is not type(other.tile) for other in chosen):
             chosen.append(one)
-    return chosen
+    others = other_tiles(product, epilogue, context)
+    return [*chosen, *(ranked for tiles in others.values() for ranked in tiles[:OTHER_CANDIDATES])]
 
 
 def _fastest(times: Sequence[float]) -> int:

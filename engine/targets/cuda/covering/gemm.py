@@ -25,10 +25,10 @@ from engine.targets.cuda.covering.build import (
     weight,
 )
 from engine.targets.cuda.gemm import epilogue_of, launch_product, launches_of, operands_of
-from engine.targets.cuda.gemm_stream import stream_tile
+from engine.targets.cuda.gemm_stream import narrow_stream_tile, stream_tile
 from engine.targets.cuda.kernel import Context, Launch
 from engine.targets.cuda.product import product_of
-from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES, Tile
+from engine.targets.cuda.tiles import BATCHED_TILES, MMA_TILES, STAGED_TILES, WGMMA_TILES, Tile
 
 
 def products(context: Context) -> Iterator[tuple[str, Launch]]:
@@ -36,7 +36,7 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
     fp16, architecture = _product(F16), context.architecture
     residual = make_step(Gemm((BIAS_RESIDUAL,)), [*fp16.inputs, (F16, (300, 400))])
     portable = [tile for tile in MMA_TILES if tile.shared_bytes <= architecture.shared_bytes]
-    wgmma = WGMMA_TILES if architecture.wgmma else ()
+    wgmma, staged, batched = (WGMMA_TILES, STAGED_TILES, BATCHED_TILES) if architecture.wgmma else ((), (), ())
     divisible: list[Tile] = [*portable, *(tile for tile in wgmma if tile.most_splits > 1)]
     rounding = replace(context, tf32=True)
     chosen: list[tuple[Step, Context, Sequence[Tile]]] = [
@@ -50,22 +50,30 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         (_product(F16, k=387, n=401), context, [replace(t, aligns=True, splits=3) for t in wgmma if t.most_splits > 1]),
         (_product(DType.BF16, k=388, n=402, residual=True), context, [replace(t, aligns=True) for t in wgmma[:1]]),
         (_product(F32, k=387, n=401), rounding, [replace(tile, aligns=True) for tile in wgmma[:1]]),
+        (residual, context, (*staged[:2], *staged[3:-1])),
+        (_product(DType.BF16, residual=True), context, staged[-1:]),
+        (fp16, context, staged[2:3]),
+        (_product(F32, result=F16, residual=True), rounding, staged[:1]),
+        (_matrices(k_inner=False), context, batched[:-1]),
+        (_matrices(k_inner=True), context, batched[-1:]),
     ]
     for step, how, tiles in chosen:
         assert isinstance(step.op, Gemm)
         product = product_of(step, how)
-        epilogue = epilogue_of(step, step.op.stores, (0, 1), product.n)
+        epilogue = epilogue_of(step, step.op.stores, range(len(step.outputs[0].shape)), product.n)
         for tile in tiles:
             for launch in launches_of(product, epilogue, tile, how):
                 yield f"gemm {tile}", launch
     short: list[Step] = [
         *(_product(dtype, 5000, k, 96 + k) for dtype, k in ((F16, 16), (DType.BF16, 32), (F32, 8), (F32, 16))),
         _product(F16, 5000, 32, 128, residual=True),
+        _product(F16, 5000, 26, 81),
     ]
     for step in (*short, *(computed(step) for step in short[2:4])):
         assert isinstance(step.op, Gemm)
         product = product_of(step, rounding)
-        slices = stream_tile(product, operands_of(product, rounding))
+        operands = operands_of(product, rounding)
+        slices = stream_tile(product, operands) or narrow_stream_tile(product, operands)
         assert slices is not None
         epilogue = epilogue_of(step, step.op.stores, (0, 1), product.n)
         yield f"gemm {slices}", launch_product(product, epilogue, slices, rounding)
@@ -78,9 +86,22 @@ def computed(step: Step) -> Step:
     return replace(step, inputs=(step.inputs[0], replace(b, buffer=buffer, strides=(1, b.shape[0])), *step.inputs[2:]))
 
 
-def _product(dtype: DType, m: int = 300, k: int = 384, n: int = 400, residual: bool = False) -> Step:
-    """A product with a weight, bias and GELU, or a residual."""
-    biased = add(ACC, arg(2, dtype))
-    store = stored(add(biased, arg(3, dtype)) if residual else gelu(biased), dtype)
-    inputs: list[Given] = [(dtype, (m, k)), weight(k, n, dtype=dtype), weight(n, dtype=dtype)]
-    return make_step(Gemm((store,)), [*inputs, *([(dtype, (m, n))] if residual else [])])
+def _matrices(k_inner: bool) -> Step:
+    """Twelve products of computed matrices."""
+    step = make_step(Gemm((stored(ACC),)), [(F16, (4, 3, 300, 384)), (F16, (4, 3, 384, 400))])
+    b = step.inputs[1]
+    if k_inner:
+        b = replace(b, strides=(*b.strides[:2], 1, b.shape[2]))
+    return replace(step, inputs=(step.inputs[0], b))
+
+
+def _product(
+    dtype: DType, m: int = 300, k: int = 384, n: int = 400, residual: bool = False, result: DType | None = None
+) -> Step:
+    """A product with a weight, bias and GELU, or a residual. `result`: the type of the result, the bias and the
+    residual, where it is not that of the operands."""
+    result = result or dtype
+    biased = add(ACC, arg(2, result))
+    store = stored(add(biased, arg(3, result)) if residual else gelu(biased), result)
+    inputs: list[Given] = [(dtype, (m, k)), weight(k, n, dtype=dtype), weight(n, dtype=result)]
+    return make_step(Gemm((store,)), [*inputs, *([(result, (m, n))] if residual else [])])

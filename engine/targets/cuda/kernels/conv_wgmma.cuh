@@ -11,6 +11,7 @@ constexpr bool DEPTH = config::depth;
 constexpr u32 PANEL_CHANNELS = PANEL_BYTES / sizeof(Element);
 
 struct PatchLoad {
+  static constexpr bool BATCHED = false;
   static constexpr int UNROLL = 1, AHEAD = PARTS * TILE_N <= 128 ? TILE_N / 32 : PARTS * TILE_N <= 256 ? 2 : 1;
   int x, y, z;            // where the patch of the tile's first pixel begins; it may lie outside
   u32 image;

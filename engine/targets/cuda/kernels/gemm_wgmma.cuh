@@ -1,23 +1,5 @@
 // Matrix product for sm_90a (mma/wgmma_pipeline.cuh) of operands that the copy engine can read as they lie.
-// IN_PARTS: both are sums of two matrices of bf16, big + small, of which the columns of a step lie in turn. Three steps multiply them:
-// big · big, big · small, small · big; the product of the small parts is below the rounding of the others. p.k counts all steps.
 #pragma once
-#include "mma/wgmma_pipeline.cuh"
-
-constexpr bool IN_PARTS = config::in_parts;
-
-// The columns of a step where in the one of three that is `small` the operand's small part is wanted.
-DEVICE u32 column_of(u32 step, u32 small) { return (IN_PARTS ? step / 3 * 2 + (step % 3 == small) : step) * TILE_K; }
-
-struct RowLoad {
-  static constexpr int UNROLL = 4, PIECES = TILE_N / 16;
-  static constexpr int AHEAD = PARTS * TILE_N <= 128 ? PIECES : PARTS * TILE_N > 256 ? 1 : PIECES % 4 == 0 ? 4 : 2;
-  u32 row;
-  DEVICE RowLoad(const Params&, u32 row, u32) : row(row) {}
-  DEVICE void operator()(const Params& p, u32 destination, u32 barrier, u32 step) {
-    copy_box(destination, p.map_a, barrier, column_of(step, 2), row);
-  }
-  DEVICE static u32 column_of_b(u32 step) { return column_of(step, 1); }
-};
+#include "mma/row_load.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Params p) { run_pipeline<RowLoad>(p); }

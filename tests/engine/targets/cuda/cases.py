@@ -38,6 +38,12 @@ def fed(dtype: DType, shape: tuple[int, ...], inner: int, number: int = 1) -> Te
     return Tensor(buffer, dtype, shape, row_major(shape, tuple(axes)))
 
 
+def broadcast_of(rng: np.random.Generator, lead: tuple[int, ...]) -> tuple[int, ...]:
+    """`lead` with some sizes 1 and some left out."""
+    sizes = tuple(1 if rng.random() < 0.3 else size for size in lead)
+    return sizes[int(rng.integers(0, len(lead) + 1)) if rng.random() < 0.3 else 0 :]
+
+
 def order_of(rng: np.random.Generator, rank: int) -> tuple[int, ...]:
     """Axes from the outermost to the innermost: most often in their own order."""
     axes = range(rank) if rng.random() < 0.5 else rng.permutation(rank)

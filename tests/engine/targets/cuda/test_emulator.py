@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine.plan.tensor import Buffer, BufferKind
-from engine.targets.cuda.kernel import Kernel, Launch, PixelMap, Pointer
+from engine.targets.cuda.kernel import Kernel, Launch, PixelMap, Pointer, TensorMap
 from engine.targets.cuda.source import Source
 from tests.engine.targets.cuda.emulator import emulator
 
@@ -22,7 +22,7 @@ def run(
 ) -> np.ndarray:
     """`p.out` after a kernel of `body`; `shared` is its dynamic shared memory, `p.in` 0, 1, 2, …"""
     text = (
-        '#include "types.cuh"\n#include "ptx/memory.cuh"\n#include "ptx/barrier.cuh"\n'
+        '#include "types.cuh"\n#include "ptx/memory.cuh"\n#include "ptx/barrier.cuh"\n#include "ptx/matrix_store.cuh"\n'
         "struct Params { float* out; float* in; };\n"
         'extern "C" __global__ void kernel(const __grid_constant__ Params p) {\n'
         "  extern __shared__ __align__(1024) u8 shared[];\n"
@@ -142,6 +142,64 @@ def test_a_copy_that_is_not_valid_writes_zeros() -> None:
         "copy_async_commit(); copy_async_wait<0>(); __syncthreads(); p.out[threadIdx.x] = tile[threadIdx.x];"
     )
     assert not got.any()
+
+
+SENT = (
+    "for (u32 i = threadIdx.x; i < 1024; i += 64) reinterpret_cast<u16*>(shared)[i] = i;"
+    "{} __syncwarp(); if (threadIdx.x % 32 == 0) barrier_arrive(2048);"
+    "if (threadIdx.x == 0) {{ barrier_wait(2048, 0); store_box(p.map, 0, 32, 10); store_box_commit(); {} }}"
+)
+"""A box of 16 rows of 64 halves, whose columns end before those of the tensor do, and whose rows behind."""
+
+
+def sent(fence: str, after: str) -> np.ndarray:
+    """What comes of a tensor of 20 × 128 zeros."""
+    text = (
+        '#include "types.cuh"\n#include "ptx/memory.cuh"\n#include "ptx/barrier.cuh"\n#include "ptx/tma_store.cuh"\n'
+        "struct Params { TensorMap map; };\n"
+        'extern "C" __global__ void kernel(const __grid_constant__ Params p) {\n'
+        "  extern __shared__ __align__(1024) u8 shared[];\n"
+        "  if (threadIdx.x == 0) barrier_init(2048, 2);\n  __syncthreads();\n"
+        f"{SENT.format(fence, after)}\n}}\n"
+    )
+    result = np.zeros((20, 128), np.uint16)
+    map_ = TensorMap(Pointer(Buffer("out", BufferKind.OUTPUT, result.nbytes)), 20, 128, 128, 16, 64)
+    launch = Launch(Kernel("test", Source("test", text), THREADS, 2056), (1, 1, 1), (("map", map_),))
+    emulator.run(launch, lambda _: result.ctypes.data, 0, 900)
+    return result
+
+
+def test_a_box_is_stored_without_its_swizzle_as_far_as_the_tensor_reaches() -> None:
+    got = sent("shared_writes_fence();", "store_box_wait();")
+    linear = np.arange(1024).reshape(16, 8, 8)
+    want = np.stack([row[np.arange(8) ^ (i % 8)].reshape(64) for i, row in enumerate(linear)])
+    assert np.array_equal(got[10:, 32:96], want[:10])
+    got[10:, 32:96] = 0
+    assert not got.any()
+
+
+@pytest.mark.parametrize(
+    ("fence", "after", "what"),
+    [
+        ("", "store_box_wait();", "without a fence"),
+        ("shared_writes_fence();", "", "ends before its boxes"),
+        ("shared_writes_fence();", "shared[5] = 77; store_box_wait();", "race: .*is reading"),
+        ("shared_writes_fence();", "store_box_wait_read<1>(); shared[5] = 77; store_box_wait();", "race: .*is reading"),
+    ],
+)
+def test_a_box_that_is_not_whole_yet_or_changed_too_early_is_reported(fence: str, after: str, what: str) -> None:
+    with pytest.raises(emulator.EmulationError, match=what):
+        sent(fence, after)
+
+
+def test_matrices_are_stored_as_they_are_loaded() -> None:
+    got = run(
+        "for (int i = threadIdx.x; i < 256; i += 64) tile[i] = p.in[i % 64]; __syncthreads();"
+        "if (threadIdx.x < 32) { u32 r[4]; load_matrix_x4(r, 16 * threadIdx.x);"
+        "store_matrix_x4(512 + 16 * threadIdx.x, r); }"
+        "__syncthreads(); p.out[threadIdx.x] = tile[128 + threadIdx.x];"
+    )
+    assert np.array_equal(got, np.arange(64))
 
 
 def test_a_barrier_that_nobody_completes_is_reported() -> None:

@@ -21,7 +21,7 @@ from engine.targets.cuda.gemm_stream import StreamTile, stream_tile
 from engine.targets.cuda.kernel import Context, Launch, WeightStore, content
 from engine.targets.cuda.product import product_of, round_to_tf32, split_weight
 from engine.targets.cuda.tiles import MMA_TILES, PRODUCT_TILES, Tile, WgmmaTile
-from tests.engine.targets.cuda.cases import check, fed, ragged, rng_of, wiped
+from tests.engine.targets.cuda.cases import broadcast_of, check, fed, ragged, rng_of, wiped
 from tests.engine.targets.cuda.emulator.runner import EmulatedRunner
 from tests.engine.targets.cuda.harness import Case, Runner, compare
 
@@ -222,8 +222,8 @@ def test_gemm_of_every_kind_of_activations_matches_float64(runner: Runner, count
         dtype = KINDS[kind][0]
         m, k, n = (1 if rng.random() < 0.1 else ragged(rng, 150, int(rng.choice([1, 2, 8]))) for _ in range(3))
         lead = tuple(int(rng.integers(1, 4)) for _ in range(int(rng.integers(0, 5))))
-        a = window(rng, dtype, (*broadcast(rng, lead), m, k), 0)
-        b = window(rng, dtype, (*broadcast(rng, lead), k, n), 1)
+        a = window(rng, dtype, (*broadcast_of(rng, lead), m, k), 0)
+        b = window(rng, dtype, (*broadcast_of(rng, lead), k, n), 1)
         step = make_step(Gemm((cv.stored(ACC, dtype),)), [a, b])
         (result,) = step.outputs
         if i % 2:  # matrices may lie in one another, as the heads of a token do
@@ -270,7 +270,7 @@ def test_gemm_of_other_types_matches_numpy(runner: Runner, count: int) -> None:
         one, other, accumulator = types[i % len(types)]
         m, k, n = (ragged(rng, 150) for _ in range(3))
         lead = tuple(int(rng.integers(1, 4)) for _ in range(int(rng.integers(0, 3))))
-        a, b = window(rng, one, (*lead, m, k), 0), window(rng, other, (*broadcast(rng, lead), k, n), 1)
+        a, b = window(rng, one, (*lead, m, k), 0), window(rng, other, (*broadcast_of(rng, lead), k, n), 1)
         addend = cv.constant(3) if accumulator is F32 else ex.Const(3, accumulator)
         step = make_step(Gemm((cv.add(ex.Acc(accumulator), addend),)), [a, b])
         feeds = {j: values(rng, tensor) for j, tensor in enumerate((a, b)) if tensor.dtype.is_int}
@@ -291,12 +291,6 @@ def test_gemm_over_nothing_is_its_epilogue(runner: Runner, count: int) -> None:
         step = make_step(Gemm((store,)), [(dtype, (5, 0)), (dtype, (0, 9)), (dtype, (9,))])
         cases.append(Case(f"{dtype}", step, 1, rounding=EXACT))
     check(runner, cases)
-
-
-def broadcast(rng: np.random.Generator, lead: tuple[int, ...]) -> tuple[int, ...]:
-    """`lead` with some sizes 1 and some left out."""
-    sizes = tuple(1 if rng.random() < 0.3 else size for size in lead)
-    return sizes[int(rng.integers(0, len(lead) + 1)) if rng.random() < 0.3 else 0 :]
 
 
 def window(rng: np.random.Generator, dtype: DType, shape: tuple[int, ...], number: int) -> Tensor:

@@ -31,13 +31,36 @@ constexpr int PANEL_BYTES = config::panel_bytes, PANELS = 128 / PANEL_BYTES, PAN
 constexpr int PANEL_STEPS = PANEL_BYTES / 32;  // an instruction takes 32 bytes of k
 constexpr int A_BYTES = TILE_M * 128, B_BYTES = TILE_N * 128, STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int BARRIERS = STAGES * STAGE_BYTES;  // full[STAGES], empty[STAGES], turn[CONSUMERS]
-static_assert(BARRIERS + 8 * (2 * STAGES + CONSUMERS) == config::shared_bytes, "the host asks for ring and barriers");
+constexpr int RING_BYTES = BARRIERS + 8 * (2 * STAGES + CONSUMERS);
 static_assert(A_BYTES % 1024 == 0 && B_BYTES % 1024 == 0, "operands start at a swizzle atom");
 
+// BATCHED loads are of products of several matrices, one after the other: see mma/batch_load.cuh.
+template <bool BATCHED, class P> DEVICE u32 matrices_of(const P& p) {
+  if constexpr (BATCHED) return p.matrices;
+  else return 1;
+}
+template <class LOAD> DEVICE u64 second_descriptor(u32 address) {
+  if constexpr (LOAD::BATCHED) return LOAD::descriptor(address);
+  else return operand_descriptor<128>(address);
+}
+
+// Consumers store their results themselves: they keep what the epilogue reads in registers.
+struct OwnStores {
+  static constexpr bool STAGED = false;
+  static constexpr int SHARED_BYTES = RING_BYTES;
+  using Results = EarlyEpilogue<Epilogue, Layout, CONSUMER_REGISTERS - RESERVED - ACCUMULATORS>;
+};
+
 // LOAD(p, row, step) is made for each tile of a, by its first row and first step; its call (p, destination, barrier, step) copies
-// the panels of a step of a, whose b begins at column LOAD::column_of_b(step). Steps come one after the other; UNROLL of them fit the producer's registers at once. AHEAD rows of 32 columns
-// of epilogue operands fit a consumer's, beside the accumulators, where partial sums have been added.
-template <class LOAD> DEVICE void run_pipeline(const Params& p) {
+// the panels of a step of a, whose b begins at column LOAD::column_of_b(step). Steps come one after the other; UNROLL of them fit the
+// producer's registers at once. AHEAD rows of 32 columns of epilogue operands fit a consumer's, beside the accumulators, where partial
+// sums have been added.
+// STORES: who stores the results; the other way is mma/staging.cuh.
+template <class LOAD, class STORES = OwnStores> DEVICE void run_pipeline(const Params& p) {
+  // Where a tile is a single step the leader hands its turn on before its product has waited for the consumer's other warps: one that is
+  // still busy with the tile before would see its own turn two phases late, and wait for ever. So each warp hands it on.
+  constexpr bool WARPS_HAND_ON = STORES::STAGED || LOAD::BATCHED;
+  static_assert(STORES::SHARED_BYTES == config::shared_bytes, "the host asks for ring, barriers and staged results");
   extern __shared__ __align__(1024) u8 shared[];
   const u32 ring = shared_address(shared);
   const u32 full = ring + BARRIERS, empty = full + 8 * STAGES, turn = empty + 8 * STAGES;
@@ -46,7 +69,8 @@ template <class LOAD> DEVICE void run_pipeline(const Params& p) {
     prefetch_tensor_map(p.map_a);
     prefetch_tensor_map(p.map_b);
     for (int i = 0; i < 2 * STAGES + CONSUMERS; ++i)
-      barrier_init(full + 8 * i, COOPERATIVE && i >= STAGES && i < 2 * STAGES ? CONSUMERS : 1);
+      barrier_init(full + 8 * i, COOPERATIVE && i >= STAGES && i < 2 * STAGES ? CONSUMERS : WARPS_HAND_ON && i >= 2 * STAGES ? 4 : 1);
+    if constexpr (STORES::STAGED) STORES::init(p, ring);
     barrier_init_fence();
   }
   __syncthreads();
@@ -55,6 +79,7 @@ template <class LOAD> DEVICE void run_pipeline(const Params& p) {
   stamp_begin(p.stamp);
 
   const u32 tiles_m = (p.m + TILE_M - 1) / TILE_M, tiles_n = (p.n + TILE_N - 1) / TILE_N, tiles = tiles_m * tiles_n;
+  const u32 all = LOAD::BATCHED ? tiles * matrices_of<LOAD::BATCHED>(p) : tiles;
   const u32 group = GROUPED ? blockIdx.z : 0, first_column = group * p.n;
   // The blocks that share tiles take as many steps each; beyond k they read zeros.
   const u32 splits = splits_of<SPLIT>(p), steps = ((p.k + TILE_K - 1) / TILE_K + splits - 1) / splits;
@@ -62,34 +87,42 @@ template <class LOAD> DEVICE void run_pipeline(const Params& p) {
     give_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x == 0) {
       u32 stage = 0, parity = 1;  // a fresh barrier counts as completed in the phase before its first
-      for (u32 t = blockIdx.x; t < tiles; t += gridDim.x) {
-        const TileIndex tile = tile_of<16>(t, tiles_m, tiles_n);
+      for (u32 t = blockIdx.x; t < all; t += gridDim.x) {
+        const u32 matrix = LOAD::BATCHED ? t / tiles : 0;
+        const TileIndex tile = tile_of<16>(t - matrix * tiles, tiles_m, tiles_n);
         LOAD load(p, tile.m * TILE_M, blockIdx.y * steps);
+        if constexpr (LOAD::BATCHED) load.turn_to(p, matrix, tile.n * TILE_N);
 #pragma unroll LOAD::UNROLL
         for (u32 step = blockIdx.y * steps; step < (blockIdx.y + 1) * steps; ++step) {
           const u32 a = ring + stage * STAGE_BYTES, landed = full + 8 * stage;
           barrier_wait(empty + 8 * stage, parity);
           barrier_arrive_expect(landed, STAGE_BYTES);
           load(p, a, landed, step);
-          copy_box(a + A_BYTES, p.map_b, landed, LOAD::column_of_b(step), first_column + tile.n * TILE_N);
+          if constexpr (LOAD::BATCHED) load.second(p, a + A_BYTES, landed, step);
+          else copy_box(a + A_BYTES, p.map_b, landed, LOAD::column_of_b(step), first_column + tile.n * TILE_N);
           if (++stage == STAGES) { stage = 0; parity ^= 1; }
         }
       }
+    }
+    if constexpr (STORES::STAGED) {
+      const u32 consumer = threadIdx.x / 32 - 1;  // one thread each carries results
+      if (consumer < CONSUMERS && threadIdx.x % 32 == 0) STORES(ring, consumer).carry(p, tiles_m, tiles_n);
     }
   } else {
     take_registers<CONSUMER_REGISTERS>();
     const u32 consumer = warpgroup - 1, lane = threadIdx.x & 31, warp = threadIdx.x / 32 & 3;
     const bool leader = threadIdx.x % 128 == 0;
     const u32 row0 = COOPERATIVE ? consumer * CONSUMER_M : 0;  // within the tile
-    const u64 a0 = operand_descriptor<PANEL_BYTES>(ring + row0 * PANEL_BYTES), b0 = operand_descriptor<128>(ring + A_BYTES);
+    const u64 a0 = operand_descriptor<PANEL_BYTES>(ring + row0 * PANEL_BYTES), b0 = second_descriptor<LOAD>(ring + A_BYTES);
     constexpr u32 TURNS = COOPERATIVE ? 1 : CONSUMERS;
     u32 ordinal = COOPERATIVE ? 0 : consumer;  // of this block's tiles
-    for (u32 t = blockIdx.x + ordinal * gridDim.x; t < tiles; t += TURNS * gridDim.x, ordinal += TURNS) {
+    for (u32 t = blockIdx.x + ordinal * gridDim.x; t < all; t += TURNS * gridDim.x, ordinal += TURNS) {
       u32 stage = ordinal * steps % STAGES, parity = ordinal * steps / STAGES & 1, previous = stage;
-      const TileIndex tile = tile_of<16>(t, tiles_m, tiles_n);
+      const u32 matrix = LOAD::BATCHED ? t / tiles : 0, first_row = matrix * p.m;
+      const TileIndex tile = tile_of<16>(t - matrix * tiles, tiles_m, tiles_n);
       const u32 column = first_column + tile.n * TILE_N, columns = first_column + p.n, row = tile.m * TILE_M + row0 + 16 * warp + lane / 4;
-      const Layout layout(column, columns, row, p.m);
-      EarlyEpilogue<Epilogue, Layout, CONSUMER_REGISTERS - RESERVED - ACCUMULATORS> epilogue;
+      const Layout layout(column, columns, first_row + row, first_row + p.m);
+      typename STORES::Results epilogue;
       if constexpr (!SPLIT) {  // while the other consumer multiplies
         epilogue.begin_columns(p, layout);
         epilogue.begin(p, layout);
@@ -106,8 +139,11 @@ template <class LOAD> DEVICE void run_pipeline(const Params& p) {
         for (int k = 0; k < 128 / 32; ++k) {
           const u64 a_k = k / PANEL_STEPS * (PANEL >> 4) + 2 * (k % PANEL_STEPS);
 #pragma unroll
-          for (int i = 0; i < PARTS; ++i)
-            wgmma<TILE_N, Element>(d[i], a0 + offset + (64 * PANEL_BYTES >> 4) * i + a_k, b0 + offset + 2 * k, step | k);
+          for (int i = 0; i < PARTS; ++i) {
+            const u64 a = a0 + offset + (64 * PANEL_BYTES >> 4) * i + a_k;
+            if constexpr (LOAD::BATCHED) LOAD::multiply(d[i], a, b0 + offset + LOAD::STEP * k, step | k);
+            else wgmma<TILE_N, Element>(d[i], a, b0 + offset + 2 * k, step | k);
+          }
         }
         wgmma_commit();
         if (step > 0) {
@@ -117,7 +153,7 @@ template <class LOAD> DEVICE void run_pipeline(const Params& p) {
         previous = stage;
         if (++stage == STAGES) { stage = 0; parity ^= 1; }
       }
-      if (!COOPERATIVE && leader) barrier_arrive(turn + 8 * (consumer ^ 1));
+      if (!COOPERATIVE && (WARPS_HAND_ON ? lane == 0 : leader)) barrier_arrive(turn + 8 * (consumer ^ 1));
       wgmma_wait<0>();
       if (leader) barrier_arrive(empty + 8 * previous);
 #pragma unroll
@@ -131,10 +167,12 @@ template <class LOAD> DEVICE void run_pipeline(const Params& p) {
 #pragma unroll
         for (int i = 0; i < PARTS; ++i)
           emit_fragment<Epilogue, TILE_N / 8, LOAD::AHEAD>(p, d[i], 0, first + 64 * i, p.m, first_of_columns, columns);
+      } else if constexpr (STORES::STAGED) {
+        epilogue.store(p, layout, d, STORES(ring, consumer), ordinal / TURNS);
       } else {
         epilogue.store(p, layout, d);
       }
     }
   }
-  stamp_end(p.stamp, threadIdx.x % 128 == 0);  // the producer is through long before the consumers
+  stamp_end(p.stamp, threadIdx.x % (STORES::STAGED ? 32 : 128) == 0);  // the producer is through long before the consumers
 }

@@ -1,5 +1,5 @@
 // The warpgroup matrix instruction of sm_90a: bookkeeping and operand descriptors. The product itself, `wgmma<N, T>`, is generated
-// per tile width (gemm.py), because its accumulators are N / 2 separate operands.
+// per tile width (gemm_wgmma.py), because its accumulators are N / 2 separate operands.
 #pragma once
 #include "types.cuh"
 

@@ -35,9 +35,11 @@ _RUNTIME_FLAGS = (*_COMMON, "-O2")
 # into the process.
 _SANITIZED = ("-fsanitize=thread,bounds", "--param", "tsan-instrument-func-entry-exit=0")
 _FLAGS = (*_COMMON, "-O1", "-fvisibility=hidden", *_SANITIZED, "-nostdlib")
-# The products are generated as machine instructions (gemm.py, attention_wgmma.py); ptx/ beside this file has them for
-# every width.
-_GENERATED_PRODUCT = re.compile(r"^template <int N, class T> DEVICE void wgmma\(.*?^}\n", re.MULTILINE | re.DOTALL)
+# The products are generated as machine instructions (gemm_wgmma.py, attention_wgmma.py); ptx/ beside this file has them
+# for every width.
+_GENERATED_PRODUCT = re.compile(
+    r"^template <int N, class T> DEVICE void wgmma(?:_across)?\(.*?^}\n", re.MULTILINE | re.DOTALL
+)
 _DYNAMIC_SHARED = re.compile(r"^.*extern __shared__ .*$", re.MULTILINE)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +25,7 @@ class EmulatedRunner:
 
     def __init__(self, architecture: Architecture) -> None:
         self.tally = Tally()
+        self.last_first = False  # the order in which threads take their turns
         self.context = Context(architecture, _MULTIPROCESSORS, WeightStore())
         self._number = 10 * int("".join(filter(str.isdigit, architecture.name)))  # as __CUDA_ARCH__ counts
 
@@ -31,6 +33,15 @@ class EmulatedRunner:
     def portable(self) -> Context:
         """The same without the instructions that only one architecture has."""
         return replace(self.context, architecture=replace(self.context.architecture, wgmma=False))
+
+    @contextmanager
+    def in_reverse(self) -> Iterator[None]:
+        """Threads take their turns from the last to the first."""
+        self.last_first = True
+        try:
+            yield
+        finally:
+            self.last_first = False
 
     def prepare(self, kernel: Kernel) -> str | None:
         """Compile a kernel; what is wrong with it, if anything."""
@@ -64,6 +75,7 @@ class EmulatedRunner:
                     stamp.ctypes.data,
                     self._number,
                     status.ctypes.data,
+                    self.last_first,
                 )
         except emulator.EmulationError as error:
             raise RunError(str(error)) from None

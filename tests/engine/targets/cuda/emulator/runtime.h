@@ -27,6 +27,7 @@ u64 exchange(u64 bits, int source);  // a shuffle: the bits that lane `source` o
 void load_shared(void* to, u32 address, u32 bytes, const void* where);
 void store_shared(u32 address, const void* from, u32 bytes, const void* where);
 void load_matrices(u32 (&r)[4], u32 address, bool transposed, const void* where);
+void store_matrices(u32 address, const u32 (&r)[4], const void* where);
 
 // A copy takes effect when the thread waits for its group.
 void copy_async(u32 destination, const void* source, u32 bytes, bool valid, const void* where);
@@ -38,10 +39,18 @@ void barrier_arrive(u32 barrier, const void* where);
 void barrier_arrive_expect(u32 barrier, u32 bytes, const void* where);
 void barrier_wait(u32 barrier, u32 parity, const void* where);
 
+// What this thread has written to shared memory is there for asynchronous work that is ordered behind it.
+void shared_writes_fence();
+
 // The 128 bytes that emulator.py writes. Sizes in elements.
 struct alignas(64) Map { u64 address, element_bytes, columns, rows, row_bytes, box_columns, box_rows, tf32, outer_size[2], outer_bytes[2], unused[4]; };
 // Rows of a box are 64 or 128 bytes, under the swizzle of the same name. Its bytes count towards `barrier`.
 void copy_box(u32 destination, const Map& map, u32 barrier, u32 column, u32 row, u32 inner, u32 outer, const void* where);
+
+// Elements of 16 bits. A box is read, and written to the tensor, when the thread waits for its group.
+void store_box(u32 source, const Map& map, u32 column, u32 row, const void* where);
+void store_box_commit();
+void store_box_wait(int pending);
 
 // The walk over pixels of ptx/tma_im2col.cuh; `axes` are spatial.
 void copy_pixels(u32 destination, const Map& map, u32 barrier, u32 channel, const int (&start)[3], u32 image, const u32 (&offset)[3], u32 axes, const void* where);
@@ -52,6 +61,7 @@ void mma(Element element, float* d, const u32* a, u32 b0, u32 b1);
 
 // d (64×N) += or = a · b: N / 2 results a thread, 32 bytes of k, computed when the thread waits for the group.
 void wgmma(Element element, int n, float* d, u64 a, u64 b, bool accumulate, const void* where);
+void wgmma_across(Element element, int n, float* d, u64 a, u64 b, bool accumulate, const void* where);  // the rows of b are k
 void wgmma_registers(Element element, int n, float* d, const u32* a, u64 b, bool accumulate, const void* where);
 void wgmma_commit();
 void wgmma_wait(int pending);

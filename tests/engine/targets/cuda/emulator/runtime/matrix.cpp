@@ -61,6 +61,7 @@ struct Product {
   u64 a, b;
   bool accumulate;
   const void* where;
+  bool across;  // the rows of b are k
 };
 using Group = std::vector<Product>;
 struct Products {
@@ -103,8 +104,8 @@ template <class VISIT> void operands_of(const Product& p, VISIT visit) {
   const Operand b(p.b);
   for (u32 column = 0; column < static_cast<u32>(p.n); ++column)
     for (u32 k = 0; k < depth; ++k) {
-      if (p.registers) visit(shared_memory + b.across(k, column, bytes), bytes);
-      else if (k * bytes % 16 == 0) visit(shared_memory + b.along(column, k, bytes), 16u);
+      if (p.across && column * bytes % 16 == 0) visit(shared_memory + b.across(k, column, bytes), 16u);
+      else if (!p.across && k * bytes % 16 == 0) visit(shared_memory + b.along(column, k, bytes), 16u);
     }
   if (p.registers) return;
   const Operand a(p.a);
@@ -123,7 +124,8 @@ template <class T> void multiply(const Product& p) {
   for (u32 i = 0; i < static_cast<u32>(p.n) / 2; ++i) {
     const u32 column = i / 4 * 8 + first_column + (i & 1);
     float sum = p.accumulate ? p.d[i] : 0.0f;
-    for (u32 k = 0; k < DEPTH; ++k) sum += rows[i & 2 ? 1 : 0][k] * value_at<T>(b.along(column, k, BYTES));
+    for (u32 k = 0; k < DEPTH; ++k)
+      sum += rows[i & 2 ? 1 : 0][k] * value_at<T>(p.across ? b.across(k, column, BYTES) : b.along(column, k, BYTES));
     p.d[i] = sum;
   }
 }
@@ -193,21 +195,30 @@ void mma(Element element, float* d, const u32* a, u32 b0, u32 b1) {
 }
 
 void wgmma(Element element, int n, float* d, u64 a, u64 b, bool accumulate, const void* where) {
-  begin({element, n, d, nullptr, a, b, accumulate, where});
+  begin({element, n, d, nullptr, a, b, accumulate, where, false});
+}
+void wgmma_across(Element element, int n, float* d, u64 a, u64 b, bool accumulate, const void* where) {
+  if (element == Element::TF32) fail("wgmma transposes operands of 16 bits only");
+  begin({element, n, d, nullptr, a, b, accumulate, where, true});
 }
 void wgmma_registers(Element element, int n, float* d, const u32* a, u64 b, bool accumulate, const void* where) {
-  begin({element, n, d, a, 0, b, accumulate, where});
+  begin({element, n, d, a, 0, b, accumulate, where, true});
 }
 void wgmma_commit() {
+  meet_warp();  // a warp issues its products together
   products[current].committed.push_back(std::move(products[current].open));
   products[current].open.clear();
 }
 void wgmma_wait(int pending) {
   auto& groups = products[current].committed;
+  if (groups.size() <= static_cast<size_t>(pending)) return;
+  // A product is the warpgroup's: nobody is through before all of its threads have come to it and have their results.
+  meet_warpgroup();
   while (groups.size() > static_cast<size_t>(pending)) {
     for (const Product& p : groups.front()) finish(p);
     groups.erase(groups.begin());
   }
+  meet_warpgroup();
 }
 
 }  // namespace emulator

@@ -23,6 +23,17 @@ struct Copies {
 } copies[MAX_THREADS];
 u32 exchanged[MAX_THREADS / WARP][WARP];
 
+struct Sent {
+  u32 source, column, row;
+  const Map* map;
+  const void* where;
+  u32 bytes() const { return static_cast<u32>(map->box_rows * map->box_columns * map->element_bytes); }
+};
+struct Stores {
+  std::vector<Sent> open;
+  std::vector<std::vector<Sent>> committed;  // oldest first
+} stores[MAX_THREADS];
+
 void check(u32 address, u32 bytes) {
   if (address + bytes > SHARED_BYTES || address % bytes) fail("misaligned or wild shared memory access");
 }
@@ -57,7 +68,10 @@ void copy_element(unsigned char* to, const void* from, u64 bytes, bool tf32) {
 void forget_copies(int thread) {
   copies[thread].open.clear();
   copies[thread].committed.clear();
+  stores[thread].open.clear();
+  stores[thread].committed.clear();
 }
+bool has_stores_under_way(int thread) { return !stores[thread].open.empty() || !stores[thread].committed.empty(); }
 
 void load_shared(void* to, u32 address, u32 bytes, const void* where) {
   check(address, bytes);
@@ -85,6 +99,17 @@ void load_matrices(u32 (&r)[4], u32 address, bool transposed, const void* where)
     }
     memcpy(&r[i], pair, 4);
   }
+  meet_warp();
+}
+
+// The other way: lane l has elements 2 (l % 4) and the next of row l / 4 of each matrix.
+void store_matrices(u32 address, const u32 (&r)[4], const void* where) {
+  check(address, 16);
+  races::touch(Access::WRITE, shared_memory + address, 16, where);
+  const int warp = current / WARP, lane = current % WARP;
+  exchanged[warp][lane] = address;
+  meet_warp();
+  for (int i = 0; i < 4; ++i) memcpy(shared_memory + exchanged[warp][8 * i + lane / 4] + 4 * (lane % 4), &r[i], 4);
   meet_warp();
 }
 
@@ -156,6 +181,37 @@ void copy_box(u32 destination, const Map& map, u32 barrier, u32 column, u32 row,
   settle(barrier);
 }
 
+void store_box(u32 source, const Map& map, u32 column, u32 row, const void* where) {
+  const u64 row_bytes = map.box_columns * map.element_bytes;
+  if (map.element_bytes != 2 || (row_bytes != 64 && row_bytes != 128)) fail("only boxes of 64 and 128 bytes of halves are stored");
+  if (map.address % 16 || map.row_bytes % 16) fail("rows of a tensor start at multiples of 16 bytes");
+  if (source % (8 * row_bytes)) fail("a box starts at a swizzle atom");
+  const Sent sent{source, column, row, &map, where};
+  if (source + sent.bytes() > SHARED_BYTES) fail("a box lies outside shared memory");
+  races::begin(Access::READ, shared_memory + source, sent.bytes(), where);
+  stores[current].open.push_back(sent);
+}
+void store_box_commit() {
+  stores[current].committed.push_back(std::move(stores[current].open));
+  stores[current].open.clear();
+}
+void store_box_wait(int pending) {
+  auto& groups = stores[current].committed;
+  while (groups.size() > static_cast<size_t>(pending)) {
+    for (const Sent& sent : groups.front()) {
+      const Map& map = *sent.map;
+      const u64 row_bytes = map.box_columns * map.element_bytes;
+      for (u64 r = 0; r < map.box_rows && sent.row + r < map.rows; ++r)
+        for (u64 c = 0; c < map.box_columns && sent.column + c < map.columns; ++c) {
+          const u64 linear = sent.source + r * row_bytes + c * 2, from = linear ^ (linear >> 7 & (row_bytes == 128 ? 7 : 3)) << 4;
+          memcpy(reinterpret_cast<unsigned char*>(map.address) + (sent.row + r) * map.row_bytes + (sent.column + c) * 2, shared_memory + from, 2);
+        }
+      races::finish(Access::READ, shared_memory + sent.source, sent.bytes(), sent.where);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
 // After the PTX manual's description of the im2col mode. The map's 128 bytes are those that emulator.py writes.
 struct PixelMap {
   u64 address;
@@ -210,6 +266,8 @@ void copy_pixels(u32 destination, const Map& packed, u32 barrier, u32 channel, c
   barrier_at(barrier).bytes -= static_cast<int>(map.box_pixels * row_bytes);
   settle(barrier);
 }
+
+void shared_writes_fence() { races::writes_fenced(); }
 
 void access_atomically(const void* p, u32 bytes, const void* where) { races::touch(Access::ATOMIC, p, bytes, where); }
 

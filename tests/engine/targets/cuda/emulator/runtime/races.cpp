@@ -38,6 +38,7 @@ u32 dynamic_bytes, dynamic_words;
 unsigned char *static_begin, *static_end;
 Clocks known[MAX_THREADS], arriving[ENGINES], completed[ENGINES], numbered_arriving[NUMBERED], numbered_done[NUMBERED];
 u32 own[AGENTS];
+u32 fenced[MAX_THREADS];  // the time of each thread's latest fence for asynchronous work
 u32 engines, engine_address[ENGINES];
 
 // A write over another's whose order nothing decides: a race if it changes anything, which is seen after it.
@@ -107,6 +108,12 @@ Word& word_at(u32 index) {
 void check_read(u32 index, Bytes bytes, const void* where) {
   for (const Entry& e : word_at(index).writes)
     if (e.bytes & bytes && !is_seen(current, e)) report(e.clock == UNFINISHED ? "is writing" : "wrote", e, "this one reads", index, bytes, where);
+}
+// What threads wrote asynchronous work reads only behind a fence of theirs.
+void check_fenced(u32 index, Bytes bytes, const void* where) {
+  for (const Entry& e : words[index].writes)
+    if (e.bytes & bytes && e.agent >= ENGINES && !e.atomic && e.clock > fenced[e.agent - ENGINES])
+      report("wrote without a fence for asynchronous work", e, "this one has it read", index, bytes, where);
 }
 // `may_repeat`: the write is done at once, and is no race where it leaves what another wrote.
 void check_write(u32 index, Bytes bytes, bool atomic, bool may_repeat, const void* where) {
@@ -195,6 +202,7 @@ void begin_block(int count, u32 dynamic, unsigned char* begin, unsigned char* en
     now = 0;
     memset(known, 0, sizeof known);
     memset(own, 0, sizeof own);
+    memset(fenced, 0, sizeof fenced);
     memset(numbered_arriving, 0, sizeof numbered_arriving);
   }
   engines = 0;
@@ -229,6 +237,13 @@ void warp_synced(int first, int lanes) {
     if (i) memcpy(known[first + i], known[first], agents * sizeof(u32));
     advance(first + i);
   }
+}
+
+void writes_fenced() {
+  settle();
+  fenced[current] = own[agent_of(current)];
+  publish(current);
+  advance(current);
 }
 
 void numbered_arrived(u32 number) {
@@ -295,6 +310,7 @@ void begin(Access access, const void* p, u32 bytes, const void* where) {
     Word& w = words[index];
     if (access == Access::READ) {
       check_read(index, mask, where);
+      check_fenced(index, mask, where);
       w.reads.push_back(entry);
     } else {
       check_write(index, mask, false, false, where);

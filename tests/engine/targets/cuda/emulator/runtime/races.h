@@ -28,11 +28,14 @@ void barrier_passed(u32 barrier, const void* where);
 enum class Access { READ, WRITE, ATOMIC };
 // The present thread touches bytes of shared memory; others are of no interest.
 void touch(Access access, const void* p, u32 bytes, const void* where);
-// Asynchronous work of the present thread: nobody may touch what it writes, or write what it reads, from here until it is `finished`.
+// Asynchronous work of the present thread, as far as it reads behind the fences of those who wrote: nobody may touch what it writes, or write what it reads, from here until it is `finished`.
 void begin(Access access, const void* p, u32 bytes, const void* where);
 void finish(Access access, const void* p, u32 bytes, const void* where);
 // The copy engine writes for a barrier: seen by whoever passes the barrier's next completion.
 void engine_writes(u32 barrier, const void* p, u32 bytes, const void* where);
+
+// The present thread's writes so far are there for asynchronous reads.
+void writes_fenced();
 
 // The last write is done: called before anything else happens.
 void settle();

@@ -20,6 +20,7 @@ alignas(1024) unsigned char shared_memory[SHARED_BYTES];
 
 namespace {
 
+constexpr int WARPGROUP = 4 * WARP;
 constexpr int STACK_BYTES = 256 << 10;
 struct Fiber {
   void* stack_pointer;
@@ -33,7 +34,7 @@ int threads, alive;
 bool last_first;  // the order in which threads take their turns
 u64 progress;     // counts what may free a waiting thread
 void* scheduler_stack;
-Meeting block_meeting, warp_meetings[MAX_THREADS / WARP], numbered_meetings[NUMBERED];
+Meeting block_meeting, warp_meetings[MAX_THREADS / WARP], warpgroup_meetings[MAX_THREADS / WARPGROUP], numbered_meetings[NUMBERED];
 u64 exchanged[MAX_THREADS / WARP][WARP];
 void (*run_kernel)(const void*);
 const void* parameters;
@@ -85,6 +86,7 @@ int lanes() { return std::min(WARP, threads - first_of_warp()); }
 [[noreturn]] void fiber_entry() {
   run_kernel(parameters);
   races::settle();
+  if (has_stores_under_way(current)) fail("a thread ends before its boxes have been read");
   living[current] = false;
   --alive;
   ++progress;
@@ -111,6 +113,7 @@ void prepare(int i) {
 bool run_block() {
   block_meeting = {};
   for (auto& meeting : warp_meetings) meeting = {};
+  for (auto& meeting : warpgroup_meetings) meeting = {};
   for (auto& meeting : numbered_meetings) meeting = {};
   alive = threads;
   for (int i = 0; i < threads; ++i) prepare(i);
@@ -155,6 +158,10 @@ void sync_warp() {
 }
 void meet_warp() {
   meet(warp_meetings[current / WARP], lanes, [] {});
+}
+
+void meet_warpgroup() {
+  meet(warpgroup_meetings[current / WARPGROUP], [] { return WARPGROUP; }, [] {});
 }
 
 void meet_at(u32 number, int expected) {

@@ -13,7 +13,9 @@ constexpr size_t MESSAGE_BYTES = 512;  // emulator.py makes the room
 void yield();          // to the other threads
 void note_progress();  // a waiting thread may be able to go on
 void meet_warp();      // waits for the warp, without ordering memory
+void meet_warpgroup();
 void forget_copies(int thread);
+bool has_stores_under_way(int thread);
 void forget_products(int thread);
 
 }  // namespace emulator

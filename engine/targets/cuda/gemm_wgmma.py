@@ -1,0 +1,150 @@
+"""Launches of products on TMA and wgmma: of one product (gemm_wgmma.cuh), of one whose results are staged
+(gemm_staged.cuh), of several matrices (gemm_batch.cuh). Called by `gemm.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from engine.ir.dtype import DType
+from engine.plan.tensor import Buffer, BufferKind
+from engine.targets.cuda.kernel import (
+    STORAGE,
+    Argument,
+    Context,
+    Functor,
+    Instruction,
+    Launch,
+    Pointer,
+    TensorMap,
+    launch,
+    workspace,
+)
+from engine.targets.cuda.product import PART_STEPS, Product, columns_in_parts
+from engine.targets.cuda.spaces import VECTOR
+from engine.targets.cuda.staging import STAGED_WIDTH
+from engine.targets.cuda.tiles import WgmmaTile
+
+
+def split_arguments(
+    tiles: int, elements: int, warps: int, splits: int, partials: Pointer | None = None
+) -> dict[str, Argument]:
+    """What kernels/scheduler/split_k.cuh asks of a kernel's arguments: partial sums of `tiles` of so many `elements`,
+    where `partials` says or in a workspace, and a counter for each of the `warps` that share a tile."""
+    if splits == 1:
+        return {}
+    partials = partials or Pointer(workspace(tiles * splits * elements * 4), ctype="float")
+    arrived = Buffer("arrived", BufferKind.PLAN, tiles * warps * 4, np.zeros(tiles * warps, np.uint32))
+    return {
+        "partials": partials, "arrived": Pointer(arrived, ctype="u32"), "splits": splits,
+    }  # fmt: skip
+
+
+def launch_wgmma(
+    product: Product,
+    epilogue: Functor,
+    tile: WgmmaTile,
+    tiles: int,
+    context: Context,
+    partials: Pointer | None,
+) -> Launch:
+    """The launch of a product in `tiles` tiles, with results staged or not."""
+    a, b, columns = product.a, product.b, 128 // product.dtype.itemsize
+    k = columns_in_parts(product.k) if product.in_parts else product.k  # as it lies
+    config: dict[str, int | bool | str] = {
+        "operand": STORAGE[product.dtype], "grouped": False, "in_parts": product.in_parts,
+    }  # fmt: skip
+    body, maps = "gemm_wgmma.cuh", dict[str, Argument]()
+    if tile.slots:
+        staged = epilogue.staged
+        assert staged is not None, "the caller has looked"
+        body, epilogue = "gemm_staged.cuh", Functor(staged.code, staged.arguments, epilogue.reads)
+        config["width"] = STAGED_WIDTH
+        box = (product.m, product.n, tile.consumer_rows, tile.staged_columns)
+        maps = {"map_result": staged.result.map(*box)}
+        if staged.tile is not None:
+            maps["map_tile"] = staged.tile.map(*box)
+    return launch(
+        "gemm",
+        body,
+        {**tile.config, **config},
+        [epilogue],
+        {
+            **maps,
+            "map_a": TensorMap(a.pointer, product.m, k, a.stride, tile.m, columns),
+            "map_b": TensorMap(b.pointer, product.n, k, b.stride, tile.n, columns),
+            "m": product.m,
+            "n": product.n,
+            "k": k // 2 * PART_STEPS if product.in_parts else k,
+            **split_arguments(tiles, tile.m * tile.n, 8 if tile.cooperative else 4, tile.splits, partials),
+        },
+        # Persistent: a block a multiprocessor.
+        (min(tiles, max(1, context.multiprocessors // tile.splits)), tile.splits, 1),
+        384,
+        tile.shared_bytes,
+        Instruction.WGMMA,
+        helpers=f'#include "ptx/wgmma.cuh"\n{wgmma_function(tile.n, product.dtype)}',
+    )
+
+
+def launch_batched(product: Product, epilogue: Functor, tile: WgmmaTile, tiles: int, context: Context) -> Launch:
+    """The launch for products of several matrices, or across the lines of b."""
+    a, b, batch = product.a, product.b, product.batch
+    sizes = (1, 1, *batch.sizes)[-2:]
+    a_along, b_along = ((0, 0, *strides)[-2:] for strides in (batch.a, batch.b))
+
+    def places(strides: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """Inner axis first. Along an axis where all matrices are one there is one place; its stride means nothing."""
+        axes = zip(reversed(sizes), reversed(strides), strict=True)
+        return tuple((size, stride) if stride else (1, VECTOR) for size, stride in axes)
+
+    across, columns = not b.k_inner, 128 // product.dtype.itemsize
+    map_a = TensorMap(a.pointer, product.m, product.k, a.stride, tile.m, columns, places(a_along))
+    if across:
+        map_b = TensorMap(b.pointer, product.k, product.n, b.stride, columns, columns, places(b_along))
+    else:
+        map_b = TensorMap(b.pointer, product.n, product.k, b.stride, tile.n, columns, places(b_along))
+    multiply = "".join(wgmma_function(tile.n, product.dtype, form) for form in (False, True))  # the kernel names both
+    return launch(
+        "gemm",
+        "gemm_batch.cuh",
+        {**tile.config, "operand": STORAGE[product.dtype], "grouped": False, "across": across},
+        [epilogue],
+        {
+            "map_a": map_a, "map_b": map_b,
+            "m": product.m, "n": product.n, "k": product.k, "matrices": batch.count, "inner": sizes[1],
+            "a_inner": int(a_along[1] != 0), "a_outer": int(a_along[0] != 0),
+            "b_inner": int(b_along[1] != 0), "b_outer": int(b_along[0] != 0),
+        },
+        (min(tiles, context.multiprocessors), 1, 1),
+        384,
+        tile.shared_bytes,
+        Instruction.WGMMA,
+        helpers=f'#include "ptx/wgmma_panels.cuh"\n{multiply}',
+    )  # fmt: skip
+
+
+_INSTRUCTIONS = {
+    DType.F16: ("k16.f32.f16.f16", "1, 1, 0, 0"), DType.BF16: ("k16.f32.bf16.bf16", "1, 1, 0, 0"),
+    DType.F32: ("k8.f32.tf32.tf32", "1, 1"),
+}  # fmt: skip
+"""The end of the instruction's name, and its factors of the operands (and, for 16 bits, whether k is not innermost)."""
+
+
+def wgmma_function(n: int, dtype: DType, across: bool = False) -> str:
+    """`wgmma<n, T>`: d (64 × n, fp32) = a · bᵀ, plus d itself where `accumulate` is not 0. Operands are descriptors of
+    elements of `dtype`. `wgmma_across<n, T>` (16 bits): the rows of b are k."""
+    count, storage, name = n // 2, STORAGE[dtype], "wgmma_across" if across else "wgmma"
+    instruction, factors = _INSTRUCTIONS[dtype]
+    factors = "1, 1, 0, 1" if across else factors
+    registers = ", ".join(f"%{i}" for i in range(count))
+    operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    return (
+        f"template <int N, class T> DEVICE void {name}(float (&d)[N / 2], u64 a, u64 b, u32 accumulate);\n"
+        f"template <> DEVICE void {name}<{n}, {storage}>(float (&d)[{count}], u64 a, u64 b, u32 accumulate) {{\n"
+        f'  asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n"\n'
+        f'               "wgmma.mma_async.sync.aligned.m64n{n}{instruction} {{{registers}}}, %{count}, %{count + 1}, '
+        f'p, {factors};\\n}}"\n'
+        f'               : {operands} : "l"(a), "l"(b), "r"(accumulate));\n}}\n'
+    )

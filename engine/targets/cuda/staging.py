@@ -1,0 +1,102 @@
+"""Epilogues of products whose results go to memory through shared memory and the copy engine (kernels/mma/staging.cuh).
+
+There the engine brings and takes whole panels, so an epilogue has no addresses: it computes two neighbouring columns of
+a row from the accumulators, from operands that are the same in every row, and from at most one full tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+from engine.ir import expr as ex
+from engine.ir.dtype import DType
+from engine.targets.cuda.codegen import column_kind, indented, loop_over
+from engine.targets.cuda.kernel import STORAGE, Argument, RowMatrix, Staged, TensorArgument, ceildiv
+from engine.targets.cuda.spaces import Operand, Space
+
+STAGED_WIDTH = 2
+"""Neighbouring columns that a lane's accumulators hold."""
+_FIXED_REGISTERS = 3
+"""Registers of two columns of all that is the same in every row; more would not fit beside the accumulators."""
+
+
+def staged_epilogue(
+    stores: Sequence[ex.Expr], space: Space, inputs: Mapping[int, Operand], outputs: Sequence[Operand], granularity: int
+) -> Staged | None:
+    """The staged form of an epilogue of fp32 accumulators; None where it has none: more than one result, or one that
+    the copy engine cannot write, an operand for every row, or one looked up in a table."""
+    fixed = {i: operand for i, operand in inputs.items() if operand.index is None and not any(operand.strides[:-1])}
+    tiles = {i: operand for i, operand in inputs.items() if i not in fixed}
+    if len(outputs) != 1 or len(tiles) > 1 or _registers(fixed) > _FIXED_REGISTERS or prod(space.levels[:-1]) != 1:
+        return None
+    (output,) = outputs
+    if not all(_as_rows(operand, space, granularity) for operand in (output, *tiles.values())):
+        return None
+    if any(leaf.dtype is not DType.F32 for leaf in ex.walk(*stores) if isinstance(leaf, ex.Acc)):
+        return None
+    arguments: dict[str, Argument] = {
+        f"epilogue_{i}": TensorArgument(operand.pointer, operand.strides[:-1], operand.strides[-1])
+        for i, operand in fixed.items()
+    }
+    code = _code(stores[0], space, fixed, tiles, output.dtype, granularity)
+    read = next((_rows(operand, space) for operand in tiles.values()), None)
+    return Staged(code, tuple(arguments.items()), _rows(output, space), read)
+
+
+def _as_rows(operand: Operand, space: Space, granularity: int) -> bool:
+    """Whether the copy engine can read or write it in whole rows of 16-bit elements."""
+    aligned = operand.dtype in (DType.F16, DType.BF16) and space.is_aligned(operand, granularity)
+    return aligned and operand.index is None
+
+
+def _rows(operand: Operand, space: Space) -> RowMatrix:
+    return RowMatrix(operand.pointer, operand.strides[-2] or space.columns)  # a single row is no distance from another
+
+
+def _registers(fixed: Mapping[int, Operand]) -> int:
+    return sum(ceildiv((STAGED_WIDTH if o.strides[-1] else 1) * o.dtype.itemsize, 4) for o in fixed.values())
+
+
+def _code(
+    store: ex.Expr,
+    space: Space,
+    fixed: Mapping[int, Operand],
+    tiles: Mapping[int, Operand],
+    result: DType,
+    granularity: int,
+) -> str:
+    """`Epilogue` as kernels/mma/staging.cuh asks for it."""
+
+    def members(operands: Mapping[int, Operand]) -> str:
+        return " ".join(f"Fetched<{STORAGE[o.dtype]}, {column_kind(o)}> a{i};" for i, o in operands.items())
+
+    fetches = [
+        f"fixed.a{i} = fetch_columns<{STORAGE[o.dtype]}, {column_kind(o)}, "
+        f"{'true' if space.is_aligned(o, granularity) else 'false'}>(p.epilogue_{i}, 0, column, count);"
+        for i, o in fixed.items()
+    ]
+    # The two elements of a word of the tile.
+    words = [
+        f"inputs.a{i}.pack.element[{half}] = {STORAGE[o.dtype]}{{static_cast<u16>({word})}};"
+        for i, o in tiles.items()
+        for half, word in enumerate(("tile", "tile >> 16"))
+    ]
+    lines = [
+        "Inputs inputs{fixed, {}};", *words, "float out0[WIDTH];",
+        *loop_over({"out0[i]": (store, result)}, gelu=f"gelu_for<{STORAGE[result]}>"),
+        f"return pack_pair<{STORAGE[result]}>(out0[0], out0[1]);",
+    ]  # fmt: skip
+    return (
+        '#include "epilogue/gelu.cuh"\n#include "ptx/pack.cuh"\n'
+        "struct Epilogue {\n"
+        f"  static constexpr bool READS_TILE = {'true' if tiles else 'false'};\n"
+        f"  struct Fixed {{ {members(fixed)} }};\n"
+        f"  struct Tile {{ {members(tiles)} }};\n"
+        "  struct Inputs : Fixed, Tile {};\n"
+        "  DEVICE static Fixed fetch_fixed(const Params& p, u32 column, u32 count) {\n"
+        f"{indented(['Fixed fixed;', *fetches, 'return fixed;'])}\n  }}\n"
+        "  DEVICE static u32 results(const float (&acc)[WIDTH], const Fixed& fixed, u32 tile) {\n"
+        f"{indented(lines)}\n  }}\n"
+        "};\n"
+    )

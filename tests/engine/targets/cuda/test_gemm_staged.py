@@ -1,0 +1,222 @@
+"""Products whose results go through shared memory and the copy engine, against float64; and which epilogues can."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import erfc, sqrt
+
+import numpy as np
+import pytest
+
+from engine.ir import expr as ex
+from engine.ir.dtype import DType
+from engine.ir.ops import Gemm
+from engine.plan.plan import Step
+from engine.plan.tensor import Buffer, Tensor
+from engine.targets.cuda import conv, product_cost
+from engine.targets.cuda import covering as cv
+from engine.targets.cuda.architecture import SM_80, SM_90A
+from engine.targets.cuda.choices import choice_of, key_of, tile_of, tile_text
+from engine.targets.cuda.covering import ACC, F16, F32, add, arg, make_step, mul, stored, weight
+from engine.targets.cuda.gemm import (
+    launches_of,
+    needs_staged,
+    operands_of,
+    other_tiles,
+    parts_of,
+    pick_tile,
+    ranked_tiles,
+)
+from engine.targets.cuda.kernel import Context, Functor, WeightStore
+from engine.targets.cuda.product import Product
+from engine.targets.cuda.product_cost import Way
+from engine.targets.cuda.tiles import PRODUCT_TILES, STAGED_TILES, Operands
+from tests.engine.targets.cuda.cases import check, ragged, rng_of
+from tests.engine.targets.cuda.emulator.runner import EmulatedRunner
+from tests.engine.targets.cuda.harness import Case, Runner
+from tests.engine.targets.cuda.test_gemm import EXACT, KINDS, context_of, launched, rounding, stores_of
+
+BF16 = DType.BF16
+HOPPER = Context(SM_90A, 132, WeightStore())
+
+
+def step_of(m: int, n: int, k: int, name: str, dtype: DType = F16, operand: DType | None = None) -> Step:
+    """A product with a weight and one of `stores_of(dtype)`. `operand`: its type, where that is not the result's."""
+    operand = operand or dtype
+    store = stored(ACC, dtype) if name == "plain" else stores_of(dtype)[name]
+    inputs: list[cv.Given] = [(operand, (m, k)), weight(k, n, dtype=operand)]
+    inputs += [] if name == "plain" else [weight(n, dtype=dtype)]
+    inputs += [(dtype, (m, n))] if name == "residual" else []
+    return make_step(Gemm((store,)), inputs)
+
+
+def test_staged_products_match_float64(hopper: Runner, count: int) -> None:
+    """In every tile: every kind of operands, ragged sizes, rows that are copied first."""
+    rng, cases = rng_of("staged"), []
+    for i in range(2 * count):
+        tile = replace(STAGED_TILES[i % len(STAGED_TILES)], aligns=i % 3 == 0)
+        kind = ("fp16", "bf16", "tf32")[int(rng.integers(0, 3))]
+        result = F16 if kind == "tf32" else KINDS[kind][0]
+        name = list(stores_of(F16))[int(rng.integers(0, 4))]
+        m, n, k = ragged(rng, 500), ragged(rng, 400, 8), ragged(rng, 600, 1 if tile.aligns else 8)
+        step = step_of(m, n, k, name, result, KINDS[kind][0])
+        launches = launched(step, tile, context_of(hopper, kind))
+        cases.append(Case(f"{kind} {m}x{n}x{k} {name} {tile}", step, k, lowered=launches, rounding=rounding(kind)))
+    check(hopper, cases)
+
+
+def test_staged_products_of_more_tiles_than_multiprocessors(hopper: Runner, count: int) -> None:
+    """Places and rings wrap around, with more panels than places and with as many."""
+    cases = []
+    large, small = ((3000, 1512, 200), (5000, 1000, 1096), (20000, 200, 40)), ((420, 264, 200), (900, 40, 40))
+    for m, n, k in small if isinstance(hopper, EmulatedRunner) else large:
+        for name in ("residual", "bias gelu", "plain"):
+            step = step_of(m, n, k, name)
+            for tile in STAGED_TILES:
+                launches = launched(step, tile, hopper.context)
+                cases.append(Case(f"{m}x{n}x{k} {name} {tile}", step, k, lowered=launches, rounding=EXACT))
+    check(hopper, cases)
+    if isinstance(hopper, EmulatedRunner):
+        with hopper.in_reverse():
+            check(hopper, cases)
+
+
+def test_staged_rows_may_lie_apart(hopper: Runner, count: int) -> None:
+    """The result and the residual are windows of wider matrices."""
+    cases = []
+    for i, tile in enumerate(STAGED_TILES):
+        m, n, k, dtype = 150, 72 + 8 * i, 72, (F16, BF16)[i % 2]
+        step = step_of(m, n, k, "residual", dtype)
+
+        def apart(tensor: Tensor, more: int, m: int = m, n: int = n) -> Tensor:
+            buffer = Buffer(tensor.buffer.name, tensor.buffer.kind, m * (n + more) * 2)
+            return replace(tensor, buffer=buffer, strides=(n + more, 1), offset=8)
+
+        inputs = (*step.inputs[:3], apart(step.inputs[3], 24))
+        step = replace(step, inputs=inputs, outputs=(apart(step.outputs[0], 40),))
+        cases.append(Case(f"{tile}", step, k, lowered=launched(step, tile, hopper.context), rounding=EXACT))
+    check(hopper, cases)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_gelu_of_staged_results_is_good_to_their_rounding(hopper: Runner, dtype: DType) -> None:
+    """Of every finite number, which a product with the unit matrix leaves as it is: half a unit in the last place, and
+    the bound of `gelu_for` in kernels/epilogue/gelu.cuh."""
+    n = 64
+    x = np.arange(2**16, dtype=np.uint32).astype(np.uint16).view(dtype.numpy)
+    x = np.where(np.isfinite(x.astype(np.float32)), x, np.zeros_like(x)).reshape(-1, n)
+    step = make_step(Gemm((stored(cv.gelu(ACC), dtype),)), [(dtype, x.shape), np.eye(n).astype(dtype.numpy)])
+    (launch,) = launched(step, STAGED_TILES[0], hopper.context)
+    assert f"= gelu_for<{'half' if dtype is F16 else 'bfloat16'}>(" in launch.kernel.source.text
+    assert hopper.prepare(launch.kernel) is None
+    got = hopper.run(step, [launch], [x, np.eye(n).astype(dtype.numpy)])[0].astype(np.float64)
+    x = x.astype(np.float64)
+    want = np.array([[0.5 * value * erfc(-value * sqrt(0.5)) for value in row] for row in x])
+    digits, smallest = (11, 2.0**-24) if dtype is F16 else (8, 2.0**-126)
+    half_unit = np.maximum(2.0 ** (np.floor(np.log2(np.maximum(np.abs(want), 1e-300))) - digits), smallest / 2)
+    if dtype is F16:
+        off = 2.0**-13.8 * np.abs(want) + 2.0**-27
+    else:
+        off = np.where(x > -5.7, 2.0**-11.7 * np.abs(want), 2.0**-36)
+    with np.errstate(invalid="ignore"):
+        assert np.all(np.abs(got - want) <= half_unit * (1 + 2.0**-10) + off)
+
+
+def parts(step: Step, context: Context = HOPPER) -> tuple[Product, Functor]:
+    found = parts_of(step, context)
+    assert found is not None
+    return found
+
+
+def test_which_epilogues_can_be_staged() -> None:
+    m, n, k = 300, 400, 384
+    for name in stores_of(F16):
+        if name != "plain":
+            _, epilogue = parts(step_of(m, n, k, name))
+            assert epilogue.staged is not None
+            assert (epilogue.staged.tile is not None) == (name == "residual")
+    a, b, rows = (F16, (m, k)), weight(k, n), (F16, (m, n))
+    others: list[tuple[str, tuple[ex.Expr, ...], list[cv.Given]]] = [
+        ("fp32 results", (ACC,), [a, b]),
+        ("two results", (stored(ACC), stored(add(ACC, ACC))), [a, b]),
+        ("two tiles", (stored(add(add(ACC, arg(2)), arg(3))),), [a, b, rows, rows]),
+        ("a number for each row", (stored(mul(ACC, arg(2, F32))),), [a, b, (F32, (m, 1))]),
+        ("a tile of fp32", (stored(add(ACC, arg(2, F32))),), [a, b, (F32, (m, n))]),
+        ("rows that are not aligned", (stored(ACC),), [a, weight(k, n + 1)]),
+        (
+            "many biases",
+            (stored(add(add(ACC, arg(2, F32)), arg(3, F32))),),
+            [a, b, weight(n, dtype=F32), weight(n, dtype=F32)],
+        ),
+    ]
+    for what, stores, inputs in others:
+        assert parts(make_step(Gemm(stores), inputs))[1].staged is None, what
+    split = make_step(Gemm((stored(ACC),)), [(F16, (2, 150, k)), b])
+    (result,) = split.outputs
+    split = replace(split, outputs=(replace(result, strides=(150 * n + 8, n, 1)),))
+    assert parts(split)[1].staged is None, "rows in two levels"
+
+
+def test_staged_tiles_are_timed_but_not_chosen_unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cupy")
+    from engine.targets.cuda.tuner import OTHER_CANDIDATES, candidates
+
+    product, epilogue = parts(step_of(16384, 768, 768, "residual"))
+    assert pick_tile(product, epilogue, HOPPER) == ranked_tiles(product, HOPPER, epilogue.reads)[0].tile
+    assert not needs_staged(pick_tile(product, epilogue, HOPPER))
+    timed = [ranked.tile for ranked in candidates(product, epilogue, HOPPER)]
+    assert sum(map(needs_staged, timed)) == OTHER_CANDIDATES and not needs_staged(timed[0])
+    monkeypatch.setattr(product_cost, "CHOSEN_BY_MODEL", frozenset({Way.STAGED}))
+    assert pick_tile(product, epilogue, HOPPER) == other_tiles(product, epilogue, HOPPER)[Way.STAGED][0].tile
+    bare = replace(epilogue, stage=lambda: None)
+    assert pick_tile(product, bare, HOPPER) == ranked_tiles(product, HOPPER, epilogue.reads)[0].tile
+    older = replace(HOPPER, architecture=SM_80)
+    assert not other_tiles(*parts(step_of(16384, 768, 768, "residual"), older), older)[Way.STAGED]
+
+
+def test_a_staged_tile_that_was_fastest_is_taken() -> None:
+    product, epilogue = parts(step_of(4096, 768, 768, "residual"))
+    for tile in STAGED_TILES:
+        assert tile_of(choice_of(tile, 1.0), product, Operands.HALF) == tile
+        assert "staged" in tile_text(tile)
+        assert tile.shared_bytes <= SM_90A.shared_bytes and tile.most_splits == 1
+    assert len({tile_text(tile) for tile in (*STAGED_TILES, *PRODUCT_TILES)}) == len(STAGED_TILES) + len(PRODUCT_TILES)
+    key = key_of(product, operands_of(product, HOPPER), epilogue)
+    context = replace(HOPPER, choices={key: choice_of(STAGED_TILES[1], 9.0)})
+    assert pick_tile(product, epilogue, context) == STAGED_TILES[1]
+    assert pick_tile(product, replace(epilogue, stage=lambda: None), context) == pick_tile(product, epilogue, HOPPER)
+
+
+def test_a_convolution_that_is_a_product_can_be_staged() -> None:
+    """1×1 with a residual: what the tuner times is what is lowered."""
+    pixels = cv.channels_inner(2, 64, 14, 14)
+    more = cv.channels_inner(2, 256, 14, 14)
+    step = make_step(cv.conv_op(1, store=cv.BIAS_RESIDUAL), [pixels, weight(256, 64, 1, 1), weight(256, 1, 1), more])
+    found = conv.parts_of(step, HOPPER)
+    assert found is not None
+    product, epilogue = found
+    assert (product.m, product.n, product.k) == (2 * 14 * 14, 256, 64)
+    assert epilogue.staged is not None and epilogue.staged.tile is not None
+    sources = [launch.kernel.source for launch in conv.lower(step, HOPPER)]
+    chosen = pick_tile(product, epilogue, HOPPER)
+    assert sources == [launch.kernel.source for launch in launches_of(product, epilogue, chosen, HOPPER)]
+    for other in (cv.conv_op(3), cv.conv_op(1, stride=2), cv.conv_op(1, groups=2)):
+        kernel = 3 if other.pads[0][0] else 1
+        filters = weight(256, 64 // other.groups, kernel, kernel)
+        assert conv.parts_of(make_step(other, [pixels, filters, weight(256, 1, 1)]), HOPPER) is None
+
+
+def test_a_staged_convolution_matches_float64(hopper: Runner, count: int) -> None:
+    cases = []
+    for tile in STAGED_TILES:
+        pixels, more = cv.channels_inner(2, 64, 9, 13), cv.channels_inner(2, 136, 9, 13)
+        inputs = [pixels, weight(136, 64, 1, 1), weight(136, 1, 1), more]
+        step = make_step(cv.conv_op(1, store=cv.BIAS_RESIDUAL), inputs)
+        step = replace(
+            step, inputs=(*step.inputs[:3], replace(more, buffer=Buffer("more", more.buffer.kind, more.buffer.nbytes)))
+        )
+        found = conv.parts_of(step, hopper.context)
+        assert found is not None
+        launches = launches_of(*found, tile, hopper.context)
+        cases.append(Case(f"{tile}", step, 64, lowered=launches, rounding=EXACT))
+    check(hopper, cases)
