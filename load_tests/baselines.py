@@ -68,7 +68,10 @@ class Alone:
         feeds: dict[str, Array] = {}
         for spec in self._model.inputs:
             shape = [dim if isinstance(dim, int) else sizes[dim] for dim in spec.shape]
-            values = generator.standard_normal(shape) if spec.dtype.kind == "f" else np.ones(shape)
+            values: Array = generator.standard_normal(shape) if spec.dtype.kind == "f" else np.ones(shape)
+            packed = self._model.packed_size
+            if packed is not None and packed in sizes and spec.name == self._model.packed_mask:
+                values = _prefixes(sizes[packed], *shape)
             feeds[spec.name] = values.astype(spec.dtype)
         return feeds
 
@@ -108,6 +111,13 @@ class Alone:
         spec = make_image_spec(tensor.name, tensor.dtype, tensor.shape, config)
         assert spec is not None, "a model for photos"
         return spec
+
+
+def _prefixes(tokens: int, rows: int, width: int) -> NDArray[np.bool_]:
+    """A mask of so many tokens in rows as even as can be: no others take the engine less time."""
+    lengths = tokens // rows + (np.arange(rows) < tokens % rows)
+    mask: NDArray[np.bool_] = np.arange(width) < lengths[:, None]
+    return mask
 
 
 def _timed(seconds: float, work: Iterable[int]) -> Turn:

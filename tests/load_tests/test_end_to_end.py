@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +18,8 @@ from load_tests.end_to_end import cpu_of_request, ratio_of_turns, totals
 from load_tests.http_client import Answer, Results
 from load_tests.payloads import PIXELS, photos
 from load_tests.workloads import pixel_tensors
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
 
 
 def doubling_model(folder: Path, *sizes: int | str) -> Path:
@@ -68,6 +71,19 @@ def test_the_engine_alone_runs_the_sizes_that_it_is_given_as_often(tmp_path: Pat
     assert sum(dict(key)["batch"] * count for key, count in runs.items()) == done.requests
     short, long = runs.values()
     assert abs(short - 2 * long) <= 2
+
+
+def test_the_engine_alone_runs_as_many_packed_tokens_as_it_is_told(tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    shutil.copy(FIXTURES / "bert_dynamo.onnx", tmp_path / "1" / "model.onnx")
+    with closing(Alone(tmp_path)) as alone:
+        size = alone._model.packed_size
+        assert size is not None
+        sizes = (("batch", 3), ("sequence", 12), (size, 16))
+        done = alone.engine_rows(0.1, {sizes: 1})
+        (plan,) = alone._model.plan_profiles()
+    assert tuple(plan.sizes.items()) == sizes
+    assert done.requests == 3 * (plan.rows[0].calls - 1) > 0
 
 
 def test_photos_are_decoded_and_run_in_batches(tmp_path: Path) -> None:
