@@ -145,18 +145,18 @@ def test_kernel_stats_add_up_to_the_runs_made(efficientnet_lite0: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_thousand_shapes_stay_within_the_plan_cache(all_minilm_l6_v2: Path) -> None:
-    """1,000 different (batch, sequence): the cache keeps its bound, and so does the process."""
+def test_hundreds_of_shapes_stay_within_the_plan_cache(all_minilm_l6_v2: Path) -> None:
+    """600 different (batch, sequence): the cache keeps its bound, and so does the process."""
     limit = 4 << 20
     with engine.load(all_minilm_l6_v2 / "1" / "model.onnx", device="cpu", plan_cache_bytes=limit) as model:
         resident = []
         pairs = itertools.product(range(1, 201), repeat=2)
-        for batch, sequence in sorted(pairs, key=lambda pair: (pair[0] * pair[1], pair))[:1000]:
+        for batch, sequence in sorted(pairs, key=lambda pair: (pair[0] * pair[1], pair))[:600]:
             model.run(token_feeds(batch, sequence))
             assert model.memory()["plans"] <= limit
             resident.append(_resident_bytes())
-        assert 0 < model.plans_ready < 1000
-        assert max(resident[500:]) - max(resident[:500]) < 48 << 20
+        assert 0 < model.plans_ready < 600
+        assert max(resident[300:]) - max(resident[:300]) < 48 << 20
 
 
 def _resident_bytes() -> int:
