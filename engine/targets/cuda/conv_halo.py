@@ -169,6 +169,30 @@ def _late_fetches(step: Step, geometry: Geometry, tile: HaloTile) -> int:
     return late_fetches(epilogue_for(step, geometry.n).reads, accumulators // 8, groups, room, chunk)
 
 
+def pixels_of(geometry: Geometry, grid: Grid, panel: int, halo: int) -> PixelMap:
+    """The image as a copy walks through it: `panel` channels of `halo` pixels, in the order of the grid's places."""
+    size_y, size_x = geometry.input[1:]
+    pad_y, pad_x = geometry.phases[0].pads[1:]
+    strides, image_stride = pixel_strides(geometry, (size_x, size_y), (1, 1))
+    return PixelMap(
+        geometry.x, geometry.channels, geometry.images, image_stride, (size_x, size_y), strides,
+        (-pad_x, -pad_y), (grid.width - pad_x - size_x, grid.height - pad_y - size_y), (1, 1), panel, halo,
+    )  # fmt: skip
+
+
+def grid_arguments(geometry: Geometry, grid: Grid) -> dict[str, int]:
+    """What a kernel has to know of the grid, of the output pixels in it, and of the way from one kernel position to the
+    next (epilogue/grid_places.cuh, conv_halo.cuh)."""
+    (phase,) = geometry.phases
+    pad_y, pad_x = phase.pads[1:]
+    return {
+        "grid_h": grid.height, "grid_w": grid.width,
+        **divisor_arguments("grid_h", grid.height), **divisor_arguments("grid_w", grid.width),
+        "out_h": phase.out[1], "out_w": phase.out[2], "pad_h": pad_y, "pad_w": pad_x, "kernel_w": phase.kernel[2],
+        "tap_line": geometry.dilations[1] * grid.width, "tap_pixel": geometry.dilations[2],
+    }  # fmt: skip
+
+
 def divisor_arguments(name: str, divisor: int) -> dict[str, int]:
     """n // divisor = n · factor >> shift for n below 2³⁰: the factor is less than 1 too large, n ≤ 2^shift / divisor.
     It fits an i32."""
@@ -178,30 +202,19 @@ def divisor_arguments(name: str, divisor: int) -> dict[str, int]:
 
 def launch_halo(step: Step, geometry: Geometry, filters: Pointer, tile: HaloTile, context: Context) -> Launch:
     """The launch in the given tile. `filters`: packed for panels of `panel_channels`."""
-    dtype, (phase,), grid = step.inputs[1].dtype, geometry.phases, Grid.of(geometry)
-    panel, halo, taps = panel_channels(step), grid.halo(tile), prod(phase.kernel)
+    dtype, grid = step.inputs[1].dtype, Grid.of(geometry)
+    panel, halo, taps = panel_channels(step), grid.halo(tile), prod(geometry.phases[0].kernel)
     columns, tiles = ceildiv(geometry.n, tile.n), ceildiv(grid.places, tile.m)
-    size_y, size_x = geometry.input[1:]
-    pad_y, pad_x = phase.pads[1:]
-    strides, image_stride = pixel_strides(geometry, (size_x, size_y), (1, 1))
-    pixels = PixelMap(
-        geometry.x, geometry.channels, geometry.images, image_stride, (size_x, size_y), strides,
-        (-pad_x, -pad_y), (grid.width - pad_x - size_x, grid.height - pad_y - size_y), (1, 1), panel, halo,
-    )  # fmt: skip
     return launch(
         "conv",
         "conv_halo.cuh",
         {"tile_m": tile.m, "tile_n": tile.n, "stages": tile.stages, "swapped": tile.swapped, "operand": STORAGE[dtype]},
         [epilogue_for(step, geometry.n)],
         {
-            "map_a": pixels,
+            "map_a": pixels_of(geometry, grid, panel, halo),
             "map_b": TensorMap(filters, geometry.n, taps * panel, taps * panel, tile.n, panel),
             "tiles": tiles, "n": geometry.n, "images": geometry.images, "taps": taps,
-            "halo_bytes": halo * PANEL_BYTES, "grid_h": grid.height, "grid_w": grid.width,
-            **divisor_arguments("grid_h", grid.height), **divisor_arguments("grid_w", grid.width),
-            "out_h": phase.out[1], "out_w": phase.out[2], "pad_h": pad_y, "pad_w": pad_x,
-            "kernel_h": phase.kernel[1], "kernel_w": phase.kernel[2],
-            "tap_line": geometry.dilations[1] * grid.width, "tap_pixel": geometry.dilations[2],
+            "halo_bytes": halo * PANEL_BYTES, **grid_arguments(geometry, grid),
         },
         (min(tiles, max(1, context.multiprocessors // columns)), columns, 1),
         384,

@@ -11,16 +11,14 @@ from math import hypot, prod
 
 from engine.plan.plan import Step
 from engine.targets.cuda.conv_geometry import Geometry, row_length
-from engine.targets.cuda.conv_halo import Grid, divisor_arguments, lies_alike
+from engine.targets.cuda.conv_halo import Grid, grid_arguments, lies_alike, pixels_of
 from engine.targets.cuda.conv_simt import epilogue_for
-from engine.targets.cuda.conv_wgmma import pixel_strides
 from engine.targets.cuda.gemm_wgmma import wgmma_function
 from engine.targets.cuda.kernel import (
     STORAGE,
     Context,
     Instruction,
     Launch,
-    PixelMap,
     Pointer,
     TensorMap,
     ceildiv,
@@ -137,17 +135,10 @@ def panel_channels(tile: DeepTile, step: Step) -> int:
 
 def launch_deep(step: Step, geometry: Geometry, filters: Pointer, tile: DeepTile, context: Context) -> Launch:
     """The launch in the given tile. `filters`: packed for panels of `panel_channels`."""
-    dtype, (phase,), grid = step.inputs[1].dtype, geometry.phases, Grid.of(geometry)
-    panel, halo, taps = panel_channels(tile, step), tile.halo(grid), prod(phase.kernel)
+    dtype, grid = step.inputs[1].dtype, Grid.of(geometry)
+    panel, halo, taps = panel_channels(tile, step), tile.halo(grid), prod(geometry.phases[0].kernel)
     padded = row_length(geometry.channels, panel)
     columns, tiles = ceildiv(geometry.n, tile.n), ceildiv(grid.places, tile.m)
-    size_y, size_x = geometry.input[1:]
-    pad_y, pad_x = phase.pads[1:]
-    strides, image_stride = pixel_strides(geometry, (size_x, size_y), (1, 1))
-    pixels = PixelMap(
-        geometry.x, geometry.channels, geometry.images, image_stride, (size_x, size_y), strides,
-        (-pad_x, -pad_y), (grid.width - pad_x - size_x, grid.height - pad_y - size_y), (1, 1), panel, halo,
-    )  # fmt: skip
     return launch(
         "conv",
         "conv_halo_deep.cuh",
@@ -157,15 +148,11 @@ def launch_deep(step: Step, geometry: Geometry, filters: Pointer, tile: DeepTile
         },
         [epilogue_for(step, geometry.n)],
         {
-            "map_a": pixels,
+            "map_a": pixels_of(geometry, grid, panel, halo),
             "map_b": TensorMap(filters, geometry.n, taps * padded, taps * padded, tile.n, panel),
             "tiles": tiles, "n": geometry.n, "images": geometry.images, "taps": taps, "padded": padded,
-            "steps": taps * padded // panel, "halo_bytes": halo * tile.panel_bytes, "grid_h": grid.height,
-            "grid_w": grid.width,
-            **divisor_arguments("grid_h", grid.height), **divisor_arguments("grid_w", grid.width),
-            "out_h": phase.out[1], "out_w": phase.out[2], "pad_h": pad_y, "pad_w": pad_x,
-            "kernel_w": phase.kernel[2],
-            "tap_line": geometry.dilations[1] * grid.width, "tap_pixel": geometry.dilations[2],
+            "steps": taps * padded // panel, "halo_bytes": halo * tile.panel_bytes,
+            **grid_arguments(geometry, grid),
         },
         (min(tiles, max(1, context.multiprocessors // columns)), columns, 1),
         384,

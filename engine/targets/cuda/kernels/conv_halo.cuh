@@ -9,7 +9,7 @@
 // Persistent and warp-specialised as mma/wgmma_pipeline.cuh: one thread keeps a ring of STAGES halos filled for two consumer
 // warpgroups that take tiles in turn. The blocks along y share the columns of a tile.
 #pragma once
-#include "epilogue/early.cuh"
+#include "epilogue/grid_places.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/grid.cuh"
 #include "ptx/memory.cuh"
@@ -28,67 +28,9 @@ constexpr int RESERVED = SWAPPED ? 88 : 76;  // registers of a consumer for anyt
 static_assert(128 * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS) <= 168 * THREADS, "a block has 168 for a thread");
 constexpr int ROW_BYTES = 128, TILE_K = ROW_BYTES / sizeof(Element), TAP_BYTES = TILE_N * ROW_BYTES;
 constexpr u32 ROW = ROW_BYTES >> 4;  // in a descriptor
-constexpr int ACCUMULATORS = PARTS * WIDE / 2, PIECES = WIDE / 16;  // pieces of a part: 16-byte stores of a lane
+constexpr int ACCUMULATORS = PARTS * WIDE / 2;
 
-// n / d below 2³⁰: conv_halo.py finds the factor and the shift of d.
-DEVICE u32 divided(u32 n, u32 factor, u32 shift) { return static_cast<u32>(static_cast<u64>(n) * factor >> shift); }
-// The output pixel at a place of the grid, or NO_PIXEL.
-constexpr u32 NO_PIXEL = ~0u;
-DEVICE u32 pixel_at(const Params& p, u32 place) {
-  const u32 line = divided(place, p.grid_w_factor, p.grid_w_shift), x = place - line * p.grid_w;
-  const u32 image = divided(line, p.grid_h_factor, p.grid_h_shift), y = line - image * p.grid_h;
-  return x < p.out_w && y < p.out_h && image < p.images ? (image * p.out_h + y) * p.out_w + x : NO_PIXEL;
-}
-
-// What a lane has of a tile's results: rows are output pixels.
-struct Straight : FragmentPieces<PARTS, WIDE / 8> {
-  u32 place;  // the lane's first
-  DEVICE Straight(const Params& p, u32 column0) : FragmentPieces<PARTS, WIDE / 8>{column0, p.n} {}
-  DEVICE void take(u32 tile) { place = tile * TILE_M + (threadIdx.x / 32 & 3) * 16 + (threadIdx.x & 31) / 4; }
-  DEVICE Straight again() const {
-    Straight same = *this;
-    same.place = unknown(place);
-    return same;
-  }
-  DEVICE bool row(const Params& p, int piece, u32& found) const {
-    found = pixel_at(p, place + row_of(piece));
-    return found != NO_PIXEL;
-  }
-};
-// The same of transposed results: two pieces at a time, from 16 pixels that lie beside each other.
-struct Swapped {
-  static constexpr int TOTAL = PARTS * PIECES, CHUNK = 2, FIXED = PARTS;
-  u32 place, first, columns;
-  DEVICE Swapped(const Params& p, u32 column0) : columns(p.n) {
-    first = column0 + 16 * (threadIdx.x / 32 & 3) + 8 * (threadIdx.x / 4 & 1);
-  }
-  DEVICE void take(u32 tile) {
-    const u32 lane = threadIdx.x & 31, octet = lane / 4;
-    place = tile * TILE_M + 2 * (lane & 3) + (octet >> 1 & 1) + 8 * (octet >> 2);
-  }
-  DEVICE Swapped again() const {
-    Swapped same = *this;
-    same.place = unknown(place);
-    return same;
-  }
-  DEVICE static constexpr int fixed_of(int piece) { return piece / PIECES; }
-  DEVICE u32 column(int group) const { return first + 64 * group; }
-  DEVICE bool row(const Params& p, int piece, u32& found) const {
-    found = pixel_at(p, place + 16 * (piece % PIECES));
-    return found != NO_PIXEL;
-  }
-  DEVICE void gather(const float (&d)[PARTS][WIDE / 2], int piece, float (&v)[2][8]) const {
-    float sixteen[16];
-#pragma unroll
-    for (int j = 0; j < 16; ++j) sixteen[j] = d[piece / PIECES][8 * (piece % PIECES) + 4 * (j / 2 % 4) + 2 * (j / 8) + j % 2];
-    transpose_octet(sixteen, threadIdx.x / 4 & 7);
-#pragma unroll
-    for (int j = 0; j < 16; ++j) v[j / 8][j % 8] = sixteen[j];
-  }
-};
-template <bool> struct LayoutOf { using Type = Straight; };
-template <> struct LayoutOf<true> { using Type = Swapped; };
-using Layout = LayoutOf<SWAPPED>::Type;
+using Layout = PlaceLayout<SWAPPED, PARTS, WIDE>::Type;
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 shared[];
@@ -127,14 +69,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_con
     const bool leader = threadIdx.x % 128 == 0;
     const u64 a0 = operand_descriptor<ROW_BYTES>(ring), b0 = operand_descriptor<ROW_BYTES>(filters);
     const u32 stage_step = p.halo_bytes >> 4, line_step = p.tap_line * ROW, pixel_step = p.tap_pixel * ROW;
-    Layout layout(p, column0);
+    Layout layout(column0, p.n);
     EarlyEpilogue<Epilogue, Layout, CONSUMER_REGISTERS - RESERVED - ACCUMULATORS> epilogue;
     epilogue.begin_columns(p, layout);
     barrier_wait(ready, 0);
     u32 ordinal = consumer;  // of this block's tiles
     for (u32 tile = blockIdx.x + ordinal * gridDim.x; tile < p.tiles; tile += CONSUMERS * gridDim.x, ordinal += CONSUMERS) {
       const u32 stage = ordinal % STAGES;
-      layout.take(tile);
+      layout.take(tile * TILE_M);
       epilogue.begin(p, layout);  // while the other consumer multiplies
       // A barrier's parity says nothing two phases later: wait until the other consumer is through with the stage before.
       if (ordinal > 0) barrier_wait(turn + 8 * consumer, (ordinal - 1) / CONSUMERS & 1);

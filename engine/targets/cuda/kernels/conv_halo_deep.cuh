@@ -26,9 +26,7 @@ constexpr int PANEL_BYTES = config::panel_bytes, PANEL = PANEL_BYTES / sizeof(El
 constexpr u32 ROW = PANEL_BYTES >> 4;  // in a descriptor
 constexpr int ACCUMULATORS = PARTS * WIDE / 2;
 
-template <bool> struct LayoutOf { using Type = PlaceRows<PARTS, WIDE>; };
-template <> struct LayoutOf<true> { using Type = PlaceColumns<PARTS, WIDE>; };
-using Layout = LayoutOf<SWAPPED>::Type;
+using Layout = PlaceLayout<SWAPPED, PARTS, WIDE>::Type;
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 shared[];

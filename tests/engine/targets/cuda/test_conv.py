@@ -15,7 +15,7 @@ from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.conv import filters_of, launch_conv, lower
-from engine.targets.cuda.conv_geometry import Geometry
+from engine.targets.cuda.conv_geometry import Geometry, channels_last
 from engine.targets.cuda.conv_simt import is_depthwise, is_direct, launch_depthwise, launch_direct, launch_simt
 from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
 from engine.targets.cuda.kernel import Context, Launch, content
@@ -129,6 +129,18 @@ def random_step(
     inputs += [] if name == "plain" else [weight(channels[1], *(1,) * (len(shape.x) - 2), dtype=kind.w)]
     inputs += [(kind.w, channels)] if name == "residual" else []
     return make_step(op, inputs)
+
+
+def window_step(rng: np.random.Generator, kind: Kind, shape: Shape) -> Step:
+    """A step with a bias, of some of the channels, rows and pixels of a larger image whose pixels begin at multiples of
+    16 bytes."""
+    chunk = 16 // kind.w.itemsize
+    around = (shape.x[0], shape.x[1] + -shape.x[1] % chunk + chunk, shape.x[2] + 2, shape.x[3] + 3)
+    strides = row_major(around, channels_last(4))
+    offset = chunk + 2 * strides[2] + 3 * strides[3]
+    buffer = Buffer("input0", BufferKind.INPUT, (offset + int(np.prod(around))) * kind.w.itemsize)
+    step = random_step(rng, kind, shape, "bias")
+    return replace(step, inputs=(Tensor(buffer, kind.x, shape.x, strides, offset), *step.inputs[1:]))
 
 
 def _typed(dtype: DType, shape: tuple[int, ...]) -> Tensor:

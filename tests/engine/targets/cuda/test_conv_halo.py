@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
+from engine.plan.plan import Step
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.conv import lower, lower_in
-from engine.targets.cuda.conv_geometry import Geometry, channels_last
+from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.conv_halo import Grid, HaloTile, candidates, has_halo
 from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
 from engine.targets.cuda.kernel import Context, WeightStore
@@ -28,6 +29,7 @@ from tests.engine.targets.cuda.test_conv import (
     case,
     random_shape,
     random_step,
+    window_step,
 )
 from tests.engine.targets.cuda.test_conv_wgmma import conv_step
 
@@ -35,15 +37,28 @@ KINDS = (FP16, BF16_, TF32)
 CONTEXT = Context(SM_90A, 132, WeightStore())
 
 
-def surrounded(rng: np.random.Generator, axes: int, kind: Kind) -> Shape:
-    """A random convolution at stride 1 whose channels fit a panel."""
+def at_stride_one(
+    rng: np.random.Generator,
+    axes: int,
+    kind: Kind,
+    channels: int,
+    columns: int,
+    takes: Callable[[Step, Geometry], bool],
+) -> Shape:
+    """A random convolution at stride 1 of so many bytes of channels and so many columns at most, that is taken."""
     while True:
-        shape = random_shape(rng, axes, 1, ragged(rng, 128 // kind.w.itemsize, 16 // kind.w.itemsize), ragged(rng, 150))
+        c = ragged(rng, channels // kind.w.itemsize, 16 // kind.w.itemsize)
+        shape = random_shape(rng, axes, 1, c, ragged(rng, columns))
         op = replace(shape.op, strides=(1,) * axes)
         shape = replace(shape, op=op, x=(int(rng.integers(1, 6)), *shape.x[1:]))
         step = random_step(rng, kind, shape, "plain")
-        if has_halo(step, Geometry(step)):
+        if takes(step, Geometry(step)):
             return shape
+
+
+def surrounded(rng: np.random.Generator, axes: int, kind: Kind) -> Shape:
+    """A random convolution at stride 1 whose channels fit a panel."""
+    return at_stride_one(rng, axes, kind, 128, 150, has_halo)
 
 
 def tile_of(rng: np.random.Generator, shape: Shape, kind: Kind, context: Context) -> HaloTile:
@@ -74,15 +89,9 @@ def test_windows_of_an_image_match_float64(hopper: Runner, count: int) -> None:
     rng, cases = rng_of("halo windows"), []
     for i in range(count):
         kind = KINDS[i // 2 % 3]
-        chunk = 16 // kind.w.itemsize
         shape = surrounded(rng, 2, kind)
         tile = tile_of(rng, shape, kind, kind.context(hopper))
-        around = (shape.x[0], shape.x[1] + chunk, shape.x[2] + 2, shape.x[3] + 3)
-        strides = row_major(around, channels_last(4))
-        offset = chunk + 2 * strides[2] + 3 * strides[3]
-        buffer = Buffer("input0", BufferKind.INPUT, (offset + int(np.prod(around))) * kind.w.itemsize)
-        step = random_step(rng, kind, shape, "bias")
-        step = replace(step, inputs=(Tensor(buffer, kind.x, shape.x, strides, offset), *step.inputs[1:]))
+        step = window_step(rng, kind, shape)
         assert has_halo(step, Geometry(step))
         launches = lower_in(step, Geometry(step), tile, kind.context(hopper))
         cases.append(case(rng, kind, shape, step, launches, f"window {tile}"))

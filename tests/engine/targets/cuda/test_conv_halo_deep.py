@@ -8,45 +8,32 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda import conv_halo_deep
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import SM_80, SM_90A
 from engine.targets.cuda.conv import lower, lower_in
-from engine.targets.cuda.conv_geometry import Geometry, channels_last
+from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.conv_halo_deep import DeepTile, candidates, has_deep_halo
 from engine.targets.cuda.conv_variants import variants
 from engine.targets.cuda.covering import ACC, F16, make_step, weight
-from engine.targets.cuda.kernel import Context, WeightStore
-from tests.engine.targets.cuda.cases import check, ragged, rng_of
+from engine.targets.cuda.kernel import Context
+from tests.engine.targets.cuda.cases import check, rng_of
 from tests.engine.targets.cuda.harness import Case, Runner
 from tests.engine.targets.cuda.test_conv import (
-    BF16_,
     EPILOGUES,
-    FP16,
-    TF32,
     Kind,
     Shape,
     case,
-    random_shape,
     random_step,
+    window_step,
 )
+from tests.engine.targets.cuda.test_conv_halo import CONTEXT, KINDS, at_stride_one
 from tests.engine.targets.cuda.test_conv_wgmma import conv_step
-
-KINDS = (FP16, BF16_, TF32)
-CONTEXT = Context(SM_90A, 132, WeightStore())
 
 
 def surrounded(rng: np.random.Generator, axes: int, kind: Kind) -> Shape:
     """A random convolution at stride 1 of a few panels of channels."""
-    while True:
-        channels = ragged(rng, 500 // kind.w.itemsize, 16 // kind.w.itemsize)
-        shape = random_shape(rng, axes, 1, channels, ragged(rng, 300))
-        op = replace(shape.op, strides=(1,) * axes)
-        shape = replace(shape, op=op, x=(int(rng.integers(1, 6)), *shape.x[1:]))
-        step = random_step(rng, kind, shape, "plain")
-        if has_deep_halo(step, Geometry(step)):
-            return shape
+    return at_stride_one(rng, axes, kind, 500, 300, has_deep_halo)
 
 
 def tile_of(i: int, rng: np.random.Generator, shape: Shape, kind: Kind, context: Context) -> DeepTile:
@@ -78,15 +65,9 @@ def test_windows_of_an_image_match_float64(hopper: Runner, count: int) -> None:
     rng, cases = rng_of("deep halo windows"), []
     for i in range(count // 2):
         kind = KINDS[i // 2 % 3]
-        chunk = 16 // kind.w.itemsize
         shape = surrounded(rng, 2, kind)
         tile = tile_of(i, rng, shape, kind, kind.context(hopper))
-        around = (shape.x[0], shape.x[1] + chunk, shape.x[2] + 2, shape.x[3] + 3)
-        strides = row_major(around, channels_last(4))
-        offset = chunk + 2 * strides[2] + 3 * strides[3]
-        buffer = Buffer("input0", BufferKind.INPUT, (offset + int(np.prod(around))) * kind.w.itemsize)
-        step = random_step(rng, kind, shape, "bias")
-        step = replace(step, inputs=(Tensor(buffer, kind.x, shape.x, strides, offset), *step.inputs[1:]))
+        step = window_step(rng, kind, shape)
         assert has_deep_halo(step, Geometry(step))
         launches = lower_in(step, Geometry(step), tile, kind.context(hopper))
         cases.append(case(rng, kind, shape, step, launches, f"window {tile}"))

@@ -11,12 +11,11 @@ import pytest
 from engine.ir.dtype import DType
 from engine.ir.ops import Conv
 from engine.plan.plan import Step
-from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda import conv_halo_deep, conv_wgmma
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.conv import lower, lower_in
-from engine.targets.cuda.conv_geometry import Geometry, channels_last
+from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.conv_wgmma import MORE_TILES, suits
 from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
 from engine.targets.cuda.kernel import Context, Instruction, PixelMap, WeightStore
@@ -33,6 +32,7 @@ from tests.engine.targets.cuda.test_conv import (
     case,
     random_shape,
     random_step,
+    window_step,
 )
 
 KINDS = (FP16, BF16_, TF32)
@@ -102,13 +102,7 @@ def test_windows_of_an_image_match_float64(hopper: Runner, count: int) -> None:
         kind, tile = KINDS[i // 2 % 3], tile_of(i, rng)
         chunk = 16 // kind.w.itemsize
         shape = described(rng, 2, 1, ragged(rng, 100, chunk if i % 2 else 1), ragged(rng, 80), False, kind)
-        around = (shape.x[0], shape.x[1] + -shape.x[1] % chunk + chunk, shape.x[2] + 2, shape.x[3] + 3)
-        strides = row_major(around, channels_last(4))
-        offset = chunk + 2 * strides[2] + 3 * strides[3]
-        buffer = Buffer("input0", BufferKind.INPUT, (offset + int(np.prod(around))) * kind.w.itemsize)
-        step = random_step(rng, kind, shape, "bias")
-        inputs = (Tensor(buffer, kind.x, shape.x, strides, offset), *step.inputs[1:])
-        step = replace(step, inputs=inputs)
+        step = window_step(rng, kind, shape)
         assert suits(Geometry(step))
         launches = lower_in(step, Geometry(step), tile, kind.context(hopper))
         cases.append(case(rng, kind, shape, step, launches, f"window {tile}"))

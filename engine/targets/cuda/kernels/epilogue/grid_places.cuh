@@ -62,3 +62,5 @@ template <int PARTS, int WIDE> struct PlaceColumns {
     for (int j = 0; j < 16; ++j) v[j / 8][j % 8] = sixteen[j];
   }
 };
+template <bool SWAPPED, int PARTS, int WIDE> struct PlaceLayout { using Type = PlaceRows<PARTS, WIDE>; };
+template <int PARTS, int WIDE> struct PlaceLayout<true, PARTS, WIDE> { using Type = PlaceColumns<PARTS, WIDE>; };
