@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import engine
-from load_tests.payloads import Photo, photos
+from load_tests.payloads import photos
 from service.codecs.images import ImageSpec, decode, make_image_spec
 from service.model_config import read_model_config
 from service.settings import Settings
@@ -84,33 +84,33 @@ class Alone:
         """JPEG files decoded by the service's function on as many threads as it has by default, `batch` at a time
         through the engine, while the threads decode the next ones."""
         threads = Settings.model_fields["preprocess_threads"].default
-        files = photos()
+        spec = self._images()
         with ThreadPoolExecutor(threads) as pool:
-            pixels = self._pictures(pool, files, batch)
-            name = self._images.input
+            pixels = _pictures(pool, spec, batch)
+            name = spec.input
             self._run({name: next(pixels)})
             try:
                 return _timed(seconds, (self._run({name: batch}) for batch in pixels))
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _pictures(self, pool: ThreadPoolExecutor, files: list[Photo], batch: int) -> Iterator[Array]:
-        """Batches of decoded photos, without end."""
-        spec, source = self._images, cycle(files)
-        limits = tuple(Settings.model_fields[name].default for name in ("max_image_bytes", "max_image_pixels"))
-        waiting: deque[Future[Array]] = deque()
-        while True:
-            while len(waiting) < batch * (1 + _BATCHES_AHEAD):
-                waiting.append(pool.submit(decode, next(source).jpeg, spec, *limits))
-            yield np.stack([waiting.popleft().result() for _ in range(batch)])
-
-    @property
     def _images(self) -> ImageSpec:
         (tensor,) = self._model.inputs
         config = read_model_config(self._folder / "model.toml").images
         spec = make_image_spec(tensor.name, tensor.dtype, tensor.shape, config)
         assert spec is not None, "a model for photos"
         return spec
+
+
+def _pictures(pool: ThreadPoolExecutor, spec: ImageSpec, batch: int) -> Iterator[Array]:
+    """Batches of decoded photos, without end."""
+    source = cycle(photos())
+    limits = tuple(Settings.model_fields[name].default for name in ("max_image_bytes", "max_image_pixels"))
+    waiting: deque[Future[Array]] = deque()
+    while True:
+        while len(waiting) < batch * (1 + _BATCHES_AHEAD):
+            waiting.append(pool.submit(decode, next(source).jpeg, spec, *limits))
+        yield np.stack([waiting.popleft().result() for _ in range(batch)])
 
 
 def _prefixes(tokens: int, rows: int, width: int) -> NDArray[np.bool_]:
