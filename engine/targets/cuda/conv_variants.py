@@ -13,7 +13,7 @@ from engine.targets.cuda import conv_halo, conv_halo_deep, conv_wgmma, depthwise
 from engine.targets.cuda.conv import ConvTile, lower, lower_in, operands_of
 from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.kernel import Context, Launch, is_constant
-from engine.targets.cuda.tiles import MOST_SPLITS, WGMMA_TILES, Operands
+from engine.targets.cuda.tiles import MOST_SPLITS, Operands
 
 Ranked = TypeVar("Ranked")
 
@@ -54,8 +54,7 @@ def _products(step: Step, geometry: Geometry, context: Context, most: int) -> It
     operands = operands_of(step, context)
     if operands is None or operands is Operands.EXACT or not is_constant(step.inputs[1]):
         return
-    tiles = (*WGMMA_TILES, *conv_wgmma.MORE_TILES)
-    gathered = conv_wgmma.estimates(step, geometry, operands, MOST_SPLITS, context, tiles)
+    gathered = conv_wgmma.estimates(step, geometry, operands, MOST_SPLITS, context)
     kernels: list[list[tuple[float, ConvTile]]] = [
         [(choice.cycles, choice.tile) for choice in gathered],
         [(choice.cycles, choice.tile) for choice in conv_halo.estimates(step, geometry, operands, context)],

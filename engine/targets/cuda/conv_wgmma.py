@@ -6,7 +6,7 @@ The limits are those that the CUDA driver documents of cuTensorMapEncodeIm2col.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import gcd
 
@@ -36,10 +36,8 @@ from engine.targets.cuda.tiles import (
     wgmma_tiles,
 )
 
-MORE_TILES = (WgmmaTile(128, 160, 6, cooperative=True), WgmmaTile(64, 160, 7))
-"""Widths for 160 and 320 channels, of which those of `WGMMA_TILES` leave a sixth to a third empty."""
-MORE_TAKEN = False
-"""Whether `pick` considers them. They have not been measured; ``python -m benchmarks tiles`` does that."""
+TILES = (*WGMMA_TILES, WgmmaTile(128, 160, 6, cooperative=True), WgmmaTile(64, 160, 7))
+"""Of 160 and 320 channels the other widths leave a sixth to a third empty."""
 _PANELS = (128, 64, 32)  # bytes of channels that a copy can bring of each pixel
 _LINE_BYTES = 128  # of the L2 cache
 _MOST_STEP = 8  # pixels between neighbours of the walk
@@ -95,8 +93,7 @@ def pick(
     step: Step, geometry: Geometry, operands: Operands, most_splits: int, context: Context
 ) -> Choice[WgmmaTile] | None:
     """The tile that should be fastest, if a kernel of these can run the step."""
-    tiles = (*WGMMA_TILES, *MORE_TILES) if MORE_TAKEN else WGMMA_TILES
-    choices = estimates(step, geometry, operands, most_splits, context, tiles)
+    choices = estimates(step, geometry, operands, most_splits, context)
     return min(choices, key=lambda choice: choice.cycles, default=None)
 
 
@@ -106,9 +103,8 @@ def estimates(
     operands: Operands,
     most_splits: int,
     context: Context,
-    tiles: Iterable[WgmmaTile],
 ) -> Iterator[Choice[WgmmaTile]]:
-    """What each of `tiles`, whole and split, should take; nothing where no kernel of these can run the step."""
+    """What each tile, whole and split, should take; nothing where no kernel of these can run the step."""
     w = step.inputs[1]
     if not context.architecture.wgmma or operands is Operands.EXACT or geometry.x_dtype is not w.dtype:
         return
@@ -122,7 +118,7 @@ def estimates(
             continue
         k = padded_k(geometry, panel)
         lines = _lines(geometry, panel_bytes)
-        for tile in wgmma_tiles(m, n, k, operands, most_splits, groups, panel_bytes, tiles):
+        for tile in wgmma_tiles(m, n, k, operands, most_splits, groups, panel_bytes, TILES):
             if not has_registers(tile, geometry):
                 continue
             cycles = wgmma_cycles(

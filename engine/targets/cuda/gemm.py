@@ -14,7 +14,7 @@ from engine.ir.dtype import DType
 from engine.ir.ops import Gemm, Op
 from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Tensor
-from engine.targets.cuda import codegen, product_cost
+from engine.targets.cuda import codegen
 from engine.targets.cuda.align_rows import aligned, aligned_bytes, split, split_bytes
 from engine.targets.cuda.choices import key_of, tile_of
 from engine.targets.cuda.gemm_stream import (
@@ -43,6 +43,7 @@ from engine.targets.cuda.kernel import (
 )
 from engine.targets.cuda.product import Product, is_weight, product_of, rows_inner, rows_of
 from engine.targets.cuda.product_cost import (
+    CHOSEN_BY_MODEL,
     Ranked,
     Way,
     ranked_batched,
@@ -138,12 +139,17 @@ def pick_tile(product: Product, epilogue: Functor, context: Context) -> AnyTile:
     chosen = None if timed is None else tile_of(timed, product, operands)
     if chosen is not None and not (needs_staged(chosen) and epilogue.staged is None):
         return chosen
+    return estimated_best(product, epilogue, context).tile
+
+
+def estimated_best(product: Product, epilogue: Functor, context: Context) -> Ranked:
+    """The tile that should be the fastest."""
     best = ranked_tiles(product, context, epilogue.reads)[0]
-    if product_cost.CHOSEN_BY_MODEL and not isinstance(best.tile, StreamTile):
-        others = other_tiles(product, epilogue, context)
-        rivals = (best, *(ranked for way in product_cost.CHOSEN_BY_MODEL for ranked in others[way][:1]))
-        best = min(rivals, key=lambda ranked: ranked.estimate.cycles)
-    return best.tile
+    if isinstance(best.tile, StreamTile):
+        return best
+    others = other_tiles(product, epilogue, context)
+    rivals = (best, *(ranked for way in CHOSEN_BY_MODEL for ranked in others[way][:1]))
+    return min(rivals, key=lambda ranked: ranked.estimate.cycles)
 
 
 def needs_staged(tile: AnyTile) -> bool:

@@ -20,7 +20,7 @@ from engine.specs import TileTrial
 from engine.targets.cuda import conv, gemm
 from engine.targets.cuda.choices import choice_of, key_of, tile_text
 from engine.targets.cuda.device import Packed
-from engine.targets.cuda.gemm import launches_of, operands_of, other_tiles, pick_tile, ranked_tiles
+from engine.targets.cuda.gemm import estimated_best, launches_of, operands_of, other_tiles, pick_tile, ranked_tiles
 from engine.targets.cuda.kernel import ALIGNMENT, Context, Functor, Launch, Pointer, ceildiv
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.product_cost import Ranked
@@ -112,15 +112,17 @@ class _Product:
 
 
 def candidates(product: Product, epilogue: Functor, context: Context, most: int = CANDIDATES) -> list[Ranked]:
-    """The tiles worth timing: those that should be the fastest, and the best of every other kernel, whose estimates
-    compare less well."""
+    """The tiles worth timing, that which should be the fastest first: the first ones by their estimates, the best of
+    every other kernel, whose estimates compare less well, and the first ones of every other way."""
     ranked = ranked_tiles(product, context, epilogue.reads)
     chosen = ranked[:most]
     for one in ranked[most:]:
         if all(type(one.tile) is not type(other.tile) for other in chosen):
             chosen.append(one)
     others = other_tiles(product, epilogue, context)
-    return [*chosen, *(ranked for tiles in others.values() for ranked in tiles[:OTHER_CANDIDATES])]
+    chosen += (ranked for tiles in others.values() for ranked in tiles[:OTHER_CANDIDATES])
+    best = estimated_best(product, epilogue, context)
+    return [best, *(one for one in chosen if one.tile != best.tile)]
 
 
 def _fastest(times: Sequence[float]) -> int:

@@ -30,7 +30,7 @@ from engine.targets.cuda.covering.build import (
 )
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.kernel import Context, Launch
-from engine.targets.cuda.tiles import MMA_TILES, WGMMA_TILES, MmaTile, Tile, WgmmaTile
+from engine.targets.cuda.tiles import MMA_TILES, MmaTile, Tile, WgmmaTile
 
 
 def convolutions(context: Context) -> Iterator[tuple[str, Launch]]:
@@ -73,7 +73,7 @@ def _gathered_convolutions(context: Context, rounding: Context) -> Iterator[tupl
     """Implicit products whose patches the copy engine gathers, in every tile: widths of panels take turns."""
     wgmma = [
         replace(tile, panel_bytes=128 >> i % 3)
-        for i, tile in enumerate(WGMMA_TILES if context.architecture.wgmma else ())
+        for i, tile in enumerate(conv_wgmma.TILES if context.architecture.wgmma else ())
     ]
     split = [replace(tile, splits=3) for tile in wgmma if tile.most_splits > 1]
     every = [replace(tile, panel_bytes=128) for tile in wgmma]
@@ -85,7 +85,6 @@ def _gathered_convolutions(context: Context, rounding: Context) -> Iterator[tupl
         (_residual(F16, axes=3), context, few),
         (_residual(F16, channels=128, groups=2), context, few),
         (_residual(DType.BF16), context, wgmma[:1]),
-        (_residual(F16), context, conv_wgmma.MORE_TILES if wgmma else ()),
         (_residual(F32), rounding, (*wgmma[:3], *wgmma[7:8])),
         (_residual(F32, channels=128, groups=2, axes=3), rounding, split),
     ]

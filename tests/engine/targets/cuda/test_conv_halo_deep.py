@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from engine.targets.cuda import conv_halo_deep
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import SM_80, SM_90A
 from engine.targets.cuda.conv import lower, lower_in
@@ -127,14 +126,13 @@ def test_which_convolutions_have_a_deep_halo(
     assert has_deep_halo(step, Geometry(step)) == expected
 
 
-def test_it_is_taken_only_where_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = conv_step((32, 128, 28, 28), (128, 128, 3, 3), pad=1)
-    monkeypatch.setattr(conv_halo_deep, "TAKEN", False)
-    (before,) = lower(step, CONTEXT)
-    assert '"conv_halo_deep.cuh"' not in before.kernel.source.text
-    monkeypatch.setattr(conv_halo_deep, "TAKEN", True)
-    (after,) = lower(step, CONTEXT)
-    assert '"conv_halo_deep.cuh"' in after.kernel.source.text
+def test_it_is_taken_where_it_should_be_faster() -> None:
+    """Measured: 14.8 µs beside 17.3 of 256 channels at 14 pixels; 54 beside 50 of 128 images at 28."""
+    (gathered,) = lower(conv_step((128, 128, 28, 28), (128, 128, 3, 3), pad=1), CONTEXT)
+    assert '"conv_halo_deep.cuh"' not in gathered.kernel.source.text
+    step = conv_step((32, 256, 14, 14), (256, 256, 3, 3), pad=1)
+    (deep,) = lower(step, CONTEXT)
+    assert '"conv_halo_deep.cuh"' in deep.kernel.source.text
     (portable,) = lower(step, replace(CONTEXT, architecture=SM_80))
     assert '"conv_mma.cuh"' in portable.kernel.source.text
 
@@ -144,7 +142,7 @@ def test_every_tile_fits_shared_memory_and_sweeps_get_them() -> None:
         conv_step((128, 128, 28, 28), (128, 128, 3, 3), pad=1),
         conv_step((1, 96, 160, 160), (96, 96, 3, 3), pad=1),
     ):
-        found = variants(step, CONTEXT, 12)
+        _present, *found = variants(step, CONTEXT, 12)
         deep = [one for one in found if '"conv_halo_deep.cuh"' in one.launches[0].kernel.source.text]
         assert len({one.name for one in deep}) == 12
         assert all(one.launches[0].kernel.shared_bytes <= SM_90A.shared_bytes for one in deep)

@@ -11,12 +11,11 @@ import pytest
 from engine.ir.dtype import DType
 from engine.ir.ops import Conv
 from engine.plan.plan import Step
-from engine.targets.cuda import conv_halo_deep, conv_wgmma
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.conv import lower, lower_in
 from engine.targets.cuda.conv_geometry import Geometry
-from engine.targets.cuda.conv_wgmma import MORE_TILES, suits
+from engine.targets.cuda.conv_wgmma import TILES, suits
 from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
 from engine.targets.cuda.kernel import Context, Instruction, PixelMap, WeightStore
 from engine.targets.cuda.tiles import WGMMA_TILES, WgmmaTile
@@ -37,7 +36,6 @@ from tests.engine.targets.cuda.test_conv import (
 
 KINDS = (FP16, BF16_, TF32)
 PANELS = (128, 64, 32)
-TILES = (*WGMMA_TILES, *MORE_TILES)
 
 
 def tile_of(i: int, rng: np.random.Generator) -> WgmmaTile:
@@ -217,13 +215,8 @@ def test_deep_layers_of_one_image_split_their_sums() -> None:
     assert launch.grid[1] == 1
 
 
-def test_more_widths_are_considered_only_where_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_columns_are_cut_where_little_is_left_empty() -> None:
     """320 columns in two tiles of 160."""
-    step = conv_step((32, 320, 20, 20), (320, 320, 3, 3), pad=1)
-    monkeypatch.setattr(conv_halo_deep, "TAKEN", False)
-    monkeypatch.setattr(conv_wgmma, "MORE_TAKEN", False)
-    (before,) = lower(step, CONTEXT)
-    assert "tile_n = 160" not in before.kernel.source.text
-    monkeypatch.setattr(conv_wgmma, "MORE_TAKEN", True)
-    (after,) = lower(step, CONTEXT)
-    assert "tile_n = 160" in after.kernel.source.text
+    step = conv_step((32, 320, 20, 20), (320, 320, 3, 3), pad=1, strides=2)
+    (launch,) = lower(step, CONTEXT)
+    assert "tile_n = 160" in launch.kernel.source.text

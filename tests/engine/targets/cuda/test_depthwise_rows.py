@@ -11,7 +11,6 @@ import pytest
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda import covering as cv
-from engine.targets.cuda import depthwise_rows
 from engine.targets.cuda.architecture import SM_80, SM_90A
 from engine.targets.cuda.conv import lower
 from engine.targets.cuda.conv_geometry import Geometry, channels_last
@@ -158,20 +157,19 @@ def body_of(launches: list[Launch]) -> str:
     return launch.kernel.source.text.rstrip().rpartition("\n")[2]
 
 
-def test_it_is_taken_only_where_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_taken_where_it_should_be_faster() -> None:
+    """Measured: 97 µs beside 117 of 144 channels at 56 pixels; 16.9 beside 12.7 of 16 channels at stride 2."""
+    assert body_of(lower(depthwise_step(128, 16, 56, 3, 2), CONTEXT)) == '#include "depthwise_mma.cuh"'
     step = depthwise_step(128, 144, 56, 3)
-    monkeypatch.setattr(depthwise_rows, "TAKEN", False)
-    assert body_of(lower(step, CONTEXT)) == '#include "depthwise_mma.cuh"'
-    monkeypatch.setattr(depthwise_rows, "TAKEN", True)
     assert body_of(lower(step, CONTEXT)) == '#include "depthwise_rows.cuh"'
     assert body_of(lower(step, replace(CONTEXT, architecture=SM_80))) == '#include "depthwise_mma.cuh"'
 
 
-def test_sweeps_get_the_present_way_and_tiles_from_the_whole_ranking(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweeps_get_the_present_way_and_tiles_from_the_whole_ranking() -> None:
     step = depthwise_step(128, 144, 56, 3)
-    monkeypatch.setattr(depthwise_rows, "TAKEN", False)
     present, other, *rows = variants(step, CONTEXT, 8)
-    assert body_of(list(present.launches)) == body_of(list(other.launches)) == '#include "depthwise_mma.cuh"'
+    assert body_of(list(present.launches)) == '#include "depthwise_rows.cuh"'
+    assert body_of(list(other.launches)) == '#include "depthwise_mma.cuh"'
     assert len({variant.name for variant in rows}) == 8
     estimates = [variant.cycles for variant in rows if variant.cycles is not None]
     every = [cycles for cycles, _ in ranked(step, Geometry(step), CONTEXT)]

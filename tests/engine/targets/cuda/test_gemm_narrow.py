@@ -7,7 +7,7 @@ import pytest
 from engine.ir.dtype import DType
 from engine.ir.ops import Gemm
 from engine.targets.cuda import covering as cv
-from engine.targets.cuda import product_cost
+from engine.targets.cuda import gemm
 from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.choices import choice_of, tile_of, tile_text
 from engine.targets.cuda.covering import F16, F32, make_step, stored, weight
@@ -69,5 +69,5 @@ def test_narrow_slices_are_not_chosen_unmeasured(monkeypatch: pytest.MonkeyPatch
     assert tile_of(choice_of(ranked.tile, 1.0), parts[0], Operands.HALF) == ranked.tile
     assert tile_of(choice_of(ranked.tile, 1.0), product(9000, 81, 32), Operands.HALF) is None
     assert "narrow" in tile_text(ranked.tile)
-    monkeypatch.setattr(product_cost, "CHOSEN_BY_MODEL", frozenset({Way.NARROW}))
+    monkeypatch.setattr(gemm, "CHOSEN_BY_MODEL", frozenset({Way.NARROW}))
     assert pick_tile(*parts, HOPPER) == ranked.tile

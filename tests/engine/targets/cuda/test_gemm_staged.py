@@ -13,14 +13,13 @@ from engine.ir.dtype import DType
 from engine.ir.ops import Gemm
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, Tensor
-from engine.targets.cuda import conv, product_cost
+from engine.targets.cuda import conv
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import SM_80, SM_90A
 from engine.targets.cuda.choices import choice_of, key_of, tile_of, tile_text
 from engine.targets.cuda.covering import ACC, F16, F32, add, arg, make_step, mul, stored, weight
 from engine.targets.cuda.gemm import (
     launches_of,
-    needs_staged,
     operands_of,
     other_tiles,
     parts_of,
@@ -157,16 +156,8 @@ def test_which_epilogues_can_be_staged() -> None:
     assert parts(split)[1].staged is None, "rows in two levels"
 
 
-def test_staged_tiles_are_timed_but_not_chosen_unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("cupy")
-    from engine.targets.cuda.tuner import OTHER_CANDIDATES, candidates
-
+def test_staged_tiles_are_chosen_by_their_estimates() -> None:
     product, epilogue = parts(step_of(16384, 768, 768, "residual"))
-    assert pick_tile(product, epilogue, HOPPER) == ranked_tiles(product, HOPPER, epilogue.reads)[0].tile
-    assert not needs_staged(pick_tile(product, epilogue, HOPPER))
-    timed = [ranked.tile for ranked in candidates(product, epilogue, HOPPER)]
-    assert sum(map(needs_staged, timed)) == OTHER_CANDIDATES and not needs_staged(timed[0])
-    monkeypatch.setattr(product_cost, "CHOSEN_BY_MODEL", frozenset({Way.STAGED}))
     assert pick_tile(product, epilogue, HOPPER) == other_tiles(product, epilogue, HOPPER)[Way.STAGED][0].tile
     bare = replace(epilogue, stage=lambda: None)
     assert pick_tile(product, bare, HOPPER) == ranked_tiles(product, HOPPER, epilogue.reads)[0].tile
@@ -184,7 +175,8 @@ def test_a_staged_tile_that_was_fastest_is_taken() -> None:
     key = key_of(product, operands_of(product, HOPPER), epilogue)
     context = replace(HOPPER, choices={key: choice_of(STAGED_TILES[1], 9.0)})
     assert pick_tile(product, epilogue, context) == STAGED_TILES[1]
-    assert pick_tile(product, replace(epilogue, stage=lambda: None), context) == pick_tile(product, epilogue, HOPPER)
+    bare = replace(epilogue, stage=lambda: None)
+    assert pick_tile(product, bare, context) == pick_tile(product, bare, HOPPER)
 
 
 def test_a_convolution_that_is_a_product_can_be_staged() -> None:
