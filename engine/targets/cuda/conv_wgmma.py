@@ -169,7 +169,9 @@ def launch_conv(step: Step, geometry: Geometry, filters: Pointer, tile: WgmmaTil
             "map_a": _pixels(geometry, panel, tile.m),
             "map_b": TensorMap(filters, groups * geometry.n, k, k, tile.n, 128 // dtype.itemsize),
             "m": geometry.rows, "n": geometry.n, "k": k,
-            "channels": geometry.channels, "all_channels": groups * geometry.channels,
+            "channels": geometry.channels,
+            # A copy begins at channels that lie at a multiple of 16 bytes, where there are none, too.
+            "all_channels": row_length(groups * geometry.channels, 16 // dtype.itemsize),
             "blocks": ceildiv(geometry.channels, panel),
             **{f"{name}_{axis}": values[i] for name, values in sizes.items() for i, axis in enumerate(AXES)},
             **split_arguments(tiles * groups, tile.m * tile.n, 8 if tile.cooperative else 4, tile.splits),

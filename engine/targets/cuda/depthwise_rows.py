@@ -139,8 +139,8 @@ def _parts(window: Window, tile: RowsTile, lines: int, multiprocessors: int) -> 
 _READ, _STAGE, _ISSUED = 3.1, 25.0, 0.72
 # Cycles of a multiprocessor: the bytes of memory in one; a row of a box in the copy engine; the way of a row from
 # memory; what one warp that waits for nobody takes for a row of inputs, a product, and a row of results; a launch with
-# its first row. Fitted to 3,400 timings of 245 random convolutions on an H100: 14 % off in the root mean square, and the
-# tile picked takes 4 % longer than the best one timed, on average.
+# its first row. Fitted to 3,400 timings of 245 random convolutions on an H100: 14 % off in the root mean square, and
+# the tile picked takes 4 % longer than the best one timed, on average.
 _MEMORY_BYTES, _COPY = 14.1, 5.7
 _LATENCY, _ALONE_READ, _ALONE_PRODUCT, _ALONE_ROW, _START = 1410.0, 87.0, 8.2, 457.0, 2620.0
 _SHARPNESS = 2.56

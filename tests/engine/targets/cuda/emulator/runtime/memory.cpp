@@ -229,6 +229,8 @@ void copy_pixels(u32 destination, const Map& packed, u32 barrier, u32 channel, c
   if (map.axes != axes) fail("the copy has other axes than the map");
   const u32 row_bytes = map.box_channels * map.element_bytes;
   if (destination % (8 * row_bytes)) fail("a box starts at a swizzle atom");
+  // Seen on an H100 (an illegal instruction), not in the manual.
+  if (channel * map.element_bytes % 16) fail("a walk begins at channels that lie at a multiple of 16 bytes");
   if (destination + map.box_pixels * row_bytes > SHARED_BYTES) fail("a box lands outside shared memory");
   races::engine_writes(barrier, shared_memory + destination, map.box_pixels * row_bytes, where);
   long long at[3], last[3];
