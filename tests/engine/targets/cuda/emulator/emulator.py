@@ -149,9 +149,7 @@ def run(
     memory = ctypes.create_string_buffer(len(params) + 64)
     start = -ctypes.addressof(memory) % 64 + ctypes.addressof(memory)  # tensor maps are aligned to 64 bytes
     ctypes.memmove(start, params, len(params))
-    sizes = (ctypes.c_uint * 8)(
-        *launch.grid, kernel.threads, last_first, kernel.shared_bytes, kernel.cluster, late
-    )
+    sizes = (ctypes.c_uint * 8)(*launch.grid, kernel.threads, last_first, kernel.shared_bytes, kernel.cluster, late)
     message = ctypes.create_string_buffer(_MESSAGE_BYTES)
     if load(kernel.source, architecture)(start, sizes, message):
         text = message.value.decode()
