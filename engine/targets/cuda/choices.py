@@ -17,16 +17,25 @@ from engine.targets.cuda.gemm_stream import AnyTile, StreamTile, narrow_stream_t
 from engine.targets.cuda.kernel import Choice, Functor
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.source import expand
-from engine.targets.cuda.tiles import BATCHED_TILES, MMA_TILES, PRODUCT_TILES, STAGED_TILES, Operands, Tile, WgmmaTile
+from engine.targets.cuda.tiles import (
+    BATCHED_TILES,
+    CLUSTER_TILES,
+    MMA_TILES,
+    PRODUCT_TILES,
+    STAGED_TILES,
+    Operands,
+    Tile,
+    WgmmaTile,
+)
 
 log = logging.getLogger(__name__)
 
 _KERNELS = (
-    "gemm_wgmma.cuh", "gemm_staged.cuh", "gemm_batch.cuh", "gemm_mma.cuh", "gemm_stream.cuh", "align_rows.cuh",
-    "split_rows.cuh",
+    "gemm_wgmma.cuh", "gemm_staged.cuh", "gemm_cluster.cuh", "gemm_cluster_staged.cuh", "gemm_batch.cuh",
+    "gemm_mma.cuh", "gemm_stream.cuh", "align_rows.cuh", "split_rows.cuh",
 )  # fmt: skip
 
-_FORM = ("cooperative", "slots", "batched")
+_FORM = ("cooperative", "slots", "batched", "cluster_m", "cluster_n")
 """What tells tiles of wgmma of the same size apart."""
 
 
@@ -63,6 +72,8 @@ def tile_text(tile: AnyTile) -> str:
     if isinstance(tile, WgmmaTile) and tile.batched:
         kernel = "wgmma, matrices in turn,"
     staged = ", results staged" if isinstance(tile, WgmmaTile) and tile.slots else ""
+    if isinstance(tile, WgmmaTile) and tile.cluster > 1:
+        staged += f", in pairs along {'m' if tile.cluster_m > 1 else 'n'}"
     return f"{kernel} {tile.m}×{tile.n}{turns}{f', k in {tile.splits}' if tile.splits > 1 else ''}{copied}{staged}"
 
 
@@ -71,7 +82,7 @@ def tile_of(choice: Choice, product: Product, operands: Operands) -> AnyTile | N
     kernel, splits, aligns = choice.get("kernel"), choice.get("splits"), choice.get("aligns")
     if kernel == "stream":
         return narrow_stream_tile(product, operands) if choice.get("narrow") else stream_tile(product, operands)
-    wgmma = (*PRODUCT_TILES, *STAGED_TILES, *BATCHED_TILES)
+    wgmma = (*PRODUCT_TILES, *STAGED_TILES, *CLUSTER_TILES, *BATCHED_TILES)
     tiles: tuple[Tile, ...] = wgmma if kernel == "wgmma" else MMA_TILES if kernel == "mma" else ()
     fitting = [t for t in tiles if (t.m, t.n) == (choice.get("m"), choice.get("n"))]
     named = [choice.get(name) for name in _FORM]
@@ -95,7 +106,7 @@ class ChoiceFile:
 
     def __init__(self, folder: Path | None, device: str, driver: str) -> None:
         sources = expand("".join(f'#include "{name}"\n' for name in _KERNELS))
-        tiles = repr((PRODUCT_TILES, STAGED_TILES, BATCHED_TILES, MMA_TILES))
+        tiles = repr((PRODUCT_TILES, STAGED_TILES, CLUSTER_TILES, BATCHED_TILES, MMA_TILES))
         digest = hashlib.sha256("\0".join([sources, tiles, driver]).encode()).hexdigest()[:16]
         name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
         self.path = folder and folder / f"{name}-{digest}.json"

@@ -47,6 +47,7 @@ from engine.targets.cuda.product_cost import (
     Ranked,
     Way,
     ranked_batched,
+    ranked_cluster,
     ranked_mma,
     ranked_staged,
     ranked_stream,
@@ -176,8 +177,10 @@ def other_tiles(product: Product, epilogue: Functor, context: Context) -> Mappin
     operands, multiprocessors = operands_of(product, context), context.multiprocessors
     wgmma = context.architecture.wgmma
     every: dict[Way, list[Ranked]] = {way: [] for way in Way}
-    if wgmma and product.suits_tma_aligned and operands is not Operands.EXACT and epilogue.staged is not None:
-        every[Way.STAGED] += ranked_staged(product, operands, multiprocessors)
+    if wgmma and product.suits_tma_aligned and operands is not Operands.EXACT:
+        staged = epilogue.staged is not None
+        every[Way.STAGED] += ranked_staged(product, operands, multiprocessors) if staged else ()
+        every[Way.CLUSTER] += ranked_cluster(product, operands, multiprocessors, epilogue.reads, staged)
     if wgmma and product.suits_tma_batched:
         every[Way.BATCHED] += ranked_batched(product, operands, multiprocessors, epilogue.reads)
     slices = narrow_stream_tile(product, operands)
@@ -227,7 +230,7 @@ def launch_product(
     if isinstance(tile, WgmmaTile) and tile.batched:
         return launch_batched(product, epilogue, tile, tiles, context)
     if isinstance(tile, WgmmaTile):
-        return launch_wgmma(product, epilogue, tile, tiles, context, partials)
+        return launch_wgmma(product, epilogue, tile, context, partials)
     operands = operands_of(product, context)
     return launch(
         "gemm",

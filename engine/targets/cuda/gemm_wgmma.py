@@ -1,5 +1,6 @@
 """Launches of products on TMA and wgmma: of one product (gemm_wgmma.cuh), of one whose results are staged
-(gemm_staged.cuh), of several matrices (gemm_batch.cuh). Called by `gemm.py`."""
+(gemm_staged.cuh), of either by blocks in pairs (gemm_cluster.cuh, gemm_cluster_staged.cuh), of several matrices
+(gemm_batch.cuh). Called by `gemm.py`."""
 
 from __future__ import annotations
 
@@ -45,21 +46,22 @@ def launch_wgmma(
     product: Product,
     epilogue: Functor,
     tile: WgmmaTile,
-    tiles: int,
     context: Context,
     partials: Pointer | None,
 ) -> Launch:
-    """The launch of a product in `tiles` tiles, with results staged or not."""
+    """The launch of one product, with results staged or not, by blocks in pairs or each on its own."""
     a, b, columns = product.a, product.b, 128 // product.dtype.itemsize
+    tiles = tile.tiles(product.m, product.n)
     k = columns_in_parts(product.k) if product.in_parts else product.k  # as it lies
     config: dict[str, int | bool | str] = {
         "operand": STORAGE[product.dtype], "grouped": False, "in_parts": product.in_parts,
     }  # fmt: skip
-    body, maps = "gemm_wgmma.cuh", dict[str, Argument]()
+    body, maps = "gemm_cluster.cuh" if tile.cluster > 1 else "gemm_wgmma.cuh", dict[str, Argument]()
     if tile.slots:
         staged = epilogue.staged
         assert staged is not None, "the caller has looked"
-        body, epilogue = "gemm_staged.cuh", Functor(staged.code, staged.arguments, epilogue.reads)
+        body = "gemm_cluster_staged.cuh" if tile.cluster > 1 else "gemm_staged.cuh"
+        epilogue = Functor(staged.code, staged.arguments, epilogue.reads)
         config["width"] = STAGED_WIDTH
         box = (product.m, product.n, tile.consumer_rows, tile.staged_columns)
         maps = {"map_result": staged.result.map(*box)}
@@ -72,19 +74,19 @@ def launch_wgmma(
         [epilogue],
         {
             **maps,
-            "map_a": TensorMap(a.pointer, product.m, k, a.stride, tile.m, columns),
-            "map_b": TensorMap(b.pointer, product.n, k, b.stride, tile.n, columns),
+            "map_a": TensorMap(a.pointer, product.m, k, a.stride, tile.m // tile.cluster_n, columns),
+            "map_b": TensorMap(b.pointer, product.n, k, b.stride, tile.n // tile.cluster_m, columns),
             "m": product.m,
             "n": product.n,
             "k": k // 2 * PART_STEPS if product.in_parts else k,
             **split_arguments(tiles, tile.m * tile.n, 8 if tile.cooperative else 4, tile.splits, partials),
         },
-        # Persistent: a block a multiprocessor.
-        (min(tiles, max(1, context.multiprocessors // tile.splits)), tile.splits, 1),
+        (tile.blocks(tiles, context.multiprocessors), tile.splits, 1),
         384,
         tile.shared_bytes,
         Instruction.WGMMA,
         helpers=f'#include "ptx/wgmma.cuh"\n{wgmma_function(tile.n, product.dtype)}',
+        cluster=tile.cluster,
     )
 
 

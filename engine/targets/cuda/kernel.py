@@ -142,13 +142,14 @@ class Instruction(Enum):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel before compilation. `family` is what metrics call it."""
+    """A kernel before compilation. `family` is what metrics call it; `cluster` blocks along x form a cluster."""
 
     family: str
     source: Source
     threads: int
     shared_bytes: int = 0
     instruction: Instruction = Instruction.NONE
+    cluster: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -357,10 +358,12 @@ def launch(
     shared_bytes: int = 0,
     instruction: Instruction = Instruction.NONE,
     helpers: str = "",
+    cluster: int = 1,
 ) -> Launch:
     """A launch of kernel file `body` with the compile-time `config` and the generated `functors`.
 
-    A `config` value that is a string is a type. `helpers` is device code that the body calls.
+    A `config` value that is a string is a type. `helpers` is device code that the body calls. `cluster`: the blocks
+    along x that form a cluster, as the body says.
     """
     every = [*arguments.items(), *(item for functor in functors for item in functor.arguments)]
     config = {"width": 8, "max_levels": max_levels(every), **config}
@@ -390,7 +393,7 @@ def launch(
     )
     named = {key: value for key, value in config.items() if not isinstance(value, str) and key != "max_levels"}
     name = "_".join([family, *(f"{key}{int(value)}" for key, value in named.items())])
-    return Launch(Kernel(family, Source(name, text), threads, shared_bytes, instruction), grid, tuple(every))
+    return Launch(Kernel(family, Source(name, text), threads, shared_bytes, instruction, cluster), grid, tuple(every))
 
 
 def _ctype(value: int | bool) -> str:

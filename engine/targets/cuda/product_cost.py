@@ -20,6 +20,7 @@ from engine.targets.cuda.kernel import Reads, ceildiv
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.tiles import (
     BATCHED_TILES,
+    CLUSTER_TILES,
     MOST_SPLITS,
     NOTHING,
     PRODUCT_TILES,
@@ -38,6 +39,7 @@ class Way(Enum):
 
     STAGED = "results through shared memory (kernels/mma/staging.cuh)"
     BATCHED = "several matrices, or across the lines of b, on wgmma (kernels/mma/batch_load.cuh)"
+    CLUSTER = "blocks in pairs that share an operand's tile (kernels/mma/cluster.cuh)"
     NARROW = "slices of rows that begin at multiples of 4 bytes (kernels/gemm_stream.cuh)"
 
 
@@ -137,20 +139,31 @@ def ranked_staged(product: Product, operands: Operands, multiprocessors: int) ->
         yield Ranked(chosen, _wgmma_estimate(product, chosen, operands, multiprocessors, NOTHING))
 
 
+def ranked_cluster(
+    product: Product, operands: Operands, multiprocessors: int, reads: Reads, staged: bool
+) -> Iterator[Ranked]:
+    """Every tile of blocks in pairs; `staged`: those with staged results, too."""
+    for tile in CLUSTER_TILES:
+        if staged or not tile.slots:
+            chosen = replace(tile, aligns=operands is Operands.REFINED or not product.suits_tma)
+            waits = NOTHING if tile.slots else reads
+            yield Ranked(chosen, _wgmma_estimate(product, chosen, operands, multiprocessors, waits))
+
+
 def _wgmma_estimate(
     product: Product, tile: WgmmaTile, operands: Operands, multiprocessors: int, reads: Reads
 ) -> Estimate:
     """In a tile of wgmma. Operands are not EXACT."""
     m, n, k, itemsize = product.m, product.n, product.k, operands.itemsize
-    tiles = ceildiv(m, tile.m) * ceildiv(n, tile.n) * product.batch.count
+    tiles = tile.tiles(m, n) * product.batch.count
     steps = ceildiv(operands.wgmma_steps(k), tile.splits)
-    blocks = min(tiles, max(1, multiprocessors // tile.splits))
+    blocks = tile.blocks(tiles, multiprocessors)
     waves = ceildiv(blocks * tile.splits, multiprocessors)
     rounds = waves * ceildiv(tiles, blocks)  # tiles of the busiest multiprocessor
     # 128 bytes of k are half as many fp32 operands as halves, at half the rate.
     multiply = (_STEADY + _NARROW / tile.n) * tile.m * tile.n * 64 / _RATE
-    rows = min(tile.m, m) * (1 if tile.aligns else _cut(product.a.stride * itemsize))
-    rows += min(tile.n, n) * _cut(product.b.stride * itemsize)
+    rows = min(tile.m, m) / tile.cluster_n * (1 if tile.aligns else _cut(product.a.stride * itemsize))
+    rows += min(tile.n, n) / tile.cluster_m * _cut(product.b.stride * itemsize)
     together = min(blocks * tile.splits, multiprocessors) / _CACHE_RATE
     step, limit = max((multiply, "products"), (rows * 128 * together, "L2 cache"), (_LEAST_STEP, "steps"))
     if tile.slots:

@@ -93,6 +93,8 @@ class WgmmaTile:
     operand, whose rows another kernel has copied to multiples of 128 bytes where the tile `aligns`. With `slots`
     results go to memory through shared memory, where so many panels of each consumer's tile have room
     (kernels/mma/staging.cuh). `batched`: of several matrices, or across the lines of b (kernels/mma/batch_load.cuh).
+    `cluster_m`, `cluster_n`: how many blocks with neighbouring tiles along m or n form a cluster, two or none, and load
+    what their tiles share once (kernels/mma/cluster.cuh).
     """
 
     m: int
@@ -104,7 +106,22 @@ class WgmmaTile:
     aligns: bool = False
     slots: int = 0
     batched: bool = False
+    cluster_m: int = 1
+    cluster_n: int = 1
     k_bytes: ClassVar[int] = 128
+
+    @property
+    def cluster(self) -> int:
+        """The blocks of a cluster."""
+        return self.cluster_m * self.cluster_n
+
+    def tiles(self, m: int, n: int) -> int:
+        """The tiles of a result of m × n, with those that lie outside it in clusters that reach into it."""
+        return self.cluster * ceildiv(m, self.m * self.cluster_m) * ceildiv(n, self.n * self.cluster_n)
+
+    def blocks(self, tiles: int, multiprocessors: int) -> int:
+        """The persistent blocks that share so many tiles: one a multiprocessor, in whole clusters."""
+        return min(tiles, self.cluster * max(1, multiprocessors // (self.splits * self.cluster)))
 
     @property
     def shared_bytes(self) -> int:
@@ -133,15 +150,17 @@ class WgmmaTile:
         return {
             "tile_m": self.m, "tile_n": self.n, "stages": self.stages, "cooperative": self.cooperative,
             "shared_bytes": self.shared_bytes, "split": self.splits > 1, "panel_bytes": self.panel_bytes,
+            "cluster_m": self.cluster_m, "cluster_n": self.cluster_n,
             **({"slots": self.slots} if self.slots else {}),
         }  # fmt: skip
 
     @property
     def most_splits(self) -> int:
         """128 rows in turn leave a consumer no registers to add partial sums beside 128 accumulators, nor do 224
-        columns (the gate shows spills). Staged results, and those of several matrices, are whole."""
+        columns (the gate shows spills). Staged results, those of several matrices, and those of clusters, which are
+        for products that fill the device, are whole."""
         full = (self.m * self.n >= 128 * 128 and not self.cooperative) or self.n == 224
-        return 1 if full or self.slots or self.batched else MOST_SPLITS
+        return 1 if full or self.slots or self.batched or self.cluster > 1 else MOST_SPLITS
 
 
 WGMMA_TILES = (
@@ -185,6 +204,20 @@ BATCHED_TILES = (
     WgmmaTile(64, 64, 12, batched=True),
 )
 """Tiles of products of several matrices, and across the lines of b."""
+
+CLUSTER_TILES = (
+    WgmmaTile(128, 256, 4, cooperative=True, cluster_m=2),
+    WgmmaTile(128, 192, 5, cooperative=True, cluster_m=2),
+    WgmmaTile(128, 128, 6, cluster_m=2),
+    WgmmaTile(128, 128, 6, cluster_n=2),
+    WgmmaTile(128, 256, 4, cooperative=True, slots=2, cluster_m=2),
+    WgmmaTile(128, 256, 4, cooperative=True, slots=2, cluster_n=2),
+    WgmmaTile(128, 192, 4, cooperative=True, slots=3, cluster_m=2),
+    WgmmaTile(128, 192, 4, slots=2, cluster_m=2),
+    WgmmaTile(128, 192, 4, slots=2, cluster_n=2),
+    WgmmaTile(128, 128, 5, slots=2, cluster_m=2),
+)
+"""Tiles of clusters of two blocks, with results staged or not."""
 
 Tile: TypeAlias = MmaTile | WgmmaTile
 T = TypeVar("T", MmaTile, WgmmaTile)

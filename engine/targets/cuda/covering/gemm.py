@@ -28,7 +28,7 @@ from engine.targets.cuda.gemm import epilogue_of, launch_product, launches_of, o
 from engine.targets.cuda.gemm_stream import narrow_stream_tile, stream_tile
 from engine.targets.cuda.kernel import Context, Launch
 from engine.targets.cuda.product import product_of
-from engine.targets.cuda.tiles import BATCHED_TILES, MMA_TILES, STAGED_TILES, WGMMA_TILES, Tile
+from engine.targets.cuda.tiles import BATCHED_TILES, CLUSTER_TILES, MMA_TILES, STAGED_TILES, WGMMA_TILES, Tile
 
 
 def products(context: Context) -> Iterator[tuple[str, Launch]]:
@@ -37,6 +37,7 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
     residual = make_step(Gemm((BIAS_RESIDUAL,)), [*fp16.inputs, (F16, (300, 400))])
     portable = [tile for tile in MMA_TILES if tile.shared_bytes <= architecture.shared_bytes]
     wgmma, staged, batched = (WGMMA_TILES, STAGED_TILES, BATCHED_TILES) if architecture.wgmma else ((), (), ())
+    clusters = CLUSTER_TILES if architecture.wgmma else ()
     divisible: list[Tile] = [*portable, *(tile for tile in wgmma if tile.most_splits > 1)]
     rounding = replace(context, tf32=True)
     chosen: list[tuple[Step, Context, Sequence[Tile]]] = [
@@ -54,6 +55,9 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         (_product(DType.BF16, residual=True), context, staged[-1:]),
         (fp16, context, staged[2:3]),
         (_product(F32, result=F16, residual=True), rounding, staged[:1]),
+        (residual, context, clusters[:-1]),
+        (_product(DType.BF16, residual=True), context, clusters[-1:]),
+        (_product(F32), rounding, clusters[:1]),
         (_matrices(k_inner=False), context, batched[:-1]),
         (_matrices(k_inner=True), context, batched[-1:]),
     ]

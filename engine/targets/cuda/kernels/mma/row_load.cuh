@@ -17,7 +17,7 @@ struct RowLoad {
   u32 row;
   DEVICE RowLoad(const Params&, u32 row, u32) : row(row) {}
   DEVICE void operator()(const Params& p, u32 destination, u32 barrier, u32 step) {
-    copy_box(destination, p.map_a, barrier, column_of(step, 2), row);
+    copy_shared_box<TILE_M, CLUSTER_N>(destination, p.map_a, barrier, column_of(step, 2), row);
   }
   DEVICE static u32 column_of_b(u32 step) { return column_of(step, 1); }
 };

@@ -25,7 +25,7 @@ static_assert(registers_of<Epilogue::Fixed>() < 4, "operands that are the same i
 struct StagedPanel {
   u32 t, panel;
   DEVICE void advance() {
-    if (++panel == STAGED_PANELS) { panel = 0; t += TURNS_OF_TILES * gridDim.x; }
+    if (++panel == STAGED_PANELS) { panel = 0; t += TURNS_OF_TILES * turns(); }
   }
   static constexpr u32 TURNS_OF_TILES = COOPERATIVE ? 1 : CONSUMERS;
 };
@@ -112,14 +112,14 @@ struct StagedStores {
   // By one thread of the producer's warpgroup.
   DEVICE void carry(const Params& p, u32 tiles_m, u32 tiles_n) const {
     const u32 tiles = tiles_m * tiles_n;
-    StagedPanel brought{blockIdx.x + (COOPERATIVE ? 0 : consumer) * gridDim.x, 0}, sent = brought;
+    StagedPanel brought{first_turn() + (COOPERATIVE ? 0 : consumer) * turns(), 0}, sent = brought;
 #pragma unroll 1
     for (u32 slot = 0; slot < SLOTS && brought.t < tiles; ++slot) bring(p, brought, slot, tiles_m, tiles_n);
     u32 slot = 0, parity = 0;
 #pragma unroll 1
     while (sent.t < tiles) {
       barrier_wait(written + 8 * slot, parity);
-      const TileIndex tile = tile_of<16>(sent.t, tiles_m, tiles_n);
+      const TileIndex tile = own_tile(sent.t, tiles_m, tiles_n);
       if (is_inside(p, tile, sent)) store_box(p.map_result, slots + slot * SLOT_BYTES, column_of(tile, sent), row_of(tile));
       store_box_commit();
       sent.advance();
@@ -143,7 +143,7 @@ struct StagedStores {
     const u32 landed = ready + 8 * slot;
     bool brings = false;
     if constexpr (Epilogue::READS_TILE) {
-      const TileIndex tile = tile_of<16>(next.t, tiles_m, tiles_n);
+      const TileIndex tile = own_tile(next.t, tiles_m, tiles_n);
       brings = is_inside(p, tile, next);
       if (brings) {
         barrier_arrive_expect(landed, SLOT_BYTES);

@@ -4,8 +4,10 @@
 // These take output tiles in turn (ping-pong), so that one multiplies while the other runs its epilogue; or, COOPERATIVE, each
 // takes half the rows of every tile, which is faster where a block has a single tile, and allows wider ones.
 // The grid is blocks × splits × groups: the blocks along y share the k of a tile; each group has its own columns of b and of the result.
+// Blocks may form clusters of two that share an operand's tile (mma/cluster.cuh).
 #pragma once
 #include "epilogue/early.cuh"
+#include "mma/cluster.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/grid.cuh"
 #include "ptx/memory.cuh"
@@ -33,6 +35,7 @@ constexpr int A_BYTES = TILE_M * 128, B_BYTES = TILE_N * 128, STAGE_BYTES = A_BY
 constexpr int BARRIERS = STAGES * STAGE_BYTES;  // full[STAGES], empty[STAGES], turn[CONSUMERS]
 constexpr int RING_BYTES = BARRIERS + 8 * (2 * STAGES + CONSUMERS);
 static_assert(A_BYTES % 1024 == 0 && B_BYTES % 1024 == 0, "operands start at a swizzle atom");
+static_assert(CLUSTER == 1 || (!SPLIT && !GROUPED && PANELS == 1), "");
 
 // BATCHED loads are of products of several matrices, one after the other: see mma/batch_load.cuh.
 template <bool BATCHED, class P> DEVICE u32 matrices_of(const P& p) {
@@ -57,9 +60,8 @@ struct OwnStores {
 // sums have been added.
 // STORES: who stores the results; the other way is mma/staging.cuh.
 template <class LOAD, class STORES = OwnStores> DEVICE void run_pipeline(const Params& p) {
-  // Where a tile is a single step the leader hands its turn on before its product has waited for the consumer's other warps: one that is
-  // still busy with the tile before would see its own turn two phases late, and wait for ever. So each warp hands it on.
-  constexpr bool WARPS_HAND_ON = STORES::STAGED || LOAD::BATCHED;
+  constexpr int READERS = CLUSTER * (COOPERATIVE ? CONSUMERS : 1);  // that a stage waits for
+  static_assert(CLUSTER == 1 || !LOAD::BATCHED, "");
   static_assert(STORES::SHARED_BYTES == config::shared_bytes, "the host asks for ring, barriers and staged results");
   extern __shared__ __align__(1024) u8 shared[];
   const u32 ring = shared_address(shared);
@@ -69,16 +71,18 @@ template <class LOAD, class STORES = OwnStores> DEVICE void run_pipeline(const P
     prefetch_tensor_map(p.map_a);
     prefetch_tensor_map(p.map_b);
     for (int i = 0; i < 2 * STAGES + CONSUMERS; ++i)
-      barrier_init(full + 8 * i, COOPERATIVE && i >= STAGES && i < 2 * STAGES ? CONSUMERS : WARPS_HAND_ON && i >= 2 * STAGES ? 4 : 1);
+      barrier_init(full + 8 * i, i < STAGES ? 1 : i < 2 * STAGES ? READERS : 4);
     if constexpr (STORES::STAGED) STORES::init(p, ring);
     barrier_init_fence();
   }
-  __syncthreads();
+  start_together();
   let_next_kernel_start();
   wait_for_previous_kernel();
   stamp_begin(p.stamp);
 
-  const u32 tiles_m = (p.m + TILE_M - 1) / TILE_M, tiles_n = (p.n + TILE_N - 1) / TILE_N, tiles = tiles_m * tiles_n;
+  // Of a cluster, where blocks form clusters.
+  constexpr u32 ROWS = CLUSTER_M * TILE_M, COLUMNS = CLUSTER_N * TILE_N;
+  const u32 tiles_m = (p.m + ROWS - 1) / ROWS, tiles_n = (p.n + COLUMNS - 1) / COLUMNS, tiles = tiles_m * tiles_n;
   const u32 all = LOAD::BATCHED ? tiles * matrices_of<LOAD::BATCHED>(p) : tiles;
   const u32 group = GROUPED ? blockIdx.z : 0, first_column = group * p.n;
   // The blocks that share tiles take as many steps each; beyond k they read zeros.
@@ -87,9 +91,9 @@ template <class LOAD, class STORES = OwnStores> DEVICE void run_pipeline(const P
     give_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x == 0) {
       u32 stage = 0, parity = 1;  // a fresh barrier counts as completed in the phase before its first
-      for (u32 t = blockIdx.x; t < all; t += gridDim.x) {
+      for (u32 t = first_turn(); t < all; t += turns()) {
         const u32 matrix = LOAD::BATCHED ? t / tiles : 0;
-        const TileIndex tile = tile_of<16>(t - matrix * tiles, tiles_m, tiles_n);
+        const TileIndex tile = own_tile(t - matrix * tiles, tiles_m, tiles_n);
         LOAD load(p, tile.m * TILE_M, blockIdx.y * steps);
         if constexpr (LOAD::BATCHED) load.turn_to(p, matrix, tile.n * TILE_N);
 #pragma unroll LOAD::UNROLL
@@ -99,10 +103,11 @@ template <class LOAD, class STORES = OwnStores> DEVICE void run_pipeline(const P
           barrier_arrive_expect(landed, STAGE_BYTES);
           load(p, a, landed, step);
           if constexpr (LOAD::BATCHED) load.second(p, a + A_BYTES, landed, step);
-          else copy_box(a + A_BYTES, p.map_b, landed, LOAD::column_of_b(step), first_column + tile.n * TILE_N);
+          else copy_shared_box<TILE_N, CLUSTER_M>(a + A_BYTES, p.map_b, landed, LOAD::column_of_b(step), first_column + tile.n * TILE_N);
           if (++stage == STAGES) { stage = 0; parity ^= 1; }
         }
       }
+      wait_for_readers<STAGES>(empty, stage, parity);
     }
     if constexpr (STORES::STAGED) {
       const u32 consumer = threadIdx.x / 32 - 1;  // one thread each carries results
@@ -114,12 +119,13 @@ template <class LOAD, class STORES = OwnStores> DEVICE void run_pipeline(const P
     const bool leader = threadIdx.x % 128 == 0;
     const u32 row0 = COOPERATIVE ? consumer * CONSUMER_M : 0;  // within the tile
     const u64 a0 = operand_descriptor<PANEL_BYTES>(ring + row0 * PANEL_BYTES), b0 = second_descriptor<LOAD>(ring + A_BYTES);
+    const EmptyBarriers read(empty);
     constexpr u32 TURNS = COOPERATIVE ? 1 : CONSUMERS;
     u32 ordinal = COOPERATIVE ? 0 : consumer;  // of this block's tiles
-    for (u32 t = blockIdx.x + ordinal * gridDim.x; t < all; t += TURNS * gridDim.x, ordinal += TURNS) {
+    for (u32 t = first_turn() + ordinal * turns(); t < all; t += TURNS * turns(), ordinal += TURNS) {
       u32 stage = ordinal * steps % STAGES, parity = ordinal * steps / STAGES & 1, previous = stage;
       const u32 matrix = LOAD::BATCHED ? t / tiles : 0, first_row = matrix * p.m;
-      const TileIndex tile = tile_of<16>(t - matrix * tiles, tiles_m, tiles_n);
+      const TileIndex tile = own_tile(t - matrix * tiles, tiles_m, tiles_n);
       const u32 column = first_column + tile.n * TILE_N, columns = first_column + p.n, row = tile.m * TILE_M + row0 + 16 * warp + lane / 4;
       const Layout layout(column, columns, first_row + row, first_row + p.m);
       typename STORES::Results epilogue;
@@ -148,21 +154,23 @@ template <class LOAD, class STORES = OwnStores> DEVICE void run_pipeline(const P
         wgmma_commit();
         if (step > 0) {
           wgmma_wait<1>();
-          if (leader) barrier_arrive(empty + 8 * previous);
+          if (leader) read.arrive(previous);
         }
         previous = stage;
         if (++stage == STAGES) { stage = 0; parity ^= 1; }
       }
-      if (!COOPERATIVE && (WARPS_HAND_ON ? lane == 0 : leader)) barrier_arrive(turn + 8 * (consumer ^ 1));
+      // Each warp hands the turn on. Where a tile is a single step the leader comes here before its product has waited for the
+      // consumer's other warps: one that is still busy with the tile before would see its own turn two phases late, and wait for ever.
+      if (!COOPERATIVE && lane == 0) barrier_arrive(turn + 8 * (consumer ^ 1));
       wgmma_wait<0>();
-      if (leader) barrier_arrive(empty + 8 * previous);
+      if (leader) read.arrive(previous);
 #pragma unroll
       for (int i = 0; i < PARTS; ++i) wgmma_settle(d[i]);
       if constexpr (SPLIT) {
         const u32 every = group * tiles + t, share = COOPERATIVE ? CONSUMERS * every + consumer : every;
         if (!add_splits<SPLIT>(p, d, 4 * share + warp, blockIdx.y)) continue;
         // Partial sums need the registers first: a few operands at a time, of a place that is found again.
-        const TileIndex again = tile_of<16>(unknown(t), tiles_m, tiles_n);
+        const TileIndex again = own_tile(unknown(t), tiles_m, tiles_n);
         const u32 first = again.m * TILE_M + row0 + 16 * warp + lane / 4, first_of_columns = first_column + again.n * TILE_N;
 #pragma unroll
         for (int i = 0; i < PARTS; ++i)

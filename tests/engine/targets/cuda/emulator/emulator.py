@@ -57,7 +57,7 @@ def host_source(source: Source, architecture: int) -> str:
     """The kernel's whole source for the CPU."""
     text = expand(source.text, _emulated_ptx().get)
     text = _GENERATED_PRODUCT.sub("", text)
-    text = _DYNAMIC_SHARED.sub("u8* const shared = emulator::shared_memory;", text)
+    text = _DYNAMIC_SHARED.sub("u8* const shared = emulator::own_shared_memory();", text)
     # Named only where the kernel asks, so that architectures share what is the same on all.
     define = f"#define __CUDA_ARCH__ {architecture}\n" if "__CUDA_ARCH__" in text else ""
     runtime, device, driver = _frame()
@@ -139,15 +139,17 @@ def run(
     architecture: int,
     status: int = 0,
     last_first: bool = False,
+    late: int = 0,
 ) -> None:
     """Run one launch; `address` places pointers in host memory, `stamp` and `status` are addresses, too. `last_first`:
-    threads take their turns from the last to the first. Raises EmulationError."""
+    threads take their turns from the last to the first. `late`: not 0, some get none until nobody else can go on,
+    chosen by this number. Raises EmulationError."""
     kernel = launch.kernel
     params = pack(launch.arguments, address, lambda map_: encode(map_, address(map_.pointer)), stamp, status)
     memory = ctypes.create_string_buffer(len(params) + 64)
     start = -ctypes.addressof(memory) % 64 + ctypes.addressof(memory)  # tensor maps are aligned to 64 bytes
     ctypes.memmove(start, params, len(params))
-    sizes = (ctypes.c_uint * 6)(*launch.grid, kernel.threads, last_first, kernel.shared_bytes)
+    sizes = (ctypes.c_uint * 8)(*launch.grid, kernel.threads, last_first, kernel.shared_bytes, kernel.cluster, late)
     message = ctypes.create_string_buffer(_MESSAGE_BYTES)
     if load(kernel.source, architecture)(start, sizes, message):
         text = message.value.decode()

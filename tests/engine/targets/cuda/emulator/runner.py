@@ -26,6 +26,7 @@ class EmulatedRunner:
     def __init__(self, architecture: Architecture) -> None:
         self.tally = Tally()
         self.last_first = False  # the order in which threads take their turns
+        self.late = 0  # not 0: some are late, chosen by this number
         self.context = Context(architecture, _MULTIPROCESSORS, WeightStore())
         self._number = 10 * int("".join(filter(str.isdigit, architecture.name)))  # as __CUDA_ARCH__ counts
 
@@ -42,6 +43,15 @@ class EmulatedRunner:
             yield
         finally:
             self.last_first = False
+
+    @contextmanager
+    def with_latecomers(self, number: int) -> Iterator[None]:
+        """Warps, warpgroups and blocks get no turn, now these and now those, until nobody else can go on."""
+        self.late = number
+        try:
+            yield
+        finally:
+            self.late = 0
 
     def prepare(self, kernel: Kernel) -> str | None:
         """Compile a kernel; what is wrong with it, if anything."""
@@ -76,6 +86,7 @@ class EmulatedRunner:
                     self._number,
                     status.ctypes.data,
                     self.last_first,
+                    self.late,
                 )
         except emulator.EmulationError as error:
             raise RunError(str(error)) from None

@@ -8,22 +8,26 @@ using u32 = unsigned int;
 using u64 = unsigned long long;
 
 constexpr int MAX_THREADS = 1024, WARP = 32;
-constexpr u32 SHARED_BYTES = 256 << 10;
+constexpr u32 SHARED_BYTES = 256 << 10, MAX_CLUSTER = 2;
 
 struct Index { u32 x, y, z; };
 extern Index thread, block, grid, block_size;
-extern int current;  // the thread that runs
-extern unsigned char shared_memory[SHARED_BYTES];
+extern int current;  // the thread that runs, counted through all blocks of the cluster
+// Of all blocks of the cluster, one after the other.
+extern unsigned char shared_memory[MAX_CLUSTER * SHARED_BYTES];
+u32 rank();  // the present thread's block's number in the cluster
+inline unsigned char* own_shared_memory() { return shared_memory + rank() * SHARED_BYTES; }
 
 [[noreturn]] void fail(const char* what);
 
 void sync_block();
+void meet_cluster();
 void sync_warp();
 void meet_at(u32 number, int expected);  // the numbered barriers: complete when so many threads have come, by either function
 void pass_by(u32 number, int expected);
 u64 exchange(u64 bits, int source);  // a shuffle: the bits that lane `source` of the warp brings
 
-// Addresses are offsets in shared memory, as the hardware's are. `where` is the place in the kernel that a race is reported at.
+// Addresses are offsets in `shared_memory`; but for the functions that say so they lie in the block's own. `where` is the place in the kernel that a race is reported at.
 void load_shared(void* to, u32 address, u32 bytes, const void* where);
 void store_shared(u32 address, const void* from, u32 bytes, const void* where);
 void load_matrices(u32 (&r)[4], u32 address, bool transposed, const void* where);
@@ -39,6 +43,10 @@ void barrier_arrive(u32 barrier, const void* where);
 void barrier_arrive_expect(u32 barrier, u32 bytes, const void* where);
 void barrier_wait(u32 barrier, u32 parity, const void* where);
 
+// What lies at `address` of a block's own shared memory in that of another of the cluster.
+u32 address_in_cluster(u32 address, u32 rank);
+void barrier_arrive_in_cluster(u32 barrier, const void* where);  // of any block of the cluster
+
 // What this thread has written to shared memory is there for asynchronous work that is ordered behind it.
 void shared_writes_fence();
 
@@ -46,6 +54,9 @@ void shared_writes_fence();
 struct alignas(64) Map { u64 address, element_bytes, columns, rows, row_bytes, box_columns, box_rows, tf32, outer_size[2], outer_bytes[2], unused[4]; };
 // Rows of a box are 64 or 128 bytes, under the swizzle of the same name. Its bytes count towards `barrier`.
 void copy_box(u32 destination, const Map& map, u32 barrier, u32 column, u32 row, u32 inner, u32 outer, const void* where);
+
+// The same to the same place in every block whose bit of `blocks` is set.
+void copy_box_to_blocks(u32 destination, const Map& map, u32 barrier, u32 column, u32 row, u32 blocks, const void* where);
 
 // Elements of 16 bits. A box is read, and written to the tensor, when the thread waits for its group.
 void store_box(u32 source, const Map& map, u32 column, u32 row, const void* where);

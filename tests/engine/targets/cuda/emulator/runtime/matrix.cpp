@@ -70,7 +70,7 @@ struct Products {
 } products[MAX_THREADS];
 u32 register_operands[MAX_THREADS][4];
 
-// A descriptor's fields, and where a byte of the operand lies under its swizzle.
+// A descriptor's fields (addresses within the block's own shared memory), and where a byte of the operand lies under its swizzle.
 struct Operand {
   u32 row_bytes, start, pitch, stride;
   explicit Operand(u64 descriptor) {
@@ -92,7 +92,7 @@ struct Operand {
 template <class T> float value_at(u32 address) {
   typename T::Bits bits;
   if (address + sizeof bits > SHARED_BYTES) fail("an operand lies outside shared memory");
-  memcpy(&bits, shared_memory + address, sizeof bits);
+  memcpy(&bits, own_shared_memory() + address, sizeof bits);
   return T::of(bits);
 }
 
@@ -104,13 +104,13 @@ template <class VISIT> void operands_of(const Product& p, VISIT visit) {
   const Operand b(p.b);
   for (u32 column = 0; column < static_cast<u32>(p.n); ++column)
     for (u32 k = 0; k < depth; ++k) {
-      if (p.across && column * bytes % 16 == 0) visit(shared_memory + b.across(k, column, bytes), 16u);
-      else if (!p.across && k * bytes % 16 == 0) visit(shared_memory + b.along(column, k, bytes), 16u);
+      if (p.across && column * bytes % 16 == 0) visit(own_shared_memory() + b.across(k, column, bytes), 16u);
+      else if (!p.across && k * bytes % 16 == 0) visit(own_shared_memory() + b.along(column, k, bytes), 16u);
     }
   if (p.registers) return;
   const Operand a(p.a);
   for (u32 row = 0; row < 64; ++row)
-    for (u32 k = 0; k < depth; k += 16 / bytes) visit(shared_memory + a.along(row, k, bytes), 16u);
+    for (u32 k = 0; k < depth; k += 16 / bytes) visit(own_shared_memory() + a.along(row, k, bytes), 16u);
 }
 
 template <class T> void multiply(const Product& p) {

@@ -34,16 +34,25 @@ struct Stores {
   std::vector<std::vector<Sent>> committed;  // oldest first
 } stores[MAX_THREADS];
 
+bool is_own(u32 address, u64 bytes) {
+  const u32 within = address - rank() * SHARED_BYTES;
+  return within < SHARED_BYTES && within + bytes <= SHARED_BYTES;
+}
 void check(u32 address, u32 bytes) {
-  if (address + bytes > SHARED_BYTES || address % bytes) fail("misaligned or wild shared memory access");
+  if (!is_own(address, bytes) || address % bytes) fail("misaligned or wild shared memory access");
 }
 
 // The 64 bits of an mbarrier: its phase and what the phase still waits for.
 struct Barrier { u32 pending : 15, expected : 15, phase : 1, valid : 1; int bytes; };
 Barrier& barrier_at(u32 address) {
-  if (address % 8 || address + 8 > SHARED_BYTES) fail("misaligned or wild barrier");
+  if (address % 8 || address >= cluster_size() * SHARED_BYTES) fail("misaligned or wild barrier");
   return *reinterpret_cast<Barrier*>(shared_memory + address);
 }
+Barrier& own_barrier_at(u32 address) {
+  if (!is_own(address, 8)) fail("a barrier of another block");
+  return barrier_at(address);
+}
+void arrive(u32 barrier, const void* where);
 void settle(u32 barrier) {
   Barrier& b = barrier_at(barrier);
   if (b.pending || b.bytes) return;
@@ -136,31 +145,48 @@ void copy_async_wait(int pending) {
 }
 
 void barrier_init(u32 barrier, u32 arrivals, const void* where) {
-  Barrier& b = barrier_at(barrier);
+  Barrier& b = own_barrier_at(barrier);
   races::barrier_made(barrier, where);
   b = {arrivals, arrivals, 0, 1, 0};
 }
 void barrier_arrive(u32 barrier, const void* where) {
+  own_barrier_at(barrier);
+  arrive(barrier, where);
+}
+void barrier_arrive_expect(u32 barrier, u32 bytes, const void* where) {
+  own_barrier_at(barrier).bytes += static_cast<int>(bytes);
+  arrive(barrier, where);
+}
+u32 address_in_cluster(u32 address, u32 rank) {
+  if (rank >= cluster_size()) fail("the cluster has no such block");
+  return address % SHARED_BYTES + rank * SHARED_BYTES;
+}
+void barrier_arrive_in_cluster(u32 barrier, const void* where) {
+  barrier_at(barrier);
+  if (has_ended(barrier / SHARED_BYTES)) fail("an arrival in a block that has ended");
+  arrive(barrier, where);
+}
+void barrier_wait(u32 barrier, u32 parity, const void* where) {
+  while (own_barrier_at(barrier).phase == parity) yield();
+  races::barrier_passed(barrier, where);
+}
+
+namespace {
+
+void arrive(u32 barrier, const void* where) {
   Barrier& b = barrier_at(barrier);
   races::barrier_arrived(barrier, where);
   if (b.pending == 0) fail("more arrivals at a barrier than it was initialised for");
   b.pending = b.pending - 1;
   settle(barrier);
 }
-void barrier_arrive_expect(u32 barrier, u32 bytes, const void* where) {
-  barrier_at(barrier).bytes += static_cast<int>(bytes);
-  barrier_arrive(barrier, where);
-}
-void barrier_wait(u32 barrier, u32 parity, const void* where) {
-  while (barrier_at(barrier).phase == parity) yield();
-  races::barrier_passed(barrier, where);
-}
 
-void copy_box(u32 destination, const Map& map, u32 barrier, u32 column, u32 row, u32 inner, u32 outer, const void* where) {
+// To shared memory of any block of the cluster.
+void bring_box(u32 destination, const Map& map, u32 barrier, u32 column, u32 row, u32 inner, u32 outer, const void* where) {
   const u64 row_bytes = map.box_columns * map.element_bytes;
   if (row_bytes != 64 && row_bytes != 128) fail("only boxes of 64 and 128 bytes are emulated");
   if (destination % (8 * row_bytes)) fail("a box starts at a swizzle atom");
-  if (destination + map.box_rows * row_bytes > SHARED_BYTES) fail("a box lands outside shared memory");
+  if (destination % SHARED_BYTES + map.box_rows * row_bytes > SHARED_BYTES) fail("a box lands outside shared memory");
   races::engine_writes(barrier, shared_memory + destination, static_cast<u32>(map.box_rows * row_bytes), where);
   const auto signed_row = static_cast<int>(row), signed_column = static_cast<int>(column);
   for (u64 r = 0; r < map.box_rows; ++r)
@@ -181,13 +207,31 @@ void copy_box(u32 destination, const Map& map, u32 barrier, u32 column, u32 row,
   settle(barrier);
 }
 
+}  // namespace
+
+void copy_box(u32 destination, const Map& map, u32 barrier, u32 column, u32 row, u32 inner, u32 outer, const void* where) {
+  own_barrier_at(barrier);
+  if (!is_own(destination, 1)) fail("a box lands in another block");
+  bring_box(destination, map, barrier, column, row, inner, outer, where);
+}
+void copy_box_to_blocks(u32 destination, const Map& map, u32 barrier, u32 column, u32 row, u32 blocks, const void* where) {
+  if (blocks == 0 || blocks >> cluster_size()) fail("a copy to a block that the cluster has not");
+  for (u32 to = 0; to < cluster_size(); ++to) {
+    if (!(blocks >> to & 1)) continue;
+    if (has_ended(to)) fail("a copy to a block that has ended");
+    const u32 there = address_in_cluster(barrier, to);
+    races::barrier_reached(there, where);
+    bring_box(address_in_cluster(destination, to), map, there, column, row, 0, 0, where);
+  }
+}
+
 void store_box(u32 source, const Map& map, u32 column, u32 row, const void* where) {
   const u64 row_bytes = map.box_columns * map.element_bytes;
   if (map.element_bytes != 2 || (row_bytes != 64 && row_bytes != 128)) fail("only boxes of 64 and 128 bytes of halves are stored");
   if (map.address % 16 || map.row_bytes % 16) fail("rows of a tensor start at multiples of 16 bytes");
   if (source % (8 * row_bytes)) fail("a box starts at a swizzle atom");
   const Sent sent{source, column, row, &map, where};
-  if (source + sent.bytes() > SHARED_BYTES) fail("a box lies outside shared memory");
+  if (!is_own(source, sent.bytes())) fail("a box lies outside shared memory");
   races::begin(Access::READ, shared_memory + source, sent.bytes(), where);
   stores[current].open.push_back(sent);
 }
@@ -231,7 +275,7 @@ void copy_pixels(u32 destination, const Map& packed, u32 barrier, u32 channel, c
   if (destination % (8 * row_bytes)) fail("a box starts at a swizzle atom");
   // Seen on an H100 (an illegal instruction), not in the manual.
   if (channel * map.element_bytes % 16) fail("a walk begins at channels that lie at a multiple of 16 bytes");
-  if (destination + map.box_pixels * row_bytes > SHARED_BYTES) fail("a box lands outside shared memory");
+  if (!is_own(destination, map.box_pixels * row_bytes)) fail("a box lands outside shared memory");
   races::engine_writes(barrier, shared_memory + destination, map.box_pixels * row_bytes, where);
   long long at[3], last[3];
   for (u32 i = 0; i < 3; ++i) {

@@ -31,12 +31,12 @@ struct Word {
 using Clocks = u32[AGENTS];
 
 std::vector<Word> words;
-// Epochs end at barriers of the block: what is older every thread has seen. `now` is the latest time of any agent's clock.
+// Epochs end at barriers of a block that is alone: what is older every thread has seen. `now` is the latest time of any agent's clock.
 u32 epoch, first_epoch, now, agents;  // first_epoch: of this block
-int threads;
-u32 dynamic_bytes, dynamic_words;
+int threads, block_threads, blocks;  // threads of all blocks
+u32 dynamic_bytes, dynamic_words;    // of each block
 unsigned char *static_begin, *static_end;
-Clocks known[MAX_THREADS], arriving[ENGINES], completed[ENGINES], numbered_arriving[NUMBERED], numbered_done[NUMBERED];
+Clocks known[MAX_THREADS], arriving[ENGINES], completed[ENGINES], numbered_arriving[MAX_CLUSTER * NUMBERED], numbered_done[MAX_CLUSTER * NUMBERED];
 u32 own[AGENTS];
 u32 fenced[MAX_THREADS];  // the time of each thread's latest fence for asynchronous work
 u32 engines, engine_address[ENGINES];
@@ -63,21 +63,28 @@ bool is_seen(int thread, const Entry& e) {
   return e.agent == agent_of(thread) || known[thread][e.agent] >= e.clock;
 }
 
+// Words are counted through the dynamic shared memory of all blocks, then through the static one.
+u32 all_dynamic() { return static_cast<u32>(blocks) * dynamic_words; }
 unsigned char* place_of(u32 index) {
-  return index < dynamic_words ? shared_memory + GRANULE * index : static_begin + GRANULE * (index - dynamic_words);
+  if (index >= all_dynamic()) return static_begin + GRANULE * (index - all_dynamic());
+  return shared_memory + index / dynamic_words * SHARED_BYTES + GRANULE * (index % dynamic_words);
 }
 
-// `bytes`: those of word `index` that are in dispute. Places are given as offsets in the kernel's library, which emulator.py looks up.
+// Places are given as offsets in the kernel's library, which emulator.py looks up.
+long offset_of(const void* place) {
+  Dl_info library;
+  return dladdr(place, &library) ? static_cast<const char*>(place) - static_cast<const char*>(library.dli_fbase) : 0;
+}
+
+// `bytes`: those of word `index` that are in dispute.
 void describe(char (&text)[MESSAGE_BYTES], const char* first, const Entry& e, const char* then, u32 index, Bytes bytes, const void* where) {
-  char who[40];
+  char who[64];
+  const u32 agent = e.agent - ENGINES, of_block = static_cast<u32>(block_threads);
   if (e.agent < ENGINES) snprintf(who, sizeof who, "the copy engine");
-  else snprintf(who, sizeof who, "thread %u", e.agent - ENGINES);
-  const bool dynamic = index < dynamic_words;
-  const u32 byte = GRANULE * (dynamic ? index : index - dynamic_words) + static_cast<u32>(__builtin_ctz(bytes));
-  const auto offset_of = [](const void* place) {
-    Dl_info library;
-    return dladdr(place, &library) ? static_cast<const char*>(place) - static_cast<const char*>(library.dli_fbase) : 0;
-  };
+  else if (blocks == 1) snprintf(who, sizeof who, "thread %u", agent);
+  else snprintf(who, sizeof who, "thread %u of block %u of the cluster", agent % of_block, agent / of_block);
+  const bool dynamic = index < all_dynamic();
+  const u32 byte = GRANULE * (dynamic ? index % dynamic_words : index - all_dynamic()) + static_cast<u32>(__builtin_ctz(bytes));
   snprintf(text, sizeof text, "race: %s %s [+%#lx], and %s [+%#lx] byte %u of %s shared memory, in no order", who, first,
            static_cast<unsigned long>(offset_of(e.where)), then, static_cast<unsigned long>(offset_of(where)), byte,
            dynamic ? "dynamic" : "static");
@@ -166,11 +173,12 @@ void note_write(Word& w, const Entry& entry) {
 template <class VISIT> void for_words(const void* p, u32 count, VISIT visit) {
   const auto* at = static_cast<const unsigned char*>(p);
   u32 first;
-  if (at >= shared_memory && at < shared_memory + SHARED_BYTES) {
-    first = static_cast<u32>(at - shared_memory);
-    if (first + count > dynamic_bytes) fail("beyond the shared memory that the launch asks for");
+  if (at >= shared_memory && at < shared_memory + MAX_CLUSTER * SHARED_BYTES) {
+    const u32 offset = static_cast<u32>(at - shared_memory), within = offset % SHARED_BYTES;
+    if (within + count > dynamic_bytes) fail("beyond the shared memory that the launch asks for");
+    first = GRANULE * (offset / SHARED_BYTES * dynamic_words) + within;
   } else if (at >= static_begin && at < static_end) {
-    first = GRANULE * dynamic_words + static_cast<u32>(at - static_begin);
+    first = GRANULE * all_dynamic() + static_cast<u32>(at - static_begin);
   } else {
     return;
   }
@@ -189,15 +197,17 @@ u32 engine_of(u32 barrier) {
 
 }  // namespace
 
-void begin_block(int count, u32 dynamic, unsigned char* begin, unsigned char* end) {
-  threads = count;
-  agents = ENGINES + static_cast<u32>(count);
+void begin_cluster(int of_blocks, int count, u32 dynamic, unsigned char* begin, unsigned char* end) {
+  blocks = of_blocks;
+  block_threads = count;
+  threads = blocks * count;
+  agents = ENGINES + static_cast<u32>(threads);
   dynamic_bytes = dynamic;
   dynamic_words = (dynamic + GRANULE - 1) / GRANULE;
   static_begin = begin;
   static_end = end;
   overwriting.open = false;
-  words.resize(std::max<size_t>(words.size(), dynamic_words + (end - begin + GRANULE - 1) / GRANULE));
+  words.resize(std::max<size_t>(words.size(), all_dynamic() + (end - begin + GRANULE - 1) / GRANULE));
   if (now > 1u << 30) {  // clocks start anew: no entry is left
     now = 0;
     memset(known, 0, sizeof known);
@@ -207,7 +217,27 @@ void begin_block(int count, u32 dynamic, unsigned char* begin, unsigned char* en
   }
   engines = 0;
   first_epoch = ++epoch;
-  for (int i = 0; i < count; ++i) advance(i);
+  for (int i = 0; i < threads; ++i) advance(i);
+}
+
+void block_ended(u32 rank) {
+  settle();
+  const int first = static_cast<int>(rank) * block_threads;
+  for (int i = first; i < first + block_threads; ++i) {
+    publish(i);
+    learn(known[current], known[i]);
+  }
+  for (u32 index = rank * dynamic_words; index < (rank + 1) * dynamic_words; ++index) {
+    const Word& w = word_at(index);
+    for (const auto* list : {&w.reads, &w.writes})
+      for (const Entry& e : *list)
+        if (e.clock == UNFINISHED || known[current][e.agent] < e.clock) {
+          char text[MESSAGE_BYTES];
+          snprintf(text, sizeof text, "the block may end before its shared memory is reached from elsewhere [+%#lx]",
+                   static_cast<unsigned long>(offset_of(e.where)));
+          fail(text);
+        }
+  }
 }
 
 void settle() {
@@ -229,11 +259,11 @@ void block_synced(const bool* alive) {
   }
 }
 
-void warp_synced(int first, int lanes) {
+void synced(int first, int count) {
   settle();
-  for (int i = 0; i < lanes; ++i) publish(first + i);
-  for (int i = 1; i < lanes; ++i) learn(known[first], known[first + i]);
-  for (int i = 0; i < lanes; ++i) {
+  for (int i = 0; i < count; ++i) publish(first + i);
+  for (int i = 1; i < count; ++i) learn(known[first], known[first + i]);
+  for (int i = 0; i < count; ++i) {
     if (i) memcpy(known[first + i], known[first], agents * sizeof(u32));
     advance(first + i);
   }
@@ -270,6 +300,10 @@ void barrier_arrived(u32 barrier, const void* where) {
   publish(current);
   learn(arriving[engine_of(barrier)], known[current]);
   advance(current);
+}
+void barrier_reached(u32 barrier, const void* where) {  // what the engine does there whoever passes has seen
+  settle();
+  for_words(shared_memory + barrier, 8, [&](u32 index, Bytes mask) { check_write(index, mask, true, false, where); });
 }
 void barrier_completed(u32 barrier) {
   const u32 engine = engine_of(barrier);
@@ -348,7 +382,7 @@ namespace {
 inline bool is_shared(const void* p) {
   using namespace emulator;
   const auto* at = static_cast<const unsigned char*>(p);
-  return static_cast<u64>(at - shared_memory) < SHARED_BYTES || static_cast<u64>(at - races::static_begin) < static_cast<u64>(races::static_end - races::static_begin);
+  return static_cast<u64>(at - shared_memory) < MAX_CLUSTER * SHARED_BYTES || static_cast<u64>(at - races::static_begin) < static_cast<u64>(races::static_end - races::static_begin);
 }
 }  // namespace
 

@@ -16,6 +16,8 @@ void meet_warp();      // waits for the warp, without ordering memory
 void meet_warpgroup();
 void forget_copies(int thread);
 bool has_stores_under_way(int thread);
+bool has_ended(u32 rank);  // a block of the cluster
+u32 cluster_size();
 void forget_products(int thread);
 
 }  // namespace emulator
