@@ -1,5 +1,5 @@
 """Attention in one kernel: the scores never reach memory. Picks between the portable kernel (attention_mma.cuh) and, on
-sm_90a, TMA and wgmma (attention_wgmma.py)."""
+sm_90a, TMA and wgmma: for many queries (attention_wgmma.py), and for few of them over many keys (attention_decode.py)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from engine.ir.dtype import DType
 from engine.ir.ops import Attention, Op
 from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Tensor
-from engine.targets.cuda import attention_wgmma
+from engine.targets.cuda import (
+    attention_decode,
+    attention_decode_tiles,
+    attention_tiles,
+    attention_wgmma,
+    attention_wgmma_tiles,
+)
 from engine.targets.cuda.attention_operands import Attended, BiasKind, strides
 from engine.targets.cuda.attention_tiles import MAX_HEAD, AttentionTile, Heads, Sizes, pick
 from engine.targets.cuda.gemm_wgmma import split_arguments
@@ -48,15 +54,41 @@ def lower(step: Step, context: Context) -> list[Launch]:
     if not step.outputs[0].elements:
         return []
     heads, sizes = heads_of(step, context), sizes_of(step)
-    if context.architecture.wgmma and attention_wgmma.suits(step):
-        return [attention_wgmma.launch_attention(step, attention_wgmma.pick(step, context), context)]
+    if context.architecture.wgmma:
+        suited = attention_wgmma.suits(step)
+        if attention_decode.suits(step):
+            decoding = attention_decode.work_of(step)
+            tile = attention_decode_tiles.tile_of(decoding)
+            splits = attention_decode_tiles.pick_splits(tile, decoding, context.multiprocessors)
+            estimated = attention_decode_tiles.cycles(tile, splits, decoding, context.multiprocessors)
+            if estimated < _MARGIN * _cycles_without(step, suited, context):
+                return [attention_decode.launch_attention(step, tile, splits, context)]
+        if suited:
+            return [attention_wgmma.launch_attention(step, attention_wgmma.pick(step, context), context)]
     if Attended(step).op.packed:
         raise UnsupportedOp(
             "Attention on packed sequences: only sm_90a has a kernel, of f16 and bf16, for up to "
             f"{attention_wgmma.MAX_SEQUENCES} sequences and heads of a multiple of 8 up to 256"
         )
-    tile, splits = pick(heads, sizes, context.architecture, context.multiprocessors)
-    return launch_attention(step, heads, tile, splits)
+    portable, splits = pick(heads, sizes, context.architecture, context.multiprocessors)
+    return launch_attention(step, heads, portable, splits)
+
+
+_MARGIN = 0.9  # of another kernel's estimated time: three models of time agree no better
+
+
+def _cycles_without(step: Step, suited: bool, context: Context) -> float:
+    """The estimated cycles, beside a launch, of the kernel that runs an attention where attention_decode.cuh does not.
+    `suited`: attention_wgmma.cuh can."""
+    multiprocessors = context.multiprocessors
+    if suited:
+        wgmma, work = attention_wgmma.pick(step, context), attention_wgmma.work_of(step)
+        return attention_wgmma_tiles.cycles(wgmma, work, multiprocessors) - attention_wgmma_tiles.LAUNCH
+    heads, sizes = heads_of(step, context), sizes_of(step)
+    tile, splits = pick(heads, sizes, context.architecture, multiprocessors)
+    times = attention_tiles.cycles(tile, splits, heads, sizes, context.architecture, multiprocessors)
+    read = sum(tensor.elements * tensor.dtype.itemsize for tensor in step.inputs[1:3])
+    return max(times - attention_tiles.LAUNCH, read / (multiprocessors * attention_wgmma_tiles.MEMORY_BYTES))
 
 
 def heads_of(step: Step, context: Context) -> Heads:

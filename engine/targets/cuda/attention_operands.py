@@ -67,10 +67,10 @@ class Attended:
             bias = {"starts": pointer_to(starts), "starts_stride": I64(starts.strides[0]), "sequences": self.sequences}
         return {
             "scale_log2": self.op.scale * LOG2_E, **bias, "queries": queries, "keys": self.keys, "value_size": features,
-            "heads": heads, "heads_per_k": self._heads_per(1), "heads_per_v": self._heads_per(2),
+            "heads": heads, "heads_per_k": self.heads_per(1), "heads_per_v": self.heads_per(2),
         }  # fmt: skip
 
-    def _heads_per(self, which: int) -> int:
+    def heads_per(self, which: int) -> int:
         """How many heads of q share one of input `which`."""
         return self.sizes[1] // four(self.step.inputs[which].shape, 1)[1]
 

@@ -38,7 +38,7 @@ def suits(step: Step) -> bool:
         and attended.op.scale > 0  # it meets the scores behind the maximum
         and (attended.op.packed or attended.sizes[2] >= _MIN_QUERIES)
         and attended.sequences <= MAX_SEQUENCES
-        and all(_readable(tensor) for tensor in step.inputs[:3])
+        and all(readable(tensor) for tensor in step.inputs[:3])
         and (attended.bias is not BiasKind.FULL or _readable_bias(attended))
     )
 
@@ -50,8 +50,8 @@ def _readable_bias(attended: Attended) -> bool:
     return inner == 1 and bias.offset % chunk == 0 and all(stride >= 0 and stride % chunk == 0 for stride in outer)
 
 
-def _readable(tensor: Tensor) -> bool:
-    """Starts and strides are whole, positive chunks of 16 bytes, and no axis is empty."""
+def readable(tensor: Tensor) -> bool:
+    """Whether the copy engine reads it: starts and strides are whole, positive chunks of 16 bytes, and no axis is empty."""
     *outer, _ = zip(tensor.shape, tensor.strides, strict=True)
     return (
         0 < tensor.shape[-1] <= MAX_WIDTH
@@ -131,7 +131,7 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
         "skips": attended.bias is BiasKind.PER_KEY and not op.causal and 1 < key_tiles <= _MASK_TILES,
     }  # fmt: skip
     arguments: dict[str, Argument] = {
-        "map_q": _map(q, tile.queries, head), "map_k": _map(k, tile.keys, head), "map_v": _map(v, tile.keys, value),
+        "map_q": map_of(q, tile.queries, head), "map_k": map_of(k, tile.keys, head), "map_v": map_of(v, tile.keys, value),
         **attended.arguments(), "groups": batch * heads,
         # 0 where all of the batch read the same.
         "q_batches": int(q.shape[0] > 1), "k_batches": int(k.shape[0] > 1), "v_batches": int(v.shape[0] > 1),
@@ -179,7 +179,7 @@ def _bias_arguments(attended: Attended, tile: WgmmaAttentionTile) -> dict[str, A
     }  # fmt: skip
 
 
-def _map(tensor: Tensor, rows: int, padded: int) -> TensorMap:
+def map_of(tensor: Tensor, rows: int, padded: int) -> TensorMap:
     """Boxes of `rows` positions and a panel of the `padded` features, of one head of one of the batch."""
     batch, heads, positions, features = four(tensor.shape, 1)
     # Of an axis of one place nothing depends on the stride.

@@ -1,11 +1,10 @@
 // A warpgroup of attention_wgmma.cuh that owns 64 queries of every item. Included there behind the constants.
 #pragma once
 #include "attention_memory.cuh"
+#include "attention_products.cuh"
 #include "attention_softmax.cuh"
 #include "epilogue/fragment.cuh"
 #include "ptx/grid.cuh"
-#include "ptx/pack.cuh"
-#include "ptx/wgmma_panels.cuh"
 #include "scheduler/stamp.cuh"
 
 DEVICE void consume(const Params& p, const Memory& memory, u32 warpgroup) {
@@ -23,37 +22,12 @@ DEVICE void consume(const Params& p, const Memory& memory, u32 warpgroup) {
   float s[KEYS / 2], out[VALUE / 2];
   u32 probabilities[KEYS / 4];
   const auto begin_scores = [&](u64 q, u32 turn) {
-    const u64 k = panel_descriptor<KTile::ROW_BYTES>(k_ring.tile(turn), KTile::PITCH);
-    constexpr int STEPS = KTile::ROW_BYTES / 32;  // of a panel
-    // NOTES: the descriptors of a wide head do not fit the uniform registers all at once, so its panels are a loop; each is a group,
-    // or NVRTC 13.0 puts a `warpgroup.arrive` behind the loop.
-    constexpr int ALL = HEAD / 16, TOGETHER = ALL > 8 ? STEPS : ALL;
-    static_assert(ALL % TOGETHER == 0, "whole panels");
-#pragma unroll 1
-    for (int panel = 0; panel < ALL / TOGETHER; ++panel) {
-      const u64 q_panel = q + panel * (QTile::PITCH >> 4), k_panel = k + panel * (KTile::PITCH >> 4);
-      wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < TOGETHER; ++i)
-        wgmma<KEYS, Element>(
-            s, q_panel + i / STEPS * (QTile::PITCH >> 4) + i % STEPS * 2, k_panel + i / STEPS * (KTile::PITCH >> 4) + i % STEPS * 2,
-            i > 0 || panel > 0);
-      wgmma_commit();
-    }
+    multiply_keys(s, q, panel_descriptor<KTile::ROW_BYTES>(k_ring.tile(turn), KTile::PITCH));
   };
   const auto begin_values = [&](u32 turn, bool first) {
-    const u64 v = panel_descriptor<VTile::ROW_BYTES>(v_ring.tile(turn), VTile::PITCH);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < KEYS / 16; ++i)
-      wgmma<VALUE, Element>(out, *reinterpret_cast<const u32(*)[4]>(&probabilities[4 * i]), v + i * (16 * VTile::ROW_BYTES >> 4), i > 0 || !first);
-    wgmma_commit();
+    multiply_values(out, probabilities, panel_descriptor<VTile::ROW_BYTES>(v_ring.tile(turn), VTile::PITCH), !first);
   };
-  // The accumulators of 16 keys are, rounded, operand A.
-  const auto round_probabilities = [&] {
-#pragma unroll
-    for (int i = 0; i < KEYS / 4; ++i) probabilities[i] = pack_pair<Element>(s[2 * i], s[2 * i + 1]);
-  };
+  const auto round_probabilities = [&] { round_pairs(probabilities, s); };
 
   // A place of the keys has their biases, too, which every lane has read; the keys themselves are read by the warp's products.
   const auto leave_keys = [&](u32 turn) {
