@@ -1,15 +1,13 @@
-"""Attention of few queries on sm_90a (attention_decode.cuh): keys and values are read once for all queries and heads that
-share them, by several blocks where one a head would leave the GPU empty."""
+"""Attention of few queries on sm_90a (attention_decode.cuh): keys and values are read once for all queries and heads
+that share them, by several blocks where one a head would leave the GPU empty; attention_join.cuh then joins what these
+have."""
 
 from __future__ import annotations
 
 from math import gcd
 
-import numpy as np
-
 from engine.ir.dtype import DType
 from engine.plan.plan import Step
-from engine.plan.tensor import Buffer, BufferKind
 from engine.targets.cuda.attention_decode_tiles import MOST_SPLITS, ROWS, DecodeTile, Decoding
 from engine.targets.cuda.attention_operands import Attended, BiasKind, strides
 from engine.targets.cuda.attention_wgmma import depth, map_of, readable, register_product, width
@@ -17,15 +15,17 @@ from engine.targets.cuda.gemm_wgmma import wgmma_function
 from engine.targets.cuda.kernel import (
     STORAGE,
     Argument,
-    Context,
     I64s,
     Instruction,
     Launch,
     Pointer,
+    ceildiv,
     launch,
     pointer_to,
     workspace,
 )
+
+_JOINING_WARPS = 4  # of a block, a row each: few, so that rows spread over the multiprocessors
 
 
 def suits(step: Step) -> bool:
@@ -35,6 +35,7 @@ def suits(step: Step) -> bool:
         step.inputs[0].dtype in (DType.F16, DType.BF16)
         and attended.op.scale > 0  # it meets the scores behind the maximum
         and not attended.op.packed
+        and attended.op.window is None  # nothing that few queries see is long then
         and attended.sizes[2] <= ROWS
         and step.inputs[0].shape[-1] % 8 == 0  # q is read by 16 bytes
         and all(readable(tensor) for tensor in step.inputs[:3])
@@ -46,7 +47,7 @@ def heads_together(step: Step) -> int:
     attended = Attended(step)
     sharing = gcd(attended.heads_per(1), attended.heads_per(2))
     queries = attended.sizes[2]
-    return max(count for count in range(1, sharing + 1) if sharing % count == 0 and count * queries <= ROWS or count == 1)
+    return max((n for n in range(2, sharing + 1) if sharing % n == 0 and n * queries <= ROWS), default=1)
 
 
 def bias_of(step: Step) -> BiasKind:
@@ -61,47 +62,64 @@ def work_of(step: Step) -> Decoding:
     attended, (q, k, v) = Attended(step), step.inputs[:3]
     batch, heads, queries, _ = attended.sizes
     together = heads_together(step)
+    keys = min(attended.keys, queries) if attended.op.causal else attended.keys
     return Decoding(
-        batch * heads // together, together * queries, min(attended.keys, queries) if attended.op.causal else attended.keys,
-        attended.heads_per(1) // together, depth(q), width(v), (k.shape[-1] + v.shape[-1]) * k.dtype.itemsize, bias_of(step),
-    )  # fmt: skip
+        tiles=batch * heads // together,
+        rows=together * queries,
+        keys=keys,
+        shared_by=attended.heads_per(1) // together,
+        head=depth(q),
+        value=width(v),
+        key_bytes=(k.shape[-1] + v.shape[-1]) * k.dtype.itemsize,
+        bias=bias_of(step),
+    )
 
 
-def launch_attention(step: Step, tile: DecodeTile, splits: int, context: Context) -> Launch:
-    """The launch of an attention that `suits`, in the given tile, with the keys divided among `splits` blocks."""
+def launch_attention(step: Step, tile: DecodeTile, splits: int) -> list[Launch]:
+    """The launches of an attention that `suits`, in the given tile, with the keys divided among `splits` blocks."""
     attended, (q, k, v) = Attended(step), step.inputs[:3]
-    work, together = work_of(step), heads_together(step)
+    work, together, epilogue = work_of(step), heads_together(step), attended.epilogue()
     shared = tile.shared_bytes(work)
     config: dict[str, int | bool | str] = {
         "operand": STORAGE[q.dtype], "head_padded": work.head, "value_padded": work.value, "keys": tile.keys,
         "stages": tile.stages, "causal": attended.op.causal, "bias": work.bias,
-        "masked_rows_zero": attended.op.masked_rows_zero, "split": splits > 1, "most_splits": MOST_SPLITS,
-        "blocks": tile.blocks, "shared_bytes": shared,
+        "masked_rows_zero": attended.op.masked_rows_zero, "split": splits > 1, "blocks": tile.blocks,
+        "shared_bytes": shared,
     }  # fmt: skip
+    parts = _parts(work, splits) if splits > 1 else {}
     arguments: dict[str, Argument] = {
         "map_k": map_of(k, tile.keys, work.head), "map_v": map_of(v, tile.keys, work.value),
         "q": pointer_to(q), "q_stride": I64s(strides(q)[:-1]), "head_size": q.shape[-1],
         **attended.arguments(), "together": together, "rows": work.rows, "tiles_per_key": work.shared_by,
         # 0 where all of the batch read the same.
-        "k_batches": int(k.shape[0] > 1), "v_batches": int(v.shape[0] > 1),
+        "k_batches": int(k.shape[0] > 1), "v_batches": int(v.shape[0] > 1), **parts,
     }  # fmt: skip
-    if splits > 1:
-        arguments |= _parts(work, splits)
     products = wgmma_function(tile.keys, q.dtype) + register_product(work.value, q.dtype)
-    return launch(
-        "attention", "attention_decode.cuh", config, [attended.epilogue()], arguments,
+    decoding = launch(
+        "attention", "attention_decode.cuh", config, [epilogue], arguments,
         (work.tiles * splits, 1, 1), 160, shared, Instruction.WGMMA,
         helpers="".join(('#include "ptx/wgmma_panels.cuh"\n', products, attended.bias_code())),
     )  # fmt: skip
+    if splits == 1:
+        return [decoding]
+    all_rows = work.tiles * work.rows
+    joining = launch(
+        "attention", "attention_join.cuh",
+        {
+            "value_padded": work.value, "masked_rows_zero": attended.op.masked_rows_zero, "most_splits": MOST_SPLITS,
+            "warps": _JOINING_WARPS,
+        },
+        [epilogue], {**parts, "rows": work.rows, "all_rows": all_rows, "value_size": v.shape[-1]},
+        (ceildiv(all_rows, _JOINING_WARPS), 1, 1), 32 * _JOINING_WARPS,
+    )  # fmt: skip
+    return [decoding, joining]
 
 
 def _parts(work: Decoding, splits: int) -> dict[str, Argument]:
-    """What attention_parts.cuh asks for: sums and states of every row of every part, and a counter for each tile."""
+    """What attention_join.cuh reads: sums and states of every row of every part."""
     rows = work.tiles * splits * work.rows
     sums, states = rows * work.value * 4, rows * 16
     room = workspace(sums + states)
-    arrived = Buffer("arrived", BufferKind.PLAN, work.tiles * 4, np.zeros(work.tiles, np.uint32))
     return {
-        "partials": Pointer(room, ctype="float"), "states": Pointer(room, sums, ctype="float"),
-        "arrived": Pointer(arrived, ctype="u32"), "splits": splits,
+        "partials": Pointer(room, ctype="float"), "states": Pointer(room, sums, ctype="float"), "splits": splits,
     }  # fmt: skip

@@ -1,5 +1,5 @@
-"""Tile shapes of attention of few queries (attention_decode.cuh), and the cost model that says among how many blocks the
-keys of a tile are divided. Called by `attention_decode.py`."""
+"""Tile shapes of attention of few queries (attention_decode.cuh), and the cost model that says among how many blocks
+the keys of a tile are divided. Called by `attention_decode.py`."""
 
 from __future__ import annotations
 
@@ -39,12 +39,11 @@ class DecodeTile:
     blocks: int
 
     def shared_bytes(self, work: Decoding) -> int:
-        """q, the rings, biases by key, which tile is where, and the barriers (attention_decode.cuh)."""
+        """q, the rings, biases by key, which tile is in which place, and the barriers (attention_decode.cuh)."""
         head = ceildiv(work.head, 32) * 32
         rings = self.stages * self.keys * (head + work.value) * 2
         biases = self.stages * self.keys * 4 * (work.bias is BiasKind.PER_KEY)
-        words = 4 * (self.stages + 1)
-        return (ROWS * head * 2 + rings + biases + words + 7) // 8 * 8 + 32 * self.stages
+        return (ROWS * head * 2 + rings + biases + 4 * self.stages + 7) // 8 * 8 + 32 * self.stages
 
 
 def tile_of(work: Decoding) -> DecodeTile:
@@ -87,15 +86,19 @@ def cycles(tile: DecodeTile, splits: int, work: Decoding, multiprocessors: int) 
     def wave(blocks: int) -> float:
         """So many blocks at once: their loads take what is left of memory, of the L2 cache or of the units."""
         resident = ceildiv(blocks, multiprocessors)
-        from_memory = tile_bytes / work.shared_by * max(blocks / (multiprocessors * MEMORY_BYTES), resident / most_bytes)
+        from_memory = (
+            tile_bytes / work.shared_by * max(blocks / (multiprocessors * MEMORY_BYTES), resident / most_bytes)
+        )
         step = max(alone, resident * busy, resident * tile_bytes / l2_bytes, from_memory)
         # What every block waits for before its first product, and what it writes.
         return 1000 + steps * step + (resident * state_bytes / l2_bytes if splits > 1 else 0)
 
-    return sum(wave(blocks) for blocks in _waves(work.tiles * splits, multiprocessors * tile.blocks)) + (
-        # Written, counted, and read by one block: trips to the L2 cache, and what passes through it.
-        3000 + splits * state_bytes / l2_bytes if splits > 1 else 0
-    )
+    time = sum(wave(blocks) for blocks in _waves(work.tiles * splits, multiprocessors * tile.blocks))
+    if splits > 1:
+        # Another kernel, which has started by then: two trips to the L2 cache, and what passes through it.
+        readers = min(multiprocessors, ceildiv(work.tiles * work.rows, 4))
+        time += 2500 + work.tiles * splits * state_bytes / (readers * l2_bytes)
+    return time
 
 
 def _waves(blocks: int, slots: int) -> Iterator[int]:

@@ -21,7 +21,8 @@ _SHARES = (0.4, 0.8, 1.2, 1.6)  # lengths of packed sequences beside their mean,
 @dataclass(frozen=True)
 class Work:
     """What there is to do: `groups` products of batch and heads. `head` and `value` are padded. `bias_itemsize`,
-    `biases`: bytes and number of the elements of a full bias; `places`: room for the order of packed sequences."""
+    `biases`: bytes and number of the elements of a full bias; `places`: room for the order of packed sequences;
+    `window`: how near a key has to lie."""
 
     queries: int
     keys: int
@@ -33,6 +34,13 @@ class Work:
     bias_itemsize: int = 0
     biases: int = 0
     places: int = 0
+    window: int | None = None
+
+    def seen(self, first: int, last: int) -> tuple[int, int]:
+        """The first key that some of the queries from `first` to `last` see, and the one behind the last."""
+        begin = 0 if self.window is None else max(0, first + 1 - self.window)
+        end = last + 1 if self.causal else self.keys if self.window is None else last + self.window
+        return min(begin, self.keys - 1), min(end, self.keys)
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,7 @@ def cycles(tile: WgmmaAttentionTile, work: Work, multiprocessors: int) -> float:
     longest = max(max(lengths) for lengths, _ in dealt)
     if work.places or items > _ROUNDS * slots:
         return LAUNCH + max(floor, longest, sum(sum(one) * groups for one, groups in dealt) / slots + longest / 2)
-    band = BAND if work.causal else 1
+    band = BAND if work.causal and work.window is None else 1
     free = [0.0] * slots
     for first in range(0, work.groups, band):
         for length in dealt[0][0]:
@@ -152,8 +160,8 @@ def _as_long(work: Work, share: float) -> Work:
 def warpgroup_cycles(head: int, value: int, keys: int, bias: BiasKind) -> tuple[float, float]:
     """The cycles that 64 queries take for a tile of keys: of a warpgroup's units when others fill its gaps, and of a
     warpgroup on its own."""
-    # Multiply-adds at the full rate, 16 exponentials a cycle. A product with few keys takes as long as its operands come
-    # from shared memory: 2 KiB of q and 32 bytes of each key, 128 a cycle.
+    # Multiply-adds at the full rate, 16 exponentials a cycle. A product with few keys takes as long as its operands
+    # come from shared memory: 2 KiB of q and 32 bytes of each key, 128 a cycle.
     scores = head / 16 * max(keys / 2, 16 + keys / 4)
     products, exponentials = scores + 64 * keys * value / 2048, 64 * keys / 16
     # What a bias adds to a score, 128 lanes a cycle: a sum and part of a load; of a full one conversions, too. Counted
@@ -174,12 +182,13 @@ def _items(tile: WgmmaAttentionTile, work: Work, blocks: int) -> list[float]:
         exposed = max(0.0, (alone - busy) * (3 - active) / 2)
         return max(active * busy + exposed, feed)
 
-    ends = alone + blocks * tile.queries * (work.head + work.value) * 2 / 32
+    around = alone + blocks * tile.queries * (work.head + work.value) * 2 / 32
 
     def item(query0: int) -> float:
         """A tile of queries: its warpgroups start together on the last tile that each of them sees."""
         rows = range(query0, min(work.queries, query0 + tile.queries), 64)
-        seen = [ceildiv(min(work.keys, row + 64) if work.causal else work.keys, tile.keys) for row in rows]
-        return ends + sum(step(blocks * sum(count > i for count in seen)) for i in range(max(seen)))
+        ends = (work.seen(row, row + 63) for row in rows)
+        seen = [ceildiv(end, tile.keys) - begin // tile.keys for begin, end in ends]
+        return around + sum(step(blocks * sum(count > i for count in seen)) for i in range(max(seen)))
 
     return [item(i * tile.queries) for i in reversed(range(ceildiv(work.queries, tile.queries)))]

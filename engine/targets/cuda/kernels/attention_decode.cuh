@@ -1,8 +1,8 @@
 // Attention of few queries, on sm_90a, where keys and values are what has to be read: a decoder's next tokens, queries that pool a
 // sequence. A tile is the queries of all heads that share keys and values (`together` of them), up to 64 rows: row r is query
 // r % queries of head r / queries of the tile, so each key is read once for all of them. A block has one tile and a part of its keys,
-// which a fifth warp brings through rings of tiles, by TMA; a warpgroup multiplies. Several blocks can share a tile (SPLIT): the last
-// one joins what they have (attention_parts.cuh).
+// which a fifth warp brings through rings of tiles, by TMA; a warpgroup multiplies. Several blocks can share a tile (SPLIT): what
+// they have is joined by attention_join.cuh, which describes it.
 // A bias is added to the scores, in any layout. BIAS: one number a key, alike for all rows; the fifth warp brings it beside the keys, and
 // leaves out tiles of keys which it hides. FULL: whatever else; lanes load their own, while keys are on their way.
 // `Bias` comes from attention_operands.py.
@@ -28,16 +28,12 @@ using KTile = Tile<KEYS, HEAD_PANELS>;
 using VTile = Tile<KEYS, VALUE>;
 static_assert(!BIAS || KEYS % 32 == 0, "the lanes of a warp load the biases of a tile");
 
-#include "attention_parts.cuh"
 #include "attention_products.cuh"
-static_assert(JOINING == CONSUMERS, "");
 
-// Shared memory: q, rings of k and of v, the biases beside each k and which tile it is, a word of attention_parts.cuh, barriers. As in
-// attention_decode.py.
+// Shared memory: q, rings of k and of v, the biases beside each k and which tile it is, barriers. As in attention_decode_tiles.py.
 constexpr int K_RING = QTile::BYTES, V_RING = K_RING + STAGES * KTile::BYTES, BIASES = V_RING + STAGES * VTile::BYTES;
-constexpr int TAKEN = BIASES + (BIAS ? STAGES * KEYS * 4 : 0), WORD = TAKEN + 4 * STAGES, BARRIERS = (WORD + 11) / 8 * 8;
+constexpr int TAKEN = BIASES + (BIAS ? STAGES * KEYS * 4 : 0), BARRIERS = (TAKEN + 4 * STAGES + 7) / 8 * 8;
 static_assert(BARRIERS + 32 * STAGES == config::shared_bytes, "the host asks for as much");
-static_assert(!SPLIT || 2 * 4 * ROWS * config::most_splits <= BIASES - K_RING, "parts are joined where the rings were");
 
 // What a block has to do: the heads of `batch` from `head` on, and the tiles of keys from `first` to `end`.
 struct Share {
@@ -163,14 +159,20 @@ DEVICE void copy_queries(const Params& p, u32 q_tile, const Share& share) {
   meet_at<CONSUMERS>(1);
 }
 
-// What this block has goes to where the last of those that share its queries finds it, and from there to the epilogue.
+// This lane's share of part `part` of all tiles' parts: rows `row` and `row` + 8, where they are there.
 template <class P>
-DEVICE void leave_part(
-    const P& p, const Memory& memory, const Share& share, const float (&out)[VALUE / 2], const float (&maximum)[2], const float (&sum)[2],
-    u32 row) {
-  write_part(p, out, maximum, sum, share.tile * p.splits + share.split, row);
-  if (joins(p, share.tile, reinterpret_cast<u32*>(memory.shared + WORD)))
-    join_parts(p, reinterpret_cast<float*>(memory.shared + K_RING), share.tile);
+DEVICE void write_part(const P& p, const float (&out)[VALUE / 2], const float (&maximum)[2], const float (&sum)[2], u32 part, u32 row) {
+  const u32 quad = threadIdx.x & 3;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const bool present = row + 8 * h < p.rows;
+    const u64 at = static_cast<u64>(part) * p.rows + row + 8 * h;
+    u32* const to = reinterpret_cast<u32*>(p.partials + at * VALUE + 2 * quad);
+#pragma unroll
+    for (int j = 0; j < VALUE / 8; ++j)
+      store_global_8_if(present, to + 8 * j, __float_as_uint(out[4 * j + 2 * h]), __float_as_uint(out[4 * j + 2 * h + 1]));
+    if (present && quad == 0) store_global_16(p.states + 4 * at, make_float4(maximum[h], sum[h], 0.0f, 0.0f));
+  }
 }
 
 // The warpgroup.
@@ -281,7 +283,7 @@ DEVICE void consume(const Params& p, const Memory& memory, const Share& share) {
   if constexpr (SPLIT) {
     maximum[0] *= scale;
     maximum[1] *= scale;
-    leave_part(p, memory, share, out, maximum, sum, row);
+    write_part(p, out, maximum, sum, share.tile * splits_of<SPLIT>(p) + share.split, row);
   } else {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {

@@ -26,11 +26,18 @@ DEVICE bool exponentials(
   }
   if (masked) {
     // Keys that the lane's first query sees, counted from its first column of the tile; of the other it sees 8 more.
-    const u32 end = CAUSAL ? min(keys, query + 1) : keys, lower_end = CAUSAL ? min(keys, query + 9) : keys;
+    const u32 end = keys_to(p, query, keys), lower_end = keys_to(p, query + 8, keys);
     const int seen = static_cast<int>(end - key0 - quad * 2), lower_seen = static_cast<int>(lower_end - key0 - quad * 2);
 #pragma unroll
     for (int i = 0; i < KEYS / 2; ++i)
       if (i / 4 * 8 + (i & 1) >= (i & 2 ? lower_seen : seen)) s[i] = -INFINITY;
+    if constexpr (WINDOW) {
+      const int first = static_cast<int>(keys_from(p, query) - key0 - quad * 2);
+      const int lower_first = static_cast<int>(keys_from(p, query + 8) - key0 - quad * 2);
+#pragma unroll
+      for (int i = 0; i < KEYS / 2; ++i)
+        if (i / 4 * 8 + (i & 1) < (i & 2 ? lower_first : first)) s[i] = -INFINITY;
+    }
   }
   // Without a bias the scale, which is positive, meets the scores in the exponential only.
   const float scale = BIAS || FULL ? 1.0f : p.scale_log2;
