@@ -196,7 +196,8 @@ class _Reader:
                 case PointOp.SUB, [(a, b, c), (i, j, k)]:
                     return a - i, b - j, c - k
             return None
-        return _POSITIONS.get(self._position(self._terms.leaf(e)))
+        position = self._position(self._terms.leaf(e))
+        return None if position is None else _POSITIONS[position]
 
     def _position(self, value: Value | Reduction | None) -> str | None:
         """ "key" or "query" for a value that is a range of positions along the last axis, or the one before it."""
