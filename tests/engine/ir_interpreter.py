@@ -170,6 +170,9 @@ def _attention(op: ops.Attention, inputs: Sequence[Array], sizes: Sizes, node: N
             scores = scores + _wide(inputs[3])
         if op.causal:
             scores = np.where(np.tri(*scores.shape[-2:]) > 0, scores, -np.inf)
+        if op.window is not None:
+            queries, keys = (np.arange(size) for size in scores.shape[-2:])
+            scores = np.where(np.abs(queries[:, None] - keys) < op.window, scores, -np.inf)
         weights = _softmax(scores, -1)
         if op.masked_rows_zero:
             weights = np.where(np.all(scores == -np.inf, axis=-1, keepdims=True), 0.0, weights)

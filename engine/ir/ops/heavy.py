@@ -117,7 +117,8 @@ class Attention(Op):
 
     Rank is 4 ([batch, heads, s, d]) or 3 ([batch, s, d], one head each). heads is a multiple of kv_heads (grouped
     queries). A fourth operand, where `has_bias`, is added to the scaled scores and broadcasts against
-    [batch, heads, sq, sk]. `causal` masks keys after the query (aligned at the first position). Rows in which every
+    [batch, heads, sq, sk]. `causal` masks keys after the query (aligned at the first position), `window` those that lie
+    as many positions from it or more, before it or after it. Rows in which every
     score is −inf give NaN as the softmax does, or 0 with `masked_rows_zero`. Never materialises the scores
     (running maximum and sum: Milakov & Gimelshein 2018; Rabe & Staats 2021).
 
@@ -125,7 +126,7 @@ class Attention(Op):
     rank 4 and batch 1, as many tokens each. The last fixed operand `starts`, int32 [sequences + 1], begins with 0 and
     never falls: sequence i is the tokens from starts[i] up to starts[i + 1], and its queries see its own keys only,
     `causal` counted from its first. Tokens from the last start on (their number is rounded up to a bucket's) give 0.
-    There is no bias.
+    There is no bias and no window.
     """
 
     scale: float
@@ -134,6 +135,13 @@ class Attention(Op):
     masked_rows_zero: bool = False
     stores: tuple[ex.Expr, ...] = IDENTITY
     packed: bool = False
+    window: int | None = None
+
+    def _seen(self, query: int, keys: int) -> int:
+        """How many keys a query sees."""
+        begin = 0 if self.window is None else max(0, query + 1 - self.window)
+        end = query + 1 if self.causal else keys if self.window is None else query + self.window
+        return max(0, min(keys, end) - begin)
 
     @property
     def operands(self) -> int:
@@ -146,6 +154,8 @@ class Attention(Op):
             raise ShapeError(f"Attention: ranks {len(q)}, {len(k)}, {len(v)}; all must be 3 or all 4")
         if isinstance(q[-1], int) and isinstance(k[-1], int) and q[-1] != k[-1]:
             raise ShapeError(f"Attention: q has {q[-1]} features a head, k {k[-1]}")
+        if self.window is not None and self.window < 1:
+            raise ShapeError(f"Attention: a window of {self.window} positions; a query sees its own at least")
         if self.packed:
             self._check_packed(inputs)
         batch = broadcast_shapes("Attention", q[:1], k[:1], v[:1])
@@ -153,8 +163,8 @@ class Attention(Op):
         return tuple((store.dtype, shape) for store in self.stores)
 
     def _check_packed(self, inputs: OperandTypes) -> None:
-        if self.has_bias:
-            raise ShapeError("Attention: packed sequences have no bias")
+        if self.has_bias or self.window is not None:
+            raise ShapeError("Attention: packed sequences have no bias and no window")
         q, k, v, starts = (t.shape for t in inputs[:4])
         if len(q) != 4 or any(t[0] != 1 for t in (q, k, v)) or not q[-2] == k[-2] == v[-2]:
             shapes = ", ".join(str(list(t)) for t in (q, k, v))
@@ -170,8 +180,8 @@ class Attention(Op):
         q, k, v = (t.shape for t in inputs[:3])
         keys = ceil(k[-2] / max(1, inputs[3].shape[0] - 1)) if self.packed else k[-2]
         scores = prod(outputs[0].shape[:-1]) * keys
-        if self.causal:
+        if self.causal or self.window is not None:
             queries = keys if self.packed else q[-2]
-            scores = scores * sum(min(i + 1, keys) for i in range(queries)) // max(1, queries * keys)
+            scores = scores * sum(self._seen(i, keys) for i in range(queries)) // max(1, queries * keys)
         # Per score: 2·d for q kᵀ, 2·dv for p v, and scale, maximum, subtract, exp, sum.
         return scores * (2 * q[-1] + 2 * v[-1] + 5) + outputs[0].elements * ex.flops(*self.stores)

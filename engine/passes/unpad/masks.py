@@ -29,6 +29,8 @@ def hides_only(node: Node, mask: Value, producers: Mapping[Value, Node]) -> bool
         raise Refused(f"{where} is packed already")
     if op.scale <= 0:
         raise Refused(f"{where} has a scale of {op.scale:g}")
+    if op.window is not None:
+        raise Refused(f"{where} sees a window")
     if not op.has_bias:
         raise Refused(f"{where} has no mask")
     bias = node.inputs[3]

@@ -23,6 +23,8 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
     assert isinstance(op, Attention)
     if any(tensor.dtype is not DType.F32 for tensor in inputs[: op.operands - op.packed]):
         raise UnsupportedOp(f"Attention on {inputs[0].dtype.value}: the CPU kernel computes float32; cast the operands")
+    if op.window is not None:
+        raise UnsupportedOp("Attention in a window: the CPU kernel has none; the traits keep it a bias")
     inner = Requirement(Access.INNER, tuple(range(len(inputs[0].shape))))
     free = Requirement()
     return (inner,) * 3 + (free,) * (len(inputs) - 3), (free,) * len(op.stores)

@@ -65,12 +65,14 @@ class Attended:
         if self.op.packed:
             starts = self.step.inputs[3]
             bias = {"starts": pointer_to(starts), "starts_stride": I64(starts.strides[0]), "sequences": self.sequences}
+        if self.op.window is not None:
+            bias["window"] = self.op.window
         return {
             "scale_log2": self.op.scale * LOG2_E, **bias, "queries": queries, "keys": self.keys, "value_size": features,
-            "heads": heads, "heads_per_k": self._heads_per(1), "heads_per_v": self._heads_per(2),
+            "heads": heads, "heads_per_k": self.heads_per(1), "heads_per_v": self.heads_per(2),
         }  # fmt: skip
 
-    def _heads_per(self, which: int) -> int:
+    def heads_per(self, which: int) -> int:
         """How many heads of q share one of input `which`."""
         return self.sizes[1] // four(self.step.inputs[which].shape, 1)[1]
 
@@ -92,6 +94,11 @@ class Attended:
   DEVICE static u32 count(const Params& p) { return p.sequences; }
 };
 """
+
+    def window_code(self) -> str:
+        """The struct `Window`: how near a key has to lie for a query to see it."""
+        size = "0" if self.op.window is None else "p.window"
+        return f"struct Window {{\n  DEVICE static u32 size(const Params& p) {{ return {size}; }}\n}};\n"
 
     def bias_code(self) -> str:
         """The struct `Bias` that the kernels call."""

@@ -10,6 +10,7 @@ from engine.targets.cuda.kernel import ceildiv
 
 MAX_HEAD = 512  # features of q and k a head; beyond, no tile of them fits the shared memory of all architectures
 _MAX_SPLITS = 64
+LAUNCH = 1500  # cycles until the first loads have come
 _SHARED = 99 << 10  # bytes of shared memory a block may have on every architecture
 
 
@@ -138,7 +139,7 @@ def cycles(
     # Multiply-adds, exponentials and bytes from L2 a cycle and multiprocessor (tiles.py; tf32 runs at half the rate).
     rate = 1024 if heads.itemsize == 2 else 512 if not heads.exact else 512 / 3
     exponentials, bytes_per_cycle = 16, 48
-    latency, launch = 900, 1500  # of one tile of keys: product, maximum, exponential, product; of the first loads
+    latency = 900  # of one tile of keys: product, maximum, exponential, product
     blocks = _blocks(tile, heads, sizes) * splits
     keys = sizes.keys
     if sizes.causal:
@@ -155,7 +156,7 @@ def cycles(
         latency / resident,
     )
     ends = tile.queries * (heads.head + heads.value_padded) * heads.itemsize / bytes_per_cycle
-    time = launch + rounds * (steps * step + ends)
+    time = LAUNCH + rounds * (steps * step + ends)
     if splits > 1:
         # States are written, counted, and read again by the last: two trips to memory, and what passes through it.
         time += 1200 + (rounds + splits) * tile.state(heads) * 4 / bytes_per_cycle

@@ -38,7 +38,7 @@ def suits(step: Step) -> bool:
         and attended.op.scale > 0  # it meets the scores behind the maximum
         and (attended.op.packed or attended.sizes[2] >= _MIN_QUERIES)
         and attended.sequences <= MAX_SEQUENCES
-        and all(_readable(tensor) for tensor in step.inputs[:3])
+        and all(readable(tensor) for tensor in step.inputs[:3])
         and (attended.bias is not BiasKind.FULL or _readable_bias(attended))
     )
 
@@ -50,8 +50,8 @@ def _readable_bias(attended: Attended) -> bool:
     return inner == 1 and bias.offset % chunk == 0 and all(stride >= 0 and stride % chunk == 0 for stride in outer)
 
 
-def _readable(tensor: Tensor) -> bool:
-    """Starts and strides are whole, positive chunks of 16 bytes, and no axis is empty."""
+def readable(tensor: Tensor) -> bool:
+    """Starts and strides are whole, positive chunks of 16 bytes, as the copy engine needs them; no axis is empty."""
     *outer, _ = zip(tensor.shape, tensor.strides, strict=True)
     return (
         0 < tensor.shape[-1] <= MAX_WIDTH
@@ -106,6 +106,7 @@ def work_of(step: Step) -> Work:
     return Work(
         queries, keys, groups, depth(step.inputs[0]), width(step.inputs[2]), attended.op.causal, attended.bias,
         step.inputs[3].dtype.itemsize if full else 0, step.inputs[3].elements if full else 0, places,
+        attended.op.window,
     )  # fmt: skip
 
 
@@ -120,6 +121,7 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
     blocks = min(items, context.multiprocessors * tile.blocks)
     dynamic = items > blocks
     key_tiles = ceildiv(k.shape[-2], tile.keys)
+    ordered = op.causal or op.window is not None  # not every query sees every key
     config: dict[str, int | bool | str] = {
         "operand": STORAGE[q.dtype], "head_padded": head, "value_padded": value, "keys": tile.keys,
         "consumers": tile.consumers, "stages": tile.stages, "causal": op.causal, "bias": attended.bias,
@@ -127,11 +129,12 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
         "masked_rows_zero": op.masked_rows_zero, "producer_registers": tile.producer_registers,
         "consumer_registers": tile.consumer_registers, "blocks": tile.blocks, "shared_bytes": shared,
         "q_stages": tile.q_stages, "turns": tile.turns, "band": BAND, "dynamic": dynamic, "packed": op.packed,
-        "places": work.places,
-        "skips": attended.bias is BiasKind.PER_KEY and not op.causal and 1 < key_tiles <= _MASK_TILES,
+        "places": work.places, "window": op.window is not None,
+        "skips": attended.bias is BiasKind.PER_KEY and not ordered and 1 < key_tiles <= _MASK_TILES,
     }  # fmt: skip
     arguments: dict[str, Argument] = {
-        "map_q": _map(q, tile.queries, head), "map_k": _map(k, tile.keys, head), "map_v": _map(v, tile.keys, value),
+        "map_q": map_of(q, tile.queries, head), "map_k": map_of(k, tile.keys, head),
+        "map_v": map_of(v, tile.keys, value),
         **attended.arguments(), "groups": batch * heads,
         # 0 where all of the batch read the same.
         "q_batches": int(q.shape[0] > 1), "k_batches": int(k.shape[0] > 1), "v_batches": int(v.shape[0] > 1),
@@ -148,7 +151,7 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
         "attention", "attention_wgmma.cuh", config, [attended.epilogue()], arguments,
         (blocks, 1, 1), 128 * (tile.consumers + 1), shared,
         Instruction.WGMMA, helpers="".join(
-            ('#include "ptx/wgmma_panels.cuh"\n', products, attended.bias_code(), full_bias,
+            ('#include "ptx/wgmma_panels.cuh"\n', products, attended.bias_code(), attended.window_code(), full_bias,
              attended.sequences_code())
         ),
     )  # fmt: skip
@@ -179,7 +182,7 @@ def _bias_arguments(attended: Attended, tile: WgmmaAttentionTile) -> dict[str, A
     }  # fmt: skip
 
 
-def _map(tensor: Tensor, rows: int, padded: int) -> TensorMap:
+def map_of(tensor: Tensor, rows: int, padded: int) -> TensorMap:
     """Boxes of `rows` positions and a panel of the `padded` features, of one head of one of the batch."""
     batch, heads, positions, features = four(tensor.shape, 1)
     # Of an axis of one place nothing depends on the stride.

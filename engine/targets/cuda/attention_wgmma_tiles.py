@@ -12,6 +12,8 @@ from engine.targets.cuda.kernel import ceildiv
 
 BAND = 32  # heads whose causal tiles are dealt from the longest to the shortest; their k and v stay in L2
 _BINS = 32  # of lengths, 4 bytes each, that packed sequences are sorted into
+LAUNCH = 4250  # cycles from a launch to the first product, and behind the last store
+MEMORY_BYTES = 13  # a cycle and multiprocessor
 _ROUNDS = 8  # items a block, up to which the cost model deals them one by one
 _SHARES = (0.4, 0.8, 1.2, 1.6)  # lengths of packed sequences beside their mean, which is all that the host knows
 
@@ -19,7 +21,8 @@ _SHARES = (0.4, 0.8, 1.2, 1.6)  # lengths of packed sequences beside their mean,
 @dataclass(frozen=True)
 class Work:
     """What there is to do: `groups` products of batch and heads. `head` and `value` are padded. `bias_itemsize`,
-    `biases`: bytes and number of the elements of a full bias; `places`: room for the order of packed sequences."""
+    `biases`: bytes and number of the elements of a full bias; `places`: room for the order of packed sequences;
+    `window`: how near a key has to lie."""
 
     queries: int
     keys: int
@@ -31,6 +34,13 @@ class Work:
     bias_itemsize: int = 0
     biases: int = 0
     places: int = 0
+    window: int | None = None
+
+    def seen(self, first: int, last: int) -> tuple[int, int]:
+        """The first key that some of the queries from `first` to `last` see, and the one behind the last."""
+        begin = 0 if self.window is None else max(0, first + 1 - self.window)
+        end = last + 1 if self.causal else self.keys if self.window is None else last + self.window
+        return min(begin, self.keys - 1), min(end, self.keys)
 
 
 @dataclass(frozen=True)
@@ -71,10 +81,10 @@ def candidates(work: Work) -> list[WgmmaAttentionTile]:
     """Tiles whose kernels have no spills, and fit the shared memory of a multiprocessor. A block starts with as many
     registers a thread as its launch bounds allow; producer and consumers divide those anew."""
     tiles = _with_full_bias(work) if work.bias is BiasKind.FULL else _without_full_bias(work)
-    return [tile for tile in tiles if tile.shared_bytes(work) <= _shared_limit(tile.blocks)]
+    return [tile for tile in tiles if tile.shared_bytes(work) <= shared_limit(tile.blocks)]
 
 
-def _shared_limit(blocks: int) -> int:
+def shared_limit(blocks: int) -> int:
     """Of each of the blocks that share a multiprocessor's 228 KiB, beside the KiB that the system takes."""
     return (228 << 10) // blocks - (1 << 10)
 
@@ -121,25 +131,24 @@ def _with_full_bias(work: Work) -> Iterator[WgmmaAttentionTile]:
 def cycles(tile: WgmmaAttentionTile, work: Work, multiprocessors: int) -> float:
     """Estimated cycles, at about 1.7 GHz. The constants are fitted to a sweep on an H100 (fp16, heads of 64 and 128,
     128 to 16384 tokens, one to four consumers): 3 % root mean square, 10 % at most."""
-    launch, memory_bytes = 4250, 13  # bytes a cycle and multiprocessor
     kinds = [work] if not work.places else [_as_long(work, share) for share in _SHARES]
     items = sum(ceildiv(kind.queries, tile.queries) * kind.groups for kind in kinds)
     blocks = min(tile.blocks, ceildiv(items, multiprocessors))  # on a multiprocessor
     slots = multiprocessors * blocks
     # What memory takes for q, k, v, a full bias and the result where nothing lies in a cache.
     moved = work.groups * (work.queries + work.keys) * (work.head + work.value) * 2 + work.biases * work.bias_itemsize
-    floor = moved / (multiprocessors * memory_bytes)
+    floor = moved / (multiprocessors * MEMORY_BYTES)
     dealt = [(_items(tile, kind, blocks), kind.groups) for kind in kinds]
     longest = max(max(lengths) for lengths, _ in dealt)
     if work.places or items > _ROUNDS * slots:
-        return launch + max(floor, longest, sum(sum(one) * groups for one, groups in dealt) / slots + longest / 2)
-    band = BAND if work.causal else 1
+        return LAUNCH + max(floor, longest, sum(sum(one) * groups for one, groups in dealt) / slots + longest / 2)
+    band = BAND if work.causal and work.window is None else 1
     free = [0.0] * slots
     for first in range(0, work.groups, band):
         for length in dealt[0][0]:
             for _ in range(min(band, work.groups - first)):
                 heapreplace(free, free[0] + length)
-    return launch + max(floor, *free)
+    return LAUNCH + max(floor, *free)
 
 
 def _as_long(work: Work, share: float) -> Work:
@@ -148,19 +157,24 @@ def _as_long(work: Work, share: float) -> Work:
     return replace(work, queries=length, keys=length, groups=ceildiv(work.groups, len(_SHARES)))
 
 
+def warpgroup_cycles(head: int, value: int, keys: int, bias: BiasKind) -> tuple[float, float]:
+    """The cycles that 64 queries take for a tile of keys: of a warpgroup's units when others fill its gaps, and of a
+    warpgroup on its own."""
+    # Multiply-adds at the full rate, 16 exponentials a cycle. A product with few keys takes as long as its operands
+    # come from shared memory: 2 KiB of q and 32 bytes of each key, 128 a cycle.
+    scores = head / 16 * max(keys / 2, 16 + keys / 4)
+    products, exponentials = scores + 64 * keys * value / 2048, 64 * keys / 16
+    # What a bias adds to a score, 128 lanes a cycle: a sum and part of a load; of a full one conversions, too. Counted
+    # from the code.
+    added = 64 * keys / 128 * {BiasKind.NONE: 0.0, BiasKind.PER_KEY: 1.25, BiasKind.FULL: 3.5}[bias]
+    return 50 + products + 0.55 * exponentials + added, 300 + products / 2 + 1.85 * exponentials + added
+
+
 def _items(tile: WgmmaAttentionTile, work: Work, blocks: int) -> list[float]:
     """The cycles of each tile of queries of a head, from the last to the first, where so many blocks share a
     multiprocessor."""
     l2_bytes = 37  # a cycle and multiprocessor
-    # Of 64 queries and a tile of keys: multiply-adds at the full rate, 16 exponentials a cycle. A product with few keys
-    # takes as long as its operands come from shared memory: 2 KiB of q and 32 bytes of each key, 128 a cycle.
-    scores = work.head / 16 * max(tile.keys / 2, 16 + tile.keys / 4)
-    products, exponentials = scores + 64 * tile.keys * work.value / 2048, 64 * tile.keys / 16
-    # What a bias adds to a score, 128 lanes a cycle: a sum and part of a load; of a full one conversions, too. Counted
-    # from the code.
-    added = 64 * tile.keys / 128 * {BiasKind.NONE: 0.0, BiasKind.PER_KEY: 1.25, BiasKind.FULL: 3.5}[work.bias]
-    busy = 50 + products + 0.55 * exponentials + added  # of a warpgroup's tile when others fill its gaps
-    alone = 300 + products / 2 + 1.85 * exponentials + added
+    busy, alone = warpgroup_cycles(work.head, work.value, tile.keys, work.bias)
     feed = blocks * tile.keys * ((work.head + work.value) * 2 + tile.queries * work.bias_itemsize) / l2_bytes
 
     def step(active: int) -> float:
@@ -168,12 +182,13 @@ def _items(tile: WgmmaAttentionTile, work: Work, blocks: int) -> list[float]:
         exposed = max(0.0, (alone - busy) * (3 - active) / 2)
         return max(active * busy + exposed, feed)
 
-    ends = alone + blocks * tile.queries * (work.head + work.value) * 2 / 32
+    around = alone + blocks * tile.queries * (work.head + work.value) * 2 / 32
 
     def item(query0: int) -> float:
         """A tile of queries: its warpgroups start together on the last tile that each of them sees."""
         rows = range(query0, min(work.queries, query0 + tile.queries), 64)
-        seen = [ceildiv(min(work.keys, row + 64) if work.causal else work.keys, tile.keys) for row in rows]
-        return ends + sum(step(blocks * sum(count > i for count in seen)) for i in range(max(seen)))
+        ends = (work.seen(row, row + 63) for row in rows)
+        seen = [ceildiv(end, tile.keys) - begin // tile.keys for begin, end in ends]
+        return around + sum(step(blocks * sum(count > i for count in seen)) for i in range(max(seen)))
 
     return [item(i * tile.queries) for i in reversed(range(ceildiv(work.queries, tile.queries)))]

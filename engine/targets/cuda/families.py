@@ -72,6 +72,7 @@ TRAITS = Traits(
     attention_types=frozenset({DType.F16, DType.BF16, DType.F32}),  # fp64 is two products and a softmax
     storage_type=DType.F16,
     permuted_rows=True,
+    windows=True,
 )
 
 PACKED = PackedAttention(

@@ -11,8 +11,9 @@ from engine.ir.ops import (
     Attention,
 )
 from engine.plan.plan import Step
-from engine.targets.cuda import attention_wgmma
+from engine.targets.cuda import attention_decode, attention_wgmma
 from engine.targets.cuda.attention import heads_of, launch_attention
+from engine.targets.cuda.attention_decode_tiles import tile_of
 from engine.targets.cuda.attention_tiles import Heads, candidates
 from engine.targets.cuda.attention_wgmma_tiles import candidates as candidates_on_warpgroups
 from engine.targets.cuda.covering.build import (
@@ -26,13 +27,22 @@ from engine.targets.cuda.covering.build import (
 from engine.targets.cuda.kernel import Context, Launch
 
 
-def attention(dtype: DType, head: int, causal: bool, bias: int, tokens: int = 100, bias_dtype: DType = F32) -> Step:
+def attention(
+    dtype: DType,
+    head: int,
+    causal: bool,
+    bias: int,
+    tokens: int = 100,
+    bias_dtype: DType = F32,
+    window: int | None = None,
+) -> Step:
     """Attention without a bias (0), with one for every key (1), or for every score (2)."""
     heads: tuple[DType, tuple[int, ...]] = (dtype, (2, 4, tokens, head))
     inputs: list[Given] = [heads, heads, heads]
     inputs += [(bias_dtype, (2, 1, tokens if bias == 2 else 1, tokens))] if bias else []
-    op = Attention(head**-0.5, causal, bias > 0, stores=(stored(ACC, dtype),))
-    return make_step(op, inputs, f"attention {dtype.value} {head}{' causal' * causal}{' bias' * (bias > 0)}")
+    op = Attention(head**-0.5, causal, bias > 0, stores=(stored(ACC, dtype),), window=window)
+    kind = f"{' causal' * causal}{' window' * (window is not None)}{' bias' * (bias > 0)}"
+    return make_step(op, inputs, f"attention {dtype.value} {head}{kind}")
 
 
 def packed_attention(head: int, causal: bool, sequences: int = 3, tokens: int = 200) -> Step:
@@ -41,6 +51,16 @@ def packed_attention(head: int, causal: bool, sequences: int = 3, tokens: int = 
     op = Attention(head**-0.5, causal, stores=(stored(ACC),), packed=True)
     inputs: list[Given] = [heads, heads, heads, (DType.I32, (sequences + 1,))]
     return make_step(op, inputs, f"attention packed {head}{' causal' * causal}")
+
+
+def decoding(dtype: DType, head: int, bias: int, queries: int = 4, keys: int = 1000, causal: bool = False) -> Step:
+    """Attention of few queries, two heads of which share keys, without a bias (0), with one for every key (1), or for
+    every score (2)."""
+    kv: tuple[DType, tuple[int, ...]] = (dtype, (2, 2, keys, head))
+    inputs: list[Given] = [(dtype, (2, 4, queries, head)), kv, kv]
+    inputs += [(F16, (2, 1, queries if bias == 2 else 1, keys))] if bias else []
+    op = Attention(head**-0.5, causal, bias > 0, stores=(stored(ACC, dtype),))
+    return make_step(op, inputs, f"decoding {dtype.value} {head}{' bias' * (bias > 0)}")
 
 
 def attentions(context: Context) -> Iterator[tuple[str, Launch]]:
@@ -60,6 +80,14 @@ def attentions(context: Context) -> Iterator[tuple[str, Launch]]:
                     sizes = heads_of(step, replace(context, tf32=tf32))
                     for launch in launch_attention(step, sizes, tile, splits):
                         yield step.name, launch
+    for dtype, head in product((F16, F32), (64, 128, 256)):
+        turn += 1
+        step = attention(dtype, head, turn % 2 == 0, turn % 3, window=70)
+        sizes = heads_of(step, context)
+        for tile in candidates(sizes, causal=True, full_bias=False):
+            if tile.warps == 4:
+                for launch in launch_attention(step, sizes, tile):
+                    yield step.name, launch
     if context.architecture.wgmma:
         # Without a mask, with a causal one, and with one that may hide whole tiles of keys.
         kinds = ((False, 0), (True, 1), (False, 1))
@@ -77,3 +105,27 @@ def attentions(context: Context) -> Iterator[tuple[str, Launch]]:
             step = packed_attention(head, causal)
             for wgmma_tile in candidates_on_warpgroups(attention_wgmma.work_of(step)):
                 yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, context)
+        for (head, bias_dtype), causal in product(
+            (
+                (32, None),
+                (64, None),
+                (80, None),
+                (128, None),
+                (192, None),
+                (256, None),
+                (64, F16),
+                (128, F16),
+                (256, F32),
+            ),
+            (False, True),
+        ):
+            turn += 1
+            bias = turn // 2 % 2 if bias_dtype is None else 2
+            step = attention(F16, head, causal, bias, 200, bias_dtype or F32, window=70)
+            for wgmma_tile in candidates_on_warpgroups(attention_wgmma.work_of(step)):
+                yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, context)
+        for head, bias, splits in product((32, 64, 80, 96, 128, 192, 256), (0, 1, 2), (1, 4)):
+            turn += 1
+            step = decoding(DType.BF16 if turn % 4 == 0 else F16, head, bias, causal=turn % 5 == 0)
+            for launch in attention_decode.launch_attention(step, tile_of(attention_decode.work_of(step)), splits):
+                yield step.name, launch

@@ -1,11 +1,10 @@
 // A warpgroup of attention_wgmma.cuh that owns 64 queries of every item. Included there behind the constants.
 #pragma once
 #include "attention_memory.cuh"
+#include "attention_products.cuh"
 #include "attention_softmax.cuh"
 #include "epilogue/fragment.cuh"
 #include "ptx/grid.cuh"
-#include "ptx/pack.cuh"
-#include "ptx/wgmma_panels.cuh"
 #include "scheduler/stamp.cuh"
 
 DEVICE void consume(const Params& p, const Memory& memory, u32 warpgroup) {
@@ -23,37 +22,12 @@ DEVICE void consume(const Params& p, const Memory& memory, u32 warpgroup) {
   float s[KEYS / 2], out[VALUE / 2];
   u32 probabilities[KEYS / 4];
   const auto begin_scores = [&](u64 q, u32 turn) {
-    const u64 k = panel_descriptor<KTile::ROW_BYTES>(k_ring.tile(turn), KTile::PITCH);
-    constexpr int STEPS = KTile::ROW_BYTES / 32;  // of a panel
-    // NOTES: the descriptors of a wide head do not fit the uniform registers all at once, so its panels are a loop; each is a group,
-    // or NVRTC 13.0 puts a `warpgroup.arrive` behind the loop.
-    constexpr int ALL = HEAD / 16, TOGETHER = ALL > 8 ? STEPS : ALL;
-    static_assert(ALL % TOGETHER == 0, "whole panels");
-#pragma unroll 1
-    for (int panel = 0; panel < ALL / TOGETHER; ++panel) {
-      const u64 q_panel = q + panel * (QTile::PITCH >> 4), k_panel = k + panel * (KTile::PITCH >> 4);
-      wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < TOGETHER; ++i)
-        wgmma<KEYS, Element>(
-            s, q_panel + i / STEPS * (QTile::PITCH >> 4) + i % STEPS * 2, k_panel + i / STEPS * (KTile::PITCH >> 4) + i % STEPS * 2,
-            i > 0 || panel > 0);
-      wgmma_commit();
-    }
+    multiply_keys(s, q, panel_descriptor<KTile::ROW_BYTES>(k_ring.tile(turn), KTile::PITCH));
   };
   const auto begin_values = [&](u32 turn, bool first) {
-    const u64 v = panel_descriptor<VTile::ROW_BYTES>(v_ring.tile(turn), VTile::PITCH);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < KEYS / 16; ++i)
-      wgmma<VALUE, Element>(out, *reinterpret_cast<const u32(*)[4]>(&probabilities[4 * i]), v + i * (16 * VTile::ROW_BYTES >> 4), i > 0 || !first);
-    wgmma_commit();
+    multiply_values(out, probabilities, panel_descriptor<VTile::ROW_BYTES>(v_ring.tile(turn), VTile::PITCH), !first);
   };
-  // The accumulators of 16 keys are, rounded, operand A.
-  const auto round_probabilities = [&] {
-#pragma unroll
-    for (int i = 0; i < KEYS / 4; ++i) probabilities[i] = pack_pair<Element>(s[2 * i], s[2 * i + 1]);
-  };
+  const auto round_probabilities = [&] { round_pairs(probabilities, s); };
 
   // A place of the keys has their biases, too, which every lane has read; the keys themselves are read by the warp's products.
   const auto leave_keys = [&](u32 turn) {
@@ -72,6 +46,7 @@ DEVICE void consume(const Params& p, const Memory& memory, u32 warpgroup) {
     item.query0 = __shfl_sync(~0u, item.query0, 0);
     item.group = __shfl_sync(~0u, item.group, 0);
     item.tiles = __shfl_sync(~0u, item.tiles, 0);
+    if (WINDOW) item.live = __shfl_sync(~0u, item.live, 0);
     if (PACKED) {
       item.begin = __shfl_sync(~0u, item.begin, 0);
       item.rows = __shfl_sync(~0u, item.rows, 0);
@@ -80,25 +55,27 @@ DEVICE void consume(const Params& p, const Memory& memory, u32 warpgroup) {
     if (nothing_more(item)) break;
     const u32 rows = rows_of(p, item), keys = keys_of(p, item), first_row = item.group * p.queries + begin_of(item);
     const u32 first_query = item.query0 + 64 * warpgroup, query = first_query + local_row, hidden = hidden_tiles(p, item, first_query);
-#pragma unroll 1
-    for (u32 i = 0; i < hidden; ++i) {
-      k_ring.wait_full(turn + i);
+    const auto pass_tile = [&](u32 t) {
+      k_ring.wait_full(t);
       take_turn();
       pass_turn();
-      leave_keys(turn + i);
-      v_ring.wait_full(turn + i);
-      v_ring.leave(turn + i);
-    }
+      leave_keys(t);
+      v_ring.wait_full(t);
+      v_ring.leave(t);
+    };
+#pragma unroll 1
+    for (u32 i = 0; i < hidden; ++i) pass_tile(turn + i);
     if (hidden < item.tiles) {
       float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {}, correction[2];
       const u64 q = panel_descriptor<QTile::ROW_BYTES>(q_ring.tile(q_turn) + warpgroup * 64 * QTile::ROW_BYTES, QTile::PITCH);
-      const u32 last = turn + item.tiles - 1;
+      const u32 hidden_first = hidden_before(p, item, first_query, hidden), last = turn + item.tiles - 1 - hidden_first;
       const u32 bias_start = BiasTile::start(warpgroup * 64 + local_row);
       // The tile of `t`, a turn.
       const auto soften = [&](u32 t) {
-        const u32 key0 = (last - t) * KEYS;
+        const u32 key0 = (first_tile(item) + hidden_first + last - t) * KEYS;
         // A bias hides the keys past the end itself.
-        const bool masked = (!BIAS && key0 + KEYS > keys) || (CAUSAL && key0 + KEYS > first_query + 1);
+        bool masked = (!BIAS && key0 + KEYS > keys) || (CAUSAL && key0 + KEYS > first_query + 1);
+        if (WINDOW) masked |= key0 < keys_from(p, first_query + 63) || key0 + KEYS > keys_to(p, first_query, keys);
         const u8* const bias_tile = shared + BIASES + t % STAGES * BiasTile::BYTES;
         return exponentials(p, s, biases + t % STAGES * KEYS, bias_tile, bias_start, masked, keys, key0, query, maximum, sum, correction);
       };
@@ -150,6 +127,8 @@ DEVICE void consume(const Params& p, const Memory& memory, u32 warpgroup) {
       wgmma_settle(out);
       wgmma_keep(probabilities);
       v_ring.leave(last);
+#pragma unroll 1
+      for (u32 i = 1; i <= hidden_first; ++i) pass_tile(last + i);
 #pragma unroll
       for (int i = 0; i < VALUE / 2; ++i) out[i] *= sum[i >> 1 & 1];
       emit_fragment<Epilogue, VALUE / 8, 2>(p, out, first_row, query, rows, 0, p.value_size);

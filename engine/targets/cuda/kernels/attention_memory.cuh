@@ -3,21 +3,9 @@
 #pragma once
 #include "attention_biases.cuh"
 #include "attention_items.cuh"
-#include "ptx/barrier.cuh"
+#include "attention_rings.cuh"
 #include "ptx/memory.cuh"
-#include "ptx/tma_outer.cuh"
 
-// A tile in shared memory: panels of 64 features, or 32 where they do not come out even, each of ROWS rows of ROW_BYTES.
-template <int ROWS, int FEATURES> struct Tile {
-  static constexpr int PANEL = FEATURES % 64 ? 32 : 64, ROW_BYTES = PANEL * 2, PITCH = ROWS * ROW_BYTES;
-  static constexpr int PANELS = FEATURES / PANEL, BYTES = PANELS * PITCH;
-  static_assert(FEATURES % PANEL == 0 && PITCH % 1024 == 0, "panels start at a swizzle atom");
-
-  DEVICE static void copy(u32 tile, const TensorMap& map, u32 landed, u32 row, u32 head, u32 batch) {
-#pragma unroll
-    for (int i = 0; i < PANELS; ++i) copy_box(tile + i * PITCH, map, landed, i * PANEL, row, head, batch);
-  }
-};
 using QTile = Tile<QUERIES, HEAD_PANELS>;
 using KTile = Tile<KEYS, HEAD_PANELS>;
 using VTile = Tile<KEYS, VALUE>;
@@ -28,22 +16,6 @@ constexpr int K_RING = Q_STAGES * QTile::BYTES, V_RING = K_RING + STAGES * KTile
 constexpr int ITEMS = BIASES + STAGES * (BIAS ? KEYS * 4 : BiasTile::BYTES), PLACES = ITEMS + sizeof(Item) * (Q_STAGES + HELPERS);
 constexpr int BARRIERS = PLACES + (PACKED ? 8 * (config::places + 16) : 0);
 static_assert(BARRIERS + 8 * (2 * (Q_STAGES + HELPERS) + (4 + PACKED) * STAGES) == config::shared_bytes, "the host asks for as much");
-
-// A ring of tiles: which is `turn`'s, and the parity of its phase. A fresh barrier counts as completed in the phase before its first.
-template <int DEPTH> struct Ring {
-  u32 tiles, bytes, full, empty;
-  DEVICE u32 tile(u32 turn) const { return tiles + turn % DEPTH * bytes; }
-  DEVICE u32 landed(u32 turn) const { return full + 8 * (turn % DEPTH); }
-  DEVICE void wait_full(u32 turn) const { barrier_wait(full + 8 * (turn % DEPTH), turn / DEPTH & 1); }
-  DEVICE void wait_empty(u32 turn) const { barrier_wait(empty + 8 * (turn % DEPTH), turn / DEPTH & 1 ^ 1); }
-  // Called by all lanes of a warp.
-  DEVICE void leave(u32 turn) const {
-    __syncwarp();
-    if ((threadIdx.x & 31) == 0) barrier_arrive(empty + 8 * (turn % DEPTH));
-  }
-  // Each lane for itself, of what all of them have read.
-  DEVICE void leave_each(u32 turn) const { barrier_arrive(empty + 8 * (turn % DEPTH)); }
-};
 
 // Where all of it lies in a block.
 struct Memory {

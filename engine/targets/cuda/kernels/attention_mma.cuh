@@ -6,7 +6,7 @@
 // RING: tiles of k and v are two deep, the next pair travels while this one is used. Else there is one of each, for heads so wide
 // that two pairs do not fit: v travels during q kᵀ, the next k during the softmax and p v.
 // SPLIT: the keys are dealt to several blocks, for few queries (attention_split.cuh).
-// `Bias` comes from attention.py.
+// `Bias` and `Window` come from attention_operands.py.
 #pragma once
 #include "attention_split.cuh"
 #include "attention_tiles.cuh"
@@ -20,6 +20,7 @@ constexpr int WARPS = config::warps, THREADS = 32 * WARPS, FRAGMENTS = config::f
 constexpr int HEAD = config::head_padded, VALUE = config::value_padded;  // features a head of q and k, and of v, padded
 constexpr int KEYS = config::keys, STAGES = config::ring ? 2 : 1, BIAS_STAGES = 2;
 constexpr bool RING = config::ring, SPLIT = config::split, CAUSAL = config::causal, Q_IN_REGISTERS = config::q_in_registers;
+constexpr bool WINDOW = config::window;  // a query sees the keys less than so many positions from its own only
 constexpr int K_ROW = row_bytes(HEAD), V_ROW = row_bytes(VALUE);
 constexpr int Q_BYTES = QUERIES * K_ROW, K_BYTES = KEYS * K_ROW, STAGE_BYTES = K_BYTES + KEYS * V_ROW;
 constexpr int BIASES = Q_BYTES + STAGES * STAGE_BYTES;  // where the biases of a tile of keys lie, in shared memory
@@ -32,6 +33,10 @@ constexpr float LOG2_E = 1.4426950408889634f;
 
 // In units of log2. A finite bias stays finite, so that a row of equal, very negative ones is uniform, not empty.
 DEVICE float bias_log2(float bias) { return bias == -INFINITY ? bias : fmaxf(bias * LOG2_E, -1e38f); }
+
+// The first key that a query sees, and the one behind the last.
+DEVICE u32 keys_from(const Params& p, u32 query) { return WINDOW && query >= Window::size(p) ? query + 1 - Window::size(p) : 0; }
+DEVICE u32 keys_to(const Params& p, u32 query) { return CAUSAL ? min(p.keys, query + 1) : WINDOW ? min(p.keys, query + Window::size(p)) : p.keys; }
 
 extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 shared[];
@@ -55,8 +60,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
   const Element* q = p.q + batch * p.q_stride[0] + head * p.q_stride[1] + query0 * p.q_stride[2];
   const Element* k = p.k + batch * p.k_stride[0] + head / p.heads_per_k * p.k_stride[1];
   const Element* v = p.v + batch * p.v_stride[0] + head / p.heads_per_v * p.v_stride[1] + value0;
-  const u32 keys = CAUSAL ? min(p.keys, query0 + QUERIES) : p.keys, all_tiles = (keys + KEYS - 1) / KEYS;
-  const u32 each = (all_tiles + splits - 1) / splits, first_tile = split * each, tiles = min(all_tiles, first_tile + each);
+  const u32 keys = keys_to(p, query0 + QUERIES - 1), all_tiles = (keys + KEYS - 1) / KEYS;
+  const u32 skipped = min(all_tiles, keys_from(p, query0) / KEYS);
+  const u32 each = (all_tiles - skipped + splits - 1) / splits, first_tile = skipped + split * each, tiles = min(all_tiles, first_tile + each);
 
   const auto copy_k = [&](u32 tile) {
     const u32 key = tile * KEYS;
@@ -153,6 +159,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
 
     // Scores in units of log2, so that the exponential is one instruction.
     const bool ragged = BIAS != BiasKind::PER_KEY && key0 + KEYS > p.keys, diagonal = CAUSAL && key0 + KEYS > query0;
+    const bool edge = WINDOW && (key0 < keys_from(p, query0 + QUERIES - 1) || key0 + KEYS > keys_to(p, query0));
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; ++f) {
 #pragma unroll
@@ -166,11 +173,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
         }
         s[f][i] = BIAS == BiasKind::NONE ? s[f][i] * p.scale_log2 : fmaf(s[f][i], p.scale_log2, add);
       }
-      if (ragged || diagonal) {
+      if (ragged || diagonal || edge) {
 #pragma unroll
         for (int i = 0; i < KEYS / 2; ++i) {
           const u32 key = key0 + i / 4 * 8 + quad * 2 + (i & 1), row = query + 16 * f + (i & 2 ? 8 : 0);
           if (key >= p.keys || (CAUSAL && key > row)) s[f][i] = -INFINITY;
+          if (WINDOW && (key < keys_from(p, row) || key >= keys_to(p, row))) s[f][i] = -INFINITY;
         }
       }
 

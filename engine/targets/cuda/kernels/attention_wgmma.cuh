@@ -9,7 +9,7 @@
 // has beyond the end of its sequence: its probabilities are 0, but 0 · NaN is NaN, and what one sequence holds must not reach another.
 // NOTES: what a warpgroup does to the rings must not depend on which one it is, or descriptors leave the uniform registers.
 // The two sides are attention_producer.cuh and attention_consumer.cuh; attention_memory.cuh is what lies between them.
-// `Bias` and `FullBias` come from attention_operands.py and attention_wgmma.py.
+// `Bias`, `Window` and `FullBias` come from attention_operands.py and attention_wgmma.py.
 #pragma once
 #include "ptx/barrier.cuh"
 #include "ptx/grid.cuh"
@@ -22,6 +22,9 @@ constexpr int CONSUMERS = config::consumers, QUERIES = 64 * CONSUMERS, STAGES = 
 // BIAS: one number a key. FULL: one a score.
 constexpr bool CAUSAL = config::causal, BIAS = config::bias == 1, FULL = config::bias == 2, TURNS = config::turns && CONSUMERS > 1;
 constexpr bool PACKED = config::packed;
+// WINDOW: a query sees the keys less than so many positions from its own only.
+constexpr bool WINDOW = config::window;
+static_assert(!PACKED || !WINDOW, "packed sequences have no window");
 static_assert(!PACKED || config::bias == 0, "packed sequences have no bias");
 // SKIPS: tiles of keys may be left out, which are then taken from the first to the last. SCOUT: items come from the scout; where a
 // block has one and nothing is skipped, each warp finds it by itself.
@@ -30,10 +33,10 @@ constexpr bool HELPERS = BIAS || PACKED;  // the producer is three warps
 constexpr int THREADS = 128 * (CONSUMERS + 1), WARPS = 4 * CONSUMERS;
 constexpr int PRODUCER_REGISTERS = config::producer_registers, CONSUMER_REGISTERS = config::consumer_registers;
 // Heads of a band, whose tiles of queries are dealt from the longest to the shortest, so that what comes last is short. Without a causal
-// mask all are alike, and those of a head stay together, because they read the same k and v.
-constexpr int GROUPS = CAUSAL ? config::band : 1;
+// mask, and in a window, all are alike, and those of a head stay together, because they read the same k and v.
+constexpr int GROUPS = CAUSAL && !WINDOW ? config::band : 1;
 static_assert(!BIAS || KEYS % 32 == 0, "the lanes of a warp load the biases of a tile");
-static_assert(!SKIPS || (BIAS && !CAUSAL), "only biases tell what can be skipped, from the first tile on");
+static_assert(!SKIPS || (BIAS && !CAUSAL && !WINDOW), "only biases tell what can be skipped, from the first tile on");
 
 #include "attention_consumer.cuh"
 #include "attention_producer.cuh"

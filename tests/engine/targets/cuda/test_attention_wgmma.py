@@ -10,12 +10,13 @@ import pytest
 
 from engine.ir.dtype import DType
 from engine.ir.ops import Attention
+from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.attention import lower
 from engine.targets.cuda.attention_wgmma import launch_attention, pick, suits, work_of
-from engine.targets.cuda.attention_wgmma_tiles import candidates
+from engine.targets.cuda.attention_wgmma_tiles import candidates, cycles
 from engine.targets.cuda.covering import ACC, F16, F32, make_step
 from engine.targets.cuda.kernel import Context, Instruction, WeightStore, workspace
 from tests.engine.targets.cuda.attention_cases import ROUNDING, operand, result
@@ -237,3 +238,86 @@ def test_what_the_copy_engine_cannot_read_is_left_to_the_portable_kernel() -> No
     assert instruction([off, heads, heads]) is Instruction.MMA
     shared = replace(off, strides=(0, 6400, 64, 1), offset=0)  # one of the batch, repeated
     assert instruction([shared, heads, heads]) is Instruction.MMA
+
+
+def windowed(rng: np.random.Generator, i: int) -> tuple[Step, dict[int, np.ndarray]]:
+    """A step in a window of any size, causal or to both sides, without a bias, with one by key, or a full one."""
+    head, queries, keys = int(rng.choice(HEADS)), max(17, ragged(rng, 500)), ragged(rng, 700)
+    keys = keys if i % 3 == 0 else queries
+    batch, kv_heads = int(rng.integers(1, 3)), int(rng.integers(1, 3))
+    heads = kv_heads * int(rng.choice([1, 2]))
+    inputs: list[cv.Given] = [
+        operand(rng, n, F16, shape)
+        for n, shape in enumerate(((batch, heads, queries, head), *[(batch, kv_heads, keys, head)] * 2))
+    ]
+    feeds: dict[int, np.ndarray] = {}
+    if i % 4 == 1:
+        feeds[3] = rng.standard_normal((batch, 1, 1, keys)).astype(np.float32)
+        inputs.append((F32, feeds[3].shape))
+    elif i % 4 == 3:
+        bias, feeds[3] = full_bias(rng, (batch, heads, queries, keys), F16)
+        inputs.append(bias)
+    window = max(1, ragged(rng, 400))
+    op = Attention(head**-0.5, bool(i % 2), i % 2 == 1, True, (cv.stored(ACC),), window=window)
+    return result(rng, make_step(op, inputs)), feeds
+
+
+def test_windows_on_warpgroups_match_float64(hopper: Runner, count: int) -> None:
+    """Also queries that see no key, where there are fewer keys."""
+    rng = rng_of("windows")
+    cases = []
+    for i in range(2 * count):
+        step, feeds = windowed(rng, i)
+        tiles = candidates(work_of(step))
+        launches = [launch_attention(step, tiles[i % len(tiles)], hopper.context)]
+        shapes = " ".join(str(tensor.shape) for tensor in step.inputs)
+        cases.append(Case(f"{shapes} {step.op} {tiles[i % len(tiles)]}", step, 700, feeds, launches))
+    check(hopper, cases)
+
+
+def test_rings_wrap_around_in_windows(hopper: Runner) -> None:
+    """Many items a block, every tile; windows that end within a warpgroup's tile of keys and beyond the keys."""
+    context = replace(hopper.context, multiprocessors=5)
+    cases = []
+    for head, causal, window in ((32, True, 100), (64, False, 65), (80, True, 1), (128, True, 128), (256, False, 600)):
+        heads: tuple[DType, tuple[int, ...]] = (F16, (1, 4, 450, head))
+        op = Attention(head**-0.5, causal, stores=(cv.stored(ACC),), window=window)
+        step = make_step(op, [heads, heads, heads])
+        cases += [
+            Case(f"{head} {causal=} {window=} {tile}", step, 450, lowered=[launch_attention(step, tile, context)])
+            for tile in candidates(work_of(step))
+        ]
+    check(hopper, cases)
+
+
+def test_keys_outside_a_window_are_not_read(hopper: Runner) -> None:
+    """Where no query of a tile sees a tile of keys, not even NaN in it reaches the result."""
+    shape = (1, 2, 900, 32)
+    heads: tuple[DType, tuple[int, ...]] = (F16, shape)
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal(shape).astype(np.float16) for _ in range(3))
+    for causal in (False, True):
+        step = make_step(Attention(0.2, causal, stores=(cv.stored(ACC),), window=60), [heads, heads, heads])
+        for tile in candidates(work_of(step)):
+            launches = [launch_attention(step, tile, hopper.context)]
+            (want,) = hopper.run(step, launches, [q, k, v])
+            dirty = [array.copy() for array in (k, v)]
+            for array in dirty:
+                array[:, :, :128] = np.nan
+            (got,) = hopper.run(step, launches, [q, *dirty])
+            first = 128 + tile.queries + 60  # of a tile whose window begins behind the first 128 keys
+            assert np.array_equal(got[:, :, first:], want[:, :, first:]), (causal, tile)
+            assert np.isnan(got[:, :, :100]).all()
+
+
+def test_a_window_costs_what_it_shows() -> None:
+    """The estimated time of a window does not grow with the keys outside it."""
+
+    def estimated(tokens: int, window: int | None) -> float:
+        heads: tuple[DType, tuple[int, ...]] = (F16, (1, 16, tokens, 128))
+        step = make_step(Attention(0.1, True, stores=(cv.stored(ACC),), window=window), [heads, heads, heads])
+        work = work_of(step)
+        return min(cycles(tile, work, 132) for tile in candidates(work))
+
+    assert estimated(16384, 512) < 0.2 * estimated(16384, None)
+    assert 3 < estimated(16384, 512) / estimated(4096, 512) < 4.5
