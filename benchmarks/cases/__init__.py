@@ -22,11 +22,14 @@ class Case(Protocol):
 
 AnyCase = TypeVar("AnyCase", bound=Case)
 
-KernelCase = gemm.GemmCase | gemm.MatricesCase | conv.ConvCase | attention.AttentionCase | light.LightCase
+KernelCase = (
+    gemm.GemmCase | gemm.Fp8Case | gemm.MatricesCase | conv.ConvCase | attention.AttentionCase | light.LightCase
+)
 
 KERNELS: Mapping[str, Sequence[KernelCase]] = {
     "gemm": gemm.CASES,
     "random": gemm.RANDOM_CASES,
+    "fp8": gemm.FP8_CASES,
     "matrices": gemm.MATRICES_CASES,
     "conv": conv.CASES,
     "attention": attention.CASES,

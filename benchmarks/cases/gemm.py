@@ -1,5 +1,5 @@
-"""Matrix products of fp16 activations [m, k] with fp16 weights, and what rides in their epilogue; and products of
-activations."""
+"""Matrix products of fp16 activations [m, k] with fp16 weights, and what rides in their epilogue; the same of fp8; and
+products of activations."""
 
 from __future__ import annotations
 
@@ -38,6 +38,26 @@ class RandomGemmCase(GemmCase):
     """A shape that nobody chose: no constant of a cost model was fitted to it."""
 
     suite: ClassVar[str] = "random"
+
+
+@dataclass(frozen=True)
+class Fp8Case:
+    """Activations and weights of e4m3 with a scale for all, to fp16; the epilogue's operands are fp16."""
+
+    m: int
+    n: int
+    k: int
+    epilogue: Epilogue = Epilogue.NONE
+    suite: ClassVar[str] = "fp8"
+
+    @property
+    def name(self) -> str:
+        return f"{self.m}x{self.n}x{self.k} {self.epilogue.value}".strip()
+
+    @property
+    def scale(self) -> float:
+        """Of the sums: it brings them to the size of 1."""
+        return float(self.k**-0.5)
 
 
 @dataclass(frozen=True)
@@ -113,6 +133,15 @@ def _random_cases(seed: int = 20261125) -> Iterator[RandomGemmCase]:
 
 
 CASES = tuple(_cases())
+FP8_CASES = (
+    *(Fp8Case(size, size, size) for size in _SQUARES),
+    *(
+        Fp8Case(m, n, k, epilogue)
+        for m in (512, 4096, 16384)
+        for n, k in ((2304, 768), (768, 768), (3072, 768), (768, 3072))
+        for epilogue in (Epilogue.NONE, *([Epilogue.BIAS_GELU] if n == 3072 else []))
+    ),
+)
 MATRICES_CASES = tuple(
     MatricesCase(*sizes)
     for sizes in (

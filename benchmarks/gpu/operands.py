@@ -23,7 +23,7 @@ from engine.targets.cuda.target import CudaTarget
 
 ROTATE_BYTES = 160 << 20
 _POISON = 0xFF  # every float type reads NaN
-_TORCH = {DType.F16: torch.float16, DType.F32: torch.float32}
+_TORCH = {DType.F16: torch.float16, DType.F32: torch.float32, DType.F8E4M3: torch.float8_e4m3fn}
 
 Reference = Callable[..., torch.Tensor]
 Fill = Callable[[torch.Tensor], None]
@@ -84,7 +84,11 @@ class Operands:
             memory[:, : buffer.nbytes] = torch.from_numpy(content.copy()).to(self._device)
         elif buffer.kind is BufferKind.INPUT:
             assert dtype is not None
-            memory.view(_TORCH[dtype]).normal_()
+            if dtype is DType.F8E4M3:  # of which PyTorch draws none
+                for row in memory.view(_TORCH[dtype]):
+                    row.copy_(torch.randn(row.shape, device=self._device))
+            else:
+                memory.view(_TORCH[dtype]).normal_()
         return memory
 
     def _view(self, tensor: Tensor, i: int) -> torch.Tensor:

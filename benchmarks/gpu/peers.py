@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.cases import KernelCase
 from benchmarks.cases.attention import AttentionCase, Mask
 from benchmarks.cases.conv import ConvCase, Tail
-from benchmarks.cases.gemm import Epilogue, GemmCase, MatricesCase
+from benchmarks.cases.gemm import Epilogue, Fp8Case, GemmCase, MatricesCase
 from benchmarks.cases.light import Kind, LightCase
 
 Function = Callable[..., torch.Tensor]
@@ -48,6 +48,8 @@ def peers(case: KernelCase) -> list[Peer]:
     match case:
         case GemmCase():
             return list(_gemm(case))
+        case Fp8Case():
+            return list(_fp8(case))
         case MatricesCase():
             return [Peer("cuBLAS", _matrices)]
         case ConvCase():
@@ -63,6 +65,8 @@ def reference(case: KernelCase) -> Function:
     match case:
         case GemmCase():
             return _PRODUCTS[case.epilogue]
+        case Fp8Case():
+            return _scaled_product(case)
         case MatricesCase():
             return _matrices
         case ConvCase():
@@ -101,6 +105,34 @@ def _gemm(case: GemmCase) -> Iterator[Peer]:
         yield Peer("addmm_activation", fused, _k_inner)
     alone: Function = lambda a, b, *_: torch.mm(a, b)  # noqa: E731
     yield Peer("cuBLAS alone", alone, _k_inner, part=alone)
+
+
+def _scaled_product(case: Fp8Case) -> Function:
+    """On operands of any float type."""
+    if case.epilogue is Epilogue.NONE:
+        return lambda a, b: torch.mm(a, b).mul_(case.scale)
+    return lambda a, b, c: F.gelu(torch.mm(a, b).mul_(case.scale).add_(c))
+
+
+def _fp8(case: Fp8Case) -> Iterator[Peer]:
+    """cuBLAS adding as fast as it can, as ours do, and with its partial sums promoted to fp32 registers."""
+
+    def laid_out(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        scales = (torch.full((), scale, device=inputs[0].device) for scale in (case.scale, 1.0))
+        return (*_k_inner(*inputs), *scales)
+
+    def scaled(fast: bool) -> Function:
+        def run(a: torch.Tensor, b: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+            *bias, scale, one = others
+            y = torch._scaled_mm(a, b, scale, one, *bias, out_dtype=torch.float16, use_fast_accum=fast)
+            return F.gelu(y) if bias else y
+
+        return run
+
+    plain = case.epilogue is Epilogue.NONE
+    yield Peer("cuBLAS" if plain else "eager", scaled(fast=True), laid_out)
+    if plain:
+        yield Peer("cuBLAS, promoted", scaled(fast=False), laid_out)
 
 
 # Convolutions

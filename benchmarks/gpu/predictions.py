@@ -20,8 +20,9 @@ from engine.targets.cuda.product_cost import CLOCK_MHZ
 
 
 def predicted_us(step: Step, context: Context) -> float | None:
-    """Microseconds of a matrix product or an attention in fp16; None for other steps, types and architectures."""
-    if context.architecture is not SM_90A or step.inputs[0].dtype is not DType.F16:
+    """Microseconds of a matrix product or an attention in fp16, or a product of fp8; None for other steps, types and
+    architectures."""
+    if context.architecture is not SM_90A or step.inputs[0].dtype not in (DType.F16, DType.F8E4M3):
         return None
     if isinstance(step.op, Gemm):
         return _product_cycles(step, context) / CLOCK_MHZ
@@ -32,7 +33,7 @@ def predicted_us(step: Step, context: Context) -> float | None:
 
 def _product_cycles(step: Step, context: Context) -> float:
     parts = parts_of(step, context)
-    assert parts is not None, "fp16 is for the matrix units"
+    assert parts is not None, "these types are for the matrix units"
     product, epilogue = parts
     tile = pick_tile(product, epilogue, context)
     others = other_tiles(product, epilogue, context).values()

@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.cases import KernelCase
 from benchmarks.cases.attention import AttentionCase, Mask
 from benchmarks.cases.conv import ConvCase, Tail
-from benchmarks.cases.gemm import Epilogue, GemmCase, MatricesCase
+from benchmarks.cases.gemm import Epilogue, Fp8Case, GemmCase, MatricesCase
 from benchmarks.cases.light import Kind, LightCase
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
@@ -26,8 +26,8 @@ from engine.targets.cuda.families import family_of
 from engine.targets.cuda.kernel import Context, WeightStore
 from engine.targets.cuda.source import expand
 
-KERNEL_CASES = (GemmCase, MatricesCase, ConvCase, AttentionCase, LightCase)
-F16, F32 = DType.F16, DType.F32
+KERNEL_CASES = (GemmCase, Fp8Case, MatricesCase, ConvCase, AttentionCase, LightCase)
+F16, F32, F8 = DType.F16, DType.F32, DType.F8E4M3
 
 Constants = Callable[..., np.ndarray]
 """Makes the content of a weight of the shape given as arguments, in fp16."""
@@ -63,6 +63,8 @@ def step_of(case: KernelCase, weight: Constants = random_weight) -> Step:
     match case:
         case GemmCase():
             return _gemm(case, weight)
+        case Fp8Case():
+            return _fp8(case, weight)
         case MatricesCase():
             shapes = (case.batch, case.m, case.k), (case.batch, case.k, case.n)
             return cv.make_step(Gemm((cv.stored(cv.ACC),)), [(F16, shape) for shape in shapes])
@@ -89,6 +91,16 @@ def _gemm(case: GemmCase, weight: Constants) -> Step:
     if case.epilogue is Epilogue.BIAS_RESIDUAL:
         inputs.append((F16, (case.m, case.n)))
     return cv.make_step(Gemm((_GEMM_STORES[case.epilogue],)), inputs)
+
+
+def _fp8(case: Fp8Case, weight: Constants) -> Step:
+    """Numbers of both operands are of the size of 1: those of a weight in fp16 would be among the smallest of e4m3."""
+    sums = cv.mul(cv.ACC, cv.constant(case.scale))
+    stores = {Epilogue.NONE: sums, Epilogue.BIAS_GELU: cv.gelu(cv.add(sums, cv.arg(2)))}
+    numbers = F8.convert(weight(case.k, case.n).astype(np.float32) / np.float32(case.scale))
+    inputs: list[cv.Given] = [(F8, (case.m, case.k)), numbers]
+    inputs += [] if case.epilogue is Epilogue.NONE else [weight(case.n)]
+    return cv.make_step(Gemm((cv.stored(stores[case.epilogue]),)), inputs)
 
 
 def _relu(value: ex.Expr) -> ex.Expr:

@@ -185,7 +185,7 @@ def cast(value: Expr, dtype: DType) -> Expr:
     if value.dtype is dtype:
         return value
     if isinstance(value, Const) and dtype is not DType.STRING:
-        return const(np.asarray(value.value, value.dtype.numpy).astype(dtype.numpy).item(), dtype)
+        return const(dtype.convert(np.asarray(value.value, value.dtype.numpy)).item(), dtype)
     return Apply(PointOp.CAST, (value,), dtype)
 
 
@@ -282,7 +282,7 @@ def evaluate(root: Expr, args: Sequence[np.ndarray | None], acc: np.ndarray | No
                 done[node] = np.asarray(node.value, node.dtype.numpy)
             else:
                 operands = [done[arg] for arg in node.args]
-                done[node] = np.asarray(_evaluate_one(node, operands)).astype(node.dtype.numpy, copy=False)
+                done[node] = node.dtype.convert(np.asarray(_evaluate_one(node, operands)))
     return done[root]
 
 

@@ -14,19 +14,22 @@ import torch
 from benchmarks.cases import KernelCase
 from benchmarks.cases.attention import AttentionCase, Mask
 from benchmarks.cases.conv import ConvCase, Tail
-from benchmarks.cases.gemm import Epilogue, GemmCase, MatricesCase
+from benchmarks.cases.gemm import Epilogue, Fp8Case, GemmCase, MatricesCase
 from benchmarks.cases.light import Kind, LightCase
 from benchmarks.gpu import operands as operands_module
 from benchmarks.gpu.kernels import fills_of
 from benchmarks.gpu.operands import Operands
 from benchmarks.gpu.peers import eager, peers, reference
 from benchmarks.gpu.steps import step_of
+from engine.ir.dtype import DType
 from engine.ir.graph import Node, Value
 from tests.engine import ir_interpreter
 
 ONLY_ON_A_GPU = {"cuDNN", "cuDNN fused", "flash", "memory-efficient"}
 SMALL: tuple[KernelCase, ...] = (
     *(GemmCase(33, 24, 48, epilogue) for epilogue in Epilogue),
+    Fp8Case(48, 32, 64),
+    Fp8Case(48, 32, 64, Epilogue.BIAS_GELU),
     MatricesCase(3, 33, 24, 48),
     ConvCase(2, 16, 24, 14, 3),
     ConvCase(2, 16, 24, 14, 1, 2),
@@ -60,9 +63,16 @@ def test_the_reference_computes_the_step(case: KernelCase) -> None:
     values = tuple(Value(f"i{i}", t.dtype, t.shape) for i, t in enumerate(step.inputs))
     node = Node(step.op, values, (Value("o", step.outputs[0].dtype, step.outputs[0].shape),))
     for i in {0, operands.count - 1}:
-        arrays = [np.ascontiguousarray(tensor.numpy()) for tensor in operands.inputs[i]]
+        arrays = [array_of(tensor) for tensor in operands.inputs[i]]
         (expected,) = ir_interpreter.run_node(node, arrays, {})
         assert operands.check(i, torch.from_numpy(expected)) < 1e-3  # the interpreter rounds its result to fp16
+
+
+def array_of(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.dtype is not torch.float8_e4m3fn:
+        return np.ascontiguousarray(tensor.numpy())
+    bits: np.ndarray = tensor.contiguous().view(torch.uint8).numpy()
+    return bits.view(DType.F8E4M3.numpy)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{case.suite} {case.name}")

@@ -12,7 +12,7 @@ from engine.targets.cuda.product import PART_COLUMNS, Matrix, Product, columns_i
 _THREADS = 256
 _BATCH = 2  # chunks of 16 bytes that a thread loads before it stores the first
 _BLOCKS = 8  # of a multiprocessor: all of its threads
-_PIECES = {2: "u16", 4: "u32", 16: "uint4"}
+_PIECES = {1: "u8", 2: "u16", 4: "u32", 16: "uint4"}
 
 
 def aligned_bytes(product: Product) -> int:

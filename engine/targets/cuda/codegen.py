@@ -32,10 +32,9 @@ from engine.targets.cuda.kernel import (
 from engine.targets.cuda.spaces import Operand, Space
 
 COMPUTE = {
-    DType.F64: "double", DType.F32: "float", DType.F16: "float", DType.BF16: "float", DType.I64: "i64",
-    DType.I32: "i32", DType.I16: "i32", DType.I8: "i32", DType.U64: "u64", DType.U32: "u32", DType.U16: "i32",
-    DType.U8: "i32",
-    DType.BOOL: "bool",
+    DType.F64: "double", DType.F32: "float", DType.F16: "float", DType.BF16: "float", DType.F8E4M3: "float",
+    DType.I64: "i64", DType.I32: "i32", DType.I16: "i32", DType.I8: "i32", DType.U64: "u64", DType.U32: "u32",
+    DType.U16: "i32", DType.U8: "i32", DType.BOOL: "bool",
 }  # fmt: skip
 """The types in which elements are computed (`compute_t` of kernels/types.cuh)."""
 

@@ -106,7 +106,7 @@ def _wrong_instructions(kernel: Kernel, used: frozenset[str], machine: str) -> I
         yield f"no machine code of a function '{_FUNCTION}'"
     if kernel.instruction is not Instruction.NONE and kernel.instruction.value not in used:
         yield f"no {kernel.instruction.value}"
-    if kernel.instruction is Instruction.WGMMA:
+    if kernel.instruction.is_wgmma:
         moves = moves_between_products(machine)
         if moves > _MOST_MOVES:
             yield f"{moves} R2UR in the loop of {kernel.instruction.value}"
@@ -125,7 +125,7 @@ def moves_between_products(machine: str) -> int:
     for begin, end in loops:
         body = [text for address, text in code if begin <= address <= end]
         inner = any(begin <= other[0] and other[1] <= end and other != (begin, end) for other in loops)
-        if not inner and any("HGMMA" in text for text in body):
+        if not inner and any("GMMA" in text for text in body):
             moves += sum("R2UR" in text for text in body)
     return moves
 

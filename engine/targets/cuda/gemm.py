@@ -57,7 +57,7 @@ from engine.targets.cuda.spaces import operand, operands, space
 from engine.targets.cuda.staging import staged_epilogue
 from engine.targets.cuda.tiles import NOTHING, Operands, WgmmaTile
 
-_MATRIX_TYPES = (DType.F16, DType.BF16, DType.F32)
+_MATRIX_TYPES = (DType.F16, DType.BF16, DType.F8E4M3, DType.F32)
 
 
 def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]:
@@ -69,8 +69,9 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
         raise UnsupportedOp(f"Gemm of {a.dtype.value} and {b.dtype.value}")
     needs = (Requirement(), Requirement())
     if _on_matrix_units(op, a, b):
-        b_need = Requirement() if is_weight(b) else _inner(b, b.strides[-2] == 1 and b.strides[-1] != 1)
-        needs = (_inner(a, rows_inner(a)), b_need)
+        fp8 = a.dtype is DType.F8E4M3  # whose instructions want k innermost in both
+        b_need = Requirement() if is_weight(b) else _inner(b, fp8 or (b.strides[-2] == 1 and b.strides[-1] != 1))
+        needs = (_inner(a, rows_inner(a) and not fp8), b_need)
     output = len(op.infer(inputs)[0][1])
     return (
         (*needs, *(Requirement() for _ in inputs[2:])),
@@ -192,8 +193,8 @@ def other_tiles(product: Product, epilogue: Functor, context: Context) -> Mappin
 def operands_of(product: Product, context: Context) -> Operands:
     """How the matrix units take the operands. Constants of fp32 are never just rounded: their errors are the same in
     every row, so that what follows does not average them out."""
-    if product.dtype.itemsize == 2:
-        return Operands.HALF
+    if product.dtype.itemsize <= 2:
+        return Operands.HALF if product.dtype.itemsize == 2 else Operands.FP8
     if not context.tf32:
         return Operands.EXACT
     return Operands.REFINED if product.b.is_constant else Operands.TF32

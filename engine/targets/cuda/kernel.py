@@ -55,7 +55,7 @@ class LevelSizes:
 
 @dataclass(frozen=True, eq=False)
 class TensorMap:
-    """A 2-D TMA descriptor of fp16, bf16 or fp32 rows: `columns` are contiguous, `rows` lie `row_stride` elements
+    """A 2-D TMA descriptor of fp16, bf16, e4m3 or fp32 rows: `columns` are contiguous, `rows` lie `row_stride` elements
     apart. fp32 is rounded to tf32 on the way."""
 
     pointer: Pointer
@@ -138,6 +138,12 @@ class Instruction(Enum):
     NONE = ""
     MMA = "HMMA"
     WGMMA = "HGMMA"
+    WGMMA_8 = "QGMMA"  # of 8-bit floats
+
+    @property
+    def is_wgmma(self) -> bool:
+        """Whether a whole warpgroup multiplies."""
+        return self in (Instruction.WGMMA, Instruction.WGMMA_8)
 
 
 @dataclass(frozen=True)
@@ -315,9 +321,9 @@ class Family(Protocol):
 
 
 STORAGE = {
-    DType.F64: "double", DType.F32: "float", DType.F16: "half", DType.BF16: "bfloat16", DType.I64: "i64",
-    DType.I32: "i32", DType.I16: "i16", DType.I8: "i8", DType.U64: "u64", DType.U32: "u32", DType.U16: "u16",
-    DType.U8: "u8", DType.BOOL: "bool",
+    DType.F64: "double", DType.F32: "float", DType.F16: "half", DType.BF16: "bfloat16", DType.F8E4M3: "e4m3",
+    DType.I64: "i64", DType.I32: "i32", DType.I16: "i16", DType.I8: "i8", DType.U64: "u64", DType.U32: "u32",
+    DType.U16: "u16", DType.U8: "u8", DType.BOOL: "bool",
 }  # fmt: skip
 """Types of kernels/types.cuh in which elements lie in memory."""
 

@@ -112,7 +112,8 @@ class Product:
         """Whether it can as several matrices, along two axes of the batch at most, or across b's lines."""
         several = self.batch.count > 1 or not self.b.k_inner
         lines = (self.a.stride, self.b.stride, self.k, *self.batch.sizes)
-        lies = self.a.k_inner and self.dtype.itemsize == 2 and len(self.batch.sizes) <= 2 and min(lines) > 0
+        narrow = self.dtype.itemsize == 2 or (self.dtype.itemsize == 1 and self.b.k_inner)  # b across: of 16 bits
+        lies = self.a.k_inner and narrow and len(self.batch.sizes) <= 2 and min(lines) > 0
         return several and lies and self.a_access == self.b_access == 16
 
     @property
@@ -152,7 +153,9 @@ def _second(b: Tensor, context: Context) -> Matrix:
     if is_weight(b):
         packed = context.weights.packed(b, "n,k lines", pack_weight)
         return Matrix(Pointer(packed, ctype=STORAGE[b.dtype]), line_elements(b.shape[-2], b.dtype), padded=True)
-    k_inner = b.strides[-2] == 1 and (b.strides[-1] != 1 or (b.shape[-2] > 1 and b.shape[-1] == 1))
+    k_inner = b.dtype is DType.F8E4M3 or (
+        b.strides[-2] == 1 and (b.strides[-1] != 1 or (b.shape[-2] > 1 and b.shape[-1] == 1))
+    )
     return Matrix(pointer_to(b), b.strides[-1 if k_inner else -2], k_inner)
 
 

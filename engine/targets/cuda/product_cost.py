@@ -110,9 +110,9 @@ _COPY_LAUNCH, _COPY_RATE = 2330, 2030
 
 _MMA_LAUNCH, _MMA_MEMORY_RATE = 2800, 2960
 _MMA_SHARE, _TALL = 0.95, 1.5
-_NARROW_LOADS = {16: 1.0, 4: 1.8, 2: 3.5}
+_NARROW_LOADS = {16: 1.0, 4: 1.8, 2: 3.5, 1: 7.0}
 """The time of a tile of mma.sync on an H100 beside `mma_cycles`, of one with more than 16 rows, and by the bytes that
-are loaded at once of a row of a: from 60 timings, of which half lie within 15 %."""
+are loaded at once of a row of a: from 60 timings, of which half lie within 15 % (of single bytes there are none)."""
 
 
 def ranked_wgmma(
@@ -160,8 +160,8 @@ def _wgmma_estimate(
     blocks = tile.blocks(tiles, multiprocessors)
     waves = ceildiv(blocks * tile.splits, multiprocessors)
     rounds = waves * ceildiv(tiles, blocks)  # tiles of the busiest multiprocessor
-    # 128 bytes of k are half as many fp32 operands as halves, at half the rate.
-    multiply = (_STEADY + _NARROW / tile.n) * tile.m * tile.n * 64 / _RATE
+    # 128 bytes of k are half as many fp32 operands as halves, at half the rate, and twice as many of fp8.
+    multiply = (_STEADY + _NARROW / tile.n) * operands.step_slowness * tile.m * tile.n * 64 / _RATE
     rows = min(tile.m, m) / tile.cluster_n * (1 if tile.aligns else _cut(product.a.stride * itemsize))
     rows += min(tile.n, n) / tile.cluster_m * _cut(product.b.stride * itemsize)
     together = min(blocks * tile.splits, multiprocessors) / _CACHE_RATE

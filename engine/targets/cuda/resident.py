@@ -16,7 +16,6 @@ import cupy
 import numpy as np
 
 from engine.errors import EngineError
-from engine.ir.dtype import DType
 from engine.plan.plan import Plan, Step
 from engine.plan.tensor import Buffer
 from engine.specs import StepStat
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
 
 
 class ResidentExecutable:
-    """A plan on arrays of its own. `inputs` and `outputs` are CuPy arrays by name (bfloat16 as its bits). Safe to use
-    from many threads: one launch at a time."""
+    """A plan on arrays of its own. `inputs` and `outputs` are CuPy arrays by name (bfloat16 and 8-bit floats as their
+    bits). Safe to use from many threads: one launch at a time."""
 
     def __init__(self, target: CudaTarget, plan: Plan) -> None:
         self._target = target
@@ -40,7 +39,7 @@ class ResidentExecutable:
         self._arrays: dict[int, cupy.ndarray] = {}
         try:
             for tensor in (*plan.inputs.values(), *plan.outputs.values()):
-                dtype = np.dtype(np.uint16) if tensor.dtype is DType.BF16 else tensor.dtype.numpy
+                dtype = tensor.dtype.plain
                 self._arrays[id(tensor.buffer)] = cupy.zeros(tensor.shape, dtype)
             self._program = Program(target, plan)
             self._stamps_at = ceildiv(self._program.status_bytes, STAMP_BYTES) * STAMP_BYTES

@@ -16,10 +16,13 @@ MOST_SPLITS = 24
 
 
 class Operands(Enum):
-    """What the matrix units multiply: (bytes an element, time of a multiply-add beside that of fp16)."""
+    """What the matrix units multiply: (bytes an element, time of a multiply-add on mma.sync beside that of fp16)."""
 
     HALF = (2, 1)
     """fp16 or bf16"""
+    FP8 = (1, 1)
+    """e4m3, k innermost. On mma.sync operands become halves in registers; wgmma takes as many bytes of it at once as of
+    fp16."""
     TF32 = (4, 2)
     """fp32, rounded"""
     REFINED = (4, 4)
@@ -35,6 +38,12 @@ class Operands(Enum):
     @property
     def slowness(self) -> int:
         return self.value[1]
+
+    @property
+    def step_slowness(self) -> float:
+        """The time of 128 bytes of k on wgmma beside that of fp16. Of FP8, twice as many elements, expected, not
+        measured: 1.9 times the rate."""
+        return 2 / 1.9 if self is Operands.FP8 else 1
 
     def wgmma_steps(self, k: int) -> int:
         """The steps of 128 bytes that wgmma takes for so many columns."""
@@ -68,10 +77,12 @@ class MmaTile:
 
     def config(self, operands: Operands) -> dict[str, int | bool | str]:
         """What kernels/mma/tile.cuh and the kernels on it are told, but for the type of the operands."""
-        exact = operands is Operands.EXACT  # operands in two parts, sums in two stages: more registers
+        exact = operands is Operands.EXACT
+        # Operands in two parts and sums in two stages, or operands that become others: more registers.
+        more = exact or operands is Operands.FP8
         return {
             "tile_m": self.m, "tile_n": self.n, "tile_k_bytes": self.k_bytes, "warps_m": self.warps_m,
-            "warps_n": self.warps_n, "stages": self.stages, "blocks": max(1, self.blocks - exact),
+            "warps_n": self.warps_n, "stages": self.stages, "blocks": max(1, self.blocks - more),
             "shared_bytes": self.shared_bytes, "exact": exact, "split": self.splits > 1,
         }  # fmt: skip
 
@@ -400,7 +411,8 @@ def wgmma_cycles(
     # 128 bytes of k are half as many fp32 operands as halves, at half the rate.
     # A row of a narrow panel costs the copy engine what one of 128 bytes costs.
     copies = tile.m * 128 // tile.panel_bytes * (rates.row + rates.line * lines) + tile.n * rates.column
-    step = max(slowdown * tile.m * tile.n * 64 / _WGMMA_RATE, copies, least_step)
+    multiply = slowdown * operands.step_slowness * tile.m * tile.n * 64 / _WGMMA_RATE
+    step = max(multiply, copies, least_step)
     blocks = min(tiles, max(1, multiprocessors // (tile.splits * groups)))
     waves = ceildiv(blocks * tile.splits * groups, multiprocessors)
     rounds = waves * ceildiv(tiles, blocks)  # tiles of the busiest multiprocessor

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import cupy
 import numpy as np
 
+from engine.ir.dtype import DType
 from engine.ir.ops import Conv, Gemm
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind
@@ -182,6 +183,8 @@ class _Memory:
                 return self._pool.astype(cupy.float16).view(cupy.uint8)
             case "bfloat16":
                 return (self._pool.view(cupy.uint32) >> 16).astype(cupy.uint16).view(cupy.uint8)
+            case "e4m3":
+                return cupy.asarray(DType.F8E4M3.convert(self._pool.get()).view(np.uint8))
             case "float":
                 return self._pool.view(cupy.uint8)
         return None

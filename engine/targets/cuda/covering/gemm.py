@@ -14,6 +14,7 @@ from engine.plan.tensor import Buffer, BufferKind
 from engine.targets.cuda.covering.build import (
     ACC,
     BIAS_RESIDUAL,
+    F8,
     F16,
     F32,
     Given,
@@ -34,6 +35,7 @@ from engine.targets.cuda.tiles import BATCHED_TILES, CLUSTER_TILES, MMA_TILES, S
 def products(context: Context) -> Iterator[tuple[str, Launch]]:
     """Products in every tile, whole and split, and in slices, with every kind of operands."""
     fp16, architecture = _product(F16), context.architecture
+    fp8, scaled = _product(F8, result=F16), _product(F8, result=F8)  # the type of the result decides how it is stored
     residual = make_step(Gemm((BIAS_RESIDUAL,)), [*fp16.inputs, (F16, (300, 400))])
     portable = [tile for tile in MMA_TILES if tile.shared_bytes <= architecture.shared_bytes]
     wgmma, staged, batched = (WGMMA_TILES, STAGED_TILES, BATCHED_TILES) if architecture.wgmma else ((), (), ())
@@ -58,6 +60,12 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         (residual, context, clusters[:-1]),
         (_product(DType.BF16, residual=True), context, clusters[-1:]),
         (_product(F32), rounding, clusters[:1]),
+        (fp8, context, (*portable, *wgmma)),
+        (scaled, context, (portable[0], *wgmma[:1], *wgmma[7:8])),
+        (_product(F8, result=F16, residual=True), context, [replace(tile, splits=3) for tile in divisible]),
+        (_product(F8, k=387, n=401, result=F16), context, (portable[1], *(replace(t, aligns=True) for t in wgmma[:2]))),
+        (_product(F8, k=388, n=401, result=F8), context, (portable[1],)),
+        (_matrices(k_inner=True, dtype=F8), context, (*portable[:1], *batched)),
         (_matrices(k_inner=False), context, batched[:-1]),
         (_matrices(k_inner=True), context, batched[-1:]),
     ]
@@ -90,9 +98,9 @@ def computed(step: Step) -> Step:
     return replace(step, inputs=(step.inputs[0], replace(b, buffer=buffer, strides=(1, b.shape[0])), *step.inputs[2:]))
 
 
-def _matrices(k_inner: bool) -> Step:
+def _matrices(k_inner: bool, dtype: DType = F16) -> Step:
     """Twelve products of computed matrices."""
-    step = make_step(Gemm((stored(ACC),)), [(F16, (4, 3, 300, 384)), (F16, (4, 3, 384, 400))])
+    step = make_step(Gemm((stored(ACC),)), [(dtype, (4, 3, 300, 384)), (dtype, (4, 3, 384, 400))])
     b = step.inputs[1]
     if k_inner:
         b = replace(b, strides=(*b.strides[:2], 1, b.shape[2]))

@@ -17,6 +17,7 @@ using i64 = long long;
 
 struct half { u16 bits; };
 struct bfloat16 { u16 bits; };
+struct e4m3 { u8 bits; };  // 1 sign, 4 exponent, 3 mantissa; 448 at most, no infinities
 
 template <class A, class B> struct same { static constexpr bool value = false; };
 template <class A> struct same<A, A> { static constexpr bool value = true; };
@@ -29,6 +30,7 @@ template <class A, class B> struct choose<false, A, B> { using type = B; };
 template <class T> struct compute { using type = T; };
 template <> struct compute<half> { using type = float; };
 template <> struct compute<bfloat16> { using type = float; };
+template <> struct compute<e4m3> { using type = float; };
 template <> struct compute<u8> { using type = int; };
 template <> struct compute<u16> { using type = int; };
 template <> struct compute<i8> { using type = int; };
@@ -36,11 +38,12 @@ template <> struct compute<i16> { using type = int; };
 template <class T> using compute_t = typename compute<T>::type;
 
 template <class T> DEVICE compute_t<T> widen(T x) {
-  if constexpr (same<T, half>::value || same<T, bfloat16>::value) return to_float(x);
+  if constexpr (same<T, half>::value || same<T, bfloat16>::value || same<T, e4m3>::value) return to_float(x);
   else return static_cast<compute_t<T>>(x);
 }
 template <class T, class V> DEVICE T narrow(V x) {
   if constexpr (same<T, half>::value) return to_half(static_cast<float>(x));
   else if constexpr (same<T, bfloat16>::value) return to_bfloat16(static_cast<float>(x));
+  else if constexpr (same<T, e4m3>::value) return to_e4m3(static_cast<float>(x));
   else return static_cast<T>(x);
 }

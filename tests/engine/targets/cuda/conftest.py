@@ -18,7 +18,12 @@ EMULATED_CASES = 12  # nearly each of them is a kernel to compile
 
 
 # Few kernels differ between architectures: these files choose them themselves, or have no other kernels.
-_EMULATED = {"test_gemm": ("sm_80", "sm_90a"), "test_kernels": ("sm_80", "sm_90a"), "test_attention": ("sm_80",)}
+_EMULATED = {
+    "test_gemm": ("sm_80", "sm_90a"),
+    "test_gemm_fp8": ("sm_80", "sm_90a"),
+    "test_kernels": ("sm_80", "sm_90a"),
+    "test_attention": ("sm_80",),
+}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

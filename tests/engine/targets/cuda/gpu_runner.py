@@ -89,10 +89,10 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def view(target: CudaTarget, executable: Executable, tensor: Tensor) -> cupy.ndarray:
-    """A tensor in device memory, as an array (bfloat16 as bits)."""
+    """A tensor in device memory, as an array (bfloat16 and 8-bit floats as bits)."""
     start = executable.address(Pointer(tensor.buffer, tensor.offset * tensor.dtype.itemsize))
     memory = cupy.cuda.UnownedMemory(start, max(1, tensor.buffer.nbytes), target, target.device.index)
-    dtype = np.dtype(np.uint16) if tensor.dtype is DType.BF16 else tensor.dtype.numpy
+    dtype = tensor.dtype.plain
     strides = tuple(stride * dtype.itemsize for stride in tensor.strides)
     return cupy.ndarray(tensor.shape, dtype, cupy.cuda.MemoryPointer(memory, 0), strides)
 
@@ -103,4 +103,4 @@ def _bytes(target: CudaTarget, start: int, count: int) -> cupy.ndarray:
 
 
 def _as_stored(array: np.ndarray) -> np.ndarray:
-    return array.view(np.uint16) if array.dtype == DType.BF16.numpy else array
+    return array.view(DType.of(array.dtype).plain)

@@ -109,8 +109,10 @@ def random(rng: np.random.Generator, tensor: Tensor) -> np.ndarray:
     return rng.standard_normal(tensor.shape).astype(tensor.dtype.numpy)
 
 
-_EPSILON = {DType.F16: 2.0**-11, DType.BF16: 2.0**-8, DType.F32: 2.0**-22, DType.F64: 2.0**-22}
-_SMALLEST = {DType.F16: 2.0**-24}
+_EPSILON = {
+    DType.F16: 2.0**-11, DType.BF16: 2.0**-8, DType.F8E4M3: 2.0**-4, DType.F32: 2.0**-22, DType.F64: 2.0**-22,
+}  # fmt: skip
+_SMALLEST = {DType.F16: 2.0**-24, DType.F8E4M3: 2.0**-9}
 """The step between the smallest numbers, which rounding to them may take."""
 _COMPUTED = {DType.F32: 2.0**-22, DType.F64: 2.0**-50}
 """Four roundings of the type: the elementary functions are good to two."""

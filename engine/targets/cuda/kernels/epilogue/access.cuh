@@ -40,6 +40,21 @@ template <int LEVELS> DEVICE i64 row_offset(const Tensor& t, const RowIndex<LEVE
 
 template <class T> struct alignas(sizeof(T) * WIDTH < 16 ? sizeof(T) * WIDTH : 16) Pack { T element[WIDTH]; };
 
+// Results as they lie in memory.
+template <class T, class V> DEVICE void narrow_all(Pack<T>& pack, const V (&v)[WIDTH]) {
+  if constexpr (same<T, e4m3>::value && WIDTH % 2 == 0) {  // the conversion makes two
+#pragma unroll
+    for (int i = 0; i < WIDTH; i += 2) {
+      const u16 pair = pack_e4m3x2(v[i], v[i + 1]);
+      pack.element[i].bits = static_cast<u8>(pair);
+      pack.element[i + 1].bits = static_cast<u8>(pair >> 8);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < WIDTH; ++i) pack.element[i] = narrow<T>(v[i]);
+  }
+}
+
 // `count` columns from `column` on (at most WIDTH), as they lie in memory: fetched early, widened when they are used, so that
 // many loads can be under way before the first store. ALIGNED: the caller has WIDTH columns, at a multiple of their size.
 template <class T, Column COLUMN> struct Fetched {
@@ -71,8 +86,7 @@ DEVICE void store_columns(const Tensor& t, i64 offset, u32 column, u32 count, co
   T* p = static_cast<T*>(t.data) + offset;
   if constexpr (COLUMN == Column::UNIT && ALIGNED) {
     Pack<T> pack;
-#pragma unroll
-    for (int i = 0; i < WIDTH; ++i) pack.element[i] = narrow<T>(v[i]);
+    narrow_all<T>(pack, v);
     *reinterpret_cast<Pack<T>*>(p + column) = pack;
   } else {
     const i64 stride = COLUMN == Column::UNIT ? 1 : t.column;

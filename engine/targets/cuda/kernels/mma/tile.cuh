@@ -90,6 +90,42 @@ template <class T> struct MmaHalves {
 template <> struct MmaOperand<half> : MmaHalves<half> {};
 template <> struct MmaOperand<bfloat16> : MmaHalves<bfloat16> {};
 
+// e4m3, k innermost: halves hold its numbers exactly, and a fragment's words hold four of them where those of halves hold two. So a
+// fragment becomes two: the first and the last two bytes of every word, which is another order of k, the same in both operands.
+template <> struct MmaOperand<e4m3> {
+  using Element = e4m3;
+  static constexpr int PER_CHUNK = 16, K = 32;
+  struct Fragment { u32 word[4]; };
+
+  template <bool K_INNER, int ROW_BYTES> DEVICE static u32 swizzled(u32 row, u32 chunk) { return ::swizzled<ROW_BYTES>(row, chunk); }
+  template <bool K_INNER, int ROW_BYTES> DEVICE static void load_a(Fragment& a, u32 tile, u32 row, u32 k) {
+    static_assert(K_INNER, "");
+    ::load_a<ROW_BYTES>(a.word, tile, row, k);
+  }
+  template <bool K_INNER, int ROW_BYTES> DEVICE static void load_b(Fragment& b, u32 tile, u32 column, u32 k) {
+    static_assert(K_INNER, "");
+    load_b_k_inner<ROW_BYTES>(b.word, tile, column, k);
+  }
+  DEVICE static void halves(u32 (&half)[4], const Fragment& f, int pair) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) half[i] = halves_of_e4m3x2(static_cast<u16>(f.word[i] >> 16 * pair));
+  }
+  template <int N> DEVICE static void multiply(float (&d)[8 * N], const Fragment& a, const Fragment (&b)[N]) {
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      u32 rows[4];
+      halves(rows, a, pair);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        u32 columns[4];
+        halves(columns, b[j], pair);
+        mma_f16_16816(block_of(d, 2 * j), rows, columns[0], columns[1]);
+        mma_f16_16816(block_of(d, 2 * j + 1), rows, columns[2], columns[3]);
+      }
+    }
+  }
+};
+
 // fp32 operands on the tf32 instruction: rounded to its 11 bits, or split as big + small, which keep 22 of the 24. Of the four
 // products the one of the small parts is below the rounding of the others and left out.
 template <bool EXACT, bool REFINED> struct MmaOperand<float, EXACT, REFINED> {
@@ -150,7 +186,7 @@ template <bool EXACT, bool REFINED> struct MmaOperand<float, EXACT, REFINED> {
 
 // One 16-byte chunk of a tile, whose first `count` elements (as many as there are, if more) lie at `source`; the others become zero.
 // ACCESS: the bytes that are read at once (16, 4, or an element), at multiples of so many; what then stands behind the last element
-// must be zeros or belong to rows that are not stored. Follow with copy_async_commit: all but single halves travel asynchronously.
+// must be zeros or belong to rows that are not stored. Follow with copy_async_commit: all but single elements travel asynchronously.
 template <class OPERAND, int ACCESS> DEVICE void copy_chunk(u32 destination, const typename OPERAND::Element* source, u32 count) {
   if constexpr (ACCESS == 16) {
     copy_async_16(destination, source, count != 0);
@@ -158,6 +194,11 @@ template <class OPERAND, int ACCESS> DEVICE void copy_chunk(u32 destination, con
     constexpr int PER_WORD = OPERAND::PER_CHUNK / 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) copy_async_4(destination + 4 * i, source + i * PER_WORD, i * PER_WORD < count);
+  } else if constexpr (sizeof(typename OPERAND::Element) == 1) {
+    u32 packed[4] = {};
+#pragma unroll
+    for (int i = 0; i < 16; ++i) packed[i / 4] |= i < count ? static_cast<u32>(source[i].bits) << 8 * (i % 4) : 0;
+    store_shared_16(destination, make_uint4(packed[0], packed[1], packed[2], packed[3]));
   } else {
     u32 packed[4];
 #pragma unroll

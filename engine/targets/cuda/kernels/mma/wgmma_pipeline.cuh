@@ -1,5 +1,5 @@
-// The pipeline of products on wgmma for sm_90a: a[m, k] · b[n, k]ᵀ, operands of fp16, bf16 or tf32 (fp32 that the copy engine
-// rounds), fp32 accumulation. The kernels on it (gemm_wgmma.cuh, conv_wgmma.cuh) differ in how a tile of `a` reaches shared memory.
+// The pipeline of products on wgmma for sm_90a: a[m, k] · b[n, k]ᵀ, operands of fp16, bf16, e4m3 or tf32 (fp32 that the copy
+// engine rounds), fp32 accumulation (of e4m3: see gemm_wgmma.py). The kernels on it (gemm_wgmma.cuh, conv_wgmma.cuh) differ in how a tile of `a` reaches shared memory.
 // Persistent and warp-specialised: one thread keeps a ring of STAGES tiles filled through TMA for two consumer warpgroups.
 // These take output tiles in turn (ping-pong), so that one multiplies while the other runs its epilogue; or, COOPERATIVE, each
 // takes half the rows of every tile, which is faster where a block has a single tile, and allows wider ones.

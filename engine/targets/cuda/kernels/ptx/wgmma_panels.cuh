@@ -10,6 +10,8 @@ template <int ROW_BYTES> DEVICE u64 panel_descriptor(u32 address, u32 pitch) {
   constexpr u64 SWIZZLE = (ROW_BYTES == 128 ? 1ull : 2ull) << 62, ATOM = 8 * ROW_BYTES >> 4;
   return SWIZZLE | ATOM << 32 | static_cast<u64>((pitch & 0x3FFFF) >> 4) << 16 | (address & 0x3FFFF) >> 4;
 }
+// Generated (gemm_wgmma.py) where the rows of b are k.
+template <int N, class T> DEVICE void wgmma_across(float (&d)[N / 2], u64 a, u64 b, u32 accumulate);
 // Keeps a register operand in its registers up to this place, behind the wait for its product.
 template <int N> DEVICE void wgmma_keep(u32 (&a)[N]) {
 #pragma unroll

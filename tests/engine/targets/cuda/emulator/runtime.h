@@ -66,7 +66,7 @@ void store_box_wait(int pending);
 // The walk over pixels of ptx/tma_im2col.cuh; `axes` are spatial.
 void copy_pixels(u32 destination, const Map& map, u32 barrier, u32 channel, const int (&start)[3], u32 image, const u32 (&offset)[3], u32 axes, const void* where);
 
-enum class Element { HALF, BFLOAT16, TF32 };
+enum class Element { HALF, BFLOAT16, E4M3, TF32 };
 // d (16×8) += a (16×32 bytes) · b: fragments of a warp.
 void mma(Element element, float* d, const u32* a, u32 b0, u32 b1);
 

@@ -1,4 +1,5 @@
 // Matrix instructions: every lane computes its own results. A product of wgmma happens when it is waited for.
+#include <math.h>
 #include <string.h>
 
 #include <vector>
@@ -34,6 +35,15 @@ struct Bfloat16 {
   static constexpr int PER_WORD = 2;
   static float of(u32 bits) { return float_of(bits << 16); }
 };
+struct E4m3 {
+  using Bits = unsigned char;
+  static constexpr int PER_WORD = 4;
+  static float of(u32 bits) {
+    const u32 magnitude = bits & 0x7f;
+    const float value = magnitude == 0x7f ? NAN : float_of(magnitude << 20) * 0x1p120f;
+    return bits & 0x80 ? -value : value;
+  }
+};
 struct Tf32 {
   using Bits = u32;
   static constexpr int PER_WORD = 1;
@@ -43,6 +53,7 @@ template <class VISIT> void with(Element element, VISIT visit) {
   switch (element) {
     case Element::HALF: return visit(Half());
     case Element::BFLOAT16: return visit(Bfloat16());
+    case Element::E4M3: return visit(E4m3());
     case Element::TF32: return visit(Tf32());
   }
 }
@@ -100,7 +111,7 @@ template <class T> float value_at(u32 address) {
 // warpgroup stands for all.
 template <class VISIT> void operands_of(const Product& p, VISIT visit) {
   if (current % (4 * WARP)) return;
-  const u32 bytes = p.element == Element::TF32 ? 4 : 2, depth = 32 / bytes;
+  const u32 bytes = p.element == Element::TF32 ? 4 : p.element == Element::E4M3 ? 1 : 2, depth = 32 / bytes;
   const Operand b(p.b);
   for (u32 column = 0; column < static_cast<u32>(p.n); ++column)
     for (u32 k = 0; k < depth; ++k) {
@@ -113,6 +124,26 @@ template <class VISIT> void operands_of(const Product& p, VISIT visit) {
     for (u32 k = 0; k < depth; k += 16 / bytes) visit(own_shared_memory() + a.along(row, k, bytes), 16u);
 }
 
+// Of 8-bit floats the unit aligns the products of an instruction, and the accumulator, with the largest of them, and drops what lies
+// below the 13 bits behind its leading one (towards zero). So it is told of sm_90; nobody has said more.
+float aligned_sum(float accumulator, const float* products, u32 count) {
+  float largest = fabsf(accumulator);
+  for (u32 i = 0; i < count; ++i) largest = fmaxf(largest, fabsf(products[i]));
+  bool finite = isfinite(accumulator);
+  for (u32 i = 0; i < count; ++i) finite = finite && isfinite(products[i]);
+  if (largest == 0.0f || !finite) {
+    for (u32 i = 0; i < count; ++i) accumulator += products[i];
+    return accumulator;
+  }
+  const int unit = ilogbf(largest) - 13;
+  double sum = trunc(ldexp(accumulator, -unit));
+  for (u32 i = 0; i < count; ++i) sum += trunc(ldexp(products[i], -unit));
+  const double result = ldexp(sum, unit);
+  if (result == 0.0) return 0.0f;
+  const int last = ilogb(result) - 13;
+  return static_cast<float>(ldexp(trunc(ldexp(result, -last)), last));
+}
+
 template <class T> void multiply(const Product& p) {
   constexpr u32 BYTES = sizeof(typename T::Bits), DEPTH = 32 / BYTES;
   const auto thread_in_group = static_cast<u32>(current % (4 * WARP));
@@ -123,9 +154,14 @@ template <class T> void multiply(const Product& p) {
     for (u32 k = 0; k < DEPTH; ++k) rows[half][k] = value_at<T>(a.along(first_row + 8 * half, k, BYTES));
   for (u32 i = 0; i < static_cast<u32>(p.n) / 2; ++i) {
     const u32 column = i / 4 * 8 + first_column + (i & 1);
-    float sum = p.accumulate ? p.d[i] : 0.0f;
+    float products[DEPTH], sum = p.accumulate ? p.d[i] : 0.0f;
     for (u32 k = 0; k < DEPTH; ++k)
-      sum += rows[i & 2 ? 1 : 0][k] * value_at<T>(p.across ? b.across(k, column, BYTES) : b.along(column, k, BYTES));
+      products[k] = rows[i & 2 ? 1 : 0][k] * value_at<T>(p.across ? b.across(k, column, BYTES) : b.along(column, k, BYTES));
+    if constexpr (BYTES == 1) {
+      sum = aligned_sum(sum, products, DEPTH);
+    } else {
+      for (u32 k = 0; k < DEPTH; ++k) sum += products[k];
+    }
     p.d[i] = sum;
   }
 }
@@ -180,6 +216,7 @@ void mma(Element element, float* d, const u32* a, u32 b0, u32 b1) {
   with(element, [&](auto kind) {
     using T = decltype(kind);
     constexpr int PER_WORD = T::PER_WORD, HALF = 4 * PER_WORD;  // of k
+    if constexpr (PER_WORD == 4) fail("the kernels make halves of 8-bit floats for mma.sync");
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + (i & 1);
       float sum = d[i];
@@ -198,7 +235,7 @@ void wgmma(Element element, int n, float* d, u64 a, u64 b, bool accumulate, cons
   begin({element, n, d, nullptr, a, b, accumulate, where, false});
 }
 void wgmma_across(Element element, int n, float* d, u64 a, u64 b, bool accumulate, const void* where) {
-  if (element == Element::TF32) fail("wgmma transposes operands of 16 bits only");
+  if (element == Element::TF32 || element == Element::E4M3) fail("wgmma transposes operands of 16 bits only");
   begin({element, n, d, nullptr, a, b, accumulate, where, true});
 }
 void wgmma_registers(Element element, int n, float* d, const u32* a, u64 b, bool accumulate, const void* where) {
