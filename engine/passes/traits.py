@@ -29,7 +29,8 @@ class Traits:
     the types for which it has a fused attention; in others scores and probabilities stay apart. `storage_type`: what
     fp32 activations and weights are kept in between operators, which compute in fp32 all the same (`narrow_floats`).
     `permuted_rows`: a product writes its rows in any order of several axes as fast as one after the other.
-    `packed`: its attention on packed sequences, None where it has none.
+    `packed`: its attention on packed sequences, None where it has none. `conv_means`: its depthwise convolutions add up
+    the pixels of their result for less than a pass over it costs (`fuse_means`).
     """
 
     channels_last: bool = True
@@ -38,3 +39,4 @@ class Traits:
     storage_type: DType = DType.F32
     permuted_rows: bool = False
     packed: PackedAttention | None = None
+    conv_means: bool = False
