@@ -1,5 +1,6 @@
-"""Depthwise convolutions that compute the mean over their pixels, too: `ConvMean`. In depthwise_rows.cuh sums come beside
-the result, a few for each image, and a small reduction joins them; elsewhere the mean is taken of the stored result."""
+"""Depthwise convolutions that compute the mean over their pixels, too: `ConvMean`. In depthwise_rows.cuh sums come
+beside the result, a few for each image, and a small reduction joins them; elsewhere the mean is taken of the stored
+result."""
 
 from __future__ import annotations
 

@@ -143,7 +143,8 @@ def pick_column_walk(
     kept: int, steps: int, chunks: int, vector_bytes: int, value_bytes: int, multiprocessors: int, shared: bool = True
 ) -> ColumnWalk:
     """The walk with the least estimated time over `steps` rows of `chunks` vectors for each of `kept` rows, where
-    columns are kept; unless `shared`, blocks share no steps. Blocks that read less than 32 bytes side by side (a sector of the caches) would read it twice."""
+    columns are kept; unless `shared`, blocks share no steps. Blocks that read less than 32 bytes side by side (a sector
+    of the caches) would read it twice."""
     least = min(chunks, max(1, 32 // vector_bytes))
     walks = (
         _column_walk(kept, steps, chunks, column_threads, threads, wanted, value_bytes)

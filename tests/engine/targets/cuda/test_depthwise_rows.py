@@ -144,7 +144,7 @@ def with_mean(step: Step) -> Step:
 
 @pytest.mark.parametrize("axes", [2, 1])
 def test_means_beside_streamed_rows_match_float64(hopper: Runner, count: int, axes: int) -> None:
-    """Images that lie in one stream, in several, and some in more than others; units and channels that are not there."""
+    """Images that lie in one stream, in several, some in more than others; units and channels that are not there."""
     rng, cases = rng_of(f"means{axes}"), []
     for i in range(2 * count):
         kind, name = (FP16, BF16_)[i % 2], EPILOGUES[i // 2 % 4]
