@@ -122,6 +122,11 @@ class ConvMean(Op):
     mean: ex.Expr
     arity: ClassVar[int] = 2
 
+    @property
+    def stores(self) -> tuple[ex.Expr, ...]:
+        """One expression per result: those of the convolution, and `mean` over its own `Acc()`."""
+        return (*self.conv.stores, self.mean)
+
     def infer(self, inputs: OperandTypes) -> ResultTypes:
         results = self.conv.infer(inputs)
         _, (images, channels, *spatial) = results[0]

@@ -10,6 +10,7 @@ import pytest
 from engine.ir import ops
 from engine.ir.dtype import DType
 from engine.ir.graph import Graph
+from engine.ir.printer import graph_text
 from engine.passes import Traits
 from tests.engine import ir_interpreter
 from tests.engine.passes.toolkit import kinds, load, model, only, random, rewritten
@@ -22,7 +23,8 @@ W = {
 }  # fmt: skip
 IMAGE = {"x": random(3, 8, 9, 11, seed=7).astype(np.float32)}
 EXCITED = """(float[n,8,9,11] x) => (float[n,8,9,11] y) {{ e = Conv(x, p) d = {conv}(e, {k}, b) s = Sigmoid(d)
-    a = Mul(d, s) m = {mean} f = Conv(m, fc1) r = Relu(f) g = Conv(r, fc2) h = Sigmoid(g) z = Mul(a, h) y = Conv(z, p) }}"""
+    a = Mul(d, s) m = {mean} f = Conv(m, fc1) r = Relu(f) g = Conv(r, fc2) h = Sigmoid(g) z = Mul(a, h)
+    y = Conv(z, p) }}"""
 DEPTHWISE = "Conv<pads=[1,1,1,1], group=8>"
 
 
@@ -71,6 +73,13 @@ def test_other_reductions_stay(mean: str) -> None:
     graph = rewritten(model(text, W, opset=17), traits=TRAITS)
     assert ops.ConvMean not in {type(node.op) for node in graph.nodes}
     assert sum(isinstance(node.op, ops.Reduce) for node in graph.nodes) == 1
+
+
+def test_it_is_printed_as_a_convolution_with_two_results() -> None:
+    (line,) = [line for line in graph_text(excited()).splitlines() if "ConvMean" in line]
+    assert "ConvMean(" in line and "groups=8} :" in line
+    assert line.endswith("; f16(acc)")
+    assert "mean=" not in line
 
 
 def test_flops_and_bytes_are_those_of_both() -> None:
