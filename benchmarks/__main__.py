@@ -52,7 +52,7 @@ def kernels(options: argparse.Namespace) -> int:
     assert run.ceilings is not None
     recorder = Recorder(device, run, options.results)
     for case, found, floor_us, predicted_us in kernels.measure_all(
-        target, chosen, run.ceilings, options.compile, deadline
+        target, chosen, run.ceilings, options.tune, options.compile, deadline
     ):
         recorder.add(case, found, kernel_hash(device, case), floor_us=floor_us, predicted_us=predicted_us)
     return recorder.end(len(chosen))
@@ -207,15 +207,20 @@ def _cpu_device(threads: int) -> Device:
 
 
 def merge(options: argparse.Namespace) -> int:
-    """Rows measured elsewhere, into the committed files."""
+    """Rows measured elsewhere, into the committed files, which lose the rows that the committed lists have not any
+    more."""
     for path in options.files:
         try:
             other = Results.load(path)
             results = Results.of(other.device, options.results)
             results.merge(other)
+            suites = cases.suites_of(other.device.stem).values()
+            listed = {(case.suite, case.name) for every in suites for case in every}
+            dropped = results.keep(listed | set(other.rows))
         except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")
-        print(f"{results.save(options.results)}: {len(other.rows)} rows of {path}, {len(results.rows)} in all")
+        lost = f", {dropped} not listed any more dropped" if dropped else ""
+        print(f"{results.save(options.results)}: {len(other.rows)} rows of {path}, {len(results.rows)} in all{lost}")
     return 0
 
 
@@ -270,6 +275,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("kernels", parents=[measuring], help="single kernels on the GPU")
     command.add_argument("--suite", action="append", choices=cases.KERNELS, help="(default: all)")
+    _add_tune(command)
     _add_compile(command, 0.0, _KERNEL_COMPILE_SECONDS, "a case")
     command = commands.add_parser("tiles", help="ways in which convolutions could run, on the GPU; nothing is kept")
     _add_substrings(command, "--case", "only cases whose name contains this, or one of these where it is repeated")
@@ -277,10 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--most", type=int, default=12, help="tiles of a kernel (default: %(default)s)")
     command.add_argument("--deadline", type=float, metavar="SECONDS", help="begin no case after so long")
     command = commands.add_parser("models", parents=[measuring, repository], help="whole models on the GPU")
-    command.add_argument(
-        "--tune", type=float, default=_TUNE_SECONDS, metavar="SECONDS",
-        help="the tuner begins to time no product later, before anything else (0: it times none; default: %(default)g)",
-    )  # fmt: skip
+    _add_tune(command)
     _add_compile(command, _MODEL_COMPILE_SECONDS, _MODEL_COMPILE_SECONDS, "all cases together, from the start")
     _add_substrings(command, "--compile-case", "torch.compile only for the cases, of those chosen, that contain this")
     _add_workers(command)
@@ -311,6 +314,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_substrings(command: argparse.ArgumentParser, name: str, meaning: str) -> None:
     command.add_argument(name, action="append", default=[], metavar="SUBSTRING", help=meaning)
+
+
+def _add_tune(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--tune", type=float, default=_TUNE_SECONDS, metavar="SECONDS",
+        help="the tuner begins to time no product later, before anything else (0: it times none; default: %(default)g)",
+    )  # fmt: skip
 
 
 def _add_compile(command: argparse.ArgumentParser, default: float, most: float, what: str) -> None:

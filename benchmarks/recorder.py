@@ -102,9 +102,10 @@ def line(row: Row) -> str:
     host += [f"{what} {_number(us)}" for what, us in row.host_us.items()]
     host += [] if row.predicted_us is None else [f"predicted {_number(row.predicted_us)}"]
     ratio = "  –  " if row.ratio is None else f"×{row.ratio:.2f}"
+    share = f" ({row.floor_us / row.ours_us:.2f})" if row.floor_us and row.ours_us else ""
     return (
         f"{name} ours {_number(row.ours_us)} {ratio:6} {'  '.join(times)}  {'  '.join(host)} "
-        f"floor {_number(row.floor_us)}  err {row.rel_err:.0e}"
+        f"floor {_number(row.floor_us)}{share}  err {row.rel_err:.0e}"
     )
 
 

@@ -11,8 +11,9 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import exp, fsum, log
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,13 @@ class Results:
             if key not in self.rows or row.date >= self.rows[key].date:
                 self.add(other.runs[row.run], row)
 
+    def keep(self, keys: Collection[tuple[str, str]]) -> int:
+        """Drop the rows whose suite and case are not among `keys`; returns how many."""
+        kept = {key: row for key, row in self.rows.items() if key in keys}
+        dropped = len(self.rows) - len(kept)
+        self.rows = kept
+        return dropped
+
     def save(self, folder: Path) -> Path:
         """Write ``<folder>/<device>.json``. Runs of which no row is left are dropped."""
         used = {row.run for row in self.rows.values()}
@@ -180,6 +188,11 @@ class Results:
         os.chmod(file.name, 0o644)
         os.replace(file.name, path)
         return path
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """That of positive numbers, at least one."""
+    return exp(fsum(map(log, values)) / len(values))
 
 
 def _ceilings(found: Mapping[str, float] | None) -> Ceilings | None:

@@ -11,15 +11,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from math import exp, fsum, log
 from pathlib import Path
 
-from benchmarks import cases
+from benchmarks import cases, convolutions
 from benchmarks.cases.accuracy import BOUNDS, AccuracyCase
+from benchmarks.cases.conv import ConvCase
 from benchmarks.cases.metrics import BANDS, MetricsCase
 from benchmarks.cases.ready import ReadyCase
 from benchmarks.hashes import kernel_hash
-from benchmarks.results import Results, Row
+from benchmarks.results import Results, Row, geometric_mean
 from engine.errors import EngineError
 
 ROOT = Path(__file__).parent.parent
@@ -59,14 +59,20 @@ def render(results: Results, rows: Sequence[Row]) -> str:
         return _ready(results, rows)
     if all(row.suite == MetricsCase.suite for row in rows):
         return _metrics(results, rows)
+    is_convolution = all(row.suite == ConvCase.suite for row in rows)
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("ours", lambda row: "**failed**" if row.failure else _us(row.ours_us))
     ]
     columns += [(name, partial(_peer, name)) for name in _names(row.peers for row in rows)]
     columns += [(name, partial(_part_of, name)) for name in _names(row.parts for row in rows)]
-    columns.append(("ratio", lambda row: "–" if row.ratio is None else f"{row.ratio:.2f}"))
+    if is_convolution:
+        columns += [(name, partial(_figure, figure)) for name, figure in _CONVOLUTION_RATIOS.items()]
+    else:
+        columns.append(("ratio", lambda row: _two_digits(row.ratio)))
     if any(row.floor_us is not None for row in rows):
         columns.append(("floor", lambda row: _us(row.floor_us)))
+    if is_convolution:
+        columns.append(("of floor", lambda row: _two_digits(convolutions.floor_share(row))))
     if any(row.predicted_us is not None for row in rows):
         columns.append(("predicted", lambda row: _us(row.predicted_us)))
     if any(row.run_us is not None for row in rows):
@@ -75,7 +81,19 @@ def render(results: Results, rows: Sequence[Row]) -> str:
     columns.append(("error", lambda row: "–" if row.rel_err is None else f"{row.rel_err:.0e}"))
     lines = [_row(["case", *(head for head, _ in columns)]), _row(["---", *["---:"] * len(columns)])]
     lines += [_row([row.case, *(cell(row) for _, cell in columns)]) for row in rows]
-    return "\n".join([*lines, "", *_summary(rows), _origin(results, rows), ""])
+    said = _convolutions(rows) if is_convolution else _summary(rows)
+    return "\n".join([*lines, "", *said, _origin(results, rows), ""])
+
+
+_CONVOLUTION_RATIOS = {"× eager": convolutions.eager_ratio, "× cuDNN": convolutions.cudnn_ratio}
+
+
+def _figure(figure: Callable[[Row], float | None], row: Row) -> str:
+    return _two_digits(figure(row))
+
+
+def _two_digits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _names(mappings: Iterable[Mapping[str, object]]) -> list[str]:
@@ -113,8 +131,21 @@ def _summary(rows: Sequence[Row]) -> Iterator[str]:
         yield ""
 
 
-def geometric_mean(values: Sequence[float]) -> float:
-    return exp(fsum(map(log, values)) / len(values))
+def _convolutions(rows: Sequence[Row]) -> Iterator[str]:
+    """Rows of convolutions by kind and batch as a table, and those that are behind by name."""
+    heads = ["kind", "batch", "rows", "× cuDNN", "least", "× eager", "of floor", "behind"]
+    yield from (_row(heads), _row(["---", *["---:"] * (len(heads) - 1)]))
+    for one in convolutions.summaries(rows):
+        means = map(_two_digits, (one.cudnn, one.least, one.eager, one.floor))
+        batch = "all" if one.batch is None else str(one.batch)
+        yield _row([one.group, batch, str(one.rows), *means, str(one.behind)])
+    behind = [f"{row.case} ({_figure(convolutions.cudnn_ratio, row)})" for row in rows if convolutions.is_behind(row)]
+    yield ""
+    yield (
+        f"Geometric means. Behind, that is under {convolutions.LEVEL:g} of cuDNN's best and under "
+        f"{convolutions.NEAR_FLOOR:g} of the floor: {len(behind)}{': ' if behind else ''}{', '.join(behind)}."
+    )
+    yield ""
 
 
 def _ready(results: Results, rows: Sequence[Row]) -> str:

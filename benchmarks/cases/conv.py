@@ -1,10 +1,12 @@
-"""Convolutions of fp16 images in NHWC with bias and activation: layers of ResNet-50, VGG-16, EfficientNet-B0,
-MobileNetV2 and ViT-B/16, every distinct depthwise one of the two networks that have them."""
+"""Convolutions of fp16 images in NHWC with bias and what follows fused: every distinct layer of ResNet-50, VGG-16,
+MobileNetV2 and EfficientNet-B0 as the passes leave them (tests/benchmarks/test_conv_cases.py derives them from the
+graphs), the convolutions that other libraries were measured with before there was an engine, and a few more.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import ClassVar
 
@@ -12,9 +14,27 @@ from typing import ClassVar
 class Tail(Enum):
     """What follows the convolution and its bias."""
 
+    LINEAR = "linear"
     RELU = "relu"
     RELU6 = "relu6"
+    SILU = "silu"
+    SIGMOID = "sigmoid"
+    RESIDUAL = "residual"
     RESIDUAL_RELU = "residual relu"
+
+    @property
+    def has_residual(self) -> bool:
+        return self in (Tail.RESIDUAL, Tail.RESIDUAL_RELU)
+
+
+class Group(Enum):
+    """Kinds of convolution that are summed up apart."""
+
+    STEM = "stem"
+    SPATIAL = "3×3"
+    POINTWISE = "1×1"
+    GATE = "1×1 of one pixel"
+    DEPTHWISE = "depthwise"
 
 
 @dataclass(frozen=True)
@@ -47,57 +67,134 @@ class ConvCase:
     def pad(self) -> int:
         return 0 if self.kernel == self.stride else self.kernel // 2
 
+    @property
+    def output_size(self) -> int:
+        """Pixels a side of the result."""
+        return (self.size + 2 * self.pad - self.kernel) // self.stride + 1
 
-_BATCHES = (1, 32, 128)
-# Channels, image size, kernel, stride.
-_DEPTHWISE = (
-    (32, 112, 3, 1), (96, 112, 3, 2), (144, 56, 3, 1), (144, 56, 3, 2), (144, 56, 5, 2), (192, 28, 3, 1),
-    (192, 28, 3, 2), (240, 28, 3, 2), (240, 28, 5, 1), (384, 14, 3, 1), (480, 14, 3, 1), (480, 14, 5, 1),
-    (576, 14, 3, 1), (576, 14, 3, 2), (672, 14, 5, 1), (672, 14, 5, 2), (960, 7, 3, 1), (1152, 7, 3, 1),
-    (1152, 7, 5, 1),
-)  # fmt: skip
-
-
-def _stems(batch: int) -> Iterator[ConvCase]:
-    """First layers of a model's input as it comes; ResNet's and EfficientNet's are among the others."""
-    yield ConvCase(batch, 3, 64, 224, 7, 2, fp32_image=True)
-    yield ConvCase(batch, 3, 32, 224, 3, 2, tail=Tail.RELU6)
-    yield ConvCase(batch, 3, 64, 224, 3, fp32_image=True)
-    yield ConvCase(batch, 3, 768, 224, 16, 16, fp32_image=True)
+    @property
+    def group(self) -> Group:
+        """Stems are those of images, three channels deep; gates those of squeeze-and-excite."""
+        if self.channels == 3:
+            return Group.STEM
+        if self.groups > 1:
+            return Group.DEPTHWISE
+        if self.kernel > 1:
+            return Group.SPATIAL
+        return Group.POINTWISE if self.size > 1 else Group.GATE
 
 
-def _resnet(batch: int) -> Iterator[ConvCase]:
-    yield ConvCase(batch, 3, 64, 224, 7, 2)
-    for channels, size in ((64, 56), (128, 28), (256, 14), (512, 7)):
-        yield ConvCase(batch, channels, channels, size, 3)
-    yield ConvCase(batch, 128, 128, 56, 3, 2)
-    yield ConvCase(batch, 64, 256, 56, 1)
-    yield ConvCase(batch, 512, 128, 28, 1)
-    yield ConvCase(batch, 256, 512, 56, 1, 2)
-    yield ConvCase(batch, 64, 64, 56, 3, tail=Tail.RESIDUAL_RELU)
-    yield ConvCase(batch, 64, 256, 56, 1, tail=Tail.RESIDUAL_RELU)
+BATCHES = (1, 32, 128)
 
 
-def _vgg(batch: int) -> Iterator[ConvCase]:
-    for channels, size in ((64, 224), (256, 56), (512, 28)):
-        yield ConvCase(batch, channels, channels, size, 3)
+def _layer(
+    channels: int, outputs: int, size: int, kernel: int, stride: int = 1, tail: Tail = Tail.RELU, fp32: bool = False
+) -> ConvCase:
+    return ConvCase(1, channels, outputs, size, kernel, stride, 1, tail, fp32)
 
 
-def _efficientnet(batch: int) -> Iterator[ConvCase]:
-    yield ConvCase(batch, 3, 32, 224, 3, 2, tail=Tail.RELU6, fp32_image=True)
-    for channels, outputs, size in ((16, 96, 112), (96, 24, 56), (240, 40, 28), (672, 112, 14), (1152, 320, 7)):
-        yield ConvCase(batch, channels, outputs, size, 1, tail=Tail.RELU6)
-    for channels, size, kernel, stride in _DEPTHWISE:
-        yield ConvCase(batch, channels, channels, size, kernel, stride, channels, Tail.RELU6)
+def _depthwise(channels: int, size: int, kernel: int, stride: int, tail: Tail) -> ConvCase:
+    return ConvCase(1, channels, channels, size, kernel, stride, channels, tail)
 
 
-def _cases() -> Iterator[ConvCase]:
-    for batch in _BATCHES:
-        yield from _resnet(batch)
-    yield from _vgg(32)
-    for batch in _BATCHES:
-        yield from _efficientnet(batch)
-        yield from _stems(batch)
+def _resnet() -> Iterator[ConvCase]:
+    yield _layer(3, 64, 224, 7, 2, fp32=True)
+    # The two layers that read the first pool, and the one that the passes merge them into: some of its columns have a
+    # ReLU, as if all had.
+    yield _layer(64, 64, 56, 1)
+    yield _layer(64, 256, 56, 1, tail=Tail.LINEAR)
+    yield _layer(64, 320, 56, 1)
+    for width, size in ((64, 56), (128, 28), (256, 14), (512, 7)):
+        yield _layer(4 * width, width, size, 1)
+        yield _layer(width, width, size, 3)
+        yield _layer(width, 4 * width, size, 1, tail=Tail.RESIDUAL_RELU)
+    for width, size in ((128, 56), (256, 28), (512, 14)):  # the first block of a stage
+        yield _layer(2 * width, width, size, 1)
+        yield _layer(width, width, size, 3, 2)
+        yield _layer(width, 4 * width, size // 2, 1, tail=Tail.LINEAR)
+        yield _layer(2 * width, 4 * width, size, 1, 2, Tail.RESIDUAL_RELU)
 
 
-CASES = tuple(_cases())
+def _vgg() -> Iterator[ConvCase]:
+    yield _layer(3, 64, 224, 3, fp32=True)
+    for channels, outputs, size in (
+        (64, 64, 224), (64, 128, 112), (128, 128, 112), (128, 256, 56), (256, 256, 56), (256, 512, 28), (512, 512, 28),
+        (512, 512, 14),
+    ):  # fmt: skip
+        yield _layer(channels, outputs, size, 3)
+
+
+def _block(
+    channels: int, outputs: int, size: int, kernel: int, stride: int, tail: Tail, residual: bool
+) -> Iterator[ConvCase]:
+    """An inverted residual: expanded sixfold, depthwise, projected."""
+    hidden = 6 * channels
+    yield _layer(channels, hidden, size, 1, tail=tail)
+    yield _depthwise(hidden, size, kernel, stride, tail)
+    yield _layer(hidden, outputs, size // stride, 1, tail=Tail.RESIDUAL if residual else Tail.LINEAR)
+
+
+def _gates(channels: int, squeezed: int) -> Iterator[ConvCase]:
+    """Squeeze-and-excite on pooled channels."""
+    yield _layer(channels, squeezed, 1, 1, tail=Tail.SILU)
+    yield _layer(squeezed, channels, 1, 1, tail=Tail.SIGMOID)
+
+
+def _mobilenet() -> Iterator[ConvCase]:
+    yield _layer(3, 32, 224, 3, 2, Tail.RELU6, fp32=True)
+    yield _depthwise(32, 112, 3, 1, Tail.RELU6)
+    yield _layer(32, 16, 112, 1, tail=Tail.LINEAR)
+    for channels, outputs, size, stride, repeated in (
+        (16, 24, 112, 2, True), (24, 32, 56, 2, True), (32, 64, 28, 2, True), (64, 96, 14, 1, True),
+        (96, 160, 14, 2, True), (160, 320, 7, 1, False),
+    ):  # fmt: skip
+        yield from _block(channels, outputs, size, 3, stride, Tail.RELU6, residual=False)
+        if repeated:
+            yield from _block(outputs, outputs, size // stride, 3, 1, Tail.RELU6, residual=True)
+    yield _layer(320, 1280, 7, 1, tail=Tail.RELU6)
+
+
+def _efficientnet() -> Iterator[ConvCase]:
+    yield _layer(3, 32, 224, 3, 2, Tail.SILU, fp32=True)
+    yield _depthwise(32, 112, 3, 1, Tail.SILU)
+    yield from _gates(32, 8)
+    yield _layer(32, 16, 112, 1, tail=Tail.LINEAR)
+    for channels, outputs, size, kernel, stride, repeated in (
+        (16, 24, 112, 3, 2, True), (24, 40, 56, 5, 2, True), (40, 80, 28, 3, 2, True), (80, 112, 14, 5, 1, True),
+        (112, 192, 14, 5, 2, True), (192, 320, 7, 3, 1, False),
+    ):  # fmt: skip
+        yield from _block(channels, outputs, size, kernel, stride, Tail.SILU, residual=False)
+        yield from _gates(6 * channels, channels // 4)
+        if repeated:
+            yield from _block(outputs, outputs, size // stride, kernel, 1, Tail.SILU, residual=True)
+            yield from _gates(6 * outputs, outputs // 4)
+    yield _layer(320, 1280, 7, 1, tail=Tail.SILU)
+
+
+def _anchors() -> Iterator[ConvCase]:
+    """What was measured of cuDNN and PyTorch before, with a ReLU each: from layers of the networks these differ in what
+    follows or in the image's type."""
+    yield _layer(3, 64, 224, 7, 2)
+    yield _layer(64, 256, 56, 1)
+    yield _layer(256, 512, 56, 1, 2)
+    for channels, size, kernel in ((144, 56, 3), (240, 28, 5), (672, 14, 5)):
+        yield _depthwise(channels, size, kernel, 1, Tail.RELU)
+
+
+def _others() -> Iterator[ConvCase]:
+    """A residual block of two 3×3 layers (ResNet-34), a stem of an fp16 image, patches of a vision transformer."""
+    yield _layer(64, 64, 56, 3, tail=Tail.RESIDUAL_RELU)
+    yield _layer(3, 32, 224, 3, 2, Tail.RELU6)
+    yield _layer(3, 768, 224, 16, 16, fp32=True)
+
+
+NETWORKS = {
+    "resnet50": tuple(_resnet()),
+    "vgg16": tuple(_vgg()),
+    "mobilenet_v2": tuple(dict.fromkeys(_mobilenet())),
+    "efficientnet_b0": tuple(dict.fromkeys(_efficientnet())),
+}
+"""The distinct layers of each network at batch 1, those of ResNet-50 as they are before and after siblings merge."""
+
+LAYERS = tuple(dict.fromkeys((*(layer for each in NETWORKS.values() for layer in each), *_anchors(), *_others())))
+CASES = tuple(replace(layer, batch=batch) for batch in BATCHES for layer in LAYERS)

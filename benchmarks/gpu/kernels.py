@@ -34,22 +34,32 @@ COMPILE = "compile"
 
 
 def measure_all(
-    target: CudaTarget, cases: Sequence[KernelCase], ceilings: Ceilings, compile_seconds: float, deadline: float
+    target: CudaTarget,
+    cases: Sequence[KernelCase],
+    ceilings: Ceilings,
+    tune_seconds: float,
+    compile_seconds: float,
+    deadline: float,
 ) -> Iterator[tuple[KernelCase, Measurement, float, float | None]]:
     """(case, what came out, floor in µs, what the cost model predicts in µs), one after the other, as long as
-    `deadline` (of `time.monotonic`) is not past. The kernels of all cases are compiled first, in parallel.
-    `compile_seconds` is how long torch.compile may take for a case; 0: it takes no part."""
+    `deadline` (of `time.monotonic`) is not past. The tuner begins no product after `tune_seconds`; then the kernels of
+    all cases are compiled, in parallel. `compile_seconds` is how long torch.compile may take for a case; 0: it takes no
+    part."""
     begin = time.monotonic()
     full_precision()
     torch.backends.cudnn.benchmark = True
     steps = [step_of(case) for case in cases]
-    _tune(target, steps)
+    if tune_seconds:
+        _tune(target, steps, min(deadline, begin + tune_seconds))
     lowered = [_lowered(target, step) for step in steps]
     try:
         target.device.load(launch.kernel for one in lowered for launch in one.launches)
     except EngineError as error:
         print(f"not every kernel compiles; each case will say so: {reason(error)}")
-    print(f"lowering and compiling: {time.monotonic() - begin:.0f} s", flush=True)
+    print(f"tuning, lowering and compiling: {time.monotonic() - begin:.0f} s", flush=True)
+    # What is there now lives to the end. Looking through PyTorch's objects after every case takes as long as a case.
+    gc.collect()
+    gc.freeze()
     for case, one in zip(cases, lowered, strict=True):
         if time.monotonic() >= deadline:
             return
@@ -68,10 +78,10 @@ def floor_us(step: Step, ceilings: Ceilings) -> float:
     return ceilings.floor_us([(flops, step.cost.bytes, 0)])
 
 
-def _tune(target: CudaTarget, steps: Sequence[Step]) -> None:
+def _tune(target: CudaTarget, steps: Sequence[Step], deadline: float) -> None:
     """Let the tuner choose the tiles of the products, before any peer runs."""
     try:
-        tell("kernels", trials(target, steps, timed=True))
+        tell("kernels", trials(target, steps, timed=True, deadline=deadline))
     except EngineError as error:
         print(f"the tuner failed, the cost model's tiles are taken: {reason(error)}")
 

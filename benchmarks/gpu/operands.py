@@ -1,7 +1,8 @@
 """Copies of a step's tensors in device memory: so many sets that together they outgrow every cache. Needs PyTorch.
 
 A graph runs the step once on every set, so that operands come from memory each time, for ours and for the peers, which
-read the same ones.
+read the same ones. What takes less than 160 KB a set would need more sets than a graph has room for: there operands
+come from the L2 cache.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from engine.targets.cuda.kernel import ALIGNMENT, Launch, Pointer, ceildiv
 from engine.targets.cuda.target import CudaTarget
 
 ROTATE_BYTES = 160 << 20
+MOST_SETS = 1000  # nodes of a graph, a few for each: capturing more takes longer than anything else in a case
 _POISON = 0xFF  # every float type reads NaN
 _TORCH = {DType.F16: torch.float16, DType.F32: torch.float32, DType.F8E4M3: torch.float8_e4m3fn}
 
@@ -47,7 +49,7 @@ class Operands:
     ) -> None:
         self.step = step
         self._device = device
-        self.count = max(1, ceildiv(ROTATE_BYTES, max(1, step.cost.bytes)))
+        self.count = min(MOST_SETS, max(1, ceildiv(ROTATE_BYTES, max(1, step.cost.bytes))))
         self._memory: dict[int, torch.Tensor] = {}
         for tensor in (*step.inputs, *step.outputs):
             self._memory[id(tensor.buffer)] = self._allocated(tensor.buffer, tensor.dtype)

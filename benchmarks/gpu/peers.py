@@ -138,8 +138,12 @@ def _fp8(case: Fp8Case) -> Iterator[Peer]:
 # Convolutions
 
 _TAILS: dict[Tail, Function] = {
+    Tail.LINEAR: lambda y: y,
     Tail.RELU: lambda y: F.relu_(y),
     Tail.RELU6: lambda y: F.hardtanh_(y, 0.0, 6.0),
+    Tail.SILU: lambda y: F.silu(y, inplace=True),
+    Tail.SIGMOID: lambda y: y.sigmoid_(),
+    Tail.RESIDUAL: lambda y, r: y.add_(r),
     Tail.RESIDUAL_RELU: lambda y, r: F.relu_(y.add_(r)),
 }
 

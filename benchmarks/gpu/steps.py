@@ -38,7 +38,7 @@ def zeros(*shape: int) -> np.ndarray:
     return np.zeros(shape, np.float16)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def random_weight(*shape: int) -> np.ndarray:
     """A random constant, the same whenever asked; a matrix [k, n] or a filter [n, c, …] keeps unit variance."""
     fan_in = 1 if len(shape) == 1 else shape[0] if len(shape) == 2 else prod(shape[1:])
@@ -107,10 +107,19 @@ def _relu(value: ex.Expr) -> ex.Expr:
     return ex.apply(PointOp.MAX, value, cv.constant(0.0))
 
 
+def _sigmoid(value: ex.Expr) -> ex.Expr:
+    return ex.apply(PointOp.SIGMOID, value)
+
+
+_BIASED = cv.add(cv.ACC, cv.arg(2))
 _CONV_STORES = {
-    Tail.RELU: cv.stored(_relu(cv.add(cv.ACC, cv.arg(2)))),
+    Tail.LINEAR: cv.stored(_BIASED),
+    Tail.RELU: cv.stored(_relu(_BIASED)),
     Tail.RELU6: cv.BIAS_RELU6,
-    Tail.RESIDUAL_RELU: cv.stored(_relu(cv.add(cv.add(cv.ACC, cv.arg(2)), cv.arg(3)))),
+    Tail.SILU: cv.stored(cv.mul(_BIASED, _sigmoid(_BIASED))),
+    Tail.SIGMOID: cv.stored(_sigmoid(_BIASED)),
+    Tail.RESIDUAL: cv.stored(cv.add(_BIASED, cv.arg(3))),
+    Tail.RESIDUAL_RELU: cv.stored(_relu(cv.add(_BIASED, cv.arg(3)))),
 }
 
 
@@ -118,8 +127,8 @@ def _conv(case: ConvCase, weight: Constants) -> Step:
     shape = (case.batch, case.channels, case.size, case.size)
     filter_ = weight(case.outputs, case.channels // case.groups, case.kernel, case.kernel)
     inputs: list[cv.Given] = [(F32, shape) if case.fp32_image else _nhwc(shape), filter_, weight(case.outputs, 1, 1)]
-    if case.tail is Tail.RESIDUAL_RELU:
-        inputs.append(_nhwc((case.batch, case.outputs, case.size, case.size), "residual"))
+    if case.tail.has_residual:
+        inputs.append(_nhwc((case.batch, case.outputs, case.output_size, case.output_size), "residual"))
     pads = ((case.pad, case.pad),) * 2
     op = Conv((case.stride, case.stride), pads, (1, 1), case.groups, stores=(_CONV_STORES[case.tail],))
     return cv.make_step(op, inputs)

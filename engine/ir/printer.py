@@ -15,7 +15,7 @@ from engine.ir.dim import Sym
 from engine.ir.graph import Graph, Node, Value
 from engine.ir.ops import Op, Opaque
 
-_EXPRESSIONS = {"stores", "source", "gathers"}
+_EXPRESSIONS = {"stores", "source", "gathers", "mean"}
 
 
 def graph_text(graph: Graph) -> str:
@@ -79,7 +79,7 @@ def _attributes(op: Op) -> str:
         value = getattr(op, item.name)
         if item.name in _EXPRESSIONS or value == item.default:
             continue
-        parts.append(f"{item.name}={_value(value)}")
+        parts.append(_attributes(value) if isinstance(value, Op) else f"{item.name}={_value(value)}")
     return ", ".join(parts)
 
 

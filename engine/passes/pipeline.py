@@ -23,6 +23,7 @@ from engine.passes.epilogues import fuse_batch_norms, fuse_epilogues
 from engine.passes.flatten import flatten_gemms, sink_views, spread_rows
 from engine.passes.fold import fold
 from engine.passes.layout import choose_orders, permute_flattened
+from engine.passes.means import fuse_means
 from engine.passes.narrow import narrow_floats
 from engine.passes.norms import recognise_norms, split_norm_groups
 from engine.passes.pads import fold_pads
@@ -77,6 +78,7 @@ PASSES: tuple[Pass, ...] = (
     fold,
     narrow_floats,
     choose_orders,
+    fuse_means,
 )
 
 _PRINT_AFTER = "TILEWAVE_PRINT_AFTER"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -12,6 +14,8 @@ from benchmarks.models.photos import photos
 from engine import frontend, passes
 from engine.ir import ops
 from engine.plan.memory import SLACK
+from engine.targets.cuda import depthwise_rows
+from tests.benchmarks.test_conv_cases import graph_of
 from tests.engine.targets.cuda.planning import copies, cuda_plan, cuda_traits, launches, least_arena
 
 TOLERANCE = 2e-5  # relative L2 in fp32, through up to 53 convolutions
@@ -70,6 +74,26 @@ def _check_cuda_plans(name: str, content: bytes) -> None:
         assert copies(plan) == []
         assert plan.arena_bytes <= 1.02 * (least_arena(plan) + SLACK)
     assert launches(plan)
+
+
+def test_squeeze_and_excite_pools_in_the_depthwise_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen passes over activations less, and no step, copy or byte more in their place."""
+    graph = graph_of("efficientnet_b0")
+    means = passes.run(graph, replace(cuda_traits(), conv_means=True))
+    apart = passes.run(graph_of("efficientnet_b0"), cuda_traits())
+    for taken in (True, False):
+        monkeypatch.setattr(depthwise_rows, "TAKEN", taken)
+        for batch in (1, 128):
+            plan, before = (cuda_plan(each, {"batch": batch}, storage=None) for each in (means, apart))
+            joined = [step for step in plan.steps if isinstance(step.op, ops.ConvMean)]
+            assert len(joined) == 16
+            assert len(plan.steps) == len(before.steps) - 16
+            assert copies(plan) == []
+            saved = sum(step.cost.bytes for step in before.steps) - sum(step.cost.bytes for step in plan.steps)
+            assert saved == sum(step.outputs[0].nbytes for step in joined)
+            assert len(launches(plan)) == len(launches(before))
+            sums = sum("sums" in dict(launch.arguments) for launch in launches(plan))
+            assert sums == (16 if taken else 0)
 
 
 def test_the_statistics_of_batch_normalisation_are_those_of_photos() -> None:

@@ -33,7 +33,9 @@ SMALL: tuple[KernelCase, ...] = (
     MatricesCase(3, 33, 24, 48),
     ConvCase(2, 16, 24, 14, 3),
     ConvCase(2, 16, 24, 14, 1, 2),
-    ConvCase(2, 16, 24, 14, 1, tail=Tail.RESIDUAL_RELU),
+    ConvCase(2, 16, 24, 14, 1, 2, tail=Tail.RESIDUAL_RELU),
+    *(ConvCase(2, 16, 24, 14, 1, tail=tail) for tail in Tail),
+    ConvCase(2, 48, 6, 1, 1, tail=Tail.SILU),
     ConvCase(1, 3, 32, 28, 7, 2),
     ConvCase(2, 3, 32, 28, 3, 2, tail=Tail.RELU6, fp32_image=True),
     ConvCase(2, 24, 24, 14, 5, 2, 24, Tail.RELU6),
@@ -50,6 +52,7 @@ SMALL: tuple[KernelCase, ...] = (
 @pytest.fixture(autouse=True)
 def few_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operands_module, "ROTATE_BYTES", 1 << 14)
+    monkeypatch.setattr(operands_module, "MOST_SETS", 1 << 30)
 
 
 def made(case: KernelCase) -> Operands:
@@ -92,6 +95,12 @@ def test_sets_are_different_and_results_are_poisoned() -> None:
     assert not torch.equal(operands.inputs[0][0], operands.inputs[1][0])
     assert torch.equal(operands.inputs[0][1], operands.inputs[1][1])
     assert operands.output(1).isnan().all()
+
+
+def test_of_small_operands_there_are_no_more_sets_than_a_graph_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert made(LightCase(Kind.SOFTMAX, (1, 2))).count == 1 << 11
+    monkeypatch.setattr(operands_module, "MOST_SETS", 100)
+    assert made(LightCase(Kind.SOFTMAX, (1, 2))).count == 100
 
 
 def test_a_wrong_result_is_seen() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import cases
 from benchmarks.__main__ import main
 from benchmarks.results import FOLDER, Ceilings, Device, Results, Row, Run
 
@@ -97,13 +98,19 @@ def test_the_floor_is_the_sum_of_what_each_step_takes_at_least() -> None:
     assert cached.floor_us([*steps, (0, 10**6, 10**6), (0, 10**6, 4 * 10**5)]) == pytest.approx(3000 + 250 + 600 + 100)
 
 
-def test_merge_adds_files_measured_elsewhere(tmp_path: Path) -> None:
+def test_merge_adds_files_measured_elsewhere_and_drops_what_the_lists_have_no_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
-    results(FIRST, row("a", FIRST), row("b", FIRST)).save(here)
-    path = results(SECOND, row("b", SECOND)).save(there)
+    a, b = (case.name for case in cases.KERNELS["gemm"][:2])
+    results(FIRST, row(a, FIRST), row(b, FIRST), row("of old", FIRST)).save(here)
+    path = results(SECOND, row(b, SECOND), row("of a list to come", SECOND)).save(there)
     assert main(["merge", "--results", str(here), str(path)]) == 0
     merged = Results.load(here / path.name)
-    assert [merged.rows["gemm", case].commit for case in "ab"] == ["aaa", "bbb"]
+    assert {case: found.commit for (_, case), found in merged.rows.items()} == {
+        a: "aaa", b: "bbb", "of a list to come": "bbb"
+    }  # fmt: skip
+    assert "1 not listed any more dropped" in capsys.readouterr().out
 
 
 def test_merge_leaves_rows_that_are_newer(tmp_path: Path) -> None:

@@ -90,6 +90,40 @@ def test_a_table_has_what_was_predicted_and_sums_up(tmp_path: Path) -> None:
     )
 
 
+def convolution(name: str, ours: float, fused: float | None, alone: float, floor: float) -> Row:
+    (case,) = (case for case in cases.KERNELS["conv"] if case.name == name)
+    peers = {"eager": 4 * ours, "cuDNN fused": fused}
+    return replace(row(case, ""), ours_us=ours, peers=peers, parts={"cuDNN alone": alone}, ratio=1.0, floor_us=floor)
+
+
+def test_the_table_of_convolutions_compares_with_cudnn_pytorch_and_the_floor(tmp_path: Path) -> None:
+    rows = [
+        convolution("b1 64->64@56 3x3/1 relu", 10.0, 20.0, 5.0, 1.0),  # cuDNN's fused call counts
+        convolution("b1 128->128@28 3x3/1 relu", 10.0, None, 5.0, 1.0),  # there is none that is right
+        convolution("b128 144->24@56 1x1/1 residual", 10.0, None, 9.0, 9.5),  # slower, but at the floor
+    ]
+    Results(GPU, [RUN], rows).save(tmp_path)
+    lines = regenerated("<!-- table: some-gpu conv -->\n<!-- end -->\n", tmp_path).splitlines()
+    assert lines[1:16] == [
+        "| case | ours | eager | cuDNN fused | cuDNN alone | × eager | × cuDNN | floor | of floor | error |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| b1 64->64@56 3x3/1 relu | 10 | 40 | 20 | 5 | 4.00 | 2.00 | 1 | 0.10 | 2e-06 |",
+        "| b1 128->128@28 3x3/1 relu | 10 | 40 | – | 5 | 4.00 | 0.50 | 1 | 0.10 | 2e-06 |",
+        "| b128 144->24@56 1x1/1 residual | 10 | 40 | – | 9 | 4.00 | 0.90 | 9.5 | 0.95 | 2e-06 |",
+        "",
+        "| kind | batch | rows | × cuDNN | least | × eager | of floor | behind |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| 3×3 | 1 | 2 | 1.00 | 0.50 | 4.00 | 0.10 | 1 |",
+        "| 1×1 | 128 | 1 | 0.90 | 0.90 | 4.00 | 0.95 | 0 |",
+        "| all | 1 | 2 | 1.00 | 0.50 | 4.00 | 0.10 | 1 |",
+        "| all | 128 | 1 | 0.90 | 0.90 | 4.00 | 0.95 | 0 |",
+        "| all | all | 3 | 0.97 | 0.50 | 4.00 | 0.21 | 1 |",
+        "",
+        "Geometric means. Behind, that is under 0.97 of cuDNN's best and under 0.9 of the floor: 1: "
+        "b1 128->128@28 3x3/1 relu (0.50).",
+    ]
+
+
 def test_a_table_has_the_hosts_part_of_a_run(tmp_path: Path) -> None:
     first = cases.GPU_MODELS[0]
     bare = replace(row(first, ""), run_us=2000.0, host_us={"Executable.launch": 4.25, "BoundModel.launch": 12.5})

@@ -105,6 +105,14 @@ def _conv(op: ops.Conv, inputs: Sequence[Array], sizes: Sizes, node: Node) -> li
     return _stores(op.stores, inputs, acc)
 
 
+def _conv_mean(op: ops.ConvMean, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    first = op.conv.stores[0]
+    unrounded = first.args[0] if isinstance(first, ex.Apply) and first.op is ex.PointOp.CAST else first
+    *results, averaged = _conv(replace(op.conv, stores=(*op.conv.stores, unrounded)), inputs, sizes, node)
+    mean = _wide(averaged).mean(axis=tuple(range(2, averaged.ndim)), keepdims=True)
+    return [*results, *_stores((op.mean,), (), mean)]
+
+
 def _conv_forward(op: ops.Conv, x: Array, w: Array) -> Array:
     n, c = x.shape[:2]
     o, per_group, *kernel = w.shape
@@ -503,6 +511,7 @@ def _sigmoid(x: Array) -> Array:
 _RUNNERS: dict[type[ops.Op], Callable[[Any, Sequence[Array], Sizes, Node], list[Array]]] = {
     ops.Gemm: _gemm,
     ops.Conv: _conv,
+    ops.ConvMean: _conv_mean,
     ops.Recurrent: _recurrent,
     ops.Attention: _attention,
     ops.Pointwise: _pointwise,

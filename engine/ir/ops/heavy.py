@@ -112,6 +112,35 @@ class Conv(Op):
 
 
 @dataclass(frozen=True)
+class ConvMean(Op):
+    """A convolution that computes the mean of its first result over all spatial axes, too: one more result
+    [n, o, 1, …]. `mean` is that result as an expression over `Acc()`, the mean in fp32, alone. What is averaged may be
+    the first result before it is rounded to its type.
+    """
+
+    conv: Conv
+    mean: ex.Expr
+    arity: ClassVar[int] = 2
+
+    @property
+    def stores(self) -> tuple[ex.Expr, ...]:
+        """One expression per result: those of the convolution, and `mean` over its own `Acc()`."""
+        return (*self.conv.stores, self.mean)
+
+    def infer(self, inputs: OperandTypes) -> ResultTypes:
+        results = self.conv.infer(inputs)
+        _, (images, channels, *spatial) = results[0]
+        return (*results, (self.mean.dtype, (images, channels, *(1 for _ in spatial))))
+
+    def flops(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:
+        averaged = outputs[0].elements + outputs[-1].elements * ex.flops(self.mean)
+        return self.conv.flops(inputs, outputs) + averaged
+
+    def bytes(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:
+        return self.conv.bytes(inputs, outputs)
+
+
+@dataclass(frozen=True)
 class Attention(Op):
     """Softmax(scale · q kᵀ + bias) v for `q[…, heads, sq, d]`, `k[…, kv_heads, sk, d]`, `v[…, kv_heads, sk, dv]`.
 

@@ -147,6 +147,13 @@ def _shifted_stores(values: Sequence[str], stores: Sequence[str], rest: Sequence
     )
 
 
+def result(store: ex.Expr) -> Functor:
+    """`Result`: what the epilogue stores first, before it is rounded, for a kernel that does more with it."""
+    lines = loop_over({"value[i]": (store, store.dtype)})
+    signature = "void of(const float (&acc)[WIDTH], const Epilogue::Inputs& inputs, float (&value)[WIDTH])"
+    return Functor(f"struct Result {{\n  DEVICE static {signature} {{\n{indented(lines)}\n  }}\n}};\n", (), Reads())
+
+
 def prologue(source: ex.Expr, space: Space, inputs: Mapping[int, Operand], granularity: int) -> Functor:
     """`Prologue`: the source of a node, as elements of `value_t`."""
     writer = _Writer("prologue", space, granularity)

@@ -6,11 +6,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from math import prod
 
 import numpy as np
 
+from engine.ir.dtype import DType
+from engine.ir.ops import Conv
 from engine.plan.plan import Step
-from engine.targets.cuda import depthwise
+from engine.plan.tensor import Tensor, row_major
+from engine.targets.cuda import codegen, depthwise
 from engine.targets.cuda.architecture import share_of
 from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.conv_simt import epilogue_for
@@ -18,6 +22,7 @@ from engine.targets.cuda.conv_wgmma import pixel_strides
 from engine.targets.cuda.depthwise import Window, is_depthwise_product, pack_tap_pairs, window_of
 from engine.targets.cuda.kernel import (
     STORAGE,
+    Argument,
     Context,
     Instruction,
     Launch,
@@ -25,14 +30,21 @@ from engine.targets.cuda.kernel import (
     TensorMap,
     ceildiv,
     launch,
+    pointer_to,
+    workspace,
 )
 from engine.targets.cuda.spaces import MAX_COUNT, VECTOR
+
+MEANS_TAKEN = False
+"""Whether graphs are made with means beside depthwise convolutions (`Traits.conv_means`), which pays in this kernel
+only."""
 
 _LONGEST_PERIOD = 8  # rows that the loop is unrolled over
 _MOST_WARPS = 16
 _LARGEST_BOX = 256  # pixels of one copy
 _SUMS_BYTES = 2048  # that a warp passes its sums through
 _REGISTERS = 65536  # of a multiprocessor
+_SUM_REGISTERS = 16  # of a thread that adds up the pixels of eight channels
 
 
 @dataclass(frozen=True)
@@ -84,14 +96,14 @@ def _live(window: Window) -> int:
     return (window.kernel[0] - 1) * window.dilation[0] // window.stride[0] + 1
 
 
-def _registers(window: Window) -> int:
+def _registers(window: Window, sums: bool) -> int:
     """What a thread is known to need: sums, weights, addresses."""
-    return 8 * _live(window) + 4 * window.kernel[0] * window.tap_pairs + 64
+    return 8 * _live(window) + 4 * window.kernel[0] * window.tap_pairs + 64 + (_SUM_REGISTERS if sums else 0)
 
 
 @lru_cache(maxsize=1024)
-def candidates(window: Window, shared_bytes: int) -> tuple[RowsTile, ...]:
-    """The tiles that registers and shared memory have room for."""
+def candidates(window: Window, shared_bytes: int, sums: bool = False) -> tuple[RowsTile, ...]:
+    """The tiles that registers and shared memory have room for. `sums`: while they add up the pixels of images."""
     live, stride, every = _live(window), window.stride[0], ceildiv(window.output[1], 8)
     across = sorted({ceildiv(every, part) for part in range(1, every + 1)})
     found = []
@@ -105,7 +117,7 @@ def candidates(window: Window, shared_bytes: int) -> tuple[RowsTile, ...]:
         if tile.warps > _MOST_WARPS or (streams > 1 and units % 2 == 0):
             continue
         # Registers are given to a block in four equal parts, one for each scheduler.
-        if blocks * ceildiv(tile.warps, 4) * 128 * _registers(window) > _REGISTERS:
+        if blocks * ceildiv(tile.warps, 4) * 128 * _registers(window, sums) > _REGISTERS:
             continue
         if tile.shared_bytes(window) <= share_of(shared_bytes, blocks):
             found.append(tile)
@@ -137,6 +149,7 @@ def _parts(window: Window, tile: RowsTile, lines: int, multiprocessors: int) -> 
 
 # Instructions of a warp for a pair of taps and for a stage, and how many a multiprocessor issues a cycle.
 _READ, _STAGE, _ISSUED = 3.1, 25.0, 0.72
+_SUMMED = 4.0  # for a row whose pixels are added up, too: eight additions, and whether an image ends
 # Cycles of a multiprocessor: the bytes of memory in one; a row of a box in the copy engine; the way of a row from
 # memory; what one warp that waits for nobody takes for a row of inputs, a product, and a row of results; a launch with
 # its first row. Fitted to 3,400 timings of 245 random convolutions on an H100: 14 % off in the root mean square, and
@@ -149,8 +162,8 @@ _SHARPNESS = 2.56
 _TWICE, _DRIFT = 1.27, 11.2
 
 
-def cycles(window: Window, tile: RowsTile, column: Column, multiprocessors: int) -> float:
-    """Estimated time of the convolution in a tile."""
+def cycles(window: Window, tile: RowsTile, column: Column, multiprocessors: int, sums: bool = False) -> float:
+    """Estimated time of the convolution in a tile. `sums`: with those over the pixels of images."""
     wide, sharing, outputs = _parts(window, tile, column.lines, multiprocessors)
     stride, across = window.stride[0], 8 * tile.units
     inputs = window.span(outputs, 0)  # rows that a stream goes through
@@ -158,7 +171,7 @@ def cycles(window: Window, tile: RowsTile, column: Column, multiprocessors: int)
     resident = min(tile.blocks, ceildiv(blocks, max(1, multiprocessors)))
     reads = inputs * 2 * window.tap_pairs
     products = reads * window.kernel[0] / stride
-    each = products + reads * _READ + inputs / tile.rows * _STAGE
+    each = products + reads * _READ + (outputs * _SUMMED if sums else 0.0) + inputs / tile.rows * _STAGE
     streams, width = resident * tile.streams, window.span(across, 1)
     # Of pixels that a block goes through, those that there are.
     read = inputs * column.size[0] / column.pitch * min(width, column.size[1])
@@ -182,34 +195,61 @@ def _lines_are_shared(window: Window, tile: RowsTile) -> bool:
     return tile.panel == 32 < window.channels and window.channels % 32 > 0
 
 
-def ranked(step: Step, geometry: Geometry, context: Context) -> list[tuple[float, RowsTile]]:
-    """The tiles of a step that `has_rows` with their estimated cycles, from what should be the fastest on."""
+def ranked(step: Step, geometry: Geometry, context: Context, sums: bool = False) -> list[tuple[float, RowsTile]]:
+    """The tiles of a step that `has_rows` with their estimated cycles, from what should be the fastest on. `sums`: with
+    those over the pixels of images."""
     shared_bytes, multiprocessors = context.architecture.shared_bytes, context.multiprocessors
-    return list(_ranked(window_of(geometry), Column.of(geometry), shared_bytes, multiprocessors))
+    return list(_ranked(window_of(geometry), Column.of(geometry), shared_bytes, multiprocessors, sums))
 
 
 @lru_cache(maxsize=256)
 def _ranked(
-    window: Window, column: Column, shared_bytes: int, multiprocessors: int
+    window: Window, column: Column, shared_bytes: int, multiprocessors: int, sums: bool
 ) -> tuple[tuple[float, RowsTile], ...]:
-    fitting = candidates(window, shared_bytes)
-    estimates = ((cycles(window, tile, column, multiprocessors), tile) for tile in fitting)
+    fitting = candidates(window, shared_bytes, sums)
+    estimates = ((cycles(window, tile, column, multiprocessors, sums), tile) for tile in fitting)
     return tuple(sorted(estimates, key=lambda one: one[0]))
 
 
-def pick(step: Step, geometry: Geometry, context: Context) -> RowsTile | None:
-    """The tile of a depthwise product that should be faster than in depthwise_mma.cuh, if there is one."""
+def pick(step: Step, geometry: Geometry, context: Context, sums: bool = False) -> RowsTile | None:
+    """The tile of a depthwise product that should be faster than in depthwise_mma.cuh, if there is one. `sums`: while
+    it adds up the pixels of images, for which the other would need another pass."""
     if not has_rows(step, geometry, context):
         return None
     window = window_of(geometry)
     other = depthwise.pick_tile(window, context.architecture.shared_bytes, context.multiprocessors)
-    estimate, tile = ranked(step, geometry, context)[0]
+    tiles = ranked(step, geometry, context, sums)
+    if not tiles:
+        return None
+    estimate, tile = tiles[0]
     faster = other is None or estimate < depthwise.cycles(window, other, context.multiprocessors)
     return tile if faster else None
 
 
-def launch_rows(step: Step, geometry: Geometry, tile: RowsTile, context: Context) -> Launch:
-    """The launch of a step that `has_rows` in the given tile."""
+@dataclass(frozen=True)
+class ImageSums:
+    """Where a launch leaves what it has added up: [images, parts · units, channels] in the step's workspace. A unit is
+    eight pixels of the width; the parts of an image are the streams that have rows of it, as many as any image has."""
+
+    parts: int
+    units: int
+    tensor: Tensor
+
+    @classmethod
+    def of(cls, geometry: Geometry, tile: RowsTile, context: Context) -> ImageSums:
+        window, column = window_of(geometry), Column.of(geometry)
+        _, _, outputs = _parts(window, tile, column.lines, context.multiprocessors)
+        first = np.arange(window.images) * (column.pitch // window.stride[0])
+        parts = int(np.max((first + window.output[0] - 1) // outputs - first // outputs)) + 1
+        units = ceildiv(window.output[1], 8)
+        shape = (window.images, parts * units, window.channels)
+        return cls(parts, units, Tensor(workspace(4 * prod(shape)), DType.F32, shape, row_major(shape)))
+
+
+def launch_rows(
+    step: Step, geometry: Geometry, tile: RowsTile, context: Context, sums: ImageSums | None = None
+) -> Launch:
+    """The launch of a step that `has_rows` in the given tile. `sums`: it adds up the pixels of each image, too."""
     window, element = window_of(geometry), step.inputs[1].dtype
     column = Column.of(geometry)
     panels = ceildiv(window.channels, tile.panel)
@@ -224,6 +264,10 @@ def launch_rows(step: Step, geometry: Geometry, tile: RowsTile, context: Context
         geometry.x, width, window.channels, pixel_stride, window.span(8 * tile.units, 1), tile.panel,
         ((height, row_stride), (geometry.images, image_stride)),
     )  # fmt: skip
+    added: dict[str, Argument] = {}
+    if sums is not None:
+        added = {"sums": pointer_to(sums.tensor), "sum_parts": sums.parts, "sum_units": sums.units}
+    assert isinstance(step.op, Conv)
     return launch(
         "depthwise",
         "depthwise_rows.cuh",
@@ -231,14 +275,15 @@ def launch_rows(step: Step, geometry: Geometry, tile: RowsTile, context: Context
             "operand": STORAGE[element], "kernel_h": window.kernel[0], "kernel_w": window.kernel[1],
             "stride_h": window.stride[0], "stride_w": window.stride[1], "dilation_h": window.dilation[0],
             "dilation_w": window.dilation[1], "panel": tile.panel, "units": tile.units, "streams": tile.streams,
-            "rows": tile.rows, "stages": tile.stages, "blocks": tile.blocks,
+            "rows": tile.rows, "stages": tile.stages, "blocks": tile.blocks, "sums": sums is not None,
             "shared_bytes": tile.shared_bytes(window),
         },
-        [epilogue_for(step, VECTOR)],
+        [epilogue_for(step, VECTOR), codegen.result(step.op.stores[0])],
         {
             "map_x": pixels, "w": Pointer(packed, ctype=STORAGE[element]), "channels": window.channels,
             "panels": panels, "pitch": column.pitch, "lines": column.lines, "outputs": outputs,
             "out_h": window.output[0], "out_w": window.output[1], "pad_h": geometry.pads[1], "pad_w": geometry.pads[2],
+            **added,
         },
         (wide, sharing, 1),
         32 * tile.warps,

@@ -11,6 +11,7 @@ from engine.ir.ops import (
     Attention,
     Concat,
     Conv,
+    ConvMean,
     Gather,
     Gemm,
     Norm,
@@ -32,6 +33,8 @@ from engine.targets.cuda import (
     attention_wgmma,
     concat,
     conv,
+    conv_mean,
+    depthwise_rows,
     gather,
     gemm,
     normalize,
@@ -52,6 +55,7 @@ FAMILIES: dict[type[Op], Family] = {
     Attention: attention,
     Concat: concat,
     Conv: conv,
+    ConvMean: conv_mean,
     Gather: gather,
     Gemm: gemm,
     Norm: normalize,
@@ -87,7 +91,7 @@ PACKED = PackedAttention(
 
 def traits_of(architecture: Architecture) -> Traits:
     """The traits of a GPU."""
-    return replace(TRAITS, packed=PACKED) if architecture.wgmma else TRAITS
+    return replace(TRAITS, packed=PACKED, conv_means=depthwise_rows.MEANS_TAKEN) if architecture.wgmma else TRAITS
 
 
 def family_of(op: Op) -> Family:

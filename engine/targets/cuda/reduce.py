@@ -66,8 +66,11 @@ def lower(step: Step, context: Context) -> list[Launch]:
     return lower_reduction(step, op, shape, prod(shape[axis] for axis in op.axes), context)
 
 
-def lower_reduction(step: Step, op: Reduce, shape: tuple[int, ...], count: int, context: Context) -> list[Launch]:
-    """The launches of `op` on the operands of `step`; `count` is what a mean divides by."""
+def lower_reduction(
+    step: Step, op: Reduce, shape: tuple[int, ...], count: int, context: Context, shared: bool = True
+) -> list[Launch]:
+    """The launches of `op` on the operands of `step`; `count` is what a mean divides by. Unless `shared`, blocks share
+    no walk, and nothing is left in the workspace."""
     if not step.outputs[0].elements:
         return []
     reads = operands(step.inputs, ex.arguments(op.source), (), len(shape))
@@ -86,7 +89,7 @@ def lower_reduction(step: Step, op: Reduce, shape: tuple[int, ...], count: int, 
     kept, steps = (prod(shape[axis] for axis in axes) for axes in (plan.kept, plan.steps))
     check_counts(shape, kept * ceildiv(source.columns, VECTOR), steps * ceildiv(source.columns, VECTOR))
     itemsize = max((read.dtype.itemsize for read in reads.values()), default=4)
-    walk = _Walk(op, count, kept, steps, source.columns, plan.columns_kept, itemsize)
+    walk = _Walk(op, count, kept, steps, source.columns, plan.columns_kept, itemsize, shared)
     return [walk.launch(prologue, epilogue, context)]
 
 
@@ -112,7 +115,7 @@ _PARTIAL = {
 @dataclass(frozen=True)
 class _Walk:
     """What a launch reduces: for each of `kept` rows, `steps` rows of `columns` (one result each where kept), elements
-    of `itemsize` bytes."""
+    of `itemsize` bytes. `shared`: blocks may share the walk."""
 
     op: Reduce
     count: int
@@ -121,6 +124,7 @@ class _Walk:
     columns: int
     columns_kept: bool
     itemsize: int
+    shared: bool
 
     @property
     def chunks(self) -> int:
@@ -138,8 +142,9 @@ class _Walk:
 
     def _launch_columns(self, prologue: Functor, epilogue: Functor, context: Context) -> Launch:
         walk = pick_column_walk(
-            self.kept, self.steps, self.chunks, VECTOR * self.itemsize, self._value_bytes, context.multiprocessors
-        )
+            self.kept, self.steps, self.chunks, VECTOR * self.itemsize, self._value_bytes, context.multiprocessors,
+            self.shared,
+        )  # fmt: skip
         arguments: dict[str, Argument] = {
             "column_threads": walk.column_threads, "row_threads": walk.row_threads, "kept_threads": walk.kept_threads,
             "column_tiles": walk.column_tiles,
@@ -153,7 +158,7 @@ class _Walk:
         size = self.steps * self.chunks
         group = min(32, power_of_two(size)) if size <= 32 * _VECTORS_PER_LANE else BLOCK_THREADS
         tiles = ceildiv(self.kept, BLOCK_THREADS // group)
-        parts = split(size, VECTORS_PER_PART, tiles, context)
+        parts = split(size, VECTORS_PER_PART, tiles, context) if self.shared else Parts(1, size)
         batch = batch_of(ceildiv(parts.size, group), self._value_bytes)
         config = {"group": group, "stepped": self.steps > 1, "batch": batch}
         return self._launched(prologue, epilogue, config, {}, parts, BLOCK_THREADS, tiles, 1)

@@ -140,16 +140,17 @@ _ISSUED = 2.2  # instructions a cycle of a multiprocessor (gemm_stream.py)
 
 @lru_cache(maxsize=4096)  # hundreds of candidates, and a model has few distinct shapes
 def pick_column_walk(
-    kept: int, steps: int, chunks: int, vector_bytes: int, value_bytes: int, multiprocessors: int
+    kept: int, steps: int, chunks: int, vector_bytes: int, value_bytes: int, multiprocessors: int, shared: bool = True
 ) -> ColumnWalk:
     """The walk with the least estimated time over `steps` rows of `chunks` vectors for each of `kept` rows, where
-    columns are kept. Blocks that read less than 32 bytes side by side (a sector of the caches) would read it twice."""
+    columns are kept; unless `shared`, blocks share no steps. Blocks that read less than 32 bytes side by side (a sector
+    of the caches) would read it twice."""
     least = min(chunks, max(1, 32 // vector_bytes))
     walks = (
         _column_walk(kept, steps, chunks, column_threads, threads, wanted, value_bytes)
         for threads in (BLOCK_THREADS, 2 * BLOCK_THREADS)
         for column_threads in _column_threads(chunks, least)
-        for wanted in _part_counts(steps)
+        for wanted in (_part_counts(steps) if shared else [1])
     )
     return min(walks, key=lambda walk: column_walk_cycles(walk, vector_bytes, multiprocessors))
 

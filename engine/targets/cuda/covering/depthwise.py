@@ -21,7 +21,7 @@ from engine.targets.cuda.covering.build import (
     weight,
 )
 from engine.targets.cuda.depthwise import is_depthwise_product, launch_depthwise_product, window_of
-from engine.targets.cuda.depthwise_rows import candidates, has_rows, launch_rows
+from engine.targets.cuda.depthwise_rows import ImageSums, candidates, has_rows, launch_rows
 from engine.targets.cuda.kernel import Context, Launch, ceildiv
 
 
@@ -49,7 +49,8 @@ def depthwise_products(context: Context) -> Iterator[tuple[str, Launch]]:
 
 def _rows(context: Context) -> Iterator[tuple[str, Launch]]:
     """Rows that stream, for every filter that networks have, in tiles that leave a thread the fewest registers: stages
-    of one row of results and of a period, with a clamp and with a residual in turn."""
+    of one row of results and of a period, with a clamp and with a residual in turn; with sums over the pixels of images
+    beside them."""
     for turn, (kernel, stride) in enumerate(((3, 1), (3, 2), (5, 1), (5, 2), (7, 1))):
         dtype = DType.BF16 if turn % 3 == 0 else F16
         biased = add(ACC, arg(2, dtype))
@@ -62,9 +63,12 @@ def _rows(context: Context) -> Iterator[tuple[str, Launch]]:
         step = make_step(op, [image, filters, bias, *([results] if residual else [])])
         geometry = Geometry(step)
         assert has_rows(step, geometry, context)
-        fitting = candidates(window_of(geometry), context.architecture.shared_bytes)
-        most = max(tile.blocks * ceildiv(tile.warps, 4) for tile in fitting)
-        dense = [tile for tile in fitting if tile.blocks * ceildiv(tile.warps, 4) == most]
-        longest = max(tile.rows for tile in dense)
-        tile = next(tile for tile in dense if (tile.rows == longest) == residual)
-        yield f"depthwise rows {tile}", launch_rows(step, geometry, tile, context)
+        for summed in (False, True):
+            fitting = candidates(window_of(geometry), context.architecture.shared_bytes, summed)
+            most = max(tile.blocks * ceildiv(tile.warps, 4) for tile in fitting)
+            dense = [tile for tile in fitting if tile.blocks * ceildiv(tile.warps, 4) == most]
+            longest = max(tile.rows for tile in dense)
+            tile = next(tile for tile in dense if (tile.rows == longest) == residual)
+            sums = ImageSums.of(geometry, tile, context) if summed else None
+            name = f"depthwise rows{' with sums' if summed else ''} {kernel}/{stride} {tile}"
+            yield name, launch_rows(step, geometry, tile, context, sums)

@@ -12,10 +12,14 @@
 // accumulators have the same roles again. Warps meet nowhere; the first one asks for a stage's next rows when it is itself through with
 // the stage behind, so that it seldom waits for the others.
 //
+// With `sums`, what is stored is added up image by image, too (epilogue/image_sums.cuh): an image lies in as many parts as streams have
+// rows of it.
+//
 // w is packed [channel][WORDS], words of two horizontal taps. NOTES: an infinite input meets weights of zero, so it turns the other
 // seven channels of its group to NaN where its window is.
 #pragma once
 #include "epilogue/access.cuh"
+#include "epilogue/image_sums.cuh"
 #include "mma/diagonal.cuh"
 #include "ptx/arithmetic.cuh"
 #include "ptx/barrier.cuh"
@@ -122,7 +126,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
   const u32 out_unit = unit0 + (lane >> 4), out_stream = out_unit / UNITS, channel = channel0 + 8 * (group0 + (lane & 1));
   const u32 x = x0 + 8 * (out_unit - out_stream * UNITS) + (lane >> 1 & 7), begin = first + out_stream * p.outputs;
   const bool present = out_unit < ALL_UNITS && x < p.out_w && channel < p.channels && begin < end;
-  const u32 mine = present ? min(p.outputs, end - begin) : 0, column = present ? channel : 0;
+  const u32 own = out_unit < ALL_UNITS && begin < end ? min(p.outputs, end - begin) : 0;  // rows of the unit's stream
+  const u32 mine = present ? own : 0, column = present ? channel : 0;
   const Epilogue::Fixed fixed = Epilogue::fetch_fixed(p, column, 8);
   const u32 out_pitch = p.pitch / STRIDE_H, between = (p.out_h - out_pitch) * p.out_w;
   // The first LIVE − 1 rows that are finished lie before `begin` and lack some of their inputs.
@@ -134,6 +139,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
   u32 store_place = unknown(16 * (lane / 4) + 4 * ((lane >> 1 & 1) ^ (lane >> 3 & 1) * 3) + 2 * (lane & 1));
   u32 load_place = unknown(16 * (lane / 2) + 4 * ((lane & 1) * 2 ^ (lane >> 2 & 1) * 3));
 
+  ImageSums<config::sums> pixels;
   float d[LIVE][2][4] = {};
   u32 stage = 0, parity = 0;
   for (u32 row = 0; row < rows; row += PERIOD) {
@@ -181,7 +187,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
           const float4 high = *reinterpret_cast<const float4*>(sums + (load_place ^ 4));
           const float v[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
           Epilogue::store(p, output, column, 8, v, fixed, varying);
+          pixels.add(v, {fixed, varying});
         }
+        const bool whole = y + 1 == p.out_h, ends = finished < own && y < p.out_h && (whole || finished + 1 == own);
+        pixels.end_row(p, {ends, whole, begin + finished, out_pitch, blockIdx.y * STREAMS + out_stream,
+                           x0 / 8 + out_unit - out_stream * UNITS, channel});
         store_place ^= 256;
         load_place ^= 256;
         ++finished;

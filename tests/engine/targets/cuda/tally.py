@@ -21,6 +21,7 @@ _NAMES: Mapping[type[ops.Op], str] = {
     ops.Softmax: "softmax",
     ops.Reduce: "reduction",
     ops.Pool: "pool",
+    ops.ConvMean: "depthwise convolution",
     ops.Gather: "gather",
     ops.Scatter: "scatter",
     ops.Concat: "pad, concat, copy",

@@ -8,17 +8,29 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from engine.ir import expr as ex
+from engine.ir.ops import Conv, ConvMean
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import SM_80, SM_90A
 from engine.targets.cuda.conv import lower
 from engine.targets.cuda.conv_geometry import Geometry, channels_last
+from engine.targets.cuda.conv_mean import lower_rows, without_mean
 from engine.targets.cuda.conv_variants import variants
 from engine.targets.cuda.covering import ACC, F16, make_step, weight
 from engine.targets.cuda.depthwise import window_of
-from engine.targets.cuda.depthwise_rows import Column, RowsTile, candidates, has_rows, launch_rows, ranked
-from engine.targets.cuda.kernel import Context, Launch, WeightStore
+from engine.targets.cuda.depthwise_rows import (
+    Column,
+    ImageSums,
+    RowsTile,
+    candidates,
+    has_rows,
+    launch_rows,
+    ranked,
+)
+from engine.targets.cuda.families import family_of
+from engine.targets.cuda.kernel import Context, Launch, WeightStore, workspace_bytes
 from tests.engine.targets.cuda.cases import check, ragged, rng_of
 from tests.engine.targets.cuda.harness import Case, Runner
 from tests.engine.targets.cuda.test_conv import BF16_, EPILOGUES, FP16, Kind, Shape, case, random_shape, random_step
@@ -114,6 +126,92 @@ def test_a_ring_goes_round_many_times(hopper: Runner, count: int) -> None:
             label = f"{kernel}/{stride} {multiprocessors} {tile}"
             cases.append(Case(label, step, kernel**2, lowered=launches, rounding=FP16.rounding))
     check(hopper, cases)
+
+
+# With the mean of every image
+
+
+def with_mean(step: Step) -> Step:
+    """The step with the mean of its result over all pixels beside it."""
+    assert isinstance(step.op, Conv)
+    result = step.outputs[0]
+    op = ConvMean(step.op, ex.cast(ACC, result.dtype))
+    shape = (*result.shape[:2], *(1 for _ in result.shape[2:]))
+    buffer = Buffer("output1", BufferKind.OUTPUT, result.dtype.itemsize * shape[0] * shape[1])
+    return replace(step, op=op, outputs=(result, Tensor(buffer, result.dtype, shape, row_major(shape))))
+
+
+@pytest.mark.parametrize("axes", [2, 1])
+def test_means_beside_streamed_rows_match_float64(hopper: Runner, count: int, axes: int) -> None:
+    """Images that lie in one stream, in several, some in more than others; units and channels that are not there."""
+    rng, cases = rng_of(f"means{axes}"), []
+    for i in range(2 * count):
+        kind, name = (FP16, BF16_)[i % 2], EPILOGUES[i // 2 % 4]
+        context = kind.context(hopper)
+        few = replace(context, multiprocessors=int(rng.choice([1, 3, 12, 40])))
+        shape = streamed(rng, axes, kind, context)
+        step = random_step(rng, kind, shape, name)
+        fitting = candidates(window_of(Geometry(step)), context.architecture.shared_bytes, sums=True)
+        if not fitting:
+            continue
+        tile = fitting[int(rng.integers(len(fitting)))]
+        meant = with_mean(step)
+        launches = lower_rows(meant, tile, few)
+        cases.append(case(rng, kind, shape, meant, launches, f"{name} {few.multiprocessors} {tile}"))
+    assert len(cases) > count
+    check(hopper, cases)
+
+
+def test_every_part_of_an_image_is_added_up(hopper: Runner, count: int) -> None:
+    """Ones: the mean counts pixels, exactly. Streams begin and end anywhere in an image and between two."""
+    cases = []
+    for size, images, stride in ((7, 5, 1), (17, 3, 1), (14, 4, 2), (30, 1, 1)):
+        step = with_mean(make_step(
+            replace(cv.conv_op(1, stride, 24), stores=(cv.stored(ACC),)),
+            [(F16, (images, 24, size, size)), np.ones((24, 1, 1, 1), np.float16)],
+        ))  # fmt: skip
+        ones = np.ones((images, 24, size, size), np.float16)
+        for multiprocessors in (1, 2, 5, 9, 40):
+            few = replace(hopper.context, multiprocessors=multiprocessors)
+            for tile in (RowsTile(32, 1, 2, stride, 2, 1), RowsTile(32, 2, 1, stride, 3, 1)):
+                launches = lower_rows(step, tile, few)
+                label = f"{size}/{stride} {multiprocessors} {tile}"
+                cases.append(Case(label, step, 1, {0: ones}, launches, rounding=0.0))
+    check(hopper, cases)
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_mean_is_taken_of_the_result_where_no_kernel_adds_it_up(
+    hopper: Runner, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(depthwise_rows, "TAKEN", taken)
+    filters = rng_of("filters").uniform(0.0, 0.2, (48, 1, 3, 3)).astype(np.float16)
+    op = replace(cv.conv_op(3, 1, 48), stores=(cv.stored(ACC),))
+    step = with_mean(make_step(op, [(F16, (2, 48, 15, 15)), filters]))
+    portable = replace(hopper.context, architecture=SM_80)
+    # Of positive numbers, so that their rounding before they are averaged is one of the mean.
+    image = rng_of("positive").uniform(0.5, 1.5, step.inputs[0].shape).astype(np.float16)
+    launches = family_of(step.op).lower(step, hopper.context)
+    check(hopper, [Case("as it is chosen", step, 9, {0: image}, launches)])
+    for context in (hopper.context, portable):
+        convolution, mean = family_of(step.op).lower(step, context)
+        streams = taken and context is hopper.context
+        expected = "depthwise_rows.cuh" if streams else "depthwise_mma.cuh"
+        assert body_of([convolution]) == f'#include "{expected}"'
+        assert ("sums" in dict(convolution.arguments)) == streams
+        assert body_of([mean]) == '#include "reduce_columns.cuh"'
+        assert "partial" not in dict(mean.arguments)
+
+
+def test_nothing_else_of_the_step_lies_in_the_sums_workspace() -> None:
+    """One image with many parts: a reduction alone would divide them among blocks, through the same workspace."""
+    step = with_mean(depthwise_step(1, 32, 112, 3))
+    tile = ranked(step_alone := without_mean(step), Geometry(step_alone), CONTEXT, sums=True)[0][1]
+    rows, join = lower_rows(step, tile, CONTEXT)
+    sums = ImageSums.of(Geometry(step_alone), tile, CONTEXT)
+    assert sums.parts > 1
+    assert sums.tensor.shape == (1, sums.parts * 14, 32)
+    assert workspace_bytes([rows, join]) == sums.tensor.nbytes == 4 * sums.parts * 14 * 32
 
 
 # Which convolutions, and how they lie

@@ -1,0 +1,64 @@
+"""Depthwise convolutions that compute the mean over their pixels, too: `ConvMean`. In depthwise_rows.cuh sums come
+beside the result, a few for each image, and a small reduction joins them; elsewhere the mean is taken of the stored
+result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+
+from engine.ir import expr as ex
+from engine.ir.dtype import DType
+from engine.ir.ops import ConvMean, Op, Reduce, ReduceKind
+from engine.plan.plan import Requirement, Step
+from engine.plan.tensor import Tensor
+from engine.targets.cuda import conv, depthwise_rows, reduce
+from engine.targets.cuda.conv_geometry import Geometry
+from engine.targets.cuda.depthwise_rows import ImageSums, RowsTile
+from engine.targets.cuda.kernel import Context, Launch
+
+
+def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]:
+    """Those of the convolution; means have any strides."""
+    assert isinstance(op, ConvMean)
+    given, results = conv.requirements(op.conv, inputs)
+    return given, (*results, Requirement())
+
+
+def lower(step: Step, context: Context) -> list[Launch]:
+    bare = without_mean(step)
+    geometry = Geometry(bare)
+    tile = depthwise_rows.pick(bare, geometry, context, sums=True) if step.outputs[0].elements else None
+    if tile is not None:
+        return lower_rows(step, tile, context)
+    assert isinstance(step.op, ConvMean)
+    result, mean = step.outputs[0], step.outputs[-1]
+    source, axes = ex.cast(ex.Arg(0, result.dtype), DType.F32), tuple(range(2, len(result.shape)))
+    reduction = Reduce(ReduceKind.MEAN, axes, True, source, (step.op.mean,))
+    return [
+        *conv.lower(bare, context),
+        *reduce.lower(replace(step, op=reduction, inputs=(result,), outputs=(mean,)), context),
+    ]
+
+
+def without_mean(step: Step) -> Step:
+    """The convolution alone."""
+    assert isinstance(step.op, ConvMean)
+    return replace(step, op=step.op.conv, outputs=step.outputs[:-1])
+
+
+def lower_rows(step: Step, tile: RowsTile, context: Context) -> list[Launch]:
+    """The launches of a step in the given tile of depthwise_rows.cuh, which `has_rows`."""
+    assert isinstance(step.op, ConvMean)
+    bare, mean = without_mean(step), step.outputs[-1]
+    geometry = Geometry(bare)
+    sums = ImageSums.of(geometry, tile, context)
+    joined = Tensor(mean.buffer, mean.dtype, mean.shape[:2], mean.strides[:2], mean.offset)
+    reduction = Reduce(ReduceKind.MEAN, (1,), False, ex.Arg(0, DType.F32), (step.op.mean,))
+    join = replace(step, op=reduction, inputs=(sums.tensor,), outputs=(joined,))
+    pixels = prod(bare.outputs[0].shape[2:])
+    # The sums lie in the step's workspace, where blocks that share a walk would leave theirs.
+    return [
+        depthwise_rows.launch_rows(bare, geometry, tile, context, sums),
+        *reduce.lower_reduction(join, reduction, sums.tensor.shape, pixels, context, shared=False),
+    ]
