@@ -125,9 +125,13 @@ def metrics(options: argparse.Namespace) -> int:
     chosen = _chosen(options, cases.METRICS, device)
     with _model_files(options.models, [case.of.model for case in chosen]) as files:
         recorder = Recorder(device, new_run("gpu", options.commit, None, gpu_driver(session.GPU)), options.results)
+        outcomes = []
         for case, found in metrics.measure_all(chosen, files, profiler, deadline):
+            outcomes.append((case, found))
             measurement = Measurement(failure=found.failure, reasons=found.reasons)
             recorder.add(case, measurement, kernel_hash(device, case), figures=found.figures)
+        if options.each is not None:
+            metrics.write_kernels(options.each, outcomes)
         return recorder.end(len(chosen))
 
 
@@ -300,6 +304,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--ncu", default="ncu", metavar="PATH", help="Nsight Compute (default: that on the PATH)")
     command.add_argument("--no-ncu", action="store_true", help="without it: only the cost, and sums of stamps")
+    command.add_argument("--each", type=Path, metavar="FILE", help="write every kernel beside ncu as CSV")
     command = commands.add_parser("cpu", parents=[measuring, repository], help="models and layers on the CPU")
     command.add_argument("--suite", action="append", choices=("models", "layers"), help="(default: both)")
     _add_threads(command, "of each side")

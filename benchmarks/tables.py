@@ -160,21 +160,27 @@ def _ready(results: Results, rows: Sequence[Row]) -> str:
 
 def _metrics(results: Results, rows: Sequence[Row]) -> str:
     """Rows of what the kernel metrics cost and tell as a Markdown table."""
-    times = {"graph_us": "graph", "serial_us": "serial", "stamps_us": "Σ stamps", "ncu_us": "Σ ncu",
-             "overlap_us": "overlap"}  # fmt: skip
-    heads = ["case", "launch, with/without", "run, with/without", *times.values(), *BANDS]
+    times = {"graph_us": "graph", "stamps_us": "Σ stamps", "serial_us": "serial", "overlap_us": "overlap",
+             "ncu_stamps_us": "Σ stamps under ncu", "ncu_us": "Σ ncu"}  # fmt: skip
+    heads = ["case", "launch, with/without", "one run in", "every run stamped", "run, with/without", *times.values()]
+    heads += ["ncu - stamp, empty", *BANDS]
     lines = [_row(heads), _row(["---", *["---:"] * (len(heads) - 1)])]
     for row in rows:
-        cells = [_interval(row.figures, what) for what in ("launch", "run")]
+        one_in = row.figures.get("launch_one_in")
+        cells = [_interval(row.figures, "launch"), "–" if one_in is None else f"{one_in:.0f}"]
+        cells += [_interval(row.figures, what) for what in ("each", "run")]
         cells += [_us(row.figures.get(name)) for name in times]
-        cells += [_deviation(row.figures, band) for band in BANDS]
+        cells += [_offset(row.figures), *(_deviation(row.figures, band) for band in BANDS)]
         lines.append(_row([f"{row.case} **failed**" if row.failure else row.case, *cells]))
     said = (
         "Throughput with stamps over that without, with its 95 % confidence interval: of launches of a bound model in "
-        "a stream, and of `Model.run` from two threads. µs a run: as a graph, the same where no kernel starts before "
-        "the one before it has ended, the sums of our stamps and of ncu's times over all kernels, and by how much the "
-        "latter exceeds the graph's time: what dependent launches overlap. Stamps beside ncu, by the time of a kernel: "
-        "median and worst deviation, number of kernels."
+        "a stream, where one run in so many writes stamps; of the same where every run does; and of `Model.run` from "
+        "two threads. µs a run at full load: as a graph, the sum of the stamps of all kernels, as a graph in which no "
+        "kernel starts before the one before it has ended, and by how much the latter is longer: what dependent "
+        "launches overlap. Under ncu, one kernel at a time: the sums of stamps and of ncu's durations of the same "
+        "launches, and by how much its duration exceeds the stamp of kernels that do nothing else (the median, and the "
+        "range over their shapes). Stamps with that offset beside ncu, by the duration of a kernel: median and worst "
+        "deviation, number of kernels, how many are beyond the bound; the median without the offset."
     )
     return "\n".join([*lines, "", f"{said} {_source(results, rows)}.", ""])
 
@@ -186,11 +192,19 @@ def _interval(figures: Mapping[str, float], what: str) -> str:
     return f"{ratio:.4f} ({low:.4f}–{high:.4f})"
 
 
+def _offset(figures: Mapping[str, float]) -> str:
+    if "offset_us" not in figures:
+        return "–"
+    shapes = [us for name, us in figures.items() if name.startswith("offset ")]
+    return f"{figures['offset_us']:.2f} ({min(shapes):.2f}–{max(shapes):.2f})"
+
+
 def _deviation(figures: Mapping[str, float], band: str) -> str:
     if f"{band} kernels" not in figures:
         return "–"
-    middle, worst, kernels = (figures[f"{band} {part}"] for part in ("median", "worst", "kernels"))
-    return f"{middle:+.1%}, {worst:+.1%} ({kernels:.0f})"
+    middle, worst, raw = (figures[f"{band} {part}"] for part in ("median", "worst", "median without offset"))
+    kernels, beyond = (figures[f"{band} {part}"] for part in ("kernels", "beyond"))
+    return f"{middle:+.1%}, {worst:+.1%} ({kernels:.0f}{f', {beyond:.0f} beyond' if beyond else ''}); {raw:+.1%}"
 
 
 _COUNTS = ("steps", "opaque", "kernels")

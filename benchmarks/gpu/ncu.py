@@ -1,28 +1,28 @@
-"""The time of every kernel as NVIDIA's profiler Nsight Compute (``ncu``) sees it, beside what our stamps say.
+"""The time of every kernel as NVIDIA's profiler Nsight Compute (``ncu``) sees it.
 
-ncu runs a small program (profiled.py) that launches the kernels of a plan one after the other, in a window of its own
-(`--profile-from-start off`). It leaves clocks and caches as they are, and writes a line of CSV for each kernel in the
-order in which they were launched: matched by that, and by grid and block.
+ncu runs a small program (profiled.py) that launches the kernels of a plan one after the other, in windows of its own
+(`--profile-from-start off`). It leaves clocks and caches as they are, asks for nothing that would take a kernel more
+than one pass, and writes a line of CSV for each in the order in which they were launched: matched by that, and by grid
+and block (deviation.py).
 """
 
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-
-from benchmarks.cases.metrics import BANDS
 
 METRIC = "gpu__time_duration.sum"
 _US = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3, "msecond": 1e3, "s": 1e6, "second": 1e6}
 """Units of ncu, older and newer names, in µs."""
-_TIMEOUT_SECONDS = 120.0
+_TIMEOUT_SECONDS = 240.0
 _ERROR = "==ERROR== "
+_PASSES = re.compile(r"^==PROF== .* - ([2-9]|[1-9]\d+) passes", re.MULTILINE)
 
 Shape = tuple[tuple[int, int, int], int]
 """The grid of a launch, and the threads of its blocks."""
@@ -74,6 +74,8 @@ def profile(ncu: str, program: Sequence[str]) -> list[Timed]:
     if errors or done.returncode:
         last = (done.stderr or done.stdout).strip().splitlines()[-1:]
         raise NcuError("; ".join([*errors[:2], *last]) or f"exit status {done.returncode}")
+    if passes := _PASSES.search(written + "\n" + done.stdout):
+        raise NcuError(f"a kernel ran {passes[1]} times over: its stamp is not of what was timed")
     return parse(written)
 
 
@@ -114,23 +116,3 @@ def matched(launched: Sequence[Sequence[Shape]], timed: Sequence[Timed]) -> list
             raise NcuError(f"kernel {number} has grid and threads {one.shape}, not {shape}")
     times = iter(timed)
     return [[next(times).us for _ in step] for step in launched]
-
-
-@dataclass(frozen=True)
-class Band:
-    """How far the stamps of some kernels are from ncu's times, relative: signed in the middle, and at worst."""
-
-    name: str
-    kernels: int
-    median: float
-    worst: float
-    bound: float
-
-
-def bands(stamps_us: Sequence[float], ncu_us: Sequence[Sequence[float]]) -> Iterator[Band]:
-    """The steps of one kernel by its time. What a step of several takes also holds what lies between them."""
-    single = [(stamp, times[0]) for stamp, times in zip(stamps_us, ncu_us, strict=True) if len(times) == 1]
-    for name, (least, most, bound) in BANDS.items():
-        off = [stamp / us - 1 for stamp, us in single if least <= us < most]
-        if off:
-            yield Band(name, len(off), median(off), max(off, key=abs), bound)

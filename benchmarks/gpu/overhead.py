@@ -1,62 +1,158 @@
-"""What the stamps of the kernel metrics cost: the throughput with them beside that without, in pairs whose order
-changes, so that a drift of the clock meets both alike."""
+"""What the stamps of the kernel metrics cost: the throughput with them beside that without.
+
+Both take turns, in fours whose order changes: without, with, with, without. So a clock that drifts, which a GPU's does
+at its power limit, meets both alike. A four is one figure; of them, the middle and its interval come from their ranks,
+which a few that something else disturbed do not move: Hodges and Lehmann's estimate, and the interval that belongs to
+Wilcoxon's signed ranks. Fours are made until that interval is narrow enough, or time is up.
+"""
 
 from __future__ import annotations
 
+import gc
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 from math import ceil, exp, log, sqrt
-from statistics import mean, median, stdev
+from statistics import median
 
-PAIRS = 12
-_QUANTILE = 2.201  # of Student's t, for 95 % on both sides with 11 degrees of freedom
-_SECONDS = 0.1  # of each side of a pair, at least
+Side = Callable[[bool], float]
+"""Makes some runs, with stamps or without, and gives the seconds of each."""
+Switch = Callable[[bool], None]
+"""Says whether the runs that follow are with stamps."""
+
+LEAST_FOURS = 8
+_QUANTILE = 1.96  # of the normal distribution, for 95 % on both sides
+SIDE_SECONDS = 0.12
+_WINDOW_RUNS = 32  # at least: when a run ends varies by a part of a run
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Throughput with over throughput without: the geometric mean of the pairs, and its 95 % confidence interval."""
+    """Throughput with over throughput without, and its 95 % confidence interval."""
 
-    mean: float
+    centre: float
     low: float
     high: float
+
+    @property
+    def half(self) -> float:
+        """Half of the interval."""
+        return (self.high - self.low) / 2
+
+
+@dataclass(frozen=True)
+class Effort:
+    """When it is enough: the interval is within ± `within`, or `seconds` are over; `warm_up` seconds before."""
+
+    within: float
+    seconds: float
+    warm_up: float = 0.0
 
 
 @dataclass(frozen=True)
 class Overhead:
-    """What came out, and µs a run without stamps."""
+    """What came out, and µs a run without and with stamps."""
 
     ratio: Ratio
     us: float
+    with_us: float
 
 
-def measure(run: Callable[[int], None], stamp: Callable[[bool], None], every: int) -> Overhead:
-    """`run` makes so many runs and waits for them; `stamp` says whether one in `every` of those that follow writes
-    stamps."""
+def measure(side: Side, effort: Effort) -> Overhead:
+    """Fours of a side's two ways."""
+    with _without_collections():
+        side(True)  # what is captured first is captured now
+        begin = time.perf_counter()
+        while time.perf_counter() - begin < effort.warm_up:
+            side(False)
+        begin = time.perf_counter()
+        seconds: dict[bool, list[float]] = {False: [], True: []}
+        while True:
+            first = len(seconds[True]) % 4 == 2
+            for stamped in (first, not first, not first, first):
+                seconds[stamped].append(side(stamped))
+            fours = len(seconds[True]) // 2
+            if fours < LEAST_FOURS:
+                continue
+            ratio = ratio_of(seconds[True], seconds[False])
+            if ratio.half <= effort.within or time.perf_counter() - begin >= effort.seconds:
+                return Overhead(ratio, median(seconds[False]) * 1e6, median(seconds[True]) * 1e6)
+
+
+def ratio_of(stamped: Sequence[float], plain: Sequence[float]) -> Ratio:
+    """Of the seconds of sides, of which two neighbours with and two without stamps make a four."""
+    logs = [log(plain[i] * plain[i + 1] / (stamped[i] * stamped[i + 1])) / 2 for i in range(0, len(stamped) - 1, 2)]
+    n = len(logs)
+    if n < LEAST_FOURS or len(plain) != len(stamped):
+        raise ValueError(f"the interval is for {LEAST_FOURS} fours at least, not {n}")
+    averages = sorted((one + other) / 2 for one, other in combinations_with_replacement(logs, 2))
+    outside = int(n * (n + 1) / 4 - _QUANTILE * sqrt(n * (n + 1) * (2 * n + 1) / 24) - 0.5)
+    return Ratio(exp(median(averages)), exp(averages[outside]), exp(averages[-1 - outside]))
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """No pauses of Python's garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def batches(run: Callable[[int], object], switch: Switch, every: int, least_seconds: float = SIDE_SECONDS) -> Side:
+    """Sides of a fixed number of runs, a multiple of `every`, that take `least_seconds`. `run` makes so many and waits
+    for them."""
 
     def seconds(stamped: bool, runs: int) -> float:
-        stamp(stamped)
+        switch(stamped)
         begin = time.perf_counter()
         run(runs)
         return time.perf_counter() - begin
 
+    seconds(True, 2 * every)
+    runs = every * max(1, ceil(least_seconds / max(seconds(False, every), 1e-9)))
+    return lambda stamped: seconds(stamped, runs) / runs
+
+
+@contextmanager
+def steady(run: Callable[[], object], threads: int, switch: Switch) -> Iterator[Side]:
+    """Sides of threads that run without a pause from the first to the last of them: a side is what ends within a while.
+    So no side has a beginning, in which the threads wake up and the GPU waits, nor an end. What was under way when the
+    side began does not count."""
+    ended: list[float] = []
+    problems: list[BaseException] = []
+    stop = threading.Event()
+
+    def work() -> None:
+        try:
+            while not stop.is_set():
+                run()
+                ended.append(time.perf_counter())
+        except BaseException as problem:
+            problems.append(problem)
+
+    def side(stamped: bool) -> float:
+        switch(stamped)
+        first, least = len(ended) + threads, _WINDOW_RUNS + threads
+        time.sleep(SIDE_SECONDS)
+        while len(ended) < first + least and not problems:
+            time.sleep(1e-3)
+        if problems:
+            raise problems[0]
+        within = sorted(ended[first:])
+        return (within[-1] - within[0]) / (len(within) - 1)
+
+    workers = [threading.Thread(target=work) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
     try:
-        seconds(True, 2 * every)  # what is captured first is captured now
-        runs = every * max(1, ceil(_SECONDS / max(seconds(False, every), 1e-9)))
-        pairs: list[tuple[float, float]] = []
-        for number in range(PAIRS):
-            found = {stamped: seconds(stamped, runs) for stamped in ((True, False) if number % 2 else (False, True))}
-            pairs.append((found[True], found[False]))
+        yield side
     finally:
-        stamp(True)
-    return Overhead(ratio_of(pairs), median(without for _, without in pairs) / runs * 1e6)
-
-
-def ratio_of(pairs: Sequence[tuple[float, float]]) -> Ratio:
-    """Of seconds with and without stamps, for `PAIRS` pairs."""
-    if len(pairs) != PAIRS:
-        raise ValueError(f"the interval is for {PAIRS} pairs, not {len(pairs)}")
-    logs = [log(without / stamped) for stamped, without in pairs]
-    middle, half = mean(logs), _QUANTILE * stdev(logs) / sqrt(len(logs))
-    return Ratio(exp(middle), exp(middle - half), exp(middle + half))
+        stop.set()
+        for worker in workers:
+            worker.join()

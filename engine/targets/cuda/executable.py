@@ -21,12 +21,13 @@ import cupy
 import numpy as np
 
 from engine.errors import ShapeError
-from engine.plan.plan import Plan
+from engine.plan.plan import Plan, Step
 from engine.plan.tensor import Buffer, Tensor
 from engine.specs import StepStat
 from engine.targets.cuda.kernel import ALIGNMENT, Kernel, Launch, Pointer, ceildiv
 from engine.targets.cuda.memory import SLOTS, Slot
 from engine.targets.cuda.program import Graphs, Place, Program
+from engine.targets.cuda.sampled_times import Nanoseconds
 
 if TYPE_CHECKING:
     from engine.targets.cuda.target import CudaTarget
@@ -104,24 +105,27 @@ class Executable:
             host[layout.status : layout.outputs] = 0
             _copy(slot.device, slot.host_address, layout.outputs, cupy.cuda.runtime.memcpyHostToDevice, target.copy_in)
             slot.copied_in.record(target.copy_in)
-            graphs, sampled = self._queue(slot)
+            graphs, stands_for = self._queue(slot)
             slot.copied_out.synchronize()
             del graphs  # held until here: the plan may be closed meanwhile
             status = host[layout.status : layout.status + program.status_bytes].copy()
-            if sampled:
+            if stands_for:
+                sample = program.nanoseconds(host[layout.stamps : layout.stamps + program.stamp_bytes])
                 with target.lock:
-                    program.add_sample(host[layout.stamps : layout.stamps + program.stamp_bytes])
+                    program.add_sample(sample, stands_for)
             for name, tensor in self.plan.outputs.items():
                 start = layout.tensors[id(tensor.buffer)]
                 outputs[name].reshape(-1).view(np.uint8)[:] = host[start : start + tensor.nbytes]
         program.check(status)
 
-    def _queue(self, slot: Slot) -> tuple[Graphs, bool]:
-        """Queue the plan and the transfer out behind the transfer in; the graphs, and whether stamps are written."""
+    def _queue(self, slot: Slot) -> tuple[Graphs, int]:
+        """Queue the plan and the transfer out behind the transfer in; the graphs, and how many runs the stamps stand
+        for, 0 where none are written."""
         target, layout = self._target, self._layout
         stream, copy_out = target.device.stream, target.copy_out
         with target.lock:
-            sampled = self._program.next_is_sampled()
+            stands_for = self._program.next_stands_for()
+            sampled = stands_for > 0
             graphs = self._graphs(slot)
             stream.wait_event(slot.copied_in)
             self._program.launch(graphs, sampled, self._place(slot), stream)
@@ -131,8 +135,8 @@ class Executable:
             to, source = slot.host_address + start, slot.device + start
             _copy(to, source, end - start, cupy.cuda.runtime.memcpyDeviceToHost, copy_out)
             slot.copied_out.record(copy_out)
-            self._program.count()
-        return graphs, sampled
+            self._program.count(sampled)
+        return graphs, stands_for
 
     def _graphs(self, slot: Slot) -> Graphs:
         """The graphs for a slot, captured anew where the arena or the slot has moved since. Under the target's lock."""
@@ -163,21 +167,46 @@ class Executable:
             slot.reserve(self._layout.nbytes)
             self._graphs(slot)
 
-    def launch(self, stream: cupy.cuda.Stream | None = None) -> None:
-        """Queue one run on what lies in the first slot's device memory, uncounted. `stream`: default, the device's
-        own."""
+    def launch(self, stream: cupy.cuda.Stream | None = None, stamped: bool = False) -> None:
+        """Queue one run on what lies in the first slot's device memory, uncounted; with `stamped` it writes stamps,
+        which nobody reads. `stream`: default, the device's own."""
         target = self._target
         with target.lock:
             slot = target.slots.all[0]
             if slot.nbytes < self._layout.nbytes:
                 self.prepare()
-            self._program.launch(self._graphs(slot), False, self._place(slot), stream or target.device.stream)
+            self._program.launch(self._graphs(slot), stamped, self._place(slot), stream or target.device.stream)
 
-    def launch_each(self) -> None:
-        """The same kernel by kernel, on the device's own stream: what a profiler sees as it is. After `prepare`."""
+    def launch_each(self, stamped: bool = False) -> None:
+        """The same kernel by kernel, on the device's own stream: what a profiler sees as it is. With `stamped` every
+        step writes its stamp. After `prepare`, or `empty_stamps`."""
         target = self._target
         with target.lock, target.device.errors(), target.device.current():
-            self._program.launch_each(self._place(target.slots.all[0]), target.device.stream)
+            self._program.launch_each(self._place(target.slots.all[0]), target.device.stream, stamped)
+
+    def empty_stamps(self) -> None:
+        """Make the first slot's stamps ready for a `launch_each` that writes them; waits until they are."""
+        target = self._target
+        with target.lock, target.device.errors(), target.device.current():
+            self.prepare()
+            every = range(len(self.plan.steps))
+            self._program.empty_stamps(self._place(target.slots.all[0]), every, target.device.stream)
+            target.device.stream.synchronize()
+
+    def stamps_ns(self) -> Nanoseconds:
+        """What the first slot's stamps say of each step, after whatever is queued; 0 where a step has no kernel."""
+        target, nbytes = self._target, self._program.stamp_bytes
+        with target.lock, target.device.errors(), target.device.current():
+            slot, stream, start = target.slots.all[0], target.device.stream, self._layout.stamps
+            to = slot.host_address + start
+            _copy(to, slot.device + start, nbytes, cupy.cuda.runtime.memcpyDeviceToHost, stream)
+            stream.synchronize()
+            return self._program.nanoseconds(slot.host[start : start + nbytes])
+
+    @property
+    def launches(self) -> Sequence[tuple[Step, list[Launch]]]:
+        """Every step with what it launches."""
+        return self._program.launches
 
     def address(self, pointer: Pointer) -> int:
         """Where a pointer points to on the device, in the first slot. After `prepare`."""

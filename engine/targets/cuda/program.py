@@ -4,6 +4,7 @@ executable that does not depend on where inputs and outputs lie. Used by `execut
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -23,13 +24,15 @@ from engine.targets.cuda.device import Packed
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.host_step import HostStep
 from engine.targets.cuda.kernel import ALIGNMENT, Kernel, Launch, Pointer, ceildiv, workspace_bytes
-from engine.targets.cuda.sampled_times import SampledTimes
+from engine.targets.cuda.sampled_times import Nanoseconds, SampledTimes, Sampling
 
 if TYPE_CHECKING:
     from engine.targets.cuda.target import CudaTarget
 
 SAMPLE_EVERY = 16
-"""One run in so many writes time stamps; its step times stand for the others. See `CudaTarget.sample_every`."""
+SAMPLE_SECONDS = 0.015
+"""A run writes time stamps, and its step times stand for the others, where at least so many runs and about as many
+seconds have gone since the last that did. See `CudaTarget.sample_every`."""
 STAMP_BYTES = 16
 STATUS_BYTES = 4
 _STAMP_EMPTY = 0xFF
@@ -90,7 +93,10 @@ class Program:
         self.arena_bytes = self._workspace + workspace_bytes(launch for _, row in self.launches for launch in row)
         self._cached_bytes = cached_bytes(plan, target.cache_bytes)
         self._own: dict[int, cupy.ndarray] = {}
+        # Steps on the host write no stamps.
+        self._on_device = np.array([not isinstance(step.op, Opaque) for step in plan.steps])
         self._runs = 0
+        self._sampling = Sampling()
         self._times = SampledTimes(len(plan.steps))
 
     # Launching
@@ -115,14 +121,20 @@ class Program:
             else:
                 next(segments).launch(stream)
 
-    def launch_each(self, place: Place, stream: cupy.cuda.Stream) -> None:
-        """Queue one run kernel by kernel and not as graphs, without stamps: what a profiler sees as it is. As `launch`
-        otherwise."""
+    def launch_each(self, place: Place, stream: cupy.cuda.Stream, stamped: bool = False) -> None:
+        """Queue one run kernel by kernel and not as graphs: what a profiler sees as it is. With `stamped` every step
+        writes its stamp over what `empty_stamps` has left there. As `launch` otherwise."""
         for part in self._parts:
             if isinstance(part, HostStep):
                 part.run(lambda pointer: self.address(pointer, place), stream)
             else:
-                self._target.device.launch_all(self._packed(place, part, False), stream, self._target.overlap)
+                self._target.device.launch_all(self._packed(place, part, stamped), stream, self._target.overlap)
+
+    def empty_stamps(self, place: Place, steps: range, stream: cupy.cuda.Stream) -> None:
+        """Queue what fills stamps with ones, as a run that writes them must find them."""
+        first, nbytes = place.stamps + steps.start * STAMP_BYTES, len(steps) * STAMP_BYTES
+        if nbytes:
+            cupy.cuda.runtime.memsetAsync(first, _STAMP_EMPTY, nbytes, stream.ptr)
 
     def _packed(self, place: Place, steps: range, stamped: bool) -> list[Packed]:
         packed: list[Packed] = []
@@ -137,12 +149,11 @@ class Program:
         target, packed = self._target, self._packed(place, steps, stamped)
         stream = cupy.cuda.Stream(non_blocking=True)
 
-        def empty_stamps() -> None:
+        def before() -> None:
             if stamped:
-                first, nbytes = place.stamps + steps.start * STAMP_BYTES, len(steps) * STAMP_BYTES
-                cupy.cuda.runtime.memsetAsync(first, _STAMP_EMPTY, nbytes, stream.ptr)
+                self.empty_stamps(place, steps, stream)
 
-        return target.device.capture(packed, stream, target.overlap, empty_stamps)
+        return target.device.capture(packed, stream, target.overlap, before)
 
     def address(self, pointer: Pointer, place: Place) -> int:
         """Where a pointer points to on the device."""
@@ -163,13 +174,15 @@ class Program:
                 base = int(self._own[id(buffer)].data.ptr)
         return base + pointer.offset
 
-    def next_is_sampled(self) -> bool:
-        """Whether the run that is about to be queued writes stamps."""
-        every = self._target.sample_every
-        return every > 0 and self._runs % every == 1
+    def next_stands_for(self) -> int:
+        """How many runs the one that is about to be queued stands for, if it writes stamps; 0 where it shall not."""
+        return self._sampling.stands_for(self._runs, self._target.sample_every)
 
-    def count(self) -> None:
-        """A run has been queued."""
+    def count(self, sampled: bool) -> None:
+        """A run has been queued, which does write stamps or does not."""
+        if sampled:
+            target = self._target
+            self._sampling.taken(self._runs, target.sample_every, target.sample_seconds, time.monotonic())
         self._runs += 1
 
     # What a run leaves behind
@@ -182,12 +195,21 @@ class Program:
             name = self.plan.steps[step].name
             raise ShapeError(f"step {name!r}: an index is out of range for the table that it looks up")
 
-    def add_sample(self, stamps: np.ndarray) -> None:
-        """Add the step times of a run that wrote stamps. `stamps`: their bytes."""
+    def nanoseconds(self, stamps: np.ndarray) -> Nanoseconds:
+        """What a run that wrote stamps took for each step: 0 for those on the host, and those that launch nothing.
+        `stamps`: their bytes. Needs no lock."""
         words = stamps.view(np.uint64).reshape(-1, 2)
         begin, end = words[:, 0], ~words[:, 1]
-        on_device = np.array([not isinstance(step.op, Opaque) for step in self.plan.steps])  # others write no stamps
-        self._times.add(np.where(on_device & (end > begin), end - begin, 0).astype(np.float64))
+        return np.where(self._on_device & (end > begin), end - begin, np.uint64(0)).astype(np.float64)
+
+    def add_sample(self, sample: Nanoseconds, runs: int) -> None:
+        """Add the step times of a run that wrote stamps, and stands for so many."""
+        self._times.add(sample, runs)
+
+    @property
+    def samples(self) -> int:
+        """How many runs have been added."""
+        return self._times.samples
 
     def step_stats(self) -> Sequence[StepStat]:
         """Runs and time of every step since it was bound. Times on the device are those of the sampled runs, scaled to

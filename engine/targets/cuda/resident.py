@@ -58,8 +58,9 @@ class ResidentExecutable:
         self._before = cupy.cuda.Event(disable_timing=True)
         self._after = cupy.cuda.Event(block=True, disable_timing=True)  # a thread that waits for it sleeps
         self._stamped = cupy.cuda.Event(disable_timing=True)
-        self._stamps_wait = False
-        """A launch that wrote stamps has been queued (`_stamped` follows it) and they have not been read."""
+        self._unread = 0
+        """So many runs are those stamps for that a launch has been queued to write (`_stamped` follows it) and that
+        have not been read; 0: there are none."""
 
     def launch(self, stream: object = None) -> None:
         """Run once, after what the caller's stream (without one: CuPy's current one) has been given so far.
@@ -89,13 +90,15 @@ class ResidentExecutable:
         graphs = self._captured()
         self._before.record(caller or cupy.cuda.get_current_stream())
         stream.wait_event(self._before)
-        sampled = program.next_is_sampled()
+        # While a caller is far ahead of the GPU, the stamps that are on their way are not written over.
+        stands_for = 0 if self._unread else program.next_stands_for()
+        sampled = stands_for > 0
         program.launch(graphs, sampled, self._place(), stream)
-        program.count()
+        program.count(sampled)
         if sampled:
             self._fetch(self._stamps_at, program.stamp_bytes)
             self._stamped.record(stream)
-            self._stamps_wait = True
+            self._unread = stands_for
         if caller is None:
             self._fetch(0, program.status_bytes)
         self._after.record(stream)
@@ -136,15 +139,21 @@ class ResidentExecutable:
 
     def _read_stamps(self) -> None:
         """Add up the newest stamps, once the launch that wrote them is done."""
-        if self._stamps_wait and self._stamped.done:
-            self._stamps_wait = False
+        if self._unread and self._stamped.done:
             end = self._stamps_at + self._program.stamp_bytes
-            self._program.add_sample(self._host_words[self._stamps_at : end])
+            sample = self._program.nanoseconds(self._host_words[self._stamps_at : end])
+            self._program.add_sample(sample, self._unread)
+            self._unread = 0
 
     @property
     def launches(self) -> Sequence[tuple[Step, list[Launch]]]:
         """Every step with what it launches."""
         return self._program.launches
+
+    @property
+    def samples(self) -> int:
+        """How many runs' stamps have been read."""
+        return self._program.samples
 
     def step_stats(self) -> Sequence[StepStat]:
         """Runs and time of every step since it was bound."""

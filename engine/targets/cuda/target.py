@@ -33,7 +33,7 @@ from engine.targets.cuda.executable import Executable
 from engine.targets.cuda.families import TRAITS, family_of, traits_of
 from engine.targets.cuda.kernel import Choice, Context, WeightStore
 from engine.targets.cuda.memory import SLOTS, Slot, Slots, device_memory
-from engine.targets.cuda.program import SAMPLE_EVERY
+from engine.targets.cuda.program import SAMPLE_EVERY, SAMPLE_SECONDS
 from engine.targets.cuda.resident import ResidentExecutable
 
 
@@ -54,7 +54,9 @@ class CudaTarget:
         self.traits = traits_of(self.device.architecture)
         self.tf32 = tf32
         self.sample_every = SAMPLE_EVERY
-        """One run in so many writes time stamps; with 0 none does."""
+        self.sample_seconds = SAMPLE_SECONDS
+        """A run writes time stamps where so many runs, and about so many seconds, have gone since the last that did.
+        With `sample_every` 0 none does; with `sample_seconds` 0 it is one run in so many."""
         self.weights = WeightStore()
         self.lock = threading.RLock()
         self._choice_file = ChoiceFile(cache_folder("tiles"), self.device.name, probe.driver_version())

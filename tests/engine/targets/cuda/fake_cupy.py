@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,6 +59,11 @@ class FakeGpu:
         self.graveyard: list[np.ndarray] = []
         self.violations: list[str] = []
         self.steps: dict[Source, tuple[Step, list[Buffer]]] = {}
+        self.only_stamp: set[Source] = set()
+        """Kernels that are no step of a plan."""
+        self.profiling = False
+        self.profiled: list[FakeKernelTime] = []
+        """Every kernel launched while a profiler was on, in that order."""
         self.null = FakeStream(self)
 
     def check(self) -> None:
@@ -105,7 +111,9 @@ class FakeGpu:
                 memsetAsync=self._memset,
                 memcpyHostToDevice=1,
                 memcpyDeviceToHost=2,
-                deviceSynchronize=self.check,
+                deviceSynchronize=self._synchronize,
+                profilerStart=lambda: setattr(self, "profiling", True),
+                profilerStop=lambda: setattr(self, "profiling", False),
             ),
         )
         return SimpleNamespace(
@@ -116,6 +124,11 @@ class FakeGpu:
             get_default_memory_pool=lambda: pool,
             get_default_pinned_memory_pool=lambda: pool,
         )
+
+    def _synchronize(self) -> None:
+        self.check()
+        for stream in list(self.streams.values()):
+            stream.synchronize()
 
     def _pinned(self, nbytes: int) -> np.ndarray:
         self.check()
@@ -152,11 +165,34 @@ class FakeGpu:
             arguments.append(("status", StatusWord()))
         return [Launch(Kernel(step.op.name.lower(), source, 1), (1, 1, 1), tuple(arguments))]
 
-    def run_kernel(self, source: Source, params: bytes) -> None:
+    def launched(self, kernel: Kernel, grid: tuple[int, int, int], params: bytes) -> Work:
+        """What is queued for a kernel."""
+        if not self.profiling:
+            return lambda: self._run_kernel(kernel.source, params)
+        entry = FakeKernelTime(grid, kernel.threads)
+        self.profiled.append(entry)
+
+        def work() -> None:
+            self._run_kernel(kernel.source, params)
+            stamped = bytes_at(int(np.frombuffer(params, np.uint64)[-1]), 16).view(np.uint64)
+            entry.nanoseconds = int(~stamped[1] - stamped[0])
+
+        return work
+
+    def _run_kernel(self, source: Source, params: bytes) -> None:
         """Compute a step where `params` says."""
-        step, buffers = self.steps[source]
         words = np.frombuffer(params, np.uint64).tolist()
-        stamp, status = words[-1], words[len(buffers)] if _lookups(step.op) else 0
+        begin = time.perf_counter_ns()
+        if source not in self.only_stamp:
+            begin = self._compute(source, words)
+        if words[-1]:
+            stamp = bytes_at(words[-1], 16).view(np.uint64)
+            stamp[:] = np.minimum(stamp, np.array([begin, ~np.uint64(time.perf_counter_ns())], np.uint64))
+
+    def _compute(self, source: Source, words: list[int]) -> int:
+        """A step; when it began."""
+        step, buffers = self.steps[source]
+        status = words[len(buffers)] if _lookups(step.op) else 0
         self._touch_all(step, buffers, words)
         begin = time.perf_counter_ns()
         places = {buffer: bytes_at(word, buffer.nbytes) for buffer, word in zip(buffers, words, strict=False)}
@@ -171,15 +207,20 @@ class FakeGpu:
         for tensor, result in zip(step.outputs, results, strict=True):
             window(tensor, places)[...] = result
         self._touch_all(step, buffers, words)  # nor may it be freed while it is in use
-        if stamp:
-            end = time.perf_counter_ns()
-            bytes_at(stamp, 16).view(np.uint64)[:] = np.minimum(
-                bytes_at(stamp, 16).view(np.uint64), np.array([begin, ~np.uint64(end)], np.uint64)
-            )
+        return begin
 
     def _touch_all(self, step: Step, buffers: list[Buffer], words: list[int]) -> None:
         for buffer, word in zip(buffers, words, strict=False):
             self.touch(word, buffer.nbytes, f"{step.name} ({buffer.kind.value})")
+
+
+@dataclass
+class FakeKernelTime:
+    """A kernel's shape, and the time from its start to its end. Of kernels that write stamps."""
+
+    grid: tuple[int, int, int]
+    threads: int
+    nanoseconds: int = 0
 
 
 def _lookups(op: ops.Op) -> list[tuple[int, int, int]]:
@@ -347,10 +388,12 @@ class _FakeDevice(device.Device):
 
     def load(self, kernels: Any) -> None:
         for kernel in kernels:
-            assert kernel.source in self.gpu.steps
+            assert kernel.source in self.gpu.steps or kernel.source in self.gpu.only_stamp
 
-    def launch(self, kernel: Kernel, grid: object, params: bytes, stream: FakeStream, overlap: bool) -> None:
-        stream.enqueue(lambda: self.gpu.run_kernel(kernel.source, params))
+    def launch(
+        self, kernel: Kernel, grid: tuple[int, int, int], params: bytes, stream: FakeStream, overlap: bool
+    ) -> None:
+        stream.enqueue(self.gpu.launched(kernel, grid, params))
 
     def close(self) -> None:
         pass

@@ -19,6 +19,7 @@ pytest.importorskip("cuda.bindings.nvrtc")
 import engine
 from engine import frontend, passes
 from engine.model import PLAN_CACHE_BYTES, Model
+from engine.targets.cuda import program
 from engine.targets.cuda.memory import SLOTS, Growing, Slots
 from engine.targets.cuda.target import CudaTarget
 from tests.engine.targets.cuda.fake_cupy import FREED, FakeArray, FakeGpu, bytes_at, fake_gpu
@@ -437,14 +438,16 @@ def test_a_bound_model_closes_after_its_launch(model: Model, gpu: FakeGpu, backg
 
 
 def test_every_sixteenth_run_is_sampled_unless_none_is(model: Model) -> None:
+    """Where time does not count."""
     target, given = target_of(model), feeds(2, 3)
+    target.sample_seconds = 0.0
 
     def sampled(runs: int) -> int:
         executable = model._ready({"n": 2, "t": 3}).bound
-        before = executable._program._times._samples
+        before = executable._program.samples
         for _ in range(runs):
             model.run(given)
-        return int(executable._program._times._samples - before)
+        return int(executable._program.samples - before)
 
     model.run(given)
     assert sampled(32) == 2
@@ -452,6 +455,57 @@ def test_every_sixteenth_run_is_sampled_unless_none_is(model: Model) -> None:
     assert sampled(32) == 0
     target.sample_every = 8
     assert sampled(32) == 4
+
+
+def test_short_runs_are_sampled_by_the_clock(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, now = feeds(2, 3), [0.0]
+    monkeypatch.setattr(program.time, "monotonic", lambda: now[0])
+    executable = model._ready({"n": 2, "t": 3}).bound
+    sampled: list[int] = []
+    for run in range(200):
+        before = executable._program.samples
+        model.run(given)
+        now[0] += 0.25e-3
+        sampled += [run] * (executable._program.samples - before)
+    assert sampled == [1, 17, 77, 137, 197], "15 ms are 60 runs, once it is known how fast they come"
+
+
+def test_a_caller_far_ahead_does_not_write_over_stamps_on_their_way(model: Model, gpu: FakeGpu) -> None:
+    target = target_of(model)
+    target.sample_seconds = 0.0
+    stream = gpu.namespace().cuda.Stream()
+    bound = model.bind({"n": 2, "t": 3})
+    executable = bound._held.bound
+    gpu.gate.clear()
+    for _ in range(100):
+        bound.launch(stream)
+    assert executable.samples == 0
+    gpu.gate.set()
+    stream.synchronize()
+    stats = executable.step_stats()
+    assert executable.samples == 1 and all(stat.seconds > 0 and stat.launches == 100 for stat in stats)
+    bound.launch()
+    executable.step_stats()
+    assert executable.samples == 2, "and the next run stands for all that came meanwhile"
+    bound.close()
+
+
+def test_a_run_kernel_by_kernel_writes_stamps_where_it_is_told_to(model: Model) -> None:
+    plan = model.plan({"n": 2, "t": 3})
+    executable = target_of(model).bind(plan)
+    outputs = {name: np.zeros(tensor.shape, tensor.dtype.numpy) for name, tensor in plan.outputs.items()}
+    executable.run(feeds(2, 3), outputs)
+    executable.empty_stamps()
+    assert not executable.stamps_ns().any()
+    executable.launch_each()
+    assert not executable.stamps_ns().any()
+    executable.launch_each(stamped=True)
+    first = executable.stamps_ns()
+    assert first.shape == (len(plan.steps),) and (first > 0).all()
+    executable.launch_each(stamped=True)
+    assert (executable.stamps_ns() > first).all(), "from the first start to the last end"
+    executable.empty_stamps()
+    assert not executable.stamps_ns().any()
 
 
 def test_kernels_one_by_one_do_what_the_graph_does(model: Model, gpu: FakeGpu) -> None:
