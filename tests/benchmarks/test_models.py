@@ -94,7 +94,7 @@ def test_squeeze_and_excite_pools_in_the_depthwise_layers(monkeypatch: pytest.Mo
             assert saved == sum(step.outputs[0].nbytes for step in joined)
             assert len(launches(plan)) == len(launches(before))
             sums = sum("sums" in dict(launch.arguments) for launch in launches(plan))
-            assert sums == (16 if taken else 0)
+            assert 0 < sums <= 16 if taken else sums == 0
 
 
 def test_the_statistics_of_batch_normalisation_are_those_of_photos() -> None:
