@@ -23,7 +23,6 @@ from engine.targets.cuda.kernel import (
     workspace,
 )
 from engine.targets.cuda.product import PART_STEPS, Product, columns_in_parts
-from engine.targets.cuda.spaces import VECTOR
 from engine.targets.cuda.staging import STAGED_WIDTH
 from engine.targets.cuda.tiles import WgmmaTile
 
@@ -99,7 +98,7 @@ def launch_batched(product: Product, epilogue: Functor, tile: WgmmaTile, tiles: 
     def places(strides: Sequence[int]) -> tuple[tuple[int, int], ...]:
         """Inner axis first. Along an axis where all matrices are one there is one place; its stride means nothing."""
         axes = zip(reversed(sizes), reversed(strides), strict=True)
-        return tuple((size, stride) if stride else (1, VECTOR) for size, stride in axes)
+        return tuple((size, stride) if stride else (1, 16 // product.dtype.itemsize) for size, stride in axes)
 
     across, columns = not b.k_inner, 128 // product.dtype.itemsize
     forms = (False, True) if product.dtype.itemsize == 2 else (False,)  # the kernel names both, if there are both

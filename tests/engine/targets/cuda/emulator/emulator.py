@@ -185,6 +185,9 @@ def encode(map_: AnyMap, address: int) -> bytes:
     tf32 = size == 4 and not (isinstance(map_, TensorMap) and map_.exact)
     if isinstance(map_, PixelMap):
         return _encode_pixels(map_, address, size, tf32)
+    for stride in (map_.row_stride, *(stride for _, stride in map_.outer)):
+        if stride <= 0 or stride * size % 16:
+            raise EmulationError(f"a stride that the driver refuses: {map_}")
     outer = map_.outer or ((1, 0), (1, 0))
     words = (
         address, size, map_.columns, map_.rows, map_.row_stride * size, map_.box_columns, map_.box_rows, tf32,
