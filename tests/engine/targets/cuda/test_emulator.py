@@ -418,6 +418,10 @@ def test_latecomers_show_a_turn_that_is_two_phases_late() -> None:
         "__syncwarp(); if (threadIdx.x == 32) barrier_arrive(512); }"
     )
     run(body)
-    with pytest.raises(emulator.EmulationError, match="wait for ever"):
+
+    def run_late() -> None:
         for late in range(1, 20):
             run(body, late=late)
+
+    with pytest.raises(emulator.EmulationError, match="wait for ever"):
+        run_late()
