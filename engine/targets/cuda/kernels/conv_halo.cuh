@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_con
   const u32 warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), column0 = blockIdx.y * TILE_N;
   if (threadIdx.x == 0) {
     prefetch_tensor_map(p.map_a);
-    for (int i = 0; i < 2 * STAGES + CONSUMERS + 1; ++i) barrier_init(full + 8 * i, i / CONSUMERS == STAGES ? 4 : 1);
+    for (int i = 0; i < 2 * STAGES + CONSUMERS + 1; ++i) barrier_init(full + 8 * i, i >= 2 * STAGES && i < 2 * STAGES + CONSUMERS ? 4 : 1);
     barrier_init_fence();
     // Filters are constants: no kernel before this one writes them.
     barrier_arrive_expect(ready, p.taps * TAP_BYTES);
@@ -103,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_con
           a = line += line_step;
         }
       } while (++tap < p.taps);
-      // Each warp hands the turn on, as in mma/wgmma_pipeline.cuh: one that comes late must not find its own turn two phases on.
+      // Each warp hands the turn on: this one may still wait for another of its own, which would find its turn two phases late.
       if (threadIdx.x % 32 == 0) barrier_arrive(turn + 8 * (consumer ^ 1));
       wgmma_wait<0>();
       if (leader) barrier_arrive(empty + 8 * stage);

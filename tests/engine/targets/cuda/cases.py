@@ -13,12 +13,25 @@ from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.kernel import Context, Launch
+from tests.engine.targets.cuda.emulator.runner import EmulatedRunner
 from tests.engine.targets.cuda.harness import Case, Runner, run_cases
+
+LATE = (1, 2)
+"""What latecomers are chosen by."""
 
 
 def check(runner: Runner, cases: list[Case]) -> None:
     failures = run_cases(runner, cases)
     assert not failures, f"{len(failures)} of {len(cases)} failed\n" + "\n".join(failures[:12])
+
+
+def check_late(runner: Runner, cases: list[Case]) -> None:
+    """In the emulator also with warps, warpgroups and blocks of a cluster that come late."""
+    check(runner, cases)
+    if isinstance(runner, EmulatedRunner):
+        for number in LATE:
+            with runner.with_latecomers(number):
+                check(runner, cases)
 
 
 def rng_of(name: str) -> np.random.Generator:

@@ -17,7 +17,7 @@ from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.conv_halo import Grid, HaloTile, candidates, has_halo
 from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
 from engine.targets.cuda.kernel import Context, WeightStore
-from tests.engine.targets.cuda.cases import check, ragged, rng_of
+from tests.engine.targets.cuda.cases import check, check_late, ragged, rng_of
 from tests.engine.targets.cuda.harness import Case, Runner
 from tests.engine.targets.cuda.test_conv import (
     BF16_,
@@ -123,7 +123,7 @@ def test_a_block_takes_several_tiles(hopper: Runner, count: int) -> None:
         step = make_step(cv.conv_op(3), [(F16, x), weight(n, x[1], 3, 3), weight(n, 1, 1)])
         launches = lower_in(step, Geometry(step), tile, few)
         cases.append(Case(f"{x} {tile}", step, 9 * x[1], lowered=launches, rounding=2.0**-21))
-    check(hopper, cases)
+    check_late(hopper, cases)
 
 
 # Which convolutions

@@ -18,11 +18,18 @@ THREADS = 64
 
 
 def run(
-    body: str, threads: int = THREADS, blocks: int = 1, last_first: bool = False, shared_bytes: int = 1024
+    body: str,
+    threads: int = THREADS,
+    blocks: int = 1,
+    last_first: bool = False,
+    shared_bytes: int = 1024,
+    cluster: int = 1,
+    late: int = 0,
 ) -> np.ndarray:
     """`p.out` after a kernel of `body`; `shared` is its dynamic shared memory, `p.in` 0, 1, 2, …"""
     text = (
         '#include "types.cuh"\n#include "ptx/memory.cuh"\n#include "ptx/barrier.cuh"\n#include "ptx/matrix_store.cuh"\n'
+        '#include "ptx/cluster.cuh"\n'
         "struct Params { float* out; float* in; };\n"
         'extern "C" __global__ void kernel(const __grid_constant__ Params p) {\n'
         "  extern __shared__ __align__(1024) u8 shared[];\n"
@@ -31,9 +38,10 @@ def run(
     buffers = {name: Buffer(name, BufferKind.INPUT, 4 * THREADS) for name in ("out", "in")}
     memory = {"out": np.full(THREADS, np.nan, np.float32), "in": np.arange(THREADS, dtype=np.float32)}
     arguments = tuple((name, Pointer(buffer, ctype="float")) for name, buffer in buffers.items())
-    launch = Launch(Kernel("test", Source("test", text), threads, shared_bytes), (blocks, 1, 1), arguments)
+    kernel = Kernel("test", Source("test", text), threads, shared_bytes, cluster=cluster)
+    launch = Launch(kernel, (blocks, 1, 1), arguments)
     address: Callable[[Pointer], int] = lambda pointer: memory[pointer.buffer.name].ctypes.data  # noqa: E731
-    emulator.run(launch, address, 0, 800, last_first=last_first)
+    emulator.run(launch, address, 0, 800, last_first=last_first, late=late)
     return memory["out"]
 
 
@@ -294,3 +302,126 @@ def test_a_walk_that_is_not_the_map_s_is_reported(call: str, what: str) -> None:
     image = np.zeros((2, 4, 5, 24), np.float16)
     with pytest.raises(emulator.EmulationError, match=what):
         walked(pixel_map(image), image, call)
+
+
+# Clusters
+
+PAIR = 128  # threads: blocks of clusters are whole warpgroups
+
+
+def paired(body: str, last_first: bool = False, late: int = 0) -> np.ndarray:
+    """After a kernel of `body` by a cluster of two blocks, each of a warpgroup, with a barrier at 512."""
+    return run(body, PAIR, 2, last_first, 1024, cluster=2, late=late)
+
+
+ARRIVED = (
+    "if (threadIdx.x == 0) {{ barrier_init(shared_address(shared) + 512, 128); barrier_init_fence(); }} {start}"
+    "const u32 own = shared_address(shared) + 512, other = address_in_cluster(own, cluster_rank() ^ 1);"
+    "{arrive} {wait} if (threadIdx.x < 32) p.out[32 * blockIdx.x + threadIdx.x] = cluster_rank();"
+)
+START, ARRIVE, WAIT = "meet_cluster();", "barrier_arrive_in_cluster(other);", "barrier_wait(own, 0);"
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+@pytest.mark.parametrize("last_first", [False, True])
+def test_blocks_of_a_cluster_arrive_at_each_other_s_barriers(last_first: bool, late: int) -> None:
+    got = paired(ARRIVED.format(start=START, arrive=ARRIVE, wait=WAIT), last_first, late)
+    assert np.array_equal(got, np.repeat([0, 1], 32))
+
+
+@pytest.mark.parametrize(
+    ("start", "arrive", "wait", "what"),
+    [
+        ("__syncthreads();", ARRIVE, WAIT, "race|never initialised|more arrivals"),
+        (START, ARRIVE, "", "may end before|has ended"),
+        (START, "barrier_arrive(other);", WAIT, "a barrier of another block"),
+        (START, "barrier_arrive_in_cluster(address_in_cluster(own, 2));", WAIT, "no such block"),
+        (START, "if (cluster_rank()) barrier_arrive_in_cluster(other);", WAIT, "wait for ever"),
+        (START, "store_shared_4(other, 0);", "", "misaligned or wild"),
+    ],
+)
+def test_wrong_ways_into_another_block_are_reported(start: str, arrive: str, wait: str, what: str) -> None:
+    with pytest.raises(emulator.EmulationError, match=what):
+        paired(ARRIVED.format(start=start, arrive=arrive, wait=wait))
+
+
+def shared_box(blocks: str, expected: int, before: str = "") -> np.ndarray:
+    """What two blocks have of 16 rows of 64 halves, of which the block of each half copies it to `blocks`."""
+    text = (
+        '#include "types.cuh"\n#include "ptx/memory.cuh"\n#include "ptx/barrier.cuh"\n#include "ptx/cluster.cuh"\n'
+        "struct Params { TensorMap map; half* out; };\n"
+        'extern "C" __global__ void kernel(const __grid_constant__ Params p) {\n'
+        "  extern __shared__ __align__(1024) u8 shared[];\n"
+        "  const u32 box = shared_address(shared), barrier = box + 2048, rank = cluster_rank();\n"
+        "  if (threadIdx.x == 0) { barrier_init(barrier, 1); barrier_init_fence(); }\n  meet_cluster();\n"
+        f"  if (threadIdx.x == 0) {{ barrier_arrive_expect(barrier, {expected});\n"
+        f"  copy_box_to_blocks(box + 1024 * rank, p.map, barrier, 0, 8 * rank, {blocks}); }}\n"
+        f"  {before} barrier_wait(barrier, 0);\n"
+        "  for (u32 i = threadIdx.x; i < 1024; i += 128)\n"
+        "    p.out[1024 * rank + i] = reinterpret_cast<half*>(shared)[i ^ (i >> 6 & 7) << 3];\n  meet_cluster();\n}\n"
+    )
+    source, result = np.arange(1024, dtype=np.uint16), np.zeros(2048, np.uint16)
+    pointers = [Pointer(Buffer(name, BufferKind.INPUT, 0)) for name in ("source", "result")]
+    memory = {pointer.buffer: array for pointer, array in zip(pointers, (source, result), strict=True)}
+    arguments = (("map", TensorMap(pointers[0], 16, 64, 64, 8, 64)), ("out", pointers[1]))
+    launch = Launch(Kernel("test", Source("test", text), PAIR, 2056, cluster=2), (2, 1, 1), arguments)
+    emulator.run(launch, lambda pointer: memory[pointer.buffer].ctypes.data, 0, 900)
+    return result
+
+
+def test_a_copy_to_both_blocks_arrives_in_both() -> None:
+    assert np.array_equal(shared_box("3", 2048), np.tile(np.arange(1024), 2))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected", "before", "what"),
+    [
+        ("1 << rank", 2048, "", "wait for ever"),
+        ("3", 1024, "", "race|more|wait for ever"),
+        ("7", 2048, "", "the cluster has not"),
+        ("3", 2048, "shared[threadIdx.x] = 1;", "race"),
+    ],
+)
+def test_a_copy_to_both_blocks_that_goes_wrong_is_reported(blocks: str, expected: int, before: str, what: str) -> None:
+    with pytest.raises(emulator.EmulationError, match=what):
+        shared_box(blocks, expected, before)
+
+
+@pytest.mark.parametrize(
+    ("threads", "blocks", "body", "what"),
+    [
+        (PAIR, 3, "", "whole clusters"),
+        (64, 2, "", "whole warpgroups"),
+        (PAIR, 2, "__shared__ float own[64]; own[threadIdx.x % 2] = 1; p.out[0] = own[1];", "static shared"),
+    ],
+)
+def test_a_cluster_that_is_not_emulated_is_refused(threads: int, blocks: int, body: str, what: str) -> None:
+    with pytest.raises(emulator.EmulationError, match=what):
+        run(body, threads, blocks, cluster=2)
+
+
+@pytest.mark.parametrize("late", [0, 1, 2, 3])
+def test_latecomers_change_nothing_that_is_in_order(late: int) -> None:
+    assert np.array_equal(run(SWAP.format("__syncthreads();"), late=late), np.arange(THREADS)[::-1])
+    with pytest.raises(emulator.EmulationError, match="64 threads wait for ever"):
+        run(
+            "if (threadIdx.x == 0) barrier_init(0, 65); __syncthreads(); barrier_arrive(0); barrier_wait(0, 0);",
+            late=late,
+        )
+
+
+def test_latecomers_show_a_turn_that_is_two_phases_late() -> None:
+    """A warp completes two phases before another looks for the first."""
+    body = (
+        "if (threadIdx.x == 0) barrier_init(512, 1); __syncthreads();"
+        "if (threadIdx.x < 32) barrier_wait(512, 0); else { if (threadIdx.x == 32) barrier_arrive(512);"
+        "__syncwarp(); if (threadIdx.x == 32) barrier_arrive(512); }"
+    )
+    run(body)
+
+    def run_late() -> None:
+        for late in range(1, 20):
+            run(body, late=late)
+
+    with pytest.raises(emulator.EmulationError, match="wait for ever"):
+        run_late()

@@ -21,7 +21,7 @@ from engine.targets.cuda.gemm_stream import StreamTile, stream_tile
 from engine.targets.cuda.kernel import Context, Launch, WeightStore, content
 from engine.targets.cuda.product import product_of, round_to_tf32, split_weight
 from engine.targets.cuda.tiles import MMA_TILES, PRODUCT_TILES, Tile, WgmmaTile
-from tests.engine.targets.cuda.cases import broadcast_of, check, fed, ragged, rng_of, wiped
+from tests.engine.targets.cuda.cases import broadcast_of, check, check_late, fed, ragged, rng_of, wiped
 from tests.engine.targets.cuda.emulator.runner import EmulatedRunner
 from tests.engine.targets.cuda.harness import Case, Runner, compare
 
@@ -315,3 +315,13 @@ def test_gemm_of_more_tiles_than_multiprocessors(runner: Runner, count: int) -> 
                 launches = launched(step, replace(tile, splits=splits), runner.context)
                 cases.append(Case(f"{m}x{n}x{k} {tile} in {splits}", step, k, lowered=launches, rounding=EXACT))
     check(runner, cases)
+
+
+def test_consumers_take_turns_when_a_warp_is_late(hopper: Runner) -> None:
+    """Tiles of a single step: nothing but their turns keeps consumers apart."""
+    m, n = (700, 136) if isinstance(hopper, EmulatedRunner) else (40000, 520)
+    cases = []
+    for tile in (tile for tile in PRODUCT_TILES if not tile.cooperative):
+        step = make_step(Gemm((stores_of(F16)["bias"],)), [(F16, (m, 40)), weight(40, n), weight(n)])
+        cases.append(Case(f"{tile}", step, 40, lowered=launched(step, tile, hopper.context), rounding=EXACT))
+    check_late(hopper, cases)

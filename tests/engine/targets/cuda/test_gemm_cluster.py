@@ -15,24 +15,12 @@ from engine.targets.cuda.gemm import needs_staged, operands_of, other_tiles, pic
 from engine.targets.cuda.kernel import TensorMap
 from engine.targets.cuda.product_cost import Way
 from engine.targets.cuda.tiles import CLUSTER_TILES, PRODUCT_TILES, STAGED_TILES, Operands, WgmmaTile
-from tests.engine.targets.cuda.cases import check, ragged, rng_of
+from tests.engine.targets.cuda.cases import LATE, check, check_late, ragged, rng_of
 from tests.engine.targets.cuda.emulator import emulator
 from tests.engine.targets.cuda.emulator.runner import EmulatedRunner
 from tests.engine.targets.cuda.harness import Case, Runner, run_cases
 from tests.engine.targets.cuda.test_gemm import EXACT, KINDS, context_of, launched, rounding, stores_of
 from tests.engine.targets.cuda.test_gemm_staged import HOPPER, parts, step_of
-
-LATE = (1, 2)
-"""What latecomers are chosen by."""
-
-
-def check_late(runner: Runner, cases: list[Case]) -> None:
-    """In the emulator also with blocks of a cluster, or parts of them, that come late."""
-    check(runner, cases)
-    if isinstance(runner, EmulatedRunner):
-        for number in LATE:
-            with runner.with_latecomers(number):
-                check(runner, cases)
 
 
 def test_products_in_pairs_match_float64(hopper: Runner, count: int) -> None:

@@ -2,8 +2,9 @@
 
 The kernels reach the hardware only through `kernels/ptx/`, one instruction a function. `device.h` stands for CUDA C++,
 `ptx/` beside it for those instructions, and `runtime/`, compiled once, does the work: threads are fibers, and every
-access to shared memory is checked for races (races.h). What it cannot show: speed, races between blocks, and what the
-real instructions do beyond their description; for those there are the GPU tests.
+access to shared memory is checked for races (races.h), also between the blocks of a cluster. What it cannot show:
+speed, races between others, and what the real instructions do beyond their description; for those there are the GPU
+tests.
 """
 
 from __future__ import annotations
