@@ -1,5 +1,5 @@
-"""Attention in fp16: long sequences, full, causal and in windows; short ones with a padding mask; and the few queries of
-a decoder over many keys."""
+"""Attention in fp16: long sequences, full, causal and in windows; short ones with a padding mask; and few queries over
+many keys, as of a decoder."""
 
 from __future__ import annotations
 
