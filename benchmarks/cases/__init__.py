@@ -22,9 +22,8 @@ class Case(Protocol):
 
 AnyCase = TypeVar("AnyCase", bound=Case)
 
-KernelCase = (
-    gemm.GemmCase | gemm.Fp8Case | gemm.MatricesCase | conv.ConvCase | attention.AttentionCase | light.LightCase
-)
+AnyAttention = attention.AttentionCase | attention.WindowCase | attention.DecodeCase
+KernelCase = gemm.GemmCase | gemm.Fp8Case | gemm.MatricesCase | conv.ConvCase | AnyAttention | light.LightCase
 
 KERNELS: Mapping[str, Sequence[KernelCase]] = {
     "gemm": gemm.CASES,
@@ -33,6 +32,8 @@ KERNELS: Mapping[str, Sequence[KernelCase]] = {
     "matrices": gemm.MATRICES_CASES,
     "conv": conv.CASES,
     "attention": attention.CASES,
+    "windows": attention.WINDOW_CASES,
+    "decode": attention.DECODE_CASES,
     "light": light.CASES,
 }
 GPU_MODELS: Sequence[models.ModelCase] = models.GPU_CASES

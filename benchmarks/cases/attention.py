@@ -1,4 +1,5 @@
-"""Attention in fp16: long sequences, full and causal, and short ones with a padding mask."""
+"""Attention in fp16: long sequences, full, causal and in windows; short ones with a padding mask; and few queries over
+many keys, as of a decoder."""
 
 from __future__ import annotations
 
@@ -32,6 +33,40 @@ class AttentionCase:
         return f"b{self.batch} h{self.heads} s{self.sequence} d{self.head} {self.mask.value}"
 
 
+@dataclass(frozen=True)
+class WindowCase:
+    """As an `AttentionCase`; a query sees itself and the `window` − 1 keys before it."""
+
+    batch: int
+    heads: int
+    sequence: int
+    head: int
+    window: int
+    suite: ClassVar[str] = "windows"
+
+    @property
+    def name(self) -> str:
+        return f"b{self.batch} h{self.heads} s{self.sequence} d{self.head} window {self.window}"
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """q is [batch, heads, queries, head], k and v are [batch, kv_heads, keys, head]; every query sees all keys."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    head: int
+    suite: ClassVar[str] = "decode"
+
+    @property
+    def name(self) -> str:
+        heads = f"h{self.heads}" if self.heads == self.kv_heads else f"h{self.heads}/{self.kv_heads}"
+        return f"b{self.batch} {heads} q{self.queries} k{self.keys} d{self.head}"
+
+
 _TOKENS = 16384  # of a batch of long sequences
 _LONG = (128, 512, 1024, 2048, 4096, 8192, 16384)
 _PADDED = (  # all-MiniLM-L6-v2, then BERT-base
@@ -50,3 +85,16 @@ def _cases() -> Iterator[AttentionCase]:
 
 
 CASES = tuple(_cases())
+WINDOW_CASES = tuple(
+    WindowCase(_TOKENS // sequence, heads, sequence, head, window)
+    for heads, head in ((32, 64), (16, 128))
+    for sequence in (4096, 16384)
+    for window in (512, 1024)
+)
+DECODE_CASES = tuple(
+    DecodeCase(batch, 32, kv_heads, queries, keys, head)
+    for kv_heads, head in ((8, 128), (32, 64))
+    for batch in (1, 8, 32)
+    for queries in (1, 4, 16)
+    for keys in (2048, 8192, 32768)
+)

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.cases import KernelCase
-from benchmarks.cases.attention import AttentionCase, Mask
+from benchmarks.cases import AnyAttention, KernelCase
+from benchmarks.cases.attention import AttentionCase, DecodeCase, Mask, WindowCase
 from benchmarks.cases.conv import ConvCase, Tail
 from benchmarks.cases.gemm import Epilogue, Fp8Case, GemmCase, MatricesCase
 from benchmarks.cases.light import Kind, LightCase
@@ -54,7 +54,7 @@ def peers(case: KernelCase) -> list[Peer]:
             return [Peer("cuBLAS", _matrices)]
         case ConvCase():
             return list(_conv(case))
-        case AttentionCase():
+        case AttentionCase() | WindowCase() | DecodeCase():
             return list(_attention(case))
         case LightCase():
             return [Peer("eager", _light(case))]
@@ -71,7 +71,7 @@ def reference(case: KernelCase) -> Function:
             return _matrices
         case ConvCase():
             return _without_search(_convolution(case))
-        case AttentionCase():
+        case AttentionCase() | WindowCase() | DecodeCase():
             return lambda *inputs: exact_attention(case, *inputs)
         case LightCase():
             return _light(case)
@@ -212,9 +212,12 @@ _SCORES = 1 << 28
 """Scores that `exact_attention` holds at once: 1 GiB in fp32."""
 
 
-def _attention(case: AttentionCase) -> Iterator[Peer]:
-    def scaled(*inputs: torch.Tensor) -> torch.Tensor:
-        return F.scaled_dot_product_attention(*inputs, is_causal=case.mask is Mask.CAUSAL)
+def _attention(case: AnyAttention) -> Iterator[Peer]:
+    causal = isinstance(case, AttentionCase) and case.mask is Mask.CAUSAL
+    grouped = isinstance(case, DecodeCase) and case.heads != case.kv_heads
+
+    def scaled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *mask: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, *mask, is_causal=causal, enable_gqa=grouped)
 
     def scaled_by(backend: SDPBackend) -> Function:
         def run(*inputs: torch.Tensor) -> torch.Tensor:
@@ -223,30 +226,42 @@ def _attention(case: AttentionCase) -> Iterator[Peer]:
 
         return run
 
-    def expanded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (q, k, v, *(m.expand(-1, case.heads, case.sequence, -1) for m in mask))
+    def laid_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if isinstance(case, WindowCase):  # the backends have no other word for it
+            seen = _seen(case, q.shape[-2], k.shape[-2], q.device)
+            return (q, k, v, torch.zeros_like(seen, dtype=q.dtype).masked_fill_(~seen, float("-inf")))
+        return (q, k, v, *(m.expand(-1, q.shape[1], q.shape[2], -1) for m in mask))
 
-    yield Peer("eager", scaled, expanded)  # with the backend that PyTorch chooses
+    yield Peer("eager", scaled, laid_out)  # with the backend that PyTorch chooses
     for name, backend in _BACKENDS.items():
-        yield Peer(name, scaled_by(backend), expanded)
+        yield Peer(name, scaled_by(backend), laid_out)
+
+
+def _seen(case: AnyAttention, queries: int, keys: int, device: torch.device) -> torch.Tensor:
+    """[queries, keys]: which keys a query sees by its position."""
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    if isinstance(case, WindowCase):
+        return seen.tril_().triu_(1 - case.window)
+    return seen.tril_() if isinstance(case, AttentionCase) and case.mask is Mask.CAUSAL else seen
 
 
 def exact_attention(
-    case: AttentionCase, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+    case: AnyAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Attention with its scores in memory, a few heads at a time."""
     result = torch.empty_like(q)
-    heads = max(1, _SCORES // case.sequence**2)
-    hidden = torch.ones(case.sequence, case.sequence, dtype=torch.bool, device=q.device).triu_(1)
+    queries, keys, sharing = q.shape[-2], k.shape[-2], q.shape[1] // k.shape[1]
+    hidden = ~_seen(case, queries, keys, q.device)
+    heads = max(1, _SCORES // (queries * keys) // sharing)  # of keys
     for image in range(case.batch):
-        for first in range(0, case.heads, heads):
-            part = slice(first, first + heads)
-            scores = (q[image, part] * case.head**-0.5) @ k[image, part].transpose(-1, -2)
-            if case.mask is Mask.CAUSAL:
-                scores.masked_fill_(hidden, float("-inf"))
+        for first in range(0, k.shape[1], heads):
+            part, asking = slice(first, first + heads), slice(first * sharing, (first + heads) * sharing)
+            given, shown = k[image, part].repeat_interleave(sharing, 0), v[image, part].repeat_interleave(sharing, 0)
+            scores = (q[image, asking] * case.head**-0.5) @ given.transpose(-1, -2)
+            scores.masked_fill_(hidden, float("-inf"))
             if mask is not None:
                 scores += mask[image]
-            result[image, part] = torch.softmax(scores, -1) @ v[image, part]
+            result[image, asking] = torch.softmax(scores, -1) @ shown
     return result
 
 

@@ -9,7 +9,7 @@ from math import prod
 import numpy as np
 
 from benchmarks.cases import KernelCase
-from benchmarks.cases.attention import AttentionCase, Mask
+from benchmarks.cases.attention import AttentionCase, DecodeCase, Mask, WindowCase
 from benchmarks.cases.conv import ConvCase, Tail
 from benchmarks.cases.gemm import Epilogue, Fp8Case, GemmCase, MatricesCase
 from benchmarks.cases.light import Kind, LightCase
@@ -26,7 +26,7 @@ from engine.targets.cuda.families import family_of
 from engine.targets.cuda.kernel import Context, WeightStore
 from engine.targets.cuda.source import expand
 
-KERNEL_CASES = (GemmCase, Fp8Case, MatricesCase, ConvCase, AttentionCase, LightCase)
+KERNEL_CASES = (GemmCase, Fp8Case, MatricesCase, ConvCase, AttentionCase, WindowCase, DecodeCase, LightCase)
 F16, F32, F8 = DType.F16, DType.F32, DType.F8E4M3
 
 Constants = Callable[..., np.ndarray]
@@ -72,6 +72,14 @@ def step_of(case: KernelCase, weight: Constants = random_weight) -> Step:
             return _conv(case, weight)
         case AttentionCase():
             return _attention(case)
+        case WindowCase():
+            heads = F16, (case.batch, case.heads, case.sequence, case.head)
+            op = Attention(case.head**-0.5, causal=True, stores=(cv.stored(cv.ACC),), window=case.window)
+            return cv.make_step(op, [heads] * 3)
+        case DecodeCase():
+            q = F16, (case.batch, case.heads, case.queries, case.head)
+            kv = F16, (case.batch, case.kv_heads, case.keys, case.head)
+            return cv.make_step(Attention(case.head**-0.5, stores=(cv.stored(cv.ACC),)), [q, kv, kv])
         case LightCase():
             return _light(case, weight)
 

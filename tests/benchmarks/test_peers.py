@@ -12,7 +12,7 @@ pytest.importorskip("cuda.bindings.nvrtc")
 import torch
 
 from benchmarks.cases import KernelCase
-from benchmarks.cases.attention import AttentionCase, Mask
+from benchmarks.cases.attention import AttentionCase, DecodeCase, Mask, WindowCase
 from benchmarks.cases.conv import ConvCase, Tail
 from benchmarks.cases.gemm import Epilogue, Fp8Case, GemmCase, MatricesCase
 from benchmarks.cases.light import Kind, LightCase
@@ -40,6 +40,9 @@ SMALL: tuple[KernelCase, ...] = (
     ConvCase(2, 3, 32, 28, 3, 2, tail=Tail.RELU6, fp32_image=True),
     ConvCase(2, 24, 24, 14, 5, 2, 24, Tail.RELU6),
     *(AttentionCase(3, 2, 20, 16, mask) for mask in Mask),
+    WindowCase(3, 2, 20, 16, 6),
+    DecodeCase(3, 4, 2, 5, 40, 16),
+    DecodeCase(3, 4, 4, 1, 40, 16),
     LightCase(Kind.LAYER_NORM_RESIDUAL, (9, 64)),
     LightCase(Kind.RMS_NORM, (9, 64)),
     LightCase(Kind.SOFTMAX, (9, 50)),

@@ -101,12 +101,13 @@ def work_of(step: Step) -> Work:
     if attended.op.packed:
         # How long sequences are only the device knows: here is their mean.
         queries = keys = max(1, ceildiv(queries, max(1, attended.sequences)))
-        groups, places = max(1, attended.sequences) * heads, _places(attended.sequences)
+        groups = max(1, attended.sequences) * heads
+        places = 0 if attended.sequences == 1 else _places(attended.sequences)
     full = attended.bias is BiasKind.FULL
     return Work(
         queries, keys, groups, depth(step.inputs[0]), width(step.inputs[2]), attended.op.causal, attended.bias,
         step.inputs[3].dtype.itemsize if full else 0, step.inputs[3].elements if full else 0, places,
-        attended.op.window,
+        attended.op.window, attended.op.packed,
     )  # fmt: skip
 
 
@@ -116,8 +117,9 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
     op, (batch, heads, queries, _) = attended.op, attended.sizes
     work = work_of(step)
     head, value, shared = work.head, work.value, tile.shared_bytes(work)
-    # Of packed sequences at most: a tile of each is short, and of what belongs to none.
-    items = (ceildiv(queries, tile.queries) + attended.sequences) * heads * batch
+    # Of packed sequences at most: a tile of each is short, and of what belongs to none. One has those of all tokens.
+    single = attended.sequences == 1
+    items = (ceildiv(queries, tile.queries) + (0 if single else attended.sequences)) * heads * batch
     blocks = min(items, context.multiprocessors * tile.blocks)
     dynamic = items > blocks
     key_tiles = ceildiv(k.shape[-2], tile.keys)
@@ -129,7 +131,7 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
         "masked_rows_zero": op.masked_rows_zero, "producer_registers": tile.producer_registers,
         "consumer_registers": tile.consumer_registers, "blocks": tile.blocks, "shared_bytes": shared,
         "q_stages": tile.q_stages, "turns": tile.turns, "band": BAND, "dynamic": dynamic, "packed": op.packed,
-        "places": work.places, "window": op.window is not None,
+        "single": single, "places": work.places, "window": op.window is not None,
         "skips": attended.bias is BiasKind.PER_KEY and not ordered and 1 < key_tiles <= _MASK_TILES,
     }  # fmt: skip
     arguments: dict[str, Argument] = {

@@ -21,8 +21,8 @@ _SHARES = (0.4, 0.8, 1.2, 1.6)  # lengths of packed sequences beside their mean,
 @dataclass(frozen=True)
 class Work:
     """What there is to do: `groups` products of batch and heads. `head` and `value` are padded. `bias_itemsize`,
-    `biases`: bytes and number of the elements of a full bias; `places`: room for the order of packed sequences;
-    `window`: how near a key has to lie."""
+    `biases`: bytes and number of the elements of a full bias; `places`: room for the order of packed sequences, where
+    there are several; `window`: how near a key has to lie."""
 
     queries: int
     keys: int
@@ -35,6 +35,7 @@ class Work:
     biases: int = 0
     places: int = 0
     window: int | None = None
+    packed: bool = False
 
     def seen(self, first: int, last: int) -> tuple[int, int]:
         """The first key that some of the queries from `first` to `last` see, and the one behind the last."""
@@ -65,14 +66,14 @@ class WgmmaAttentionTile:
     def shared_bytes(self, work: Work) -> int:
         """Tiles of q, rings of k and v, the biases beside k, items, the order of packed sequences, and the barriers
         (attention_wgmma.cuh). With a bias by key and packed an item passes through one more place."""
-        head, packed = ceildiv(work.head, 32) * 32, work.places > 0
+        head, packed = ceildiv(work.head, 32) * 32, work.packed
         tiles = self.q_stages * self.queries * head * 2 + self.stages * self.keys * (head + work.value) * 2
         biases = {
             BiasKind.NONE: 0, BiasKind.PER_KEY: self.keys * 4,
             BiasKind.FULL: self.queries * self.keys * work.bias_itemsize,
         }[work.bias]  # fmt: skip
         items = self.q_stages + (packed or work.bias is BiasKind.PER_KEY)
-        order = 8 * (work.places + _BINS // 2) if packed else 0
+        order = 8 * (work.places + _BINS // 2) if work.places else 0
         barriers = 2 * items + (5 if packed else 4) * self.stages
         return tiles + self.stages * biases + 32 * items + order + 8 * barriers
 

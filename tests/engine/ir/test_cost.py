@@ -61,6 +61,15 @@ def test_causal_attention_counts_the_lower_triangle() -> None:
     assert causal == full * 10 // 16
 
 
+def test_attention_in_a_window_counts_what_it_shows() -> None:
+    q, k = T((1, 2, 4, 8)), T((1, 2, 3, 8))
+    score = 2 * (2 * 8 + 2 * 8 + 5)  # of both heads
+    assert ops.Attention(1.0, causal=True, window=2).flops([q, q, q], [q]) == 7 * score
+    assert ops.Attention(1.0, window=2).flops([q, q, q], [q]) == 10 * score
+    assert ops.Attention(1.0, causal=True, window=9).flops([q, q, q], [q]) == 10 * score
+    assert ops.Attention(1.0, causal=True, window=1).flops([q, k, k], [q]) == 3 * score, "the last query sees no key"
+
+
 def test_packed_attention_counts_equal_lengths() -> None:
     q, starts = T((1, 2, 12, 8)), T((4,), DType.I32)
     full = ops.Attention(1.0, packed=True).flops([q, q, q, starts], [q])

@@ -50,7 +50,7 @@ def packed_attention(head: int, causal: bool, sequences: int = 3, tokens: int = 
     heads: tuple[DType, tuple[int, ...]] = (F16, (1, 4, tokens, head))
     op = Attention(head**-0.5, causal, stores=(stored(ACC),), packed=True)
     inputs: list[Given] = [heads, heads, heads, (DType.I32, (sequences + 1,))]
-    return make_step(op, inputs, f"attention packed {head}{' causal' * causal}")
+    return make_step(op, inputs, f"attention packed {head}{' causal' * causal}{' single' * (sequences == 1)}")
 
 
 def decoding(dtype: DType, head: int, bias: int, queries: int = 4, keys: int = 1000, causal: bool = False) -> Step:
@@ -80,9 +80,8 @@ def attentions(context: Context) -> Iterator[tuple[str, Launch]]:
                     sizes = heads_of(step, replace(context, tf32=tf32))
                     for launch in launch_attention(step, sizes, tile, splits):
                         yield step.name, launch
-    for dtype, head in product((F16, F32), (64, 128, 256)):
-        turn += 1
-        step = attention(dtype, head, turn % 2 == 0, turn % 3, window=70)
+    for i, (dtype, head) in enumerate(product((F16, F32), (64, 128, 256))):
+        step = attention(dtype, head, i % 2 == 0, i % 3, window=70)
         sizes = heads_of(step, context)
         for tile in candidates(sizes, causal=True, full_bias=False):
             if tile.warps == 4:
@@ -105,25 +104,18 @@ def attentions(context: Context) -> Iterator[tuple[str, Launch]]:
             step = packed_attention(head, causal)
             for wgmma_tile in candidates_on_warpgroups(attention_wgmma.work_of(step)):
                 yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, context)
-        for (head, bias_dtype), causal in product(
-            (
-                (32, None),
-                (64, None),
-                (80, None),
-                (128, None),
-                (192, None),
-                (256, None),
-                (64, F16),
-                (128, F16),
-                (256, F32),
-            ),
-            (False, True),
-        ):
-            turn += 1
-            bias = turn // 2 % 2 if bias_dtype is None else 2
-            step = attention(F16, head, causal, bias, 200, bias_dtype or F32, window=70)
+        # One sequence, of as many items as blocks and of more.
+        singles = ((64, False, 200), (96, True, 200), (128, False, 20000), (192, True, 20000), (256, False, 200))
+        for head, causal, tokens in singles:
+            step = packed_attention(head, causal, 1, tokens)
             for wgmma_tile in candidates_on_warpgroups(attention_wgmma.work_of(step)):
                 yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, context)
+        full = {64: F16, 128: F16, 256: F32}  # biases
+        for head, bias, causal in product((32, 64, 80, 128, 192, 256), (0, 1, 2), (False, True)):
+            if (bias < 2 and causal == (bias == 1)) or (bias == 2 and head in full):
+                step = attention(F16, head, causal, bias, 200, full.get(head, F32), window=70)
+                for wgmma_tile in candidates_on_warpgroups(attention_wgmma.work_of(step)):
+                    yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, context)
         for head, bias, splits in product((32, 64, 80, 96, 128, 192, 256), (0, 1, 2), (1, 4)):
             turn += 1
             step = decoding(DType.BF16 if turn % 4 == 0 else F16, head, bias, causal=turn % 5 == 0)

@@ -72,7 +72,7 @@ DEVICE void consume(const Params& p, const Memory& memory, u32 warpgroup) {
       const u32 bias_start = BiasTile::start(warpgroup * 64 + local_row);
       // The tile of `t`, a turn.
       const auto soften = [&](u32 t) {
-        const u32 key0 = (first_tile(item) + hidden_first + last - t) * KEYS;
+        const u32 key0 = (ASCENDING ? t - turn : first_tile(item) + hidden_first + last - t) * KEYS;
         // A bias hides the keys past the end itself.
         bool masked = (!BIAS && key0 + KEYS > keys) || (CAUSAL && key0 + KEYS > first_query + 1);
         if (WINDOW) masked |= key0 < keys_from(p, first_query + 63) || key0 + KEYS > keys_to(p, first_query, keys);
@@ -131,10 +131,15 @@ DEVICE void consume(const Params& p, const Memory& memory, u32 warpgroup) {
       for (u32 i = 1; i <= hidden_first; ++i) pass_tile(last + i);
 #pragma unroll
       for (int i = 0; i < VALUE / 2; ++i) out[i] *= sum[i >> 1 & 1];
+      if (SINGLE) {
+#pragma unroll
+        for (int i = 0; i < VALUE / 2; ++i)
+          if (query + (i & 2 ? 8 : 0) >= keys) out[i] = 0.0f;
+      }
       emit_fragment<Epilogue, VALUE / 8, 2>(p, out, first_row, query, rows, 0, p.value_size);
     } else {
       q_ring.leave_each(q_turn);
-      if (PACKED && item.tiles == 0) {
+      if (SINGLE || (PACKED && item.tiles == 0)) {
 #pragma unroll
         for (int i = 0; i < VALUE / 2; ++i) out[i] = 0.0f;
         emit_fragment<Epilogue, VALUE / 8, 2>(p, out, first_row, query, rows, 0, p.value_size);

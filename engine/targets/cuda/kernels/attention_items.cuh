@@ -3,7 +3,7 @@
 #include "types.cuh"
 
 // A tile of queries of one head (`group` counts batch and heads), how many tiles of keys it meets, and `live`: a bit for each of them
-// where some are skipped, or, in a window, the first of them. Of packed sequences, too: where the sequence begins, its queries and its keys. The last item of a block says that there
+// where some are skipped; in a window the first of them; where they ascend the next one. Of packed sequences, too: where the sequence begins, its queries and its keys. The last item of a block says that there
 // is nothing more: it is empty; others meet a tile of keys or have, packed, queries without any.
 struct alignas(16) Item { u32 query0, group, tiles, live, begin, rows, keys; };
 DEVICE bool nothing_more(const Item& item) { return (PACKED ? item.rows : item.tiles) == 0; }
@@ -39,8 +39,18 @@ DEVICE Item item_of(const Params& p, u32 index) {
   return item;
 }
 
+// The piece of the one packed sequence, of so many tokens, that is piece `item` of all of them: where it ends keys end, not the rows, of
+// which those behind are zeros. It meets a tile of keys in any case, which may be on its way before the length is known.
+DEVICE Item single_item(const Params& p, Item item, u32 length) {
+  item.rows = p.queries;
+  item.keys = length;
+  item.tiles = length <= item.query0 ? 1 : (min(length, CAUSAL ? item.query0 + QUERIES : length) + KEYS - 1) / KEYS;
+  return item;
+}
+
 // The tile of keys that an item takes next, which has `left` of them left.
 DEVICE u32 next_tile(Item& item, u32 left) {
+  if (ASCENDING) return item.live++;
   if (!SKIPS) return first_tile(item) + left - 1;
   const u32 tile = __ffs(item.live) - 1;
   item.live &= item.live - 1;
@@ -49,7 +59,7 @@ DEVICE u32 next_tile(Item& item, u32 left) {
 
 // The tiles at the end of the item's that the 64 queries from `first_query` on see no key of; all where there is no query.
 DEVICE u32 hidden_tiles(const Params& p, const Item& item, u32 first_query) {
-  if (first_query >= rows_of(p, item)) return item.tiles;
+  if (first_query >= (SINGLE ? item.keys : rows_of(p, item))) return item.tiles;
   if (WINDOW) {
     const u32 end = (keys_to(p, first_query + 63, keys_of(p, item)) + KEYS - 1) / KEYS;
     return item.tiles - (end - first_tile(item));

@@ -14,7 +14,7 @@ using VTile = Tile<KEYS, VALUE>;
 // barriers. As in attention_wgmma.py.
 constexpr int K_RING = Q_STAGES * QTile::BYTES, V_RING = K_RING + STAGES * KTile::BYTES, BIASES = V_RING + STAGES * VTile::BYTES;
 constexpr int ITEMS = BIASES + STAGES * (BIAS ? KEYS * 4 : BiasTile::BYTES), PLACES = ITEMS + sizeof(Item) * (Q_STAGES + HELPERS);
-constexpr int BARRIERS = PLACES + (PACKED ? 8 * (config::places + 16) : 0);
+constexpr int BARRIERS = PLACES + (PACKED && !SINGLE ? 8 * (config::places + 16) : 0);
 static_assert(BARRIERS + 8 * (2 * (Q_STAGES + HELPERS) + (4 + PACKED) * STAGES) == config::shared_bytes, "the host asks for as much");
 
 // Where all of it lies in a block.

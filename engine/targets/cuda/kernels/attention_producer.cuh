@@ -22,8 +22,9 @@ DEVICE void produce(const Params& p, const Memory& memory) {
   const u32 warp = threadIdx.x / 32 & 3, lane = threadIdx.x & 31;
   const u32 end = (p.queries + QUERIES - 1) / QUERIES * p.groups;
   u32 index = blockIdx.x;
-  const Item first = PACKED ? Item{} : item_of(p, index);
+  const Item first = PACKED && !SINGLE ? Item{} : item_of(p, index);
   wait_for_previous_kernel();
+  const u32 length = SINGLE ? min(Sequences::start(p, 1), p.queries) : 0;
   // The next item, for the copier and the warp of the biases. Without a scout the one behind it is asked for at once.
   const auto take = [&](u32 item_turn) -> Item {
     if constexpr (SCOUT) {
@@ -33,7 +34,7 @@ DEVICE void produce(const Params& p, const Memory& memory) {
     if (index >= end) return {};
     const Item item = item_turn == 0 ? first : item_of(p, index);
     index = item_after<config::dynamic>(p, index);
-    return item;
+    return SINGLE ? single_item(p, item, length) : item;
   };
   if (warp == 0 && lane == 0) {
     const auto copy_q = [&](const Item& item) {
@@ -41,7 +42,7 @@ DEVICE void produce(const Params& p, const Memory& memory) {
       barrier_arrive_expect(q_ring.landed(q_turn), QTile::BYTES);
       QTile::copy(q_ring.tile(q_turn), p.map_q, q_ring.landed(q_turn), begin_of(item) + item.query0, head, batch * p.q_batches);
     };
-    const auto copy_keys = [&](const Item& item, u32 tile) {
+    const auto copy_k = [&](const Item& item, u32 tile) {
       const u32 batch = item.group / p.heads, head = item.group - batch * p.heads, key0 = begin_of(item) + tile * KEYS;
       k_ring.wait_empty(turn);
       barrier_arrive_expect(k_ring.landed(turn), KTile::BYTES + BiasTile::BYTES);
@@ -50,6 +51,9 @@ DEVICE void produce(const Params& p, const Memory& memory) {
         BiasTile::copy(biases_of_tile, p, k_ring.landed(turn), tile * KEYS, item.query0, head * p.bias_heads, batch * p.bias_batches);
       }
       KTile::copy(k_ring.tile(turn), p.map_k, k_ring.landed(turn), key0, head / p.heads_per_k, batch * p.k_batches);
+    };
+    const auto copy_v = [&](const Item& item, u32 tile) {
+      const u32 batch = item.group / p.heads, head = item.group - batch * p.heads, key0 = begin_of(item) + tile * KEYS;
       v_ring.wait_empty(turn);
       u32 landed = v_ring.landed(turn);
       if (PACKED && is_cut(p, item, tile)) {
@@ -60,11 +64,17 @@ DEVICE void produce(const Params& p, const Memory& memory) {
       VTile::copy(v_ring.tile(turn), p.map_v, landed, key0, head / p.heads_per_v, batch * p.v_batches);
       ++turn;
     };
+    const auto copy_keys = [&](const Item& item, u32 tile) {
+      copy_k(item, tile);
+      copy_v(item, tile);
+    };
     for (;; ++q_turn) {
-      const bool begun = SKIPS && q_turn == 0;  // the block's first item does not wait for the scout, nor does its first tile of keys
+      // The block's first item does not wait for the scout or the length, nor does its first tile of keys.
+      const bool begun = (SKIPS || ASCENDING) && q_turn == 0;
       if (begun) {
         copy_q(first);
-        copy_keys(first, 0);
+        if (ASCENDING) copy_k(first, 0);
+        else copy_keys(first, 0);
       }
       Item item = take(q_turn);
       if constexpr (SCOUT) barrier_arrive(scouted.empty);
@@ -76,6 +86,7 @@ DEVICE void produce(const Params& p, const Memory& memory) {
         if (nothing_more(item)) break;
         continue;
       }
+      if (begun && ASCENDING) copy_v(item, 0);
       if (begun) next_tile(item, item.tiles--);
       else copy_q(item);
 #pragma unroll 1
@@ -112,14 +123,15 @@ DEVICE void produce(const Params& p, const Memory& memory) {
     u32 cut_phases = 0;  // a bit for each place of the ring
 #pragma unroll 1
     for (;; ++q_turn) {
-      const Item item = take(q_turn);
-      barrier_arrive(scouted.empty);
+      Item item = take(q_turn);
+      if constexpr (SCOUT) barrier_arrive(scouted.empty);
       if (nothing_more(item)) break;
 #pragma unroll 1
       for (u32 left = item.tiles; left > 0; --left, ++turn) {
+        const u32 tile = next_tile(item, left);
         v_ring.wait_empty(turn);
-        if (is_cut(p, item, left - 1)) {
-          const u32 stage = turn % STAGES, kept = keys_of(p, item) - (left - 1) * KEYS;
+        if (is_cut(p, item, tile)) {
+          const u32 stage = turn % STAGES, kept = keys_of(p, item) - tile * KEYS;
           barrier_wait(cut_landed + 8 * stage, cut_phases >> stage & 1);
           cut_phases ^= 1u << stage;
 #pragma unroll 1
@@ -136,7 +148,7 @@ DEVICE void produce(const Params& p, const Memory& memory) {
   if (SCOUT && warp == 2) {
     u32 place = 0;
     Place* const places = reinterpret_cast<Place*>(shared + PLACES);
-    if (PACKED) sort_sequences(p, places, reinterpret_cast<u32*>(places + config::places));
+    if (PACKED && !SINGLE) sort_sequences(p, places, reinterpret_cast<u32*>(places + config::places));
 #pragma unroll 1
     for (u32 item_turn = 0;; ++item_turn) {
       // An item is taken only when the one before it has been begun: who takes them too early leaves others without.
@@ -147,8 +159,9 @@ DEVICE void produce(const Params& p, const Memory& memory) {
         index = __shfl_sync(~0u, next, 0);
       }
       Item item = first;
-      if (PACKED) item = packed_item(p, places, index, place);
+      if (PACKED && !SINGLE) item = packed_item(p, places, index, place);
       else if (item_turn > 0) item = index < end ? item_of(p, index) : Item{};
+      if (SINGLE && index < end) item = single_item(p, item, length);
       if (SKIPS && item.tiles > 0) {
         const u32 batch = item.group / p.heads;
         item.live = live_tiles(p, item, batch, item.group - batch * p.heads);

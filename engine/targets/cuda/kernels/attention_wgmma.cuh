@@ -8,6 +8,7 @@
 // PACKED: sequences lie one after the other. The scout finds out which piece comes next; the third warp makes zeros of what a tile of v
 // has beyond the end of its sequence: its probabilities are 0, but 0 · NaN is NaN, and what one sequence holds must not reach another.
 // NOTES: what a warpgroup does to the rings must not depend on which one it is, or descriptors leave the uniform registers.
+// SINGLE: there is one sequence, and nothing to find out but its length: items are those of as many padded tokens.
 // The two sides are attention_producer.cuh and attention_consumer.cuh; attention_memory.cuh is what lies between them.
 // `Bias`, `Window` and `FullBias` come from attention_operands.py and attention_wgmma.py.
 #pragma once
@@ -21,14 +22,16 @@ constexpr int HEAD_PANELS = (HEAD + 31) / 32 * 32;  // the features of q and k i
 constexpr int CONSUMERS = config::consumers, QUERIES = 64 * CONSUMERS, STAGES = config::stages, Q_STAGES = config::q_stages;
 // BIAS: one number a key. FULL: one a score.
 constexpr bool CAUSAL = config::causal, BIAS = config::bias == 1, FULL = config::bias == 2, TURNS = config::turns && CONSUMERS > 1;
-constexpr bool PACKED = config::packed;
+constexpr bool PACKED = config::packed, SINGLE = config::single;
 // WINDOW: a query sees the keys less than so many positions from its own only.
 constexpr bool WINDOW = config::window;
 static_assert(!PACKED || !WINDOW, "packed sequences have no window");
 static_assert(!PACKED || config::bias == 0, "packed sequences have no bias");
-// SKIPS: tiles of keys may be left out, which are then taken from the first to the last. SCOUT: items come from the scout; where a
-// block has one and nothing is skipped, each warp finds it by itself.
-constexpr bool SKIPS = config::skips, SCOUT = PACKED || SKIPS || (BIAS && config::dynamic);
+// SKIPS: tiles of keys may be left out, which are then taken from the first to the last. ASCENDING: they are, because the first does not
+// wait for the length. SCOUT: items come from the scout; where a block has one and nothing is skipped, each warp finds it by itself.
+constexpr bool SKIPS = config::skips, ASCENDING = SINGLE && !CAUSAL;
+constexpr bool SCOUT = (PACKED && !SINGLE) || SKIPS || ((BIAS || SINGLE) && config::dynamic);
+static_assert(PACKED || !SINGLE, "");
 constexpr bool HELPERS = BIAS || PACKED;  // the producer is three warps
 constexpr int THREADS = 128 * (CONSUMERS + 1), WARPS = 4 * CONSUMERS;
 constexpr int PRODUCER_REGISTERS = config::producer_registers, CONSUMER_REGISTERS = config::consumer_registers;

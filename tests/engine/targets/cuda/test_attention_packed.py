@@ -14,7 +14,7 @@ from engine.plan.plan import Step
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import SM_80, SM_90A
 from engine.targets.cuda.attention import lower
-from engine.targets.cuda.attention_wgmma import MAX_SEQUENCES, launch_attention, suits, work_of
+from engine.targets.cuda.attention_wgmma import MAX_SEQUENCES, launch_attention, pick, suits, work_of
 from engine.targets.cuda.attention_wgmma_tiles import candidates
 from engine.targets.cuda.covering import ACC, F16, F32, make_step
 from engine.targets.cuda.kernel import Context, Instruction, WeightStore, workspace
@@ -73,6 +73,50 @@ def test_blocks_take_many_packed_items(hopper: Runner) -> None:
             launches = [launch_attention(step, tile, replace(hopper.context, multiprocessors=5))]
             cases.append(Case(f"{head} {causal=} {tile}", step, 500, {3: starts_of(lengths)}, launches))
     check(hopper, cases)
+
+
+def test_one_sequence_of_any_length(hopper: Runner) -> None:
+    """A launch for one sequence, a block an item and several, whatever of the tokens belongs to it."""
+    cases = []
+    for head, causal, multiprocessors in (
+        (32, False, 3),
+        (64, True, 3),
+        (64, False, 40),
+        (128, True, 40),
+        (256, False, 3),
+    ):
+        step = packed(F16, 300, 3, head, 1, causal)
+        tiles = candidates(work_of(step))
+        for i, length in enumerate((300, 299, 257, 256, 129, 64, 1, 0)):
+            context = replace(hopper.context, multiprocessors=multiprocessors)
+            launches = [launch_attention(step, tiles[i % len(tiles)], context)]
+            cases.append(Case(f"{head} {causal=} {length}", step, 300, {3: starts_of([length])}, launches))
+    check(hopper, cases)
+
+
+def test_a_single_sequence_reads_nothing_behind_it(hopper: Runner) -> None:
+    """Not even NaN in the tokens that belong to none reaches the result."""
+    rng = np.random.default_rng(5)
+    arrays = [rng.standard_normal((1, 2, 290, 64)).astype(np.float16) for _ in range(3)]
+    for causal in (False, True):
+        step = packed(F16, 290, 2, 64, 1, causal)
+        for tile in candidates(work_of(step)):
+            launches = [launch_attention(step, tile, hopper.context)]
+            (want,) = hopper.run(step, launches, [*arrays, starts_of([203])])
+            dirty = [array.copy() for array in arrays]
+            for array in dirty:
+                array[:, :, 203:] = np.nan
+            (got,) = hopper.run(step, launches, [*dirty, starts_of([203])])
+            assert np.isfinite(want).all() and np.array_equal(got, want), (causal, tile)
+            assert not got[:, :, 203:].any()
+
+
+def test_one_sequence_takes_the_tile_of_as_many_padded_tokens() -> None:
+    context = Context(SM_90A, 132, WeightStore())
+    for tokens, heads, head in ((128, 12, 64), (512, 12, 64), (4096, 16, 128)):
+        shape = (F16, (1, heads, tokens, head))
+        padded = make_step(Attention(head**-0.5, stores=(cv.stored(ACC),)), [shape] * 3)
+        assert pick(packed(F16, tokens, heads, head, 1), context) == pick(padded, context)
 
 
 def test_a_packed_launch_serves_other_lengths(hopper: Runner) -> None:

@@ -214,3 +214,26 @@ def test_a_transformer_block_is_seven_steps(text: str, sizes: dict[str, int], st
     context = Context(SM_90A, 132, WeightStore())
     products = [product_of(step, context) for step in plan.steps if isinstance(step.op, Gemm)]
     assert all(product.batch.count == 1 for product in products)
+
+
+def attention_sources(plan: Plan) -> list[str]:
+    return [launch.kernel.source.text for launch in launches(plan) if launch.kernel.family == "attention"]
+
+
+def test_a_sliding_window_is_attention_on_warpgroups_without_a_mask() -> None:
+    text = """(float[b,8,s,64] q, float[b,2,s,64] k, float[b,2,s,64] v) => (float[b,8,s,64] y) {
+        y = Attention<left_window_size=127, is_causal=1>(q, k, v) }"""
+    plan = plan_of(text, {}, DType.F16, 24, b=2, s=500)
+    (source,) = attention_sources(plan)
+    assert '"attention_wgmma.cuh"' in source and "constexpr bool window = 1;" in source
+    assert "constexpr int bias = 0;" in source
+
+
+def test_a_step_of_a_decoder_reads_its_keys_once() -> None:
+    """ONNX's operator with a cache: of one query every key up to its own is seen, whatever the mask says."""
+    text = """(float[b,32,1,128] q, float[b,8,1,128] k, float[b,8,1,128] v, float[b,8,p,128] pk, float[b,8,p,128] pv)
+        => (float[b,32,1,128] y, float[b,8,t,128] nk, float[b,8,t,128] nv) {
+        y, nk, nv = Attention<is_causal=1>(q, k, v, , pk, pv) }"""
+    sources = attention_sources(plan_of(text, {}, DType.F16, 24, b=1, p=8191))
+    assert ['"attention_decode.cuh"' in source for source in sources] == [True, False]
+    assert '"attention_join.cuh"' in sources[1]
