@@ -1,4 +1,4 @@
-"""Products of dequantised tensors: which become products of 8-bit floats, and that nothing else changes."""
+"""Products of dequantised tensors: which become products of 8-bit floats or integers, and that nothing else changes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from engine.passes import PASSES, Traits
 from tests.engine import ir_interpreter
 from tests.engine.passes.toolkit import kinds, only, random, views
 
-F8 = DType.F8E4M3
-NATIVE = Traits(product_types=frozenset({F8}), permuted_rows=True)
+F8, I8 = DType.F8E4M3, DType.I8
+NATIVE = Traits(product_types=frozenset({F8, I8}), permuted_rows=True)
 PLAIN = Traits(permuted_rows=True)
 
 
@@ -215,6 +215,81 @@ def test_a_zero_point_other_than_zero_is_refused() -> None:
     weights = {**COMMON, "z": np.ones((), F8.numpy)}
     with pytest.raises(ModelError, match="no zero point but 0"):
         read(model(f"{quantised('x')} y = Relu(d_x)", {"x": (3,)}, weights).SerializeToString())
+
+
+def integers(dtype: type, *shape: int, seed: int = 0) -> np.ndarray:
+    info = np.iinfo(dtype)
+    return np.random.default_rng(seed).integers(info.min, info.max + 1, shape).astype(dtype)
+
+
+INTEGERS = {
+    "signed": (np.int8(0), np.int8, np.int8(0)),
+    "with a zero point": (np.int8(-11), np.int8, np.int8(0)),
+    "unsigned": (np.uint8(128), np.int8, np.int8(0)),
+    "unsigned with a zero point": (np.uint8(77), np.int8, np.int8(0)),
+    "unsigned weights": (np.uint8(3), np.uint8, np.uint8(128)),
+}
+"""Zero point of the activations, type of the weights and their zero point."""
+
+
+@pytest.mark.parametrize("case", INTEGERS)
+def test_layers_of_integers(case: str) -> None:
+    zero, kind, weight_zero = INTEGERS[case]
+    text = f"""{quantised("x")} d_w = DequantizeLinear<axis=1>(w, sw, zw) p = MatMul(d_x, d_w) r = Add(p, b)
+        q = QuantizeLinear(r, sy, z) y = DequantizeLinear(q, sy, z)"""
+    weights = {
+        **DENSE_WEIGHTS, "z": np.array(zero), "w": integers(kind, 64, 24), "zw": np.full(24, weight_zero),
+        "sw": scales(24) / 100,
+    }  # fmt: skip
+    graph = check(model(text, {"x": ("n", 7, 64)}, weights), X)
+    assert operands(graph) == [I8, I8]
+    product = only(graph, ops.Gemm)
+    assert product.inputs[1].is_constant
+    symmetric = zero == (128 if zero.dtype == np.uint8 else 0)
+    assert any(value.name.endswith("sums") for value in product.inputs) == (not symmetric)
+    # What quantises x, made signed in the same step; the product, with all up to its result's own rounding and back.
+    assert kinds(graph) == {"Pointwise": 1, "Gemm": 1}
+
+
+def test_scales_and_zero_points_that_are_computed() -> None:
+    """As DynamicQuantizeLinear computes them."""
+    text = """q, s, z = DynamicQuantizeLinear(x) d = DequantizeLinear(q, s, z)
+        d_w = DequantizeLinear<axis=1>(w, sw) y = MatMul(d, d_w)"""
+    weights = {"w": integers(np.int8, 64, 24), "sw": scales(24) / 100}
+    graph = check(model(text, {"x": ("n", 7, 64)}, weights), X)
+    assert operands(graph) == [I8, I8]
+
+
+def test_zero_points_of_weights_stay_with_floats() -> None:
+    text = f"{quantised('x')} d_w = DequantizeLinear<axis=1>(w, sw, zw) y = MatMul(d_x, d_w)"
+    weights = {**DENSE_WEIGHTS, "z": np.zeros((), np.int8), "w": integers(np.int8, 64, 24)}
+    weights["zw"] = np.arange(24, dtype=np.int8)
+    assert operands(check(model(text, {"x": ("n", 7, 64)}, weights), X)) == [DType.F32, DType.F32]
+
+
+def test_zero_points_beside_computed_operands_stay_with_floats() -> None:
+    text = f"{quantised('x')} {quantised('k')} t = Transpose<perm=[0,2,1]>(d_k) y = MatMul(d_x, t)"
+    feeds = {name: random(2, 7, 64, seed=i).astype(np.float32) for i, name in enumerate("xk")}
+    inputs: dict[str, tuple[int | str, ...]] = {"x": ("n", 7, 64), "k": ("n", 7, 64)}
+    for zero, expected in ((0, I8), (3, DType.F32)):
+        graph = check(model(text, inputs, {**COMMON, "z": np.array(zero, np.int8)}), feeds)
+        assert operands(graph) == [expected, expected]
+
+
+def test_the_operator_of_integers() -> None:
+    """QLinearMatMul, which is written as the same formulas."""
+    text = "q = QuantizeLinear(x, sx, z) r = QLinearMatMul(q, sx, z, w, sw, zw, sy, z) y = DequantizeLinear(r, sy, z)"
+    weights = {**COMMON, "z": np.array(5, np.uint8), "w": integers(np.int8, 64, 24), "zw": np.zeros((), np.int8)}
+    weights["sw"] = np.array(0.01, np.float32)
+    assert operands(check(model(text, {"x": ("n", 7, 64)}, weights), X)) == [I8, I8]
+
+
+def test_convolutions_of_integers_stay_with_floats() -> None:
+    text = f"{quantised('x')} d_w = DequantizeLinear<axis=0>(w, sw) y = Conv(d_x, d_w, b)"
+    weights = {**COMMON, "z": np.zeros((), np.int8), "w": integers(np.int8, 24, 32, 1, 1), "sw": scales(24) / 100}
+    weights["b"] = scales(24, seed=1)
+    graph = check(model(text, {"x": ("n", 32, 6, 5)}, weights), {"x": random(2, 32, 6, 5).astype(np.float32)})
+    assert only(graph, ops.Conv).inputs[0].dtype is DType.F32
 
 
 def test_helper_makes_what_onnx_reads() -> None:

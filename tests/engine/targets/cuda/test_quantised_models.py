@@ -84,7 +84,7 @@ def test_its_products_are_of_warpgroups_on_an_h100() -> None:
     _, plan = planned(model(text, weights), {"n": 4096})
     made = launches(plan)
     assert [launch.kernel.instruction for launch in made] == [
-        Instruction.NONE, Instruction.WGMMA_8, Instruction.WGMMA_8
+        Instruction.NONE, Instruction.WGMMA_FP8, Instruction.WGMMA_FP8
     ]  # fmt: skip
     assert copies(plan) == []
 
@@ -133,3 +133,29 @@ def test_scales_along_k_are_products_of_floats(runner: Runner) -> None:
     weights = {"w": levels(rng, 64, 24), "t": rng.uniform(0.01, 0.02, 64).astype(np.float32)}
     feeds = {"x": rng.standard_normal((9, 64)).astype(np.float32)}
     assert F8 not in product_types(check(runner, model(text, weights), feeds, {"n": 9}))
+
+
+@pytest.mark.parametrize("zero", [np.int8(0), np.int8(-20), np.uint8(140)], ids=lambda zero: f"{zero.dtype} {zero}")
+def test_a_network_of_integers(runner: Runner, zero: np.integer) -> None:
+    """As the usual tools write it: activations with a zero point, weights per column without. The first product stores
+    what the second one multiplies."""
+    rng = np.random.default_rng(5)
+    text = """(float[n,48] x) => (float[n,16] y) {
+        qx = QuantizeLinear(x, s, z) dx = DequantizeLinear(qx, s, z) dw = DequantizeLinear<axis=1>(w, sw, zw)
+        a = MatMul(dx, dw) b = Add(a, bias) h = Relu(b)
+        qh = QuantizeLinear(h, sh, z) dh = DequantizeLinear(qh, sh, z) dv = DequantizeLinear<axis=0>(v, sv)
+        y = Gemm<transB=1>(dh, dv) }"""
+    weights = {
+        "z": np.array(zero), "zw": np.zeros(32, np.int8), "w": rng.integers(-127, 128, (48, 32)).astype(np.int8),
+        "v": rng.integers(-127, 128, (16, 32)).astype(np.int8), "bias": rng.standard_normal(32).astype(np.float32),
+        "sw": rng.uniform(0.001, 0.002, 32).astype(np.float32), "sv": rng.uniform(0.001, 0.002, 16).astype(np.float32),
+        "sh": np.array(0.03, np.float32),
+    }  # fmt: skip
+    proto = model(text, {})
+    kept = [one for one in proto.graph.initializer if one.name not in weights]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend([*kept, *(numpy_helper.from_array(array, name) for name, array in weights.items())])
+    graph = check(runner, proto, {"x": rng.standard_normal((70, 48)).astype(np.float32)}, {"n": 70})
+    assert product_types(graph) == [DType.I8] * 4
+
+    assert len(graph.nodes) == 3, "one quantises the input; unsigned levels are made signed where they are made"
