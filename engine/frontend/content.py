@@ -26,6 +26,7 @@ Array = np.ndarray[Any, Any]
 
 MAX_NUMBERS = 65536  # elements of a constant that is folded here; larger ones are the folding pass's work
 MAX_SIZES = 2048  # elements of a tensor of symbolic sizes
+_QUANTISED = (DType.F8E4M3, DType.I8, DType.U8)
 
 
 def evaluate(op: ops.Op, inputs: Sequence[Value], contents: Sequence[Array | None]) -> list[Array] | None:
@@ -33,6 +34,8 @@ def evaluate(op: ops.Op, inputs: Sequence[Value], contents: Sequence[Array | Non
     run = _RUNNERS.get(type(op))
     if run is None or any(content is None for content in contents):
         return None
+    if isinstance(op, ops.Pointwise) and any(value.dtype in _QUANTISED for value in inputs):
+        return None  # never a size; and what dequantises a small weight is to be seen, as of a large one
     known = [content for content in contents if content is not None]
     symbolic = any(content.dtype == object for content in known)
     shapes = [shape for _, shape in op.infer(inputs)]

@@ -27,6 +27,7 @@ DTYPES: dict[int, DType] = {
     TensorProto.FLOAT: DType.F32,
     TensorProto.FLOAT16: DType.F16,
     TensorProto.BFLOAT16: DType.BF16,
+    TensorProto.FLOAT8E4M3FN: DType.F8E4M3,
     TensorProto.INT64: DType.I64,
     TensorProto.INT32: DType.I32,
     TensorProto.INT16: DType.I16,
@@ -135,8 +136,8 @@ def _typed(tensor: onnx.TensorProto, dtype: DType) -> Array:
     data = getattr(tensor, _TYPED_FIELDS.get(dtype, "int32_data"))
     if dtype is DType.STRING:
         return np.array([text.decode("utf-8", "replace") for text in data], dtype=object)
-    if dtype in {DType.F16, DType.BF16}:  # stored as the bit pattern in the low half of an int32
-        return np.array(data, np.int32).astype(np.uint16).view(dtype.numpy)
+    if dtype in {DType.F16, DType.BF16, DType.F8E4M3}:  # stored as the bit pattern in the low bits of an int32
+        return np.array(data, np.int32).astype(f"u{dtype.itemsize}").view(dtype.numpy)
     return np.array(data, np.uint64 if "uint64" in _TYPED_FIELDS.get(dtype, "") else None).astype(dtype.numpy)
 
 

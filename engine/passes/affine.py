@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.ir import expr as ex
+from engine.ir.dtype import DType
 from engine.ir.expr import Apply, Const, Expr, PointOp
 from engine.ir.graph import Graph, Node, Value, constant
 from engine.ir.ops import Conv, Gemm, Pointwise
@@ -46,7 +47,8 @@ def fold_affine(graph: Graph, _traits: Traits) -> None:
 
 def _has_plain_weight(node: Node) -> bool:
     weight = node.inputs[1]
-    return weight.is_constant and weight.dtype.is_float and (isinstance(node.op, Conv) or weight.rank == 2)
+    scales = weight.dtype.is_float and weight.dtype is not DType.F8E4M3  # which a scale would round anew
+    return weight.is_constant and scales and (isinstance(node.op, Conv) or weight.rank == 2)
 
 
 def _fold_after(editor: Editor, node: Node) -> None:

@@ -1,8 +1,8 @@
 """The order of the passes, and `run`.
 
-The order in one sentence: make everything constant that is, carry types and views in one form, recognise what was
-written in pieces while the pieces are still apart, bring point-wise chains together, hang them onto the operators
-around them, move constants into weights, and choose types and orders in memory last.
+The order in one sentence: multiply what is quantised as it is, make everything constant that is, carry types and views
+in one form, recognise what was written in pieces while the pieces are still apart, bring point-wise chains together,
+hang them onto the operators around them, move constants into weights, and choose types and orders in memory last.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from engine.passes.pads import fold_pads
 from engine.passes.pointwise import drop_expands, fuse_pointwise, hoist_slices, inline_literals
 from engine.passes.precision import widen_floats
 from engine.passes.prologues import fuse_gathers, fuse_prologues
+from engine.passes.quantised import multiply_quantised
 from engine.passes.rolls import find_rolls
 from engine.passes.siblings import merge_siblings
 from engine.passes.simplify import drop_unread, simplify
@@ -39,6 +40,7 @@ from engine.passes.views import merge_views
 Pass: TypeAlias = Callable[[Graph, Traits], None]
 
 PASSES: tuple[Pass, ...] = (
+    multiply_quantised,
     fold,
     widen_floats,
     merge_views,

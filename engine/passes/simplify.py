@@ -21,7 +21,7 @@ ADD, SUB, MUL, DIV, POW = PointOp.ADD, PointOp.SUB, PointOp.MUL, PointOp.DIV, Po
 MIN, MAX, NEG, WHERE, NOT, SQRT = PointOp.MIN, PointOp.MAX, PointOp.NEG, PointOp.WHERE, PointOp.NOT, PointOp.SQRT
 AND, EXP, ISNAN = PointOp.AND, PointOp.EXP, PointOp.ISNAN
 
-_MANTISSA = {DType.F64: 53, DType.F32: 24, DType.F16: 11, DType.BF16: 8}
+_MANTISSA = {DType.F64: 53, DType.F32: 24, DType.F16: 11, DType.BF16: 8, DType.F8E4M3: 4}
 _SOFT_LIMIT = 1e30  # products of literals beyond this could overflow where the separate products did not
 
 x, y, z = anything("x"), anything("y"), anything("z")

@@ -28,16 +28,18 @@ class Traits:
     target computes and stores; tensors of other float types are carried in fp32 inside the graph. `attention_types`:
     the types for which it has a fused attention; in others scores and probabilities stay apart. `storage_type`: what
     fp32 activations and weights are kept in between operators, which compute in fp32 all the same (`narrow_floats`).
-    `permuted_rows`: a product writes its rows in any order of several axes as fast as one after the other. `windows`:
-    its attention takes a `window`; else that stays a bias. `packed`: its attention on packed sequences, None where it
-    has none. `conv_means`: its depthwise convolutions add up the pixels of their result for less than a pass over it
-    costs (`fuse_means`).
+    `product_types`: types beside its floats whose products it makes itself (`multiply_quantised`); of others quantised
+    tensors are made floats first. `permuted_rows`: a product writes its rows in any order of several axes as fast as
+    one after the other. `windows`: its attention takes a `window`; else that stays a bias. `packed`: its attention on
+    packed sequences, None where it has none. `conv_means`: its depthwise convolutions add up the pixels of their result
+    for less than a pass over it costs (`fuse_means`).
     """
 
     channels_last: bool = True
     float_types: frozenset[DType] = frozenset({DType.F32, DType.F64})
     attention_types: frozenset[DType] = frozenset({DType.BF16, DType.F16, DType.F32, DType.F64})
     storage_type: DType = DType.F32
+    product_types: frozenset[DType] = frozenset()
     permuted_rows: bool = False
     windows: bool = False
     packed: PackedAttention | None = None

@@ -25,6 +25,11 @@ BINARY_ONLY = ("FP16", "BF16")
 """Datatypes that JSON data cannot have."""
 
 
+def has_datatype(dtype: np.dtype[Any]) -> bool:
+    """Whether the protocol has a name for a dtype: it has none for floats of 8 bits."""
+    return dtype.name in _NAMES
+
+
 @cache
 def datatype_of(dtype: np.dtype[Any]) -> str:
     """The protocol's name of a dtype."""

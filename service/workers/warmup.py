@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.batching.policy import MASK_NAMES, BatchAxes, find_axes
+from service.codecs.tensor_types import has_datatype
 from service.workers.engine_api import EngineDeviceInfo, EngineModel, EngineTensorSpec
 from service.workers.messages import BatchingMode, Device, LoadModel, TensorInfo
 
@@ -45,10 +46,16 @@ def describe_device(info: EngineDeviceInfo) -> Device:
 def probe(model: EngineModel, command: LoadModel, engine_error: type[Exception]) -> BatchAxes:
     """Warm a model up and return how it may be batched.
 
-    Raises the engine's error if a model whose shapes are all known cannot run; where extents or strings had to be
+    Raises the engine's error if a tensor has a type that no request or answer can have, and if a model whose shapes are
+    all known cannot run; where extents or strings had to be
     guessed, a failed run proves nothing about the model, and it is served unbatched.
     """
     inputs, outputs = describe_tensors(model.inputs), describe_tensors(model.outputs)
+    for spec in (*inputs, *outputs):
+        if not has_datatype(spec.dtype):
+            raise engine_error(
+                f"tensor {spec.name!r} is of {spec.dtype.name}, which the protocol does not have: cast it in the model"
+            )
     axes = find_axes(inputs, outputs)
     axes = replace(axes, longest=model.size_limits.get(axes.sequence or ""))
     open_dims = any(isinstance(dim, str) for spec in inputs for dim in spec.shape[1:]) and axes.sequence is None

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes  # noqa: F401 (names its types to NumPy)
 import numpy as np
 from numpy.typing import NDArray
 
@@ -188,6 +189,7 @@ KINDS: dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], Runner]] 
     "fixed": ((_spec("input", "float32", 2, 4),), (_spec("output", "float32", 2, 4),), _identity),
     "mixing": ((_VECTOR,), (_spec("output", "float32", "batch", 4),), _mixing),
     "half": ((_spec("input", "float16", "batch", 2),), (_spec("output", "float16", "batch", 2),), _halves),
+    "fp8": ((_spec("input", "float8_e4m3fn", "n", 2),), (_spec("output", "float32", "n", 2),), _identity),
     "int32": ((_spec("input", "int32", "batch", 2),), (_spec("output", "int32", "batch", 2),), _identity),
     "bool": ((_spec("input", "bool", "batch", 2),), (_spec("output", "bool", "batch", 2),), _identity),
     "endless": (

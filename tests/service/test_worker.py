@@ -331,6 +331,13 @@ def test_strings_that_a_model_cannot_read_are_no_reason_not_to_load_it(harness: 
     assert "'1' is no colour" in ready.batching_reason
 
 
+def test_a_model_with_tensors_of_a_type_that_the_protocol_does_not_have_is_refused(harness: Harness) -> None:
+    path = add_model(harness.root, "m", "fp8") / "1" / "model.onnx"
+    harness.worker.handle(LoadModel(ModelKey("m", 1), str(path), "cpu", "auto", None, BatchingOptions(), None))
+    reason = harness.next(LoadFailed).reason
+    assert reason == "tensor 'input' is of float8_e4m3fn, which the protocol does not have: cast it in the model"
+
+
 def test_a_bug_of_the_engine_while_loading_says_so(harness: Harness) -> None:
     path = add_model(harness.root, "m", "identity", bug=True) / "1" / "model.onnx"
     harness.worker.handle(LoadModel(ModelKey("m", 1), str(path), "cpu", "auto", None, BatchingOptions(), None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from engine.frontend import foreign
@@ -13,6 +14,9 @@ from engine.frontend.tensors import dtype_of
 from engine.ir.dtype import DType
 from engine.ir.expr import PointOp
 from engine.ir.graph import Value
+
+_LAST_ROUNDED = 464.0
+"""The largest magnitude that rounds to a number of e4m3."""
 
 
 def same_dtype(node: OnnxNode, *values: Value) -> None:
@@ -147,14 +151,31 @@ def Cast(node: OnnxNode, x: Value) -> Value:
     dtype = dtype_of(node.integer("to"), node.where)
     if DType.STRING in (dtype, x.dtype) and dtype is not x.dtype:
         return foreign.opaque_value(node, x)
-    return node.cast(x, dtype)
+    return cast(node, x, dtype)
+
+
+def cast(node: OnnxNode, x: Value, dtype: DType) -> Value:
+    """`x` in another type. To 8-bit floats, `saturate` says whether what is beyond their range is their largest number
+    or NaN."""
+    if dtype is not DType.F8E4M3 or x.dtype is dtype:
+        return node.cast(x, dtype)
+    return node.pointwise(lambda t: to_fp8(node, t), x)
+
+
+def to_fp8(node: OnnxNode, t: Term) -> Term:
+    """`t` rounded to 8-bit floats, which saturates unless the node says otherwise."""
+    value = t.cast(DType.F32)
+    if not node.integer("saturate", 1):
+        # The largest number is the nearest up to the middle between it and what would be the next one.
+        value = f.where(f.less_equal(f.absolute(value), _LAST_ROUNDED), value, math.nan)
+    return value.cast(DType.F8E4M3)
 
 
 @operator("CastLike")
 def CastLike(node: OnnxNode, x: Value, like: Value) -> Value:
     if DType.STRING in (like.dtype, x.dtype) and like.dtype is not x.dtype:
         return foreign.opaque_value(node, x, like)
-    return node.cast(x, like.dtype)
+    return cast(node, x, like.dtype)
 
 
 @operator("Identity")

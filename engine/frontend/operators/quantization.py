@@ -8,6 +8,7 @@ from engine.frontend import formula as f
 from engine.frontend.formula import Term
 from engine.frontend.onnx_node import OnnxNode
 from engine.frontend.operators.convolution import Conv
+from engine.frontend.operators.elementwise import to_fp8
 from engine.frontend.operators.linalg import MatMul
 from engine.frontend.operators.slicing import take
 from engine.frontend.registry import operator
@@ -37,7 +38,10 @@ def along_axis(node: OnnxNode, x: Value, parameter: Value, axis: int, block: int
 
 
 def quantize(node: OnnxNode, x: Value, scale: Value, zero: Value | None, dtype: DType) -> Value:
-    """saturate(round(x / scale) + zero)."""
+    """saturate(round(x / scale) + zero); of 8-bit floats, which have no zero point, x / scale."""
+    if dtype is DType.F8E4M3:
+        _check_zero(node, zero)
+        return node.pointwise(lambda t, s: to_fp8(node, t.cast(DType.F32) / s.cast(DType.F32)), x, scale)
     if not dtype.is_int:
         raise node.unsupported(f"quantisation to {dtype.value}")
     limits = np.iinfo(dtype.numpy)
@@ -51,8 +55,19 @@ def quantize(node: OnnxNode, x: Value, scale: Value, zero: Value | None, dtype: 
     return node.pointwise(formula, x, scale, *([zero] if zero is not None else []))
 
 
+def _check_zero(node: OnnxNode, zero: Value | None) -> None:
+    """Raises ModelError for a zero point of 8-bit floats that is known and not 0: ONNX allows no other."""
+    if zero is not None and zero.data is not None and np.any(zero.data.astype(np.float32) != 0):
+        raise node.invalid("8-bit floats have no zero point but 0")
+
+
 def dequantize(node: OnnxNode, x: Value, scale: Value, zero: Value | None, dtype: DType) -> Value:
     """(x - zero) · scale."""
+    if x.dtype is DType.F8E4M3:
+        _check_zero(node, zero)
+        return node.pointwise(lambda t, s: (t.cast(DType.F32) * s.cast(DType.F32)).cast(dtype), x, scale)
+    if not x.dtype.is_int:
+        raise node.unsupported(f"dequantisation of {x.dtype.value}")
 
     def formula(t: Term, s: Term, *zeros: Term) -> Term:
         level = t.cast(DType.F32)

@@ -108,7 +108,8 @@ def epilogue(
         else:
             shifting.append(f"if (count > 0) {store}")
     results = {
-        f"out{j}[i]": (store, output.dtype) for j, (store, output) in enumerate(zip(stores, outputs, strict=True))
+        f"out{j}[i]": (_unrounded(store, output.dtype), output.dtype)
+        for j, (store, output) in enumerate(zip(stores, outputs, strict=True))
     }
     places = "".join(f" i64 out{j};" for j in range(len(outputs)))
     more = f"u32 column, u32 count, const {COMPUTE[acc]} (&acc)[WIDTH]"
@@ -277,9 +278,20 @@ def loop_over(results: Mapping[str, tuple[ex.Expr, DType]], gelu: str = "gelu_na
     body = _expression_lines([root for root, _ in results.values()], gelu)
     loop = [
         *body.lines,
-        *(f"{target} = {_convert(body.names[root], root.dtype, to)};" for target, (root, to) in results.items()),
+        *(f"{target} = {_stored(body.names[root], root.dtype, to)};" for target, (root, to) in results.items()),
     ]
     return ["#pragma unroll", "for (int i = 0; i < WIDTH; ++i) {", *(f"  {line}" for line in loop), "}"]
+
+
+def _stored(text: str, source: DType, target: DType) -> str:
+    """A result in the type in which it is computed: what stores it rounds it."""
+    return _convert(text, source, DType.F32 if target is DType.F8E4M3 else target)
+
+
+def _unrounded(root: ex.Expr, stored: DType) -> ex.Expr:
+    """What is rounded when it is stored, before that."""
+    rounds = isinstance(root, ex.Apply) and root.op is PointOp.CAST and root.dtype is stored is DType.F8E4M3
+    return root.args[0] if isinstance(root, ex.Apply) and rounds else root
 
 
 def indented(lines: Sequence[str]) -> str:
@@ -385,6 +397,8 @@ def _power(base: str, exponent: float) -> str | None:
 
 
 def _convert(text: str, source: DType, target: DType) -> str:
+    if target is DType.F8E4M3 and source is not target:  # rounded at once: what is quantised is meant to be
+        return f"to_float(to_e4m3(static_cast<float>({text})))"
     if COMPUTE[source] == COMPUTE[target] and not (target in _SMALL and source is not target):
         return text
     if target is DType.BOOL:

@@ -108,6 +108,8 @@ class _Way(Enum):
 
 
 def _way(step: Step, geometry: Geometry, context: Context) -> _Way:
+    if step.inputs[0].dtype is step.inputs[1].dtype is DType.F8E4M3:  # of which only products reach the matrix units
+        return _Way.PRODUCT if _is_product(step, geometry) else _Way.SIMT
     if is_depthwise_product(step, geometry, context):
         return _Way.DEPTHWISE_PRODUCT
     if is_depthwise(step, geometry):

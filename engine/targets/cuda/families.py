@@ -75,6 +75,7 @@ TRAITS = Traits(
     channels_last=True,
     attention_types=frozenset({DType.F16, DType.BF16, DType.F32}),  # fp64 is two products and a softmax
     storage_type=DType.F16,
+    product_types=frozenset({DType.F8E4M3, DType.I8}),
     permuted_rows=True,
     windows=True,
 )

@@ -57,7 +57,7 @@ from engine.targets.cuda.spaces import operand, operands, space
 from engine.targets.cuda.staging import staged_epilogue
 from engine.targets.cuda.tiles import NOTHING, Operands, WgmmaTile
 
-_MATRIX_TYPES = (DType.F16, DType.BF16, DType.F8E4M3, DType.F32)
+_MATRIX_TYPES = (DType.F16, DType.BF16, DType.F8E4M3, DType.I8, DType.F32)
 
 
 def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]:
@@ -69,9 +69,9 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
         raise UnsupportedOp(f"Gemm of {a.dtype.value} and {b.dtype.value}")
     needs = (Requirement(), Requirement())
     if _on_matrix_units(op, a, b):
-        fp8 = a.dtype is DType.F8E4M3  # whose instructions want k innermost in both
-        b_need = Requirement() if is_weight(b) else _inner(b, fp8 or (b.strides[-2] == 1 and b.strides[-1] != 1))
-        needs = (_inner(a, rows_inner(a) and not fp8), b_need)
+        narrow = a.dtype.itemsize == 1  # the instructions want k innermost in both
+        b_need = Requirement() if is_weight(b) else _inner(b, narrow or (b.strides[-2] == 1 and b.strides[-1] != 1))
+        needs = (_inner(a, rows_inner(a) and not narrow), b_need)
     output = len(op.infer(inputs)[0][1])
     return (
         (*needs, *(Requirement() for _ in inputs[2:])),
@@ -190,11 +190,16 @@ def other_tiles(product: Product, epilogue: Functor, context: Context) -> Mappin
     return {way: sorted(tiles, key=lambda ranked: ranked.estimate.cycles) for way, tiles in every.items()}
 
 
+_NARROW = {
+    DType.F16: Operands.HALF, DType.BF16: Operands.HALF, DType.F8E4M3: Operands.BYTES, DType.I8: Operands.BYTES,
+}  # fmt: skip
+
+
 def operands_of(product: Product, context: Context) -> Operands:
     """How the matrix units take the operands. Constants of fp32 are never just rounded: their errors are the same in
     every row, so that what follows does not average them out."""
-    if product.dtype.itemsize <= 2:
-        return Operands.HALF if product.dtype.itemsize == 2 else Operands.FP8
+    if product.dtype in _NARROW:
+        return _NARROW[product.dtype]
     if not context.tf32:
         return Operands.EXACT
     return Operands.REFINED if product.b.is_constant else Operands.TF32

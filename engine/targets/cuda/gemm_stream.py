@@ -58,7 +58,7 @@ def narrow_stream_tile(product: Product, operands: Operands) -> StreamTile | Non
 
 def _tile(product: Product, operands: Operands, narrow: bool) -> StreamTile | None:
     k_bytes = product.k * operands.itemsize
-    if operands in (Operands.EXACT, Operands.FP8) or k_bytes > _MOST_BYTES or product.n > _MOST_COLUMNS:
+    if operands is Operands.EXACT or operands.itemsize == 1 or k_bytes > _MOST_BYTES or product.n > _MOST_COLUMNS:
         return None
     return StreamTile(ceildiv(product.n, _GROUP), 2 if k_bytes <= 32 else 4, operands is Operands.REFINED, narrow)
 

@@ -128,12 +128,13 @@ def launch_batched(product: Product, epilogue: Functor, tile: WgmmaTile, tiles: 
 
 
 def _instruction(dtype: DType) -> Instruction:
-    return Instruction.WGMMA_8 if dtype.itemsize == 1 else Instruction.WGMMA
+    return {DType.F8E4M3: Instruction.WGMMA_FP8, DType.I8: Instruction.WGMMA_INT8}.get(dtype, Instruction.WGMMA)
 
 
 _INSTRUCTIONS = {
     DType.F16: ("k16.f32.f16.f16", "1, 1, 0, 0"), DType.BF16: ("k16.f32.bf16.bf16", "1, 1, 0, 0"),
-    DType.F8E4M3: ("k32.f32.e4m3.e4m3", "1, 1"), DType.F32: ("k8.f32.tf32.tf32", "1, 1"),
+    DType.F8E4M3: ("k32.f32.e4m3.e4m3", "1, 1"), DType.I8: ("k32.s32.s8.s8", ""),
+    DType.F32: ("k8.f32.tf32.tf32", "1, 1"),
 }  # fmt: skip
 """The end of the instruction's name, and its factors of the operands (and, for 16 bits, whether k is not innermost).
 
@@ -146,18 +147,19 @@ take as many registers again and an addition each: 5e-4 at every 1024 of k, for 
 
 
 def wgmma_function(n: int, dtype: DType, across: bool = False) -> str:
-    """`wgmma<n, T>`: d (64 × n, fp32) = a · bᵀ, plus d itself where `accumulate` is not 0. Operands are descriptors of
-    elements of `dtype`. `wgmma_across<n, T>` (16 bits): the rows of b are k."""
+    """`wgmma<n, T>`: d (64 × n; fp32, of integers int32) = a · bᵀ, plus d itself where `accumulate` is not 0. Operands
+    are descriptors of elements of `dtype`. `wgmma_across<n, T>` (16 bits): the rows of b are k."""
     count, storage, name = n // 2, STORAGE[dtype], "wgmma_across" if across else "wgmma"
     instruction, factors = _INSTRUCTIONS[dtype]
-    factors = "1, 1, 0, 1" if across else factors
+    last = ", ".join(["p", *filter(None, ["1, 1, 0, 1" if across else factors])])
+    kind, constraint = ("float", "f") if dtype.is_float else ("i32", "r")
     registers = ", ".join(f"%{i}" for i in range(count))
-    operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    operands = ", ".join(f'"+{constraint}"(d[{i}])' for i in range(count))
     return (
-        f"template <int N, class T> DEVICE void {name}(float (&d)[N / 2], u64 a, u64 b, u32 accumulate);\n"
-        f"template <> DEVICE void {name}<{n}, {storage}>(float (&d)[{count}], u64 a, u64 b, u32 accumulate) {{\n"
+        f"template <int N, class T> DEVICE void {name}({kind} (&d)[N / 2], u64 a, u64 b, u32 accumulate);\n"
+        f"template <> DEVICE void {name}<{n}, {storage}>({kind} (&d)[{count}], u64 a, u64 b, u32 accumulate) {{\n"
         f'  asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n"\n'
         f'               "wgmma.mma_async.sync.aligned.m64n{n}{instruction} {{{registers}}}, %{count}, %{count + 1}, '
-        f'p, {factors};\\n}}"\n'
+        f'{last};\\n}}"\n'
         f'               : {operands} : "l"(a), "l"(b), "r"(accumulate));\n}}\n'
     )

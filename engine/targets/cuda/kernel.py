@@ -138,12 +138,13 @@ class Instruction(Enum):
     NONE = ""
     MMA = "HMMA"
     WGMMA = "HGMMA"
-    WGMMA_8 = "QGMMA"  # of 8-bit floats
+    WGMMA_FP8 = "QGMMA"
+    WGMMA_INT8 = "IGMMA"
 
     @property
     def is_wgmma(self) -> bool:
         """Whether a whole warpgroup multiplies."""
-        return self in (Instruction.WGMMA, Instruction.WGMMA_8)
+        return self in (Instruction.WGMMA, Instruction.WGMMA_FP8, Instruction.WGMMA_INT8)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,10 @@ class Batch:
         }  # fmt: skip
 
 
+_MOST_INTEGERS = (2**31 - 1) // 128**2
+"""Products of two integers of 8 bits whose sum fits 32."""
+
+
 @dataclass(frozen=True, eq=False)
 class Product:
     """Products of matrices a [m, k] and b [k, n] of `dtype`. Also what a 1×1 convolution is."""
@@ -103,6 +107,11 @@ class Product:
         return self.b.access(self.k if self.b.k_inner else self.n, self.batch.b, self.dtype.itemsize)
 
     @property
+    def suits_wgmma(self) -> bool:
+        """Whether its sums fit the accumulators: of integers 32 bits."""
+        return self.dtype is not DType.I8 or self.k <= _MOST_INTEGERS
+
+    @property
     def suits_tma(self) -> bool:
         """Whether the copy engine can read both operands as single matrices."""
         return self.suits_tma_aligned and self.a_access == 16
@@ -113,13 +122,13 @@ class Product:
         several = self.batch.count > 1 or not self.b.k_inner
         lines = (self.a.stride, self.b.stride, self.k, *self.batch.sizes)
         narrow = self.dtype.itemsize == 2 or (self.dtype.itemsize == 1 and self.b.k_inner)  # b across: of 16 bits
-        lies = self.a.k_inner and narrow and len(self.batch.sizes) <= 2 and min(lines) > 0
+        lies = self.suits_wgmma and self.a.k_inner and narrow and len(self.batch.sizes) <= 2 and min(lines) > 0
         return several and lies and self.a_access == self.b_access == 16
 
     @property
     def suits_tma_aligned(self) -> bool:
         """Whether it can where the rows of a have been copied to where it reads them (align_rows.py)."""
-        single = self.batch.count == 1 and self.a.k_inner and self.b.k_inner
+        single = self.suits_wgmma and self.batch.count == 1 and self.a.k_inner and self.b.k_inner
         return single and self.b_access == 16 and min(self.k, self.a.stride, self.b.stride) > 0
 
 
@@ -153,7 +162,7 @@ def _second(b: Tensor, context: Context) -> Matrix:
     if is_weight(b):
         packed = context.weights.packed(b, "n,k lines", pack_weight)
         return Matrix(Pointer(packed, ctype=STORAGE[b.dtype]), line_elements(b.shape[-2], b.dtype), padded=True)
-    k_inner = b.dtype is DType.F8E4M3 or (
+    k_inner = b.dtype.itemsize == 1 or (
         b.strides[-2] == 1 and (b.strides[-1] != 1 or (b.shape[-2] > 1 and b.shape[-1] == 1))
     )
     return Matrix(pointer_to(b), b.strides[-1 if k_inner else -2], k_inner)

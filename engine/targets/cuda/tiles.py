@@ -20,9 +20,9 @@ class Operands(Enum):
 
     HALF = (2, 1)
     """fp16 or bf16"""
-    FP8 = (1, 1)
-    """e4m3, k innermost. On mma.sync operands become halves in registers; wgmma takes as many bytes of it at once as of
-    fp16."""
+    BYTES = (1, 1)
+    """e4m3, or integers of 8 bits; k innermost. On mma.sync they become halves in registers; wgmma takes as many bytes
+    of them at once as of fp16."""
     TF32 = (4, 2)
     """fp32, rounded"""
     REFINED = (4, 4)
@@ -41,9 +41,9 @@ class Operands(Enum):
 
     @property
     def step_slowness(self) -> float:
-        """The time of 128 bytes of k on wgmma beside that of fp16. Of FP8, twice as many elements, expected, not
+        """The time of 128 bytes of k on wgmma beside that of fp16. Of 8 bits, twice as many elements, expected, not
         measured: 1.9 times the rate."""
-        return 2 / 1.9 if self is Operands.FP8 else 1
+        return 2 / 1.9 if self.itemsize == 1 else 1
 
     def wgmma_steps(self, k: int) -> int:
         """The steps of 128 bytes that wgmma takes for so many columns."""
@@ -79,7 +79,7 @@ class MmaTile:
         """What kernels/mma/tile.cuh and the kernels on it are told, but for the type of the operands."""
         exact = operands is Operands.EXACT
         # Operands in two parts and sums in two stages, or operands that become others: more registers.
-        more = exact or operands is Operands.FP8
+        more = exact or operands.itemsize == 1
         return {
             "tile_m": self.m, "tile_n": self.n, "tile_k_bytes": self.k_bytes, "warps_m": self.warps_m,
             "warps_n": self.warps_n, "stages": self.stages, "blocks": max(1, self.blocks - more),

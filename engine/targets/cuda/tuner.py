@@ -185,6 +185,8 @@ class _Memory:
                 return (self._pool.view(cupy.uint32) >> 16).astype(cupy.uint16).view(cupy.uint8)
             case "e4m3":
                 return cupy.asarray(DType.F8E4M3.convert(self._pool.get()).view(np.uint8))
+            case "i8":
+                return cupy.clip(cupy.rint(self._pool * 32), -128, 127).astype(cupy.int8).view(cupy.uint8)
             case "float":
                 return self._pool.view(cupy.uint8)
         return None

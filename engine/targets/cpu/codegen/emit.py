@@ -30,15 +30,16 @@ Int = Value | int
 
 _ELEMENT = {
     DType.F64: "double", DType.F32: "float", DType.F16: "float", DType.BF16: "float",
+    DType.F8E4M3: "float",
     DType.I64: "i64", DType.I32: "i32", DType.I16: "i16", DType.I8: "i8",
     DType.U64: "i64", DType.U32: "i32", DType.U16: "i16", DType.U8: "i8", DType.BOOL: "i1",
 }  # fmt: skip
-_MEMORY = {DType.F16: "i16", DType.BF16: "i16", DType.BOOL: "i8"}
+_MEMORY = {DType.F16: "i16", DType.BF16: "i16", DType.F8E4M3: "i8", DType.BOOL: "i8"}
 _FLOATS = frozenset({"float", "double"})
 
 
 def element_type(dtype: DType) -> str:
-    """The LLVM type of one element in a register: a bool is an i1, 16-bit floats are computed in float32."""
+    """The LLVM type of one element in a register: a bool is an i1, narrow floats are computed in float32."""
     return _ELEMENT[dtype]
 
 
@@ -333,6 +334,8 @@ class Builder:
             return self.compare("ne", value, self.const(0, value.type))
         if dtype is DType.BF16:
             return self.convert("bitcast", self._shifted(self._widened(value), "shl", 16), self._float_of(value))
+        if dtype is DType.F8E4M3:
+            return self._float_of_e4m3(value)
         if dtype is not DType.F16:
             return value
         if self.isa.fma:
@@ -356,13 +359,41 @@ class Builder:
         stored = vector_type(memory_type(dtype), lanes)
         if dtype is DType.BOOL:
             return self.convert("zext", value, stored)
-        if dtype not in (DType.F16, DType.BF16):
+        if dtype not in (DType.F16, DType.BF16, DType.F8E4M3):
             return value
         if dtype is DType.F16 and self.isa.fma:
             return self.convert("bitcast", self.convert("fptrunc", value, vector_type("half", lanes)), stored)
         bits = self.convert("bitcast", value, vector_type("i32", lanes))
-        result = self._half_bits(value, bits) if dtype is DType.F16 else self._bfloat_bits(value, bits)
-        return self.convert("trunc", result, stored)
+        rounded = {DType.F16: self._half_bits, DType.BF16: self._bfloat_bits, DType.F8E4M3: self._e4m3_bits}
+        return self.convert("trunc", rounded[dtype](value, bits), stored)
+
+    def _float_of_e4m3(self, value: Value) -> Value:
+        bits = self._widened(value)
+        magnitude = self._masked(bits, 0x7F)
+        # Exponent and mantissa shifted into place, then rebiased; 0x7F is NaN.
+        scaled = self.convert("bitcast", self._shifted(magnitude, "shl", 20), self._float_of(value))
+        scaled = self.convert("bitcast", self.binary("fmul", scaled, self.const(2.0**120, scaled.type)), bits.type)
+        missing = self.compare("eq", magnitude, self.const(0x7F, bits.type))
+        sign = self._shifted(self._masked(bits, 0x80), "shl", 24)
+        result = self.binary("or", self.select(missing, self.const(0x7FC00000, bits.type), scaled), sign)
+        return self.convert("bitcast", result, self._float_of(value))
+
+    def _e4m3_bits(self, value: Value, bits: Value) -> Value:
+        """Numbers beyond the largest, 448, become it."""
+        magnitude = self._masked(bits, 0x7FFFFFFF)
+        sign = self._masked(self._shifted(bits, "lshr", 24), 0x80)
+        # Rebiased by 120 and rounded; below the least normal number steps are 2⁻⁹, as they are in float32 above 2¹⁴.
+        rounded = self.binary("add", magnitude, self.const((-120 << 23) + 0x7FFFF, bits.type))
+        rounded = self.binary("add", rounded, self._masked(self._shifted(bits, "lshr", 20), 1))
+        rounded = self._shifted(rounded, "lshr", 20)
+        absolute = self.convert("bitcast", magnitude, value.type)
+        aligned = self.convert("bitcast", self.binary("fadd", absolute, self.const(2.0**14, value.type)), bits.type)
+        tiny = self.compare("ult", magnitude, self.const(0x3C800000, bits.type))
+        rounded = self.select(tiny, self.binary("sub", aligned, self.const(0x46800000, bits.type)), rounded)
+        large = self.compare("uge", magnitude, self.const(0x43E00000, bits.type))
+        rounded = self.select(large, self.const(0x7E, bits.type), rounded)
+        rounded = self.select(self.fcmp("uno", value, value), self.const(0x7F, bits.type), rounded)
+        return self.binary("or", rounded, sign)
 
     def _bfloat_bits(self, value: Value, bits: Value) -> Value:
         rounded = self.binary("add", bits, self.const(0x7FFF, bits.type))

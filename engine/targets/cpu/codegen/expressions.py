@@ -1,7 +1,7 @@
 """Lowers the expressions of the IR (prologues, epilogues, point-wise chains) to vector instructions.
 
 One entry of `_UNARY`, `_BINARY` or one branch of `_Lowering.apply` per operation; the elementary functions are in
-`vector_math.py`. The reference for every operation is `engine.ir.expr.evaluate`. 16-bit floats are computed in float32
+`vector_math.py`. The reference for every operation is `engine.ir.expr.evaluate`. narrow floats are computed in float32
 and rounded where they are stored or cast.
 """
 
@@ -16,7 +16,7 @@ from engine.ir.expr import PointOp
 from engine.targets.cpu.codegen.emit import Builder, Value, element_type, scalar_of, vector_type
 from engine.targets.cpu.codegen.vector_math import VectorMath, by_lane
 
-_HALVES = frozenset({DType.F16, DType.BF16})
+_NARROW = frozenset({DType.F16, DType.BF16, DType.F8E4M3})
 _FLOAT_BINARY = {
     PointOp.ADD: "fadd",
     PointOp.SUB: "fsub",
@@ -74,7 +74,7 @@ def lower(
 
 def working_dtype(dtype: DType) -> DType:
     """The dtype in which elements of `dtype` are computed."""
-    return DType.F32 if dtype in _HALVES else dtype
+    return DType.F32 if dtype in _NARROW else dtype
 
 
 class _Lowering:

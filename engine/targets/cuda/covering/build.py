@@ -22,7 +22,7 @@ from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda.conv_geometry import channels_last
 from engine.targets.cuda.families import family_of
 
-F16, F32, F8, I64 = DType.F16, DType.F32, DType.F8E4M3, DType.I64
+F16, F32, F8, I8, I64 = DType.F16, DType.F32, DType.F8E4M3, DType.I8, DType.I64
 ACC = ex.Acc()
 Given: TypeAlias = tuple[DType, tuple[int, ...]] | np.ndarray | Tensor
 

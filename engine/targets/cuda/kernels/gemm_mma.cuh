@@ -1,5 +1,5 @@
 // Matrix product on mma.sync, for every GPU from Ampere on: a[z, m, k] · b[z, k, n], fp32 accumulation. Operands are fp16, bf16, e4m3
-// (k innermost; made halves in registers), or fp32 (rounded to tf32, `exact`, or `refined`: only a is rounded). One block computes one tile; a ring of STAGES tiles of A and B is filled by cp.async ahead of
+// or i8 (k innermost; made halves in registers), or fp32 (rounded to tf32, `exact`, or `refined`: only a is rounded). One block computes one tile; a ring of STAGES tiles of A and B is filled by cp.async ahead of
 // the warps that multiply.
 // Every layout: a_k_inner and b_k_inner say whether k is an operand's innermost axis, a_access and b_access how many bytes can be
 // read at once along it.

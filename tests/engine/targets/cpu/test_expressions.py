@@ -158,3 +158,22 @@ def test_deep_chain_of_shared_subexpressions_stays_linear() -> None:
         value = ex.apply(PointOp.MUL, value, ex.apply(PointOp.SIGMOID, value))
     result = run_step(Pointwise((value,)), [np.float32([3, 40])])
     np.testing.assert_allclose(result.outputs[0], ex.evaluate(value, [np.float64([3, 40])]), rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("isa", host_isas())
+def test_8_bit_floats_are_read_exactly_and_rounded_to_nearest(isa: str) -> None:
+    """Every number, the middles between two (which go to the even one), their neighbours, and what saturates."""
+    every = np.arange(256, dtype=np.uint8).view(DType.F8E4M3.numpy)
+    read = run_step(Pointwise((ex.cast(ex.Arg(0, DType.F8E4M3), DType.F32),)), [every], isa).outputs[0]
+    np.testing.assert_array_equal(read, every.astype(np.float32))
+    known = every[:127].astype(np.float32)
+    middles = (known[1:] + known[:-1]) / 2
+    beside = [np.nextafter(middles, np.float32(to), dtype=np.float32) for to in (-np.inf, np.inf)]
+    far = np.array([449, 464, 465, 480, 3e38, np.inf, np.nan, 1e-9, 1e-40], np.float32)
+    x = np.concatenate([known, middles, *beside, far])
+    x = np.concatenate([x, -x])
+    written = run_step(Pointwise((ex.cast(ex.Arg(0, DType.F32), DType.F8E4M3),)), [x], isa).outputs[0]
+    expected = np.clip(x, -448, 448).astype(DType.F8E4M3.numpy)
+    missing = np.isnan(x)
+    np.testing.assert_array_equal(np.isnan(written.astype(np.float32)), missing)
+    np.testing.assert_array_equal(written.view(np.uint8)[~missing], expected.view(np.uint8)[~missing])

@@ -21,6 +21,7 @@ EMULATED_CASES = 12  # nearly each of them is a kernel to compile
 _EMULATED = {
     "test_gemm": ("sm_80", "sm_90a"),
     "test_gemm_fp8": ("sm_80", "sm_90a"),
+    "test_gemm_int8": ("sm_80", "sm_90a"),
     "test_kernels": ("sm_80", "sm_90a"),
     "test_attention": ("sm_80",),
 }

@@ -224,14 +224,14 @@ def test_k_is_innermost_and_weights_take_a_byte_each() -> None:
     step = make_step(Gemm((ACC,)), [(F8, (40, 200)), weight(200, 48, dtype=F8)])
     product = product_of(step, HOPPER)
     assert product.b.is_constant and product.b.pointer.buffer.nbytes == 48 * 256  # rows of whole lines
-    assert operands_of(product, HOPPER) is Operands.FP8
+    assert operands_of(product, HOPPER) is Operands.BYTES
 
 
 @pytest.mark.parametrize("sizes", [(8192, 8192, 8192), (4096, 768, 3072), (300, 400, 387)])
 def test_a_product_is_run_by_warpgroups_where_there_are_some(sizes: tuple[int, int, int]) -> None:
     m, n, k = sizes
     step = make_step(Gemm((cv.stored(ACC),)), [(F8, (m, k)), numbers(rng_of("choice"), (k, min(n, 512)))])
-    for architecture, expected in ((SM_90A, Instruction.WGMMA_8), (SM_80, Instruction.MMA)):
+    for architecture, expected in ((SM_90A, Instruction.WGMMA_FP8), (SM_80, Instruction.MMA)):
         launches = lower(step, Context(architecture, 132, WeightStore()))
         assert launches[-1].kernel.instruction is expected, sizes
         assert len(launches) == (2 if architecture is SM_90A and k % 16 else 1), "rows at any byte are copied before"
@@ -253,11 +253,11 @@ def test_the_cost_model_expects_nearly_twice_the_rate_of_fp16() -> None:
 def test_what_the_tuner_found_is_taken() -> None:
     step = make_step(Gemm((cv.stored(ACC),)), [(F8, (512, 1024)), numbers(rng_of("tuned"), (1024, 256))])
     product, epilogue = parts(step)
-    key = key_of(product, Operands.FP8, epilogue)
-    assert key.startswith("fp8 f8e4m3 ")
+    key = key_of(product, Operands.BYTES, epilogue)
+    assert key.startswith("bytes f8e4m3 ")
     for tile in (PRODUCT_TILES[7], MMA_TILES[1]):
         choice = choice_of(tile, 1.0)
-        assert tile_of(choice, product, Operands.FP8) == tile
+        assert tile_of(choice, product, Operands.BYTES) == tile
         context = replace(HOPPER, choices={key: choice})
         assert pick_tile(product, epilogue, context) == tile
     assert not other_tiles(product, epilogue, HOPPER)[Way.NARROW]

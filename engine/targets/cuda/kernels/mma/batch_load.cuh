@@ -40,7 +40,7 @@ struct BatchLoad {
     else return operand_descriptor<128>(address);
   }
   // A template, so that what there is none of for the type is not asked for.
-  template <class T = Element> DEVICE static void multiply(float (&d)[TILE_N / 2], u64 a, u64 b, u32 accumulate) {
+  template <class T = Element> DEVICE static void multiply(Sum (&d)[TILE_N / 2], u64 a, u64 b, u32 accumulate) {
     if constexpr (ACROSS) wgmma_across<TILE_N, T>(d, a, b, accumulate);
     else wgmma<TILE_N, T>(d, a, b, accumulate);
   }

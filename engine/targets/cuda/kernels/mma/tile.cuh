@@ -90,10 +90,10 @@ template <class T> struct MmaHalves {
 template <> struct MmaOperand<half> : MmaHalves<half> {};
 template <> struct MmaOperand<bfloat16> : MmaHalves<bfloat16> {};
 
-// e4m3, k innermost: halves hold its numbers exactly, and a fragment's words hold four of them where those of halves hold two. So a
-// fragment becomes two: the first and the last two bytes of every word, which is another order of k, the same in both operands.
-template <> struct MmaOperand<e4m3> {
-  using Element = e4m3;
+// e4m3 and i8, k innermost: halves hold their numbers exactly, and a fragment's words hold four of them where those of halves hold two.
+// So a fragment becomes two: the first and the last two bytes of every word, which is another order of k, the same in both operands.
+template <class T> struct MmaBytes {
+  using Element = T;
   static constexpr int PER_CHUNK = 16, K = 32;
   struct Fragment { u32 word[4]; };
 
@@ -108,7 +108,11 @@ template <> struct MmaOperand<e4m3> {
   }
   DEVICE static void halves(u32 (&half)[4], const Fragment& f, int pair) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) half[i] = halves_of_e4m3x2(static_cast<u16>(f.word[i] >> 16 * pair));
+    for (int i = 0; i < 4; ++i) {
+      const u16 two = static_cast<u16>(f.word[i] >> 16 * pair);
+      if constexpr (same<T, e4m3>::value) half[i] = halves_of_e4m3x2(two);
+      else half[i] = halves_of_i8x2(two);
+    }
   }
   template <int N> DEVICE static void multiply(float (&d)[8 * N], const Fragment& a, const Fragment (&b)[N]) {
 #pragma unroll
@@ -125,6 +129,8 @@ template <> struct MmaOperand<e4m3> {
     }
   }
 };
+template <> struct MmaOperand<e4m3> : MmaBytes<e4m3> {};
+template <> struct MmaOperand<i8> : MmaBytes<i8> {};
 
 // fp32 operands on the tf32 instruction: rounded to its 11 bits, or split as big + small, which keep 22 of the 24. Of the four
 // products the one of the small parts is below the rounding of the others and left out.
@@ -197,7 +203,7 @@ template <class OPERAND, int ACCESS> DEVICE void copy_chunk(u32 destination, con
   } else if constexpr (sizeof(typename OPERAND::Element) == 1) {
     u32 packed[4] = {};
 #pragma unroll
-    for (int i = 0; i < 16; ++i) packed[i / 4] |= i < count ? static_cast<u32>(source[i].bits) << 8 * (i % 4) : 0;
+    for (int i = 0; i < 16; ++i) packed[i / 4] |= i < count ? static_cast<u32>(reinterpret_cast<const u8*>(source)[i]) << 8 * (i % 4) : 0;
     store_shared_16(destination, make_uint4(packed[0], packed[1], packed[2], packed[3]));
   } else {
     u32 packed[4];

@@ -1,5 +1,5 @@
-// The pipeline of products on wgmma for sm_90a: a[m, k] · b[n, k]ᵀ, operands of fp16, bf16, e4m3 or tf32 (fp32 that the copy
-// engine rounds), fp32 accumulation (of e4m3: see gemm_wgmma.py). The kernels on it (gemm_wgmma.cuh, conv_wgmma.cuh) differ in how a tile of `a` reaches shared memory.
+// The pipeline of products on wgmma for sm_90a: a[m, k] · b[n, k]ᵀ, operands of fp16, bf16, e4m3, i8 or tf32 (fp32 that the
+// copy engine rounds), fp32 accumulation (of e4m3: see gemm_wgmma.py; of i8: in integers, which then become fp32). The kernels on it (gemm_wgmma.cuh, conv_wgmma.cuh) differ in how a tile of `a` reaches shared memory.
 // Persistent and warp-specialised: one thread keeps a ring of STAGES tiles filled through TMA for two consumer warpgroups.
 // These take output tiles in turn (ping-pong), so that one multiplies while the other runs its epilogue; or, COOPERATIVE, each
 // takes half the rows of every tile, which is faster where a block has a single tile, and allows wider ones.
@@ -22,6 +22,7 @@ constexpr bool COOPERATIVE = config::cooperative, SPLIT = config::split, GROUPED
 constexpr int CONSUMERS = 2, CONSUMER_M = COOPERATIVE ? TILE_M / CONSUMERS : TILE_M;
 constexpr int PARTS = CONSUMER_M / 64;  // one instruction covers 64 rows
 constexpr int THREADS = 128 * (1 + CONSUMERS), ACCUMULATORS = PARTS * TILE_N / 2;
+using Sum = typename choose<same<Element, i8>::value, i32, float>::type;
 using Layout = NeighbouringRows<PARTS, TILE_N / 8>;
 constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 constexpr int RESERVED = 72;  // registers of a consumer for anything but accumulators and operands of the epilogue
@@ -45,6 +46,17 @@ template <bool BATCHED, class P> DEVICE u32 matrices_of(const P& p) {
 template <class LOAD> DEVICE u64 second_descriptor(u32 address) {
   if constexpr (LOAD::BATCHED) return LOAD::descriptor(address);
   else return operand_descriptor<128>(address);
+}
+
+// The accumulators as fp32: themselves, or their values in registers of which the compiler makes the same ones.
+struct None {};
+template <int N> DEVICE float (&as_floats(float (&d)[PARTS][N], None&))[PARTS][N] { return d; }
+template <int N> DEVICE float (&as_floats(i32 (&d)[PARTS][N], float (&values)[PARTS][N]))[PARTS][N] {
+#pragma unroll
+  for (int i = 0; i < PARTS; ++i)
+#pragma unroll
+    for (int j = 0; j < N; ++j) values[i][j] = static_cast<float>(d[i][j]);
+  return values;
 }
 
 // Consumers store their results themselves: they keep what the epilogue reads in registers.
@@ -136,7 +148,7 @@ template <class LOAD, class STORES = OwnStores> DEVICE void run_pipeline(const P
       // A barrier's parity says nothing two phases later: wait until the other consumer is through with the stages before.
       if (!COOPERATIVE && ordinal > 0) barrier_wait(turn + 8 * consumer, (ordinal - 1) / CONSUMERS & 1);
 
-      float d[PARTS][TILE_N / 2];
+      Sum sums[PARTS][TILE_N / 2];
       for (u32 step = 0; step < steps; ++step) {
         barrier_wait(full + 8 * stage, parity);
         const u64 offset = stage * (STAGE_BYTES >> 4);
@@ -147,8 +159,8 @@ template <class LOAD, class STORES = OwnStores> DEVICE void run_pipeline(const P
 #pragma unroll
           for (int i = 0; i < PARTS; ++i) {
             const u64 a = a0 + offset + (64 * PANEL_BYTES >> 4) * i + a_k;
-            if constexpr (LOAD::BATCHED) LOAD::multiply(d[i], a, b0 + offset + LOAD::STEP * k, step | k);
-            else wgmma<TILE_N, Element>(d[i], a, b0 + offset + 2 * k, step | k);
+            if constexpr (LOAD::BATCHED) LOAD::multiply(sums[i], a, b0 + offset + LOAD::STEP * k, step | k);
+            else wgmma<TILE_N, Element>(sums[i], a, b0 + offset + 2 * k, step | k);
           }
         }
         wgmma_commit();
@@ -165,10 +177,14 @@ template <class LOAD, class STORES = OwnStores> DEVICE void run_pipeline(const P
       wgmma_wait<0>();
       if (leader) read.arrive(previous);
 #pragma unroll
-      for (int i = 0; i < PARTS; ++i) wgmma_settle(d[i]);
+      for (int i = 0; i < PARTS; ++i) wgmma_settle(sums[i]);
       if constexpr (SPLIT) {
         const u32 every = group * tiles + t, share = COOPERATIVE ? CONSUMERS * every + consumer : every;
-        if (!add_splits<SPLIT>(p, d, 4 * share + warp, blockIdx.y)) continue;
+        if (!add_splits<SPLIT>(p, sums, 4 * share + warp, blockIdx.y)) continue;
+      }
+      typename choose<same<Sum, float>::value, None, float[PARTS][TILE_N / 2]>::type values;
+      float (&d)[PARTS][TILE_N / 2] = as_floats(sums, values);
+      if constexpr (SPLIT) {
         // Partial sums need the registers first: a few operands at a time, of a place that is found again.
         const TileIndex again = own_tile(unknown(t), tiles_m, tiles_n);
         const u32 first = again.m * TILE_M + row0 + 16 * warp + lane / 4, first_of_columns = first_column + again.n * TILE_N;

@@ -42,6 +42,13 @@ DEVICE u32 halves_of_e4m3x2(u16 pair) {
 }
 #endif
 
+// Two integers of 8 bits as halves, the first in the low bits: 1024 + 128 + x is a half whose last bits are x, but for the sign's.
+DEVICE u32 halves_of_i8x2(u16 pair) {
+  u32 r;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(__byte_perm(pair ^ 0x8080, 0x64, 0x4140)), "r"(0x64806480));
+  return r;
+}
+
 // The bits of the nearest fp32 number with 11 significant bits, ties away from zero.
 DEVICE u32 round_to_tf32(float x) {
   u32 r;

@@ -4,8 +4,14 @@
 #pragma once
 #include "ptx/memory.cuh"
 
-template <int ROWS, int N>
-DEVICE bool add_partial_sums(float (&d)[ROWS][N], float* partials, u32* arrived, u32 fragment, u32 split, u32 splits) {
+// Sums of integers travel as the bits of floats.
+DEVICE float as_stored(float x) { return x; }
+DEVICE float as_stored(i32 x) { return __int_as_float(x); }
+DEVICE void add_stored(float& d, float x) { d += x; }
+DEVICE void add_stored(i32& d, float x) { d += __float_as_int(x); }
+
+template <class T, int ROWS, int N>
+DEVICE bool add_partial_sums(T (&d)[ROWS][N], float* partials, u32* arrived, u32 fragment, u32 split, u32 splits) {
   static_assert(N % 4 == 0, "");
   constexpr u32 SHARE = ROWS * N * 32;  // floats a warp
   const u32 lane = threadIdx.x & 31;
@@ -14,7 +20,7 @@ DEVICE bool add_partial_sums(float (&d)[ROWS][N], float* partials, u32* arrived,
   for (int i = 0; i < ROWS; ++i)
 #pragma unroll
     for (int j = 0; j < N; j += 4)
-      store_global_16(first + split * SHARE + (i * N + j) * 32, make_float4(d[i][j], d[i][j + 1], d[i][j + 2], d[i][j + 3]));
+      store_global_16(first + split * SHARE + (i * N + j) * 32, make_float4(as_stored(d[i][j]), as_stored(d[i][j + 1]), as_stored(d[i][j + 2]), as_stored(d[i][j + 3])));
   __syncwarp();
   u32 before = 0;
   if (lane == 0) {
@@ -29,7 +35,7 @@ DEVICE bool add_partial_sums(float (&d)[ROWS][N], float* partials, u32* arrived,
 #pragma unroll
   for (int i = 0; i < ROWS; ++i)
 #pragma unroll
-    for (int j = 0; j < N; ++j) d[i][j] = 0.0f;
+    for (int j = 0; j < N; ++j) d[i][j] = 0;
 #pragma unroll 1  // the loads of one part fill the registers
   for (u32 s = 0; s < splits; ++s)
 #pragma unroll
@@ -37,10 +43,10 @@ DEVICE bool add_partial_sums(float (&d)[ROWS][N], float* partials, u32* arrived,
 #pragma unroll
       for (int j = 0; j < N; j += 4) {
         const float4 v = load_global_16(first + s * SHARE + (i * N + j) * 32);
-        d[i][j] += v.x;
-        d[i][j + 1] += v.y;
-        d[i][j + 2] += v.z;
-        d[i][j + 3] += v.w;
+        add_stored(d[i][j], v.x);
+        add_stored(d[i][j + 1], v.y);
+        add_stored(d[i][j + 2], v.z);
+        add_stored(d[i][j + 3], v.w);
       }
   return true;
 }
@@ -54,7 +60,7 @@ template <bool SPLIT, class P> DEVICE u32 splits_of(const P& p) {
 
 // d: this warp's accumulators for part `split`. `fragment` numbers the warps' shares of all tiles. True for the warp that comes last,
 // whose d is then the whole sum. All lanes of the warp call it.
-template <bool SPLIT, class P, int ROWS, int N> DEVICE bool add_splits(const P& p, float (&d)[ROWS][N], u32 fragment, u32 split) {
+template <bool SPLIT, class P, class T, int ROWS, int N> DEVICE bool add_splits(const P& p, T (&d)[ROWS][N], u32 fragment, u32 split) {
   if constexpr (SPLIT) return add_partial_sums(d, p.partials, p.arrived, fragment, split, p.splits);
   else return true;
 }

@@ -182,7 +182,7 @@ def _with_lines(message: str, source: Source, architecture: int) -> str:
 
 def encode(map_: AnyMap, address: int) -> bytes:
     """The `Map` of runtime.h. Raises EmulationError where the driver would refuse a map."""
-    size = {"float": 4, "e4m3": 1}.get(map_.pointer.ctype, 2)
+    size = {"float": 4, "e4m3": 1, "i8": 1}.get(map_.pointer.ctype, 2)
     tf32 = size == 4 and not (isinstance(map_, TensorMap) and map_.exact)
     if isinstance(map_, PixelMap):
         return _encode_pixels(map_, address, size, tf32)

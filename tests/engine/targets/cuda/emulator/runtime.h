@@ -66,12 +66,13 @@ void store_box_wait(int pending);
 // The walk over pixels of ptx/tma_im2col.cuh; `axes` are spatial.
 void copy_pixels(u32 destination, const Map& map, u32 barrier, u32 channel, const int (&start)[3], u32 image, const u32 (&offset)[3], u32 axes, const void* where);
 
-enum class Element { HALF, BFLOAT16, E4M3, TF32 };
+enum class Element { HALF, BFLOAT16, E4M3, I8, TF32 };
 // d (16×8) += a (16×32 bytes) · b: fragments of a warp.
 void mma(Element element, float* d, const u32* a, u32 b0, u32 b1);
 
-// d (64×N) += or = a · b: N / 2 results a thread, 32 bytes of k, computed when the thread waits for the group.
-void wgmma(Element element, int n, float* d, u64 a, u64 b, bool accumulate, const void* where);
+// d (64×N) += or = a · b: N / 2 results a thread (fp32; of I8 integers of 32 bits), 32 bytes of k, computed when the thread waits for
+// the group.
+void wgmma(Element element, int n, void* d, u64 a, u64 b, bool accumulate, const void* where);
 void wgmma_across(Element element, int n, float* d, u64 a, u64 b, bool accumulate, const void* where);  // the rows of b are k
 void wgmma_registers(Element element, int n, float* d, const u32* a, u64 b, bool accumulate, const void* where);
 void wgmma_commit();

@@ -14,6 +14,7 @@ inline float to_float(e4m3 x) { return float_of_e4m3(x); }
 inline e4m3 to_e4m3(float f) { return e4m3_of_float(f); }
 inline u16 pack_e4m3x2(float low, float high) { return static_cast<u16>(to_e4m3(low).bits | to_e4m3(high).bits << 8); }
 inline u32 halves_of_e4m3x2(u16 pair) { return pack_half2(to_float(e4m3{static_cast<u8>(pair)}), to_float(e4m3{static_cast<u8>(pair >> 8)})); }
+inline u32 halves_of_i8x2(u16 pair) { return pack_half2(static_cast<i8>(pair), static_cast<i8>(pair >> 8)); }
 inline u32 round_to_tf32(float x) {
   const u32 bits = __float_as_uint(x);
   return (bits & 0x7f800000) == 0x7f800000 ? bits : (bits + 0x1000) & ~0x1fffu;

@@ -10,6 +10,9 @@
 namespace emulator {
 namespace {
 
+template <class A, class B> struct same { static constexpr bool value = false; };
+template <class A> struct same<A, A> { static constexpr bool value = true; };
+
 using races::Access;
 using u16 = unsigned short;
 
@@ -44,6 +47,11 @@ struct E4m3 {
     return bits & 0x80 ? -value : value;
   }
 };
+struct I8 {
+  using Bits = unsigned char;
+  static constexpr int PER_WORD = 4;
+  static float of(u32 bits) { return static_cast<signed char>(bits); }
+};
 struct Tf32 {
   using Bits = u32;
   static constexpr int PER_WORD = 1;
@@ -54,6 +62,7 @@ template <class VISIT> void with(Element element, VISIT visit) {
     case Element::HALF: return visit(Half());
     case Element::BFLOAT16: return visit(Bfloat16());
     case Element::E4M3: return visit(E4m3());
+    case Element::I8: return visit(I8());
     case Element::TF32: return visit(Tf32());
   }
 }
@@ -67,7 +76,7 @@ u32 fragments[MAX_THREADS / WARP][WARP][6];
 struct Product {
   Element element;
   int n;
-  float* d;
+  void* d;  // fp32, of I8 integers of 32 bits
   const u32* registers;  // operand A, or null where `a` describes it
   u64 a, b;
   bool accumulate;
@@ -111,7 +120,7 @@ template <class T> float value_at(u32 address) {
 // warpgroup stands for all.
 template <class VISIT> void operands_of(const Product& p, VISIT visit) {
   if (current % (4 * WARP)) return;
-  const u32 bytes = p.element == Element::TF32 ? 4 : p.element == Element::E4M3 ? 1 : 2, depth = 32 / bytes;
+  const u32 bytes = p.element == Element::TF32 ? 4 : p.element == Element::E4M3 || p.element == Element::I8 ? 1 : 2, depth = 32 / bytes;
   const Operand b(p.b);
   for (u32 column = 0; column < static_cast<u32>(p.n); ++column)
     for (u32 k = 0; k < depth; ++k) {
@@ -154,15 +163,22 @@ template <class T> void multiply(const Product& p) {
     for (u32 k = 0; k < DEPTH; ++k) rows[half][k] = value_at<T>(a.along(first_row + 8 * half, k, BYTES));
   for (u32 i = 0; i < static_cast<u32>(p.n) / 2; ++i) {
     const u32 column = i / 4 * 8 + first_column + (i & 1);
-    float products[DEPTH], sum = p.accumulate ? p.d[i] : 0.0f;
+    float products[DEPTH];
     for (u32 k = 0; k < DEPTH; ++k)
       products[k] = rows[i & 2 ? 1 : 0][k] * value_at<T>(p.across ? b.across(k, column, BYTES) : b.along(column, k, BYTES));
-    if constexpr (BYTES == 1) {
-      sum = aligned_sum(sum, products, DEPTH);
+    if constexpr (same<T, I8>::value) {
+      u32& sum = static_cast<u32*>(p.d)[i];  // wraps
+      if (!p.accumulate) sum = 0;
+      for (u32 k = 0; k < DEPTH; ++k) sum += static_cast<u32>(static_cast<int>(products[k]));
     } else {
-      for (u32 k = 0; k < DEPTH; ++k) sum += products[k];
+      float& sum = static_cast<float*>(p.d)[i];
+      if (!p.accumulate) sum = 0.0f;
+      if constexpr (BYTES == 1) {
+        sum = aligned_sum(sum, products, DEPTH);
+      } else {
+        for (u32 k = 0; k < DEPTH; ++k) sum += products[k];
+      }
     }
-    p.d[i] = sum;
   }
 }
 
@@ -178,9 +194,9 @@ template <class T> void multiply_registers(const Product& p) {
       rows[half][k] = part<T>(register_operands[current / 4 * 4 + static_cast<int>(k % 8 / 2)][half + 2 * (k / 8)], k & 1);
   for (u32 i = 0; i < static_cast<u32>(p.n) / 2; ++i) {
     const u32 column = i / 4 * 8 + static_cast<u32>(current) % 4 * 2 + (i & 1);
-    float sum = p.accumulate ? p.d[i] : 0.0f;
+    float& sum = static_cast<float*>(p.d)[i];
+    if (!p.accumulate) sum = 0.0f;
     for (u32 k = 0; k < 16; ++k) sum += rows[i & 2 ? 1 : 0][k] * value_at<T>(b.across(k, column, 2));
-    p.d[i] = sum;
   }
   meet_warp();
 }
@@ -231,11 +247,11 @@ void mma(Element element, float* d, const u32* a, u32 b0, u32 b1) {
   meet_warp();
 }
 
-void wgmma(Element element, int n, float* d, u64 a, u64 b, bool accumulate, const void* where) {
+void wgmma(Element element, int n, void* d, u64 a, u64 b, bool accumulate, const void* where) {
   begin({element, n, d, nullptr, a, b, accumulate, where, false});
 }
 void wgmma_across(Element element, int n, float* d, u64 a, u64 b, bool accumulate, const void* where) {
-  if (element == Element::TF32 || element == Element::E4M3) fail("wgmma transposes operands of 16 bits only");
+  if (element != Element::HALF && element != Element::BFLOAT16) fail("wgmma transposes operands of 16 bits only");
   begin({element, n, d, nullptr, a, b, accumulate, where, true});
 }
 void wgmma_registers(Element element, int n, float* d, const u32* a, u64 b, bool accumulate, const void* where) {
