@@ -20,6 +20,7 @@ from engine.passes.attention import recognise_attention
 from engine.passes.causal import recognise_causal
 from engine.passes.constant_parts import select_constant_parts
 from engine.passes.epilogues import fuse_batch_norms, fuse_epilogues
+from engine.passes.excitation import fuse_excitations
 from engine.passes.flatten import flatten_gemms, sink_views, spread_rows
 from engine.passes.fold import fold
 from engine.passes.layout import choose_orders, permute_flattened
@@ -79,6 +80,7 @@ PASSES: tuple[Pass, ...] = (
     narrow_floats,
     choose_orders,
     fuse_means,
+    fuse_excitations,
 )
 
 _PRINT_AFTER = "TILEWAVE_PRINT_AFTER"

@@ -30,7 +30,8 @@ class Traits:
     fp32 activations and weights are kept in between operators, which compute in fp32 all the same (`narrow_floats`).
     `permuted_rows`: a product writes its rows in any order of several axes as fast as one after the other.
     `packed`: its attention on packed sequences, None where it has none. `conv_means`: its depthwise convolutions add up
-    the pixels of their result for less than a pass over it costs (`fuse_means`).
+    the pixels of their result for less than a pass over it costs (`fuse_means`). `excitations`: it runs the two layers
+    of a squeeze-and-excite block at once (`fuse_excitations`).
     """
 
     channels_last: bool = True
@@ -40,3 +41,4 @@ class Traits:
     permuted_rows: bool = False
     packed: PackedAttention | None = None
     conv_means: bool = False
+    excitations: bool = False

@@ -113,6 +113,14 @@ def _conv_mean(op: ops.ConvMean, inputs: Sequence[Array], sizes: Sizes, node: No
     return [*results, *_stores((op.mean,), (), mean)]
 
 
+def _excitation(op: ops.Excitation, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    x, w1, w2 = (_wide(array).reshape(array.shape[:2]) for array in inputs[:3])
+    pixel = (1,) * (inputs[0].ndim - 2)
+    (hidden,) = _stores((op.hidden,), inputs, (x @ w1.T).reshape(len(x), len(w1), *pixel))
+    acc = _wide(hidden).reshape(len(x), len(w1)) @ w2.T
+    return _stores(op.stores, inputs, acc.reshape(len(x), len(w2), *pixel))
+
+
 def _conv_forward(op: ops.Conv, x: Array, w: Array) -> Array:
     n, c = x.shape[:2]
     o, per_group, *kernel = w.shape
@@ -509,6 +517,7 @@ _RUNNERS: dict[type[ops.Op], Callable[[Any, Sequence[Array], Sizes, Node], list[
     ops.Gemm: _gemm,
     ops.Conv: _conv,
     ops.ConvMean: _conv_mean,
+    ops.Excitation: _excitation,
     ops.Recurrent: _recurrent,
     ops.Attention: _attention,
     ops.Pointwise: _pointwise,

@@ -141,6 +141,33 @@ class ConvMean(Op):
 
 
 @dataclass(frozen=True)
+class Excitation(Op):
+    """Two layers on the channels of single pixels, as squeeze-and-excite has them on pooled ones (Hu et al. 2018):
+    `x[n, c, 1, …]`, `w1[s, c, 1, …]`, `w2[o, s, 1, …]` → [n, o, 1, …].
+
+    `hidden` is the first layer over `Acc()` = x · w1ᵀ and further inputs [s, 1, …], in fp32; the stores are over
+    `Acc()` = hidden · w2ᵀ.
+    """
+
+    hidden: ex.Expr
+    stores: tuple[ex.Expr, ...]
+    arity: ClassVar[int] = 3
+
+    def infer(self, inputs: OperandTypes) -> ResultTypes:
+        x, w1, w2 = (t.shape for t in inputs[:3])
+        if not len(x) == len(w1) == len(w2) or x[1] != w1[1] or w1[0] != w2[1]:
+            raise ShapeError(f"Excitation: {', '.join(str(list(shape)) for shape in (x, w1, w2))} do not fit")
+        if any(size != 1 for shape in (x, w1, w2) for size in shape[2:]):
+            raise ShapeError("Excitation: images and filters have one pixel")
+        return tuple((store.dtype, (x[0], w2[0], *x[2:])) for store in self.stores)
+
+    def flops(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:
+        images, (hidden, channels) = inputs[0].shape[0], inputs[1].shape[:2]
+        first = images * hidden * (2 * channels + ex.flops(self.hidden))
+        return first + outputs[0].elements * (2 * hidden + ex.flops(*self.stores))
+
+
+@dataclass(frozen=True)
 class Attention(Op):
     """Softmax(scale · q kᵀ + bias) v for `q[…, heads, sq, d]`, `k[…, kv_heads, sk, d]`, `v[…, kv_heads, sk, dv]`.
 

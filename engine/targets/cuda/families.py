@@ -12,6 +12,7 @@ from engine.ir.ops import (
     Concat,
     Conv,
     ConvMean,
+    Excitation,
     Gather,
     Gemm,
     Norm,
@@ -35,6 +36,7 @@ from engine.targets.cuda import (
     conv,
     conv_mean,
     depthwise_rows,
+    excitation,
     gather,
     gemm,
     normalize,
@@ -56,6 +58,7 @@ FAMILIES: dict[type[Op], Family] = {
     Concat: concat,
     Conv: conv,
     ConvMean: conv_mean,
+    Excitation: excitation,
     Gather: gather,
     Gemm: gemm,
     Norm: normalize,
@@ -90,7 +93,8 @@ PACKED = PackedAttention(
 
 def traits_of(architecture: Architecture) -> Traits:
     """The traits of a GPU."""
-    return replace(TRAITS, packed=PACKED, conv_means=depthwise_rows.MEANS_TAKEN) if architecture.wgmma else TRAITS
+    traits = replace(TRAITS, excitations=excitation.TAKEN)
+    return replace(traits, packed=PACKED, conv_means=depthwise_rows.MEANS_TAKEN) if architecture.wgmma else traits
 
 
 def family_of(op: Op) -> Family:

@@ -22,6 +22,7 @@ _NAMES: Mapping[type[ops.Op], str] = {
     ops.Reduce: "reduction",
     ops.Pool: "pool",
     ops.ConvMean: "depthwise convolution",
+    ops.Excitation: "convolution",
     ops.Gather: "gather",
     ops.Scatter: "scatter",
     ops.Concat: "pad, concat, copy",
