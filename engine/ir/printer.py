@@ -80,7 +80,7 @@ def _attributes(op: Op) -> str:
         if item.name in _EXPRESSIONS or value == item.default:
             continue
         parts.append(_attributes(value) if isinstance(value, Op) else f"{item.name}={_value(value)}")
-    return ", ".join(parts)
+    return ", ".join(filter(None, parts))
 
 
 def _value(value: object) -> str:

@@ -1,6 +1,7 @@
 """The pass `fuse_excitations`: two 1×1 convolutions of single pixels, one after the other, become one `Excitation`
 where the target has it (`Traits.excitations`). On pooled channels they are the layers of a squeeze-and-excite block,
-too small for a launch each.
+too small for a launch each. Where the pooled channels are the mean beside a convolution (`fuse_means`), whatever adds
+up its parts is part of that.
 
 It comes last: to all other passes they are convolutions.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.graph import Graph, Node, Value
-from engine.ir.ops import Conv, Excitation
+from engine.ir.ops import Conv, ConvExcitation, ConvMean, Excitation
 from engine.passes.editor import Editor, joined_origin
 from engine.passes.operands import Operands, stores_of
 from engine.passes.traits import Traits
@@ -20,10 +21,17 @@ _MOST_CHANNELS, _MOST_HIDDEN = 4096, 512  # what a block has memory for
 
 
 def fuse_excitations(graph: Graph, traits: Traits) -> None:
-    """Join every pair of such convolutions whose result in between nobody else reads."""
+    """Join every pair of such convolutions whose result in between nobody else reads, then those of a mean that nobody
+    else reads with the convolution beside which it is computed."""
     if not traits.excitations:
         return
     editor = Editor(graph)
+    _join_layers(editor)
+    _join_convolutions(editor)
+    editor.finish()
+
+
+def _join_layers(editor: Editor) -> None:
     for second in editor.nodes():
         if not editor.alive(second) or not _is_layer(second):
             continue
@@ -36,7 +44,22 @@ def fuse_excitations(graph: Graph, traits: Traits) -> None:
         stores = tuple(operands.adopt(store, second) for store in stores_of(second.op))
         editor.remove(first)
         editor.update(second, Excitation(hidden, stores), operands.inputs, origin=joined_origin(first, second))
-    editor.finish()
+
+
+def _join_convolutions(editor: Editor) -> None:
+    for node in editor.nodes():
+        if not editor.alive(node) or not isinstance(node.op, Excitation):
+            continue
+        mean, *others = node.inputs
+        host = editor.producer(mean)
+        if host is None or not isinstance(host.op, ConvMean) or editor.only_user(mean) is not node:
+            continue
+        if ex.flops(host.op.mean):  # more than a mean
+            continue
+        op = ConvExcitation(host.op, node.op, len(host.inputs))
+        results = (*host.outputs[:-1], *node.outputs)
+        editor.remove(node)
+        editor.update(host, op, (*host.inputs, *others), results, joined_origin(host, node))
 
 
 def _is_layer(node: Node) -> bool:

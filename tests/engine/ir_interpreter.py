@@ -121,6 +121,11 @@ def _excitation(op: ops.Excitation, inputs: Sequence[Array], sizes: Sizes, node:
     return _stores(op.stores, inputs, acc.reshape(len(x), len(w2), *pixel))
 
 
+def _conv_excitation(op: ops.ConvExcitation, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    *results, mean = _conv_mean(op.conv_mean, inputs[: op.given], sizes, node)
+    return [*results, *_excitation(op.excitation, (mean, *inputs[op.given :]), sizes, node)]
+
+
 def _conv_forward(op: ops.Conv, x: Array, w: Array) -> Array:
     n, c = x.shape[:2]
     o, per_group, *kernel = w.shape
@@ -516,6 +521,7 @@ def _sigmoid(x: Array) -> Array:
 _RUNNERS: dict[type[ops.Op], Callable[[Any, Sequence[Array], Sizes, Node], list[Array]]] = {
     ops.Gemm: _gemm,
     ops.Conv: _conv,
+    ops.ConvExcitation: _conv_excitation,
     ops.ConvMean: _conv_mean,
     ops.Excitation: _excitation,
     ops.Recurrent: _recurrent,

@@ -49,38 +49,52 @@ def lower(step: Step, context: Context) -> list[Launch]:
     assert isinstance(step.op, Excitation)
     if not step.outputs[0].elements:
         return []
-    x, w1, w2 = step.inputs[:3]
-    (hidden, channels), outputs, rank = w1.shape[:2], w2.shape[0], len(x.shape)
+    x = step.inputs[0]
+    pixels = Tensor(x.buffer, x.dtype, (x.shape[0], 1, x.shape[1]), (x.strides[0], 0, x.strides[1]), x.offset)
+    return [launch_layers(step, pixels, 1, context)]
+
+
+def launch_layers(step: Step, x: Tensor, count: int, context: Context) -> Launch:
+    """The launch of a step whose x is the sum over the second axis of [images, slots, channels] over `count`. What the
+    step has as its own first operand tells sizes only."""
+    assert isinstance(step.op, Excitation)
+    w1, w2 = step.inputs[1:3]
+    (hidden, channels), outputs, rank = w1.shape[:2], w2.shape[0], len(w1.shape)
     images = 1 if x.shape[0] <= 2 * context.multiprocessors else 2
     vectors, groups = _shares(hidden, channels, outputs, ceildiv(x.shape[0], images), context)
+    shares = max(1, min(_THREADS * VECTOR // channels, x.shape[1]))
     first = context.weights.packed(w1, "rows", lambda w: w.reshape(hidden, channels))
     second = context.weights.packed(w2, "columns", lambda w: np.ascontiguousarray(w.reshape(outputs, hidden).T))
-    element, stride = STORAGE[w1.dtype], x.strides[0] if x.shape[0] > 1 else 0
-    floats = images * (channels + ceildiv(hidden, VECTOR) * VECTOR + groups * vectors * VECTOR)
+    element = STORAGE[w1.dtype]
+    x_image, x_slot, _ = (0 if size == 1 else stride for size, stride in zip(x.shape, x.strides, strict=True))
+    partial = VECTOR * max(groups * vectors, shares * channels // VECTOR)
+    floats = images * (channels + ceildiv(hidden, VECTOR) * VECTOR + partial)
     arguments: dict[str, Argument] = {
-        "x": pointer_to(x), "x_image": stride, "w1": Pointer(first, ctype=element),
-        "w2": Pointer(second, ctype=element), "images": x.shape[0], "channels": channels, "hidden": hidden,
-        "outputs": outputs, "vectors": vectors, "groups": groups,
+        "x": pointer_to(x), "x_image": x_image, "x_slot": x_slot, "slots": x.shape[1], "shares": shares,
+        "count": float(count), "w1": Pointer(first, ctype=element), "w2": Pointer(second, ctype=element),
+        "images": x.shape[0], "channels": channels, "hidden": hidden, "outputs": outputs, "vectors": vectors,
+        "groups": groups,
     }  # fmt: skip
-    return [
-        launch(
-            "excitation",
-            "excitation.cuh",
-            {"operand": element, "threads": _THREADS, "images": images, "x_vector": not (x.offset | stride) % VECTOR},
-            [_hidden(step, step.op, rank), epilogue_of(step, step.op.stores, channels_last(rank), outputs)],
-            arguments,
-            (ceildiv(outputs, VECTOR * vectors), ceildiv(x.shape[0], images), 1),
-            _THREADS,
-            4 * floats,
-        )
-    ]
+    return launch(
+        "excitation",
+        "excitation.cuh",
+        {
+            "operand": element, "x_t": STORAGE[x.dtype], "threads": _THREADS, "images": images,
+            "x_vector": not (x.offset | x_image | x_slot) % VECTOR,
+        },
+        [_hidden(step, step.op, rank), epilogue_of(step, step.op.stores, channels_last(rank), outputs)],
+        arguments,
+        (ceildiv(outputs, VECTOR * vectors), ceildiv(x.shape[0], images), 1),
+        _THREADS,
+        4 * floats,
+    )  # fmt: skip
 
 
 def _hidden(step: Step, op: Excitation, rank: int) -> Functor:
     """The first layer's tail: rows are images, columns hidden units."""
     reads = operands(step.inputs, ex.arguments(op.hidden), (), rank)
     order, units = channels_last(rank), step.inputs[1].shape[0]
-    sizes = (step.inputs[0].shape[0], units, *step.inputs[0].shape[2:])
+    sizes = (step.outputs[0].shape[0], units, *step.outputs[0].shape[2:])
     placed = space(sizes, order[:-1], order[-1:], list(reads.values()))
     return codegen.hidden(op.hidden, placed, dict(zip(reads, placed.operands, strict=True)), units)
 

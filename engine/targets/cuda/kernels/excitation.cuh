@@ -5,6 +5,8 @@
 // itself. First layer: a warp a row of w1, lanes along the channels. Second one: threads are `groups` × `vectors`; groups share the
 // hidden units, and what they find is added up in shared memory in their order. Sums in fp32; the hidden layer is not rounded.
 //
+// x may come in parts, as sums over the pixels of an image (epilogue/image_sums.cuh): [image][slot][channels], whose mean is meant.
+//
 // Weights are constants and asked for before the kernel before this one has ended: as many loads of a thread as it has registers for.
 // w1 is packed [hidden][channels], w2 [hidden][outputs].
 #pragma once
@@ -38,12 +40,23 @@ DEVICE void load_second(const Params& p, u32 unit, u32 vector, Vector (&w)[BATCH
     w[b] = reinterpret_cast<const Vector*>(p.w2)[min(unit + b * p.groups, p.hidden - 1) * (p.outputs / 8) + min(vector, p.outputs / 8 - 1)];
 }
 
+DEVICE Pack<config::x_t> load_x(const config::x_t* x) {
+  if constexpr (config::x_vector) {
+    return *reinterpret_cast<const Pack<config::x_t>*>(x);
+  } else {
+    Pack<config::x_t> read;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) read.element[j] = x[j];
+    return read;
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 padded = (p.hidden + 7) / 8 * 8, columns = 8 * p.vectors;
   float* const x = reinterpret_cast<float*>(shared);    // [IMAGES][channels]
   float* const hidden = x + IMAGES * p.channels;        // [IMAGES][padded]
-  float* const partial = hidden + IMAGES * padded;      // [IMAGES][groups][columns]
+  float* const partial = hidden + IMAGES * padded;      // [IMAGES][shares][channels], then [IMAGES][groups][columns]
   const u32 lane = threadIdx.x % 32, image0 = blockIdx.y * IMAGES;
   const u32 group = threadIdx.x / p.vectors, own = threadIdx.x - group * p.vectors, vector = blockIdx.x * p.vectors + own;
   let_next_kernel_start();
@@ -54,17 +67,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_con
   wait_for_previous_kernel();
   stamp_begin(p.stamp);
 
-  const u32 chunks = p.channels / 8;
-  for (u32 i = threadIdx.x; i < IMAGES * chunks; i += THREADS) {
-    const u32 image = i / chunks, chunk = i - image * chunks;
-    const bool present = image0 + image < p.images;
-    const Element* const source = p.x + (present ? image0 + image : 0) * p.x_image + 8 * chunk;
-    Vector read;
-    if constexpr (config::x_vector) read = *reinterpret_cast<const Vector*>(source);
-    else
-      for (int j = 0; j < 8; ++j) read.element[j] = source[j];
+  // x: sums over `slots`, which `shares` threads of a vector of channels divide, over `count`.
+  const u32 chunks = p.channels / 8, share = threadIdx.x / chunks, chunk = threadIdx.x - share * chunks;
+  if (share < p.shares) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) x[8 * i + j] = present ? widen(read.element[j]) : 0.0f;
+    for (int image = 0; image < IMAGES; ++image) {
+      const config::x_t* const source = p.x + (image0 + image < p.images ? image0 + image : 0) * p.x_image + 8 * chunk;
+      float whole[8] = {};
+      for (u32 first = share; first < p.slots; first += BATCH / 2 * p.shares) {
+        Pack<config::x_t> read[BATCH / 2];
+#pragma unroll
+        for (u32 b = 0; b < BATCH / 2; ++b) read[b] = load_x(source + min(first + b * p.shares, p.slots - 1) * p.x_slot);
+#pragma unroll
+        for (u32 b = 0; b < BATCH / 2; ++b) {
+          if (first + b * p.shares >= p.slots) break;
+#pragma unroll
+          for (int j = 0; j < 8; ++j) whole[j] += widen(read[b].element[j]);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 8; ++j) partial[(image * p.shares + share) * p.channels + 8 * chunk + j] = whole[j];
+    }
+  }
+  __syncthreads();
+  for (u32 i = threadIdx.x; i < IMAGES * p.channels; i += THREADS) {
+    const u32 image = i / p.channels;
+    const float* const column = partial + image * p.shares * p.channels + (i - image * p.channels);
+    float whole = column[0];
+    for (u32 s = 1; s < p.shares; ++s) whole += column[s * p.channels];
+    x[i] = whole / p.count;
   }
   __syncthreads();
 

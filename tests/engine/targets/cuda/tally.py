@@ -21,6 +21,7 @@ _NAMES: Mapping[type[ops.Op], str] = {
     ops.Softmax: "softmax",
     ops.Reduce: "reduction",
     ops.Pool: "pool",
+    ops.ConvExcitation: "depthwise convolution",
     ops.ConvMean: "depthwise convolution",
     ops.Excitation: "convolution",
     ops.Gather: "gather",
