@@ -16,7 +16,7 @@
 
 using Element = config::operand;
 constexpr int THREADS = config::threads, WARPS = THREADS / 32, IMAGES = config::images;
-constexpr u32 BATCH = 8;  // loads of a thread under way
+constexpr u32 BATCH = IMAGES == 1 ? 8 : 4;  // loads of a thread under way, in each layer
 using Vector = Pack<Element>;
 static_assert(WIDTH == 8, "channels come in vectors of eight");
 
