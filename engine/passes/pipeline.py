@@ -32,6 +32,7 @@ from engine.passes.pointwise import drop_expands, fuse_pointwise, hoist_slices, 
 from engine.passes.precision import widen_floats
 from engine.passes.prologues import fuse_gathers, fuse_prologues
 from engine.passes.rolls import find_rolls
+from engine.passes.scaled_weights import scale_weights
 from engine.passes.siblings import merge_siblings
 from engine.passes.simplify import drop_unread, simplify
 from engine.passes.traits import Traits
@@ -81,6 +82,7 @@ PASSES: tuple[Pass, ...] = (
     choose_orders,
     fuse_means,
     fuse_excitations,
+    scale_weights,
 )
 
 _PRINT_AFTER = "TILEWAVE_PRINT_AFTER"

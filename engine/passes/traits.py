@@ -31,7 +31,8 @@ class Traits:
     `permuted_rows`: a product writes its rows in any order of several axes as fast as one after the other.
     `packed`: its attention on packed sequences, None where it has none. `conv_means`: its depthwise convolutions add up
     the pixels of their result for less than a pass over it costs (`fuse_means`). `excitations`: it runs the two layers
-    of a squeeze-and-excite block at once (`fuse_excitations`).
+    of a squeeze-and-excite block at once (`fuse_excitations`). `scaled_weights`: its products with weights of every
+    image's own are as fast as others (`scale_weights`).
     """
 
     channels_last: bool = True
@@ -42,3 +43,4 @@ class Traits:
     packed: PackedAttention | None = None
     conv_means: bool = False
     excitations: bool = False
+    scaled_weights: bool = False
