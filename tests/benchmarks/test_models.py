@@ -85,6 +85,15 @@ def test_squeeze_and_excite_blocks_are_part_of_the_depthwise_layers(monkeypatch:
         return passes.run(graph_of("efficientnet_b0"), replace(cuda_traits(), **traits))
 
     apart, pooled, excited = with_traits(), with_traits(conv_means=True), with_traits(conv_means=True, excitations=True)
+    scaled = with_traits(conv_means=True, excitations=True, scaled_weights=True)
+    gated = cuda_plan(scaled, {"batch": 128}, storage=None)
+    products = [step for step in gated.steps if isinstance(step.op, ops.Gemm) and len(step.outputs[0].shape) == 3]
+    assert [step.outputs[0].shape[1:] for step in products] == [
+        (112**2, 16), (56**2, 24), (56**2, 24), (28**2, 40), (28**2, 40)
+    ]  # fmt: skip
+    assert copies(gated) == []
+    assert len(gated.steps) == 115 - 48
+    assert launches(gated)
     for taken in (True, False):
         monkeypatch.setattr(depthwise_rows, "TAKEN", taken)
         for batch in (1, 128):

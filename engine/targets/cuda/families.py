@@ -94,9 +94,14 @@ PACKED = PackedAttention(
 """Of attention_wgmma.cuh."""
 
 
+SCALED_WEIGHTS_TAKEN = False
+"""Whether gates of an image's channels move into the weights behind it (`Traits.scaled_weights`). That makes products
+with weights for each image, which have not been measured in such shapes."""
+
+
 def traits_of(architecture: Architecture) -> Traits:
     """The traits of a GPU."""
-    traits = replace(TRAITS, excitations=excitation.TAKEN)
+    traits = replace(TRAITS, excitations=excitation.TAKEN, scaled_weights=SCALED_WEIGHTS_TAKEN)
     return replace(traits, packed=PACKED, conv_means=depthwise_rows.MEANS_TAKEN) if architecture.wgmma else traits
 
 

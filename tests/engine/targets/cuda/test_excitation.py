@@ -14,7 +14,7 @@ from engine.ir.ops import ConvExcitation, ConvMean, Excitation
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda import covering as cv
-from engine.targets.cuda import depthwise_rows, excitation
+from engine.targets.cuda import depthwise_rows, excitation, families
 from engine.targets.cuda.architecture import SM_80, SM_90A
 from engine.targets.cuda.conv_excitation import lower_rows, with_mean
 from engine.targets.cuda.conv_geometry import Geometry
@@ -144,7 +144,12 @@ def test_what_it_does_not_take() -> None:
     assert lower(excitation_step(0, 16, 4, 16), CONTEXT) == []
 
 
-def test_graphs_are_made_with_it_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_are_made_with_what_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for taken in (False, True):
         monkeypatch.setattr(excitation, "TAKEN", taken)
-        assert traits_of(SM_90A).excitations == taken
+        monkeypatch.setattr(depthwise_rows, "MEANS_TAKEN", taken)
+        monkeypatch.setattr(families, "SCALED_WEIGHTS_TAKEN", taken)
+        traits = traits_of(SM_90A)
+        assert {traits.excitations, traits.conv_means, traits.scaled_weights} == {taken}
+        assert traits_of(SM_80).excitations == taken
+        assert not traits_of(SM_80).conv_means, "no other GPU has the kernel"
