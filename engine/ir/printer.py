@@ -15,7 +15,7 @@ from engine.ir.dim import Sym
 from engine.ir.graph import Graph, Node, Value
 from engine.ir.ops import Op, Opaque
 
-_EXPRESSIONS = {"stores", "source", "gathers", "mean"}
+_EXPRESSIONS = {"stores", "source", "gathers", "mean", "hidden"}
 
 
 def graph_text(graph: Graph) -> str:
@@ -80,7 +80,7 @@ def _attributes(op: Op) -> str:
         if item.name in _EXPRESSIONS or value == item.default:
             continue
         parts.append(_attributes(value) if isinstance(value, Op) else f"{item.name}={_value(value)}")
-    return ", ".join(parts)
+    return ", ".join(filter(None, parts))
 
 
 def _value(value: object) -> str:
@@ -99,6 +99,9 @@ def _expressions(op: Op, names: Sequence[str]) -> str:
     source: ex.Expr | None = getattr(op, "source", None)
     if source is not None and not isinstance(source, ex.Arg):
         parts.append(f"of {ex.to_text(source, args)}")
+    hidden: ex.Expr | None = getattr(op, "hidden", None)
+    if hidden is not None:
+        parts.append(ex.to_text(hidden, args))
     stores: Iterable[ex.Expr] = getattr(op, "stores", ())
     if any(not isinstance(store, ex.Acc) for store in stores):
         parts.append("; ".join(ex.to_text(store, args) for store in stores))

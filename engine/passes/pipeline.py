@@ -20,6 +20,7 @@ from engine.passes.attention import recognise_attention
 from engine.passes.causal import recognise_causal
 from engine.passes.constant_parts import select_constant_parts
 from engine.passes.epilogues import fuse_batch_norms, fuse_epilogues
+from engine.passes.excitation import fuse_excitations
 from engine.passes.flatten import flatten_gemms, sink_views, spread_rows
 from engine.passes.fold import fold
 from engine.passes.layout import choose_orders, permute_flattened
@@ -32,6 +33,7 @@ from engine.passes.precision import widen_floats
 from engine.passes.prologues import fuse_gathers, fuse_prologues
 from engine.passes.quantised import multiply_quantised
 from engine.passes.rolls import find_rolls
+from engine.passes.scaled_weights import scale_weights
 from engine.passes.siblings import merge_siblings
 from engine.passes.simplify import drop_unread, simplify
 from engine.passes.traits import Traits
@@ -81,6 +83,8 @@ PASSES: tuple[Pass, ...] = (
     narrow_floats,
     choose_orders,
     fuse_means,
+    fuse_excitations,
+    scale_weights,
 )
 
 _PRINT_AFTER = "TILEWAVE_PRINT_AFTER"

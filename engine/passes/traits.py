@@ -32,7 +32,9 @@ class Traits:
     tensors are made floats first. `permuted_rows`: a product writes its rows in any order of several axes as fast as
     one after the other. `windows`: its attention takes a `window`; else that stays a bias. `packed`: its attention on
     packed sequences, None where it has none. `conv_means`: its depthwise convolutions add up the pixels of their result
-    for less than a pass over it costs (`fuse_means`).
+    for less than a pass over it costs (`fuse_means`). `excitations`: it runs the two layers of a squeeze-and-excite
+    block at once (`fuse_excitations`). `scaled_weights`: its products with weights of every image's own are as fast as
+    others (`scale_weights`).
     """
 
     channels_last: bool = True
@@ -44,3 +46,5 @@ class Traits:
     windows: bool = False
     packed: PackedAttention | None = None
     conv_means: bool = False
+    excitations: bool = False
+    scaled_weights: bool = False

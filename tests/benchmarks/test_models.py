@@ -13,6 +13,7 @@ from benchmarks.models import ARCHITECTURES, build
 from benchmarks.models.photos import photos
 from engine import frontend, passes
 from engine.ir import ops
+from engine.ir.graph import Graph
 from engine.plan.memory import SLACK
 from engine.targets.cuda import depthwise_rows
 from tests.benchmarks.test_conv_cases import graph_of
@@ -76,25 +77,42 @@ def _check_cuda_plans(name: str, content: bytes) -> None:
     assert launches(plan)
 
 
-def test_squeeze_and_excite_pools_in_the_depthwise_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sixteen passes over activations less, and no step, copy or byte more in their place."""
-    graph = graph_of("efficientnet_b0")
-    means = passes.run(graph, replace(cuda_traits(), conv_means=True))
-    apart = passes.run(graph_of("efficientnet_b0"), cuda_traits())
+def test_squeeze_and_excite_blocks_are_part_of_the_depthwise_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen blocks of EfficientNet-B0: a pool, two layers and their launches less each, and no step, copy or byte
+    more in their place."""
+
+    def with_traits(**traits: bool) -> Graph:
+        return passes.run(graph_of("efficientnet_b0"), replace(cuda_traits(), **traits))
+
+    apart, pooled, excited = with_traits(), with_traits(conv_means=True), with_traits(conv_means=True, excitations=True)
+    scaled = with_traits(conv_means=True, excitations=True, scaled_weights=True)
+    gated = cuda_plan(scaled, {"batch": 128}, storage=None)
+    products = [step for step in gated.steps if isinstance(step.op, ops.Gemm) and len(step.outputs[0].shape) == 3]
+    assert [step.outputs[0].shape[1:] for step in products] == [
+        (112**2, 16), (56**2, 24), (56**2, 24), (28**2, 40), (28**2, 40)
+    ]  # fmt: skip
+    assert copies(gated) == []
+    assert len(gated.steps) == 115 - 48
+    assert launches(gated)
     for taken in (True, False):
         if not taken:
             monkeypatch.setattr(depthwise_rows, "pick", lambda *_, **__: None)
         for batch in (1, 128):
-            plan, before = (cuda_plan(each, {"batch": batch}, storage=None) for each in (means, apart))
-            joined = [step for step in plan.steps if isinstance(step.op, ops.ConvMean)]
-            assert len(joined) == 16
-            assert len(plan.steps) == len(before.steps) - 16
-            assert copies(plan) == []
-            saved = sum(step.cost.bytes for step in before.steps) - sum(step.cost.bytes for step in plan.steps)
-            assert saved == sum(step.outputs[0].nbytes for step in joined)
-            assert len(launches(plan)) == len(launches(before))
-            sums = sum("sums" in dict(launch.arguments) for launch in launches(plan))
-            assert 0 < sums <= 16 if taken else sums == 0
+            plans = [cuda_plan(graph, {"batch": batch}, storage=None) for graph in (apart, pooled, excited)]
+            assert [len(plan.steps) for plan in plans] == [115, 115 - 16, 115 - 48]
+            assert [copies(plan) for plan in plans] == [[], [], []]
+            joined = [step for step in plans[1].steps if isinstance(step.op, ops.ConvMean)]
+            moved = [sum(step.cost.bytes for step in plan.steps) for plan in plans]
+            assert moved[0] - moved[1] == sum(step.outputs[0].nbytes for step in joined)
+            assert moved[2] < moved[1]
+            flops = {sum(step.cost.flops for step in plan.steps) for plan in plans}
+            assert max(flops) < 1.001 * min(flops)
+            found = [launches(plan) for plan in plans]
+            sums = [sum("sums" in dict(launch.arguments) for launch in each) for each in found]
+            assert sums[0] == 0
+            assert 0 < sums[1] == sums[2] <= 16 if taken else sums == [0, 0, 0]
+            before = len(found[0])
+            assert [len(each) for each in found] == [before, before, before - 16 - sums[2]]
 
 
 def test_the_statistics_of_batch_normalisation_are_those_of_photos() -> None:

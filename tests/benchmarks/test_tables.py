@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cases, hashes, tables
+from benchmarks import cases, convolutions, hashes, tables
 from benchmarks.__main__ import main
 from benchmarks.hashes import kernel_hash, tree_hash
 from benchmarks.results import FOLDER, Device, Results, Row, Run
@@ -102,6 +102,8 @@ def test_the_table_of_convolutions_compares_with_cudnn_pytorch_and_the_floor(tmp
         convolution("b1 128->128@28 3x3/1 relu", 10.0, None, 5.0, 1.0),  # there is none that is right
         convolution("b128 144->24@56 1x1/1 residual", 10.0, None, 9.0, 9.5),  # slower, but at the floor
     ]
+    slow = convolution("b1 64->64@56 3x3/1 relu", 10.0, 90.0, 5.0, 1.0)
+    assert convolutions.cudnn_ratio(slow) == convolutions.eager_ratio(slow) == 4, "a fused call that nobody would take"
     Results(GPU, [RUN], rows).save(tmp_path)
     lines = regenerated("<!-- table: some-gpu conv -->\n<!-- end -->\n", tmp_path).splitlines()
     assert lines[1:16] == [

@@ -113,6 +113,19 @@ def _conv_mean(op: ops.ConvMean, inputs: Sequence[Array], sizes: Sizes, node: No
     return [*results, *_stores((op.mean,), (), mean)]
 
 
+def _excitation(op: ops.Excitation, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    x, w1, w2 = (_wide(array).reshape(array.shape[:2]) for array in inputs[:3])
+    pixel = (1,) * (inputs[0].ndim - 2)
+    (hidden,) = _stores((op.hidden,), inputs, (x @ w1.T).reshape(len(x), len(w1), *pixel))
+    acc = _wide(hidden).reshape(len(x), len(w1)) @ w2.T
+    return _stores(op.stores, inputs, acc.reshape(len(x), len(w2), *pixel))
+
+
+def _conv_excitation(op: ops.ConvExcitation, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    *results, mean = _conv_mean(op.conv_mean, inputs[: op.given], sizes, node)
+    return [*results, *_excitation(op.excitation, (mean, *inputs[op.given :]), sizes, node)]
+
+
 def _conv_forward(op: ops.Conv, x: Array, w: Array) -> Array:
     n, c = x.shape[:2]
     o, per_group, *kernel = w.shape
@@ -511,7 +524,9 @@ def _sigmoid(x: Array) -> Array:
 _RUNNERS: dict[type[ops.Op], Callable[[Any, Sequence[Array], Sizes, Node], list[Array]]] = {
     ops.Gemm: _gemm,
     ops.Conv: _conv,
+    ops.ConvExcitation: _conv_excitation,
     ops.ConvMean: _conv_mean,
+    ops.Excitation: _excitation,
     ops.Recurrent: _recurrent,
     ops.Attention: _attention,
     ops.Pointwise: _pointwise,

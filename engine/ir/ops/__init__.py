@@ -1,7 +1,7 @@
 """The operator set of the IR: small and closed. One module per family; import from here."""
 
 from engine.ir.ops.base import Cost, Op, OperandTypes, ResultTypes, broadcast_shapes
-from engine.ir.ops.heavy import Attention, Conv, ConvMean, Gemm
+from engine.ir.ops.heavy import Attention, Conv, ConvExcitation, ConvMean, Excitation, Gemm
 from engine.ir.ops.light import Norm, NormKind, Pointwise, Pool, PoolKind, Reduce, ReduceKind, Softmax
 from engine.ir.ops.move import Concat, Gather, Opaque, Pad, PadMode, Resize, ResizeMode, ShapeTensor, Undefined
 from engine.ir.ops.recurrent import Cell, Recurrent
@@ -14,8 +14,10 @@ __all__ = [
     "Cell",
     "Concat",
     "Conv",
+    "ConvExcitation",
     "ConvMean",
     "Cost",
+    "Excitation",
     "Expand",
     "Gather",
     "Gemm",

@@ -141,6 +141,80 @@ class ConvMean(Op):
 
 
 @dataclass(frozen=True)
+class Excitation(Op):
+    """Two layers on the channels of single pixels, as squeeze-and-excite has them on pooled ones (Hu et al. 2018):
+    `x[n, c, 1, …]`, `w1[s, c, 1, …]`, `w2[o, s, 1, …]` → [n, o, 1, …].
+
+    `hidden` is the first layer over `Acc()` = x · w1ᵀ and further inputs [s, 1, …], in fp32; the stores are over
+    `Acc()` = hidden · w2ᵀ.
+    """
+
+    hidden: ex.Expr
+    stores: tuple[ex.Expr, ...]
+    arity: ClassVar[int] = 3
+
+    def infer(self, inputs: OperandTypes) -> ResultTypes:
+        x, w1, w2 = (t.shape for t in inputs[:3])
+        if not len(x) == len(w1) == len(w2) or x[1] != w1[1] or w1[0] != w2[1]:
+            raise ShapeError(f"Excitation: {', '.join(str(list(shape)) for shape in (x, w1, w2))} do not fit")
+        if any(size != 1 for shape in (x, w1, w2) for size in shape[2:]):
+            raise ShapeError("Excitation: images and filters have one pixel")
+        return tuple((store.dtype, (x[0], w2[0], *x[2:])) for store in self.stores)
+
+    def flops(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:
+        images, (hidden, channels) = inputs[0].shape[0], inputs[1].shape[:2]
+        first = images * hidden * (2 * channels + ex.flops(self.hidden))
+        return first + outputs[0].elements * (2 * hidden + ex.flops(*self.stores))
+
+
+@dataclass(frozen=True)
+class ConvExcitation(Op):
+    """A convolution and the squeeze-and-excite layers on the mean of its first result: the results of `conv_mean`, but
+    for its mean those of `excitation` on it, which need not be rounded. The first `given` inputs are those of
+    `conv_mean`, the others those of `excitation` from its second one on; each has its expressions over its own.
+    """
+
+    conv_mean: ConvMean
+    excitation: Excitation
+    given: int
+    arity: ClassVar[int] = 2
+
+    @property
+    def stores(self) -> tuple[ex.Expr, ...]:
+        """One expression per result, over the node's inputs and the `Acc()` of its own operator."""
+        return (*self.conv_mean.conv.stores, *map(self._over_all, self.excitation.stores))
+
+    @property
+    def hidden(self) -> ex.Expr:
+        """That of the excitation, over the node's inputs."""
+        return self._over_all(self.excitation.hidden)
+
+    def _over_all(self, e: ex.Expr) -> ex.Expr:
+        return ex.renumber(e, {i: self.given + i - 1 for i in ex.arguments(e)})
+
+    def infer(self, inputs: OperandTypes) -> ResultTypes:
+        *results, mean = self.conv_mean.infer(inputs[: self.given])
+        return (*results, *self.excitation.infer((_Typed(*mean), *inputs[self.given :])))
+
+    def flops(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:
+        result, weights = outputs[0], inputs[self.given : self.given + 2]
+        images, (hidden, channels) = result.shape[0], weights[0].shape[:2]
+        layers = images * hidden * (2 * channels + ex.flops(self.excitation.hidden))
+        layers += outputs[-1].elements * (2 * hidden + ex.flops(*self.excitation.stores))
+        averaged = result.elements + images * channels * ex.flops(self.conv_mean.mean)
+        return self.conv_mean.conv.flops(inputs[: self.given], outputs) + averaged + layers
+
+    def bytes(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:
+        return self.conv_mean.conv.bytes(inputs, outputs)
+
+
+@dataclass(frozen=True)
+class _Typed:
+    dtype: DType
+    shape: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
 class Attention(Op):
     """Softmax(scale · q kᵀ + bias) v for `q[…, heads, sq, d]`, `k[…, kv_heads, sk, d]`, `v[…, kv_heads, sk, dv]`.
 

@@ -155,6 +155,15 @@ def result(store: ex.Expr) -> Functor:
     return Functor(f"struct Result {{\n  DEVICE static {signature} {{\n{indented(lines)}\n  }}\n}};\n", (), Reads())
 
 
+def hidden(value: ex.Expr, space: Space, inputs: Mapping[int, Operand], granularity: int) -> Functor:
+    """`Hidden`: what a layer makes of its sums that is not stored. Its inputs are the same in every row."""
+    writer = _Writer("hidden", space, granularity)
+    writer.read(inputs)
+    writer.prepare.append("const Inputs inputs = fetch(p, 0, column, count);")
+    signature = "void of(const Params& p, u32 column, u32 count, const float (&acc)[WIDTH], float (&value)[WIDTH])"
+    return writer.functor("Hidden", signature, {"value[i]": (value, value.dtype)}, "", "")
+
+
 def prologue(source: ex.Expr, space: Space, inputs: Mapping[int, Operand], granularity: int) -> Functor:
     """`Prologue`: the source of a node, as elements of `value_t`."""
     writer = _Writer("prologue", space, granularity)

@@ -11,7 +11,7 @@ from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.ops import ConvMean, Op, Reduce, ReduceKind
 from engine.plan.plan import Requirement, Step
-from engine.plan.tensor import Tensor
+from engine.plan.tensor import BufferKind, Tensor
 from engine.targets.cuda import conv, depthwise_rows, reduce
 from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.depthwise_rows import ImageSums, RowsTile
@@ -31,13 +31,21 @@ def lower(step: Step, context: Context) -> list[Launch]:
     tile = depthwise_rows.pick(bare, geometry, context, sums=True) if step.outputs[0].elements else None
     if tile is not None:
         return lower_rows(step, tile, context)
+    return lower_apart(step, context)
+
+
+def lower_apart(step: Step, context: Context) -> list[Launch]:
+    """The convolution, then the mean of its stored result. Nothing but the mean itself may lie in the workspace."""
     assert isinstance(step.op, ConvMean)
     result, mean = step.outputs[0], step.outputs[-1]
     source, axes = ex.cast(ex.Arg(0, result.dtype), DType.F32), tuple(range(2, len(result.shape)))
     reduction = Reduce(ReduceKind.MEAN, axes, True, source, (step.op.mean,))
+    averaged = replace(step, op=reduction, inputs=(result,), outputs=(mean,))
+    pixels = prod(result.shape[2:])
+    shared = mean.buffer.kind is not BufferKind.WORKSPACE
     return [
-        *conv.lower(bare, context),
-        *reduce.lower(replace(step, op=reduction, inputs=(result,), outputs=(mean,)), context),
+        *conv.lower(without_mean(step), context),
+        *reduce.lower_reduction(averaged, reduction, result.shape, pixels, context, shared),
     ]
 
 

@@ -11,7 +11,9 @@ from engine.ir.ops import (
     Attention,
     Concat,
     Conv,
+    ConvExcitation,
     ConvMean,
+    Excitation,
     Gather,
     Gemm,
     Norm,
@@ -33,8 +35,10 @@ from engine.targets.cuda import (
     attention_wgmma,
     concat,
     conv,
+    conv_excitation,
     conv_mean,
     depthwise_rows,
+    excitation,
     gather,
     gemm,
     normalize,
@@ -55,7 +59,9 @@ FAMILIES: dict[type[Op], Family] = {
     Attention: attention,
     Concat: concat,
     Conv: conv,
+    ConvExcitation: conv_excitation,
     ConvMean: conv_mean,
+    Excitation: excitation,
     Gather: gather,
     Gemm: gemm,
     Norm: normalize,
@@ -90,9 +96,15 @@ PACKED = PackedAttention(
 """Of attention_wgmma.cuh."""
 
 
+SCALED_WEIGHTS_TAKEN = False
+"""Whether gates of an image's channels move into the weights behind it (`Traits.scaled_weights`). That makes products
+with weights for each image, which have not been measured in such shapes."""
+
+
 def traits_of(architecture: Architecture) -> Traits:
     """The traits of a GPU."""
-    return replace(TRAITS, packed=PACKED, conv_means=depthwise_rows.MEANS_TAKEN) if architecture.wgmma else TRAITS
+    traits = replace(TRAITS, excitations=excitation.TAKEN, scaled_weights=SCALED_WEIGHTS_TAKEN)
+    return replace(traits, packed=PACKED, conv_means=depthwise_rows.MEANS_TAKEN) if architecture.wgmma else traits
 
 
 def family_of(op: Op) -> Family:

@@ -1,4 +1,5 @@
-"""`fuse_means`: the mean over all pixels joins the depthwise convolution before it, and nothing else does."""
+"""`fuse_means`: the mean over all pixels joins the depthwise convolution before it, and nothing else does;
+`fuse_excitations`: the layers of a squeeze-and-excite block are one, and join the convolution, too."""
 
 from __future__ import annotations
 
@@ -73,6 +74,66 @@ def test_other_reductions_stay(mean: str) -> None:
     graph = rewritten(model(text, W, opset=17), traits=TRAITS)
     assert ops.ConvMean not in {type(node.op) for node in graph.nodes}
     assert sum(isinstance(node.op, ops.Reduce) for node in graph.nodes) == 1
+
+
+EXCITING = replace(TRAITS, excitations=True)
+
+
+def test_the_layers_join_the_convolution() -> None:
+    graph = excited(traits=EXCITING)
+    assert kinds(graph) == {"Conv": 2, "ConvExcitation": 1, "Pointwise": 1}
+    node = only(graph, ops.ConvExcitation)
+    assert [value.shape[1:] for value in node.outputs] == [(8, 9, 11), (8, 1, 1)]
+    assert [value.name for value in node.inputs[node.op.given :]] == ["fc1", "fc2"]
+    (line,) = [line for line in graph_text(graph).splitlines() if "ConvExcitation" in line]
+    assert "groups=8, given=3} : max(acc, 0) -> " in line
+    assert line.endswith("; f16(sigmoid(acc))")
+
+
+def test_the_layers_of_any_pool_are_one() -> None:
+    apart = excited(traits=replace(EXCITING, conv_means=False))
+    assert kinds(apart) == {"Conv": 3, "Reduce": 1, "Excitation": 1, "Pointwise": 1}
+    full = excited("Conv<pads=[1,1,1,1]>", k="full", traits=EXCITING)
+    assert kinds(full) == {"Conv": 3, "Reduce": 1, "Excitation": 1, "Pointwise": 1}
+
+
+def test_layers_that_read_an_input_of_the_model_stay() -> None:
+    """It is fp32."""
+    text = "(float[n,8,1,1] x) => (float[n,8,1,1] y) { f = Conv(x, fc1) r = Relu(f) y = Conv(r, fc2, b) }"
+    assert kinds(rewritten(model(text, W), traits=EXCITING)) == {"Conv": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("r = Relu(f) g = Conv(r, fc2, b) y = Sigmoid(g)", 1),
+        ("r = Relu(f) g = Conv(r, fc2, b) s = Sigmoid(g) m = ReduceMean<axes=[1], keepdims=1>(r) y = Mul(s, m)", 0),
+        ("r = Relu(f) g = Conv(r, odd) y = Sigmoid(g)", 0),
+        ("r = Relu(f) g = Conv<pads=[1,1,1,1]>(r, fc3) y = Sigmoid(g)", 0),
+        ("r = Mul(f, a) g = Conv(r, fc2, b) y = Sigmoid(g)", 0),
+    ],
+    ids=[
+        "as it should be",
+        "the hidden layer is read elsewhere",
+        "six outputs",
+        "3×3",
+        "its tail reads what is computed",
+    ],
+)
+def test_which_layers_are_joined(text: str, expected: int) -> None:
+    more = {
+        "odd": random(6, 4, 1, 1, seed=9).astype(np.float32), "fc3": random(8, 4, 3, 3, seed=9).astype(np.float32),
+        "half": random(4, 8, 1, 1, seed=11).astype(np.float32),
+    }  # fmt: skip
+    head = (
+        "(float[n,8,9,11] x) => (float[n,k,i,j] y) { m0 = GlobalAveragePool(x) p0 = Conv(m0, p, b) a = Conv(p0, half) "
+    )
+    proto = model(f"{head} f = Conv(p0, fc1) {text} }}", W | more, opset=17)
+    graph = rewritten(proto, traits=EXCITING)
+    joined = [node for node in graph.nodes if isinstance(node.op, ops.Excitation) and node.inputs[1].name == "fc1"]
+    assert len(joined) == expected
+    (got,), (wanted,) = (ir_interpreter.run(one, IMAGE).values() for one in (graph, load(proto)))
+    assert np.linalg.norm(got - wanted) <= 5e-3 * np.linalg.norm(wanted)
 
 
 def test_it_is_printed_as_a_convolution_with_two_results() -> None:

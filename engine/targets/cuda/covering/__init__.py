@@ -36,6 +36,7 @@ from engine.targets.cuda.covering.build import (
 )
 from engine.targets.cuda.covering.conv import convolutions
 from engine.targets.cuda.covering.depthwise import depthwise_products
+from engine.targets.cuda.covering.excitation import excitation_step, excitations
 from engine.targets.cuda.covering.gemm import products
 from engine.targets.cuda.covering.image import images
 from engine.targets.cuda.covering.light import light_steps
@@ -65,6 +66,8 @@ __all__ = [
     "convolutions",
     "depthwise_products",
     "embedding_norm",
+    "excitation_step",
+    "excitations",
     "gelu",
     "images",
     "launches",
@@ -95,3 +98,4 @@ def launches(architecture: Architecture) -> Iterator[tuple[str, Launch]]:
     yield from convolutions(context)
     yield from stems(context)
     yield from depthwise_products(context)
+    yield from excitations(context)

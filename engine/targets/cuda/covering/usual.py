@@ -58,6 +58,7 @@ from engine.targets.cuda.covering.build import (
     stored,
     weight,
 )
+from engine.targets.cuda.covering.excitation import excitation_steps
 from engine.targets.cuda.covering.light import light_steps
 
 
@@ -89,6 +90,7 @@ def steps() -> Iterator[Step]:
         yield make_step(
             conv_op(kernel, stride, 64), [image, w, weight(64, 1, 1)], f"depthwise {kernel} stride {stride}"
         )
+    yield from excitation_steps()
     for head, causal in ((32, False), (64, True), (128, False)):
         yield attention(F16, head, causal, bias=1)
     yield attention(F16, 64, False, bias=2, tokens=200)
