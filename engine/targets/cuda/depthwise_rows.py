@@ -222,8 +222,12 @@ def pick(step: Step, geometry: Geometry, context: Context, sums: bool = False) -
     if not tiles:
         return None
     estimate, tile = tiles[0]
-    faster = other is None or estimate < depthwise.cycles(window, other, context.multiprocessors)
-    return tile if faster else None
+    if other is None:
+        return tile
+    rival = depthwise.cycles(window, other, context.multiprocessors)
+    if sums:
+        rival += step.outputs[0].nbytes / (_MEMORY_BYTES * max(1, context.multiprocessors))
+    return tile if estimate < rival else None
 
 
 @dataclass(frozen=True)

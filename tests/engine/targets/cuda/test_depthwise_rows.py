@@ -13,7 +13,7 @@ from engine.ir.ops import Conv, ConvMean
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda import covering as cv
-from engine.targets.cuda import depthwise_rows
+from engine.targets.cuda import depthwise, depthwise_rows
 from engine.targets.cuda.architecture import SM_80, SM_90A
 from engine.targets.cuda.conv import lower
 from engine.targets.cuda.conv_geometry import Geometry, channels_last
@@ -28,6 +28,7 @@ from engine.targets.cuda.depthwise_rows import (
     candidates,
     has_rows,
     launch_rows,
+    pick,
     ranked,
 )
 from engine.targets.cuda.families import family_of
@@ -204,6 +205,19 @@ def test_a_mean_is_taken_of_the_result_where_no_kernel_adds_it_up(
         assert ("sums" in dict(convolution.arguments)) == streams
         assert body_of([mean]) == '#include "reduce_columns.cuh"'
         assert "partial" not in dict(mean.arguments)
+
+
+def test_what_saves_a_pass_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other kernel is as fast without sums as this one with them: with them it would need the result once more."""
+    monkeypatch.setattr(depthwise_rows, "TAKEN", True, raising=False)
+    step = depthwise_step(128, 240, 28, 5)
+    geometry = Geometry(step)
+    estimate = ranked(step, geometry, CONTEXT, sums=True)[0][0]
+    for share, expected in ((1.0, True), (0.5, False)):
+        monkeypatch.setattr(depthwise, "cycles", lambda *_, share=share: share * estimate)
+        assert (pick(step, geometry, CONTEXT, sums=True) is not None) == expected
+    monkeypatch.setattr(depthwise, "cycles", lambda *_: 0.999 * ranked(step, geometry, CONTEXT)[0][0])
+    assert pick(step, geometry, CONTEXT) is None
 
 
 def test_nothing_else_of_the_step_lies_in_the_sums_workspace() -> None:
