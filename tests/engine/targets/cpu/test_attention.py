@@ -146,3 +146,9 @@ def test_other_dtypes_are_refused() -> None:
     tensors = tuple(place(x.astype(np.float16)) for x in qkv(1, 1, 1, 4, 4, 4, 4))
     with pytest.raises(UnsupportedOp, match="float32"):
         requirements(Attention(SCALE), tensors)
+
+
+def test_a_window_stays_a_bias() -> None:
+    q, k, v = (place(x, ROWS) for x in qkv(1, 2, 1, 8, 8, 4, 4))
+    with pytest.raises(UnsupportedOp, match="window"):
+        requirements(Attention(SCALE, window=3), (q, k, v))
