@@ -78,11 +78,15 @@ class Direct:
         route, names, path = named
         headers = headers_of(raw)
         length = headers.get(b"content-length", b"")
-        if not length.isdigit() or int(length) > min(route.largest_body, self.serving.settings.max_body_bytes):
+        if not length.isdigit() or not self.takes(route, int(length)):
             return None
         if b"content-encoding" in headers or asked_for(headers.get(b"accept-encoding", b"")) is not None:
             return None
         return DirectRequest(self, route, names, path, headers)
+
+    def takes(self, route: Route, length: int) -> bool:
+        """Whether a body of so many bytes may go directly."""
+        return length <= min(route.largest_body, self.serving.settings.max_body_bytes)
 
     def shut_down(self) -> None:
         """Answer what is still running when the drain time is over."""
@@ -103,6 +107,10 @@ class DirectRequest:
     def again(self) -> "DirectRequest":
         """A further request with this one's URL and headers."""
         return DirectRequest(self._direct, self._route, self._names, self._path, self._headers)
+
+    def takes(self, length: int) -> bool:
+        """Whether it could have come with a body of so many bytes."""
+        return self._direct.takes(self._route, length)
 
     def begin(self, body: bytes, send: Send) -> None:
         """The body is there. `send` is called once, perhaps at once, unless `gone` comes before."""

@@ -213,11 +213,11 @@ def test_a_header_that_repeats_is_parsed_once_and_answers_are_those_of_the_bodie
             raw.sendall(row_of(number))
             assert answered(raw) == number
         assert (len(direct), len(repeated)) == (5, 4)
-        raw.sendall(row_of(10))  # a longer body, so another header
+        raw.sendall(row_of(10))  # a longer body
         assert answered(raw) == 10
-        raw.sendall(row_of(11))
-        assert answered(raw) == 11
-    assert (len(direct), len(repeated)) == (7, 5)
+        raw.sendall(row_of(-111))
+        assert answered(raw) == -111
+    assert (len(direct), len(repeated)) == (7, 6)
     assert len({request._exchange.identity for request in direct}) == 7
     assert not any(hasattr(known.request, "_job") for known in repeated), "tensors that a connection holds while idle"
     assert server.metric("http_responses_total", route="/v2/models/{model}/infer", status="200") == 7
@@ -253,6 +253,25 @@ def test_a_known_header_says_nothing_about_what_is_not_a_whole_request(
         assert read(raw)[0] == b"HTTP/1.1 400 Bad Request"
         assert raw.recv(100) == b""
     assert len(repeated) == 2
+
+
+def test_a_known_header_may_have_another_length_and_nothing_else(
+    server: Running, direct: list[object], repeated: list[object]
+) -> None:
+    long = body({"ids": [[2, 5, 3]] * 300})  # more than goes directly
+    with connect(server) as raw:
+        for content in (body({"ids": [[2, 3]]}), body({"ids": [[2, 5, 3], [2, 5, 5, 3]]}), b"", b"{}", long):
+            raw.sendall(post(TOKENS, content, ()))
+            read(raw)
+        assert (len(direct), len(repeated)) == (4, 3)
+        raw.sendall(post(TOKENS, body({"ids": [[2, 3]]}), ()))
+        assert read(raw)[0] == b"HTTP/1.1 200 OK" and len(repeated) == 4
+        short, other = post(TOKENS, b'{"ids": [[2, 3]]}', ()), post(TOKENS, b'{"ids": [[2, 3]]}', ("X-Other: 1",))
+        raw.sendall(other)
+        assert read(raw)[0] == b"HTTP/1.1 200 OK" and len(repeated) == 4
+        raw.sendall(short.replace(b"Length: 17", b"Length: +7"))
+        assert read(raw)[0] == b"HTTP/1.1 400 Bad Request"
+    assert len(repeated) == 4
 
 
 def raw_answers(raw: socket.socket, count: int) -> bytes:

@@ -240,12 +240,13 @@ def test_a_model_that_takes_no_tokens_says_so(shared: Running) -> None:
 
 def test_pooling() -> None:
     vectors = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
-    mask = np.array([[True, True, False], [True, True, True]])
-    np.testing.assert_allclose(pool(vectors, mask, Pooling.MEAN, False), [[1, 2], [8, 9]])
-    np.testing.assert_allclose(pool(vectors, mask, Pooling.CLS, False), [[0, 1], [6, 7]])
-    lengths = np.linalg.norm(pool(vectors, mask, Pooling.MEAN, True), axis=1)
+    np.testing.assert_allclose(pool(vectors, (2, 3), Pooling.MEAN, False), [[1, 2], [8, 9]])
+    np.testing.assert_allclose(pool(vectors, (3, 3), Pooling.MEAN, False), [[2, 3], [8, 9]])
+    np.testing.assert_allclose(pool(vectors, (1, 2), Pooling.MEAN, False), [[0, 1], [7, 8]])  # padded to a fixed length
+    np.testing.assert_allclose(pool(vectors, (2, 3), Pooling.CLS, False), [[0, 1], [6, 7]])
+    lengths = np.linalg.norm(pool(vectors, (2, 3), Pooling.MEAN, True), axis=1)
     np.testing.assert_allclose(lengths, 1, rtol=1e-6)
-    zero = pool(np.zeros((1, 2), np.float32), mask[:1], Pooling.NONE, True)
+    zero = pool(np.zeros((1, 2), np.float32), (2,), Pooling.NONE, True)
     np.testing.assert_array_equal(zero, [[0, 0]])
 
 
