@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -119,8 +119,11 @@ class Model:
 
     # Running
 
-    def run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def run(self, feeds: Mapping[str, Any], on_start: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
         """Run the model. `feeds` maps every input name to an array of the input's dtype and shape (NumPy or CuPy).
+
+        `on_start` is called once all is ready and the device is about to compute; not where something raises before.
+        What it sets off in other threads then has the interpreter for itself, and does not hold up the run.
 
         Returns NumPy arrays with the ONNX dtypes and shapes, by output name. Where the model runs on packed tokens (see
         `packed_mask`) outputs that show positions are 0 at those of padding, if the mask is ones and then zeros. Raises
@@ -135,6 +138,7 @@ class Model:
                 self._enter(ready)
             try:
                 outputs = {name: np.empty(shape, dtype) for name, (shape, dtype) in ready.outputs.items()}
+                on_start()
                 ready.bound.run(batch.arrays, outputs)
             finally:
                 self._leave(ready)

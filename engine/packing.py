@@ -60,7 +60,7 @@ class Packer:
         tokens = token_bucket(int(lengths.sum()))
         if not self._pays(len(lengths), mask.size, tokens, least_saving):
             return Batch(arrays, sizes, False, lengths)
-        hidden = self._hidden(lengths, mask.shape[1], tokens)
+        hidden = self._hidden(mask, lengths, tokens)
         given = {self._unpadded.hidden[kind]: array for kind, array in hidden.items() if kind in self._unpadded.hidden}
         return Batch({**arrays, **given}, {**sizes, self._unpadded.tokens: tokens}, True, lengths)
 
@@ -92,32 +92,25 @@ class Packer:
             np.moveaxis(array, axes, (0, 1))[padded] = fill
 
     @staticmethod
-    def _hidden(lengths: np.ndarray, sequence: int, tokens: int) -> dict[str, np.ndarray]:
+    def _hidden(mask: np.ndarray, lengths: np.ndarray, tokens: int) -> dict[str, np.ndarray]:
         """The hidden inputs, as `Unpadded` says. Tokens that belong to no sequence are copies of the first one, so that
         whatever is computed of them is as finite; nobody reads it."""
-        batch, total = len(lengths), int(lengths.sum())
+        batch, sequence = mask.shape
+        real = np.flatnonzero(mask)
         starts = np.zeros(batch + 1, np.int32)
         np.cumsum(lengths, out=starts[1:])
-        first = np.arange(batch, dtype=np.int64) * sequence - starts[:-1]
-        numbers = np.arange(total, dtype=np.int64)
         rows = np.zeros(tokens, np.int64)
-        rows[:total] = numbers + np.repeat(first, lengths)
+        rows[: real.size] = real
         positions = np.zeros(tokens, np.int64)
-        positions[:total] = numbers - np.repeat(starts[:-1], lengths)
+        np.remainder(real, sequence, out=positions[: real.size])
         places = np.zeros(batch * sequence, np.int64)
-        places[rows[:total]] = numbers
+        places[real] = np.arange(real.size)
         return {"rows": rows, "positions": positions, "places": places.reshape(batch, sequence), "starts": starts}
 
 
 def prefix_lengths(mask: np.ndarray) -> np.ndarray | None:
     """The number of ones in every row of `mask`, int64; None where a row is anything else than at least one 1 and then
     zeros."""
-    real = mask if mask.dtype == np.bool_ else mask != 0
-    lengths: np.ndarray = np.count_nonzero(real, axis=1)
-    # As many ones as the place of the last one says: they come first.
-    last = mask.shape[1] - np.argmax(real[:, ::-1], axis=1)
-    if not lengths.all() or not np.array_equal(last, lengths):
-        return None
-    if mask.dtype != np.bool_ and not np.array_equal(mask, real):
-        return None
-    return lengths
+    lengths: np.ndarray = np.count_nonzero(mask, axis=1)
+    prefixes = np.arange(mask.shape[1]) < lengths[:, None]
+    return lengths if lengths.all() and (mask == prefixes).all() else None

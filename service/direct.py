@@ -9,13 +9,18 @@ routes. What this does not take (`Direct.find`) goes through ASGI. Called by `di
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
+
+from numpy.typing import NDArray
 
 from service.codecs.compression import asked_for
 from service.errors import ClientGone, ServiceError, Unavailable, describe
 from service.exchange import UNANSWERED, Headers, RawHeaders, Requests, headers_of
-from service.inference import InferenceRequest, Job, Outputs, open_request
+from service.inference import InferenceRequest, Job, Outputs, Preparation, open_request
 from service.logs import request_id
+from service.preprocess import Preprocessing
+from service.routes.images import images_job, is_form
 from service.routes.infer import infer_job
 from service.routes.responses import JsonResponse, error_response, failure
 from service.routes.tokens import INLINE_CHARACTERS, tokens_job
@@ -29,24 +34,26 @@ _LARGEST_BODY = 1 << 20  # the rest costs more than ASGI adds, and its body shou
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A route of the app that can be answered directly; `with_query` where its query says nothing."""
+    """A route of the app that can be answered directly; `with_query` where its query says nothing, `with_forms` where
+    a form is a body as any."""
 
     path: str
     pattern: re.Pattern[bytes]
-    job: Callable[[InferenceRequest, bytes, Headers], Job]
+    job: Callable[[InferenceRequest, bytes, Headers], Job | Preparation]
     largest_body: int
-    with_query: bool
+    with_query: bool = False
+    with_forms: bool = True
 
 
-_INFER, _TOKENS = "/v2/models/{model}/infer", "/v1/models/{model}/tokens"
-_VERSIONED = "/v2/models/{model}/versions/{version}/infer"
-_ROUTES = tuple(
-    Route(path, re.compile(re.sub(r"\{\w+\}", "([^/%]+)", path).encode()), job, largest_body, with_query)
-    for path, job, largest_body, with_query in (
-        (_INFER, infer_job, _LARGEST_BODY, True),
-        (_TOKENS, tokens_job, INLINE_CHARACTERS, False),
-        (_VERSIONED, infer_job, _LARGEST_BODY, True),
-    )
+def _pattern(path: str) -> tuple[str, re.Pattern[bytes]]:
+    return path, re.compile(re.sub(r"\{\w+\}", "([^/%]+)", path).encode())
+
+
+_ROUTES = (
+    Route(*_pattern("/v2/models/{model}/infer"), infer_job, _LARGEST_BODY, with_query=True),
+    Route(*_pattern("/v1/models/{model}/tokens"), tokens_job, INLINE_CHARACTERS),
+    Route(*_pattern("/v1/models/{model}/images"), images_job, _LARGEST_BODY, with_forms=False),
+    Route(*_pattern("/v2/models/{model}/versions/{version}/infer"), infer_job, _LARGEST_BODY, with_query=True),
 )
 
 
@@ -78,11 +85,17 @@ class Direct:
         route, names, path = named
         headers = headers_of(raw)
         length = headers.get(b"content-length", b"")
-        if not length.isdigit() or int(length) > min(route.largest_body, self.serving.settings.max_body_bytes):
+        if not length.isdigit() or not self.takes(route, int(length)):
             return None
         if b"content-encoding" in headers or asked_for(headers.get(b"accept-encoding", b"")) is not None:
             return None
+        if not route.with_forms and is_form(headers):
+            return None
         return DirectRequest(self, route, names, path, headers)
+
+    def takes(self, route: Route, length: int) -> bool:
+        """Whether a body of so many bytes may go directly."""
+        return length <= min(route.largest_body, self.serving.settings.max_body_bytes)
 
     def shut_down(self) -> None:
         """Answer what is still running when the drain time is over."""
@@ -93,16 +106,24 @@ class Direct:
 class DirectRequest:
     """One request. Either `begin` follows, or it goes through ASGI and never was here."""
 
-    __slots__ = ("_direct", "_exchange", "_headers", "_inference", "_job", "_names", "_path", "_route", "_send")
+    __slots__ = (
+        "_direct", "_exchange", "_headers", "_inference", "_job", "_names", "_path", "_preprocessing", "_route",
+        "_send",
+    )  # fmt: skip
 
     def __init__(self, direct: Direct, route: Route, names: tuple[str, ...], path: str, headers: Headers) -> None:
         self._direct, self._route, self._names, self._path = direct, route, names, path
         self._headers = headers
         self._inference: InferenceRequest | None = None
+        self._preprocessing: Preprocessing[NDArray[Any]] | None = None
 
     def again(self) -> "DirectRequest":
         """A further request with this one's URL and headers."""
         return DirectRequest(self._direct, self._route, self._names, self._path, self._headers)
+
+    def takes(self, length: int) -> bool:
+        """Whether it could have come with a body of so many bytes."""
+        return self._direct.takes(self._route, length)
 
     def begin(self, body: bytes, send: Send) -> None:
         """The body is there. `send` is called once, perhaps at once, unless `gone` comes before."""
@@ -118,12 +139,36 @@ class DirectRequest:
             inference.begin()
             self._inference = inference
             inference.received()
-            self._job = self._route.job(inference, body, self._headers)
-            inference.start(self._job, self._returned)
+            job = self._route.job(inference, body, self._headers)
+            if isinstance(job, Preparation):
+                done = partial(self._prepared, job.job)
+                self._preprocessing = direct.serving.preprocess.begin(job.calls, done, inference.deadline)
+            else:
+                self._start(inference, job)
         except Exception as error:
             self._fail(error)
         finally:
             request_id.reset(token)
+
+    def _prepared(self, job: Callable[[list[NDArray[Any]]], Job], results: list[NDArray[Any]] | Exception) -> None:
+        """The preprocessing threads are done."""
+        inference = self._inference
+        assert inference is not None
+        self._preprocessing = None
+        token = request_id.set(self._exchange.identity)
+        try:
+            if isinstance(results, Exception):
+                self._fail(results)
+            else:
+                self._start(inference, job(results))
+        except Exception as error:
+            self._fail(error)
+        finally:
+            request_id.reset(token)
+
+    def _start(self, inference: InferenceRequest, job: Job) -> None:
+        self._job = job
+        inference.start(job, self._returned)
 
     def _returned(self, outputs: Outputs | ServiceError) -> None:
         """The engine is done."""
@@ -151,6 +196,9 @@ class DirectRequest:
 
     def _end_inference(self, error: Exception) -> None:
         inference, self._inference = self._inference, None
+        if self._preprocessing is not None:
+            self._preprocessing.cancel()
+            self._preprocessing = None
         if inference is not None:
             inference.abandon()
             inference.end(error)

@@ -55,6 +55,14 @@ class Job:
     independent: bool = False
 
 
+@record
+class Preparation:
+    """What is to be computed on the preprocessing threads first, and the function that makes the job of it."""
+
+    calls: tuple[Callable[[], NDArray[Any]], ...]
+    job: Callable[[list[NDArray[Any]]], Job]
+
+
 @dataclass(slots=True)
 class InferenceRequest:
     """A request for `model`. Times are seconds; `started` and `deadline` are of `time.monotonic()`."""

@@ -41,6 +41,7 @@ class ServedModel:
     images: ImageSpec | None = None
     tokens: TokenCodec | None = None
     not_tokens: str = ""
+    _main: TensorInfo | None = None
     _unused: Callable[[], None] | None = None
 
     def use(self) -> None:
@@ -82,6 +83,7 @@ class ServedModel:
                 "model.toml: key 'task' says images, but no input of the model fits an image; correct the task"
             )
         self.ready = ready
+        self._main = self._find_main(ready)
         self._check_labels()
         self.state, self.reason = ModelState.READY, ""
 
@@ -132,17 +134,18 @@ class ServedModel:
 
     def main_output(self) -> TensorInfo:
         """The output that the task is about: per-token vectors for pooling, else (batch, n). Raises InvalidRequest."""
+        if self._main is None:
+            raise InvalidRequest(
+                f"model '{self.key.name}' has no output that fits its task '{self.task}'; use /v2 for its tensors"
+            )
+        return self._main
+
+    def _find_main(self, ready: ModelReady) -> TensorInfo | None:
         ranks = {Task.TOKEN_CLASSIFICATION: (3,), Task.IMAGE_CLASSIFICATION: (2, 4), Task.TEXT_CLASSIFICATION: (2,)}
         wanted = ranks.get(self.task, (3, 2))
         if self.task is Task.SENTENCE_EMBEDDING and self.folder.config.tokens.pooling is Pooling.NONE:
             wanted = (2,)
-        for rank in wanted:
-            for spec in self.specs.outputs:
-                if len(spec.shape) == rank:
-                    return spec
-        raise InvalidRequest(
-            f"model '{self.key.name}' has no output that fits its task '{self.task}'; use /v2 for its tensors"
-        )
+        return next((spec for rank in wanted for spec in ready.outputs if len(spec.shape) == rank), None)
 
 
 _TOKEN_TASKS = (Task.SENTENCE_EMBEDDING, Task.TEXT_CLASSIFICATION, Task.TOKEN_CLASSIFICATION)

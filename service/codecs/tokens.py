@@ -7,6 +7,7 @@ tokens; ids that the client counted itself are never cut but refused when they a
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,15 @@ import tokenizers
 
 _DEFAULT_MAX_LENGTH = 512
 _MAX_ID = (1 << 31) - 1
-_IDS = ("input_ids", "ids", "tokens")
-_MASKS = ("attention_mask", "input_mask", "mask")
-_TYPES = ("token_type_ids", "segment_ids")
-_POSITIONS = ("position_ids",)
+
+
+class _Role(Enum):
+    """What an input is for; the value has the names that such inputs are called."""
+
+    IDS = ("input_ids", "ids", "tokens")
+    MASK = ("attention_mask", "input_mask", "mask")
+    TYPES = ("token_type_ids", "segment_ids")
+    POSITIONS = ("position_ids",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +43,6 @@ class TokenBatch:
 
     inputs: NamedTensors
     lengths: tuple[int, ...]
-
-    @property
-    def mask(self) -> NDArray[np.bool_]:
-        """(rows, longest row): true where there is a token."""
-        return np.arange(max(self.lengths))[None, :] < np.array(self.lengths)[:, None]
 
 
 class TokenCodec:
@@ -52,15 +53,16 @@ class TokenCodec:
         problem = not_tokens(inputs)
         if problem:
             raise ValueError(problem)
-        self._roles = {spec.name: _role(spec.name, len(inputs)) for spec in inputs}
-        self._dtypes = {spec.name: spec.dtype for spec in inputs}
+        roles = [(spec, _role(spec.name, len(inputs))) for spec in inputs]
+        self._inputs = [(spec.name, role, spec.dtype) for spec, role in roles if role is not None]
+        self._masks = {name for name, role, _ in self._inputs if role is _Role.MASK}
         self._tokenizer = _read_tokenizer(tokenizer) if tokenizer is not None else None
         self.max_length = config.max_length or self._cut_of_tokenizer() or _DEFAULT_MAX_LENGTH
         for spec in inputs:
             fixed = spec.shape[1]
             if isinstance(fixed, int):
                 self.max_length = min(self.max_length, fixed)
-        self.fixed_length = next((spec.shape[1] for spec in inputs if isinstance(spec.shape[1], int)), None)
+        self.fixed_length = next((dim for spec in inputs for dim in spec.shape[1:] if isinstance(dim, int)), None)
         self._vocabulary: int | None = None
         if self._tokenizer is not None:
             self._vocabulary = self._tokenizer.get_vocab_size(with_added_tokens=True)
@@ -86,35 +88,21 @@ class TokenCodec:
 
     def batch(self, rows: Sequence[Sequence[int]]) -> TokenBatch:
         """Tensors for checked rows of ids. Raises InvalidRequest naming an id that is out of range."""
-        lengths = tuple(len(row) for row in rows)
-        for position, length in enumerate(lengths):
-            if length > self.max_length:
-                raise InvalidRequest(f"row {position} has {length} tokens; the model takes at most {self.max_length}")
-        width = self.fixed_length if isinstance(self.fixed_length, int) else max(lengths)
-        ids = np.zeros((len(rows), width), np.int64)
-        mask = np.zeros((len(rows), width), np.int64)
-        for position, row in enumerate(rows):
-            ids[position, : len(row)] = row
-            mask[position, : len(row)] = 1
-        limit = self._vocabulary
-        if limit is not None and int(ids.max()) >= limit:
-            row_index, column = (int(i) for i in np.argwhere(ids >= limit)[0])
-            found = int(ids[row_index, column])
-            raise InvalidRequest(
-                f"token id {found} at position {column} of row {row_index} is out of range; "
-                f"the vocabulary has {limit} tokens, 0 to {limit - 1}"
-            )
-        values = {_IDS: ids, _MASKS: mask, _TYPES: np.zeros_like(ids), _POSITIONS: np.arange(width) * mask}
-        tensors = tuple(
-            (name, LocalTensor(values[role].astype(self._dtypes[name], copy=False)))
-            for name, role in self._roles.items()
-        )
-        return TokenBatch(tensors, lengths)
+        lengths = tuple(map(len, rows))
+        longest = max(lengths)
+        if longest > self.max_length:
+            position, length = next((i, length) for i, length in enumerate(lengths) if length > self.max_length)
+            raise InvalidRequest(f"row {position} has {length} tokens; the model takes at most {self.max_length}")
+        if self._vocabulary is not None and max(map(max, rows)) >= self._vocabulary:
+            raise _beyond(self._vocabulary, rows)
+        padding = _Padding(lengths, longest if self.fixed_length is None else self.fixed_length)
+        tensors = [(name, LocalTensor(padding.values(role, rows, dtype))) for name, role, dtype in self._inputs]
+        return TokenBatch(tuple(tensors), lengths)
 
     def check_masks(self, tensors: Sequence[tuple[str, NDArray[Any]]]) -> None:
         """Inputs that a client made itself: a mask has ones and zeros. Raises InvalidRequest."""
         for name, values in tensors:
-            if self._roles.get(name) != _MASKS or values.dtype.kind == "b":
+            if name not in self._masks or values.dtype.kind == "b":
                 continue
             wrong = (values != 0) & (values != 1)
             if wrong.any():
@@ -125,17 +113,57 @@ class TokenCodec:
                 )
 
 
+@dataclass(frozen=True, slots=True)
+class _Padding:
+    """Rows of these lengths in the width that all get."""
+
+    lengths: tuple[int, ...]
+    width: int
+
+    def values(self, role: _Role, rows: Sequence[Sequence[int]], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """(rows, width): the input with this role. Most requests are one row, which nothing is added to."""
+        shape = len(rows), self.width
+        if role is _Role.TYPES:
+            return np.zeros(shape, dtype)
+        is_even = min(self.lengths) == self.width
+        if role is _Role.IDS:
+            return (np.array(rows, np.int64) if is_even else self._padded(rows)).astype(dtype, copy=False)
+        if role is _Role.MASK and is_even:
+            return np.ones(shape, dtype)
+        places = np.arange(self.width)
+        mask = places < np.array(self.lengths)[:, None]
+        return (mask if role is _Role.MASK else places * mask).astype(dtype)
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+        ids = np.zeros((len(rows), self.width), np.int64)
+        for position, row in enumerate(rows):
+            ids[position, : len(row)] = row
+        return ids
+
+
+def _beyond(vocabulary: int, rows: Sequence[Sequence[int]]) -> InvalidRequest:
+    """The error for the first id that the vocabulary does not have."""
+    for position, row in enumerate(rows):
+        for column, found in enumerate(row):
+            if found >= vocabulary:
+                return InvalidRequest(
+                    f"token id {found} at position {column} of row {position} is out of range; "
+                    f"the vocabulary has {vocabulary} tokens, 0 to {vocabulary - 1}"
+                )
+    raise ValueError("every id is in the vocabulary")
+
+
 def not_tokens(inputs: Sequence[TensorInfo]) -> str:
     """Why the service cannot make the inputs of a model from token ids; empty where it can."""
     for spec in inputs:
         shape = ", ".join(map(str, spec.shape))
         if len(spec.shape) != 2 or spec.dtype.kind not in "iufb":
             return f"input '{spec.name}' is {_kind(spec)} [{shape}], but tokens are numbers [batch, sequence]"
-        if not _role(spec.name, len(inputs)):
-            known = ", ".join(name for names in (_IDS, _MASKS, _TYPES, _POSITIONS) for name in names)
+        if _role(spec.name, len(inputs)) is None:
+            known = ", ".join(name for role in _Role for name in role.value)
             return f"nothing is known to put into input '{spec.name}'; the inputs of token models are called {known}"
-    if not any(_role(spec.name, len(inputs)) == _IDS for spec in inputs):
-        return f"no input is for the token ids; it is called {' or '.join(_IDS)}"
+    if not any(_role(spec.name, len(inputs)) is _Role.IDS for spec in inputs):
+        return f"no input is for the token ids; it is called {' or '.join(_Role.IDS.value)}"
     return ""
 
 
@@ -143,11 +171,11 @@ def _kind(spec: TensorInfo) -> str:
     return "strings" if spec.dtype == object else str(spec.dtype)
 
 
-def _role(name: str, inputs: int) -> tuple[str, ...]:
-    for role in (_IDS, _MASKS, _TYPES, _POSITIONS):
-        if name in role:
+def _role(name: str, inputs: int) -> _Role | None:
+    for role in _Role:
+        if name in role.value:
             return role
-    return _IDS if inputs == 1 else ()
+    return _Role.IDS if inputs == 1 else None
 
 
 def _read_tokenizer(path: Path) -> Any:
@@ -180,11 +208,15 @@ def check_ids(value: Any, name: str, max_inputs: int) -> list[list[int]]:
             raise InvalidRequest(f"{name}[{position}] is {shown(row)}; send a list of token ids")
         if not row:
             raise InvalidRequest(f"{name}[{position}] is empty; send at least one token id")
-        for column, token in enumerate(row):
-            if type(token) is not int or not 0 <= token <= _MAX_ID:
-                what = f"{name}[{position}][{column}] is {shown(token)}"
-                raise InvalidRequest(f"{what}; token ids are integers from 0 to {_MAX_ID}")
+        if set(map(type, row)) != {int} or min(row) < 0 or max(row) > _MAX_ID:
+            column, token = next((i, token) for i, token in enumerate(row) if not _is_id(token))
+            what = f"{name}[{position}][{column}] is {shown(token)}"
+            raise InvalidRequest(f"{what}; token ids are integers from 0 to {_MAX_ID}")
     return rows
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_ID
 
 
 def _check_list(value: Any, name: str, max_inputs: int) -> list[Any]:
@@ -197,21 +229,25 @@ def _check_list(value: Any, name: str, max_inputs: int) -> list[Any]:
     return value
 
 
-def pool(vectors: NDArray[Any], mask: NDArray[np.bool_], pooling: Pooling, normalize: bool) -> NDArray[np.float32]:
+def pool(vectors: NDArray[Any], lengths: Sequence[int], pooling: Pooling, normalize: bool) -> NDArray[np.float32]:
     """Sentence vectors (rows, hidden) from per-token ones (rows, tokens, hidden), or from (rows, hidden) as they are.
 
-    `normalize` scales each to length 1 (a zero vector stays zero).
+    `lengths` are the tokens of each row; what lies beyond them does not count. `normalize` scales each vector to length
+    1 (a zero vector stays zero).
     """
-    values = vectors.astype(np.float32, copy=False)
+    values: NDArray[Any] = vectors.astype(np.float32, copy=False)
     if values.ndim == 3:
         if pooling is Pooling.MEAN:
-            counts = mask.sum(axis=1, dtype=np.float32)[:, None]
-            weights = mask[:, : values.shape[1]].astype(np.float32)
+            counts = np.array(lengths, np.float32)[:, None]
+            if min(lengths) >= values.shape[1]:
+                weights = np.ones(values.shape[:2], np.float32)
+            else:
+                weights = (np.arange(values.shape[1]) < counts).astype(np.float32)
             values = np.matmul(weights[:, None, :], values)[:, 0] / counts
         else:
             values = values[:, 0]
     if normalize:
-        lengths = np.linalg.norm(values, axis=1, keepdims=True)
+        norms = np.sqrt(np.add.reduce(values * values, axis=1, keepdims=True))
         with np.errstate(invalid="ignore"):  # of values that are not finite; the routes look for what comes of them
-            values = values / np.maximum(lengths, np.float32(1e-12))
+            values = values / np.maximum(norms, np.float32(1e-12))
     return np.ascontiguousarray(values, np.float32)

@@ -55,10 +55,10 @@ async def create_embeddings(request: Request, serving: ServingOf) -> Response:
 
 
 def _job(served: ServedModel, batch: TokenBatch, encoding: str, dimensions: Any) -> Job:
-    name = served.key.name
+    name, output = served.key.name, served.main_output().name
 
     def answer(outputs: Outputs) -> Answer:
-        vectors = embed(served, batch, outputs)
+        vectors = embed(served, batch, outputs[output], output)
         if dimensions is not None and dimensions != vectors.shape[1]:
             raise InvalidRequest(f"'dimensions': the vectors of model '{name}' have {vectors.shape[1]}; leave it out")
         tokens = sum(batch.lengths)
@@ -69,7 +69,7 @@ def _job(served: ServedModel, batch: TokenBatch, encoding: str, dimensions: Any)
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return json_answer({"object": "list", "data": data, "model": name, "usage": usage})
 
-    return Job(batch.inputs, (served.main_output().name,), answer, engine_lengths(served, batch), independent=True)
+    return Job(batch.inputs, (output,), answer, engine_lengths(served, batch), independent=True)
 
 
 def _read(document: dict[str, Any], settings: Settings) -> tuple[list[list[int]], list[str]]:

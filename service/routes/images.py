@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import APIRouter, Depends, Query, Request
 from numpy.typing import NDArray
-from starlette.datastructures import Headers, UploadFile
+from starlette.datastructures import Headers as StarletteHeaders
+from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import Response
 
@@ -15,8 +16,8 @@ from service.codecs.classify import probabilities, top_labels
 from service.codecs.finite import require_finite
 from service.codecs.images import ImageSpec, decode
 from service.errors import InvalidRequest, TooLarge
-from service.exchange import headers_of
-from service.inference import Answer, Job, Outputs, open_request
+from service.exchange import Headers, headers_of
+from service.inference import Answer, InferenceRequest, Job, Outputs, Preparation, open_request
 from service.model import ServedModel
 from service.model_config import Task
 from service.routes.documents import IMAGES_ANSWER, IMAGES_BODY, REQUEST_HEADERS
@@ -54,20 +55,40 @@ async def _classify(
     request: Request, serving: Serving, model: str, top_k: int, raw: bool, version: str | None
 ) -> Response:
     served = serving.accepting(model, version)
-    with open_request(serving, served, headers_of(request.scope["headers"])) as inference:
-        if served.images is None:
-            raise InvalidRequest(
-                f"model '{model}' takes no images (its task is '{served.task}'): images go into one 4-D input with "
-                f"1 or 3 channels; POST its tensors to /v2/models/{model}/infer"
-            )
-        spec = served.images
-        settings = serving.settings
-        files = await _files(await inference.body(request), request.headers, settings.max_images)
-        limits = (settings.max_image_bytes, settings.max_image_pixels)
-        jobs = [partial(decode, data, spec, *limits) for data in files]
-        arrays = await serving.preprocess.run(jobs, inference.deadline)
-        job = _job(served, spec, arrays, raw, top_k)
+    headers = headers_of(request.scope["headers"])
+    with open_request(serving, served, headers) as inference:
+        _image_spec(served)  # before a body that nobody can use
+        body = await inference.body(request)
+        files = await _form_files(body, request.headers, serving.settings.max_images) if is_form(headers) else [body]
+        prepared = _prepare(inference, files, raw, top_k)
+        job = prepared.job(await serving.preprocess.run(prepared.calls, inference.deadline))
         return AnswerResponse(inference.answer(job, await inference.run(job, request)))
+
+
+def images_job(inference: InferenceRequest, body: bytes, _: Headers) -> Preparation:
+    """What a request that is one file, without a query, asks for. Raises InvalidRequest."""
+    return _prepare(inference, [body], raw=False, top_k=TOP_K)
+
+
+def _prepare(inference: InferenceRequest, files: list[bytes], raw: bool, top_k: int) -> Preparation:
+    served, settings = inference.model, inference.serving.settings
+    spec = _image_spec(served)
+    if not files[0]:
+        raise InvalidRequest("the body is empty; send the bytes of a JPEG, PNG or WebP file")
+    limits = (settings.max_image_bytes, settings.max_image_pixels)
+    calls = tuple([partial(decode, data, spec, *limits) for data in files])
+    return Preparation(calls, lambda arrays: _job(served, spec, arrays, raw, top_k))
+
+
+def _image_spec(served: ServedModel) -> ImageSpec:
+    """How images become tensors. Raises InvalidRequest."""
+    if served.images is None:
+        name = served.key.name
+        raise InvalidRequest(
+            f"model '{name}' takes no images (its task is '{served.task}'): images go into one 4-D input with "
+            f"1 or 3 channels; POST its tensors to /v2/models/{name}/infer"
+        )
+    return served.images
 
 
 def _job(served: ServedModel, spec: ImageSpec, arrays: list[NDArray[Any]], raw: bool, top_k: int) -> Job:
@@ -92,12 +113,13 @@ def _predictions(served: ServedModel, output: str, scores: NDArray[Any], top_k: 
     return [{"labels": top_labels(row, served.folder.labels, top_k)} for row in rows]
 
 
-async def _files(body: bytes, headers: Headers, max_images: int) -> list[bytes]:
-    """The images of a request. Raises InvalidRequest, TooLarge."""
-    if not headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        if not body:
-            raise InvalidRequest("the body is empty; send the bytes of a JPEG, PNG or WebP file")
-        return [body]
+def is_form(headers: Headers) -> bool:
+    """Whether the body is not one file but a form with some."""
+    return headers.get(b"content-type", b"").lower().startswith(b"multipart/form-data")
+
+
+async def _form_files(body: bytes, headers: StarletteHeaders, max_images: int) -> list[bytes]:
+    """The images of a form. Raises InvalidRequest, TooLarge."""
 
     async def stream() -> AsyncIterator[bytes]:
         yield body

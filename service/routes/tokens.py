@@ -88,11 +88,10 @@ def engine_lengths(served: ServedModel, batch: TokenBatch) -> tuple[int, ...]:
     return batch.lengths if isinstance(served.specs.inputs[0].shape[1], str) else ()
 
 
-def embed(served: ServedModel, batch: TokenBatch, outputs: Outputs) -> NDArray[np.float32]:
-    """Sentence vectors (rows, hidden) of what a model answers. Raises EngineFailed."""
-    name = served.main_output().name
+def embed(served: ServedModel, batch: TokenBatch, values: NDArray[Any], output: str) -> NDArray[np.float32]:
+    """Sentence vectors (rows, hidden) of what a model answers in `output`. Raises EngineFailed."""
     config = served.folder.config.tokens
-    return require_finite(pool(outputs[name], batch.mask, config.pooling, config.normalize), served.key.name, name)
+    return require_finite(pool(values, batch.lengths, config.pooling, config.normalize), served.key.name, output)
 
 
 def _parse(body: bytes, settings: Settings) -> tuple[list[list[int]], list[str]]:
@@ -135,7 +134,7 @@ def _answer(
             require_finite(scores[row : row + 1, :length], model, main)[0] for row, length in enumerate(batch.lengths)
         ]
         return {"predictions": [{"tokens": [top_labels(token, labels, 1)[0] for token in row]} for row in rows]}
-    return {"embeddings": embed(served, batch, outputs)}
+    return {"embeddings": embed(served, batch, outputs[main], main)}
 
 
 def _ragged(served: ServedModel, name: str, array: NDArray[Any], lengths: tuple[int, ...]) -> list[NDArray[Any]]:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from service.batching.batcher import alone, answer, assemble, rows_of, scatter
 from service.batching.queue import Batch, Entry
@@ -242,8 +243,8 @@ class EngineWorker:
     def _run_next(self, untold: list[_Told]) -> bool:
         """One batch; nothing of it is kept while there is none to run. False when there is none any more.
 
-        The answers of the batch before are told once the next one is about to run: whoever gets them needs the
-        interpreter, which a run leaves alone, and would else keep this thread from starting it.
+        The answers of the batch before are told when the device is about to compute the next one: whoever gets them
+        needs the interpreter, which computing leaves alone, and would else keep this thread from beginning.
         """
         work = self._scheduler.take(self._expired, wait=False)
         if work is None:
@@ -292,15 +293,14 @@ class EngineWorker:
         before that)."""
         started = time.monotonic()
         try:
-            feeds = assemble(batch)
-            self._tell(untold)
-            outputs = self._models[work.key].run(feeds)
+            outputs = self._models[work.key].run(assemble(batch), partial(self._tell, untold))
             seconds = time.monotonic() - started
             with self._scattering:
                 finished = scatter(batch, outputs, work.axes)
                 for part in batch.parts:
                     part.entry.compute_seconds += seconds
         except Exception as error:
+            self._tell(untold)
             if isinstance(error, self._engine().DeviceLost):
                 self._on_lost(str(error))
                 return [report for part in batch.parts for report in self._fail(work, part.entry, error)], False

@@ -50,6 +50,17 @@ def test_many_threads_get_their_own_results_and_every_run_counts(plan_cache_byte
         assert max(counts) <= before + 240 * steps
 
 
+def test_a_run_says_when_it_starts_unless_it_never_does() -> None:
+    calls: list[int] = []  # of the first step when the run starts
+    with load() as model:
+        for _ in range(2):
+            model.run(feeds(3), lambda: calls.append(model.plan_profiles()[-1].rows[0].calls))
+        assert calls == [0, 1]
+        with pytest.raises(engine.ShapeError):
+            model.run({"x": np.zeros((3, 5), np.float32)}, lambda: calls.append(-1))
+        assert calls == [0, 1]
+
+
 def test_closing_amid_runs_waits_for_them_and_refuses_the_next() -> None:
     model = load()
     expected = model.run(feeds(9))["y"]

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -24,12 +24,14 @@ class _Model:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(
+        self, feeds: Mapping[str, np.ndarray], on_start: Callable[[], None] = lambda: None
+    ) -> dict[str, np.ndarray]:
         if next(iter(feeds.values())).flat[0] == FAULT:
             import cupy
 
             cupy.RawKernel(_KERNEL, "fault")((1,), (1,), (np.uint64(64),))
-        return self._model.run(feeds)
+        return self._model.run(feeds, on_start)
 
 
 class FaultyEngine:

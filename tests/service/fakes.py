@@ -238,10 +238,11 @@ class FakeModel:
         self._runs: Counter[tuple[tuple[str, int], ...]] = Counter()
         self._lock = threading.Lock()
 
-    def run(self, feeds: Mapping[str, Array], /) -> dict[str, Array]:
+    def run(self, feeds: Mapping[str, Array], /, on_start: Callable[[], None] = lambda: None) -> dict[str, Array]:
         """Check like the real engine, wait for the gate, compute."""
         assert not self.closed, "run after close"
         sizes = self._check(feeds)
+        on_start()
         if threading.current_thread().name.startswith(SERVING):
             first = next(iter(feeds.values()))
             self._owner.threads.append(threading.current_thread().name)

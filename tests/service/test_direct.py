@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import socket
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
+from service.codecs.images import decode
 from service.direct import DirectRequest
 from service.direct_connection import DirectConnection, _Known
 from tests.service.conftest import Running, Start, wait_for
@@ -18,7 +24,7 @@ from tests.service.conftest import Running, Start, wait_for
 ROW = [1.0, 2.0, 3.0, 4.0]
 NO_DATA = {"name": "input", "shape": [1, 4], "datatype": "FP32"}
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-INFER, TOKENS = "/v2/models/identity/infer", "/v1/models/encoder/tokens"
+INFER, TOKENS, IMAGES = "/v2/models/identity/infer", "/v1/models/encoder/tokens", "/v1/models/colours/images"
 
 
 def tensor(**changes: object) -> dict[str, object]:
@@ -34,6 +40,12 @@ def binary() -> tuple[bytes, str]:
     return header + bytes(16), f"Inference-Header-Content-Length: {len(header)}"
 
 
+def picture(kind: str, colour: str = "red") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (32, 24), colour).save(file, kind)
+    return file.getvalue()
+
+
 GOOD = body({"inputs": [tensor()]})
 CASES: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "json": (INFER, GOOD, ()),
@@ -44,6 +56,13 @@ CASES: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "binary answer": (INFER, body({"inputs": [tensor()], "parameters": {"binary_data_output": True}}), ()),
     "texts": (TOKENS, body({"text": ["a man is eating food"]}), ()),
     "ids": (TOKENS, body({"ids": [[2, 5, 3], [2, 3]]}), ()),
+    "picture": (IMAGES, picture("JPEG"), ("Content-Type: image/jpeg",)),
+    "picture of no kind": (IMAGES, picture("PNG", "blue"), ()),
+    "no picture": (IMAGES, b"\x89PNG and no more", ("Content-Type: image/png",)),
+    "empty picture": (IMAGES, b"", ("Content-Type: image/png",)),
+    "too large a picture": (IMAGES, picture("PNG") + bytes(5000), ()),
+    "no pictures": ("/v1/models/encoder/images", picture("PNG"), ()),
+    "no time for a picture": (IMAGES, picture("PNG"), ("X-Timeout-Ms: 0",)),
     "no model": ("/v2/models/nobody/infer", GOOD, ()),
     "no version": ("/v2/models/identity/versions/7/infer", GOOD, ()),
     "no tokens": ("/v1/models/identity/tokens", body({"ids": [[1]]}), ()),
@@ -122,7 +141,7 @@ def counts(server: Running) -> dict[str, float]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_both_ways_answer_and_count_the_same(start: Start, repository: Path, direct: list[object], case: str) -> None:
-    server = start(repository, max_tensor_elements=100)
+    server = start(repository, max_tensor_elements=100, max_image_bytes=4000)
     url, content, headers = CASES[case]
     answers, counted = [], []
     for chunked in (False, True):
@@ -143,6 +162,8 @@ def test_both_ways_answer_and_count_the_same(start: Start, repository: Path, dir
         (INFER, ("Accept-Encoding: gzip",)),
         (INFER, ("Expect: 100-continue",)),
         (f"{TOKENS}?raw=true", ()),
+        (f"{IMAGES}?top_k=2", ()),
+        (IMAGES, ("Content-Type: multipart/form-data; boundary=x",)),
         ("/v2/models/identit%79/infer", ()),
     ],
 )
@@ -150,6 +171,11 @@ def test_what_takes_more_than_a_call_goes_through_asgi(
     server: Running, direct: list[object], url: str, headers: tuple[str, ...]
 ) -> None:
     content = GOOD if url.startswith("/v2") else body({"ids": [[2, 3]]})
+    if url.startswith(IMAGES):
+        content = picture("PNG")
+        if headers:
+            part = b'--x\r\nContent-Disposition: form-data; name="f"; filename="a"\r\n\r\n'
+            content = part + content + b"\r\n--x--\r\n"
     with connect(server) as raw:
         raw.sendall(post(url, content, headers))
         assert read(raw)[0] == b"HTTP/1.1 200 OK"
@@ -213,11 +239,11 @@ def test_a_header_that_repeats_is_parsed_once_and_answers_are_those_of_the_bodie
             raw.sendall(row_of(number))
             assert answered(raw) == number
         assert (len(direct), len(repeated)) == (5, 4)
-        raw.sendall(row_of(10))  # a longer body, so another header
+        raw.sendall(row_of(10))  # a longer body
         assert answered(raw) == 10
-        raw.sendall(row_of(11))
-        assert answered(raw) == 11
-    assert (len(direct), len(repeated)) == (7, 5)
+        raw.sendall(row_of(-111))
+        assert answered(raw) == -111
+    assert (len(direct), len(repeated)) == (7, 6)
     assert len({request._exchange.identity for request in direct}) == 7
     assert not any(hasattr(known.request, "_job") for known in repeated), "tensors that a connection holds while idle"
     assert server.metric("http_responses_total", route="/v2/models/{model}/infer", status="200") == 7
@@ -253,6 +279,25 @@ def test_a_known_header_says_nothing_about_what_is_not_a_whole_request(
         assert read(raw)[0] == b"HTTP/1.1 400 Bad Request"
         assert raw.recv(100) == b""
     assert len(repeated) == 2
+
+
+def test_a_known_header_may_have_another_length_and_nothing_else(
+    server: Running, direct: list[object], repeated: list[object]
+) -> None:
+    long = body({"ids": [[2, 5, 3]] * 300})  # more than goes directly
+    with connect(server) as raw:
+        for content in (body({"ids": [[2, 3]]}), body({"ids": [[2, 5, 3], [2, 5, 5, 3]]}), b"", b"{}", long):
+            raw.sendall(post(TOKENS, content, ()))
+            read(raw)
+        assert (len(direct), len(repeated)) == (4, 3)
+        raw.sendall(post(TOKENS, body({"ids": [[2, 3]]}), ()))
+        assert read(raw)[0] == b"HTTP/1.1 200 OK" and len(repeated) == 4
+        short, other = post(TOKENS, b'{"ids": [[2, 3]]}', ()), post(TOKENS, b'{"ids": [[2, 3]]}', ("X-Other: 1",))
+        raw.sendall(other)
+        assert read(raw)[0] == b"HTTP/1.1 200 OK" and len(repeated) == 4
+        raw.sendall(short.replace(b"Length: 17", b"Length: +7"))
+        assert read(raw)[0] == b"HTTP/1.1 400 Bad Request"
+    assert len(repeated) == 4
 
 
 def raw_answers(raw: socket.socket, count: int) -> bytes:
@@ -293,6 +338,48 @@ def test_half_a_body_and_a_client_that_goes_is_counted_as_before(server: Running
         raw.sendall(post(INFER, GOOD, ())[:-20])
     wait_for(lambda: server.metric("inference_requests_total", model="identity", outcome="cancelled") == 1)
     assert direct == [] and server.metric("inference_inflight", model="identity") == 0
+
+
+@pytest.fixture
+def slow_decoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """No picture is decoded before the event is set."""
+    may_decode = threading.Event()
+
+    def wait(*arguments: Any) -> Any:
+        assert may_decode.wait(30)
+        return decode(*arguments)
+
+    monkeypatch.setattr("service.routes.images.decode", wait)
+    yield may_decode
+    may_decode.set()
+
+
+def test_a_picture_whose_time_is_over_while_it_is_decoded(
+    server: Running, direct: list[object], slow_decoder: threading.Event
+) -> None:
+    with connect(server) as raw:
+        raw.sendall(post(IMAGES, picture("PNG"), ("X-Timeout-Ms: 50",)))
+        assert read(raw)[0] == b"HTTP/1.1 504 Gateway Timeout"
+        slow_decoder.set()
+        raw.sendall(post(IMAGES, picture("PNG"), ()))
+        assert read(raw)[0] == b"HTTP/1.1 200 OK"
+    assert len(direct) == 2 and server.serving.preprocess._jobs == 0
+    assert server.metric("inference_inflight", model="colours") == 0
+
+
+def test_a_client_that_goes_while_its_picture_is_decoded(
+    server: Running, direct: list[object], slow_decoder: threading.Event
+) -> None:
+    with connect(server) as raw:
+        raw.sendall(post(IMAGES, picture("PNG"), ()))
+        wait_for(lambda: server.serving.preprocess._jobs == 1)
+    wait_for(lambda: server.metric("inference_requests_total", model="colours", outcome="cancelled") == 1)
+    assert server.serving.preprocess._jobs == 0 and len(direct) == 1
+    slow_decoder.set()
+    with connect(server) as raw:
+        raw.sendall(post(IMAGES, picture("PNG"), ()))
+        assert read(raw)[0] == b"HTTP/1.1 200 OK"
+    assert server.metric("inference_inflight", model="colours") == 0
 
 
 def test_an_idle_connection_is_closed_when_its_time_is_over(

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.codecs.classify import probabilities
-from service.codecs.tokens import pool
-from service.model_config import Pooling
+from service.codecs.tokens import TokenCodec, pool
+from service.model_config import Pooling, TokensConfig
+from service.workers.messages import TensorInfo
 from tests.service.conftest import Running, Start, add_model, add_tokenizer, error_of
 from tests.service.fakes import HIDDEN, KINDS, VOCABULARY, FakeEngine
 
@@ -238,14 +239,35 @@ def test_a_model_that_takes_no_tokens_says_so(shared: Running) -> None:
         assert "takes no tokens" in error_of(response)
 
 
+@pytest.mark.parametrize("dtype", ["int64", "int32", "float32"])
+@pytest.mark.parametrize("width", [5, "sequence"])
+@pytest.mark.parametrize("rows", [[[7, 8, 9]], [[7, 8, 9], [4]], [[1, 2, 3, 4, 5]]], ids=str)
+def test_every_role_gets_its_values(dtype: str, width: int | str, rows: list[list[int]]) -> None:
+    names = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+    specs = [TensorInfo(name, np.dtype(dtype), ("batch", width)) for name in names]
+    batch = TokenCodec(specs, TokensConfig(), None).batch(rows)
+    longest = width if isinstance(width, int) else max(map(len, rows))
+    zeros = [[0] * (longest - len(row)) for row in rows]
+    found = {name: handle.view() for name, handle in batch.inputs}
+    assert {array.dtype for array in found.values()} == {np.dtype(dtype)}
+    assert {name: array.tolist() for name, array in found.items()} == {
+        "input_ids": [row + rest for row, rest in zip(rows, zeros, strict=True)],
+        "attention_mask": [[1] * len(row) + rest for row, rest in zip(rows, zeros, strict=True)],
+        "token_type_ids": [[0] * longest for _ in rows],
+        "position_ids": [[*range(len(row)), *rest] for row, rest in zip(rows, zeros, strict=True)],
+    }
+    assert batch.lengths == tuple(map(len, rows))
+
+
 def test_pooling() -> None:
     vectors = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
-    mask = np.array([[True, True, False], [True, True, True]])
-    np.testing.assert_allclose(pool(vectors, mask, Pooling.MEAN, False), [[1, 2], [8, 9]])
-    np.testing.assert_allclose(pool(vectors, mask, Pooling.CLS, False), [[0, 1], [6, 7]])
-    lengths = np.linalg.norm(pool(vectors, mask, Pooling.MEAN, True), axis=1)
+    np.testing.assert_allclose(pool(vectors, (2, 3), Pooling.MEAN, False), [[1, 2], [8, 9]])
+    np.testing.assert_allclose(pool(vectors, (3, 3), Pooling.MEAN, False), [[2, 3], [8, 9]])
+    np.testing.assert_allclose(pool(vectors, (1, 2), Pooling.MEAN, False), [[0, 1], [7, 8]])  # padded to a fixed length
+    np.testing.assert_allclose(pool(vectors, (2, 3), Pooling.CLS, False), [[0, 1], [6, 7]])
+    lengths = np.linalg.norm(pool(vectors, (2, 3), Pooling.MEAN, True), axis=1)
     np.testing.assert_allclose(lengths, 1, rtol=1e-6)
-    zero = pool(np.zeros((1, 2), np.float32), mask[:1], Pooling.NONE, True)
+    zero = pool(np.zeros((1, 2), np.float32), (2,), Pooling.NONE, True)
     np.testing.assert_array_equal(zero, [[0, 0]])
 
 

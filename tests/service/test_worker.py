@@ -6,7 +6,7 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -228,6 +228,34 @@ def test_a_request_that_fails_does_not_fail_its_neighbours(harness: Harness) -> 
     assert "666" in failed.reason
 
 
+def test_answers_are_told_when_the_next_batch_starts_or_fails_before(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness.load("identity", BatchingOptions(max_batch=1))
+    model = harness.engine.models[0]
+    run, first_may_compute = model.run, threading.Event()
+
+    def watched(feeds: Any, on_start: Callable[[], None]) -> Any:
+        value = feeds["input"][0, 0]
+        if value == 2:
+            raise harness.engine.ShapeError("before it has started")
+
+        def start() -> None:
+            on_start()
+            assert value != 1 or first_may_compute.wait(30)
+
+        return run(feeds, start)
+
+    monkeypatch.setattr(model, "run", watched)
+    harness.hold()
+    for number in (1, 2, 3):
+        harness.infer(number, float(number))
+    harness.engine.gate.set()
+    assert harness.next(InferResult).id == 0
+    first_may_compute.set()
+    assert list(harness.answers(3)) == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [("OutOfMemory", FailureCode.OUT_OF_MEMORY), ("EngineError", FailureCode.ENGINE)],
@@ -413,10 +441,10 @@ def test_a_request_whose_last_rows_are_done_first_waits_for_the_others(
     model = harness.engine.models[0]
     run, first_may_end, calls = model.run, threading.Event(), itertools.count()
 
-    def slow_first(feeds: Any) -> Any:
+    def slow_first(feeds: Any, on_start: Callable[[], None]) -> Any:
         if next(calls) == 0:
             assert first_may_end.wait(60)
-        return run(feeds)
+        return run(feeds, on_start)
 
     monkeypatch.setattr(model, "run", slow_first)
     rows = np.arange(16, dtype=np.float32).reshape(4, 4)
