@@ -192,7 +192,7 @@ def cast(value: Expr, dtype: DType) -> Expr:
 def const(value: float | int | bool, dtype: DType = DType.F32) -> Const:
     """A literal of type `dtype`."""
     if dtype.is_float:
-        return Const(float(np.asarray(value, dtype.numpy)), dtype)
+        return Const(float(dtype.convert(np.asarray(value, np.float64))), dtype)
     return Const(bool(value) if dtype is DType.BOOL else int(value), dtype)
 
 

@@ -31,6 +31,16 @@ def test_constants_are_rounded_to_their_type() -> None:
     assert ex.const(3.9, DType.I32).value == 3
 
 
+def test_casts_to_8_bit_floats_round_to_nearest_and_saturate() -> None:
+    x = np.array([1.0625, 1.1875, -3.3, 448, 464, 465, -1e30, np.inf, np.nan, 2.0**-10, 1.1 * 2.0**-10], np.float64)
+    got = ex.evaluate(ex.cast(ex.Arg(0, DType.F64), DType.F8E4M3), [x])
+    assert got.dtype == DType.F8E4M3.numpy
+    expected = [1, 1.25, -3.25, 448, 448, 448, -448, 448, np.nan, 0, 2.0**-9]
+    np.testing.assert_array_equal(got.astype(np.float64), expected)
+    assert ex.const(500.0, DType.F8E4M3).value == 448
+    assert ex.cast(ex.const(-1e9), DType.F8E4M3) == ex.const(-448.0, DType.F8E4M3)
+
+
 def test_walk_gives_each_shared_node_once_operands_first() -> None:
     shared = ex.apply(PointOp.MUL, X, Y)
     root = ex.apply(PointOp.ADD, shared, shared)
