@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from engine.targets.cuda.gemm_stream import AnyTile, StreamTile, narrow_stream_tile, stream_tile
+from engine.targets.cuda.gemm_stream import AnyTile, StreamTile, stream_tile
 from engine.targets.cuda.kernel import Choice, Functor
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.source import expand
@@ -52,7 +52,7 @@ def key_of(product: Product, operands: Operands, epilogue: Functor) -> str:
 def choice_of(tile: AnyTile, us: float) -> Choice:
     """A tile as the file has it, with the time that it took."""
     if isinstance(tile, StreamTile):
-        return {"kernel": "stream", "narrow": tile.narrow, "us": us}
+        return {"kernel": "stream", "us": us}
     kernel = "wgmma" if isinstance(tile, WgmmaTile) else "mma"
     choice: dict[str, str | int | float | bool] = {
         "kernel": kernel, "m": tile.m, "n": tile.n, "splits": tile.splits, "us": us,
@@ -65,7 +65,7 @@ def choice_of(tile: AnyTile, us: float) -> Choice:
 def tile_text(tile: AnyTile) -> str:
     """A tile for people."""
     if isinstance(tile, StreamTile):
-        return f"slices of {32 * tile.groups} columns{', narrow rows' if tile.narrow else ''}"
+        return f"slices of {32 * tile.groups} columns"
     kernel = "wgmma" if isinstance(tile, WgmmaTile) else "mma"
     turns = " cooperative" if isinstance(tile, WgmmaTile) and tile.cooperative else ""
     copied = ", rows copied" if isinstance(tile, WgmmaTile) and tile.aligns else ""
@@ -81,7 +81,7 @@ def tile_of(choice: Choice, product: Product, operands: Operands) -> AnyTile | N
     """The tile that a choice names, if it is one for such a product."""
     kernel, splits, aligns = choice.get("kernel"), choice.get("splits"), choice.get("aligns")
     if kernel == "stream":
-        return narrow_stream_tile(product, operands) if choice.get("narrow") else stream_tile(product, operands)
+        return stream_tile(product, operands)
     wgmma = (*PRODUCT_TILES, *STAGED_TILES, *CLUSTER_TILES, *BATCHED_TILES)
     tiles: tuple[Tile, ...] = wgmma if kernel == "wgmma" else MMA_TILES if kernel == "mma" else ()
     fitting = [t for t in tiles if (t.m, t.n) == (choice.get("m"), choice.get("n"))]

@@ -35,10 +35,6 @@ from engine.targets.cuda.kernel import (
 )
 from engine.targets.cuda.spaces import MAX_COUNT, VECTOR
 
-MEANS_TAKEN = False
-"""Whether graphs are made with means beside depthwise convolutions (`Traits.conv_means`), which pays in this kernel
-only."""
-
 _LONGEST_PERIOD = 8  # rows that the loop is unrolled over
 _MOST_WARPS = 16
 _LARGEST_BOX = 256  # pixels of one copy

@@ -26,9 +26,6 @@ from engine.targets.cuda.kernel import (
 )
 from engine.targets.cuda.spaces import VECTOR, operands, space
 
-TAKEN = False
-"""Whether graphs are made with such steps (`Traits.excitations`). The kernel has not been measured."""
-
 _THREADS = 512
 _BLOCK_LOADS = 24
 """Loads of eight weights of a thread, in both layers together, from which on more blocks share an image's outputs."""

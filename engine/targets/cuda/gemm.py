@@ -21,7 +21,6 @@ from engine.targets.cuda.gemm_stream import (
     AnyTile,
     StreamTile,
     launch_stream,
-    narrow_stream_tile,
     stream_tile,
     streams_faster,
 )
@@ -184,9 +183,6 @@ def other_tiles(product: Product, epilogue: Functor, context: Context) -> Mappin
         every[Way.CLUSTER] += ranked_cluster(product, operands, multiprocessors, epilogue.reads, staged)
     if wgmma and product.suits_tma_batched:
         every[Way.BATCHED] += ranked_batched(product, operands, multiprocessors, epilogue.reads)
-    slices = narrow_stream_tile(product, operands)
-    if slices is not None:
-        every[Way.NARROW].append(ranked_stream(product, slices, operands, multiprocessors))
     return {way: sorted(tiles, key=lambda ranked: ranked.estimate.cycles) for way, tiles in every.items()}
 
 

@@ -20,13 +20,12 @@ _MOST_BYTES = 64  # of k: 16 bytes a lane. A tile of wgmma would be half empty
 
 @dataclass(frozen=True)
 class StreamTile:
-    """All columns of a slice of rows, in `groups` of 32; a lane loads `words` of 4 bytes of a row, at once or, where
-    rows are `narrow`, one by one. `refined`: the columns are multiplied in two parts."""
+    """All columns of a slice of rows, in `groups` of 32; a lane loads `words` of 4 bytes of a row at once. `refined`:
+    the columns are multiplied in two parts."""
 
     groups: int
     words: int
     refined: bool = False
-    narrow: bool = False
 
     @property
     def blocks(self) -> int:
@@ -41,26 +40,23 @@ class StreamTile:
     def config(self) -> dict[str, int | bool | str]:
         return {
             "groups": self.groups, "words": self.words, "threads": _THREADS, "blocks": self.blocks,
-            "shared_bytes": self.shared_bytes, "refined": self.refined, "narrow": self.narrow,
+            "shared_bytes": self.shared_bytes, "refined": self.refined,
         }  # fmt: skip
 
 
 def stream_tile(product: Product, operands: Operands) -> StreamTile | None:
     """How the kernel takes a product, if it can: operands that are read 16 bytes at once, and a k that registers hold.
     fp32 is rounded to tf32, or split."""
-    return _tile(product, operands, narrow=False) if product.suits_tma else None
-
-
-def narrow_stream_tile(product: Product, operands: Operands) -> StreamTile | None:
-    """The same of rows that begin at multiples of 4 bytes only."""
-    return _tile(product, operands, narrow=True) if product.suits_tma_aligned and product.a_access == 4 else None
-
-
-def _tile(product: Product, operands: Operands, narrow: bool) -> StreamTile | None:
     k_bytes = product.k * operands.itemsize
-    if operands is Operands.EXACT or operands.itemsize == 1 or k_bytes > _MOST_BYTES or product.n > _MOST_COLUMNS:
+    if (
+        not product.suits_tma
+        or operands is Operands.EXACT
+        or operands.itemsize == 1
+        or k_bytes > _MOST_BYTES
+        or product.n > _MOST_COLUMNS
+    ):
         return None
-    return StreamTile(ceildiv(product.n, _GROUP), 2 if k_bytes <= 32 else 4, operands is Operands.REFINED, narrow)
+    return StreamTile(ceildiv(product.n, _GROUP), 2 if k_bytes <= 32 else 4, operands is Operands.REFINED)
 
 
 AnyTile: TypeAlias = Tile | StreamTile
@@ -83,9 +79,6 @@ def stream_cycles(product: Product, tile: StreamTile, multiprocessors: int, item
     """Estimated cycles in slices."""
     slices = ceildiv(product.m, _SLICE)
     instructions = 2 * tile.groups * _PIECE + _SLICE_OVERHEAD + tile.groups * tile.words * (4 if tile.refined else 3)
-    instructions += (
-        6 * tile.words if tile.narrow else 0
-    )  # a comparison, an addition and a load for every word of two rows
     issue = ceildiv(slices, multiprocessors) * instructions / _ISSUED
     warps = multiprocessors * tile.blocks * _THREADS // 32
     wait = ceildiv(slices, warps) * (_WAIT + 100 * tile.groups)

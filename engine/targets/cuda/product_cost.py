@@ -40,7 +40,6 @@ class Way(Enum):
     STAGED = "results through shared memory (kernels/mma/staging.cuh)"
     BATCHED = "several matrices, or across the lines of b, on wgmma (kernels/mma/batch_load.cuh)"
     CLUSTER = "blocks in pairs that share an operand's tile (kernels/mma/cluster.cuh)"
-    NARROW = "slices of rows that begin at multiples of 4 bytes (kernels/gemm_stream.cuh)"
 
 
 CHOSEN_BY_MODEL = frozenset({Way.STAGED, Way.BATCHED})

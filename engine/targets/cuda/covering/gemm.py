@@ -27,7 +27,7 @@ from engine.targets.cuda.covering.build import (
     weight,
 )
 from engine.targets.cuda.gemm import epilogue_of, launch_product, launches_of, operands_of
-from engine.targets.cuda.gemm_stream import narrow_stream_tile, stream_tile
+from engine.targets.cuda.gemm_stream import stream_tile
 from engine.targets.cuda.kernel import Context, Launch
 from engine.targets.cuda.product import product_of
 from engine.targets.cuda.tiles import BATCHED_TILES, CLUSTER_TILES, MMA_TILES, STAGED_TILES, WGMMA_TILES, Tile
@@ -85,13 +85,12 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
     short: list[Step] = [
         *(_product(dtype, 5000, k, 96 + k) for dtype, k in ((F16, 16), (DType.BF16, 32), (F32, 8), (F32, 16))),
         _product(F16, 5000, 32, 128, residual=True),
-        _product(F16, 5000, 26, 81),
     ]
     for step in (*short, *(computed(step) for step in short[2:4])):
         assert isinstance(step.op, Gemm)
         product = product_of(step, rounding)
         operands = operands_of(product, rounding)
-        slices = stream_tile(product, operands) or narrow_stream_tile(product, operands)
+        slices = stream_tile(product, operands)
         assert slices is not None
         epilogue = epilogue_of(step, step.op.stores, (0, 1), product.n)
         yield f"gemm {slices}", launch_product(product, epilogue, slices, rounding)

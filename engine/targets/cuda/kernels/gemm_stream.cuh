@@ -80,24 +80,12 @@ DEVICE void store_share(u32 fragments, const Share& share) {
   }
 }
 
-// The same of a row that begins at a multiple of 4 bytes and is as long: a word after the other.
-DEVICE Words load_narrow(const Element* matrix, i64 stride, u32 row, u32 rows, u32 k, u32 ks) {
-  constexpr u32 PER_WORD = 4 / sizeof(Element);
-  const u32* const first = reinterpret_cast<const u32*>(matrix + row * stride + k);
-  Words words = {};
-#pragma unroll
-  for (u32 i = 0; i < WORDS; ++i)
-    if (row < rows && k + i * PER_WORD < ks) words.word[i] = first[i];
-  return words;
-}
-
 struct Slice { Words upper, lower; };  // rows r and r + 8, r = lane / 4
 
 DEVICE Slice load_slice(const Params& p, u32 row, u32 quad) {
   const u32 k = quad * LANE_K;
   Slice slice;
-  if constexpr (config::narrow) slice = {load_narrow(p.a, p.a_stride, row, p.m, k, p.k), load_narrow(p.a, p.a_stride, row + 8, p.m, k, p.k)};
-  else slice = {load_words(p.a, p.a_stride, row, p.m, k, p.k), load_words(p.a, p.a_stride, row + 8, p.m, k, p.k)};
+  slice = {load_words(p.a, p.a_stride, row, p.m, k, p.k), load_words(p.a, p.a_stride, row + 8, p.m, k, p.k)};
 #pragma unroll
   for (int i = 0; i < WORDS; ++i) {
     slice.upper.word[i] = rounded(slice.upper.word[i]);

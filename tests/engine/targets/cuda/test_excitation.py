@@ -14,7 +14,7 @@ from engine.ir.ops import ConvExcitation, ConvMean, Excitation
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda import covering as cv
-from engine.targets.cuda import depthwise_rows, excitation, families
+from engine.targets.cuda import depthwise_rows
 from engine.targets.cuda.architecture import SM_80, SM_90A
 from engine.targets.cuda.conv_excitation import lower_rows, with_mean
 from engine.targets.cuda.conv_geometry import Geometry
@@ -102,11 +102,10 @@ def test_a_step_is_lowered_whatever_runs_the_convolution(
     runner: Runner, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two launches where rows stream, three with the mean in the workspace elsewhere."""
-    monkeypatch.setattr(depthwise_rows, "TAKEN", taken, raising=False)
     if not taken:
         monkeypatch.setattr(depthwise_rows, "pick", lambda *_, **__: None)
     cases = []
-    for context in (runner.context, runner.portable):
+    for context in (runner.context, replace(runner.context, architecture=SM_80)):
         step = excited(2, 48, 15, 3, 1, 6)
         launches = family_of(step.op).lower(step, context)
         streams = taken and context.architecture.wgmma
@@ -146,12 +145,7 @@ def test_what_it_does_not_take() -> None:
     assert lower(excitation_step(0, 16, 4, 16), CONTEXT) == []
 
 
-def test_graphs_are_made_with_what_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    for taken in (False, True):
-        monkeypatch.setattr(excitation, "TAKEN", taken)
-        monkeypatch.setattr(depthwise_rows, "MEANS_TAKEN", taken)
-        monkeypatch.setattr(families, "SCALED_WEIGHTS_TAKEN", taken)
-        traits = traits_of(SM_90A)
-        assert {traits.excitations, traits.conv_means, traits.scaled_weights} == {taken}
-        assert traits_of(SM_80).excitations == taken
-        assert not traits_of(SM_80).conv_means, "no other GPU has the kernel"
+def test_graphs_are_made_with_it_where_rows_stream() -> None:
+    traits = traits_of(SM_90A)
+    assert traits.excitations and traits.conv_means and traits.scaled_weights
+    assert not (traits_of(SM_80).excitations or traits_of(SM_80).conv_means), "no other GPU has the kernel"
