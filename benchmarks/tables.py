@@ -195,7 +195,7 @@ def _exports(results: Results, rows: Sequence[Row]) -> str:
     lines = [_row(heads), _row(["---", "---", "---:", "---:", "---", "---:", "---:"])]
     for row in rows:
         why = _ORIGIN.sub(r"\1\2 ", row.reasons.get("packed", ""))
-        packed = "yes" if row.facts.get("packed") else f"no: {why}"
+        packed = "yes" if row.facts.get("packed") else why if why.startswith("no ") else f"no: {why}"
         fused = f"{row.facts.get('attentions', 0)} of {attentions[row.case]}"
         errors = [f"{row.errors[name]:.0e}" if name in row.errors else "–" for name in names]
         case = f"{row.case} **failed**" if row.failure else row.case

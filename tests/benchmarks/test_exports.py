@@ -126,7 +126,7 @@ def test_a_table_says_what_was_recognised_and_why_not(tmp_path: Path) -> None:
         "| --- | --- | ---: | ---: | --- | ---: | ---: |",
         f"| {BERT.name} | pytorch 2.11.0 | 14 | 2 of 2 | yes | 2e-07 | 1e-07 |",
         f"| {t5.name} | pytorch 2.11.0 | 17 | 2 of 2 | no: attention: its bias is more than a 'mask' | 2e-07 | 1e-07 |",
-        f"| {vit.name} **failed** | pytorch 2.11.0 | 17 | 1 of 2 | no: no mask | 1e-03 | – |",
+        f"| {vit.name} **failed** | pytorch 2.11.0 | 17 | 1 of 2 | no mask | 1e-03 | – |",
     ]
 
 
