@@ -12,6 +12,7 @@ from engine.ir.graph import Node, Shape, Value
 from engine.ir.ops import (
     Attention,
     Concat,
+    Conv,
     Expand,
     Gather,
     Gemm,
@@ -84,6 +85,8 @@ def _packed(rows: Rows, node: Node) -> _Made:
             return _expression(rows, node)
         case Gemm():
             return _gemm(rows, node, op)
+        case Conv():
+            return _conv(rows, node, op)
         case Reshape():
             return _reshape(rows, node, op)
         case Transpose():
@@ -200,6 +203,18 @@ def _gemm(rows: Rows, node: Node, op: Gemm) -> _Made:
     _demand(all(dim == 1 for dim in lead), node, "has another matrix for every position or sequence")
     others = _adapted(rows, node, range(fixed_operands(op), len(node.inputs)), rank, axes)
     return _Made(op, (found.value, rows.in_plain(b), *others), axes)
+
+
+def _conv(rows: Rows, node: Node, op: Conv) -> _Made:
+    """A convolution that is a product with the channels of every position alone."""
+    x, weight = node.inputs[:2]
+    is_product = op.is_pointwise and not op.transposed and all(dim == 1 for dim in weight.shape[2:])
+    _demand(is_product, node, "mixes positions")
+    _demand(weight not in rows.dependent, node, "multiplies tokens with tokens")
+    found = rows.in_packed(x)
+    _demand(1 not in found.axes.all, node, "sums over positions")
+    others = _adapted(rows, node, range(fixed_operands(op), len(node.inputs)), x.rank, found.axes)
+    return _Made(op, (found.value, rows.in_plain(weight), *others), found.axes)
 
 
 def _reshape(rows: Rows, node: Node, op: Reshape) -> _Made:

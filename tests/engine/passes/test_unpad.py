@@ -127,6 +127,12 @@ TAILS = {
     "batch norm of features": (
         "ht = Transpose<perm=[0,2,1]>(h) y = BatchNormalization(ht, g, bv, bv, variance)", "double[b,n,s] y",
     ),
+    "convolution of single positions": (
+        "ht = Transpose<perm=[0,2,1]>(h) y = Conv(ht, point, bv)", "double[b,n,s] y",
+    ),
+    "grouped convolution of single positions": (
+        "ht = Transpose<perm=[0,2,1]>(h) y = Conv<group=3>(ht, grouped_point)", "double[b,n,s] y",
+    ),
     "an axis of one that comes and goes": (
         "hu = Unsqueeze(h, axes_1) ht = Transpose<perm=[0,3,1,2]>(hu) y = Squeeze(ht, axes_2)", "double[b,n,s] y",
     ),
@@ -311,6 +317,9 @@ FAILING_TAILS = {
     "convolution": (
         "ht = Transpose<perm=[0,2,1]>(h) y = Conv<kernel_shape=[3], pads=[1,1]>(ht, filter)", "double[b,n,s] y",
         "mixes positions",
+    ),
+    "convolution of every second position": (
+        "ht = Transpose<perm=[0,2,1]>(h) y = Conv<strides=[2]>(ht, point)", "double[b,n,m] y", "mixes positions",
     ),
     "softmax over positions": ("y = Softmax<axis=1>(h)", "double[b,s,n] y", "goes over positions"),
     "instance norm": (
