@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     commands = {
         "kernels": kernels, "tiles": tiles, "models": models, "accuracy": accuracy, "ready": ready, "metrics": metrics,
-        "cpu": cpu, "merge": merge, "tables": tables,
+        "cpu": cpu, "exports": exports, "merge": merge, "tables": tables,
     }  # fmt: skip
     run = commands[options.command]
     try:
@@ -184,6 +184,20 @@ def cpu(options: argparse.Namespace) -> int:
     return recorder.end(len(chosen))
 
 
+def exports(options: argparse.Namespace) -> int:
+    """Models as their exporters write them, on the CPU."""
+    from benchmarks.exports import measure_all
+
+    deadline = _deadline(options)
+    device = _cpu_device(options.threads)
+    chosen = _chosen(options, cases.exports.CASES, device)
+    recorder = Recorder(device, new_run("cpu", options.commit, None), options.results)
+    for case, found in measure_all(chosen, deadline):
+        present = kernel_hash(device, case)
+        recorder.add(case, found.measurement, present, facts=found.facts, producer=found.producer)
+    return recorder.end(len(chosen))
+
+
 def _deadline(options: argparse.Namespace) -> float:
     """When no more cases are begun, as `time.monotonic` has it."""
     return time.monotonic() + (math.inf if options.deadline is None else options.deadline)
@@ -309,6 +323,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--suite", action="append", choices=("models", "layers"), help="(default: both)")
     _add_threads(command, "of each side")
     command.add_argument("--rounds", type=int, default=ROUNDS, help="alternating rounds (default: %(default)s)")
+    command = commands.add_parser("exports", parents=[measuring], help="models of several exporters, on the CPU")
+    _add_threads(command, "of the device whose rows they are")
     command = commands.add_parser("tables", parents=[results], help="the documents' tables, from the results")
     command.add_argument("documents", nargs="*", type=Path, default=list(DOCUMENTS), help="(default: README and docs)")
     command.add_argument("--check", action="store_true", help="change nothing; say what is missing, stale or failed")

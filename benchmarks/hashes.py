@@ -2,7 +2,7 @@
 
 A GPU kernel's row depends on the complete sources of the kernels that the case launches, which hold their tiles, types
 and expressions; a row of a model or of the server on all kernels and passes; a row of the CPU on the code generators
-and passes.
+and passes; a row of an export on its file, the frontend and the packer as well.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from benchmarks import cases
 from benchmarks.results import Device
 
 _ENGINE = Path(__file__).parent.parent / "engine"
+FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
 _SHARED = ("ir", "passes", "plan")
 _DIGITS = 16
 _WHOLE = (cases.models.ModelCase, cases.accuracy.AccuracyCase, cases.ready.ReadyCase, cases.metrics.MetricsCase)
@@ -23,6 +24,8 @@ _WHOLE = (cases.models.ModelCase, cases.accuracy.AccuracyCase, cases.ready.Ready
 def kernel_hash(device: Device, case: cases.Case) -> str:
     """The hash that a row of `case` on `device` has with the present sources. Raises EngineError where the case has no
     kernel, ImportError for a GPU's kernels without the packages of the extra `kernels`."""
+    if isinstance(case, cases.exports.ExportCase):
+        return export_hash(case)
     if not device.architecture:
         return tree_hash("targets/cpu")
     if isinstance(case, _WHOLE):
@@ -31,6 +34,14 @@ def kernel_hash(device: Device, case: cases.Case) -> str:
 
     assert isinstance(case, steps.KERNEL_CASES)
     return hash_texts(steps.kernel_sources(case, steps.context(device.architecture, device.multiprocessors)))
+
+
+def export_hash(case: cases.exports.ExportCase, folder: Path = FIXTURES) -> str:
+    """The hash of what an export's row depends on. Where its file is missing, another than any row has."""
+    files = [folder / f"{case.name}{suffix}" for suffix in (".onnx", ".npz")]
+    content = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()]
+    packing = (_ENGINE / "packing.py").read_text(encoding="utf-8")
+    return hash_texts([tree_hash("targets/cpu"), tree_hash("frontend"), packing, *content])
 
 
 @cache

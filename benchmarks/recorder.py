@@ -37,6 +37,7 @@ class Recorder:
         facts: Mapping[str, int] = MappingProxyType({}),
         seconds: Mapping[str, float] = MappingProxyType({}),
         figures: Mapping[str, float] = MappingProxyType({}),
+        producer: str = "",
     ) -> None:
         """Keep and print one case."""
         error = measurement.rel_err
@@ -62,6 +63,7 @@ class Recorder:
             errors={size: found for size, found in measurement.errors.items() if math.isfinite(found)},
             seconds={name: round(value, 2) for name, value in seconds.items()},
             figures={name: round(value, 4) for name, value in figures.items()},
+            producer=producer,
         )
         self._results.add(self._run, row)
         self._results.save(self._folder)

@@ -85,7 +85,8 @@ class Row:
     tile says. Of models on a GPU, `run_us`: `Model.run` with its copies, and `host_us`: the host's part of a run that
     nothing waits for. A row with a `failure` has no times. Rows of the suite `accuracy` have none either, but `errors`
     by size and `facts`: counts of steps and kernels, and bytes. Rows of the suite `ready` have `seconds` from a start,
-    those of `metrics` `figures` (benchmarks/gpu/metrics.py), which stay beside a failure.
+    those of `metrics` `figures` (benchmarks/gpu/metrics.py), which stay beside a failure. Rows of the suite `exports`
+    have `errors` by what they are compared with, `facts`, and the `producer` that their file names.
     """
 
     suite: str
@@ -109,6 +110,7 @@ class Row:
     errors: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
+    producer: str = ""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -206,5 +208,6 @@ def _without_defaults(row: Row) -> dict[str, Any]:
     """The row's fields, less the optional ones that say nothing."""
     optional = (
         "parts", "reasons", "run_us", "failure", "facts", "predicted_us", "host_us", "errors", "seconds", "figures",
+        "producer",
     )  # fmt: skip
     return {key: value for key, value in asdict(row).items() if value or key not in optional}

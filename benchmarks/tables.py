@@ -16,6 +16,7 @@ from pathlib import Path
 from benchmarks import cases, convolutions
 from benchmarks.cases.accuracy import BOUNDS, AccuracyCase
 from benchmarks.cases.conv import ConvCase
+from benchmarks.cases.exports import ExportCase
 from benchmarks.cases.metrics import BANDS, MetricsCase
 from benchmarks.cases.ready import ReadyCase
 from benchmarks.hashes import kernel_hash
@@ -59,6 +60,8 @@ def render(results: Results, rows: Sequence[Row]) -> str:
         return _ready(results, rows)
     if all(row.suite == MetricsCase.suite for row in rows):
         return _metrics(results, rows)
+    if all(row.suite == ExportCase.suite for row in rows):
+        return _exports(results, rows)
     is_convolution = all(row.suite == ConvCase.suite for row in rows)
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("ours", lambda row: "**failed**" if row.failure else _us(row.ours_us))
@@ -224,6 +227,25 @@ def _accuracy(results: Results, rows: Sequence[Row]) -> str:
         failed = f"**failed** {error}" if row.failure else error
         lines.append(_row([row.case, failed, f"{bounds[row.case]:g}", *counts, *sizes]))
     return "\n".join([*lines, "", f"MB (10⁶ bytes). {_source(results, rows)}.", ""])
+
+
+_ORIGIN = re.compile(r"^(\w+) '[^']*'?(:?) ")  # of a refusal: the node's name, which may be cut off
+
+
+def _exports(results: Results, rows: Sequence[Row]) -> str:
+    """Rows of exports as a Markdown table: attentions recognised, packed or why not, errors."""
+    attentions = {case.name: case.attentions for case in cases.exports.CASES}
+    names = ("PyTorch", "ONNX Runtime")
+    heads = ["export", "written by", "opset", "fused", "packed", *(f"from {name}" for name in names)]
+    lines = [_row(heads), _row(["---", "---", "---:", "---:", "---", "---:", "---:"])]
+    for row in rows:
+        why = _ORIGIN.sub(r"\1\2 ", row.reasons.get("packed", ""))
+        packed = "yes" if row.facts.get("packed") else why if why.startswith("no ") else f"no: {why}"
+        fused = f"{row.facts.get('attentions', 0)} of {attentions[row.case]}"
+        errors = [f"{row.errors[name]:.0e}" if name in row.errors else "–" for name in names]
+        case = f"{row.case} **failed**" if row.failure else row.case
+        lines.append(_row([case, row.producer, str(row.facts.get("opset", "–")), fused, packed, *errors]))
+    return "\n".join([*lines, "", f"{_source(results, rows)}.", ""])
 
 
 def _row(cells: Sequence[str]) -> str:

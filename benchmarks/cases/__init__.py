@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
-from benchmarks.cases import accuracy, attention, conv, cpu, gemm, light, metrics, models, ready
+from benchmarks.cases import accuracy, attention, conv, cpu, exports, gemm, light, metrics, models, ready
 
 
 class Case(Protocol):
@@ -49,7 +49,12 @@ GPU: Mapping[str, Sequence[Case]] = {
     "metrics": METRICS,
     **KERNELS,
 }
-CPU: Mapping[str, Sequence[Case]] = {"models": CPU_MODELS, "layers": CPU_LAYERS, "ready": ready.CPU_CASES}
+CPU: Mapping[str, Sequence[Case]] = {
+    "models": CPU_MODELS,
+    "layers": CPU_LAYERS,
+    "ready": ready.CPU_CASES,
+    "exports": exports.CASES,
+}
 
 
 def suites_of(stem: str) -> Mapping[str, Sequence[Case]]:

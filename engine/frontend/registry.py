@@ -39,7 +39,8 @@ _OPERATORS: dict[tuple[str, str], list[Operator]] = {}
 def operator(*names: str, since: int = 1, domain: str = "") -> Callable[[F], F]:
     """Register the decorated function for `names` from opset `since` of `domain` on.
 
-    The function takes the node and then one `Value` per ONNX input; inputs with a default are optional.
+    The function takes the node and then one `Value` per ONNX input; inputs with a default, or annotated as
+    `Value | None`, are optional.
     """
 
     def register(function: F) -> F:
@@ -47,7 +48,7 @@ def operator(*names: str, since: int = 1, domain: str = "") -> Callable[[F], F]:
         entry = Operator(
             function,
             since,
-            tuple(p.default is p.empty for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD),
+            tuple(_is_required(p) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD),
             any(p.kind is p.VAR_POSITIONAL for p in parameters),
         )
         for name in names:
@@ -57,6 +58,11 @@ def operator(*names: str, since: int = 1, domain: str = "") -> Callable[[F], F]:
         return function
 
     return register
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    # Annotations are text: they are not evaluated.
+    return parameter.default is parameter.empty and "None" not in str(parameter.annotation)
 
 
 def find(domain: str, name: str, version: int) -> Operator | None:

@@ -21,6 +21,7 @@ from engine.ir.ops.light import iteration_shape
 from engine.passes.editor import Editor
 from engine.passes.simplify import simplified
 from engine.passes.terms import Terms, without_casts
+from engine.passes.views import reshape
 
 _LOWEST = float(np.finfo(np.float32).min)
 _MASKED = -1e4  # a fill at or below this is meant to switch an element off
@@ -37,12 +38,10 @@ class Scores:
     bias: Expr | None = None
     between: tuple[Node, ...] = ()
 
-    def plus(self, bias: Expr, shape: Shape) -> Scores | None:
-        """With a further bias. Biases of two shapes (before and after the heads are cut apart) are not one bias."""
+    def plus(self, bias: Expr) -> Scores:
+        """With a further bias, in the same shape."""
         if self.bias is None:
-            return replace(self, bias=bias, shape=shape)
-        if shape != self.shape:
-            return None
+            return replace(self, bias=bias)
         dtype = bias.dtype if bias.dtype is self.bias.dtype else DType.F32
         return replace(self, bias=ex.apply(PointOp.ADD, ex.cast(self.bias, dtype), ex.cast(bias, dtype)))
 
@@ -106,13 +105,30 @@ def _read_scaled(editor: Editor, terms: Terms, e: Apply, shape: Shape, depth: in
 
 def _read_sum(editor: Editor, terms: Terms, e: Apply, shape: Shape, depth: int) -> Scores | None:
     a, b = e.args
-    found = _read(editor, terms, a, shape, depth + 1)
+    found = _read_in(editor, terms, a, shape, depth)
     if found is not None:
-        return found.plus(b if e.op is PointOp.ADD else ex.apply(PointOp.NEG, b), shape)
+        return found.plus(b if e.op is PointOp.ADD else ex.apply(PointOp.NEG, b))
     if e.op is PointOp.SUB:
         return None
-    found = _read(editor, terms, b, shape, depth + 1)
-    return None if found is None else found.plus(a, shape)
+    found = _read_in(editor, terms, b, shape, depth)
+    return None if found is None else found.plus(a)
+
+
+def _read_in(editor: Editor, terms: Terms, e: Expr, shape: Shape, depth: int) -> Scores | None:
+    """What `e` is, with its bias, where there is one, in `shape`: before the heads were cut apart it was in another."""
+    found = _read(editor, terms, e, shape, depth + 1)
+    if found is None or found.shape == shape:
+        return found
+    if found.bias is None:
+        return replace(found, shape=shape)
+    held = bias_value(editor, terms, found, found.product.origin)
+    if held is None:
+        return None
+    lead, last = (*[1] * (len(found.shape) - held.rank), *held.shape[:-2]), held.shape[-2:]
+    if any(dim != 1 for dim in lead) and lead != found.shape[:-2]:
+        return None
+    lead = shape[:-2] if lead == found.shape[:-2] else (1,) * (len(shape) - 2)
+    return replace(found, bias=terms.of(reshape(editor, held, (*lead, *last), found.product.origin)), shape=shape)
 
 
 def _read_selection(editor: Editor, terms: Terms, e: Apply, shape: Shape, depth: int) -> Scores | None:
@@ -121,16 +137,14 @@ def _read_selection(editor: Editor, terms: Terms, e: Apply, shape: Shape, depth:
         fill = without_casts(fill)
         if not isinstance(fill, Const) or not fill.value <= _MASKED:
             continue
-        found = _read(editor, terms, kept, shape, depth + 1)
+        found = _read_in(editor, terms, kept, shape, depth)
         if found is None:
             return None
         wide = DType.F64 if e.dtype is DType.F64 else DType.F32
         masked = ex.const(fill.value if np.isinf(fill.value) else _LOWEST, wide)
-        if found.bias is not None and found.shape != shape:
-            return None
         present = ex.const(0.0, wide) if found.bias is None else ex.cast(found.bias, wide)
         chosen = (present, masked) if kept is a else (masked, present)
-        return replace(found, shape=shape, bias=ex.apply(PointOp.WHERE, condition, *chosen))
+        return replace(found, bias=ex.apply(PointOp.WHERE, condition, *chosen))
     return None
 
 

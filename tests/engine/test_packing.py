@@ -17,9 +17,6 @@ from engine.packing import LEAST_SAVING, prefix_lengths, token_bucket
 from tests.engine.passes.encoders import EMBEDDING, ROWS, encoder, in_float32, lengths_mask
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
-ENCODERS = sorted(
-    path.stem for path in FIXTURES.glob("*.onnx") if path.stem.startswith(("bert", "distilbert", "gpt2", "roberta"))
-)
 TOLERANCE = 1e-5  # largest difference; the numbers are of the order of 1
 SENTENCES = [
     "A man is eating food.",
@@ -113,26 +110,6 @@ def test_random_lengths_agree(minilm: tuple[engine.Model, engine.Model]) -> None
         assert not got[mask == 0].any()
         alone = packed.run({name: array[:1, : mask[0].sum()] for name, array in feeds.items()})["last_hidden_state"]
         assert np.abs(got[0, : mask[0].sum()] - alone[0]).max() <= TOLERANCE
-
-
-@pytest.mark.parametrize("name", ENCODERS)
-def test_encoders_of_both_exporters_run_packed(name: str) -> None:
-    arrays = np.load(FIXTURES / f"{name}.npz")
-    rng = np.random.default_rng(1)
-    with engine.load(FIXTURES / f"{name}.onnx", device="cpu") as model:
-        assert model.packed_mask == "mask"
-        session = onnxruntime.InferenceSession(FIXTURES / f"{name}.onnx", providers=["CPUExecutionProvider"])
-        mask = lengths_mask([3, 14, 1, 7, 9], 14)
-        for feeds in (
-            {"ids": arrays["in_ids"], "mask": arrays["in_mask"]},
-            {"ids": rng.integers(2, 24, mask.shape), "mask": mask},
-        ):
-            (got,) = model.run(feeds).values()
-            (want,) = session.run(None, feeds)
-            real = feeds["mask"] == 1
-            assert np.abs(got - want)[real].max() <= TOLERANCE
-            assert not got[~real].any()
-        assert ran(model)["tokens"] == token_bucket(34)
 
 
 @pytest.mark.parametrize("name", ["vit_dynamo", "convnet_legacy"])

@@ -12,6 +12,7 @@ from engine.frontend.operators.attention import Scores, attend, join_heads, mask
 from engine.frontend.operators.indexing import Gather
 from engine.frontend.operators.linalg import Gemm, MatMul
 from engine.frontend.operators.normalization import layer_statistics, normalize
+from engine.frontend.operators.shape import positions
 from engine.frontend.operators.slicing import split_at
 from engine.frontend.registry import MICROSOFT, operator
 from engine.ir import ops
@@ -80,10 +81,10 @@ def EmbedLayerNormalization(
     position_ids: Value | None = None,
 ) -> list[Value | None]:
     if position_ids is not None:
-        positions = Gather(node, position_table, position_ids)
+        placed = Gather(node, position_table, position_ids)
     else:
-        (positions, *_) = split_at(node, position_table, 0, [words.shape[1], position_table.shape[0] - words.shape[1]])
-    total = node.pointwise(lambda a, b: a + b, Gather(node, word_table, words), positions)
+        (placed, *_) = split_at(node, position_table, 0, [words.shape[1], position_table.shape[0] - words.shape[1]])
+    total = node.pointwise(lambda a, b: a + b, Gather(node, word_table, words), placed)
     if segments is not None and segment_table is not None:
         total = node.pointwise(lambda a, b: a + b, total, Gather(node, segment_table, segments))
     result = normalize(node, ops.NormKind.LAYER, (2,), node.number("epsilon", 1e-12), total, scale, beta)
@@ -124,7 +125,7 @@ def Attention(node: OnnxNode, x: Value, weight: Value, bias: Value | None = None
     parts: list[Dim] = list(node.integers("qkv_hidden_sizes", ()))
     parts = parts or [floordiv(width, 3)] * 3
     q, k, v = (split_heads(node, part, heads) for part in split_at(node, product, 2, parts))
-    scores = _scores(node, q, mask, bool(node.integer("unidirectional", 0)))
+    scores = _scores(node, q, k, mask, bool(node.integer("unidirectional", 0)))
     return join_heads(node, attend(node, q, k, v, scores))
 
 
@@ -145,7 +146,7 @@ def MultiHeadAttention(
         parts = split_at(node, bias, 0, [q.shape[2], k.shape[2], v.shape[2]])
         q, k, v = (node.pointwise(lambda a, b: a + b, x, p) for x, p in zip((q, k, v), parts, strict=True))
     q, k, v = (split_heads(node, x, heads) for x in (q, k, v))
-    scores = _scores(node, q, mask, bool(node.integer("unidirectional", 0)))
+    scores = _scores(node, q, k, mask, bool(node.integer("unidirectional", 0)))
     if scores_bias is not None:
         both = scores_bias
         if scores.bias is not None:
@@ -154,18 +155,35 @@ def MultiHeadAttention(
     return join_heads(node, attend(node, q, k, v, scores))
 
 
-def _scores(node: OnnxNode, q: Value, mask: Value | None, causal: bool) -> Scores:
-    """Scale and bias from a [batch, keys] mask of 0 and 1; other mask forms are refused."""
+def _scores(node: OnnxNode, q: Value, k: Value, mask: Value | None, causal: bool) -> Scores:
+    """Scale and bias from a mask in one of ONNX Runtime's forms, which hides keys by a finite number."""
     width = q.shape[3]
     if not isinstance(width, int):
         raise node.unsupported(f"a head of unknown width ({width})")
     scale = node.number("scale", 0.0) or 1 / math.sqrt(width)
     if mask is None:
         return Scores(scale, 0.0, None, causal, False)
-    if mask.rank != 2:
-        raise node.unsupported(f"a mask of rank {mask.rank}")
     hidden = node.number("mask_filter_value", -10000.0)
-    seen = node.reshape(mask, (mask.shape[0], 1, 1, mask.shape[1]))
+    seen = _seen(node, q, k.shape[2], mask)
     zero = node.constant(0.0, q.dtype)
-    bias = node.pointwise(lambda m, z: f.where(f.less(m, 1), z.like(hidden), z), seen, zero)
+    bias = node.pointwise(lambda s, z: f.where(s, z, z.like(hidden)), seen, zero)
     return Scores(scale, 0.0, mask_bias(node, bias, q.dtype), causal, False)
+
+
+def _seen(node: OnnxNode, q: Value, keys: Dim, mask: Value) -> Value:
+    """Which keys a mask shows, as bool [batch, 1, queries or 1, keys]. It is 1 for those in [batch, keys] or [batch,
+    queries, keys], or has the end of each sequence, [batch], or first all ends and then all starts, [2 · batch]."""
+    batch = q.shape[0]
+    if mask.rank in (2, 3):
+        queries = 1 if mask.rank == 2 else mask.shape[1]
+        shape = (mask.shape[0], 1, queries, mask.shape[-1])
+        return node.pointwise(lambda m: f.logical_not(f.less(m, 1)), node.reshape(mask, shape))
+    if mask.rank != 1 or mask.shape[0] not in (batch, batch * 2):
+        raise node.unsupported(f"a mask of the shape {list(mask.shape)}")
+    bounds = [mask] if mask.shape[0] == batch else split_at(node, mask, 0, [batch, batch])
+    ends, *starts = (node.reshape(node.cast(bound, DType.I64), (batch, 1, 1, 1)) for bound in bounds)
+    places = positions(node, keys, 3, 4)
+    seen = node.pointwise(lambda j, end: f.less(j, end), places, ends)
+    for start in starts:
+        seen = node.pointwise(lambda s, j, first: f.logical_and(s, f.less_equal(first, j)), seen, places, start)
+    return seen

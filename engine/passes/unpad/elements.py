@@ -3,7 +3,9 @@
 `Elements.at` follows an element back through the graph, from an index given in symbols ("this sequence, this key") to
 the mask, to constants and to ranges of positions. What it finds is a number, a position (which can only be compared
 with another), or unknown (None); so what holds for every sequence, length and place is decided by the few cases of a
-`Place`: whether the key is real, and whether it lies before, at or after the query. Reads the graph, changes nothing.
+`Place`: whether the key is real, and whether it lies before, at or after the query. Real tokens come first in every
+sequence (`engine/packing.py` packs by no other mask), so their number, a sum over the mask, is a position as well.
+Reads the graph, changes nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +21,18 @@ from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.expr import PointOp
 from engine.ir.graph import Node, Shape, Value
-from engine.ir.ops import Expand, Gather, Pointwise, Reshape, ShapeTensor, Slice, Transpose
+from engine.ir.ops import (
+    Expand,
+    Gather,
+    Pointwise,
+    Reduce,
+    ReduceKind,
+    Reshape,
+    ShapeTensor,
+    Slice,
+    Transpose,
+    broadcast_shapes,
+)
 from engine.ir.regroup import axis_groups
 
 _LARGEST = 4096
@@ -34,6 +47,7 @@ class Index(Enum):
     SEQUENCE = "sequence"  # which row of the batch
     QUERY = "query"  # a real position
     KEY = "key"  # any position
+    LENGTH = "length"  # the number of real positions of the sequence, which is the first padded one
     ANY = "any"  # anywhere: heads, features
 
 
@@ -80,8 +94,8 @@ class Elements:
         """The element of `value`, which is broadcast, that meets the element at `indices` of the result."""
         return self.at(value, broadcast(indices, value.shape), depth)
 
-    def of(self, e: ex.Expr, arguments: Mapping[int, Element]) -> Element:
-        """The value of an expression whose arguments are known as far as `arguments` says; its accumulator is not."""
+    def of(self, e: ex.Expr, arguments: Mapping[int, Element], accumulator: Element = None) -> Element:
+        """The value of an expression whose arguments are known as far as `arguments` says, and its `accumulator`."""
         done: dict[ex.Expr, Element] = {}
         for part in ex.walk(e):
             if isinstance(part, ex.Arg):
@@ -91,7 +105,7 @@ class Elements:
             elif isinstance(part, ex.Apply):
                 done[part] = self._applied(part, [done[arg] for arg in part.args])
             else:
-                done[part] = None
+                done[part] = accumulator
         return done[e]
 
     def _find(self, value: Value, indices: Indices, depth: int) -> Element:
@@ -120,6 +134,8 @@ class Elements:
             return self._sliced(op, node.inputs[0], indices, depth)
         if isinstance(op, Gather):
             return self._gathered(op, node, indices, depth)
+        if isinstance(op, Reduce):
+            return self._reduced(op, node, node.outputs.index(value), indices)
         if isinstance(op, ShapeTensor) and op.values is None and indices[0] is not Index.ANY:
             return indices[0] if indices[0] is not Index.FIRST else value.dtype.numpy.type(0)
         return None
@@ -177,6 +193,27 @@ class Elements:
             index = Index.ANY
         return self.at(data, (*indices[: op.axis], index, *indices[op.axis + by.rank :]), depth)
 
+    def _reduced(self, op: Reduce, node: Node, output: int, indices: Indices) -> Element:
+        """The sum over all positions of a sequence of what is 1 at real ones and 0 at padded ones."""
+        read = {i: node.inputs[i] for i in ex.arguments(op.source)}
+        # A key that is meant already is not the one that the sum goes over.
+        if op.kind is not ReduceKind.SUM or len(op.axes) != 1 or not read or Index.KEY in indices:
+            return None
+        shape = broadcast_shapes("Reduce", *(value.shape for value in read.values()))
+        (axis,) = op.axes
+        is_exact = op.source.dtype.itemsize >= 4
+        if shape[axis] != self.mask.shape[1] or not is_exact or ex.arguments(*op.stores):
+            return None
+        inner = (*indices[:axis], Index.KEY, *indices[axis + 1 if op.keepdims else axis :])
+        for real in (True, False):
+            for relation in Relation:
+                # What is `given` holds in one place; elsewhere it is not known.
+                place = Elements(self.producers, self.mask, Place(real, relation), dict.fromkeys(self.given))
+                one = place.of(op.source, {i: place.beside(value, inner) for i, value in read.items()})
+                if not isinstance(one, np.generic) or one != real:
+                    return None
+        return self.of(op.stores[output], {}, Index.LENGTH)
+
     def _applied(self, e: ex.Apply, arguments: list[Element]) -> Element:
         if all(isinstance(argument, np.generic) for argument in arguments):
             leaves = tuple(ex.Arg(i, arg.dtype) for i, arg in enumerate(e.args))
@@ -207,14 +244,26 @@ class Elements:
     def _compared(self, op: PointOp, a: Element, b: Element) -> Element:
         if not isinstance(a, Index) or not isinstance(b, Index):
             return None
-        if a is b and a in (Index.KEY, Index.QUERY, Index.SEQUENCE):
+        if a is b and a in (Index.KEY, Index.QUERY, Index.SEQUENCE, Index.LENGTH):
             return np.bool_(op is not PointOp.LT)
+        if Index.LENGTH in (a, b):
+            return self._beside_length(op, a, b)
         if {a, b} != {Index.KEY, Index.QUERY}:
             return None
         relation = self.place.relation
         equal = relation is Relation.AT
         less = relation is (Relation.BEFORE if a is Index.KEY else Relation.AFTER)
         return np.bool_({PointOp.EQ: equal, PointOp.LT: less, PointOp.LE: less or equal}[op])
+
+    def _beside_length(self, op: PointOp, a: Index, b: Index) -> Element:
+        """A position compared with the number of real ones, which is more than any real one and no more than any padded
+        one."""
+        position = a if b is Index.LENGTH else b
+        if position is Index.QUERY or (position is Index.KEY and self.place.real):
+            return np.bool_(op is not PointOp.EQ and position is a)
+        if position is Index.KEY and (op, position is a) in ((PointOp.LT, True), (PointOp.LE, False)):
+            return np.bool_(position is b)
+        return None
 
 
 def _number(array: np.ndarray) -> Element:

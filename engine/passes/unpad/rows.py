@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +52,7 @@ class Packed:
 
     value: Value
     axes: Axes
-    fill: Element = None
+    fill: np.generic[Any] | None = None
 
 
 class Rows:
@@ -105,10 +106,11 @@ class Rows:
         return self.packed[value]
 
     def set_packed(self, value: Value, new: Value, axes: Axes, fill: Element, dependent: bool) -> None:
-        self.packed[value] = Packed(new, axes, fill)
+        known = fill if isinstance(fill, np.generic) else None  # a position is another one at every row
+        self.packed[value] = Packed(new, axes, known)
         if dependent:
             self.dependent.add(value)
-            self.padded.given[value] = fill
+            self.padded.given[value] = known
 
     def shape(self, shape: Shape, axes: Axes) -> Shape:
         """The packed form of a shape."""
@@ -203,7 +205,7 @@ class Rows:
     def fill_of(self, value: Value) -> float:
         """What padded positions of `value` are filled with when it is unpacked."""
         fill = self.packed[value].fill
-        return float(fill) if isinstance(fill, np.generic) else 0.0
+        return 0.0 if fill is None else float(fill)
 
     def has_holes(self, value: Value) -> bool:
         """Whether the plain form of `value` is the original's at real tokens only."""

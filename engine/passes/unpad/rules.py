@@ -12,6 +12,7 @@ from engine.ir.graph import Node, Shape, Value
 from engine.ir.ops import (
     Attention,
     Concat,
+    Conv,
     Expand,
     Gather,
     Gemm,
@@ -84,6 +85,8 @@ def _packed(rows: Rows, node: Node) -> _Made:
             return _expression(rows, node)
         case Gemm():
             return _gemm(rows, node, op)
+        case Conv():
+            return _conv(rows, node, op)
         case Reshape():
             return _reshape(rows, node, op)
         case Transpose():
@@ -202,33 +205,45 @@ def _gemm(rows: Rows, node: Node, op: Gemm) -> _Made:
     return _Made(op, (found.value, rows.in_plain(b), *others), axes)
 
 
+def _conv(rows: Rows, node: Node, op: Conv) -> _Made:
+    """A convolution that is a product with the channels of every position alone."""
+    x, weight = node.inputs[:2]
+    is_product = op.is_pointwise and not op.transposed and all(dim == 1 for dim in weight.shape[2:])
+    _demand(is_product, node, "mixes positions")
+    _demand(weight not in rows.dependent, node, "multiplies tokens with tokens")
+    found = rows.in_packed(x)
+    _demand(1 not in found.axes.all, node, "sums over positions")
+    others = _adapted(rows, node, range(fixed_operands(op), len(node.inputs)), x.rank, found.axes)
+    return _Made(op, (found.value, rows.in_plain(weight), *others), found.axes)
+
+
 def _reshape(rows: Rows, node: Node, op: Reshape) -> _Made:
     before, after = node.inputs[0].shape, node.output.shape
     found = rows.in_packed(node.inputs[0])
     groups = axis_groups(before, after)
     _demand(groups is not None, node, "regroups positions")
-    axes = _regrouped(rows, found.axes, groups or [], after)
+    axes = _regrouped(rows, found.axes, groups or [], before, after)
     if axes is None:
         raise Refused(f"Reshape {node.origin!r} makes one axis of rows and others")
     return _Made(Reshape(rows.shape(op.shape, axes)), (found.value,), axes)
 
 
-def _regrouped(rows: Rows, axes: Axes, groups: list[tuple[range, range]], after: Shape) -> Axes | None:
-    """Where the axes of the rows are after a reshape."""
+def _regrouped(rows: Rows, axes: Axes, groups: list[tuple[range, range]], before: Shape, after: Shape) -> Axes | None:
+    """Where the axes of the rows are after a reshape. Axes of one element may come and go beside them."""
 
-    def new(axis: int) -> range:
-        return next(new for old, new in groups if axis in old)
+    def new(axis: int) -> list[int]:
+        return next([place for place in new if after[place] != 1] for old, new in groups if axis in old)
 
-    def old(axis: int) -> range:
-        return next(old for old, _ in groups if axis in old)
+    def old(axis: int) -> list[int]:
+        return next([place for place in old if before[place] != 1] for old, _ in groups if axis in old)
 
     def single(axis: int, dim: Dim) -> int | None:
-        own = [place for place in new(axis) if after[place] != 1]
-        return own[0] if list(old(axis)) == [axis] and len(own) == 1 and after[own[0]] == dim else None
+        own = new(axis)
+        return own[0] if old(axis) == [axis] and len(own) == 1 and after[own[0]] == dim else None
 
     if axes.batch is None:
         both = new(axes.sequence)
-        if list(old(axes.sequence)) != [axes.sequence]:
+        if old(axes.sequence) != [axes.sequence]:
             return None
         if len(both) == 1:
             return replace(axes, sequence=both[0])
@@ -236,7 +251,7 @@ def _regrouped(rows: Rows, axes: Axes, groups: list[tuple[range, range]], after:
         if len(both) != 2 or (after[both[0]], after[both[1]]) != wanted:
             return None
         return Axes(both[1], both[0]) if axes.turned else Axes(both[0], both[1])
-    pair = list(old(axes.sequence))
+    pair = old(axes.sequence)
     if pair in ([axes.batch, axes.sequence], [axes.sequence, axes.batch]):
         merged = new(axes.sequence)
         return Axes(None, merged[0], turned=pair[0] == axes.sequence) if len(merged) == 1 else None

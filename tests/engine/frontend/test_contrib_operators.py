@@ -59,6 +59,25 @@ CASES: dict[str, tuple[onnx.NodeProto, dict[str, Array]]] = {
             "g": random(8), "b": random(8), "m": MASK,
         },
     ),
+    "EmbedLayerNormalization_without_segments": (
+        node("EmbedLayerNormalization", "i _ w p _ g b m q", "y mask", domain=MICROSOFT, epsilon=1e-5),
+        {
+            "i": integers(9, 2, 5), "w": random(9, 8), "p": random(7, 8), "g": random(8), "b": random(8), "m": MASK,
+            "q": integers(7, 2, 5),
+        },
+    ),
+    "Attention_ends": (
+        node("Attention", "x w b m", "y", domain=MICROSOFT, num_heads=2),
+        {"x": random(2, 5, 8), "w": random(8, 24), "b": random(24), "m": np.array([5, 3], np.int32)},
+    ),
+    "Attention_ends_and_starts": (
+        node("Attention", "x w b m", "y", domain=MICROSOFT, num_heads=2),
+        {"x": random(2, 5, 8), "w": random(8, 24), "b": random(24), "m": np.array([5, 4, 2, 0], np.int32)},
+    ),
+    "Attention_mask_by_query": (
+        node("Attention", "x w b m", "y", domain=MICROSOFT, num_heads=2),
+        {"x": random(2, 5, 8), "w": random(8, 24), "b": random(24), "m": integers(2, 2, 5, 5)},
+    ),
     "Attention": (
         node("Attention", "x w b m", "y", domain=MICROSOFT, num_heads=2),
         {"x": random(2, 5, 8), "w": random(8, 24), "b": random(24), "m": MASK},
@@ -77,8 +96,8 @@ CASES: dict[str, tuple[onnx.NodeProto, dict[str, Array]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_operator_matches_onnxruntime(name: str) -> None:
     operator, arrays = CASES[name]
-    for i, output in enumerate(operator.output):
-        operator.output[i] = "" if output == "_" else output
+    for names in (operator.input, operator.output):
+        names[:] = ["" if name == "_" else name for name in names]
     inputs = [
         tensor(key, list(array.shape), onnx.helper.np_dtype_to_tensor_dtype(array.dtype))
         for key, array in arrays.items()

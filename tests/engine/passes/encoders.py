@@ -55,6 +55,8 @@ WEIGHTS = {
     "triangle": np.tril(np.ones((1, 1, POSITIONS, POSITIONS), np.bool_)),
     "relative": random(1, HEADS, POSITIONS, POSITIONS, seed=9),
     "filter": random(H, H, 3, seed=10, scale=0.3),
+    "point": random(H, H, 1, seed=13, scale=0.3),
+    "grouped_point": random(H, D, 1, seed=14, scale=0.3),
 }
 POSITION_EMBEDDING = """sh = Shape(ids) s1 = Slice(sh, one_1, two_1, zero_1) ps = Slice(position_table, zero_1, s1,
 zero_1) pe = Unsqueeze(ps, axes_0) """

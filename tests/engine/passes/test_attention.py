@@ -188,6 +188,27 @@ def test_scores_cut_into_heads_for_the_mask_only() -> None:
     assert only(graph, ops.Attention).output.rank == 4
 
 
+@pytest.mark.parametrize("positions", ["Add(ab, every_head)", "Identity(one_head)"])
+@pytest.mark.parametrize("masked", ["t = Add(s4, bias)", "mb = Cast<to=9>(m2) t = Where(mb, s4, lowest)"])
+def test_relative_positions_before_scores_are_cut_into_heads(positions: str, masked: str) -> None:
+    """As in DeBERTa: terms of batch · heads, or of all alike, and then a mask of [batch, 1, 1, keys]."""
+    text = f"""(double[2,5,{H}] x, int64[2,5] mask) => (double[2,5,{H}] y) {{ {PROJECT}
+        k = Transpose<perm=[0,2,1,3]>(ck) q3 = Reshape(q, flat) k3 = Reshape(k, flat) v3 = Reshape(v, flat)
+        kt = Transpose<perm=[0,2,1]>(k3) {ADDITIVE} ab = MatMul(q3, places) pb = {positions}
+        s3 = MatMul(q3, kt) s = Mul(s3, scale) sb = Add(s, pb) s4 = Reshape(sb, cut_scores) {masked}
+        {SOFTMAX} p3 = Reshape(p, flat_scores) o3 = MatMul(p3, v3) o = Reshape(o3, cut_result) {MERGE} }}"""
+    weights = WEIGHTS | {
+        "flat": np.array([B * HEADS, S, D]), "cut_scores": np.array([B, HEADS, S, S]),
+        "flat_scores": np.array([B * HEADS, S, S]), "cut_result": np.array([B, HEADS, S, D]),
+        "places": random(D, S, seed=21), "every_head": random(B * HEADS, S, S, seed=22),
+        "one_head": random(1, S, S, seed=23),
+    }  # fmt: skip
+    graph = check(model(text, weights), feeds())
+    counts = kinds(graph)
+    assert counts["Attention"] == 1 and counts["Softmax"] == 0
+    assert only(graph, ops.Attention).output.rank == 4
+
+
 def test_grouped_queries_read_the_heads_before_they_were_repeated() -> None:
     groups, kv = 2, 2
     text = f"""(double[b,s,8] x) => (double[b,s,16] y) {{

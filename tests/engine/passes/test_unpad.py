@@ -62,6 +62,13 @@ MASKS = {
         n0 = Shape<start=0,end=1>(ids) n3 = Shape<start=1,end=2>(ids) full = Concat<axis=0>(n0, one_1, one_1, n3)
         eb = Expand(rb4, full) ek = Expand(rk4, full) ub = Unsqueeze(eb, axes_last) uk = Unsqueeze(ek, axes_last)
         places = Concat<axis=-1>(ub, uk) m9 = Cast<to=9>(mask) mb = GatherND(m9, places) t = Where(mb, u, lowest) """,
+    "before the sum of the mask": RANGES + "n0 = ReduceSum(mask, axes_1) n2 = Unsqueeze(n0, axes_12)"
+    " mb = Less(range, n2) t = Where(mb, u, lowest) ",
+    "from the sum of the mask on": RANGES + "mf = Cast<to=11>(mask) n0 = ReduceSum<keepdims=0>(mf, axes_1)"
+    " ni = Cast<to=7>(n0) n2 = Reshape(ni, along_0) mb = LessOrEqual(n2, range) t = Where(mb, minus_inf, u) ",
+    "real queries and keys before the sum of the mask": RANGES + "n0 = ReduceSum(mask, axes_1)"
+    " n2 = Unsqueeze(n0, axes_12) kb = Less(range, n2) qb = Less(query, n2) qu = Or(qb, kb) mb = And(qu, kb)"
+    " t = Where(mb, u, lowest) ",
     "looked up at the range of keys": RANGES + "mk = Gather<axis=1>(mask, range) m2 = Unsqueeze(mk, axes_12)"
     " mb = Cast<to=9>(m2) t = Where(mb, u, minus_inf) ",
 }
@@ -119,6 +126,15 @@ TAILS = {
     ),
     "batch norm of features": (
         "ht = Transpose<perm=[0,2,1]>(h) y = BatchNormalization(ht, g, bv, bv, variance)", "double[b,n,s] y",
+    ),
+    "convolution of single positions": (
+        "ht = Transpose<perm=[0,2,1]>(h) y = Conv(ht, point, bv)", "double[b,n,s] y",
+    ),
+    "grouped convolution of single positions": (
+        "ht = Transpose<perm=[0,2,1]>(h) y = Conv<group=3>(ht, grouped_point)", "double[b,n,s] y",
+    ),
+    "an axis of one that comes and goes": (
+        "hu = Unsqueeze(h, axes_1) ht = Transpose<perm=[0,3,1,2]>(hu) y = Squeeze(ht, axes_2)", "double[b,n,s] y",
     ),
     "words beside": ("y = Concat<axis=-1>(h, we)", "double[b,s,m] y"),
     "positions beside": ("w = Mul(h, pe) y = Add(w, x)", "double[b,s,n] y"),
@@ -258,6 +274,27 @@ FAILING_MASKS = {
         " ma = Slice(mask, zero_1, n0, one_1) mz = Slice(mask, zero_1, one_1, one_1) ms = Concat<axis=1>(mz, ma)"
         " m2 = Unsqueeze(ms, axes_12) mb = Cast<to=9>(m2) t = Where(mb, u, minus_10000) ", "more than a mask",
     ),
+    "up to the sum of the mask": (
+        RANGES + "n0 = ReduceSum(mask, axes_1) n2 = Unsqueeze(n0, axes_12) mb = LessOrEqual(range, n2)"
+        " t = Where(mb, u, lowest) ", "more than a mask",
+    ),
+    "before the sum of all but the last": (
+        RANGES + "n1 = Sub(length, one_i) n9 = Reshape(n1, one_1) ma = Slice(mask, zero_1, n9, one_1)"
+        " n0 = ReduceSum(ma, axes_1) n2 = Unsqueeze(n0, axes_12) mb = Less(range, n2) t = Where(mb, u, lowest) ",
+        "more than a mask",
+    ),
+    "before the sum over all sequences": (
+        RANGES + "n0 = ReduceSum(mask, axes_0) n2 = Unsqueeze(n0, axes_12) mb = Less(range, n2)"
+        " t = Where(mb, u, lowest) ", "more than a mask",
+    ),
+    "before the sum of what is seen": (  # no more than queries before it
+        BOOLEAN + RANGES + "ca = LessOrEqual(key, query) cm = And(ca, mb) ci = Cast<to=7>(cm)"
+        " n0 = ReduceSum(ci, minus_one_1) b2 = Less(range, n0) t = Where(b2, u, lowest) ", "more than a mask",
+    ),
+    "before the sum of the padded ones": (
+        RANGES + "mi = Sub(one_i, mask) n0 = ReduceSum(mi, axes_1) n2 = Unsqueeze(n0, axes_12) mb = Less(range, n2)"
+        " t = Where(mb, u, lowest) ", "more than a mask",
+    ),
     "the ids as a mask": (
         "e0 = Equal(ids, zero_i) m2 = Unsqueeze(e0, axes_12) t = Where(m2, lowest, u) y0 = Cast<to=11>(mask) ",
         "masked by an input",
@@ -280,6 +317,9 @@ FAILING_TAILS = {
     "convolution": (
         "ht = Transpose<perm=[0,2,1]>(h) y = Conv<kernel_shape=[3], pads=[1,1]>(ht, filter)", "double[b,n,s] y",
         "mixes positions",
+    ),
+    "convolution of every second position": (
+        "ht = Transpose<perm=[0,2,1]>(h) y = Conv<strides=[2]>(ht, point)", "double[b,n,m] y", "mixes positions",
     ),
     "softmax over positions": ("y = Softmax<axis=1>(h)", "double[b,s,n] y", "goes over positions"),
     "instance norm": (

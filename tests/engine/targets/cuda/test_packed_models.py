@@ -51,6 +51,29 @@ def test_every_step_of_minilm_has_a_kernel(all_minilm_l6_v2: Path, storage: DTyp
     assert len(plan.steps) == 46
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bert-sdpa-dynamo-23",
+        "bert_sentence-sdpa-optimum-14",
+        "bert_segments-eager-legacy-13-ort",
+        "distilbert-eager-legacy-14-ort",
+        "gpt2-eager-legacy-13-ort",
+        "clip_text-sdpa-dynamo-18",
+        "llama-eager-legacy-17",
+        "torch_encoder-eager-dynamo-18",
+    ],
+)
+def test_every_step_of_other_spellings_has_a_kernel(name: str) -> None:
+    _, result = unpadded(FIXTURES / f"{name}.onnx", DType.F16)
+    assert isinstance(result, Unpadded), result
+    batch, sequence = (str(dim) for dim in result.graph.inputs[0].shape)
+    plan = build(result.graph, {batch: 4, sequence: 13, result.tokens: 24}, CudaCapabilities(), Constants())
+    assert launches(plan)
+    packed = [step.op.packed for step in plan.steps if isinstance(step.op, Attention)]
+    assert packed == [True, True]
+
+
 def test_other_types_and_gpus_run_padded(all_minilm_l6_v2: Path) -> None:
     path = all_minilm_l6_v2 / "1" / "model.onnx"
     _, single = unpadded(path, DType.F32)
