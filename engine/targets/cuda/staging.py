@@ -55,7 +55,9 @@ def _rows(operand: Operand, space: Space) -> RowMatrix:
 
 
 def _registers(fixed: Mapping[int, Operand]) -> int:
-    return sum(ceildiv((STAGED_WIDTH if o.strides[-1] else 1) * o.dtype.itemsize, 4) for o in fixed.values())
+    """Of the struct that holds them: beside members of eight bytes it ends at a multiple of eight."""
+    each = [ceildiv((STAGED_WIDTH if o.strides[-1] else 1) * o.dtype.itemsize, 4) for o in fixed.values()]
+    return ceildiv(sum(each), 2) * 2 if 2 in each else sum(each)
 
 
 def _code(

@@ -58,6 +58,8 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         (_product(DType.BF16, residual=True), context, staged[-1:]),
         (fp16, context, staged[2:3]),
         (_product(F32, result=F16, residual=True), rounding, staged[:1]),
+        (fp8, context, (*staged[:1], *staged[3:4], *clusters[:1])),
+        (_product(I8, result=F16, residual=True), context, (*staged[:1], *staged[3:4])),
         (residual, context, clusters[:-1]),
         (_product(DType.BF16, residual=True), context, clusters[-1:]),
         (_product(F32), rounding, clusters[:1]),
