@@ -25,7 +25,7 @@ from engine.errors import DeviceError
 _KERNEL_COMPILE_SECONDS = 120.0
 _MODEL_COMPILE_SECONDS = 240.0
 _TUNE_SECONDS = 120.0
-_PACKED_COMPILE_SECONDS, _PACKED_TUNE_SECONDS = 100.0, 30.0
+_PACKED_COMPILE_SECONDS, _PACKED_TUNE_SECONDS = 100.0, 20.0
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -88,8 +88,8 @@ def without_waiting(call: Callable[[], torch.Tensor]) -> torch.Tensor:
     the capture and leave the memory pool of the graph behind."""
     call()  # what is done once is done
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         return call()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -209,13 +209,13 @@ class PackedBench:
         if compiles:
             yield Entry(COMPILE, lambda: _in_graph(partial(self._found(name, COMPILE), *padded), real.of_padded))
         yield Entry(JAGGED_CALLED, lambda: CallContender(lambda: on_nested(*nested).values(), real.of_tokens))
-        yield Entry(JAGGED, partial(_in_graph, lambda: on_nested(*nested).values(), real.of_tokens))
+        yield Entry(JAGGED, partial(_jagged_in_graph, lambda: on_nested(*nested).values(), real))
         if compiles:
             yield Entry(JAGGED_COMPILE, partial(self._compiled_jagged, name, nested, real))
 
     def _compiled_jagged(self, name: str, nested: tuple[torch.Tensor, ...], real: Real) -> Contender:
         compiled = self._found(name, JAGGED_COMPILE)
-        return _in_graph(lambda: compiled(*nested).values(), real.of_tokens)
+        return _jagged_in_graph(lambda: compiled(*nested).values(), real)
 
     def _found(self, name: str, kind: str) -> Network:
         """Raises RuntimeError with the reason why it was not compiled."""
@@ -225,9 +225,14 @@ class PackedBench:
 
 
 def _in_graph(call: Callable[[], torch.Tensor], check: Check) -> Contender:
-    """In a CUDA graph, without the host's part of a call. Raises RuntimeError for what cannot be captured."""
-    without_waiting(call)
+    """In a CUDA graph, without the host's part of a call."""
     return GraphContender(lambda _: call(), 1, check)
+
+
+def _jagged_in_graph(call: Callable[[], torch.Tensor], real: Real) -> Contender:
+    """The same on jagged tensors, whose operators look at lengths. Raises RuntimeError for what cannot be captured."""
+    without_waiting(call)
+    return _in_graph(call, real.of_tokens)
 
 
 def judged(found: Measurement, worst: float | None) -> Measurement:

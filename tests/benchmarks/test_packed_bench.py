@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,13 +21,16 @@ import torch
 from torch.nested._internal import sdpa
 
 import engine
+from benchmarks import cases
 from benchmarks import packed as said
+from benchmarks.__main__ import main
 from benchmarks.cases.models import MINILM
 from benchmarks.cases.packed import PackedCase
-from benchmarks.gpu import models, networks, packed, references, timing
+from benchmarks.gpu import models, networks, packed, references, session, timing
 from benchmarks.gpu.jagged import JaggedBert, jagged
 from benchmarks.models.store import model_file
-from benchmarks.results import Ceilings
+from benchmarks.results import Ceilings, Device, Results, Run
+from benchmarks.tables import regenerated
 from engine.model import BoundModel
 
 CASE = PackedCase(MINILM, 3, 128)
@@ -89,7 +94,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(model, "bind", lambda sizes: Bound(bind(sizes)))
         return model
 
-    monkeypatch.setattr(packed.engine, "load", load, raising=True)
+    monkeypatch.setattr(packed, "engine", SimpleNamespace(load=load))
     monkeypatch.setattr(packed, "limit_compiler", lambda model, threads: None)
     monkeypatch.setattr(packed, "network", partial(networks.network, device="cpu", dtype=torch.float32))
     monkeypatch.setattr(packed, "References", partial(references.References, "cpu"))
@@ -166,8 +171,34 @@ def test_what_waits_for_the_device_is_not_captured(
 
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", mode)
     found = recipe(model_file(model_repository, MINILM), None).build().measure(CASE.name).measurement
-    assert found.reasons == dict.fromkeys((said.EAGER, said.JAGGED), "called a synchronizing CUDA operation")
+    assert found.reasons == {said.JAGGED: "called a synchronizing CUDA operation"}
+    assert modes == ["error", "default"]
     assert found.peers[said.JAGGED_CALLED] is not None
+
+
+def test_the_command_measures_and_keeps_the_rows(
+    on_the_cpu: None, model_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device("Some GPU", "sm_90a", 132)
+    run = Run("2026-01-01T10:00:00", "abc1234", "2026-01-01", "580.1", {}, Ceilings(1e12, 1e12))
+    monkeypatch.setattr(session, "present", lambda: device)
+    monkeypatch.setattr(session, "begin", lambda commit: (None, device, run))
+    monkeypatch.setattr(cases, "PACKED", (CASE,))
+
+    def here(recipes: Sequence[packed.PackedRecipe], *_: object) -> Iterator[tuple[str, packed.Outcome]]:
+        for recipe in map(pickle.loads, map(pickle.dumps, recipes)):
+            bench = recipe.build()
+            for name in recipe.names:
+                yield name, pickle.loads(pickle.dumps(bench.measure(name)))
+
+    monkeypatch.setattr(packed, "one_at_a_time", here)
+    folders = ["--models", str(model_repository), "--results", str(tmp_path)]
+    assert main(["packed", "--tune", "0", "--compile", "0", *folders]) == 0
+    ((key, row),) = Results.load(tmp_path / "some-gpu.json").rows.items()
+    assert key == ("packed", CASE.name)
+    assert row.figures["sequences_s"] > 0 and row.run_us is not None and row.floor_us is not None
+    table = regenerated("<!-- table: some-gpu packed -->\n<!-- end -->\n", tmp_path)
+    assert "Not measured yet" in table, "this case is not in the committed list"
 
 
 def real() -> packed.Real:

@@ -67,13 +67,11 @@ def test_a_model_is_loaded_once_for_all_its_sizes(
 
 
 def test_plans_on_packed_tokens_are_tuned_before_the_padded_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    tuned, case = Tuned(monkeypatch), PackedCase(BERT, 32, 128)
-    tuning.tune_models([case], FILES, 100.0)
-    tokens = int(case.lengths.sum())
-    assert tuned.asked == [
-        (FILES[BERT], {"batch": 32, "sequence": 128, "tokens": tokens}, 100.0),
-        (FILES[BERT], {"batch": 32, "sequence": 128}, 90.0),
-    ]
+    tuned, chosen = Tuned(monkeypatch), [PackedCase(BERT, batch, 128) for batch in (32, 128)]
+    tuning.tune_models(chosen, FILES, 100.0)
+    packed = [case.sizes | {"tokens": int(case.lengths.sum())} for case in chosen]
+    plans = [*packed, *(case.sizes for case in chosen)]
+    assert tuned.asked == [(FILES[BERT], sizes, 100.0 - 10 * number) for number, sizes in enumerate(plans)]
 
 
 def test_no_model_is_begun_when_the_time_is_up(
