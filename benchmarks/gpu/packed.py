@@ -9,6 +9,7 @@ unpacking. What the host does for a batch is in the times of `Model.run`. Prepar
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -186,13 +187,15 @@ class PackedBench:
         entries = [Entry(OURS_PADDED, lambda: self._ours.contender(case, real, False), part=True)]
         entries += self._peers(name, real)
         found = measure(packed, entries, TOLERANCE)
-        ours_padded_us = found.parts.get(OURS_PADDED)
-        found = judged(replace(found, parts={}), made[0].worst if made else None)
-        said = figures(case, found)
-        if made:
-            said |= {"worst_token": made[0].worst, "tokens": self._ours.tokens(case)}
+        said, ours_padded_us = figures(case, found), found.parts.get(OURS_PADDED)
+        found = replace(found, parts={})
         if ours_padded_us is not None:
             said["ours_padded_us"] = ours_padded_us
+        if made:
+            said["tokens"] = self._ours.tokens(case)
+            if math.isfinite(made[0].worst):
+                said["worst_token"] = made[0].worst
+            found = judged(found, made[0].worst)
         free()
         if found.failure:
             return Outcome(found, floor_us, figures=said)
@@ -235,11 +238,12 @@ def _jagged_in_graph(call: Callable[[], torch.Tensor], real: Real) -> Contender:
     return _in_graph(call, real.of_tokens)
 
 
-def judged(found: Measurement, worst: float | None) -> Measurement:
-    """A failure where one real token is further off than all together may be."""
-    if found.failure or worst is None or worst <= TOLERANCE:
+def judged(found: Measurement, worst: float) -> Measurement:
+    """A failure where one real token is further off than all together may be; what was timed stays in the figures."""
+    if found.failure or worst <= TOLERANCE:
         return found
-    return Measurement(rel_err=found.rel_err, failure=f"relative error {worst:.1e} of a token, above {TOLERANCE:g}")
+    failure = f"relative error {worst:.1e} of a token, above {TOLERANCE:g}"
+    return Measurement(rel_err=found.rel_err, reasons=found.reasons, failure=failure)
 
 
 @dataclass(frozen=True)

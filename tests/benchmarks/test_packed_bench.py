@@ -239,10 +239,25 @@ def test_a_packed_run_leaves_zeros_at_padded_positions(padding: float, is_packed
     assert contender.worst == 0
 
 
+def test_a_row_that_fails_for_one_token_keeps_its_figures(
+    on_the_cpu: None, model_repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed.Real, "worst", lambda self, result: 6e-3)
+    found = recipe(model_file(model_repository, MINILM), None).build().measure(CASE.name)
+    assert found.measurement.failure == "relative error 6.0e-03 of a token, above 0.005"
+    assert (found.measurement.ours_us, found.run_us) == (None, None)
+    assert (
+        found.figures["worst_token"] == 6e-3
+        and found.figures["padded_ratio"] > 0
+        and found.figures["ours_padded_us"] > 0
+    )
+
+
 def test_one_token_too_far_off_is_a_failure() -> None:
     right = packed.Measurement(10.0, rel_err=1e-3)
     assert packed.judged(right, 4e-3) is right
     wrong = packed.judged(right, 6e-3)
+    assert not packed.judged(right, float("nan")).ours_us
     assert (wrong.ours_us, wrong.failure) == (None, "relative error 6.0e-03 of a token, above 0.005")
 
 
