@@ -16,23 +16,21 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import cupy
-import numpy as np
 import torch
 
-import engine
 from benchmarks.cases.packed import PackedCase
-from benchmarks.gpu.executables import compile_threads, limit_compiler
+from benchmarks.gpu.executables import compile_threads
 from benchmarks.gpu.jagged import JaggedBert, jagged, without_waiting
 from benchmarks.gpu.models import TOLERANCE, run_us, settle
 from benchmarks.gpu.networks import network
+from benchmarks.gpu.packed_ours import OurContender, OurModels
+from benchmarks.gpu.real_tokens import Real
 from benchmarks.gpu.references import References, free
 from benchmarks.gpu.timing import CallContender, Check, GraphContender
 from benchmarks.measure import Contender, Entry, Measurement, measure, reason
 from benchmarks.packed import COMPILE, EAGER, JAGGED, JAGGED_CALLED, JAGGED_COMPILE, figures
 from benchmarks.results import Ceilings
 from benchmarks.workers import GRACE_SECONDS, Expired, groups, one_at_a_time, time_limit
-from engine.model import BoundModel, Model
 
 OURS_PADDED = "ours padded"
 _PREPARE_SECONDS = 90.0  # for references and our kernels, where torch.compile takes no part
@@ -112,7 +110,7 @@ class PackedBench:
         self._expected: dict[str, Real] = {}
         self._failures = dict(self._prepare_references())
         prepared = time.monotonic()
-        self._ours = _OurModels(recipe.path, recipe.threads)
+        self._ours = OurModels(recipe.path, recipe.threads)
         for case in recipe.cases:
             self._ours.prepare(case)
         loaded = time.monotonic()
@@ -244,126 +242,3 @@ def judged(found: Measurement, worst: float) -> Measurement:
         return found
     failure = f"relative error {worst:.1e} of a token, above {TOLERANCE:g}"
     return Measurement(rel_err=found.rel_err, reasons=found.reasons, failure=failure)
-
-
-@dataclass(frozen=True)
-class Real:
-    """The reference at the real tokens of a batch: float64 `expected` [tokens, hidden], row by row; `mask` bool
-    [batch, sequence]."""
-
-    expected: torch.Tensor
-    mask: torch.Tensor
-
-    @classmethod
-    def of(cls, expected: np.ndarray, feeds: Mapping[str, np.ndarray]) -> Real:
-        """`expected`: [batch, sequence, hidden]."""
-        mask = feeds["attention_mask"].astype(bool)
-        return cls(torch.from_numpy(expected[mask]), torch.from_numpy(mask))
-
-    def of_padded(self, _: int, result: torch.Tensor) -> float:
-        """The relative error at real tokens of a result [batch, sequence, hidden]; infinite for another shape."""
-        return self.of_tokens(0, self.taken(result))
-
-    def of_tokens(self, _: int, result: torch.Tensor) -> float:
-        """The same of a result [tokens, hidden]."""
-        return float(self._distances(result).norm() / self.expected.norm())
-
-    def worst(self, result: torch.Tensor) -> float:
-        """The relative error of the token that is furthest off, of a result [tokens, hidden]."""
-        return float((self._distances(result) / self.expected.norm(dim=-1)).max())
-
-    def taken(self, result: torch.Tensor) -> torch.Tensor:
-        """The real tokens [tokens, hidden] of a result [batch, sequence, hidden]; none for another shape."""
-        fits = result.shape[:2] == self.mask.shape
-        return result[self.mask.to(result.device)] if fits else result.new_empty(0, self.expected.shape[-1])
-
-    def _distances(self, result: torch.Tensor) -> torch.Tensor:
-        """[tokens]: how far each is from the reference; infinitely where the shapes differ."""
-        if result.shape != self.expected.shape:
-            return self.expected.new_full(self.expected.shape[:1], torch.inf)
-        return (result.cpu().double() - self.expected).norm(dim=-1)
-
-
-class _OurModels:
-    """One of our models, on packed tokens and not, in fp16 whatever `auto` would choose: the peers are."""
-
-    def __init__(self, path: Path, threads: int) -> None:
-        self.packed, self.padded = (
-            engine.load(path, device="cuda:0", precision="fp16", strict=True, packed=packed) for packed in (True, False)
-        )
-        for model in (self.packed, self.padded):
-            limit_compiler(model, threads)
-        self._bound: dict[tuple[str, bool], BoundModel | Exception] = {}
-
-    def prepare(self, case: PackedCase) -> None:
-        """Bind a case both ways: its kernels are compiled and loaded. What fails is said by `contender`."""
-        for is_packed in (True, False):
-            try:
-                self._bound[case.name, is_packed] = self._bind(case, is_packed)
-            except Exception as problem:
-                self._bound[case.name, is_packed] = problem
-
-    def _bind(self, case: PackedCase, is_packed: bool) -> BoundModel:
-        feeds = case.feeds()
-        if is_packed:
-            sizes, arrays = packed_of(self.packed, feeds)
-            bound = self.packed.bind(sizes)
-        else:
-            arrays = feeds
-            bound = self.padded.bind(case.sizes)
-        for name, array in bound.inputs.items():
-            array.set(arrays[name])
-        return bound
-
-    def contender(self, case: PackedCase, real: Real, is_packed: bool) -> OurContender:
-        bound = self._bound[case.name, is_packed]
-        if isinstance(bound, Exception):
-            raise bound
-        return OurContender(bound, real, is_packed)
-
-    def tokens(self, case: PackedCase) -> int:
-        """How many tokens the packed plan computes."""
-        sizes, _ = packed_of(self.packed, case.feeds())
-        return sizes[str(self.packed.packed_size)]
-
-    def floor(self, case: PackedCase, ceilings: Ceilings) -> float | None:
-        """Microseconds that the steps of the packed plan take at least; None without a plan."""
-        if isinstance(self._bound[case.name, True], Exception):
-            return None
-        return ceilings.plan_floor_us(self.packed.plan(packed_of(self.packed, case.feeds())[0]))
-
-
-def packed_of(model: Model, feeds: Mapping[str, np.ndarray]) -> tuple[Mapping[str, int], Mapping[str, np.ndarray]]:
-    """Sizes and inputs of the packed plan for some feeds. Raises RuntimeError where the model has none."""
-    batch = model.pack(feeds)
-    if batch is None:
-        raise RuntimeError(f"not on packed tokens: {model.why_padded or 'the mask is none to pack by'}")
-    return batch.sizes, batch.arrays
-
-
-class OurContender(CallContender):
-    """A bound model on its inputs as they lie in device memory."""
-
-    def __init__(self, bound: BoundModel, real: Real, is_packed: bool) -> None:
-        super().__init__(self._queue, real.of_padded)
-        self._bound = bound
-        self._real = real
-        self._is_packed = is_packed
-        self.worst = float("inf")
-        """The relative error of the real token that is furthest off, once `error` has looked."""
-
-    def error(self) -> float:
-        """The relative error at real tokens, the outputs poisoned before; infinite where a packed run leaves anything
-        else than zeros at padded positions."""
-        for array in self._bound.outputs.values():
-            array.fill(np.nan)
-        self._bound.launch()
-        (output,) = (torch.from_numpy(array.get()) for array in self._bound.outputs.values())
-        found = self._real.taken(output)
-        self.worst = self._real.worst(found)
-        if self._is_packed and bool(output[~self._real.mask].any()):
-            return float("inf")
-        return self._real.of_tokens(0, found)
-
-    def _queue(self) -> None:
-        self._bound.launch(cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream))

@@ -26,7 +26,7 @@ from benchmarks import packed as said
 from benchmarks.__main__ import main
 from benchmarks.cases.models import MINILM
 from benchmarks.cases.packed import PackedCase
-from benchmarks.gpu import models, networks, packed, references, session, timing
+from benchmarks.gpu import models, networks, packed, packed_ours, real_tokens, references, session, timing
 from benchmarks.gpu.jagged import JaggedBert, jagged
 from benchmarks.models.store import model_file
 from benchmarks.results import Ceilings, Device, Results, Run
@@ -78,7 +78,7 @@ class Bound:
         self._bound.launch()
 
 
-class Ours(packed.OurContender):
+class Ours(packed_ours.OurContender):
     def round_us(self) -> float:
         begin = time.perf_counter()
         self._bound.launch()
@@ -94,13 +94,13 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(model, "bind", lambda sizes: Bound(bind(sizes)))
         return model
 
-    monkeypatch.setattr(packed, "engine", SimpleNamespace(load=load))
-    monkeypatch.setattr(packed, "limit_compiler", lambda model, threads: None)
+    monkeypatch.setattr(packed_ours, "engine", SimpleNamespace(load=load))
+    monkeypatch.setattr(packed_ours, "limit_compiler", lambda model, threads: None)
     monkeypatch.setattr(packed, "network", partial(networks.network, device="cpu", dtype=torch.float32))
     monkeypatch.setattr(packed, "References", partial(references.References, "cpu"))
     monkeypatch.setattr(packed, "CallContender", Call)
     monkeypatch.setattr(packed, "GraphContender", Graph)
-    monkeypatch.setattr(packed, "OurContender", Ours)
+    monkeypatch.setattr(packed_ours, "OurContender", Ours)
     monkeypatch.setattr(models, "_RUN_SECONDS", 0.0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
@@ -201,9 +201,9 @@ def test_the_command_measures_and_keeps_the_rows(
     assert "Not measured yet" in table, "this case is not in the committed list"
 
 
-def real() -> packed.Real:
+def real() -> real_tokens.Real:
     expected = np.ones((2, 3, 4))
-    return packed.Real.of(expected, {"attention_mask": np.array([[1, 1, 1], [1, 0, 0]])})
+    return real_tokens.Real.of(expected, {"attention_mask": np.array([[1, 1, 1], [1, 0, 0]])})
 
 
 def test_errors_are_those_of_real_tokens() -> None:
@@ -234,7 +234,7 @@ class Stuck:
 @pytest.mark.parametrize(("padding", "is_packed", "error"), [(0, True, 0), (2, True, np.inf), (2, False, 0)])
 def test_a_packed_run_leaves_zeros_at_padded_positions(padding: float, is_packed: bool, error: float) -> None:
     bound: Any = Stuck(padding)
-    contender = packed.OurContender(bound, real(), is_packed)
+    contender = packed_ours.OurContender(bound, real(), is_packed)
     assert contender.error() == error
     assert contender.worst == 0
 
@@ -242,7 +242,7 @@ def test_a_packed_run_leaves_zeros_at_padded_positions(padding: float, is_packed
 def test_a_row_that_fails_for_one_token_keeps_its_figures(
     on_the_cpu: None, model_repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed.Real, "worst", lambda self, result: 6e-3)
+    monkeypatch.setattr(real_tokens.Real, "worst", lambda self, result: 6e-3)
     found = recipe(model_file(model_repository, MINILM), None).build().measure(CASE.name)
     assert found.measurement.failure == "relative error 6.0e-03 of a token, above 0.005"
     assert (found.measurement.ours_us, found.run_us) == (None, None)
@@ -272,7 +272,7 @@ def test_bert_on_jagged_tensors_is_the_padded_one(monkeypatch: pytest.MonkeyPatc
         expected = module(**{name: torch.from_numpy(array) for name, array in feeds.items()}).last_hidden_state
         found = JaggedBert(module)(*jagged(feeds, "cpu"))
     assert found.layout is torch.jagged
-    reference = packed.Real.of(expected.double().numpy(), feeds)
+    reference = real_tokens.Real.of(expected.double().numpy(), feeds)
     assert reference.of_tokens(0, found.values()) < 1e-5
 
 
