@@ -53,6 +53,7 @@ bench: models $(call installed,test)  ## both models on the CPU beside ONNX Runt
 
 bench-gpu: models $(call installed,test cuda)  ## models, kernels, accuracy on the GPU; needs PyTorch, timm and transformers, too
 	$(BIN)/python -m benchmarks models $(ARGS)
+	$(BIN)/python -m benchmarks packed $(ARGS)
 	$(BIN)/python -m benchmarks kernels $(ARGS)
 	$(BIN)/python -m benchmarks accuracy $(ARGS)
 

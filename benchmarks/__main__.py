@@ -25,13 +25,14 @@ from engine.errors import DeviceError
 _KERNEL_COMPILE_SECONDS = 120.0
 _MODEL_COMPILE_SECONDS = 240.0
 _TUNE_SECONDS = 120.0
+_PACKED_COMPILE_SECONDS, _PACKED_TUNE_SECONDS = 100.0, 20.0
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     commands = {
-        "kernels": kernels, "tiles": tiles, "models": models, "accuracy": accuracy, "ready": ready, "metrics": metrics,
-        "cpu": cpu, "exports": exports, "merge": merge, "tables": tables,
+        "kernels": kernels, "tiles": tiles, "models": models, "packed": packed, "accuracy": accuracy, "ready": ready,
+        "metrics": metrics, "cpu": cpu, "exports": exports, "merge": merge, "tables": tables,
     }  # fmt: skip
     run = commands[options.command]
     try:
@@ -81,6 +82,32 @@ def models(options: argparse.Namespace) -> int:
             recorder.add(
                 case, found.measurement, kernel_hash(device, case), floor_us=found.floor_us, run_us=found.run_us,
                 host_us=found.host_us,
+            )  # fmt: skip
+        return recorder.end(len(chosen))
+
+
+def packed(options: argparse.Namespace) -> int:
+    """Encoders on packed tokens on the GPU."""
+    begin, deadline = time.monotonic(), _deadline(options)
+    from benchmarks.gpu import session
+
+    chosen = _chosen(options, cases.PACKED, session.present())
+    with _model_files(options.models, [case.model for case in chosen]) as files:
+        from benchmarks.gpu import packed
+        from benchmarks.gpu.tuning import tune_models
+
+        _, device, run = session.begin(options.commit)
+        assert run.ceilings is not None
+        recorder = Recorder(device, run, options.results)
+        if options.tune:
+            tuning = time.monotonic()
+            tune_models(chosen, files, options.tune)
+            begin += time.monotonic() - tuning  # torch.compile has its own time
+        until = begin + options.compile if options.compile else None
+        for case, found in packed.measure_all(chosen, files, run.ceilings, until, deadline, options.workers):
+            recorder.add(
+                case, found.measurement, kernel_hash(device, case), floor_us=found.floor_us, run_us=found.run_us,
+                figures=found.figures,
             )  # fmt: skip
         return recorder.end(len(chosen))
 
@@ -306,6 +333,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_substrings(command, "--compile-case", "torch.compile only for the cases, of those chosen, that contain this")
     _add_workers(command)
     command = commands.add_parser(
+        "packed", parents=[measuring, repository], help="encoders on packed tokens on the GPU"
+    )
+    _add_tune(command, _PACKED_TUNE_SECONDS)
+    _add_compile(command, _PACKED_COMPILE_SECONDS, _PACKED_COMPILE_SECONDS, "all cases together, from the start")
+    _add_workers(command)
+    command = commands.add_parser(
         "accuracy", parents=[measuring, repository], help="errors, steps and memory of models on the GPU"
     )
     _add_workers(command)
@@ -337,9 +370,9 @@ def _add_substrings(command: argparse.ArgumentParser, name: str, meaning: str) -
     command.add_argument(name, action="append", default=[], metavar="SUBSTRING", help=meaning)
 
 
-def _add_tune(command: argparse.ArgumentParser) -> None:
+def _add_tune(command: argparse.ArgumentParser, default: float = _TUNE_SECONDS) -> None:
     command.add_argument(
-        "--tune", type=float, default=_TUNE_SECONDS, metavar="SECONDS",
+        "--tune", type=float, default=default, metavar="SECONDS",
         help="the tuner begins to time no product later, before anything else (0: it times none; default: %(default)g)",
     )  # fmt: skip
 

@@ -93,7 +93,7 @@ def line(row: Row) -> str:
     figures = "  ".join(f"{what} {value:g}" for what, value in row.figures.items())
     if row.failure:
         return f"{name} FAILED {row.failure}{figures and f'  {figures}'}"
-    if row.figures:
+    if row.figures and row.ours_us is None:
         return f"{name} {figures}"
     if row.seconds:
         return f"{name} {'  '.join(f'{what} {value:.2f} s' for what, value in row.seconds.items())}"
@@ -107,7 +107,7 @@ def line(row: Row) -> str:
     share = f" ({row.floor_us / row.ours_us:.2f})" if row.floor_us and row.ours_us else ""
     return (
         f"{name} ours {_number(row.ours_us)} {ratio:6} {'  '.join(times)}  {'  '.join(host)} "
-        f"floor {_number(row.floor_us)}{share}  err {row.rel_err:.0e}"
+        f"floor {_number(row.floor_us)}{share}  err {row.rel_err:.0e}{figures and f'  {figures}'}"
     )
 
 

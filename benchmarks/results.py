@@ -85,8 +85,9 @@ class Row:
     tile says. Of models on a GPU, `run_us`: `Model.run` with its copies, and `host_us`: the host's part of a run that
     nothing waits for. A row with a `failure` has no times. Rows of the suite `accuracy` have none either, but `errors`
     by size and `facts`: counts of steps and kernels, and bytes. Rows of the suite `ready` have `seconds` from a start,
-    those of `metrics` `figures` (benchmarks/gpu/metrics.py), which stay beside a failure. Rows of the suite `exports`
-    have `errors` by what they are compared with, `facts`, and the `producer` that their file names.
+    those of `metrics` and `packed` `figures` (benchmarks/gpu/metrics.py, packed.py), which stay beside a failure. Rows
+    of the suite `exports` have `errors` by what they are compared with, `facts`, and the `producer` that their file
+    names.
     """
 
     suite: str

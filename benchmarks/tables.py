@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks import cases, convolutions
+from benchmarks import cases, convolutions, packed
 from benchmarks.cases.accuracy import BOUNDS, AccuracyCase
 from benchmarks.cases.conv import ConvCase
 from benchmarks.cases.exports import ExportCase
 from benchmarks.cases.metrics import BANDS, MetricsCase
+from benchmarks.cases.packed import PackedCase
 from benchmarks.cases.ready import ReadyCase
 from benchmarks.hashes import kernel_hash
 from benchmarks.results import Results, Row, geometric_mean
@@ -62,6 +63,8 @@ def render(results: Results, rows: Sequence[Row]) -> str:
         return _metrics(results, rows)
     if all(row.suite == ExportCase.suite for row in rows):
         return _exports(results, rows)
+    if all(row.suite == PackedCase.suite for row in rows):
+        return _packed(results, rows)
     is_convolution = all(row.suite == ConvCase.suite for row in rows)
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("ours", lambda row: "**failed**" if row.failure else _us(row.ours_us))
@@ -159,6 +162,13 @@ def _ready(results: Results, rows: Sequence[Row]) -> str:
         cells = [f"{row.seconds[event]:.2f}" if event in row.seconds else "–" for event in events]
         lines.append(_row([f"{row.case} **failed**" if row.failure else row.case, *cells]))
     return "\n".join([*lines, "", f"Seconds from the start. {_source(results, rows)}.", ""])
+
+
+def _packed(results: Results, rows: Sequence[Row]) -> str:
+    """Rows of encoders on packed tokens as a Markdown table."""
+    heads = packed.heads(rows)
+    lines = [_row(heads), _row(["---", *["---:"] * (len(heads) - 1)]), *map(_row, packed.cells(rows))]
+    return "\n".join([*lines, "", f"{packed.summary(rows)} {_source(results, rows)}.", ""])
 
 
 def _metrics(results: Results, rows: Sequence[Row]) -> str:

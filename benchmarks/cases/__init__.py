@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
-from benchmarks.cases import accuracy, attention, conv, cpu, exports, gemm, light, metrics, models, ready
+from benchmarks.cases import accuracy, attention, conv, cpu, exports, gemm, light, metrics, models, packed, ready
 
 
 class Case(Protocol):
@@ -37,6 +37,7 @@ KERNELS: Mapping[str, Sequence[KernelCase]] = {
     "light": light.CASES,
 }
 GPU_MODELS: Sequence[models.ModelCase] = models.GPU_CASES
+PACKED: Sequence[packed.PackedCase] = packed.CASES
 ACCURACY: Sequence[accuracy.AccuracyCase] = accuracy.CASES
 METRICS: Sequence[metrics.MetricsCase] = metrics.CASES
 CPU_MODELS: Sequence[models.ModelCase] = models.CPU_CASES
@@ -44,6 +45,7 @@ CPU_LAYERS: Sequence[cpu.LayerCase] = cpu.CASES
 
 GPU: Mapping[str, Sequence[Case]] = {
     "models": GPU_MODELS,
+    "packed": PACKED,
     "accuracy": ACCURACY,
     "ready": ready.GPU_CASES,
     "metrics": METRICS,

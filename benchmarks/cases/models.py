@@ -52,13 +52,21 @@ class ModelCase:
         shape = (self.batch, self.sequence)
         if self.model == GPT2:
             return {"input_ids": rng.integers(0, _BYTE_PAIRS, shape)}
-        lengths = rng.integers(max(1, self.sequence // 2), self.sequence + 1, (self.batch, 1))
-        positions = np.arange(self.sequence)[None]
-        return {
-            "input_ids": rng.integers(0, _WORDPIECES, shape),
-            "attention_mask": (positions < lengths).astype(np.int64),
-            "token_type_ids": ((positions >= lengths // 2) & (positions < lengths)).astype(np.int64),
-        }
+        return sentence_pairs(rng, self._lengths(rng), self.sequence)
+
+    def _lengths(self, rng: np.random.Generator) -> np.ndarray:
+        """int64 [batch]: the tokens of every sentence pair."""
+        return rng.integers(max(1, self.sequence // 2), self.sequence + 1, self.batch)
+
+
+def sentence_pairs(rng: np.random.Generator, lengths: np.ndarray, sequence: int) -> dict[str, np.ndarray]:
+    """BERT's inputs, int64 [batch, sequence]: random tokens, half of each row's `lengths` of either sentence."""
+    positions, ends = np.arange(sequence)[None], lengths[:, None]
+    return {
+        "input_ids": rng.integers(0, _WORDPIECES, (len(lengths), sequence)),
+        "attention_mask": (positions < ends).astype(np.int64),
+        "token_type_ids": ((positions >= ends // 2) & (positions < ends)).astype(np.int64),
+    }
 
 
 def _photos(rng: np.random.Generator, batch: int) -> np.ndarray:
@@ -74,10 +82,20 @@ GPU_CASES = (
     *(ModelCase(EFFICIENTNET, batch) for batch in (1, 7, 32, 128)),
     *(
         ModelCase(MINILM, batch, sequence)
-        for batch, sequence in ((1, 16), (1, 128), (7, 33), (32, 128), (128, 128), (4, 256))
+        for batch, sequence in (
+            (1, 16),
+            (1, 64),
+            (32, 64),
+            (128, 64),
+            (1, 128),
+            (7, 33),
+            (32, 128),
+            (128, 128),
+            (4, 256),
+        )
     ),
     *(ModelCase(name, batch) for name in VISION for batch in (1, 32, 128)),
-    *(ModelCase(BERT, batch, sequence) for batch, sequence in ((1, 128), (32, 128), (128, 128), (32, 384))),
+    *(ModelCase(BERT, batch, sequence) for sequence in (128, 384) for batch in (1, 32, 128)),
     *(ModelCase(GPT2, batch, 256) for batch in (1, 32, 128)),
 )
 CPU_CASES = (

@@ -122,12 +122,7 @@ class ModelBench:
         begin = time.monotonic()
         self._recipe = recipe
         self._cases = {case.name: case for case in recipe.cases}
-        torch.set_grad_enabled(False)
-        torch.set_num_threads(recipe.threads)
-        full_precision()
-        torch.backends.cudnn.benchmark = True
-        torch._dynamo.config.recompile_limit = _RECOMPILES
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        settle(recipe.threads)
         self._expected: dict[str, Mapping[str, np.ndarray]] = {}
         self._failures = dict(self._prepare_references())
         prepared = time.monotonic()
@@ -227,6 +222,28 @@ class ModelBench:
         return self._compiled[name, mode]
 
 
+def settle(threads: int) -> None:
+    """PyTorch as references and peers want it."""
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(threads)
+    full_precision()
+    torch.backends.cudnn.benchmark = True
+    torch._dynamo.config.recompile_limit = _RECOMPILES
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
+def run_us(model: engine.Model, feeds: Mapping[str, np.ndarray]) -> float:
+    """The median of `Model.run` calls, NumPy arrays to NumPy arrays."""
+    times: list[float] = []
+    end = time.perf_counter() + _RUN_SECONDS
+    model.run(feeds)
+    while len(times) < 5 or time.perf_counter() < end:
+        begin = time.perf_counter()
+        model.run(feeds)
+        times.append(time.perf_counter() - begin)
+    return median(times) * 1e6
+
+
 def check_of(expected: np.ndarray) -> Check:
     """Compares a result with the reference, on the CPU."""
     wanted = torch.from_numpy(expected)
@@ -262,15 +279,8 @@ class _OurModel:
         return None if isinstance(found, Exception) else ceilings.plan_floor_us(found[0])
 
     def run_us(self, feeds: Mapping[str, np.ndarray]) -> float:
-        """The median of `Model.run` calls, NumPy arrays to NumPy arrays."""
-        times: list[float] = []
-        end = time.perf_counter() + _RUN_SECONDS
-        self.model.run(feeds)
-        while len(times) < 5 or time.perf_counter() < end:
-            begin = time.perf_counter()
-            self.model.run(feeds)
-            times.append(time.perf_counter() - begin)
-        return median(times) * 1e6
+        """Microseconds of `Model.run`."""
+        return run_us(self.model, feeds)
 
     def host_us(self, case: ModelCase) -> Mapping[str, float]:
         """The host's part of a run that nothing waits for, by what is called."""

@@ -25,11 +25,13 @@ Weights = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Network:
-    """`call` maps `arguments` of some feeds to the model's output named `output`."""
+    """`call` maps `arguments` of some feeds to the model's output named `output`. `module`: transformers' own, of a
+    BERT."""
 
     output: str
     call: Callable[..., torch.Tensor]
     arguments: Callable[[Mapping[str, np.ndarray]], tuple[torch.Tensor, ...]]
+    module: torch.nn.Module | None = None
 
 
 def network(model: str, path: Path, device: str = "cuda", dtype: torch.dtype = torch.float16) -> Network:
@@ -120,7 +122,7 @@ def _bert(weights: Weights, shape: Mapping[str, int], device: str, dtype: torch.
         names = ("input_ids", "attention_mask", "token_type_ids")
         return tuple(torch.from_numpy(feeds[name]).to(device) for name in names)
 
-    return Network("last_hidden_state", call, arguments)
+    return Network("last_hidden_state", call, arguments, module)
 
 
 def _gpt2(weights: Weights, device: str, dtype: torch.dtype) -> Network:

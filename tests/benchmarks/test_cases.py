@@ -30,15 +30,22 @@ def test_the_models_are_measured_at_these_sizes() -> None:
     images = ("resnet50", "vgg16", "mobilenet_v2", "efficientnet_b0", "vit_b_16")
     assert {case.name for case in cases.GPU_MODELS} == {
         *(f"{model} batch={batch}" for model in images for batch in (1, 32, 128)),
-        *(
-            f"bert_base batch={batch} sequence={length}"
-            for batch, length in ((1, 128), (32, 128), (128, 128), (32, 384))
-        ),
+        *(f"bert_base batch={batch} sequence={length}" for length in (128, 384) for batch in (1, 32, 128)),
         *(f"gpt2 batch={batch} sequence=256" for batch in (1, 32, 128)),
         *(f"efficientnet-lite0 batch={batch}" for batch in (1, 7, 32, 128)),
         *(
             f"all-minilm-l6-v2 batch={batch} sequence={sequence}"
-            for batch, sequence in ((1, 16), (1, 128), (7, 33), (32, 128), (128, 128), (4, 256))
+            for batch, sequence in (
+                (1, 16),
+                (1, 64),
+                (32, 64),
+                (128, 64),
+                (1, 128),
+                (7, 33),
+                (32, 128),
+                (128, 128),
+                (4, 256),
+            )
         ),
     }
 

@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("cupy")
 
 from benchmarks.cases.models import BERT, RESNET, ModelCase
+from benchmarks.cases.packed import PackedCase
 from benchmarks.gpu import tuning
 from engine.errors import DeviceError
 from engine.specs import TileTrial
@@ -33,7 +35,7 @@ class Tuned:
         monkeypatch.setattr(tuning, "time", SimpleNamespace(monotonic=lambda: self.clock))
 
     @contextmanager
-    def load(self, path: Path, device: str, precision: str, strict: bool) -> Iterator[SimpleNamespace]:
+    def load(self, path: Path, device: str, precision: str, strict: bool, packed: bool) -> Iterator[SimpleNamespace]:
         assert (device, precision, strict) == ("cuda:0", "fp16", True)
         if path.stem == self.broken:
             raise DeviceError("lost")
@@ -44,7 +46,12 @@ class Tuned:
             yield TileTrial("step", "one", "wgmma", 1.0, "products", 1.5, True)
             yield TileTrial("step", "other", "wgmma", 1.0, "products", None, True)
 
-        yield SimpleNamespace(tune=tune)
+        def pack(feeds: Mapping[str, np.ndarray]) -> SimpleNamespace:
+            rows, width = feeds["attention_mask"].shape
+            sizes = {"batch": rows, "sequence": width, "tokens": int(feeds["attention_mask"].sum())}
+            return SimpleNamespace(sizes=sizes)
+
+        yield SimpleNamespace(tune=tune, pack=pack if packed else None)
 
 
 def test_a_model_is_loaded_once_for_all_its_sizes(
@@ -57,6 +64,14 @@ def test_a_model_is_loaded_once_for_all_its_sizes(
         (resnet, {"batch": 1}, 100.0), (resnet, {"batch": 32}, 90.0), (bert, {"batch": 1, "sequence": 128}, 80.0),
     ]  # fmt: skip
     assert "resnet50 batch=1: timed 1 tiles of 1 of 2 products: 10 s" in capsys.readouterr().out
+
+
+def test_plans_on_packed_tokens_are_tuned_before_the_padded_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned, chosen = Tuned(monkeypatch), [PackedCase(BERT, batch, 128) for batch in (32, 128)]
+    tuning.tune_models(chosen, FILES, 100.0)
+    packed = [case.sizes | {"tokens": int(case.lengths.sum())} for case in chosen]
+    plans = [*packed, *(case.sizes for case in chosen)]
+    assert tuned.asked == [(FILES[BERT], sizes, 100.0 - 10 * number) for number, sizes in enumerate(plans)]
 
 
 def test_no_model_is_begun_when_the_time_is_up(

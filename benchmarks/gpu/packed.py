@@ -1,0 +1,244 @@
+"""``python -m benchmarks packed``: encoders on packed tokens, batches with the lengths of a real corpus, beside the
+same network with the same weights in PyTorch: padded, eager and through torch.compile, and on jagged nested tensors.
+
+All sides start from inputs that lie in device memory as they take them and leave their result there as they give it:
+ours, a bound model, has padded token ids with the rows that the host has found in the mask, and gives a padded result;
+the padded peers have padded ones throughout; the jagged ones nested tensors on either side, which saves them the
+unpacking. What the host does for a batch is in the times of `Model.run`. Prepared and timed as `models` is.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.cases.packed import PackedCase
+from benchmarks.gpu.executables import compile_threads
+from benchmarks.gpu.jagged import JaggedBert, jagged, without_waiting
+from benchmarks.gpu.models import TOLERANCE, run_us, settle
+from benchmarks.gpu.networks import network
+from benchmarks.gpu.packed_ours import OurContender, OurModels
+from benchmarks.gpu.real_tokens import Real
+from benchmarks.gpu.references import References, free
+from benchmarks.gpu.timing import CallContender, Check, GraphContender
+from benchmarks.measure import Contender, Entry, Measurement, measure, reason
+from benchmarks.packed import COMPILE, EAGER, JAGGED, JAGGED_CALLED, JAGGED_COMPILE, figures
+from benchmarks.results import Ceilings
+from benchmarks.workers import GRACE_SECONDS, Expired, groups, one_at_a_time, time_limit
+
+OURS_PADDED = "ours padded"
+_PREPARE_SECONDS = 90.0  # for references and our kernels, where torch.compile takes no part
+Network = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A measurement, the floor of the packed plan and `Model.run` on packed tokens in µs, and the row's figures:
+    those of `benchmarks.packed.figures`, `worst_token`, the relative error of the real token that is furthest off,
+    `tokens`, how many are computed, and µs of our padded graph, bound (`ours_padded_us`) and in `Model.run`
+    (`run_padded_us`)."""
+
+    measurement: Measurement
+    floor_us: float | None = None
+    run_us: float | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+def measure_all(
+    cases: Sequence[PackedCase],
+    files: Mapping[str, Path],
+    ceilings: Ceilings,
+    compile_until: float | None,
+    deadline: float,
+    workers: int,
+) -> Iterator[tuple[PackedCase, Outcome]]:
+    """Every case with what came out, as long as `deadline` is not past. `files` has the model file of each.
+
+    torch.compile stops at `compile_until`, None: it takes no part. Both are times of `time.monotonic`. `workers`: the
+    most processes at once.
+    """
+    begin = time.monotonic()
+    by_name = {case.name: case for case in cases}
+    shares = groups([(case.model, case) for case in cases], workers)
+    threads = compile_threads(len(shares))
+    recipes = [PackedRecipe(tuple(share), files[share[0].model], ceilings, threads, compile_until) for share in shares]
+    # Inductor's own workers would stay behind, busy, when the time is up.
+    environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": str(threads)}
+    ready_by = max(begin + _PREPARE_SECONDS, compile_until or begin) + GRACE_SECONDS
+    for number, (name, outcome) in enumerate(one_at_a_time(recipes, environment, ready_by, deadline)):
+        if not number:
+            print(f"references, kernels and torch.compile: {time.monotonic() - begin:.0f} s", flush=True)
+        yield by_name[name], Outcome(Measurement(failure=outcome)) if isinstance(outcome, str) else outcome
+
+
+@dataclass(frozen=True)
+class PackedRecipe:
+    """Some sizes of one model, for a process of its own; `given_up` says why torch.compile is not even tried."""
+
+    cases: tuple[PackedCase, ...]
+    path: Path
+    ceilings: Ceilings
+    threads: int
+    compile_until: float | None
+    given_up: str = ""
+
+    @property
+    def names(self) -> Sequence[str]:
+        return [case.name for case in self.cases]
+
+    def build(self) -> PackedBench:
+        return PackedBench(self)
+
+    def plain(self) -> PackedRecipe:
+        return replace(self, given_up="the process that compiled it crashed, or had to be ended")
+
+
+class PackedBench:
+    """The sizes of one model, ready to be timed."""
+
+    def __init__(self, recipe: PackedRecipe) -> None:
+        begin = time.monotonic()
+        self._recipe = recipe
+        self._cases = {case.name: case for case in recipe.cases}
+        settle(recipe.threads)
+        self._expected: dict[str, Real] = {}
+        self._failures = dict(self._prepare_references())
+        prepared = time.monotonic()
+        self._ours = OurModels(recipe.path, recipe.threads)
+        for case in recipe.cases:
+            self._ours.prepare(case)
+        loaded = time.monotonic()
+        self._net = network(recipe.cases[0].model, recipe.path)
+        assert self._net.module is not None
+        self._networks: Mapping[str, Network] = {COMPILE: self._net.call, JAGGED_COMPILE: JaggedBert(self._net.module)}
+        self._arguments = {case.name: self._made(case) for case in recipe.cases}
+        self._compiled: dict[tuple[str, str], Network] = {}
+        self._reasons: dict[tuple[str, str], str] = {}
+        if recipe.compile_until is not None:
+            for kind in self._networks:  # the padded ones first
+                for name in self._cases:
+                    self._compile(name, kind, recipe.compile_until)
+        free()
+        print(
+            f"{', '.join(self._cases)}: references {prepared - begin:.0f} s, ours {loaded - prepared:.0f} s, "
+            f"{len(self._compiled)} compiled {time.monotonic() - loaded:.0f} s",
+            flush=True,
+        )
+
+    def _prepare_references(self) -> Iterator[tuple[str, str]]:
+        """Find the reference of every case; the cases that have none, and why."""
+        references = References(threads=self._recipe.threads)
+        for case in self._recipe.cases:
+            try:
+                (expected,) = references.of(case, self._recipe.path).values()
+                self._expected[case.name] = Real.of(expected, case.feeds())
+            except Exception as problem:
+                yield case.name, f"no reference: {reason(problem)}"
+        del references
+        free()
+
+    def _made(self, case: PackedCase) -> Mapping[str, tuple[torch.Tensor, ...]]:
+        """The arguments of either network."""
+        feeds = case.feeds()
+        padded = self._net.arguments(feeds)
+        return {COMPILE: padded, JAGGED_COMPILE: jagged(feeds, str(padded[0].device))}
+
+    def _compile(self, name: str, kind: str, until: float) -> None:
+        """Have torch.compile compile a network for a case, and run it once. What does not work or is not done in time
+        has a reason."""
+        if self._recipe.given_up:
+            self._reasons[name, kind] = self._recipe.given_up
+            return
+        begin = time.monotonic()
+        compiled: Network = torch.compile(self._networks[kind], dynamic=False)
+        try:
+            with time_limit(until):
+                compiled(*self._arguments[name][kind])
+                torch.cuda.synchronize()
+        except Expired:
+            self._reasons[name, kind] = f"not done in time, after {time.monotonic() - begin:.0f} s"
+        except Exception as problem:
+            self._reasons[name, kind] = reason(problem)
+        else:
+            self._compiled[name, kind] = compiled
+        torch.cuda.empty_cache()
+
+    def measure(self, name: str) -> Outcome:
+        """Check and time one case."""
+        case = self._cases[name]
+        floor_us = self._ours.floor(case, self._recipe.ceilings)
+        if name in self._failures:
+            return Outcome(Measurement(failure=self._failures[name]), floor_us)
+        real = self._expected[name]
+        made: list[OurContender] = []
+
+        def packed() -> Contender:
+            made.append(self._ours.contender(case, real, True))
+            return made[0]
+
+        entries = [Entry(OURS_PADDED, lambda: self._ours.contender(case, real, False), part=True)]
+        entries += self._peers(name, real)
+        found = measure(packed, entries, TOLERANCE)
+        said, ours_padded_us = figures(case, found), found.parts.get(OURS_PADDED)
+        found = replace(found, parts={})
+        if ours_padded_us is not None:
+            said["ours_padded_us"] = ours_padded_us
+        if made:
+            said["tokens"] = self._ours.tokens(case)
+            if math.isfinite(made[0].worst):
+                said["worst_token"] = made[0].worst
+            found = judged(found, made[0].worst)
+        free()
+        if found.failure:
+            return Outcome(found, floor_us, figures=said)
+        feeds = case.feeds()
+        said["run_padded_us"] = run_us(self._ours.padded, feeds)
+        return Outcome(found, floor_us, run_us(self._ours.packed, feeds), said)
+
+    def _peers(self, name: str, real: Real) -> Iterator[Entry]:
+        """PyTorch padded, then on jagged tensors: in a CUDA graph as it is, as a user would call it, and compiled."""
+        padded, nested = (self._arguments[name][kind] for kind in (COMPILE, JAGGED_COMPILE))
+        network, on_nested = self._networks[COMPILE], self._networks[JAGGED_COMPILE]
+        compiles = self._recipe.compile_until is not None
+        yield Entry(EAGER, partial(_in_graph, lambda: network(*padded), real.of_padded))
+        if compiles:
+            yield Entry(COMPILE, lambda: _in_graph(partial(self._found(name, COMPILE), *padded), real.of_padded))
+        yield Entry(JAGGED_CALLED, lambda: CallContender(lambda: on_nested(*nested).values(), real.of_tokens))
+        yield Entry(JAGGED, partial(_jagged_in_graph, lambda: on_nested(*nested).values(), real))
+        if compiles:
+            yield Entry(JAGGED_COMPILE, partial(self._compiled_jagged, name, nested, real))
+
+    def _compiled_jagged(self, name: str, nested: tuple[torch.Tensor, ...], real: Real) -> Contender:
+        compiled = self._found(name, JAGGED_COMPILE)
+        return _jagged_in_graph(lambda: compiled(*nested).values(), real)
+
+    def _found(self, name: str, kind: str) -> Network:
+        """Raises RuntimeError with the reason why it was not compiled."""
+        if (name, kind) in self._reasons:
+            raise RuntimeError(self._reasons[name, kind])
+        return self._compiled[name, kind]
+
+
+def _in_graph(call: Callable[[], torch.Tensor], check: Check) -> Contender:
+    """In a CUDA graph, without the host's part of a call."""
+    return GraphContender(lambda _: call(), 1, check)
+
+
+def _jagged_in_graph(call: Callable[[], torch.Tensor], real: Real) -> Contender:
+    """The same on jagged tensors, whose operators look at lengths. Raises RuntimeError for what cannot be captured."""
+    without_waiting(call)
+    return _in_graph(call, real.of_tokens)
+
+
+def judged(found: Measurement, worst: float) -> Measurement:
+    """A failure where one real token is further off than all together may be; what was timed stays in the figures."""
+    if found.failure or worst <= TOLERANCE:
+        return found
+    failure = f"relative error {worst:.1e} of a token, above {TOLERANCE:g}"
+    return Measurement(rel_err=found.rel_err, reasons=found.reasons, failure=failure)
