@@ -68,7 +68,7 @@ struct Memory {
   DEVICE void init_barriers() const {
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(k_ring.full + 8 * i, BIAS ? 33 : 1);  // each lane arrives for the biases that it wrote
-      barrier_init(k_ring.empty + 8 * i, WARPS);
+      barrier_init(k_ring.empty + 8 * i, BIAS ? CONSUMERS : WARPS);
       barrier_init(v_ring.full + 8 * i, 1);
       barrier_init(v_ring.empty + 8 * i, WARPS);
     }
@@ -215,6 +215,11 @@ DEVICE void consume(const Params& p, const Memory& memory, const Share& share) {
     }
     return tile;
   };
+  // Each lane has read biases, and which tile it is.
+  const auto leave_keys = [&](u32 turn) {
+    if constexpr (BIAS) k_ring.leave_each(turn);
+    else k_ring.leave(turn);
+  };
   const auto begin_scores = [&](u32 turn) {
     multiply_keys(s, q, panel_descriptor<KTile::ROW_BYTES>(k_ring.tile(turn), KTile::PITCH));
   };
@@ -250,7 +255,7 @@ DEVICE void consume(const Params& p, const Memory& memory, const Share& share) {
     wgmma_wait<0>();
     wgmma_settle(s);
     soften(0, tile);
-    k_ring.leave(0);
+    leave_keys(0);
     round_pairs(probabilities, s);
 #pragma unroll 1
     for (turn = 1; (tile = take(turn)) != NOTHING; ++turn) {
@@ -259,7 +264,7 @@ DEVICE void consume(const Params& p, const Memory& memory, const Share& share) {
       wgmma_wait<1>();
       wgmma_settle(s);
       const bool grown = soften(turn, tile);
-      k_ring.leave(turn);
+      leave_keys(turn);
       wgmma_wait<0>();
       wgmma_settle(out);
       wgmma_keep(probabilities);
