@@ -26,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 installed = $(patsubst %,$(VENV)/.installed-%,runtime $(EXTRAS) $(1))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models serve test lint bench bench-gpu kernels kernels-all load dashboards screenshots lock clean
+.PHONY: help setup models serve test lint bench bench-gpu kernels kernels-all sanitize load dashboards screenshots lock clean
 .NOTPARALLEL:
 
 help:  ## this list
@@ -59,6 +59,9 @@ bench-gpu: models $(call installed,test cuda)  ## models, kernels, accuracy on t
 
 kernels: $(call installed,kernels)  ## the CUDA kernels compiled for Ampere and Hopper and inspected; needs no GPU
 	$(BIN)/python -m engine.targets.cuda.gate $(KERNEL_ARCHITECTURES) $(ARGS)
+
+sanitize: $(call installed,test cuda)  ## compute-sanitizer over every kernel on the GPU
+	$(BIN)/python -m tests.gpu.sanitize $(ARGS)
 
 kernels-all: $(call installed,kernels)  ## the same for every architecture
 	$(BIN)/python -m engine.targets.cuda.gate $(ARGS)

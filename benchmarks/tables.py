@@ -44,7 +44,18 @@ def named(text: str) -> set[str]:
 def _table(folder: Path, stem: str, suite: str) -> str:
     path = folder / f"{stem}.json"
     rows = suite_rows(Results.load(path), stem, suite) if path.exists() else []
-    return render(Results.load(path), rows) if rows else "Not measured yet.\n"
+    if not rows:
+        return "Not measured yet.\n"
+    return render(Results.load(path), rows) + _not_there(stem, suite, {row.case for row in rows})
+
+
+def _not_there(stem: str, suite: str, there: set[str]) -> str:
+    """A line that names the cases of the committed list that have no row."""
+    listed = [case.name for case in cases.suites_of(stem).get(suite, ())]
+    missing = [name for name in listed if name not in there]
+    if not missing:
+        return ""
+    return f"\n**Missing**, of {len(listed)} cases: {', '.join(missing)}.\n"
 
 
 def suite_rows(results: Results, stem: str, suite: str) -> list[Row]:

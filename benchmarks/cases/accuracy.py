@@ -17,7 +17,7 @@ _TOKENS = (MINILM, BERT, GPT2)
 def compared(model: str) -> tuple[ModelCase, ...]:
     """The sizes at which outputs are compared."""
     if model in _TOKENS:
-        return tuple(ModelCase(model, batch, sequence) for batch in (1, 7) for sequence in (17, 128, 384))
+        return tuple(ModelCase(model, batch, sequence) for batch in (1, 7, 32) for sequence in (17, 128, 384))
     return tuple(ModelCase(model, batch) for batch in (1, 7, 32))
 
 

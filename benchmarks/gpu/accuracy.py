@@ -92,8 +92,8 @@ class AccuracyBench:
                     sizes.name: error(model, sizes, self.expected[sizes.name])
                     for sizes in accuracy.compared(case.model)
                 }
-                if case.precision == BUCKETS_PRECISION:
-                    facts |= memory_of_buckets(model, case.model)
+            if case.precision == BUCKETS_PRECISION:
+                facts |= memory_of_buckets(self.recipe.path, case.model, self.recipe.threads)
         except Exception as problem:
             return Finding(Measurement(failure=reason(problem)), facts)
         return Finding(judged(errors, BOUNDS[case.precision]), facts)
@@ -150,19 +150,22 @@ def steps_and_memory(model: engine.Model, name: str) -> Facts:
     return facts
 
 
-def memory_of_buckets(model: engine.Model, name: str) -> Facts:
-    """Bytes of weights, and of everything, with plans for eight buckets ready; `weights_growth`: how many bytes of
-    weights the other seven plans added to those of the largest."""
+def memory_of_buckets(path: Path, name: str, threads: int) -> Facts:
+    """Bytes of weights, and of everything, of a model that was just loaded, with plans for eight buckets ready;
+    `weights_growth`: how many bytes of weights the other seven plans added to those of the largest. `threads`: that
+    compile."""
     plans = sorted(accuracy.buckets(name), key=lambda sizes: -sizes.batch * max(1, sizes.sequence))
     first: Mapping[str, int] | None = None
-    for sizes in plans:
-        model.run(sizes.feeds())
-        first = first or model.memory()
-    assert first is not None
-    memory = model.memory()
-    return {
-        "plans": model.plans_ready,
-        "weights_bytes": memory["weights"],
-        "weights_growth": memory["weights"] - first["weights"],
-        "buckets_bytes": sum(memory.values()),
-    }
+    with engine.load(path, device="cuda", precision=BUCKETS_PRECISION, strict=True) as model:
+        limit_compiler(model, threads)
+        for sizes in plans:
+            model.run(sizes.feeds())
+            first = first or model.memory()
+        assert first is not None
+        memory = model.memory()
+        return {
+            "plans": model.plans_ready,
+            "weights_bytes": memory["weights"],
+            "weights_growth": memory["weights"] - first["weights"],
+            "buckets_bytes": sum(memory.values()),
+        }

@@ -4,17 +4,26 @@
 (g · x) · w = x · (g · w): where an image has many times more pixels than the layer has outputs, scaling weights moves
 next to nothing, and the scaled image is neither written nor read. It comes last: to all other passes it is a
 convolution, whose epilogue is complete by then.
+
+Only gates that are known to lie in [−1, 1] move, as a sigmoid's do. Then fp16 holds the scaled weights as well as it
+holds the weights: a power of two, the same for all, brings the largest weight to 2¹³, so that nothing overflows, and
+what is a factor of 2²⁷ smaller is still a normal number; the epilogue takes it back, exactly.
 """
 
 from __future__ import annotations
 
-from math import prod
+from functools import partial, reduce
+from math import frexp, inf, prod
+
+import numpy as np
 
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.graph import Graph, Node, Value, constant
+from engine.ir.interval import bounds
 from engine.ir.ops import Conv, Gemm, Op, Pointwise, Reshape, Transpose
 from engine.passes.editor import Editor
+from engine.passes.operands import stores_of
 from engine.passes.traits import Traits
 
 _PIXELS_PER_OUTPUT = 8
@@ -32,7 +41,9 @@ def scale_weights(graph: Graph, traits: Traits) -> None:
             continue
         scaling = editor.producer(node.inputs[0])
         found = None if scaling is None else _scaled(scaling)
-        if scaling is not None and found is not None:
+        if scaling is None or found is None or found[1].dtype is not node.inputs[1].dtype:
+            continue
+        if _is_at_most_one(editor, found[0]):
             _rewrite(editor, node, *found)
             editor.remove(scaling)
     editor.finish()
@@ -71,12 +82,43 @@ def _uncast(e: ex.Expr) -> ex.Expr:
     return e.args[0] if isinstance(e, ex.Apply) and e.op is ex.PointOp.CAST else e
 
 
+def _is_at_most_one(editor: Editor, gate: Value) -> bool:
+    """Whether no element of a gate is larger than 1 in size, whatever it is computed from."""
+    node = editor.producer(gate)
+    while node is not None and isinstance(node.op, Reshape | Transpose):
+        gate = node.inputs[0]
+        node = editor.producer(gate)
+    stores = () if node is None else stores_of(node.op)
+    if node is None or len(stores) != len(node.outputs):
+        return False
+    low, high = bounds(stores[node.outputs.index(gate)])
+    return max(-low, high) <= 1 + 2.0**-10  # a sixth of what is clipped to [0, 6] is 1 and a rounding
+
+
 def _all_readable(node: Node) -> bool:
-    """Whether all that the epilogue reads is as large as the result, or a constant for each channel or for all."""
+    """Whether all that the epilogue reads is as large as the result, or a constant for each channel or for all, and
+    none of it the scaled image, which is not computed any more."""
     shape = node.output.shape
     per_channel = (shape[1], *(1 for _ in shape[2:]))
     constants = ((), per_channel, (1, *per_channel))
-    return all(value.shape == shape or (value.is_constant and value.shape in constants) for value in node.inputs[2:])
+    return node.inputs[0] not in node.inputs[2:] and all(
+        value.shape == shape or (value.is_constant and value.shape in constants) for value in node.inputs[2:]
+    )
+
+
+def _exponent(weight: Value) -> int:
+    """The power of two that weights of fp16 are multiplied by."""
+    assert weight.data is not None
+    largest = float(np.abs(weight.data).max(initial=0))
+    return 14 - frexp(largest)[1] if weight.dtype is DType.F16 and 0 < largest < inf else 0
+
+
+def _rescaled(store: ex.Expr, exponent: int) -> ex.Expr:
+    """The same of a sum that is 2 ** `exponent` as large."""
+    acc = next((leaf for leaf in ex.walk(store) if isinstance(leaf, ex.Acc)), None)
+    if acc is None or not exponent:
+        return store
+    return ex.replace_acc(store, ex.apply(ex.PointOp.MUL, acc, ex.const(2.0**-exponent, acc.dtype)))
 
 
 def _rewrite(editor: Editor, node: Node, gate: Value, image: Value) -> None:
@@ -102,10 +144,14 @@ def _rewrite(editor: Editor, node: Node, gate: Value, image: Value) -> None:
     plain = constant(f"{weight.name}/matrix", weight.data.reshape(weight.data.shape[:2]))
     computed = DType.F64 if weight.dtype is DType.F64 else DType.F32
     factors = [ex.cast(ex.Arg(i, value.dtype), computed) for i, value in enumerate((gates, plain))]
-    scaling = Pointwise((ex.cast(ex.apply(ex.PointOp.MUL, *factors), weight.dtype),))
+    exponent = _exponent(weight)
+    if exponent:
+        factors.append(ex.const(2.0**exponent, computed))
+    scaling = Pointwise((ex.cast(reduce(partial(ex.apply, ex.PointOp.MUL), factors), weight.dtype),))
     scaled = add(scaling, gates, plain, suffix="weights")  # [n, outputs, channels]: the sum is over what lies together
     turned = add(Transpose((0, 2, 1)), scaled, suffix="channels outer")
     reads = [pixels(value) if value.shape == result.shape else row(value) for value in node.inputs[2:]]
-    product = add(Gemm(conv.stores), pixels(image), turned, *reads, suffix="product")
+    stores = tuple(_rescaled(store, exponent) for store in conv.stores)
+    product = add(Gemm(stores), pixels(image), turned, *reads, suffix="product")
     lines = add(Reshape((result.shape[0], *result.shape[2:], result.shape[1])), product, suffix="image")
     editor.update(node, Transpose((0, rank - 1, *range(1, rank - 1))), (lines,))

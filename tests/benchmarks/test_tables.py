@@ -220,6 +220,7 @@ def test_check_exits_with_1_where_a_row_or_a_document_is_behind(
     assert main(command) == 0
     assert main([*command, "--check"]) == 1
     assert "models efficientnet-lite0 batch=1: missing" in capsys.readouterr().out
+    assert f"**Missing**, of {len(cases.CPU_MODELS)} cases: efficientnet-lite0 batch=1." in document.read_text()
 
 
 def test_a_device_that_a_document_names_needs_a_file(tmp_path: Path) -> None:

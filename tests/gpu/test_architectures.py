@@ -29,11 +29,17 @@ MOST_STEPS = {
     "resnet50": 55,
     "vgg16": 21,
     "mobilenet_v2": 54,
-    "efficientnet_b0": 115,
+    "efficientnet_b0": 67,
     "vit_b_16": 87,
     "bert_base": 87,
     "gpt2": 87,
 }
+IN_32_BITS = {"efficientnet_b0": 115}
+"""Squeeze-and-excite blocks are steps of their own."""
+
+
+def most_steps(name: str, precision: str) -> int:
+    return (IN_32_BITS if precision in ("tf32", "fp32") else MOST_STEPS).get(name, MOST_STEPS[name])
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ def test_a_model_in_a_precision(subject: Subject, precision: str, figures: Figur
         assert model.fallback_ops == 0
         row |= steps_and_memory(model, subject.name)
         assert row["opaque"] == 0
-        assert row["steps"] <= MOST_STEPS[subject.name]
+        assert row["steps"] <= most_steps(subject.name, precision)
         assert 0 < row["kernels"] <= row["steps"]
         assert row["arena_bytes"] < row["activations_bytes"]
         errors = {}
@@ -86,7 +92,7 @@ def test_a_model_in_a_precision(subject: Subject, precision: str, figures: Figur
             errors[sizes.name] = error(model, sizes, subject.expected[sizes.name])
         row["error"] = max(errors.values())
         assert all(found <= BOUNDS[precision] for found in errors.values()), errors
-        if precision == BUCKETS_PRECISION:
-            row |= memory_of_buckets(model, subject.name)
-            assert row["plans"] == len(accuracy.buckets(subject.name))
-            assert row["weights_growth"] == 0, "weights are kept once, whatever the plans"
+    if precision == BUCKETS_PRECISION:
+        row |= memory_of_buckets(subject.path, subject.name, os.cpu_count() or 1)
+        assert row["plans"] == len(accuracy.buckets(subject.name))
+        assert row["weights_growth"] < row["weights_bytes"] / 100, "weights are kept once, whatever the plans"

@@ -57,6 +57,8 @@ def test_an_activation_and_a_residual_stay_in_the_epilogue() -> None:
         ("y = Conv<pads=[1,1,1,1]>(z, w3)", "Mul(r, h)"),
         ("y = Conv<group=2>(z, wg)", "Mul(r, h)"),
         ("t = Conv(z, w, b) y = Mul(t, v)", "Mul(r, h)"),
+        ("t = Conv(z, s) y = Add(t, z)", "Mul(r, h)"),
+        ("y = Conv(z, w, b)", "Mul(r, g)"),
     ],
     ids=[
         "no gate",
@@ -65,6 +67,8 @@ def test_an_activation_and_a_residual_stay_in_the_epilogue() -> None:
         "3×3",
         "groups",
         "a row of numbers in the tail",
+        "the scaled image is the residual",
+        "a gate of any size",
     ],
 )
 def test_what_stays_a_convolution(tail: str, mul: str) -> None:
@@ -94,3 +98,32 @@ def test_weights_are_scaled_in_fp32_and_stored_narrow() -> None:
     assert {value.dtype for value in scaled.inputs} == {DType.F16}
     (got,), (expected,) = (ir_interpreter.run(one, feeds).values() for one in (graph, load(proto)))
     assert np.linalg.norm(got - expected) <= 5e-3 * np.linalg.norm(expected)
+
+
+def test_gates_by_a_clip_scale_weights_too() -> None:
+    tail = "t = Add(g, three) c = Clip(t, zero, six) h = Div(c, six) z = Mul(r, h) y = Conv(z, w, b) }"
+    text = GATED.format(mul="", tail="").split("h = Sigmoid")[0] + tail
+    more = {name: np.array(value, np.float64) for name, value in (("zero", 0), ("three", 3), ("six", 6))}
+    assert products(check(model(text, W | more), IMAGE, traits=DOUBLE)) == 1
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1000.0])
+@pytest.mark.parametrize("bias", [-7.0, 0.0])
+def test_fp16_holds_scaled_weights_of_any_size(size: float, bias: float) -> None:
+    """Gates of a thousandth, small weights: their product is below the normal numbers of fp16."""
+    text = """(float[n,16,32,32] x) => (float[n,8,32,32] y) { r = Relu(x) m = GlobalAveragePool(r)
+        g = Conv(m, s, c) h = Sigmoid(g) z = Mul(r, h) y = Conv(z, w) }"""
+    weights = {
+        "s": random(16, 16, 1, 1, seed=1).astype(np.float32), "c": np.full(16, bias, np.float32),
+        "w": (size * random(8, 16, 1, 1, seed=2)).astype(np.float32),
+    }  # fmt: skip
+    image = (
+        {"x": (random(2, 16, 32, 32, seed=3) / size).astype(np.float32)}
+        if size > 1
+        else {"x": random(2, 16, 32, 32, seed=3).astype(np.float32)}
+    )
+    before, after = load(model(text, weights)), rewritten(model(text, weights), traits=NARROW)
+    assert products(after) == 1
+    (expected,), (found,) = (ir_interpreter.run(graph, image).values() for graph in (before, after))
+    error = np.linalg.norm(found.astype(np.float64) - expected) / np.linalg.norm(expected)
+    assert error < 4 * 2.0**-11
