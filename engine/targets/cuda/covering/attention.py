@@ -108,16 +108,18 @@ def attentions(context: Context) -> Iterator[tuple[str, Launch]]:
         singles = ((64, False, 200), (96, True, 200), (128, False, 20000), (192, True, 20000), (256, False, 200))
         for head, causal, tokens in singles:
             step = packed_attention(head, causal, 1, tokens)
-            for wgmma_tile in candidates_on_warpgroups(attention_wgmma.work_of(step)):
+            for wgmma_tile in list(candidates_on_warpgroups(attention_wgmma.work_of(step)))[::2]:
                 yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, context)
+        # Windows, whose tiles are those above, in every other one.
         full = {64: F16, 128: F16, 256: F32}  # biases
-        for head, bias, causal in product((32, 64, 80, 128, 192, 256), (0, 1, 2), (False, True)):
-            if (bias < 2 and causal == (bias == 1)) or (bias == 2 and head in full):
-                step = attention(F16, head, causal, bias, 200, full.get(head, F32), window=70)
-                for wgmma_tile in candidates_on_warpgroups(attention_wgmma.work_of(step)):
+        for i, (head, bias) in enumerate(product((32, 64, 80, 128, 192, 256), (0, 1, 2))):
+            if bias < 2 or head in full:
+                step = attention(F16, head, bias == 1, bias, 200, full.get(head, F32), window=70)
+                for wgmma_tile in list(candidates_on_warpgroups(attention_wgmma.work_of(step)))[i % 2 :: 2]:
                     yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, context)
-        for head, bias, splits in product((32, 64, 80, 96, 128, 192, 256), (0, 1, 2), (1, 4)):
+        for head, bias in product((32, 64, 80, 96, 128, 192, 256), (0, 1, 2)):
             turn += 1
+            splits = 4 if turn % 2 else 1
             step = decoding(DType.BF16 if turn % 4 == 0 else F16, head, bias, causal=turn % 5 == 0)
             for launch in attention_decode.launch_attention(step, tile_of(attention_decode.work_of(step)), splits):
                 yield step.name, launch
