@@ -57,13 +57,13 @@ bench-gpu: models $(call installed,test cuda)  ## models, kernels, accuracy on t
 	$(BIN)/python -m benchmarks kernels $(ARGS)
 	$(BIN)/python -m benchmarks accuracy $(ARGS)
 
-kernels: $(call installed,kernels)  ## the CUDA kernels compiled for Ampere and Hopper and inspected; needs no GPU
-	$(BIN)/python -m engine.targets.cuda.gate $(KERNEL_ARCHITECTURES) $(ARGS)
+kernels: $(call installed,kernels)  ## the CUDA kernels compiled for Ampere or Hopper and inspected; needs no GPU
+	$(BIN)/python -m engine.targets.cuda.gate --in-turn $(KERNEL_ARCHITECTURES) $(ARGS)
 
 sanitize: $(call installed,test cuda)  ## compute-sanitizer over every kernel on the GPU
 	$(BIN)/python -m tests.gpu.sanitize $(ARGS)
 
-kernels-all: $(call installed,kernels)  ## the same for every architecture
+kernels-all: $(call installed,kernels)  ## all of them for every architecture
 	$(BIN)/python -m engine.targets.cuda.gate $(ARGS)
 
 load: models $(call installed,load)  ## what a server can do: build/load/report.html; of TARGET=http://host:port, or of its own

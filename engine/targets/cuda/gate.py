@@ -25,6 +25,7 @@ from engine.targets.cuda import covering
 from engine.targets.cuda.architecture import ARCHITECTURES, Architecture
 from engine.targets.cuda.compiler import CompileError, Compiler
 from engine.targets.cuda.kernel import Instruction, Kernel
+from engine.targets.cuda.source import Source
 
 _FUNCTION = "kernel"  # the name of every kernel's function
 _RESOURCES = re.compile(rf"^\s*Function {_FUNCTION}:\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", re.MULTILINE)
@@ -141,9 +142,28 @@ def _run(command: Sequence[str]) -> str:
     return result.stdout
 
 
-def check(architecture: Architecture, workers: int) -> list[Verdict]:
-    """Compile and inspect the covering set for one architecture."""
-    kernels = {launch.kernel.source: launch.kernel for _, launch in covering.launches(architecture)}
+Kernels = dict[Source, Kernel]
+
+
+def covering_set(architecture: Architecture) -> Kernels:
+    """The kernels of the covering set for one architecture, by their sources."""
+    return {launch.kernel.source: launch.kernel for _, launch in covering.launches(architecture)}
+
+
+def in_turn(sets: Sequence[Kernels]) -> list[Kernels]:
+    """The same sets, with each kernel that several of them have in one of them: these take turns."""
+    turn = 0
+    left: list[Kernels] = [{} for _ in sets]
+    for source in dict.fromkeys(source for kernels in sets for source in kernels):
+        having = [i for i, kernels in enumerate(sets) if source in kernels]
+        chosen = having[turn % len(having)]
+        left[chosen][source] = sets[chosen][source]
+        turn += len(having) > 1
+    return left
+
+
+def check(architecture: Architecture, kernels: Kernels, workers: int) -> list[Verdict]:
+    """Compile and inspect kernels for one architecture."""
     compiler = Compiler(architecture.name, cache=None, workers=workers)
     cuobjdump = tool("cuobjdump")
 
@@ -161,6 +181,9 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m engine.targets.cuda.gate", description=__doc__)
     parser.add_argument("architectures", nargs="*", default=list(ARCHITECTURES), help="default: all")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--in-turn", action="store_true", help="compile a kernel that several architectures have for one of them"
+    )
     parser.add_argument("--verbose", action="store_true", help="a line for every kernel")
     options = parser.parse_args(None if arguments is None else list(arguments))
     unknown = [name for name in options.architectures if name not in ARCHITECTURES]
@@ -168,8 +191,9 @@ def main(arguments: Iterable[str] | None = None) -> int:
         parser.error(f"there are no kernels for {', '.join(unknown)}; there are for {', '.join(ARCHITECTURES)}")
     start = time.monotonic()
     verdicts: list[Verdict] = []
-    for name in options.architectures:
-        found = check(ARCHITECTURES[name], options.workers)
+    sets = [covering_set(ARCHITECTURES[name]) for name in options.architectures]
+    for name, kernels in zip(options.architectures, in_turn(sets) if options.in_turn else sets, strict=True):
+        found = check(ARCHITECTURES[name], kernels, options.workers)
         verdicts += found or [Verdict(name, "(covering set)", failure="nothing to compile")]
     for verdict in verdicts:
         if verdict.failure or options.verbose:

@@ -102,6 +102,14 @@ def test_a_matrix_instruction_elsewhere_than_in_the_kernel_is_none() -> None:
     assert verdict(other.replace("other", "kernel"), instruction=Instruction.MMA).failure == ""
 
 
+def test_kernels_of_several_architectures_take_turns() -> None:
+    kernels = {name: Kernel(name, Source(name, f"// {name}"), 32) for name in "abcde"}
+    older = {kernels[name].source: kernels[name] for name in "abcd"}
+    newer = {kernels[name].source: kernels[name] for name in "bcde"}
+    left = gate.in_turn([older, newer])
+    assert ["".join(kernel.family for kernel in one.values()) for one in left] == ["abd", "ce"]
+
+
 def test_code_without_the_kernel_fails() -> None:
     assert verdict(PLAIN.replace("kernel", "misnamed")).failure
 
