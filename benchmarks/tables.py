@@ -25,7 +25,7 @@ from benchmarks.results import Results, Row, geometric_mean
 from engine.errors import EngineError
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "kernel-results.md")
 
 _TABLE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _PEER_VERSIONS = ("torch", "cudnn", "onnxruntime")

@@ -38,6 +38,13 @@ def test_the_committed_tables_are_those_of_the_committed_results(document: Path)
     assert regenerated(text, FOLDER) == text
 
 
+def test_every_suite_of_a_committed_device_has_a_table() -> None:
+    texts = [document.read_text() for document in DOCUMENTS]
+    for stem in {path.stem for path in FOLDER.glob("*.json")}:
+        for suite in cases.suites_of(stem):
+            assert any(f"<!-- table: {stem} {suite} -->" in text for text in texts), (stem, suite)
+
+
 def test_a_table_holds_the_rows_in_the_order_of_the_list(complete: Results, tmp_path: Path) -> None:
     complete.rows = dict(reversed(complete.rows.items()))
     complete.save(tmp_path)

@@ -209,7 +209,6 @@ def test_a_mean_is_taken_of_the_result_where_no_kernel_adds_it_up(
 
 def test_what_saves_a_pass_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other kernel is as fast without sums as this one with them: with them it would need the result once more."""
-    monkeypatch.setattr(depthwise_rows, "TAKEN", True, raising=False)
     step = depthwise_step(128, 240, 28, 5)
     geometry = Geometry(step)
     estimate = ranked(step, geometry, CONTEXT, sums=True)[0][0]

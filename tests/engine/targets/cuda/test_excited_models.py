@@ -60,7 +60,6 @@ def graph_in(form: str, storage: DType = DType.F16) -> Graph:
 @pytest.mark.parametrize("taken", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_blocks_match_the_model(runner: Runner, form: str, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(depthwise_rows, "TAKEN", taken, raising=False)
     if not taken:
         monkeypatch.setattr(depthwise_rows, "pick", lambda *_, **__: None)
     feeds = {"x": random(3, 8, 20, 20, seed=13).astype(np.float32)}
