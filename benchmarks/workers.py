@@ -1,6 +1,5 @@
 """Processes that get cases ready side by side, and then measure them: one case at a time where times are taken, all at
-once where none are. Called by `gpu/models.py`, `gpu/packed.py` and `gpu/accuracy.py`; knows neither devices nor
-PyTorch.
+once where none are. Called by `gpu/preparing.py` and `gpu/accuracy.py`; knows neither devices nor PyTorch.
 
 What compiles for minutes, hangs or crashes does so in a process of its own: it costs the cases of that process and no
 others. A process that is not ready in time is ended, and another takes its cases, without what took so long

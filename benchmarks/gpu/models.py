@@ -9,7 +9,7 @@ in one process, while all others wait.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,11 +25,12 @@ import engine
 from benchmarks.cases.models import ModelCase
 from benchmarks.gpu.executables import compile_threads, executable, host_us, limit_compiler
 from benchmarks.gpu.networks import network
-from benchmarks.gpu.references import References, free
+from benchmarks.gpu.preparing import Compilations, outcomes, references, told
+from benchmarks.gpu.references import free
 from benchmarks.gpu.timing import CallContender, Check, GraphContender, full_precision, relative_error
-from benchmarks.measure import Contender, Entry, Measurement, measure, reason
+from benchmarks.measure import Contender, Entry, Measurement, measure
 from benchmarks.results import Ceilings
-from benchmarks.workers import GRACE_SECONDS, Expired, groups, one_at_a_time, time_limit
+from benchmarks.workers import groups
 from engine.plan.plan import Plan
 from engine.targets.cuda.target import Executable
 
@@ -67,7 +68,6 @@ def measure_all(
     torch.compile takes part in the cases of `compiled`, and stops at `compile_until`. Both are times of
     `time.monotonic`. `workers`: the most processes at once.
     """
-    begin = time.monotonic()
     by_name = {case.name: case for case in cases}
     shares = groups([(case.model, case) for case in cases], workers)
     threads = compile_threads(len(shares))
@@ -82,12 +82,8 @@ def measure_all(
         )
         for share in shares
     ]
-    # Inductor's own workers would stay behind, busy, when the time is up.
-    environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": str(threads)}
-    ready_by = max(begin + _PREPARE_SECONDS, compile_until if compiled else begin) + GRACE_SECONDS
-    for number, (name, outcome) in enumerate(one_at_a_time(recipes, environment, ready_by, deadline)):
-        if not number:
-            print(f"references, kernels and torch.compile: {time.monotonic() - begin:.0f} s", flush=True)
+    until = compile_until if compiled else None
+    for name, outcome in outcomes(recipes, threads, _PREPARE_SECONDS, until, deadline):
         yield by_name[name], Outcome(Measurement(failure=outcome)) if isinstance(outcome, str) else outcome
 
 
@@ -123,58 +119,20 @@ class ModelBench:
         self._recipe = recipe
         self._cases = {case.name: case for case in recipe.cases}
         settle(recipe.threads)
-        self._expected: dict[str, Mapping[str, np.ndarray]] = {}
-        self._failures = dict(self._prepare_references())
+        self._expected, self._failures = references(recipe.cases, recipe.path, recipe.threads)
         prepared = time.monotonic()
         self._ours = _OurModel(recipe.path, recipe.threads)
         for case in recipe.cases:
             self._ours.prepare(case)
         loaded = time.monotonic()
         self._net = network(recipe.cases[0].model, recipe.path)
-        self._compiled: dict[tuple[str, str], Callable[..., torch.Tensor]] = {}
-        self._reasons: dict[tuple[str, str], str] = {}
-        for mode in _MODES:
+        self._compiled = Compilations(recipe.compile_until, recipe.given_up)
+        for kind, mode in _MODES.items():
             for name in recipe.compiled:
-                self._compile(name, mode)
+                arguments = self._net.arguments(self._cases[name].feeds())
+                self._compiled.add(name, kind, self._net.call, arguments, mode)
         free()
-        print(
-            f"{', '.join(self._cases)}: references {prepared - begin:.0f} s, ours {loaded - prepared:.0f} s, "
-            f"{len(self._compiled)} compiled {time.monotonic() - loaded:.0f} s",
-            flush=True,
-        )
-
-    def _prepare_references(self) -> Iterator[tuple[str, str]]:
-        """Find the reference of every case; the cases that have none, and why."""
-        references = References(threads=self._recipe.threads)
-        for case in self._recipe.cases:
-            try:
-                self._expected[case.name] = references.of(case, self._recipe.path)
-            except Exception as problem:
-                yield case.name, f"no reference: {reason(problem)}"
-        del references
-        free()
-
-    def _compile(self, name: str, mode: str) -> None:
-        """Have torch.compile compile the network for a case, and run it once. What does not work or is not done in time
-        has a reason."""
-        if self._recipe.given_up:
-            self._reasons[name, mode] = self._recipe.given_up
-            return
-        begin = time.monotonic()
-        # One function for each case, as a user would have; limited to the process's time, not to this case's.
-        compiled = torch.compile(self._net.call, mode=_MODES[mode], dynamic=False)
-        arguments = self._net.arguments(self._cases[name].feeds())
-        try:
-            with time_limit(self._recipe.compile_until):
-                compiled(*arguments)
-                torch.cuda.synchronize()
-        except Expired:
-            self._reasons[name, mode] = f"not done in time, after {time.monotonic() - begin:.0f} s"
-        except Exception as problem:
-            self._reasons[name, mode] = reason(problem)
-        else:
-            self._compiled[name, mode] = compiled
-        torch.cuda.empty_cache()
+        told(list(self._cases), begin, prepared, loaded, len(self._compiled))
 
     def measure(self, name: str) -> Outcome:
         """Check and time one case."""
@@ -199,7 +157,7 @@ class ModelBench:
     def _record(self, name: str, arguments: tuple[torch.Tensor, ...]) -> None:
         """Have mode reduce-overhead record its graphs, if it can: `_called` says what is wrong otherwise. Recording
         frees cuBLAS's workspaces, so it comes before any graph here is captured that has their addresses."""
-        compiled = self._compiled.get((name, COMPILE))
+        compiled = self._compiled.get(name, COMPILE)
         if compiled is not None:
             with suppress(Exception):
                 for _ in range(3):  # records, and replays
@@ -208,18 +166,13 @@ class ModelBench:
 
     def _called(self, name: str, arguments: tuple[torch.Tensor, ...], check: Check) -> Contender:
         """As a user would: mode reduce-overhead, which makes CUDA graphs of its own, called from Python."""
-        compiled = self._found(name, COMPILE)
+        compiled = self._compiled.found(name, COMPILE)
         return CallContender(lambda: compiled(*arguments), check)
 
     def _in_graph(self, name: str, arguments: tuple[torch.Tensor, ...], check: Check) -> Contender:
         """In a CUDA graph of ours, without the host's part of a call."""
-        compiled = self._found(name, COMPILE_IN_GRAPH)
+        compiled = self._compiled.found(name, COMPILE_IN_GRAPH)
         return GraphContender(lambda _: compiled(*arguments), 1, check)
-
-    def _found(self, name: str, mode: str) -> Callable[..., torch.Tensor]:
-        if (name, mode) in self._reasons:
-            raise RuntimeError(self._reasons[name, mode])
-        return self._compiled[name, mode]
 
 
 def settle(threads: int) -> None:

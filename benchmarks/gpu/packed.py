@@ -24,17 +24,17 @@ from benchmarks.gpu.jagged import JaggedBert, jagged, without_waiting
 from benchmarks.gpu.models import TOLERANCE, run_us, settle
 from benchmarks.gpu.networks import network
 from benchmarks.gpu.packed_ours import OurContender, OurModels
+from benchmarks.gpu.preparing import Compilations, Network, outcomes, references, told
 from benchmarks.gpu.real_tokens import Real
-from benchmarks.gpu.references import References, free
+from benchmarks.gpu.references import free
 from benchmarks.gpu.timing import CallContender, Check, GraphContender
-from benchmarks.measure import Contender, Entry, Measurement, measure, reason
+from benchmarks.measure import Contender, Entry, Measurement, measure
 from benchmarks.packed import COMPILE, EAGER, JAGGED, JAGGED_CALLED, JAGGED_COMPILE, figures
 from benchmarks.results import Ceilings
-from benchmarks.workers import GRACE_SECONDS, Expired, groups, one_at_a_time, time_limit
+from benchmarks.workers import groups
 
 OURS_PADDED = "ours padded"
 _PREPARE_SECONDS = 90.0  # for references and our kernels, where torch.compile takes no part
-Network = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,11 @@ def measure_all(
     torch.compile stops at `compile_until`, None: it takes no part. Both are times of `time.monotonic`. `workers`: the
     most processes at once.
     """
-    begin = time.monotonic()
     by_name = {case.name: case for case in cases}
     shares = groups([(case.model, case) for case in cases], workers)
     threads = compile_threads(len(shares))
     recipes = [PackedRecipe(tuple(share), files[share[0].model], ceilings, threads, compile_until) for share in shares]
-    # Inductor's own workers would stay behind, busy, when the time is up.
-    environment = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": str(threads)}
-    ready_by = max(begin + _PREPARE_SECONDS, compile_until or begin) + GRACE_SECONDS
-    for number, (name, outcome) in enumerate(one_at_a_time(recipes, environment, ready_by, deadline)):
-        if not number:
-            print(f"references, kernels and torch.compile: {time.monotonic() - begin:.0f} s", flush=True)
+    for name, outcome in outcomes(recipes, threads, _PREPARE_SECONDS, compile_until, deadline):
         yield by_name[name], Outcome(Measurement(failure=outcome)) if isinstance(outcome, str) else outcome
 
 
@@ -107,8 +101,11 @@ class PackedBench:
         self._recipe = recipe
         self._cases = {case.name: case for case in recipe.cases}
         settle(recipe.threads)
-        self._expected: dict[str, Real] = {}
-        self._failures = dict(self._prepare_references())
+        expected, self._failures = references(recipe.cases, recipe.path, recipe.threads)
+        self._expected = {}
+        for name, outputs in expected.items():
+            (hidden,) = outputs.values()
+            self._expected[name] = Real.of(hidden, self._cases[name].feeds())
         prepared = time.monotonic()
         self._ours = OurModels(recipe.path, recipe.threads)
         for case in recipe.cases:
@@ -118,56 +115,19 @@ class PackedBench:
         assert self._net.module is not None
         self._networks: Mapping[str, Network] = {COMPILE: self._net.call, JAGGED_COMPILE: JaggedBert(self._net.module)}
         self._arguments = {case.name: self._made(case) for case in recipe.cases}
-        self._compiled: dict[tuple[str, str], Network] = {}
-        self._reasons: dict[tuple[str, str], str] = {}
+        self._compiled = Compilations(recipe.compile_until or 0.0, recipe.given_up)
         if recipe.compile_until is not None:
-            for kind in self._networks:  # the padded ones first
+            for kind, one in self._networks.items():  # the padded ones first
                 for name in self._cases:
-                    self._compile(name, kind, recipe.compile_until)
+                    self._compiled.add(name, kind, one, self._arguments[name][kind])
         free()
-        print(
-            f"{', '.join(self._cases)}: references {prepared - begin:.0f} s, ours {loaded - prepared:.0f} s, "
-            f"{len(self._compiled)} compiled {time.monotonic() - loaded:.0f} s",
-            flush=True,
-        )
-
-    def _prepare_references(self) -> Iterator[tuple[str, str]]:
-        """Find the reference of every case; the cases that have none, and why."""
-        references = References(threads=self._recipe.threads)
-        for case in self._recipe.cases:
-            try:
-                (expected,) = references.of(case, self._recipe.path).values()
-                self._expected[case.name] = Real.of(expected, case.feeds())
-            except Exception as problem:
-                yield case.name, f"no reference: {reason(problem)}"
-        del references
-        free()
+        told(list(self._cases), begin, prepared, loaded, len(self._compiled))
 
     def _made(self, case: PackedCase) -> Mapping[str, tuple[torch.Tensor, ...]]:
         """The arguments of either network."""
         feeds = case.feeds()
         padded = self._net.arguments(feeds)
         return {COMPILE: padded, JAGGED_COMPILE: jagged(feeds, str(padded[0].device))}
-
-    def _compile(self, name: str, kind: str, until: float) -> None:
-        """Have torch.compile compile a network for a case, and run it once. What does not work or is not done in time
-        has a reason."""
-        if self._recipe.given_up:
-            self._reasons[name, kind] = self._recipe.given_up
-            return
-        begin = time.monotonic()
-        compiled: Network = torch.compile(self._networks[kind], dynamic=False)
-        try:
-            with time_limit(until):
-                compiled(*self._arguments[name][kind])
-                torch.cuda.synchronize()
-        except Expired:
-            self._reasons[name, kind] = f"not done in time, after {time.monotonic() - begin:.0f} s"
-        except Exception as problem:
-            self._reasons[name, kind] = reason(problem)
-        else:
-            self._compiled[name, kind] = compiled
-        torch.cuda.empty_cache()
 
     def measure(self, name: str) -> Outcome:
         """Check and time one case."""
@@ -208,21 +168,16 @@ class PackedBench:
         compiles = self._recipe.compile_until is not None
         yield Entry(EAGER, partial(_in_graph, lambda: network(*padded), real.of_padded))
         if compiles:
-            yield Entry(COMPILE, lambda: _in_graph(partial(self._found(name, COMPILE), *padded), real.of_padded))
+            compiled = partial(self._compiled.found, name, COMPILE)
+            yield Entry(COMPILE, lambda: _in_graph(partial(compiled(), *padded), real.of_padded))
         yield Entry(JAGGED_CALLED, lambda: CallContender(lambda: on_nested(*nested).values(), real.of_tokens))
         yield Entry(JAGGED, partial(_jagged_in_graph, lambda: on_nested(*nested).values(), real))
         if compiles:
             yield Entry(JAGGED_COMPILE, partial(self._compiled_jagged, name, nested, real))
 
     def _compiled_jagged(self, name: str, nested: tuple[torch.Tensor, ...], real: Real) -> Contender:
-        compiled = self._found(name, JAGGED_COMPILE)
+        compiled = self._compiled.found(name, JAGGED_COMPILE)
         return _jagged_in_graph(lambda: compiled(*nested).values(), real)
-
-    def _found(self, name: str, kind: str) -> Network:
-        """Raises RuntimeError with the reason why it was not compiled."""
-        if (name, kind) in self._reasons:
-            raise RuntimeError(self._reasons[name, kind])
-        return self._compiled[name, kind]
 
 
 def _in_graph(call: Callable[[], torch.Tensor], check: Check) -> Contender:

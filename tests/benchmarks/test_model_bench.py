@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,31 +19,13 @@ import torch
 
 import engine
 from benchmarks.cases.models import MINILM, ModelCase
-from benchmarks.gpu import models, networks, references, timing
+from benchmarks.gpu import models, networks, preparing, references
 from benchmarks.models.store import model_file
 from benchmarks.results import Ceilings
+from tests.benchmarks.calls import Call, Graph
 
 _COMPILED = (models.COMPILE, models.COMPILE_IN_GRAPH)
 CASES = (ModelCase(MINILM, 1, 16), ModelCase(MINILM, 3, 33))
-
-
-class Call(timing.CallContender):
-    """A call without events of a GPU."""
-
-    def error(self) -> float:
-        return self._check(0, self._call())
-
-    def round_us(self) -> float:
-        begin = time.perf_counter()
-        self._queue()
-        return (time.perf_counter() - begin) * 1e6
-
-
-class Graph(Call):
-    """A call in the place of a graph."""
-
-    def __init__(self, work: Callable[[int], torch.Tensor], runs: int, check: timing.Check) -> None:
-        super().__init__(lambda: work(0), check)
 
 
 class Ours:
@@ -77,7 +59,7 @@ class Ours:
 @pytest.fixture
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "network", partial(networks.network, device="cpu", dtype=torch.float32))
-    monkeypatch.setattr(models, "References", partial(references.References, "cpu"))
+    monkeypatch.setattr(preparing, "References", partial(references.References, "cpu"))
     monkeypatch.setattr(models, "CallContender", Call)
     monkeypatch.setattr(models, "GraphContender", Graph)
     monkeypatch.setattr(models, "_OurModel", Ours)

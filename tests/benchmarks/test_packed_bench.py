@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,33 +26,15 @@ from benchmarks import packed as said
 from benchmarks.__main__ import main
 from benchmarks.cases.models import MINILM
 from benchmarks.cases.packed import PackedCase
-from benchmarks.gpu import models, networks, packed, packed_ours, real_tokens, references, session, timing
+from benchmarks.gpu import models, networks, packed, packed_ours, preparing, real_tokens, references, session
 from benchmarks.gpu.jagged import JaggedBert, jagged
 from benchmarks.models.store import model_file
 from benchmarks.results import Ceilings, Device, Results, Run
 from benchmarks.tables import regenerated
 from engine.model import BoundModel
+from tests.benchmarks.calls import Call, Graph
 
 CASE = PackedCase(MINILM, 3, 128)
-
-
-class Call(timing.CallContender):
-    """A call without events of a GPU."""
-
-    def error(self) -> float:
-        return self._check(0, self._call())
-
-    def round_us(self) -> float:
-        begin = time.perf_counter()
-        self._queue()
-        return (time.perf_counter() - begin) * 1e6
-
-
-class Graph(Call):
-    """A call in the place of a graph."""
-
-    def __init__(self, work: Callable[[int], torch.Tensor], runs: int, check: timing.Check) -> None:
-        super().__init__(lambda: work(0), check)
 
 
 class Array(np.ndarray):
@@ -97,7 +79,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(packed_ours, "engine", SimpleNamespace(load=load))
     monkeypatch.setattr(packed_ours, "limit_compiler", lambda model, threads: None)
     monkeypatch.setattr(packed, "network", partial(networks.network, device="cpu", dtype=torch.float32))
-    monkeypatch.setattr(packed, "References", partial(references.References, "cpu"))
+    monkeypatch.setattr(preparing, "References", partial(references.References, "cpu"))
     monkeypatch.setattr(packed, "CallContender", Call)
     monkeypatch.setattr(packed, "GraphContender", Graph)
     monkeypatch.setattr(packed_ours, "OurContender", Ours)
@@ -191,7 +173,7 @@ def test_the_command_measures_and_keeps_the_rows(
             for name in recipe.names:
                 yield name, pickle.loads(pickle.dumps(bench.measure(name)))
 
-    monkeypatch.setattr(packed, "one_at_a_time", here)
+    monkeypatch.setattr(preparing, "one_at_a_time", here)
     folders = ["--models", str(model_repository), "--results", str(tmp_path)]
     assert main(["packed", "--tune", "0", "--compile", "0", *folders]) == 0
     ((key, row),) = Results.load(tmp_path / "some-gpu.json").rows.items()
