@@ -81,8 +81,8 @@ def _rewrite(editor: Editor, node: Node, traits: Traits) -> None:
     a, b = (_dequantised(editor, value) for value in node.inputs[:2])
     if a is None or b is None or a.dtype is not b.dtype or a.dtype not in traits.product_types:
         return
-    if isinstance(node.op, Conv) and not a.dtype.is_float:
-        return  # images of integers have no kernel
+    if isinstance(node.op, Conv) and not (a.dtype.is_float and a.is_symmetric):
+        return  # images of integers have no kernel, and what columns add up to is that of a matrix
     accumulators = {leaf for leaf in ex.walk(*stores_of(node.op)) if isinstance(leaf, ex.Acc)}
     if accumulators != {ex.Acc(DType.F32)} or any(value in node.inputs[2:] for value in node.inputs[:2]):
         return

@@ -10,33 +10,20 @@ from engine.plan.tensor import Buffer, Tensor
 from engine.targets.cuda import gemm
 from engine.targets.cuda.architecture import SM_80, SM_90A
 from engine.targets.cuda.choices import choice_of, key_of, tile_of, tile_text
-from engine.targets.cuda.covering import F16
 from engine.targets.cuda.gemm import needs_staged, operands_of, other_tiles, pick_tile, ranked_tiles
 from engine.targets.cuda.kernel import TensorMap
 from engine.targets.cuda.product_cost import Way
 from engine.targets.cuda.tiles import CLUSTER_TILES, PRODUCT_TILES, STAGED_TILES, Operands, WgmmaTile
-from tests.engine.targets.cuda.cases import LATE, check, check_late, ragged, rng_of
+from tests.engine.targets.cuda.cases import LATE, check, check_late
 from tests.engine.targets.cuda.emulator import emulator
 from tests.engine.targets.cuda.emulator.runner import EmulatedRunner
 from tests.engine.targets.cuda.harness import Case, Runner, run_cases
-from tests.engine.targets.cuda.test_gemm import EXACT, KINDS, context_of, launched, rounding, stores_of
-from tests.engine.targets.cuda.test_gemm_staged import HOPPER, parts, step_of
+from tests.engine.targets.cuda.test_gemm import EXACT, launched
+from tests.engine.targets.cuda.test_gemm_staged import HOPPER, parts, random_products, step_of
 
 
 def test_products_in_pairs_match_float64(hopper: Runner, count: int) -> None:
-    """In every tile: every kind of operands, ragged sizes, rows that are copied first."""
-    rng, cases = rng_of("pairs"), []
-    for i in range(2 * count):
-        tile = replace(CLUSTER_TILES[i % len(CLUSTER_TILES)], aligns=i % 3 == 0)
-        kind = ("fp16", "bf16", "tf32")[int(rng.integers(0, 3))]
-        result = F16 if kind == "tf32" else KINDS[kind][0]
-        name = list(stores_of(F16))[int(rng.integers(0, 4))]
-        granularity = 8 if needs_staged(tile) else 1
-        m, n, k = ragged(rng, 600), ragged(rng, 600, granularity), ragged(rng, 600, 1 if tile.aligns else 8)
-        step = step_of(m, n, k, name, result, KINDS[kind][0])
-        launches = launched(step, tile, context_of(hopper, kind))
-        cases.append(Case(f"{kind} {m}x{n}x{k} {name} {tile}", step, k, lowered=launches, rounding=rounding(kind)))
-    check(hopper, cases)
+    check(hopper, random_products(hopper, "pairs", CLUSTER_TILES, 2 * count, (600, 600)))
 
 
 @pytest.mark.parametrize("k", [40, 200, 680])

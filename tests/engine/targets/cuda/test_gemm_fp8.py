@@ -78,6 +78,24 @@ def scaled_step(rng: np.random.Generator, m: int, n: int, k: int, name: str, res
     return make_step(Gemm((stores(k, result)[name],)), inputs)
 
 
+def random_tile(rng: np.random.Generator, i: int, context: Context) -> tuple[Tile, int]:
+    """The tile of case `i`, k in one part or in several, and what divides a k that it takes of 8 bits."""
+    tiles: tuple[Tile, ...] = PRODUCT_TILES if context.architecture.wgmma and i % 3 else MMA_TILES
+    tile = tiles[int(rng.integers(0, len(tiles)))]
+    if isinstance(tile, WgmmaTile) and i % 2:
+        tile = replace(tile, aligns=True)
+    aligned = isinstance(tile, WgmmaTile) and not tile.aligns
+    splits = min(int(rng.choice([1, 1, 2, 3, 7])), tile.most_splits)
+    return replace(tile, splits=splits), 16 if aligned else 1
+
+
+def twice_in(step: Step, tile: Tile, context: Context) -> list[Launch]:
+    """The launches in a tile; where k is split twice, with the result wiped in between: counters must be left as they
+    were found."""
+    launches = parts_in(step, tile, context)
+    return [*launches, *wiped(step.outputs[0], context), *launches] if tile.splits > 1 else launches
+
+
 def numbers(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return F8.convert(rng.standard_normal(shape).astype(np.float32))
 
@@ -85,20 +103,12 @@ def numbers(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 def test_products_with_weights_match_float64(runner: Runner, count: int) -> None:
     """In every tile, k in one part or in several, results of fp8, fp16 and fp32."""
     rng, cases = rng_of("fp8"), []
-    wgmma = PRODUCT_TILES if runner.context.architecture.wgmma else ()
     for i in range(2 * count):
-        tiles: tuple[Tile, ...] = wgmma if wgmma and i % 3 else MMA_TILES
-        tile = tiles[int(rng.integers(0, len(tiles)))]
-        if isinstance(tile, WgmmaTile) and i % 2:
-            tile = replace(tile, aligns=True)
-        aligned = isinstance(tile, WgmmaTile) and not tile.aligns
-        name, splits = list(stores(1, F16))[i % 3], min(int(rng.choice([1, 1, 2, 3, 7])), tile.most_splits)
-        result = (F8, F16, F32)[int(rng.integers(0, 3))]
-        m, k, n = ragged(rng, 300), ragged(rng, 900, 16 if aligned else 1), ragged(rng, 300)
+        tile, granularity = random_tile(rng, i, runner.context)
+        name, result = list(stores(1, F16))[i % 3], (F8, F16, F32)[int(rng.integers(0, 3))]
+        m, k, n = ragged(rng, 300), ragged(rng, 900, granularity), ragged(rng, 300)
         step = scaled_step(rng, m, n, k, name, result)
-        launches = parts_in(step, replace(tile, splits=splits), runner.context)
-        label = f"{m}x{n}x{k} {name} to {result.value} {tile} in {splits}"
-        launches = [*launches, *wiped(step.outputs[0], runner.context), *launches] if splits > 1 else launches
+        launches, label = twice_in(step, tile, runner.context), f"{m}x{n}x{k} {name} to {result.value} {tile}"
         cases.append(Case(label, step, k, lowered=launches, rounding=rounding(tile, k)))
     check(runner, cases)
 

@@ -16,10 +16,10 @@ from engine.targets.cuda.architecture import SM_80, SM_90A
 from engine.targets.cuda.covering import ACC, F16, F32, make_step
 from engine.targets.cuda.gemm import launches_of, lower, ranked_tiles
 from engine.targets.cuda.kernel import Context, Instruction, WeightStore
-from engine.targets.cuda.tiles import BATCHED_TILES, MMA_TILES, PRODUCT_TILES, MmaTile, Tile, WgmmaTile
-from tests.engine.targets.cuda.cases import broadcast_of, check, fed, ragged, rng_of, wiped
+from engine.targets.cuda.tiles import BATCHED_TILES, PRODUCT_TILES, MmaTile, WgmmaTile
+from tests.engine.targets.cuda.cases import broadcast_of, check, fed, ragged, rng_of
 from tests.engine.targets.cuda.harness import Case, Runner
-from tests.engine.targets.cuda.test_gemm_fp8 import parts, parts_in
+from tests.engine.targets.cuda.test_gemm_fp8 import parts, parts_in, random_tile, twice_in
 
 I8 = DType.I8
 EXACT = 2.0**-23
@@ -33,15 +33,9 @@ def numbers(rng: np.random.Generator, *shape: int) -> np.ndarray:
 def test_products_with_weights_are_exact(runner: Runner, count: int) -> None:
     """In every tile, k in one part or in several, with all that a quantised layer does behind the sum."""
     rng, cases = rng_of("int8"), []
-    wgmma = PRODUCT_TILES if runner.context.architecture.wgmma else ()
     for i in range(2 * count):
-        tiles: tuple[Tile, ...] = wgmma if wgmma and i % 3 else MMA_TILES
-        tile = tiles[int(rng.integers(0, len(tiles)))]
-        if isinstance(tile, WgmmaTile) and i % 2:
-            tile = replace(tile, aligns=True)
-        aligned = isinstance(tile, WgmmaTile) and not tile.aligns
-        splits = min(int(rng.choice([1, 1, 2, 3, 7])), tile.most_splits)
-        m, k, n = ragged(rng, 300), ragged(rng, 900, 16 if aligned else 1), ragged(rng, 300)
+        tile, granularity = random_tile(rng, i, runner.context)
+        m, k, n = ragged(rng, 300), ragged(rng, 900, granularity), ragged(rng, 300)
         scaled = cv.mul(cv.add(ACC, cv.arg(2, F32)), cv.arg(3, F32))
         # Whole numbers and powers of two, so that no rounding lies beside a middle.
         levels = ex.apply(ex.PointOp.ROUND, scaled)
@@ -55,9 +49,7 @@ def test_products_with_weights_are_exact(runner: Runner, count: int) -> None:
             ]
         step = make_step(Gemm((store,)), inputs)
         feeds = {0: numbers(rng, m, k)}
-        launches = parts_in(step, replace(tile, splits=splits), runner.context)
-        label = f"{m}x{n}x{k} {tile} in {splits} to {store.dtype.value}"
-        launches = [*launches, *wiped(step.outputs[0], runner.context), *launches] if splits > 1 else launches
+        launches, label = twice_in(step, tile, runner.context), f"{m}x{n}x{k} {tile} to {store.dtype.value}"
         cases.append(Case(label, step, 1, feeds, lowered=launches, rounding=EXACT))
     check(runner, cases)
 

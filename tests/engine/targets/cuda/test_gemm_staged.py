@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import erfc, sqrt
 
@@ -29,7 +30,7 @@ from engine.targets.cuda.gemm import (
 from engine.targets.cuda.kernel import Context, Functor, WeightStore
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.product_cost import Way
-from engine.targets.cuda.tiles import PRODUCT_TILES, STAGED_TILES, Operands
+from engine.targets.cuda.tiles import PRODUCT_TILES, STAGED_TILES, Operands, WgmmaTile
 from tests.engine.targets.cuda.cases import check, ragged, rng_of
 from tests.engine.targets.cuda.emulator.runner import EmulatedRunner
 from tests.engine.targets.cuda.harness import Case, Runner
@@ -49,19 +50,27 @@ def step_of(m: int, n: int, k: int, name: str, dtype: DType = F16, operand: DTyp
     return make_step(Gemm((store,)), inputs)
 
 
-def test_staged_products_match_float64(hopper: Runner, count: int) -> None:
-    """In every tile: every kind of operands, ragged sizes, rows that are copied first."""
-    rng, cases = rng_of("staged"), []
-    for i in range(2 * count):
-        tile = replace(STAGED_TILES[i % len(STAGED_TILES)], aligns=i % 3 == 0)
+def random_products(
+    hopper: Runner, seed: str, tiles: Sequence[WgmmaTile], count: int, largest: tuple[int, int]
+) -> list[Case]:
+    """In every tile: every kind of operands, ragged sizes up to `largest` (m, n), rows that are copied first."""
+    rng, cases = rng_of(seed), []
+    for i in range(count):
+        tile = replace(tiles[i % len(tiles)], aligns=i % 3 == 0)
         kind = ("fp16", "bf16", "tf32")[int(rng.integers(0, 3))]
         result = F16 if kind == "tf32" else KINDS[kind][0]
         name = list(stores_of(F16))[int(rng.integers(0, 4))]
-        m, n, k = ragged(rng, 500), ragged(rng, 400, 8), ragged(rng, 600, 1 if tile.aligns else 8)
+        granularity = 8 if needs_staged(tile) else 1
+        m, n = ragged(rng, largest[0]), ragged(rng, largest[1], granularity)
+        k = ragged(rng, 600, 1 if tile.aligns else 8)
         step = step_of(m, n, k, name, result, KINDS[kind][0])
         launches = launched(step, tile, context_of(hopper, kind))
         cases.append(Case(f"{kind} {m}x{n}x{k} {name} {tile}", step, k, lowered=launches, rounding=rounding(kind)))
-    check(hopper, cases)
+    return cases
+
+
+def test_staged_products_match_float64(hopper: Runner, count: int) -> None:
+    check(hopper, random_products(hopper, "staged", STAGED_TILES, 2 * count, (500, 400)))
 
 
 def test_staged_products_of_more_tiles_than_multiprocessors(hopper: Runner, count: int) -> None:
