@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,15 +68,11 @@ def models(options: argparse.Namespace) -> int:
     compiled = cases.select(chosen, options.compile_case) if options.compile else []
     with _model_files(options.models, [case.model for case in chosen]) as files:
         from benchmarks.gpu import models
-        from benchmarks.gpu.tuning import tune_models
 
         _, device, run = session.begin(options.commit)
         assert run.ceilings is not None
         recorder = Recorder(device, run, options.results)
-        if options.tune:
-            tuning = time.monotonic()
-            tune_models(chosen, files, options.tune)
-            begin += time.monotonic() - tuning  # torch.compile has its own time
+        begin += _tuned(options, chosen, files)  # torch.compile has its own time
         until = begin + options.compile
         for case, found in models.measure_all(chosen, files, run.ceilings, compiled, until, deadline, options.workers):
             recorder.add(
@@ -94,15 +90,11 @@ def packed(options: argparse.Namespace) -> int:
     chosen = _chosen(options, cases.PACKED, session.present())
     with _model_files(options.models, [case.model for case in chosen]) as files:
         from benchmarks.gpu import packed
-        from benchmarks.gpu.tuning import tune_models
 
         _, device, run = session.begin(options.commit)
         assert run.ceilings is not None
         recorder = Recorder(device, run, options.results)
-        if options.tune:
-            tuning = time.monotonic()
-            tune_models(chosen, files, options.tune)
-            begin += time.monotonic() - tuning  # torch.compile has its own time
+        begin += _tuned(options, chosen, files)  # torch.compile has its own time
         until = begin + options.compile if options.compile else None
         for case, found in packed.measure_all(chosen, files, run.ceilings, until, deadline, options.workers):
             recorder.add(
@@ -223,6 +215,16 @@ def exports(options: argparse.Namespace) -> int:
         present = kernel_hash(device, case)
         recorder.add(case, found.measurement, present, facts=found.facts, producer=found.producer)
     return recorder.end(len(chosen))
+
+
+def _tuned(options: argparse.Namespace, chosen: Sequence[cases.models.ModelCase], files: Mapping[str, Path]) -> float:
+    """Have products of the models tuned, if that is asked for; the seconds that it took."""
+    from benchmarks.gpu.tuning import tune_models
+
+    begin = time.monotonic()
+    if options.tune:
+        tune_models(chosen, files, options.tune)
+    return time.monotonic() - begin
 
 
 def _deadline(options: argparse.Namespace) -> float:

@@ -4,7 +4,7 @@ of rows where memory is the limit (gemm_stream.py), and, for types that the matr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -148,8 +148,7 @@ def estimated_best(product: Product, epilogue: Functor, context: Context) -> Ran
     best = ranked_tiles(product, context, epilogue.reads)[0]
     if isinstance(best.tile, StreamTile):
         return best
-    others = other_tiles(product, epilogue, context)
-    rivals = (best, *(ranked for way in CHOSEN_BY_MODEL for ranked in others[way][:1]))
+    rivals = (best, *(one for way in CHOSEN_BY_MODEL for one in ranked_in(way, product, epilogue, context)[:1]))
     return min(rivals, key=lambda ranked: ranked.estimate.cycles)
 
 
@@ -174,16 +173,23 @@ def ranked_tiles(product: Product, context: Context, reads: Reads = NOTHING) -> 
 
 def other_tiles(product: Product, epilogue: Functor, context: Context) -> Mapping[Way, list[Ranked]]:
     """The tiles of every other way that can take a product, from what should be the fastest on."""
+    return {way: ranked_in(way, product, epilogue, context) for way in Way}
+
+
+def ranked_in(way: Way, product: Product, epilogue: Functor, context: Context) -> list[Ranked]:
+    """The tiles of another way that can take a product, from what should be the fastest on."""
     operands, multiprocessors = operands_of(product, context), context.multiprocessors
-    wgmma = context.architecture.wgmma
-    every: dict[Way, list[Ranked]] = {way: [] for way in Way}
-    if wgmma and product.suits_tma_aligned and operands is not Operands.EXACT:
-        staged = epilogue.staged is not None
-        every[Way.STAGED] += ranked_staged(product, operands, multiprocessors) if staged else ()
-        every[Way.CLUSTER] += ranked_cluster(product, operands, multiprocessors, epilogue.reads, staged)
-    if wgmma and product.suits_tma_batched:
-        every[Way.BATCHED] += ranked_batched(product, operands, multiprocessors, epilogue.reads)
-    return {way: sorted(tiles, key=lambda ranked: ranked.estimate.cycles) for way, tiles in every.items()}
+    single = product.suits_tma_aligned and operands is not Operands.EXACT
+    found: Iterable[Ranked] = ()
+    if not context.architecture.wgmma:
+        return []
+    if way is Way.STAGED and single and epilogue.staged is not None:
+        found = ranked_staged(product, operands, multiprocessors)
+    elif way is Way.CLUSTER and single:
+        found = ranked_cluster(product, operands, multiprocessors, epilogue.reads, epilogue.staged is not None)
+    elif way is Way.BATCHED and product.suits_tma_batched:
+        found = ranked_batched(product, operands, multiprocessors, epilogue.reads)
+    return sorted(found, key=lambda ranked: ranked.estimate.cycles)
 
 
 _NARROW = {

@@ -10,7 +10,7 @@ lower their clock under products that take long (8192³ took 1,520 µs where 1,2
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -42,7 +42,7 @@ class Way(Enum):
     CLUSTER = "blocks in pairs that share an operand's tile (kernels/mma/cluster.cuh)"
 
 
-CHOSEN_BY_MODEL = frozenset({Way.STAGED, Way.BATCHED})
+CHOSEN_BY_MODEL: Sequence[Way] = (Way.STAGED, Way.BATCHED)
 """The ways that are chosen by their estimates as well: of 36 products that an H100 ran in every tile, the best estimate
 with these took 5 % longer than the best tile, without them 17 %. Another one is taken where the tuner has found it to
 be faster."""

@@ -21,6 +21,7 @@ from engine.targets.cuda.choices import choice_of, key_of, tile_of, tile_text
 from engine.targets.cuda.covering import ACC, F16, F32, add, arg, make_step, mul, stored, weight
 from engine.targets.cuda.gemm import (
     launches_of,
+    needs_staged,
     operands_of,
     other_tiles,
     parts_of,
