@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
-from engine.ir.graph import Graph, Node, Value
-from engine.ir.ops import Conv, ConvExcitation, ConvMean, Excitation
+from engine.ir.graph import Graph, Node
+from engine.ir.ops import ConvExcitation, ConvMean, Excitation
 from engine.passes.editor import Editor, joined_origin
-from engine.passes.operands import Operands, stores_of
+from engine.passes.operands import Operands, is_matrix_product, stores_of
 from engine.passes.traits import Traits
 
 _VECTOR = 8  # channels come in multiples of it
@@ -64,22 +64,16 @@ def _join_convolutions(editor: Editor) -> None:
 
 def _is_layer(node: Node) -> bool:
     """Whether a node is a 1×1 convolution of single pixels, in 16 bits, whose tail reads constants only."""
-    op = node.op
-    if not isinstance(op, Conv) or op.transposed or op.groups != 1 or not op.is_pointwise or len(node.outputs) != 1:
+    if not is_matrix_product(node) or len(node.outputs) != 1:
         return False
     x, w, *others = node.inputs
     return (
         w.is_constant
         and x.dtype is w.dtype
         and x.dtype in (DType.F16, DType.BF16)
-        and _is_pixel(x)
-        and _is_pixel(w)
+        and all(size == 1 for size in x.shape[2:])
         and all(value.is_constant for value in others)
     )
-
-
-def _is_pixel(value: Value) -> bool:
-    return all(size == 1 for size in value.shape[2:])
 
 
 def _fit(first: Node, second: Node) -> bool:

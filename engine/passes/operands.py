@@ -28,6 +28,14 @@ def fixed_operands(op: Op) -> int:
     return 0 if isinstance(op, Pointwise | Norm | Softmax | Reduce) else 1
 
 
+def is_matrix_product(node: Node) -> bool:
+    """Whether a node is a 1×1 convolution: the channels of every pixel alone times one matrix."""
+    op = node.op
+    if not isinstance(op, Conv) or op.transposed or op.groups != 1 or not op.is_pointwise:
+        return False
+    return all(size == 1 for size in node.inputs[1].shape[2:])
+
+
 def stores_of(op: Op) -> tuple[ex.Expr, ...]:
     """The epilogue of a fused operator (empty for the others)."""
     stores: tuple[ex.Expr, ...] = getattr(op, "stores", ())

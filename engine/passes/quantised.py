@@ -25,7 +25,7 @@ from engine.ir.expr import PointOp
 from engine.ir.graph import Graph, Node, Value, constant
 from engine.ir.ops import Conv, Gemm, Pointwise, Reshape, Transpose
 from engine.passes.editor import Editor
-from engine.passes.operands import Operands, stores_of, with_expressions
+from engine.passes.operands import Operands, is_matrix_product, stores_of, with_expressions
 from engine.passes.traits import Traits
 from engine.passes.views import view
 
@@ -64,17 +64,17 @@ def multiply_quantised(graph: Graph, traits: Traits) -> None:
         return
     editor = Editor(graph)
     for node in editor.nodes():
-        if isinstance(node.op, Gemm) or (isinstance(node.op, Conv) and _is_matrix_product(node)):
+        if isinstance(node.op, Gemm) or _is_product_of_lines(node):
             _rewrite(editor, node, traits)
     editor.finish()
 
 
-def _is_matrix_product(node: Node) -> bool:
-    """Whether a convolution is one of [pixels, channels] and [channels, outputs], all of known size."""
-    op, channels, kernel = node.op, node.inputs[1].shape[1], node.inputs[1].shape[2:]
-    assert isinstance(op, Conv)
-    plain = op.is_pointwise and op.groups == 1 and not op.transposed and all(size == 1 for size in kernel)
-    return plain and isinstance(channels, int) and channels % _WHOLE_LINES == 0
+def _is_product_of_lines(node: Node) -> bool:
+    """Whether a node is a convolution whose channels, of known number, come in whole lines."""
+    if not is_matrix_product(node):
+        return False
+    channels = node.inputs[1].shape[1]
+    return isinstance(channels, int) and channels % _WHOLE_LINES == 0
 
 
 def _rewrite(editor: Editor, node: Node, traits: Traits) -> None:

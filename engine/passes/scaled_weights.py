@@ -23,7 +23,7 @@ from engine.ir.graph import Graph, Node, Value, constant
 from engine.ir.interval import bounds
 from engine.ir.ops import Conv, Gemm, Op, Pointwise, Reshape, Transpose
 from engine.passes.editor import Editor
-from engine.passes.operands import stores_of
+from engine.passes.operands import is_matrix_product, stores_of
 from engine.passes.traits import Traits
 
 _PIXELS_PER_OUTPUT = 8
@@ -51,12 +51,11 @@ def scale_weights(graph: Graph, traits: Traits) -> None:
 
 def _is_layer(node: Node) -> bool:
     """Whether a node is a 1×1 convolution with constant weights and enough pixels for each of its outputs."""
-    op = node.op
-    if not isinstance(op, Conv) or not op.is_pointwise or op.groups != 1 or op.transposed or len(node.outputs) != 1:
+    if not is_matrix_product(node) or len(node.outputs) != 1:
         return False
     weight, pixels = node.inputs[1], node.output.shape[2:]
     known = [size for size in (*pixels, *weight.shape) if isinstance(size, int)]
-    if not weight.is_constant or len(known) < len(pixels) + len(weight.shape) or prod(known[len(pixels) + 2 :]) != 1:
+    if not weight.is_constant or len(known) < len(pixels) + len(weight.shape):
         return False
     return prod(known[: len(pixels)]) >= _PIXELS_PER_OUTPUT * known[len(pixels)]
 
