@@ -90,7 +90,6 @@ PACKED = PackedAttention(
     multiple=8,
     widest=attention_wgmma.MAX_WIDTH,
     sequences=attention_wgmma.MAX_SEQUENCES,
-    by_default=False,  # until whole models were measured
 )
 """Of attention_wgmma.cuh."""
 
