@@ -160,7 +160,7 @@ def needs_staged(tile: AnyTile) -> bool:
 def ranked_tiles(product: Product, context: Context, reads: Reads = NOTHING) -> list[Ranked]:
     """The tiles that can take a product, with k in one part or in several, from what should be the fastest on."""
     operands, multiprocessors = operands_of(product, context), context.multiprocessors
-    every = [*ranked_mma(product, operands, context.architecture, multiprocessors)]
+    every = [*ranked_mma(product, operands, context.architecture, multiprocessors, reads)]
     if context.architecture.wgmma and product.suits_tma_aligned and operands is not Operands.EXACT:
         every += ranked_wgmma(product, operands, multiprocessors, reads)
     every.sort(key=lambda ranked: ranked.estimate.cycles)
@@ -184,7 +184,7 @@ def ranked_in(way: Way, product: Product, epilogue: Functor, context: Context) -
     if not context.architecture.wgmma:
         return []
     if way is Way.STAGED and single and epilogue.staged is not None:
-        found = ranked_staged(product, operands, multiprocessors)
+        found = ranked_staged(product, operands, multiprocessors, epilogue.reads)
     elif way is Way.CLUSTER and single:
         found = ranked_cluster(product, operands, multiprocessors, epilogue.reads, epilogue.staged is not None)
     elif way is Way.BATCHED and product.suits_tma_batched:
