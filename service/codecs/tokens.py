@@ -299,5 +299,6 @@ def _of_length_1(values: NDArray[np.float32]) -> NDArray[np.float32]:
         unit = values / np.float32(max(math.sqrt(square), _LEAST_NORM))
         return unit
     with np.errstate(invalid="ignore"):  # of values that are not finite; the routes look for what comes of them
-        unit = values / np.maximum(np.sqrt(squares), np.float32(_LEAST_NORM))
+        norms: NDArray[np.float32] = np.maximum(np.sqrt(squares), np.float32(_LEAST_NORM))
+        unit = values / norms
     return unit
