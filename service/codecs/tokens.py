@@ -229,7 +229,8 @@ def check_texts(value: Any, name: str, max_inputs: int, max_bytes: int) -> list[
         if not text:
             raise InvalidRequest(f"{name}[{position}] is empty; send some text")
         size += len(text)
-    if size > max_bytes or sum(len(text.encode("utf-8", "replace")) for text in texts) > max_bytes:
+    # Only where the characters do not tell are the bytes counted: UTF-8 has one to four for each.
+    if 4 * size > max_bytes and sum(len(text.encode("utf-8", "replace")) for text in texts) > max_bytes:
         raise TooLarge(f"the text is larger than {max_bytes} bytes; send it in parts")
     return texts
 
