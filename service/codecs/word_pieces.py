@@ -1,5 +1,6 @@
 """Token ids of short ASCII texts for tokenizers of BERT's kind, in an eighth of the library's time (6 µs and 49 µs for
-sentences of 25 tokens): most words are in the vocabulary as they are.
+sentences of 25 tokens, 25 and 60 beside a model that leaves nothing in the caches): most words are in the vocabulary as
+they are.
 
 Called by `TokenCodec`. The library keeps track of where every character came from, through each of its stages; of ASCII
 text there is nothing to know. What is anything else than printable ASCII, is long, or mentions an added token is left
