@@ -62,7 +62,7 @@ class DeepTile:
         return rows * self.panel_bytes + 2 * 8 * (self.stages + self.halos)
 
 
-_SHAPES = (
+SHAPES = (
     *((m, 128, True) for m in (96, 128, 160, 192, 224, 256)),
     (128, 64, False), (128, 96, False), (128, 160, False), (128, 192, False), (128, 256, False),
     (256, 64, False), (256, 96, False), (256, 128, False),
@@ -80,7 +80,7 @@ def candidates(step: Step, geometry: Geometry, context: Context) -> Iterator[Dee
     panels = [128]
     if row_length(geometry.channels, 64 // itemsize) % (128 // itemsize):
         panels.append(64)  # the last panel of 128 bytes would be half empty
-    for (m, n, swapped), halos, panel_bytes in product(_SHAPES, (2, 3), panels):
+    for (m, n, swapped), halos, panel_bytes in product(SHAPES, (2, 3), panels):
         tile = DeepTile(m, n, halos, 2, swapped, panel_bytes)
         left = context.architecture.shared_bytes - tile.shared_bytes(grid)
         if left < 0 or tile.halo(grid) > _MOST_PIXELS or (n > 64 and n // 2 >= geometry.n):

@@ -10,7 +10,8 @@ from typing import TypeVar
 from engine.ir.ops import Conv
 from engine.plan.plan import Step
 from engine.targets.cuda import conv_halo, conv_halo_deep, conv_wgmma, depthwise, depthwise_rows
-from engine.targets.cuda.conv import ConvTile, lower, lower_in, operands_of
+from engine.targets.cuda.conv import lower, lower_in, operands_of
+from engine.targets.cuda.conv_choices import ConvTile
 from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.kernel import Context, Launch, is_constant
 from engine.targets.cuda.tiles import MOST_SPLITS, Operands

@@ -27,7 +27,7 @@ from engine.specs import DeviceInfo, TileTrial
 from engine.targets.base import Resident
 from engine.targets.cuda import probe
 from engine.targets.cuda.ceilings import measure_ceilings
-from engine.targets.cuda.choices import ChoiceFile
+from engine.targets.cuda.choice_file import ChoiceFile
 from engine.targets.cuda.device import Device
 from engine.targets.cuda.executable import Executable
 from engine.targets.cuda.families import TRAITS, family_of, traits_of

@@ -232,7 +232,7 @@ CLUSTER_TILES = (
 
 Tile: TypeAlias = MmaTile | WgmmaTile
 T = TypeVar("T", MmaTile, WgmmaTile)
-AnyTile = TypeVar("AnyTile")
+AnyTile = TypeVar("AnyTile", covariant=True)
 
 
 @dataclass(frozen=True)

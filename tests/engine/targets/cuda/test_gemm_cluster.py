@@ -141,7 +141,7 @@ def test_pairs_are_for_what_the_copy_engine_can_share() -> None:
 
 def test_pairs_are_timed_but_not_chosen_unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cupy")
-    from engine.targets.cuda.tuner import OTHER_CANDIDATES, candidates
+    from engine.targets.cuda.tunables import OTHER_CANDIDATES, candidates
 
     product, epilogue = parts(step_of(8192, 4096, 256, "bias"))
     chosen = pick_tile(product, epilogue, HOPPER)

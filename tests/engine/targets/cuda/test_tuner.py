@@ -14,7 +14,7 @@ pytest.importorskip("cupy")
 
 from engine.ir.ops import Conv, Gemm, Pointwise
 from engine.plan.plan import Step
-from engine.targets.cuda import conv, tuner
+from engine.targets.cuda import conv, tunables, tuner
 from engine.targets.cuda.architecture import ARCHITECTURES
 from engine.targets.cuda.choices import choice_of, key_of
 from engine.targets.cuda.covering import ACC, F16, channels_inner, make_step, stored, weight
@@ -36,7 +36,7 @@ def pixels(batch: int = 2, channels: int = 64, taps: int = 1) -> Step:
 
 def test_convolutions_that_are_products_are_tuned_as_such() -> None:
     step = pixels()
-    found = tuner.product_of(step, HOPPER)
+    found = tunables.product_of(step, HOPPER)
     assert found is not None
     one, epilogue = found
     assert (one.m, one.n, one.k) == (2 * 28 * 28, 128, 64)
@@ -47,9 +47,9 @@ def test_convolutions_that_are_products_are_tuned_as_such() -> None:
     (launch,) = conv.lower(step, timed)
     (expected,) = launches_of(one, epilogue, other, HOPPER)
     assert launch.kernel.source.text == expected.kernel.source.text
-    assert tuner.product_of(pixels(taps=3), HOPPER) is None
+    assert tunables.product_of(pixels(taps=3), HOPPER) is None
     relu = make_step(Pointwise((stored(ACC),)), [(F16, (4, 4))])
-    assert tuner.product_of(relu, HOPPER) is None
+    assert tunables.product_of(relu, HOPPER) is None
 
 
 @dataclass
