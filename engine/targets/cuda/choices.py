@@ -1,5 +1,5 @@
-"""Tiles of products that were timed on a device: found by the tuner (tuner.py), kept on disk (choice_file.py), and taken
-by `gemm.py` in place of what the cost model says. Needs no GPU."""
+"""Tiles of products that were timed on a device: found by the tuner (tuner.py), kept on disk (choice_file.py), and
+taken by `gemm.py` in place of what the cost model says. Needs no GPU."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class CudaTarget:
         self._choice_file.add(found)
 
     def trials(self, plan: Plan, timed: bool, deadline: float) -> Iterator[TileTrial]:
-        """The tiles that the products of a plan can run in: see `Target.trials`, and tuner.py."""
+        """The tiles that the products and convolutions of a plan can run in: see `Target.trials`, and tuner.py."""
         from engine.targets.cuda.tuner import trials  # only who tunes needs it
 
         return trials(self, plan.steps, timed, deadline=deadline)

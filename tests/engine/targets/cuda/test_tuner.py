@@ -75,6 +75,29 @@ class FakeTarget:
         self.choices |= found
 
 
+def test_convolutions_are_timed_beside_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fastest is kept, unless the estimate's own is as fast but for noise, and lowering takes it."""
+    step, other = pixels(taps=3), pixels(batch=3, taps=3)
+    found = tunables.tunable(step, HOPPER)
+    assert found is not None
+    rows = [found.launches(i, HOPPER) for i in range(len(found.candidates))]
+
+    def times(target: object, one: Step, rows: Sequence[object]) -> list[float]:
+        return [10.0] * (len(rows) - 1) + [9.7 if one is step else 9.9]
+
+    monkeypatch.setattr(tuner, "timed_launches", times)
+    target = FakeTarget()
+    trials = list(tuner.trials(cast(CudaTarget, target), [step, step, other], timed=True))
+    assert len(target.choices) == 2
+    assert [t.chosen for t in trials if t.product == found.key] == [False] * (len(rows) - 1) + [True]
+    assert next(t.chosen for t in trials if t.product != found.key), "1 % faster is noise"
+    (launch,) = conv.lower(step, target.context)
+    assert launch.kernel.source.text == rows[-1][0].kernel.source.text != rows[0][0].kernel.source.text
+    explained = list(tuner.trials(cast(CudaTarget, target), [step], timed=False))
+    assert [t.chosen for t in explained] == [t.chosen for t in trials if t.product == found.key]
+    assert not any(t.measured_us for t in explained)
+
+
 def test_products_are_timed_until_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fifteen kinds of products, one of them twice; the clock goes on by a second for each that is timed."""
     clock = [0.0]
