@@ -74,7 +74,9 @@ def tile_text(tile: ConvTile) -> str:
             return f"mma {size}{_splits(tile.splits)}"
         case WgmmaTile():
             turns = " cooperative" if tile.cooperative else ""
-            return f"gathered {size}{turns}{_panels(tile.panel_bytes)}{_splits(tile.splits)}"
+            joined = f", k in a cluster of {tile.cluster_k}" if tile.cluster_k > 1 else ""
+            staged = ", results staged" if tile.slots else ""
+            return f"gathered {size}{turns}{_panels(tile.panel_bytes)}{_splits(tile.splits)}{joined}{staged}"
         case HaloTile():
             return f"halo {size}{_first(tile.swapped)}, {tile.stages} halos"
         case DeepTile():

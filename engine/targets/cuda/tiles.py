@@ -105,7 +105,8 @@ class WgmmaTile:
     results go to memory through shared memory, where so many panels of each consumer's tile have room
     (kernels/mma/staging.cuh). `batched`: of several matrices, or across the lines of b (kernels/mma/batch_load.cuh).
     `cluster_m`, `cluster_n`: how many blocks with neighbouring tiles along m or n form a cluster, two or none, and load
-    what their tiles share once (kernels/mma/cluster.cuh).
+    what their tiles share once (kernels/mma/cluster.cuh). `cluster_k`: the blocks of a cluster that
+    share the k of a single tile (kernels/scheduler/joined_k.cuh).
     """
 
     m: int
@@ -119,6 +120,7 @@ class WgmmaTile:
     batched: bool = False
     cluster_m: int = 1
     cluster_n: int = 1
+    cluster_k: int = 1
     k_bytes: ClassVar[int] = 128
 
     @property
@@ -139,6 +141,8 @@ class WgmmaTile:
         """The ring, and the barriers `full` and `empty` of each stage and `turn` of each consumer; with slots `ready`
         and `written` of each, and then, from a multiple of 1024 bytes on, these."""
         ring = self.stages * (self.m + self.n) * 128 + 8 * (2 * self.stages + 2)
+        if self.cluster_k > 1:  # a barrier, and what the blocks send each other
+            return ceildiv(ring + 8, 16) * 16 + self.m * self.n * 4
         if not self.slots:
             return ring
         return (
@@ -161,7 +165,7 @@ class WgmmaTile:
         return {
             "tile_m": self.m, "tile_n": self.n, "stages": self.stages, "cooperative": self.cooperative,
             "shared_bytes": self.shared_bytes, "split": self.splits > 1, "panel_bytes": self.panel_bytes,
-            "cluster_m": self.cluster_m, "cluster_n": self.cluster_n,
+            "cluster_m": self.cluster_m, "cluster_n": self.cluster_n, "cluster_k": self.cluster_k,
             **({"slots": self.slots} if self.slots else {}),
         }  # fmt: skip
 
@@ -171,7 +175,7 @@ class WgmmaTile:
         columns (the gate shows spills). Staged results, those of several matrices, and those of clusters, which are
         for products that fill the device, are whole."""
         full = (self.m * self.n >= 128 * 128 and not self.cooperative) or self.n == 224
-        return 1 if full or self.slots or self.batched or self.cluster > 1 else MOST_SPLITS
+        return 1 if full or self.slots or self.batched or self.cluster > 1 or self.cluster_k > 1 else MOST_SPLITS
 
 
 WGMMA_TILES = (
@@ -255,6 +259,13 @@ _ARRIVAL = 3800
 """Cycles to make a partial sum visible, count it, and begin to read the others (fitted with the constants of wgmma)."""
 _PARTIAL_RATE = 39
 """Bytes of partial sums that a multiprocessor writes or reads in a cycle (fitted with the others)."""
+
+
+_JOINING, _JOINED_RATE = 1500, 30
+"""Sums that blocks of a cluster send each other: cycles until they are there, and the bytes that each gets in a cycle
+(expected, not measured)."""
+_STAGED_FINISH, _STAGED_ELEMENT = 300, 0.02
+"""Cycles to hand on a tile of staged results: as `product_cost` has them."""
 
 
 ROUND_TRIP = 1500
@@ -406,17 +417,22 @@ def wgmma_cycles(
     """
     slowdown, least_step = rates.steady + rates.narrow / tile.n, 202  # cycles
     epilogue = 955 + 0.013 * tile.m * tile.n
-    tiles = ceildiv(m, tile.m) * ceildiv(n, tile.n)
-    steps = ceildiv(operands.wgmma_steps(k), tile.splits)
+    tiles, sharing = ceildiv(m, tile.m) * ceildiv(n, tile.n), tile.splits * tile.cluster_k
+    steps = ceildiv(operands.wgmma_steps(k), sharing)
     # 128 bytes of k are half as many fp32 operands as halves, at half the rate.
     # A row of a narrow panel costs the copy engine what one of 128 bytes costs.
     copies = tile.m * 128 // tile.panel_bytes * (rates.row + rates.line * lines) + tile.n * rates.column
     multiply = slowdown * operands.step_slowness * tile.m * tile.n * 64 / _WGMMA_RATE
     step = max(multiply, copies, least_step)
-    blocks = min(tiles, max(1, multiprocessors // (tile.splits * groups)))
-    waves = ceildiv(blocks * tile.splits * groups, multiprocessors)
+    blocks = min(tiles, max(1, multiprocessors // (sharing * groups)))
+    waves = ceildiv(blocks * sharing * groups, multiprocessors)
     rounds = waves * ceildiv(tiles, blocks)  # tiles of the busiest multiprocessor
-    if tile.cooperative:
+    if tile.slots:
+        epilogue = _STAGED_FINISH + tile.m * tile.n * _STAGED_ELEMENT
+    if tile.cluster_k > 1:  # every block finishes its part of the tile
+        epilogue = epilogue / tile.cluster_k + _JOINING + tile.m * tile.n * 4 / _JOINED_RATE
+        time = rounds * (steps * step + epilogue)
+    elif tile.cooperative:
         time = rounds * (steps * step + rates.beside * epilogue)
     else:
         # One consumer's epilogue runs beside the other's product.
