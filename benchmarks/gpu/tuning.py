@@ -1,5 +1,5 @@
-"""The tuner before the benchmarks: it chooses the tiles of products and convolutions, as ``python -m engine tune`` does, while nothing
-else runs on the GPU. What it finds is on disk, and taken by processes that start later."""
+"""The tuner before the benchmarks: it chooses the tiles of products and convolutions, as ``python -m engine tune`` does,
+while nothing else runs on the GPU. What it finds is on disk, and taken by processes that start later."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from engine.specs import TileTrial
 
 
 def tune_models(cases: Sequence[ModelCase], files: Mapping[str, Path], seconds: float) -> None:
-    """Tune the products and convolutions of models in fp16, in the order of the cases of each, and say what was done: those of plans
-    on packed tokens, where the cases have such, before those of padded ones. None is begun after `seconds`."""
+    """Tune the products and convolutions of models in fp16, in the order of the cases of each, and say what was done:
+    those of plans on packed tokens, where the cases have such, before those of padded ones. None is begun after
+    `seconds`."""
     begin = time.monotonic()
     for name in dict.fromkeys(case.model for case in cases):
         left = begin + seconds - time.monotonic()

@@ -181,8 +181,12 @@ def _lines(geometry: Geometry, panel_bytes: int) -> float:
 
 def has_registers(tile: WgmmaTile, geometry: Geometry) -> bool:
     """Whether the kernel keeps out of local memory: with 192 columns for one warpgroup, or 256 for two, it does not
-    where it has to add partial sums and to find its place in a volume (the gate shows spills)."""
-    return geometry.axes < len(AXES) or tile.splits == 1 or tile.n < (256 if tile.cooperative else 192)
+    where it has to add partial sums, or to stage results, and to find its place in a volume (the gate shows spills)."""
+    if geometry.axes < len(AXES):
+        return True
+    if tile.cooperative:
+        return tile.n < 256 or tile.splits == 1
+    return tile.n < 192 or (tile.splits == 1 and not tile.slots)
 
 
 def panel_channels(tile: WgmmaTile, step: Step) -> int:

@@ -1,5 +1,5 @@
-"""Tiles of convolutions that were timed on a device: how they are named and kept, and that convolutions take them. Needs
-no GPU."""
+"""Tiles of convolutions that were timed on a device: how they are named and kept, and that convolutions take them.
+Needs no GPU."""
 
 from __future__ import annotations
 
