@@ -1,5 +1,5 @@
-"""The tuner before the benchmarks: it chooses the tiles of products and convolutions, as ``python -m engine tune`` does,
-while nothing else runs on the GPU. What it finds is on disk, and taken by processes that start later."""
+"""The tuner before the benchmarks: it chooses the tiles of products and convolutions, as ``python -m engine tune``
+does, while nothing else runs on the GPU. What it finds is on disk, and taken by processes that start later."""
 
 from __future__ import annotations
 
