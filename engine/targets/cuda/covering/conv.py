@@ -70,8 +70,8 @@ def convolutions(context: Context) -> Iterator[tuple[str, Launch]]:
 
 
 def _gathered_convolutions(context: Context, rounding: Context) -> Iterator[tuple[str, Launch]]:
-    """Implicit products whose patches the copy engine gathers, in every tile: widths of panels take turns. Also clusters
-    that share k, and staged results."""
+    """Implicit products whose patches the copy engine gathers, in every tile: widths of panels take turns. Also
+    clusters that share k, and staged results."""
     wgmma = [
         replace(tile, panel_bytes=128 >> i % 3)
         for i, tile in enumerate(conv_wgmma.TILES if context.architecture.wgmma else ())

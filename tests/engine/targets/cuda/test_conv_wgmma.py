@@ -16,7 +16,7 @@ from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.conv import lower, lower_in
 from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.conv_simt import epilogue_for
-from engine.targets.cuda.conv_wgmma import JOINED_TILES, STAGED, TILES, suits
+from engine.targets.cuda.conv_wgmma import STAGED, TILES, suits
 from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
 from engine.targets.cuda.kernel import Context, Instruction, PixelMap, WeightStore
 from engine.targets.cuda.tiles import WGMMA_TILES, WgmmaTile
@@ -130,23 +130,6 @@ def test_a_block_takes_several_tiles(hopper: Runner, count: int) -> None:
         chosen = replace(tile, panel_bytes=PANELS[i % 3], splits=min(1 + i % 2, tile.most_splits))
         launches = lower_in(step, Geometry(step), chosen, hopper.context)
         cases.append(Case(f"{x} {chosen}", step, 9 * x[1], lowered=launches, rounding=2.0**-21))
-    check(hopper, cases)
-
-
-def test_clusters_that_share_k_match_float64(hopper: Runner, count: int) -> None:
-    """Clusters of every size, groups, epilogues with residuals, tiles beyond the last pixel and column, and clusters of
-    which some have no k left."""
-    rng, cases = rng_of("wgmma joined"), []
-    for i in range(2 * count):
-        kind, name = KINDS[i // 2 % 3], EPILOGUES[i % 4]
-        tile = replace(JOINED_TILES[7 * i % len(JOINED_TILES)], panel_bytes=PANELS[i % 3])
-        chunk, groups = 16 // kind.w.itemsize, 1 + (i % 5 == 4)
-        channels = ragged(rng, 300, tile.panel_bytes // kind.w.itemsize if groups > 1 else chunk)
-        shape = described(rng, 2, groups, channels, ragged(rng, 200), False, kind)
-        step = random_step(rng, kind, shape, name)
-        launches = lower_in(step, Geometry(step), tile, kind.context(hopper))
-        assert all(launch.kernel.cluster == tile.cluster_k for launch in launches)
-        cases.append(case(rng, kind, shape, step, launches, f"{name} {tile}"))
     check(hopper, cases)
 
 

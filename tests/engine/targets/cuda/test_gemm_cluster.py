@@ -91,8 +91,8 @@ WRONG = {
         "if constexpr (CLUSTER > 1) barrier_arrive(own + 8 * stage);",
     ),
     "nobody waits for the neighbour's barriers": (
-        "if constexpr (CLUSTER > 1) meet_cluster();",
-        "if constexpr (CLUSTER > 1) __syncthreads();",
+        "if constexpr (CLUSTER * CLUSTER_K > 1) meet_cluster();",
+        "if constexpr (CLUSTER * CLUSTER_K > 1) __syncthreads();",
     ),
     "a block ends before its neighbour": ("      wait_for_readers<STAGES>(empty, stage, parity);\n", ""),
     "a block brings all to itself": ("(1 << SHARERS) - 1);", "1 << cluster_rank());"),
