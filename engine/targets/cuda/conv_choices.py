@@ -66,6 +66,16 @@ def chosen_among(ranked: Sequence[T], choice: Choice) -> T | None:
     return next((tile for tile in ranked if type(tile) is kind and tile == named), None)
 
 
+def kernel_of(tile: ConvTile) -> str:
+    """The kernel that a tile is of; of gathered patches also how the sums and the results go."""
+    name = next(name for name, kind in _KINDS.items() if type(tile) is kind)
+    if not isinstance(tile, WgmmaTile):
+        return name
+    return name + (
+        " joined" if tile.cluster_k > 1 else " split" if tile.splits > 1 else " staged" if tile.slots else ""
+    )
+
+
 def tile_text(tile: ConvTile) -> str:
     """A tile for people."""
     size = "" if isinstance(tile, StemTile | DepthwiseTile | RowsTile) else f"{tile.m}×{tile.n}"

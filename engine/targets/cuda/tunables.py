@@ -12,7 +12,7 @@ from typing import Protocol
 from engine.ir.ops import Conv, ConvExcitation, ConvMean, Gemm
 from engine.plan.plan import Step
 from engine.targets.cuda import choices, conv, conv_choices, conv_excitation, conv_mean, gemm
-from engine.targets.cuda.conv_choices import ConvTile
+from engine.targets.cuda.conv_choices import ConvTile, kernel_of
 from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.conv_tiles import summed_tiles, taken
 from engine.targets.cuda.depthwise_rows import RowsTile
@@ -208,9 +208,10 @@ def _conv_launches(step: Step, tile: ConvTile, context: Context) -> list[Launch]
 def _first_of_each(ranked: Sequence[Estimated[ConvTile]], most: int) -> list[Estimated[ConvTile]]:
     """The first `most`, and of every kernel a few at least, whose estimates compare less well with those of others."""
     chosen = list(ranked[:most])
-    counts = Counter(type(one.tile) for one in chosen)
+    counts = Counter(kernel_of(one.tile) for one in chosen)
     for one in ranked[most:]:
-        if counts[type(one.tile)] < OTHER_CANDIDATES:
-            counts[type(one.tile)] += 1
+        kernel = kernel_of(one.tile)
+        if counts[kernel] < OTHER_CANDIDATES:
+            counts[kernel] += 1
             chosen.append(one)
     return chosen

@@ -17,7 +17,7 @@ from engine.plan.plan import Step
 from engine.targets.cuda import conv, conv_excitation, conv_mean
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import ARCHITECTURES, SM_80
-from engine.targets.cuda.conv_choices import ConvTile, choice_of, chosen_among, key_of, tile_text
+from engine.targets.cuda.conv_choices import ConvTile, choice_of, chosen_among, kernel_of, key_of, tile_text
 from engine.targets.cuda.conv_tiles import taken
 from engine.targets.cuda.covering import ACC, F16, channels_inner, make_step, stored, weight
 from engine.targets.cuda.families import family_of
@@ -148,8 +148,8 @@ def test_the_first_tiles_and_some_of_every_kernel_are_timed() -> None:
         texts = [candidate.text for candidate in one.candidates]
         assert texts[:CANDIDATES] == ranked[:CANDIDATES]
         assert texts == [text for text in ranked if text in texts]
-        for kind in {type(choice.tile) for choice in tiles(step)}:
-            of_kind = [tile_text(choice.tile) for choice in tiles(step) if type(choice.tile) is kind]
+        for kind in {kernel_of(choice.tile) for choice in tiles(step)}:
+            of_kind = [tile_text(choice.tile) for choice in tiles(step) if kernel_of(choice.tile) == kind]
             assert len(set(of_kind) & set(texts)) >= min(OTHER_CANDIDATES, len(of_kind))
         assert all(candidate.estimate_us > 0 and candidate.bound for candidate in one.candidates)
         for i in range(len(one.candidates)):
