@@ -12,6 +12,7 @@ from itertools import product
 from math import gcd
 
 from engine.plan.plan import Step
+from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.conv_geometry import AXES, Geometry, padded_k, row_length
 from engine.targets.cuda.conv_simt import epilogue_for
 from engine.targets.cuda.gemm_wgmma import split_arguments, staged, wgmma_function
@@ -46,8 +47,10 @@ TILES = (
     *WGMMA_TILES,
     WgmmaTile(128, 160, 6, cooperative=True),
     WgmmaTile(64, 160, 7),
+    WgmmaTile(256, 128, 4, cooperative=True),
 )
-"""Of 160 and 320 channels the other widths leave a sixth to a third empty."""
+"""Of 160 and 320 channels the other widths leave a sixth to a third empty. Of 128 the widest tile is half empty; one of
+256 pixels is as large."""
 _JOINING = (
     WgmmaTile(128, 128, 5, cooperative=True),
     WgmmaTile(128, 96, 6, cooperative=True),
@@ -56,15 +59,22 @@ _JOINING = (
     WgmmaTile(64, 128, 8),
     WgmmaTile(64, 64, 12),
 )
-JOINED_TILES = tuple(
-    replace(tile, cluster_k=blocks)
-    for tile, blocks in product(_JOINING, (2, 3, 4, 6, 8))
-    if tile.n // 16 % blocks == 0  # pieces of a consumer's 64 rows are shared evenly
-)
+
+
+def _joined(tile: WgmmaTile, blocks: int) -> WgmmaTile:
+    """The tile of a cluster, with as long a ring as the sums leave room for."""
+    joined = replace(tile, cluster_k=blocks)
+    while joined.shared_bytes > SM_90A.shared_bytes:
+        joined = replace(joined, stages=joined.stages - 1)
+    return joined
+
+
+JOINED_TILES = tuple(_joined(tile, blocks) for tile, blocks in product(_JOINING, (2, 3, 4, 5, 6, 8)))
 """Tiles of clusters that share k."""
 STAGED = (
     *STAGED_TILES,
     WgmmaTile(128, 128, 5, cooperative=True, slots=2),
+    WgmmaTile(256, 128, 4, cooperative=True, slots=1),
 )
 """Tiles whose results go through shared memory."""
 _PANELS = (128, 64, 32)  # bytes of channels that a copy can bring of each pixel

@@ -92,7 +92,7 @@ template <class LOAD, class STORES = OwnStores> DEVICE void run_pipeline(const P
       barrier_init(full + 8 * i, i < STAGES ? 1 : i < 2 * STAGES ? READERS : 4);
     if constexpr (CLUSTER_K > 1) {
       barrier_init(ring + LANDED, 1);
-      barrier_arrive_expect(ring + LANDED, Joined::BYTES);
+      barrier_arrive_expect(ring + LANDED, Joined::expected());
     }
     if constexpr (STORES::STAGED) STORES::init(p, ring);
     barrier_init_fence();
