@@ -50,8 +50,8 @@ WRONG = {
     "nobody waits for the sums of others": ("    barrier_wait(landed, 0);\n", ""),
     "a block gets its own sums only": ("address_in_cluster(place, block)", "place"),
     "blocks overwrite each other's sums": (
-        "region + cluster_rank() * FROM_BLOCK + 16 * thread",
-        "region + 16 * thread",
+        "place = region + rank * FROM_BLOCK + 16 * thread",
+        "place = region + 16 * thread",
     ),
     "every block has the same part of k": (
         "(CLUSTER_K > 1 ? cluster_rank() : blockIdx.y) * steps",
