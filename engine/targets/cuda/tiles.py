@@ -263,12 +263,14 @@ _PARTIAL_RATE = 39
 """Bytes of partial sums that a multiprocessor writes or reads in a cycle (fitted with the others)."""
 
 
-_JOINING, _JOINED_RATE, _JOINED_SHARE, _CLUSTERED = 440, 13, 0.9, 0.89
+_JOINING, _JOINED_RATE, _JOINED_SHARE, _CLUSTERED = 440, 13, 0.9, 0.86
 """Sums that blocks of a cluster send each other: cycles until they are there; the bytes that each gets in a cycle where
 few blocks do so, and how much longer it takes where all do; the part of the multiprocessors that clusters can have at
-once. Fitted to 250 timings of 11 layers at batch 1 on an H100 (11 % off)."""
-_STAGED_FINISH, _STAGED_ELEMENT = 300, 0.02
-"""Cycles to hand on a tile of staged results: as `product_cost` has them."""
+once. Fitted to 250 timings of 11 layers at batch 1 on an H100 (11 % off), which says that it has room for 66, 39, 30,
+22, 17 and 15 clusters of 2, 3, 4, 5, 6 and 8 blocks."""
+_STAGED_FINISH, _STAGED_ELEMENT, _STAGED_DRAIN = 300, 0.02, 900
+"""Cycles to hand on a tile of staged results, as `product_cost` has them, and until the last ones have left: layers of
+one round took 0.2 µs longer staged, larger ones 2 to 8 % less."""
 
 
 ROUND_TRIP = 1500
@@ -420,8 +422,9 @@ def wgmma_cycles(
     just the matrices. `reads`: of the epilogue. `lines` of the L2 cache that the bytes of a copy's row lie in. The
     constants that are not of `rates` are fitted with those of `PRODUCTS`.
     """
-    slowdown, least_step = rates.steady + rates.narrow / tile.n, 202  # cycles
-    epilogue = 955 + 0.013 * tile.m * tile.n
+    wide = max(tile.n, tile.m * tile.n // 128)  # 256 × 128 is as fast as 128 × 256
+    slowdown, least_step = rates.steady + rates.narrow / wide, 202  # cycles
+    epilogue, start = 955 + 0.013 * tile.m * tile.n, rates.start
     tiles, sharing = ceildiv(m, tile.m) * ceildiv(n, tile.n), tile.splits * tile.cluster_k
     steps = ceildiv(operands.wgmma_steps(k), sharing)
     # 128 bytes of k are half as many fp32 operands as halves, at half the rate.
@@ -435,7 +438,7 @@ def wgmma_cycles(
     waves = ceildiv(blocks * sharing * groups, multiprocessors)
     rounds = waves * ceildiv(tiles, blocks)  # tiles of the busiest multiprocessor
     if tile.slots:
-        epilogue = _STAGED_FINISH + tile.m * tile.n * _STAGED_ELEMENT
+        epilogue, start = _STAGED_FINISH + tile.m * tile.n * _STAGED_ELEMENT, start + _STAGED_DRAIN
     if tile.cluster_k > 1:  # every block finishes its part of the tile
         rounds = ceildiv(tiles * groups, max(1, int(_CLUSTERED * multiprocessors / tile.cluster_k)))
         sent = tile.m * tile.n * 4 * (1 - 1 / tile.cluster_k)
@@ -450,7 +453,7 @@ def wgmma_cycles(
     if tile.splits > 1:
         time += _ARRIVAL + (tile.splits + 1) * tile.m * tile.n * 4 / _PARTIAL_RATE
     touched = nbytes or operands.itemsize * groups * (m * k + k * n + m * n)
-    return rates.start + hypot(time, touched / rates.memory) + waiting_cycles(tile, reads, rounds)
+    return start + hypot(time, touched / rates.memory) + waiting_cycles(tile, reads, rounds)
 
 
 def waiting_cycles(tile: WgmmaTile, reads: Reads, rounds: int) -> int:
