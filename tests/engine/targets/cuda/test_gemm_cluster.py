@@ -91,8 +91,8 @@ WRONG = {
         "if constexpr (CLUSTER > 1) barrier_arrive(own + 8 * stage);",
     ),
     "nobody waits for the neighbour's barriers": (
-        "if constexpr (CLUSTER > 1) meet_cluster();",
-        "if constexpr (CLUSTER > 1) __syncthreads();",
+        "if constexpr (CLUSTER * CLUSTER_K > 1) meet_cluster();",
+        "if constexpr (CLUSTER * CLUSTER_K > 1) __syncthreads();",
     ),
     "a block ends before its neighbour": ("      wait_for_readers<STAGES>(empty, stage, parity);\n", ""),
     "a block brings all to itself": ("(1 << SHARERS) - 1);", "1 << cluster_rank());"),
@@ -141,7 +141,7 @@ def test_pairs_are_for_what_the_copy_engine_can_share() -> None:
 
 def test_pairs_are_timed_but_not_chosen_unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cupy")
-    from engine.targets.cuda.tuner import OTHER_CANDIDATES, candidates
+    from engine.targets.cuda.tunables import OTHER_CANDIDATES, candidates
 
     product, epilogue = parts(step_of(8192, 4096, 256, "bias"))
     chosen = pick_tile(product, epilogue, HOPPER)

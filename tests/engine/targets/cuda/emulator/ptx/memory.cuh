@@ -17,6 +17,7 @@ EMULATED uint4 load_shared_16(u32 address) {
 }
 EMULATED void store_shared_4(u32 address, u32 v) { emulator::store_shared(address, &v, 4, EMULATOR_HERE); }
 EMULATED void store_shared_16(u32 address, uint4 v) { emulator::store_shared(address, &v, 16, EMULATOR_HERE); }
+EMULATED void store_shared_16(u32 address, float4 v) { emulator::store_shared(address, &v, 16, EMULATOR_HERE); }
 EMULATED void load_matrix_x4(u32 (&r)[4], u32 address) { emulator::load_matrices(r, address, false, EMULATOR_HERE); }
 EMULATED void load_matrix_x4_transposed(u32 (&r)[4], u32 address) { emulator::load_matrices(r, address, true, EMULATOR_HERE); }
 inline void store_global_16(float* p, float4 v) {
