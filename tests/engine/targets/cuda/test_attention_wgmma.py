@@ -78,6 +78,33 @@ def test_rings_wrap_around(hopper: Runner, count: int) -> None:
     check(hopper, cases)
 
 
+def test_maxima_that_grow_from_tile_to_tile(hopper: Runner) -> None:
+    """Scores that rise or fall along the keys, by tens or by hundreds, so that a maximum is replaced in every tile, in
+    some or in none; rows whose first tiles are hidden altogether."""
+    cases = []
+    rng = rng_of("growth")
+    for head, dtype in ((64, F16), (128, F16), (128, DType.BF16), (256, F16)):
+        shape = (1, 2, 530, head)
+        for i, (rises, most, biased) in enumerate(product((False, True), (30.0, 300.0), (False, True))):
+            slope = np.linspace(0.0, most, 530)[:: 1 if rises else -1]
+            queries = np.abs(rng.standard_normal((1, 2, 70, head))) + 0.5
+            keys = 0.1 * rng.standard_normal(shape) + slope[:, None] / head
+            feeds = {0: dtype.convert(queries), 1: dtype.convert(keys)}
+            inputs: list[cv.Given] = [(dtype, queries.shape), (dtype, shape), (dtype, shape)]
+            if biased:
+                bias = np.where(rng.random((1, 2, 1, 530)) < 0.3, -np.inf, 0.0).astype(np.float32)
+                bias[..., 300:] = -np.inf
+                bias[..., 0] = 0.0
+                feeds[3] = bias
+                inputs.append((F32, bias.shape))
+            step = make_step(Attention(1.0, False, biased, stores=(cv.stored(ACC, dtype),)), inputs)
+            tiles = candidates(work_of(step))
+            launches = [launch_attention(step, tiles[i % len(tiles)], hopper.context)]
+            label = f"{head} {dtype} {rises=} {most=} {biased=} {tiles[i % len(tiles)]}"
+            cases.append(Case(label, step, 530, feeds, launches, ROUNDING[dtype.value]))
+    check(hopper, cases)
+
+
 def test_a_launch_leaves_its_counters_as_it_found_them(hopper: Runner) -> None:
     """A second launch with the same ones, into other memory, computes every item again."""
     heads: tuple[DType, tuple[int, ...]] = (F16, (3, hopper.context.multiprocessors, 200, 32))
