@@ -10,10 +10,11 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from engine.targets.cuda.gemm_stream import AnyTile, StreamTile, stream_tile
+from engine.targets.cuda.gemm_rows import ROWS_TILES, AnyTile, RowsTile, rows_tiles
+from engine.targets.cuda.gemm_stream import StreamTile, stream_tile
 from engine.targets.cuda.kernel import Choice, Functor
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.source import expand
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 _KERNELS = (
     "gemm_wgmma.cuh", "gemm_staged.cuh", "gemm_cluster.cuh", "gemm_cluster_staged.cuh", "gemm_batch.cuh",
-    "gemm_mma.cuh", "gemm_stream.cuh", "align_rows.cuh", "split_rows.cuh",
+    "gemm_mma.cuh", "gemm_stream.cuh", "gemm_rows.cuh", "align_rows.cuh", "split_rows.cuh",
 )  # fmt: skip
 
 _FORM = ("cooperative", "slots", "batched", "cluster_m", "cluster_n")
@@ -53,6 +54,8 @@ def choice_of(tile: AnyTile, us: float) -> Choice:
     """A tile as the file has it, with the time that it took."""
     if isinstance(tile, StreamTile):
         return {"kernel": "stream", "us": us}
+    if isinstance(tile, RowsTile):
+        return {"kernel": "rows", **asdict(tile), "us": us}
     kernel = "wgmma" if isinstance(tile, WgmmaTile) else "mma"
     choice: dict[str, str | int | float | bool] = {
         "kernel": kernel, "m": tile.m, "n": tile.n, "splits": tile.splits, "us": us,
@@ -66,6 +69,8 @@ def tile_text(tile: AnyTile) -> str:
     """A tile for people."""
     if isinstance(tile, StreamTile):
         return f"slices of {32 * tile.groups} columns"
+    if isinstance(tile, RowsTile):
+        return f"rows, {tile.columns} columns, k over {tile.warps} warps, {tile.stages} steps under way"
     kernel = "wgmma" if isinstance(tile, WgmmaTile) else "mma"
     turns = " cooperative" if isinstance(tile, WgmmaTile) and tile.cooperative else ""
     copied = ", rows copied" if isinstance(tile, WgmmaTile) and tile.aligns else ""
@@ -82,6 +87,8 @@ def tile_of(choice: Choice, product: Product, operands: Operands) -> AnyTile | N
     kernel, splits, aligns = choice.get("kernel"), choice.get("splits"), choice.get("aligns")
     if kernel == "stream":
         return stream_tile(product, operands)
+    if kernel == "rows":
+        return next((tile for tile in rows_tiles(product) if asdict(tile).items() <= choice.items()), None)
     wgmma = (*PRODUCT_TILES, *STAGED_TILES, *CLUSTER_TILES, *BATCHED_TILES)
     tiles: tuple[Tile, ...] = wgmma if kernel == "wgmma" else MMA_TILES if kernel == "mma" else ()
     fitting = [t for t in tiles if (t.m, t.n) == (choice.get("m"), choice.get("n"))]
@@ -106,7 +113,7 @@ class ChoiceFile:
 
     def __init__(self, folder: Path | None, device: str, driver: str) -> None:
         sources = expand("".join(f'#include "{name}"\n' for name in _KERNELS))
-        tiles = repr((PRODUCT_TILES, STAGED_TILES, CLUSTER_TILES, BATCHED_TILES, MMA_TILES))
+        tiles = repr((PRODUCT_TILES, STAGED_TILES, CLUSTER_TILES, BATCHED_TILES, MMA_TILES, ROWS_TILES))
         digest = hashlib.sha256("\0".join([sources, tiles, driver]).encode()).hexdigest()[:16]
         name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
         self.path = folder and folder / f"{name}-{digest}.json"

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from engine.targets.cuda.architecture import Architecture
-from engine.targets.cuda.gemm_stream import AnyTile, StreamTile, stream_cycles
+from engine.targets.cuda.gemm_rows import AnyTile, rows_tiles
+from engine.targets.cuda.gemm_stream import StreamTile, stream_cycles
 from engine.targets.cuda.kernel import Reads, ceildiv
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.tiles import (
@@ -113,6 +114,8 @@ _LAUNCH, _MEMORY_RATE = 2800, 2190
 _PARTIAL_SECTORS, _MMA_PARTIAL_SECTORS = 3.3, 1.4
 """What bytes of the result cost memory more whose rows do not begin at multiples of a sector (32 bytes)."""
 _COPY_LAUNCH, _COPY_RATE = 1370, 1630
+
+_ROWS_LAUNCH, _ROWS_MEMORY_RATE = 2400, 1690
 
 _MMA_LAUNCH, _MMA_MEMORY_RATE = 755, 2290
 _MMA_SHARE, _TALL = 1.08, 1.13
@@ -226,6 +229,13 @@ def ranked_mma(
         if reads.fixed or reads.varying:
             busy += ceildiv(blocks, multiprocessors * tile.blocks) * _MMA_READ
         yield Ranked(tile, Estimate(_MMA_LAUNCH, 0, busy, memory, "products"))
+
+
+def ranked_rows(product: Product, operands: Operands, multiprocessors: int, reads: Reads = NOTHING) -> Iterator[Ranked]:
+    """Every tile of the kernel for few rows."""
+    for tile in rows_tiles(product):
+        memory = _touched(product, operands, reads, 1) / _ROWS_MEMORY_RATE
+        yield Ranked(tile, Estimate(_ROWS_LAUNCH, 0, 0, memory, "weights"))
 
 
 def ranked_stream(product: Product, tile: StreamTile, operands: Operands, multiprocessors: int) -> Ranked:
