@@ -1,5 +1,5 @@
-"""Products of up to 16 rows (gemm_rows.cuh), which take as long as memory takes to deliver the second operand. Called by
-`gemm.py`."""
+"""Products of up to 16 rows (gemm_rows.cuh): memory takes as long to deliver the second operand as all the rest. Called
+by `gemm.py`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _EARLY_REGISTERS = 16
 
 @dataclass(frozen=True)
 class RowsTile:
-    """All rows of `columns` columns, whose k `warps` warps divide. Each has its next `stages` steps of 64 under way, and
-    the rows' elements for `ahead` of them. The next kernel may start when `trigger` steps of a warp are left."""
+    """All rows of `columns` columns, whose k `warps` warps divide. Each has its next `stages` steps of 64 under way,
+    and the rows' elements for `ahead` of them. The next kernel may start when `trigger` steps of a warp are left."""
 
     columns: int
     warps: int

@@ -97,9 +97,7 @@ def _touched(product: Product, itemsize: int) -> int:
     return itemsize * (product.m * (product.k + product.n) + product.k * product.n)
 
 
-def streams_faster(
-    product: Product, slices: StreamTile, tile: Tile, operands: Operands, multiprocessors: int
-) -> bool:
+def streams_faster(product: Product, slices: StreamTile, tile: Tile, operands: Operands, multiprocessors: int) -> bool:
     """Whether slices should beat `tile`, one of the other kernels."""
     cycles = stream_cycles(product, slices, multiprocessors, operands.itemsize)
     return cycles < tile_cycles(product, tile, multiprocessors, operands)

@@ -104,7 +104,9 @@ def test_which_products_have_few_rows() -> None:
     others = [product(17, 100, 128), product(16, 100, 120), product(16, 100, 132)]
     others += [parts(step, HOPPER)[0] for step in (narrow, across, several)]
     assert not any(list(rows_tiles(one)) for one in others)
-    assert all(tile.shared_bytes <= architecture.shared_bytes for tile in ROWS_TILES for architecture in ARCHITECTURES.values())
+    assert all(
+        tile.shared_bytes <= architecture.shared_bytes for tile in ROWS_TILES for architecture in ARCHITECTURES.values()
+    )
 
 
 @pytest.mark.parametrize("m", [1, 4, 16])
