@@ -14,7 +14,6 @@ from engine.targets.cuda.tiles import Tile
 
 MOST_ROWS = 16
 _LEAST_K = 128  # below, warps have nothing to divide
-_STEP_BYTES = 128  # of a column that a warp takes at once
 _HALF = 512
 """Threads of 64 registers that leave half of a multiprocessor's to the next kernel's blocks."""
 _EARLY_REGISTERS = 16
@@ -27,32 +26,36 @@ class RowsTile:
     and the rows' elements for `ahead` of them. The next kernel may start when `trigger` steps of a warp are left."""
 
     columns: int
+    across: int
     warps: int
+    step: int
     stages: int
     ahead: int
     trigger: int
 
     @property
     def threads(self) -> int:
-        return 32 * self.warps
+        return 32 * self.across * self.warps
 
     @property
     def shared_bytes(self) -> int:
-        return self.warps * self.stages * self.columns * _STEP_BYTES
+        return self.across * self.warps * self.stages * self.columns * self.step * 2
 
     @property
     def config(self) -> dict[str, int | bool | str]:
         return {
-            "columns": self.columns, "warps": self.warps, "stages": self.stages, "ahead": self.ahead,
-            "trigger": self.trigger, "blocks": max(2, _HALF // self.threads), "shared_bytes": self.shared_bytes,
+            "columns": self.columns, "across": self.across, "warps": self.warps, "step": self.step,
+            "stages": self.stages, "ahead": self.ahead, "trigger": self.trigger, "blocks": max(2, _HALF // self.threads), "shared_bytes": self.shared_bytes,
         }  # fmt: skip
 
 
 AnyTile: TypeAlias = Tile | StreamTile | RowsTile
 
 ROWS_TILES = (
-    RowsTile(32, 8, 3, 3, 3),
-    RowsTile(16, 8, 6, 3, 6),
+    RowsTile(32, 1, 8, 64, 3, 3, 99),
+    RowsTile(16, 1, 16, 64, 3, 1, 99),
+    RowsTile(32, 1, 12, 32, 4, 2, 99),
+    RowsTile(16, 2, 8, 32, 4, 2, 99),
 )
 
 
@@ -79,7 +82,7 @@ def launch_rows(product: Product, epilogue: Functor, tile: RowsTile) -> Launch:
             "b": product.b.pointer, "b_stride": I64(product.b.stride),
             "m": product.m, "n": product.n, "k": product.k,
         },
-        (ceildiv(product.n, tile.columns), 1, 1),
+        (ceildiv(product.n, tile.across * tile.columns), 1, 1),
         tile.threads,
         tile.shared_bytes,
         Instruction.MMA,
