@@ -1,12 +1,13 @@
 // Matrix product of up to 16 rows, which is bound by memory: a[m, k] · b[n, k]ᵀ of fp16 or bf16, fp32 accumulation. What it costs is the
 // reading of b, so everything here keeps loads of b under way: before the kernel before this one has ended, where b is a constant, and
 // until the next kernel's own loads take over.
-// ACROSS times WARPS warps of a block have COLUMNS columns each; those of the same columns divide k in turns of a line of the cache and
-// meet only to add up what they have; those of the same k read a at about the same time, from the cache of the multiprocessor. b is the
+// A block has COLUMNS columns; its warps, and `splits` such blocks, divide k in turns of a line of the cache (STEP) and meet only to add
+// up what they have. Where rows of b are a power of two apart memory likes long pieces of each: the copy engine brings them to the L2
+// cache, `lookahead` turns of all warps before they are copied. b is the
 // matrix instruction's first operand (16 columns), a its second (8 rows, or twice 8). The sum runs over k in an order of its own, so that
 // a lane's part of a fragment is 16 neighbouring bytes: of b they wait in shared memory, in places that only this lane reads and writes
 // (registers would hold a third of that), without a barrier; of a in registers.
-// config: operand; columns, across, warps, step, stages; row_tiles, of 8 rows; ahead, the steps for which a is loaded; trigger, the steps of a
+// config: operand; columns, warps, stages, lookahead, split; row_tiles, of 8 rows; ahead, the steps for which a is loaded; trigger, the steps of a
 // warp before its end at which the next kernel may start; constant_b; early, whether registers hold what the epilogue reads.
 #pragma once
 #include "epilogue/access.cuh"
@@ -14,21 +15,24 @@
 #include "ptx/grid.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/mma.cuh"
+#include "ptx/prefetch.cuh"
+#include "scheduler/split_k.cuh"
 #include "scheduler/stamp.cuh"
 
 using Element = config::operand;
-constexpr int COLUMNS = config::columns, ACROSS = config::across, WARPS = config::warps, THREADS = 32 * ACROSS * WARPS;
-constexpr int STAGES = config::stages, AHEAD = config::ahead;
+constexpr int COLUMNS = config::columns, WARPS = config::warps, THREADS = 32 * WARPS, STAGES = config::stages, AHEAD = config::ahead;
+constexpr int LOOKAHEAD = config::lookahead;
+constexpr bool SPLIT = config::split;  // several blocks, along the grid's y, share the k of some columns
 constexpr int ROW_TILES = config::row_tiles, ROWS = 8 * ROW_TILES;
-constexpr int LINE_K = 64, STEP = config::step, PER_LINE = LINE_K / STEP;  // of k: a line, a warp's step
-constexpr int CHUNK = 8, CHUNKS = STEP / (4 * CHUNK);                      // a lane's 16 bytes, and how many it has of a row in a step
-constexpr int GROUPS = COLUMNS / 16;                                       // fragments of 16 columns
+constexpr int STEP = 64, CHUNK = 8, CHUNKS = STEP / (4 * CHUNK);  // of k: a warp's, a lane's 16 bytes, and a lane's of a row in a step
+constexpr int GROUPS = COLUMNS / 16;                             // fragments of 16 columns
 constexpr u32 SLOT_BYTES = 32 * 16, STAGE_BYTES = COLUMNS / 8 * CHUNKS * SLOT_BYTES, RING_BYTES = STAGES * STAGE_BYTES;  // of a warp
+constexpr int FINISHERS = (ROWS * COLUMNS / 8 + 31) / 32;  // warps that have results
 constexpr int OCTETS = COLUMNS / 8, ROW = COLUMNS + 4;  // of partial sums: rows that are so far apart lie in different banks
-static_assert(COLUMNS % 16 == 0 && STAGES % AHEAD == 0 && STAGES % PER_LINE == 0, "");
-static_assert(ROWS * ACROSS * OCTETS <= THREADS, "a thread finishes eight columns of a row");
+static_assert(COLUMNS % 16 == 0 && STAGES % AHEAD == 0, "");
+static_assert(ROWS * OCTETS <= THREADS, "a thread finishes eight columns of a row");
 static_assert(ROWS * ROW * 4 <= RING_BYTES, "partial sums take the place of a warp's ring");
-static_assert(ACROSS * WARPS * RING_BYTES == config::shared_bytes, "the host asks for the shared memory that the rings need");
+static_assert(WARPS * RING_BYTES == config::shared_bytes, "the host asks for the shared memory that the rings need");
 static_assert(WIDTH == 8, "a thread finishes eight columns");
 
 DEVICE void multiply(float (&d)[4], const u32 (&columns)[4], u32 row0, u32 row1) {
@@ -61,8 +65,14 @@ DEVICE void copy_weights(u32 stage, const Params& p, u32 column, u32 k) {
     for (int i = 0; i < CHUNKS; ++i) {
       const u32 c = column + 8 * octet, first = k + 4 * CHUNK * i;
       const bool valid = c < p.n && first < p.k;
-      copy_async_16(stage + (octet * CHUNKS + i) * SLOT_BYTES, p.b + (valid ? c * p.b_stride + first : 0), valid);
+      copy_async_16_ahead(stage + (octet * CHUNKS + i) * SLOT_BYTES, p.b + (valid ? c * p.b_stride + first : 0), valid);
     }
+}
+
+// The pieces of all columns that the block's warps copy in the turn from k on: a warp's share of the columns.
+DEVICE void prefetch_turn(const Params& p, u32 column0, u32 k) {
+  const u32 lane = threadIdx.x & 31, own = threadIdx.x / 32 + WARPS * lane, c = column0 + own;
+  if (own < COLUMNS && c < p.n && k < p.k) prefetch_l2_bytes(p.b + c * p.b_stride + k, min(WARPS * STEP, p.k - k) * 2);
 }
 
 DEVICE void multiply_step(float (&d)[GROUPS][ROW_TILES][4], u32 stage, const Activations& a) {
@@ -83,24 +93,29 @@ DEVICE void multiply_step(float (&d)[GROUPS][ROW_TILES][4], u32 stage, const Act
 
 extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 shared[];
-  const u32 warp = threadIdx.x / 32, part = warp % WARPS, lane = threadIdx.x & 31, column0 = blockIdx.x * (ACROSS * COLUMNS);
+  const u32 warp = threadIdx.x / 32, lane = threadIdx.x & 31, column0 = blockIdx.x * COLUMNS;
   const u32 ring = shared_address(shared) + warp * RING_BYTES, slot = ring + 16 * lane;
-  const u32 lines = (p.k + LINE_K - 1) / LINE_K, steps = lines > part ? (lines - part + WARPS - 1) / WARPS * PER_LINE : 0;
-  const u32 column = column0 + warp / WARPS * COLUMNS + lane / 4;
-  const auto k_of = [=](u32 step) { return (step / PER_LINE * WARPS + part) * LINE_K + step % PER_LINE * STEP + (lane & 3) * CHUNK; };
+  const u32 splits = splits_of<SPLIT>(p), split = blockIdx.y, turn = splits * WARPS;  // the lines that all warps take in a step
+  const u32 lines = (p.k + STEP - 1) / STEP, first_line = split * WARPS + warp, steps = lines > first_line ? (lines - first_line + turn - 1) / turn : 0;
+  const u32 column = column0 + lane / 4;
+  const auto k_of = [=](u32 step) { return (step * turn + first_line) * STEP + (lane & 3) * CHUNK; };
 
   const auto copy_step = [&](u32 step, int stage) {
     if (step < steps) copy_weights(slot + stage * STAGE_BYTES, p, column, k_of(step));
     copy_async_commit();
   };
+  const auto look_ahead = [&](u32 step) {
+    if constexpr (LOOKAHEAD > 0) prefetch_turn(p, column0, (step * turn + split * WARPS) * STEP);
+  };
   if constexpr (!config::constant_b) wait_for_previous_kernel();
+  for (int i = 0; i < STAGES + LOOKAHEAD; ++i) look_ahead(i);
 #pragma unroll
   for (int i = 0; i < STAGES; ++i) copy_step(i, i);
   if (steps <= config::trigger) let_next_kernel_start();
   if constexpr (config::constant_b) wait_for_previous_kernel();
   stamp_begin(p.stamp);
 
-  const u32 row = threadIdx.x / (ACROSS * OCTETS), octet = threadIdx.x % (ACROSS * OCTETS), own = column0 + 8 * octet;
+  const u32 row = threadIdx.x / OCTETS, octet = threadIdx.x % OCTETS, own = column0 + 8 * octet;
   const bool finishes = row < p.m && own < p.n;
   const u32 count = finishes ? min(8u, p.n - own) : 0;
   Epilogue::Inputs inputs;
@@ -119,6 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
       if (step >= steps) break;
       copy_async_wait<STAGES - 1>();
       multiply_step(d, slot + stage * STAGE_BYTES, a[stage % AHEAD]);
+      look_ahead(step + STAGES + LOOKAHEAD);
       copy_step(step + STAGES, stage);
       if (step + AHEAD < steps) load_activations(a[stage % AHEAD], p, k_of(step + AHEAD));
       // NOTES: what the next kernel copies ahead would come long before it is wanted if this were said at the start, and memory would
@@ -138,17 +154,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[(8 * tile + 2 * (lane & 3) + i % 2) * ROW + 16 * group + 8 * (i / 2) + lane / 4] = d[group][tile][i];
   __syncthreads();
-  if (finishes) {
-    float v[8] = {};
+  if (warp < FINISHERS) {
+    float v[1][8] = {};
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) {
-      const u8* const from = shared + (octet / OCTETS * WARPS + w) * RING_BYTES;
-      const float4* const eight = reinterpret_cast<const float4*>(from + (row * ROW + octet % OCTETS * 8) * 4);
+    for (int w = 0; w < WARPS && row < ROWS; ++w) {
+      const float4* const eight = reinterpret_cast<const float4*>(shared + w * RING_BYTES + (row * ROW + octet * 8) * 4);
       const float4 left = eight[0], right = eight[1];
-      v[0] += left.x, v[1] += left.y, v[2] += left.z, v[3] += left.w;
-      v[4] += right.x, v[5] += right.y, v[6] += right.z, v[7] += right.w;
+      v[0][0] += left.x, v[0][1] += left.y, v[0][2] += left.z, v[0][3] += left.w;
+      v[0][4] += right.x, v[0][5] += right.y, v[0][6] += right.z, v[0][7] += right.w;
     }
-    Epilogue::store(p, row, own, count, v, inputs);
+    const bool last = add_splits<SPLIT>(p, v, blockIdx.x * FINISHERS + warp, split);
+    if (last && finishes) Epilogue::store(p, row, own, count, v[0], inputs);
   }
   stamp_end(p.stamp);
 }
