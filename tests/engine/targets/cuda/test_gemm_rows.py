@@ -18,10 +18,10 @@ from engine.targets.cuda.choices import choice_of, key_of, tile_of, tile_text
 from engine.targets.cuda.covering import ACC, F16, F32, add, arg, make_step, mul, stored, weight
 from engine.targets.cuda.gemm import launches_of, lower, operands_of, parts_of, pick_tile, ranked_tiles
 from engine.targets.cuda.gemm_rows import MOST_ROWS, ROWS_TILES, RowsTile, rows_tiles
-from engine.targets.cuda.kernel import Context, WeightStore
+from engine.targets.cuda.kernel import Context, WeightStore, content
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.tiles import Operands
-from tests.engine.targets.cuda.cases import check, check_late, fed, ragged, rng_of
+from tests.engine.targets.cuda.cases import check, check_late, fed, ragged, rng_of, wiped
 from tests.engine.targets.cuda.harness import Case, Runner
 from tests.engine.targets.cuda.test_gemm import EXACT, launched, stores_of
 from tests.engine.targets.cuda.test_gemm_staged import parts, step_of
@@ -43,8 +43,20 @@ def test_few_rows_match_float64(runner: Runner, count: int) -> None:
         m, n, k = int(rng.integers(1, MOST_ROWS + 1)), ragged(rng, 200), ragged(rng, 6000, 8)
         step = step_of(m, n, k, name, dtype)
         launches = launched(step, tile, runner.context)
+        # Twice, with the result wiped in between: a split product must leave its counters as it found them.
+        launches = [*launches, *wiped(step.outputs[0], runner.context), *launches] if tile.splits > 1 else launches
         cases.append(Case(f"{dtype} {m}x{n}x{k} {name} {tile}", step, k, lowered=launches, rounding=EXACT))
     check(runner, cases)
+
+
+def test_a_split_product_has_the_same_bits_in_every_run(runner: Runner, count: int) -> None:
+    step = step_of(9, 90, 5000, "bias")
+    rng = rng_of("bits")
+    arrays = [rng.standard_normal((9, 5000)).astype(F16.numpy), *(content(x) for x in step.inputs[1:])]
+    for tile in (tile for tile in ROWS_TILES if tile.splits > 1):
+        launches = launched(step, tile, runner.context)
+        first, *others = (runner.run(step, launches, arrays)[0].copy() for _ in range(max(2, count // 10)))
+        assert all(np.array_equal(first, other) for other in others), tile
 
 
 def test_computed_columns_match_float64(runner: Runner, count: int) -> None:
