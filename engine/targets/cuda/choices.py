@@ -70,7 +70,8 @@ def tile_text(tile: AnyTile) -> str:
     if isinstance(tile, StreamTile):
         return f"slices of {32 * tile.groups} columns"
     if isinstance(tile, RowsTile):
-        return f"rows, {tile.columns} columns, k over {tile.warps} warps, {tile.stages} steps under way"
+        parts = f", k in {tile.splits}" if tile.splits > 1 else ""
+        return f"rows, {tile.columns} columns, {tile.warps} warps, {tile.stages} steps under way{parts}"
     kernel = "wgmma" if isinstance(tile, WgmmaTile) else "mma"
     turns = " cooperative" if isinstance(tile, WgmmaTile) and tile.cooperative else ""
     copied = ", rows copied" if isinstance(tile, WgmmaTile) and tile.aligns else ""

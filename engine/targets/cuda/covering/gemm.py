@@ -107,7 +107,7 @@ def few_rows(context: Context) -> Iterator[tuple[str, Launch]]:
             assert isinstance(one.op, Gemm)
             product = product_of(one, context)
             epilogue = epilogue_of(one, one.op.stores, (0, 1), product.n)
-            for tile in ROWS_TILES:
+            for tile in (*ROWS_TILES, *(replace(tile, splits=2) for tile in ROWS_TILES)):
                 yield f"gemm {tile}", launch_product(product, epilogue, tile, context)
 
 

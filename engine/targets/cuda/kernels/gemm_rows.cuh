@@ -1,27 +1,22 @@
 // Matrix product of up to 16 rows, which is bound by memory: a[m, k] · b[n, k]ᵀ of fp16 or bf16, fp32 accumulation. What it costs is the
-// reading of b, so everything here keeps loads of b under way: before the kernel before this one has ended, where b is a constant, and
-// until the next kernel's own loads take over.
+// reading of b, so everything here keeps loads of b under way: a constant b is asked for before the kernel before this one has ended.
 // A block has COLUMNS columns; its warps, and `splits` such blocks, divide k in turns of a line of the cache (STEP) and meet only to add
-// up what they have. Where rows of b are a power of two apart memory likes long pieces of each: the copy engine brings them to the L2
-// cache, `lookahead` turns of all warps before they are copied. b is the
-// matrix instruction's first operand (16 columns), a its second (8 rows, or twice 8). The sum runs over k in an order of its own, so that
-// a lane's part of a fragment is 16 neighbouring bytes: of b they wait in shared memory, in places that only this lane reads and writes
-// (registers would hold a third of that), without a barrier; of a in registers.
-// config: operand; columns, warps, stages, lookahead, split; row_tiles, of 8 rows; ahead, the steps for which a is loaded; trigger, the steps of a
-// warp before its end at which the next kernel may start; constant_b; early, whether registers hold what the epilogue reads.
+// up what they have. b is the matrix instruction's first operand (16 columns), a its second (8 rows, or twice 8). The sum runs over k in
+// an order of its own, so that a lane's part of a fragment is 16 neighbouring bytes: of b they wait in shared memory, in places that only
+// this lane reads and writes (registers would hold a third of that), without a barrier; of a in registers.
+// config: operand; columns, warps, stages; ahead, the steps for which a is loaded; row_tiles, of 8 rows; split; constant_b; early,
+// whether registers hold what the epilogue reads.
 #pragma once
 #include "epilogue/access.cuh"
 #include "epilogue/math.cuh"
 #include "ptx/grid.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/mma.cuh"
-#include "ptx/prefetch.cuh"
 #include "scheduler/split_k.cuh"
 #include "scheduler/stamp.cuh"
 
 using Element = config::operand;
 constexpr int COLUMNS = config::columns, WARPS = config::warps, THREADS = 32 * WARPS, STAGES = config::stages, AHEAD = config::ahead;
-constexpr int LOOKAHEAD = config::lookahead;
 constexpr bool SPLIT = config::split;  // several blocks, along the grid's y, share the k of some columns
 constexpr int ROW_TILES = config::row_tiles, ROWS = 8 * ROW_TILES;
 constexpr int STEP = 64, CHUNK = 8, CHUNKS = STEP / (4 * CHUNK);  // of k: a warp's, a lane's 16 bytes, and a lane's of a row in a step
@@ -69,12 +64,6 @@ DEVICE void copy_weights(u32 stage, const Params& p, u32 column, u32 k) {
     }
 }
 
-// The pieces of all columns that the block's warps copy in the turn from k on: a warp's share of the columns.
-DEVICE void prefetch_turn(const Params& p, u32 column0, u32 k) {
-  const u32 lane = threadIdx.x & 31, own = threadIdx.x / 32 + WARPS * lane, c = column0 + own;
-  if (own < COLUMNS && c < p.n && k < p.k) prefetch_l2_bytes(p.b + c * p.b_stride + k, min(WARPS * STEP, p.k - k) * 2);
-}
-
 DEVICE void multiply_step(float (&d)[GROUPS][ROW_TILES][4], u32 stage, const Activations& a) {
 #pragma unroll
   for (int i = 0; i < CHUNKS; ++i)
@@ -104,14 +93,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
     if (step < steps) copy_weights(slot + stage * STAGE_BYTES, p, column, k_of(step));
     copy_async_commit();
   };
-  const auto look_ahead = [&](u32 step) {
-    if constexpr (LOOKAHEAD > 0) prefetch_turn(p, column0, (step * turn + split * WARPS) * STEP);
-  };
+  let_next_kernel_start();
   if constexpr (!config::constant_b) wait_for_previous_kernel();
-  for (int i = 0; i < STAGES + LOOKAHEAD; ++i) look_ahead(i);
 #pragma unroll
   for (int i = 0; i < STAGES; ++i) copy_step(i, i);
-  if (steps <= config::trigger) let_next_kernel_start();
   if constexpr (config::constant_b) wait_for_previous_kernel();
   stamp_begin(p.stamp);
 
@@ -134,12 +119,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
       if (step >= steps) break;
       copy_async_wait<STAGES - 1>();
       multiply_step(d, slot + stage * STAGE_BYTES, a[stage % AHEAD]);
-      look_ahead(step + STAGES + LOOKAHEAD);
       copy_step(step + STAGES, stage);
       if (step + AHEAD < steps) load_activations(a[stage % AHEAD], p, k_of(step + AHEAD));
-      // NOTES: what the next kernel copies ahead would come long before it is wanted if this were said at the start, and memory would
-      // idle while this kernel ends and that one begins.
-      if (step + config::trigger + 1 == steps) let_next_kernel_start();
     }
   }
   if constexpr (!config::early)

@@ -28,6 +28,7 @@ from tests.engine.targets.cuda.test_gemm_staged import parts, step_of
 
 BF16 = DType.BF16
 HOPPER = Context(SM_90A, 132, WeightStore())
+TILES = [*ROWS_TILES, *(replace(tile, splits=2 + i) for i, tile in enumerate(ROWS_TILES))]
 
 
 def product(m: int, n: int, k: int, dtype: DType = F16) -> Product:
@@ -38,7 +39,7 @@ def test_few_rows_match_float64(runner: Runner, count: int) -> None:
     """Every tile, every epilogue, ragged rows, columns and k; weights of less than a step of a warp, and of many."""
     rng, cases = rng_of("few rows"), []
     for i in range(2 * count):
-        tile, dtype = ROWS_TILES[i % len(ROWS_TILES)], (F16, BF16)[i // 2 % 2]
+        tile, dtype = TILES[i % len(TILES)], (F16, BF16)[i // 2 % 2]
         name = list(stores_of(F16))[int(rng.integers(0, 4))]
         m, n, k = int(rng.integers(1, MOST_ROWS + 1)), ragged(rng, 200), ragged(rng, 6000, 8)
         step = step_of(m, n, k, name, dtype)
@@ -53,7 +54,7 @@ def test_a_split_product_has_the_same_bits_in_every_run(runner: Runner, count: i
     step = step_of(9, 90, 5000, "bias")
     rng = rng_of("bits")
     arrays = [rng.standard_normal((9, 5000)).astype(F16.numpy), *(content(x) for x in step.inputs[1:])]
-    for tile in (tile for tile in ROWS_TILES if tile.splits > 1):
+    for tile in (tile for tile in TILES if tile.splits > 1):
         launches = launched(step, tile, runner.context)
         first, *others = (runner.run(step, launches, arrays)[0].copy() for _ in range(max(2, count // 10)))
         assert all(np.array_equal(first, other) for other in others), tile
@@ -110,6 +111,7 @@ def test_warps_may_be_late(runner: Runner) -> None:
 def test_which_products_have_few_rows() -> None:
     assert list(rows_tiles(product(16, 100, 128))) == list(ROWS_TILES)
     assert list(rows_tiles(product(1, 100, 136, BF16))) == list(ROWS_TILES)
+    assert {tile.splits for tile in rows_tiles(product(1, 100, 8192))} == {1, 2, 4}
     narrow = make_step(Gemm((ACC,)), [(F32, (4, 4096)), weight(4096, 4096, dtype=F32)])
     across = make_step(Gemm((ACC,)), [(F16, (4, 4096)), (F16, (4096, 4096))])
     several = make_step(Gemm((ACC,)), [(F16, (3, 4, 4096)), (F16, (3, 4096, 64))])
@@ -134,13 +136,22 @@ def test_they_are_chosen_where_weights_are_many(m: int, n: int, k: int) -> None:
 
 def test_a_tile_that_was_fastest_is_taken() -> None:
     one, epilogue = parts(step_of(4, 1000, 2048, "bias"), HOPPER)
-    assert len({tile_text(tile) for tile in ROWS_TILES}) == len(ROWS_TILES)
+    assert len({tile_text(tile) for tile in TILES}) == len(TILES)
     key = key_of(one, operands_of(one, HOPPER), epilogue)
     for tile in ROWS_TILES:
         assert tile_of(choice_of(tile, 1.0), one, Operands.HALF) == tile
         assert pick_tile(one, epilogue, replace(HOPPER, choices={key: choice_of(tile, 1.0)})) == tile
         assert tile_of(choice_of(tile, 1.0), product(17, 1000, 2048), Operands.HALF) is None
     assert tile_of({**choice_of(ROWS_TILES[0], 1.0), "columns": 7}, one, Operands.HALF) is None
+
+
+def test_blocks_divide_k_where_columns_are_few() -> None:
+    def splits(n: int, k: int) -> int:
+        best = ranked_tiles(product(8, n, k), HOPPER)[0].tile
+        assert isinstance(best, RowsTile)
+        return best.splits
+
+    assert splits(1024, 16384) > 1 == splits(4096, 4096)
 
 
 def test_the_estimate_is_no_less_than_the_time_of_memory() -> None:
