@@ -63,7 +63,7 @@ ROWS_TILES = (
 """On an H100 each of them was the fastest of about 40 for some product, or within 1 % of it. Not worth it were 64
 columns, 4 or 12 warps, warps of a block with columns of their own, steps of 64 bytes, a next kernel that starts later,
 and the copy engine bringing long pieces of a column to the L2 cache ahead. Weights in the order in which they are read
-would take 2 to 10 % less, but for rows of another number they would lie in memory twice."""
+would take up to 10 % less, but for rows of another number they would lie in memory twice."""
 
 
 def rows_tiles(product: Product) -> Iterator[RowsTile]:
