@@ -4,9 +4,10 @@ taken by `gemm.py` in place of what the cost model says. Needs no GPU."""
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 
-from engine.targets.cuda.gemm_stream import AnyTile, StreamTile, stream_tile
+from engine.targets.cuda.gemm_rows import AnyTile, RowsTile, rows_tiles
+from engine.targets.cuda.gemm_stream import StreamTile, stream_tile
 from engine.targets.cuda.kernel import Choice, Functor
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.tiles import (
@@ -38,6 +39,8 @@ def choice_of(tile: AnyTile, us: float) -> Choice:
     """A tile as the file has it, with the time that it took."""
     if isinstance(tile, StreamTile):
         return {"kernel": "stream", "us": us}
+    if isinstance(tile, RowsTile):
+        return {"kernel": "rows", **asdict(tile), "us": us}
     kernel = "wgmma" if isinstance(tile, WgmmaTile) else "mma"
     choice: dict[str, str | int | float | bool] = {
         "kernel": kernel, "m": tile.m, "n": tile.n, "splits": tile.splits, "us": us,
@@ -51,6 +54,9 @@ def tile_text(tile: AnyTile) -> str:
     """A tile for people."""
     if isinstance(tile, StreamTile):
         return f"slices of {32 * tile.groups} columns"
+    if isinstance(tile, RowsTile):
+        parts = f", k in {tile.splits}" if tile.splits > 1 else ""
+        return f"rows, {tile.columns} columns, {tile.warps} warps, {tile.stages} steps under way{parts}"
     kernel = "wgmma" if isinstance(tile, WgmmaTile) else "mma"
     turns = " cooperative" if isinstance(tile, WgmmaTile) and tile.cooperative else ""
     copied = ", rows copied" if isinstance(tile, WgmmaTile) and tile.aligns else ""
@@ -67,6 +73,8 @@ def tile_of(choice: Choice, product: Product, operands: Operands) -> AnyTile | N
     kernel, splits, aligns = choice.get("kernel"), choice.get("splits"), choice.get("aligns")
     if kernel == "stream":
         return stream_tile(product, operands)
+    if kernel == "rows":
+        return next((tile for tile in rows_tiles(product) if asdict(tile).items() <= choice.items()), None)
     wgmma = (*PRODUCT_TILES, *STAGED_TILES, *CLUSTER_TILES, *BATCHED_TILES)
     tiles: tuple[Tile, ...] = wgmma if kernel == "wgmma" else MMA_TILES if kernel == "mma" else ()
     fitting = [t for t in tiles if (t.m, t.n) == (choice.get("m"), choice.get("n"))]

@@ -17,7 +17,7 @@ from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.conv_tiles import summed_tiles, taken
 from engine.targets.cuda.depthwise_rows import RowsTile
 from engine.targets.cuda.gemm import estimated_best, launches_of, operands_of, other_tiles, pick_tile, ranked_tiles
-from engine.targets.cuda.gemm_stream import AnyTile
+from engine.targets.cuda.gemm_rows import AnyTile
 from engine.targets.cuda.kernel import Choice, Context, Functor, Launch
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.product_cost import CLOCK_MHZ, Ranked

@@ -9,6 +9,10 @@ DEVICE u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_
 DEVICE void copy_async_16(u32 destination, const void* source, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid ? 16 : 0) : "memory");
 }
+// The same where the 256 bytes around it will be asked for soon: they come to the L2 cache.
+DEVICE void copy_async_16_ahead(u32 destination, const void* source, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid ? 16 : 0) : "memory");
+}
 // The same for 4 bytes.
 DEVICE void copy_async_4(u32 destination, const void* source, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(destination), "l"(source), "r"(valid ? 4 : 0) : "memory");

@@ -2,6 +2,7 @@
 #pragma once
 inline u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
 EMULATED void copy_async_16(u32 destination, const void* source, bool valid) { emulator::copy_async(destination, source, 16, valid, EMULATOR_HERE); }
+EMULATED void copy_async_16_ahead(u32 destination, const void* source, bool valid) { emulator::copy_async(destination, source, 16, valid, EMULATOR_HERE); }
 EMULATED void copy_async_4(u32 destination, const void* source, bool valid) { emulator::copy_async(destination, source, 4, valid, EMULATOR_HERE); }
 inline void copy_async_commit() { emulator::copy_async_commit(); }
 template <int PENDING> void copy_async_wait() { emulator::copy_async_wait(PENDING); }
