@@ -86,9 +86,9 @@ def test_clusters_follow_each_other_in_one_run(hopper: Runner) -> None:
     """Launches may overlap: the sums of one are not those of the next."""
     step = make_step(cv.conv_op(3), [(F16, (2, 72, 9, 9)), weight(136, 72, 3, 3), weight(136, 1, 1)])
     cases = []
-    for tile in JOINED_TILES[::4]:
+    for tile in JOINED_TILES[::8] if isinstance(hopper, EmulatedRunner) else JOINED_TILES[::4]:
         launches = lower_in(step, Geometry(step), tile, hopper.context)
-        cases.append(Case(f"{tile}", step, 9 * 72, lowered=launches * 3, rounding=2.0**-21))
+        cases.append(Case(f"{tile}", step, 9 * 72, lowered=launches * 2, rounding=2.0**-21))
     check_late(hopper, cases)
 
 
