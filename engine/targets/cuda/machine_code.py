@@ -15,6 +15,7 @@ from pathlib import Path
 _SECTION_TABLE, _SECTION_COUNTS = 0x28, 0x3A  # of the ELF header: e_shoff; e_shentsize, e_shnum, e_shstrndx
 _SECTION = struct.Struct("<IIQQQQ")  # sh_name, sh_type, sh_flags, sh_addr, sh_offset, sh_size
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/")
+_INSTRUCTION_BYTES = 16
 
 
 def tool(name: str) -> str:
@@ -61,6 +62,8 @@ def disassembled(architecture: str, codes: Sequence[bytes]) -> list[str]:
         file.flush()
         printed = run_tool("nvdisasm", "--binary", architecture.upper().replace("_", "").replace("A", "a"), file.name)
     lines = [(int(found[1], 16), line) for line in printed.splitlines() if (found := _LINE.match(line))]
+    if _INSTRUCTION_BYTES * len(lines) != sum(map(len, codes)):
+        sys.exit(f"nvdisasm printed {len(lines)} instructions of {sum(map(len, codes))} bytes")
     texts, place, begin = list[str](), 0, 0
     for code in codes:
         begin += len(code)
