@@ -71,7 +71,7 @@ def probe(model: EngineModel, command: LoadModel, engine_error: type[Exception])
             return axes.without_batching(f"one row computes for {seconds:.1f} s or more, so rows together gain nothing")
         rows = _rows(one)
         together = model.run({name: np.concatenate([row[name] for row in rows]) for name in one})
-        alone = [first, *(model.run(row) for row in rows[1:])]
+        alone = [first, *(model.run(row) for row in rows[1:-1]), first]
     except engine_error as error:
         if not strings and (not open_dims or command.image_size is not None):
             raise
@@ -152,9 +152,9 @@ def _check_size(spec: TensorInfo, extents: tuple[int, ...]) -> None:
 
 
 def _rows(one: Mapping[str, Array]) -> list[Mapping[str, Array]]:
-    """Rows for one run, of which the first is `one`: what it is not, and floats of other magnitudes, beside which those
-    of the others are small or large. A model that finds a scale from the whole batch, as dynamic quantisation does, or
-    treats later rows otherwise gives them other answers than alone."""
+    """Rows for one run, of which the first and the last are `one`: between them what it is not, and floats of other
+    magnitudes, beside which those of the others are small or large. A model that finds a scale from the whole batch, as
+    dynamic quantisation does, or treats later rows otherwise gives them other answers than alone."""
     other = {name: _other(array) for name, array in one.items()}
     return [one, other, _scaled(one, _MAGNITUDE), _scaled(other, 1 / _MAGNITUDE), one]
 
