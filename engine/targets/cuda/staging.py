@@ -86,7 +86,7 @@ def _code(
     ]
     lines = [
         "Inputs inputs{fixed, {}};", *words, "float out0[WIDTH];",
-        *loop_over({"out0[i]": (store, result)}, gelu=f"gelu_for<{STORAGE[result]}>"),
+        *loop_over({"out0[i]": (store, result)}, gelu=f"gelu_for<{STORAGE[result]}>").lines,
         f"return pack_pair<{STORAGE[result]}>(out0[0], out0[1]);",
     ]  # fmt: skip
     return (
