@@ -60,7 +60,7 @@ def disassembled(architecture: str, codes: Sequence[bytes]) -> list[str]:
     with tempfile.NamedTemporaryFile(suffix=".bin") as file:
         file.write(b"".join(codes))
         file.flush()
-        printed = run_tool("nvdisasm", "--binary", architecture.upper().replace("_", "").replace("A", "a"), file.name)
+        printed = run_tool("nvdisasm", "--binary", architecture.replace("sm_", "SM"), file.name)
     lines = [(int(found[1], 16), line) for line in printed.splitlines() if (found := _LINE.match(line))]
     if _INSTRUCTION_BYTES * len(lines) != sum(map(len, codes)):
         sys.exit(f"nvdisasm printed {len(lines)} instructions of {sum(map(len, codes))} bytes")

@@ -205,13 +205,13 @@ def _wgmma_estimate(
 
 
 def _alignment(row_bytes: int) -> int:
-    """What the beginnings of rows of the result are multiples of."""
+    """What the beginnings of rows so far apart are multiples of."""
     return row_bytes & -row_bytes
 
 
 def _cut(stride_bytes: int) -> float:
     """What bytes of rows so far apart cost beside those of whole lines of the cache."""
-    return _CUT.get(stride_bytes & -stride_bytes, 1) if stride_bytes > 128 else 1
+    return _CUT.get(_alignment(stride_bytes), 1) if stride_bytes > 128 else 1
 
 
 def _touched(product: Product, operands: Operands, reads: Reads, partial: float) -> float:
