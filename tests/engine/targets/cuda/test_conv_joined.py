@@ -15,12 +15,12 @@ from engine.targets.cuda.conv_wgmma import JOINED_TILES, estimates
 from engine.targets.cuda.covering import F16, make_step, weight
 from engine.targets.cuda.kernel import Context, WeightStore
 from engine.targets.cuda.tiles import Operands, WgmmaTile
-from tests.engine.targets.cuda.cases import LATE, check, check_late, ragged, rng_of
-from tests.engine.targets.cuda.emulator import emulator
+from tests.engine.targets.cuda.cases import check, check_late, ragged, rng_of
 from tests.engine.targets.cuda.emulator.runner import EmulatedRunner
-from tests.engine.targets.cuda.harness import Case, Runner, run_cases
+from tests.engine.targets.cuda.harness import Case, Runner
 from tests.engine.targets.cuda.test_conv import EPILOGUES, case, random_step
 from tests.engine.targets.cuda.test_conv_wgmma import KINDS, PANELS, conv_step, described
+from tests.engine.targets.cuda.wrong_kernels import check_is_caught, emulator_or_skip
 
 HOPPER = Context(SM_90A, 132, WeightStore())
 
@@ -64,22 +64,10 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 @pytest.mark.parametrize("tile", [JOINED_TILES[0], JOINED_TILES[-1]], ids=str)
 def test_the_emulator_shows_what_is_wrong(what: str, tile: WgmmaTile, monkeypatch: pytest.MonkeyPatch) -> None:
-    if emulator.compiler() is None:
-        pytest.skip("no g++ for x86-64 here")
-    right, wrong = WRONG[what]
-    runner = EmulatedRunner(SM_90A)
+    runner = emulator_or_skip()
     step = make_step(cv.conv_op(3), [(F16, (1, 72, 9, 9)), weight(72, 72, 3, 3), weight(72, 1, 1)])
-    (launch,) = lower_in(step, Geometry(step), tile, runner.context)
-    text = emulator.host_source(launch.kernel.source, 900)
-    assert text.count(right) == 1
-    monkeypatch.setattr(emulator, "host_source", lambda source, architecture: text.replace(right, wrong))
-    emulator.load.cache_clear()
-    failures = []
-    for number in (0, *LATE):
-        with runner.with_latecomers(number):
-            failures += run_cases(runner, [Case(what, step, 9 * 72, lowered=[launch], rounding=2.0**-21)])
-    emulator.load.cache_clear()
-    assert failures
+    launches = lower_in(step, Geometry(step), tile, runner.context)
+    check_is_caught(runner, Case(what, step, 9 * 72, lowered=launches, rounding=2.0**-21), WRONG[what], monkeypatch)
 
 
 def test_clusters_follow_each_other_in_one_run(hopper: Runner) -> None:
