@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from service.codecs.images import ImageSpec, make_image_spec
+from service.codecs.images import ImageSpec, image_size, make_image_spec
 from service.codecs.tokens import TokenCodec, not_tokens
 from service.errors import InvalidRequest, Unavailable
 from service.metrics import ModelMetrics
 from service.model_config import Pooling, Task
 from service.repository import ModelFolder
-from service.workers.messages import BatchingOptions, ModelKey, ModelReady, TensorInfo
+from service.settings import Settings
+from service.workers.messages import BatchingOptions, LoadModel, ModelKey, ModelReady, TensorInfo
 
 
 class ModelState(StrEnum):
@@ -62,8 +63,23 @@ class ServedModel:
         else:
             call()
 
+    def load_command(self, settings: Settings) -> LoadModel:
+        """What the worker is told to load."""
+        config = self.folder.config
+        return LoadModel(
+            key=self.key,
+            path=str(dict(self.folder.versions)[self.key.version]),
+            device=settings.device,
+            precision=(config.precision or settings.precision).value,
+            threads=settings.threads,
+            batching=self.options,
+            image_size=image_size(config.images),
+            packed=(config.packed or settings.packed).value,
+        )
+
     def accept(self, ready: ModelReady) -> None:
-        """The worker has it: find its task and its codecs. Raises ValueError if model.toml and model disagree."""
+        """The worker has it: find its task and its codecs, so that it can be served. Raises ValueError if model.toml
+        and model disagree."""
         config = self.folder.config
         if len(ready.inputs) == 1:
             only = ready.inputs[0]
@@ -85,7 +101,6 @@ class ServedModel:
         self.ready = ready
         self._main = self._find_main(ready)
         self._check_labels()
-        self.state, self.reason = ModelState.READY, ""
 
     def _means_tokens(self) -> str:
         """What in the folder says that the model takes tokens; empty if nothing does."""
