@@ -10,7 +10,7 @@ left as it was, and what loads is served.
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 
 from service.errors import InvalidRequest, NotFound, Unavailable
 from service.kernel_metrics import LoadedModel
@@ -100,6 +100,16 @@ class Catalog:
         """Raises NotFound where a model is neither there nor broken."""
         if name not in self._models and name not in self._broken:
             raise NotFound(f"there is no model '{name[:128]}'; GET /v1/models lists them")
+
+    def served(self) -> list[tuple[str, int]]:
+        """Names and versions of what is ready."""
+        return [(m.key.name, m.key.version) for m in self.all_models() if m.state is ModelState.READY]
+
+    async def wait_for(self, versions: Container[tuple[str, int]], seconds: float) -> None:
+        """Until none of these is loading any more, but not longer than so many seconds."""
+        waited = [future for key, future in self._loading.items() if (key.name, key.version) in versions]
+        if waited:
+            await asyncio.wait(waited, timeout=seconds)
 
     @property
     def is_loading(self) -> bool:

@@ -22,6 +22,10 @@ from service.workers.transport import Transport
 
 log = logging.getLogger("service")
 
+# What others serve is in the engine, and ready here within milliseconds. Where a file has changed since, it is loaded
+# anew, and connections are not kept waiting for longer than this.
+_LATEST_S = 10.0
+
 
 @dataclass(frozen=True, slots=True)
 class FrontEndArguments:
@@ -59,8 +63,8 @@ class FrontEnd:
         self._started = asyncio.Event()
 
     async def join(self, serving: Serving) -> None:
-        """Start serving as the others do: with what administrators have changed meanwhile. Raises PeerGone where the
-        supervisor is gone already."""
+        """Start serving as the others do: with what administrators have changed meanwhile, and not before what they
+        serve is ready here, too; connections wait. Raises PeerGone where the supervisor is gone already."""
         self._serving = serving
         await self._peer.connect(self._end)
         self._talking = asyncio.get_running_loop().create_task(self._talk())
@@ -69,6 +73,13 @@ class FrontEnd:
         for region in state["regions"]:
             await serving.apply(Action.of(region))
         self._started.set()
+        await serving.models.wait_for({(name, version) for name, version in state["served"]}, _LATEST_S)
+
+    def settled(self) -> None:
+        """No model is loading any more, or one is gone: what is served now is what a front end to come waits for."""
+        spare_the_collector()
+        assert self._serving is not None
+        self._peer.tell("served", self._serving.models.served())
 
     async def _talk(self) -> None:
         """Until the supervisor is gone: then this process goes, too."""
@@ -101,7 +112,7 @@ def main() -> None:
         socket.socket(fileno=descriptor) for descriptor in (arguments.peer, arguments.connections, arguments.listener)
     )
     front_end = FrontEnd(arguments.number, peer, connections)
-    app = create_app(settings, on_settled=spare_the_collector, front_end=front_end)
+    app = create_app(settings, on_settled=front_end.settled, front_end=front_end)
     run_server(app, settings, listener)
 
 

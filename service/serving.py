@@ -138,10 +138,12 @@ class Serving:
 
     async def change(self, action: Action) -> None:
         """Do it, and have it done by the other front ends. Raises what the catalogue or the shared memory raises."""
-        if action.change in (Change.LOAD, Change.UNLOAD):  # a model is gone when all have let it go
+        if action.change in (Change.LOAD, Change.UNLOAD):
             self.check_not_draining()
+        if action.change is Change.UNLOAD:  # its memory is back when all have let it go
+            self.models.check_known(str(action.name))
             await asyncio.gather(self.apply(action), self.siblings.tell(action))
-        else:
+        else:  # what fails here changes nothing elsewhere
             await self.apply(action)
             await self.siblings.tell(action)
 

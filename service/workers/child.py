@@ -201,15 +201,15 @@ class Child:
 
     def _unload(self, client: Client, command: Unload) -> None:
         with self._lock:
-            self._books.leaving[command.key].add(client.number)
             model = self._books.models.get(command.key)
-            if model is None:
-                self._worker.handle(command)
-                return
-            model.holders.discard(client.number)
-            if not model.holders:
+            if model is not None:
+                model.holders.discard(client.number)
+                if model.holders:  # the memory is theirs; who has let it go waits for nobody, and may come back
+                    client.send(Unloaded(command.key))
+                    return
                 del self._books.models[command.key]
-                self._worker.handle(command)
+            self._books.leaving[command.key].add(client.number)
+            self._worker.handle(command)
 
     # ---- reports
 

@@ -240,7 +240,7 @@ class BatchDone:
 
 @dataclass(frozen=True, slots=True)
 class Unloaded:
-    """A model's memory is back."""
+    """A model's memory is back, or left to other front ends that hold it."""
 
     key: ModelKey
 

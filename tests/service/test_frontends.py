@@ -256,11 +256,67 @@ def test_a_front_end_that_dies_loses_only_its_own_connections(fleet: Fleet) -> N
         ended.set()
         for worker in workers:
             worker.result()
-    assert set(outcomes) <= {"200", "lost", "503"}
+    assert set(outcomes) <= {"200", "lost"}
     assert outcomes.count("lost") <= 4, "each client had one connection at most to the one that died"
     fleet.wait_everywhere("/v2/health/ready", 200)
     assert fleet.everywhere("/v2/models/colours/ready") == {503}, "unloaded is unloaded, also where it came after"
     assert fleet.metric("inference_requests_total", model="identity", outcome="success") >= before
+    assert fleet.ask("POST", "/v2/repository/models/colours/load").status_code == 200
+    assert fleet.everywhere("/v2/models/colours/ready") == {200}
+
+
+def test_front_ends_that_die_again_and_again_cost_nothing_but_their_own_connections(fleet: Fleet) -> None:
+    """A new one accepts when it can answer as the others do: connections wait for that in its socket's backlog."""
+    ended = threading.Event()
+    outcomes: list[str] = []
+    slowest: list[float] = []
+
+    def work(path: str) -> None:
+        """A connection for each request; what breaks without an answer was one to the process that was killed."""
+        while not ended.is_set():
+            began = time.monotonic()
+            try:
+                answer = fleet.identity([2.0] * 4) if path == "infer" else fleet.ask("GET", path)
+                outcomes.append(f"{path} {answer.status_code}")
+            except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
+                outcomes.append("reset")
+            slowest.append(time.monotonic() - began)
+
+    paths = ("infer", "infer", "/v2/health/ready", "/v2/models/colours/ready")
+    with ThreadPoolExecutor(len(paths)) as pool:
+        workers = [pool.submit(work, path) for path in paths]
+        try:
+            for turn in range(6):
+                before = set(fleet.front_ends())
+                os.kill(sorted(before)[turn % FRONTENDS], signal.SIGKILL)
+                wait_for(lambda before=before: len(set(fleet.front_ends()) - before) == 1, 30, EVERY_S)
+                time.sleep(1.5)  # it starts, and takes its share of the connections
+        finally:
+            ended.set()
+        for worker in workers:
+            worker.result()
+    assert set(outcomes) <= {"reset", *(f"{path} 200" for path in paths)}
+    assert outcomes.count("reset") <= 6 * len(paths)
+    assert all(outcomes.count(f"{path} 200") > 20 for path in paths)
+    assert max(slowest) < 15, "as long as a process takes to start on a slow machine, and no longer each time"
+
+
+def test_a_load_that_fails_leaves_front_ends_to_come_as_those_that_are_there(fleet: Fleet, root: Path) -> None:
+    """What was unloaded stays so in one that is started after a load which failed."""
+    assert fleet.ask("POST", "/v2/repository/models/colours/unload").status_code == 200
+    (root / "colours" / "2").mkdir()
+    (root / "colours" / "2" / "model.onnx").write_text("junk")
+    try:
+        for _ in range(FRONTENDS):
+            assert fleet.ask("POST", "/v2/repository/models/colours/load").status_code == 400
+        before = set(fleet.front_ends())
+        os.kill(min(before), signal.SIGKILL)
+        wait_for(lambda: len(set(fleet.front_ends()) - before) == 1, 30, EVERY_S)
+        fleet.wait_everywhere("/v2/health/ready", 200)
+        assert fleet.everywhere("/v2/models/colours/ready") == {503}
+        assert fleet.ask("POST", "/v2/repository/models/nobody/unload").status_code == 404
+    finally:
+        shutil.rmtree(root / "colours" / "2")
     assert fleet.ask("POST", "/v2/repository/models/colours/load").status_code == 200
     assert fleet.everywhere("/v2/models/colours/ready") == {200}
 

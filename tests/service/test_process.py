@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ import pytest
 from service import app
 from service.settings import Settings
 from service.workers.engine_api import import_path, real_engine
+from service.workers.guest import GuestTransport
 from service.workers.messages import (
     BatchingOptions,
     FailureCode,
@@ -37,9 +39,12 @@ from service.workers.messages import (
     Report,
     Stop,
     Stopped,
+    Unload,
+    Unloaded,
     WorkerLost,
 )
 from service.workers.process import ProcessOptions, ProcessTransport
+from service.workers.shared_memory import create_region
 from service.workers.transport import LocalTransport
 from tests.service.conftest import Process, Running, Start, add_model, error_of, post, wait_for
 from tests.service.fakes import WIDTH, FakeEngine
@@ -407,6 +412,58 @@ def test_an_idle_process_ends_at_once(start: Start, repository: Path, caplog: py
 def children(parent: int) -> list[int]:
     tasks = Path(f"/proc/{parent}/task").iterdir()
     return [int(word) for task in tasks for word in (task / "children").read_text().split()]
+
+
+# ---- several clients of one process
+
+
+def connect(attach: socket.socket, number: int) -> tuple[GuestTransport, socket.socket]:
+    """A front end's transport to the process behind `attach`, and the end that keeps it there."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    near, far = socket.socketpair()
+    regions = [create_region(1 << 20) for _ in range(2)]
+    socket.send_fds(attach, [b"%d" % number], [far.fileno(), *regions])
+    socket.send_fds(ours, [b"0"], [near.fileno(), *regions])
+    for end in (near, far):
+        end.close()
+    for region in regions:
+        os.close(region)
+    return GuestTransport(theirs), ours
+
+
+def test_a_front_end_has_a_model_back_that_others_held_meanwhile(tmp_path: Path) -> None:
+    """It lets the model go and waits for no other front end, which may never do the same."""
+    path = add_model(tmp_path, "identity", "identity") / "1" / "model.onnx"
+    key = ModelKey("identity", 1)
+    command = LoadModel(key, str(path), "cpu", "auto", None, BatchingOptions(), None)
+
+    async def scenario() -> None:
+        async with asyncio.timeout(60):
+            attached: asyncio.Future[socket.socket] = asyncio.get_running_loop().create_future()
+            process = ProcessTransport(ProcessOptions(import_path(FakeEngine), 1 << 20), attached.set_result)
+            process.start(lambda report: None)
+            queues: list[asyncio.Queue[Report]] = [asyncio.Queue() for _ in range(2)]
+            connected = [connect(await attached, number) for number in (1, 2)]
+            for (transport, _), reports in zip(connected, queues, strict=True):
+                transport.start(reports.put_nowait)
+            (first, _), (second, _) = connected
+            for transport, reports in zip((first, second), queues, strict=True):
+                transport.send(command)
+                assert isinstance(await reports.get(), ModelReady)
+            for _ in range(2):
+                first.send(Unload(key))
+                assert await queues[0].get() == Unloaded(key)
+                first.send(command)
+                assert isinstance(await queues[0].get(), ModelReady)
+            for transport, reports in zip((second, first), reversed(queues), strict=True):
+                transport.send(Unload(key))
+                assert await reports.get() == Unloaded(key)
+            for transport, kept in connected:
+                transport.close()
+                kept.close()
+            process.close()
+
+    asyncio.run(scenario())
 
 
 # ---- shared memory
