@@ -339,6 +339,19 @@ def test_an_engine_process_that_dies_is_503_at_once_and_comes_back(fleet: Fleet)
     assert fleet.metric("inference_requests_total", model="identity", outcome="success") > counted
 
 
+def test_an_engine_process_that_stands_still_makes_every_front_end_unready(fleet: Fleet) -> None:
+    engine = fleet.engine()
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        fleet.wait_everywhere("/v2/health/ready", 503)
+        assert {fleet.identity([1.0] * 4).status_code for _ in range(12)} == {503}
+    finally:
+        os.kill(engine, signal.SIGCONT)
+    fleet.wait_everywhere("/v2/health/ready", 200)
+    assert {fleet.identity([1.0] * 4).status_code for _ in range(12)} == {200}
+    assert fleet.engine() == engine
+
+
 def test_a_front_end_that_dies_has_its_queued_work_dropped(fleet: Fleet) -> None:
     """What waits for a client of it is dropped before compute; the others' requests go on."""
     victims = fleet.front_ends()

@@ -46,7 +46,7 @@ from service.workers.messages import (
 from service.workers.process import ProcessOptions, ProcessTransport
 from service.workers.shared_memory import create_region
 from service.workers.transport import LocalTransport
-from tests.service.conftest import Process, Running, Start, add_model, error_of, post, wait_for
+from tests.service.conftest import Process, Running, Start, add_model, error_of, get, post, wait_for
 from tests.service.fakes import WIDTH, FakeEngine
 
 
@@ -244,6 +244,50 @@ def test_a_process_that_hangs_is_ended(
     assert ("said nothing" if hang == "stopped" else "computing for") in error_of(response)
     wait_for(lambda: ready(server), 60)
     assert pid(server) != before
+
+
+def test_a_process_that_stands_still_makes_the_server_unready_and_refuses_requests(
+    start: Start, repository: Path
+) -> None:
+    """Within seconds, not when it is ended; what it had before is answered when it goes on."""
+    server = own(start, repository)
+    before = pid(server)
+    os.kill(before, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            accepted = pool.submit(server.identity, [1, 2, 3, 4])
+            late = server.identity([1, 2, 3, 4], headers={"x-timeout-ms": "500"})
+            assert late.status_code == 504
+            wait_for(lambda: not ready(server), 12, every=0.05)
+            for response in (server.identity([1, 2, 3, 4]), server.client.get("/v2/health/ready")):
+                assert response.status_code == 503 and "the engine process does not answer" in error_of(response)
+                assert response.headers["retry-after"] == "1"
+            assert server.client.get("/v2/health/live").status_code == 200
+            assert not accepted.done()
+        finally:
+            os.kill(before, signal.SIGCONT)
+        assert accepted.result().status_code == 200
+    wait_for(lambda: ready(server), 12, every=0.05)
+    assert server.identity([1, 2, 3, 4]).status_code == 200
+    assert pid(server) == before and server.metric("engine_process_restarts_total") == 0
+
+
+def test_a_server_that_stood_still_itself_does_not_blame_its_engine_process(
+    tmp_path: Path, processes: list[Process]
+) -> None:
+    add_model(tmp_path, "identity", "identity")
+    process = Process(tmp_path, "--engine-process", "always")
+    processes.append(process)
+    process.wait_ready()
+    time.sleep(1.5)  # until the engine process has been heard
+    process.process.send_signal(signal.SIGSTOP)
+    time.sleep(6)
+    process.process.send_signal(signal.SIGCONT)
+    for _ in range(20):
+        assert get(f"{process.url}/v2/health/ready").status_code == 200
+        time.sleep(0.1)
+    process.process.terminate()
+    assert "said nothing" not in process.process.communicate(timeout=60)[1]
 
 
 def test_signals_for_the_whole_group_do_not_end_the_process(start: Start, repository: Path) -> None:
