@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Container, Iterable
 
-from service.errors import InvalidRequest, NotFound, Unavailable
+from service.errors import InvalidRequest, NotFound, NotServed
 from service.kernel_metrics import LoadedModel
 from service.metrics import Metrics
 from service.model import ModelState, ServedModel
@@ -73,15 +73,15 @@ class Catalog:
         return [name for name in self._repository.names() if name not in self._models and name not in self._broken]
 
     def versions(self, name: str) -> list[ServedModel]:
-        """The versions of one model, lowest first. Raises NotFound, or Unavailable for a broken folder."""
+        """The versions of one model, lowest first. Raises NotFound, or NotServed for a broken folder."""
         if name in self._broken:
-            raise Unavailable(f"model '{name}' is unavailable: {self._broken[name]}")
+            raise NotServed(f"model '{name}' is unavailable: {self._broken[name]}")
         self.check_known(name)
         return [self._models[name][version] for version in sorted(self._models[name])]
 
     def find(self, name: str, version: str | None = None) -> ServedModel:
         """A version of a model: the one asked for, else the highest that is ready, or will be. Raises NotFound,
-        Unavailable."""
+        NotServed."""
         if version is None and name not in self._broken:
             there = self._models.get(name, {})
             ready = [number for number, model in there.items() if model.state is ModelState.READY]

@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from service.codecs.images import ImageSpec, image_size, make_image_spec
 from service.codecs.tokens import TokenCodec, not_tokens
-from service.errors import InvalidRequest, Unavailable
+from service.errors import InvalidRequest, NotServed, Unavailable
 from service.metrics import ModelMetrics
 from service.model_config import Pooling, Task
 from service.repository import ModelFolder
@@ -134,17 +134,17 @@ class ServedModel:
     def check_ready(self) -> None:
         """Raises Unavailable unless requests may begin."""
         if self.ready is None or self.state is not ModelState.READY:
-            what = self.reason or ("it is loading" if self.state is ModelState.LOADING else "it is not loaded")
-            raise Unavailable(
-                f"model '{self.key.name}' version {self.key.version} is not ready: {what}", retry_after=1.0
-            )
+            loading = self.state is ModelState.LOADING
+            what = self.reason or ("it is loading" if loading else "it is not loaded")
+            text = f"model '{self.key.name}' version {self.key.version} is not ready: {what}"
+            raise Unavailable(text) if loading else NotServed(text)
 
     @property
     def specs(self) -> ModelReady:
         """What the worker said of the model; a request that has begun may ask, whatever becomes of the model. Raises
         Unavailable for a model that never was ready."""
         if self.ready is None:
-            raise Unavailable(f"model '{self.key.name}' version {self.key.version} is not ready", retry_after=1.0)
+            raise Unavailable(f"model '{self.key.name}' version {self.key.version} is not ready")
         return self.ready
 
     def main_output(self) -> TensorInfo:

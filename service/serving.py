@@ -212,7 +212,7 @@ class Serving:
         """The version of a model that infers. Raises NotFound; Unavailable while draining, while the engine does not
         answer, or when the model is not ready."""
         if self._refusal:
-            raise Unavailable(self._refusal, retry_after=1.0)
+            raise Unavailable(self._refusal)
         model = self.models.find(name, version)
         model.check_ready()
         return model
@@ -220,7 +220,7 @@ class Serving:
     def check_not_draining(self) -> None:
         """Raises Unavailable while draining."""
         if self.draining:
-            raise Unavailable(_SHUTTING_DOWN, retry_after=1.0)
+            raise Unavailable(_SHUTTING_DOWN)
 
     async def refresh_statistics(self) -> None:
         """Fetch the engine's counters for the metrics; the last ones stay if the worker does not answer in time."""

@@ -23,7 +23,7 @@ class Turns:
     async def turn(self, name: str, bounded: bool = True) -> AsyncIterator[None]:
         """A turn of this name. Raises Overloaded where too many wait, if their number is `bounded`."""
         if bounded and self._waiting[name] >= _MOST_WAITING:
-            raise Overloaded(f"{_MOST_WAITING} changes of model '{name}' are under way already", retry_after=1.0)
+            raise Overloaded(f"{_MOST_WAITING} changes of model '{name}' are under way already")
         self._waiting[name] += 1
         try:
             async with self._locks[name]:

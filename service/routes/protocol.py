@@ -52,7 +52,7 @@ async def server_ready(serving: ServingOf) -> JsonResponse:
     """200 when every model that can be loaded is loaded and warm, and the server is not shutting down; else 503."""
     reason = serving.not_ready()
     if reason:
-        raise Unavailable(f"not ready: {reason}", retry_after=1.0)
+        raise Unavailable(f"not ready: {reason}")
     return JsonResponse({"ready": True})
 
 
