@@ -10,9 +10,11 @@ left as it was, and what loads is served.
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Container, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 
 from service.errors import InvalidRequest, NotFound, NotServed
+from service.handover import HandedOver
 from service.kernel_metrics import LoadedModel
 from service.metrics import Metrics
 from service.model import ModelState, ServedModel
@@ -69,7 +71,7 @@ class Catalog:
         return dict(self._broken)
 
     def unknown(self) -> list[str]:
-        """Names of folders in the repository that were never asked to be loaded. Reads the disk."""
+        """Names of folders in the repository that nobody had loaded. Reads the disk."""
         return [name for name in self._repository.names() if name not in self._models and name not in self._broken]
 
     def versions(self, name: str) -> list[ServedModel]:
@@ -101,12 +103,25 @@ class Catalog:
         if name not in self._models and name not in self._broken:
             raise NotFound(f"there is no model '{name[:128]}'; GET /v1/models lists them")
 
-    def served(self) -> list[tuple[str, int]]:
-        """Names and versions of what is ready."""
-        return [(m.key.name, m.key.version) for m in self.all_models() if m.state is ModelState.READY]
+    def served(self) -> list[ModelKey]:
+        """Every version that is ready."""
+        return [model.key for model in self.all_models() if model.state is ModelState.READY]
 
-    async def wait_for(self, versions: Container[tuple[str, int]], seconds: float) -> None:
-        """Until none of these is loading any more, but not longer than so many seconds."""
+    def changed(self, served: Iterable[ModelKey]) -> list[str]:
+        """Names of models whose folders do not have exactly these versions of them. Reads the disk."""
+        keys: defaultdict[str, set[ModelKey]] = defaultdict(set)
+        for key in served:
+            keys[key.name].add(key)
+        folders = {name: self._repository.find(name) for name in keys}
+        return [
+            name
+            for name, folder in folders.items()
+            if folder is None or {*self._repository.contents(folder).keys} != keys[name]
+        ]
+
+    async def wait_for(self, served: Iterable[ModelKey], seconds: float) -> None:
+        """Until no version that is served elsewhere is loading here any more, but not longer than so many seconds."""
+        versions = {(key.name, key.version) for key in served}
         waited = [future for key, future in self._loading.items() if (key.name, key.version) in versions]
         if waited:
             await asyncio.wait(waited, timeout=seconds)
@@ -118,10 +133,19 @@ class Catalog:
 
     # ---- changes
 
-    def begin(self, unloaded: frozenset[str] = frozenset()) -> None:
-        """Load everything there is but the `unloaded`, in the background; the server is not ready before."""
+    def begin(self, unloaded: frozenset[str] = frozenset(), handed_over: Sequence[HandedOver] = ()) -> None:
+        """Load everything there is but the `unloaded`, in the background; the server is not ready before. Of models
+        that were `handed_over` what others serve, whatever the disk has."""
         self._unloaded |= unloaded
+        for given in handed_over:
+            if given.reason:
+                self._withhold(given.folder, given.key, given.reason)
+            else:
+                self._start(given.folder, given.key, expected=True)
+        names = {given.key.name for given in handed_over}
         for folder in self._repository.scan():
+            if folder.name in names:
+                continue
             contents = self._tried[folder.name] = self._repository.contents(folder)
             if contents.problem:
                 log.warning("model %s cannot be loaded: %s", folder.name, contents.problem)
@@ -145,9 +169,11 @@ class Catalog:
             folder = await asyncio.to_thread(self._repository.find, name)
             if folder is None:
                 raise NotFound(f"there is no model '{name}' in the repository")
-            problems = await self._load(folder, self._repository.contents(folder))
-            if problems:
-                raise InvalidRequest(f"model '{name}' cannot be loaded: {'; '.join(problems)}")
+            contents = self._repository.contents(folder)
+            problem = contents.problem or _said(await self._load(folder, contents))
+            if problem:
+                log.warning("model %s stays as it was: %s", name, problem)
+                raise InvalidRequest(f"model '{name}' cannot be loaded: {problem}")
 
     async def unload(self, name: str) -> None:
         """Serve a model no more; returns when its requests are answered and its memory is back. Raises NotFound,
@@ -172,8 +198,8 @@ class Catalog:
         if folder is not None:
             contents = self._repository.contents(folder)
             if contents != self._tried.get(name):
-                for problem in await self._load(folder, contents):
-                    log.warning("model %s stays as it was: %s", name, problem)
+                self._tried[name] = contents
+                await self._try(folder, contents)
             return
         log.info("model %s is no longer in the repository", name)
         await self._wait_for_loads(name)
@@ -181,23 +207,26 @@ class Catalog:
         self._broken.pop(name, None)
         self._tried.pop(name, None)
 
-    async def _load(self, folder: ModelFolder, contents: Contents) -> list[str]:
+    async def _try(self, folder: ModelFolder, contents: Contents) -> None:
+        """Load what is on the disk; where that is impossible, the log and the index say why."""
+        if contents.problem:
+            log.warning("model %s stays as it was: %s", folder.name, contents.problem)
+            if folder.name not in self._models:
+                self._broken[folder.name] = contents.problem
+            return
+        problems = await self._load(folder, contents)
+        if problems:
+            log.warning("model %s stays as it was: %s", folder.name, _said(problems))
+            self._broken.pop(folder.name, None)
+            self._explain(folder, problems)
+
+    async def _load(self, folder: ModelFolder, contents: Contents) -> dict[int, str]:
         """Make what is served of a model what its folder has, all of it at once. What is wrong with which version,
         where that is impossible: then nothing has changed."""
-        name = folder.name
-        await self._wait_for_loads(name)
-        self._tried[name] = contents
-        if contents.problem:
-            if name not in self._models:
-                self._broken[name] = contents.problem
-            return [contents.problem]
-        problems = dict(contents.broken)
-        if not problems:
-            problems = await self._replace(folder, [key for key in contents.keys if not self._serves(key)])
-        if problems and name not in self._unloaded:
-            self._broken.pop(name, None)
-            self._explain(folder, problems)
-        return [f"version {version}: {reason}" for version, reason in problems.items()]
+        await self._wait_for_loads(folder.name)
+        if contents.broken:
+            return dict(contents.broken)
+        return await self._replace(folder, [key for key in contents.keys if not self._serves(key)])
 
     async def _replace(self, folder: ModelFolder, keys: list[ModelKey]) -> dict[int, str]:
         """Have these loaded and warmed up, and let them take over together; versions that the folder has no more go.
@@ -266,12 +295,18 @@ class Catalog:
         """Say of every version of which nothing is served why; of those that are no problem themselves, that others
         are, or `otherwise`."""
         others = f"not loaded, because version {', '.join(map(str, problems))} cannot be"
-        versions = self._models.setdefault(folder.name, {})
+        versions = self._models.get(folder.name, {})
         for version in (number for number, _ in (*folder.versions, *folder.broken)):
             served = versions.get(version)
             if served is None or served.state is ModelState.UNAVAILABLE:
-                versions[version] = model = self._known(folder, ModelKey(folder.name, version), expected=False)
-                self._refuse(model, problems.get(version) or otherwise or others)
+                reason = problems.get(version) or otherwise or others
+                self._withhold(folder, ModelKey(folder.name, version), reason)
+
+    def _withhold(self, folder: ModelFolder, key: ModelKey, reason: str) -> None:
+        """Show a version that is not served, and why."""
+        model = self._known(folder, key, expected=False)
+        self._refuse(model, reason)
+        self._models.setdefault(key.name, {})[key.version] = model
 
     async def _wait_for_loads(self, name: str) -> None:
         for key, future in list(self._loading.items()):
@@ -384,3 +419,7 @@ class Catalog:
         future.set_result(None)
         if not self._loading and not self._held:
             self._on_settled()
+
+
+def _said(problems: dict[int, str]) -> str:
+    return "; ".join(f"version {version}: {reason}" for version, reason in problems.items())

@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
     """A model on disk. `versions` are (number, .onnx file), lowest first; `broken` are the version
-    folders that hold no model, and why; `problem` says why nothing of it can be loaded."""
+    folders that hold no model, and why; `problem` says why nothing of it can be loaded. `tokenizer_mark` is that of
+    the tokenizer's file (`file_mark`)."""
 
     name: str
     path: Path
@@ -35,6 +36,7 @@ class ModelFolder:
     tokenizer: Path | None
     problem: str = ""
     broken: tuple[tuple[int, str], ...] = ()
+    tokenizer_mark: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,17 +112,23 @@ class Repository:
             problem = str(error)
         except OSError as error:
             problem = f"the folder cannot be read: {error}"
-        return ModelFolder(path.name, path, config, versions, labels, tokenizer, problem, broken)
+        mark = file_mark(tokenizer)
+        return ModelFolder(path.name, path, config, versions, labels, tokenizer, problem, broken, mark)
+
+
+def file_mark(path: Path | None) -> str:
+    """Which file this is: another text when it was written anew or replaced; empty where there is none."""
+    if path is None or not path.is_file():
+        return ""
+    status = path.stat()
+    return repr((path.name, status.st_size, status.st_mtime_ns, status.st_ino))
 
 
 def _generation(folder: Path, file: Path) -> int:
     digest = hashlib.blake2b(digest_size=6)
     for place in sorted({folder, file.parent}):
         for path in sorted(place.iterdir()):
-            if path.is_file():
-                status = path.stat()
-                about = (path.name, status.st_size, status.st_mtime_ns, status.st_ino)
-                digest.update(repr(about).encode())
+            digest.update(file_mark(path).encode())
     return int.from_bytes(digest.digest(), "big")
 
 

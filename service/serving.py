@@ -7,12 +7,13 @@ are in the `Catalog`.
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from service.catalog import Catalog
 from service.client_memory import ClientMemory
 from service.codecs.tensors import Source
 from service.errors import Unavailable
+from service.handover import HandedOver
 from service.merging import Snapshot, merge, take
 from service.metrics import Metrics
 from service.model import ModelState, ServedModel
@@ -61,10 +62,11 @@ class Serving:
 
     # ---- life
 
-    def start(self, unloaded: frozenset[str] = frozenset()) -> None:
-        """Scan the repository and load everything in the background, but what is `unloaded` elsewhere."""
+    def start(self, unloaded: frozenset[str] = frozenset(), handed_over: Sequence[HandedOver] = ()) -> None:
+        """Scan the repository and load everything in the background, but what is `unloaded` elsewhere, and of what was
+        `handed_over` just that."""
         self.engine.start()
-        self.models.begin(unloaded)
+        self.models.begin(unloaded, handed_over)
         if self.settings.poll_models:
             self._watch = asyncio.get_running_loop().create_task(self._poll(self.settings.poll_models))
 

@@ -84,7 +84,7 @@ class Supervisor:
         self._slots = [_Slot(listener) for listener in listeners]
         self._numbers = itertools.count(1)
         self._changes = _Changes()
-        self._served: list[list[Any]] = []  # names and versions that front ends were last known to serve
+        self._served: list[list[Any]] = []  # the keys of the models that front ends were last known to serve
         self._retired: list[Snapshot] = []
         self._waiting = ThreadPoolExecutor(len(listeners), "wait")  # each waits for its front end all the time
         self._attach: socket.socket | None = None
@@ -235,6 +235,8 @@ class Supervisor:
             self._served, slot.has_served = content, True
             return None
         others = [other for other in self._slots if other is not slot and other.peer is not None]
+        if kind == "describe":
+            return await self._describe([other for other in others if other.has_served], content)
         if kind == "tell":
             self._changes.note(Action.of(content))
             await asyncio.gather(*(self._act(other, content) for other in others))
@@ -244,6 +246,15 @@ class Supervisor:
             await asyncio.gather(*(self._take(other) for other in others))
             return [*self._retired, *(other.last for other in others if other.last is not None)]
         raise ValueError(f"unknown question {kind!r}")
+
+    async def _describe(self, slots: list[_Slot], names: list[str]) -> list[Any]:
+        """What a front end that serves models of these names has of them; nothing where none answers."""
+        for slot in slots:
+            with contextlib.suppress(PeerGone, TimeoutError, RuntimeError):
+                if slot.peer is not None:
+                    found: list[Any] = await slot.peer.ask("describe", names, timeout=_SNAPSHOT_S)
+                    return found
+        return []
 
     async def _act(self, slot: _Slot, action: dict[str, Any]) -> None:
         """Have a front end do what another one has been told; where it cannot, it says so in the log."""

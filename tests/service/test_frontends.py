@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -269,20 +271,19 @@ def test_front_ends_that_die_again_and_again_cost_nothing_but_their_own_connecti
     """A new one accepts when it can answer as the others do: connections wait for that in its socket's backlog."""
     ended = threading.Event()
     outcomes: list[str] = []
-    slowest: list[float] = []
 
     def work(path: str) -> None:
-        """A connection for each request; what breaks without an answer was one to the process that was killed."""
+        """A connection for each request; what breaks without an answer was one to the process that was killed. One that
+        waits for long is a time-out, and fails."""
         while not ended.is_set():
-            began = time.monotonic()
             try:
                 answer = fleet.identity([2.0] * 4) if path == "infer" else fleet.ask("GET", path)
                 outcomes.append(f"{path} {answer.status_code}")
             except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
                 outcomes.append("reset")
-            slowest.append(time.monotonic() - began)
 
     paths = ("infer", "infer", "/v2/health/ready", "/v2/models/colours/ready")
+    good = {f"{path} 200" for path in paths}
     with ThreadPoolExecutor(len(paths)) as pool:
         workers = [pool.submit(work, path) for path in paths]
         try:
@@ -290,15 +291,14 @@ def test_front_ends_that_die_again_and_again_cost_nothing_but_their_own_connecti
                 before = set(fleet.front_ends())
                 os.kill(sorted(before)[turn % FRONTENDS], signal.SIGKILL)
                 wait_for(lambda before=before: len(set(fleet.front_ends()) - before) == 1, 30, EVERY_S)
-                time.sleep(1.5)  # it starts, and takes its share of the connections
+                seen = Counter(outcomes)
+                wait_for(lambda seen=seen: all(Counter(outcomes)[one] > seen[one] + 2 for one in good), 60, EVERY_S)
         finally:
             ended.set()
         for worker in workers:
             worker.result()
-    assert set(outcomes) <= {"reset", *(f"{path} 200" for path in paths)}
+    assert set(outcomes) <= {"reset", *good}
     assert outcomes.count("reset") <= 6 * len(paths)
-    assert all(outcomes.count(f"{path} 200") > 20 for path in paths)
-    assert max(slowest) < 15, "as long as a process takes to start on a slow machine, and no longer each time"
 
 
 def test_a_load_that_fails_leaves_front_ends_to_come_as_those_that_are_there(fleet: Fleet, root: Path) -> None:
@@ -319,6 +319,65 @@ def test_a_load_that_fails_leaves_front_ends_to_come_as_those_that_are_there(fle
         shutil.rmtree(root / "colours" / "2")
     assert fleet.ask("POST", "/v2/repository/models/colours/load").status_code == 200
     assert fleet.everywhere("/v2/models/colours/ready") == {200}
+
+
+def test_a_front_end_to_come_serves_what_the_others_do_whatever_the_disk_has(fleet: Fleet, root: Path) -> None:
+    """After a load that failed, or before one: models, labels and settings are those that were loaded."""
+
+    def datatypes(model: str) -> set[str]:
+        answers = [fleet.ask("GET", f"/v2/models/{model}").json() for _ in range(24)]
+        return {answer["inputs"][0]["datatype"] for answer in answers}
+
+    def best(value: float) -> set[str]:
+        tensor = {"name": "input", "shape": [1, 3, 8, 8], "datatype": "FP32", "data": [value] * 64 + [0.0] * 128}
+        output = {"name": "logits", "parameters": {"classification": 1}}
+        body = {"inputs": [tensor], "outputs": [output]}
+        answers = [fleet.ask("POST", "/v2/models/colours/infer", json=body).json() for _ in range(24)]
+        return {answer["outputs"][0]["data"][0].split(":")[2] for answer in answers}
+
+    def index() -> set[str]:
+        ours = ("identity", "colours", "encoder", "gone")
+        answers = [fleet.ask("POST", "/v2/repository/index").json() for _ in range(24)]
+        return {json.dumps([entry for entry in answer if entry["name"] in ours]) for answer in answers}
+
+    add_model(root, "gone", "identity")
+    add_model(root, "identity", "identity")
+    labels = root / "colours" / "labels.txt"
+    tokenizer = root / "encoder" / "tokenizer.json"
+    good = labels.read_text()
+    for model in ("gone", "identity", "colours", "encoder"):
+        assert fleet.ask("POST", f"/v2/repository/models/{model}/load").status_code == 200
+    assert (datatypes("identity"), best(1.0)) == ({"FP32"}, {"red"})
+    try:
+        add_model(root, "identity", "int32")
+        (root / "identity" / "2").mkdir()
+        (root / "identity" / "2" / "model.onnx").write_text("junk")
+        assert fleet.ask("POST", "/v2/repository/models/identity/load").status_code == 400
+        labels.write_text("rouge\nvert\nbleu\n")
+        add_model(root, "encoder", "encoder", "[tokens]\nmax_length = 2\n")
+        shutil.rmtree(root / "gone")
+        before = index()
+        texts = fleet.ask("POST", "/v1/models/encoder/tokens", json={"text": "a man is eating"}).json()
+        for _ in range(2):
+            victims = set(fleet.front_ends())
+            os.kill(min(victims), signal.SIGKILL)
+            wait_for(lambda victims=victims: len(set(fleet.front_ends()) - victims) == 1, 30, EVERY_S)
+        fleet.wait_everywhere("/v2/health/ready", 200)
+        assert (datatypes("identity"), datatypes("gone"), best(1.0)) == ({"FP32"}, {"FP32"}, {"red"})
+        assert len(before) == 1 and index() == before
+        for _ in range(24):
+            again = fleet.ask("POST", "/v1/models/encoder/tokens", json={"text": "a man is eating"})
+            assert again.json() == texts
+    finally:
+        shutil.rmtree(root / "identity" / "2")
+        labels.write_text(good)
+        add_model(root, "encoder", "encoder", "[tokens]\nmax_length = 16\n")
+    assert tokenizer.exists()
+    os.kill(fleet.pid, signal.SIGHUP)
+    wait_for(lambda: datatypes("identity") == {"INT32"}, 30, EVERY_S)
+    fleet.wait_everywhere("/v2/models/gone/ready", 404)
+    add_model(root, "identity", "identity")
+    assert fleet.ask("POST", "/v2/repository/models/identity/load").status_code == 200
 
 
 def test_an_engine_process_that_dies_is_503_at_once_and_comes_back(fleet: Fleet) -> None:
