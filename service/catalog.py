@@ -1,6 +1,6 @@
-"""Which models there are and in what state, and how they come and go while others are served. Event loop only.
+"""How models come and go while others are served. Which there are is in listing.py. Event loop only.
 
-Made by `Serving`, which hands it the worker's reports about models; routes ask it and, for administrators, change it.
+Made by `Serving`, which hands it the worker's reports about models; routes change it for administrators.
 A model that replaces another is loaded and warm before it takes over; the one before it is unloaded when its last
 request has been answered, so that no request is lost. All versions of a model that change, change at once, and only if
 every one of them can: what fails to load leaves the model as it was. At the start nothing is served yet that could be
@@ -10,12 +10,12 @@ left as it was, and what loads is served.
 import asyncio
 import logging
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
-from service.errors import InvalidRequest, NotFound, NotServed
+from service.errors import InvalidRequest, NotFound
 from service.handover import HandedOver
 from service.kernel_metrics import LoadedModel
+from service.listing import Listing
 from service.metrics import Metrics
 from service.model import ModelState, ServedModel
 from service.model_config import batching_options
@@ -38,20 +38,18 @@ log = logging.getLogger(__name__)
 _UNLOADED = "unloaded"
 
 
-class Catalog:
+class Catalog(Listing):
     """The models of one server process. `send` gives a command to the worker; `on_settled` is called whenever no model
     is loading any more, and after each unloading."""
 
     def __init__(
         self, settings: Settings, metrics: Metrics, send: Callable[[Command], None], on_settled: Callable[[], None]
     ) -> None:
+        super().__init__(Repository(settings.models))
         self._settings = settings
         self._metrics = metrics
         self._send = send
         self._on_settled = on_settled
-        self._repository = Repository(settings.models)
-        self._models: dict[str, dict[int, ServedModel]] = {}
-        self._broken: dict[str, str] = {}
         self._by_key: dict[ModelKey, ServedModel] = {}  # also those that are not in `_models` yet
         self._loading: dict[ModelKey, asyncio.Future[None]] = {}
         self._held: set[ModelKey] = set()  # they take over when all that change with them can
@@ -59,65 +57,6 @@ class Catalog:
         self._tried: dict[str, Contents] = {}  # what of each model is not tried again unasked
         self._unloaded: set[str] = set()  # by an administrator, who alone brings them back
         self._turns = Turns()
-
-    # ---- questions
-
-    def all_models(self) -> list[ServedModel]:
-        """Every version of every model that could be read, by name and version."""
-        return [self._models[name][version] for name in sorted(self._models) for version in sorted(self._models[name])]
-
-    def broken(self) -> dict[str, str]:
-        """Names of folders that cannot be read, and why."""
-        return dict(self._broken)
-
-    def unknown(self) -> list[str]:
-        """Names of folders in the repository that nobody had loaded. Reads the disk."""
-        return [name for name in self._repository.names() if name not in self._models and name not in self._broken]
-
-    def versions(self, name: str) -> list[ServedModel]:
-        """The versions of one model, lowest first. Raises NotFound, or NotServed for a broken folder."""
-        if name in self._broken:
-            raise NotServed(f"model '{name}' is unavailable: {self._broken[name]}")
-        self.check_known(name)
-        return [self._models[name][version] for version in sorted(self._models[name])]
-
-    def find(self, name: str, version: str | None = None) -> ServedModel:
-        """A version of a model: the one asked for, else the highest that is ready, or will be. Raises NotFound,
-        NotServed."""
-        if version is None and name not in self._broken:
-            there = self._models.get(name, {})
-            ready = [number for number, model in there.items() if model.state is ModelState.READY]
-            if ready:
-                return there[max(ready)]
-        versions = self.versions(name)
-        if version is None:
-            usable = [model for model in versions if model.state is not ModelState.UNAVAILABLE]
-            return (usable or versions)[-1]
-        for model in versions:
-            if str(model.key.version) == version:
-                return model
-        raise NotFound(f"model '{name}' has no version '{version[:32]}'")
-
-    def check_known(self, name: str) -> None:
-        """Raises NotFound where a model is neither there nor broken."""
-        if name not in self._models and name not in self._broken:
-            raise NotFound(f"there is no model '{name[:128]}'; GET /v1/models lists them")
-
-    def served(self) -> list[ModelKey]:
-        """Every version that is ready."""
-        return [model.key for model in self.all_models() if model.state is ModelState.READY]
-
-    def changed(self, served: Iterable[ModelKey]) -> list[str]:
-        """Names of models whose folders do not have exactly these versions of them. Reads the disk."""
-        keys: defaultdict[str, set[ModelKey]] = defaultdict(set)
-        for key in served:
-            keys[key.name].add(key)
-        folders = {name: self._repository.find(name) for name in keys}
-        return [
-            name
-            for name, folder in folders.items()
-            if folder is None or {*self._repository.contents(folder).keys} != keys[name]
-        ]
 
     async def wait_for(self, served: Iterable[ModelKey], seconds: float) -> None:
         """Until no version that is served elsewhere is loading here any more, but not longer than so many seconds."""
