@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-from numpy.typing import NDArray
-
 from service.codecs.compression import asked_for
 from service.errors import ClientGone, ServiceError, Unavailable, describe
 from service.exchange import UNANSWERED, Headers, RawHeaders, Requests, headers_of
@@ -115,7 +113,7 @@ class DirectRequest:
         self._direct, self._route, self._names, self._path = direct, route, names, path
         self._headers = headers
         self._inference: InferenceRequest | None = None
-        self._preprocessing: Preprocessing[NDArray[Any]] | None = None
+        self._preprocessing: Preprocessing[Any] | None = None
 
     def again(self) -> "DirectRequest":
         """A further request with this one's URL and headers."""
@@ -150,7 +148,7 @@ class DirectRequest:
         finally:
             request_id.reset(token)
 
-    def _prepared(self, job: Callable[[list[NDArray[Any]]], Job], results: list[NDArray[Any]] | Exception) -> None:
+    def _prepared(self, job: Callable[[list[Any]], Job], results: list[Any] | Exception) -> None:
         """The preprocessing threads are done."""
         inference = self._inference
         assert inference is not None

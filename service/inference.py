@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.requests import Request
 
-from service.codecs.body import read_body
+from service.codecs.body import Body, read_body
 from service.errors import ClientGone, InvalidRequest, ServiceError, describe
 from service.exchange import Headers
 from service.model import ServedModel
@@ -59,8 +59,8 @@ class Job:
 class Preparation:
     """What is to be computed on the preprocessing threads first, and the function that makes the job of it."""
 
-    calls: tuple[Callable[[], NDArray[Any]], ...]
-    job: Callable[[list[NDArray[Any]]], Job]
+    calls: tuple[Callable[[], Any], ...]
+    job: Callable[[list[Any]], Job]
 
 
 @dataclass(slots=True)
@@ -121,7 +121,7 @@ class InferenceRequest:
         """1 is the most urgent; 0 is the default, the middle."""
         self.priority = priority or _DEFAULT
 
-    async def body(self, request: Request) -> bytes:
+    async def body(self, request: Request) -> Body:
         """The request's body; preprocessing begins here. Raises the errors of codecs.body."""
         data = await read_body(request, self.serving.settings)
         self.received()

@@ -1,6 +1,7 @@
 """What administrators change through the Open Inference Protocol v2: models that come and go, and system shared
 memory."""
 
+import time
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -98,4 +99,5 @@ async def unregister_shared_memory(serving: ServingOf, region: str | None = None
 async def _document(request: Request, serving: Serving) -> dict[str, Any]:
     """The body, which may be missing."""
     body = await read_body(request, serving.settings)
-    return parse_object(body) if body else {}
+    deadline = time.monotonic() + serving.settings.request_timeout
+    return await body.read(lambda content: parse_object(content) if content else {}, serving.preprocess, deadline)
