@@ -11,6 +11,7 @@ _LEVEL = 1  # tensors hardly get smaller at higher ones, and others wait meanwhi
 _PIECE = (
     64 << 10
 )  # of a body that is read at a time: zlib copies what comes after a member, whose end nobody knows before
+_UNPACKED = 1 << 20  # bytes that come out at a time; zlib puts them together without letting other threads run
 _MOST_MEMBERS = 1 << 16  # each takes a few microseconds, however little is in it
 
 
@@ -31,13 +32,13 @@ def decompress(body: bytes | bytearray, encoding: str, limit: int) -> bytes:
                     raise InvalidRequest(f"the {encoding} body has more than {_MOST_MEMBERS} members")
                 inflater = zlib.decompressobj(WINDOW_BITS[encoding])
             try:
-                contents.append(inflater.decompress(rest, limit + 1 - size))
+                contents.append(inflater.decompress(rest, _UNPACKED))
             except zlib.error as error:
                 raise InvalidRequest(f"the body is not {encoding} data: {error}") from None
             size += len(contents[-1])
             if size > limit:
                 raise TooLarge(f"the body is larger than {limit} bytes after decompression")
-            rest = inflater.unused_data
+            rest = inflater.unused_data or inflater.unconsumed_tail  # the check sum at least, if more is to come out
     if not inflater.eof:
         raise InvalidRequest(f"the {encoding} body ends too early")
     return contents[0] if len(contents) == 1 else b"".join(contents)

@@ -37,6 +37,7 @@ _NEAR = 64  # bytes between a key and its array
 _DATA = re.compile(rb'"data"[ \t\r\n]*:[ \t\r\n]*\[')
 _OPENING = re.compile(rb"\[[ \t\r\n\[]*")
 _SEPARATORS = (b",", b":", b"[", b"{")  # each value and each key has one before it, but the first
+_BACKSLASH = ord("\\")
 
 Bytes = bytes | bytearray
 Document = dict[str, Any]
@@ -162,6 +163,7 @@ class _Outline:
     def __init__(self, text: Bytes) -> None:
         self._text = text
         self._values = self._size = 0
+        self._kept = 0  # up to where the text is in `parts`
         self._name = secrets.token_hex(16)  # nobody knows, so nobody writes it into a body
         self._arrays: dict[str, LongArray] = {}
         self.parts: list[bytes] = []
@@ -172,19 +174,21 @@ class _Outline:
         while True:
             quote = text.find(b'"', at)
             end = quote if quote >= 0 else len(text)
-            if end - at <= _LONG:
-                self._values += end - at if end - at < len(_SEPARATORS) else self._separators(at, end)
-                self._keep(bytes(text[at:end]))
-            else:
+            gap = end - at
+            if gap > _LONG:
                 self._read_gap(at, end, key)
-            if quote < 0:
-                return
-            at = self._end_of_string(quote)
-            self._values += 1
-            self._keep(bytes(text[quote:at]))
-            key = quote
+            else:
+                self._values += gap if gap < len(_SEPARATORS) else self._separators(at, end)
             if self._values > MOST_VALUES:
                 raise _too_many()
+            if quote < 0:
+                self._keep_to(end)
+                return
+            at = text.find(b'"', quote + 1) + 1
+            if not at or text[at - 2] == _BACKSLASH:
+                at = self._end_of_string(quote)
+            self._values += 1
+            key = quote
 
     def _read_gap(self, at: int, end: int, key: int) -> None:
         """What is between two strings, and long: an array perhaps that the key at `key` has."""
@@ -195,33 +199,44 @@ class _Outline:
             if stop - start > _LONG:
                 name = f"{self._name}{len(self._arrays)}"
                 self._arrays[name] = LongArray(self._text, start, stop)
-                self._keep(bytes(self._text[at:start]))
+                self._keep_to(start)
                 self._keep(f'"{name}"'.encode())
-                at = stop
+                self._kept = at = stop
+        self._keep_to(at)
         for begin in range(at, end, _PIECE):
             stop = min(begin + _PIECE, end)
             self._values += self._separators(begin, stop)
             if self._values > MOST_VALUES:
                 raise _too_many()
             self._keep(_squeezed(bytes(self._text[begin:stop])))
+        self._kept = end
 
     def _separators(self, begin: int, end: int) -> int:
         return sum(self._text.count(separator, begin, end) for separator in _SEPARATORS)
 
+    def _keep_to(self, end: int) -> None:
+        """The text as it is."""
+        self._check_size(end - self._kept)
+        self._keep(bytes(self._text[self._kept : end]))
+        self._kept = end
+
     def _keep(self, part: bytes) -> None:
+        self._check_size(len(part))
         self._size += len(part)
-        if self._size > LARGEST_OUTLINE:
+        self.parts.append(part)
+
+    def _check_size(self, more: int) -> None:
+        if self._size + more > LARGEST_OUTLINE:
             raise TooLarge(
                 f"the body has more than {LARGEST_OUTLINE} bytes of JSON beside the numbers of its tensors; "
                 "send strings as binary data, or in parts"
             )
-        self.parts.append(part)
 
     def _end_of_string(self, quote: int) -> int:
         """Where what follows the string begins that begins at `quote`."""
         text, at = self._text, quote
         while (at := text.find(b'"', at + 1)) >= 0:
-            if text[at - 1] != ord("\\") or not self._is_escaped(at):
+            if text[at - 1] != _BACKSLASH or not self._is_escaped(at):
                 return at + 1
             self._values += 1  # so that many of them are no way to make this take long
             if self._values > MOST_VALUES:
