@@ -24,9 +24,11 @@ from http import HTTPStatus
 from typing import cast
 
 import httptools
+import orjson
 from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+from service.errors import ErrorRow, Outcome, document
 from service.exchange import Exchange, Requests, headers_of
 from service.keep_alive import KeptConnection
 from service.logs import request_id
@@ -305,7 +307,7 @@ class Connection(KeptConnection):
         if is_broken:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        body = f'{{"error":"{text}"}}'.encode()
+        body = orjson.dumps(document(text, ErrorRow(status.value, Outcome.INVALID), exchange.path))
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         if status is HTTPStatus.SERVICE_UNAVAILABLE:
             headers.append((b"retry-after", b"1"))

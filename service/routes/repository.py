@@ -12,13 +12,15 @@ from service.codecs.parameters import integer, member
 from service.errors import InvalidRequest, Unsupported
 from service.model import ModelState
 from service.routes.protocol_documents import (
-    DONE_ANSWER,
+    CHANGED_ANSWER,
     INDEX_ANSWER,
     INDEX_BODY,
     LOAD_BODY,
+    REGION_ANSWER,
     REGIONS_ANSWER,
     REGISTER_BODY,
     UNLOAD_BODY,
+    UNREGISTERED_ANSWER,
 )
 from service.routes.responses import JsonResponse, ServingOf
 from service.serving import Serving
@@ -47,7 +49,7 @@ async def repository_index(request: Request, serving: ServingOf) -> JsonResponse
     return JsonResponse(sorted(wanted, key=lambda entry: (entry["name"], entry["version"])))
 
 
-@router.post("/repository/models/{model}/load", responses=DONE_ANSWER, openapi_extra={"requestBody": LOAD_BODY})
+@router.post("/repository/models/{model}/load", responses=CHANGED_ANSWER, openapi_extra={"requestBody": LOAD_BODY})
 async def load_model(request: Request, serving: ServingOf, model: str) -> JsonResponse:
     """Load a model from its folder, or what of it has changed since it was loaded; answers when it is served."""
     document = await _document(request, serving)
@@ -57,7 +59,7 @@ async def load_model(request: Request, serving: ServingOf, model: str) -> JsonRe
     return JsonResponse({})
 
 
-@router.post("/repository/models/{model}/unload", responses=DONE_ANSWER, openapi_extra={"requestBody": UNLOAD_BODY})
+@router.post("/repository/models/{model}/unload", responses=CHANGED_ANSWER, openapi_extra={"requestBody": UNLOAD_BODY})
 async def unload_model(request: Request, serving: ServingOf, model: str) -> JsonResponse:
     """Serve a model no more; answers when its requests are done and its memory is back."""
     document = await _document(request, serving)
@@ -68,14 +70,16 @@ async def unload_model(request: Request, serving: ServingOf, model: str) -> Json
 
 
 @router.get("/systemsharedmemory/status", responses=REGIONS_ANSWER)
-@router.get("/systemsharedmemory/region/{region}/status", responses=REGIONS_ANSWER)
+@router.get("/systemsharedmemory/region/{region}/status", responses=REGION_ANSWER)
 async def shared_memory_status(serving: ServingOf, region: str | None = None) -> JsonResponse:
     """The registered regions of system shared memory, or one of them."""
     return JsonResponse([found.document() for found in serving.client_memory.regions(region)])
 
 
 @router.post(
-    "/systemsharedmemory/region/{region}/register", responses=DONE_ANSWER, openapi_extra={"requestBody": REGISTER_BODY}
+    "/systemsharedmemory/region/{region}/register",
+    responses=CHANGED_ANSWER,
+    openapi_extra={"requestBody": REGISTER_BODY},
 )
 async def register_shared_memory(request: Request, serving: ServingOf, region: str) -> JsonResponse:
     """Let clients read and write a part of a POSIX shared-memory segment of this machine."""
@@ -88,8 +92,8 @@ async def register_shared_memory(request: Request, serving: ServingOf, region: s
     return JsonResponse({})
 
 
-@router.post("/systemsharedmemory/unregister", responses=DONE_ANSWER)
-@router.post("/systemsharedmemory/region/{region}/unregister", responses=DONE_ANSWER)
+@router.post("/systemsharedmemory/unregister", responses=UNREGISTERED_ANSWER)
+@router.post("/systemsharedmemory/region/{region}/unregister", responses=UNREGISTERED_ANSWER)
 async def unregister_shared_memory(serving: ServingOf, region: str | None = None) -> JsonResponse:
     """Forget a region, or all of them; the segments are their owners'."""
     await serving.change(Action(Change.UNREGISTER, region))
