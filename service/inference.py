@@ -6,6 +6,7 @@ request asks of the engine, and how its answer is made, is a `Job`, which routes
 """
 
 import asyncio
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -46,13 +47,19 @@ class Answer:
 @record
 class Job:
     """What a request asks of the engine, and the function that makes its answer of the outputs. `lengths` are the
-    tokens of its rows. `independent` rows go to a model that is never batched one by one."""
+    tokens of its rows. `independent` rows go to a model that is never batched one by one. Where an output has more than
+    `long_output` elements, making the answer takes so long that a preprocessing thread does it."""
 
     inputs: NamedTensors
     outputs: tuple[str, ...]
     answer: Callable[[Outputs], Answer]
     lengths: tuple[int, ...] = ()
     independent: bool = False
+    long_output: int = sys.maxsize
+
+    def is_long(self, outputs: Outputs) -> bool:
+        """Whether a thread makes the answer."""
+        return any(array.size > self.long_output for array in outputs.values())
 
 
 @record

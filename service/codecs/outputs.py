@@ -4,13 +4,15 @@ Called by the infer route and by `tensors.py`. An output goes as JSON, as binary
 best classes (the classification extension: strings "value:index:label").
 """
 
+import secrets
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from service.client_memory import ClientMemory, Place
@@ -21,6 +23,10 @@ from service.codecs.tensor_types import BINARY_ONLY, datatype_of
 from service.errors import InvalidRequest
 from service.record import record
 from service.workers.messages import TensorInfo
+
+LONG_OUTPUT = 1 << 15
+"""Elements. orjson writes as many floats in 0.7 ms, ten times what the way to a thread costs, and lets nobody else run
+meanwhile: longer outputs are written by a thread, so many elements at a time."""
 
 _MAX_NAME = 64
 
@@ -131,6 +137,32 @@ def format_outputs(
                 document["parameters"] = {"non_finite": without_number}
         documents.append(document)
     return documents, buffers
+
+
+def to_json(answer: dict[str, Any], tensors: Sequence[dict[str, Any]]) -> bytes:
+    """An answer as JSON; `tensors`, which are in it in this order, may have arrays as their `data`."""
+    long: list[tuple[bytes, Array]] = []
+    for tensor in tensors:
+        data = tensor.get("data")
+        if isinstance(data, np.ndarray) and data.size > LONG_OUTPUT:
+            name = secrets.token_hex(16)  # that is nowhere else in the answer
+            tensor["data"] = name
+            long.append((f'"{name}"'.encode(), data))
+    text = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+    if not long:
+        return text
+    parts: list[bytes] = []
+    for written, data in long:
+        before, _, text = text.partition(written)
+        parts += (before, b"[", *_pieces(data), b"]")
+    return b"".join((*parts, text))
+
+
+def _pieces(data: Array) -> Iterator[bytes]:
+    for start in range(0, data.size, LONG_OUTPUT):
+        if start:
+            yield b","
+        yield orjson.dumps(data[start : start + LONG_OUTPUT], option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
 
 
 def best_classes(array: Array, most: int, classes: Classes) -> Array:

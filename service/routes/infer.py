@@ -1,15 +1,15 @@
 """`POST /v2/models/{model}[/versions/{version}]/infer`: tensors in and out, as JSON or as binary data."""
 
+import sys
 from functools import partial
 from typing import Any
 
-import orjson
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from service.codecs.body import INLINE_BYTES, Bytes
 from service.codecs.compression import asked_for, compress
-from service.codecs.outputs import Classes, format_outputs
+from service.codecs.outputs import LONG_OUTPUT, Classes, format_outputs, to_json
 from service.codecs.tensors import InferDocument, parse_infer
 from service.exchange import Headers, headers_of
 from service.inference import Answer, InferenceRequest, Job, Outputs, Preparation, open_request
@@ -46,7 +46,11 @@ async def infer(request: Request) -> Response:
         inline = not _is_long(body.data, length, served)
         document = await body.read(partial(_read, inference, length), serving.preprocess, inference.deadline, inline)
         job = _job(inference, document)
-        answer = job.answer(await inference.run(job, request))
+        outputs = await inference.run(job, request)
+        if job.is_long(outputs):
+            (answer,) = await serving.preprocess.run([lambda: job.answer(outputs)], inference.deadline)
+        else:
+            answer = job.answer(outputs)
         encoding = asked_for(headers.get(b"accept-encoding", b""))
         if encoding is not None:
             (packed,) = await serving.preprocess.run([lambda: compress(answer.body, encoding)], inference.deadline)
@@ -90,7 +94,9 @@ def _job(inference: InferenceRequest, document: InferDocument) -> Job:
         inference.set_priority(document.priority)
     inputs = tuple((name, LocalTensor(array)) for name, array in document.inputs)
     names = tuple(output.name for output in document.outputs)
-    return Job(inputs, names, partial(_answer, inference, document))
+    in_json = any(not output.binary for output in document.outputs)
+    long = LONG_OUTPUT if in_json else sys.maxsize
+    return Job(inputs, names, partial(_answer, inference, document), long_output=long)
 
 
 def _answer(inference: InferenceRequest, document: InferDocument, outputs: Outputs) -> Answer:
@@ -102,7 +108,7 @@ def _answer(inference: InferenceRequest, document: InferDocument, outputs: Outpu
     if document.id:
         answer["id"] = document.id
     answer["outputs"] = tensors
-    header = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+    header = to_json(answer, tensors)
     if not buffers:
         return Answer(header, _JSON)
     return Answer(b"".join((header, *buffers)), (_BINARY, (_LENGTH_HEADER, b"%d" % len(header))))

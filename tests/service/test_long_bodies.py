@@ -1,4 +1,5 @@
-"""Long and compressed bodies: read off the event loop, in pieces, and bounded before they become objects."""
+"""Long and compressed bodies: read off the event loop, in pieces, and bounded before they become objects. Long answers:
+written off it, in pieces."""
 
 from __future__ import annotations
 
@@ -18,13 +19,16 @@ import pytest
 
 from service.client_memory import ClientMemory, Place
 from service.codecs import body as bodies
+from service.codecs import outputs
 from service.codecs.body import INLINE_BYTES, parse_object
 from service.codecs.compression import decompress
 from service.codecs.long_json import LARGEST_OUTLINE, MOST_VALUES, LongArray
+from service.codecs.outputs import LONG_OUTPUT
 from service.codecs.tensors import Source, parse_infer
 from service.errors import InvalidRequest, TooLarge
+from service.routes import infer
 from service.workers.messages import TensorInfo
-from tests.service.conftest import Process, Running, Start, add_model, error_of, post
+from tests.service.conftest import Process, Running, Start, add_model, error_of, post, wait_for
 from tests.service.fakes import WIDTH
 from tests.service.test_images import file_of, plain
 
@@ -348,3 +352,78 @@ def test_a_region_that_goes_while_it_is_read_is_read(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "pread", late)
     assert memory.read(Place("r", 8, 4)) == bytes(range(8, 12))
     assert memory.regions(None) == []
+
+
+# ---- long answers
+
+
+@pytest.fixture
+def writers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Who writes JSON outputs, and the elements of the longest array at a time."""
+    seen: list[tuple[str, int]] = []
+
+    def dumps(content: Any, option: int = 0) -> bytes:
+        arrays = [content] if isinstance(content, np.ndarray) else [t.get("data", ()) for t in content["outputs"]]
+        longest = max(array.size if isinstance(array, np.ndarray) else 0 for array in arrays)
+        seen.append((threading.current_thread().name, longest))
+        return orjson.dumps(content, option=option)
+
+    monkeypatch.setattr(outputs, "orjson", SimpleNamespace(dumps=dumps, OPT_SERIALIZE_NUMPY=orjson.OPT_SERIALIZE_NUMPY))
+    return seen
+
+
+@pytest.mark.parametrize("rows", [1, 4], ids=["direct", "by ASGI"])
+def test_long_answers_are_written_by_threads_a_piece_at_a_time(
+    start: Start, tmp_path: Path, writers: list[tuple[str, int]], rows: int
+) -> None:
+    add_model(tmp_path, "wide", "wide")
+    server = start(tmp_path)
+    values = np.random.default_rng(3).standard_normal((rows, WIDTH)).astype(np.float32)
+    values[0, WIDTH - 5] = np.nan
+    size = {"binary_data_size": values.nbytes}
+    tensor = {"name": "input", "shape": [rows, WIDTH], "datatype": "FP32", "parameters": size}
+    text = orjson.dumps({"inputs": [tensor]})
+    response = server.client.post(
+        "/v2/models/wide/infer",
+        content=text + values.tobytes(),
+        headers={"inference-header-content-length": str(len(text))},
+    )
+    assert response.status_code == 200
+    (output,) = response.json()["outputs"]
+    assert output["shape"] == [rows, WIDTH] and output["parameters"] == {"non_finite": 1}
+    got = np.array([np.nan if value is None else value for value in output["data"]], np.float32)
+    assert np.array_equal(got, values.reshape(-1), equal_nan=True)
+    assert len(writers) == 1 + rows * WIDTH // LONG_OUTPUT
+    assert all(name.startswith("preprocess") and longest <= LONG_OUTPUT for name, longest in writers)
+    assert "postprocess" in response.headers["server-timing"]
+    wait_for(lambda: server.metric("inference_requests_total", model="wide", outcome="success") == 1)
+
+
+def test_short_answers_are_written_where_they_come(server: Running, writers: list[tuple[str, int]]) -> None:
+    assert server.identity([1.0] * 8).status_code == 200
+    assert [longest for _, longest in writers] == [8]
+    assert not writers[0][0].startswith("preprocess")
+
+
+def test_a_long_answer_that_fails_is_an_error(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_model(tmp_path, "wide", "wide")
+    server = start(tmp_path)
+    body = orjson.dumps(document([1.0] * WIDTH, (1, WIDTH))).replace(b'"x"', b'"input"')
+    assert server.client.post("/v2/models/wide/infer", content=body).status_code == 200
+
+    def broken(*_: Any) -> bytes:
+        raise RuntimeError("no JSON today")
+
+    monkeypatch.setattr(infer, "to_json", broken)
+    response = server.client.post("/v2/models/wide/infer", content=body)
+    assert response.status_code == 500 and "internal error" in error_of(response)
+    wait_for(lambda: server.metric("inference_requests_total", model="wide", outcome="failed") == 1)
+    assert server.metric("inference_inflight", model="wide") == 0
+
+
+def test_several_long_outputs_stay_apart() -> None:
+    arrays = [np.arange(place, place + 3 * LONG_OUTPUT + 1, dtype=np.int64) for place in (0, 7)]
+    tensors = [{"name": "a", "data": arrays[0]}, {"name": "b", "data": arrays[0][:3]}, {"name": "c", "data": arrays[1]}]
+    answer = {"id": "x", "outputs": tensors}
+    expected = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+    assert outputs.to_json(answer, tensors) == expected
