@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from types import TracebackType
 from typing import Any
 
@@ -32,6 +33,7 @@ _DEFAULT, _LOWEST = 50, 100  # priorities; 1 is the most urgent
 # How long a request waits before its connection is watched: most are answered by then and never pay for it.
 _WATCH_AFTER_S = 0.01
 
+_SIZE = attrgetter("size")
 Outputs = dict[str, NDArray[Any]]
 Done = Callable[[Outputs | ServiceError], None]
 
@@ -59,7 +61,8 @@ class Job:
 
     def is_long(self, outputs: Outputs) -> bool:
         """Whether a thread makes the answer."""
-        return any(array.size > self.long_output for array in outputs.values())
+        most: int = max(map(_SIZE, outputs.values()))
+        return most > self.long_output
 
 
 @record

@@ -2,6 +2,7 @@
 
 import sys
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -26,6 +27,7 @@ _LENGTH_HEADER = b"inference-header-content-length"
 _JSON = ((b"content-type", b"application/json"),)
 _BINARY = (b"content-type", b"application/octet-stream")
 _MOST_DIGITS = 15
+_IS_BINARY = attrgetter("binary")
 
 
 # Path parameters are read by hand: resolving them would take FastAPI longer than all the rest of a small request.
@@ -94,8 +96,7 @@ def _job(inference: InferenceRequest, document: InferDocument) -> Job:
         inference.set_priority(document.priority)
     inputs = tuple((name, LocalTensor(array)) for name, array in document.inputs)
     names = tuple(output.name for output in document.outputs)
-    in_json = any(not output.binary for output in document.outputs)
-    long = LONG_OUTPUT if in_json else sys.maxsize
+    long = sys.maxsize if all(map(_IS_BINARY, document.outputs)) else LONG_OUTPUT
     return Job(inputs, names, partial(_answer, inference, document), long_output=long)
 
 
