@@ -19,9 +19,10 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
-from service.errors import TooLarge
+from service.errors import InvalidRequest, TooLarge
 
 MOST_VALUES = 1 << 20
 """Keys and values of a body, without the numbers of long tensors; strings count twice. As many as the token ids of
@@ -75,7 +76,7 @@ class LongArray:
     @cached_property
     def depth(self) -> int:
         """Levels of nesting."""
-        opening = _OPENING.match(self.text, self.start, min(self.start + _LONG, self.end))
+        opening = _OPENING.match(self.text, self.start, min(self.start + _WINDOW, self.end))
         return opening.group().count(b"[") if opening is not None else 0
 
     def pieces(self, shape: Sequence[int]) -> Iterator[tuple[bytes, int]]:
@@ -254,12 +255,21 @@ class _Outline:
                 return (at - end) % 2 == 1
 
     def put_back(self, document: Document) -> Document:
-        """The arrays into the inputs."""
+        """The arrays into the inputs. Those that are elsewhere mean nothing, but have to be JSON."""
+        others = dict(self._arrays)
         inputs = document.get("inputs")
         for tensor in inputs if isinstance(inputs, list) else ():
             data = tensor.get("data") if isinstance(tensor, dict) else None
-            if isinstance(data, str) and data in self._arrays:
-                tensor["data"] = self._arrays[data]
+            if isinstance(data, str) and data in others:
+                tensor["data"] = others.pop(data)
+        for array in others.values():
+            self._values += array.count
+            if self._values > MOST_VALUES:
+                raise _too_many()
+            try:
+                orjson.loads(bytes(self._text[array.start : array.end]))
+            except orjson.JSONDecodeError as error:
+                raise InvalidRequest(f"the body is not JSON: {error.msg} in an array under a key 'data'") from None
         return document
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
+import random
 import threading
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +22,7 @@ import pytest
 
 from service.client_memory import ClientMemory, Place
 from service.codecs import body as bodies
-from service.codecs import outputs
+from service.codecs import long_json, outputs
 from service.codecs.body import INLINE_BYTES, parse_object
 from service.codecs.compression import decompress
 from service.codecs.long_json import LARGEST_OUTLINE, MOST_VALUES, LongArray
@@ -138,6 +141,7 @@ def test_what_is_wrong_with_a_long_tensor_is_named(
 @pytest.mark.parametrize(
     ("tail", "said"),
     [
+        (b'],"more":{"data":[' + b"1," * 5000 + b",1]}}]}", "the body is not JSON: .* in an array under a key 'data'"),
         (b"]}]}x", "the body is not JSON: unexpected content after document at 'x'"),
         (b"]}]", "the body is not JSON: unexpected end of data at its end"),
         (b'],"shape":NaN}]}', "neither NaN nor infinity"),
@@ -153,6 +157,53 @@ def test_nan_beside_a_long_tensor_is_explained() -> None:
     body = orjson.dumps(document([1.0] * 50_000, (50_000,)))
     with pytest.raises(InvalidRequest, match="'shape' is"):
         read(body.replace(b'"shape":[50000]', b'"shape":[NaN]'), "FP32", 1)
+
+
+BITS = (
+    b"[", b"]", b",", b"1", b" ", b'"', b"}", b"{", b"\\", b":", b"e", b"-", b".", b"null", b"NaN", b"\0", b"\x0b", b"[]",
+    b"],[", b",1", b'"data":', b"\xff",
+)  # fmt: skip
+
+
+def random_body(source: random.Random) -> tuple[bytes, str, int]:
+    """An infer body that is right, or nearly, its datatype and the rank of its tensor."""
+    shape = tuple(source.choice((1, 2, 3, 5)) for _ in range(source.choice((1, 1, 2, 3))))
+    datatype = source.choice(("FP32", "INT64", "BOOL", "UINT8"))
+    values = np.array([source.choice((0, 1, 12, 123)) for _ in range(math.prod(shape))], KINDS[datatype])
+    data = (values.reshape(shape) if source.random() < 0.6 else values).tolist()
+    items = [("name", "x"), ("shape", list(shape)), ("datatype", datatype), ("data", data)]
+    source.shuffle(items)
+    if source.random() < 0.3:
+        items.insert(source.randrange(5), ("parameters", {"data": [1, 2, 3, 4], 'k\\"': '"data":[1,2,3]}'}))
+    name = source.choice(("a", '\\"data":[1,2,3,4]', "\\", "é"))
+    found = {"id": name, "inputs": [dict(items)]}
+    text = json.dumps(found, indent=source.choice((None, 1)), ensure_ascii=source.random() < 0.5).encode()
+    for _ in range(source.choice((0, 0, 1, 1, 2))):
+        at = source.randrange(len(text))
+        text = text[:at] + source.choice(BITS) + text[at + (source.random() < 0.5) :]
+    return text, datatype, len(shape)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_long_bodies_are_read_like_short_ones(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """What is right gives the same tensors, what is wrong is refused; here what is long has a few bytes."""
+    monkeypatch.setattr(long_json, "_LONG", 4)
+    monkeypatch.setattr(long_json, "_PIECE", 300)
+    source = random.Random(seed)
+    counts: Counter[bool] = Counter()
+    for _ in range(2000):
+        body, datatype, rank = random_body(source)
+        found: list[tuple[Any, ...] | None] = []
+        for inline in (1 << 40, 0):
+            monkeypatch.setattr(bodies, "INLINE_BYTES", inline)
+            try:
+                array = read(body, datatype, rank)
+                found.append((array.dtype, array.shape, array.tolist()))
+            except InvalidRequest:
+                found.append(None)
+        assert found[0] == found[1], body
+        counts[found[0] is None] += 1
+    assert min(counts.values()) > 500
 
 
 # ---- what is too much
