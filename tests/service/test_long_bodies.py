@@ -160,8 +160,8 @@ def test_nan_beside_a_long_tensor_is_explained() -> None:
 
 
 BITS = (
-    b"[", b"]", b",", b"1", b" ", b'"', b"}", b"{", b"\\", b":", b"e", b"-", b".", b"null", b"NaN", b"\0", b"\x0b", b"[]",
-    b"],[", b",1", b'"data":', b"\xff",
+    b"[", b"]", b",", b"1", b" ", b'"', b"}", b"{", b"\\", b":", b"e", b"-", b".", b"null", b"NaN", b"\0", b"\x0b",
+    b"[]", b"],[", b",1", b'"data":', b"\xff",
 )  # fmt: skip
 
 
