@@ -231,14 +231,16 @@ REGISTER_BODY = body_of(
         ["key", "byte_size"],
     )
 )
-_REGIONS = list_of(
-    object_of(
-        {"name": STRING, "key": STRING, "offset": _UNSIGNED, "byte_size": _UNSIGNED},
-        ["name", "key", "offset", "byte_size"],
-    )
+REGIONS_ANSWER = answer_of(
+    list_of(
+        object_of(
+            {"name": STRING, "key": STRING, "offset": _UNSIGNED, "byte_size": _UNSIGNED},
+            ["name", "key", "offset", "byte_size"],
+        )
+    ),
+    "Registered regions: all of them, or the one that is named, by the path or as `?region=`.",
+    *NAMES,
 )
-REGIONS_ANSWER = answer_of(_REGIONS, "Every registered region.")
-REGION_ANSWER = answer_of(_REGIONS, "The region, in a list.", *NAMES)
 _SIZES = {"type": "object", "additionalProperties": _UNSIGNED}
 _SECONDS = {"type": "number", "minimum": 0}
 _STEP = {

@@ -16,7 +16,6 @@ from service.routes.protocol_documents import (
     INDEX_ANSWER,
     INDEX_BODY,
     LOAD_BODY,
-    REGION_ANSWER,
     REGIONS_ANSWER,
     REGISTER_BODY,
     UNLOAD_BODY,
@@ -70,7 +69,7 @@ async def unload_model(request: Request, serving: ServingOf, model: str) -> Json
 
 
 @router.get("/systemsharedmemory/status", responses=REGIONS_ANSWER)
-@router.get("/systemsharedmemory/region/{region}/status", responses=REGION_ANSWER)
+@router.get("/systemsharedmemory/region/{region}/status", responses=REGIONS_ANSWER)
 async def shared_memory_status(serving: ServingOf, region: str | None = None) -> JsonResponse:
     """The registered regions of system shared memory, or one of them."""
     return JsonResponse([found.document() for found in serving.client_memory.regions(region)])
