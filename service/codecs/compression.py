@@ -15,10 +15,10 @@ _UNPACKED = 1 << 20  # bytes that come out at a time; zlib puts them together wi
 _MOST_MEMBERS = 1 << 16  # each takes a few microseconds, however little is in it
 
 
-def decompress(body: bytes | bytearray, encoding: str, limit: int) -> bytes:
+def decompress(body: bytes | bytearray, encoding: str, limit: int) -> bytearray:
     """The content of a body; one of gzip may have several members (RFC 1952). Raises InvalidRequest, and TooLarge as
     soon as it is over `limit` bytes. Other threads run meanwhile."""
-    contents, size, members = list[bytes](), 0, 1
+    content, members = bytearray(), 1
     inflater = zlib.decompressobj(WINDOW_BITS[encoding])
     for begin in range(0, len(body), _PIECE):
         rest = bytes(body[begin : begin + _PIECE])
@@ -32,16 +32,15 @@ def decompress(body: bytes | bytearray, encoding: str, limit: int) -> bytes:
                     raise InvalidRequest(f"the {encoding} body has more than {_MOST_MEMBERS} members")
                 inflater = zlib.decompressobj(WINDOW_BITS[encoding])
             try:
-                contents.append(inflater.decompress(rest, _UNPACKED))
+                content += inflater.decompress(rest, _UNPACKED)
             except zlib.error as error:
                 raise InvalidRequest(f"the body is not {encoding} data: {error}") from None
-            size += len(contents[-1])
-            if size > limit:
+            if len(content) > limit:
                 raise TooLarge(f"the body is larger than {limit} bytes after decompression")
             rest = inflater.unused_data or inflater.unconsumed_tail  # the check sum at least, if more is to come out
     if not inflater.eof:
         raise InvalidRequest(f"the {encoding} body ends too early")
-    return contents[0] if len(contents) == 1 else b"".join(contents)
+    return content
 
 
 def asked_for(accept_encoding: bytes) -> str | None:
