@@ -6,12 +6,10 @@ request asks of the engine, and how its answer is made, is a `Job`, which routes
 """
 
 import asyncio
-import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
-from operator import attrgetter
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 from starlette.requests import Request
 
 from service.codecs.body import Body, read_body
+from service.codecs.outputs import LONG_OUTPUT, RequestedOutput
 from service.errors import ClientGone, InvalidRequest, ServiceError, describe
 from service.exchange import Headers
 from service.model import ServedModel
@@ -33,7 +32,6 @@ _DEFAULT, _LOWEST = 50, 100  # priorities; 1 is the most urgent
 # How long a request waits before its connection is watched: most are answered by then and never pay for it.
 _WATCH_AFTER_S = 0.01
 
-_SIZE = attrgetter("size")
 Outputs = dict[str, NDArray[Any]]
 Done = Callable[[Outputs | ServiceError], None]
 
@@ -49,20 +47,22 @@ class Answer:
 @record
 class Job:
     """What a request asks of the engine, and the function that makes its answer of the outputs. `lengths` are the
-    tokens of its rows. `independent` rows go to a model that is never batched one by one. Where an output has more than
-    `long_output` elements, making the answer takes so long that a preprocessing thread does it."""
+    tokens of its rows. `independent` rows go to a model that is never batched one by one. `wanted` are the
+    outputs in the forms that the client wants, where these can be long JSON, which a preprocessing thread writes."""
 
     inputs: NamedTensors
     outputs: tuple[str, ...]
     answer: Callable[[Outputs], Answer]
     lengths: tuple[int, ...] = ()
     independent: bool = False
-    long_output: int = sys.maxsize
+    wanted: tuple[RequestedOutput, ...] = ()
 
     def is_long(self, outputs: Outputs) -> bool:
         """Whether a thread makes the answer."""
-        most: int = max(map(_SIZE, outputs.values()))
-        return most > self.long_output
+        for array in outputs.values():
+            if array.size > LONG_OUTPUT:
+                return not all(output.binary for output in self.wanted)
+        return False
 
 
 @record

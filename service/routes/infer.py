@@ -1,8 +1,6 @@
 """`POST /v2/models/{model}[/versions/{version}]/infer`: tensors in and out, as JSON or as binary data."""
 
-import sys
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -10,7 +8,7 @@ from starlette.responses import Response
 
 from service.codecs.body import INLINE_BYTES, Bytes
 from service.codecs.compression import asked_for, compress
-from service.codecs.outputs import LONG_OUTPUT, Classes, format_outputs, to_json
+from service.codecs.outputs import Classes, format_outputs, to_json
 from service.codecs.tensors import InferDocument, parse_infer
 from service.exchange import Headers, headers_of
 from service.inference import Answer, InferenceRequest, Job, Outputs, Preparation, open_request
@@ -27,7 +25,6 @@ _LENGTH_HEADER = b"inference-header-content-length"
 _JSON = ((b"content-type", b"application/json"),)
 _BINARY = (b"content-type", b"application/octet-stream")
 _MOST_DIGITS = 15
-_IS_BINARY = attrgetter("binary")
 
 
 # Path parameters are read by hand: resolving them would take FastAPI longer than all the rest of a small request.
@@ -96,20 +93,19 @@ def _job(inference: InferenceRequest, document: InferDocument) -> Job:
         inference.set_priority(document.priority)
     inputs = tuple((name, LocalTensor(array)) for name, array in document.inputs)
     names = tuple(output.name for output in document.outputs)
-    long = sys.maxsize if all(map(_IS_BINARY, document.outputs)) else LONG_OUTPUT
-    return Job(inputs, names, partial(_answer, inference, document), long_output=long)
+    return Job(inputs, names, partial(_answer, inference, document), wanted=document.outputs)
 
 
 def _answer(inference: InferenceRequest, document: InferDocument, outputs: Outputs) -> Answer:
     wanted = [(output, outputs[output.name]) for output in document.outputs]
     model = inference.model
     classes = Classes(model.specs.batching is not BatchingMode.NONE, model.folder.labels)
-    tensors, buffers = format_outputs(wanted, classes, inference.serving.client_memory)
+    tensors, buffers, long = format_outputs(wanted, classes, inference.serving.client_memory)
     answer: dict[str, Any] = {"model_name": model.key.name, "model_version": str(model.key.version)}
     if document.id:
         answer["id"] = document.id
     answer["outputs"] = tensors
-    header = to_json(answer, tensors)
+    header = to_json(answer, long)
     if not buffers:
         return Answer(header, _JSON)
     return Answer(b"".join((header, *buffers)), (_BINARY, (_LENGTH_HEADER, b"%d" % len(header))))

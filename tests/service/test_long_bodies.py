@@ -26,7 +26,7 @@ from service.codecs import long_json, outputs
 from service.codecs.body import INLINE_BYTES, parse_object
 from service.codecs.compression import decompress
 from service.codecs.long_json import LARGEST_OUTLINE, MOST_VALUES, LongArray
-from service.codecs.outputs import LONG_OUTPUT
+from service.codecs.outputs import LONG_OUTPUT, Classes, RequestedOutput
 from service.codecs.tensors import Source, parse_infer
 from service.errors import InvalidRequest, TooLarge
 from service.routes import infer
@@ -413,13 +413,13 @@ def writers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Who writes JSON outputs, and the elements of the longest array at a time."""
     seen: list[tuple[str, int]] = []
 
-    def dumps(content: Any, option: int = 0) -> bytes:
+    def dumps(content: Any, default: Any = None, option: int = 0) -> bytes:
         arrays = [content] if isinstance(content, np.ndarray) else [t.get("data", ()) for t in content["outputs"]]
         longest = max(array.size if isinstance(array, np.ndarray) else 0 for array in arrays)
         seen.append((threading.current_thread().name, longest))
-        return orjson.dumps(content, option=option)
+        return orjson.dumps(content, default, option)
 
-    monkeypatch.setattr(outputs, "orjson", SimpleNamespace(dumps=dumps, OPT_SERIALIZE_NUMPY=orjson.OPT_SERIALIZE_NUMPY))
+    monkeypatch.setattr(outputs, "orjson", SimpleNamespace(dumps=dumps))
     return seen
 
 
@@ -473,8 +473,10 @@ def test_a_long_answer_that_fails_is_an_error(start: Start, tmp_path: Path, monk
 
 
 def test_several_long_outputs_stay_apart() -> None:
-    arrays = [np.arange(place, place + 3 * LONG_OUTPUT + 1, dtype=np.int64) for place in (0, 7)]
-    tensors = [{"name": "a", "data": arrays[0]}, {"name": "b", "data": arrays[0][:3]}, {"name": "c", "data": arrays[1]}]
-    answer = {"id": "x", "outputs": tensors}
-    expected = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
-    assert outputs.to_json(answer, tensors) == expected
+    arrays = [np.arange(place, place + size, dtype=np.int64) for place, size in ((0, 100_000), (5, 3), (7, 70_000))]
+    wanted = [(RequestedOutput(name, False), array) for name, array in zip("abc", arrays, strict=True)]
+    tensors, buffers, long = outputs.format_outputs(wanted, Classes(False, ()), ClientMemory(()))
+    assert len(long) == 2 and not buffers
+    found = json.loads(outputs.to_json({"id": "x", "outputs": tensors, "end": 1}, long))
+    assert [tensor["data"] for tensor in found["outputs"]] == [array.tolist() for array in arrays]
+    assert list(found) == ["id", "outputs", "end"]
