@@ -93,6 +93,19 @@ def _bomb(_: random.Random) -> Body:
     return _packed_zeros(), {"Content-Encoding": "gzip"}
 
 
+def _long(source: random.Random) -> Body:
+    """Long JSON, right in itself but for a piece of it perhaps: numbers, objects, strings, blanks, brackets."""
+    count = source.choice((20_000, 200_000, 3_000_000))
+    unit = source.choice((b"1,", b"0.5,", b"[1],", b"{},", b'"a",', b" ", b"[", b'{"a":1},', b"null,", b'\\",'))
+    wrong = source.choice((b"", b"", b"NaN,", b"]", b"}", b'"', b"\x00", b",,", b"1e999,", b"\xff"))
+    start = b'{"inputs":[{"name":"input","shape":[1,%d],"datatype":"FP32","data":[' % (count + 1)
+    start = source.choice((start, b'{"ids":[[', b'{"text":["', b"["))
+    body = start + unit * (count // 2) + wrong + unit * (count // 2) + b"1]}]}"
+    if source.random() < 0.5:
+        return body, {}
+    return gzip.compress(body, 1), {"Content-Encoding": "gzip"}
+
+
 def _tokens(source: random.Random) -> Body:
     bodies: tuple[object, ...] = (
         {"text": "a"}, {"text": [""]}, {"text": []}, {"text": ["\ud800"]}, {"text": "x" * 100_000},
@@ -147,7 +160,7 @@ def _pictures() -> list[bytes]:
 
 
 _BODIES: tuple[Callable[[random.Random], Body], ...] = (
-    *(_infer,) * 6, *(_tokens,) * 4, _deep, _noise, _noise, _compressed, _compressed, _bomb,
+    *(_infer,) * 6, *(_tokens,) * 4, _deep, _noise, _noise, _compressed, _compressed, _bomb, _long,
     _form_body, _headers, _headers, _image,
 )  # fmt: skip
 

@@ -32,7 +32,7 @@ class Right(StrEnum):
     METRICS = "metrics"
 
 
-_OPEN = re.compile(r"/|/page/[^/]+|/docs(/.*)?|/redoc|/openapi\.json|/v2|/v2/health/(live|ready)")
+_OPEN = re.compile(r"/|/page/[^/]+|/docs|/openapi\.json|/v2|/v2/health/(live|ready)")
 _OF_ADMINISTRATORS = ("/v2/repository/", "/v2/systemsharedmemory/")
 
 

@@ -20,7 +20,19 @@ from service.direct import Direct
 from service.errors import InvalidRequest, ServiceError, describe
 from service.exchange import Requests
 from service.middleware import RequestMiddleware
-from service.routes import embeddings, images, infer, operations, page, profile, protocol, repository, tokens
+from service.openapi import describe as describe_api
+from service.routes import (
+    embeddings,
+    images,
+    infer,
+    operations,
+    page,
+    profile,
+    protocol,
+    reference,
+    repository,
+    tokens,
+)
 from service.routes.responses import error_response, failure
 from service.serving import Serving
 from service.settings import EngineProcess, Settings
@@ -84,6 +96,8 @@ def create_app(
         summary="HTTP inference for ONNX models on an engine of our own.",
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,  # theirs have scripts of another host; reference.py has ours
+        redoc_url=None,
     )
     app.state.serving, app.state.access, app.state.direct = serving, access, direct
     for routes in (
@@ -96,9 +110,10 @@ def create_app(
         page,
         profile,
         repository,
+        reference,
     ):  # the busiest first: matching is linear
         app.include_router(routes.router)
-    _describe_keys(app)
+    app.state.reference = reference.render(describe_api(app))
     app.add_exception_handler(ServiceError, _failure)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
@@ -111,13 +126,6 @@ def create_app(
     app.add_middleware(Shortcut, routes=shortcuts)
     app.add_middleware(RequestMiddleware, requests=requests)
     return app
-
-
-def _describe_keys(app: FastAPI) -> None:
-    """Say in the OpenAPI document that requests may need an API key."""
-    document = app.openapi()
-    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    document["security"] = [{}, {"key": []}]
 
 
 def _transport(settings: Settings, engine: Callable[[], EngineModule]) -> Transport:

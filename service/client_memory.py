@@ -1,18 +1,20 @@
 """System shared memory of clients: regions that an administrator registers, so that tensors of clients on this machine
 need not go through HTTP.
 
-Owned by `Serving`; event loop only. A region is read and written through its file descriptor, never mapped: a client
-that shortens its memory while it is read would else end this process with a bus error. Only names that begin with an
-allowed prefix can be registered. The service's own segments have no name (workers/shared_memory.py), so no prefix
-reaches them.
+Owned by `Serving`; event loop only, but for `read`, `write` and `check`, which any thread may call. A region is read
+and written through its file descriptor, never mapped: a client that shortens its memory while it is read would else
+end this process with a bus error. Only names that begin with an allowed prefix can be registered. The service's own
+segments have no name (workers/shared_memory.py), so no prefix reaches them.
 """
 
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from service.errors import Forbidden, InvalidRequest, NotFound, Unsupported
@@ -54,6 +56,7 @@ class ClientMemory:
         self._prefixes = tuple(prefixes)
         self._folder = folder
         self._regions: dict[str, Region] = {}
+        self._closing = Lock()  # so that no descriptor is closed, and its number another's, before it has been doubled
 
     @property
     def enabled(self) -> bool:
@@ -99,7 +102,7 @@ class ClientMemory:
         for gone in list(self._regions) if name is None else [name]:
             region = self._regions.pop(gone, None)
             if region is not None:
-                os.close(region.descriptor)
+                self._close(region)
 
     def regions(self, name: str | None) -> list[Region]:
         """One region, or all of them by name. Raises NotFound, Unsupported."""
@@ -110,10 +113,10 @@ class ClientMemory:
 
     def read(self, place: Place) -> bytes:
         """The bytes at a place. Raises NotFound, InvalidRequest, Unsupported."""
-        region, start = self._at(place)
-        data = os.pread(region.descriptor, place.nbytes, start)
+        with self._open_at(place) as (region, descriptor, start):
+            data = os.pread(descriptor, place.nbytes, start)
         if len(data) < place.nbytes:
-            raise InvalidRequest(f"region '{place.region[:_SHOWN]}' has become shorter than it was registered")
+            raise _shorter(region)
         return data
 
     def check(self, place: Place) -> None:
@@ -122,22 +125,38 @@ class ClientMemory:
 
     def write(self, place: Place, data: bytes) -> None:
         """Put an output there. Raises NotFound, InvalidRequest, Unsupported."""
-        region, start = self._at(place)
-        if len(data) > place.nbytes:
-            raise InvalidRequest(
-                f"the output has {len(data)} bytes, but {place.nbytes} were given for it in region "
-                f"'{place.region[:_SHOWN]}'"
-            )
-        if os.fstat(region.descriptor).st_size < start + len(data) or os.pwrite(region.descriptor, data, start) < len(
-            data
-        ):
-            raise InvalidRequest(f"region '{place.region[:_SHOWN]}' has become shorter than it was registered")
+        with self._open_at(place) as (region, descriptor, start):
+            if len(data) > place.nbytes:
+                raise InvalidRequest(
+                    f"the output has {len(data)} bytes, but {place.nbytes} were given for it in region "
+                    f"'{place.region[:_SHOWN]}'"
+                )
+            is_whole = os.fstat(descriptor).st_size >= start + len(data)
+            if not is_whole or os.pwrite(descriptor, data, start) < len(data):
+                raise _shorter(region)
+
+    @contextmanager
+    def _open_at(self, place: Place) -> Iterator[tuple[Region, int, int]]:
+        """The region of a place, a descriptor of its segment that nobody else closes, and where the place starts."""
+        with self._closing:
+            region, start = self._at(place)
+            descriptor = os.dup(region.descriptor)
+        try:
+            yield region, descriptor, start
+        finally:
+            os.close(descriptor)
 
     def close(self) -> None:
         """Close every region."""
-        for region in self._regions.values():
-            os.close(region.descriptor)
+        regions = list(self._regions.values())
         self._regions.clear()
+        for region in regions:
+            self._close(region)
+
+    def _close(self, region: Region) -> None:
+        """A region that nobody can find any more."""
+        with self._closing:
+            os.close(region.descriptor)
 
     def _at(self, place: Place) -> tuple[Region, int]:
         """The region of a place and where the place starts in its segment."""
@@ -158,3 +177,7 @@ class ClientMemory:
     def _check_enabled(self) -> None:
         if not self._prefixes:
             raise Unsupported("shared memory is off; an administrator allows it with --shared-memory-prefixes")
+
+
+def _shorter(region: Region) -> InvalidRequest:
+    return InvalidRequest(f"region '{region.name[:_SHOWN]}' has become shorter than it was registered")

@@ -13,22 +13,32 @@ Closing a connection on which more arrives resets it, and a reset takes the answ
 So where a request is refused before all of it is there, only our sending side is closed at first; what comes is thrown
 away. Answers come in the order of the requests: bytes that are no request are refused when those before them have
 theirs.
+
+What a connection answers by itself is counted, logged and given an id like any answer: as that of the request whose
+body is broken, else under the route `connection`.
 """
 
 import asyncio
 import socket
 from http import HTTPStatus
+from typing import cast
 
 import httptools
+import orjson
+from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+from service.errors import ErrorRow, Outcome, document
+from service.exchange import Exchange, Requests, headers_of
 from service.keep_alive import KeptConnection
+from service.logs import request_id
 
 # Most answers are there before the first question is asked. A reset takes a round trip.
 _FIRST_QUESTION_S, _NEXT_QUESTION_S, _RESET_S = 0.01, 1.0, 0.02
 _OFFER = (b"upgrade", b"http2-settings")
 _QUIET_S = 2.0  # a refused client that sends nothing for so long has stopped
 _STILL_THERE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_ROUTE = "connection"  # of answers to what is no request
 _MOST_REFUSED = 256  # connections over the limit that may read why; more are closed at once
 
 
@@ -63,6 +73,7 @@ class _AnswerTransport(asyncio.Transport):
 class Connection(KeptConnection):
     """A connection with bounds; `direct_connection.py` sets them."""
 
+    requests: Requests
     max_connections: int
     max_header_bytes: int
     header_timeout: float
@@ -283,23 +294,42 @@ class Connection(KeptConnection):
         text = f"the header has more than {self.max_header_bytes} bytes"
         self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, text)
 
-    def _refuse(self, status: HTTPStatus, text: str) -> None:
-        """Answer, when the requests before have their answers, and close when the client has had the time to read."""
+    def _refuse(self, status: HTTPStatus, text: str, waited: float = 0.0) -> None:
+        """Answer, when the requests before have their answers, and close when the client has had the time to read.
+        `waited` is for how many seconds something was due."""
         self._stop_timer()
         if self._is_due():
             self._refusal = status, text
             return
-        if self.cycle is not None and not self.cycle.response_complete:  # its body is broken
+        is_broken = self.cycle is not None and not self.cycle.response_complete  # its body is
+        exchange = self._broken_exchange() if is_broken else self._unread_exchange(waited)
+        exchange.status = status.value
+        if is_broken:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        body = f'{{"error":"{text}"}}'
-        again = "retry-after: 1\r\n" if status is HTTPStatus.SERVICE_UNAVAILABLE else ""
-        head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\n"
-        self.transport.write(f"{head}content-length: {len(body)}\r\n{again}connection: close\r\n\r\n{body}".encode())
+        body = orjson.dumps(document(text, ErrorRow(status.value, Outcome.INVALID), exchange.path))
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        if status is HTTPStatus.SERVICE_UNAVAILABLE:
+            headers.append((b"retry-after", b"1"))
+        headers += [(b"connection", b"close"), *exchange.own_headers(())]
+        lines = [f"HTTP/1.1 {status.value} {status.phrase}".encode(), *(b"%b: %b" % header for header in headers)]
+        self.transport.write(b"\r\n".join((*lines, b"", body)))
+        if not is_broken:  # else its task ends it
+            token = request_id.set(exchange.identity)
+            exchange.end(_ROUTE)
+            request_id.reset(token)
         if len(self.connections) > self.max_connections + _MOST_REFUSED:
             self.transport.close()
         else:
             self.linger()
+
+    def _broken_exchange(self) -> Exchange:
+        """The request whose body is broken."""
+        return self.requests.of(cast("Scope", self.cycle.scope))
+
+    def _unread_exchange(self, waited: float) -> Exchange:
+        """A request of which nobody knows more than a part of its header, if anything came at all."""
+        return self.requests.unread(headers_of(self.headers) if self._in_header and self._begun else {}, waited)
 
     def _is_ending(self) -> bool:
         """Whether what comes is not read any more, or not to be answered."""
@@ -337,7 +367,8 @@ class Connection(KeptConnection):
             if self._in_header:
                 self._start_timer(self.header_timeout)  # an answer is due first
         elif self._in_header and self._begun:
-            self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"the header did not arrive within {self.header_timeout:g} s")
+            text = f"the header did not arrive within {self.header_timeout:g} s"
+            self._refuse(HTTPStatus.REQUEST_TIMEOUT, text, self.header_timeout)
         elif self._in_header and self.has_unread():
             self._start_timer(self.header_timeout)
         else:

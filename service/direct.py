@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-from numpy.typing import NDArray
-
 from service.codecs.compression import asked_for
 from service.errors import ClientGone, ServiceError, Unavailable
 from service.exchange import UNANSWERED, Headers, RawHeaders, Requests, headers_of
-from service.inference import InferenceRequest, Job, Outputs, Preparation, open_request
+from service.inference import Answer, InferenceRequest, Job, Outputs, Preparation, open_request
 from service.logs import request_id
 from service.preprocess import Preprocessing
 from service.routes.images import images_job, is_form
@@ -115,7 +113,7 @@ class DirectRequest:
         self._direct, self._route, self._names, self._path = direct, route, names, path
         self._headers = headers
         self._inference: InferenceRequest | None = None
-        self._preprocessing: Preprocessing[NDArray[Any]] | None = None
+        self._preprocessing: Preprocessing[Any] | None = None
 
     def again(self) -> "DirectRequest":
         """A further request with this one's URL and headers."""
@@ -150,7 +148,7 @@ class DirectRequest:
         finally:
             request_id.reset(token)
 
-    def _prepared(self, job: Callable[[list[NDArray[Any]]], Job], results: list[NDArray[Any]] | Exception) -> None:
+    def _prepared(self, job: Callable[[list[Any]], Job], results: list[Any] | Exception) -> None:
         """The preprocessing threads are done."""
         inference = self._inference
         assert inference is not None
@@ -179,16 +177,40 @@ class DirectRequest:
             if isinstance(outputs, ServiceError):
                 self._fail(outputs)
                 return
-            answer = inference.answer(self._job, outputs)
-            self._inference = None
-            try:
-                self._close(200, answer.headers, answer.body)
-            finally:
-                inference.end(None)  # after the write: the client need not wait for the counting
+            if self._job.is_long(outputs):
+                call = partial(self._job.answer, outputs)
+                pool = self._direct.serving.preprocess
+                self._preprocessing = pool.begin((call,), self._written, inference.deadline)
+            else:
+                self._succeed(inference, self._job.answer(outputs))
         except Exception as error:
             self._fail(error)
         finally:
             request_id.reset(token)
+
+    def _written(self, answers: list[Answer] | Exception) -> None:
+        """A preprocessing thread has made the answer."""
+        inference = self._inference
+        assert inference is not None
+        self._preprocessing = None
+        token = request_id.set(self._exchange.identity)
+        try:
+            if isinstance(answers, Exception):
+                self._fail(answers)
+            else:
+                self._succeed(inference, answers[0])
+        except Exception as error:
+            self._fail(error)
+        finally:
+            request_id.reset(token)
+
+    def _succeed(self, inference: InferenceRequest, answer: Answer) -> None:
+        answer = inference.timed(answer)
+        self._inference = None
+        try:
+            self._close(200, answer.headers, answer.body)
+        finally:
+            inference.end(None)  # after the write: the client need not wait for the counting
 
     def _fail(self, error: Exception) -> None:
         self._end_inference(error)

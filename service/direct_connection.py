@@ -240,9 +240,9 @@ class DirectConnection(Connection):
             return self._idle_since + self.timeout_keep_alive
         return super().end_of_pause()
 
-    def _refuse(self, status: HTTPStatus, text: str) -> None:
-        self._stop_holding()  # what is broken is the body that it waits for
-        super()._refuse(status, text)
+    def _refuse(self, status: HTTPStatus, text: str, waited: float = 0.0) -> None:
+        self._let_go()  # what is broken is the body that it waits for
+        super()._refuse(status, text, waited)
 
     def _unset_keepalive_if_required(self) -> None:
         """Something came."""
@@ -272,5 +272,5 @@ def connections(settings: Settings, direct: Direct) -> type[DirectConnection]:
         linger_bytes = 2 * settings.max_body_bytes
         linger_timeout = settings.body_timeout
 
-    Limited.direct = direct
+    Limited.direct, Limited.requests = direct, direct.requests
     return Limited

@@ -1,7 +1,8 @@
 """What is done for every request, whichever way it goes: its API key, its id, its time, the count of answers by route
 and status, one log line.
 
-`Requests` is made with the app. The middleware calls it for what goes through ASGI, `direct.py` for what does not.
+`Requests` is made with the app. The middleware calls it for what goes through ASGI, `direct.py` for what does not, and
+`connection.py` for what is answered before it is a request.
 """
 
 import itertools
@@ -9,7 +10,8 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
+from typing import Any
 
 from service.access import Access
 from service.metrics import Metrics
@@ -21,6 +23,7 @@ log = logging.getLogger("service.access")
 UNANSWERED = 499
 """What is counted where no answer began: the client had gone."""
 
+_KEY = "tilewave.exchange"  # in an ASGI scope
 _ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 RawHeaders = Iterable[tuple[bytes, bytes]]
@@ -84,6 +87,21 @@ class Requests:
         exchange = Exchange(self, method, path, headers)
         if self.tracer is not None:
             exchange.span = self.tracer.begin(method, path, headers)
+        return exchange
+
+    def of(self, scope: MutableMapping[str, Any]) -> Exchange:
+        """The request with this ASGI scope, begun unless it is already: by its task, or by its connection, which may
+        find its body broken before the task has run."""
+        exchange = scope.get(_KEY)
+        if exchange is None:
+            exchange = scope[_KEY] = self.begin(scope["method"], scope["path"], headers_of(scope["headers"]))
+        assert isinstance(exchange, Exchange)
+        return exchange
+
+    def unread(self, headers: Headers, waited: float) -> Exchange:
+        """A request of which no more than some headers are known, and that began `waited` seconds ago."""
+        exchange = Exchange(self, "-", "-", headers)
+        exchange.started -= waited
         return exchange
 
     def check(self, path: str, headers: Headers) -> None:

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.requests import Request
 
-from service.codecs.body import read_body
+from service.codecs.body import Body, read_body
+from service.codecs.outputs import LONG_OUTPUT, RequestedOutput
 from service.errors import ClientGone, InvalidRequest, ServiceError, describe
 from service.exchange import Headers
 from service.model import ServedModel
@@ -46,21 +47,30 @@ class Answer:
 @record
 class Job:
     """What a request asks of the engine, and the function that makes its answer of the outputs. `lengths` are the
-    tokens of its rows. `independent` rows go to a model that is never batched one by one."""
+    tokens of its rows. `independent` rows go to a model that is never batched one by one. `wanted` are the
+    outputs in the forms that the client wants, where these can be long JSON, which a preprocessing thread writes."""
 
     inputs: NamedTensors
     outputs: tuple[str, ...]
     answer: Callable[[Outputs], Answer]
     lengths: tuple[int, ...] = ()
     independent: bool = False
+    wanted: tuple[RequestedOutput, ...] = ()
+
+    def is_long(self, outputs: Outputs) -> bool:
+        """Whether a thread makes the answer."""
+        for array in outputs.values():
+            if array.size > LONG_OUTPUT:
+                return not all(output.binary for output in self.wanted)
+        return False
 
 
 @record
 class Preparation:
     """What is to be computed on the preprocessing threads first, and the function that makes the job of it."""
 
-    calls: tuple[Callable[[], NDArray[Any]], ...]
-    job: Callable[[list[NDArray[Any]]], Job]
+    calls: tuple[Callable[[], Any], ...]
+    job: Callable[[list[Any]], Job]
 
 
 @dataclass(slots=True)
@@ -121,7 +131,7 @@ class InferenceRequest:
         """1 is the most urgent; 0 is the default, the middle."""
         self.priority = priority or _DEFAULT
 
-    async def body(self, request: Request) -> bytes:
+    async def body(self, request: Request) -> Body:
         """The request's body; preprocessing begins here. Raises the errors of codecs.body."""
         data = await read_body(request, self.serving.settings)
         self.received()

@@ -25,19 +25,22 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = headers_of(scope["headers"])
-        exchange = self._requests.begin(scope["method"], scope["path"], headers)
+        exchange = self._requests.of(scope)
         token = request_id.set(exchange.identity)
         current.set(exchange.span)  # of this request's task alone
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                exchange.status = message["status"]
+                if (
+                    exchange.status == UNANSWERED
+                ):  # else the connection has answered; nothing of this reaches the client
+                    exchange.status = message["status"]
                 message["headers"] += exchange.own_headers(message["headers"])
             await send(message)
 
         try:
-            self._requests.check(scope["path"], headers)
+            if self._requests.access.asks:
+                self._requests.check(scope["path"], headers_of(scope["headers"]))
             await self._app(scope, receive, send_with_id)
         except (Unauthorized, Forbidden) as refused:
             await refusal(refused, scope["path"])(scope, receive, send_with_id)

@@ -1,4 +1,5 @@
-"""The threads that decode images and tokenize long texts: a bounded queue whose overflow is refused at once.
+"""The threads that decode images, tokenize long texts, read long bodies and write long answers: a bounded queue whose
+overflow is refused at once.
 
 Owned by `Serving`; called from the event loop, by routes through `run` and by `direct.py`, which has no task to wait
 in, through `begin`.
@@ -18,7 +19,7 @@ from service.errors import DeadlineExceeded, Overloaded
 T = TypeVar("T")
 
 _WEIGHT = 0.1  # of the newest call in the running mean
-_LATE = "the deadline passed while the request was decoded"
+_LATE = "the deadline passed before the request was read or its answer written"
 
 
 class PreprocessPool:

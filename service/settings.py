@@ -117,7 +117,7 @@ class Settings(BaseSettings):
         default=200, ge=0, description="batches that take less, in microseconds, run on the HTTP thread; 0: none"
     )
     preprocess_threads: int = Field(
-        default=2, ge=1, le=256, description="threads that decode images and tokenize long texts"
+        default=2, ge=1, le=256, description="threads that decode images, tokenize long texts, read long bodies"
     )
 
     request_timeout: float = Field(default=30.0, gt=0, description="deadline of a request that names none, seconds")

@@ -8,27 +8,39 @@ WINDOW_BITS = {"gzip": 31, "deflate": 15}
 """Content codings that are read and written, and zlib's parameter for each."""
 
 _LEVEL = 1  # tensors hardly get smaller at higher ones, and others wait meanwhile
+_PIECE = (
+    64 << 10
+)  # of a body that is read at a time: zlib copies what comes after a member, whose end nobody knows before
+_UNPACKED = 1 << 20  # bytes that come out at a time; zlib puts them together without letting other threads run
+_MOST_MEMBERS = 1 << 16  # each takes a few microseconds, however little is in it
 
 
-def decompress(body: bytes, encoding: str, limit: int) -> bytes:
+def decompress(body: bytes | bytearray, encoding: str, limit: int) -> bytearray:
     """The content of a body; one of gzip may have several members (RFC 1952). Raises InvalidRequest, and TooLarge as
-    soon as it is over `limit` bytes."""
-    contents, size, rest = list[bytes](), 0, body
-    while not contents or rest:
-        inflater = zlib.decompressobj(WINDOW_BITS[encoding])
-        try:
-            contents.append(inflater.decompress(rest, limit + 1 - size))
-        except zlib.error as error:
-            raise InvalidRequest(f"the body is not {encoding} data: {error}") from None
-        size += len(contents[-1])
-        if size > limit:
-            raise TooLarge(f"the body is larger than {limit} bytes after decompression")
-        if not inflater.eof:
-            raise InvalidRequest(f"the {encoding} body ends too early")
-        rest = inflater.unused_data
-        if rest and encoding != "gzip":
-            raise InvalidRequest(f"{len(rest)} bytes follow the {encoding} data of the body")
-    return contents[0] if len(contents) == 1 else b"".join(contents)
+    soon as it is over `limit` bytes. Other threads run meanwhile."""
+    content, members = bytearray(), 1
+    inflater = zlib.decompressobj(WINDOW_BITS[encoding])
+    for begin in range(0, len(body), _PIECE):
+        rest = bytes(body[begin : begin + _PIECE])
+        while rest:
+            if inflater.eof:
+                if encoding != "gzip":
+                    follow = len(rest) + max(len(body) - begin - _PIECE, 0)
+                    raise InvalidRequest(f"{follow} bytes follow the {encoding} data of the body")
+                members += 1
+                if members > _MOST_MEMBERS:
+                    raise InvalidRequest(f"the {encoding} body has more than {_MOST_MEMBERS} members")
+                inflater = zlib.decompressobj(WINDOW_BITS[encoding])
+            try:
+                content += inflater.decompress(rest, _UNPACKED)
+            except zlib.error as error:
+                raise InvalidRequest(f"the body is not {encoding} data: {error}") from None
+            if len(content) > limit:
+                raise TooLarge(f"the body is larger than {limit} bytes after decompression")
+            rest = inflater.unused_data or inflater.unconsumed_tail  # the check sum at least, if more is to come out
+    if not inflater.eof:
+        raise InvalidRequest(f"the {encoding} body ends too early")
+    return content
 
 
 def asked_for(accept_encoding: bytes) -> str | None:

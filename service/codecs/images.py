@@ -91,7 +91,7 @@ def make_image_spec(
     )  # fmt: skip
 
 
-def decode(data: bytes, spec: ImageSpec, max_bytes: int, max_pixels: int) -> NDArray[Any]:
+def decode(data: bytes | bytearray, spec: ImageSpec, max_bytes: int, max_pixels: int) -> NDArray[Any]:
     """One image file as (channels, height, width), or (height, width, channels) for NHWC, in the input's dtype.
 
     Raises TooLarge over a limit and InvalidRequest for anything that is not a whole JPEG, PNG or WebP image.

@@ -2,7 +2,7 @@
 its place and value.
 
 Called by `tensors.py`; `shown` also by other codecs. The way through good data is whole-list calls only; places are
-looked for once something is known to be wrong.
+looked for once something is known to be wrong. Data of a long body comes as text and is read in pieces.
 """
 
 import math
@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.codecs.body import NotJson
+from service.codecs.body import NotJson, parse_elements
 from service.codecs.finite import count_non_finite
+from service.codecs.long_json import LongArray, NotInJson, Uneven
 from service.errors import InvalidRequest
 from service.record import record
 
@@ -37,6 +38,8 @@ class JsonTensor:
     def array(self, data: Any) -> NDArray[Any]:
         """`data`, flat and row-major or nested like the shape, as an array. Raises InvalidRequest."""
         if type(data) is not list:
+            if type(data) is LongArray:
+                return self._read(data)
             raise self._error(f"'data' is {shown(data)}; send a list")
         types = set(map(type, data))
         nested = list in types
@@ -44,23 +47,53 @@ class JsonTensor:
         if nested:
             flat = self._flat(data)
             types = set(map(type, flat))
-        if len(flat) != math.prod(self.shape):
+        self._check_count(len(flat))
+        return self._values(flat, types, nested).reshape(self.shape)
+
+    def _check_count(self, count: int) -> None:
+        if count != math.prod(self.shape):
             wanted = f"its shape {list(self.shape)} holds {math.prod(self.shape)}"
-            raise self._error(f"'data' has {len(flat)} elements; {wanted}")
+            raise self._error(f"'data' has {count} elements; {wanted}")
+
+    def _values(self, flat: list[Any], types: set[type], nested: bool, first: int = 0) -> NDArray[Any]:
+        """Elements of these types, which lie one after the other from the one at `first`, as a flat array."""
         proper = _proper(self.datatype, self.dtype)
         if not types <= proper.kinds:
-            raise self._wrong(flat, nested, lambda value: type(value) not in proper.kinds, proper.words)
+            raise self._wrong(flat, nested, first, lambda value: type(value) not in proper.kinds, proper.words)
         if self.datatype == "BYTES":
-            return np.array(flat, object).reshape(self.shape)
+            return np.array(flat, object)
         if self.dtype.kind in "iu" and (min(flat) < proper.low or max(flat) > proper.high):
-            raise self._wrong(flat, nested, lambda value: not proper.low <= value <= proper.high, proper.words)
+            raise self._wrong(flat, nested, first, lambda value: not proper.low <= value <= proper.high, proper.words)
         code = _FLOATS.get(self.datatype)
         if code is None:
-            return np.array(flat, self.dtype).reshape(self.shape)
+            return np.array(flat, self.dtype)
         values = np.frombuffer(array(code, flat), self.dtype)  # what is out of range becomes infinite without a word
         if count_non_finite(values):
-            raise self._wrong(flat, nested, lambda value: not abs(value) <= proper.high, proper.words)
-        return values.reshape(self.shape)
+            raise self._wrong(flat, nested, first, lambda value: not abs(value) <= proper.high, proper.words)
+        return values
+
+    def _read(self, data: LongArray) -> NDArray[Any]:
+        """The same of what is still text."""
+        nested = data.depth > 1
+        if nested and data.depth != len(self.shape):
+            raise self._error(f"'data' is nested {data.depth} levels deep, but the shape is {list(self.shape)}")
+        self._check_count(data.count)
+        out, first = np.empty(data.count, self.dtype), 0
+        try:
+            for text, count in data.pieces(self.shape if nested else (data.count,)):
+                elements = parse_elements(text)
+                if len(elements) != count:
+                    raise NotInJson("an element is missing")
+                out[first : first + count] = self._values(elements, set(map(type, elements)), nested, first)
+                first += count
+        except NotInJson as error:
+            raise InvalidRequest(
+                f"the body is not JSON: {error}, at element {first} of input '{self.name}' or soon after it"
+            ) from None
+        except Uneven as error:
+            place = self._place(error.index, nested) if error.index < data.count else "its end"
+            raise self._error(f"'data' is not nested like the shape {list(self.shape)} at {place}") from None
+        return out.reshape(self.shape)
 
     def _flat(self, data: list[Any]) -> list[Any]:
         """The elements of data that is nested, which must be nested like the shape all the way down."""
@@ -73,11 +106,16 @@ class JsonTensor:
             raise self._error(_unevenness(data, self.shape, 0, "data"))
         return level
 
-    def _wrong(self, flat: list[Any], nested: bool, is_wrong: Callable[[Any], bool], expected: str) -> InvalidRequest:
+    def _wrong(
+        self, flat: list[Any], nested: bool, first: int, is_wrong: Callable[[Any], bool], expected: str
+    ) -> InvalidRequest:
         """The error for the first element that is wrong."""
         index = next(i for i, value in enumerate(flat) if is_wrong(value))
-        place = "".join(f"[{i}]" for i in np.unravel_index(index, self.shape)) if nested else f"[{index}]"
-        return self._error(f"data{place} is {shown(flat[index])}; {self.datatype} takes {expected}")
+        place = self._place(first + index, nested)
+        return self._error(f"{place} is {shown(flat[index])}; {self.datatype} takes {expected}")
+
+    def _place(self, index: int, nested: bool) -> str:
+        return "data" + ("".join(f"[{i}]" for i in np.unravel_index(index, self.shape)) if nested else f"[{index}]")
 
     def _error(self, text: str) -> InvalidRequest:
         return InvalidRequest(f"input '{self.name}': {text}")

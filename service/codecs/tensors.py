@@ -1,7 +1,8 @@
 """Infer requests of the Open Inference Protocol v2: tensors as JSON, as binary data or in shared memory.
 
-Called by the infer route; `outputs.py` has what is wanted of the answer. `parse_infer` checks a request against the
-model's inputs, so that what reaches the engine has the right names, dtypes and ranks.
+Called by the infer route, for long bodies on a preprocessing thread; `outputs.py` has what is wanted of the answer.
+`parse_infer` checks a request against the model's inputs, so that what reaches the engine has the right names, dtypes
+and ranks.
 """
 
 import math
@@ -14,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.client_memory import ClientMemory
-from service.codecs.body import parse_object
+from service.codecs.body import Bytes, parse_object
 from service.codecs.json_values import JsonTensor
+from service.codecs.long_json import LongArray
 from service.codecs.outputs import RequestedOutput, parse_outputs
 from service.codecs.parameters import integer, member, refuse_unsupported, shared_place
 from service.codecs.tensor_types import BINARY_ONLY, datatype_of
@@ -50,7 +52,7 @@ class Source:
 
 
 def parse_infer(
-    body: bytes,
+    body: Bytes,
     header_length: bytes | None,
     inputs: Sequence[TensorInfo],
     outputs: Sequence[TensorInfo],
@@ -84,7 +86,7 @@ def parse_infer(
 
 
 def _raw_body(
-    body: bytes, inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo], source: Source
+    body: Bytes, inputs: Sequence[TensorInfo], outputs: Sequence[TensorInfo], source: Source
 ) -> InferDocument:
     """A body without JSON is the one input of the model; one open dim follows from the size."""
     if len(inputs) != 1:
@@ -98,7 +100,7 @@ def _raw_body(
     if open_axes and fixed:
         shape[open_axes[-1]] = max(count // fixed, 1)  # too few for one are told so by their number
     array = _from_binary(data, datatype_of(spec.dtype), spec, tuple(shape))
-    _check_elements(array, spec, source)
+    _check_elements(array.size, spec, source)
     wanted = tuple(RequestedOutput(output.name, True) for output in outputs)
     return InferDocument("", ((spec.name, array),), wanted, 0, 0)
 
@@ -204,15 +206,18 @@ def _parse_input(
     elif datatype in BINARY_ONLY:
         raise InvalidRequest(f"input '{spec.name}': {datatype} comes as binary data only")
     else:
-        array = JsonTensor(spec.name, datatype, spec.dtype, shape).array(tensor["data"])
-    _check_elements(array, spec, source)
+        values = tensor["data"]
+        if type(values) is LongArray:
+            _check_elements(values.count, spec, source)  # before they are made
+        array = JsonTensor(spec.name, datatype, spec.dtype, shape).array(values)
+    _check_elements(array.size, spec, source)
     return array, offset
 
 
-def _check_elements(array: Array, spec: TensorInfo, source: Source) -> None:
-    if array.size > source.max_elements:
+def _check_elements(count: int, spec: TensorInfo, source: Source) -> None:
+    if count > source.max_elements:
         raise TooLarge(
-            f"input '{spec.name}' has {array.size} elements; the limit is {source.max_elements}; send it in parts"
+            f"input '{spec.name}' has {count} elements; the limit is {source.max_elements}; send it in parts"
         )
 
 

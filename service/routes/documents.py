@@ -1,6 +1,7 @@
 """OpenAPI fragments for routes that read their bodies themselves: those of /v1 and what all share. Data only; `/docs`
-shows it and tests hold the server to it. `protocol_documents.py` has those of /v2."""
+shows it and tests hold the server to it. `protocol_documents.py` has those of /v2, openapi.py puts all together."""
 
+from collections.abc import Sequence
 from typing import Any
 
 Schema = dict[str, Any]
@@ -47,29 +48,42 @@ OPENAI_ERROR: Schema = object_of(
 _STATUSES = {
     400: "The request can never be answered; the error names what is wrong.",
     401: "No API key, or none that is known.",
-    403: "The API key has not the right to do this.",
-    404: "No such model or version.",
-    408: "The body did not arrive in time.",
-    413: "Over a limit of the service.",
+    403: "The API key has not the right to do this, or nobody has.",
+    404: "What the path or the request names is not there.",
+    405: "This path has other methods only; Allow names them.",
+    408: "The header or the body did not arrive in time; the connection is closed.",
+    413: "Over a limit of the service; the connection is closed.",
     415: "A Content-Encoding that is not read.",
     429: "A queue is full; Retry-After says when to come back.",
-    500: "The engine failed.",
-    503: "The model is not ready, or the server is shutting down.",
+    431: "Request line and header are too large; the connection is closed.",
+    500: "The engine failed, or the server has a bug.",
+    503: "The model or the server is not ready, or all connections are taken.",
     504: "The deadline passed.",
 }
+_ALWAYS = (400, 401, 403, 405, 408, 431, 500, 503)
+
+NAMES = (404,)
+"""What a route can also answer that names a model, a version or a region."""
+READS = (413, 415, 429, 504)
+"""What a route can also answer that reads a body."""
+
+Responses = dict[int | str, dict[str, Any]]
 
 
-def _errors(schema: Schema) -> dict[int | str, dict[str, Any]]:
-    return {status: {"description": text, "content": json_content(schema)} for status, text in _STATUSES.items()}
+def _errors(more: Sequence[int], schema: Schema) -> Responses:
+    forms = dict.fromkeys(_STATUSES, schema)
+    if schema is not ERROR:  # before the header is there, nobody knows whose client it is
+        forms |= {408: {"anyOf": [schema, ERROR]}, 431: ERROR, 503: {"anyOf": [schema, ERROR]}}
+    return {
+        status: {"description": _STATUSES[status], "content": json_content(forms[status])}
+        for status in sorted((*_ALWAYS, *more))
+    }
 
 
-ERRORS, OPENAI_ERRORS = _errors(ERROR), _errors(OPENAI_ERROR)
-
-
-def answer_of(
-    schema: Schema, text: str, errors: dict[int | str, dict[str, Any]] = ERRORS
-) -> dict[int | str, dict[str, Any]]:
-    return {200: {"description": text, "content": json_content(schema)}, **errors}
+def answer_of(schema: Schema, text: str, *more: int, error: Schema = ERROR) -> Responses:
+    """All that a route can answer: 200, what every route can, and `more`. Those whose path needs no key cannot answer
+    401 and 403; openapi.py knows them."""
+    return {200: {"description": text, "content": json_content(schema)}, **_errors(more, error)}
 
 
 FILE: Schema = {"type": "string", "format": "binary"}
@@ -91,6 +105,8 @@ IMAGES_ANSWER = answer_of(
         ["model", "version"],
     ),
     "Labels of each image, or with `raw` the outputs of the model.",
+    *NAMES,
+    *READS,
 )
 TOKENS_BODY = body_of(
     {
@@ -113,6 +129,8 @@ TOKENS_ANSWER = answer_of(
         ["model", "version", "usage"],
     ),
     "`embeddings`, `predictions` (and `logits`) or `outputs`, by the model's task.",
+    *NAMES,
+    *READS,
 )
 EMBEDDINGS_BODY = body_of(
     object_of(
@@ -142,7 +160,9 @@ EMBEDDINGS_ANSWER = answer_of(
         ["object", "data", "model", "usage"],
     ),
     "A vector for each input, in order.",
-    OPENAI_ERRORS,
+    *NAMES,
+    *READS,
+    error=OPENAI_ERROR,
 )
 
 
@@ -158,9 +178,10 @@ REQUEST_HEADERS: list[Schema] = [
     ),
     _header("X-Priority", {"type": "integer", "minimum": 0, "maximum": 100}, "1 is the most urgent, 0 the default."),
 ]
-PAGE_ANSWER: dict[int | str, dict[str, Any]] = {
+PAGE_ANSWER: Responses = {
     200: {"description": "The page.", "content": {"text/html": {"schema": STRING}}},
-    **ERRORS,
+    304: {"description": "The page is the one that If-None-Match names."},
+    **_errors((), ERROR),
 }
 _ENTRY = object_of(
     {
@@ -178,16 +199,16 @@ _ENTRY = object_of(
     },
     ["id", "object", "created", "owned_by", "version", "state", "reason", "task", "source", "license", "batching"],
 )
-MODEL_ANSWER = answer_of(_ENTRY, "One model version.", OPENAI_ERRORS)
+MODEL_ANSWER = answer_of(_ENTRY, "One model version.", *NAMES, error=OPENAI_ERROR)
 MODELS_ANSWER = answer_of(
     object_of({"object": {"const": "list"}, "data": list_of(_ENTRY)}, ["object", "data"]),
     "Every version of every model.",
-    OPENAI_ERRORS,
+    error=OPENAI_ERROR,
 )
-METRICS_ANSWER: dict[int | str, dict[str, Any]] = {
+METRICS_ANSWER: Responses = {
     200: {
         "description": "Prometheus or OpenMetrics text, as `Accept` asks.",
         "content": {kind: {"schema": STRING} for kind in ("text/plain", "application/openmetrics-text")},
     },
-    **ERRORS,
+    **_errors((), ERROR),
 }

@@ -1,6 +1,7 @@
 """`POST /v1/embeddings`: the OpenAI shape, so that unmodified OpenAI clients work."""
 
 import base64
+import time
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ from fastapi import APIRouter, Request
 from numpy.typing import NDArray
 from starlette.responses import Response
 
-from service.codecs.body import parse_object, read_body
+from service.codecs.body import Bytes, parse_object, read_body
 from service.codecs.tokens import TokenBatch, check_ids, check_texts
 from service.errors import InvalidRequest
 from service.exchange import headers_of
@@ -18,7 +19,7 @@ from service.model import ServedModel
 from service.model_config import Task
 from service.routes.documents import EMBEDDINGS_ANSWER, EMBEDDINGS_BODY, REQUEST_HEADERS
 from service.routes.responses import AnswerResponse, ServingOf, json_answer
-from service.routes.tokens import embed, encode, engine_lengths, token_codec
+from service.routes.tokens import embed, engine_lengths, make_batch, token_codec
 from service.settings import Settings
 
 router = APIRouter()
@@ -35,7 +36,9 @@ _FORMATS = ("float", "base64")
 async def create_embeddings(request: Request, serving: ServingOf) -> Response:
     """Embed a text, texts, a list of token ids or several. Texts are cut to the model's length."""
     settings = serving.settings
-    document = parse_object(await read_body(request, settings), partial(_read, settings=settings))
+    deadline = time.monotonic() + settings.request_timeout
+    body = await read_body(request, settings)
+    document, ids, texts = await body.read(partial(_parse, settings=settings), serving.preprocess, deadline)
     name = document.get("model")
     if not isinstance(name, str):
         raise InvalidRequest("'model' is missing or no string; send the name of an embedding model")
@@ -48,9 +51,8 @@ async def create_embeddings(request: Request, serving: ServingOf) -> Response:
         encoding = document.get("encoding_format", "float")
         if encoding not in _FORMATS:
             raise InvalidRequest("'encoding_format' is neither 'float' nor 'base64'")
-        ids, texts = _read(document, settings)
-        rows = ids or await encode(serving, codec, texts)
-        job = _job(served, codec.batch(rows), encoding, document.get("dimensions"))
+        batch = await make_batch(serving, codec, ids, texts, inference.deadline)
+        job = _job(served, batch, encoding, document.get("dimensions"))
         return AnswerResponse(inference.answer(job, await inference.run(job, request)))
 
 
@@ -70,6 +72,12 @@ def _job(served: ServedModel, batch: TokenBatch, encoding: str, dimensions: Any)
         return json_answer({"object": "list", "data": data, "model": name, "usage": usage})
 
     return Job(batch.inputs, (output,), answer, engine_lengths(served, batch), independent=True)
+
+
+def _parse(body: Bytes, settings: Settings) -> tuple[dict[str, Any], list[list[int]], list[str]]:
+    """The document, and of it the rows of ids, or the texts. Raises InvalidRequest, TooLarge."""
+    document = parse_object(body, partial(_read, settings=settings))
+    return document, *_read(document, settings)
 
 
 def _read(document: dict[str, Any], settings: Settings) -> tuple[list[list[int]], list[str]]:

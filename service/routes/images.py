@@ -1,6 +1,7 @@
 """`POST /v1/models/{model}/images`: pictures in, labels out."""
 
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from functools import partial
 from typing import Annotated, Any
 
@@ -12,10 +13,11 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import Response
 
+from service.codecs.body import Bytes
 from service.codecs.classify import probabilities, top_labels
 from service.codecs.finite import require_finite
 from service.codecs.images import ImageSpec, decode
-from service.errors import InvalidRequest, TooLarge
+from service.errors import DeadlineExceeded, InvalidRequest, TooLarge
 from service.exchange import Headers, headers_of
 from service.inference import Answer, InferenceRequest, Job, Outputs, Preparation, open_request
 from service.model import ServedModel
@@ -59,10 +61,33 @@ async def _classify(
     with open_request(serving, served, headers) as inference:
         _image_spec(served)  # before a body that nobody can use
         body = await inference.body(request)
-        files = await _form_files(body, request.headers, serving.settings.max_images) if is_form(headers) else [body]
-        prepared = _prepare(inference, files, raw, top_k)
-        job = prepared.job(await serving.preprocess.run(prepared.calls, inference.deadline))
+        pool, deadline = serving.preprocess, inference.deadline
+        prepare = partial(_prepare, inference, raw=raw, top_k=top_k)
+        split = partial(_form_files, headers=request.headers, max_images=serving.settings.max_images)
+        if body.encoding:  # unpacked files are large, so only what is decoded of them leaves the thread
+            files = split if is_form(headers) else _alone
+            prepared, arrays = await body.read(
+                lambda content: _decode(prepare(files(content)), deadline), pool, deadline
+            )
+        else:
+            prepared = prepare(await body.read(split, pool, deadline) if is_form(headers) else [body.data])
+            arrays = await pool.run(prepared.calls, deadline)
+        job = prepared.job(arrays)
         return AnswerResponse(inference.answer(job, await inference.run(job, request)))
+
+
+def _alone(content: Bytes) -> list[Bytes]:
+    return [content]
+
+
+def _decode(prepared: Preparation, deadline: float) -> tuple[Preparation, list[NDArray[Any]]]:
+    """All of a request's files, one after the other."""
+    arrays = []
+    for call in prepared.calls:
+        if time.monotonic() >= deadline:
+            raise DeadlineExceeded("the deadline passed while the images were decoded")
+        arrays.append(call())
+    return prepared, arrays
 
 
 def images_job(inference: InferenceRequest, body: bytes, _: Headers) -> Preparation:
@@ -70,7 +95,7 @@ def images_job(inference: InferenceRequest, body: bytes, _: Headers) -> Preparat
     return _prepare(inference, [body], raw=False, top_k=TOP_K)
 
 
-def _prepare(inference: InferenceRequest, files: list[bytes], raw: bool, top_k: int) -> Preparation:
+def _prepare(inference: InferenceRequest, files: Sequence[Bytes], raw: bool, top_k: int) -> Preparation:
     served, settings = inference.model, inference.serving.settings
     spec = _image_spec(served)
     if not files[0]:
@@ -118,9 +143,22 @@ def is_form(headers: Headers) -> bool:
     return headers.get(b"content-type", b"").lower().startswith(b"multipart/form-data")
 
 
-async def _form_files(body: bytes, headers: StarletteHeaders, max_images: int) -> list[bytes]:
+def _form_files(body: Bytes, headers: StarletteHeaders, max_images: int) -> list[Bytes]:
     """The images of a form. Raises InvalidRequest, TooLarge."""
+    return _run(_read_form(bytes(body), headers, max_images))
 
+
+def _run(coroutine: Coroutine[Any, Any, list[Bytes]]) -> list[Bytes]:
+    """What a coroutine returns that waits for nothing."""
+    try:
+        coroutine.send(None)
+    except StopIteration as returned:
+        files: list[Bytes] = returned.value
+        return files
+    raise RuntimeError("the parser of forms waits for something")
+
+
+async def _read_form(body: bytes, headers: StarletteHeaders, max_images: int) -> list[Bytes]:
     async def stream() -> AsyncIterator[bytes]:
         yield body
 
@@ -134,7 +172,7 @@ async def _form_files(body: bytes, headers: StarletteHeaders, max_images: int) -
         raise InvalidRequest(f"the multipart form cannot be read: {error.message}") from None
     except (KeyError, ValueError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the multipart form cannot be read: {error}") from None
-    files = []
+    files: list[Bytes] = []
     for name, value in form.multi_items():
         if not isinstance(value, UploadFile):
             raise InvalidRequest(f"form field '{name[:64]}' is no file; send images as files")

@@ -40,21 +40,27 @@ _HEADERS = {
 
 
 @dataclass(frozen=True, slots=True)
-class _File:
+class File:
+    """A file of a page, and what says whether it is still the same."""
+
     content: bytes
     media_type: str
     tag: str
 
+    @classmethod
+    def of(cls, content: bytes, kind: str) -> "File":
+        """One of a kind in _TYPES."""
+        return cls(content, _TYPES[kind], f'"{hashlib.sha256(content).hexdigest()[:20]}"')
+
 
 @cache
-def _files() -> dict[str, _File]:
+def _files() -> dict[str, File]:
     """Every file of the page, by its name."""
     found = {}
     for entry in files("service.page").iterdir():
-        kind = _TYPES.get(entry.name.rpartition(".")[2])
-        if kind is not None:
-            content = entry.read_bytes()
-            found[entry.name] = _File(content, kind, f'"{hashlib.sha256(content).hexdigest()[:20]}"')
+        kind = entry.name.rpartition(".")[2]
+        if kind in _TYPES:
+            found[entry.name] = File.of(entry.read_bytes(), kind)
     return found
 
 
@@ -74,6 +80,11 @@ def _answer(request: Request, name: str) -> Response:
     file = _files().get(name)
     if file is None:
         raise NotFound(f"the page has no file '{name[:64]}'")
+    return send_file(request, file)
+
+
+def send_file(request: Request, file: File) -> Response:
+    """A file of a page, with what keeps everything else out; 304 where the client has it."""
     headers = {**_HEADERS, "etag": file.tag}
     if request.headers.get("if-none-match") == file.tag:
         return Response(status_code=304, headers=headers)

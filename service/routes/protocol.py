@@ -9,6 +9,7 @@ from service.codecs.tensor_types import datatype_of
 from service.errors import Unavailable
 from service.model import ModelState, ServedModel
 from service.routes.protocol_documents import (
+    ALL_STATISTICS_ANSWER,
     CONFIG_ANSWER,
     LIVE_ANSWER,
     METADATA_ANSWER,
@@ -56,7 +57,7 @@ async def server_ready(serving: ServingOf) -> JsonResponse:
     return JsonResponse({"ready": True})
 
 
-@router.get("/models/stats", responses=STATISTICS_ANSWER)
+@router.get("/models/stats", responses=ALL_STATISTICS_ANSWER)
 async def all_statistics(serving: ServingOf) -> JsonResponse:
     """Counters of every model."""
     return await _statistics(

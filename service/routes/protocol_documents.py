@@ -3,6 +3,8 @@
 from service.routes.documents import (
     FILE,
     INTEGER,
+    NAMES,
+    READS,
     REQUEST_HEADERS,
     STRING,
     Schema,
@@ -112,6 +114,8 @@ INFER_ANSWER = answer_of(
         ["model_name", "model_version", "outputs"],
     ),
     "The outputs; binary ones follow the JSON, whose length is in Inference-Header-Content-Length.",
+    *NAMES,
+    *READS,
 )
 INFER_ANSWER[200]["content"]["application/octet-stream"] = {"schema": FILE}
 
@@ -121,7 +125,9 @@ SERVER_ANSWER = answer_of(
 )
 LIVE_ANSWER = answer_of(object_of({"live": _BOOLEAN}, ["live"]), "The server answers.")
 READY_ANSWER = answer_of(object_of({"ready": _BOOLEAN}, ["ready"]), "The server is ready.")
-MODEL_READY_ANSWER = answer_of(object_of({"name": STRING, "ready": _BOOLEAN}, ["name", "ready"]), "The model is ready.")
+MODEL_READY_ANSWER = answer_of(
+    object_of({"name": STRING, "ready": _BOOLEAN}, ["name", "ready"]), "The model is ready.", *NAMES
+)
 _SPEC = object_of(
     {"name": STRING, "datatype": _DATATYPE, "shape": list_of({"type": "integer", "minimum": -1})},
     ["name", "datatype", "shape"],
@@ -138,6 +144,7 @@ METADATA_ANSWER = answer_of(
         ["name", "versions", "platform", "inputs", "outputs"],
     ),
     "Inputs and outputs of the model; open dims are -1.",
+    *NAMES,
 )
 _CONFIG_SPEC = object_of({"name": STRING, "data_type": STRING, "dims": list_of(INTEGER)}, ["name", "data_type", "dims"])
 CONFIG_ANSWER = answer_of(
@@ -156,37 +163,37 @@ CONFIG_ANSWER = answer_of(
         ["name", "platform", "backend", "max_batch_size", "input", "output"],
     ),
     "The configuration of the model; `dims` are without the batch where `max_batch_size` is not 0.",
+    *NAMES,
 )
 _DURATION = object_of({"count": _UNSIGNED, "ns": _UNSIGNED}, ["count", "ns"])
 _PARTS = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output", "cache_hit", "cache_miss")
 _BATCH_PARTS = ("compute_input", "compute_infer", "compute_output")
-STATISTICS_ANSWER = answer_of(
-    object_of(
-        {
-            "model_stats": list_of(
-                object_of(
-                    {
-                        "name": STRING,
-                        "version": STRING,
-                        "last_inference": {**_UNSIGNED, "description": "Milliseconds since 1970."},
-                        "inference_count": _UNSIGNED,
-                        "execution_count": _UNSIGNED,
-                        "inference_stats": object_of(dict.fromkeys(_PARTS, _DURATION), list(_PARTS)),
-                        "batch_stats": list_of(
-                            object_of(
-                                {"batch_size": _UNSIGNED, **dict.fromkeys(_BATCH_PARTS, _DURATION)},
-                                ["batch_size", *_BATCH_PARTS],
-                            )
-                        ),
-                    },
-                    ["name", "version", "inference_count", "execution_count", "inference_stats", "batch_stats"],
-                )
+_STATISTICS = object_of(
+    {
+        "model_stats": list_of(
+            object_of(
+                {
+                    "name": STRING,
+                    "version": STRING,
+                    "last_inference": {**_UNSIGNED, "description": "Milliseconds since 1970."},
+                    "inference_count": _UNSIGNED,
+                    "execution_count": _UNSIGNED,
+                    "inference_stats": object_of(dict.fromkeys(_PARTS, _DURATION), list(_PARTS)),
+                    "batch_stats": list_of(
+                        object_of(
+                            {"batch_size": _UNSIGNED, **dict.fromkeys(_BATCH_PARTS, _DURATION)},
+                            ["batch_size", *_BATCH_PARTS],
+                        )
+                    ),
+                },
+                ["name", "version", "inference_count", "execution_count", "inference_stats", "batch_stats"],
             )
-        },
-        ["model_stats"],
-    ),
-    "Counters of the model since it was loaded.",
+        )
+    },
+    ["model_stats"],
 )
+STATISTICS_ANSWER = answer_of(_STATISTICS, "Counters of the model since it was loaded.", *NAMES)
+ALL_STATISTICS_ANSWER = answer_of(_STATISTICS, "Counters of every model since it was loaded.")
 INDEX_BODY = {**body_of(object_of({"ready": _BOOLEAN}, [])), "required": False}
 INDEX_ANSWER = answer_of(
     list_of(
@@ -201,6 +208,7 @@ INDEX_ANSWER = answer_of(
         )
     ),
     "Every model folder and version, its state and why.",
+    *READS,
 )
 LOAD_BODY = {
     **body_of(object_of({"parameters": {"type": "object", "additionalProperties": False}}, [])),
@@ -210,7 +218,9 @@ UNLOAD_BODY = {
     **body_of(object_of({"parameters": {"type": "object", "properties": {"unload_dependents": _BOOLEAN}}}, [])),
     "required": False,
 }
-DONE_ANSWER = answer_of({"type": "object"}, "It is done.")
+_NOTHING: Schema = {"type": "object"}
+CHANGED_ANSWER = answer_of(_NOTHING, "It is done.", *NAMES, *READS)
+UNREGISTERED_ANSWER = answer_of(_NOTHING, "It is done; a region that is not there is no error.")
 REGISTER_BODY = body_of(
     object_of(
         {
@@ -228,7 +238,8 @@ REGIONS_ANSWER = answer_of(
             ["name", "key", "offset", "byte_size"],
         )
     ),
-    "Registered regions.",
+    "Registered regions: all of them, or the one that is named, by the path or as `?region=`.",
+    *NAMES,
 )
 _SIZES = {"type": "object", "additionalProperties": _UNSIGNED}
 _SECONDS = {"type": "number", "minimum": 0}
@@ -256,4 +267,5 @@ PROFILE_ANSWER = answer_of(
         ["name", "version", "device", "plans", "plan", "steps"],
     ),
     "Every plan that is ready, and what each step of one of them took, on average of its runs so far.",
+    *NAMES,
 )

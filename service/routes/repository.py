@@ -1,6 +1,7 @@
 """What administrators change through the Open Inference Protocol v2: models that come and go, and system shared
 memory."""
 
+import time
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -11,13 +12,14 @@ from service.codecs.parameters import integer, member
 from service.errors import InvalidRequest, Unsupported
 from service.model import ModelState
 from service.routes.protocol_documents import (
-    DONE_ANSWER,
+    CHANGED_ANSWER,
     INDEX_ANSWER,
     INDEX_BODY,
     LOAD_BODY,
     REGIONS_ANSWER,
     REGISTER_BODY,
     UNLOAD_BODY,
+    UNREGISTERED_ANSWER,
 )
 from service.routes.responses import JsonResponse, ServingOf
 from service.serving import Serving
@@ -46,7 +48,7 @@ async def repository_index(request: Request, serving: ServingOf) -> JsonResponse
     return JsonResponse(sorted(wanted, key=lambda entry: (entry["name"], entry["version"])))
 
 
-@router.post("/repository/models/{model}/load", responses=DONE_ANSWER, openapi_extra={"requestBody": LOAD_BODY})
+@router.post("/repository/models/{model}/load", responses=CHANGED_ANSWER, openapi_extra={"requestBody": LOAD_BODY})
 async def load_model(request: Request, serving: ServingOf, model: str) -> JsonResponse:
     """Load a model from its folder, or what of it has changed since it was loaded; answers when it is served."""
     document = await _document(request, serving)
@@ -56,7 +58,7 @@ async def load_model(request: Request, serving: ServingOf, model: str) -> JsonRe
     return JsonResponse({})
 
 
-@router.post("/repository/models/{model}/unload", responses=DONE_ANSWER, openapi_extra={"requestBody": UNLOAD_BODY})
+@router.post("/repository/models/{model}/unload", responses=CHANGED_ANSWER, openapi_extra={"requestBody": UNLOAD_BODY})
 async def unload_model(request: Request, serving: ServingOf, model: str) -> JsonResponse:
     """Serve a model no more; answers when its requests are done and its memory is back."""
     document = await _document(request, serving)
@@ -74,7 +76,9 @@ async def shared_memory_status(serving: ServingOf, region: str | None = None) ->
 
 
 @router.post(
-    "/systemsharedmemory/region/{region}/register", responses=DONE_ANSWER, openapi_extra={"requestBody": REGISTER_BODY}
+    "/systemsharedmemory/region/{region}/register",
+    responses=CHANGED_ANSWER,
+    openapi_extra={"requestBody": REGISTER_BODY},
 )
 async def register_shared_memory(request: Request, serving: ServingOf, region: str) -> JsonResponse:
     """Let clients read and write a part of a POSIX shared-memory segment of this machine."""
@@ -87,8 +91,8 @@ async def register_shared_memory(request: Request, serving: ServingOf, region: s
     return JsonResponse({})
 
 
-@router.post("/systemsharedmemory/unregister", responses=DONE_ANSWER)
-@router.post("/systemsharedmemory/region/{region}/unregister", responses=DONE_ANSWER)
+@router.post("/systemsharedmemory/unregister", responses=UNREGISTERED_ANSWER)
+@router.post("/systemsharedmemory/region/{region}/unregister", responses=UNREGISTERED_ANSWER)
 async def unregister_shared_memory(serving: ServingOf, region: str | None = None) -> JsonResponse:
     """Forget a region, or all of them; the segments are their owners'."""
     await serving.change(Action(Change.UNREGISTER, region))
@@ -98,4 +102,5 @@ async def unregister_shared_memory(serving: ServingOf, region: str | None = None
 async def _document(request: Request, serving: Serving) -> dict[str, Any]:
     """The body, which may be missing."""
     body = await read_body(request, serving.settings)
-    return parse_object(body) if body else {}
+    deadline = time.monotonic() + serving.settings.request_timeout
+    return await body.read(lambda content: parse_object(content) if content else {}, serving.preprocess, deadline)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Request
 from numpy.typing import NDArray
 from starlette.responses import Response
 
-from service.codecs.body import parse_object
+from service.codecs.body import Bytes, parse_object
 from service.codecs.classify import probabilities, top_labels
 from service.codecs.finite import require_finite
 from service.codecs.tokens import TokenBatch, TokenCodec, check_ids, check_texts, pool
@@ -29,6 +29,8 @@ router = APIRouter(tags=["inference"])
 INLINE_CHARACTERS = 2000
 """Above this, tokenizing takes long enough to be moved off the event loop."""
 
+_INLINE_IDS = 10_000  # which become tensors within a millisecond
+
 
 @router.post(
     "/v1/models/{model}/tokens",
@@ -43,8 +45,10 @@ async def run_tokens(
     served = serving.accepting(model, version)
     with open_request(serving, served, headers_of(request.scope["headers"])) as inference:
         codec = token_codec(served)
-        ids, texts = _parse(await inference.body(request), serving.settings)
-        job = _job(served, codec.batch(ids or await encode(serving, codec, texts)), raw, top_k)
+        body = await inference.body(request)
+        parse = partial(_parse, settings=serving.settings)
+        ids, texts = await body.read(parse, serving.preprocess, inference.deadline)
+        job = _job(served, await make_batch(serving, codec, ids, texts, inference.deadline), raw, top_k)
         return AnswerResponse(inference.answer(job, await inference.run(job, request)))
 
 
@@ -76,11 +80,18 @@ def token_codec(served: ServedModel) -> TokenCodec:
     return served.tokens
 
 
-async def encode(serving: Serving, codec: TokenCodec, texts: list[str]) -> list[list[int]]:
-    """Token ids of checked texts, off the event loop where they are long. Raises InvalidRequest, Overloaded."""
-    if sum(len(text) for text in texts) <= INLINE_CHARACTERS:
-        return codec.encode_texts(texts)
-    return (await serving.preprocess.run([lambda: codec.encode_texts(texts)]))[0]
+async def make_batch(
+    serving: Serving, codec: TokenCodec, ids: list[list[int]], texts: list[str], deadline: float
+) -> TokenBatch:
+    """Tensors for checked rows of ids, or for checked texts where there are none; off the event loop where there is
+    much of either. Raises InvalidRequest, Overloaded, DeadlineExceeded."""
+
+    def make() -> TokenBatch:
+        return codec.batch(ids or codec.encode_texts(texts))
+
+    if sum(map(len, texts)) <= INLINE_CHARACTERS and sum(map(len, ids)) <= _INLINE_IDS:
+        return make()
+    return (await serving.preprocess.run([make], deadline))[0]
 
 
 def engine_lengths(served: ServedModel, batch: TokenBatch) -> tuple[int, ...]:
@@ -94,7 +105,7 @@ def embed(served: ServedModel, batch: TokenBatch, values: NDArray[Any], output: 
     return require_finite(pool(values, batch.lengths, config.pooling, config.normalize), served.key.name, output)
 
 
-def _parse(body: bytes, settings: Settings) -> tuple[list[list[int]], list[str]]:
+def _parse(body: Bytes, settings: Settings) -> tuple[list[list[int]], list[str]]:
     return _read(parse_object(body, partial(_read, settings=settings)), settings)
 
 

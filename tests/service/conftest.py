@@ -20,6 +20,7 @@ import pytest
 import uvicorn
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from load_tests.documented import Documented
 from load_tests.servers import free_port
 from service.app import create_app
 from service.direct_connection import connections
@@ -118,6 +119,19 @@ post = partial(httpx.post, verify=False)
 Start = Callable[..., Running]
 
 
+def documented_by(document: dict[str, Any]) -> Callable[[httpx.Response], None]:
+    """What fails where an answer has a status that the OpenAPI document does not have for its route."""
+    documented = Documented(document)
+
+    def check(response: httpx.Response) -> None:
+        request = response.request
+        path = request.url.raw_path.partition(b"?")[0].decode("latin-1")
+        problem = documented.problem(request.method, path, response.status_code)
+        assert problem is None, problem
+
+    return check
+
+
 class Starter:
     """Starts servers, and stops them all."""
 
@@ -150,7 +164,7 @@ class Starter:
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http", daemon=True)
         thread.start()
-        client = Client(base_url=url)
+        client = Client(base_url=url, event_hooks={"response": [documented_by(app.openapi())]})
         running = Running(url, client, engine, app.state.serving)
 
         def stop() -> None:

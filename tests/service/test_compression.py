@@ -18,6 +18,18 @@ def test_members_of_gzip_follow_each_other() -> None:
         decompress(body, "gzip", 6)
 
 
+@pytest.mark.parametrize("more", range(-300, 301, 50))
+@pytest.mark.parametrize("level", [0, 9])
+def test_contents_of_any_size_come_out_whole(more: int, level: int) -> None:
+    """They come out a mebibyte at a time, and zlib may hold back some of one."""
+    content = (bytes(range(256)) * (2 << 12))[: (2 << 20) + more] + bytes(max(more, 0))
+    for text in (content, bytes(len(content))):
+        assert decompress(gzip.compress(text, level), "gzip", len(text)) == text
+        assert decompress(zlib.compress(text, level), "deflate", len(text)) == text
+        with pytest.raises(TooLarge):
+            decompress(gzip.compress(text, level), "gzip", len(text) - 1)
+
+
 @pytest.mark.parametrize(
     ("coding", "body", "said"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import resource
 import signal
 import socket
@@ -15,12 +16,14 @@ from pathlib import Path
 import pytest
 
 from service.connection import Connection
-from tests.service.conftest import ROOT, Process, Running, Start, add_model, wait_for
+from service.logs import request_id
+from tests.service.conftest import ROOT, Process, Running, Start, add_model, sample, wait_for
 
 LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 HEAD = b"POST /v2/models/identity/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
 BODY = b'{"inputs":[{"name":"input","shape":[1,4],"datatype":"FP32","data":[1,2,3,4]}]}'
 INFER = HEAD % len(BODY) + BODY
+END = b"\r\n\r\n"
 
 
 TRICKLE_S = 15
@@ -295,6 +298,73 @@ def test_a_body_that_is_no_body_is_refused_at_once_and_given_up(
     wait_for(lambda: server.metric("inference_inflight", model="identity") == 0)
     assert server.metric("inference_requests_total", model="identity", outcome="cancelled") == 1
     assert not [record for record in caplog.records if record.exc_info]
+
+
+# ---- what the connection answers by itself
+
+BROKEN = b"Transfer-Encoding: chunked\r\nX-Request-Id: mine-1\r\n\r\nzz\r\n"
+UNREAD = {
+    "garbage": (b"\x00\x01 garbage\r\n\r\n", 400, "connection"),
+    "header too large": (b"GET / HTTP/1.1\r\nX-Request-Id: mine-1\r\nA: " + b"x" * 5000, 431, "connection"),
+    "large header at once": (b"GET / HTTP/1.1\r\nX-Request-Id: mine-1\r\nA: " + b"x" * 3000 + END, 431, "connection"),
+    "late header": (b"GET / HTTP/1.1\r\nX-Request-Id: mine-1\r\nA: ", 408, "connection"),
+    "body of nothing": (b"POST /nope HTTP/1.1\r\nHost: x\r\n" + BROKEN, 400, "unmatched"),
+    "body": (b"POST /v2/repository/index HTTP/1.1\r\nHost: x\r\n" + BROKEN, 400, "/v2/repository/index"),
+    "body of an infer": (
+        b"POST /v2/models/identity/infer HTTP/1.1\r\nHost: x\r\n" + BROKEN,
+        400,
+        "/v2/models/{model}/infer",
+    ),
+}
+
+
+@pytest.mark.parametrize("pieces", [1, 2], ids=["at once", "in two pieces"])
+@pytest.mark.parametrize("what", UNREAD)
+def test_what_the_connection_answers_is_counted_logged_and_named_like_any(
+    start: Start, repository: Path, caplog: pytest.LogCaptureFixture, what: str, pieces: int
+) -> None:
+    sent, status, route = UNREAD[what]
+    server = start(repository, max_header_bytes=2048, header_timeout=0.3, access_log=True)
+    caplog.set_level(logging.INFO, "service.access")
+    identities: list[str] = []
+    caplog.handler.addFilter(lambda record: identities.append(request_id.get()) or True)
+    with connect(server.url) as raw:
+        half = len(sent) // 2 if pieces == 2 else 0
+        for piece in filter(None, (sent[:half], sent[half:])):
+            raw.sendall(piece)
+            time.sleep(0.02)
+        got = everything(raw)
+    assert statuses(got) == [status]
+    head = got.partition(END)[0].decode().split("\r\n")
+    headers = dict(line.split(": ", 1) for line in head[1:])
+    assert set(headers) == {"content-type", "content-length", "connection", "x-request-id", "server-timing"}
+    total = float(headers["server-timing"].removeprefix("total;dur="))
+    assert total >= (300 if status == 408 else 0)
+    identity = headers["x-request-id"]
+    assert identity == "mine-1" or (what == "garbage" and len(identity) > 10)
+
+    def counts() -> dict[str, float]:
+        text = server.client.get("/metrics").text
+        lines = [line.rpartition(" ") for line in text.splitlines() if line.startswith("http_responses_total{")]
+        return {head: float(value) for head, _, value in lines if '"/metrics"' not in head}
+
+    wait_for(lambda: bool(counts()))
+    assert counts() == {f'http_responses_total{{route="{route}",status="{status}"}}': 1.0}
+    found = [record.getMessage() for record in caplog.records if record.name == "service.access"]
+    (line,) = [text for text in found if "/metrics" not in text]
+    assert f" {status} " in line
+    assert identities[found.index(line)] == identity
+
+
+def test_connections_that_are_too_many_are_counted_and_named(start: Start, repository: Path) -> None:
+    server = start(repository, max_connections=2)
+    with contextlib.ExitStack() as opened:
+        silent = [opened.enter_context(connect(server.url)) for _ in range(2)]
+        with connect(server.url) as refused:
+            got = everything(refused)
+        assert statuses(got) == [503] and b"\r\nx-request-id: " in got and b"\r\nserver-timing: total;dur=" in got
+        silent[0].sendall(LIVE.replace(b"/v2/health/live", b"/metrics"))
+        assert sample(answer(silent[0]).decode(), "http_responses_total", route="connection", status="503") == 1
 
 
 # ---- the end

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import itertools
+import json
 import socket
 import threading
 import time
@@ -16,6 +17,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from load_tests.documented import Documented
+from service.access import right_for
 from tests.service.conftest import Client, Running, Start, add_model, error_of, wait_for
 
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "HEAD")
@@ -430,7 +433,6 @@ def test_openapi_documents_every_route(shared: Running) -> None:
         operation = paths[path]["post"]
         assert operation["requestBody"]["content"]
         assert {"200", "400", "404", "413", "429", "503", "504"} <= set(operation["responses"])
-    assert shared.client.get("/docs").status_code == 200
     for path, operations in paths.items():
         for method, operation in operations.items():
             content = operation["responses"]["200"]["content"]
@@ -439,6 +441,44 @@ def test_openapi_documents_every_route(shared: Running) -> None:
             assert named >= {part[1:-1] for part in path.split("/") if part.startswith("{")}
             if method == "post" and operation["tags"] != ["administration"]:
                 assert named >= {"X-Timeout-Ms", "X-Priority"}, path
+
+
+def test_openapi_documents_what_the_server_does(shared: Running) -> None:
+    """`documented_by` in conftest.py holds every answer of these tests to it."""
+    document = shared.client.get("/openapi.json").json()
+    assert "422" not in str(document) and "HTTPValidationError" not in str(document)
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            found = {int(status) for status in operation["responses"]}
+            always = {200, 400, 405, 408, 431, 500, 503}
+            always |= {401, 403} if right_for(path) is not None else set()
+            assert found >= always, (method, path)
+            named = "{" in path and path != "/v2/systemsharedmemory/region/{region}/unregister"
+            named |= path in ("/v1/embeddings", "/v2/systemsharedmemory/status")  # by the body, by the query
+            assert (404 in found) == named, (method, path)
+            reads = method == "post" and not path.endswith("/unregister")
+            assert (found & {413, 415, 429, 504} == {413, 415, 429, 504}) == reads, (method, path)
+            assert (304 in found) == (path == "/")
+            assert found <= always | {304, 404, 413, 415, 429, 504}
+
+
+def test_a_status_that_is_not_documented_is_noticed() -> None:
+    documented = Documented({"paths": {"/a/{b}": {"get": {"responses": {"200": {}, "404": {}}}}}})
+    assert documented.problem("GET", "/a/x%20y", 404) is None
+    assert documented.problem("POST", "/a/x", 405) is None
+    assert documented.problem("GET", "/b", 404) is None
+    assert documented.problem("GET", "/docs", 304) is None
+    for method, path, status in (("GET", "/a/b", 422), ("GET", "/a/b", 405), ("POST", "/a/b", 200), ("GET", "/b", 200)):
+        assert "not documented" in str(documented.problem(method, path, status))
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/models/encoder/tokens"])
+def test_a_broken_body_is_answered_in_the_form_of_its_route(server: Running, path: str) -> None:
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"
+    got = answer_to(server, head.encode())
+    assert got.startswith(b"HTTP/1.1 400 ")
+    error = json.loads(got.partition(b"\r\n\r\n")[2])["error"]
+    assert (error["message"] if path == "/v1/embeddings" else error) == "not a valid HTTP request"
 
 
 def test_openapi_says_which_form_errors_have(shared: Running) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 
 import service.page
 from docs.page.__main__ import MOST_BYTES
+from service.routes.reference import render
 from tests.service.conftest import ROOT, Running, Start, error_of
 
 FOLDER = Path(service.page.__file__).parent
@@ -36,7 +37,41 @@ def test_the_page_asks_for_what_is_there_and_nothing_else(shared: Running) -> No
     assert imported < set(FILES)
 
 
-@pytest.mark.parametrize("path", ["/", "/page/main.js", "/page/page.css"])
+def test_the_api_s_page_shows_every_route_and_asks_nobody_else(shared: Running) -> None:
+    answer = shared.client.get("/docs")
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    asked = re.findall(r'(?:src|href|action)="([^"]+)"', answer.text)
+    assert {"/page/reference.css", "/openapi.json", "/"} <= set(asked)
+    for address in asked:
+        assert address.startswith("/") and not address.startswith("//")
+        assert shared.client.get(address).status_code == 200, address
+    assert "<script" not in answer.text and "style=" not in answer.text and "//" not in answer.text
+    document = shared.client.get("/openapi.json").json()
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            (shown,) = re.findall(
+                rf"<details><summary><b>{method.upper()}</b> <code>{re.escape(path)}</code>(.*?)"
+                r"(?=</section>|<details><summary><b>)", answer.text, re.DOTALL
+            )  # fmt: skip
+            for name in operation["responses"]:
+                assert f"<td>{name}</td>" in shown
+            for parameter in operation.get("parameters", ()):
+                assert f"<td>{parameter['name']}</td>" in shown
+    tag = answer.headers["etag"]
+    assert shared.client.get("/docs", headers={"if-none-match": tag}).status_code == 304
+    assert shared.client.get("/redoc").status_code == 404
+
+
+def test_what_a_document_says_is_text_to_the_api_s_page() -> None:
+    operation = {"tags": ["<b>"], "summary": "<i>", "description": "<u>", "responses": {"200": {"description": "<s>"}}}
+    document = {"info": {"title": "t", "version": "1", "summary": "s"}, "paths": {"/<a>": {"get": operation}}}
+    shown = render(document).content.decode()
+    for text in ("b", "i", "u", "s", "a"):
+        assert f"&lt;{text}&gt;" in shown
+    assert "<i>" not in shown and "<u>" not in shown
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/page/main.js", "/page/page.css"])
 def test_nothing_from_elsewhere_is_let_in(shared: Running, path: str) -> None:
     headers = shared.client.get(path).headers
     policy = dict(part.strip().partition(" ")[::2] for part in headers["content-security-policy"].split(";"))
