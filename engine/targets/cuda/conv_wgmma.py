@@ -92,9 +92,9 @@ PAIRS = (
     WgmmaTile(128, 192, 4, slots=2, cluster_m=2),
     WgmmaTile(128, 128, 5, slots=2, cluster_m=2),
 )
-"""Tiles of two blocks that share filters (`cluster_m`) or pixels (`cluster_n`), with results staged or not, for what
-would bring more from the L2 cache than it delivers: a step of 128 × 256, of 16 KB of pixels and 32 KB of filters, is 47
-bytes a cycle and multiprocessor, of which it sustains about 40; in pairs it is 31."""
+"""Tiles of two blocks that share filters (`cluster_m`) or pixels (`cluster_n`), with results staged or not. A step of
+128 × 256, of 16 KB of pixels and 32 KB of filters, takes 47 bytes a cycle and multiprocessor from the L2 cache where
+blocks share nothing, and 31 in pairs."""
 _PANELS = (128, 64, 32)  # bytes of channels that a copy can bring of each pixel
 _LINE_BYTES = 128  # of the L2 cache
 _MOST_STEP = 8  # pixels between neighbours of the walk
@@ -192,9 +192,11 @@ def _other_tiles(epilogue: Functor, steps: int, groups: int, panel_bytes: int) -
 def _pairs(
     m: int, n: int, epilogue: Functor, groups: int, panel_bytes: int, multiprocessors: int
 ) -> Iterator[WgmmaTile]:
-    """The tiles of blocks in pairs, of layers that keep all multiprocessors, and with them the L2 cache, busy."""
+    """The tiles of blocks in pairs, of layers that keep all multiprocessors, and with them the L2 cache, busy, and that
+    have more than half of a pair's columns."""
     for tile in PAIRS if groups == 1 else ():
-        if tile.tiles(m, n) >= multiprocessors and (not tile.slots or epilogue.staged is not None):
+        fills = tile.tiles(m, n) >= multiprocessors and tile.n * tile.cluster_n < 2 * n
+        if fills and (not tile.slots or epilogue.staged is not None):
             yield replace(tile, panel_bytes=panel_bytes)
 
 

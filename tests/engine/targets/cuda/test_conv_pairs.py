@@ -14,7 +14,7 @@ from engine.targets.cuda import conv
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.conv import lower, lower_in
-from engine.targets.cuda.conv_choices import choice_of, key_of, kernel_of, tile_text
+from engine.targets.cuda.conv_choices import choice_of, kernel_of, key_of, tile_text
 from engine.targets.cuda.conv_geometry import Geometry, channels_last
 from engine.targets.cuda.conv_simt import epilogue_for
 from engine.targets.cuda.conv_wgmma import PAIRS, has_registers
@@ -62,7 +62,7 @@ def pair_cases(hopper: Runner, name: str, count: int, axes: int) -> list[Case]:
     slices of larger tensors."""
     rng, cases = rng_of(name), []
     for i in range(count):
-        tile = replace(PAIRS[5 * i % len(PAIRS)], panel_bytes=PANELS[i % len(PANELS)])
+        tile = replace(PAIRS[(axes + 5 * i) % len(PAIRS)], panel_bytes=PANELS[i % len(PANELS)])
         kind, multiple = kind_of(tile, i), 8 if tile.slots or i % 2 else 1
         shape = described(rng, axes, 1, ragged(rng, 200, 8), ragged(rng, 400, multiple), False, kind)
         step = pair_step(rng, kind, shape, NAMES[i % 3], channels=16 * (i % 4 == 3))
@@ -87,11 +87,10 @@ def test_a_tile_wholly_outside_the_result_takes_part(hopper: Runner) -> None:
     rng, cases = rng_of("conv pairs outside"), []
     tiles = (PAIRS[3], PAIRS[4], PAIRS[8]) if isinstance(hopper, EmulatedRunner) else PAIRS
     for i, tile in enumerate(tiles):
-        name = NAMES[i % 2]
-        behind = (ceildiv(2 * tile.m, 132) * 11 * 12, 40) if tile.cluster_m > 1 else (tile.m + 4, 2 * tile.n + 8)
+        tile, name = replace(tile, panel_bytes=PANELS[i % 3]), NAMES[i % 2]
+        behind = (2 * tile.m + 6, 40) if tile.cluster_m > 1 else (tile.m + 6, 2 * tile.n + 8)
         for pixels, n in ((30, 8), behind):
-            x = (1, 40, 5, pixels // 5)
-            shape = Shape(replace(cv.conv_op(3), stores=()), x, (n, 40, 3, 3))
+            shape = Shape(replace(cv.conv_op(3), stores=()), (1, 16, 2, pixels // 2), (n, 16, 3, 3))
             step = pair_step(rng, FP16, shape, name)
             m = Geometry(step).rows
             assert tile.tiles(m, n) > ceildiv(m, tile.m) * ceildiv(n, tile.n)
@@ -102,12 +101,12 @@ def test_a_tile_wholly_outside_the_result_takes_part(hopper: Runner) -> None:
 
 def test_pairs_follow_each_other_in_one_run(hopper: Runner) -> None:
     """Launches may overlap: the barriers of one are not those of the next. A block takes several tiles."""
-    size, cases = (9, 30) if isinstance(hopper, EmulatedRunner) else (99, 70), []
-    tiles = (PAIRS[5], PAIRS[9]) if isinstance(hopper, EmulatedRunner) else PAIRS
+    images, n, tiles = (3, 264, PAIRS[9:10]) if isinstance(hopper, EmulatedRunner) else (99, 520, PAIRS)
+    cases = []
     for tile in tiles:
-        step = make_step(cv.conv_op(3), [cv.channels_inner(3, 72, *size), weight(264, 72, 3, 3), weight(264, 1, 1)])
+        step = make_step(cv.conv_op(3), [cv.channels_inner(images, 24, 9, 11), weight(n, 24, 3, 3), weight(n, 1, 1)])
         launches = lower_in(step, Geometry(step), tile, hopper.context)
-        cases.append(Case(f"{tile}", step, 9 * 72, lowered=launches * 2, rounding=2.0**-21))
+        cases.append(Case(f"{tile}", step, 9 * 24, lowered=launches * 2, rounding=2.0**-21))
     check(hopper, cases)
 
 
@@ -166,9 +165,10 @@ def test_pairs_are_timed_but_not_chosen_unmeasured() -> None:
     "step",
     [
         conv_step((1, 256, 56, 56), (256, 256, 3, 3), pad=1),
+        conv_step((32, 64, 56, 56), (64, 64, 3, 3), pad=1),
         conv_step((32, 256, 56, 56), (256, 64, 3, 3), pad=1, groups=4),
     ],
-    ids=["multiprocessors are left", "groups"],
+    ids=["few pixels", "few filters", "groups"],
 )
 def test_pairs_are_for_layers_of_one_group_that_fill_the_device(step: Step) -> None:
     tiles = [one.tile for one in conv.tiles_of(step, HOPPER)]
