@@ -21,6 +21,7 @@ from engine.targets.cuda.tiles import BATCHED_TILES, CLUSTER_TILES, MMA_TILES, P
 log = logging.getLogger(__name__)
 
 _KERNELS = (
+    "conv_cluster.cuh", "conv_cluster_staged.cuh",
     "gemm_wgmma.cuh", "gemm_staged.cuh", "gemm_cluster.cuh", "gemm_cluster_staged.cuh", "gemm_batch.cuh",
     "gemm_mma.cuh", "gemm_stream.cuh", "gemm_rows.cuh", "align_rows.cuh", "split_rows.cuh", "conv_wgmma.cuh",
     "conv_staged.cuh", "conv_joined.cuh", "conv_halo.cuh", "conv_halo_deep.cuh", "conv_mma.cuh", "conv_stem.cuh",
@@ -28,7 +29,7 @@ _KERNELS = (
 )  # fmt: skip
 _TILES = (
     PRODUCT_TILES, STAGED_TILES, CLUSTER_TILES, BATCHED_TILES, MMA_TILES, ROWS_TILES, conv_wgmma.TILES,
-    conv_wgmma.STAGED, conv_wgmma.JOINED_TILES, conv_halo.TILES, conv_halo_deep.SHAPES,
+    conv_wgmma.STAGED, conv_wgmma.JOINED_TILES, conv_wgmma.PAIRS, conv_halo.TILES, conv_halo_deep.SHAPES,
 )  # fmt: skip
 
 

@@ -71,7 +71,8 @@ def kernel_of(tile: ConvTile) -> str:
     name = next(name for name, kind in _KINDS.items() if type(tile) is kind)
     if not isinstance(tile, WgmmaTile):
         return name
-    return name + (
+    pairs = " in pairs" if tile.cluster > 1 else ""
+    return f"{name}{pairs}" + (
         " joined" if tile.cluster_k > 1 else " split" if tile.splits > 1 else " staged" if tile.slots else ""
     )
 
@@ -86,7 +87,8 @@ def tile_text(tile: ConvTile) -> str:
             turns = " cooperative" if tile.cooperative else ""
             joined = f", k in a cluster of {tile.cluster_k}" if tile.cluster_k > 1 else ""
             staged = ", results staged" if tile.slots else ""
-            return f"gathered {size}{turns}{_panels(tile.panel_bytes)}{_splits(tile.splits)}{joined}{staged}"
+            pairs = f", in pairs along {'m' if tile.cluster_m > 1 else 'n'}" if tile.cluster > 1 else ""
+            return f"gathered {size}{turns}{_panels(tile.panel_bytes)}{_splits(tile.splits)}{joined}{staged}{pairs}"
         case HaloTile():
             return f"halo {size}{_first(tile.swapped)}, {tile.stages} halos"
         case DeepTile():

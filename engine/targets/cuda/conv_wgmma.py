@@ -1,5 +1,6 @@
-"""Convolutions on the warpgroup matrix units of sm_90a (conv_wgmma.cuh): which of them the copy engine can gather, in
-which tile, and their launch. Called by `conv.py`.
+"""Convolutions on the warpgroup matrix units of sm_90a (conv_wgmma.cuh; staged, by clusters that share k, or by blocks
+in pairs: conv_staged.cuh, conv_joined.cuh, conv_cluster.cuh, conv_cluster_staged.cuh): which of them the copy engine
+can gather, in which tile, and their launch. Called by `conv.py`.
 
 The limits are those that the CUDA driver documents of cuTensorMapEncodeIm2col.
 """
@@ -77,6 +78,23 @@ STAGED = (
     WgmmaTile(256, 128, 4, cooperative=True, slots=1),
 )
 """Tiles whose results go through shared memory."""
+PAIRS = (
+    WgmmaTile(128, 256, 4, cooperative=True, cluster_m=2),
+    WgmmaTile(128, 192, 5, cooperative=True, cluster_m=2),
+    WgmmaTile(256, 128, 4, cooperative=True, cluster_m=2),
+    WgmmaTile(256, 128, 4, cooperative=True, cluster_n=2),
+    WgmmaTile(128, 128, 6, cluster_m=2),
+    WgmmaTile(128, 128, 6, cluster_n=2),
+    WgmmaTile(128, 256, 4, cooperative=True, slots=2, cluster_m=2),
+    WgmmaTile(128, 192, 4, cooperative=True, slots=3, cluster_m=2),
+    WgmmaTile(256, 128, 4, cooperative=True, slots=1, cluster_m=2),
+    WgmmaTile(256, 128, 4, cooperative=True, slots=1, cluster_n=2),
+    WgmmaTile(128, 192, 4, slots=2, cluster_m=2),
+    WgmmaTile(128, 128, 5, slots=2, cluster_m=2),
+)
+"""Tiles of two blocks that share filters (`cluster_m`) or pixels (`cluster_n`), with results staged or not. A step of
+128 × 256, of 16 KB of pixels and 32 KB of filters, takes 47 bytes a cycle and multiprocessor from the L2 cache where
+blocks share nothing, and 31 in pairs."""
 _PANELS = (128, 64, 32)  # bytes of channels that a copy can bring of each pixel
 _LINE_BYTES = 128  # of the L2 cache
 _MOST_STEP = 8  # pixels between neighbours of the walk
@@ -128,14 +146,6 @@ class _Axis:
         return cls(size, 1, -along.pad, last - (size - 1), stride if along.out > 1 else 1, reach)
 
 
-def pick(
-    step: Step, geometry: Geometry, operands: Operands, most_splits: int, context: Context
-) -> Choice[WgmmaTile] | None:
-    """The tile that should be fastest, if a kernel of these can run the step."""
-    choices = estimates(step, geometry, operands, most_splits, context)
-    return min(choices, key=lambda choice: choice.cycles, default=None)
-
-
 def estimates(
     step: Step,
     geometry: Geometry,
@@ -158,7 +168,9 @@ def estimates(
         k = padded_k(geometry, panel)
         lines = _lines(geometry, panel_bytes)
         tiles = wgmma_tiles(m, n, k, operands, most_splits, groups, panel_bytes, TILES)
-        for tile in (*tiles, *_other_tiles(epilogue, operands.wgmma_steps(k), groups, panel_bytes)):
+        others = _other_tiles(epilogue, operands.wgmma_steps(k), groups, panel_bytes)
+        pairs = _pairs(m, n, epilogue, groups, panel_bytes, context.multiprocessors)
+        for tile in (*tiles, *others, *pairs):
             if not has_registers(tile, geometry):
                 continue
             waits = NOTHING if tile.slots else epilogue.reads
@@ -177,6 +189,17 @@ def _other_tiles(epilogue: Functor, steps: int, groups: int, panel_bytes: int) -
         yield from (replace(tile, panel_bytes=panel_bytes) for tile in STAGED)
 
 
+def _pairs(
+    m: int, n: int, epilogue: Functor, groups: int, panel_bytes: int, multiprocessors: int
+) -> Iterator[WgmmaTile]:
+    """The tiles of blocks in pairs, of layers that keep all multiprocessors, and with them the L2 cache, busy, and that
+    have more than half of a pair's columns."""
+    for tile in PAIRS if groups == 1 else ():
+        fills = tile.tiles(m, n) >= multiprocessors and tile.n * tile.cluster_n < 2 * n
+        if fills and (not tile.slots or epilogue.staged is not None):
+            yield replace(tile, panel_bytes=panel_bytes)
+
+
 def _lines(geometry: Geometry, panel_bytes: int) -> float:
     """The lines of the L2 cache that a panel of a pixel lies in, on average over dense pixels and their panels."""
     pixel = geometry.groups * geometry.channels * geometry.x_dtype.itemsize
@@ -191,11 +214,12 @@ def _lines(geometry: Geometry, panel_bytes: int) -> float:
 
 def has_registers(tile: WgmmaTile, geometry: Geometry) -> bool:
     """Whether the kernel keeps out of local memory: with 192 columns for one warpgroup, or 256 for two, it does not
-    where it has to add partial sums, or to stage results, and to find its place in a volume (the gate shows spills)."""
+    where it has to add partial sums, or to stage results, or to reach its neighbour with results of its own, and to
+    find its place in a volume (the gate shows spills)."""
     if geometry.axes < len(AXES):
         return True
     if tile.cooperative:
-        return tile.n < 256 or tile.splits == 1
+        return tile.n < 256 or (tile.splits == 1 and (tile.cluster == 1 or tile.slots > 0))
     return tile.n < 192 or (tile.splits == 1 and not tile.slots)
 
 
@@ -209,7 +233,7 @@ def launch_conv(step: Step, geometry: Geometry, filters: Pointer, tile: WgmmaTil
     dtype, (phase,), groups = step.inputs[1].dtype, geometry.phases, geometry.groups
     panel = panel_channels(tile, step)
     k = padded_k(geometry, panel)
-    tiles = ceildiv(geometry.rows, tile.m) * ceildiv(geometry.n, tile.n)
+    tiles = tile.tiles(geometry.rows, geometry.n)
     sizes = {
         "out": phase.out, "stride": [_Axis.of(geometry, axis).step for axis in range(3)], "pad": phase.pads,
         "kernel": phase.kernel, "dilation": geometry.dilations,
@@ -219,7 +243,9 @@ def launch_conv(step: Step, geometry: Geometry, filters: Pointer, tile: WgmmaTil
     if tile.slots:
         body, width = "conv_staged.cuh", {"width": STAGED_WIDTH}
         epilogue, maps = staged(epilogue, tile, geometry.rows, geometry.n)
-    blocks = min(tiles, max(1, context.multiprocessors // (tile.splits * groups)))
+    if tile.cluster > 1:
+        body = "conv_cluster_staged.cuh" if tile.slots else "conv_cluster.cuh"
+    blocks = tile.blocks(tiles, context.multiprocessors // groups)
     return launch(
         "conv",
         body,
@@ -227,8 +253,8 @@ def launch_conv(step: Step, geometry: Geometry, filters: Pointer, tile: WgmmaTil
         [epilogue],
         {
             **maps,
-            "map_a": _pixels(geometry, panel, tile.m),
-            "map_b": TensorMap(filters, groups * geometry.n, k, k, tile.n, 128 // dtype.itemsize),
+            "map_a": _pixels(geometry, panel, tile.m // tile.cluster_n),
+            "map_b": TensorMap(filters, groups * geometry.n, k, k, tile.n // tile.cluster_m, 128 // dtype.itemsize),
             "m": geometry.rows, "n": geometry.n, "k": k,
             "channels": geometry.channels,
             # A copy begins at channels that lie at a multiple of 16 bytes, where there are none, too.
@@ -242,7 +268,7 @@ def launch_conv(step: Step, geometry: Geometry, filters: Pointer, tile: WgmmaTil
         tile.shared_bytes,
         Instruction.WGMMA,
         helpers=f'#include "ptx/wgmma.cuh"\n{wgmma_function(tile.n, dtype)}',
-        cluster=tile.cluster_k,
+        cluster=tile.cluster * tile.cluster_k,
     )  # fmt: skip
 
 

@@ -425,16 +425,17 @@ def wgmma_cycles(
     wide = max(tile.n, tile.m * tile.n // 128)  # 256 × 128 is as fast as 128 × 256
     slowdown, least_step = rates.steady + rates.narrow / wide, 202  # cycles
     epilogue, start = 955 + 0.013 * tile.m * tile.n, rates.start
-    tiles, sharing = ceildiv(m, tile.m) * ceildiv(n, tile.n), tile.splits * tile.cluster_k
+    tiles, sharing = tile.tiles(m, n), tile.splits * tile.cluster_k
     steps = ceildiv(operands.wgmma_steps(k), sharing)
     # 128 bytes of k are half as many fp32 operands as halves, at half the rate.
     # A row of a narrow panel costs the copy engine what one of 128 bytes costs.
-    columns = n / ceildiv(n, tile.n)  # of a tile, on average
-    copies = tile.m * 128 // tile.panel_bytes * (rates.row + rates.line * lines)
-    copies += columns * rates.column + (tile.n - columns) * rates.outside
+    columns = n / ceildiv(n, tile.n * tile.cluster_n) / tile.cluster_n  # of a tile, on average
+    # What blocks in pairs share each brings half of.
+    copies = tile.m * 128 // tile.panel_bytes * (rates.row + rates.line * lines) / tile.cluster_n
+    copies += (columns * rates.column + (tile.n - columns) * rates.outside) / tile.cluster_m
     multiply = slowdown * operands.step_slowness * tile.m * tile.n * 64 / _WGMMA_RATE
     step = max(multiply, copies, least_step)
-    blocks = min(tiles, max(1, multiprocessors // (sharing * groups)))
+    blocks = tile.blocks(tiles, multiprocessors // (tile.cluster_k * groups))
     waves = ceildiv(blocks * sharing * groups, multiprocessors)
     rounds = waves * ceildiv(tiles, blocks)  # tiles of the busiest multiprocessor
     if tile.slots:

@@ -71,7 +71,7 @@ def convolutions(context: Context) -> Iterator[tuple[str, Launch]]:
 
 def _gathered_convolutions(context: Context, rounding: Context) -> Iterator[tuple[str, Launch]]:
     """Implicit products whose patches the copy engine gathers, in every tile: widths of panels take turns. Also
-    clusters that share k, and staged results."""
+    clusters that share k, staged results, and blocks in pairs."""
     wgmma = [
         replace(tile, panel_bytes=128 >> i % 3)
         for i, tile in enumerate(conv_wgmma.TILES if context.architecture.wgmma else ())
@@ -80,6 +80,10 @@ def _gathered_convolutions(context: Context, rounding: Context) -> Iterator[tupl
     every = [replace(tile, panel_bytes=128) for tile in wgmma]
     joined = conv_wgmma.JOINED_TILES if context.architecture.wgmma else ()
     staged = conv_wgmma.STAGED if context.architecture.wgmma else ()
+    pairs = [
+        replace(tile, panel_bytes=128 >> i % 3)
+        for i, tile in enumerate(conv_wgmma.PAIRS if context.architecture.wgmma else ())
+    ]
     few = (*wgmma[:2], *wgmma[7:9])
     chosen: list[tuple[Step, Context, Sequence[Tile]]] = [
         (_conv(F16), context, wgmma),
@@ -97,6 +101,8 @@ def _gathered_convolutions(context: Context, rounding: Context) -> Iterator[tupl
         (_residual(F16), context, staged),
         (_residual(DType.BF16, axes=3), context, staged[:4]),
         (_conv(F16), context, staged[::3]),
+        (_residual(F16), context, pairs[::2]),
+        (_residual(DType.BF16, axes=3), context, pairs[1::2]),
     ]
     for step, how, tiles in chosen:
         for tile in tiles:

@@ -1,6 +1,6 @@
 // Two blocks of the pipeline on wgmma (mma/wgmma_pipeline.cuh) that form a cluster. Their tiles are neighbours, along m (CLUSTER_M 2) or
-// along n (CLUSTER_N 2), so that one operand's tile is the same for both: each loads half of it and has the copy engine deliver that to
-// both. The L2 cache then has to deliver a third less for a tile of 128 × 256.
+// along n (CLUSTER_N 2), so that one operand's tile is the same for both: each loads half of it (of gathered patches half of every panel,
+// mma/patch_load.cuh) and has the copy engine deliver that to both. The L2 cache then has to deliver a third less for a tile of 128 × 256.
 //
 // Both blocks take the same steps in the same order. A stage is filled anew when the consumers of both have read it, since either
 // producer writes to both; a tile wholly outside the result (the neighbour of the last) is loaded, as zeros, and multiplied like any.

@@ -40,7 +40,7 @@ constexpr int RING_BYTES = BARRIERS + 8 * (2 * STAGES + CONSUMERS);
 using Joined = JoinedSums<Epilogue, CLUSTER_K, PARTS, TILE_N, COOPERATIVE ? 128 * CONSUMERS : 128>;
 constexpr int LANDED = RING_BYTES, JOINED_SUMS = (LANDED + 8 + 15) / 16 * 16;
 static_assert(A_BYTES % 1024 == 0 && B_BYTES % 1024 == 0, "operands start at a swizzle atom");
-static_assert(CLUSTER == 1 || (!SPLIT && !GROUPED && PANELS == 1), "");
+static_assert(CLUSTER == 1 || (!SPLIT && !GROUPED), "");
 static_assert(CLUSTER_K == 1 || !SPLIT, "");
 
 // BATCHED loads are of products of several matrices, one after the other: see mma/batch_load.cuh.

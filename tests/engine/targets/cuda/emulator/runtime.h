@@ -68,6 +68,8 @@ void store_box_wait(int pending);
 
 // The walk over pixels of ptx/tma_im2col.cuh; `axes` are spatial.
 void copy_pixels(u32 destination, const Map& map, u32 barrier, u32 channel, const int (&start)[3], u32 image, const u32 (&offset)[3], u32 axes, const void* where);
+// The same to the same place in every block whose bit of `blocks` is set.
+void copy_pixels_to_blocks(u32 destination, const Map& map, u32 barrier, u32 blocks, u32 channel, const int (&start)[3], u32 image, const u32 (&offset)[3], u32 axes, const void* where);
 
 enum class Element { HALF, BFLOAT16, E4M3, I8, TF32 };
 // d (16×8) += a (16×32 bytes) · b: fragments of a warp.

@@ -214,15 +214,24 @@ void copy_box(u32 destination, const Map& map, u32 barrier, u32 column, u32 row,
   if (!is_own(destination, 1)) fail("a box lands in another block");
   bring_box(destination, map, barrier, column, row, inner, outer, where);
 }
-void copy_box_to_blocks(u32 destination, const Map& map, u32 barrier, u32 column, u32 row, u32 blocks, const void* where) {
+namespace {
+
+// Has `bring` copy to each of the blocks, to where `destination` and `barrier` lie in it.
+template <class BRING> void bring_to_blocks(u32 destination, u32 barrier, u32 blocks, const void* where, BRING&& bring) {
   if (blocks == 0 || blocks >> cluster_size()) fail("a copy to a block that the cluster has not");
   for (u32 to = 0; to < cluster_size(); ++to) {
     if (!(blocks >> to & 1)) continue;
     if (has_ended(to)) fail("a copy to a block that has ended");
     const u32 there = address_in_cluster(barrier, to);
     races::barrier_reached(there, where);
-    bring_box(address_in_cluster(destination, to), map, there, column, row, 0, 0, where);
+    bring(address_in_cluster(destination, to), there);
   }
+}
+
+}  // namespace
+
+void copy_box_to_blocks(u32 destination, const Map& map, u32 barrier, u32 column, u32 row, u32 blocks, const void* where) {
+  bring_to_blocks(destination, barrier, blocks, where, [&](u32 to, u32 there) { bring_box(to, map, there, column, row, 0, 0, where); });
 }
 
 void store_async(u32 address, const void* from, u32 barrier, const void* where) {
@@ -278,7 +287,10 @@ struct PixelMap {
 };
 static_assert(sizeof(PixelMap) <= sizeof(Map), "");
 
-void copy_pixels(u32 destination, const Map& packed, u32 barrier, u32 channel, const int (&start)[3], u32 image, const u32 (&offset)[3], u32 axes, const void* where) {
+namespace {
+
+// To shared memory of any block of the cluster.
+void bring_pixels(u32 destination, const Map& packed, u32 barrier, u32 channel, const int (&start)[3], u32 image, const u32 (&offset)[3], u32 axes, const void* where) {
   PixelMap map;
   memcpy(&map, &packed, sizeof map);
   if (map.axes != axes) fail("the copy has other axes than the map");
@@ -286,7 +298,7 @@ void copy_pixels(u32 destination, const Map& packed, u32 barrier, u32 channel, c
   if (destination % (8 * row_bytes)) fail("a box starts at a swizzle atom");
   // Seen on an H100 (an illegal instruction), not in the manual.
   if (channel * map.element_bytes % 16) fail("a walk begins at channels that lie at a multiple of 16 bytes");
-  if (!is_own(destination, map.box_pixels * row_bytes)) fail("a box lands outside shared memory");
+  if (destination % SHARED_BYTES + map.box_pixels * row_bytes > SHARED_BYTES) fail("a box lands outside shared memory");
   races::engine_writes(barrier, shared_memory + destination, map.box_pixels * row_bytes, where);
   long long at[3], last[3];
   for (u32 i = 0; i < 3; ++i) {
@@ -322,6 +334,19 @@ void copy_pixels(u32 destination, const Map& packed, u32 barrier, u32 channel, c
   }
   barrier_at(barrier).bytes -= static_cast<int>(map.box_pixels * row_bytes);
   settle(barrier);
+}
+
+}  // namespace
+
+void copy_pixels(u32 destination, const Map& map, u32 barrier, u32 channel, const int (&start)[3], u32 image, const u32 (&offset)[3], u32 axes, const void* where) {
+  own_barrier_at(barrier);
+  if (!is_own(destination, 1)) fail("a box lands in another block");
+  bring_pixels(destination, map, barrier, channel, start, image, offset, axes, where);
+}
+void copy_pixels_to_blocks(u32 destination, const Map& map, u32 barrier, u32 blocks, u32 channel, const int (&start)[3], u32 image, const u32 (&offset)[3], u32 axes, const void* where) {
+  bring_to_blocks(destination, barrier, blocks, where, [&](u32 to, u32 there) {
+    bring_pixels(to, map, there, channel, start, image, offset, axes, where);
+  });
 }
 
 void shared_writes_fence() { races::writes_fenced(); }
