@@ -252,7 +252,6 @@ CLUSTER_TILES = (
     WgmmaTile(128, 192, 4, cooperative=True, slots=3, cluster_m=2),
     WgmmaTile(128, 192, 4, slots=2, cluster_m=2),
     WgmmaTile(128, 192, 4, slots=2, cluster_n=2),
-    WgmmaTile(192, 128, 5, cooperative=True, cluster_n=2),
     WgmmaTile(192, 128, 4, cooperative=True, slots=2, cluster_n=2),
     WgmmaTile(192, 128, 4, cooperative=True, slots=2, cluster_m=2),
     WgmmaTile(128, 128, 5, slots=2, cluster_m=2),
