@@ -26,9 +26,9 @@ constexpr int THREADS = 128 * (1 + CONSUMERS), ACCUMULATORS = PARTS * TILE_N / 2
 using Sum = typename choose<same<Element, i8>::value, i32, float>::type;
 using Layout = NeighbouringRows<PARTS, TILE_N / 8>;
 constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 40 : 56, CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 152;
-// The accumulators of an instruction have to fit what a thread starts with, so three consumers take at most 192 columns.
 constexpr int RESERVED = 72;  // registers of a consumer for anything but accumulators and operands of the epilogue
-// A block starts with 168 registers for each of 384 threads, 128 for each of 512; asking for more than these in all waits for ever.
+// A block starts with 168 registers for each of 384 threads, 128 for each of 512. Asking for more than these in all waits for ever, and
+// an instruction's accumulators have to fit them: three consumers have tiles of up to 192 columns.
 static_assert(128 * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS) <= 65536 / THREADS / 8 * 8 * THREADS, "");
 static_assert(CONSUMERS == 2 || COOPERATIVE, "turns are handed from one to the other");
 static_assert(CONSUMER_M % 64 == 0 && PARTS * 64 * (COOPERATIVE ? CONSUMERS : 1) == TILE_M, "consumers have whole instructions");
