@@ -73,7 +73,7 @@ def _joined(tile: WgmmaTile, blocks: int) -> WgmmaTile:
 JOINED_TILES = tuple(_joined(tile, blocks) for tile, blocks in product(_JOINING, (2, 3, 4, 5, 6, 8)))
 """Tiles of clusters that share k."""
 STAGED = (
-    *STAGED_TILES,
+    *(tile for tile in STAGED_TILES if tile.consumers == 2),
     WgmmaTile(128, 128, 5, cooperative=True, slots=2),
     WgmmaTile(256, 128, 4, cooperative=True, slots=1),
 )

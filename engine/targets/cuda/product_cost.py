@@ -3,11 +3,11 @@
 All in cycles of an H100, in terms of what the chip does: a multiprocessor multiplies a step of k while the next ones
 come from the L2 cache, whichever takes longer; a block finishes its tiles, beside the next product where two consumers
 take turns; before and after, memory delivers what all of them touch. The constants were fitted to timings of 637 random
-products of fp16, with and without epilogues, in all their tiles (33,000 timings), of which none is in the suites of the
-benchmarks. Fitted to one half of them, the tile picked for one of the other half took 5 % longer than the best one, in
-the geometric mean (4 % where n and k are multiples of 64); estimates were 11 % off. Not in it: GPUs lower their clock
-under products that take long (8192³ took 1,520 µs where 1,215 are estimated), and some tiles of 96 columns take twice
-as long where k is long and a power of two.
+products of fp16, with and without epilogues, in all tiles of two consumers (33,000 timings), of which none is in the
+suites of the benchmarks. Fitted to one half of them, the tile picked for one of the other half took 5 % longer than the
+best one, in the geometric mean (4 % where n and k are multiples of 64); estimates were 11 % off. Not in it: GPUs lower
+their clock under products that take long (8192³ took 1,520 µs where 1,215 are estimated), and some tiles of 96 columns
+take twice as long where k is long and a power of two.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ _SHIFT_ELEMENT = {1: 0.26, 2: 0.26, 4: 0.72, 8: 0.33}
 _INSTRUCTION, _TILE_ELEMENT = 0.0115, 0.069
 """An element's: each instruction of the epilogue, and an operand of its own."""
 _HALVED = 0.62
-"""The time of results whose rows two consumers share."""
+"""The time of results whose rows two consumers share. Of three, which have no timings yet, the same."""
 _ARRIVAL, _PARTIAL_RATE = 2840, 50
 """Partial sums: until they are visible and counted, and the bytes that a multiprocessor writes or reads in a cycle."""
 _LAUNCH, _MEMORY_RATE = 2800, 2190

@@ -99,10 +99,10 @@ MMA_TILES = (
 
 @dataclass(frozen=True)
 class WgmmaTile:
-    """A tile for wgmma, 128 bytes of k a step. Two consumer warpgroups take tiles in turn, or (`cooperative`) halve the
-    rows of each. `splits` blocks share the k of a tile of the result. One copy brings `panel_bytes` of k of the first
-    operand, whose rows another kernel has copied to multiples of 128 bytes where the tile `aligns`. With `slots`
-    results go to memory through shared memory, where so many panels of each consumer's tile have room
+    """A tile for wgmma, 128 bytes of k a step. Two consumer warpgroups take tiles in turn, or (`cooperative`) two or
+    three share the rows of each. `splits` blocks share the k of a tile of the result. One copy brings `panel_bytes` of
+    k of the first operand, whose rows another kernel has copied to multiples of 128 bytes where the tile `aligns`. With
+    `slots` results go to memory through shared memory, where so many panels of each consumer's tile have room
     (kernels/mma/staging.cuh). `batched`: of several matrices, or across the lines of b (kernels/mma/batch_load.cuh).
     `cluster_m`, `cluster_n`: how many blocks with neighbouring tiles along m or n form a cluster, two or none, and load
     what their tiles share once (kernels/mma/cluster.cuh). `cluster_k`: the blocks of a cluster that
@@ -124,6 +124,16 @@ class WgmmaTile:
     k_bytes: ClassVar[int] = 128
 
     @property
+    def consumers(self) -> int:
+        """The consumer warpgroups: three for rows that two cannot halve into whole instructions, of 64."""
+        return 3 if self.cooperative and self.m % 128 else 2
+
+    @property
+    def threads(self) -> int:
+        """Of a block: a producer's warpgroup beside the consumers."""
+        return 128 * (1 + self.consumers)
+
+    @property
     def cluster(self) -> int:
         """The blocks of a cluster."""
         return self.cluster_m * self.cluster_n
@@ -140,7 +150,7 @@ class WgmmaTile:
     def shared_bytes(self) -> int:
         """The ring, and the barriers `full` and `empty` of each stage and `turn` of each consumer; with slots `ready`
         and `written` of each, and then, from a multiple of 1024 bytes on, these."""
-        ring = self.stages * (self.m + self.n) * 128 + 8 * (2 * self.stages + 2)
+        ring = self.stages * (self.m + self.n) * 128 + 8 * (2 * self.stages + self.consumers)
         if self.cluster_k > 1:  # a barrier, and what the blocks send each other
             pieces = self.n // 16 * (self.consumer_rows // 64)  # of a lane, as many of each block as of the first
             sums = self.m * self.n * 4 // pieces * ceildiv(pieces, self.cluster_k) * self.cluster_k
@@ -148,14 +158,19 @@ class WgmmaTile:
         if not self.slots:
             return ring
         return (
-            ceildiv(ring + 8 * 4 * self.slots, 1024) * 1024
-            + 2 * self.slots * self.consumer_rows * self.staged_columns * 2
+            ceildiv(ring + 8 * 2 * self.consumers * self.slots, 1024) * 1024
+            + self.consumers * self.slots * self.consumer_rows * self.staged_columns * 2
         )
 
     @property
     def consumer_rows(self) -> int:
         """The rows of a tile that one consumer has."""
-        return self.m // 2 if self.cooperative else self.m
+        return self.m // self.consumers if self.cooperative else self.m
+
+    @property
+    def accumulators(self) -> int:
+        """The registers of a lane for sums."""
+        return self.consumer_rows * self.n // 128
 
     @property
     def staged_columns(self) -> int:
@@ -165,18 +180,19 @@ class WgmmaTile:
     @property
     def config(self) -> dict[str, int | bool | str]:
         return {
-            "tile_m": self.m, "tile_n": self.n, "stages": self.stages, "cooperative": self.cooperative,
-            "shared_bytes": self.shared_bytes, "split": self.splits > 1, "panel_bytes": self.panel_bytes,
-            "cluster_m": self.cluster_m, "cluster_n": self.cluster_n, "cluster_k": self.cluster_k,
+            "tile_m": self.m, "tile_n": self.n, "stages": self.stages, "consumers": self.consumers,
+            "cooperative": self.cooperative, "shared_bytes": self.shared_bytes, "split": self.splits > 1,
+            "panel_bytes": self.panel_bytes, "cluster_m": self.cluster_m, "cluster_n": self.cluster_n,
+            "cluster_k": self.cluster_k,
             **({"slots": self.slots} if self.slots else {}),
         }  # fmt: skip
 
     @property
     def most_splits(self) -> int:
         """128 rows of a consumer leave it no registers to add partial sums beside 128 accumulators, nor do 224
-        columns (the gate shows spills). Staged results, those of several matrices, and those of clusters, which are
-        for products that fill the device, are whole."""
-        full = (self.consumer_rows == 128 and self.n >= 128) or self.n == 224
+        columns (the gate shows spills). Staged results, those of several matrices, and those of clusters and of three
+        consumers, which are for products that fill the device, are whole."""
+        full = (self.consumer_rows == 128 and self.n >= 128) or self.n == 224 or self.consumers > 2
         return 1 if full or self.slots or self.batched or self.cluster > 1 or self.cluster_k > 1 else MOST_SPLITS
 
 
@@ -200,8 +216,10 @@ PRODUCT_TILES = (
     WgmmaTile(128, 160, 6, cooperative=True),
     WgmmaTile(64, 160, 7),
     WgmmaTile(64, 96, 10),
+    WgmmaTile(192, 192, 4, cooperative=True),
+    WgmmaTile(192, 128, 5, cooperative=True),
 )
-"""Tiles of plain products: widths in between fill a last round that others leave half empty."""
+"""Tiles of plain products: sizes in between fill a last round that others leave half empty."""
 
 STAGED_TILES = (
     WgmmaTile(128, 256, 4, cooperative=True, slots=2),
@@ -210,6 +228,8 @@ STAGED_TILES = (
     WgmmaTile(128, 192, 4, slots=2),
     WgmmaTile(128, 128, 5, slots=2),
     WgmmaTile(128, 64, 8, slots=1),
+    WgmmaTile(192, 192, 3, cooperative=True, slots=3),
+    WgmmaTile(192, 128, 4, cooperative=True, slots=2),
     WgmmaTile(64, 128, 8, slots=2),
 )
 """Tiles of products whose results go through shared memory."""
@@ -232,6 +252,8 @@ CLUSTER_TILES = (
     WgmmaTile(128, 192, 4, cooperative=True, slots=3, cluster_m=2),
     WgmmaTile(128, 192, 4, slots=2, cluster_m=2),
     WgmmaTile(128, 192, 4, slots=2, cluster_n=2),
+    WgmmaTile(192, 128, 4, cooperative=True, slots=2, cluster_n=2),
+    WgmmaTile(192, 128, 4, cooperative=True, slots=2, cluster_m=2),
     WgmmaTile(128, 128, 5, slots=2, cluster_m=2),
 )
 """Tiles of clusters of two blocks, with results staged or not."""
@@ -276,8 +298,8 @@ one round took 0.2 µs longer staged, larger ones 2 to 8 % less."""
 ROUND_TRIP = 1500
 """Cycles that a consumer waits for an operand of the epilogue that it could not fetch before the product: residuals of
 64@56, 64→256@56 and 256→1024@14 in tiles whose registers hold a part of them, on an H100 (1300 to 2400)."""
-_CONSUMER_ROOM = 160
-"""Registers of a consumer for accumulators and operands of the epilogue (mma/wgmma_pipeline.cuh)."""
+_CONSUMER_ROOM = {2: 160, 3: 88}
+"""Registers of one of so many consumers for accumulators and operands of the epilogue (mma/wgmma_pipeline.cuh)."""
 NOTHING = Reads()
 
 
@@ -459,9 +481,9 @@ def wgmma_cycles(
 
 def waiting_cycles(tile: WgmmaTile, reads: Reads, rounds: int) -> int:
     """The cycles in which epilogues of `rounds` tiles wait for what they read."""
-    accumulators = tile.m * tile.n // (256 if tile.cooperative else 128)  # of a lane
+    accumulators, room = tile.accumulators, _CONSUMER_ROOM[tile.consumers]
     if tile.splits == 1:
-        waits = late_fetches(reads, accumulators // 8, tile.n // 32, _CONSUMER_ROOM - accumulators)
+        waits = late_fetches(reads, accumulators // 8, tile.n // 32, room - accumulators)
     else:  # nothing is fetched before partial sums are added
         waits = ceildiv(accumulators // 8, 4) if reads.varying else 0
     return waits * ROUND_TRIP * (rounds if tile.cooperative else ceildiv(rounds, 2))

@@ -31,7 +31,15 @@ from engine.targets.cuda.gemm_rows import ROWS_TILES
 from engine.targets.cuda.gemm_stream import stream_tile
 from engine.targets.cuda.kernel import Context, Launch
 from engine.targets.cuda.product import product_of
-from engine.targets.cuda.tiles import BATCHED_TILES, CLUSTER_TILES, MMA_TILES, STAGED_TILES, WGMMA_TILES, Tile
+from engine.targets.cuda.tiles import (
+    BATCHED_TILES,
+    CLUSTER_TILES,
+    MMA_TILES,
+    PRODUCT_TILES,
+    STAGED_TILES,
+    WGMMA_TILES,
+    Tile,
+)
 
 
 def products(context: Context) -> Iterator[tuple[str, Launch]]:
@@ -42,6 +50,8 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
     portable = [tile for tile in MMA_TILES if tile.shared_bytes <= architecture.shared_bytes]
     wgmma, staged, batched = (WGMMA_TILES, STAGED_TILES, BATCHED_TILES) if architecture.wgmma else ((), (), ())
     clusters = CLUSTER_TILES if architecture.wgmma else ()
+    three = [tile for tile in PRODUCT_TILES if tile.consumers == 3] if architecture.wgmma else []
+    three_staged = [tile for tile in staged if tile.consumers == 3]
     divisible: list[Tile] = [*portable, *(tile for tile in wgmma if tile.most_splits > 1)]
     rounding = replace(context, tf32=True)
     chosen: list[tuple[Step, Context, Sequence[Tile]]] = [
@@ -73,6 +83,12 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         (_product(I8, result=I8), context, (portable[0], *wgmma[:1], *wgmma[7:8])),
         (_product(I8, result=F16, residual=True), context, [replace(tile, splits=3) for tile in divisible[1::2]]),
         (_product(I8, k=387, n=401, result=F16), context, (portable[1], *(replace(t, aligns=True) for t in wgmma[:2]))),
+        (fp16, context, three),
+        (_product(DType.BF16, residual=True), context, three[-1:]),
+        (fp8, context, three[-1:]),
+        (_product(I8, result=F16), context, three[:1]),
+        (_product(I8, result=F16, residual=True), context, three_staged[:1]),
+        (computed(_product(F32)), rounding, three[:1]),
         (_matrices(k_inner=True, dtype=I8), context, batched[:2]),
         (_matrices(k_inner=True, dtype=F8), context, (*portable[:1], *batched)),
         (_matrices(k_inner=False), context, batched[:-1]),

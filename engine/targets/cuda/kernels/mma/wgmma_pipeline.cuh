@@ -1,8 +1,8 @@
 // The pipeline of products on wgmma for sm_90a: a[m, k] · b[n, k]ᵀ, operands of fp16, bf16, e4m3, i8 or tf32 (fp32 that the
 // copy engine rounds), fp32 accumulation (of e4m3: see gemm_wgmma.py; of i8: in integers, which then become fp32). The kernels on it (gemm_wgmma.cuh, conv_wgmma.cuh) differ in how a tile of `a` reaches shared memory.
-// Persistent and warp-specialised: one thread keeps a ring of STAGES tiles filled through TMA for two consumer warpgroups.
-// These take output tiles in turn (ping-pong), so that one multiplies while the other runs its epilogue; or, COOPERATIVE, each
-// takes half the rows of every tile, which is faster where a block has a single tile, and allows wider ones.
+// Persistent and warp-specialised: one thread keeps a ring of STAGES tiles filled through TMA for two or three consumer warpgroups.
+// Two take output tiles in turn (ping-pong), so that one multiplies while the other runs its epilogue; or, COOPERATIVE, all of them
+// have as many rows of every tile, which is faster where a block has a single tile, and allows wider and taller ones.
 // The grid is blocks × splits × groups: the blocks along y share the k of a tile; each group has its own columns of b and of the result.
 // Blocks may form clusters of two that share an operand's tile (mma/cluster.cuh), or clusters that share the k of a single tile.
 #pragma once
@@ -20,15 +20,18 @@
 using Element = config::operand;
 constexpr int TILE_M = config::tile_m, TILE_N = config::tile_n, TILE_K = 128 / sizeof(Element), STAGES = config::stages;
 constexpr bool COOPERATIVE = config::cooperative, SPLIT = config::split, GROUPED = config::grouped;
-constexpr int CONSUMERS = 2, CONSUMER_M = COOPERATIVE ? TILE_M / CONSUMERS : TILE_M;
+constexpr int CONSUMERS = config::consumers, CONSUMER_M = COOPERATIVE ? TILE_M / CONSUMERS : TILE_M;
 constexpr int PARTS = CONSUMER_M / 64;  // one instruction covers 64 rows
 constexpr int THREADS = 128 * (1 + CONSUMERS), ACCUMULATORS = PARTS * TILE_N / 2;
 using Sum = typename choose<same<Element, i8>::value, i32, float>::type;
 using Layout = NeighbouringRows<PARTS, TILE_N / 8>;
-constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 40 : 56, CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 152;
 constexpr int RESERVED = 72;  // registers of a consumer for anything but accumulators and operands of the epilogue
-// A block starts with 168 registers for each of its 384 threads; asking for more than these in all waits for ever.
-static_assert(128 * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS) <= 168 * THREADS, "");
+// A block starts with 168 registers for each of 384 threads, 128 for each of 512. Asking for more than these in all waits for ever, and
+// an instruction's accumulators have to fit them: three consumers have tiles of up to 192 columns.
+static_assert(128 * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS) <= 65536 / THREADS / 8 * 8 * THREADS, "");
+static_assert(CONSUMERS == 2 || COOPERATIVE, "turns are handed from one to the other");
+static_assert(CONSUMER_M % 64 == 0 && PARTS * 64 * (COOPERATIVE ? CONSUMERS : 1) == TILE_M, "consumers have whole instructions");
 
 // The k of a stage is 128 bytes. Those of a lie in panels of TILE_M rows of PANEL_BYTES, one copy each; those of b in one.
 constexpr int PANEL_BYTES = config::panel_bytes, PANELS = 128 / PANEL_BYTES, PANEL = TILE_M * PANEL_BYTES;
