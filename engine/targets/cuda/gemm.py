@@ -4,9 +4,10 @@ matrix units do not take, the ordinary units (gemm_simt.cuh)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 from engine.errors import UnsupportedOp
 from engine.ir import expr as ex
@@ -52,6 +53,7 @@ from engine.targets.cuda.product_cost import (
     ranked_staged,
     ranked_stream,
     ranked_wgmma,
+    trusts,
 )
 from engine.targets.cuda.spaces import operand, operands, space
 from engine.targets.cuda.staging import staged_epilogue
@@ -146,10 +148,15 @@ def pick_tile(product: Product, epilogue: Functor, context: Context) -> AnyTile:
 
 def estimated_best(product: Product, epilogue: Functor, context: Context) -> Ranked:
     """The tile that should be the fastest."""
-    best = ranked_tiles(product, context, epilogue.reads)[0]
+
+    def trusted(ranked: Sequence[Ranked]) -> Iterator[Ranked]:
+        every = (one for one in ranked if trusts(product, one.tile, context.multiprocessors))
+        return islice(every, 1)
+
+    (best,) = trusted(ranked_tiles(product, context, epilogue.reads))
     if isinstance(best.tile, StreamTile):
         return best
-    rivals = (best, *(one for way in CHOSEN_BY_MODEL for one in ranked_in(way, product, epilogue, context)[:1]))
+    rivals = (best, *(one for way in CHOSEN_BY_MODEL for one in trusted(ranked_in(way, product, epilogue, context))))
     return min(rivals, key=lambda ranked: ranked.estimate.cycles)
 
 

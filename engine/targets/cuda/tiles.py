@@ -228,7 +228,7 @@ STAGED_TILES = (
     WgmmaTile(128, 192, 4, slots=2),
     WgmmaTile(128, 128, 5, slots=2),
     WgmmaTile(128, 64, 8, slots=1),
-    WgmmaTile(192, 192, 3, cooperative=True, slots=3),
+    WgmmaTile(192, 192, 4, cooperative=True, slots=1),
     WgmmaTile(192, 128, 4, cooperative=True, slots=2),
     WgmmaTile(64, 128, 8, slots=2),
 )
@@ -252,6 +252,8 @@ CLUSTER_TILES = (
     WgmmaTile(128, 192, 4, cooperative=True, slots=3, cluster_m=2),
     WgmmaTile(128, 192, 4, slots=2, cluster_m=2),
     WgmmaTile(128, 192, 4, slots=2, cluster_n=2),
+    WgmmaTile(192, 128, 5, cooperative=True, cluster_n=2),
+    WgmmaTile(192, 192, 4, cooperative=True, cluster_n=2),
     WgmmaTile(192, 128, 4, cooperative=True, slots=2, cluster_n=2),
     WgmmaTile(192, 128, 4, cooperative=True, slots=2, cluster_m=2),
     WgmmaTile(128, 128, 5, slots=2, cluster_m=2),
