@@ -2,7 +2,19 @@
 
 from engine.ir.ops.base import Cost, Op, OperandTypes, ResultTypes, broadcast_shapes
 from engine.ir.ops.heavy import Attention, Conv, ConvExcitation, ConvMean, Excitation, Gemm
-from engine.ir.ops.light import Norm, NormKind, Pointwise, Pool, PoolKind, Reduce, ReduceKind, Softmax
+from engine.ir.ops.light import (
+    MOMENT_COLUMNS,
+    Norm,
+    NormKind,
+    Pointwise,
+    Pool,
+    PoolKind,
+    Reduce,
+    ReduceKind,
+    RowMoments,
+    Softmax,
+    moments_shape,
+)
 from engine.ir.ops.move import Concat, Gather, Opaque, Pad, PadMode, Resize, ResizeMode, ShapeTensor, Undefined
 from engine.ir.ops.recurrent import Cell, Recurrent
 from engine.ir.ops.running import Running, RunningKind
@@ -10,6 +22,7 @@ from engine.ir.ops.select import Scatter, ScatterKind, TopK
 from engine.ir.ops.view import Expand, Reshape, Slice, Transpose, View
 
 __all__ = [
+    "MOMENT_COLUMNS",
     "Attention",
     "Cell",
     "Concat",
@@ -38,6 +51,7 @@ __all__ = [
     "Resize",
     "ResizeMode",
     "ResultTypes",
+    "RowMoments",
     "Running",
     "RunningKind",
     "Scatter",
@@ -50,4 +64,5 @@ __all__ = [
     "Undefined",
     "View",
     "broadcast_shapes",
+    "moments_shape",
 ]

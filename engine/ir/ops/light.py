@@ -100,6 +100,28 @@ class Norm(Op):
         return _bytes(inputs, outputs, self.gathers)
 
 
+MOMENT_COLUMNS = 64
+"""Columns of a part of a row whose moments stand together."""
+
+
+def moments_shape(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    """The shape of the moments of rows along the last axis of `shape`."""
+    return (*shape[:-1], ceildiv(shape[-1], MOMENT_COLUMNS), 2)
+
+
+@dataclass(frozen=True)
+class RowMoments(Op):
+    """`x[…, k]` → fp32 [..., ⌈k / 64⌉, 2]: of every 64 columns of a row (of the last ones, what is left) their mean and
+    the sum of squares around it, from which whole rows' mean and variance follow without cancellation (Chan, Golub,
+    LeVeque 1979)."""
+
+    def infer(self, inputs: OperandTypes) -> ResultTypes:
+        return ((DType.F32, moments_shape(inputs[0].shape)),)
+
+    def flops(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:
+        return 4 * inputs[0].elements  # sum; subtract, square, sum
+
+
 @dataclass(frozen=True)
 class Softmax(Op):
     """Softmax (or, with `log`, its logarithm) of `source` along `axis` (non-negative), in fp32."""

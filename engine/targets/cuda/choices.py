@@ -46,7 +46,8 @@ def key_of(product: Product, operands: Operands, epilogue: Functor) -> str:
             for name, x, access in (("a", a, product.a_access), ("b", b, product.b_access))]  # fmt: skip
     size = f"{product.batch.count}x{product.m}x{product.n}x{product.k}"
     stores = hashlib.sha256(epilogue.code.encode()).hexdigest()[:8]
-    return " ".join([operands.name.lower(), product.dtype.value, size, *lies, stores])
+    rows = [] if product.divisors is None else ["divided"]
+    return " ".join([operands.name.lower(), product.dtype.value, size, *lies, *rows, stores])
 
 
 def choice_of(tile: AnyTile, us: float) -> Choice:
@@ -81,7 +82,7 @@ def tile_of(choice: Choice, product: Product, operands: Operands) -> AnyTile | N
     """The tile that a choice names, if it is one for such a product."""
     kernel, splits, aligns = choice.get("kernel"), choice.get("splits"), choice.get("aligns")
     if kernel == "stream":
-        return stream_tile(product, operands)
+        return None if product.divisors is not None else stream_tile(product, operands)
     wgmma = (*PRODUCT_TILES, *STAGED_TILES, *CLUSTER_TILES, *BATCHED_TILES)
     tiles: tuple[Tile, ...] = wgmma if kernel == "wgmma" else MMA_TILES if kernel == "mma" else ()
     fitting = [t for t in tiles if (t.m, t.n) == (choice.get("m"), choice.get("n"))]
@@ -89,8 +90,11 @@ def tile_of(choice: Choice, product: Product, operands: Operands) -> AnyTile | N
     tile = next((t for t in fitting if [getattr(t, name, None) for name in _FORM] == named), None)
     if tile is None or type(splits) is not int or not 1 <= splits <= tile.most_splits:
         return None
+    tile = replace(tile, splits=splits)
+    if product.divisors is not None and not (isinstance(tile, WgmmaTile) and tile.divides_rows):
+        return None
     if not isinstance(tile, WgmmaTile):
-        return replace(tile, splits=splits)
+        return tile
     if type(aligns) is not bool:
         return None
     if tile.batched:
@@ -98,7 +102,7 @@ def tile_of(choice: Choice, product: Product, operands: Operands) -> AnyTile | N
     else:
         lies_right = product.suits_tma and operands is not Operands.REFINED
         fits = product.suits_tma_aligned if aligns else lies_right
-    return replace(tile, splits=splits, aligns=aligns) if fits else None
+    return replace(tile, aligns=aligns) if fits else None
 
 
 class ChoiceFile:

@@ -14,7 +14,7 @@ from engine.ir.dtype import DType
 from engine.ir.ops import Gemm, Op
 from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Tensor
-from engine.targets.cuda import codegen
+from engine.targets.cuda import codegen, row_moments
 from engine.targets.cuda.align_rows import aligned, aligned_bytes, split, split_bytes
 from engine.targets.cuda.choices import key_of, tile_of
 from engine.targets.cuda.gemm_stream import (
@@ -40,7 +40,7 @@ from engine.targets.cuda.kernel import (
     pointer_to,
     workspace,
 )
-from engine.targets.cuda.product import Product, is_weight, product_of, rows_inner, rows_of
+from engine.targets.cuda.product import Divisors, Product, is_weight, product_of, rows_inner, rows_of
 from engine.targets.cuda.product_cost import (
     CHOSEN_BY_MODEL,
     Ranked,
@@ -72,8 +72,13 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
         b_need = Requirement() if is_weight(b) else _inner(b, narrow or (b.strides[-2] == 1 and b.strides[-1] != 1))
         needs = (_inner(a, rows_inner(a) and not narrow), b_need)
     output = len(op.infer(inputs)[0][1])
+    moments: tuple[Requirement, ...] = ()
+    if op.epsilon is not None:
+        if a.dtype not in (DType.F16, DType.BF16) or b.dtype is not a.dtype or not is_weight(b):
+            raise UnsupportedOp(f"Gemm of divided rows of {a.dtype.value} and {b.dtype.value}, or without a weight")
+        needs, moments = (row_moments.dense(len(a.shape)), needs[1]), (row_moments.parts_outside(len(a.shape)),)
     return (
-        (*needs, *(Requirement() for _ in inputs[2:])),
+        (*needs, *moments, *(Requirement() for _ in inputs[op.operands :])),
         tuple(Requirement(Access.INNER, tuple(range(output))) for _ in op.stores),
     )
 
@@ -110,9 +115,10 @@ def parts_of(step: Step, context: Context) -> tuple[Product, Functor] | None:
     op, shape = step.op, step.outputs[0].shape
     if not isinstance(op, Gemm) or not _on_matrix_units(op, *step.inputs[:2]):
         return None
-    return product_of(step, context), epilogue_of(
-        step, op.stores, tuple(range(len(shape))), shape[-1], _accumulator(op)
-    )
+    product = product_of(step, context)
+    if op.epsilon is not None:
+        product = replace(product, divisors=Divisors(row_moments.row_parts(step.inputs[2]), op.epsilon))
+    return product, epilogue_of(step, op.stores, tuple(range(len(shape))), shape[-1], _accumulator(op))
 
 
 def epilogue_of(
@@ -160,11 +166,13 @@ def needs_staged(tile: AnyTile) -> bool:
 def ranked_tiles(product: Product, context: Context, reads: Reads = NOTHING) -> list[Ranked]:
     """The tiles that can take a product, with k in one part or in several, from what should be the fastest on."""
     operands, multiprocessors = operands_of(product, context), context.multiprocessors
-    every = [*ranked_mma(product, operands, context.architecture, multiprocessors)]
+    divided = product.divisors is not None
+    every = [] if divided else [*ranked_mma(product, operands, context.architecture, multiprocessors)]
     if context.architecture.wgmma and product.suits_tma_aligned and operands is not Operands.EXACT:
-        every += ranked_wgmma(product, operands, multiprocessors, reads)
+        tiles = ranked_wgmma(product, operands, multiprocessors, reads)
+        every += (one for one in tiles if not divided or (isinstance(one.tile, WgmmaTile) and one.tile.divides_rows))
     every.sort(key=lambda ranked: ranked.estimate.cycles)
-    slices = stream_tile(product, operands)
+    slices = None if divided else stream_tile(product, operands)
     if slices is not None:
         faster = streams_faster(product, slices, every[0].tile, operands, multiprocessors)
         every.insert(0 if faster else 1, ranked_stream(product, slices, operands, multiprocessors))

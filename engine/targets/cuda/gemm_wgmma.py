@@ -54,7 +54,10 @@ def launch_wgmma(
     k = columns_in_parts(product.k) if product.in_parts else product.k  # as it lies
     config: dict[str, int | bool | str] = {
         "operand": STORAGE[product.dtype], "grouped": False, "in_parts": product.in_parts,
+        "divided": product.divisors is not None,
     }  # fmt: skip
+    divisors = product.divisors
+    rows: dict[str, Argument] = {} if divisors is None else {"row_parts": divisors.moments, "epsilon": divisors.epsilon}
     body, maps = "gemm_cluster.cuh" if tile.cluster > 1 else "gemm_wgmma.cuh", dict[str, Argument]()
     if tile.slots:
         staged = epilogue.staged
@@ -73,6 +76,7 @@ def launch_wgmma(
         [epilogue],
         {
             **maps,
+            **rows,
             "map_a": TensorMap(a.pointer, product.m, k, a.stride, tile.m // tile.cluster_n, columns),
             "map_b": TensorMap(b.pointer, product.n, k, b.stride, tile.n // tile.cluster_m, columns),
             "m": product.m,

@@ -78,6 +78,14 @@ class Batch:
         }  # fmt: skip
 
 
+@dataclass(frozen=True, eq=False)
+class Divisors:
+    """Rows of a are divided by √(variance + `epsilon`), from their moments (row_moments.py)."""
+
+    moments: Pointer
+    epsilon: float
+
+
 _MOST_INTEGERS = (2**31 - 1) // 128**2
 """Products of two integers of 8 bits whose sum fits 32."""
 
@@ -95,6 +103,8 @@ class Product:
     batch: Batch = Batch()
     in_parts: bool = False
     """Both operands are sums of two matrices of bf16, whose columns lie by turns (`in_parts`)."""
+    divisors: Divisors | None = None
+    """By what rows of a are divided, if they are: only wgmma does that (kernels/mma/divided_rows.cuh)."""
 
     @property
     def a_access(self) -> int:

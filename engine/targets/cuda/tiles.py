@@ -166,6 +166,12 @@ class WgmmaTile:
         }  # fmt: skip
 
     @property
+    def divides_rows(self) -> bool:
+        """Whether rows of the first operand can be divided in it (kernels/mma/divided_rows.cuh): 128 accumulators leave
+        no registers for that beside partial sums (the gate shows spills)."""
+        return not self.batched and (self.splits == 1 or self.consumer_rows * self.n < 128 * 128)
+
+    @property
     def most_splits(self) -> int:
         """128 rows in turn leave a consumer no registers to add partial sums beside 128 accumulators, nor do 224
         columns (the gate shows spills). Staged results, those of several matrices, and those of clusters, which are

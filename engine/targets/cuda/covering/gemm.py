@@ -26,11 +26,19 @@ from engine.targets.cuda.covering.build import (
     stored,
     weight,
 )
-from engine.targets.cuda.gemm import epilogue_of, launch_product, launches_of, operands_of
+from engine.targets.cuda.gemm import epilogue_of, launch_product, launches_of, operands_of, parts_of
 from engine.targets.cuda.gemm_stream import stream_tile
 from engine.targets.cuda.kernel import Context, Launch
 from engine.targets.cuda.product import product_of
-from engine.targets.cuda.tiles import BATCHED_TILES, CLUSTER_TILES, MMA_TILES, STAGED_TILES, WGMMA_TILES, Tile
+from engine.targets.cuda.tiles import (
+    BATCHED_TILES,
+    CLUSTER_TILES,
+    MMA_TILES,
+    STAGED_TILES,
+    WGMMA_TILES,
+    Tile,
+    WgmmaTile,
+)
 
 
 def products(context: Context) -> Iterator[tuple[str, Launch]]:
@@ -72,6 +80,10 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         (_product(I8, result=I8), context, (portable[0], *wgmma[:1], *wgmma[7:8])),
         (_product(I8, result=F16, residual=True), context, [replace(tile, splits=3) for tile in divisible[1::2]]),
         (_product(I8, k=387, n=401, result=F16), context, (portable[1], *(replace(t, aligns=True) for t in wgmma[:2]))),
+        (_divided(residual=False), context, (*wgmma, *staged[:1], *staged[2:3], *clusters[:1])),
+        (_divided(residual=True), context, [replace(t, splits=3) for t in divisible if _divides(t, 3)]),
+        (_divided(residual=True), context, (*staged[:-1], *clusters[:-1])),
+        (_divided(residual=True, dtype=DType.BF16), context, (*staged[-1:], *clusters[-1:])),
         (_matrices(k_inner=True, dtype=I8), context, batched[:2]),
         (_matrices(k_inner=True, dtype=F8), context, (*portable[:1], *batched)),
         (_matrices(k_inner=False), context, batched[:-1]),
@@ -79,8 +91,9 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
     ]
     for step, how, tiles in chosen:
         assert isinstance(step.op, Gemm)
-        product = product_of(step, how)
-        epilogue = epilogue_of(step, step.op.stores, range(len(step.outputs[0].shape)), product.n)
+        found = parts_of(step, how)
+        assert found is not None
+        product, epilogue = found
         for tile in tiles:
             for launch in launches_of(product, epilogue, tile, how):
                 yield f"gemm {tile}", launch
@@ -96,6 +109,23 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         assert slices is not None
         epilogue = epilogue_of(step, step.op.stores, (0, 1), product.n)
         yield f"gemm {slices}", launch_product(product, epilogue, slices, rounding)
+
+
+def _divides(tile: Tile, splits: int) -> bool:
+    return isinstance(tile, WgmmaTile) and replace(tile, splits=splits).divides_rows
+
+
+def _divided(residual: bool, dtype: DType = F16) -> Step:
+    """A product of divided rows with a weight."""
+    biased = add(ACC, arg(3, dtype))
+    store = stored(add(biased, arg(4, dtype)) if residual else gelu(biased), dtype)
+    inputs: list[Given] = [
+        (dtype, (300, 384)),
+        weight(384, 400, dtype=dtype),
+        (F32, (300, 6, 2)),
+        weight(400, dtype=dtype),
+    ]
+    return make_step(Gemm((store,), epsilon=1e-5), [*inputs, *([(dtype, (300, 400))] if residual else [])])
 
 
 def computed(step: Step) -> Step:

@@ -44,7 +44,8 @@ struct StagedResults {
   }
   DEVICE void begin(const Params&, const Layout&) {}
   // `count`: the tiles that this consumer has stored before.
-  template <class PLACES> DEVICE void store(const Params& p, const Layout& layout, const float (&d)[PARTS][TILE_N / 2], const PLACES& places, u32 count) {
+  template <class DIVISORS, class PLACES>
+  DEVICE void store(const Params& p, const Layout& layout, const float (&d)[PARTS][TILE_N / 2], const DIVISORS& divisors, const PLACES& places, u32 count) {
     const u32 lane = threadIdx.x & 31, warp = threadIdx.x / 32 & 3;
     // The lane's row of the matrices that move at once, and its chunk of 16 bytes: the first or the second of a pair of blocks.
     const u32 phase = STAGED_ROW == 128 ? lane & 7 : lane >> 1 & 3;
@@ -66,7 +67,8 @@ struct StagedResults {
 #pragma unroll
           for (int j = 0; j < 4; ++j) {  // rows r and r + 8 of a block, then of the next
             const int element = 4 * (panel * BLOCKS + block + j / 2) + 2 * (j % 2);
-            const float acc[2] = {d[i][element], d[i][element + 1]};
+            const int row = 2 * i + j % 2;
+            const float acc[2] = {divisors.quotient(d[i][element], row), divisors.quotient(d[i][element + 1], row)};
             r[j] = Epilogue::results(acc, fixed[(HELD ? panel * BLOCKS + block : 0) + j / 2], r[j]);
           }
           store_matrix_x4(address, r);

@@ -1,0 +1,146 @@
+"""`divide_rows`: layer norms that only products read become part of them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine import frontend, passes
+from engine.ir import ops
+from engine.ir.dtype import DType
+from engine.ir.graph import Graph
+from engine.passes import Traits
+from engine.targets.cuda.architecture import SM_80, SM_90A
+from engine.targets.cuda.families import traits_of
+from tests.engine import ir_interpreter
+from tests.engine.passes.toolkit import kinds, load, model, random
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+TRAITS = {dtype: Traits(storage_type=dtype, permuted_rows=True, divided_rows=True) for dtype in (DType.F16, DType.BF16)}
+TOLERANCE = {DType.F16: 2e-3, DType.BF16: 1.5e-2}
+"""Relative L2 of results of products that round what they read to 16 bits."""
+K, N = 200, 72
+W = {
+    "g": random(K, seed=1) + 1, "s": random(K, seed=2), "w": random(K, N, seed=3) / np.sqrt(K), "b": random(N, seed=4),
+    "v": random(K, N, seed=5) / np.sqrt(K), "u": random(N, K, seed=6) / np.sqrt(N), "tiny": random(K, N, seed=7) * 1e-5,
+    "odd": random(K - 1, seed=8), "wo": random(K - 1, N, seed=9) / np.sqrt(K),
+    "h0": random(24, K, seed=10) / 5, "ho": random(24, K - 1, seed=11) / 5, "far": np.float32(30),
+}  # fmt: skip
+WEIGHTS = {name: array.astype(np.float32) for name, array in W.items()}
+BLOCK = """(float[b,t,24] x) => (float[b,t,72] y) {{ h = MatMul(x, h0) n = {norm} {tail} }}"""
+NORM = "LayerNormalization<axis=-1, epsilon=0.00001>(h, g, s)"
+TAIL = "m = MatMul(n, w) y = Add(m, b)"
+
+
+def rewritten(tail: str = TAIL, norm: str = NORM, dtype: DType = DType.F16, far: bool = False) -> Graph:
+    """The graph of a model, whose results have been compared with those before the passes."""
+    text = BLOCK.format(norm=norm, tail=tail)
+    text = text.replace("h0", "ho") if "odd" in norm else text
+    text = text.replace("h = MatMul(x, h0)", "d = MatMul(x, h0) h = Add(d, far)") if far else text
+    names = set(re.findall(r"\w+", text))
+    proto = model(text, {name: array for name, array in WEIGHTS.items() if name in names})
+    graph = passes.run(load(proto), TRAITS[dtype])
+    graph.validate()
+    x = np.random.default_rng(0).standard_normal((3, 5, 24)).astype(np.float32)
+    close(graph, load(proto), {"x": x}, TOLERANCE[dtype] * (30 if far else 1))
+    return graph
+
+
+def close(graph: Graph, before: Graph, feeds: dict[str, np.ndarray], tolerance: float) -> None:
+    expected = ir_interpreter.run(before, feeds)
+    for name, got in ir_interpreter.run(graph, feeds).items():
+        want = expected[name].astype(np.float64)
+        assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want)
+
+
+def divided(graph: Graph) -> list[ops.Gemm]:
+    return [node.op for node in graph.nodes if isinstance(node.op, ops.Gemm) and node.op.epsilon is not None]
+
+
+@pytest.mark.parametrize("dtype", TRAITS)
+def test_a_norm_becomes_part_of_its_product(dtype: DType) -> None:
+    graph = rewritten(dtype=dtype)
+    assert kinds(graph) == {"Pointwise": 1, "RowMoments": 1, "Gemm": 2}
+    product = graph.nodes[-1]
+    x, weight, moments, *others = product.inputs
+    assert divided(graph)[0].epsilon == np.float32(1e-5)
+    assert (x.dtype, moments.dtype) == (dtype, DType.F32)
+    assert moments.shape[-2:] == (4, 2)
+    assert [value.shape for value in others] == [(N,)], "one bias for that of the norm and that of the product"
+    assert weight.data is not None
+    columns = weight.data.astype(np.float64)
+    assert np.abs(columns.sum(axis=0)).max() <= 2.0**-20, "nothing of the mean is left"
+    exact = W["g"][:, None] * W["w"].astype(dtype.numpy).astype(np.float64)
+    exact = exact - exact.mean(axis=0)
+    lost, least = columns - exact, exact.astype(dtype.numpy).astype(np.float64) - exact
+    assert np.linalg.norm(lost) <= 1.05 * np.linalg.norm(least), "to the nearest, but for a few"
+
+
+def test_a_mean_far_from_zero_costs_what_rounding_the_rows_costs() -> None:
+    """The rows are rounded to 16 bits where their mean is 30 deviations, which lose 30 times as much."""
+    assert len(divided(rewritten(far=True))) == 1
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        "y = MatMul(n, w)",
+        "m = MatMul(n, w) a = Add(m, b) y = Relu(a)",
+        "m = MatMul(n, w) y = Sigmoid(m)",
+        "m = MatMul(n, w) o = MatMul(n, v) t1 = Tanh(o) y = Mul(m, t1)",
+        "m = MatMul(n, tiny) y = Add(m, b)",
+    ],
+)
+def test_products_with_other_tails(tail: str) -> None:
+    graph = rewritten(tail)
+    assert divided(graph)
+    assert not any(isinstance(node.op, ops.Norm) for node in graph.nodes)
+
+
+def test_small_weights_keep_their_bits() -> None:
+    """γ ⊙ W of 1e-5 would be below what fp16 has whole."""
+    graph = rewritten("y = MatMul(n, tiny)")
+    weight = graph.nodes[-1].inputs[1].data
+    assert weight is not None
+    assert 0.5 <= np.abs(weight).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("tail", "norm"),
+    [
+        ("m = MatMul(n, w) r = MatMul(m, u) q = Add(r, n) y = MatMul(q, v)", NORM),
+        ("t1 = Tanh(n) y = MatMul(t1, w)", NORM),
+        ("y = MatMul(n, wo)", "LayerNormalization<axis=-1, epsilon=0.00001>(h, odd)"),
+    ],
+    ids=["a residual reads it", "no product reads it", "features that are no multiple of 8"],
+)
+def test_what_stays_a_norm(tail: str, norm: str) -> None:
+    graph = rewritten(tail, norm)
+    assert not divided(graph)
+    assert any(isinstance(node.op, ops.Norm) for node in graph.nodes)
+
+
+@pytest.mark.parametrize("name", ["gpt2-eager-legacy-13", "gpt2_legacy", "vit-eager-legacy-11", "vit_dynamo"])
+@pytest.mark.parametrize("dtype", TRAITS)
+def test_pre_norm_transformers_keep_their_first_and_last_norm(name: str, dtype: DType) -> None:
+    """The first one computes what it normalises, the last one is the result; of the four of two blocks three go."""
+    path = FIXTURES / f"{name}.onnx"
+    graph = passes.run(frontend.read(path), replace(traits_of(SM_90A), storage_type=dtype))
+    graph.validate()
+    assert kinds(graph)["Norm"] == 2
+    assert len(divided(graph)) == 3
+    data = np.load(FIXTURES / f"{name}.npz")
+    feeds = {value.name: data[f"in_{value.name}"] for value in graph.inputs}
+    close(graph, frontend.read(path), feeds, TOLERANCE[dtype] * 2)
+
+
+def test_other_targets_and_types_keep_their_norms() -> None:
+    path = FIXTURES / "gpt2_legacy.onnx"
+    for traits in (Traits(), traits_of(SM_80), replace(traits_of(SM_90A), storage_type=DType.F32)):
+        graph = passes.run(frontend.read(path), traits)
+        assert kinds(graph)["Norm"] == 5
+        assert "RowMoments" not in kinds(graph)

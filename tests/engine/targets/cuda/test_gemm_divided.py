@@ -1,0 +1,146 @@
+"""Products that divide the rows of their first operand by their standard deviation, and moments of rows, against
+float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from engine.errors import UnsupportedOp
+from engine.ir.dtype import DType
+from engine.ir.ops import Gemm, RowMoments
+from engine.plan.plan import Step
+from engine.targets.cuda import covering as cv
+from engine.targets.cuda.architecture import SM_90A
+from engine.targets.cuda.choices import choice_of, key_of, tile_of
+from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
+from engine.targets.cuda.gemm import launches_of, needs_staged, operands_of, parts_of, pick_tile, ranked_tiles
+from engine.targets.cuda.kernel import Context, Launch, WeightStore
+from engine.targets.cuda.tiles import CLUSTER_TILES, MMA_TILES, PRODUCT_TILES, STAGED_TILES, Operands, Tile, WgmmaTile
+from tests.engine.ir_interpreter import run_node
+from tests.engine.targets.cuda.cases import check, check_late, ragged, rng_of
+from tests.engine.targets.cuda.harness import Case, Runner
+from tests.engine.targets.cuda.test_gemm import stores_of
+
+BF16 = DType.BF16
+EPSILON = 1e-5
+FAR = 2.0**-16
+"""What a product of fp32 sums loses of a row whose mean is 30 of its deviations: they are that much larger on the way
+than what is left of them."""
+HOPPER = Context(SM_90A, 132, WeightStore())
+
+
+def rows_far_from_zero(rng: np.random.Generator, m: int, k: int, dtype: DType) -> np.ndarray:
+    """Rows of which some have a mean of 30 deviations, some a small or a large deviation, and one is all alike."""
+    x = (rng.standard_normal((m, k)) + rng.choice([0, 0, -3, 30], (m, 1))) * rng.choice([0.1, 1, 8], (m, 1))
+    x[m // 2] = 1.5
+    return x.astype(dtype.numpy)
+
+
+def moments_of(x: np.ndarray) -> np.ndarray:
+    (found,) = run_node(_node(RowMoments(), x), [x], {})
+    return found
+
+
+def _node(op: RowMoments, x: np.ndarray):  # type: ignore[no-untyped-def]
+    from engine.ir.graph import Value, make_node
+
+    return make_node(op, (Value("x", DType.of(x.dtype), x.shape),))
+
+
+def centred(k: int, n: int, dtype: DType) -> np.ndarray:
+    """A weight whose columns sum to nearly 0, as the pass `divide_rows` makes them."""
+    w = weight(k, n).astype(np.float64)
+    return (w - w.mean(axis=0)).astype(dtype.numpy)
+
+
+def divided_step(m: int, n: int, k: int, name: str, dtype: DType = F16) -> Step:
+    """A product of divided rows with a weight and one of `stores_of(dtype)`, whose arguments come after the moments."""
+    moments = -(-k // 64)
+    bias = cv.arg(3, dtype)
+    store = {
+        "plain": cv.stored(ACC, dtype),
+        "bias": cv.stored(cv.add(ACC, bias), dtype),
+        "bias gelu": cv.stored(cv.gelu(cv.add(ACC, bias)), dtype),
+        "residual": cv.stored(cv.add(cv.add(ACC, bias), cv.arg(4, dtype)), dtype),
+    }[name]
+    inputs: list[cv.Given] = [(dtype, (m, k)), centred(k, n, dtype), (F32, (m, moments, 2))]
+    inputs += [] if name == "plain" else [weight(n, dtype=dtype)]
+    inputs += [(dtype, (m, n))] if name == "residual" else []
+    return make_step(Gemm((store,), epsilon=EPSILON), inputs)
+
+
+def launched(step: Step, tile: Tile, context: Context) -> list[Launch]:
+    found = parts_of(step, context)
+    assert found is not None
+    return launches_of(*found, tile, context)
+
+
+def case(runner: Runner, rng: np.random.Generator, tile: WgmmaTile, m: int, n: int, k: int, name: str) -> Case:
+    dtype = (F16, BF16)[int(rng.integers(0, 2))]
+    step = divided_step(m, n, k, name, dtype)
+    x = rows_far_from_zero(rng, m, k, dtype)
+    launches = launched(step, tile, runner.context)
+    label = f"{dtype.value} {m}x{n}x{k} {name} {tile}"
+    # A row that is all alike is divided by √ε alone: what its product leaves of 0 is not compared.
+    x[m // 2] = rng.standard_normal(k)
+    return Case(label, step, k, {0: x, 2: moments_of(x)}, launches, FAR)
+
+
+def test_products_of_divided_rows_match_float64(hopper: Runner, count: int) -> None:
+    """In tiles of every form, ragged."""
+    rng, cases = rng_of("divided"), []
+    forms = [*PRODUCT_TILES, *STAGED_TILES, *CLUSTER_TILES]
+    for i in range(4 * count):
+        tile = forms[(7 * i) % len(forms)]
+        if tile.most_splits > 1 and i % 3 == 0:
+            tile = replace(tile, splits=2) if replace(tile, splits=2).divides_rows else tile
+        granularity = 8 if needs_staged(tile) else 1
+        m, n, k = ragged(rng, 300), ragged(rng, 300, granularity), ragged(rng, 600, 8)
+        cases.append(case(hopper, rng, tile, m, n, k, list(stores_of(F16))[i % 4]))
+    check(hopper, cases)
+
+
+def test_many_parts_and_tiles(hopper: Runner) -> None:
+    """More parts of a row than lanes have at once, and more tiles than multiprocessors; warps that come late."""
+    rng = rng_of("parts")
+    tiles = (WgmmaTile(128, 192, 4, slots=2), WgmmaTile(128, 256, 4, cooperative=True, slots=2), PRODUCT_TILES[9])
+    check_late(hopper, [case(hopper, rng, tile, 700, 392, 1104, "residual") for tile in tiles])
+
+
+def test_row_moments_match_float64(runner: Runner, count: int) -> None:
+    rng, cases = rng_of("moments"), []
+    for i in range(2 * count):
+        dtype, rows, columns = (F16, BF16)[i % 2], ragged(rng, 400), ragged(rng, 900, 8 if i % 3 else 1)
+        step = make_step(RowMoments(), [(dtype, (rows, columns))])
+        x = rows_far_from_zero(rng, rows, columns, dtype)
+        cases.append(Case(f"{dtype.value} {rows}x{columns}", step, columns, {0: x}, rounding=0.0))
+    check(runner, cases)
+
+
+def test_only_tiles_of_wgmma_divide_rows() -> None:
+    for m, n, k in ((1, 64, 64), (8, 2304, 768), (8192, 768, 768), (5000, 96, 32)):
+        product, epilogue = parts(divided_step(m, n, k, "bias"))
+        assert all(isinstance(ranked.tile, WgmmaTile) for ranked in ranked_tiles(product, HOPPER))
+        assert isinstance(pick_tile(product, epilogue, HOPPER), WgmmaTile)
+        assert tile_of(choice_of(MMA_TILES[0], 1.0), product, Operands.HALF) is None
+        assert tile_of({"kernel": "stream", "us": 1.0}, product, Operands.HALF) is None
+        whole = replace(product, divisors=None)
+        operands = operands_of(product, HOPPER)
+        assert key_of(product, operands, epilogue) != key_of(whole, operands, epilogue)
+
+
+def parts(step: Step):  # type: ignore[no-untyped-def]
+    found = parts_of(step, HOPPER)
+    assert found is not None
+    return found
+
+
+def test_computed_weights_and_fp32_are_refused() -> None:
+    for dtype, b in ((F16, (F16, (64, 32))), (F32, weight(64, 32, dtype=F32))):
+        with pytest.raises(UnsupportedOp, match="divided rows"):
+            make_step(Gemm((ACC,), epsilon=EPSILON), [(dtype, (9, 64)), b, (F32, (9, 1, 2))])
+    with pytest.raises(UnsupportedOp, match="RowMoments of f32"):
+        make_step(RowMoments(), [(F32, (9, 64))])
