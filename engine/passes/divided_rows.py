@@ -11,7 +11,7 @@ rounding has left of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.expr import Apply, Expr, PointOp
 from engine.ir.graph import Graph, Node, Value, constant
-from engine.ir.ops import Gemm, Norm, NormKind, RowMoments
+from engine.ir.ops import Gemm, Norm, NormKind, RowMoments, moments_shape
 from engine.passes.editor import Editor, joined_origin
 from engine.passes.traits import Traits
 
@@ -53,12 +53,26 @@ def divide_rows(graph: Graph, traits: Traits) -> None:
             continue
         weights = [_centred(user, node.output, found) for user in users]
         if all(weight is not None for weight in weights):
-            moments = editor.add(RowMoments(), (found.x,), f"{found.x.name}/moments", node.origin).output
+            moments = _moments(editor, found.x, node.origin)
             for user, weight in zip(users, weights, strict=True):
                 assert weight is not None
                 _rewrite(editor, node, user, (found.x, moments), weight, found.shift)
             editor.remove(node)
     editor.finish()
+
+
+def _moments(editor: Editor, x: Value, origin: str) -> Value:
+    """The moments of the rows of `x`: a second result of the product with a weight that computes it, else a node."""
+    host = editor.producer(x)
+    if host is not None and isinstance(host.op, Gemm):
+        b = host.inputs[1]
+        if host.op.moments:
+            return host.outputs[-1]
+        if len(host.outputs) == 1 and b.is_constant and b.rank == 2 and b.dtype is x.dtype:
+            moments = Value(f"{x.name}/moments", DType.F32, moments_shape(x.shape))
+            editor.update(host, replace(host.op, moments=True), outputs=(x, moments))
+            return moments
+    return editor.add(RowMoments(), (x,), f"{x.name}/moments", origin).output
 
 
 def _scaled(node: Node) -> _Scaled | None:
@@ -158,7 +172,7 @@ def _rewrite(
     places = {old: 3 + i for i, old in enumerate(read)}
     editor.update(
         user,
-        Gemm(tuple(ex.renumber(store, places) for store in stores), norm.op.epsilon),
+        replace(op, stores=tuple(ex.renumber(store, places) for store in stores), epsilon=norm.op.epsilon),
         (*inputs[:3], *(inputs[i] for i in read)),
         origin=joined_origin(norm, user),
     )

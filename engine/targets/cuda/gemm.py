@@ -40,7 +40,7 @@ from engine.targets.cuda.kernel import (
     pointer_to,
     workspace,
 )
-from engine.targets.cuda.product import Divisors, Product, is_weight, product_of, rows_inner, rows_of
+from engine.targets.cuda.product import Divisors, Found, Product, is_weight, product_of, rows_inner, rows_of
 from engine.targets.cuda.product_cost import (
     CHOSEN_BY_MODEL,
     Ranked,
@@ -77,10 +77,12 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
         if a.dtype not in (DType.F16, DType.BF16) or b.dtype is not a.dtype or not is_weight(b):
             raise UnsupportedOp(f"Gemm of divided rows of {a.dtype.value} and {b.dtype.value}, or without a weight")
         needs, moments = (row_moments.dense(len(a.shape)), needs[1]), (row_moments.parts_outside(len(a.shape)),)
-    return (
-        (*needs, *moments, *(Requirement() for _ in inputs[op.operands :])),
-        tuple(Requirement(Access.INNER, tuple(range(output))) for _ in op.stores),
-    )
+    given = (*needs, *moments, *(Requirement() for _ in inputs[op.operands :]))
+    if op.moments:
+        if len(op.stores) != 1 or op.stores[0].dtype not in (DType.F16, DType.BF16) or not _on_matrix_units(op, a, b):
+            raise UnsupportedOp("Gemm with moments of a result that is not one of 16 bits, from the matrix units")
+        return given, (row_moments.dense(output), row_moments.parts_outside(output))
+    return given, tuple(Requirement(Access.INNER, tuple(range(output))) for _ in op.stores)
 
 
 def _on_matrix_units(op: Gemm, a: Tensor, b: Tensor) -> bool:
@@ -116,6 +118,10 @@ def parts_of(step: Step, context: Context) -> tuple[Product, Functor] | None:
     if not isinstance(op, Gemm) or not _on_matrix_units(op, *step.inputs[:2]):
         return None
     product = product_of(step, context)
+    if op.moments:
+        result, moments = step.outputs
+        step = replace(step, outputs=(result,))
+        product = replace(product, moments=Found(pointer_to(result), row_moments.row_parts(moments), result.dtype))
     if op.epsilon is not None:
         product = replace(product, divisors=Divisors(row_moments.row_parts(step.inputs[2]), op.epsilon))
     return product, epilogue_of(step, op.stores, tuple(range(len(shape))), shape[-1], _accumulator(op))
@@ -217,6 +223,18 @@ def operands_of(product: Product, context: Context) -> Operands:
 
 def launches_of(product: Product, epilogue: Functor, tile: AnyTile, context: Context, taken: int = 0) -> list[Launch]:
     """The launches of a product in the given tile. `taken`: the bytes of the workspace in which a lies."""
+    launches, moments = _launches_of_product(product, epilogue, tile, context, taken), product.moments
+    if moments is not None and not (isinstance(tile, WgmmaTile) and tile.finds_moments):
+        rows = product.m * product.batch.count
+        launches.append(
+            row_moments.launch_moments(moments.result, moments.dtype, rows, product.n, product.n, moments.parts)
+        )
+    return launches
+
+
+def _launches_of_product(
+    product: Product, epilogue: Functor, tile: AnyTile, context: Context, taken: int
+) -> list[Launch]:
     in_parts = operands_of(product, context) is Operands.REFINED
     if not (isinstance(tile, WgmmaTile) and (tile.aligns or in_parts)):
         return [launch_product(product, epilogue, tile, context)]

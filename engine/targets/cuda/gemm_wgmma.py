@@ -54,10 +54,13 @@ def launch_wgmma(
     k = columns_in_parts(product.k) if product.in_parts else product.k  # as it lies
     config: dict[str, int | bool | str] = {
         "operand": STORAGE[product.dtype], "grouped": False, "in_parts": product.in_parts,
-        "divided": product.divisors is not None,
+        "divided": product.divisors is not None, "moments": product.moments is not None and tile.finds_moments,
     }  # fmt: skip
-    divisors = product.divisors
-    rows: dict[str, Argument] = {} if divisors is None else {"row_parts": divisors.moments, "epsilon": divisors.epsilon}
+    divisors, rows = product.divisors, dict[str, Argument]()
+    if divisors is not None:
+        rows |= {"row_parts": divisors.moments, "epsilon": divisors.epsilon}
+    if product.moments is not None and tile.finds_moments:
+        rows["result_parts"] = product.moments.parts
     body, maps = "gemm_cluster.cuh" if tile.cluster > 1 else "gemm_wgmma.cuh", dict[str, Argument]()
     if tile.slots:
         staged = epilogue.staged

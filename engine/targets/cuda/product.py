@@ -86,6 +86,15 @@ class Divisors:
     epsilon: float
 
 
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Moments of the rows of the `result`, which are found beside it and left at `parts` (row_moments.py)."""
+
+    result: Pointer
+    parts: Pointer
+    dtype: DType
+
+
 _MOST_INTEGERS = (2**31 - 1) // 128**2
 """Products of two integers of 8 bits whose sum fits 32."""
 
@@ -105,6 +114,8 @@ class Product:
     """Both operands are sums of two matrices of bf16, whose columns lie by turns (`in_parts`)."""
     divisors: Divisors | None = None
     """By what rows of a are divided, if they are: only wgmma does that (kernels/mma/divided_rows.cuh)."""
+    moments: Found | None = None
+    """What rows of the result have, where that is asked for."""
 
     @property
     def a_access(self) -> int:

@@ -60,11 +60,13 @@ class Estimate:
     busy: float
     memory: float
     limit: str
+    after: float = 0
+    """Finding moments of the result's rows afterwards."""
 
     @property
     def cycles(self) -> float:
         """Small products hide little of one behind the other, and large ones have little but products."""
-        return self.launch + self.copy + self.busy + self.memory
+        return self.launch + self.copy + self.busy + self.memory + self.after
 
     @property
     def us(self) -> float:
@@ -74,7 +76,10 @@ class Estimate:
     @property
     def bound(self) -> str:
         """What the time mostly is."""
-        parts = {"launch": self.launch, "copied rows": self.copy, "memory": self.memory, self.limit: self.busy}
+        parts = {
+            "launch": self.launch, "copied rows": self.copy, "memory": self.memory, "moments": self.after,
+            self.limit: self.busy,
+        }  # fmt: skip
         return max(parts, key=lambda name: parts[name])
 
 
@@ -106,6 +111,9 @@ _LAUNCH, _MEMORY_RATE = 4120, 2360
 _PARTIAL_SECTORS = 1.9
 """What bytes of the result cost memory more whose rows do not begin at multiples of a sector (32 bytes)."""
 _COPY_LAUNCH, _COPY_RATE = 2330, 2030
+
+_MOMENTS_ELEMENT = 6
+"""Instructions of a lane for each of its accumulators whose moments it finds: counted, not measured."""
 
 _MMA_LAUNCH, _MMA_MEMORY_RATE = 2800, 2960
 _MMA_SHARE, _TALL = 0.95, 1.5
@@ -169,6 +177,8 @@ def _wgmma_estimate(
         finish = _STAGED_FINISH + tile.m * tile.n * _STAGED_ELEMENT
     else:
         finish = _FINISH + tile.m * tile.n * (_FINISH_ELEMENT + (_SHIFT_ELEMENT if n % 8 else 0))
+    if product.moments is not None and tile.finds_moments:
+        finish += _MOMENTS_ELEMENT * tile.consumer_rows * tile.n / 128
     if tile.splits > 1:
         finish += _ARRIVAL + (tile.splits + 1) * tile.m * tile.n * 4 / _PARTIAL_RATE
     if tile.cooperative:
@@ -177,7 +187,15 @@ def _wgmma_estimate(
         busy = max(rounds * steps * step + finish, ceildiv(rounds, 2) * (steps * step + finish))
     busy += waiting_cycles(tile, reads, rounds)
     copy = _COPY_LAUNCH + 2 * m * k * itemsize / _COPY_RATE if tile.aligns else 0
-    return Estimate(_LAUNCH, copy, busy, _touched(product, operands) / _MEMORY_RATE, limit)
+    after = 0 if tile.finds_moments else _moments_cycles(product)
+    return Estimate(_LAUNCH, copy, busy, _touched(product, operands) / _MEMORY_RATE, limit, after)
+
+
+def _moments_cycles(product: Product) -> float:
+    """Of finding moments in a launch of its own, expected to be as fast as one that copies rows."""
+    if product.moments is None:
+        return 0
+    return _COPY_LAUNCH + product.m * product.n * product.batch.count * product.moments.dtype.itemsize / _COPY_RATE
 
 
 def _cut(stride_bytes: int) -> float:
@@ -201,10 +219,10 @@ def ranked_mma(
     share, memory = _MMA_SHARE * _NARROW_LOADS[product.a_access], _touched(product, operands) / _MMA_MEMORY_RATE
     for tile in mma_tiles(m, n, k, batch, architecture, operands, MOST_SPLITS):
         busy = share * mma_cycles(m, n, k, batch, tile, multiprocessors, operands) * (tall if tile.m > 16 else 1)
-        yield Ranked(tile, Estimate(_MMA_LAUNCH, 0, busy, memory, "products"))
+        yield Ranked(tile, Estimate(_MMA_LAUNCH, 0, busy, memory, "products", _moments_cycles(product)))
 
 
 def ranked_stream(product: Product, tile: StreamTile, operands: Operands, multiprocessors: int) -> Ranked:
     """The product in slices of rows."""
     cycles = stream_cycles(product, tile, multiprocessors, operands.itemsize)
-    return Ranked(tile, Estimate(0, 0, 0, cycles, "slices"))
+    return Ranked(tile, Estimate(0, 0, 0, cycles, "slices", _moments_cycles(product)))

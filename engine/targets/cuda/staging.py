@@ -92,6 +92,7 @@ def _code(
     return (
         '#include "epilogue/gelu.cuh"\n#include "ptx/pack.cuh"\n'
         "struct Epilogue {\n"
+        f"  using Result = {STORAGE[result]};\n"
         f"  static constexpr bool READS_TILE = {'true' if tiles else 'false'};\n"
         f"  struct Fixed {{ {members(fixed)} }};\n"
         f"  struct Tile {{ {members(tiles)} }};\n"

@@ -9,6 +9,7 @@ from enum import Enum
 from math import hypot
 from typing import ClassVar, Generic, TypeAlias, TypeVar
 
+from engine.ir.ops import MOMENT_COLUMNS
 from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.kernel import Reads, ceildiv
 
@@ -170,6 +171,11 @@ class WgmmaTile:
         """Whether rows of the first operand can be divided in it (kernels/mma/divided_rows.cuh): 128 accumulators leave
         no registers for that beside partial sums (the gate shows spills)."""
         return not self.batched and (self.splits == 1 or self.consumer_rows * self.n < 128 * 128)
+
+    @property
+    def finds_moments(self) -> bool:
+        """Whether a product in it finds the moments of its rows: a panel of staged results is a part of them."""
+        return self.slots > 0 and self.staged_columns == MOMENT_COLUMNS
 
     @property
     def most_splits(self) -> int:

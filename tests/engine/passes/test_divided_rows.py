@@ -64,8 +64,9 @@ def divided(graph: Graph) -> list[ops.Gemm]:
 @pytest.mark.parametrize("dtype", TRAITS)
 def test_a_norm_becomes_part_of_its_product(dtype: DType) -> None:
     graph = rewritten(dtype=dtype)
-    assert kinds(graph) == {"Pointwise": 1, "RowMoments": 1, "Gemm": 2}
-    product = graph.nodes[-1]
+    assert kinds(graph) == {"Pointwise": 1, "Gemm": 2}
+    host, product = graph.nodes[-2:]
+    assert host.outputs == (product.inputs[0], product.inputs[2])
     x, weight, moments, *others = product.inputs
     assert divided(graph)[0].epsilon == np.float32(1e-5)
     assert (x.dtype, moments.dtype) == (dtype, DType.F32)
@@ -83,6 +84,18 @@ def test_a_norm_becomes_part_of_its_product(dtype: DType) -> None:
 def test_a_mean_far_from_zero_costs_what_rounding_the_rows_costs() -> None:
     """The rows are rounded to 16 bits where their mean is 30 deviations, which lose 30 times as much."""
     assert len(divided(rewritten(far=True))) == 1
+
+
+def test_what_no_product_computes_has_its_moments_from_a_node() -> None:
+    text = """(float[b,t,24] x) => (float[b,t,72] y) { a = MatMul(x, h0) s0 = Softmax(a) h = MatMul(s0, q)
+        r = Relu(h) p = MatMul(r, q) e = Exp(p) f = Softmax<axis=1>(e) n = LayerNormalization<axis=-1>(f, g, s)
+        y = MatMul(n, w) }"""
+    weights = {name: WEIGHTS[name] for name in ("h0", "g", "s", "w")} | {"q": random(K, K).astype(np.float32) / 15}
+    proto = model(text, weights)
+    graph = passes.run(load(proto), TRAITS[DType.F16])
+    assert kinds(graph)["RowMoments"] == 1
+    assert kinds(graph)["Norm"] == 0
+    close(graph, load(proto), {"x": np.ones((2, 3, 24), np.float32)}, 1e-2)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +146,8 @@ def test_pre_norm_transformers_keep_their_first_and_last_norm(name: str, dtype: 
     graph.validate()
     assert kinds(graph)["Norm"] == 2
     assert len(divided(graph)) == 3
+    assert sum(isinstance(node.op, ops.Gemm) and node.op.moments for node in graph.nodes) == 3
+    assert kinds(graph)["RowMoments"] == 0
     data = np.load(FIXTURES / f"{name}.npz")
     feeds = {value.name: data[f"in_{value.name}"] for value in graph.inputs}
     close(graph, frontend.read(path), feeds, TOLERANCE[dtype] * 2)

@@ -32,6 +32,10 @@ than what is left of them."""
 HOPPER = Context(SM_90A, 132, WeightStore())
 
 
+ROUNDED = 2.0**-11
+"""Of moments of results that are rounded to fp16: where the sum is, the result may be on the other side of a half."""
+
+
 def rows_far_from_zero(rng: np.random.Generator, m: int, k: int, dtype: DType) -> np.ndarray:
     """Rows of which some have a mean of 30 deviations, some a small or a large deviation, and one is all alike."""
     x = (rng.standard_normal((m, k)) + rng.choice([0, 0, -3, 30], (m, 1))) * rng.choice([0.1, 1, 8], (m, 1))
@@ -72,6 +76,22 @@ def divided_step(m: int, n: int, k: int, name: str, dtype: DType = F16) -> Step:
     return make_step(Gemm((store,), epsilon=EPSILON), inputs)
 
 
+def moments_step(m: int, n: int, k: int, name: str, dtype: DType = F16, epsilon: float | None = None) -> Step:
+    """A product that finds the moments of its rows; with `epsilon` it divides those of its operand, too."""
+    if epsilon is not None:
+        step = divided_step(m, n, k, name, dtype)
+        op, inputs = step.op, step.inputs
+    else:
+        store = cv.stored(ACC, dtype) if name == "plain" else stores_of(dtype)[name]
+        given: list[cv.Given] = [(dtype, (m, k)), weight(k, n, dtype=dtype)]
+        given += [] if name == "plain" else [weight(n, dtype=dtype) * 20]
+        given += [(dtype, (m, n))] if name == "residual" else []
+        step = make_step(Gemm((store,)), given)
+        op, inputs = step.op, step.inputs
+    assert isinstance(op, Gemm)
+    return make_step(replace(op, moments=True), inputs)
+
+
 def launched(step: Step, tile: Tile, context: Context) -> list[Launch]:
     found = parts_of(step, context)
     assert found is not None
@@ -110,6 +130,33 @@ def test_many_parts_and_tiles(hopper: Runner) -> None:
     check_late(hopper, [case(hopper, rng, tile, 700, 392, 1104, "residual") for tile in tiles])
 
 
+def test_products_find_the_moments_of_their_rows(hopper: Runner, count: int) -> None:
+    """In tiles that do and with a launch behind tiles that do not; panels and tiles that end beside the result."""
+    rng, cases = rng_of("found"), []
+    tiles: list[Tile] = [tile for tile in (*STAGED_TILES, *CLUSTER_TILES) if tile.finds_moments]
+    tiles += [STAGED_TILES[2], PRODUCT_TILES[0], replace(PRODUCT_TILES[1], splits=2), MMA_TILES[1]]
+    for i in range(4 * count):
+        tile, name = tiles[i % len(tiles)], list(stores_of(F16))[int(rng.integers(0, 4))]
+        dtype = (F16, BF16)[int(rng.integers(0, 2))]
+        m, n, k = ragged(rng, 400), ragged(rng, 400, 8), ragged(rng, 300, 8)
+        step = moments_step(m, n, k, name, dtype)
+        launches = launched(step, tile, hopper.context)
+        assert len(launches) == 1 + (not isinstance(tile, WgmmaTile) or not tile.finds_moments)
+        feeds = {3: rows_far_from_zero(rng, m, n, dtype)} if name == "residual" else {}
+        cases.append(Case(f"{dtype.value} {m}x{n}x{k} {name} {tile}", step, k, feeds, launches, ROUNDED))
+    check(hopper, cases)
+
+
+def test_products_that_divide_rows_and_find_moments(hopper: Runner) -> None:
+    rng, cases = rng_of("both"), []
+    for tile in (STAGED_TILES[0], STAGED_TILES[3], STAGED_TILES[5]):
+        step = moments_step(700, 392, 1104, "residual", F16, EPSILON)
+        x = rng.standard_normal((700, 1104)).astype(np.float16)
+        feeds = {0: x, 2: moments_of(x), 4: rows_far_from_zero(rng, 700, 392, F16)}
+        cases.append(Case(f"{tile}", step, 1104, feeds, launched(step, tile, hopper.context), ROUNDED))
+    check_late(hopper, cases)
+
+
 def test_row_moments_match_float64(runner: Runner, count: int) -> None:
     rng, cases = rng_of("moments"), []
     for i in range(2 * count):
@@ -136,6 +183,17 @@ def parts(step: Step):  # type: ignore[no-untyped-def]
     found = parts_of(step, HOPPER)
     assert found is not None
     return found
+
+
+def test_tiles_that_find_moments_are_preferred() -> None:
+    """To a launch behind another one, where results have aligned rows."""
+    for step in (moments_step(8192, 768, 768, "residual"), moments_step(5, 768, 768, "residual")):
+        product, epilogue = parts(step)
+        tile = pick_tile(product, epilogue, HOPPER)
+        assert isinstance(tile, WgmmaTile)
+        assert tile.finds_moments
+    product, epilogue = parts(moments_step(300, 36, 64, "bias"))
+    assert len(launches_of(product, epilogue, pick_tile(product, epilogue, HOPPER), HOPPER)) == 2
 
 
 def test_computed_weights_and_fp32_are_refused() -> None:

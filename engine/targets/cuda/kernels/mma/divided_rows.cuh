@@ -11,7 +11,7 @@ struct DividedRows {
   // Parts of a row that a lane has at once: all of them up to 1,024 columns, half of that beside partial sums.
   static constexpr int BATCH = SPLIT ? 2 : 4;
   static constexpr bool JOINED_LATE = COOPERATIVE && !SPLIT;
-  static constexpr bool CLEARS = !JOINED_LATE && !SPLIT && ACCUMULATORS > 128;
+  static constexpr bool CLEARS = !JOINED_LATE && !SPLIT;
   RowPart part[JOINED_LATE ? ROWS : 1][BATCH];
   float factor[ROWS];
 

@@ -5,11 +5,15 @@
 // producer's warpgroup, brings the operand's panel into a place as soon as that is free, several panels and a tile ahead; the
 // consumer turns it into the result where it lies; the courier sends the result off while the consumer goes on.
 // A lane's accumulators are two neighbouring columns of each block of eight, so the epilogue works on two columns (WIDTH).
+//
+// MOMENTS: a panel of 64 columns of a row is a part of it whose moments (scheduler/row_parts.cuh) the consumer leaves, too, of the
+// results as they are rounded. These take the registers of the accumulators that they were made of.
 #pragma once
 #include "mma/wgmma_pipeline.cuh"
 #include "ptx/matrix_store.cuh"
 #include "ptx/pack.cuh"
 #include "ptx/tma_store.cuh"
+#include "scheduler/row_parts.cuh"
 
 static_assert(WIDTH == 2, "what a lane has of a block");
 static_assert(!SPLIT && !GROUPED, "");  // nor are there several matrices
@@ -18,7 +22,9 @@ constexpr int STAGED_COLUMNS = TILE_N % 64 == 0 ? 64 : 32, STAGED_ROW = 2 * STAG
 constexpr int STAGED_PANELS = TILE_N / STAGED_COLUMNS, SLOT_BYTES = CONSUMER_M * STAGED_ROW;
 constexpr int STAGING_BARRIERS = RING_BYTES;  // of each consumer: ready[SLOTS], written[SLOTS]
 constexpr int STAGING = (STAGING_BARRIERS + 8 * 2 * CONSUMERS * SLOTS + 1023) / 1024 * 1024;  // places start at a swizzle atom
+constexpr bool MOMENTS = config::moments;
 static_assert(TILE_N % STAGED_COLUMNS == 0, "");
+static_assert(!MOMENTS || STAGED_COLUMNS == PART_COLUMNS, "a panel is a part");
 static_assert(registers_of<Epilogue::Fixed>() < 4, "operands that are the same in every row fit beside the accumulators");
 
 // The next panel of a consumer's tiles, as the courier counts them.
@@ -56,6 +62,7 @@ struct StagedResults {
       const u32 slot = STAGED_PANELS % SLOTS == 0 ? panel % SLOTS : use % SLOTS;
       barrier_wait(places.ready + 8 * slot, use / SLOTS & 1);
       const u32 place = own + slot * SLOT_BYTES;
+      u32 made[2 * PARTS][BLOCKS];  // of a panel, by this lane's rows
 #pragma unroll
       for (int block = 0; block < BLOCKS; block += 2) {
         if constexpr (!HELD) fetch(p, layout, panel * BLOCKS + block, 2);
@@ -70,6 +77,7 @@ struct StagedResults {
             const int row = 2 * i + j % 2;
             const float acc[2] = {divisors.quotient(d[i][element], row), divisors.quotient(d[i][element + 1], row)};
             r[j] = Epilogue::results(acc, fixed[(HELD ? panel * BLOCKS + block : 0) + j / 2], r[j]);
+            if constexpr (MOMENTS) made[row][block + j / 2] = r[j];
           }
           store_matrix_x4(address, r);
         }
@@ -77,10 +85,39 @@ struct StagedResults {
       shared_writes_fence();
       __syncwarp();
       if (lane == 0) barrier_arrive(places.written + 8 * slot);
+      if constexpr (MOMENTS) leave_moments(p, layout, layout.first + panel * STAGED_COLUMNS, made);
     }
   }
 
  private:
+  // Of the part of the lane's rows that begins at column `first`. Columns end with a block. P: Params, which has `result_parts` only here.
+  template <class P> DEVICE static void leave_moments(const P& p, const Layout& layout, u32 first, const u32 (&made)[2 * PARTS][BLOCKS]) {
+    if (first >= layout.columns) return;
+    const u32 columns = min(PART_COLUMNS, layout.columns - first);
+    const float share = 1.0f / static_cast<float>(columns);
+    RowPart* const parts = p.result_parts + static_cast<u64>(first / PART_COLUMNS) * p.m;
+#pragma unroll
+    for (int r = 0; r < 2 * PARTS; ++r) {
+      RowPart found = {0.0f, 0.0f};
+#pragma unroll
+      for (int block = 0; block < BLOCKS; ++block)
+        if (8 * block < columns) found.mean += result(made[r][block]) + result(made[r][block] >> 16);
+      found.mean = quad_sum(found.mean) * share;
+#pragma unroll
+      for (int block = 0; block < BLOCKS; ++block) {
+        const float low = result(made[r][block]) - found.mean, high = result(made[r][block] >> 16) - found.mean;
+        if (8 * block < columns) found.squares += low * low + high * high;
+      }
+      found.squares = quad_sum(found.squares);
+      const u32 row = layout.first_row + 8 * (r % 2) + 64 * (r / 2);
+      if ((threadIdx.x & 3) == 0 && row < layout.rows) parts[row] = found;
+    }
+  }
+  DEVICE static float quad_sum(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+  }
+  DEVICE static float result(u32 bits) { return widen(Epilogue::Result{static_cast<u16>(bits)}); }
   DEVICE void fetch(const Params& p, const Layout& layout, int first, int blocks) {
 #pragma unroll
     for (int i = 0; i < blocks; ++i) {
@@ -92,7 +129,7 @@ struct StagedResults {
 
 // The places and barriers of one consumer, and what its courier does.
 struct StagedStores {
-  static constexpr bool STAGED = true;
+  static constexpr bool STAGED = true, CLEARS = MOMENTS;
   static constexpr int SHARED_BYTES = STAGING + CONSUMERS * SLOTS * SLOT_BYTES;
   using Results = StagedResults;
   u32 consumer, ready, written, slots;
