@@ -1,7 +1,7 @@
 // Rows of a product's first operand are divided by their standard deviation, which the accumulators are when they are complete. It comes
 // from the moments of parts of the rows (scheduler/row_parts.cuh): the four lanes that share rows of a tile read a quarter of the parts
 // each. Where consumers take tiles in turn all of that is before their own product, beside the other's. A consumer that multiplies
-// without a break only asks for them then, and joins them when it is through.
+// without a break only asks for them then, and joins them when the first step of its product is under way.
 #pragma once
 #include "mma/wgmma_pipeline.cuh"
 #include "scheduler/row_parts.cuh"
@@ -10,18 +10,16 @@ struct DividedRows {
   static constexpr int ROWS = 2 * PARTS;  // of a lane, eight apart
   // Parts of a row that a lane has at once: all of them up to 1,024 columns, half of that beside partial sums.
   static constexpr int BATCH = SPLIT ? 2 : 4;
-  static constexpr bool JOINED_LATE = COOPERATIVE && !SPLIT;
-  static constexpr bool CLEARS = !JOINED_LATE && !SPLIT;
-  RowPart part[JOINED_LATE ? ROWS : 1][BATCH];
+  static constexpr bool BESIDE = COOPERATIVE && !SPLIT;
+  static constexpr bool CLEARS = !BESIDE && !SPLIT;
+  RowPart part[BESIDE ? ROWS : 1][BATCH];
   float factor[ROWS];
 
   template <class P> DEVICE void begin(const P& p, const Layout& layout) {
-    if constexpr (JOINED_LATE) load(p, layout, part, 0);
+    if constexpr (BESIDE) load(p, layout, part, 0);
     else join(p, layout);
   }
-  template <class P> DEVICE void finish(const P& p, const Layout& layout) {
-    if constexpr (JOINED_LATE) join(p, layout);
-  }
+  template <class P> DEVICE void finish(const P& p, const Layout& layout) { join(p, layout); }  // where it is BESIDE products
   // An accumulator of the lane's row number `row`.
   DEVICE float quotient(float d, int row) const { return d * factor[row]; }
 
@@ -45,7 +43,7 @@ struct DividedRows {
     // Around the mean of a row's first part, which is about as far from the row's own mean as those of the others are.
     float pivot[ROWS], sum[ROWS] = {}, squares[ROWS] = {};
     for (u32 first = 0; first < parts; first += 4 * BATCH) {
-      if (JOINED_LATE && first == 0) take(now); else load(p, layout, now, first);
+      if (BESIDE && first == 0) take(now); else load(p, layout, now, first);
 #pragma unroll
       for (int r = 0; r < ROWS; ++r)
         if (first == 0) pivot[r] = __shfl_sync(~0u, now[r][0].mean, threadIdx.x & 28);
@@ -74,7 +72,7 @@ struct DividedRows {
     }
   }
   DEVICE void take(RowPart (&now)[ROWS][BATCH]) const {
-    if constexpr (JOINED_LATE) {
+    if constexpr (BESIDE) {
 #pragma unroll
       for (int r = 0; r < ROWS; ++r)
 #pragma unroll

@@ -68,9 +68,8 @@ struct OwnStores {
 
 // Rows of the first operand as they are; the other way is mma/divided_rows.cuh.
 struct WholeRows {
-  static constexpr bool CLEARS = false;
+  static constexpr bool CLEARS = false, BESIDE = false;
   DEVICE void begin(const Params&, const Layout&) {}
-  DEVICE void finish(const Params&, const Layout&) {}
   DEVICE float quotient(float d, int) const { return d; }
 };
 // The first product of a tile takes no notice of what its accumulators hold, which the compiler does not know: it keeps that from tile to
@@ -190,6 +189,9 @@ template <class LOAD, class STORES = OwnStores, class DIVISORS = WholeRows> DEVI
           }
         }
         wgmma_commit();
+        if constexpr (DIVISORS::BESIDE) {
+          if (step == 0) divisors.finish(p, layout);
+        }
         if (step > 0) {
           wgmma_wait<1>();
           if (leader) read.arrive(previous);
@@ -216,16 +218,13 @@ template <class LOAD, class STORES = OwnStores, class DIVISORS = WholeRows> DEVI
         const u32 first = again.m * TILE_M + row0 + 16 * warp + lane / 4, first_of_columns = first_column + again.n * TILE_N;
         const Layout found(first_of_columns, columns, first, p.m);
         divisors.begin(p, found);
-        divisors.finish(p, found);
         divide(divisors, d);
 #pragma unroll
         for (int i = 0; i < PARTS; ++i)
           emit_fragment<Epilogue, TILE_N / 8, LOAD::AHEAD>(p, d[i], 0, first + 64 * i, p.m, first_of_columns, columns);
       } else if constexpr (STORES::STAGED) {
-        divisors.finish(p, layout);
         epilogue.store(p, layout, d, divisors, STORES(ring, consumer), ordinal / TURNS);
       } else {
-        divisors.finish(p, layout);
         divide(divisors, d);
         epilogue.store(p, layout, d);
       }
