@@ -108,8 +108,8 @@ def _row_moments(op: ops.RowMoments, inputs: Sequence[Array], sizes: Sizes, node
 
 
 def _moments(x: Array) -> Array:
-    """Mean and squares around it of every 64 columns of the rows."""
-    parts = [_wide(x[..., start : start + 64]) for start in range(0, x.shape[-1], 64)]
+    """Mean and squares around it of every 32 columns of the rows."""
+    parts = [_wide(x[..., start : start + 32]) for start in range(0, x.shape[-1], 32)]
     each = [(part.mean(axis=-1), ((part - part.mean(axis=-1, keepdims=True)) ** 2).sum(axis=-1)) for part in parts]
     return np.stack([np.stack(pair, axis=-1) for pair in each], axis=-2).astype(np.float32)
 
@@ -117,7 +117,7 @@ def _moments(x: Array) -> Array:
 def _variance(moments: Array, columns: int) -> Array:
     """That of whole rows [..., 1]."""
     mean, squares = _wide(moments)[..., 0], _wide(moments)[..., 1]
-    counts = np.minimum(64, columns - 64 * np.arange(mean.shape[-1]))
+    counts = np.minimum(32, columns - 32 * np.arange(mean.shape[-1]))
     whole = (counts * mean).sum(axis=-1, keepdims=True) / columns
     result: Array = (squares + counts * (mean - whole) ** 2).sum(axis=-1, keepdims=True) / columns
     return result

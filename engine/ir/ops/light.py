@@ -100,7 +100,7 @@ class Norm(Op):
         return _bytes(inputs, outputs, self.gathers)
 
 
-MOMENT_COLUMNS = 64
+MOMENT_COLUMNS = 32
 """Columns of a part of a row whose moments stand together."""
 
 
@@ -111,7 +111,7 @@ def moments_shape(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
 
 @dataclass(frozen=True)
 class RowMoments(Op):
-    """`x[…, k]` → fp32 [..., ⌈k / 64⌉, 2]: of every 64 columns of a row (of the last ones, what is left) their mean and
+    """`x[…, k]` → fp32 [..., ⌈k / 32⌉, 2]: of every 32 columns of a row (of the last ones, what is left) their mean and
     the sum of squares around it, from which whole rows' mean and variance follow without cancellation (Chan, Golub,
     LeVeque 1979)."""
 

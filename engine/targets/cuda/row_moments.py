@@ -1,4 +1,4 @@
-"""Moments of rows by parts of 64 columns (row_moments.cuh), from which products find what they divide rows by
+"""Moments of rows by parts of 32 columns (row_moments.cuh), from which products find what they divide rows by
 (kernels/mma/divided_rows.cuh). In memory a part of all rows comes after the other."""
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from enum import Enum
 from math import hypot
 from typing import ClassVar, Generic, TypeAlias, TypeVar
 
-from engine.ir.ops import MOMENT_COLUMNS
 from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.kernel import Reads, ceildiv
 
@@ -174,8 +173,8 @@ class WgmmaTile:
 
     @property
     def finds_moments(self) -> bool:
-        """Whether a product in it finds the moments of its rows: a panel of staged results is a part of them."""
-        return self.slots > 0 and self.staged_columns == MOMENT_COLUMNS
+        """Whether a product in it finds the moments of its rows: a panel of staged results is one part or two."""
+        return self.slots > 0
 
     @property
     def most_splits(self) -> int:
@@ -216,6 +215,7 @@ STAGED_TILES = (
     WgmmaTile(128, 192, 4, slots=2),
     WgmmaTile(128, 128, 5, slots=2),
     WgmmaTile(128, 64, 8, slots=1),
+    WgmmaTile(128, 160, 5, cooperative=True, slots=3),
     WgmmaTile(64, 128, 8, slots=2),
 )
 """Tiles of products whose results go through shared memory."""

@@ -70,7 +70,7 @@ def test_a_norm_becomes_part_of_its_product(dtype: DType) -> None:
     x, weight, moments, *others = product.inputs
     assert divided(graph)[0].epsilon == np.float32(1e-5)
     assert (x.dtype, moments.dtype) == (dtype, DType.F32)
-    assert moments.shape[-2:] == (4, 2)
+    assert moments.shape[-2:] == (7, 2)
     assert [value.shape for value in others] == [(N,)], "one bias for that of the norm and that of the product"
     assert weight.data is not None
     columns = weight.data.astype(np.float64)

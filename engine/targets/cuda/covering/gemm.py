@@ -84,6 +84,9 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         (_divided(residual=True), context, [replace(t, splits=3) for t in divisible if _divides(t, 3)]),
         (_divided(residual=True), context, (*staged[:-1], *clusters[:-1])),
         (_divided(residual=True, dtype=DType.BF16), context, (*staged[-1:], *clusters[-1:])),
+        (_finding(residual), context, [*staged[:-1], *(tile for tile in clusters[:-1] if tile.slots), *portable[:1]]),
+        (_finding(_product(DType.BF16, residual=True)), context, (*staged[-1:], *clusters[-1:])),
+        (_finding(_divided(residual=True)), context, [*staged, *(tile for tile in clusters if tile.slots)]),
         (_matrices(k_inner=True, dtype=I8), context, batched[:2]),
         (_matrices(k_inner=True, dtype=F8), context, (*portable[:1], *batched)),
         (_matrices(k_inner=False), context, batched[:-1]),
@@ -122,10 +125,16 @@ def _divided(residual: bool, dtype: DType = F16) -> Step:
     inputs: list[Given] = [
         (dtype, (300, 384)),
         weight(384, 400, dtype=dtype),
-        (F32, (300, 6, 2)),
+        (F32, (300, 12, 2)),
         weight(400, dtype=dtype),
     ]
     return make_step(Gemm((store,), epsilon=1e-5), [*inputs, *([(dtype, (300, 400))] if residual else [])])
+
+
+def _finding(step: Step) -> Step:
+    """The same product, finding the moments of its rows."""
+    assert isinstance(step.op, Gemm)
+    return make_step(replace(step.op, moments=True), step.inputs)
 
 
 def computed(step: Step) -> Step:

@@ -1,4 +1,4 @@
-// The moments of rows by parts of 64 columns (scheduler/row_parts.cuh): eight lanes have a part, eight columns each, in one load where
+// The moments of rows by parts of 32 columns (scheduler/row_parts.cuh): four lanes have a part, eight columns each, in one load where
 // rows are aligned.
 #pragma once
 #include "epilogue/access.cuh"

@@ -8,8 +8,8 @@
 
 struct DividedRows {
   static constexpr int ROWS = 2 * PARTS;  // of a lane, eight apart
-  // Parts of a row that a lane has at once: all of them up to 1,024 columns, half of that beside partial sums.
-  static constexpr int BATCH = SPLIT ? 2 : 4;
+  // Parts of a row that a lane has at once, as many as there are registers for: all of 1,024 columns, of 768, or some of them.
+  static constexpr int BATCH = SPLIT ? 2 : !COOPERATIVE ? 8 : ACCUMULATORS < 96 ? 6 : 4;
   static constexpr bool BESIDE = COOPERATIVE && !SPLIT;
   static constexpr bool CLEARS = !BESIDE && !SPLIT;
   RowPart part[BESIDE ? ROWS : 1][BATCH];

@@ -6,8 +6,8 @@
 // consumer turns it into the result where it lies; the courier sends the result off while the consumer goes on.
 // A lane's accumulators are two neighbouring columns of each block of eight, so the epilogue works on two columns (WIDTH).
 //
-// MOMENTS: a panel of 64 columns of a row is a part of it whose moments (scheduler/row_parts.cuh) the consumer leaves, too, of the
-// results as they are rounded. These take the registers of the accumulators that they were made of.
+// MOMENTS: the columns of a row in a panel are one part of it or two, whose moments (scheduler/row_parts.cuh) the consumer leaves, too,
+// of the results as they are rounded. These take the registers of the accumulators that they were made of.
 #pragma once
 #include "mma/wgmma_pipeline.cuh"
 #include "ptx/matrix_store.cuh"
@@ -24,7 +24,8 @@ constexpr int STAGING_BARRIERS = RING_BYTES;  // of each consumer: ready[SLOTS],
 constexpr int STAGING = (STAGING_BARRIERS + 8 * 2 * CONSUMERS * SLOTS + 1023) / 1024 * 1024;  // places start at a swizzle atom
 constexpr bool MOMENTS = config::moments;
 static_assert(TILE_N % STAGED_COLUMNS == 0, "");
-static_assert(!MOMENTS || STAGED_COLUMNS == PART_COLUMNS, "a panel is a part");
+constexpr int PART_BLOCKS = PART_COLUMNS / 8;
+static_assert(STAGED_COLUMNS % PART_COLUMNS == 0, "a panel is one part or more");
 static_assert(registers_of<Epilogue::Fixed>() < 4, "operands that are the same in every row fit beside the accumulators");
 
 // The next panel of a consumer's tiles, as the courier counts them.
@@ -85,13 +86,19 @@ struct StagedResults {
       shared_writes_fence();
       __syncwarp();
       if (lane == 0) barrier_arrive(places.written + 8 * slot);
-      if constexpr (MOMENTS) leave_moments(p, layout, layout.first + panel * STAGED_COLUMNS, made);
+      if constexpr (MOMENTS) {
+#pragma unroll
+        for (int block = 0; block < BLOCKS; block += PART_BLOCKS)
+          leave_moments(p, layout, layout.first + panel * STAGED_COLUMNS + 8 * block, made, block);
+      }
     }
   }
 
  private:
-  // Of the part of the lane's rows that begins at column `first`. Columns end with a block. P: Params, which has `result_parts` only here.
-  template <class P> DEVICE static void leave_moments(const P& p, const Layout& layout, u32 first, const u32 (&made)[2 * PARTS][BLOCKS]) {
+  // Of the part of the lane's rows that begins at column `first`, in the panel at block `begin`. Columns end with a block. P: Params, which
+  // has `result_parts` only here.
+  template <class P>
+  DEVICE static void leave_moments(const P& p, const Layout& layout, u32 first, const u32 (&made)[2 * PARTS][BLOCKS], int begin) {
     if (first >= layout.columns) return;
     const u32 columns = min(PART_COLUMNS, layout.columns - first);
     const float share = 1.0f / static_cast<float>(columns);
@@ -100,13 +107,13 @@ struct StagedResults {
     for (int r = 0; r < 2 * PARTS; ++r) {
       RowPart found = {0.0f, 0.0f};
 #pragma unroll
-      for (int block = 0; block < BLOCKS; ++block)
-        if (8 * block < columns) found.mean += result(made[r][block]) + result(made[r][block] >> 16);
+      for (int i = 0; i < PART_BLOCKS; ++i)
+        if (8 * i < columns) found.mean += result(made[r][begin + i]) + result(made[r][begin + i] >> 16);
       found.mean = quad_sum(found.mean) * share;
 #pragma unroll
-      for (int block = 0; block < BLOCKS; ++block) {
-        const float low = result(made[r][block]) - found.mean, high = result(made[r][block] >> 16) - found.mean;
-        if (8 * block < columns) found.squares += low * low + high * high;
+      for (int i = 0; i < PART_BLOCKS; ++i) {
+        const float low = result(made[r][begin + i]) - found.mean, high = result(made[r][begin + i] >> 16) - found.mean;
+        if (8 * i < columns) found.squares += low * low + high * high;
       }
       found.squares = quad_sum(found.squares);
       const u32 row = layout.first_row + 8 * (r % 2) + 64 * (r / 2);

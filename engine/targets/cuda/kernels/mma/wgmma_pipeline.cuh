@@ -170,7 +170,7 @@ template <class LOAD, class STORES = OwnStores, class DIVISORS = WholeRows> DEVI
         epilogue.begin(p, layout);
       }
       Sum sums[PARTS][TILE_N / 2];
-      if constexpr (ACCUMULATORS > 128 && (DIVISORS::CLEARS || STORES::CLEARS)) clear(sums);
+      if constexpr (ACCUMULATORS >= 128 && (DIVISORS::CLEARS || STORES::CLEARS)) clear(sums);
       // A barrier's parity says nothing two phases later: wait until the other consumer is through with the stages before.
       if (!COOPERATIVE && ordinal > 0) barrier_wait(turn + 8 * consumer, (ordinal - 1) / CONSUMERS & 1);
 
