@@ -140,9 +140,9 @@ def _rounded(centred: _Array, dtype: DType) -> _Array:
     """The nearest numbers, but for the smallest ones of each column, which share what the others leave of its sum: they
     are the finest, so that next to nothing is left in the end, and a small part of what all are rounded by moves."""
     rounded: _Array = centred.astype(dtype.numpy).astype(np.float64)
-    for count in (_SPREAD, 1):
-        least = min(count, len(rounded) - 1)
-        rows = np.argpartition(np.abs(rounded), least, axis=0)[: max(1, least)]
+    least = min(_SPREAD, len(rounded) - 1)
+    smallest = np.argpartition(np.abs(rounded), least, axis=0)[:least]
+    for rows in (smallest, smallest[:1]):
         values = np.take_along_axis(rounded, rows, axis=0) - rounded.sum(axis=0) / len(rows)
         np.put_along_axis(rounded, rows, values.astype(dtype.numpy).astype(np.float64), axis=0)
     return rounded.astype(dtype.numpy)

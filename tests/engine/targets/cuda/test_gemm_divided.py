@@ -3,27 +3,37 @@ float64."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from engine import frontend, passes
 from engine.errors import UnsupportedOp
 from engine.ir.dtype import DType
+from engine.ir.graph import Value, make_node
 from engine.ir.ops import Gemm, RowMoments
+from engine.plan.build import Constants, build
 from engine.plan.plan import Step
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.choices import choice_of, key_of, tile_of
 from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
+from engine.targets.cuda.families import traits_of
 from engine.targets.cuda.gemm import launches_of, needs_staged, operands_of, parts_of, pick_tile, ranked_tiles
-from engine.targets.cuda.kernel import Context, Launch, WeightStore
+from engine.targets.cuda.kernel import Context, Functor, Launch, WeightStore, content, is_constant
+from engine.targets.cuda.product import Product
 from engine.targets.cuda.tiles import CLUSTER_TILES, MMA_TILES, PRODUCT_TILES, STAGED_TILES, Operands, Tile, WgmmaTile
-from tests.engine.ir_interpreter import run_node
+from tests.engine.ir_interpreter import bind_sizes, run_node
 from tests.engine.targets.cuda.cases import check, check_late, ragged, rng_of
 from tests.engine.targets.cuda.harness import Case, Runner
+from tests.engine.targets.cuda.planning import CudaCapabilities, copies
 from tests.engine.targets.cuda.test_gemm import stores_of
+from tests.engine.targets.cuda.test_packed_models import execute
 
+FIXTURES = Path(__file__).parents[3] / "fixtures"
 BF16 = DType.BF16
 EPSILON = 1e-5
 FAR = 2.0**-16
@@ -44,14 +54,9 @@ def rows_far_from_zero(rng: np.random.Generator, m: int, k: int, dtype: DType) -
 
 
 def moments_of(x: np.ndarray) -> np.ndarray:
-    (found,) = run_node(_node(RowMoments(), x), [x], {})
+    with np.errstate(invalid="ignore"):
+        (found,) = run_node(make_node(RowMoments(), (Value("x", DType.of(x.dtype), x.shape),)), [x], {})
     return found
-
-
-def _node(op: RowMoments, x: np.ndarray):  # type: ignore[no-untyped-def]
-    from engine.ir.graph import Value, make_node
-
-    return make_node(op, (Value("x", DType.of(x.dtype), x.shape),))
 
 
 def centred(k: int, n: int, dtype: DType) -> np.ndarray:
@@ -167,6 +172,41 @@ def test_row_moments_match_float64(runner: Runner, count: int) -> None:
     check(runner, cases)
 
 
+@pytest.mark.parametrize("name", ["gpt2_legacy", "vit-eager-legacy-11"])
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_pre_norm_transformers_match_their_graphs(hopper: Runner, name: str, dtype: DType) -> None:
+    """All steps one after the other, no norm among them but the first and the last."""
+    path = FIXTURES / f"{name}.onnx"
+    graph = passes.run(frontend.read(path), replace(traits_of(SM_90A), storage_type=dtype))
+    data = np.load(FIXTURES / f"{name}.npz")
+    feeds = {value.name: data[f"in_{value.name}"] for value in graph.inputs}
+    plan = build(graph, bind_sizes(graph, feeds), CudaCapabilities(), Constants())
+    assert Counter(step.op.name for step in plan.steps)["Norm"] == 2
+    assert copies(plan) == []
+    (got,) = execute(hopper, plan, feeds).values()
+    want = data["out_0"].astype(np.float64)
+    assert np.linalg.norm(got - want) <= (5e-3 if dtype is F16 else 4e-2) * np.linalg.norm(want)
+
+
+def test_what_is_not_finite_stays_in_its_rows(hopper: Runner) -> None:
+    for tile in (STAGED_TILES[0], STAGED_TILES[3], PRODUCT_TILES[1]):
+        step = moments_step(200, 200, 136, "bias", F16, EPSILON)
+        x = np.random.default_rng(0).standard_normal((200, 136)).astype(np.float16)
+        arrays = [x, *(content(tensor) if is_constant(tensor) else None for tensor in step.inputs[1:])]
+        arrays[2] = moments_of(x)
+        launches = launched(step, tile, hopper.context)
+        assert all(hopper.prepare(one.kernel) is None for one in launches)
+        clean = hopper.run(step, launches, [array for array in arrays if array is not None])
+        for row, value in ((3, np.nan), (70, np.inf), (199, -np.inf)):
+            x[row, row % 136] = value
+        arrays[2] = moments_of(x)
+        got = hopper.run(step, launches, [array for array in arrays if array is not None])
+        others = np.delete(np.arange(200), [3, 70, 199])
+        for result, before in zip(got, clean, strict=True):
+            assert np.isnan(result[[3, 70, 199]]).all()
+            assert np.array_equal(result[others], before[others])
+
+
 def test_only_tiles_of_wgmma_divide_rows() -> None:
     for m, n, k in ((1, 64, 64), (8, 2304, 768), (8192, 768, 768), (5000, 96, 32)):
         product, epilogue = parts(divided_step(m, n, k, "bias"))
@@ -179,7 +219,7 @@ def test_only_tiles_of_wgmma_divide_rows() -> None:
         assert key_of(product, operands, epilogue) != key_of(whole, operands, epilogue)
 
 
-def parts(step: Step):  # type: ignore[no-untyped-def]
+def parts(step: Step) -> tuple[Product, Functor]:
     found = parts_of(step, HOPPER)
     assert found is not None
     return found
