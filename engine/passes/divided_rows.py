@@ -19,7 +19,7 @@ from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.expr import Apply, Expr, PointOp
 from engine.ir.graph import Graph, Node, Value, constant
-from engine.ir.ops import Gemm, Norm, NormKind, RowMoments, moments_shape
+from engine.ir.ops import Gemm, Norm, NormKind, Reshape, RowMoments, View, moments_shape
 from engine.passes.editor import Editor, joined_origin
 from engine.passes.traits import Traits
 
@@ -49,7 +49,7 @@ def divide_rows(graph: Graph, traits: Traits) -> None:
     for node in editor.nodes():
         found = _scaled(node)
         users = editor.users(node.outputs[0])
-        if found is None or not users or editor.is_output(node.output):
+        if found is None or not users or editor.is_output(node.output) or _lies_apart(editor, found.x):
             continue
         weights = [_centred(user, node.output, found) for user in users]
         if all(weight is not None for weight in weights):
@@ -59,6 +59,15 @@ def divide_rows(graph: Graph, traits: Traits) -> None:
                 _rewrite(editor, node, user, (found.x, moments), weight, found.shift)
             editor.remove(node)
     editor.finish()
+
+
+def _lies_apart(editor: Editor, x: Value) -> bool:
+    """Whether the rows of `x` are some of another tensor's (a class token's): for these a norm is as good, and else
+    they would have to be copied."""
+    producer = editor.producer(x)
+    while producer is not None and isinstance(producer.op, Reshape):
+        producer = editor.producer(producer.inputs[0])
+    return producer is not None and isinstance(producer.op, View)
 
 
 def _moments(editor: Editor, x: Value, origin: str) -> Value:

@@ -29,8 +29,9 @@ W = {
     "v": random(K, N, seed=5) / np.sqrt(K), "u": random(N, K, seed=6) / np.sqrt(N), "tiny": random(K, N, seed=7) * 1e-5,
     "odd": random(K - 1, seed=8), "wo": random(K - 1, N, seed=9) / np.sqrt(K),
     "h0": random(24, K, seed=10) / 5, "ho": random(24, K - 1, seed=11) / 5, "far": np.float32(30),
+    "zero": np.array([0]), "one": np.array([1]),
 }  # fmt: skip
-WEIGHTS = {name: array.astype(np.float32) for name, array in W.items()}
+WEIGHTS = {name: array.astype(np.float32) if array.dtype.kind == "f" else array for name, array in W.items()}
 BLOCK = """(float[b,t,24] x) => (float[b,t,72] y) {{ h = MatMul(x, h0) n = {norm} {tail} }}"""
 NORM = "LayerNormalization<axis=-1, epsilon=0.00001>(h, g, s)"
 TAIL = "m = MatMul(n, w) y = Add(m, b)"
@@ -40,6 +41,7 @@ def rewritten(tail: str = TAIL, norm: str = NORM, dtype: DType = DType.F16, far:
     """The graph of a model, whose results have been compared with those before the passes."""
     text = BLOCK.format(norm=norm, tail=tail)
     text = text.replace("h0", "ho") if "odd" in norm else text
+    text = text.replace("n = ", "f = Slice(h, zero, one, one) n = ") if "(f," in norm else text
     text = text.replace("h = MatMul(x, h0)", "d = MatMul(x, h0) h = Add(d, far)") if far else text
     names = set(re.findall(r"\w+", text))
     proto = model(text, {name: array for name, array in WEIGHTS.items() if name in names})
@@ -127,9 +129,15 @@ def test_small_weights_keep_their_bits() -> None:
     [
         ("m = MatMul(n, w) r = MatMul(m, u) q = Add(r, n) y = MatMul(q, v)", NORM),
         ("t1 = Tanh(n) y = MatMul(t1, w)", NORM),
+        ("y = MatMul(n, w)", "LayerNormalization<axis=-1, epsilon=0.00001>(f, g, s)"),
         ("y = MatMul(n, wo)", "LayerNormalization<axis=-1, epsilon=0.00001>(h, odd)"),
     ],
-    ids=["a residual reads it", "no product reads it", "features that are no multiple of 8"],
+    ids=[
+        "a residual reads it",
+        "no product reads it",
+        "the first of several rows",
+        "features that are no multiple of 8",
+    ],
 )
 def test_what_stays_a_norm(tail: str, norm: str) -> None:
     graph = rewritten(tail, norm)
