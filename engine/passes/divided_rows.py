@@ -74,10 +74,11 @@ def _moments(editor: Editor, x: Value, origin: str) -> Value:
     """The moments of the rows of `x`: a second result of the product with a weight that computes it, else a node."""
     host = editor.producer(x)
     if host is not None and isinstance(host.op, Gemm):
-        b = host.inputs[1]
+        a, b = host.inputs[:2]
         if host.op.moments:
             return host.outputs[-1]
-        if len(host.outputs) == 1 and b.is_constant and b.rank == 2 and b.dtype is x.dtype:
+        narrow = a.dtype is b.dtype is x.dtype and _accumulators(host.op) == {DType.F32}
+        if len(host.outputs) == 1 and b.is_constant and b.rank == 2 and narrow:
             moments = Value(f"{x.name}/moments", DType.F32, moments_shape(x.shape))
             editor.update(host, replace(host.op, moments=True), outputs=(x, moments))
             return moments
@@ -137,12 +138,15 @@ def _centred(user: Node, normalised: Value, found: _Scaled) -> _Array | None:
     weight = others[0]
     if weight.data is None or weight.rank != 2 or weight.dtype is not found.x.dtype:
         return None
-    accumulators = {leaf.dtype for leaf in ex.walk(*op.stores) if isinstance(leaf, ex.Acc)}
     scaled = found.scale[:, None] * weight.data.astype(np.float64)
     centred: _Array = scaled - scaled.mean(axis=0)
     largest = float(np.abs(centred).max(initial=0))
     fits = np.isfinite(largest) and (weight.dtype is not DType.F16 or largest < 2**15)
-    return centred if fits and accumulators == {DType.F32} else None
+    return centred if fits and _accumulators(op) == {DType.F32} else None
+
+
+def _accumulators(op: Gemm) -> set[DType]:
+    return {leaf.dtype for leaf in ex.walk(*op.stores) if isinstance(leaf, ex.Acc)}
 
 
 def _rounded(centred: _Array, dtype: DType) -> _Array:
