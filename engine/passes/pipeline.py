@@ -82,6 +82,7 @@ PASSES: tuple[Pass, ...] = (
     merge_views,
     fold,
     narrow_floats,
+    fold,
     choose_orders,
     fuse_means,
     fuse_excitations,

@@ -75,6 +75,13 @@ _ANY = {
     PointOp.LT: "({} < {})", PointOp.LE: "({} <= {})", PointOp.ISNAN: "isnan({})", PointOp.ISINF: "isinf({})",
     PointOp.WHERE: "({} ? {} : {})",
 }  # fmt: skip
+_LONG = {
+    PointOp.EXP: 5, PointOp.LOG: 7, PointOp.SQRT: 8, PointOp.DIV: 9, PointOp.SIGMOID: 8, PointOp.TANH: 18,
+    PointOp.ERF: 20, PointOp.POW: 40, PointOp.SIN: 20, PointOp.COS: 20, PointOp.CAST: 0,
+}  # fmt: skip
+"""About how many instructions a function takes in fp32; what is not here counts as one. `_GELU`: of GELU for results of
+16 bits."""
+_GELU = 10
 
 
 def epilogue(
@@ -278,7 +285,8 @@ class _Writer:
         )
         lines = [*self.prepare, *loop_over(results), *self.finish]
         code = f"struct {name} {{\n{head}  DEVICE static {signature} {{\n{indented(lines)}\n  }}\n{tail}}};\n"
-        return Functor(code, tuple(self.arguments.items()), self.reads)
+        reads = replace(self.reads, instructions=instructions(*(root for root, _ in results.values())))
+        return Functor(code, tuple(self.arguments.items()), reads)
 
 
 def loop_over(results: Mapping[str, tuple[ex.Expr, DType]], gelu: str = "gelu_narrow") -> list[str]:
@@ -290,6 +298,11 @@ def loop_over(results: Mapping[str, tuple[ex.Expr, DType]], gelu: str = "gelu_na
         *(f"{target} = {_stored(body.names[root], root.dtype, to)};" for target, (root, to) in results.items()),
     ]
     return ["#pragma unroll", "for (int i = 0; i < WIDTH; ++i) {", *(f"  {line}" for line in loop), "}"]
+
+
+def instructions(*roots: ex.Expr) -> int:
+    """About how many instructions compute an element of each."""
+    return _expression_lines(roots, "").instructions
 
 
 def _stored(text: str, source: DType, target: DType) -> str:
@@ -317,6 +330,7 @@ class _Lines:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.names: dict[ex.Expr, str] = {}
+        self.instructions = 0
 
 
 def _expression_lines(roots: Sequence[ex.Expr], gelu: str) -> _Lines:
@@ -344,8 +358,10 @@ def _expression_lines(roots: Sequence[ex.Expr], gelu: str) -> _Lines:
             name = f"t{len(result.lines)}"
             if node in short:
                 value = f"{gelu}({result.names[short[node]]})"
+                result.instructions += _GELU
             else:
                 value = _apply(node, [result.names[arg] for arg in node.args])
+                result.instructions += _LONG.get(node.op, 1)
             result.lines.append(f"const {COMPUTE[node.dtype]} {name} = {value};")
             result.names[node] = name
     return result

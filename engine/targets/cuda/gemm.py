@@ -173,7 +173,7 @@ def ranked_tiles(product: Product, context: Context, reads: Reads = NOTHING) -> 
     """The tiles that can take a product, with k in one part or in several, from what should be the fastest on."""
     operands, multiprocessors = operands_of(product, context), context.multiprocessors
     divided = product.divisors is not None
-    every = [] if divided else [*ranked_mma(product, operands, context.architecture, multiprocessors)]
+    every = [] if divided else [*ranked_mma(product, operands, context.architecture, multiprocessors, reads)]
     if context.architecture.wgmma and product.suits_tma_aligned and operands is not Operands.EXACT:
         tiles = ranked_wgmma(product, operands, multiprocessors, reads)
         every += (one for one in tiles if not divided or (isinstance(one.tile, WgmmaTile) and one.tile.divides_rows))
@@ -198,7 +198,7 @@ def ranked_in(way: Way, product: Product, epilogue: Functor, context: Context) -
     if not context.architecture.wgmma:
         return []
     if way is Way.STAGED and single and epilogue.staged is not None:
-        found = ranked_staged(product, operands, multiprocessors)
+        found = ranked_staged(product, operands, multiprocessors, epilogue.reads)
     elif way is Way.CLUSTER and single:
         found = ranked_cluster(product, operands, multiprocessors, epilogue.reads, epilogue.staged is not None)
     elif way is Way.BATCHED and product.suits_tma_batched:

@@ -409,11 +409,12 @@ def _ctype(value: int | bool) -> str:
 
 @dataclass(frozen=True)
 class Reads:
-    """Registers that eight columns of a row of all that a functor reads take: of what is the same in every row, and of
-    what varies from row to row."""
+    """What a functor costs: registers that eight columns of a row of all that it reads take, of what is the same in
+    every row, and of what varies from row to row; and about how many instructions it computes an element in."""
 
     fixed: int = 0
     varying: int = 0
+    instructions: int = 0
 
 
 def _without_stages() -> None:

@@ -2,10 +2,12 @@
 
 All in cycles of an H100, in terms of what the chip does: a multiprocessor multiplies a step of k while the next ones
 come from the L2 cache, whichever takes longer; a block finishes its tiles, beside the next product where two consumers
-take turns; before and after, memory delivers what all of them touch. The constants of wgmma were fitted to timings of
-60 random shapes of fp16 in some twenty tiles each (before there were those of 64×96, 160 and 224 columns). Of 48 others
-the tile picked took 6 % longer than the best one timed, in the geometric mean; estimates were 12 % off. Not in it: GPUs
-lower their clock under products that take long (8192³ took 1,520 µs where 1,215 are estimated).
+take turns; before and after, memory delivers what all of them touch. The constants were fitted to timings of 637 random
+products of fp16, with and without epilogues, in all their tiles (33,000 timings), of which none is in the suites of the
+benchmarks. Fitted to one half of them, the tile picked for one of the other half took 5 % longer than the best one, in
+the geometric mean (4 % where n and k are multiples of 64); estimates were 11 % off. Not in it: GPUs lower their clock
+under products that take long (8192³ took 1,520 µs where 1,215 are estimated), and some tiles of 96 columns take twice
+as long where k is long and a power of two.
 """
 
 from __future__ import annotations
@@ -92,34 +94,42 @@ class Ranked:
 
 
 _RATE = 2048  # multiply-adds of fp16 a cycle (NVIDIA's architecture paper)
-_STEADY, _NARROW = 0.9, 8
-"""The time of a multiplication beside that rate at our clock, which small products exceed: `steady` (set, not fitted),
-and what is divided by the columns of a tile (wide instructions read less shared memory for each)."""
-_CACHE_RATE = 7240
+_STEADY, _NARROW = 0.85, 15
+"""The time of a multiplication beside that rate at our clock, which small products exceed: `steady`, and what is
+divided by the columns of a tile (wide instructions read less shared memory for each)."""
+_CACHE_RATE = 8450
 """Bytes a cycle from the L2 cache to all multiprocessors."""
 _CUT = {32: 1.2, 16: 1.9}
 """What bytes of rows cost more that begin at multiples of so many only: 128 of them lie in two lines of the cache, or
 reach into one sector more."""
-_LEAST_STEP = 140  # waiting and issuing
-_FINISH, _FINISH_ELEMENT, _SHIFT_ELEMENT = 130, 0.046, 0.12
-"""A tile's results: each element's, and more where rows of the result do not begin at multiples of 16 bytes."""
-_STAGED_FINISH, _STAGED_ELEMENT = 300, 0.02
-"""The same of staged results: as expected beforehand, within 4 % of the time measured for tiles in turn."""
-_ARRIVAL, _PARTIAL_RATE = 2100, 51
+_LEAST_STEP = 156  # waiting and issuing
+_FINISH, _FINISH_ELEMENT = 205, 0.099
+_STAGED_FINISH, _STAGED_ELEMENT = 165, 0.062
+"""A tile's results: of each, and of each element. The second row: of staged results."""
+_SHIFT_ELEMENT = {1: 0.26, 2: 0.26, 4: 0.72, 8: 0.33}
+"""What an element takes more where rows of the result begin at multiples of so many bytes."""
+_INSTRUCTION, _TILE_ELEMENT = 0.0115, 0.069
+"""An element's: each instruction of the epilogue, and an operand of its own."""
+_HALVED = 0.62
+"""The time of results whose rows two consumers share."""
+_ARRIVAL, _PARTIAL_RATE = 2840, 50
 """Partial sums: until they are visible and counted, and the bytes that a multiprocessor writes or reads in a cycle."""
-_LAUNCH, _MEMORY_RATE = 4120, 2360
-_PARTIAL_SECTORS = 1.9
+_LAUNCH, _MEMORY_RATE = 2800, 2190
+_PARTIAL_SECTORS, _MMA_PARTIAL_SECTORS = 3.3, 1.4
 """What bytes of the result cost memory more whose rows do not begin at multiples of a sector (32 bytes)."""
-_COPY_LAUNCH, _COPY_RATE = 2330, 2030
+_COPY_LAUNCH, _COPY_RATE = 1370, 1630
 
 _MOMENTS_ELEMENT = 6
 """Instructions of a lane for each of its accumulators whose moments it finds: counted, not measured."""
 
-_MMA_LAUNCH, _MMA_MEMORY_RATE = 2800, 2960
-_MMA_SHARE, _TALL = 0.95, 1.5
-_NARROW_LOADS = {16: 1.0, 4: 1.8, 2: 3.5, 1: 7.0}
+_MMA_LAUNCH, _MMA_MEMORY_RATE = 755, 2290
+_MMA_SHARE, _TALL = 1.08, 1.13
+_NARROW_LOADS = {16: 1.0, 8: 1.09, 4: 1.1, 2: 1.5, 1: 7.0}
 """The time of a tile of mma.sync on an H100 beside `mma_cycles`, of one with more than 16 rows, and by the bytes that
-are loaded at once of a row of a: from 60 timings, of which half lie within 15 % (of single bytes there are none)."""
+are loaded at once of a row of a (of single bytes there are no timings)."""
+_MMA_READ, _MMA_SHIFT_ELEMENT = 700, 0.27
+"""What its tile takes more where the epilogue has operands, and each element where rows of the result are not
+aligned."""
 
 
 def ranked_wgmma(
@@ -139,11 +149,11 @@ def ranked_batched(product: Product, operands: Operands, multiprocessors: int, r
         yield Ranked(tile, _wgmma_estimate(product, tile, operands, multiprocessors, reads))
 
 
-def ranked_staged(product: Product, operands: Operands, multiprocessors: int) -> Iterator[Ranked]:
-    """Every tile of wgmma with staged results. No consumer waits for what its epilogue reads."""
+def ranked_staged(product: Product, operands: Operands, multiprocessors: int, reads: Reads) -> Iterator[Ranked]:
+    """Every tile of wgmma with staged results."""
     for tile in STAGED_TILES:
         chosen = replace(tile, aligns=operands is Operands.REFINED or not product.suits_tma)
-        yield Ranked(chosen, _wgmma_estimate(product, chosen, operands, multiprocessors, NOTHING))
+        yield Ranked(chosen, _wgmma_estimate(product, chosen, operands, multiprocessors, reads))
 
 
 def ranked_cluster(
@@ -153,8 +163,7 @@ def ranked_cluster(
     for tile in CLUSTER_TILES:
         if staged or not tile.slots:
             chosen = replace(tile, aligns=operands is Operands.REFINED or not product.suits_tma)
-            waits = NOTHING if tile.slots else reads
-            yield Ranked(chosen, _wgmma_estimate(product, chosen, operands, multiprocessors, waits))
+            yield Ranked(chosen, _wgmma_estimate(product, chosen, operands, multiprocessors, reads))
 
 
 def _wgmma_estimate(
@@ -174,21 +183,30 @@ def _wgmma_estimate(
     together = min(blocks * tile.splits, multiprocessors) / _CACHE_RATE
     step, limit = max((multiply, "products"), (rows * 128 * together, "L2 cache"), (_LEAST_STEP, "steps"))
     if tile.slots:
-        finish = _STAGED_FINISH + tile.m * tile.n * _STAGED_ELEMENT
+        fixed, element = _STAGED_FINISH, _STAGED_ELEMENT
     else:
-        finish = _FINISH + tile.m * tile.n * (_FINISH_ELEMENT + (_SHIFT_ELEMENT if n % 8 else 0))
+        fixed, element = _FINISH, _FINISH_ELEMENT + _SHIFT_ELEMENT.get(_alignment(n * itemsize), 0)
+    element += _INSTRUCTION * reads.instructions + (_TILE_ELEMENT if reads.varying else 0)
     if product.moments is not None and tile.finds_moments:
-        finish += _MOMENTS_ELEMENT * tile.consumer_rows * tile.n / 128
+        element += _INSTRUCTION * _MOMENTS_ELEMENT
+    finish = fixed + tile.m * tile.n * element * (_HALVED if tile.cooperative else 1)
     if tile.splits > 1:
         finish += _ARRIVAL + (tile.splits + 1) * tile.m * tile.n * 4 / _PARTIAL_RATE
     if tile.cooperative:
         busy = rounds * (steps * step + finish)
     else:  # one consumer finishes its tile beside the other's product
         busy = max(rounds * steps * step + finish, ceildiv(rounds, 2) * (steps * step + finish))
-    busy += waiting_cycles(tile, reads, rounds)
+    if not tile.slots:  # where others bring what the epilogue reads
+        busy += waiting_cycles(tile, reads, rounds)
     copy = _COPY_LAUNCH + 2 * m * k * itemsize / _COPY_RATE if tile.aligns else 0
     after = 0 if tile.finds_moments else _moments_cycles(product)
-    return Estimate(_LAUNCH, copy, busy, _touched(product, operands) / _MEMORY_RATE, limit, after)
+    memory = _touched(product, operands, reads, _PARTIAL_SECTORS) / _MEMORY_RATE
+    return Estimate(_LAUNCH, copy, busy, memory, limit, after)
+
+
+def _alignment(row_bytes: int) -> int:
+    """What the beginnings of rows of the result are multiples of."""
+    return row_bytes & -row_bytes
 
 
 def _moments_cycles(product: Product) -> float:
@@ -203,22 +221,29 @@ def _cut(stride_bytes: int) -> float:
     return _CUT.get(stride_bytes & -stride_bytes, 1) if stride_bytes > 128 else 1
 
 
-def _touched(product: Product, operands: Operands) -> float:
-    """The bytes that come from memory and go there."""
+def _touched(product: Product, operands: Operands, reads: Reads, partial: float) -> float:
+    """The bytes that come from memory and go there; `partial`: what those of results count in partial sectors."""
     m, n, k = product.m, product.n, product.k
-    result = m * n * (_PARTIAL_SECTORS if n * operands.itemsize % 32 else 1)
-    return operands.itemsize * product.batch.count * (m * k + k * n + result)
+    result = m * n * (partial if n * operands.itemsize % 32 else 1)
+    more = m * n * reads.varying / 2  # registers of eight columns
+    return product.batch.count * (operands.itemsize * (m * k + k * n + result) + more)
 
 
 def ranked_mma(
-    product: Product, operands: Operands, architecture: Architecture, multiprocessors: int
+    product: Product, operands: Operands, architecture: Architecture, multiprocessors: int, reads: Reads = NOTHING
 ) -> Iterator[Ranked]:
     """Every tile of mma.sync."""
     m, n, k, batch = product.m, product.n, product.k, product.batch.count
     tall = _TALL if architecture.wgmma else 1
-    share, memory = _MMA_SHARE * _NARROW_LOADS[product.a_access], _touched(product, operands) / _MMA_MEMORY_RATE
+    share = _MMA_SHARE * _NARROW_LOADS[product.a_access]
+    memory = _touched(product, operands, reads, _MMA_PARTIAL_SECTORS) / _MMA_MEMORY_RATE
+    shift = _MMA_SHIFT_ELEMENT if _alignment(n * operands.itemsize) in _SHIFT_ELEMENT else 0
     for tile in mma_tiles(m, n, k, batch, architecture, operands, MOST_SPLITS):
         busy = share * mma_cycles(m, n, k, batch, tile, multiprocessors, operands) * (tall if tile.m > 16 else 1)
+        blocks = ceildiv(m, tile.m) * ceildiv(n, tile.n) * batch * tile.splits
+        busy += ceildiv(blocks, multiprocessors) * tile.m * tile.n * shift
+        if reads.fixed or reads.varying:
+            busy += ceildiv(blocks, multiprocessors * tile.blocks) * _MMA_READ
         yield Ranked(tile, Estimate(_MMA_LAUNCH, 0, busy, memory, "products", _moments_cycles(product)))
 
 
