@@ -2,7 +2,7 @@
 
 With scale γ, shift β and weights W, norm(x) · W = (x · C) / σ + β · W, where C is γ ⊙ W less the mean of each of its
 columns: the columns of C sum to 0, which takes the mean of a row out of the product. So a product needs of a row its
-standard deviation σ alone, which comes from `RowMoments`, and the normalised rows are neither written nor read. It
+standard deviation σ alone, as the factor 1 / σ (`RowFactors`), and the normalised rows are neither written nor read. It
 comes last: to all other passes a norm and its products are nodes of their own.
 
 C is rounded so that the sums stay 0 (`_rounded`), or a row whose mean is many times its deviation would meet what
@@ -19,7 +19,7 @@ from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.expr import Apply, Expr, PointOp
 from engine.ir.graph import Graph, Node, Value, constant
-from engine.ir.ops import Gemm, Norm, NormKind, Reshape, RowMoments, View, moments_shape
+from engine.ir.ops import Gemm, Norm, NormKind, Reshape, RowFactors, View, factors_shape
 from engine.passes.editor import Editor, joined_origin
 from engine.passes.traits import Traits
 
@@ -38,11 +38,12 @@ class _Scaled:
     x: Value
     scale: _Array
     shift: _Array
+    epsilon: float
 
 
 def divide_rows(graph: Graph, traits: Traits) -> None:
     """Rewrite every such norm, where the target's products divide rows (`Traits.divided_rows`), and let a product that
-    computes what is normalised find its moments, too."""
+    computes what is normalised find their factors, too."""
     if not traits.divided_rows:
         return
     editor = Editor(graph)
@@ -53,10 +54,12 @@ def divide_rows(graph: Graph, traits: Traits) -> None:
             continue
         weights = [_centred(user, node.output, found) for user in users]
         if all(weight is not None for weight in weights):
-            moments = _moments(editor, found.x, node.origin)
+            factors = _factors(editor, found.x, found.epsilon, node.origin)
+            if factors is None:
+                continue
             for user, weight in zip(users, weights, strict=True):
                 assert weight is not None
-                _rewrite(editor, node, user, (found.x, moments), weight, found.shift)
+                _rewrite(editor, node, user, (found.x, factors), weight, found.shift)
             editor.remove(node)
     editor.finish()
 
@@ -70,19 +73,20 @@ def _lies_apart(editor: Editor, x: Value) -> bool:
     return producer is not None and isinstance(producer.op, View)
 
 
-def _moments(editor: Editor, x: Value, origin: str) -> Value:
-    """The moments of the rows of `x`: a second result of the product with a weight that computes it, else a node."""
+def _factors(editor: Editor, x: Value, epsilon: float, origin: str) -> Value | None:
+    """The factors of the rows of `x`: a second result of the product with a weight that computes it, else of a node.
+    None where the product has factors of another epsilon already."""
     host = editor.producer(x)
     if host is not None and isinstance(host.op, Gemm):
         a, b = host.inputs[:2]
-        if host.op.moments:
-            return host.outputs[-1]
+        if host.op.factors is not None:
+            return host.outputs[-1] if host.op.factors == epsilon else None
         narrow = a.dtype is b.dtype is x.dtype and _accumulators(host.op) == {DType.F32}
         if len(host.outputs) == 1 and b.is_constant and b.rank == 2 and narrow:
-            moments = Value(f"{x.name}/moments", DType.F32, moments_shape(x.shape))
-            editor.update(host, replace(host.op, moments=True), outputs=(x, moments))
-            return moments
-    return editor.add(RowMoments(), (x,), f"{x.name}/moments", origin).output
+            factors = Value(f"{x.name}/factors", DType.F32, factors_shape(x.shape))
+            editor.update(host, replace(host.op, factors=epsilon), outputs=(x, factors))
+            return factors
+    return editor.add(RowFactors(epsilon), (x,), f"{x.name}/factors", origin).output
 
 
 def _scaled(node: Node) -> _Scaled | None:
@@ -98,7 +102,7 @@ def _scaled(node: Node) -> _Scaled | None:
     if op.axes != (x.rank - 1,) or x.rank < 2 or not isinstance(features, int) or features % _VECTOR:
         return None
     found = _affine(op.stores[0], node, features)
-    return None if found is None or node.output.dtype is not x.dtype else _Scaled(x, *found)
+    return None if found is None or node.output.dtype is not x.dtype else _Scaled(x, *found, op.epsilon)
 
 
 def _affine(e: Expr, node: Node, features: int) -> tuple[_Array, _Array] | None:
@@ -133,7 +137,7 @@ def _centred(user: Node, normalised: Value, found: _Scaled) -> _Array | None:
     """The centred weights [features, n], in float64, of a product that reads `normalised` as its first operand alone;
     None for other nodes, and where a weight does not fit its type."""
     op, others = user.op, user.inputs[1:]
-    if not isinstance(op, Gemm) or op.epsilon is not None or normalised in others:
+    if not isinstance(op, Gemm) or op.divided or normalised in others:
         return None
     weight = others[0]
     if weight.data is None or weight.rank != 2 or weight.dtype is not found.x.dtype:
@@ -164,10 +168,9 @@ def _rounded(centred: _Array, dtype: DType) -> _Array:
 def _rewrite(
     editor: Editor, norm: Node, user: Node, operands: tuple[Value, Value], centred: _Array, shift: _Array
 ) -> None:
-    """Make `user` a product of x that divides its rows, by moments."""
+    """Make `user` a product of x that divides its rows, by their factors."""
     op, weight = user.op, user.inputs[1]
     assert isinstance(op, Gemm)
-    assert isinstance(norm.op, Norm)
     assert weight.data is not None
     exponent = _exponent(centred, weight.dtype)
     new = constant(f"{weight.name}.centred", _rounded(centred * 2.0**exponent, weight.dtype))
@@ -185,7 +188,7 @@ def _rewrite(
     places = {old: 3 + i for i, old in enumerate(read)}
     editor.update(
         user,
-        replace(op, stores=tuple(ex.renumber(store, places) for store in stores), epsilon=norm.op.epsilon),
+        replace(op, stores=tuple(ex.renumber(store, places) for store in stores), divided=True),
         (*inputs[:3], *(inputs[i] for i in read)),
         origin=joined_origin(norm, user),
     )

@@ -35,7 +35,7 @@ class Traits:
     for less than a pass over it costs (`fuse_means`). `excitations`: it runs the two layers of a squeeze-and-excite
     block at once (`fuse_excitations`). `scaled_weights`: its products with weights of every image's own are as fast as
     others (`scale_weights`). `divided_rows`: its products with constant weights divide the rows of their first operand
-    by their standard deviation, from moments that cost less than a pass that normalises (`divide_rows`).
+    by their standard deviation, by factors that cost less than a pass that normalises (`divide_rows`).
     """
 
     channels_last: bool = True

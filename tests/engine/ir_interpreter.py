@@ -97,29 +97,19 @@ def _gathered(inputs: Sequence[Array], gathers: tuple[tuple[int, int], ...]) -> 
 
 def _gemm(op: ops.Gemm, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
     acc = np.matmul(_wide(inputs[0]), _wide(inputs[1]))
-    if op.epsilon is not None:
-        acc /= np.sqrt(_variance(inputs[2], inputs[0].shape[-1]) + op.epsilon)
+    if op.divided:
+        acc *= _wide(inputs[2])
     results = _stores(op.stores, inputs, acc)
-    return [*results, _moments(results[0])] if op.moments else results
+    return results if op.factors is None else [*results, _factors(results[0], op.factors)]
 
 
-def _row_moments(op: ops.RowMoments, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
-    return [_moments(inputs[0])]
+def _row_factors(op: ops.RowFactors, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    return [_factors(inputs[0], op.epsilon)]
 
 
-def _moments(x: Array) -> Array:
-    """Mean and squares around it of every 32 columns of the rows."""
-    parts = [_wide(x[..., start : start + 32]) for start in range(0, x.shape[-1], 32)]
-    each = [(part.mean(axis=-1), ((part - part.mean(axis=-1, keepdims=True)) ** 2).sum(axis=-1)) for part in parts]
-    return np.stack([np.stack(pair, axis=-1) for pair in each], axis=-2).astype(np.float32)
-
-
-def _variance(moments: Array, columns: int) -> Array:
-    """That of whole rows [..., 1]."""
-    mean, squares = _wide(moments)[..., 0], _wide(moments)[..., 1]
-    counts = np.minimum(32, columns - 32 * np.arange(mean.shape[-1]))
-    whole = (counts * mean).sum(axis=-1, keepdims=True) / columns
-    result: Array = (squares + counts * (mean - whole) ** 2).sum(axis=-1, keepdims=True) / columns
+def _factors(x: Array, epsilon: float) -> Array:
+    """1 / √(variance + epsilon) of rows."""
+    result: Array = (1 / np.sqrt(_wide(x).var(axis=-1, keepdims=True) + epsilon)).astype(np.float32)
     return result
 
 
@@ -557,7 +547,7 @@ _RUNNERS: dict[type[ops.Op], Callable[[Any, Sequence[Array], Sizes, Node], list[
     ops.Norm: _norm,
     ops.Softmax: _softmax_op,
     ops.Reduce: _reduce,
-    ops.RowMoments: _row_moments,
+    ops.RowFactors: _row_factors,
     ops.Pool: _pool,
     ops.Concat: _concat,
     ops.Undefined: _undefined,

@@ -3,7 +3,6 @@
 from engine.ir.ops.base import Cost, Op, OperandTypes, ResultTypes, broadcast_shapes
 from engine.ir.ops.heavy import Attention, Conv, ConvExcitation, ConvMean, Excitation, Gemm
 from engine.ir.ops.light import (
-    MOMENT_COLUMNS,
     Norm,
     NormKind,
     Pointwise,
@@ -11,9 +10,9 @@ from engine.ir.ops.light import (
     PoolKind,
     Reduce,
     ReduceKind,
-    RowMoments,
+    RowFactors,
     Softmax,
-    moments_shape,
+    factors_shape,
 )
 from engine.ir.ops.move import Concat, Gather, Opaque, Pad, PadMode, Resize, ResizeMode, ShapeTensor, Undefined
 from engine.ir.ops.recurrent import Cell, Recurrent
@@ -22,7 +21,6 @@ from engine.ir.ops.select import Scatter, ScatterKind, TopK
 from engine.ir.ops.view import Expand, Reshape, Slice, Transpose, View
 
 __all__ = [
-    "MOMENT_COLUMNS",
     "Attention",
     "Cell",
     "Concat",
@@ -51,7 +49,7 @@ __all__ = [
     "Resize",
     "ResizeMode",
     "ResultTypes",
-    "RowMoments",
+    "RowFactors",
     "Running",
     "RunningKind",
     "Scatter",
@@ -64,5 +62,5 @@ __all__ = [
     "Undefined",
     "View",
     "broadcast_shapes",
-    "moments_shape",
+    "factors_shape",
 ]

@@ -100,23 +100,19 @@ class Norm(Op):
         return _bytes(inputs, outputs, self.gathers)
 
 
-MOMENT_COLUMNS = 32
-"""Columns of a part of a row whose moments stand together."""
-
-
-def moments_shape(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
-    """The shape of the moments of rows along the last axis of `shape`."""
-    return (*shape[:-1], ceildiv(shape[-1], MOMENT_COLUMNS), 2)
+def factors_shape(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    """The shape of the factors of rows along the last axis of `shape`."""
+    return (*shape[:-1], 1)
 
 
 @dataclass(frozen=True)
-class RowMoments(Op):
-    """`x[…, k]` → fp32 [..., ⌈k / 32⌉, 2]: of every 32 columns of a row (of the last ones, what is left) their mean and
-    the sum of squares around it, from which whole rows' mean and variance follow without cancellation (Chan, Golub,
-    LeVeque 1979)."""
+class RowFactors(Op):
+    """`x[…, k]` → fp32 [..., 1]: 1 / √(variance + epsilon) of each row, by which a layer norm multiplies it."""
+
+    epsilon: float
 
     def infer(self, inputs: OperandTypes) -> ResultTypes:
-        return ((DType.F32, moments_shape(inputs[0].shape)),)
+        return ((DType.F32, factors_shape(inputs[0].shape)),)
 
     def flops(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:
         return 4 * inputs[0].elements  # sum; subtract, square, sum

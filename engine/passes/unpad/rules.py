@@ -22,7 +22,7 @@ from engine.ir.ops import (
     Pointwise,
     Reduce,
     Reshape,
-    RowMoments,
+    RowFactors,
     Slice,
     Softmax,
     Transpose,
@@ -88,7 +88,7 @@ def _packed(rows: Rows, node: Node) -> _Made:
             return _gemm(rows, node, op)
         case Conv():
             return _conv(rows, node, op)
-        case RowMoments():
+        case RowFactors():
             found = rows.in_packed(node.inputs[0])
             _demand(node.inputs[0].rank - 1 not in found.axes.all, node, "goes over positions or sequences")
             return _Made(op, (found.value,), found.axes)
@@ -206,10 +206,10 @@ def _gemm(rows: Rows, node: Node, op: Gemm) -> _Made:
     _demand(b not in rows.dependent or b not in rows.packed, node, "multiplies tokens with tokens")
     lead = [b.shape[axis - rank + b.rank] for axis in axes.all if axis < rank - 2 and axis >= rank - b.rank]
     _demand(all(dim == 1 for dim in lead), node, "has another matrix for every position or sequence")
-    moments = [rows.in_packed(value) for value in node.inputs[2 : op.operands]]
-    _demand(all(one.axes == found.axes for one in moments), node, "divides rows of another order")
+    factors = [rows.in_packed(value) for value in node.inputs[2 : op.operands]]
+    _demand(all(one.axes == found.axes for one in factors), node, "divides rows of another order")
     others = _adapted(rows, node, range(op.operands, len(node.inputs)), rank, axes)
-    return _Made(op, (found.value, rows.in_plain(b), *(one.value for one in moments), *others), axes)
+    return _Made(op, (found.value, rows.in_plain(b), *(one.value for one in factors), *others), axes)
 
 
 def _conv(rows: Rows, node: Node, op: Conv) -> _Made:

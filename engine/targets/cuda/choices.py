@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 _KERNELS = (
     "gemm_wgmma.cuh", "gemm_staged.cuh", "gemm_cluster.cuh", "gemm_cluster_staged.cuh", "gemm_batch.cuh",
-    "gemm_mma.cuh", "gemm_stream.cuh", "align_rows.cuh", "split_rows.cuh", "row_moments.cuh",
+    "gemm_mma.cuh", "gemm_stream.cuh", "align_rows.cuh", "split_rows.cuh", "row_factors.cuh",
 )  # fmt: skip
 
 _FORM = ("cooperative", "slots", "batched", "cluster_m", "cluster_n")
@@ -46,7 +46,7 @@ def key_of(product: Product, operands: Operands, epilogue: Functor) -> str:
             for name, x, access in (("a", a, product.a_access), ("b", b, product.b_access))]  # fmt: skip
     size = f"{product.batch.count}x{product.m}x{product.n}x{product.k}"
     stores = hashlib.sha256(epilogue.code.encode()).hexdigest()[:8]
-    rows = [name for name, has in (("divided", product.divisors), ("moments", product.moments)) if has is not None]
+    rows = [name for name, has in (("divided", product.divisors), ("factors", product.factors)) if has is not None]
     return " ".join([operands.name.lower(), product.dtype.value, size, *lies, *rows, stores])
 
 

@@ -14,7 +14,7 @@ from engine.ir.dtype import DType
 from engine.ir.ops import Gemm, Op
 from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Tensor
-from engine.targets.cuda import codegen, row_moments
+from engine.targets.cuda import codegen, row_factors
 from engine.targets.cuda.align_rows import aligned, aligned_bytes, split, split_bytes
 from engine.targets.cuda.choices import key_of, tile_of
 from engine.targets.cuda.gemm_stream import (
@@ -24,7 +24,7 @@ from engine.targets.cuda.gemm_stream import (
     stream_tile,
     streams_faster,
 )
-from engine.targets.cuda.gemm_wgmma import launch_batched, launch_wgmma, split_arguments
+from engine.targets.cuda.gemm_wgmma import launch_batched, launch_wgmma, scratch_bytes, split_arguments
 from engine.targets.cuda.kernel import (
     ALIGNMENT,
     I64,
@@ -40,7 +40,7 @@ from engine.targets.cuda.kernel import (
     pointer_to,
     workspace,
 )
-from engine.targets.cuda.product import Divisors, Found, Product, is_weight, product_of, rows_inner, rows_of
+from engine.targets.cuda.product import Found, Product, is_weight, product_of, rows_inner, rows_of
 from engine.targets.cuda.product_cost import (
     CHOSEN_BY_MODEL,
     Ranked,
@@ -72,16 +72,17 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
         b_need = Requirement() if is_weight(b) else _inner(b, narrow or (b.strides[-2] == 1 and b.strides[-1] != 1))
         needs = (_inner(a, rows_inner(a) and not narrow), b_need)
     output = len(op.infer(inputs)[0][1])
-    moments: tuple[Requirement, ...] = ()
-    if op.epsilon is not None:
+    factors: tuple[Requirement, ...] = ()
+    if op.divided:
         if a.dtype not in (DType.F16, DType.BF16) or b.dtype is not a.dtype or not is_weight(b):
             raise UnsupportedOp(f"Gemm of divided rows of {a.dtype.value} and {b.dtype.value}, or without a weight")
-        needs, moments = (row_moments.dense(len(a.shape)), needs[1]), (row_moments.parts_outside(len(a.shape)),)
-    given = (*needs, *moments, *(Requirement() for _ in inputs[op.operands :]))
-    if op.moments:
+        dense = row_factors.dense(len(a.shape))
+        needs, factors = (dense, needs[1]), (dense,)
+    given = (*needs, *factors, *(Requirement() for _ in inputs[op.operands :]))
+    if op.factors is not None:
         if len(op.stores) != 1 or op.stores[0].dtype not in (DType.F16, DType.BF16) or not _on_matrix_units(op, a, b):
-            raise UnsupportedOp("Gemm with moments of a result that is not one of 16 bits, from the matrix units")
-        return given, (row_moments.dense(output), row_moments.parts_outside(output))
+            raise UnsupportedOp("Gemm with factors of a result that is not one of 16 bits, from the matrix units")
+        return given, (row_factors.dense(output), row_factors.dense(output))
     return given, tuple(Requirement(Access.INNER, tuple(range(output))) for _ in op.stores)
 
 
@@ -118,12 +119,13 @@ def parts_of(step: Step, context: Context) -> tuple[Product, Functor] | None:
     if not isinstance(op, Gemm) or not _on_matrix_units(op, *step.inputs[:2]):
         return None
     product = product_of(step, context)
-    if op.moments:
-        result, moments = step.outputs
+    if op.factors is not None:
+        result, factors = step.outputs
         step = replace(step, outputs=(result,))
-        product = replace(product, moments=Found(pointer_to(result), row_moments.row_parts(moments), result.dtype))
-    if op.epsilon is not None:
-        product = replace(product, divisors=Divisors(row_moments.row_parts(step.inputs[2]), op.epsilon))
+        found = Found(pointer_to(result), row_factors.pointer_of(factors), result.dtype, op.factors)
+        product = replace(product, factors=found)
+    if op.divided:
+        product = replace(product, divisors=row_factors.pointer_of(step.inputs[2]))
     return product, epilogue_of(step, op.stores, tuple(range(len(shape))), shape[-1], _accumulator(op))
 
 
@@ -223,12 +225,9 @@ def operands_of(product: Product, context: Context) -> Operands:
 
 def launches_of(product: Product, epilogue: Functor, tile: AnyTile, context: Context, taken: int = 0) -> list[Launch]:
     """The launches of a product in the given tile. `taken`: the bytes of the workspace in which a lies."""
-    launches, moments = _launches_of_product(product, epilogue, tile, context, taken), product.moments
-    if moments is not None and not (isinstance(tile, WgmmaTile) and tile.finds_moments):
-        rows = product.m * product.batch.count
-        launches.append(
-            row_moments.launch_moments(moments.result, moments.dtype, rows, product.n, product.n, moments.parts)
-        )
+    launches, factors = _launches_of_product(product, epilogue, tile, context, taken), product.factors
+    if factors is not None and not (isinstance(tile, WgmmaTile) and tile.finds_moments):
+        launches.append(row_factors.launch_factors(factors, product.m * product.batch.count, product.n))
     return launches
 
 
@@ -238,25 +237,24 @@ def _launches_of_product(
     in_parts = operands_of(product, context) is Operands.REFINED
     if not (isinstance(tile, WgmmaTile) and (tile.aligns or in_parts)):
         return [launch_product(product, epilogue, tile, context)]
-    tiles = ceildiv(product.m, tile.m) * ceildiv(product.n, tile.n)
     begin = ceildiv(taken, ALIGNMENT) * ALIGNMENT
     nbytes = split_bytes(product) if in_parts else aligned_bytes(product)
     end = begin + ceildiv(nbytes, ALIGNMENT) * ALIGNMENT
-    scratch = workspace(end + (tiles * tile.splits * tile.m * tile.n * 4 if tile.splits > 1 else 0))
+    scratch = workspace(end + scratch_bytes(product, tile))
     place, multiprocessors = Pointer(scratch, begin), context.multiprocessors
     copy, product = (
         split(product, place, context.weights, multiprocessors)
         if in_parts
         else aligned(product, place, multiprocessors)
     )
-    return [copy, launch_product(product, epilogue, tile, context, Pointer(scratch, end, "float"))]
+    return [copy, launch_product(product, epilogue, tile, context, Pointer(scratch, end))]
 
 
 def launch_product(
-    product: Product, epilogue: Functor, tile: AnyTile, context: Context, partials: Pointer | None = None
+    product: Product, epilogue: Functor, tile: AnyTile, context: Context, scratch: Pointer | None = None
 ) -> Launch:
-    """The launch of a product in the given tile, whose operands lie as it reads them. `partials`: where a split product
-    leaves its sums, if not in a workspace of its own."""
+    """The launch of a product in the given tile, whose operands lie as it reads them. `scratch`: where blocks leave
+    each other `scratch_bytes`, if not in a workspace of its own."""
     if isinstance(tile, StreamTile):
         return launch_stream(product, epilogue, tile, context)
     sizes = {"m": product.m, "n": product.n, "k": product.k}
@@ -264,7 +262,7 @@ def launch_product(
     if isinstance(tile, WgmmaTile) and tile.batched:
         return launch_batched(product, epilogue, tile, tiles, context)
     if isinstance(tile, WgmmaTile):
-        return launch_wgmma(product, epilogue, tile, context, partials)
+        return launch_wgmma(product, epilogue, tile, context, scratch)
     operands = operands_of(product, context)
     return launch(
         "gemm",

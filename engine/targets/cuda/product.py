@@ -79,20 +79,13 @@ class Batch:
 
 
 @dataclass(frozen=True, eq=False)
-class Divisors:
-    """Rows of a are divided by √(variance + `epsilon`), from their moments (row_moments.py)."""
-
-    moments: Pointer
-    epsilon: float
-
-
-@dataclass(frozen=True, eq=False)
 class Found:
-    """Moments of the rows of the `result`, which are found beside it and left at `parts` (row_moments.py)."""
+    """1 / √(variance + `epsilon`) of each row of the `result`, found beside it and left at `factors`."""
 
     result: Pointer
-    parts: Pointer
+    factors: Pointer
     dtype: DType
+    epsilon: float
 
 
 _MOST_INTEGERS = (2**31 - 1) // 128**2
@@ -112,10 +105,10 @@ class Product:
     batch: Batch = Batch()
     in_parts: bool = False
     """Both operands are sums of two matrices of bf16, whose columns lie by turns (`in_parts`)."""
-    divisors: Divisors | None = None
-    """By what rows of a are divided, if they are: only wgmma does that (kernels/mma/divided_rows.cuh)."""
-    moments: Found | None = None
-    """What rows of the result have, where that is asked for."""
+    divisors: Pointer | None = None
+    """The factors of the rows of a, if these are divided by their deviations (row_factors.py): only wgmma does that."""
+    factors: Found | None = None
+    """Those of the rows of the result, where they are asked for."""
 
     @property
     def a_access(self) -> int:

@@ -119,7 +119,7 @@ _PARTIAL_SECTORS, _MMA_PARTIAL_SECTORS = 3.3, 1.4
 """What bytes of the result cost memory more whose rows do not begin at multiples of a sector (32 bytes)."""
 _COPY_LAUNCH, _COPY_RATE = 1370, 1630
 
-_MOMENTS_ELEMENT = 6
+_MOMENTS_ELEMENT = 2
 """Instructions of a lane for each of its accumulators whose moments it finds: counted, not measured."""
 
 _MMA_LAUNCH, _MMA_MEMORY_RATE = 755, 2290
@@ -187,7 +187,7 @@ def _wgmma_estimate(
     else:
         fixed, element = _FINISH, _FINISH_ELEMENT + _SHIFT_ELEMENT.get(_alignment(n * itemsize), 0)
     element += _INSTRUCTION * reads.instructions + (_TILE_ELEMENT if reads.varying else 0)
-    if product.moments is not None and tile.finds_moments:
+    if product.factors is not None and tile.finds_moments:
         element += _INSTRUCTION * _MOMENTS_ELEMENT
     finish = fixed + tile.m * tile.n * element * (_HALVED if tile.cooperative else 1)
     if tile.splits > 1:
@@ -211,9 +211,9 @@ def _alignment(row_bytes: int) -> int:
 
 def _moments_cycles(product: Product) -> float:
     """Of finding moments in a launch of its own, expected to be as fast as one that copies rows."""
-    if product.moments is None:
+    if product.factors is None:
         return 0
-    return _COPY_LAUNCH + product.m * product.n * product.batch.count * product.moments.dtype.itemsize / _COPY_RATE
+    return _COPY_LAUNCH + product.m * product.n * product.batch.count * product.factors.dtype.itemsize / _COPY_RATE
 
 
 def _cut(stride_bytes: int) -> float:

@@ -60,7 +60,7 @@ def close(graph: Graph, before: Graph, feeds: dict[str, np.ndarray], tolerance: 
 
 
 def divided(graph: Graph) -> list[ops.Gemm]:
-    return [node.op for node in graph.nodes if isinstance(node.op, ops.Gemm) and node.op.epsilon is not None]
+    return [node.op for node in graph.nodes if isinstance(node.op, ops.Gemm) and node.op.divided]
 
 
 @pytest.mark.parametrize("dtype", TRAITS)
@@ -69,10 +69,11 @@ def test_a_norm_becomes_part_of_its_product(dtype: DType) -> None:
     assert kinds(graph) == {"Pointwise": 1, "Gemm": 2}
     host, product = graph.nodes[-2:]
     assert host.outputs == (product.inputs[0], product.inputs[2])
-    x, weight, moments, *others = product.inputs
-    assert divided(graph)[0].epsilon == np.float32(1e-5)
-    assert (x.dtype, moments.dtype) == (dtype, DType.F32)
-    assert moments.shape[-2:] == (7, 2)
+    x, weight, factors, *others = product.inputs
+    assert isinstance(host.op, ops.Gemm)
+    assert host.op.factors == np.float32(1e-5)
+    assert (x.dtype, factors.dtype) == (dtype, DType.F32)
+    assert factors.shape[-1] == 1
     assert [value.shape for value in others] == [(N,)], "one bias for that of the norm and that of the product"
     assert weight.data is not None
     columns = weight.data.astype(np.float64)
@@ -88,14 +89,14 @@ def test_a_mean_far_from_zero_costs_what_rounding_the_rows_costs() -> None:
     assert len(divided(rewritten(far=True))) == 1
 
 
-def test_what_no_product_computes_has_its_moments_from_a_node() -> None:
+def test_what_no_product_computes_has_its_factors_from_a_node() -> None:
     text = """(float[b,t,24] x) => (float[b,t,72] y) { a = MatMul(x, h0) s0 = Softmax(a) h = MatMul(s0, q)
         r = Relu(h) p = MatMul(r, q) e = Exp(p) f = Softmax<axis=1>(e) n = LayerNormalization<axis=-1>(f, g, s)
         y = MatMul(n, w) }"""
     weights = {name: WEIGHTS[name] for name in ("h0", "g", "s", "w")} | {"q": random(K, K).astype(np.float32) / 15}
     proto = model(text, weights)
     graph = passes.run(load(proto), TRAITS[DType.F16])
-    assert kinds(graph)["RowMoments"] == 1
+    assert kinds(graph)["RowFactors"] == 1
     assert kinds(graph)["Norm"] == 0
     close(graph, load(proto), {"x": np.ones((2, 3, 24), np.float32)}, 1e-2)
 
@@ -154,8 +155,8 @@ def test_pre_norm_transformers_keep_their_first_and_last_norm(name: str, dtype: 
     graph.validate()
     assert kinds(graph)["Norm"] == 2
     assert len(divided(graph)) == 3
-    assert sum(isinstance(node.op, ops.Gemm) and node.op.moments for node in graph.nodes) == 3
-    assert kinds(graph)["RowMoments"] == 0
+    assert sum(isinstance(node.op, ops.Gemm) and node.op.factors is not None for node in graph.nodes) == 3
+    assert kinds(graph)["RowFactors"] == 0
     data = np.load(FIXTURES / f"{name}.npz")
     feeds = {value.name: data[f"in_{value.name}"] for value in graph.inputs}
     close(graph, frontend.read(path), feeds, TOLERANCE[dtype] * 2)
@@ -166,4 +167,4 @@ def test_other_targets_and_types_keep_their_norms() -> None:
     for traits in (Traits(), traits_of(SM_80), replace(traits_of(SM_90A), storage_type=DType.F32)):
         graph = passes.run(frontend.read(path), traits)
         assert kinds(graph)["Norm"] == 5
-        assert "RowMoments" not in kinds(graph)
+        assert "RowFactors" not in kinds(graph)

@@ -125,16 +125,16 @@ def _divided(residual: bool, dtype: DType = F16) -> Step:
     inputs: list[Given] = [
         (dtype, (300, 384)),
         weight(384, 400, dtype=dtype),
-        (F32, (300, 12, 2)),
+        (F32, (300, 1)),
         weight(400, dtype=dtype),
     ]
-    return make_step(Gemm((store,), epsilon=1e-5), [*inputs, *([(dtype, (300, 400))] if residual else [])])
+    return make_step(Gemm((store,), divided=True), [*inputs, *([(dtype, (300, 400))] if residual else [])])
 
 
 def _finding(step: Step) -> Step:
-    """The same product, finding the moments of its rows."""
+    """The same product, finding the factors of its rows."""
     assert isinstance(step.op, Gemm)
-    return make_step(replace(step.op, moments=True), step.inputs)
+    return make_step(replace(step.op, factors=1e-5), step.inputs)
 
 
 def computed(step: Step) -> Step:

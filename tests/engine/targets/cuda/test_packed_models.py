@@ -12,7 +12,7 @@ import pytest
 from engine import frontend, passes
 from engine.ir.dtype import DType
 from engine.ir.graph import Graph, Node
-from engine.ir.ops import Attention, Gemm, RowMoments
+from engine.ir.ops import Attention, Gemm, RowFactors
 from engine.model import Model
 from engine.packing import Packer
 from engine.passes.unpad import Unpadded, unpad
@@ -102,20 +102,20 @@ def test_packed_encoders_match_the_padded_graph(runner: Runner, name: str, kind:
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_divided_rows_are_packed_with_their_moments(apart: bool) -> None:
+def test_divided_rows_are_packed_with_their_factors(apart: bool) -> None:
     """Those that a product finds, and those of nodes of their own."""
     graph = passes.run(frontend.read(FIXTURES / "gpt2_dynamo.onnx"), TRAITS)
     for node in list(graph.nodes) if apart else []:
-        if isinstance(node.op, Gemm) and node.op.moments:
-            x, moments = node.outputs
-            node.op, node.outputs = replace(node.op, moments=False), (x,)
-            graph.nodes.insert(graph.nodes.index(node) + 1, Node(RowMoments(), (x,), (moments,)))
+        if isinstance(node.op, Gemm) and node.op.factors is not None:
+            (x, factors), epsilon = node.outputs, node.op.factors
+            node.op, node.outputs = replace(node.op, factors=None), (x,)
+            graph.nodes.insert(graph.nodes.index(node) + 1, Node(RowFactors(epsilon), (x,), (factors,)))
     graph.validate()
     result = unpad(graph, TRAITS)
     assert isinstance(result, Unpadded), result
     found = [node.op for node in result.graph.nodes]
-    assert sum(isinstance(op, Gemm) and op.epsilon is not None for op in found) == 3
-    assert sum(isinstance(op, RowMoments) for op in found) == (3 if apart else 0)
+    assert sum(isinstance(op, Gemm) and op.divided for op in found) == 3
+    assert sum(isinstance(op, RowFactors) for op in found) == (3 if apart else 0)
     mask = lengths_mask([3, 13, 1, 7], 13)
     feeds = {"ids": np.random.default_rng(0).integers(2, 24, mask.shape), "mask": mask}
     batch = Packer(result, PACKED).batch(feeds, {"batch": 4, "sequence": 13})

@@ -6,14 +6,14 @@
 // consumer turns it into the result where it lies; the courier sends the result off while the consumer goes on.
 // A lane's accumulators are two neighbouring columns of each block of eight, so the epilogue works on two columns (WIDTH).
 //
-// MOMENTS: the columns of a row in a panel are one part of it or two, whose moments (scheduler/row_parts.cuh) the consumer leaves, too,
-// of the results as they are rounded. These take the registers of the accumulators that they were made of.
+// MOMENTS: the consumer also adds up the results of each row and their squares, before they are rounded, two instructions an element, from
+// which the factors follow that a product of these rows divides them by (scheduler/row_moments.cuh).
 #pragma once
 #include "mma/wgmma_pipeline.cuh"
 #include "ptx/matrix_store.cuh"
 #include "ptx/pack.cuh"
 #include "ptx/tma_store.cuh"
-#include "scheduler/row_parts.cuh"
+#include "scheduler/row_moments.cuh"
 
 static_assert(WIDTH == 2, "what a lane has of a block");
 static_assert(!SPLIT && !GROUPED, "");  // nor are there several matrices
@@ -24,8 +24,6 @@ constexpr int STAGING_BARRIERS = RING_BYTES;  // of each consumer: ready[SLOTS],
 constexpr int STAGING = (STAGING_BARRIERS + 8 * 2 * CONSUMERS * SLOTS + 1023) / 1024 * 1024;  // places start at a swizzle atom
 constexpr bool MOMENTS = config::moments;
 static_assert(TILE_N % STAGED_COLUMNS == 0, "");
-constexpr int PART_BLOCKS = PART_COLUMNS / 8;
-static_assert(STAGED_COLUMNS % PART_COLUMNS == 0, "a panel is one part or more");
 static_assert(registers_of<Epilogue::Fixed>() < 4, "operands that are the same in every row fit beside the accumulators");
 
 // The next panel of a consumer's tiles, as the courier counts them.
@@ -57,13 +55,13 @@ struct StagedResults {
     // The lane's row of the matrices that move at once, and its chunk of 16 bytes: the first or the second of a pair of blocks.
     const u32 phase = STAGED_ROW == 128 ? lane & 7 : lane >> 1 & 3;
     const u32 own = places.slots + (16 * warp + (lane & 15)) * STAGED_ROW + ((lane >> 4 ^ phase) << 4);
+RowSums rows[2 * PARTS] = {};  // of this lane's columns
 #pragma unroll
     for (int panel = 0; panel < STAGED_PANELS; ++panel) {
       const u32 use = count * STAGED_PANELS + panel;
       const u32 slot = STAGED_PANELS % SLOTS == 0 ? panel % SLOTS : use % SLOTS;
       barrier_wait(places.ready + 8 * slot, use / SLOTS & 1);
       const u32 place = own + slot * SLOT_BYTES;
-      u32 made[2 * PARTS][BLOCKS];  // of a panel, by this lane's rows
 #pragma unroll
       for (int block = 0; block < BLOCKS; block += 2) {
         if constexpr (!HELD) fetch(p, layout, panel * BLOCKS + block, 2);
@@ -77,8 +75,14 @@ struct StagedResults {
             const int element = 4 * (panel * BLOCKS + block + j / 2) + 2 * (j % 2);
             const int row = 2 * i + j % 2;
             const float acc[2] = {divisors.quotient(d[i][element], row), divisors.quotient(d[i][element + 1], row)};
-            r[j] = Epilogue::results(acc, fixed[(HELD ? panel * BLOCKS + block : 0) + j / 2], r[j]);
-            if constexpr (MOMENTS) made[row][block + j / 2] = r[j];
+            float made[2];
+            r[j] = Epilogue::results(acc, fixed[(HELD ? panel * BLOCKS + block : 0) + j / 2], r[j], made);
+            if constexpr (MOMENTS) {
+              if (layout.first + 8 * (panel * BLOCKS + block + j / 2) < layout.columns) {  // which end with a block
+                add(rows[row], made[0]);
+                add(rows[row], made[1]);
+              }
+            }
           }
           store_matrix_x4(address, r);
         }
@@ -86,45 +90,14 @@ struct StagedResults {
       shared_writes_fence();
       __syncwarp();
       if (lane == 0) barrier_arrive(places.written + 8 * slot);
-      if constexpr (MOMENTS) {
-#pragma unroll
-        for (int block = 0; block < BLOCKS; block += PART_BLOCKS)
-          leave_moments(p, layout, layout.first + panel * STAGED_COLUMNS + 8 * block, made, block);
-      }
+    }
+    if constexpr (MOMENTS) {
+      const u32 tiles = (p.n + TILE_N - 1) / TILE_N, tile = layout.first / TILE_N;
+      if (tile < tiles) leave_row_factors<PARTS>(p, rows, layout.first_row - lane / 4, tile, tiles);  // one of a cluster may lie outside
     }
   }
 
  private:
-  // Of the part of the lane's rows that begins at column `first`, in the panel at block `begin`. Columns end with a block. P: Params, which
-  // has `result_parts` only here.
-  template <class P>
-  DEVICE static void leave_moments(const P& p, const Layout& layout, u32 first, const u32 (&made)[2 * PARTS][BLOCKS], int begin) {
-    if (first >= layout.columns) return;
-    const u32 columns = min(PART_COLUMNS, layout.columns - first);
-    const float share = 1.0f / static_cast<float>(columns);
-    RowPart* const parts = p.result_parts + static_cast<u64>(first / PART_COLUMNS) * p.m;
-#pragma unroll
-    for (int r = 0; r < 2 * PARTS; ++r) {
-      RowPart found = {0.0f, 0.0f};
-#pragma unroll
-      for (int i = 0; i < PART_BLOCKS; ++i)
-        if (8 * i < columns) found.mean += result(made[r][begin + i]) + result(made[r][begin + i] >> 16);
-      found.mean = quad_sum(found.mean) * share;
-#pragma unroll
-      for (int i = 0; i < PART_BLOCKS; ++i) {
-        const float low = result(made[r][begin + i]) - found.mean, high = result(made[r][begin + i] >> 16) - found.mean;
-        if (8 * i < columns) found.squares += low * low + high * high;
-      }
-      found.squares = quad_sum(found.squares);
-      const u32 row = layout.first_row + 8 * (r % 2) + 64 * (r / 2);
-      if ((threadIdx.x & 3) == 0 && row < layout.rows) parts[row] = found;
-    }
-  }
-  DEVICE static float quad_sum(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-  }
-  DEVICE static float result(u32 bits) { return widen(Epilogue::Result{static_cast<u16>(bits)}); }
   DEVICE void fetch(const Params& p, const Layout& layout, int first, int blocks) {
 #pragma unroll
     for (int i = 0; i < blocks; ++i) {
@@ -136,7 +109,7 @@ struct StagedResults {
 
 // The places and barriers of one consumer, and what its courier does.
 struct StagedStores {
-  static constexpr bool STAGED = true, CLEARS = MOMENTS;
+  static constexpr bool STAGED = true;
   static constexpr int SHARED_BYTES = STAGING + CONSUMERS * SLOTS * SLOT_BYTES;
   using Results = StagedResults;
   u32 consumer, ready, written, slots;

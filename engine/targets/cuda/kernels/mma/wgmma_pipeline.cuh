@@ -61,26 +61,16 @@ template <int N> DEVICE float (&as_floats(i32 (&d)[PARTS][N], float (&values)[PA
 
 // Consumers store their results themselves: they keep what the epilogue reads in registers.
 struct OwnStores {
-  static constexpr bool STAGED = false, CLEARS = false;
+  static constexpr bool STAGED = false;
   static constexpr int SHARED_BYTES = RING_BYTES;
   using Results = EarlyEpilogue<Epilogue, Layout, CONSUMER_REGISTERS - RESERVED - ACCUMULATORS>;
 };
 
 // Rows of the first operand as they are; the other way is mma/divided_rows.cuh.
 struct WholeRows {
-  static constexpr bool CLEARS = false, BESIDE = false;
   DEVICE void begin(const Params&, const Layout&) {}
   DEVICE float quotient(float d, int) const { return d; }
 };
-// The first product of a tile takes no notice of what its accumulators hold, which the compiler does not know: it keeps that from tile to
-// tile. Where there are many of them, and what comes between the products of two tiles needs their registers (CLEARS), they have to be
-// written once.
-DEVICE void clear(Sum (&sums)[PARTS][TILE_N / 2]) {
-#pragma unroll
-  for (int i = 0; i < PARTS; ++i)
-#pragma unroll
-    for (int j = 0; j < TILE_N / 2; ++j) sums[i][j] = Sum(0);
-}
 template <class DIVISORS> DEVICE void divide(const DIVISORS& divisors, float (&d)[PARTS][TILE_N / 2]) {
 #pragma unroll
   for (int i = 0; i < PARTS; ++i)
@@ -170,7 +160,6 @@ template <class LOAD, class STORES = OwnStores, class DIVISORS = WholeRows> DEVI
         epilogue.begin(p, layout);
       }
       Sum sums[PARTS][TILE_N / 2];
-      if constexpr (ACCUMULATORS >= 128 && (DIVISORS::CLEARS || STORES::CLEARS)) clear(sums);
       // A barrier's parity says nothing two phases later: wait until the other consumer is through with the stages before.
       if (!COOPERATIVE && ordinal > 0) barrier_wait(turn + 8 * consumer, (ordinal - 1) / CONSUMERS & 1);
 
@@ -189,9 +178,6 @@ template <class LOAD, class STORES = OwnStores, class DIVISORS = WholeRows> DEVI
           }
         }
         wgmma_commit();
-        if constexpr (DIVISORS::BESIDE) {
-          if (step == 0) divisors.finish(p, layout);
-        }
         if (step > 0) {
           wgmma_wait<1>();
           if (leader) read.arrive(previous);
