@@ -101,6 +101,15 @@ def test_what_no_product_computes_has_its_factors_from_a_node() -> None:
     close(graph, load(proto), {"x": np.ones((2, 3, 24), np.float32)}, 1e-2)
 
 
+def test_a_product_finds_factors_of_one_epsilon() -> None:
+    """Norms of its rows with another one stay."""
+    second = "o = LayerNormalization<axis=-1, epsilon={}>(h, g, s) y1 = MatMul(n, w) y2 = MatMul(o, v) y = Add(y1, y2)"
+    for epsilon, norms in (("0.00001", 0), ("0.5", 1)):
+        graph = rewritten(second.format(epsilon))
+        assert kinds(graph)["Norm"] == norms
+        assert len(divided(graph)) == 2 - norms
+
+
 @pytest.mark.parametrize(
     "tail",
     [
