@@ -119,7 +119,7 @@ _PARTIAL_SECTORS, _MMA_PARTIAL_SECTORS = 3.3, 1.4
 """What bytes of the result cost memory more whose rows do not begin at multiples of a sector (32 bytes)."""
 _COPY_LAUNCH, _COPY_RATE = 1370, 1630
 
-_MOMENTS_ELEMENT = 2
+_MOMENTS_ELEMENT = 2.5
 """Instructions of a lane for each of its accumulators whose moments it finds: counted, not measured."""
 
 _MMA_LAUNCH, _MMA_MEMORY_RATE = 755, 2290

@@ -173,7 +173,7 @@ class WgmmaTile:
 
     @property
     def finds_moments(self) -> bool:
-        """Whether a product in it finds the moments of its rows: a panel of staged results is one part or two."""
+        """Whether a product in it finds the moments of its rows (kernels/mma/staging.cuh)."""
         return self.slots > 0
 
     @property

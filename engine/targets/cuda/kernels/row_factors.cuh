@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) kernel(const __grid_consta
           if (begin + 32 * WIDTH * i + j < p.columns) add(sums, widen(pack[i].element[j]) - pivot);
     }
     sums = {reduce_group<Sum, 32>(sums.sum), reduce_group<Sum, 32>(sums.squares)};
-    if (lane == 0) p.factors[row] = row_factor(sums, p.columns, p.epsilon);
+    if (lane == 0) p.factors[row] = row_factor(sums, 1.0f / static_cast<float>(p.columns), p.epsilon);
   }
   stamp_end(p.stamp);
 }

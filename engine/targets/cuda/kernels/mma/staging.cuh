@@ -55,7 +55,8 @@ struct StagedResults {
     // The lane's row of the matrices that move at once, and its chunk of 16 bytes: the first or the second of a pair of blocks.
     const u32 phase = STAGED_ROW == 128 ? lane & 7 : lane >> 1 & 3;
     const u32 own = places.slots + (16 * warp + (lane & 15)) * STAGED_ROW + ((lane >> 4 ^ phase) << 4);
-RowSums rows[2 * PARTS] = {};  // of this lane's columns
+    RowSums rows[2 * PARTS] = {};  // of this lane's columns
+    const u32 columns = layout.first < layout.columns ? layout.columns - layout.first : 0;  // of the result from here on
 #pragma unroll
     for (int panel = 0; panel < STAGED_PANELS; ++panel) {
       const u32 use = count * STAGED_PANELS + panel;
@@ -78,7 +79,7 @@ RowSums rows[2 * PARTS] = {};  // of this lane's columns
             float made[2];
             r[j] = Epilogue::results(acc, fixed[(HELD ? panel * BLOCKS + block : 0) + j / 2], r[j], made);
             if constexpr (MOMENTS) {
-              if (layout.first + 8 * (panel * BLOCKS + block + j / 2) < layout.columns) {  // which end with a block
+              if (8 * (panel * BLOCKS + block + j / 2) < columns) {  // which end with a block
                 add(rows[row], made[0]);
                 add(rows[row], made[1]);
               }

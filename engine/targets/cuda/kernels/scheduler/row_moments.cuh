@@ -13,8 +13,9 @@ DEVICE void add(RowSums& row, float x) {
   row.sum += x;
   row.squares = fmaf(x, x, row.squares);
 }
-DEVICE float row_factor(const RowSums& row, u32 columns, float epsilon) {
-  const float share = 1.0f / static_cast<float>(columns), mean = row.sum * share;
+// `share`: of a column in a mean.
+DEVICE float row_factor(const RowSums& row, float share, float epsilon) {
+  const float mean = row.sum * share;
   return inverse_root(max_nan(fmaf(-mean, mean, row.squares * share), 0.0f) + epsilon);
 }
 
@@ -24,6 +25,7 @@ DEVICE float row_factor(const RowSums& row, u32 columns, float epsilon) {
 // Branches are those of a whole warp, and the compiler sees it: else it would keep what products read in ordinary registers.
 template <int PARTS, class P> DEVICE void leave_row_factors(const P& p, RowSums (&rows)[2 * PARTS], u32 first, u32 tile, u32 tiles) {
   const u32 lane = threadIdx.x & 31;
+  const float share = 1.0f / static_cast<float>(p.n);
 #pragma unroll
   for (int i = 0; i < 2 * PARTS; ++i) {
 #pragma unroll
@@ -34,7 +36,7 @@ template <int PARTS, class P> DEVICE void leave_row_factors(const P& p, RowSums 
     const u32 row = first + lane / 4 + 8 * (i % 2) + 64 * (i / 2);
     const bool stores = lane % 4 == 0 && row < p.m;
     if (tiles == 1) {
-      store_global_4_if(stores, reinterpret_cast<u32*>(p.result_factors + row), __float_as_uint(row_factor(rows[i], p.n, p.epsilon)));
+      store_global_4_if(stores, reinterpret_cast<u32*>(p.result_factors + row), __float_as_uint(row_factor(rows[i], share, p.epsilon)));
     } else {
       u32* const moments = reinterpret_cast<u32*>(p.moments + static_cast<u64>(tile) * p.m + row);
       store_global_8_if(stores, moments, __float_as_uint(rows[i].sum), __float_as_uint(rows[i].squares));
@@ -46,10 +48,13 @@ template <int PARTS, class P> DEVICE void leave_row_factors(const P& p, RowSums 
   if (lane == 0) {
     fence_gpu();  // what the warp wrote is visible before it is counted
     before = atomicAdd(p.arrived_tiles + first / 16, 1u);
-    fence_gpu();  // the others were counted before what they wrote is read
   }
   if (!__any_sync(~0u, lane == 0 && before == tiles - 1)) return;
-  store_global_4_if(lane == 0, p.arrived_tiles + first / 16, 0);
+  if (lane == 0) {
+    fence_gpu();  // the others were counted before what they wrote is read
+    p.arrived_tiles[first / 16] = 0;
+  }
+  __syncwarp();
   const u32 row = first + (lane & 15) + 64 * (lane / 16 % PARTS);
   const float2* part = p.moments + min(row, p.m - 1);
   RowSums all = {0.0f, 0.0f};
@@ -59,5 +64,5 @@ template <int PARTS, class P> DEVICE void leave_row_factors(const P& p, RowSums 
     all.sum += v.x;
     all.squares += v.y;
   }
-  store_global_4_if(row < p.m, reinterpret_cast<u32*>(p.result_factors + row), __float_as_uint(row_factor(all, p.n, p.epsilon)));
+  store_global_4_if(row < p.m, reinterpret_cast<u32*>(p.result_factors + row), __float_as_uint(row_factor(all, share, p.epsilon)));
 }
