@@ -1,5 +1,6 @@
-// What a layer norm multiplies a row by, 1 / √(variance + ε), from its sum and the sum of its squares in fp32. Their difference loses
-// (mean / σ)² · 2⁻²⁴ of the variance, which is less than rounding elements to fp16 has moved them by, for means of up to 2¹¹ deviations.
+// What a layer norm multiplies a row by, 1 / √(variance + ε), from its sum and the sum of its squares in fp32. Their difference loses a
+// few (mean / σ)² · 2⁻²⁴ of the variance. For means of up to 2¹⁰ deviations that moves a row of 768 by a third at most of what rounding it
+// to fp16 does (7 % and 23 % there, 0.006 % and 0.5 % at 30 deviations); beyond, rows of 16 bits hold little but their mean.
 //
 // The tiles of a product that lie beside each other leave sums of the rows that they share: the warp that comes last with its rows adds
 // up all of them, always in the same order, and resets the counter that it found full.
