@@ -272,10 +272,10 @@ class Model:
         )
 
     def tune(self, sizes: Mapping[str, int], timed: bool = True, seconds: float = math.inf) -> Iterator[TileTrial]:
-        """The tiles that the products of the plan for `sizes` can run in, 1×1 convolutions among them, beside each
-        other. They are timed on the device, and the fastest kept on disk for models loaded later; unless `timed`, or
-        where `seconds` have passed before, the cost model's estimates are all there is. Raises ShapeError, DeviceError
-        (a CPU has nothing to choose from), OutOfMemory."""
+        """The tiles that the products and convolutions of the plan for `sizes` can run in, beside each other. They are
+        timed on the device, and the fastest kept on disk for models loaded later; unless `timed`, or where `seconds`
+        have passed before, the cost models' estimates are all there is. Raises ShapeError, DeviceError (a CPU has
+        nothing to choose from), OutOfMemory."""
         yield from self._target.trials(self.plan(sizes), timed, time.monotonic() + seconds)
 
     def _profile_row(self, stat: StepStat, calls: int, seconds: float) -> ProfileRow:

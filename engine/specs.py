@@ -56,7 +56,8 @@ class StepStat:
 @dataclass(frozen=True)
 class TileTrial:
     """One way of running a step, beside the others of that step: what `estimate_us` is mostly spent on is `bound`.
-    `measured_us` is None where it was not timed; `chosen`: plans bound from now on take it."""
+    `product` names the product or convolution; `measured_us` is None where it was not timed; `chosen`: plans bound from
+    now on take it."""
 
     step: str
     product: str

@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle
@@ -17,11 +17,14 @@ from numpy.typing import NDArray
 
 import engine
 from load_tests.payloads import photos
+from service.batching.policy import bucket_of
 from service.codecs.images import ImageSpec, decode, make_image_spec
 from service.model_config import read_model_config
 from service.settings import Settings
+from service.workers.messages import BatchingOptions
 
 _BATCHES_AHEAD = 3  # that are decoded, or being decoded, while one is computed: as many as 64 clients keep a server in
+_DRAWS = 20_000  # of which some make nearly every size that a server's runs have
 Array = NDArray[np.generic]
 
 Sizes = tuple[tuple[str, int], ...]
@@ -46,8 +49,10 @@ class Turn:
 class Alone:
     """The engine with one model, in a process that does nothing else meanwhile. To be closed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, lengths: Sequence[int] = ()) -> None:
+        """`lengths`: the tokens of the rows that are sent, each as often as the others, of a model that packs them."""
         self._folder = folder
+        self._lengths = np.array(lengths, np.int64)
         self._model = engine.load(str(folder / "1" / "model.onnx"))
 
     def close(self) -> None:
@@ -71,9 +76,23 @@ class Alone:
             values: Array = generator.standard_normal(shape) if spec.dtype.kind == "f" else np.ones(shape)
             packed = self._model.packed_size
             if packed is not None and packed in sizes and spec.name == self._model.packed_mask:
-                values = _prefixes(sizes[packed], *shape)
+                rows, width = shape
+                values = np.arange(width) < self._drawn(sizes[packed], rows, width, generator)[:, None]
             feeds[spec.name] = values.astype(spec.dtype)
         return feeds
+
+    def _drawn(self, computed: int, rows: int, width: int, generator: np.random.Generator) -> NDArray[np.int64]:
+        """The tokens of rows that make a run of this size: the first that come up where rows are drawn as those are
+        that are sent. Where none do, as even as can be: no others take the engine less time."""
+        if self._lengths.size:
+            drawn: NDArray[np.int64] = generator.choice(self._lengths, (_DRAWS, rows))
+            longest, totals = drawn.max(axis=1), drawn.sum(axis=1)
+            for row in np.flatnonzero(longest <= width):
+                is_wide = bucket_of(int(longest[row]), BatchingOptions().buckets) == width
+                if is_wide and self._model.computed_tokens(rows, width, int(totals[row])) == computed:
+                    return np.array(drawn[row])
+        even: NDArray[np.int64] = computed // rows + (np.arange(rows) < computed % rows)
+        return even
 
     def _run(self, feeds: Mapping[str, Array]) -> int:
         """Rows of a run."""
@@ -111,13 +130,6 @@ def _pictures(pool: ThreadPoolExecutor, spec: ImageSpec, batch: int) -> Iterator
         while len(waiting) < batch * (1 + _BATCHES_AHEAD):
             waiting.append(pool.submit(decode, next(source).jpeg, spec, *limits))
         yield np.stack([waiting.popleft().result() for _ in range(batch)])
-
-
-def _prefixes(tokens: int, rows: int, width: int) -> NDArray[np.bool_]:
-    """A mask of so many tokens in rows as even as can be: no others take the engine less time."""
-    lengths = tokens // rows + (np.arange(rows) < tokens % rows)
-    mask: NDArray[np.bool_] = np.arange(width) < lengths[:, None]
-    return mask
 
 
 def _timed(seconds: float, work: Iterable[int]) -> Turn:

@@ -4,9 +4,10 @@ A photo costs its decoding, which shares the processors with the engine wherever
 does not do. So photos are held to the engine with the same decoding, and the same model is measured with tensors, which
 are held to the engine alone; the ratio of photos to the engine alone is in the table. Servers and baselines take turns,
 every other time in reverse order; a ratio is the median of those of the turns, so that a drift of the machine does not
-decide. The engine alone gets runs of the very sizes that the server's had in the turn before. CPU milliseconds a
-request are the server's and the client's: on one machine the load costs the server its share. `engine_share_of_cpu` is
-what the engine alone takes of them: the ratio that a machine without idle processors would show.
+decide. The engine alone gets runs of the very sizes that the server's had in the turn before, of rows as long as those
+that are sent: attention takes longer for rows of 5 and 97 tokens than for two of 51. CPU milliseconds a request are the
+server's and the client's: on one machine the load costs the server its share. `engine_share_of_cpu` is what the engine
+alone takes of them: the ratio that a machine without idle processors would show.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def _measure(name: str, case: Case, options: argparse.Namespace, folder: Path, r
         for peer, make in case.peers.items():
             started = opened.enter_context(running(PEERS[peer](case.kind, folder, root / case.model)))
             served[peer] = _Served(started, make(), options.connections)
-        alone = opened.enter_context(closing(Alone(root / case.model)))
+        alone = opened.enter_context(closing(Alone(root / case.model, case.lengths())))
         for one in served.values():  # our engine makes a plan for each shape of a batch it meets
             one.load(options.warm_up)
         contenders: dict[str, Callable[[float], Turn]] = {key: one.turn for key, one in served.items()}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx
 
 from load_tests.http_client import Exchange, post
 from load_tests.payloads import photos
-from load_tests.workloads import MODELS, Make, images, our_label, pixel_tensors, sentence_ids, texts
+from load_tests.workloads import MODELS, Make, images, our_label, pixel_tensors, sentence_ids, sentence_rows, texts
 from service.model_config import read_model_config
 
 IMAGES, TEXTS = "efficientnet-lite0", "all-minilm-l6-v2"
@@ -21,13 +21,15 @@ ALONE, DECODING = "engine alone", "engine with the same decoding"
 @dataclass(frozen=True)
 class Case:
     """One kind of request to one model. `ours` and `peers` make requests, `kind` is what the peers' servers are started
-    for, `goal` what ours is held to."""
+    for, `goal` what ours is held to. `lengths`: the tokens of the rows that are sent, each as often as the others; none
+    for a model without tokens."""
 
     model: str
     ours: Callable[[], Make]
     goal: str = ALONE
     kind: str = ""
     peers: Mapping[str, Callable[[], Make]] = field(default_factory=dict)
+    lengths: Callable[[], Sequence[int]] = tuple
 
 
 def _base64_photos() -> Make:
@@ -49,10 +51,14 @@ def _tensors() -> Make:
     return pixel_tensors(IMAGES, model.graph.input[0].name, (folder / "labels.txt").read_text().splitlines())
 
 
-def _ids() -> Make:
+def _rows() -> list[list[int]]:
     folder = MODELS / TEXTS
     tokens = read_model_config(folder / "model.toml").tokens
-    return sentence_ids(f"/v1/models/{TEXTS}/tokens", folder / tokens.tokenizer, tokens.max_length)
+    return sentence_rows(folder / tokens.tokenizer, tokens.max_length)
+
+
+def _lengths() -> list[int]:
+    return list(map(len, _rows()))
 
 
 CASES = {
@@ -73,6 +79,7 @@ CASES = {
         ALONE,
         "texts",
         {"litserve": lambda: texts("/predict", "text"), "mosec": lambda: texts("/inference", "text")},
+        _lengths,
     ),
-    "ids": Case(TEXTS, _ids),
+    "ids": Case(TEXTS, lambda: sentence_ids(f"/v1/models/{TEXTS}/tokens", _rows()), lengths=_lengths),
 }

@@ -189,12 +189,17 @@ def texts(path: str, key: str) -> Make:
     return _embedded(path, [{key: [text]} for text in SENTENCES])
 
 
-def sentence_ids(path: str, tokenizer: Path, max_length: int | None) -> Make:
-    """The same sentences as rows of token ids, cut to `max_length`."""
+def sentence_rows(tokenizer: Path, max_length: int | None) -> list[list[int]]:
+    """The same sentences as token ids, cut to `max_length`."""
     reader = tokenizers.Tokenizer.from_file(str(tokenizer))
     reader.no_truncation() if max_length is None else reader.enable_truncation(max_length)
     reader.no_padding()
-    return _embedded(path, [{"ids": [reader.encode(text).ids]} for text in SENTENCES])
+    return [reader.encode(text).ids for text in SENTENCES]
+
+
+def sentence_ids(path: str, rows: Sequence[Sequence[int]]) -> Make:
+    """A row of token ids a request."""
+    return _embedded(path, [{"ids": [row]} for row in rows])
 
 
 def _embedded(path: str, documents: Sequence[Mapping[str, Any]]) -> Make:

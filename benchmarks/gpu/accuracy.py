@@ -85,7 +85,9 @@ class AccuracyBench:
         (case,) = (case for case in self.recipe.cases if case.name == name)
         facts: Facts = {}
         try:
-            with engine.load(self.recipe.path, device="cuda", precision=case.precision, strict=True) as model:
+            with engine.load(
+                self.recipe.path, device="cuda", precision=case.precision, strict=True, packed=False
+            ) as model:
                 limit_compiler(model, self.recipe.threads)
                 facts |= steps_and_memory(model, case.model)
                 errors = {
@@ -156,7 +158,7 @@ def memory_of_buckets(path: Path, name: str, threads: int) -> Facts:
     compile."""
     plans = sorted(accuracy.buckets(name), key=lambda sizes: -sizes.batch * max(1, sizes.sequence))
     first: Mapping[str, int] | None = None
-    with engine.load(path, device="cuda", precision=BUCKETS_PRECISION, strict=True) as model:
+    with engine.load(path, device="cuda", precision=BUCKETS_PRECISION, strict=True, packed=False) as model:
         limit_compiler(model, threads)
         for sizes in plans:
             model.run(sizes.feeds())

@@ -42,7 +42,7 @@ def measure_all(
     deadline: float,
 ) -> Iterator[tuple[KernelCase, Measurement, float, float | None]]:
     """(case, what came out, floor in µs, what the cost model predicts in µs), one after the other, as long as
-    `deadline` (of `time.monotonic`) is not past. The tuner begins no product after `tune_seconds`; then the kernels of
+    `deadline` (of `time.monotonic`) is not past. The tuner begins none after `tune_seconds`; then the kernels of
     all cases are compiled, in parallel. `compile_seconds` is how long torch.compile may take for a case; 0: it takes no
     part."""
     begin = time.monotonic()
@@ -79,7 +79,7 @@ def floor_us(step: Step, ceilings: Ceilings) -> float:
 
 
 def _tune(target: CudaTarget, steps: Sequence[Step], deadline: float) -> None:
-    """Let the tuner choose the tiles of the products, before any peer runs."""
+    """Let the tuner choose the tiles of products and convolutions, before any peer runs."""
     try:
         tell("kernels", trials(target, steps, timed=True, deadline=deadline))
     except EngineError as error:

@@ -1,5 +1,5 @@
-"""The tuner before the benchmarks: it chooses the tiles of products, as ``python -m engine tune`` does, while nothing
-else runs on the GPU. What it finds is on disk, and taken by processes that start later."""
+"""The tuner before the benchmarks: it chooses the tiles of products and convolutions, as ``python -m engine tune``
+does, while nothing else runs on the GPU. What it finds is on disk, and taken by processes that start later."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from engine.specs import TileTrial
 
 
 def tune_models(cases: Sequence[ModelCase], files: Mapping[str, Path], seconds: float) -> None:
-    """Tune the products of models in fp16, in the order of the cases of each, and say what was done: those of plans
-    on packed tokens, where the cases have such, before those of padded ones. No product is begun after `seconds`."""
+    """Tune the products and convolutions of models in fp16, in the order of the cases of each, and say what was done:
+    those of plans on packed tokens, where the cases have such, before those of padded ones. None is begun after
+    `seconds`."""
     begin = time.monotonic()
     for name in dict.fromkeys(case.model for case in cases):
         left = begin + seconds - time.monotonic()
@@ -51,11 +52,12 @@ def _named(model: str, sizes: Mapping[str, int]) -> str:
 
 
 def tell(what: str, trials: Iterable[TileTrial]) -> None:
-    """Run trials and say how many were timed, and how many products were not."""
+    """Run trials and say how many were timed, and of how many products and convolutions."""
     begin, every = time.monotonic(), list(trials)
     timed = [trial for trial in every if trial.measured_us is not None]
-    products, all_products = len({trial.product for trial in timed}), len({trial.product for trial in every})
+    tuned, count = len({trial.product for trial in timed}), len({trial.product for trial in every})
     print(
-        f"{what}: timed {len(timed)} tiles of {products} of {all_products} products: {time.monotonic() - begin:.0f} s",
+        f"{what}: timed {len(timed)} tiles of {tuned} of {count} products and convolutions: "
+        f"{time.monotonic() - begin:.0f} s",
         flush=True,
     )

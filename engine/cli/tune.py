@@ -1,5 +1,5 @@
-"""``python -m engine tune``: the products of a model, 1×1 convolutions among them, timed in several tiles on the
-device, or why the cost model picks what it picks."""
+"""``python -m engine tune``: the products and convolutions of a model timed in several tiles on the device, or what the
+cost models say of them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import math
 from engine.cli.common import open_model, sizes, step_text, table
 
 NAME = "tune"
-HELP = "time the tiles of a model's products on the GPU and keep the fastest, or explain the choice"
+HELP = "time the tiles of a model's products and convolutions on the GPU and keep the fastest, or explain the choice"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--explain", action="store_true", help="time nothing: show what the cost model estimates")
     parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="begin to time no product later than this (default: no limit)"
+        "--seconds", type=float, default=math.inf, help="begin to time nothing later than this (default: no limit)"
     )
 
 
 def main(arguments: argparse.Namespace) -> int:
     with open_model(arguments) as model:
-        rows = [["", "step", "product", "tile", "estimate µs", "bound by", "measured µs"]]
+        rows = [["", "step", "product or convolution", "tile", "estimate µs", "bound by", "measured µs"]]
         before = ""
         for trial in model.tune(sizes(arguments, model), timed=not arguments.explain, seconds=arguments.seconds):
             first = trial.product != before
@@ -34,5 +34,9 @@ def main(arguments: argparse.Namespace) -> int:
                 ]
             )  # fmt: skip
         print(table(rows, frozenset({4, 6})))
-        print("\n* taken by models that are loaded from now on" if len(rows) > 1 else "no products on matrix units")
+        print(
+            "\n* taken by models that are loaded from now on"
+            if len(rows) > 1
+            else "nothing to choose: no products or convolutions on matrix units"
+        )
     return 0

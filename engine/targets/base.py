@@ -79,9 +79,9 @@ class Target(Protocol):
     def resident(self, plan: Plan) -> Resident: ...
 
     def trials(self, plan: Plan, timed: bool, deadline: float) -> Iterator[TileTrial]:
-        """The tiles that the products of a plan can run in, step by step; `timed`: those that should be the fastest are
-        run, and the fastest is kept for plans that are bound later; none is begun after `deadline` (of
-        `time.monotonic`). Raises DeviceError where there is nothing to choose from, OutOfMemory."""
+        """The tiles that the products and convolutions of a plan can run in, step by step; `timed`: those that should
+        be the fastest are run, and the fastest is kept for plans that are bound later; none is begun after `deadline`
+        (of `time.monotonic`). Raises DeviceError where there is nothing to choose from, OutOfMemory."""
         ...
 
     def memory(self) -> Mapping[str, int]:

@@ -5,7 +5,8 @@ because the parts of a request may be in two batches that run at once.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,17 +26,19 @@ def assemble(batch: Batch) -> dict[str, Array]:
 
 
 def _gather(batch: Batch, name: str) -> Array:
-    arrays = [part.entry.arrays[name] for part in batch.parts]
-    if len(arrays) == 1 and _is_whole(batch.parts[0]) and (not batch.width or arrays[0].shape[1] == batch.width):
+    parts = batch.parts
+    arrays = [part.entry.arrays[name] for part in parts]
+    if len(arrays) == 1 and _is_whole(parts[0]) and (not batch.width or arrays[0].shape[1] == batch.width):
         return arrays[0]
     if not batch.width:
-        pairs = zip(arrays, batch.parts, strict=True)
+        pairs = zip(arrays, parts, strict=True)
         return np.concatenate([array if _is_whole(part) else array[part.rows] for array, part in pairs])
     out = np.zeros((batch.rows, batch.width, *arrays[0].shape[2:]), arrays[0].dtype)
     position = 0
-    for array, part in zip(arrays, batch.parts, strict=True):
+    for array, part in zip(arrays, parts, strict=True):
+        lengths = part.entry.lengths
         for row in part.rows:
-            length = part.entry.lengths[row]
+            length = lengths[row]
             out[position, :length] = array[row, :length]
             position += 1
     return out
@@ -51,22 +54,23 @@ def scatter(batch: Batch, outputs: Mapping[str, Array], axes: BatchAxes) -> list
     A request whose rows ran in several batches gets one array per output; where its rows have unequal lengths, what
     lies beyond a row's own length along the sequence axis is zero.
     """
+    sequences = axes.sequence_outputs
     position = 0
     for part in batch.parts:
         entry = part.entry
+        end = position + len(part.rows)
         for name in entry.request.outputs:
             if axes.mode is BatchingMode.NONE:
                 entry.outputs[name] = outputs[name]
             else:
-                rows = outputs[name][position : position + len(part.rows)]
-                _place(entry, name, rows, part.rows, axes.sequence_outputs.get(name, ()))
-        position += len(part.rows)
+                _place(entry, name, outputs[name][position:end], part.rows, sequences.get(name, ()))
+        position = end
     for part in batch.parts:  # when all could be placed: a batch that fails runs again, and counts then
         part.entry.rows_done += len(part.rows)
     return [part.entry for part in batch.parts if part.entry.rows_done == part.entry.rows and not part.entry.closed]
 
 
-def _place(entry: Entry, name: str, source: Array, rows: list[int], sequence_axes: Sequence[int]) -> None:
+def _place(entry: Entry, name: str, source: Array, rows: list[int], sequence_axes: tuple[int, ...]) -> None:
     if len(rows) == entry.rows and (entry.even or not sequence_axes):
         entry.outputs[name] = source[_cut(source.ndim, sequence_axes, entry.width)] if sequence_axes else source
         return
@@ -81,7 +85,8 @@ def _place(entry: Entry, name: str, source: Array, rows: list[int], sequence_axe
         target[row : row + 1][cut] = source[position : position + 1][cut]
 
 
-def _cut(ndim: int, axes: Sequence[int], length: int) -> tuple[slice, ...]:
+@lru_cache(4096)
+def _cut(ndim: int, axes: tuple[int, ...], length: int) -> tuple[slice, ...]:
     return tuple(slice(length) if axis in axes else slice(None) for axis in range(ndim))
 
 
@@ -96,7 +101,7 @@ def alone(part: Taken, shapes: tuple[Shape, ...], axes: BatchAxes) -> Batch:
 def answer(entry: Entry) -> InferResult:
     """The answer to a request that has all its rows."""
     request = entry.request
-    outputs = tuple((name, LocalTensor(entry.outputs[name])) for name in request.outputs)
+    outputs = tuple([(name, LocalTensor(entry.outputs[name])) for name in request.outputs])
     passed = time.monotonic() - request.arrival
     computed = min(entry.compute_seconds, passed)  # parts of a request may have run side by side
     return InferResult(request.id, outputs, passed - computed, computed)

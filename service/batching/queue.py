@@ -137,7 +137,7 @@ class ModelQueue:
         if not entry.lengths:
             shapes = tuple([array.shape[self._unbatched_axes :] for array in entry.arrays.values()])
             return [((0, shapes), list(range(entry.rows)))]
-        shapes = tuple(array.shape[2:] for array in entry.arrays.values())
+        shapes = tuple([array.shape[2:] for array in entry.arrays.values()])
         if entry.packed:
             return [((0, shapes), list(range(entry.rows)))]
         grouped: dict[int, list[int]] = {}
@@ -204,53 +204,71 @@ class ModelQueue:
             return None
         heap = self._groups[group]
         parts: list[Taken] = []
-        total = longest = tokens = 0
+        room = _Room(self.options, self.axes, heap[0][2].entry.packed)
         while heap:
             piece = heap[0][2]
-            if piece.entry.closed:
+            entry = piece.entry
+            if entry.closed:
                 heapq.heappop(heap)
                 continue
-            entry = piece.entry
-            taken, longest = self._fitting(piece, total, longest, tokens)
+            before = room.tokens
+            taken = room.take(piece)
             if not taken:
                 break
             if entry.started is None:
                 entry.started = now
             parts.append(Taken(entry, taken))
-            cost = count = len(taken)
-            if entry.lengths:
-                cost = sum([entry.tokens[row] for row in taken])
-                tokens += cost
-            total += count
+            cost = room.tokens - before if entry.lengths else len(taken)
             self.cost -= cost
             entry.cost_left -= cost
-            piece.first += count
+            piece.first += len(taken)
             if piece.first == len(piece.rows):
                 heapq.heappop(heap)
             if self.axes.mode is BatchingMode.NONE:
                 break
-        packed = parts[0].entry.packed
-        width = width_of(packed, longest, self.options, self.axes)
-        computed = self.axes.computed(packed, total, width, tokens)
-        return Batch(tuple(parts), total, width, tokens, computed, group[1])
+        computed = self.axes.computed(room.packed, room.rows, room.width, room.tokens)
+        return Batch(tuple(parts), room.rows, room.width, room.tokens, computed, group[1])
 
-    def _fitting(self, piece: Piece, total: int, longest: int, tokens: int) -> tuple[list[int], int]:
-        """Rows of `piece` that fit beside `total` rows of `tokens` tokens, of which the longest has so many, and the
-        longest of all."""
+
+class _Room:
+    """What a batch has so far, and what fits beside it. `longest` is the longest row; rows of a group are all packed,
+    or none."""
+
+    __slots__ = ("_axes", "_options", "longest", "packed", "rows", "tokens", "width")
+
+    def __init__(self, options: BatchingOptions, axes: BatchAxes, packed: bool) -> None:
+        self._options, self._axes, self.packed = options, axes, packed
+        self.rows = self.tokens = self.longest = 0
+        self.width = width_of(packed, 0, options, axes)
+
+    def take(self, piece: Piece) -> list[int]:
+        """As many rows of `piece`, from its first one, as there is room for."""
         entry = piece.entry
         if not entry.lengths:
-            room = max(self.options.max_batch - total, 0 if total else 1)
-            return piece.rows[piece.first : piece.first + room], 0
-        taken: list[int] = []
-        for index in range(piece.first, len(piece.rows)):
-            row = piece.rows[index]
-            rows = total + len(taken) + 1
-            longer = max(longest, entry.lengths[row])
-            tokens += entry.tokens[row]
-            width = width_of(entry.packed, longer, self.options, self.axes)
-            computed = self.axes.computed(entry.packed, rows, width, tokens)
-            if rows > 1 and (rows > self.options.max_batch or computed > self.options.max_tokens):
+            room = max(self._options.max_batch - self.rows, 0 if self.rows else 1)
+            taken = piece.rows[piece.first : piece.first + room]
+            self.rows += len(taken)
+            return taken
+        first = end = piece.first
+        while end < len(piece.rows):
+            row = piece.rows[end]
+            if not self._has_taken(entry.lengths[row], entry.tokens[row]):
                 break
-            taken.append(row)
-            longest = longer
-        return taken, longest
+            end += 1
+        return piece.rows[first:end]
+
+    def _has_taken(self, length: int, tokens: int) -> bool:
+        """Whether there was room for a row; the first one always has it."""
+        rows, longest, width = self.rows + 1, self.longest, self.width
+        tokens += self.tokens
+        if length > longest:
+            longest, width = length, width_of(self.packed, length, self._options, self._axes)
+        if rows > 1:
+            if rows > self._options.max_batch:
+                return False
+            most = self._options.max_tokens
+            # No run computes more than what it is handed over.
+            if rows * width > most and self._axes.computed(self.packed, rows, width, tokens) > most:
+                return False
+        self.rows, self.longest, self.width, self.tokens = rows, longest, width, tokens
+        return True

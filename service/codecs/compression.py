@@ -11,17 +11,24 @@ _LEVEL = 1  # tensors hardly get smaller at higher ones, and others wait meanwhi
 
 
 def decompress(body: bytes, encoding: str, limit: int) -> bytes:
-    """The content of a body. Raises InvalidRequest, and TooLarge as soon as it is over `limit` bytes."""
-    inflater = zlib.decompressobj(WINDOW_BITS[encoding])
-    try:
-        data = inflater.decompress(body, limit + 1)
-    except zlib.error as error:
-        raise InvalidRequest(f"the body is not {encoding} data: {error}") from None
-    if len(data) > limit:
-        raise TooLarge(f"the body is larger than {limit} bytes after decompression")
-    if not inflater.eof:
-        raise InvalidRequest(f"the {encoding} body ends too early")
-    return data
+    """The content of a body; one of gzip may have several members (RFC 1952). Raises InvalidRequest, and TooLarge as
+    soon as it is over `limit` bytes."""
+    contents, size, rest = list[bytes](), 0, body
+    while not contents or rest:
+        inflater = zlib.decompressobj(WINDOW_BITS[encoding])
+        try:
+            contents.append(inflater.decompress(rest, limit + 1 - size))
+        except zlib.error as error:
+            raise InvalidRequest(f"the body is not {encoding} data: {error}") from None
+        size += len(contents[-1])
+        if size > limit:
+            raise TooLarge(f"the body is larger than {limit} bytes after decompression")
+        if not inflater.eof:
+            raise InvalidRequest(f"the {encoding} body ends too early")
+        rest = inflater.unused_data
+        if rest and encoding != "gzip":
+            raise InvalidRequest(f"{len(rest)} bytes follow the {encoding} data of the body")
+    return contents[0] if len(contents) == 1 else b"".join(contents)
 
 
 def asked_for(accept_encoding: bytes) -> str | None:

@@ -4,10 +4,11 @@ Called by the tokens and the embeddings routes (long texts on the preprocessing 
 tokens; ids that the client counted itself are never cut but refused when they are too many.
 """
 
+import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from service.codecs.json_values import shown
 from service.errors import InvalidRequest, TooLarge
 from service.model_config import Pooling, TokensConfig
+from service.record import record
 from service.workers.messages import LocalTensor, NamedTensors, TensorInfo
 
 # The service has threads of its own; a second pool inside the tokenizer would fight them for the cores.
@@ -25,6 +27,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import tokenizers
 
 _DEFAULT_MAX_LENGTH = 512
+_LEAST_NORM = 1e-12
+_LARGEST_KEPT, _MOST_KEPT = 512, 2048  # elements of an array of ones or zeros that is made once; such arrays
 _MAX_ID = (1 << 31) - 1
 
 
@@ -37,7 +41,7 @@ class _Role(Enum):
     POSITIONS = ("position_ids",)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TokenBatch:
     """Token inputs of one request: tensors of (rows, longest row), and the tokens of each row."""
 
@@ -113,7 +117,7 @@ class TokenCodec:
                 )
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class _Padding:
     """Rows of these lengths in the width that all get."""
 
@@ -124,12 +128,12 @@ class _Padding:
         """(rows, width): the input with this role. Most requests are one row, which nothing is added to."""
         shape = len(rows), self.width
         if role is _Role.TYPES:
-            return np.zeros(shape, dtype)
+            return _constant(np.zeros, shape, dtype)
         is_even = min(self.lengths) == self.width
         if role is _Role.IDS:
             return (np.array(rows, np.int64) if is_even else self._padded(rows)).astype(dtype, copy=False)
         if role is _Role.MASK and is_even:
-            return np.ones(shape, dtype)
+            return _constant(np.ones, shape, dtype)
         places = np.arange(self.width)
         mask = places < np.array(self.lengths)[:, None]
         return (mask if role is _Role.MASK else places * mask).astype(dtype)
@@ -139,6 +143,18 @@ class _Padding:
         for position, row in enumerate(rows):
             ids[position, : len(row)] = row
         return ids
+
+
+def _constant(make: Callable[..., NDArray[Any]], shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An array that nobody writes to, of ones or zeros."""
+    return _kept(make, shape, dtype) if math.prod(shape) <= _LARGEST_KEPT else make(shape, dtype)
+
+
+@lru_cache(_MOST_KEPT)
+def _kept(make: Callable[..., NDArray[Any]], shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    values = make(shape, dtype)
+    values.flags.writeable = False
+    return values
 
 
 def _beyond(vocabulary: int, rows: Sequence[Sequence[int]]) -> InvalidRequest:
@@ -195,7 +211,8 @@ def check_texts(value: Any, name: str, max_inputs: int, max_bytes: int) -> list[
         if not text:
             raise InvalidRequest(f"{name}[{position}] is empty; send some text")
         size += len(text)
-    if size > max_bytes or sum(len(text.encode("utf-8", "replace")) for text in texts) > max_bytes:
+    # Only where the characters do not tell are the bytes counted: UTF-8 has one to four for each.
+    if 4 * size > max_bytes and sum(len(text.encode("utf-8", "replace")) for text in texts) > max_bytes:
         raise TooLarge(f"the text is larger than {max_bytes} bytes; send it in parts")
     return texts
 
@@ -237,17 +254,34 @@ def pool(vectors: NDArray[Any], lengths: Sequence[int], pooling: Pooling, normal
     """
     values: NDArray[Any] = vectors.astype(np.float32, copy=False)
     if values.ndim == 3:
-        if pooling is Pooling.MEAN:
-            counts = np.array(lengths, np.float32)[:, None]
-            if min(lengths) >= values.shape[1]:
-                weights = np.ones(values.shape[:2], np.float32)
-            else:
-                weights = (np.arange(values.shape[1]) < counts).astype(np.float32)
-            values = np.matmul(weights[:, None, :], values)[:, 0] / counts
-        else:
-            values = values[:, 0]
+        values = _means(values, lengths) if pooling is Pooling.MEAN else values[:, 0]
     if normalize:
-        norms = np.sqrt(np.add.reduce(values * values, axis=1, keepdims=True))
-        with np.errstate(invalid="ignore"):  # of values that are not finite; the routes look for what comes of them
-            values = values / np.maximum(norms, np.float32(1e-12))
+        values = _of_length_1(values)
     return np.ascontiguousarray(values, np.float32)
+
+
+def _means(values: NDArray[np.float32], lengths: Sequence[int]) -> NDArray[np.float32]:
+    rows, width = values.shape[:2]
+    if min(lengths) >= width:
+        weights = _constant(np.ones, (rows, 1, width), np.dtype(np.float32))
+    else:
+        weights = (np.arange(width) < np.array(lengths)[:, None]).astype(np.float32)[:, None]
+    sums: NDArray[np.float32] = np.matmul(weights, values)[:, 0]
+    counts: NDArray[np.float32] | np.float32 = np.float32(lengths[0])
+    if rows > 1:
+        counts = np.array(lengths, np.float32)[:, None]
+    means: NDArray[np.float32] = sums / counts
+    return means
+
+
+def _of_length_1(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    squares: NDArray[np.float32] = np.add.reduce(values * values, axis=1, keepdims=True)
+    square = float(squares[0, 0])
+    unit: NDArray[np.float32]
+    if len(values) == 1 and 0 < square < math.inf:  # most requests are one row
+        unit = values / np.float32(max(math.sqrt(square), _LEAST_NORM))
+        return unit
+    with np.errstate(invalid="ignore"):  # of values that are not finite; the routes look for what comes of them
+        norms: NDArray[np.float32] = np.maximum(np.sqrt(squares), np.float32(_LEAST_NORM))
+        unit = values / norms
+    return unit

@@ -1,6 +1,6 @@
 """A model's first runs: they warm it up and check that batching changes no answer. Called on the loader thread.
 
-Batching is read from the specs (policy.find_axes), then proved: two rows together must equal each row alone, and a
+Batching is read from the specs (policy.find_axes), then proved: rows together must equal each row alone, and a
 padded row must equal the same row without padding; where the engine leaves padding out, rows of any length may then
 share a run. A model that fails the proof is served with less batching, never wrongly. Sizes are the smallest that prove
 anything, and a model that computes for seconds on one row is not proved: its rows would gain nothing from each other.
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 _TOLERANCE = 2e-2  # relative L2: wide enough for fp16 and for another tile order, far below a mixed-up row
 _SHORT, _LONG = 5, 8  # tokens of the probe's rows
+_MAGNITUDE = 8.0  # of the probe's rows beside each other
 _GUESS = 8  # extent of a symbolic dim that nothing says more about
 _LONG_S = 1.0  # seconds of one row's arithmetic at the device's ceiling
 
@@ -68,9 +69,9 @@ def probe(model: EngineModel, command: LoadModel, engine_error: type[Exception])
         seconds = _least_seconds(model)
         if seconds > _LONG_S:
             return axes.without_batching(f"one row computes for {seconds:.1f} s or more, so rows together gain nothing")
-        second = {name: _other(array) for name, array in one.items()}
-        both = model.run({name: np.concatenate([one[name], second[name]]) for name in one})
-        apart = model.run(second)
+        rows = _rows(one)
+        together = model.run({name: np.concatenate([row[name] for row in rows]) for name in one})
+        alone = [first, *(model.run(row) for row in rows[1:-1]), first]
     except engine_error as error:
         if not strings and (not open_dims or command.image_size is not None):
             raise
@@ -79,9 +80,9 @@ def probe(model: EngineModel, command: LoadModel, engine_error: type[Exception])
         return axes.without_batching(
             f"the warm-up run with guessed {guess} failed, so that batching could not be checked: {error}"
         )
-    for name in both:
-        if not _close(both[name][:1], first[name]) or not _close(both[name][1:], apart[name]):
-            return axes.without_batching(f"two rows together give another '{name}' than each alone")
+    for name, batch in together.items():
+        if any(not _close(batch[i : i + 1], row[name]) for i, row in enumerate(alone)) or len(batch) != len(rows):
+            return axes.without_batching(f"rows together give another '{name}' than each alone")
     if axes.mode is BatchingMode.PADDED:
         return _probe_padding(model, inputs, axes, one, first)
     return axes
@@ -148,6 +149,21 @@ def _check_size(spec: TensorInfo, extents: tuple[int, ...]) -> None:
             f"input '{spec.name}' of shape {list(extents)} has {nbytes} bytes, and the machine has {memory} in all; "
             "export the model with smaller inputs"
         )
+
+
+def _rows(one: Mapping[str, Array]) -> list[Mapping[str, Array]]:
+    """Rows for one run, of which the first and the last are `one`: between them what it is not, and floats of other
+    magnitudes, beside which those of the others are small or large. A model that finds a scale from the whole batch, as
+    dynamic quantisation does, or treats later rows otherwise gives them other answers than alone."""
+    other = {name: _other(array) for name, array in one.items()}
+    return [one, other, _scaled(one, _MAGNITUDE), _scaled(other, 1 / _MAGNITUDE), one]
+
+
+def _scaled(row: Mapping[str, Array], factor: float) -> dict[str, Array]:
+    return {
+        name: (array * np.float32(factor)).astype(array.dtype) if array.dtype.kind == "f" else array
+        for name, array in row.items()
+    }
 
 
 def _other(array: Array) -> Array:

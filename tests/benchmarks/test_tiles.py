@@ -34,9 +34,21 @@ def test_every_case_starts_with_the_present_way(case: ConvCase) -> None:
     ("name", "expected"),
     [
         ("b32 144->144@56 3x3/1 depthwise relu6", {"depthwise_mma.cuh": 1, "depthwise_rows.cuh": 6}),
-        ("b32 128->128@28 3x3/1 relu", {"conv_wgmma.cuh": 6, "conv_halo_deep.cuh": 6}),
-        ("b32 64->64@56 3x3/1 relu", {"conv_wgmma.cuh": 6, "conv_halo.cuh": 6, "conv_halo_deep.cuh": 6}),
-        ("b32 128->128@56 3x3/2 relu", {"conv_wgmma.cuh": 6}),
+        (
+            "b32 128->128@28 3x3/1 relu",
+            {"conv_wgmma.cuh": 6, "conv_staged.cuh": 6, "conv_joined.cuh": 6, "conv_halo_deep.cuh": 6},
+        ),
+        (
+            "b32 64->64@56 3x3/1 relu",
+            {
+                "conv_wgmma.cuh": 6,
+                "conv_staged.cuh": 6,
+                "conv_joined.cuh": 6,
+                "conv_halo.cuh": 6,
+                "conv_halo_deep.cuh": 6,
+            },
+        ),
+        ("b32 128->128@56 3x3/2 relu", {"conv_wgmma.cuh": 6, "conv_staged.cuh": 6, "conv_joined.cuh": 6}),
         ("b32 3->32@224 3x3/2 relu6", {}),
     ],
 )

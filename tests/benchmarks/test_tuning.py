@@ -63,7 +63,7 @@ def test_a_model_is_loaded_once_for_all_its_sizes(
     assert tuned.asked == [
         (resnet, {"batch": 1}, 100.0), (resnet, {"batch": 32}, 90.0), (bert, {"batch": 1, "sequence": 128}, 80.0),
     ]  # fmt: skip
-    assert "resnet50 batch=1: timed 1 tiles of 1 of 2 products: 10 s" in capsys.readouterr().out
+    assert "resnet50 batch=1: timed 1 tiles of 1 of 2 products and convolutions: 10 s" in capsys.readouterr().out
 
 
 def test_plans_on_packed_tokens_are_tuned_before_the_padded_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,11 @@ def token_feeds(batch: int, sequence: int, seed: int = 0) -> dict[str, np.ndarra
 
 
 def _both(path: Path) -> Iterator[Both]:
-    with engine.load(path, device="cuda", strict=True) as gpu, engine.load(path, device="cpu", packed=False) as cpu:
+    """Padded, so that all positions compare, and what lies at padded ones is looked at."""
+    with (
+        engine.load(path, device="cuda", strict=True, packed=False) as gpu,
+        engine.load(path, device="cpu", packed=False) as cpu,
+    ):
         yield Both(gpu, cpu)
 
 

@@ -79,7 +79,7 @@ def test_a_model_in_a_precision(subject: Subject, precision: str, figures: Figur
     from benchmarks.gpu.accuracy import BUCKETS_PRECISION, error, memory_of_buckets, steps_and_memory
 
     row = figures(f"{subject.name} {precision}")
-    with engine.load(subject.path, device="cuda", precision=precision, strict=True) as model:
+    with engine.load(subject.path, device="cuda", precision=precision, strict=True, packed=False) as model:
         assert model.precision == precision
         assert model.fallback_ops == 0
         row |= steps_and_memory(model, subject.name)

@@ -119,7 +119,8 @@ def test_a_run_gives_the_same_bits_again(efficientnet: Both, minilm: Both) -> No
 def test_every_kernel_launched_is_ours(efficientnet: Both, minilm: Both) -> None:
     families = {"gemm", "conv", "depthwise", "attention", "norm", "softmax", "pool", "reduce", "pointwise"}
     for both, sizes in ((efficientnet, {"batch": 1}), (minilm, {"batch": 1, "sequence": 16})):
-        both.gpu.run(both.gpu.sample_feeds(sizes))
+        for _ in range(2):  # the second run of a plan is the first that is timed
+            both.gpu.run(both.gpu.sample_feeds(sizes))
         stats = both.gpu.kernel_stats()
         assert {stat.kernel.removesuffix("_direct") for stat in stats} <= families
         assert all(stat.seconds > 0 and stat.launches > 0 for stat in stats)
@@ -131,7 +132,10 @@ def test_every_kernel_launched_is_ours(efficientnet: Both, minilm: Both) -> None
 def test_the_verdict_is_read_from_the_cache(
     all_minilm_l6_v2: Path, minilm: Both, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level("INFO"), engine.load(all_minilm_l6_v2 / "1" / "model.onnx", device="cuda") as again:
+    with (
+        caplog.at_level("INFO"),
+        engine.load(all_minilm_l6_v2 / "1" / "model.onnx", device="cuda", packed=False) as again,
+    ):
         assert again.precision == minilm.gpu.precision
     assert "as found before" in caplog.text
 
@@ -144,7 +148,9 @@ def test_other_precisions_match_the_cpu(
         (efficientnet, efficientnet_lite0, image_feeds(3)),
         (minilm, all_minilm_l6_v2, token_feeds(3, 50)),
     ):
-        with engine.load(folder / "1" / "model.onnx", device="cuda", precision=precision, strict=True) as model:
+        with engine.load(
+            folder / "1" / "model.onnx", device="cuda", precision=precision, strict=True, packed=False
+        ) as model:
             assert model.precision == precision
             got, expected = model.run(feeds), both.cpu.run(feeds)
             assert all(relative_error(got[name], array) <= bound for name, array in expected.items())

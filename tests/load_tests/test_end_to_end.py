@@ -86,6 +86,26 @@ def test_the_engine_alone_runs_as_many_packed_tokens_as_it_is_told(tmp_path: Pat
     assert done.requests == 3 * (plan.rows[0].calls - 1) > 0
 
 
+def test_packed_rows_of_the_engine_alone_are_as_long_as_those_that_are_sent(tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    shutil.copy(FIXTURES / "bert_dynamo.onnx", tmp_path / "1" / "model.onnx")
+    with closing(Alone(tmp_path, [2, 3, 11])) as alone:
+        size, mask = alone._model.packed_size, alone._model.packed_mask
+        assert size is not None
+        assert mask is not None
+
+        def lengths(width: int, tokens: int) -> list[int]:
+            feeds = alone._feeds({"batch": 3, "sequence": width, size: tokens})
+            assert feeds[mask].shape == (3, width)
+            found: list[int] = np.sort(feeds[mask].sum(axis=1)).tolist()
+            return found
+
+        assert lengths(16, 16) in ([2, 2, 11], [2, 3, 11])
+        assert lengths(16, 24) in ([3, 3, 11], [2, 11, 11])
+        assert lengths(8, 16) == [3, 3, 3]
+        assert lengths(16, 8) == [2, 3, 3]  # as none are that are this wide and have so few tokens
+
+
 def test_photos_are_decoded_and_run_in_batches(tmp_path: Path) -> None:
     with closing(Alone(doubling_model(tmp_path, "batch", *PIXELS))) as alone:
         done = alone.decoded_photos(0.2, 4)

@@ -167,6 +167,19 @@ def _mixing(feeds: Mapping[str, Array]) -> dict[str, Array]:
     return {"output": (feeds["input"] - feeds["input"].mean(axis=0, keepdims=True)).astype(np.float32)}
 
 
+def _quantised(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """As dynamic quantisation does: one scale of 8 bits for the whole batch, by its largest number."""
+    scale = np.abs(feeds["input"]).max() / np.float32(127)
+    return {"output": (np.rint(feeds["input"] / scale) * scale).astype(np.float32)}
+
+
+def _third(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """Rows from the third on see the first."""
+    output = feeds["input"].copy()
+    output[2:] += output[:1]
+    return {"output": output}
+
+
 def _halves(feeds: Mapping[str, Array]) -> dict[str, Array]:
     return {"output": (feeds["input"] / 2).astype(feeds["input"].dtype)}
 
@@ -188,6 +201,8 @@ KINDS: dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], Runner]] 
     "grow": ((_VECTOR,), (_spec("output", "float32", "batch", 4 << 16),), _grow),
     "fixed": ((_spec("input", "float32", 2, 4),), (_spec("output", "float32", 2, 4),), _identity),
     "mixing": ((_VECTOR,), (_spec("output", "float32", "batch", 4),), _mixing),
+    "quantised": ((_VECTOR,), (_spec("output", "float32", "batch", 4),), _quantised),
+    "third": ((_VECTOR,), (_spec("output", "float32", "batch", 4),), _third),
     "half": ((_spec("input", "float16", "batch", 2),), (_spec("output", "float16", "batch", 2),), _halves),
     "fp8": ((_spec("input", "float8_e4m3fn", "n", 2),), (_spec("output", "float32", "n", 2),), _identity),
     "int32": ((_spec("input", "int32", "batch", 2),), (_spec("output", "int32", "batch", 2),), _identity),

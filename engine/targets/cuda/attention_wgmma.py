@@ -82,13 +82,15 @@ def width(tensor: Tensor) -> int:
 
 
 def pick(step: Step, context: Context) -> WgmmaAttentionTile:
-    """The tile with the least estimated time. A mask by key hides tiles that the host does not know of: of equal ones
-    the smallest, with which blocks even that out."""
+    """The tile with the least estimated time; of equal ones, as where memory binds, the one with fewest queries beyond
+    the end. A mask by key hides tiles that the host does not know of: then of equal ones the smallest, with which
+    blocks even that out."""
     work = work_of(step)
 
-    def rank(tile: WgmmaAttentionTile) -> tuple[float, int]:
+    def rank(tile: WgmmaAttentionTile) -> tuple[float, int, int]:
         estimated = cycles(tile, work, context.multiprocessors)
-        return estimated, tile.queries if work.bias is BiasKind.PER_KEY else 0
+        padded = ceildiv(work.queries, tile.queries) * tile.queries
+        return estimated, padded, tile.queries if work.bias is BiasKind.PER_KEY else 0
 
     return min(candidates(work), key=rank)
 

@@ -1,22 +1,15 @@
-"""Tiles of products that were timed on a device: found by the tuner (tuner.py), kept on disk, and taken by `gemm.py` in
-place of what the cost model says. Needs no GPU."""
+"""Tiles of products that were timed on a device: found by the tuner (tuner.py), kept on disk (choice_file.py), and
+taken by `gemm.py` in place of what the cost model says. Needs no GPU."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
-import os
-import re
-import tempfile
-from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import asdict, replace
 
-from engine.targets.cuda.gemm_stream import AnyTile, StreamTile, stream_tile
+from engine.targets.cuda.gemm_rows import AnyTile, RowsTile, rows_tiles
+from engine.targets.cuda.gemm_stream import StreamTile, stream_tile
 from engine.targets.cuda.kernel import Choice, Functor
 from engine.targets.cuda.product import Product
-from engine.targets.cuda.source import expand
 from engine.targets.cuda.tiles import (
     BATCHED_TILES,
     CLUSTER_TILES,
@@ -27,13 +20,6 @@ from engine.targets.cuda.tiles import (
     Tile,
     WgmmaTile,
 )
-
-log = logging.getLogger(__name__)
-
-_KERNELS = (
-    "gemm_wgmma.cuh", "gemm_staged.cuh", "gemm_cluster.cuh", "gemm_cluster_staged.cuh", "gemm_batch.cuh",
-    "gemm_mma.cuh", "gemm_stream.cuh", "align_rows.cuh", "split_rows.cuh", "row_factors.cuh",
-)  # fmt: skip
 
 _FORM = ("cooperative", "slots", "batched", "cluster_m", "cluster_n")
 """What tells tiles of wgmma of the same size apart."""
@@ -54,6 +40,8 @@ def choice_of(tile: AnyTile, us: float) -> Choice:
     """A tile as the file has it, with the time that it took."""
     if isinstance(tile, StreamTile):
         return {"kernel": "stream", "us": us}
+    if isinstance(tile, RowsTile):
+        return {"kernel": "rows", **asdict(tile), "us": us}
     kernel = "wgmma" if isinstance(tile, WgmmaTile) else "mma"
     choice: dict[str, str | int | float | bool] = {
         "kernel": kernel, "m": tile.m, "n": tile.n, "splits": tile.splits, "us": us,
@@ -67,6 +55,9 @@ def tile_text(tile: AnyTile) -> str:
     """A tile for people."""
     if isinstance(tile, StreamTile):
         return f"slices of {32 * tile.groups} columns"
+    if isinstance(tile, RowsTile):
+        parts = f", k in {tile.splits}" if tile.splits > 1 else ""
+        return f"rows, {tile.columns} columns, {tile.warps} warps, {tile.stages} steps under way{parts}"
     kernel = "wgmma" if isinstance(tile, WgmmaTile) else "mma"
     turns = " cooperative" if isinstance(tile, WgmmaTile) and tile.cooperative else ""
     copied = ", rows copied" if isinstance(tile, WgmmaTile) and tile.aligns else ""
@@ -83,6 +74,10 @@ def tile_of(choice: Choice, product: Product, operands: Operands) -> AnyTile | N
     kernel, splits, aligns = choice.get("kernel"), choice.get("splits"), choice.get("aligns")
     if kernel == "stream":
         return None if product.divisors is not None else stream_tile(product, operands)
+    if kernel == "rows":
+        if product.divisors is not None:
+            return None
+        return next((tile for tile in rows_tiles(product) if asdict(tile).items() <= choice.items()), None)
     wgmma = (*PRODUCT_TILES, *STAGED_TILES, *CLUSTER_TILES, *BATCHED_TILES)
     tiles: tuple[Tile, ...] = wgmma if kernel == "wgmma" else MMA_TILES if kernel == "mma" else ()
     fitting = [t for t in tiles if (t.m, t.n) == (choice.get("m"), choice.get("n"))]
@@ -102,47 +97,4 @@ def tile_of(choice: Choice, product: Product, operands: Operands) -> AnyTile | N
     else:
         lies_right = product.suits_tma and operands is not Operands.REFINED
         fits = product.suits_tma_aligned if aligns else lies_right
-    return replace(tile, aligns=aligns) if fits else None
-
-
-class ChoiceFile:
-    """The choices for one device with one driver and the kernels as they are. `folder` None: nothing is kept."""
-
-    def __init__(self, folder: Path | None, device: str, driver: str) -> None:
-        sources = expand("".join(f'#include "{name}"\n' for name in _KERNELS))
-        tiles = repr((PRODUCT_TILES, STAGED_TILES, CLUSTER_TILES, BATCHED_TILES, MMA_TILES))
-        digest = hashlib.sha256("\0".join([sources, tiles, driver]).encode()).hexdigest()[:16]
-        name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-        self.path = folder and folder / f"{name}-{digest}.json"
-
-    def read(self) -> dict[str, Choice]:
-        """What is there; nothing where there is no such file, or a damaged one."""
-        if self.path is None:
-            return {}
-        try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        if not isinstance(content, dict):
-            return {}
-        return {key: choice for key, choice in content.items() if isinstance(choice, dict)}
-
-    def add(self, found: Mapping[str, Choice]) -> None:
-        """Keep more choices. A folder that cannot be written is said in the log."""
-        if self.path is None:
-            return
-        text = json.dumps({**self.read(), **found}, indent=1, sort_keys=True)
-        try:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # Written beside, then renamed: who reads meanwhile finds the old file or the new one.
-            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=self.path.parent, delete=False) as file:
-                beside = Path(file.name)
-                try:
-                    file.write(text)
-                    file.flush()
-                    os.replace(beside, self.path)
-                except OSError:
-                    beside.unlink(missing_ok=True)
-                    raise
-        except OSError as error:
-            log.warning("the tuner's choices are not kept: %s", error)
+    return replace(tile, splits=splits, aligns=aligns) if fits else None

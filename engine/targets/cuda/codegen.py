@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
@@ -135,7 +135,7 @@ def epilogue(
     head += f"  static constexpr bool SHIFTED = {'true' if carried else 'false'};\n"
     if carried:
         declared = [line.replace("WIDTH", "N") for line in writer.prepare]
-        tail += _shifted_stores([*declared, *loop_over(results)], shifting, rest, COMPUTE[acc])
+        tail += _shifted_stores([*declared, *loop_over(results).lines], shifting, rest, COMPUTE[acc])
     return writer.functor("Epilogue", signature, results, head, tail)
 
 
@@ -157,7 +157,7 @@ def _shifted_stores(values: Sequence[str], stores: Sequence[str], rest: Sequence
 
 def result(store: ex.Expr) -> Functor:
     """`Result`: what the epilogue stores first, before it is rounded, for a kernel that does more with it."""
-    lines = loop_over({"value[i]": (store, store.dtype)})
+    lines = loop_over({"value[i]": (store, store.dtype)}).lines
     signature = "void of(const float (&acc)[WIDTH], const Epilogue::Inputs& inputs, float (&value)[WIDTH])"
     return Functor(f"struct Result {{\n  DEVICE static {signature} {{\n{indented(lines)}\n  }}\n}};\n", (), Reads())
 
@@ -283,13 +283,21 @@ class _Writer:
             "  DEVICE static Inputs fetch(const Params& p, u32 row, u32 column, u32 count) "
             "{ return fetch(p, at(p, row), column, count); }\n"
         )
-        lines = [*self.prepare, *loop_over(results), *self.finish]
+        loop = loop_over(results)
+        lines = [*self.prepare, *loop.lines, *self.finish]
         code = f"struct {name} {{\n{head}  DEVICE static {signature} {{\n{indented(lines)}\n  }}\n{tail}}};\n"
-        reads = replace(self.reads, instructions=instructions(*(root for root, _ in results.values())))
-        return Functor(code, tuple(self.arguments.items()), reads)
+        return Functor(code, tuple(self.arguments.items()), replace(self.reads, instructions=loop.instructions))
 
 
-def loop_over(results: Mapping[str, tuple[ex.Expr, DType]], gelu: str = "gelu_narrow") -> list[str]:
+@dataclass(frozen=True)
+class Loop:
+    """Code that computes results, and in about how many instructions an element of each."""
+
+    lines: list[str]
+    instructions: int
+
+
+def loop_over(results: Mapping[str, tuple[ex.Expr, DType]], gelu: str = "gelu_narrow") -> Loop:
     """Computes the results of all columns: what is assigned, and (expression, type) of its value. `gelu`: the function
     that is good enough where all results have 16 bits."""
     body = _expression_lines([root for root, _ in results.values()], gelu)
@@ -297,12 +305,8 @@ def loop_over(results: Mapping[str, tuple[ex.Expr, DType]], gelu: str = "gelu_na
         *body.lines,
         *(f"{target} = {_stored(body.names[root], root.dtype, to)};" for target, (root, to) in results.items()),
     ]
-    return ["#pragma unroll", "for (int i = 0; i < WIDTH; ++i) {", *(f"  {line}" for line in loop), "}"]
-
-
-def instructions(*roots: ex.Expr) -> int:
-    """About how many instructions compute an element of each."""
-    return _expression_lines(roots, "").instructions
+    lines = ["#pragma unroll", "for (int i = 0; i < WIDTH; ++i) {", *(f"  {line}" for line in loop), "}"]
+    return Loop(lines, body.instructions)
 
 
 def _stored(text: str, source: DType, target: DType) -> str:

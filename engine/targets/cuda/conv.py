@@ -8,9 +8,9 @@ better, or that only they can do (conv_simt.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum, auto
 from math import prod
-from typing import TypeAlias
 
 from engine.errors import UnsupportedOp
 from engine.ir.dtype import DType
@@ -18,6 +18,7 @@ from engine.ir.ops import Conv, Op
 from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Tensor
 from engine.targets.cuda import conv_halo, conv_halo_deep, conv_wgmma, depthwise_rows
+from engine.targets.cuda.conv_choices import ConvTile, T
 from engine.targets.cuda.conv_geometry import (
     AXES,
     Geometry,
@@ -38,8 +39,10 @@ from engine.targets.cuda.conv_simt import (
     launch_direct,
     launch_simt,
 )
-from engine.targets.cuda.conv_stem import is_stem, launch_stem
-from engine.targets.cuda.depthwise import is_depthwise_product, launch_depthwise_product
+from engine.targets.cuda.conv_stem import StemTile, is_stem, launch_stem
+from engine.targets.cuda.conv_tiles import depthwise_tiles, implicit_tiles, stem_tiles, taken
+from engine.targets.cuda.depthwise import DepthwiseTile, is_depthwise_product, launch_depthwise_product
+from engine.targets.cuda.depthwise_rows import RowsTile
 from engine.targets.cuda.gemm import launches_of, pick_tile
 from engine.targets.cuda.gemm_wgmma import split_arguments
 from engine.targets.cuda.kernel import (
@@ -58,15 +61,9 @@ from engine.targets.cuda.kernel import (
 )
 from engine.targets.cuda.product import Matrix, Product, line_elements
 from engine.targets.cuda.spaces import operand, space
-from engine.targets.cuda.tiles import MmaTile, Operands, Tile, WgmmaTile, mma_cycles, pick_mma
+from engine.targets.cuda.tiles import MOST_SPLITS, Choice, MmaTile, Operands, WgmmaTile
 
-ConvTile: TypeAlias = Tile | HaloTile | DeepTile
-
-_MOST_SPLITS = 24
 _MOST_BLOCKS = 65535  # along the second and third axis of a grid
-_GATHERING = 1.85
-"""The time of conv_mma.cuh beside what `mma_cycles` estimates of a product of the same sizes: typical of 24 layers of
-ResNet-50 and VGG-16 on an H100 (1.4 to 3.6)."""
 _DIRECT_OUTPUTS = 64 * 128
 """The results that fill a multiprocessor with threads of conv_direct.cuh. A 1×1 convolution of fewer (that of a
 squeeze-and-excite layer, of 1×1 images) is a product: lanes share the channels that one thread would walk through."""
@@ -135,14 +132,11 @@ def lower(step: Step, context: Context) -> list[Launch]:
         return []
     match _way(step, geometry, context):
         case _Way.DEPTHWISE_PRODUCT:
-            rows = depthwise_rows.pick(step, geometry, context)
-            if rows is not None:
-                return [depthwise_rows.launch_rows(step, geometry, rows, context)]
-            return [launch_depthwise_product(step, geometry, context)]
+            return _lower_taken(step, geometry, depthwise_tiles(step, geometry, context), context)
         case _Way.DEPTHWISE:
             return [launch_depthwise(step, geometry, context)]
         case _Way.STEM:
-            return [launch_stem(step, geometry, context)]
+            return _lower_taken(step, geometry, stem_tiles(geometry, context), context)
         case _Way.DIRECT:
             return [launch_direct(step, geometry, context)]
         case _Way.SIMT:
@@ -155,7 +149,7 @@ def lower(step: Step, context: Context) -> list[Launch]:
             return launches_of(product, epilogue, pick_tile(product, epilogue, context), context)
         case _Way.IMPLICIT:
             assert operands is not None
-            return _lower_implicit(step, geometry, operands, context)
+            return _lower_taken(step, geometry, implicit_tiles(step, geometry, operands, context), context)
 
 
 def parts_of(step: Step, context: Context) -> tuple[Product, Functor] | None:
@@ -166,27 +160,35 @@ def parts_of(step: Step, context: Context) -> tuple[Product, Functor] | None:
     return _product(step, geometry, context)
 
 
-def _lower_implicit(step: Step, geometry: Geometry, operands: Operands, context: Context) -> list[Launch]:
-    # The filters that a launch has just packed lie where the sums of a split product would.
-    splits = _MOST_SPLITS if is_constant(step.inputs[1]) else 1
-    m, n, k, batch = geometry.rows, geometry.n, geometry.phases[0].k, geometry.groups * len(geometry.phases)
-    portable = pick_mma(m, n, k, batch, context.architecture, context.multiprocessors, operands, splits)
-    cycles = _GATHERING * mma_cycles(m, n, k, batch, portable, context.multiprocessors, operands)
-    tile: ConvTile = portable
-    choice = conv_wgmma.pick(step, geometry, operands, splits, context)
-    if choice is not None and choice.cycles < cycles:
-        tile, cycles = choice.tile, choice.cycles
-    halo = conv_halo.pick(step, geometry, operands, context)
-    if halo is not None and halo.cycles < cycles:
-        tile, cycles = halo.tile, halo.cycles
-    deep = conv_halo_deep.pick(step, geometry, operands, context)
-    if deep is not None and deep.cycles < cycles:
-        tile = deep.tile
-    return lower_in(step, geometry, tile, context)
+def tiles_of(step: Step, context: Context) -> Sequence[Choice[ConvTile]]:
+    """The tiles that a convolution can run in, from what should be the fastest on, where there is a choice; none where
+    there is none, or it runs as a product."""
+    geometry, operands = Geometry(step), operands_of(step, context)
+    if not step.outputs[0].elements:
+        return ()
+    match _way(step, geometry, context):
+        case _Way.DEPTHWISE_PRODUCT:
+            return depthwise_tiles(step, geometry, context)
+        case _Way.STEM:
+            return stem_tiles(geometry, context)
+        case _Way.IMPLICIT:
+            assert operands is not None
+            return implicit_tiles(step, geometry, operands, context)
+    return ()
+
+
+def _lower_taken(step: Step, geometry: Geometry, tiles: Sequence[Choice[T]], context: Context) -> list[Launch]:
+    return lower_in(step, geometry, taken(tiles, step, step, context), context)
 
 
 def lower_in(step: Step, geometry: Geometry, tile: ConvTile, context: Context) -> list[Launch]:
-    """The launches of an implicit product in the given tile."""
+    """The launches of a convolution in one of its `tiles_of`."""
+    if isinstance(tile, StemTile):
+        return [launch_stem(step, geometry, context, tile)]
+    if isinstance(tile, DepthwiseTile):
+        return [launch_depthwise_product(step, geometry, context, tile)]
+    if isinstance(tile, RowsTile):
+        return [depthwise_rows.launch_rows(step, geometry, tile, context)]
     if isinstance(tile, DeepTile):
         filters, _ = filters_of(step, geometry, context, conv_halo_deep.panel_channels(tile, step))
         return [conv_halo_deep.launch_deep(step, geometry, filters, tile, context)]
@@ -213,7 +215,7 @@ def operands_of(step: Step, context: Context) -> Operands | None:
 def _prefers_simt(geometry: Geometry, operands: Operands) -> bool:
     """Whether matrix tiles would be too empty, or the kernel that fills them cannot run it."""
     phases = geometry.phases
-    if max(geometry.groups, len(phases) * _MOST_SPLITS) > _MOST_BLOCKS or not any(phase.k for phase in phases):
+    if max(geometry.groups, len(phases) * MOST_SPLITS) > _MOST_BLOCKS or not any(phase.k for phase in phases):
         return True
     padded = ceildiv(geometry.n, 32) * 32 * ceildiv(geometry.k, 64) * 64 * operands.slowness
     return geometry.groups > 1 and _SIMT_COST * geometry.n * geometry.k < padded

@@ -11,6 +11,7 @@ from engine.plan.plan import Requirement, Step
 from engine.plan.tensor import Tensor, row_major
 from engine.targets.cuda import conv_mean, depthwise_rows, excitation
 from engine.targets.cuda.conv_geometry import Geometry
+from engine.targets.cuda.conv_tiles import summed_tiles, taken
 from engine.targets.cuda.depthwise_rows import ImageSums, RowsTile
 from engine.targets.cuda.kernel import Context, Launch, workspace
 
@@ -28,9 +29,9 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
 def lower(step: Step, context: Context) -> list[Launch]:
     convolution = with_mean(step)
     bare = conv_mean.without_mean(convolution)
-    tile = depthwise_rows.pick(bare, Geometry(bare), context, sums=True) if bare.outputs[0].elements else None
-    if tile is not None:
-        return lower_rows(step, tile, context)
+    tiles = summed_tiles(bare, Geometry(bare), context)
+    if tiles:
+        return lower_rows(step, taken(tiles, step, bare, context), context)
     mean = convolution.outputs[-1]
     launches = conv_mean.lower_apart(convolution, context)
     return [*launches, *excitation.lower(replace(_layers(step), inputs=(mean, *_layers(step).inputs[1:])), context)]

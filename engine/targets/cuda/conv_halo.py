@@ -49,7 +49,7 @@ class HaloTile:
         return self.m if self.swapped else self.n
 
 
-_TILES = tuple(
+TILES = tuple(
     HaloTile(m, n, stages, swapped)
     for n, m, stages, swapped in product((32, 64, 128), (128, 192, 256), (2, 3, 4), (False, True))
     if m * n <= 128 * 128 and (n >= 64 or not swapped)  # an instruction's first operand has 64 rows
@@ -122,7 +122,7 @@ def lies_alike(step: Step, geometry: Geometry) -> bool:
 def candidates(step: Step, geometry: Geometry, context: Context) -> Iterator[HaloTile]:
     """The tiles that fit shared memory."""
     grid, taps = Grid.of(geometry), prod(geometry.phases[0].kernel)
-    for tile in _TILES:
+    for tile in TILES:
         fits = grid.shared_bytes(tile, taps) <= context.architecture.shared_bytes
         useful = (tile.n == 32 or tile.n // 2 < geometry.n) and taps * tile.n * PANEL_BYTES <= _MOST_BYTES
         if fits and useful and grid.halo(tile) <= _MOST_PIXELS:

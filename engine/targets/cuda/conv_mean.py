@@ -14,6 +14,7 @@ from engine.plan.plan import Requirement, Step
 from engine.plan.tensor import BufferKind, Tensor
 from engine.targets.cuda import conv, depthwise_rows, reduce
 from engine.targets.cuda.conv_geometry import Geometry
+from engine.targets.cuda.conv_tiles import summed_tiles, taken
 from engine.targets.cuda.depthwise_rows import ImageSums, RowsTile
 from engine.targets.cuda.kernel import Context, Launch
 
@@ -27,10 +28,9 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
 
 def lower(step: Step, context: Context) -> list[Launch]:
     bare = without_mean(step)
-    geometry = Geometry(bare)
-    tile = depthwise_rows.pick(bare, geometry, context, sums=True) if step.outputs[0].elements else None
-    if tile is not None:
-        return lower_rows(step, tile, context)
+    tiles = summed_tiles(bare, Geometry(bare), context)
+    if tiles:
+        return lower_rows(step, taken(tiles, step, bare, context), context)
     return lower_apart(step, context)
 
 

@@ -145,13 +145,19 @@ def _cycles(geometry: Geometry, pairs: Pairs, tile: StemTile, multiprocessors: i
     return rounds * max(resident * share, alone) + alone / 2
 
 
-def pick_tile(geometry: Geometry, context: Context) -> StemTile | None:
-    """The tile with the least estimated time, if any fits."""
+def ranked(geometry: Geometry, context: Context) -> list[tuple[float, StemTile]]:
+    """The tiles that fit with their estimated cycles, from what should be the fastest on."""
     pairs = pairs_of(geometry)
     if pairs is None:
-        return None
+        return []
     fitting = candidates(geometry, pairs, context.architecture)
-    return min(fitting, key=lambda t: _cycles(geometry, pairs, t, context.multiprocessors)) if fitting else None
+    estimates = ((_cycles(geometry, pairs, tile, context.multiprocessors), tile) for tile in fitting)
+    return sorted(estimates, key=lambda one: one[0])
+
+
+def pick_tile(geometry: Geometry, context: Context) -> StemTile | None:
+    """The tile with the least estimated time, if any fits."""
+    return next((tile for _, tile in ranked(geometry, context)), None)
 
 
 def is_stem(step: Step, geometry: Geometry, context: Context) -> bool:

@@ -10,7 +10,8 @@ from typing import TypeVar
 from engine.ir.ops import Conv
 from engine.plan.plan import Step
 from engine.targets.cuda import conv_halo, conv_halo_deep, conv_wgmma, depthwise, depthwise_rows
-from engine.targets.cuda.conv import ConvTile, lower, lower_in, operands_of
+from engine.targets.cuda.conv import lower, lower_in, operands_of
+from engine.targets.cuda.conv_choices import ConvTile
 from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.kernel import Context, Launch, is_constant
 from engine.targets.cuda.tiles import MOST_SPLITS, Operands
@@ -54,9 +55,13 @@ def _products(step: Step, geometry: Geometry, context: Context, most: int) -> It
     operands = operands_of(step, context)
     if operands is None or operands is Operands.EXACT or not is_constant(step.inputs[1]):
         return
-    gathered = conv_wgmma.estimates(step, geometry, operands, MOST_SPLITS, context)
+    gathered = [
+        (choice.cycles, choice.tile) for choice in conv_wgmma.estimates(step, geometry, operands, MOST_SPLITS, context)
+    ]
     kernels: list[list[tuple[float, ConvTile]]] = [
-        [(choice.cycles, choice.tile) for choice in gathered],
+        [(cycles, tile) for cycles, tile in gathered if not tile.slots and tile.cluster_k == 1],
+        [(cycles, tile) for cycles, tile in gathered if tile.slots],
+        [(cycles, tile) for cycles, tile in gathered if tile.cluster_k > 1],
         [(choice.cycles, choice.tile) for choice in conv_halo.estimates(step, geometry, operands, context)],
         [(choice.cycles, choice.tile) for choice in conv_halo_deep.estimates(step, geometry, operands, context)],
     ]

@@ -7,16 +7,20 @@ The limits are those that the CUDA driver documents of cuTensorMapEncodeIm2col.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from math import gcd
 
 from engine.plan.plan import Step
+from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.conv_geometry import AXES, Geometry, padded_k, row_length
 from engine.targets.cuda.conv_simt import epilogue_for
-from engine.targets.cuda.gemm_wgmma import split_arguments, wgmma_function
+from engine.targets.cuda.gemm_wgmma import split_arguments, staged, wgmma_function
 from engine.targets.cuda.kernel import (
     STORAGE,
+    Argument,
     Context,
+    Functor,
     Instruction,
     Launch,
     PixelMap,
@@ -26,8 +30,11 @@ from engine.targets.cuda.kernel import (
     is_constant,
     launch,
 )
+from engine.targets.cuda.staging import STAGED_WIDTH
 from engine.targets.cuda.tiles import (
     GATHERED,
+    NOTHING,
+    STAGED_TILES,
     WGMMA_TILES,
     Choice,
     Operands,
@@ -36,8 +43,40 @@ from engine.targets.cuda.tiles import (
     wgmma_tiles,
 )
 
-TILES = (*WGMMA_TILES, WgmmaTile(128, 160, 6, cooperative=True), WgmmaTile(64, 160, 7))
-"""Of 160 and 320 channels the other widths leave a sixth to a third empty."""
+TILES = (
+    *WGMMA_TILES,
+    WgmmaTile(128, 160, 6, cooperative=True),
+    WgmmaTile(64, 160, 7),
+    WgmmaTile(256, 128, 4, cooperative=True),
+)
+"""Of 160 and 320 channels the other widths leave a sixth to a third empty. Of 128 the widest tile is half empty; one of
+256 pixels is as large."""
+_JOINING = (
+    WgmmaTile(128, 128, 5, cooperative=True),
+    WgmmaTile(128, 96, 6, cooperative=True),
+    WgmmaTile(128, 64, 8, cooperative=True),
+    WgmmaTile(64, 192, 5),
+    WgmmaTile(64, 128, 8),
+    WgmmaTile(64, 64, 12),
+)
+
+
+def _joined(tile: WgmmaTile, blocks: int) -> WgmmaTile:
+    """The tile of a cluster, with as long a ring as the sums leave room for."""
+    joined = replace(tile, cluster_k=blocks)
+    while joined.shared_bytes > SM_90A.shared_bytes:
+        joined = replace(joined, stages=joined.stages - 1)
+    return joined
+
+
+JOINED_TILES = tuple(_joined(tile, blocks) for tile, blocks in product(_JOINING, (2, 3, 4, 5, 6, 8)))
+"""Tiles of clusters that share k."""
+STAGED = (
+    *STAGED_TILES,
+    WgmmaTile(128, 128, 5, cooperative=True, slots=2),
+    WgmmaTile(256, 128, 4, cooperative=True, slots=1),
+)
+"""Tiles whose results go through shared memory."""
 _PANELS = (128, 64, 32)  # bytes of channels that a copy can bring of each pixel
 _LINE_BYTES = 128  # of the L2 cache
 _MOST_STEP = 8  # pixels between neighbours of the walk
@@ -110,7 +149,7 @@ def estimates(
         return
     if not suits(geometry):
         return
-    m, n, groups, reads = geometry.rows, geometry.n, geometry.groups, epilogue_for(step, geometry.n).reads
+    m, n, groups, epilogue = geometry.rows, geometry.n, geometry.groups, epilogue_for(step, geometry.n)
     for panel_bytes in _PANELS:
         panel = panel_bytes // w.dtype.itemsize
         # Filters that are packed on the device have no padding, and a panel must not reach into the next group.
@@ -118,13 +157,24 @@ def estimates(
             continue
         k = padded_k(geometry, panel)
         lines = _lines(geometry, panel_bytes)
-        for tile in wgmma_tiles(m, n, k, operands, most_splits, groups, panel_bytes, TILES):
+        tiles = wgmma_tiles(m, n, k, operands, most_splits, groups, panel_bytes, TILES)
+        for tile in (*tiles, *_other_tiles(epilogue, operands.wgmma_steps(k), groups, panel_bytes)):
             if not has_registers(tile, geometry):
                 continue
+            waits = NOTHING if tile.slots else epilogue.reads
             cycles = wgmma_cycles(
-                m, n, k, tile, context.multiprocessors, operands, groups, step.cost.bytes, GATHERED, reads, lines
+                m, n, k, tile, context.multiprocessors, operands, groups, step.cost.bytes, GATHERED, waits, lines
             )
             yield Choice(tile, cycles)
+
+
+def _other_tiles(epilogue: Functor, steps: int, groups: int, panel_bytes: int) -> Iterator[WgmmaTile]:
+    """The tiles of clusters that share so many steps of k, and those with staged results."""
+    for tile in JOINED_TILES:
+        if 2 * tile.cluster_k <= steps and (tile.cluster_k - 1) * ceildiv(steps, tile.cluster_k) < steps:
+            yield replace(tile, panel_bytes=panel_bytes)
+    if groups == 1 and epilogue.staged is not None:
+        yield from (replace(tile, panel_bytes=panel_bytes) for tile in STAGED)
 
 
 def _lines(geometry: Geometry, panel_bytes: int) -> float:
@@ -141,8 +191,12 @@ def _lines(geometry: Geometry, panel_bytes: int) -> float:
 
 def has_registers(tile: WgmmaTile, geometry: Geometry) -> bool:
     """Whether the kernel keeps out of local memory: with 192 columns for one warpgroup, or 256 for two, it does not
-    where it has to add partial sums and to find its place in a volume (the gate shows spills)."""
-    return geometry.axes < len(AXES) or tile.splits == 1 or tile.n < (256 if tile.cooperative else 192)
+    where it has to add partial sums, or to stage results, and to find its place in a volume (the gate shows spills)."""
+    if geometry.axes < len(AXES):
+        return True
+    if tile.cooperative:
+        return tile.n < 256 or tile.splits == 1
+    return tile.n < 192 or (tile.splits == 1 and not tile.slots)
 
 
 def panel_channels(tile: WgmmaTile, step: Step) -> int:
@@ -160,12 +214,19 @@ def launch_conv(step: Step, geometry: Geometry, filters: Pointer, tile: WgmmaTil
         "out": phase.out, "stride": [_Axis.of(geometry, axis).step for axis in range(3)], "pad": phase.pads,
         "kernel": phase.kernel, "dilation": geometry.dilations,
     }  # fmt: skip
+    epilogue, maps, width = epilogue_for(step, geometry.n), dict[str, Argument](), dict[str, int | bool | str]()
+    body = "conv_joined.cuh" if tile.cluster_k > 1 else "conv_wgmma.cuh"
+    if tile.slots:
+        body, width = "conv_staged.cuh", {"width": STAGED_WIDTH, "moments": False}
+        epilogue, maps = staged(epilogue, tile, geometry.rows, geometry.n)
+    blocks = min(tiles, max(1, context.multiprocessors // (tile.splits * groups)))
     return launch(
         "conv",
-        "conv_wgmma.cuh",
-        {**tile.config, "operand": STORAGE[dtype], "grouped": groups > 1, "depth": geometry.axes == len(AXES)},
-        [epilogue_for(step, geometry.n)],
+        body,
+        {**tile.config, "operand": STORAGE[dtype], "grouped": groups > 1, "depth": geometry.axes == len(AXES), **width},
+        [epilogue],
         {
+            **maps,
             "map_a": _pixels(geometry, panel, tile.m),
             "map_b": TensorMap(filters, groups * geometry.n, k, k, tile.n, 128 // dtype.itemsize),
             "m": geometry.rows, "n": geometry.n, "k": k,
@@ -176,11 +237,12 @@ def launch_conv(step: Step, geometry: Geometry, filters: Pointer, tile: WgmmaTil
             **{f"{name}_{axis}": values[i] for name, values in sizes.items() for i, axis in enumerate(AXES)},
             **split_arguments(tiles * groups, tile.m * tile.n, 8 if tile.cooperative else 4, tile.splits),
         },
-        (min(tiles, max(1, context.multiprocessors // (tile.splits * groups))), tile.splits, groups),
+        (tiles * tile.cluster_k if tile.cluster_k > 1 else blocks, tile.splits, groups),
         384,
         tile.shared_bytes,
         Instruction.WGMMA,
         helpers=f'#include "ptx/wgmma.cuh"\n{wgmma_function(tile.n, dtype)}',
+        cluster=tile.cluster_k,
     )  # fmt: skip
 
 

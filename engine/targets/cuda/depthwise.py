@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from heapq import nsmallest
 from itertools import product
 
 import numpy as np
@@ -32,6 +33,7 @@ _LARGEST_EXPANDED = 5  # beyond, they are expanded to operands when they are use
 _MOST_ROWS = 8  # of outputs that a warp goes through at a time
 _MOST_UNITS = 8  # of eight pixels side by side in a tile
 _WARPS = 4
+_FEW = 6  # tiles that the tuner may choose from
 _CELL = 16  # bytes: eight channels of a pixel
 
 
@@ -165,10 +167,15 @@ def _rounds(window: Window, tile: DepthwiseTile, multiprocessors: int) -> int:
 
 
 @lru_cache(maxsize=4096)
+def best_tiles(window: Window, shared_bytes: int, multiprocessors: int) -> tuple[DepthwiseTile, ...]:
+    """A few tiles, from the one with the least estimated time on; none where none fits."""
+    fitting = candidates(window, shared_bytes)
+    return tuple(nsmallest(_FEW, fitting, key=lambda tile: cycles(window, tile, multiprocessors)))
+
+
 def pick_tile(window: Window, shared_bytes: int, multiprocessors: int) -> DepthwiseTile | None:
     """The tile with the least estimated time, if any fits."""
-    fitting = list(candidates(window, shared_bytes))
-    return min(fitting, key=lambda tile: cycles(window, tile, multiprocessors)) if fitting else None
+    return next(iter(best_tiles(window, shared_bytes, multiprocessors)), None)
 
 
 def window_of(geometry: Geometry) -> Window:

@@ -11,27 +11,23 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 from engine.targets.cuda import covering
 from engine.targets.cuda.architecture import ARCHITECTURES, Architecture
 from engine.targets.cuda.compiler import CompileError, Compiler
 from engine.targets.cuda.kernel import Instruction, Kernel
+from engine.targets.cuda.machine_code import disassembled, function_code, run_tool
 from engine.targets.cuda.source import Source
 
 _FUNCTION = "kernel"  # the name of every kernel's function
 _RESOURCES = re.compile(rf"^\s*Function {_FUNCTION}:\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", re.MULTILINE)
 # A line of machine code: its address, perhaps a predicate, the opcode with its modifiers, operands.
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)[\s.;]", re.MULTILINE)
-_FUNCTION_START = re.compile(r"^\s*Function : (\S+)\s*$", re.MULTILINE)
 _LOCAL_ACCESS = frozenset({"LDL", "STL"})
 _MACHINE_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", re.MULTILINE)
 _BRANCH = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)")
@@ -40,6 +36,7 @@ _MOST_MOVES = 2
 # The system's share of a block's shared memory from sm_90 on, which cuobjdump counts as static. The limit is on what we
 # ask for.
 _SYSTEM_SHARED = 1024
+_TOGETHER = 16  # kernels that are disassembled at once
 
 
 @dataclass(frozen=True)
@@ -53,26 +50,12 @@ class Verdict:
     failure: str = ""
 
 
-def tool(name: str) -> str:
-    """The path of a CUDA binary tool: on the PATH, or from its pip package. Exits where it is missing."""
-    found = shutil.which(name)
-    if found is None:
-        import nvidia
-
-        for root in nvidia.__path__:
-            for candidate in Path(root).glob(f"**/bin/{name}"):
-                return str(candidate)
-        sys.exit(f"{name} is missing: install nvidia-cuda-{name}")
-    return found
-
-
-def inspect(architecture: Architecture, kernel: Kernel, code: bytes, cuobjdump: str) -> Verdict:
-    """Check one cubin."""
+def inspect(architecture: Architecture, kernel: Kernel, code: bytes, machine: str) -> Verdict:
+    """Check one cubin, whose function is `machine` code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
         file.flush()
-        usage = _run([cuobjdump, "--dump-resource-usage", file.name])
-        machine = _run([cuobjdump, "--dump-sass", file.name])
+        usage = run_tool("cuobjdump", "--dump-resource-usage", file.name)
     match = _RESOURCES.search(usage)
     if match is None:
         return Verdict(architecture.name, kernel.source.name, failure=f"no resource usage in {usage!r}")
@@ -92,14 +75,8 @@ def inspect(architecture: Architecture, kernel: Kernel, code: bytes, cuobjdump: 
 
 
 def opcodes(machine: str) -> frozenset[str]:
-    """The opcodes, without modifiers, in the kernel's own function of what ``cuobjdump --dump-sass`` prints."""
-    _, *functions = _FUNCTION_START.split(machine)
-    return frozenset(
-        opcode
-        for name, code in zip(functions[::2], functions[1::2], strict=True)
-        if name == _FUNCTION
-        for opcode in _OPCODE.findall(code)
-    )
+    """The opcodes, without modifiers, of disassembled code."""
+    return frozenset(_OPCODE.findall(machine))
 
 
 def _wrong_instructions(kernel: Kernel, used: frozenset[str], machine: str) -> Iterator[str]:
@@ -131,17 +108,6 @@ def moves_between_products(machine: str) -> int:
     return moves
 
 
-def _run(command: Sequence[str]) -> str:
-    # cuobjdump finds nvdisasm on the PATH; the pip packages put both in one folder, or in folders of their own.
-    path = {str(Path(tool(name)).parent) for name in ("nvdisasm", "cuobjdump")}
-    result = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={"PATH": ":".join([*path, "/usr/bin", "/bin"])}
-    )
-    if result.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{result.stderr}")
-    return result.stdout
-
-
 Kernels = dict[Source, Kernel]
 
 
@@ -165,16 +131,25 @@ def in_turn(sets: Sequence[Kernels]) -> list[Kernels]:
 def check(architecture: Architecture, kernels: Kernels, workers: int) -> list[Verdict]:
     """Compile and inspect kernels for one architecture."""
     compiler = Compiler(architecture.name, cache=None, workers=workers)
-    cuobjdump = tool("cuobjdump")
 
-    def one(kernel: Kernel) -> Verdict:
+    def compiled(kernel: Kernel) -> bytes | Verdict:
         try:
-            return inspect(architecture, kernel, compiler.cubin(kernel.source), cuobjdump)
+            return compiler.cubin(kernel.source)
         except CompileError as error:
             return Verdict(architecture.name, kernel.source.name, failure=" ".join(str(error).split()))
 
+    def inspected(some: Sequence[Kernel]) -> list[Verdict]:
+        made = [compiled(kernel) for kernel in some]
+        codes = [function_code(code, _FUNCTION) if isinstance(code, bytes) else b"" for code in made]
+        return [
+            inspect(architecture, kernel, code, machine) if isinstance(code, bytes) else code
+            for kernel, code, machine in zip(some, made, disassembled(architecture.name, codes), strict=True)
+        ]
+
+    every = list(kernels.values())
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(one, kernels.values()))
+        groups = pool.map(inspected, (every[i : i + _TOGETHER] for i in range(0, len(every), _TOGETHER)))
+        return [verdict for group in groups for verdict in group]
 
 
 def main(arguments: Iterable[str] | None = None) -> int:

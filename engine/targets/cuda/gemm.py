@@ -1,6 +1,6 @@
-"""Matrix products. Picks between the portable kernel (gemm_mma.cuh), on sm_90a TMA and wgmma (gemm_wgmma.cuh), slices
-of rows where memory is the limit (gemm_stream.py), and, for types that the matrix units do not take, the ordinary units
-(gemm_simt.cuh)."""
+"""Matrix products. Picks between the portable kernel (gemm_mma.cuh), on sm_90a TMA and wgmma (gemm_wgmma.cuh), where
+memory is the limit slices of rows (gemm_stream.py) and a kernel for few rows (gemm_rows.py), and, for types that the
+matrix units do not take, the ordinary units (gemm_simt.cuh)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from engine.plan.tensor import Tensor
 from engine.targets.cuda import codegen, row_factors
 from engine.targets.cuda.align_rows import aligned, aligned_bytes, split, split_bytes
 from engine.targets.cuda.choices import key_of, tile_of
+from engine.targets.cuda.gemm_rows import AnyTile, RowsTile, launch_rows
 from engine.targets.cuda.gemm_stream import (
-    AnyTile,
     StreamTile,
     launch_stream,
     stream_tile,
@@ -48,6 +48,7 @@ from engine.targets.cuda.product_cost import (
     ranked_batched,
     ranked_cluster,
     ranked_mma,
+    ranked_rows,
     ranked_staged,
     ranked_stream,
     ranked_wgmma,
@@ -179,10 +180,12 @@ def ranked_tiles(product: Product, context: Context, reads: Reads = NOTHING) -> 
     if context.architecture.wgmma and product.suits_tma_aligned and operands is not Operands.EXACT:
         tiles = ranked_wgmma(product, operands, multiprocessors, reads)
         every += (one for one in tiles if not divided or (isinstance(one.tile, WgmmaTile) and one.tile.divides_rows))
+    every += [] if divided else ranked_rows(product, operands, multiprocessors, reads)
     every.sort(key=lambda ranked: ranked.estimate.cycles)
-    slices = None if divided else stream_tile(product, operands)
+    slices, best = None if divided else stream_tile(product, operands), every[0].tile
     if slices is not None:
-        faster = streams_faster(product, slices, every[0].tile, operands, multiprocessors)
+        assert not isinstance(best, StreamTile | RowsTile), "slices are for a short k, rows for a long one"
+        faster = streams_faster(product, slices, best, operands, multiprocessors)
         every.insert(0 if faster else 1, ranked_stream(product, slices, operands, multiprocessors))
     return every
 
@@ -257,6 +260,8 @@ def launch_product(
     each other `scratch_bytes`, if not in a workspace of its own."""
     if isinstance(tile, StreamTile):
         return launch_stream(product, epilogue, tile, context)
+    if isinstance(tile, RowsTile):
+        return launch_rows(product, epilogue, tile)
     sizes = {"m": product.m, "n": product.n, "k": product.k}
     tiles = ceildiv(product.m, tile.m) * ceildiv(product.n, tile.n) * product.batch.count
     if isinstance(tile, WgmmaTile) and tile.batched:

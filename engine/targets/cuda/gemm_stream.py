@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import hypot
-from typing import TypeAlias
 
 from engine.targets.cuda.kernel import I64, STORAGE, Context, Functor, Instruction, Launch, ceildiv, launch
 from engine.targets.cuda.product import Product
@@ -59,8 +58,6 @@ def stream_tile(product: Product, operands: Operands) -> StreamTile | None:
     return StreamTile(ceildiv(product.n, _GROUP), 2 if k_bytes <= 32 else 4, operands is Operands.REFINED)
 
 
-AnyTile: TypeAlias = Tile | StreamTile
-
 _LAUNCH = 1900
 """Cycles until the first slices have come and the last results are gone, as tiles of wgmma need."""
 _MEMORY_RATE = 1294
@@ -100,11 +97,8 @@ def _touched(product: Product, itemsize: int) -> int:
     return itemsize * (product.m * (product.k + product.n) + product.k * product.n)
 
 
-def streams_faster(
-    product: Product, slices: StreamTile, tile: Tile | StreamTile, operands: Operands, multiprocessors: int
-) -> bool:
+def streams_faster(product: Product, slices: StreamTile, tile: Tile, operands: Operands, multiprocessors: int) -> bool:
     """Whether slices should beat `tile`, one of the other kernels."""
-    assert not isinstance(tile, StreamTile)
     cycles = stream_cycles(product, slices, multiprocessors, operands.itemsize)
     return cycles < tile_cycles(product, tile, multiprocessors, operands)
 

@@ -84,15 +84,9 @@ def launch_wgmma(
     partials = replace(scratch, ctype="float") if scratch is not None else None
     body, maps = "gemm_cluster.cuh" if tile.cluster > 1 else "gemm_wgmma.cuh", dict[str, Argument]()
     if tile.slots:
-        staged = epilogue.staged
-        assert staged is not None, "the caller has looked"
         body = "gemm_cluster_staged.cuh" if tile.cluster > 1 else "gemm_staged.cuh"
-        epilogue = Functor(staged.code, staged.arguments, epilogue.reads)
         config["width"] = STAGED_WIDTH
-        box = (product.m, product.n, tile.consumer_rows, tile.staged_columns)
-        maps = {"map_result": staged.result.map(*box)}
-        if staged.tile is not None:
-            maps["map_tile"] = staged.tile.map(*box)
+        epilogue, maps = staged(epilogue, tile, product.m, product.n)
     return launch(
         "gemm",
         body,
@@ -115,6 +109,16 @@ def launch_wgmma(
         helpers=f'#include "ptx/wgmma.cuh"\n{wgmma_function(tile.n, product.dtype)}',
         cluster=tile.cluster,
     )
+
+
+def staged(epilogue: Functor, tile: WgmmaTile, m: int, n: int) -> tuple[Functor, dict[str, Argument]]:
+    """The staged form of an epilogue, which it has, and the maps of the m × n results and of what it reads of them."""
+    form, box = epilogue.staged, (m, n, tile.consumer_rows, tile.staged_columns)
+    assert form is not None, "the caller has looked"
+    maps: dict[str, Argument] = {"map_result": form.result.map(*box)}
+    if form.tile is not None:
+        maps["map_tile"] = form.tile.map(*box)
+    return Functor(form.code, form.arguments, epilogue.reads), maps
 
 
 def launch_batched(product: Product, epilogue: Functor, tile: WgmmaTile, tiles: int, context: Context) -> Launch:

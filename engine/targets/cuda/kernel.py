@@ -291,14 +291,14 @@ class WeightStore:
 
 
 Choice: TypeAlias = Mapping[str, str | int | float | bool]
-"""A tile that was timed (choices.py)."""
+"""A tile that was timed (choices.py, conv_choices.py)."""
 
 
 @dataclass(frozen=True)
 class Context:
     """What lowering a step needs to know beside the step. `tf32`: products of fp32 operands round them to the nearest
-    tf32, or take them in two parts (gemm.py); else they are as exact as fp32. `choices`: tiles of products that were
-    timed on the device, by `choices.key_of`."""
+    tf32, or take them in two parts (gemm.py); else they are as exact as fp32. `choices`: tiles that were timed on the
+    device, of products by `choices.key_of`, of convolutions by `conv_choices.key_of`."""
 
     architecture: Architecture
     multiprocessors: int

@@ -86,7 +86,7 @@ def _code(
     ]
     lines = [
         "Inputs inputs{fixed, {}};", *words,
-        *loop_over({"result[i]": (store, result)}, gelu=f"gelu_for<{STORAGE[result]}>"),
+        *loop_over({"result[i]": (store, result)}, gelu=f"gelu_for<{STORAGE[result]}>").lines,
         f"return pack_pair<{STORAGE[result]}>(result[0], result[1]);",
     ]  # fmt: skip
     return (

@@ -27,7 +27,7 @@ from engine.specs import DeviceInfo, TileTrial
 from engine.targets.base import Resident
 from engine.targets.cuda import probe
 from engine.targets.cuda.ceilings import measure_ceilings
-from engine.targets.cuda.choices import ChoiceFile
+from engine.targets.cuda.choice_file import ChoiceFile
 from engine.targets.cuda.device import Device
 from engine.targets.cuda.executable import Executable
 from engine.targets.cuda.families import TRAITS, family_of, traits_of
@@ -95,7 +95,7 @@ class CudaTarget:
         self._choice_file.add(found)
 
     def trials(self, plan: Plan, timed: bool, deadline: float) -> Iterator[TileTrial]:
-        """The tiles that the products of a plan can run in: see `Target.trials`, and tuner.py."""
+        """The tiles that the products and convolutions of a plan can run in: see `Target.trials`, and tuner.py."""
         from engine.targets.cuda.tuner import trials  # only who tunes needs it
 
         return trials(self, plan.steps, timed, deadline=deadline)

@@ -105,7 +105,8 @@ class WgmmaTile:
     results go to memory through shared memory, where so many panels of each consumer's tile have room
     (kernels/mma/staging.cuh). `batched`: of several matrices, or across the lines of b (kernels/mma/batch_load.cuh).
     `cluster_m`, `cluster_n`: how many blocks with neighbouring tiles along m or n form a cluster, two or none, and load
-    what their tiles share once (kernels/mma/cluster.cuh).
+    what their tiles share once (kernels/mma/cluster.cuh). `cluster_k`: the blocks of a cluster that
+    share the k of a single tile (kernels/scheduler/joined_k.cuh).
     """
 
     m: int
@@ -119,6 +120,7 @@ class WgmmaTile:
     batched: bool = False
     cluster_m: int = 1
     cluster_n: int = 1
+    cluster_k: int = 1
     k_bytes: ClassVar[int] = 128
 
     @property
@@ -139,6 +141,10 @@ class WgmmaTile:
         """The ring, and the barriers `full` and `empty` of each stage and `turn` of each consumer; with slots `ready`
         and `written` of each, and then, from a multiple of 1024 bytes on, these."""
         ring = self.stages * (self.m + self.n) * 128 + 8 * (2 * self.stages + 2)
+        if self.cluster_k > 1:  # a barrier, and what the blocks send each other
+            pieces = self.n // 16 * (self.consumer_rows // 64)  # of a lane, as many of each block as of the first
+            sums = self.m * self.n * 4 // pieces * ceildiv(pieces, self.cluster_k) * self.cluster_k
+            return ceildiv(ring + 8, 16) * 16 + sums
         if not self.slots:
             return ring
         return (
@@ -161,7 +167,7 @@ class WgmmaTile:
         return {
             "tile_m": self.m, "tile_n": self.n, "stages": self.stages, "cooperative": self.cooperative,
             "shared_bytes": self.shared_bytes, "split": self.splits > 1, "panel_bytes": self.panel_bytes,
-            "cluster_m": self.cluster_m, "cluster_n": self.cluster_n,
+            "cluster_m": self.cluster_m, "cluster_n": self.cluster_n, "cluster_k": self.cluster_k,
             **({"slots": self.slots} if self.slots else {}),
         }  # fmt: skip
 
@@ -178,11 +184,11 @@ class WgmmaTile:
 
     @property
     def most_splits(self) -> int:
-        """128 rows in turn leave a consumer no registers to add partial sums beside 128 accumulators, nor do 224
+        """128 rows of a consumer leave it no registers to add partial sums beside 128 accumulators, nor do 224
         columns (the gate shows spills). Staged results, those of several matrices, and those of clusters, which are
         for products that fill the device, are whole."""
-        full = (self.m * self.n >= 128 * 128 and not self.cooperative) or self.n == 224
-        return 1 if full or self.slots or self.batched or self.cluster > 1 else MOST_SPLITS
+        full = (self.consumer_rows == 128 and self.n >= 128) or self.n == 224
+        return 1 if full or self.slots or self.batched or self.cluster > 1 or self.cluster_k > 1 else MOST_SPLITS
 
 
 WGMMA_TILES = (
@@ -244,7 +250,7 @@ CLUSTER_TILES = (
 
 Tile: TypeAlias = MmaTile | WgmmaTile
 T = TypeVar("T", MmaTile, WgmmaTile)
-AnyTile = TypeVar("AnyTile")
+AnyTile = TypeVar("AnyTile", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -267,6 +273,16 @@ _ARRIVAL = 3800
 """Cycles to make a partial sum visible, count it, and begin to read the others (fitted with the constants of wgmma)."""
 _PARTIAL_RATE = 39
 """Bytes of partial sums that a multiprocessor writes or reads in a cycle (fitted with the others)."""
+
+
+_JOINING, _JOINED_RATE, _JOINED_SHARE, _CLUSTERED = 440, 13, 0.9, 0.86
+"""Sums that blocks of a cluster send each other: cycles until they are there; the bytes that each gets in a cycle where
+few blocks do so, and how much longer it takes where all do; the part of the multiprocessors that clusters can have at
+once. Fitted to 250 timings of 11 layers at batch 1 on an H100 (11 % off), which says that it has room for 66, 39, 30,
+22, 17 and 15 clusters of 2, 3, 4, 5, 6 and 8 blocks."""
+_STAGED_FINISH, _STAGED_ELEMENT, _STAGED_DRAIN = 300, 0.02, 900
+"""Cycles to hand on a tile of staged results, as `product_cost` has them, and until the last ones have left: layers of
+one round took 0.2 µs longer staged, larger ones 2 to 8 % less."""
 
 
 ROUND_TRIP = 1500
@@ -376,8 +392,9 @@ class Rates:
     """What the time of wgmma depends on. A multiplication takes `steady` and `narrow` divided by the columns of a tile
     of its nominal time (wide instructions read less shared memory for each). A step takes the copy engine `row` cycles
     for each row of the first operand and `line` for each line of the L2 cache that it lies in, `column` for each of the
-    second. `memory`: the bytes a cycle that all multiprocessors get. `beside`: the part of its epilogue that a
-    cooperative tile adds to its products. `start`: cycles before the first product and after the last."""
+    second, `outside` for each of the second that there is not. `memory`: the bytes a cycle that all multiprocessors
+    get. `beside`: the part of its epilogue that a cooperative tile adds to its products. `start`: cycles before the
+    first product and after the last."""
 
     steady: float
     narrow: float
@@ -385,18 +402,19 @@ class Rates:
     row: float
     line: float
     column: float
+    outside: float
     beside: float
     start: float
 
 
-PRODUCTS = Rates(0.93, 55, 1294, row=1.91, line=0, column=1.91, beside=0.05, start=1920)
+PRODUCTS = Rates(0.93, 55, 1294, row=1.91, line=0, column=1.91, outside=1.91, beside=0.05, start=1920)
 """Fitted to a sweep of all tiles and splits over 28 shapes of fp16 on an H100 (products of transformers and of 1×1
 convolutions, 600 timings): the tile picked took 1 % longer than the best one on average, 9 % at worst."""
-GATHERED = Rates(0.88, 49, 1800, row=2.0, line=1.84, column=1.26, beside=0.62, start=2540)
+GATHERED = Rates(0.88, 49, 1800, row=2.0, line=1.84, column=1.26, outside=6.3, beside=0.62, start=2540)
 """Patches of convolutions: fitted to sweeps of 4 to 8 tiles over 75 layers on an H100 (ResNet, VGG, ResNeXt, RegNet,
-EfficientNet, ConvNeXt; 11 % off). The tile picked took 1 % longer than the best one on average, 15 % at worst; 2 % and
-26 % on the 27 layers of the second sweep with constants fitted to the first (12 % off). A pixel of 128 bytes costs the
-copy engine twice what a row of a matrix does."""
+EfficientNet, ConvNeXt; 11 % off), `outside` to 250 timings of others. The tile picked took 1 % longer than the best one
+on average, 15 % at worst; 2 % and 26 % on the 27 layers of the second sweep with constants fitted to the first (12 %
+off). A pixel of 128 bytes costs the copy engine twice what a row of a matrix does."""
 
 
 def wgmma_cycles(
@@ -416,19 +434,30 @@ def wgmma_cycles(
     just the matrices. `reads`: of the epilogue. `lines` of the L2 cache that the bytes of a copy's row lie in. The
     constants that are not of `rates` are fitted with those of `PRODUCTS`.
     """
-    slowdown, least_step = rates.steady + rates.narrow / tile.n, 202  # cycles
-    epilogue = 955 + 0.013 * tile.m * tile.n
-    tiles = ceildiv(m, tile.m) * ceildiv(n, tile.n)
-    steps = ceildiv(operands.wgmma_steps(k), tile.splits)
+    wide = max(tile.n, tile.m * tile.n // 128)  # 256 × 128 is as fast as 128 × 256
+    slowdown, least_step = rates.steady + rates.narrow / wide, 202  # cycles
+    epilogue, start = 955 + 0.013 * tile.m * tile.n, rates.start
+    tiles, sharing = ceildiv(m, tile.m) * ceildiv(n, tile.n), tile.splits * tile.cluster_k
+    steps = ceildiv(operands.wgmma_steps(k), sharing)
     # 128 bytes of k are half as many fp32 operands as halves, at half the rate.
     # A row of a narrow panel costs the copy engine what one of 128 bytes costs.
-    copies = tile.m * 128 // tile.panel_bytes * (rates.row + rates.line * lines) + tile.n * rates.column
+    columns = n / ceildiv(n, tile.n)  # of a tile, on average
+    copies = tile.m * 128 // tile.panel_bytes * (rates.row + rates.line * lines)
+    copies += columns * rates.column + (tile.n - columns) * rates.outside
     multiply = slowdown * operands.step_slowness * tile.m * tile.n * 64 / _WGMMA_RATE
     step = max(multiply, copies, least_step)
-    blocks = min(tiles, max(1, multiprocessors // (tile.splits * groups)))
-    waves = ceildiv(blocks * tile.splits * groups, multiprocessors)
+    blocks = min(tiles, max(1, multiprocessors // (sharing * groups)))
+    waves = ceildiv(blocks * sharing * groups, multiprocessors)
     rounds = waves * ceildiv(tiles, blocks)  # tiles of the busiest multiprocessor
-    if tile.cooperative:
+    if tile.slots:
+        epilogue, start = _STAGED_FINISH + tile.m * tile.n * _STAGED_ELEMENT, start + _STAGED_DRAIN
+    if tile.cluster_k > 1:  # every block finishes its part of the tile
+        rounds = ceildiv(tiles * groups, max(1, int(_CLUSTERED * multiprocessors / tile.cluster_k)))
+        sent = tile.m * tile.n * 4 * (1 - 1 / tile.cluster_k)
+        share = min(1, tiles * groups * tile.cluster_k / multiprocessors)
+        epilogue = epilogue / tile.cluster_k + _JOINING + sent / _JOINED_RATE * (1 + _JOINED_SHARE * share)
+        time = rounds * (steps * step + epilogue)
+    elif tile.cooperative:
         time = rounds * (steps * step + rates.beside * epilogue)
     else:
         # One consumer's epilogue runs beside the other's product.
@@ -436,7 +465,7 @@ def wgmma_cycles(
     if tile.splits > 1:
         time += _ARRIVAL + (tile.splits + 1) * tile.m * tile.n * 4 / _PARTIAL_RATE
     touched = nbytes or operands.itemsize * groups * (m * k + k * n + m * n)
-    return rates.start + hypot(time, touched / rates.memory) + waiting_cycles(tile, reads, rounds)
+    return start + hypot(time, touched / rates.memory) + waiting_cycles(tile, reads, rounds)
 
 
 def waiting_cycles(tile: WgmmaTile, reads: Reads, rounds: int) -> int:

@@ -1,11 +1,10 @@
-"""Times the tiles that the cost model ranks first on the device, and keeps the fastest (choices.py). Asked for by
-``python -m engine tune`` and by the benchmarks; nothing waits for it when a model is loaded."""
+"""Times the tiles that the cost models rank first on the device (tunables.py), and keeps the fastest (choice_file.py).
+Asked for by ``python -m engine tune`` and by the benchmarks; nothing waits for it when a model is loaded."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from math import inf
 from statistics import median
 from typing import TYPE_CHECKING
@@ -14,27 +13,20 @@ import cupy
 import numpy as np
 
 from engine.ir.dtype import DType
-from engine.ir.ops import Conv, Gemm
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind
 from engine.specs import TileTrial
-from engine.targets.cuda import conv, gemm
-from engine.targets.cuda.choices import choice_of, key_of, tile_text
 from engine.targets.cuda.device import Packed
-from engine.targets.cuda.gemm import estimated_best, launches_of, operands_of, other_tiles, pick_tile, ranked_tiles
-from engine.targets.cuda.kernel import ALIGNMENT, Context, Functor, Launch, Pointer, ceildiv
-from engine.targets.cuda.product import Product
-from engine.targets.cuda.product_cost import Ranked
+from engine.targets.cuda.kernel import ALIGNMENT, Context, Launch, Pointer, ceildiv
 from engine.targets.cuda.timing import elapsed_seconds
+from engine.targets.cuda.tunables import CANDIDATES, Tunable, tunable
 
 if TYPE_CHECKING:
     from engine.targets.cuda.target import CudaTarget
 
-CANDIDATES = 6
-"""Tiles that are timed of each product."""
-OTHER_CANDIDATES = 3
-"""Those of each `Way` that are timed beside them."""
-_LOADED_TOGETHER = 12  # products whose kernels are compiled side by side, before the first of them is timed
+_LOADED_TOGETHER = (
+    12  # products and convolutions whose kernels are compiled side by side, before the first of them is timed
+)
 _ROTATE_BYTES = 160 << 20  # several times the L2 cache: operands come from memory
 _MOST_SETS = 32
 _ROUNDS = 5
@@ -46,84 +38,47 @@ _GAIN = 0.98  # of the cost model's tile: what is faster by less than the noise 
 def trials(
     target: CudaTarget, steps: Iterable[Step], timed: bool, most: int = CANDIDATES, deadline: float = inf
 ) -> Iterator[TileTrial]:
-    """The tiles of the products among `steps`, 1×1 convolutions among them, each kind of product once, from what the
-    cost model expects to be the fastest on. `timed`: they are run, unless the product has been timed before, and the
-    fastest is kept; those that have not come to it at `deadline` (of `time.monotonic`) are not. Raises CompileError,
-    OutOfMemory."""
-    found = _products(steps, target.context, most)
+    """The tiles of the products and convolutions among `steps`, each kind of them once, from what should be the fastest
+    on. `timed`: they are run, unless their like has been timed before, and the fastest is kept; those that have not
+    come to it at `deadline` (of `time.monotonic`) are not. Raises CompileError, OutOfMemory."""
+    found = _tunables(steps, target.context, most)
     untimed = [key for key in found if timed and key not in target.choices]
     loaded = set[str]()
     for key, one in found.items():
-        times: Sequence[float | None] = [None] * len(one.ranked)
+        times: Sequence[float | None] = [None] * len(one.candidates)
         if key in untimed and time.monotonic() < deadline:
             if key not in loaded:
                 loaded |= _load(target, found, untimed[untimed.index(key) :][:_LOADED_TOGETHER])
             with target.lock, target.device.errors(), target.device.current():
-                measured = timed_launches(target, one.step, one.launches(target.context))
+                measured = timed_launches(target, one.step, _rows(one, target.context))
             fastest = _fastest(measured)
-            target.keep_choices({key: choice_of(one.ranked[fastest].tile, measured[fastest])})
+            target.keep_choices({key: one.choice(fastest, measured[fastest])})
             times = measured
-        chosen = pick_tile(one.product, one.epilogue, target.context)
-        for ranked, us in zip(one.ranked, times, strict=True):
-            tile, estimate = ranked.tile, ranked.estimate
-            yield TileTrial(one.step.name, key, tile_text(tile), estimate.us, estimate.bound, us, tile == chosen)
+        chosen = one.chosen(target.context)
+        for i, (candidate, us) in enumerate(zip(one.candidates, times, strict=True)):
+            yield TileTrial(one.step.name, key, candidate.text, candidate.estimate_us, candidate.bound, us, i == chosen)
 
 
-def product_of(step: Step, context: Context) -> tuple[Product, Functor] | None:
-    """The product that a step runs as, of those whose tile is chosen here, and its epilogue; None for others."""
-    match step.op:
-        case Gemm():
-            return gemm.parts_of(step, context)
-        case Conv():
-            return conv.parts_of(step, context)
-    return None
-
-
-def _products(steps: Iterable[Step], context: Context, most: int) -> dict[str, _Product]:
-    """The products among steps by their keys."""
-    found = dict[str, _Product]()
+def _tunables(steps: Iterable[Step], context: Context, most: int) -> dict[str, Tunable]:
+    """What there is to choose among steps, by its key."""
+    found = dict[str, Tunable]()
     for step in steps:
-        parts = product_of(step, context)
-        if parts is not None:
-            product, epilogue = parts
-            key = key_of(product, operands_of(product, context), epilogue)
-            if key not in found:
-                found[key] = _Product(step, product, epilogue, candidates(product, epilogue, context, most))
+        one = tunable(step, context, most)
+        if one is not None:
+            found.setdefault(one.key, one)
     return found
 
 
-def _load(target: CudaTarget, found: Mapping[str, _Product], keys: Sequence[str]) -> set[str]:
-    """Compile and load, in parallel, what some products could run in."""
-    rows = [row for key in keys for row in found[key].launches(target.context)]
+def _rows(one: Tunable, context: Context) -> list[list[Launch]]:
+    """The launches of every candidate."""
+    return [one.launches(i, context) for i in range(len(one.candidates))]
+
+
+def _load(target: CudaTarget, found: Mapping[str, Tunable], keys: Sequence[str]) -> set[str]:
+    """Compile and load, in parallel, what some steps could run in."""
+    rows = [row for key in keys for row in _rows(found[key], target.context)]
     target.device.load(launch.kernel for row in rows for launch in row)
     return set(keys)
-
-
-@dataclass(frozen=True)
-class _Product:
-    """A product of a step, and what it could run in."""
-
-    step: Step
-    product: Product
-    epilogue: Functor
-    ranked: list[Ranked]
-
-    def launches(self, context: Context) -> list[list[Launch]]:
-        return [launches_of(self.product, self.epilogue, one.tile, context) for one in self.ranked]
-
-
-def candidates(product: Product, epilogue: Functor, context: Context, most: int = CANDIDATES) -> list[Ranked]:
-    """The tiles worth timing, that which should be the fastest first: the first ones by their estimates, the best of
-    every other kernel, whose estimates compare less well, and the first ones of every other way."""
-    ranked = ranked_tiles(product, context, epilogue.reads)
-    chosen = ranked[:most]
-    for one in ranked[most:]:
-        if all(type(one.tile) is not type(other.tile) for other in chosen):
-            chosen.append(one)
-    others = other_tiles(product, epilogue, context)
-    chosen += (ranked for tiles in others.values() for ranked in tiles[:OTHER_CANDIDATES])
-    best = estimated_best(product, epilogue, context)
-    return [best, *(one for one in chosen if one.tile != best.tile)]
 
 
 def _fastest(times: Sequence[float]) -> int:

@@ -37,7 +37,7 @@ from engine.targets.cuda.covering.build import (
 from engine.targets.cuda.covering.conv import convolutions
 from engine.targets.cuda.covering.depthwise import depthwise_products
 from engine.targets.cuda.covering.excitation import excitation_step, excitations
-from engine.targets.cuda.covering.gemm import products
+from engine.targets.cuda.covering.gemm import few_rows, products
 from engine.targets.cuda.covering.image import images
 from engine.targets.cuda.covering.light import light_steps
 from engine.targets.cuda.covering.stem import stems
@@ -68,6 +68,7 @@ __all__ = [
     "embedding_norm",
     "excitation_step",
     "excitations",
+    "few_rows",
     "gelu",
     "images",
     "launches",
@@ -94,6 +95,7 @@ def launches(architecture: Architecture) -> Iterator[tuple[str, Launch]]:
             yield step.name, launch
     yield from images()
     yield from products(context)
+    yield from few_rows(context)
     yield from attentions(context)
     yield from convolutions(context)
     yield from stems(context)

@@ -70,13 +70,16 @@ def convolutions(context: Context) -> Iterator[tuple[str, Launch]]:
 
 
 def _gathered_convolutions(context: Context, rounding: Context) -> Iterator[tuple[str, Launch]]:
-    """Implicit products whose patches the copy engine gathers, in every tile: widths of panels take turns."""
+    """Implicit products whose patches the copy engine gathers, in every tile: widths of panels take turns. Also
+    clusters that share k, and staged results."""
     wgmma = [
         replace(tile, panel_bytes=128 >> i % 3)
         for i, tile in enumerate(conv_wgmma.TILES if context.architecture.wgmma else ())
     ]
     split = [replace(tile, splits=3) for tile in wgmma if tile.most_splits > 1]
     every = [replace(tile, panel_bytes=128) for tile in wgmma]
+    joined = conv_wgmma.JOINED_TILES if context.architecture.wgmma else ()
+    staged = conv_wgmma.STAGED if context.architecture.wgmma else ()
     few = (*wgmma[:2], *wgmma[7:9])
     chosen: list[tuple[Step, Context, Sequence[Tile]]] = [
         (_conv(F16), context, wgmma),
@@ -87,6 +90,13 @@ def _gathered_convolutions(context: Context, rounding: Context) -> Iterator[tupl
         (_residual(DType.BF16), context, wgmma[:1]),
         (_residual(F32), rounding, (*wgmma[:3], *wgmma[7:8])),
         (_residual(F32, channels=128, groups=2, axes=3), rounding, split),
+        (_conv(F16), context, joined[::2]),
+        (_residual(F16), context, joined[1::2]),
+        (_residual(DType.BF16, axes=3), context, joined[::5]),
+        (_residual(F32, channels=128, groups=2), rounding, joined[2::5]),
+        (_residual(F16), context, staged),
+        (_residual(DType.BF16, axes=3), context, staged[:4]),
+        (_conv(F16), context, staged[::3]),
     ]
     for step, how, tiles in chosen:
         for tile in tiles:

@@ -27,6 +27,7 @@ from engine.targets.cuda.covering.build import (
     weight,
 )
 from engine.targets.cuda.gemm import epilogue_of, launch_product, launches_of, operands_of, parts_of
+from engine.targets.cuda.gemm_rows import ROWS_TILES
 from engine.targets.cuda.gemm_stream import stream_tile
 from engine.targets.cuda.kernel import Context, Launch
 from engine.targets.cuda.product import product_of
@@ -135,6 +136,16 @@ def _finding(step: Step) -> Step:
     """The same product, finding the factors of its rows."""
     assert isinstance(step.op, Gemm)
     return make_step(replace(step.op, factors=1e-5), step.inputs)
+def few_rows(context: Context) -> Iterator[tuple[str, Launch]]:
+    """Products of up to 8 and up to 16 rows, with a weight and with computed columns."""
+    for m, dtype, residual in ((5, F16, False), (16, F16, True), (16, DType.BF16, False)):
+        step = _product(dtype, m, 3000, 400, residual)
+        for one in (step, computed(step)):
+            assert isinstance(one.op, Gemm)
+            product = product_of(one, context)
+            epilogue = epilogue_of(one, one.op.stores, (0, 1), product.n)
+            for tile in (*ROWS_TILES, *(replace(tile, splits=2) for tile in ROWS_TILES)):
+                yield f"gemm {tile}", launch_product(product, epilogue, tile, context)
 
 
 def computed(step: Step) -> Step:

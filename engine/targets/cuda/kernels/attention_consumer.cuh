@@ -71,13 +71,13 @@ DEVICE void consume(const Params& p, const Memory& memory, u32 warpgroup) {
       const u32 hidden_first = hidden_before(p, item, first_query, hidden), last = turn + item.tiles - 1 - hidden_first;
       const u32 bias_start = BiasTile::start(warpgroup * 64 + local_row);
       // The tile of `t`, a turn.
-      const auto soften = [&](u32 t) {
+      const auto prepare = [&](u32 t) {
         const u32 key0 = (ASCENDING ? t - turn : first_tile(item) + hidden_first + last - t) * KEYS;
         // A bias hides the keys past the end itself.
         bool masked = (!BIAS && key0 + KEYS > keys) || (CAUSAL && key0 + KEYS > first_query + 1);
         if (WINDOW) masked |= key0 < keys_from(p, first_query + 63) || key0 + KEYS > keys_to(p, first_query, keys);
         const u8* const bias_tile = shared + BIASES + t % STAGES * BiasTile::BYTES;
-        return exponentials(p, s, biases + t % STAGES * KEYS, bias_tile, bias_start, masked, keys, key0, query, maximum, sum, correction);
+        prepare_scores(p, s, biases + t % STAGES * KEYS, bias_tile, bias_start, masked, keys, key0, query);
       };
       const u32 first = turn + hidden;
       k_ring.wait_full(first);
@@ -87,9 +87,14 @@ DEVICE void consume(const Params& p, const Memory& memory, u32 warpgroup) {
       wgmma_wait<0>();
       wgmma_settle(s);
       if constexpr (!BIAS && !FULL) leave_keys(first);
-      soften(first);
+      prepare(first);
       if constexpr (BIAS || FULL) leave_keys(first);  // a place of the ring has the biases of its keys, too
+      running_exponentials<SCALED>(s, scale_of(p), maximum, sum, correction);
       round_probabilities();
+      // Of a row without a key so far no exponential would be right: they are not tried. NOTES: tried all the same, they would be found
+      // out as infinite or NaN, but NVRTC 13 then needs the stack in tiles of few registers.
+      const auto have_maxima = [&] { return __all_sync(~0u, maximum[0] != -INFINITY && maximum[1] != -INFINITY); };
+      bool known = have_maxima();
 #pragma unroll 1
       for (u32 t = first + 1; t <= last; ++t) {
         k_ring.wait_full(t);
@@ -101,15 +106,19 @@ DEVICE void consume(const Params& p, const Memory& memory, u32 warpgroup) {
         wgmma_wait<1>();
         wgmma_settle(s);
         if constexpr (!BIAS && !FULL) leave_keys(t);
-        const bool grown = soften(t);
+        prepare(t);
         if constexpr (BIAS || FULL) leave_keys(t);
         wgmma_wait<0>();
         wgmma_settle(out);
         wgmma_keep(probabilities);
         v_ring.leave(t - 1);
-        if (grown) {
+        // A maximum seldom grows so far that it has to be replaced. That is found out when the exponentials are there, while the scores
+        // are, too: the registers of the probabilities are free only when the product with v is through.
+        if (known && exponentials_below<SCALED, Element>(probabilities, s, scale_of(p), maximum, sum)) continue;
+        if (running_exponentials<SCALED>(s, scale_of(p), maximum, sum, correction)) {
 #pragma unroll
           for (int i = 0; i < VALUE / 2; ++i) out[i] *= correction[i >> 1 & 1];
+          known = have_maxima();
         }
         round_probabilities();
       }

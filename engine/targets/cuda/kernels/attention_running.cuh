@@ -2,6 +2,7 @@
 // attention_softmax.cuh and attention_decode.cuh.
 #pragma once
 #include "epilogue/math.cuh"
+#include "ptx/pack.cuh"
 
 constexpr float GROWTH = 8.0f;  // by how many powers of two a maximum is exceeded before it is replaced
 
@@ -38,4 +39,30 @@ DEVICE bool running_exponentials(float (&s)[N], float scale, float (&maximum)[2]
     sum[i >> 1 & 1] += s[i];
   }
   return grown;
+}
+
+// The exponentials of a later tile with the maxima as they are, which must not be −∞, as rounded pairs. Nothing is asked of the scores
+// beforehand, which would take as many instructions as their sum: false where that says that a maximum may have been exceeded by more
+// than GROWTH. Then `sum` is as it was, as the scores are in any case. What it does not notice has exponentials of up to MOST each.
+template <bool SCALED, class T, int N>
+DEVICE bool exponentials_below(u32 (&pairs)[N / 2], const float (&s)[N], float scale, const float (&maximum)[2], float (&sum)[2]) {
+  constexpr int MOST = N / 2 << static_cast<int>(GROWTH);  // of a lane's part of a row, if each were exceeded by GROWTH
+  static_assert(MOST <= 1 << 15, "a fp16 holds it");
+  const float shift[2] = {maximum[0] * scale, maximum[1] * scale};
+  float added[2] = {};
+#pragma unroll
+  for (int i = 0; i < N; i += 2) {
+    const int h = i >> 1 & 1;
+    const float x = exp2_approx(SCALED ? s[i] - shift[h] : fmaf(s[i], scale, -shift[h]));
+    const float y = exp2_approx(SCALED ? s[i + 1] - shift[h] : fmaf(s[i + 1], scale, -shift[h]));
+    added[h] += x;
+    added[h] += y;
+    pairs[i / 2] = pack_pair<T>(x, y);
+  }
+  const bool below = __all_sync(~0u, added[0] <= MOST && added[1] <= MOST);  // not where one is NaN
+  if (below) {
+    sum[0] += added[0];
+    sum[1] += added[1];
+  }
+  return below;
 }

@@ -3,11 +3,11 @@
 #include "attention_biases.cuh"
 #include "attention_running.cuh"
 
-// The scores of a tile of keys become exponentials (see `running_exponentials`). `masked`: the tile has keys that some query must not
-// see. `bias_tile`: the biases of its scores, of which this lane's begin at `bias_start`.
-DEVICE bool exponentials(
+// Biases meet the scores of a tile of keys, and those that a query must not see become −∞. `masked`: there are such. `bias_tile`: the
+// biases of the tile's scores, of which this lane's begin at `bias_start`.
+DEVICE void prepare_scores(
     const Params& p, float (&s)[KEYS / 2], const float* biases, const u8* bias_tile, u32 bias_start, bool masked, u32 keys, u32 key0,
-    u32 query, float (&maximum)[2], float (&sum)[2], float (&correction)[2]) {
+    u32 query) {
   const u32 quad = threadIdx.x & 3;
   if constexpr (BIAS) {
 #pragma unroll
@@ -39,7 +39,8 @@ DEVICE bool exponentials(
         if (i / 4 * 8 + (i & 1) < (i & 2 ? lower_first : first)) s[i] = -INFINITY;
     }
   }
-  // Without a bias the scale, which is positive, meets the scores in the exponential only.
-  const float scale = BIAS || FULL ? 1.0f : p.scale_log2;
-  return running_exponentials<BIAS || FULL>(s, scale, maximum, sum, correction);
 }
+
+// Without a bias the scale, which is positive, meets the scores in the exponential only.
+constexpr bool SCALED = BIAS || FULL;
+DEVICE float scale_of(const Params& p) { return SCALED ? 1.0f : p.scale_log2; }

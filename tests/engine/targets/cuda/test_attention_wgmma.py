@@ -67,14 +67,41 @@ def test_attention_on_warpgroups_matches_float64(hopper: Runner, count: int, kin
 
 def test_rings_wrap_around(hopper: Runner, count: int) -> None:
     """More tiles of queries than blocks, more tiles of keys than a ring has, and warpgroups without queries."""
-    context = replace(hopper.context, multiprocessors=5)
+    context = replace(hopper.context, multiprocessors=3)
     cases = []
     for head, causal in ((32, False), (64, True), (64, False), (80, False), (128, True), (192, False), (256, True)):
-        heads: tuple[DType, tuple[int, ...]] = (F16, (1, 4, 450, head))
+        heads: tuple[DType, tuple[int, ...]] = (F16, (1, 2, 450, head))
         step = make_step(Attention(head**-0.5, causal, stores=(cv.stored(ACC),)), [heads, heads, heads])
         for tile in candidates(work_of(step)):
             case = Case(f"{head} {causal=} {tile}", step, 450, lowered=[launch_attention(step, tile, context)])
             cases.append(case)
+    check(hopper, cases)
+
+
+def test_maxima_that_grow_from_tile_to_tile(hopper: Runner) -> None:
+    """Scores that rise or fall along the keys, by tens or by hundreds, so that a maximum is replaced in every tile, in
+    some or in none; rows whose first tiles are hidden altogether."""
+    cases = []
+    rng = rng_of("growth")
+    for head, dtype in ((64, F16), (128, F16), (128, DType.BF16), (256, F16)):
+        shape = (1, 2, 530, head)
+        for i, (rises, most, biased) in enumerate(product((False, True), (30.0, 300.0), (False, True))):
+            slope = np.linspace(0.0, most, 530)[:: 1 if rises else -1]
+            queries = np.abs(rng.standard_normal((1, 2, 70, head))) + 0.5
+            keys = 0.1 * rng.standard_normal(shape) + slope[:, None] / head
+            feeds = {0: dtype.convert(queries), 1: dtype.convert(keys)}
+            inputs: list[cv.Given] = [(dtype, queries.shape), (dtype, shape), (dtype, shape)]
+            if biased:
+                bias = np.where(rng.random((1, 2, 1, 530)) < 0.3, -np.inf, 0.0).astype(np.float32)
+                bias[..., 300:] = -np.inf
+                bias[..., 0] = 0.0
+                feeds[3] = bias
+                inputs.append((F32, bias.shape))
+            step = make_step(Attention(1.0, False, biased, stores=(cv.stored(ACC, dtype),)), inputs)
+            tiles = candidates(work_of(step))
+            launches = [launch_attention(step, tiles[i % len(tiles)], hopper.context)]
+            label = f"{head} {dtype} {rises=} {most=} {biased=} {tiles[i % len(tiles)]}"
+            cases.append(Case(label, step, 530, feeds, launches, ROUNDING[dtype.value]))
     check(hopper, cases)
 
 

@@ -13,7 +13,8 @@ from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.ops import Gemm
 from engine.targets.cuda.architecture import ARCHITECTURES
-from engine.targets.cuda.choices import ChoiceFile, choice_of, key_of, tile_of, tile_text
+from engine.targets.cuda.choice_file import ChoiceFile
+from engine.targets.cuda.choices import choice_of, key_of, tile_of, tile_text
 from engine.targets.cuda.covering import ACC, F16, make_step, stored, weight
 from engine.targets.cuda.gemm import parts_of, pick_tile, ranked_tiles
 from engine.targets.cuda.gemm_stream import StreamTile

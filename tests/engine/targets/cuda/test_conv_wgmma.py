@@ -15,7 +15,8 @@ from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.conv import lower, lower_in
 from engine.targets.cuda.conv_geometry import Geometry
-from engine.targets.cuda.conv_wgmma import TILES, suits
+from engine.targets.cuda.conv_simt import epilogue_for
+from engine.targets.cuda.conv_wgmma import STAGED, TILES, suits
 from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
 from engine.targets.cuda.kernel import Context, Instruction, PixelMap, WeightStore
 from engine.targets.cuda.tiles import WGMMA_TILES, WgmmaTile
@@ -132,6 +133,23 @@ def test_a_block_takes_several_tiles(hopper: Runner, count: int) -> None:
     check(hopper, cases)
 
 
+def test_results_through_shared_memory_match_float64(hopper: Runner, count: int) -> None:
+    """In every tile: with a bias, a residual, ragged pixels and columns; a block takes several tiles."""
+    rng, cases = rng_of("wgmma staged"), []
+    few = replace(hopper.context, multiprocessors=3) if count < 100 else hopper.context
+    for i, tile in enumerate(STAGED):
+        kind, name = (FP16, BF16_)[i % 2], ("bias", "residual", "plain")[i % 3]
+        shape = described(rng, 2, 1, ragged(rng, 200, 8), ragged(rng, 300, 8), False, kind)
+        step = random_step(rng, kind, shape, name)
+        if epilogue_for(step, Geometry(step).n).staged is None:
+            continue
+        chosen = replace(tile, panel_bytes=PANELS[i % 3])
+        launches = lower_in(step, Geometry(step), chosen, few)
+        cases.append(case(rng, kind, shape, step, launches, f"{name} {chosen}"))
+    assert len(cases) > len(STAGED) // 2
+    check(hopper, cases)
+
+
 # Which kernel
 
 
@@ -210,7 +228,7 @@ def test_one_kernel_serves_every_image_size_kernel_and_stride() -> None:
 
 def test_deep_layers_of_one_image_split_their_sums() -> None:
     (launch,) = lower(conv_step((1, 512, 7, 7), (512, 512, 3, 3), pad=1), CONTEXT)
-    assert launch.grid[1] > 1
+    assert launch.grid[1] * launch.kernel.cluster > 1
     (launch,) = lower(conv_step((32, 64, 56, 56), (64, 64, 3, 3), pad=1), CONTEXT)
     assert launch.grid[1] == 1
 

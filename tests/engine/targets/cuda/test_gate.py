@@ -14,6 +14,7 @@ from engine.targets.cuda import covering, gate
 from engine.targets.cuda.architecture import SM_80
 from engine.targets.cuda.compiler import Compiler
 from engine.targets.cuda.kernel import Instruction, Kernel, Launch
+from engine.targets.cuda.machine_code import disassembled, function_code
 from engine.targets.cuda.source import Source
 
 
@@ -37,8 +38,8 @@ INDEXED = (
 
 def verdict(text: str, shared_bytes: int = 0, instruction: Instruction = Instruction.NONE) -> gate.Verdict:
     kernel = Kernel("test", Source("test", text), 32, shared_bytes, instruction)
-    compiler = Compiler("sm_80")
-    return gate.inspect(SM_80, kernel, compiler.cubin(kernel.source), gate.tool("cuobjdump"))
+    (found,) = gate.check(SM_80, {kernel.source: kernel}, 1)
+    return found
 
 
 def test_a_clean_kernel_passes() -> None:
@@ -69,25 +70,33 @@ def test_moves_count_in_the_innermost_loops_with_products() -> None:
 
 
 SASS = """
-	code for sm_80
-		Function : helper
-	.headerflags	@"EF_CUDA_SM80"
-        /*0000*/                   IMMA.16816.S8.S8 R4, R8.ROW, R2.COL, R4 ;   /* 0x0000000000007918 */
-		..........
-		Function : kernel
-	.headerflags	@"EF_CUDA_SM80 HMMA"
         /*0000*/                   MOV R1, c[0x0][0x28] ;                      /* 0x00000a0000017a02 */
                                                                                /* 0x000fe40000000f00 */
         /*0010*/              @!P0 HMMA.16816.F32 R40, R64, R62, R40 ;         /* 0x0000003e4028723c */
         /*0020*/              @UP1 UIADD3 UR4, UR5, UR6, URZ ;                 /* 0x0000000605047290 */
-        /*0030*/               @P0 BRA `(.L_HGMMA) ;                           /* 0x0000003e4028723c */
-        /*0040*/                   EXIT ;                                      /* 0x000000000000794d */
+        /*0030*/               @P0 BRA `(.L_HGMMA) ;
+        /*0040*/                   EXIT ;
 """
 
 
-def test_opcodes_are_those_of_the_kernels_own_function() -> None:
+def test_opcodes_stand_behind_predicates_and_before_modifiers() -> None:
     assert gate.opcodes(SASS) == {"MOV", "HMMA", "UIADD3", "BRA", "EXIT"}
-    assert not gate.opcodes(SASS.replace("Function : kernel", "Function : other"))
+
+
+def test_codes_that_are_disassembled_at_once_are_told_apart() -> None:
+    compiler = Compiler("sm_80")
+    cubins = [compiler.cubin(Source("test", text)) for text in (PLAIN, PLAIN.replace("+= 1", "*= 3"), PLAIN)]
+    codes = [function_code(cubin, "kernel") for cubin in cubins]
+    alone = [disassembled("sm_80", [code])[0] for code in codes]
+    together = disassembled("sm_80", [codes[0], b"", *codes[1:]])
+    assert together[1] == ""
+    assert [opcodes_in_order(text) for text in (together[0], *together[2:])] == [opcodes_in_order(t) for t in alone]
+    assert "FADD" in together[0] and "FMUL" in together[2] and "FMUL" not in together[3]
+    assert all(16 * len(text.splitlines()) == len(code) for text, code in zip(alone, codes, strict=True))
+
+
+def opcodes_in_order(machine: str) -> list[str]:
+    return [line.split("*/")[1].split()[0] for line in machine.splitlines()]
 
 
 def test_a_matrix_instruction_elsewhere_than_in_the_kernel_is_none() -> None:

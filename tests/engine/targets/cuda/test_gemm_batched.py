@@ -94,7 +94,7 @@ def test_which_products_can_be_batched() -> None:
 
 def test_batched_tiles_are_chosen_by_their_estimates_and_timed() -> None:
     pytest.importorskip("cupy")
-    from engine.targets.cuda.tuner import OTHER_CANDIDATES, candidates
+    from engine.targets.cuda.tunables import OTHER_CANDIDATES, candidates
 
     step = make_step(Gemm((stored(ACC),)), [(F16, (96, 512, 512)), (F16, (96, 512, 64))])
     product, epilogue = parts(step)

@@ -14,12 +14,12 @@ from engine.targets.cuda.gemm import needs_staged, operands_of, other_tiles, pic
 from engine.targets.cuda.kernel import TensorMap
 from engine.targets.cuda.product_cost import Way
 from engine.targets.cuda.tiles import CLUSTER_TILES, PRODUCT_TILES, STAGED_TILES, Operands, WgmmaTile
-from tests.engine.targets.cuda.cases import LATE, check, check_late
-from tests.engine.targets.cuda.emulator import emulator
+from tests.engine.targets.cuda.cases import check, check_late
 from tests.engine.targets.cuda.emulator.runner import EmulatedRunner
-from tests.engine.targets.cuda.harness import Case, Runner, run_cases
+from tests.engine.targets.cuda.harness import Case, Runner
 from tests.engine.targets.cuda.test_gemm import EXACT, launched
 from tests.engine.targets.cuda.test_gemm_staged import HOPPER, parts, random_products, step_of
+from tests.engine.targets.cuda.wrong_kernels import check_is_caught, emulator_or_skip
 
 
 def test_products_in_pairs_match_float64(hopper: Runner, count: int) -> None:
@@ -91,8 +91,8 @@ WRONG = {
         "if constexpr (CLUSTER > 1) barrier_arrive(own + 8 * stage);",
     ),
     "nobody waits for the neighbour's barriers": (
-        "if constexpr (CLUSTER > 1) meet_cluster();",
-        "if constexpr (CLUSTER > 1) __syncthreads();",
+        "if constexpr (CLUSTER * CLUSTER_K > 1) meet_cluster();",
+        "if constexpr (CLUSTER * CLUSTER_K > 1) __syncthreads();",
     ),
     "a block ends before its neighbour": ("      wait_for_readers<STAGES>(empty, stage, parity);\n", ""),
     "a block brings all to itself": ("(1 << SHARERS) - 1);", "1 << cluster_rank());"),
@@ -106,21 +106,9 @@ WRONG = {
 def test_the_emulator_shows_what_is_wrong_with_a_pair(
     what: str, tile: WgmmaTile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if emulator.compiler() is None:
-        pytest.skip("no g++ for x86-64 here")
-    right, wrong = WRONG[what]
-    runner, step = EmulatedRunner(SM_90A), step_of(300, 264, 600, "bias")
-    (launch,) = launched(step, tile, runner.context)
-    text = emulator.host_source(launch.kernel.source, 900)
-    assert text.count(right) == 1
-    monkeypatch.setattr(emulator, "host_source", lambda source, architecture: text.replace(right, wrong))
-    emulator.load.cache_clear()
-    failures = []
-    for number in (0, *LATE):
-        with runner.with_latecomers(number):
-            failures += run_cases(runner, [Case(what, step, 600, lowered=[launch], rounding=EXACT)])
-    emulator.load.cache_clear()
-    assert failures
+    runner, step = emulator_or_skip(), step_of(300, 264, 600, "bias")
+    launches = launched(step, tile, runner.context)
+    check_is_caught(runner, Case(what, step, 600, lowered=launches, rounding=EXACT), WRONG[what], monkeypatch)
 
 
 def test_pairs_are_for_what_the_copy_engine_can_share() -> None:
@@ -141,7 +129,7 @@ def test_pairs_are_for_what_the_copy_engine_can_share() -> None:
 
 def test_pairs_are_timed_but_not_chosen_unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cupy")
-    from engine.targets.cuda.tuner import OTHER_CANDIDATES, candidates
+    from engine.targets.cuda.tunables import OTHER_CANDIDATES, candidates
 
     product, epilogue = parts(step_of(8192, 4096, 256, "bias"))
     chosen = pick_tile(product, epilogue, HOPPER)

@@ -39,9 +39,9 @@ def lower(step, architecture=SM_90A) -> Launch:
 
 
 def test_hopper_takes_wgmma_where_the_copy_engine_can_read() -> None:
-    aligned = make_step(Gemm((cv.stored(ACC),)), [(F16, (64, 384)), weight(384, 384)])
-    odd = make_step(Gemm((cv.stored(ACC),)), [(F16, (64, 383)), weight(383, 384)])
-    computed = make_step(Gemm((cv.stored(ACC),)), [(F16, (64, 383)), (F16, (383, 384))])
+    aligned = make_step(Gemm((cv.stored(ACC),)), [(F16, (640, 384)), weight(384, 384)])
+    odd = make_step(Gemm((cv.stored(ACC),)), [(F16, (640, 383)), weight(383, 384)])
+    computed = make_step(Gemm((cv.stored(ACC),)), [(F16, (640, 383)), (F16, (383, 384))])
     assert lower(aligned).kernel.instruction is Instruction.WGMMA
     assert lower(aligned, SM_80).kernel.instruction is Instruction.MMA
     assert lower(odd, SM_80).kernel.instruction is Instruction.MMA

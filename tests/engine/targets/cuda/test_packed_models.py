@@ -80,6 +80,7 @@ def test_other_types_and_gpus_run_padded(all_minilm_l6_v2: Path) -> None:
     assert single == "no attention on packed sequences of f32 on this device"
     older = traits_of(SM_80)
     assert unpad(passes.run(frontend.read(path), older), older) == "the device has no attention on packed sequences"
+    assert not PACKED.by_default
 
 
 @pytest.mark.parametrize("kind", STORAGE)

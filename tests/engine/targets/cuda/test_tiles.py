@@ -39,8 +39,8 @@ def residual_conv(batch: int = 2, size: int = 56) -> Step:
     ("store", "expected"),
     [
         (stored(ACC), Reads()),
-        (cv.BIAS, Reads(fixed=4)),
-        (cv.BIAS_RESIDUAL, Reads(fixed=4, varying=4)),
+        (cv.BIAS, Reads(fixed=4, instructions=1)),
+        (cv.BIAS_RESIDUAL, Reads(fixed=4, varying=4, instructions=2)),
     ],
 )
 def test_a_bias_is_the_same_in_every_row_and_a_residual_is_not(store: ex.Expr, expected: Reads) -> None:
@@ -51,7 +51,7 @@ def test_a_bias_is_the_same_in_every_row_and_a_residual_is_not(store: ex.Expr, e
 
 def test_a_number_for_each_row_takes_one_register() -> None:
     step = make_step(Gemm((stored(mul(ACC, arg(2, F32))),)), [(F16, (32, 64)), weight(64, 72), (F32, (32, 1))])
-    assert epilogue_of(step, (stored(mul(ACC, arg(2, F32))),), (0, 1), 72).reads == Reads(varying=1)
+    assert epilogue_of(step, (stored(mul(ACC, arg(2, F32))),), (0, 1), 72).reads == Reads(varying=1, instructions=1)
 
 
 def test_what_fits_registers_is_never_waited_for() -> None:
@@ -103,7 +103,7 @@ def test_operands_that_fill_the_registers_come_piece_by_piece(hopper: Runner, co
     step = make_step(Gemm((stored(acc),)), [(F16, (rows, k)), weight(k, n), weight(n), weight(n), more, more, more])
     product, cases = product_of(step, hopper.context), []
     epilogue = epilogue_of(step, step.op.stores, (0, 1), n)
-    assert epilogue.reads == Reads(fixed=8, varying=12)
+    assert epilogue.reads == Reads(fixed=8, varying=12, instructions=5)
     for tile in WGMMA_TILES:
         launches = [launch_product(product, epilogue, tile, hopper.context)]
         cases.append(Case(f"three residuals {tile}", step, k, lowered=launches, rounding=2.0**-21))
@@ -112,7 +112,7 @@ def test_operands_that_fill_the_registers_come_piece_by_piece(hopper: Runner, co
     conv = make_step(cv.conv_op(3, store=stored(acc)), inputs)
     inner = [replace(x, strides=row_major(x.shape, channels_last(4))) for x in conv.inputs[4:]]
     conv = replace(conv, inputs=(*conv.inputs[:4], *inner))
-    assert epilogue_for(conv, 128).reads == Reads(fixed=8, varying=12)
+    assert epilogue_for(conv, 128).reads == Reads(fixed=8, varying=12, instructions=5)
     for halo in (HaloTile(128, 128, 2), HaloTile(128, 128, 2, swapped=True), HaloTile(256, 64, 2, swapped=True)):
         launches = lower_in(conv, Geometry(conv), halo, hopper.context)
         cases.append(Case(f"three residuals {halo}", conv, 9 * 64, lowered=launches, rounding=2.0**-21))

@@ -14,7 +14,7 @@ pytest.importorskip("cupy")
 
 from engine.ir.ops import Conv, Gemm, Pointwise
 from engine.plan.plan import Step
-from engine.targets.cuda import conv, tuner
+from engine.targets.cuda import conv, tunables, tuner
 from engine.targets.cuda.architecture import ARCHITECTURES
 from engine.targets.cuda.choices import choice_of, key_of
 from engine.targets.cuda.covering import ACC, F16, channels_inner, make_step, stored, weight
@@ -36,7 +36,7 @@ def pixels(batch: int = 2, channels: int = 64, taps: int = 1) -> Step:
 
 def test_convolutions_that_are_products_are_tuned_as_such() -> None:
     step = pixels()
-    found = tuner.product_of(step, HOPPER)
+    found = tunables.product_of(step, HOPPER)
     assert found is not None
     one, epilogue = found
     assert (one.m, one.n, one.k) == (2 * 28 * 28, 128, 64)
@@ -47,9 +47,9 @@ def test_convolutions_that_are_products_are_tuned_as_such() -> None:
     (launch,) = conv.lower(step, timed)
     (expected,) = launches_of(one, epilogue, other, HOPPER)
     assert launch.kernel.source.text == expected.kernel.source.text
-    assert tuner.product_of(pixels(taps=3), HOPPER) is None
+    assert tunables.product_of(pixels(taps=3), HOPPER) is None
     relu = make_step(Pointwise((stored(ACC),)), [(F16, (4, 4))])
-    assert tuner.product_of(relu, HOPPER) is None
+    assert tunables.product_of(relu, HOPPER) is None
 
 
 @dataclass
@@ -73,6 +73,29 @@ class FakeTarget:
 
     def keep_choices(self, found: Mapping[str, Choice]) -> None:
         self.choices |= found
+
+
+def test_convolutions_are_timed_beside_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fastest is kept, unless the estimate's own is as fast but for noise, and lowering takes it."""
+    step, other = pixels(taps=3), pixels(batch=3, taps=3)
+    found = tunables.tunable(step, HOPPER)
+    assert found is not None
+    rows = [found.launches(i, HOPPER) for i in range(len(found.candidates))]
+
+    def times(target: object, one: Step, rows: Sequence[object]) -> list[float]:
+        return [10.0] * (len(rows) - 1) + [9.7 if one is step else 9.9]
+
+    monkeypatch.setattr(tuner, "timed_launches", times)
+    target = FakeTarget()
+    trials = list(tuner.trials(cast(CudaTarget, target), [step, step, other], timed=True))
+    assert len(target.choices) == 2
+    assert [t.chosen for t in trials if t.product == found.key] == [False] * (len(rows) - 1) + [True]
+    assert next(t.chosen for t in trials if t.product != found.key), "1 % faster is noise"
+    (launch,) = conv.lower(step, target.context)
+    assert launch.kernel.source.text == rows[-1][0].kernel.source.text != rows[0][0].kernel.source.text
+    explained = list(tuner.trials(cast(CudaTarget, target), [step], timed=False))
+    assert [t.chosen for t in explained] == [t.chosen for t in trials if t.product == found.key]
+    assert not any(t.measured_us for t in explained)
 
 
 def test_products_are_timed_until_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,18 +6,20 @@
 // producer writes to both; a tile wholly outside the result (the neighbour of the last) is loaded, as zeros, and multiplied like any.
 // No block ends before all arrivals at its barriers have come: its producer waits for them. By then its own consumers have seen all that
 // was sent to it.
-// config: cluster_m, cluster_n.
+// Or the blocks of a cluster, CLUSTER_K of them, share the k of a tile (scheduler/joined_k.cuh): then each loads what it multiplies.
+// config: cluster_m, cluster_n, cluster_k.
 #pragma once
 #include "ptx/barrier.cuh"
 #include "ptx/cluster.cuh"
 #include "scheduler/tiles.cuh"
 
 constexpr int CLUSTER_M = config::cluster_m, CLUSTER_N = config::cluster_n, CLUSTER = CLUSTER_M * CLUSTER_N;
-static_assert(CLUSTER == 1 || CLUSTER == 2, "");
+constexpr int CLUSTER_K = config::cluster_k;
+static_assert(CLUSTER == 1 || (CLUSTER == 2 && CLUSTER_K == 1), "");
 
 // What a block takes in turn, counted in tiles of its cluster: where CLUSTER is 1, in tiles.
-DEVICE u32 first_turn() { return blockIdx.x / CLUSTER; }
-DEVICE u32 turns() { return gridDim.x / CLUSTER; }
+DEVICE u32 first_turn() { return blockIdx.x / (CLUSTER * CLUSTER_K); }
+DEVICE u32 turns() { return gridDim.x / (CLUSTER * CLUSTER_K); }
 // This block's tile of the cluster's tile `index`, of so many along m and n.
 DEVICE TileIndex own_tile(u32 index, u32 clusters_m, u32 clusters_n) {
   TileIndex tile = tile_of<16 / CLUSTER_M>(index, clusters_m, clusters_n);
@@ -40,7 +42,7 @@ template <int ROWS, int SHARERS> DEVICE void copy_shared_box(u32 destination, co
 
 // Barriers are initialised: go on when they are in the whole cluster.
 DEVICE void start_together() {
-  if constexpr (CLUSTER > 1) meet_cluster();
+  if constexpr (CLUSTER * CLUSTER_K > 1) meet_cluster();
   else __syncthreads();
 }
 

@@ -4,7 +4,7 @@
 // These take output tiles in turn (ping-pong), so that one multiplies while the other runs its epilogue; or, COOPERATIVE, each
 // takes half the rows of every tile, which is faster where a block has a single tile, and allows wider ones.
 // The grid is blocks × splits × groups: the blocks along y share the k of a tile; each group has its own columns of b and of the result.
-// Blocks may form clusters of two that share an operand's tile (mma/cluster.cuh).
+// Blocks may form clusters of two that share an operand's tile (mma/cluster.cuh), or clusters that share the k of a single tile.
 #pragma once
 #include "epilogue/early.cuh"
 #include "mma/cluster.cuh"
@@ -12,6 +12,7 @@
 #include "ptx/grid.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/tma.cuh"
+#include "scheduler/joined_k.cuh"
 #include "scheduler/split_k.cuh"
 #include "scheduler/stamp.cuh"
 #include "scheduler/tiles.cuh"
@@ -35,8 +36,12 @@ constexpr int PANEL_STEPS = PANEL_BYTES / 32;  // an instruction takes 32 bytes 
 constexpr int A_BYTES = TILE_M * 128, B_BYTES = TILE_N * 128, STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int BARRIERS = STAGES * STAGE_BYTES;  // full[STAGES], empty[STAGES], turn[CONSUMERS]
 constexpr int RING_BYTES = BARRIERS + 8 * (2 * STAGES + CONSUMERS);
+// Of clusters that share k: a barrier, and what they send each other.
+using Joined = JoinedSums<Epilogue, CLUSTER_K, PARTS, TILE_N, COOPERATIVE ? 128 * CONSUMERS : 128>;
+constexpr int LANDED = RING_BYTES, JOINED_SUMS = (LANDED + 8 + 15) / 16 * 16;
 static_assert(A_BYTES % 1024 == 0 && B_BYTES % 1024 == 0, "operands start at a swizzle atom");
 static_assert(CLUSTER == 1 || (!SPLIT && !GROUPED && PANELS == 1), "");
+static_assert(CLUSTER_K == 1 || !SPLIT, "");
 
 // BATCHED loads are of products of several matrices, one after the other: see mma/batch_load.cuh.
 template <bool BATCHED, class P> DEVICE u32 matrices_of(const P& p) {
@@ -62,7 +67,7 @@ template <int N> DEVICE float (&as_floats(i32 (&d)[PARTS][N], float (&values)[PA
 // Consumers store their results themselves: they keep what the epilogue reads in registers.
 struct OwnStores {
   static constexpr bool STAGED = false;
-  static constexpr int SHARED_BYTES = RING_BYTES;
+  static constexpr int SHARED_BYTES = CLUSTER_K > 1 ? JOINED_SUMS + static_cast<int>(Joined::BYTES) : RING_BYTES;
   using Results = EarlyEpilogue<Epilogue, Layout, CONSUMER_REGISTERS - RESERVED - ACCUMULATORS>;
 };
 
@@ -85,7 +90,8 @@ template <class DIVISORS> DEVICE void divide(const DIVISORS& divisors, float (&d
 // STORES: who stores the results; the other way is mma/staging.cuh. DIVISORS: by what rows of accumulators are divided.
 template <class LOAD, class STORES = OwnStores, class DIVISORS = WholeRows> DEVICE void run_pipeline(const Params& p) {
   constexpr int READERS = CLUSTER * (COOPERATIVE ? CONSUMERS : 1);  // that a stage waits for
-  static_assert(CLUSTER == 1 || !LOAD::BATCHED, "");
+  static_assert(CLUSTER * CLUSTER_K == 1 || !LOAD::BATCHED, "");
+  static_assert(CLUSTER_K == 1 || !STORES::STAGED, "");
   static_assert(STORES::SHARED_BYTES == config::shared_bytes, "the host asks for ring, barriers and staged results");
   extern __shared__ __align__(1024) u8 shared[];
   const u32 ring = shared_address(shared);
@@ -96,6 +102,10 @@ template <class LOAD, class STORES = OwnStores, class DIVISORS = WholeRows> DEVI
     prefetch_tensor_map(p.map_b);
     for (int i = 0; i < 2 * STAGES + CONSUMERS; ++i)
       barrier_init(full + 8 * i, i < STAGES ? 1 : i < 2 * STAGES ? READERS : 4);
+    if constexpr (CLUSTER_K > 1) {
+      barrier_init(ring + LANDED, 1);
+      barrier_arrive_expect(ring + LANDED, Joined::expected());
+    }
     if constexpr (STORES::STAGED) STORES::init(p, ring);
     barrier_init_fence();
   }
@@ -110,7 +120,8 @@ template <class LOAD, class STORES = OwnStores, class DIVISORS = WholeRows> DEVI
   const u32 all = LOAD::BATCHED ? tiles * matrices_of<LOAD::BATCHED>(p) : tiles;
   const u32 group = GROUPED ? blockIdx.z : 0, first_column = group * p.n;
   // The blocks that share tiles take as many steps each; beyond k they read zeros.
-  const u32 splits = splits_of<SPLIT>(p), steps = ((p.k + TILE_K - 1) / TILE_K + splits - 1) / splits;
+  const u32 splits = CLUSTER_K > 1 ? CLUSTER_K : splits_of<SPLIT>(p), steps = ((p.k + TILE_K - 1) / TILE_K + splits - 1) / splits;
+  const u32 first_step = (CLUSTER_K > 1 ? cluster_rank() : blockIdx.y) * steps;
   if (warpgroup == 0) {
     give_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x == 0) {
@@ -118,10 +129,10 @@ template <class LOAD, class STORES = OwnStores, class DIVISORS = WholeRows> DEVI
       for (u32 t = first_turn(); t < all; t += turns()) {
         const u32 matrix = LOAD::BATCHED ? t / tiles : 0;
         const TileIndex tile = own_tile(t - matrix * tiles, tiles_m, tiles_n);
-        LOAD load(p, tile.m * TILE_M, blockIdx.y * steps);
+        LOAD load(p, tile.m * TILE_M, first_step);
         if constexpr (LOAD::BATCHED) load.turn_to(p, matrix, tile.n * TILE_N);
 #pragma unroll LOAD::UNROLL
-        for (u32 step = blockIdx.y * steps; step < (blockIdx.y + 1) * steps; ++step) {
+        for (u32 step = first_step; step < first_step + steps; ++step) {
           const u32 a = ring + stage * STAGE_BYTES, landed = full + 8 * stage;
           barrier_wait(empty + 8 * stage, parity);
           barrier_arrive_expect(landed, STAGE_BYTES);
@@ -154,7 +165,7 @@ template <class LOAD, class STORES = OwnStores, class DIVISORS = WholeRows> DEVI
       const Layout layout(column, columns, first_row + row, first_row + p.m);
       typename STORES::Results epilogue;
       DIVISORS divisors;
-      if constexpr (!SPLIT) {  // while the other consumer multiplies
+      if constexpr (!SPLIT && CLUSTER_K == 1) {  // while the other consumer multiplies
         divisors.begin(p, layout);
         epilogue.begin_columns(p, layout);
         epilogue.begin(p, layout);
@@ -195,6 +206,12 @@ template <class LOAD, class STORES = OwnStores, class DIVISORS = WholeRows> DEVI
       if constexpr (SPLIT) {
         const u32 every = group * tiles + t, share = COOPERATIVE ? CONSUMERS * every + consumer : every;
         if (!add_splits<SPLIT>(p, sums, 4 * share + warp, blockIdx.y)) continue;
+      }
+      if constexpr (CLUSTER_K > 1) {  // the cluster's only tile
+        const u32 thread = COOPERATIVE ? threadIdx.x - 128 : threadIdx.x % 128;
+        Joined::send(sums, ring + JOINED_SUMS, ring + LANDED, thread);
+        Joined::template finish<Sum>(p, ring + JOINED_SUMS, ring + LANDED, thread, row, p.m, column, columns);
+        break;
       }
       typename choose<same<Sum, float>::value, None, float[PARTS][TILE_N / 2]>::type values;
       float (&d)[PARTS][TILE_N / 2] = as_floats(sums, values);

@@ -15,6 +15,12 @@ DEVICE u32 address_in_cluster(u32 address, u32 rank) {
   return r;
 }
 DEVICE void barrier_arrive_in_cluster(u32 barrier) { asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory"); }
+// 16 bytes to an address in the cluster, past this block's own memory operations: they count towards the barrier, which lies in the same
+// block as the address, and are there for whoever has waited for its phase.
+DEVICE void store_async_in_cluster(u32 address, float4 v, u32 barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+               ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier) : "memory");
+}
 // As `copy_box`, to the same place in every block of the cluster whose bit of `blocks` is set; the bytes count towards the barrier at
 // the same place in each.
 DEVICE void copy_box_to_blocks(u32 destination, const TensorMap& map, u32 barrier, u32 column, u32 row, u16 blocks) {

@@ -7,8 +7,8 @@ namespace emulator {
 using u32 = unsigned int;
 using u64 = unsigned long long;
 
-constexpr int MAX_THREADS = 1024, WARP = 32;
-constexpr u32 SHARED_BYTES = 256 << 10, MAX_CLUSTER = 2;
+constexpr int MAX_THREADS = 3072, WARP = 32;
+constexpr u32 SHARED_BYTES = 256 << 10, MAX_CLUSTER = 8;
 
 struct Index { u32 x, y, z; };
 extern Index thread, block, grid, block_size;
@@ -46,6 +46,9 @@ void barrier_wait(u32 barrier, u32 parity, const void* where);
 // What lies at `address` of a block's own shared memory in that of another of the cluster.
 u32 address_in_cluster(u32 address, u32 rank);
 void barrier_arrive_in_cluster(u32 barrier, const void* where);  // of any block of the cluster
+
+// 16 bytes to any block of the cluster; they count towards a barrier of the same block.
+void store_async(u32 address, const void* from, u32 barrier, const void* where);
 
 // What this thread has written to shared memory is there for asynchronous work that is ordered behind it.
 void shared_writes_fence();

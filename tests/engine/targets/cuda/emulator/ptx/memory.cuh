@@ -2,6 +2,7 @@
 #pragma once
 inline u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
 EMULATED void copy_async_16(u32 destination, const void* source, bool valid) { emulator::copy_async(destination, source, 16, valid, EMULATOR_HERE); }
+EMULATED void copy_async_16_ahead(u32 destination, const void* source, bool valid) { emulator::copy_async(destination, source, 16, valid, EMULATOR_HERE); }
 EMULATED void copy_async_4(u32 destination, const void* source, bool valid) { emulator::copy_async(destination, source, 4, valid, EMULATOR_HERE); }
 inline void copy_async_commit() { emulator::copy_async_commit(); }
 template <int PENDING> void copy_async_wait() { emulator::copy_async_wait(PENDING); }
@@ -17,6 +18,7 @@ EMULATED uint4 load_shared_16(u32 address) {
 }
 EMULATED void store_shared_4(u32 address, u32 v) { emulator::store_shared(address, &v, 4, EMULATOR_HERE); }
 EMULATED void store_shared_16(u32 address, uint4 v) { emulator::store_shared(address, &v, 16, EMULATOR_HERE); }
+EMULATED void store_shared_16(u32 address, float4 v) { emulator::store_shared(address, &v, 16, EMULATOR_HERE); }
 EMULATED void load_matrix_x4(u32 (&r)[4], u32 address) { emulator::load_matrices(r, address, false, EMULATOR_HERE); }
 EMULATED void load_matrix_x4_transposed(u32 (&r)[4], u32 address) { emulator::load_matrices(r, address, true, EMULATOR_HERE); }
 inline void store_global_16(float* p, float4 v) {

@@ -225,6 +225,17 @@ void copy_box_to_blocks(u32 destination, const Map& map, u32 barrier, u32 column
   }
 }
 
+void store_async(u32 address, const void* from, u32 barrier, const void* where) {
+  if (address % 16 || address >= cluster_size() * SHARED_BYTES) fail("misaligned or wild store to the cluster");
+  if (barrier / SHARED_BYTES != address / SHARED_BYTES) fail("a store to the cluster and its barrier lie in different blocks");
+  if (has_ended(address / SHARED_BYTES)) fail("a store to a block that has ended");
+  races::barrier_reached(barrier, where);
+  races::engine_writes(barrier, shared_memory + address, 16, where);
+  memcpy(shared_memory + address, from, 16);
+  barrier_at(barrier).bytes -= 16;
+  settle(barrier);
+}
+
 void store_box(u32 source, const Map& map, u32 column, u32 row, const void* where) {
   const u64 row_bytes = map.box_columns * map.element_bytes;
   if (map.element_bytes != 2 || (row_bytes != 64 && row_bytes != 128)) fail("only boxes of 64 and 128 bytes of halves are stored");
