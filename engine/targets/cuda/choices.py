@@ -69,14 +69,18 @@ def tile_text(tile: AnyTile) -> str:
     return f"{kernel} {tile.m}×{tile.n}{turns}{f', k in {tile.splits}' if tile.splits > 1 else ''}{copied}{staged}"
 
 
+def can_divide(tile: AnyTile) -> bool:
+    """Whether rows of the first operand can be divided in a tile: in all but some of wgmma, elsewhere the epilogue
+    does it."""
+    return not isinstance(tile, WgmmaTile) or tile.divides_rows
+
+
 def tile_of(choice: Choice, product: Product, operands: Operands) -> AnyTile | None:
     """The tile that a choice names, if it is one for such a product."""
     kernel, splits, aligns = choice.get("kernel"), choice.get("splits"), choice.get("aligns")
     if kernel == "stream":
-        return None if product.divisors is not None else stream_tile(product, operands)
+        return stream_tile(product, operands)
     if kernel == "rows":
-        if product.divisors is not None:
-            return None
         return next((tile for tile in rows_tiles(product) if asdict(tile).items() <= choice.items()), None)
     wgmma = (*PRODUCT_TILES, *STAGED_TILES, *CLUSTER_TILES, *BATCHED_TILES)
     tiles: tuple[Tile, ...] = wgmma if kernel == "wgmma" else MMA_TILES if kernel == "mma" else ()
@@ -86,7 +90,7 @@ def tile_of(choice: Choice, product: Product, operands: Operands) -> AnyTile | N
     if tile is None or type(splits) is not int or not 1 <= splits <= tile.most_splits:
         return None
     tile = replace(tile, splits=splits)
-    if product.divisors is not None and not (isinstance(tile, WgmmaTile) and tile.divides_rows):
+    if product.divisors is not None and not can_divide(tile):
         return None
     if not isinstance(tile, WgmmaTile):
         return tile

@@ -11,12 +11,13 @@ from functools import partial
 from engine.errors import UnsupportedOp
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
+from engine.ir.expr import PointOp
 from engine.ir.ops import Gemm, Op
 from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Tensor
 from engine.targets.cuda import codegen, row_factors
 from engine.targets.cuda.align_rows import aligned, aligned_bytes, split, split_bytes
-from engine.targets.cuda.choices import key_of, tile_of
+from engine.targets.cuda.choices import can_divide, key_of, tile_of
 from engine.targets.cuda.gemm_rows import AnyTile, RowsTile, launch_rows
 from engine.targets.cuda.gemm_stream import (
     StreamTile,
@@ -75,7 +76,8 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
     output = len(op.infer(inputs)[0][1])
     factors: tuple[Requirement, ...] = ()
     if op.divided:
-        if a.dtype not in (DType.F16, DType.BF16) or b.dtype is not a.dtype or not is_weight(b):
+        narrow = a.dtype in (DType.F16, DType.BF16) and _on_matrix_units(op, a, b)
+        if not narrow or not is_weight(b):
             raise UnsupportedOp(f"Gemm of divided rows of {a.dtype.value} and {b.dtype.value}, or without a weight")
         dense = row_factors.dense(len(a.shape))
         needs, factors = (dense, needs[1]), (dense,)
@@ -119,15 +121,19 @@ def parts_of(step: Step, context: Context) -> tuple[Product, Functor] | None:
     op, shape = step.op, step.outputs[0].shape
     if not isinstance(op, Gemm) or not _on_matrix_units(op, *step.inputs[:2]):
         return None
-    product = product_of(step, context)
+    product, order, accumulator = product_of(step, context), tuple(range(len(shape))), _accumulator(op)
     if op.factors is not None:
         result, factors = step.outputs
         step = replace(step, outputs=(result,))
         found = Found(pointer_to(result), row_factors.pointer_of(factors), result.dtype, op.factors)
         product = replace(product, factors=found)
+    epilogue = epilogue_of(step, op.stores, order, shape[-1], accumulator)
     if op.divided:
+        quotient = ex.apply(PointOp.MUL, ex.Acc(accumulator), ex.cast(ex.Arg(2, DType.F32), accumulator))
+        stores = [ex.replace_acc(store, quotient) for store in op.stores]
         product = replace(product, divisors=row_factors.pointer_of(step.inputs[2]))
-    return product, epilogue_of(step, op.stores, tuple(range(len(shape))), shape[-1], _accumulator(op))
+        epilogue = replace(epilogue, dividing=epilogue_of(step, stores, order, shape[-1], accumulator))
+    return product, epilogue
 
 
 def epilogue_of(
@@ -176,13 +182,14 @@ def ranked_tiles(product: Product, context: Context, reads: Reads = NOTHING) -> 
     """The tiles that can take a product, with k in one part or in several, from what should be the fastest on."""
     operands, multiprocessors = operands_of(product, context), context.multiprocessors
     divided = product.divisors is not None
-    every = [] if divided else [*ranked_mma(product, operands, context.architecture, multiprocessors, reads)]
+    others = replace(reads, varying=reads.varying + 1) if divided else reads  # of kernels whose epilogue divides rows
+    every = [*ranked_mma(product, operands, context.architecture, multiprocessors, others)]
     if context.architecture.wgmma and product.suits_tma_aligned and operands is not Operands.EXACT:
         tiles = ranked_wgmma(product, operands, multiprocessors, reads)
-        every += (one for one in tiles if not divided or (isinstance(one.tile, WgmmaTile) and one.tile.divides_rows))
-    every += [] if divided else ranked_rows(product, operands, multiprocessors, reads)
+        every += (one for one in tiles if not divided or can_divide(one.tile))
+    every += ranked_rows(product, operands, multiprocessors, others)
     every.sort(key=lambda ranked: ranked.estimate.cycles)
-    slices, best = None if divided else stream_tile(product, operands), every[0].tile
+    slices, best = stream_tile(product, operands), every[0].tile
     if slices is not None:
         assert not isinstance(best, StreamTile | RowsTile), "slices are for a short k, rows for a long one"
         faster = streams_faster(product, slices, best, operands, multiprocessors)
@@ -228,10 +235,16 @@ def operands_of(product: Product, context: Context) -> Operands:
 
 def launches_of(product: Product, epilogue: Functor, tile: AnyTile, context: Context, taken: int = 0) -> list[Launch]:
     """The launches of a product in the given tile. `taken`: the bytes of the workspace in which a lies."""
-    launches, factors = _launches_of_product(product, epilogue, tile, context, taken), product.factors
-    if factors is not None and not (isinstance(tile, WgmmaTile) and tile.finds_moments):
-        launches.append(row_factors.launch_factors(factors, product.m * product.batch.count, product.n))
+    launches, apart = _launches_of_product(product, epilogue, tile, context, taken), found_apart(product, tile)
+    if apart is not None:
+        launches.append(row_factors.launch_factors(apart, product.m * product.batch.count, product.n))
     return launches
+
+
+def found_apart(product: Product, tile: AnyTile) -> Found | None:
+    """The factors of the result's rows, if they are asked for, where they take a launch of their own after the tile's;
+    else None."""
+    return None if isinstance(tile, WgmmaTile) and tile.finds_moments else product.factors
 
 
 def _launches_of_product(
@@ -258,6 +271,8 @@ def launch_product(
 ) -> Launch:
     """The launch of a product in the given tile, whose operands lie as it reads them. `scratch`: where blocks leave
     each other `scratch_bytes`, if not in a workspace of its own."""
+    if epilogue.dividing is not None and not isinstance(tile, WgmmaTile):
+        epilogue = epilogue.dividing
     if isinstance(tile, StreamTile):
         return launch_stream(product, epilogue, tile, context)
     if isinstance(tile, RowsTile):

@@ -106,7 +106,7 @@ class Product:
     in_parts: bool = False
     """Both operands are sums of two matrices of bf16, whose columns lie by turns (`in_parts`)."""
     divisors: Pointer | None = None
-    """The factors of the rows of a, if these are divided by their deviations (row_factors.py): only wgmma does that."""
+    """The factors of the rows of a, if these are divided by their deviations (row_factors.py)."""
     factors: Found | None = None
     """Those of the rows of the result, where they are asked for."""
 

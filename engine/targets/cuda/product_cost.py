@@ -64,7 +64,7 @@ class Estimate:
     memory: float
     limit: str
     after: float = 0
-    """Finding moments of the result's rows afterwards."""
+    """Finding the factors of the result's rows afterwards."""
 
     @property
     def cycles(self) -> float:
@@ -80,7 +80,7 @@ class Estimate:
     def bound(self) -> str:
         """What the time mostly is."""
         parts = {
-            "launch": self.launch, "copied rows": self.copy, "memory": self.memory, "moments": self.after,
+            "launch": self.launch, "copied rows": self.copy, "memory": self.memory, "row factors": self.after,
             self.limit: self.busy,
         }  # fmt: skip
         return max(parts, key=lambda name: parts[name])
@@ -132,6 +132,10 @@ _FEW_ROWS_MEMORY_RATE = 2050
 
 _MOMENTS_ELEMENT = 2.5
 """Instructions of a lane for each of its accumulators whose moments it finds: counted, not measured."""
+_MOMENTS_LAUNCH = 3500
+"""What finding moments in a launch of its own takes beside its bytes, which come as fast as those of rows that are
+copied: 2.0 µs, the least that pools of EfficientNet-B0 at batch 1 took on an H100 (docs/performance.md). Norms of 4096
+rows in the suite `light` took 2.4 µs and 1610 bytes a cycle, from memory, where rows that were just stored are not."""
 
 _MMA_LAUNCH, _MMA_MEMORY_RATE = 755, 2290
 _MMA_SHARE, _TALL = 1.08, 1.13
@@ -221,10 +225,10 @@ def _alignment(row_bytes: int) -> int:
 
 
 def _moments_cycles(product: Product) -> float:
-    """Of finding moments in a launch of its own, expected to be as fast as one that copies rows."""
+    """Of finding the factors of the result's rows in a launch of its own (row_factors.cuh), if they are asked for."""
     if product.factors is None:
         return 0
-    return _COPY_LAUNCH + product.m * product.n * product.batch.count * product.factors.dtype.itemsize / _COPY_RATE
+    return _MOMENTS_LAUNCH + product.m * product.n * product.batch.count * product.factors.dtype.itemsize / _COPY_RATE
 
 
 def _cut(stride_bytes: int) -> float:
@@ -269,7 +273,8 @@ def ranked_rows(product: Product, operands: Operands, multiprocessors: int, read
         memory = _touched(product, operands, reads, 1) / _ROWS_MEMORY_RATE
         delivery = (memory**_ROWS_MEET + rings**_ROWS_MEET) ** (1 / _ROWS_MEET)
         rows = m * _ROWS_ROW + blocks * m * k * itemsize / tile.splits / _ROWS_RATE
-        yield Ranked(tile, Estimate(_ROWS_LAUNCH, 0, rows + _ROWS_ARRIVAL * (tile.splits > 1), delivery, "rows"))
+        busy = rows + _ROWS_ARRIVAL * (tile.splits > 1)
+        yield Ranked(tile, Estimate(_ROWS_LAUNCH, 0, busy, delivery, "rows", _moments_cycles(product)))
 
 
 def ranked_stream(product: Product, tile: StreamTile, operands: Operands, multiprocessors: int) -> Ranked:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from engine.ir.dtype import DType
@@ -11,6 +11,7 @@ from engine.ir.ops import (
 )
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind
+from engine.targets.cuda.choices import can_divide
 from engine.targets.cuda.covering.build import (
     ACC,
     BIAS_RESIDUAL,
@@ -27,7 +28,7 @@ from engine.targets.cuda.covering.build import (
     weight,
 )
 from engine.targets.cuda.gemm import epilogue_of, launch_product, launches_of, operands_of, parts_of
-from engine.targets.cuda.gemm_rows import ROWS_TILES
+from engine.targets.cuda.gemm_rows import ROWS_TILES, RowsTile
 from engine.targets.cuda.gemm_stream import stream_tile
 from engine.targets.cuda.kernel import Context, Launch
 from engine.targets.cuda.product import product_of
@@ -38,7 +39,6 @@ from engine.targets.cuda.tiles import (
     STAGED_TILES,
     WGMMA_TILES,
     Tile,
-    WgmmaTile,
 )
 
 
@@ -51,10 +51,11 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
     wgmma, staged, batched = (WGMMA_TILES, STAGED_TILES, BATCHED_TILES) if architecture.wgmma else ((), (), ())
     clusters = CLUSTER_TILES if architecture.wgmma else ()
     divisible: list[Tile] = [*portable, *(tile for tile in wgmma if tile.most_splits > 1)]
+    thirds = [replace(tile, splits=3) for tile in divisible]
     rounding = replace(context, tf32=True)
     chosen: list[tuple[Step, Context, Sequence[Tile]]] = [
         (fp16, context, (*portable, *wgmma)),
-        (residual, context, [replace(tile, splits=3) for tile in divisible]),
+        (residual, context, thirds),
         (_product(DType.BF16), context, (portable[0], *wgmma[:1])),
         (_product(F32), rounding, (*portable, *wgmma[:1], *wgmma[7:8])),
         (computed(_product(F32)), rounding, (portable[0], portable[-1], *wgmma[:1], *wgmma[7:8])),
@@ -74,15 +75,15 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         (_product(F32), rounding, clusters[:1]),
         (fp8, context, (*portable, *wgmma)),
         (scaled, context, (portable[0], *wgmma[:1], *wgmma[7:8])),
-        (_product(F8, result=F16, residual=True), context, [replace(tile, splits=3) for tile in divisible[::2]]),
+        (_product(F8, result=F16, residual=True), context, thirds[::2]),
         (_product(F8, k=387, n=401, result=F16), context, (portable[1], *(replace(t, aligns=True) for t in wgmma[:2]))),
         (_product(F8, k=388, n=401, result=F8), context, (portable[1],)),
         (_product(I8, result=F16), context, (*portable, *wgmma)[::2]),  # the two types of 8 bits take turns
         (_product(I8, result=I8), context, (portable[0], *wgmma[:1], *wgmma[7:8])),
-        (_product(I8, result=F16, residual=True), context, [replace(tile, splits=3) for tile in divisible[1::2]]),
+        (_product(I8, result=F16, residual=True), context, thirds[1::2]),
         (_product(I8, k=387, n=401, result=F16), context, (portable[1], *(replace(t, aligns=True) for t in wgmma[:2]))),
-        (_divided(residual=False), context, (*wgmma, *staged[:1], *staged[2:3], *clusters[:1])),
-        (_divided(residual=True), context, [replace(t, splits=3) for t in divisible if _divides(t, 3)]),
+        (_divided(residual=False), context, (*portable[:1], *wgmma, *staged[:1], *staged[2:3], *clusters[:1])),
+        (_divided(residual=True), context, [t for t in thirds[len(portable) :] if can_divide(t)]),
         (_divided(residual=True), context, (*staged[:-1], *clusters[:-1])),
         (_divided(residual=True, dtype=DType.BF16), context, (*staged[-1:], *clusters[-1:])),
         (_finding(residual), context, [*staged[:-1], *(tile for tile in clusters[:-1] if tile.slots), *portable[:1]]),
@@ -115,37 +116,35 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         yield f"gemm {slices}", launch_product(product, epilogue, slices, rounding)
 
 
-def _divides(tile: Tile, splits: int) -> bool:
-    return isinstance(tile, WgmmaTile) and replace(tile, splits=splits).divides_rows
-
-
-def _divided(residual: bool, dtype: DType = F16) -> Step:
-    """A product of divided rows with a weight."""
-    biased = add(ACC, arg(3, dtype))
+def _divided(residual: bool, dtype: DType = F16, m: int = 300, k: int = 384) -> Step:
+    """A product of divided rows with a weight, and a bias of fp32."""
+    biased = add(ACC, arg(3, F32))
     store = stored(add(biased, arg(4, dtype)) if residual else gelu(biased), dtype)
-    inputs: list[Given] = [
-        (dtype, (300, 384)),
-        weight(384, 400, dtype=dtype),
-        (F32, (300, 1)),
-        weight(400, dtype=dtype),
-    ]
-    return make_step(Gemm((store,), divided=True), [*inputs, *([(dtype, (300, 400))] if residual else [])])
+    inputs: list[Given] = [(dtype, (m, k)), weight(k, 400, dtype=dtype), (F32, (m, 1)), weight(400, dtype=F32)]
+    return make_step(Gemm((store,), divided=True), [*inputs, *([(dtype, (m, 400))] if residual else [])])
 
 
 def _finding(step: Step) -> Step:
     """The same product, finding the factors of its rows."""
     assert isinstance(step.op, Gemm)
     return make_step(replace(step.op, factors=1e-5), step.inputs)
+
+
 def few_rows(context: Context) -> Iterator[tuple[str, Launch]]:
-    """Products of up to 8 and up to 16 rows, with a weight and with computed columns."""
+    """Products of up to 8 and up to 16 rows, with a weight and with computed columns; and of divided rows."""
+    split = [replace(tile, splits=2) for tile in ROWS_TILES]
     for m, dtype, residual in ((5, F16, False), (16, F16, True), (16, DType.BF16, False)):
         step = _product(dtype, m, 3000, 400, residual)
         for one in (step, computed(step)):
-            assert isinstance(one.op, Gemm)
-            product = product_of(one, context)
-            epilogue = epilogue_of(one, one.op.stores, (0, 1), product.n)
-            for tile in (*ROWS_TILES, *(replace(tile, splits=2) for tile in ROWS_TILES)):
-                yield f"gemm {tile}", launch_product(product, epilogue, tile, context)
+            yield from _of_few_rows(one, (*ROWS_TILES, *split), context)
+    yield from _of_few_rows(_divided(residual=False, m=5, k=3000), ROWS_TILES, context)
+
+
+def _of_few_rows(step: Step, tiles: Iterable[RowsTile], context: Context) -> Iterator[tuple[str, Launch]]:
+    found = parts_of(step, context)
+    assert found is not None
+    for tile in tiles:
+        yield f"gemm {tile}", launch_product(*found, tile, context)
 
 
 def computed(step: Step) -> Step:
