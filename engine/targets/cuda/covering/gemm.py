@@ -39,6 +39,7 @@ from engine.targets.cuda.tiles import (
     STAGED_TILES,
     WGMMA_TILES,
     Tile,
+    WgmmaTile,
 )
 
 
@@ -82,12 +83,11 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         (_product(I8, result=I8), context, (portable[0], *wgmma[:1], *wgmma[7:8])),
         (_product(I8, result=F16, residual=True), context, thirds[1::2]),
         (_product(I8, k=387, n=401, result=F16), context, (portable[1], *(replace(t, aligns=True) for t in wgmma[:2]))),
-        (_divided(residual=False), context, (*portable[:1], *wgmma, *staged[:1], *staged[2:3], *clusters[:1])),
-        (_divided(residual=True), context, [t for t in thirds[len(portable) :] if can_divide(t)]),
-        (_divided(residual=True), context, (*staged[:-1], *clusters[:-1])),
-        (_divided(residual=True, dtype=DType.BF16), context, (*staged[-1:], *clusters[-1:])),
-        (_finding(residual), context, [*staged[:-1], *(tile for tile in clusters[:-1] if tile.slots), *portable[:1]]),
-        (_finding(_product(DType.BF16, residual=True)), context, (*staged[-1:], *clusters[-1:])),
+        # Of divided rows what takes the most registers: nearly full tiles, and moments beside them.
+        (_divided(residual=False), context, (*portable[:1], *wgmma[:1], *wgmma[7:9], *staged[:1], *clusters[:1])),
+        (_divided(residual=True), context, [t for t in thirds if _is_wide(t) and can_divide(t)]),
+        (_divided(residual=True, dtype=DType.BF16), context, (*wgmma[3:4], *staged[-1:], *clusters[2:3])),
+        (_finding(residual), context, (*staged[:1], *portable[:1])),
         (_finding(_divided(residual=True)), context, [*staged, *(tile for tile in clusters if tile.slots)]),
         (_matrices(k_inner=True, dtype=I8), context, batched[:2]),
         (_matrices(k_inner=True, dtype=F8), context, (*portable[:1], *batched)),
@@ -116,6 +116,11 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         yield f"gemm {slices}", launch_product(product, epilogue, slices, rounding)
 
 
+def _is_wide(tile: Tile) -> bool:
+    """Whether a lane has 64 accumulators in it, or more."""
+    return isinstance(tile, WgmmaTile) and tile.consumer_rows * tile.n >= 128 * 64
+
+
 def _divided(residual: bool, dtype: DType = F16, m: int = 300, k: int = 384) -> Step:
     """A product of divided rows with a weight, and a bias of fp32."""
     biased = add(ACC, arg(3, F32))
@@ -137,7 +142,7 @@ def few_rows(context: Context) -> Iterator[tuple[str, Launch]]:
         step = _product(dtype, m, 3000, 400, residual)
         for one in (step, computed(step)):
             yield from _of_few_rows(one, (*ROWS_TILES, *split), context)
-    yield from _of_few_rows(_divided(residual=False, m=5, k=3000), ROWS_TILES, context)
+    yield from _of_few_rows(_divided(residual=False, m=5, k=3000), ROWS_TILES[::2], context)
 
 
 def _of_few_rows(step: Step, tiles: Iterable[RowsTile], context: Context) -> Iterator[tuple[str, Launch]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from math import inf, prod
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +17,30 @@ from engine.ir.dtype import DType
 from engine.ir.graph import Value, make_node
 from engine.ir.ops import Gemm, RowFactors
 from engine.plan.build import Constants, build
-from engine.plan.plan import Step
+from engine.plan.plan import Plan, Step
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.choices import choice_of, key_of, tile_of
 from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
 from engine.targets.cuda.families import family_of, traits_of
-from engine.targets.cuda.gemm import launches_of, needs_staged, operands_of, parts_of, pick_tile, ranked_tiles
+from engine.targets.cuda.gemm import (
+    estimated_best,
+    found_apart,
+    launches_of,
+    lower,
+    needs_staged,
+    operands_of,
+    parts_of,
+    ranked_in,
+    ranked_tiles,
+)
+from engine.targets.cuda.gemm_rows import MOST_ROWS, ROWS_TILES, AnyTile, RowsTile
+from engine.targets.cuda.gemm_stream import stream_tile
 from engine.targets.cuda.kernel import Context, Functor, Launch, WeightStore, content, is_constant
 from engine.targets.cuda.product import Product
-from engine.targets.cuda.tiles import CLUSTER_TILES, MMA_TILES, PRODUCT_TILES, STAGED_TILES, Operands, Tile, WgmmaTile
+from engine.targets.cuda.product_cost import CHOSEN_BY_MODEL
+from engine.targets.cuda.tiles import CLUSTER_TILES, MMA_TILES, PRODUCT_TILES, STAGED_TILES, Operands, WgmmaTile
+from engine.targets.cuda.tunables import tunable
 from tests.engine.ir_interpreter import bind_sizes, run_node
 from tests.engine.targets.cuda.cases import check, check_late, ragged, rng_of, wiped
 from tests.engine.targets.cuda.harness import Case, Runner
@@ -42,12 +57,16 @@ NORMS = {
 }  # fmt: skip
 """Pre-norm Transformers of two layers, and the norms that stay: the first, which computes what it normalises, or whose
 result is wanted, and the last. Swin has more of them, of rows that are moved first."""
+EXECUTED = [("gpt2_legacy", F16), ("vit-eager-legacy-11", BF16), ("modernbert-sdpa-legacy-17", F16)]
 FAR = 2.0**-16
 """What a product of fp32 sums loses of a row whose mean is 30 of its deviations: they are that much larger on the way
 than what is left of them."""
 HOPPER = Context(SM_90A, 132, WeightStore())
 
 
+FOUND_BESIDE = ((8192, 768, 768), (256, 768, 768))
+"""Sizes of products whose tiles should find the factors of their rows: others are faster in tiles that do not (a long k
+of few rows), or in none that does (results of rows that are not aligned)."""
 ROUNDED = {F16: 2.0**-11, BF16: 2.0**-8}
 """Factors are those of results before they are rounded."""
 
@@ -71,7 +90,7 @@ def centred(k: int, n: int, dtype: DType) -> np.ndarray:
     return (w - w.mean(axis=0)).astype(dtype.numpy)
 
 
-def divided_step(m: int, n: int, k: int, name: str, dtype: DType = F16) -> Step:
+def divided_step(m: int, n: int, k: int, name: str, dtype: DType = F16, batch: tuple[int, ...] = ()) -> Step:
     """A product of divided rows with a weight and one of `stores_of(dtype)`, whose arguments come after the factors."""
     bias = cv.arg(3, dtype)
     store = {
@@ -80,9 +99,9 @@ def divided_step(m: int, n: int, k: int, name: str, dtype: DType = F16) -> Step:
         "bias gelu": cv.stored(cv.gelu(cv.add(ACC, bias)), dtype),
         "residual": cv.stored(cv.add(cv.add(ACC, bias), cv.arg(4, dtype)), dtype),
     }[name]
-    inputs: list[cv.Given] = [(dtype, (m, k)), centred(k, n, dtype), (F32, (m, 1))]
+    inputs: list[cv.Given] = [(dtype, (*batch, m, k)), centred(k, n, dtype), (F32, (*batch, m, 1))]
     inputs += [] if name == "plain" else [weight(n, dtype=dtype)]
-    inputs += [(dtype, (m, n))] if name == "residual" else []
+    inputs += [(dtype, (*batch, m, n))] if name == "residual" else []
     return make_step(Gemm((store,), divided=True), inputs)
 
 
@@ -102,20 +121,30 @@ def factors_step(m: int, n: int, k: int, name: str, dtype: DType = F16, divided:
     return make_step(replace(op, factors=EPSILON), inputs)
 
 
-def launched(step: Step, tile: Tile, context: Context) -> list[Launch]:
+def launched(step: Step, tile: AnyTile, context: Context) -> list[Launch]:
     found = parts_of(step, context)
     assert found is not None
     return launches_of(*found, tile, context)
 
 
-def case(runner: Runner, rng: np.random.Generator, tile: WgmmaTile, m: int, n: int, k: int, name: str) -> Case:
+def case(
+    runner: Runner,
+    rng: np.random.Generator,
+    tile: AnyTile,
+    m: int,
+    n: int,
+    k: int,
+    name: str,
+    batch: tuple[int, ...] = (),
+) -> Case:
     dtype = (F16, BF16)[int(rng.integers(0, 2))]
-    step = divided_step(m, n, k, name, dtype)
-    x = rows_far_from_zero(rng, m, k, dtype)
+    step, rows = divided_step(m, n, k, name, dtype, batch), prod(batch) * m
+    x = rows_far_from_zero(rng, rows, k, dtype)
     launches = launched(step, tile, runner.context)
-    label = f"{dtype.value} {m}x{n}x{k} {name} {tile}"
+    label = f"{dtype.value} {batch} {m}x{n}x{k} {name} {tile}"
     # A row that is all alike is divided by √ε alone: what its product leaves of 0 is not compared.
-    x[m // 2] = rng.standard_normal(k)
+    x[rows // 2] = rng.standard_normal(k)
+    x = x.reshape(*batch, m, k)
     return Case(label, step, k, {0: x, 2: factors_of(x)}, launches, FAR)
 
 
@@ -123,7 +152,7 @@ def test_products_of_divided_rows_match_float64(hopper: Runner, count: int) -> N
     """In tiles of every form, ragged."""
     rng, cases = rng_of("divided"), []
     forms = [*PRODUCT_TILES, *STAGED_TILES, *CLUSTER_TILES]
-    for i in range(4 * count):
+    for i in range(2 * count):
         tile = forms[(7 * i) % len(forms)]
         if tile.most_splits > 1 and i % 3 == 0:
             tile = replace(tile, splits=2) if replace(tile, splits=2).divides_rows else tile
@@ -133,19 +162,28 @@ def test_products_of_divided_rows_match_float64(hopper: Runner, count: int) -> N
     check(hopper, cases)
 
 
-def test_many_steps_and_tiles(hopper: Runner) -> None:
-    """A long k, and more tiles than multiprocessors; warps that come late."""
-    rng = rng_of("many")
-    tiles = (WgmmaTile(128, 192, 4, slots=2), WgmmaTile(128, 256, 4, cooperative=True, slots=2), PRODUCT_TILES[9])
-    check_late(hopper, [case(hopper, rng, tile, 700, 392, 1104, "residual") for tile in tiles])
+def test_other_kernels_divide_rows_in_their_epilogue(hopper: Runner, count: int) -> None:
+    """Tiles of mma.sync, those for few rows and slices of rows; whole and split, rows of several matrices."""
+    rng, cases = rng_of("epilogues"), []
+    tiles = [MMA_TILES[3], replace(MMA_TILES[4], splits=3), ROWS_TILES[0], replace(ROWS_TILES[2], splits=2)]
+    for i in range(2 * count):
+        tile, name = tiles[i % len(tiles)], list(stores_of(F16))[int(rng.integers(0, 4))]
+        most, batch = (MOST_ROWS // 2 if isinstance(tile, RowsTile) else 100), (2,) * (i // len(tiles) % 2)
+        m, n, k = ragged(rng, most), ragged(rng, 200), 256 + ragged(rng, 1500, 8)
+        cases.append(case(hopper, rng, tile, m, n, k, name, batch))
+    product, _ = parts(divided_step(400, 72, 32, "bias"))
+    slices = stream_tile(product, Operands.HALF)
+    assert slices is not None
+    cases.append(case(hopper, rng, slices, 400, 72, 32, "bias"))
+    check(hopper, cases)
 
 
 def test_products_find_the_factors_of_their_rows(hopper: Runner, count: int) -> None:
     """In tiles that do and with a launch behind tiles that do not; panels and tiles that end beside the result."""
     rng, cases = rng_of("found"), []
-    tiles: list[Tile] = [tile for tile in (*STAGED_TILES, *CLUSTER_TILES) if tile.finds_moments]
+    tiles: list[AnyTile] = [tile for tile in (*STAGED_TILES, *CLUSTER_TILES) if tile.finds_moments]
     tiles += [PRODUCT_TILES[0], replace(PRODUCT_TILES[1], splits=2), MMA_TILES[1]]
-    for i in range(4 * count):
+    for i in range(2 * count):
         tile, name = tiles[i % len(tiles)], list(stores_of(F16))[int(rng.integers(0, 4))]
         dtype = (F16, BF16)[int(rng.integers(0, 2))]
         m, n, k = ragged(rng, 400), ragged(rng, 400, 8), ragged(rng, 300, 8)
@@ -162,13 +200,12 @@ def test_products_find_the_factors_of_their_rows(hopper: Runner, count: int) -> 
 
 
 def test_products_that_divide_rows_and_find_factors(hopper: Runner) -> None:
-    rng, cases = rng_of("both"), []
-    for tile in (STAGED_TILES[0], STAGED_TILES[3], STAGED_TILES[5]):
-        step = factors_step(700, 392, 1104, "residual", F16, True)
-        x = rng.standard_normal((700, 1104)).astype(np.float16)
-        feeds = {0: x, 2: factors_of(x), 4: rows_far_from_zero(rng, 700, 392, F16)}
-        cases.append(Case(f"{tile}", step, 1104, feeds, launched(step, tile, hopper.context), ROUNDED[F16]))
-    check_late(hopper, cases)
+    """More tiles than multiprocessors and more steps than stages; warps that come late."""
+    (m, n, k), rng = (420, 264, 392), rng_of("both")
+    step, x = factors_step(m, n, k, "residual", F16, True), rng.standard_normal((m, k)).astype(np.float16)
+    feeds = {0: x, 2: factors_of(x), 4: rows_far_from_zero(rng, m, n, F16)}
+    tiles = (STAGED_TILES[3], STAGED_TILES[0])
+    check_late(hopper, [Case(f"{t}", step, k, feeds, launched(step, t, hopper.context), ROUNDED[F16]) for t in tiles])
 
 
 def test_row_factors_match_float64(runner: Runner, count: int) -> None:
@@ -196,20 +233,28 @@ def test_a_row_that_is_all_alike_has_no_variance(runner: Runner) -> None:
 
 
 @pytest.mark.parametrize("name", NORMS)
-@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_pre_norm_transformers_copy_no_more_than_with_norms(name: str) -> None:
+    plan, _, _ = planned(name, F16)
+    whole = passes.run(frontend.read(FIXTURES / f"{name}.onnx"), replace(traits_of(SM_90A), divided_rows=False))
+    assert Counter(step.op.name for step in plan.steps)["Norm"] == NORMS[name]
+    assert copies(plan) == copies(build(whole, plan.sizes, CudaCapabilities(), Constants()))
+
+
+@pytest.mark.parametrize(("name", "dtype"), EXECUTED)
 def test_pre_norm_transformers_match_their_graphs(hopper: Runner, name: str, dtype: DType) -> None:
-    """All steps one after the other; they copy no more than they would with norms."""
-    path, traits = FIXTURES / f"{name}.onnx", replace(traits_of(SM_90A), storage_type=dtype)
-    graph = passes.run(frontend.read(path), traits)
-    whole = passes.run(frontend.read(path), replace(traits, divided_rows=False))
+    """All steps one after the other."""
+    plan, feeds, want = planned(name, dtype)
+    (got,) = execute(hopper, plan, feeds).values()
+    assert np.linalg.norm(got - want) <= (5e-3 if dtype is F16 else 4e-2) * np.linalg.norm(want)
+
+
+def planned(name: str, dtype: DType) -> tuple[Plan, dict[str, np.ndarray], np.ndarray]:
+    """The plan of a fixture, what it is fed, and its result in float64."""
+    graph = passes.run(frontend.read(FIXTURES / f"{name}.onnx"), replace(traits_of(SM_90A), storage_type=dtype))
     data = np.load(FIXTURES / f"{name}.npz")
     feeds = {value.name: data[f"in_{value.name}"] for value in graph.inputs}
     plan = build(graph, bind_sizes(graph, feeds), CudaCapabilities(), Constants())
-    assert Counter(step.op.name for step in plan.steps)["Norm"] == NORMS[name]
-    assert copies(plan) == copies(build(whole, plan.sizes, CudaCapabilities(), Constants()))
-    (got,) = execute(hopper, plan, feeds).values()
-    want = data["out_0"].astype(np.float64)
-    assert np.linalg.norm(got - want) <= (5e-3 if dtype is F16 else 4e-2) * np.linalg.norm(want)
+    return plan, feeds, data["out_0"].astype(np.float64)
 
 
 def test_what_is_not_finite_stays_in_its_rows(hopper: Runner) -> None:
@@ -231,16 +276,27 @@ def test_what_is_not_finite_stays_in_its_rows(hopper: Runner) -> None:
             assert np.array_equal(result[others], before[others])
 
 
-def test_only_tiles_of_wgmma_divide_rows() -> None:
-    for m, n, k in ((1, 64, 64), (8, 2304, 768), (8192, 768, 768), (5000, 96, 32)):
-        product, epilogue = parts(divided_step(m, n, k, "bias"))
-        assert all(isinstance(ranked.tile, WgmmaTile) for ranked in ranked_tiles(product, HOPPER))
-        assert isinstance(pick_tile(product, epilogue, HOPPER), WgmmaTile)
-        assert tile_of(choice_of(MMA_TILES[0], 1.0), product, Operands.HALF) is None
-        assert tile_of({"kernel": "stream", "us": 1.0}, product, Operands.HALF) is None
-        whole = replace(product, divisors=None)
+def test_divided_rows_are_no_reason_for_another_kernel() -> None:
+    """But for split tiles without registers for it, what plain products take is taken, and estimated alike."""
+    for m, n, k in ((1, 2304, 768), (8, 3072, 768), (17, 768, 3072), (8192, 768, 768), (9000, 64, 32)):
+        (product, epilogue), (whole, plain) = parts(divided_step(m, n, k, "bias")), parts(plain_step(m, n, k))
+        best, other = estimated_best(product, epilogue, HOPPER), estimated_best(whole, plain, HOPPER)
+        assert best.tile == other.tile
+        assert best.estimate.us == pytest.approx(other.estimate.us, rel=0.02)
+        assert tile_of(choice_of(best.tile, 1.0), product, Operands.HALF) == best.tile
         operands = operands_of(product, HOPPER)
-        assert key_of(product, operands, epilogue) != key_of(whole, operands, epilogue)
+        assert key_of(product, operands, epilogue) != key_of(replace(product, divisors=None), operands, epilogue)
+    product, _ = parts(divided_step(256, 768, 3072, "bias"))
+    full = WgmmaTile(128, 256, 4, cooperative=True, splits=2)
+    assert tile_of(choice_of(full, 1.0), product, Operands.HALF) is None
+    assert full not in [ranked.tile for ranked in ranked_tiles(product, HOPPER)]
+    assert full in [ranked.tile for ranked in ranked_tiles(replace(product, divisors=None), HOPPER)]
+
+
+def plain_step(m: int, n: int, k: int) -> Step:
+    """The same product of rows as they are."""
+    store = cv.stored(cv.add(ACC, cv.arg(2)))
+    return make_step(Gemm((store,)), [(F16, (m, k)), weight(k, n), weight(n)])
 
 
 def parts(step: Step) -> tuple[Product, Functor]:
@@ -249,15 +305,23 @@ def parts(step: Step) -> tuple[Product, Functor]:
     return found
 
 
-def test_tiles_that_find_moments_are_preferred() -> None:
-    """To a launch behind another one, where results have aligned rows."""
-    for step in (factors_step(8192, 768, 768, "residual"), factors_step(500, 768, 768, "residual")):
-        product, epilogue = parts(step)
-        tile = pick_tile(product, epilogue, HOPPER)
-        assert isinstance(tile, WgmmaTile)
-        assert tile.finds_moments
-    product, epilogue = parts(factors_step(300, 36, 64, "bias"))
-    assert len(launches_of(product, epilogue, pick_tile(product, epilogue, HOPPER), HOPPER)) == 2
+@pytest.mark.parametrize("sizes", [(8192, 768, 768), (256, 768, 768), (256, 768, 3072), (8, 768, 3072), (300, 36, 64)])
+def test_factors_are_found_where_that_should_be_the_fastest(sizes: tuple[int, int, int]) -> None:
+    """By the best tile that finds moments, or by a launch behind the best of all; whatever is timed counts both."""
+    step = factors_step(*sizes, "residual")
+    product, epilogue = parts(step)
+    ranked = [one for way in CHOSEN_BY_MODEL for one in ranked_in(way, product, epilogue, HOPPER)]
+    finding = [one.estimate.us for one in ranked if not found_apart(product, one.tile)]
+    whole = estimated_best(replace(product, factors=None), epilogue, HOPPER)
+    apart = whole.estimate.us + 2.0 + sizes[0] * sizes[1] * 2 / 2.86e6
+    best = estimated_best(product, epilogue, HOPPER)
+    assert (found_apart(product, best.tile) is None) == (min(finding, default=inf) < apart) == (sizes in FOUND_BESIDE)
+    assert best.estimate.us == pytest.approx(min([apart, *finding]), rel=0.01)
+    one = tunable(step, HOPPER)
+    assert one is not None
+    for i, candidate in enumerate(one.candidates):
+        assert len(one.launches(i, HOPPER)) == 1 + candidate.text.endswith(", then factors of rows")
+    assert len(lower(step, HOPPER)) == (1 if sizes in FOUND_BESIDE else 2)
 
 
 def test_computed_weights_and_fp32_are_refused() -> None:
