@@ -46,7 +46,7 @@ def divide_rows(graph: Graph, traits: Traits) -> None:
     computes what is normalised find their factors, too."""
     if not traits.divided_rows:
         return
-    editor = Editor(graph)
+    editor, made = Editor(graph), _Made()
     for node in editor.nodes():
         found = _scaled(node)
         users = editor.users(node.outputs[0])
@@ -59,7 +59,7 @@ def divide_rows(graph: Graph, traits: Traits) -> None:
                 continue
             for user, weight in zip(users, weights, strict=True):
                 assert weight is not None
-                _rewrite(editor, node, user, (found.x, factors), weight, found.shift)
+                _rewrite(editor, node, user, (found, factors), weight, made)
             editor.remove(node)
     editor.finish()
 
@@ -165,20 +165,36 @@ def _rounded(centred: _Array, dtype: DType) -> _Array:
     return rounded.astype(dtype.numpy)
 
 
+class _Made:
+    """Constants that have been made: layers that share a weight and the scale of their norms share these, too."""
+
+    def __init__(self) -> None:
+        self._weights: dict[tuple[int, bytes], tuple[Value, Value]] = {}
+
+    def weight(self, weight: Value, scale: _Array, centred: _Array, exponent: int) -> Value:
+        """`centred`, which is made of a weight and a scale, times 2 to `exponent`."""
+        key = (id(weight), scale.tobytes())
+        if key not in self._weights:
+            rounded = _rounded(centred * 2.0**exponent, weight.dtype)
+            # The weight is kept alive with what is made of it, so that its id stays its own.
+            self._weights[key] = (weight, constant(f"{weight.name}.centred", rounded))
+        return self._weights[key][1]
+
+
 def _rewrite(
-    editor: Editor, norm: Node, user: Node, operands: tuple[Value, Value], centred: _Array, shift: _Array
+    editor: Editor, norm: Node, user: Node, operands: tuple[_Scaled, Value], centred: _Array, made: _Made
 ) -> None:
-    """Make `user` a product of x that divides its rows, by their factors."""
-    op, weight = user.op, user.inputs[1]
+    """Make `user` a product of what the norm reads that divides its rows, by their factors."""
+    op, weight, (found, factors) = user.op, user.inputs[1], operands
     assert isinstance(op, Gemm)
     assert weight.data is not None
     exponent = _exponent(centred, weight.dtype)
-    new = constant(f"{weight.name}.centred", _rounded(centred * 2.0**exponent, weight.dtype))
+    new = made.weight(weight, found.scale, centred, exponent)
     acc = next(leaf for leaf in ex.walk(*op.stores) if isinstance(leaf, ex.Acc))
     product: Expr = ex.apply(PointOp.MUL, acc, ex.const(2.0**-exponent, acc.dtype)) if exponent else acc
     biased, bias = _bias(user, acc)
-    bias = bias + shift @ weight.data.astype(np.float64)
-    inputs = [operands[0], new, operands[1], *user.inputs[2:]]
+    bias = bias + found.shift @ weight.data.astype(np.float64)
+    inputs = [found.x, new, factors, *user.inputs[2:]]
     if np.any(bias):
         product = ex.apply(PointOp.ADD, product, ex.Arg(len(inputs), acc.dtype))
         inputs.append(constant(f"{weight.name}.bias", bias.astype(np.float32)))

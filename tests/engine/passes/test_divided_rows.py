@@ -29,6 +29,7 @@ W = {
     "v": random(K, N, seed=5) / np.sqrt(K), "u": random(N, K, seed=6) / np.sqrt(N), "tiny": random(K, N, seed=7) * 1e-5,
     "odd": random(K - 1, seed=8), "wo": random(K - 1, N, seed=9) / np.sqrt(K),
     "h0": random(24, K, seed=10) / 5, "ho": random(24, K - 1, seed=11) / 5, "far": np.float32(30),
+    "b2": random(K, seed=13) + 1, "outliers": np.where(np.arange(K) % 67 == 5, random(K, seed=12) * 100, 3),
     "zero": np.array([0]), "one": np.array([1]),
 }  # fmt: skip
 WEIGHTS = {name: array.astype(np.float32) if array.dtype.kind == "f" else array for name, array in W.items()}
@@ -89,6 +90,22 @@ def test_a_mean_far_from_zero_costs_what_rounding_the_rows_costs() -> None:
     assert len(divided(rewritten(far=True))) == 1
 
 
+@pytest.mark.parametrize("dtype", TRAITS)
+def test_outlying_features_cost_what_they_cost_a_norm(dtype: DType) -> None:
+    """As GPT-2 has them: a few of a hundred deviations of the others, which the norm scales down."""
+    weights = {**WEIGHTS, "g": np.where(np.arange(K) % 67 == 5, 0.05, WEIGHTS["g"]).astype(np.float32)}
+    text = BLOCK.format(norm=NORM, tail=TAIL).replace("h = MatMul(x, h0)", "d = MatMul(x, h0) h = Add(d, outliers)")
+    proto = model(text, {name: weights[name] for name in ("h0", "outliers", "g", "s", "w", "b")})
+    feeds = {"x": np.random.default_rng(0).standard_normal((3, 5, 24)).astype(np.float32)}
+    want = ir_interpreter.run(load(proto), feeds)["y"].astype(np.float64)
+    lost = []
+    for traits, norms in ((TRAITS[dtype], 0), (replace(TRAITS[dtype], divided_rows=False), 1)):
+        graph = passes.run(load(proto), traits)
+        assert kinds(graph).get("Norm", 0) == norms
+        lost.append(np.linalg.norm(ir_interpreter.run(graph, feeds)["y"] - want))
+    assert lost[0] <= 1.2 * lost[1] <= TOLERANCE[dtype] * np.linalg.norm(want)
+
+
 def test_what_no_product_computes_has_its_factors_from_a_node() -> None:
     text = """(float[b,t,24] x) => (float[b,t,72] y) { a = MatMul(x, h0) s0 = Softmax(a) h = MatMul(s0, q)
         r = Relu(h) p = MatMul(r, q) e = Exp(p) f = Softmax<axis=1>(e) n = LayerNormalization<axis=-1>(f, g, s)
@@ -108,6 +125,16 @@ def test_a_product_finds_factors_of_one_epsilon() -> None:
         graph = rewritten(second.format(epsilon))
         assert kinds(graph)["Norm"] == norms
         assert len(divided(graph)) == 2 - norms
+
+
+def test_layers_with_one_weight_keep_one() -> None:
+    """Where their norms have one scale."""
+    norm = NORM.replace("(h, g,", "(r, {},")
+    second = f"m1 = MatMul(n, w) r = MatMul(m1, u) o = {norm} y = MatMul(o, w)"
+    for scale, count in (("g", 1), ("b2", 2)):
+        graph = rewritten(second.format(scale))
+        read = [node.inputs[1] for node in graph.nodes if isinstance(node.op, ops.Gemm) and node.op.divided]
+        assert (len(read), len(set(map(id, read)))) == (2, count)
 
 
 @pytest.mark.parametrize(
