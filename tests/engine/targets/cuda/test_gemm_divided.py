@@ -57,7 +57,7 @@ NORMS = {
 }  # fmt: skip
 """Pre-norm Transformers of two layers, and the norms that stay: the first, which computes what it normalises, or whose
 result is wanted, and the last. Swin has more of them, of rows that are moved first."""
-EXECUTED = [("gpt2_legacy", F16), ("vit-eager-legacy-11", BF16), ("modernbert-sdpa-legacy-17", F16)]
+EXECUTED = [("gpt2_legacy", F16), ("vit-eager-legacy-11", BF16)]
 FAR = 2.0**-16
 """What a product of fp32 sums loses of a row whose mean is 30 of its deviations: they are that much larger on the way
 than what is left of them."""
@@ -204,8 +204,8 @@ def test_products_that_divide_rows_and_find_factors(hopper: Runner) -> None:
     (m, n, k), rng = (420, 264, 392), rng_of("both")
     step, x = factors_step(m, n, k, "residual", F16, True), rng.standard_normal((m, k)).astype(np.float16)
     feeds = {0: x, 2: factors_of(x), 4: rows_far_from_zero(rng, m, n, F16)}
-    tiles = (STAGED_TILES[3], STAGED_TILES[0])
-    check_late(hopper, [Case(f"{t}", step, k, feeds, launched(step, t, hopper.context), ROUNDED[F16]) for t in tiles])
+    tile = STAGED_TILES[3]
+    check_late(hopper, [Case(f"{tile}", step, k, feeds, launched(step, tile, hopper.context), ROUNDED[F16])])
 
 
 def test_row_factors_match_float64(runner: Runner, count: int) -> None:
