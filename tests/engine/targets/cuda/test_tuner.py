@@ -19,7 +19,7 @@ from engine.targets.cuda.architecture import ARCHITECTURES
 from engine.targets.cuda.choices import choice_of, key_of
 from engine.targets.cuda.covering import ACC, F16, channels_inner, make_step, stored, weight
 from engine.targets.cuda.gemm import launches_of, pick_tile, ranked_tiles
-from engine.targets.cuda.kernel import Choice, Context, WeightStore
+from engine.targets.cuda.kernel import Choice, Context, Launch, WeightStore
 from engine.targets.cuda.target import CudaTarget
 from engine.targets.cuda.tiles import Operands
 
@@ -82,7 +82,7 @@ def test_convolutions_are_timed_beside_products(monkeypatch: pytest.MonkeyPatch)
     assert found is not None
     rows = [found.launches(i, HOPPER) for i in range(len(found.candidates))]
 
-    def times(target: object, one: Step, rows: Sequence[object]) -> list[float]:
+    def times(target: object, one: Step, rows: Sequence[object], *rounds: float) -> list[float]:
         return [10.0] * (len(rows) - 1) + [9.7 if one is step else 9.9]
 
     monkeypatch.setattr(tuner, "timed_launches", times)
@@ -98,13 +98,31 @@ def test_convolutions_are_timed_beside_products(monkeypatch: pytest.MonkeyPatch)
     assert not any(t.measured_us for t in explained)
 
 
+def test_what_was_faster_once_has_to_be_so_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last candidate wins beside all others, but not beside the estimate's own alone; the one before it does."""
+    step = pixels(taps=3)
+    found = tunables.tunable(step, HOPPER)
+    assert found is not None
+    rows = [found.launches(i, HOPPER) for i in range(len(found.candidates))]
+
+    def times(target: object, one: Step, now: Sequence[list[Launch]], *rounds: float) -> list[float]:
+        if len(now) > 2:
+            return [10.0] * (len(now) - 2) + [9.0, 8.0]
+        return [10.0, 9.9 if now[1][0].kernel == rows[-1][0].kernel else 9.0]
+
+    assert len(rows) > 3
+    monkeypatch.setattr(tuner, "timed_launches", times)
+    trials = list(tuner.trials(cast(CudaTarget, FakeTarget()), [step], timed=True))
+    assert [trial.chosen for trial in trials] == [False] * (len(rows) - 2) + [True, False]
+
+
 def test_products_are_timed_until_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fifteen kinds of products, one of them twice; the clock goes on by a second for each that is timed."""
     clock = [0.0]
 
-    def times(target: object, step: object, rows: Sequence[object]) -> list[float]:
-        clock[0] += 1
-        return [99.0 - i for i in range(len(rows))]  # the last tile is the fastest
+    def times(target: object, step: object, rows: Sequence[object], *rounds: float) -> list[float]:
+        clock[0] += not rounds
+        return [99.0 - 3 * i for i in range(len(rows))]  # the last tile is the fastest
 
     monkeypatch.setattr(tuner, "timed_launches", times)
     monkeypatch.setattr(tuner.time, "monotonic", lambda: clock[0])
