@@ -74,15 +74,15 @@ def _lies_apart(editor: Editor, x: Value) -> bool:
 
 
 def _factors(editor: Editor, x: Value, epsilon: float, origin: str) -> Value | None:
-    """The factors of the rows of `x`: a second result of the product with a weight that computes it, else of a node.
-    None where the product has factors of another epsilon already."""
+    """The factors of the rows of `x`: a second result of the product with a weight that computes it, else of a node;
+    a product that divides rows itself has no registers for moments. None where it has factors of another epsilon."""
     host = editor.producer(x)
     if host is not None and isinstance(host.op, Gemm):
         a, b = host.inputs[:2]
         if host.op.factors is not None:
             return host.outputs[-1] if host.op.factors == epsilon else None
         narrow = a.dtype is b.dtype is x.dtype and _accumulators(host.op) == {DType.F32}
-        if len(host.outputs) == 1 and b.is_constant and b.rank == 2 and narrow:
+        if len(host.outputs) == 1 and b.is_constant and b.rank == 2 and narrow and not host.op.divided:
             factors = Value(f"{x.name}/factors", DType.F32, factors_shape(x.shape))
             editor.update(host, replace(host.op, factors=epsilon), outputs=(x, factors))
             return factors

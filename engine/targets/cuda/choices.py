@@ -69,10 +69,10 @@ def tile_text(tile: AnyTile) -> str:
     return f"{kernel} {tile.m}×{tile.n}{turns}{f', k in {tile.splits}' if tile.splits > 1 else ''}{copied}{staged}"
 
 
-def can_divide(tile: AnyTile) -> bool:
-    """Whether rows of the first operand can be divided in a tile: in all but some of wgmma, elsewhere the epilogue
-    does it."""
-    return not isinstance(tile, WgmmaTile) or tile.divides_rows
+def divides(product: Product, tile: AnyTile) -> bool:
+    """Whether rows of the first operand are divided in a tile, if they have to be: in all but some of wgmma; elsewhere
+    the epilogue does it."""
+    return product.divisors is None or not isinstance(tile, WgmmaTile) or tile.divides_rows
 
 
 def tile_of(choice: Choice, product: Product, operands: Operands) -> AnyTile | None:
@@ -90,7 +90,7 @@ def tile_of(choice: Choice, product: Product, operands: Operands) -> AnyTile | N
     if tile is None or type(splits) is not int or not 1 <= splits <= tile.most_splits:
         return None
     tile = replace(tile, splits=splits)
-    if product.divisors is not None and not can_divide(tile):
+    if not divides(product, tile):
         return None
     if not isinstance(tile, WgmmaTile):
         return tile

@@ -17,7 +17,7 @@ from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Tensor
 from engine.targets.cuda import codegen, row_factors
 from engine.targets.cuda.align_rows import aligned, aligned_bytes, split, split_bytes
-from engine.targets.cuda.choices import can_divide, key_of, tile_of
+from engine.targets.cuda.choices import divides, key_of, tile_of
 from engine.targets.cuda.gemm_rows import AnyTile, RowsTile, launch_rows
 from engine.targets.cuda.gemm_stream import (
     StreamTile,
@@ -59,6 +59,9 @@ from engine.targets.cuda.staging import staged_epilogue
 from engine.targets.cuda.tiles import NOTHING, Operands, WgmmaTile
 
 _MATRIX_TYPES = (DType.F16, DType.BF16, DType.F8E4M3, DType.I8, DType.F32)
+_MOST_INSTRUCTIONS = 2
+"""Of epilogues beside which tiles find moments: a bias and a residual. With a scale, GELU or a sigmoid full tiles would
+spill (the gate shows it)."""
 
 
 def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]:
@@ -79,6 +82,8 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
         narrow = a.dtype in (DType.F16, DType.BF16) and _on_matrix_units(op, a, b)
         if not narrow or not is_weight(b):
             raise UnsupportedOp(f"Gemm of divided rows of {a.dtype.value} and {b.dtype.value}, or without a weight")
+        if op.factors is not None:
+            raise UnsupportedOp("Gemm of divided rows that finds factors of others: registers do not hold both")
         dense = row_factors.dense(len(a.shape))
         needs, factors = (dense, needs[1]), (dense,)
     given = (*needs, *factors, *(Requirement() for _ in inputs[op.operands :]))
@@ -122,17 +127,17 @@ def parts_of(step: Step, context: Context) -> tuple[Product, Functor] | None:
     if not isinstance(op, Gemm) or not _on_matrix_units(op, *step.inputs[:2]):
         return None
     product, order, accumulator = product_of(step, context), tuple(range(len(shape))), _accumulator(op)
+    results = replace(step, outputs=step.outputs[: len(op.stores)])
+    epilogue = epilogue_of(results, op.stores, order, shape[-1], accumulator)
     if op.factors is not None:
         result, factors = step.outputs
-        step = replace(step, outputs=(result,))
-        found = Found(pointer_to(result), row_factors.pointer_of(factors), result.dtype, op.factors)
-        product = replace(product, factors=found)
-    epilogue = epilogue_of(step, op.stores, order, shape[-1], accumulator)
+        place, short = row_factors.pointer_of(factors), epilogue.reads.instructions <= _MOST_INSTRUCTIONS
+        product = replace(product, factors=Found(pointer_to(result), place, result.dtype, op.factors, short))
     if op.divided:
         quotient = ex.apply(PointOp.MUL, ex.Acc(accumulator), ex.cast(ex.Arg(2, DType.F32), accumulator))
         stores = [ex.replace_acc(store, quotient) for store in op.stores]
         product = replace(product, divisors=row_factors.pointer_of(step.inputs[2]))
-        epilogue = replace(epilogue, dividing=epilogue_of(step, stores, order, shape[-1], accumulator))
+        epilogue = replace(epilogue, dividing=epilogue_of(results, stores, order, shape[-1], accumulator))
     return product, epilogue
 
 
@@ -181,12 +186,12 @@ def needs_staged(tile: AnyTile) -> bool:
 def ranked_tiles(product: Product, context: Context, reads: Reads = NOTHING) -> list[Ranked]:
     """The tiles that can take a product, with k in one part or in several, from what should be the fastest on."""
     operands, multiprocessors = operands_of(product, context), context.multiprocessors
-    divided = product.divisors is not None
-    others = replace(reads, varying=reads.varying + 1) if divided else reads  # of kernels whose epilogue divides rows
+    factor = product.divisors is not None  # for one more operand, where the epilogue divides rows
+    others = replace(reads, varying=reads.varying + factor)
     every = [*ranked_mma(product, operands, context.architecture, multiprocessors, others)]
     if context.architecture.wgmma and product.suits_tma_aligned and operands is not Operands.EXACT:
         tiles = ranked_wgmma(product, operands, multiprocessors, reads)
-        every += (one for one in tiles if not divided or can_divide(one.tile))
+        every += (one for one in tiles if divides(product, one.tile))
     every += ranked_rows(product, operands, multiprocessors, others)
     every.sort(key=lambda ranked: ranked.estimate.cycles)
     slices, best = stream_tile(product, operands), every[0].tile
@@ -215,7 +220,7 @@ def ranked_in(way: Way, product: Product, epilogue: Functor, context: Context) -
         found = ranked_cluster(product, operands, multiprocessors, epilogue.reads, epilogue.staged is not None)
     elif way is Way.BATCHED and product.suits_tma_batched:
         found = ranked_batched(product, operands, multiprocessors, epilogue.reads)
-    return sorted(found, key=lambda ranked: ranked.estimate.cycles)
+    return sorted((one for one in found if divides(product, one.tile)), key=lambda ranked: ranked.estimate.cycles)
 
 
 _NARROW = {
@@ -244,7 +249,7 @@ def launches_of(product: Product, epilogue: Functor, tile: AnyTile, context: Con
 def found_apart(product: Product, tile: AnyTile) -> Found | None:
     """The factors of the result's rows, if they are asked for, where they take a launch of their own after the tile's;
     else None."""
-    return None if isinstance(tile, WgmmaTile) and tile.finds_moments else product.factors
+    return None if isinstance(tile, WgmmaTile) and product.found_in(tile) is not None else product.factors
 
 
 def _launches_of_product(

@@ -48,14 +48,14 @@ def scratch_bytes(product: Product, tile: WgmmaTile) -> int:
     for each row and column of tiles)."""
     if tile.splits > 1:
         return tile.tiles(product.m, product.n) * tile.splits * tile.m * tile.n * 4
-    return ceildiv(product.n, tile.n) * product.m * 8 if product.factors is not None and tile.finds_moments else 0
+    return ceildiv(product.n, tile.n) * product.m * 8 if product.found_in(tile) is not None else 0
 
 
 def _factor_arguments(product: Product, tile: WgmmaTile, scratch: Pointer | None) -> dict[str, Argument]:
     """What the kernel takes for factors of rows of a and of the result (kernels/scheduler/row_moments.cuh)."""
     arguments: dict[str, Argument] = {} if product.divisors is None else {"row_factors": product.divisors}
-    found = product.factors
-    if found is None or not tile.finds_moments:
+    found = product.found_in(tile)
+    if found is None:
         return arguments
     moments = scratch or Pointer(workspace(scratch_bytes(product, tile)))
     groups = ceildiv(product.m, tile.m * tile.cluster_m) * tile.m * tile.cluster_m // 16
@@ -79,7 +79,7 @@ def launch_wgmma(
     k = columns_in_parts(product.k) if product.in_parts else product.k  # as it lies
     config: dict[str, int | bool | str] = {
         "operand": STORAGE[product.dtype], "grouped": False, "in_parts": product.in_parts,
-        "divided": product.divisors is not None, "moments": product.factors is not None and tile.finds_moments,
+        "divided": product.divisors is not None, "moments": product.found_in(tile) is not None,
     }  # fmt: skip
     partials = replace(scratch, ctype="float") if scratch is not None else None
     body, maps = "gemm_cluster.cuh" if tile.cluster > 1 else "gemm_wgmma.cuh", dict[str, Argument]()

@@ -202,7 +202,7 @@ def _wgmma_estimate(
     else:
         fixed, element = _FINISH, _FINISH_ELEMENT + _SHIFT_ELEMENT.get(_alignment(n * itemsize), 0)
     element += _INSTRUCTION * reads.instructions + (_TILE_ELEMENT if reads.varying else 0)
-    if product.factors is not None and tile.finds_moments:
+    if product.found_in(tile) is not None:
         element += _INSTRUCTION * _MOMENTS_ELEMENT
     finish = fixed + tile.m * tile.n * element * (_HALVED if tile.cooperative else 1)
     if tile.splits > 1:
@@ -214,7 +214,7 @@ def _wgmma_estimate(
     if not tile.slots:  # where others bring what the epilogue reads
         busy += waiting_cycles(tile, reads, rounds)
     copy = _COPY_LAUNCH + 2 * m * k * itemsize / _COPY_RATE if tile.aligns else 0
-    after = 0 if tile.finds_moments else _moments_cycles(product)
+    after = 0 if product.found_in(tile) is not None else _moments_cycles(product)
     rate = _FEW_ROWS_MEMORY_RATE if m <= MOST_ROWS else _MEMORY_RATE
     return Estimate(_LAUNCH, copy, busy, _touched(product, operands, reads, _PARTIAL_SECTORS) / rate, limit, after)
 

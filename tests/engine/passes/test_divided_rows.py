@@ -29,6 +29,7 @@ W = {
     "v": random(K, N, seed=5) / np.sqrt(K), "u": random(N, K, seed=6) / np.sqrt(N), "tiny": random(K, N, seed=7) * 1e-5,
     "odd": random(K - 1, seed=8), "wo": random(K - 1, N, seed=9) / np.sqrt(K),
     "h0": random(24, K, seed=10) / 5, "ho": random(24, K - 1, seed=11) / 5, "far": np.float32(30),
+    "wide": random(N, seed=14) + 1, "square": random(N, N, seed=15) / np.sqrt(N),
     "b2": random(K, seed=13) + 1, "outliers": np.where(np.arange(K) % 67 == 5, random(K, seed=12) * 100, 3),
     "zero": np.array([0]), "one": np.array([1]),
 }  # fmt: skip
@@ -135,6 +136,15 @@ def test_layers_with_one_weight_keep_one() -> None:
         graph = rewritten(second.format(scale))
         read = [node.inputs[1] for node in graph.nodes if isinstance(node.op, ops.Gemm) and node.op.divided]
         assert (len(read), len(set(map(id, read)))) == (2, count)
+
+
+def test_a_product_that_divides_rows_does_not_find_factors() -> None:
+    """Of its own result they are a node's."""
+    norm = NORM.replace("(h, g, s)", "(r, wide, wide)")
+    graph = rewritten(f"r = MatMul(n, w) o = {norm} y = MatMul(o, square)")
+    assert len(divided(graph)) == 2
+    assert kinds(graph)["RowFactors"] == 1
+    assert [op.factors is None for op in divided(graph)] == [True, True]
 
 
 @pytest.mark.parametrize(

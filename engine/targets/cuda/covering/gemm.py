@@ -11,7 +11,7 @@ from engine.ir.ops import (
 )
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind
-from engine.targets.cuda.choices import can_divide
+from engine.targets.cuda.choices import divides
 from engine.targets.cuda.covering.build import (
     ACC,
     BIAS_RESIDUAL,
@@ -83,12 +83,11 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         (_product(I8, result=I8), context, (portable[0], *wgmma[:1], *wgmma[7:8])),
         (_product(I8, result=F16, residual=True), context, thirds[1::2]),
         (_product(I8, k=387, n=401, result=F16), context, (portable[1], *(replace(t, aligns=True) for t in wgmma[:2]))),
-        # Of divided rows what takes the most registers: nearly full tiles, and moments beside them.
+        # Of divided rows what takes the most registers; moments in every tile that finds them.
         (_divided(residual=False), context, (*portable[:1], *wgmma[:1], *wgmma[7:9], *staged[:1], *clusters[:1])),
-        (_divided(residual=True), context, [t for t in thirds if _is_wide(t) and can_divide(t)]),
+        (_divided(residual=True), context, [tile for tile in thirds if _is_wide(tile)]),
         (_divided(residual=True, dtype=DType.BF16), context, (*wgmma[3:4], *staged[-1:], *clusters[2:3])),
-        (_finding(residual), context, (*staged[:1], *portable[:1])),
-        (_finding(_divided(residual=True)), context, [*staged, *(tile for tile in clusters if tile.slots)]),
+        (_finding(residual), context, (*portable[:1], *staged, *(tile for tile in clusters if tile.slots))),
         (_matrices(k_inner=True, dtype=I8), context, batched[:2]),
         (_matrices(k_inner=True, dtype=F8), context, (*portable[:1], *batched)),
         (_matrices(k_inner=False), context, batched[:-1]),
@@ -99,7 +98,7 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         found = parts_of(step, how)
         assert found is not None
         product, epilogue = found
-        for tile in tiles:
+        for tile in (tile for tile in tiles if divides(product, tile)):
             for launch in launches_of(product, epilogue, tile, how):
                 yield f"gemm {tile}", launch
     short: list[Step] = [

@@ -17,7 +17,8 @@ DEVICE u32 column_of(u32 step, u32 small) { return (IN_PARTS ? step / 3 * 2 + (s
 struct RowLoad {
   static constexpr bool BATCHED = false;
   static constexpr int UNROLL = 4, PIECES = TILE_N / 16;
-  static constexpr int AHEAD = PARTS * TILE_N <= 128 ? PIECES : PARTS * TILE_N > 256 ? 1 : PIECES % 4 == 0 ? 4 : 2;
+  // Factors of rows take some of the registers that a bias of fp32 and a residual would fill.
+  static constexpr int AHEAD = PARTS * TILE_N < (DIVIDED ? 128 : 129) ? PIECES : PARTS * TILE_N > 256 ? 1 : PIECES % 4 == 0 ? 4 : 2;
   u32 row;
   DEVICE RowLoad(const Params&, u32 row, u32) : row(row) {}
   DEVICE void operator()(const Params& p, u32 destination, u32 barrier, u32 step) {
