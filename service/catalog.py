@@ -1,30 +1,31 @@
-"""Which models there are and in what state, and how they come and go while others are served. Event loop only.
+"""How models come and go while others are served. Which there are is in listing.py. Event loop only.
 
-Made by `Serving`, which hands it the worker's reports about models; routes ask it and, for administrators, change it.
+Made by `Serving`, which hands it the worker's reports about models; routes change it for administrators.
 A model that replaces another is loaded and warm before it takes over; the one before it is unloaded when its last
-request has been answered, so that no request is lost. What fails to load leaves what was served before as it was.
+request has been answered, so that no request is lost. All versions of a model that change, change at once, and only if
+every one of them can: what fails to load leaves the model as it was. At the start nothing is served yet that could be
+left as it was, and what loads is served.
 """
 
 import asyncio
 import logging
 import os
-from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable, Sequence
 
-from service.codecs.images import image_size
-from service.errors import InvalidRequest, NotFound, Overloaded, Unavailable
+from service.errors import InvalidRequest, NotFound
+from service.handover import HandedOver
 from service.kernel_metrics import LoadedModel
+from service.listing import Listing
 from service.metrics import Metrics
 from service.model import ModelState, ServedModel
 from service.model_config import batching_options
-from service.repository import ModelFolder, Repository, check_name
+from service.repository import Contents, ModelFolder, Repository, check_name
 from service.settings import Settings
+from service.turns import Turns
 from service.workers.messages import (
     BatchDone,
     Command,
     LoadFailed,
-    LoadModel,
     ModelKey,
     ModelReady,
     Unload,
@@ -34,70 +35,35 @@ from service.workers.messages import (
 
 log = logging.getLogger(__name__)
 
-_MOST_WAITING = 8  # changes of one model that may wait for each other
 _UNLOADED = "unloaded"
 
 
-class Catalog:
+class Catalog(Listing):
     """The models of one server process. `send` gives a command to the worker; `on_settled` is called whenever no model
     is loading any more, and after each unloading."""
 
     def __init__(
         self, settings: Settings, metrics: Metrics, send: Callable[[Command], None], on_settled: Callable[[], None]
     ) -> None:
+        super().__init__(Repository(settings.models))
         self._settings = settings
         self._metrics = metrics
         self._send = send
         self._on_settled = on_settled
-        self._repository = Repository(settings.models)
-        self._models: dict[str, dict[int, ServedModel]] = {}
-        self._broken: dict[str, str] = {}
         self._by_key: dict[ModelKey, ServedModel] = {}  # also those that are not in `_models` yet
-        self._loading: dict[ModelKey, asyncio.Future[str]] = {}  # to the reason of a failure, or to nothing
+        self._loading: dict[ModelKey, asyncio.Future[None]] = {}
+        self._held: set[ModelKey] = set()  # they take over when all that change with them can
         self._leaving: dict[ModelKey, asyncio.Future[None]] = {}
-        self._failed: dict[tuple[str, int], int] = {}  # generations that are not tried again unasked
+        self._tried: dict[str, Contents] = {}  # what of each model is not tried again unasked
         self._unloaded: set[str] = set()  # by an administrator, who alone brings them back
-        self._changes: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._waiting: dict[str, int] = defaultdict(int)
+        self._turns = Turns()
 
-    # ---- questions
-
-    def all_models(self) -> list[ServedModel]:
-        """Every version of every model that could be read, by name and version."""
-        return [self._models[name][version] for name in sorted(self._models) for version in sorted(self._models[name])]
-
-    def broken(self) -> dict[str, str]:
-        """Names of folders that cannot be read, and why."""
-        return dict(self._broken)
-
-    def unknown(self) -> list[str]:
-        """Names of folders in the repository that were never asked to be loaded. Reads the disk."""
-        return [name for name in self._repository.names() if name not in self._models and name not in self._broken]
-
-    def versions(self, name: str) -> list[ServedModel]:
-        """The versions of one model, lowest first. Raises NotFound, or Unavailable for a broken folder."""
-        if name in self._broken:
-            raise Unavailable(f"model '{name}' is unavailable: {self._broken[name]}")
-        if name not in self._models:
-            raise NotFound(f"there is no model '{name[:128]}'; GET /v1/models lists them")
-        return [self._models[name][version] for version in sorted(self._models[name])]
-
-    def find(self, name: str, version: str | None = None) -> ServedModel:
-        """A version of a model: the one asked for, else the highest that is ready, or will be. Raises NotFound,
-        Unavailable."""
-        if version is None and name not in self._broken:
-            there = self._models.get(name, {})
-            ready = [number for number, model in there.items() if model.state is ModelState.READY]
-            if ready:
-                return there[max(ready)]
-        versions = self.versions(name)
-        if version is None:
-            usable = [model for model in versions if model.state is not ModelState.UNAVAILABLE]
-            return (usable or versions)[-1]
-        for model in versions:
-            if str(model.key.version) == version:
-                return model
-        raise NotFound(f"model '{name}' has no version '{version[:32]}'")
+    async def wait_for(self, served: Iterable[ModelKey], seconds: float) -> None:
+        """Until no version that is served elsewhere is loading here any more, but not longer than so many seconds."""
+        versions = {(key.name, key.version) for key in served}
+        waited = [future for key, future in self._loading.items() if (key.name, key.version) in versions]
+        if waited:
+            await asyncio.wait(waited, timeout=seconds)
 
     @property
     def is_loading(self) -> bool:
@@ -106,44 +72,53 @@ class Catalog:
 
     # ---- changes
 
-    def begin(self, unloaded: frozenset[str] = frozenset()) -> None:
-        """Load everything there is but the `unloaded`, in the background; the server is not ready before."""
+    def begin(self, unloaded: frozenset[str] = frozenset(), handed_over: Sequence[HandedOver] = ()) -> None:
+        """Load everything there is but the `unloaded`, in the background; the server is not ready before. Of models
+        that were `handed_over` what others serve, whatever the disk has."""
         self._unloaded |= unloaded
+        for given in handed_over:
+            if given.reason:
+                self._withhold(given.folder, given.key, given.reason)
+            else:
+                self._start(given.folder, given.key, expected=True)
+        names = {given.key.name for given in handed_over}
         for folder in self._repository.scan():
-            if folder.problem:
-                log.warning("model %s cannot be loaded: %s", folder.name, folder.problem)
-                self._broken[folder.name] = folder.problem
+            if folder.name in names:
+                continue
+            contents = self._tried[folder.name] = self._repository.contents(folder)
+            if contents.problem:
+                log.warning("model %s cannot be loaded: %s", folder.name, contents.problem)
+                self._broken[folder.name] = contents.problem
                 continue
             if folder.name in unloaded:
-                for version, _ in folder.versions:
-                    model = self._known(folder, self._key(folder, version), expected=False)
-                    model.state, model.reason = ModelState.UNAVAILABLE, _UNLOADED
-                    self._models.setdefault(folder.name, {})[version] = model
+                self._explain(folder, {}, _UNLOADED)
                 continue
-            for version, _ in folder.versions:
-                self._start(folder, self._key(folder, version), expected=True)
-            self._note_broken_versions(folder)
+            for key in contents.keys:
+                self._start(folder, key, expected=True)
+            for version, reason in contents.broken:
+                log.warning("model %s/%d cannot be loaded: %s", folder.name, version, reason)
+            self._explain(folder, dict(contents.broken))
         if not self._models:
             log.warning("no model can be loaded from %s", self._settings.models)
 
     async def load(self, name: str) -> None:
         """Load a model, or what of it has changed on the disk; returns when it is served. Raises InvalidRequest with
-        the reason where it cannot be, and then leaves what was served as it was; NotFound, Overloaded."""
-        async with self._changing(check_name(name)):
+        the reason where it cannot be, and then leaves all of it as it was; NotFound, Overloaded."""
+        async with self._turns.turn(check_name(name)):
             folder = await asyncio.to_thread(self._repository.find, name)
             if folder is None:
                 raise NotFound(f"there is no model '{name}' in the repository")
-            self._unloaded.discard(name)
-            reasons = await self._load(folder, again=True)
-            if reasons:
-                raise InvalidRequest(f"model '{name}' cannot be loaded: {'; '.join(reasons)}")
+            contents = self._repository.contents(folder)
+            problem = contents.problem or _said(await self._load(folder, contents))
+            if problem:
+                log.warning("model %s stays as it was: %s", name, problem)
+                raise InvalidRequest(f"model '{name}' cannot be loaded: {problem}")
 
     async def unload(self, name: str) -> None:
         """Serve a model no more; returns when its requests are answered and its memory is back. Raises NotFound,
         Overloaded."""
-        async with self._changing(check_name(name)):
-            if name not in self._models and name not in self._broken:
-                raise NotFound(f"there is no model '{name}'; GET /v1/models lists them")
+        async with self._turns.turn(check_name(name)):
+            self.check_known(name)
             self._unloaded.add(name)
             await self._wait_for_loads(name)
             await self._retire(self._models.get(name, {}).values(), _UNLOADED)
@@ -151,97 +126,126 @@ class Catalog:
     async def refresh(self) -> None:
         """Follow the disk: load what is new or has changed, unload what is gone. What an administrator unloaded stays
         unloaded, and what failed to load is tried again only when it has changed."""
-        folders = {folder.name: folder for folder in await asyncio.to_thread(self._repository.scan)}
-        for name in sorted({*folders, *self._models, *self._broken}):
-            async with self._changing(name, most_waiting=None):
-                if name in self._unloaded:
-                    continue
-                if name in folders:
-                    for reason in await self._load(folders[name], again=False):
-                        log.warning("model %s is not reloaded: %s", name, reason)
-                    continue
-                log.info("model %s is no longer in the repository", name)
-                await self._wait_for_loads(name)
-                await self._retire(self._models.pop(name, {}).values(), "it is no longer in the repository")
-                self._broken.pop(name, None)
+        names = await asyncio.to_thread(self._repository.names)
+        for name in sorted({*names, *self._models, *self._broken}):
+            async with self._turns.turn(name, bounded=False):
+                if name not in self._unloaded:
+                    await self._follow(name)
 
-    @asynccontextmanager
-    async def _changing(self, name: str, most_waiting: int | None = _MOST_WAITING) -> AsyncIterator[None]:
-        """One change of a model at a time."""
-        if most_waiting is not None and self._waiting[name] >= most_waiting:
-            raise Overloaded(f"{most_waiting} changes of model '{name}' are under way already", retry_after=1.0)
-        self._waiting[name] += 1
-        try:
-            async with self._changes[name]:
-                yield
-        finally:
-            self._waiting[name] -= 1
-            if not self._waiting[name]:  # names are what clients send
-                del self._waiting[name], self._changes[name]
+    async def _follow(self, name: str) -> None:
+        folder = await asyncio.to_thread(self._repository.find, name)
+        if folder is not None:
+            contents = self._repository.contents(folder)
+            if contents != self._tried.get(name):
+                self._tried[name] = contents
+                await self._try(folder, contents)
+            return
+        log.info("model %s is no longer in the repository", name)
+        await self._wait_for_loads(name)
+        await self._retire(self._models.pop(name, {}).values(), "it is no longer in the repository")
+        self._broken.pop(name, None)
+        self._tried.pop(name, None)
 
-    async def _load(self, folder: ModelFolder, again: bool) -> list[str]:
-        """Make what is served of a model what its folder has; why not, where that is impossible. `again` tries what
-        has failed before and not changed."""
-        if folder.problem:
+    async def _try(self, folder: ModelFolder, contents: Contents) -> None:
+        """Load what is on the disk; where that is impossible, the log and the index say why."""
+        if contents.problem:
+            log.warning("model %s stays as it was: %s", folder.name, contents.problem)
             if folder.name not in self._models:
-                self._broken[folder.name] = folder.problem
-            return [folder.problem]
-        self._broken.pop(folder.name, None)
-        keys = [self._key(folder, version) for version, _ in folder.versions]
+                self._broken[folder.name] = contents.problem
+            return
+        problems = await self._load(folder, contents)
+        if problems:
+            log.warning("model %s stays as it was: %s", folder.name, _said(problems))
+            self._broken.pop(folder.name, None)
+            self._explain(folder, problems)
+
+    async def _load(self, folder: ModelFolder, contents: Contents) -> dict[int, str]:
+        """Make what is served of a model what its folder has, all of it at once. What is wrong with which version,
+        where that is impossible: then nothing has changed."""
+        await self._wait_for_loads(folder.name)
+        if contents.broken:
+            return dict(contents.broken)
+        return await self._replace(folder, [key for key in contents.keys if not self._serves(key)])
+
+    async def _replace(self, folder: ModelFolder, keys: list[ModelKey]) -> dict[int, str]:
+        """Have these loaded and warmed up, and let them take over together; versions that the folder has no more go.
+        Why versions cannot be loaded; then none has taken over, and the memory of those that could is back."""
         for key in keys:
-            known = self._models.get(folder.name, {}).get(key.version)
-            if known is not None and known.key == key and known.state is not ModelState.UNAVAILABLE:
-                continue
-            if not again and self._failed.get((key.name, key.version)) == key.generation:
-                continue
             if key in self._leaving:  # what is on its way out is what comes in
-                await self._leaving[key]
-            self._start(folder, key, expected=False)
-        waited = {key: self._loading[key] for key in keys if key in self._loading}
-        reasons = [await asyncio.shield(future) for future in waited.values()]
-        self._note_broken_versions(folder)
-        there = {version for version, _ in (*folder.versions, *folder.broken)}
-        models = self._models[folder.name]
-        gone = [models.pop(version) for version in list(models) if version not in there]
-        await self._retire(gone, "the version is no longer in the repository")
-        return [reason for reason in reasons if reason]
+                await asyncio.shield(self._leaving[key])
+        before = dict(self._models.get(folder.name, {}))
+        self._held.update(keys)
+        models = [self._start(folder, key, expected=False) for key in keys]
+        problems: dict[int, str] | None = None
+        leaving: list[asyncio.Future[None]] = []
+        try:
+            while waited := [self._loading[key] for key in keys if key in self._loading]:
+                await asyncio.shield(waited[0])  # again where the worker was lost meanwhile
+            problems = {model.key.version: model.reason for model in models if model.state is ModelState.UNAVAILABLE}
+        finally:
+            self._held.difference_update(keys)
+            self._models[folder.name] = before
+            if problems == {}:
+                self._commit(folder, models)
+            else:
+                usable = [model for model in models if model.state is not ModelState.UNAVAILABLE]
+                leaving = [self._leave(model, "another version of it cannot be loaded") for model in usable]
+                if not before:
+                    del self._models[folder.name]
+            if keys and not self._loading:
+                self._on_settled()
+        for future in leaving:
+            await asyncio.shield(future)
+        return problems
 
-    def _key(self, folder: ModelFolder, version: int) -> ModelKey:
-        return ModelKey(folder.name, version, self._repository.generation(folder, version))
+    def _commit(self, folder: ModelFolder, models: list[ServedModel]) -> None:
+        """All at once: these take over, and what the folder has no more is not served any more."""
+        self._broken.pop(folder.name, None)
+        self._unloaded.discard(folder.name)
+        for model in models:
+            self._take_over(model)
+        served, there = self._models[folder.name], {version for version, _ in folder.versions}
+        for version in [version for version in served if version not in there]:
+            gone = served.pop(version)
+            if gone.state is not ModelState.UNAVAILABLE:
+                self._leave(gone, "the version is no longer in the repository")
 
-    def _start(self, folder: ModelFolder, key: ModelKey, expected: bool) -> None:
+    def _serves(self, key: ModelKey) -> bool:
+        served = self._models.get(key.name, {}).get(key.version)
+        return served is not None and served.key == key and served.state is ModelState.READY
+
+    def _start(self, folder: ModelFolder, key: ModelKey, expected: bool) -> ServedModel:
         """Have a model loaded. It is seen at once where nothing is served under its name and version."""
         model = self._known(folder, key, expected)
-        settings = self._settings
-        command = LoadModel(
-            key=key,
-            path=str(dict(folder.versions)[key.version]),
-            device=settings.device,
-            precision=(folder.config.precision or settings.precision).value,
-            threads=settings.threads,
-            batching=model.options,
-            image_size=image_size(folder.config.images),
-            packed=(folder.config.packed or settings.packed).value,
-        )
         self._by_key[key] = model
         versions = self._models.setdefault(key.name, {})
         served = versions.get(key.version)
         if served is None or served.state is ModelState.UNAVAILABLE:
             versions[key.version] = model
         self._loading[key] = asyncio.get_running_loop().create_future()
-        self._send(command)
+        self._send(model.load_command(self._settings))
+        return model
 
     def _known(self, folder: ModelFolder, key: ModelKey, expected: bool) -> ServedModel:
         options = batching_options(folder.config.batching)
         return ServedModel(key, folder, options, self._metrics.model(key), expected)
 
-    def _note_broken_versions(self, folder: ModelFolder) -> None:
-        versions = self._models.setdefault(folder.name, {})
-        for version, reason in folder.broken:
+    def _explain(self, folder: ModelFolder, problems: dict[int, str], otherwise: str = "") -> None:
+        """Say of every version of which nothing is served why; of those that are no problem themselves, that others
+        are, or `otherwise`."""
+        others = f"not loaded, because version {', '.join(map(str, problems))} cannot be"
+        versions = self._models.get(folder.name, {})
+        for version in (number for number, _ in (*folder.versions, *folder.broken)):
             served = versions.get(version)
             if served is None or served.state is ModelState.UNAVAILABLE:
-                versions[version] = self._known(folder, ModelKey(folder.name, version), expected=False)
-                self._refuse(versions[version], reason)
+                reason = problems.get(version) or otherwise or others
+                self._withhold(folder, ModelKey(folder.name, version), reason)
+
+    def _withhold(self, folder: ModelFolder, key: ModelKey, reason: str) -> None:
+        """Show a version that is not served, and why."""
+        model = self._known(folder, key, expected=False)
+        self._refuse(model, reason)
+        self._models.setdefault(key.name, {})[key.version] = model
 
     async def _wait_for_loads(self, name: str) -> None:
         for key, future in list(self._loading.items()):
@@ -259,7 +263,7 @@ class Catalog:
         model.state, model.reason = ModelState.UNAVAILABLE, reason
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._leaving[model.key] = future
-        self._settle(model.key, reason)
+        self._settle(model.key)
         log.info("model %s is unloaded: %s", model.key, reason)
         model.when_unused(lambda: self._send(Unload(model.key)))
         return future
@@ -273,7 +277,7 @@ class Catalog:
             model.metrics.ran(report)
 
     def accept(self, report: ModelReady) -> None:
-        """A model is loaded and warm: it takes over."""
+        """A model is loaded and warm: it takes over, or waits for those that change with it."""
         model = self._by_key.get(report.key)
         if model is None or report.key in self._leaving:
             return
@@ -283,15 +287,6 @@ class Catalog:
             self._send(Unload(report.key))
             self.refuse(LoadFailed(report.key, str(error)))
             return
-        versions = self._models.setdefault(report.key.name, {})
-        before = versions.get(report.key.version)
-        versions[report.key.version] = model
-        if before is not None and before is not model and before.state is not ModelState.UNAVAILABLE:
-            self._metrics.engine.unloaded(before.key)
-            self._leave(before, "a newer one has taken over")
-        loaded = LoadedModel(report.device, report.load_seconds, report.fallback_ops)
-        self._metrics.engine.loaded(report.key, loaded)
-        self._failed.pop((report.key.name, report.key.version), None)
         log.info(
             "model %s is ready after %.2f s: %s, batching: %s",
             report.key,
@@ -299,7 +294,21 @@ class Catalog:
             model.task,
             report.batching_reason,
         )
-        self._settle(report.key, "")
+        if report.key not in self._held:
+            self._take_over(model)
+        self._settle(report.key)
+
+    def _take_over(self, model: ServedModel) -> None:
+        """From now on it is the one that requests get."""
+        ready = model.specs
+        model.state, model.reason = ModelState.READY, ""
+        versions = self._models.setdefault(model.key.name, {})
+        before = versions.get(model.key.version)
+        versions[model.key.version] = model
+        if before is not None and before is not model and before.state is not ModelState.UNAVAILABLE:
+            self._metrics.engine.unloaded(before.key)
+            self._leave(before, "a newer one has taken over")
+        self._metrics.engine.loaded(model.key, LoadedModel(ready.device, ready.load_seconds, ready.fallback_ops))
 
     def refuse(self, report: LoadFailed) -> None:
         """A model cannot be loaded; what is served in its place stays."""
@@ -307,15 +316,14 @@ class Catalog:
         if model is None:
             return
         model.metrics.settle()
-        self._failed[report.key.name, report.key.version] = report.key.generation
         self._refuse(model, report.reason)
-        self._settle(report.key, model.reason)
+        log.warning("model %s cannot be loaded: %s", model.key, model.reason)
+        self._settle(report.key)
 
     def _refuse(self, model: ServedModel, reason: str) -> None:
         """A model cannot be served; clients read why, and need not know where the repository lies."""
         model.state = ModelState.UNAVAILABLE
         model.reason = reason.replace(f"{self._repository.root}{os.sep}", "")
-        log.warning("model %s is unavailable: %s", model.key, model.reason)
 
     def unloaded(self, report: Unloaded) -> None:
         """A model's memory is back."""
@@ -334,17 +342,23 @@ class Catalog:
         for model in self._by_key.values():
             if model.key in self._leaving:
                 continue
+            was_ready = model.state is ModelState.READY
             if report.restarting:
                 model.state, model.reason = ModelState.LOADING, "the engine process is being restarted"
-                model.expected = model.expected or model.ready is not None
+                model.expected = model.expected or was_ready
                 self._loading.setdefault(model.key, asyncio.get_running_loop().create_future())
             else:
                 model.state, model.reason = ModelState.UNAVAILABLE, report.reason
-                self._settle(model.key, report.reason)
+                self._settle(model.key)
 
-    def _settle(self, key: ModelKey, reason: str) -> None:
+    def _settle(self, key: ModelKey) -> None:
         future = self._loading.pop(key, None)
-        if future is not None:
-            future.set_result(reason)
-        if not self._loading:
+        if future is None:
+            return
+        future.set_result(None)
+        if not self._loading and not self._held:
             self._on_settled()
+
+
+def _said(problems: dict[int, str]) -> str:
+    return "; ".join(f"version {version}: {reason}" for version, reason in problems.items())

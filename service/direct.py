@@ -15,14 +15,14 @@ from typing import Any
 from numpy.typing import NDArray
 
 from service.codecs.compression import asked_for
-from service.errors import ClientGone, ServiceError, Unavailable, describe
+from service.errors import ClientGone, ServiceError, Unavailable
 from service.exchange import UNANSWERED, Headers, RawHeaders, Requests, headers_of
 from service.inference import InferenceRequest, Job, Outputs, Preparation, open_request
 from service.logs import request_id
 from service.preprocess import Preprocessing
 from service.routes.images import images_job, is_form
 from service.routes.infer import infer_job
-from service.routes.responses import JsonResponse, error_response, failure
+from service.routes.responses import JsonResponse, failure
 from service.routes.tokens import INLINE_CHARACTERS, tokens_job
 from service.serving import Serving
 
@@ -229,4 +229,4 @@ class DirectRequest:
         """The server shuts down before there is an answer."""
         error = Unavailable("the server shut down before the request was done")
         self._end_inference(error)
-        self._respond(error_response(str(error), describe(error), self._path))
+        self._respond(failure(error, self._path))

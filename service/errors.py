@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
 from starlette.exceptions import HTTPException
 
@@ -30,11 +30,14 @@ class Outcome(StrEnum):
 
 
 class ServiceError(Exception):
-    """An error whose message goes to the client as it is. `retry_after` is in seconds."""
+    """An error whose message goes to the client as it is. `retry_after`, in seconds, says when the same request may
+    succeed; `soon` is what it is where nothing better is known."""
+
+    soon: ClassVar[float | None] = None
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
-        self.retry_after = retry_after
+        self.retry_after = self.soon if retry_after is None else retry_after
 
 
 class InvalidRequest(ServiceError):
@@ -72,9 +75,19 @@ class NotFound(ServiceError):
 class Overloaded(ServiceError):
     """A bounded queue is full."""
 
+    soon: ClassVar[float | None] = 1.0
+
 
 class Unavailable(ServiceError):
-    """The model is not loaded, or the server is starting or draining."""
+    """What passes by itself: the model is loading, the server starts or drains, its engine is being restarted."""
+
+    soon: ClassVar[float | None] = 1.0
+
+
+class NotServed(Unavailable):
+    """The model cannot be served, or shall not be, until somebody changes that."""
+
+    soon: ClassVar[float | None] = None
 
 
 class DeadlineExceeded(ServiceError):

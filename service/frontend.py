@@ -7,20 +7,27 @@ import logging
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from service.app import create_app
+from service.handover import describe, hand_over
 from service.logs import configure
+from service.model import ModelState
 from service.peer import Peer
 from service.server import run_server, spare_the_collector
 from service.serving import Serving
 from service.settings import Settings
 from service.siblings import Action, Others, Siblings
 from service.workers.guest import GuestTransport
+from service.workers.messages import ModelKey
 from service.workers.transport import Transport
 
 log = logging.getLogger("service")
+
+# What others serve is in the engine, and ready here within milliseconds. Connections do not wait for longer than this
+# where it is not: the engine has just been started again, or what was loaded cannot be had from anybody.
+_LATEST_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +66,27 @@ class FrontEnd:
         self._started = asyncio.Event()
 
     async def join(self, serving: Serving) -> None:
-        """Start serving as the others do: with what administrators have changed meanwhile. Raises PeerGone where the
-        supervisor is gone already."""
+        """Start serving as the others do: with what administrators have changed meanwhile, with the models that they
+        serve, and not before those are ready here, too; connections wait. Raises PeerGone where the supervisor is gone
+        already."""
         self._serving = serving
         await self._peer.connect(self._end)
         self._talking = asyncio.get_running_loop().create_task(self._talk())
         state = await self._peer.ask("hello")
-        serving.start(frozenset(state["unloaded"]))
+        served = [ModelKey(*key) for key in state["served"]]
+        changed = serving.models.changed(served)
+        documents = await self._peer.ask("describe", changed) if changed else []
+        serving.start(frozenset(state["unloaded"]), hand_over(documents))
         for region in state["regions"]:
             await serving.apply(Action.of(region))
         self._started.set()
+        await serving.models.wait_for(served, _LATEST_S)
+
+    def settled(self) -> None:
+        """No model is loading any more, or one is gone: what is served now is what a front end to come waits for."""
+        spare_the_collector()
+        assert self._serving is not None
+        self._peer.tell("served", [astuple(key) for key in self._serving.models.served()])
 
     async def _talk(self) -> None:
         """Until the supervisor is gone: then this process goes, too."""
@@ -86,6 +104,9 @@ class FrontEnd:
         assert self._serving is not None
         if kind == "snapshot":
             return self._serving.snapshot()
+        if kind == "describe":
+            models = [model for model in self._serving.models.all_models() if model.key.name in content]
+            return [describe(model) for model in models if model.state is not ModelState.LOADING]
         if kind == "act":
             await self._serving.apply(Action.of(content))
             return None
@@ -101,7 +122,7 @@ def main() -> None:
         socket.socket(fileno=descriptor) for descriptor in (arguments.peer, arguments.connections, arguments.listener)
     )
     front_end = FrontEnd(arguments.number, peer, connections)
-    app = create_app(settings, on_settled=spare_the_collector, front_end=front_end)
+    app = create_app(settings, on_settled=front_end.settled, front_end=front_end)
     run_server(app, settings, listener)
 
 

@@ -6,10 +6,10 @@ import asyncio
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import Forbidden, Unauthorized, Unavailable, describe
+from service.errors import Forbidden, Unauthorized, Unavailable
 from service.exchange import UNANSWERED, Requests, headers_of
 from service.logs import request_id
-from service.routes.responses import error_response, refusal
+from service.routes.responses import refusal
 from service.tracing import current
 
 
@@ -44,8 +44,7 @@ class RequestMiddleware:
         except asyncio.CancelledError:  # the server cancels what is still running when its drain time is over
             if exchange.status == UNANSWERED:
                 error = Unavailable("the server shut down before the request was done")
-                answer = error_response(str(error), describe(error), scope["path"])
-                await answer(scope, receive, send_with_id)
+                await refusal(error, scope["path"])(scope, receive, send_with_id)
         finally:
             exchange.end(getattr(scope.get("route"), "path", "unmatched"))
             request_id.reset(token)

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from service.codecs.images import ImageSpec, make_image_spec
+from service.codecs.images import ImageSpec, image_size, make_image_spec
 from service.codecs.tokens import TokenCodec, not_tokens
-from service.errors import InvalidRequest, Unavailable
+from service.errors import InvalidRequest, NotServed, Unavailable
 from service.metrics import ModelMetrics
 from service.model_config import Pooling, Task
 from service.repository import ModelFolder
-from service.workers.messages import BatchingOptions, ModelKey, ModelReady, TensorInfo
+from service.settings import Settings
+from service.workers.messages import BatchingOptions, LoadModel, ModelKey, ModelReady, TensorInfo
 
 
 class ModelState(StrEnum):
@@ -62,8 +63,23 @@ class ServedModel:
         else:
             call()
 
+    def load_command(self, settings: Settings) -> LoadModel:
+        """What the worker is told to load."""
+        config = self.folder.config
+        return LoadModel(
+            key=self.key,
+            path=str(dict(self.folder.versions)[self.key.version]),
+            device=settings.device,
+            precision=(config.precision or settings.precision).value,
+            threads=settings.threads,
+            batching=self.options,
+            image_size=image_size(config.images),
+            packed=(config.packed or settings.packed).value,
+        )
+
     def accept(self, ready: ModelReady) -> None:
-        """The worker has it: find its task and its codecs. Raises ValueError if model.toml and model disagree."""
+        """The worker has it: find its task and its codecs, so that it can be served. Raises ValueError if model.toml
+        and model disagree."""
         config = self.folder.config
         if len(ready.inputs) == 1:
             only = ready.inputs[0]
@@ -85,7 +101,6 @@ class ServedModel:
         self.ready = ready
         self._main = self._find_main(ready)
         self._check_labels()
-        self.state, self.reason = ModelState.READY, ""
 
     def _means_tokens(self) -> str:
         """What in the folder says that the model takes tokens; empty if nothing does."""
@@ -119,17 +134,17 @@ class ServedModel:
     def check_ready(self) -> None:
         """Raises Unavailable unless requests may begin."""
         if self.ready is None or self.state is not ModelState.READY:
-            what = self.reason or ("it is loading" if self.state is ModelState.LOADING else "it is not loaded")
-            raise Unavailable(
-                f"model '{self.key.name}' version {self.key.version} is not ready: {what}", retry_after=1.0
-            )
+            loading = self.state is ModelState.LOADING
+            what = self.reason or ("it is loading" if loading else "it is not loaded")
+            text = f"model '{self.key.name}' version {self.key.version} is not ready: {what}"
+            raise Unavailable(text) if loading else NotServed(text)
 
     @property
     def specs(self) -> ModelReady:
         """What the worker said of the model; a request that has begun may ask, whatever becomes of the model. Raises
         Unavailable for a model that never was ready."""
         if self.ready is None:
-            raise Unavailable(f"model '{self.key.name}' version {self.key.version} is not ready", retry_after=1.0)
+            raise Unavailable(f"model '{self.key.name}' version {self.key.version} is not ready")
         return self.ready
 
     def main_output(self) -> TensorInfo:

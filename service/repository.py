@@ -12,6 +12,7 @@ from pathlib import Path
 
 from service.errors import InvalidRequest
 from service.model_config import ModelConfig, ModelConfigError, read_model_config
+from service.workers.messages import ModelKey
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
@@ -24,7 +25,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
     """A model on disk. `versions` are (number, .onnx file), lowest first; `broken` are the version
-    folders that hold no model, and why; `problem` says why nothing of it can be loaded."""
+    folders that hold no model, and why; `problem` says why nothing of it can be loaded. `tokenizer_mark` is that of
+    the tokenizer's file (`file_mark`)."""
 
     name: str
     path: Path
@@ -34,6 +36,17 @@ class ModelFolder:
     tokenizer: Path | None
     problem: str = ""
     broken: tuple[tuple[int, str], ...] = ()
+    tokenizer_mark: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a folder has to offer: the versions that may be loaded, those that hold no model and why, and why nothing of
+    it can be loaded. Equal as long as the files are the same ones."""
+
+    keys: tuple[ModelKey, ...]
+    broken: tuple[tuple[int, str], ...]
+    problem: str
 
 
 def check_name(name: str) -> str:
@@ -68,17 +81,16 @@ class Repository:
         path = self.root / check_name(name)
         return self._read(path) if path.is_dir() and _looks_like_a_model(path) else None
 
-    def generation(self, folder: ModelFolder, version: int) -> int:
-        """A number that stays while the files of a version, and those of its model beside it, are the same ones."""
-        file = dict(folder.versions)[version]
-        digest = hashlib.blake2b(digest_size=6)
-        for place in sorted({folder.path, file.parent}):
-            for path in sorted(place.iterdir()):
-                if path.is_file():
-                    status = path.stat()
-                    about = (path.name, status.st_size, status.st_mtime_ns, status.st_ino)
-                    digest.update(repr(about).encode())
-        return int.from_bytes(digest.digest(), "big")
+    def contents(self, folder: ModelFolder) -> Contents:
+        """What is in a folder now. A key's generation stays while the files of the version, and those of its model
+        beside it, are the same ones."""
+        try:
+            keys = tuple(
+                ModelKey(folder.name, version, _generation(folder.path, file)) for version, file in folder.versions
+            )
+        except OSError as error:  # somebody is at it
+            return Contents((), (), f"the folder cannot be read: {error.strerror}")
+        return Contents(keys, folder.broken, folder.problem)
 
     def _folders(self) -> list[Path]:
         candidates = (path for path in sorted(self.root.iterdir()) if not path.name.startswith((".", "_")))
@@ -100,7 +112,24 @@ class Repository:
             problem = str(error)
         except OSError as error:
             problem = f"the folder cannot be read: {error}"
-        return ModelFolder(path.name, path, config, versions, labels, tokenizer, problem, broken)
+        mark = file_mark(tokenizer)
+        return ModelFolder(path.name, path, config, versions, labels, tokenizer, problem, broken, mark)
+
+
+def file_mark(path: Path | None) -> str:
+    """Which file this is: another text when it was written anew or replaced; empty where there is none."""
+    if path is None or not path.is_file():
+        return ""
+    status = path.stat()
+    return repr((path.name, status.st_size, status.st_mtime_ns, status.st_ino))
+
+
+def _generation(folder: Path, file: Path) -> int:
+    digest = hashlib.blake2b(digest_size=6)
+    for place in sorted({folder, file.parent}):
+        for path in sorted(place.iterdir()):
+            digest.update(file_mark(path).encode())
+    return int.from_bytes(digest.digest(), "big")
 
 
 def _looks_like_a_model(path: Path) -> bool:

@@ -7,12 +7,13 @@ are in the `Catalog`.
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from service.catalog import Catalog
 from service.client_memory import ClientMemory
 from service.codecs.tensors import Source
 from service.errors import Unavailable
+from service.handover import HandedOver
 from service.merging import Snapshot, merge, take
 from service.metrics import Metrics
 from service.model import ModelState, ServedModel
@@ -21,11 +22,12 @@ from service.settings import Settings
 from service.siblings import Action, Alone, Change, Siblings
 from service.workers.client import EngineClient
 from service.workers.clients import first_id
-from service.workers.messages import BatchDone, LoadFailed, ModelReady, Report, Unloaded, WorkerLost
+from service.workers.messages import BatchDone, LoadFailed, ModelReady, Report, Unloaded, WorkerLost, WorkerSilent
 from service.workers.transport import Transport
 
 log = logging.getLogger(__name__)
 
+_SHUTTING_DOWN = "the server is shutting down"
 _STATISTICS_TIMEOUT_S = 2.0
 _STOP_S = 1.0  # for closing models when draining has used up its own time
 
@@ -52,6 +54,7 @@ class Serving:
         self.engine = EngineClient(transport, self._on_report, first_id(client))
         self.models = Catalog(settings, self.metrics, self.engine.send, on_settled)
         self.draining = False
+        self._refusal = ""  # why no request may begin, whatever the model
         self.finished = False
         self._drain_began = 0.0
         self._watch: asyncio.Task[None] | None = None
@@ -59,10 +62,11 @@ class Serving:
 
     # ---- life
 
-    def start(self, unloaded: frozenset[str] = frozenset()) -> None:
-        """Scan the repository and load everything in the background, but what is `unloaded` elsewhere."""
+    def start(self, unloaded: frozenset[str] = frozenset(), handed_over: Sequence[HandedOver] = ()) -> None:
+        """Scan the repository and load everything in the background, but what is `unloaded` elsewhere, and of what was
+        `handed_over` just that."""
         self.engine.start()
-        self.models.begin(unloaded)
+        self.models.begin(unloaded, handed_over)
         if self.settings.poll_models:
             self._watch = asyncio.get_running_loop().create_task(self._poll(self.settings.poll_models))
 
@@ -94,6 +98,7 @@ class Serving:
         """Refuse new inference from now on; what was accepted goes on."""
         if not self.draining:
             self.draining = True
+            self._refusal = _SHUTTING_DOWN
             self._drain_began = time.monotonic()
 
     async def close(self) -> None:
@@ -124,6 +129,8 @@ class Serving:
                 self.models.unloaded(report)
             case WorkerLost():
                 self._lose_worker(report)
+            case WorkerSilent():
+                self._note_silence(report)
 
     def _lose_worker(self, report: WorkerLost) -> None:
         """The worker starts again and loads what was loaded, or was to be, unless the server is shutting down."""
@@ -132,16 +139,32 @@ class Serving:
             log.error("%s; it is started again", report.reason)
         else:
             log.error("%s; it is not started again, the server is shutting down", report.reason)
+        self._refuse("")
         self.models.lose(report)
+
+    def _note_silence(self, report: WorkerSilent) -> None:
+        """The engine's process stands still: requests would only wait for their deadlines. It is ended when that lasts;
+        those that it has already may still be answered."""
+        if report.seconds:
+            log.error("the engine process has said nothing for %.0f s; requests are refused", report.seconds)
+            self._refuse("the engine process does not answer")
+        else:
+            log.warning("the engine process answers again")
+            self._refuse("")
+
+    def _refuse(self, reason: str) -> None:
+        self._refusal = _SHUTTING_DOWN if self.draining else reason
 
     # ---- changes by administrators
 
     async def change(self, action: Action) -> None:
         """Do it, and have it done by the other front ends. Raises what the catalogue or the shared memory raises."""
-        if action.change in (Change.LOAD, Change.UNLOAD):  # a model is gone when all have let it go
+        if action.change in (Change.LOAD, Change.UNLOAD):
             self.check_not_draining()
+        if action.change is Change.UNLOAD:  # its memory is back when all have let it go
+            self.models.check_known(str(action.name))
             await asyncio.gather(self.apply(action), self.siblings.tell(action))
-        else:
+        else:  # what fails here changes nothing elsewhere
             await self.apply(action)
             await self.siblings.tell(action)
 
@@ -177,8 +200,8 @@ class Serving:
     def not_ready(self) -> str:
         """Why the server is not ready; empty when it is. A model that is added to a server that is ready changes
         nothing about that."""
-        if self.draining:
-            return "the server is shutting down"
+        if self._refusal:
+            return self._refusal
         models = self.models.all_models()
         loading = [model for model in models if model.state is ModelState.LOADING and model.expected]
         if loading:
@@ -188,8 +211,10 @@ class Serving:
         return ""
 
     def accepting(self, name: str, version: str | None = None) -> ServedModel:
-        """The version of a model that infers. Raises NotFound; Unavailable while draining or when it is not ready."""
-        self.check_not_draining()
+        """The version of a model that infers. Raises NotFound; Unavailable while draining, while the engine does not
+        answer, or when the model is not ready."""
+        if self._refusal:
+            raise Unavailable(self._refusal)
         model = self.models.find(name, version)
         model.check_ready()
         return model
@@ -197,7 +222,7 @@ class Serving:
     def check_not_draining(self) -> None:
         """Raises Unavailable while draining."""
         if self.draining:
-            raise Unavailable("the server is shutting down", retry_after=1.0)
+            raise Unavailable(_SHUTTING_DOWN)
 
     async def refresh_statistics(self) -> None:
         """Fetch the engine's counters for the metrics; the last ones stay if the worker does not answer in time."""

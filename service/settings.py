@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, CliApp, CliSettingsSource, SettingsConfigDict
 
 PREFIX = "TILEWAVE_"
@@ -161,6 +161,15 @@ class Settings(BaseSettings):
             raise ValueError(
                 "Kubernetes set this for a Service named 'tilewave'; "
                 "set enableServiceLinks: false in the pod, or give --port"
+            )
+        return value
+
+    @field_validator("frontends")
+    @classmethod
+    def _has_an_engine_process(cls, value: int, info: ValidationInfo) -> int:
+        if value and info.data.get("engine_process") is EngineProcess.NEVER:
+            raise ValueError(
+                "front ends share an engine in a process of its own, and --engine-process is never; leave one out"
             )
         return value
 

@@ -84,5 +84,5 @@ class Others:
         try:
             found: list[Snapshot] = await self._peer.ask("collect", own, timeout=_COLLECT_S)
         except (PeerGone, TimeoutError):
-            raise Unavailable("the other front ends cannot be asked now", retry_after=1.0) from None
+            raise Unavailable("the other front ends cannot be asked now") from None
         return found

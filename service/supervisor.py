@@ -50,6 +50,7 @@ class _Slot:
     peer: Peer | None = None
     connections: socket.socket | None = None
     connected_to: socket.socket | None = None
+    has_served: bool = False
     last: Snapshot | None = None
 
 
@@ -83,6 +84,7 @@ class Supervisor:
         self._slots = [_Slot(listener) for listener in listeners]
         self._numbers = itertools.count(1)
         self._changes = _Changes()
+        self._served: list[list[Any]] = []  # the keys of the models that front ends were last known to serve
         self._retired: list[Snapshot] = []
         self._waiting = ThreadPoolExecutor(len(listeners), "wait")  # each waits for its front end all the time
         self._attach: socket.socket | None = None
@@ -135,6 +137,7 @@ class Supervisor:
                 self._engine_stopped.set()
             case WorkerLost():
                 self._attach = None
+                self._served = []
                 log.error("%s%s", report.reason, "; it is started again" if report.restarting else "")
 
     def _engine_started(self, attach: socket.socket) -> None:
@@ -171,7 +174,8 @@ class Supervisor:
             if self._stopping.is_set():
                 return
             log.error("front end %d ended unexpectedly: %s; it is started again", slot.number, said(status))
-            failures = 1 if time.monotonic() - began > _HEALTHY_S else failures + 1
+            healthy = slot.has_served or time.monotonic() - began > _HEALTHY_S
+            failures = 1 if healthy else failures + 1
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(_FIRST_PAUSE_S * 2 ** (failures - 1), _LONGEST_PAUSE_S)):
                     await self._stopping.wait()
@@ -181,7 +185,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         near, far = socket.socketpair()
         slot.connections, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        slot.number, slot.last, slot.connected_to = next(self._numbers), None, None
+        slot.number, slot.last, slot.connected_to, slot.has_served = next(self._numbers), None, None, False
         with far, theirs:
             descriptors = (slot.listener.fileno(), far.fileno(), theirs.fileno())
             arguments = FrontEndArguments(*descriptors, slot.number, self._settings.model_dump_json())
@@ -226,8 +230,13 @@ class Supervisor:
         """What a front end asks."""
         if kind == "hello":
             regions = [action.document() for action in self._changes.regions.values()]
-            return {"unloaded": sorted(self._changes.unloaded), "regions": regions}
+            return {"unloaded": sorted(self._changes.unloaded), "regions": regions, "served": self._served}
+        if kind == "served":
+            self._served, slot.has_served = content, True
+            return None
         others = [other for other in self._slots if other is not slot and other.peer is not None]
+        if kind == "describe":
+            return await self._describe([other for other in others if other.has_served], content)
         if kind == "tell":
             self._changes.note(Action.of(content))
             await asyncio.gather(*(self._act(other, content) for other in others))
@@ -237,6 +246,15 @@ class Supervisor:
             await asyncio.gather(*(self._take(other) for other in others))
             return [*self._retired, *(other.last for other in others if other.last is not None)]
         raise ValueError(f"unknown question {kind!r}")
+
+    async def _describe(self, slots: list[_Slot], names: list[str]) -> list[Any]:
+        """What a front end that serves models of these names has of them; nothing where none answers."""
+        for slot in slots:
+            with contextlib.suppress(PeerGone, TimeoutError, RuntimeError):
+                if slot.peer is not None:
+                    found: list[Any] = await slot.peer.ask("describe", names, timeout=_SNAPSHOT_S)
+                    return found
+        return []
 
     async def _act(self, slot: _Slot, action: dict[str, Any]) -> None:
         """Have a front end do what another one has been told; where it cannot, it says so in the log."""

@@ -32,7 +32,7 @@ async def model_profile(
     try:
         report = await serving.engine.profile(served.key, plan, _TIMEOUT_S)
     except TimeoutError:
-        raise Unavailable(f"the engine did not answer within {_TIMEOUT_S:g} s", retry_after=1.0) from None
+        raise Unavailable(f"the engine did not answer within {_TIMEOUT_S:g} s") from None
     if plan is not None and report.plan is None:
         known = ", ".join(total.name for total in report.plans[-8:]) or "none yet"
         raise NotFound(f"model '{model}' has no plan '{plan[:128]}' ready; the last ones used are {known}")

@@ -34,7 +34,7 @@ async def repository_index(request: Request, serving: ServingOf) -> JsonResponse
     if type(only_ready) is not bool:
         raise InvalidRequest("'ready' is not a boolean")
     models = serving.models
-    unusable = {**dict.fromkeys(models.unknown(), "it was not asked to be loaded"), **models.broken()}
+    unusable = {**dict.fromkeys(models.unknown(), "it is not loaded"), **models.broken()}
     entries = [
         {"name": name, "version": "", "state": ModelState.UNAVAILABLE, "reason": reason}
         for name, reason in unusable.items()

@@ -2,9 +2,10 @@
 
 Threads besides the worker's own: the main one reads the commands of the process that started this one, one more each
 those of a front end; both queue all requests that came together before anybody looks at them, and run light batches
-themselves. `pulse` sends heartbeats and gives shared memory back, `attach` takes new front ends in. The process ends
-when its first socket does, whatever the reason; signals are for the HTTP process, which decides what they mean. Several
-front ends hold the same models: one is loaded when the first asks for it and unloaded when the last lets it go.
+themselves. `pulse`, and a thread for each front end, send heartbeats and give shared memory back, `attach` takes new
+front ends in. The process ends when its first socket does, whatever the reason; signals are for the HTTP process, which
+decides what they mean. Several front ends hold the same models: one is loaded when the first asks for it and unloaded
+when the last lets it go.
 """
 
 import gc
@@ -146,7 +147,8 @@ class Child:
 
     def _release(self, client: Client) -> None:
         while self._books.clients.get(client.number) is client:
-            client.wait_for_release(BEAT_S)
+            if not client.wait_for_release(BEAT_S):
+                client.send(Beat(self._worker.busy_seconds))
 
     def _pulse(self) -> None:
         while True:
@@ -201,15 +203,15 @@ class Child:
 
     def _unload(self, client: Client, command: Unload) -> None:
         with self._lock:
-            self._books.leaving[command.key].add(client.number)
             model = self._books.models.get(command.key)
-            if model is None:
-                self._worker.handle(command)
-                return
-            model.holders.discard(client.number)
-            if not model.holders:
+            if model is not None:
+                model.holders.discard(client.number)
+                if model.holders:  # the memory is theirs; who has let it go waits for nobody, and may come back
+                    client.send(Unloaded(command.key))
+                    return
                 del self._books.models[command.key]
-                self._worker.handle(command)
+            self._books.leaving[command.key].add(client.number)
+            self._worker.handle(command)
 
     # ---- reports
 

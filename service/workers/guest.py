@@ -48,9 +48,11 @@ class GuestTransport(RemoteTransport):
             link = self._make_link(requests, answers, ended.set)
             await loop.create_unix_connection(lambda link=link: link, sock=socket.socket(fileno=connection.socket))  # type: ignore[misc]
             self._begin(link)
+            watch = loop.create_task(self._watch())
             try:
                 await ended.wait()
             finally:
+                watch.cancel()
                 self._lost()
 
     async def _next(self) -> Connection | None:

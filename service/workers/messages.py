@@ -240,7 +240,7 @@ class BatchDone:
 
 @dataclass(frozen=True, slots=True)
 class Unloaded:
-    """A model's memory is back."""
+    """A model's memory is back, or left to other front ends that hold it."""
 
     key: ModelKey
 
@@ -346,6 +346,14 @@ class WorkerLost:
     restarting: bool
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerSilent:
+    """The worker's process lives, but has not said anything for so many seconds, in which it says something several
+    times; zero: it speaks again."""
+
+    seconds: float
+
+
 Report = (
     ModelReady
     | LoadFailed
@@ -357,4 +365,5 @@ Report = (
     | ProfileReport
     | Stopped
     | WorkerLost
+    | WorkerSilent
 )

@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 _ROOT = Path(__file__).parent.parent.parent
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 30.0
 _HEALTHY_S = 60.0  # a child that lived this long had no trouble of its own starting
-_WATCH_EVERY_S = 1.0
 _LAST_WAIT_S = 3.0  # a driver needs a while to let go of a GPU
 _LONGEST_LINE = 4000
 
@@ -158,13 +157,9 @@ class ProcessTransport(RemoteTransport):
         else:
             log.info("engine process %d was stopped", process.pid)
 
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(_WATCH_EVERY_S)
-            silent = time.monotonic() - self._heard
-            if silent > self._options.silence_s:
-                self._kill(f"it has said nothing for {silent:.0f} s")
-                return
+    def _endure(self, silent_s: float) -> None:
+        if silent_s > self._options.silence_s and not self._killed:
+            self._kill(f"it has said nothing for {silent_s:.0f} s")
 
 
 def search_path() -> str:

@@ -7,6 +7,7 @@ the next worker gets the same models to load. A model whose loading ends the wor
 the others can be served.
 """
 
+import asyncio
 import gc
 import logging
 import time
@@ -35,6 +36,7 @@ from service.workers.messages import (
     Unload,
     Unloaded,
     WorkerLost,
+    WorkerSilent,
 )
 from service.workers.shared_memory import Blocks, Bytes, RegionFull
 from service.workers.wire import Beat, Dying, FromEngine, LogLine, Release, Starved
@@ -42,6 +44,8 @@ from service.workers.wire import Beat, Dying, FromEngine, LogLine, Release, Star
 log = logging.getLogger(__name__)
 
 _MOST_CRASHES = 3  # while loading the same model
+_WATCH_EVERY_S = 1.0
+_SILENT_S = 4.0  # a worker that lives is heard every second
 
 
 class RemoteTransport:
@@ -57,7 +61,8 @@ class RemoteTransport:
         self._crashes: dict[ModelKey, int] = {}
         self._in_flight: set[int] = set()
         self._counters = LastingCounters()
-        self._heard = 0.0
+        self._heard = self._begun = 0.0
+        self._is_silent = False
         self._last_words = ""
         self._stopping = False
         self._stopped = False
@@ -134,8 +139,8 @@ class RemoteTransport:
 
     def _begin(self, link: Link) -> None:
         """The connection is there: the worker gets the models that were loaded, or were to be."""
-        self._link, self._heard = link, time.monotonic()
-        self._last_words = ""
+        self._link, self._begun = link, time.monotonic()
+        self._heard, self._is_silent, self._last_words = self._begun, False, ""
         for command in self._models.values():
             self._forward(link, command)
 
@@ -175,6 +180,25 @@ class RemoteTransport:
             case Stopped():
                 self._stopped = True
         self._deliver(message)
+
+    async def _watch(self) -> None:
+        """Tell the service when the worker falls silent, and when it speaks again; as long as there is a connection.
+        One that has just been started has to come up first."""
+        looked = time.monotonic()
+        while True:
+            await asyncio.sleep(_WATCH_EVERY_S)
+            before, looked = looked, time.monotonic()
+            if looked - before > 2 * _WATCH_EVERY_S:
+                continue  # this process stood still itself: it has not read yet what it was told
+            silent_s = looked - self._heard
+            is_silent = silent_s > _SILENT_S and self._heard > self._begun
+            if is_silent is not self._is_silent:
+                self._is_silent = is_silent
+                self._deliver(WorkerSilent(silent_s if is_silent else 0.0))
+            self._endure(silent_s)
+
+    def _endure(self, silent_s: float) -> None:
+        """The worker has said nothing for so long."""
 
     def _beat(self, busy_seconds: float) -> None:
         """The worker lives; one batch has been running for so long."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -256,13 +258,126 @@ def test_a_front_end_that_dies_loses_only_its_own_connections(fleet: Fleet) -> N
         ended.set()
         for worker in workers:
             worker.result()
-    assert set(outcomes) <= {"200", "lost", "503"}
+    assert set(outcomes) <= {"200", "lost"}
     assert outcomes.count("lost") <= 4, "each client had one connection at most to the one that died"
     fleet.wait_everywhere("/v2/health/ready", 200)
     assert fleet.everywhere("/v2/models/colours/ready") == {503}, "unloaded is unloaded, also where it came after"
     assert fleet.metric("inference_requests_total", model="identity", outcome="success") >= before
     assert fleet.ask("POST", "/v2/repository/models/colours/load").status_code == 200
     assert fleet.everywhere("/v2/models/colours/ready") == {200}
+
+
+def test_front_ends_that_die_again_and_again_cost_nothing_but_their_own_connections(fleet: Fleet) -> None:
+    """A new one accepts when it can answer as the others do: connections wait for that in its socket's backlog."""
+    ended = threading.Event()
+    outcomes: list[str] = []
+
+    def work(path: str) -> None:
+        """A connection for each request; what breaks without an answer was one to the process that was killed. One that
+        waits for long is a time-out, and fails."""
+        while not ended.is_set():
+            try:
+                answer = fleet.identity([2.0] * 4) if path == "infer" else fleet.ask("GET", path)
+                outcomes.append(f"{path} {answer.status_code}")
+            except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
+                outcomes.append("reset")
+
+    paths = ("infer", "infer", "/v2/health/ready", "/v2/models/colours/ready")
+    good = {f"{path} 200" for path in paths}
+    with ThreadPoolExecutor(len(paths)) as pool:
+        workers = [pool.submit(work, path) for path in paths]
+        try:
+            for turn in range(6):
+                before = set(fleet.front_ends())
+                os.kill(sorted(before)[turn % FRONTENDS], signal.SIGKILL)
+                wait_for(lambda before=before: len(set(fleet.front_ends()) - before) == 1, 30, EVERY_S)
+                seen = Counter(outcomes)
+                wait_for(lambda seen=seen: all(Counter(outcomes)[one] > seen[one] + 2 for one in good), 60, EVERY_S)
+        finally:
+            ended.set()
+        for worker in workers:
+            worker.result()
+    assert set(outcomes) <= {"reset", *good}
+    assert outcomes.count("reset") <= 6 * len(paths)
+
+
+def test_a_load_that_fails_leaves_front_ends_to_come_as_those_that_are_there(fleet: Fleet, root: Path) -> None:
+    """What was unloaded stays so in one that is started after a load which failed."""
+    assert fleet.ask("POST", "/v2/repository/models/colours/unload").status_code == 200
+    (root / "colours" / "2").mkdir()
+    (root / "colours" / "2" / "model.onnx").write_text("junk")
+    try:
+        for _ in range(FRONTENDS):
+            assert fleet.ask("POST", "/v2/repository/models/colours/load").status_code == 400
+        before = set(fleet.front_ends())
+        os.kill(min(before), signal.SIGKILL)
+        wait_for(lambda: len(set(fleet.front_ends()) - before) == 1, 30, EVERY_S)
+        fleet.wait_everywhere("/v2/health/ready", 200)
+        assert fleet.everywhere("/v2/models/colours/ready") == {503}
+        assert fleet.ask("POST", "/v2/repository/models/nobody/unload").status_code == 404
+    finally:
+        shutil.rmtree(root / "colours" / "2")
+    assert fleet.ask("POST", "/v2/repository/models/colours/load").status_code == 200
+    assert fleet.everywhere("/v2/models/colours/ready") == {200}
+
+
+def test_a_front_end_to_come_serves_what_the_others_do_whatever_the_disk_has(fleet: Fleet, root: Path) -> None:
+    """After a load that failed, or before one: models, labels and settings are those that were loaded."""
+
+    def datatypes(model: str) -> set[str]:
+        answers = [fleet.ask("GET", f"/v2/models/{model}").json() for _ in range(24)]
+        return {answer["inputs"][0]["datatype"] for answer in answers}
+
+    def best(value: float) -> set[str]:
+        tensor = {"name": "input", "shape": [1, 3, 8, 8], "datatype": "FP32", "data": [value] * 64 + [0.0] * 128}
+        output = {"name": "logits", "parameters": {"classification": 1}}
+        body = {"inputs": [tensor], "outputs": [output]}
+        answers = [fleet.ask("POST", "/v2/models/colours/infer", json=body).json() for _ in range(24)]
+        return {answer["outputs"][0]["data"][0].split(":")[2] for answer in answers}
+
+    def index() -> set[str]:
+        ours = ("identity", "colours", "encoder", "gone")
+        answers = [fleet.ask("POST", "/v2/repository/index").json() for _ in range(24)]
+        return {json.dumps([entry for entry in answer if entry["name"] in ours]) for answer in answers}
+
+    add_model(root, "gone", "identity")
+    add_model(root, "identity", "identity")
+    labels = root / "colours" / "labels.txt"
+    tokenizer = root / "encoder" / "tokenizer.json"
+    good = labels.read_text()
+    for model in ("gone", "identity", "colours", "encoder"):
+        assert fleet.ask("POST", f"/v2/repository/models/{model}/load").status_code == 200
+    assert (datatypes("identity"), best(1.0)) == ({"FP32"}, {"red"})
+    try:
+        add_model(root, "identity", "int32")
+        (root / "identity" / "2").mkdir()
+        (root / "identity" / "2" / "model.onnx").write_text("junk")
+        assert fleet.ask("POST", "/v2/repository/models/identity/load").status_code == 400
+        labels.write_text("rouge\nvert\nbleu\n")
+        add_model(root, "encoder", "encoder", "[tokens]\nmax_length = 2\n")
+        shutil.rmtree(root / "gone")
+        before = index()
+        texts = fleet.ask("POST", "/v1/models/encoder/tokens", json={"text": "a man is eating"}).json()
+        for _ in range(2):
+            victims = set(fleet.front_ends())
+            os.kill(min(victims), signal.SIGKILL)
+            wait_for(lambda victims=victims: len(set(fleet.front_ends()) - victims) == 1, 30, EVERY_S)
+        fleet.wait_everywhere("/v2/health/ready", 200)
+        assert (datatypes("identity"), datatypes("gone"), best(1.0)) == ({"FP32"}, {"FP32"}, {"red"})
+        assert len(before) == 1 and index() == before
+        for _ in range(24):
+            again = fleet.ask("POST", "/v1/models/encoder/tokens", json={"text": "a man is eating"})
+            assert again.json() == texts
+    finally:
+        shutil.rmtree(root / "identity" / "2")
+        labels.write_text(good)
+        add_model(root, "encoder", "encoder", "[tokens]\nmax_length = 16\n")
+    assert tokenizer.exists()
+    os.kill(fleet.pid, signal.SIGHUP)
+    wait_for(lambda: datatypes("identity") == {"INT32"}, 30, EVERY_S)
+    fleet.wait_everywhere("/v2/models/gone/ready", 404)
+    add_model(root, "identity", "identity")
+    assert fleet.ask("POST", "/v2/repository/models/identity/load").status_code == 200
 
 
 def test_an_engine_process_that_dies_is_503_at_once_and_comes_back(fleet: Fleet) -> None:
@@ -281,6 +396,19 @@ def test_an_engine_process_that_dies_is_503_at_once_and_comes_back(fleet: Fleet)
     assert fleet.identity([1.0] * 4).status_code == 200
     assert fleet.metric("engine_process_restarts_total") == restarts + 1
     assert fleet.metric("inference_requests_total", model="identity", outcome="success") > counted
+
+
+def test_an_engine_process_that_stands_still_makes_every_front_end_unready(fleet: Fleet) -> None:
+    engine = fleet.engine()
+    os.kill(engine, signal.SIGSTOP)
+    try:
+        fleet.wait_everywhere("/v2/health/ready", 503)
+        assert {fleet.identity([1.0] * 4).status_code for _ in range(12)} == {503}
+    finally:
+        os.kill(engine, signal.SIGCONT)
+    fleet.wait_everywhere("/v2/health/ready", 200)
+    assert {fleet.identity([1.0] * 4).status_code for _ in range(12)} == {200}
+    assert fleet.engine() == engine
 
 
 def test_a_front_end_that_dies_has_its_queued_work_dropped(fleet: Fleet) -> None:

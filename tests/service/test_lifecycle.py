@@ -281,6 +281,8 @@ def test_the_command_line_wins_over_the_environment(monkeypatch: pytest.MonkeyPa
         (["--device", "tpu"], {}, "--device"),
         (["--models", "/nowhere/at/all"], {}, "/nowhere/at/all"),
         (["--request-timeout", "-1"], {}, "--request-timeout"),
+        (["--engine-process", "never", "--frontends", "2"], {}, "--frontends: front ends share an engine in a process"),
+        (["--frontends", "1"], {"TILEWAVE_ENGINE_PROCESS": "never"}, "--engine-process is never"),
         ([], {"TILEWAVE_LOG_FORMAT": "xml"}, "TILEWAVE_LOG_FORMAT"),
     ],
 )
@@ -327,6 +329,14 @@ def test_help_shows_what_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--threads int engine threads; all cores when not set --" in shown
     assert "--access-log, --no-access-log" in shown
     assert "None" not in shown and "AUTO" not in shown
+
+
+@pytest.mark.parametrize("where", ["auto", "always", "never"])
+def test_front_ends_go_with_an_engine_process(tmp_path: Path, where: str) -> None:
+    alone = read_settings(["--models", str(tmp_path), "--engine-process", where])
+    assert (alone.engine_process, alone.frontends) == (where, 0)
+    if where != "never":
+        assert read_settings(["--models", str(tmp_path), "--engine-process", where, "--frontends", "2"]).frontends == 2
 
 
 @pytest.mark.parametrize("precision", list(Precision))

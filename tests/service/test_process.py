@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ import pytest
 from service import app
 from service.settings import Settings
 from service.workers.engine_api import import_path, real_engine
+from service.workers.guest import GuestTransport
 from service.workers.messages import (
     BatchingOptions,
     FailureCode,
@@ -37,11 +39,14 @@ from service.workers.messages import (
     Report,
     Stop,
     Stopped,
+    Unload,
+    Unloaded,
     WorkerLost,
 )
 from service.workers.process import ProcessOptions, ProcessTransport
+from service.workers.shared_memory import create_region
 from service.workers.transport import LocalTransport
-from tests.service.conftest import Process, Running, Start, add_model, error_of, post, wait_for
+from tests.service.conftest import Process, Running, Start, add_model, error_of, get, post, wait_for
 from tests.service.fakes import WIDTH, FakeEngine
 
 
@@ -241,6 +246,50 @@ def test_a_process_that_hangs_is_ended(
     assert pid(server) != before
 
 
+def test_a_process_that_stands_still_makes_the_server_unready_and_refuses_requests(
+    start: Start, repository: Path
+) -> None:
+    """Within seconds, not when it is ended; what it had before is answered when it goes on."""
+    server = own(start, repository)
+    before = pid(server)
+    os.kill(before, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            accepted = pool.submit(server.identity, [1, 2, 3, 4])
+            late = server.identity([1, 2, 3, 4], headers={"x-timeout-ms": "500"})
+            assert late.status_code == 504
+            wait_for(lambda: not ready(server), 12, every=0.05)
+            for response in (server.identity([1, 2, 3, 4]), server.client.get("/v2/health/ready")):
+                assert response.status_code == 503 and "the engine process does not answer" in error_of(response)
+                assert response.headers["retry-after"] == "1"
+            assert server.client.get("/v2/health/live").status_code == 200
+            assert not accepted.done()
+        finally:
+            os.kill(before, signal.SIGCONT)
+        assert accepted.result().status_code == 200
+    wait_for(lambda: ready(server), 12, every=0.05)
+    assert server.identity([1, 2, 3, 4]).status_code == 200
+    assert pid(server) == before and server.metric("engine_process_restarts_total") == 0
+
+
+def test_a_server_that_stood_still_itself_does_not_blame_its_engine_process(
+    tmp_path: Path, processes: list[Process]
+) -> None:
+    add_model(tmp_path, "identity", "identity")
+    process = Process(tmp_path, "--engine-process", "always")
+    processes.append(process)
+    process.wait_ready()
+    time.sleep(1.5)  # until the engine process has been heard
+    process.process.send_signal(signal.SIGSTOP)
+    time.sleep(6)
+    process.process.send_signal(signal.SIGCONT)
+    for _ in range(20):
+        assert get(f"{process.url}/v2/health/ready").status_code == 200
+        time.sleep(0.1)
+    process.process.terminate()
+    assert "said nothing" not in process.process.communicate(timeout=60)[1]
+
+
 def test_signals_for_the_whole_group_do_not_end_the_process(start: Start, repository: Path) -> None:
     """Ctrl-C reaches it too; when it ends is for the server to say, which drains first."""
     server = own(start, repository)
@@ -407,6 +456,58 @@ def test_an_idle_process_ends_at_once(start: Start, repository: Path, caplog: py
 def children(parent: int) -> list[int]:
     tasks = Path(f"/proc/{parent}/task").iterdir()
     return [int(word) for task in tasks for word in (task / "children").read_text().split()]
+
+
+# ---- several clients of one process
+
+
+def connect(attach: socket.socket, number: int) -> tuple[GuestTransport, socket.socket]:
+    """A front end's transport to the process behind `attach`, and the end that keeps it there."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    near, far = socket.socketpair()
+    regions = [create_region(1 << 20) for _ in range(2)]
+    socket.send_fds(attach, [b"%d" % number], [far.fileno(), *regions])
+    socket.send_fds(ours, [b"0"], [near.fileno(), *regions])
+    for end in (near, far):
+        end.close()
+    for region in regions:
+        os.close(region)
+    return GuestTransport(theirs), ours
+
+
+def test_a_front_end_has_a_model_back_that_others_held_meanwhile(tmp_path: Path) -> None:
+    """It lets the model go and waits for no other front end, which may never do the same."""
+    path = add_model(tmp_path, "identity", "identity") / "1" / "model.onnx"
+    key = ModelKey("identity", 1)
+    command = LoadModel(key, str(path), "cpu", "auto", None, BatchingOptions(), None)
+
+    async def scenario() -> None:
+        async with asyncio.timeout(60):
+            attached: asyncio.Future[socket.socket] = asyncio.get_running_loop().create_future()
+            process = ProcessTransport(ProcessOptions(import_path(FakeEngine), 1 << 20), attached.set_result)
+            process.start(lambda report: None)
+            queues: list[asyncio.Queue[Report]] = [asyncio.Queue() for _ in range(2)]
+            connected = [connect(await attached, number) for number in (1, 2)]
+            for (transport, _), reports in zip(connected, queues, strict=True):
+                transport.start(reports.put_nowait)
+            (first, _), (second, _) = connected
+            for transport, reports in zip((first, second), queues, strict=True):
+                transport.send(command)
+                assert isinstance(await reports.get(), ModelReady)
+            for _ in range(2):
+                first.send(Unload(key))
+                assert await queues[0].get() == Unloaded(key)
+                first.send(command)
+                assert isinstance(await queues[0].get(), ModelReady)
+            for transport, reports in zip((second, first), reversed(queues), strict=True):
+                transport.send(Unload(key))
+                assert await reports.get() == Unloaded(key)
+            for transport, kept in connected:
+                transport.close()
+                kept.close()
+            process.close()
+
+    asyncio.run(scenario())
 
 
 # ---- shared memory

@@ -42,6 +42,7 @@ from service.workers.messages import (
     Unload,
     Unloaded,
     WorkerLost,
+    WorkerSilent,
 )
 from service.workers.shared_memory import Blocks, Leases, RegionFull, create_region, map_region
 from service.workers.wire import (
@@ -122,6 +123,7 @@ MESSAGES = [
     StatsReport(1, (ModelStats(KEY, COUNTERS, (("weights", 1 << 40),), 1, 2),)),
     Stopped(),
     WorkerLost("gone", restarting=True),
+    WorkerSilent(4.5),
     Release(64),
     Beat(0.0),
     Starved(),
