@@ -21,9 +21,9 @@ HEAVY_OPS = (Gemm, Conv, Attention)
 
 def fixed_operands(op: Op) -> int:
     """How many of the first inputs the operator itself reads, apart from what its expressions say."""
-    if isinstance(op, Attention):
+    if isinstance(op, Attention | Gemm):
         return op.operands
-    if isinstance(op, Gemm | Conv):
+    if isinstance(op, Conv):
         return 2
     return 0 if isinstance(op, Pointwise | Norm | Softmax | Reduce) else 1
 

@@ -19,6 +19,7 @@ from engine.passes.affine import fold_affine
 from engine.passes.attention import recognise_attention
 from engine.passes.causal import recognise_causal
 from engine.passes.constant_parts import select_constant_parts
+from engine.passes.divided_rows import divide_rows
 from engine.passes.epilogues import fuse_batch_norms, fuse_epilogues
 from engine.passes.excitation import fuse_excitations
 from engine.passes.flatten import flatten_gemms, sink_views, spread_rows
@@ -86,6 +87,7 @@ PASSES: tuple[Pass, ...] = (
     fuse_means,
     fuse_excitations,
     scale_weights,
+    divide_rows,
 )
 
 _PRINT_AFTER = "TILEWAVE_PRINT_AFTER"

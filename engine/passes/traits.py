@@ -34,7 +34,8 @@ class Traits:
     packed sequences, None where it has none. `conv_means`: its depthwise convolutions add up the pixels of their result
     for less than a pass over it costs (`fuse_means`). `excitations`: it runs the two layers of a squeeze-and-excite
     block at once (`fuse_excitations`). `scaled_weights`: its products with weights of every image's own are as fast as
-    others (`scale_weights`).
+    others (`scale_weights`). `divided_rows`: its products with constant weights divide the rows of their first operand
+    by their standard deviation, by factors that cost less than a pass that normalises (`divide_rows`).
     """
 
     channels_last: bool = True
@@ -48,3 +49,4 @@ class Traits:
     conv_means: bool = False
     excitations: bool = False
     scaled_weights: bool = False
+    divided_rows: bool = False

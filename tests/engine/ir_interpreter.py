@@ -96,7 +96,21 @@ def _gathered(inputs: Sequence[Array], gathers: tuple[tuple[int, int], ...]) -> 
 
 
 def _gemm(op: ops.Gemm, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
-    return _stores(op.stores, inputs, np.matmul(_wide(inputs[0]), _wide(inputs[1])))
+    acc = np.matmul(_wide(inputs[0]), _wide(inputs[1]))
+    if op.divided:
+        acc *= _wide(inputs[2])
+    results = _stores(op.stores, inputs, acc)
+    return results if op.factors is None else [*results, _factors(results[0], op.factors)]
+
+
+def _row_factors(op: ops.RowFactors, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    return [_factors(inputs[0], op.epsilon)]
+
+
+def _factors(x: Array, epsilon: float) -> Array:
+    """1 / √(variance + epsilon) of rows."""
+    result: Array = (1 / np.sqrt(_wide(x).var(axis=-1, keepdims=True) + epsilon)).astype(np.float32)
+    return result
 
 
 def _conv(op: ops.Conv, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
@@ -533,6 +547,7 @@ _RUNNERS: dict[type[ops.Op], Callable[[Any, Sequence[Array], Sizes, Node], list[
     ops.Norm: _norm,
     ops.Softmax: _softmax_op,
     ops.Reduce: _reduce,
+    ops.RowFactors: _row_factors,
     ops.Pool: _pool,
     ops.Concat: _concat,
     ops.Undefined: _undefined,

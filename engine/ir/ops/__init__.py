@@ -2,7 +2,18 @@
 
 from engine.ir.ops.base import Cost, Op, OperandTypes, ResultTypes, broadcast_shapes
 from engine.ir.ops.heavy import Attention, Conv, ConvExcitation, ConvMean, Excitation, Gemm
-from engine.ir.ops.light import Norm, NormKind, Pointwise, Pool, PoolKind, Reduce, ReduceKind, Softmax
+from engine.ir.ops.light import (
+    Norm,
+    NormKind,
+    Pointwise,
+    Pool,
+    PoolKind,
+    Reduce,
+    ReduceKind,
+    RowFactors,
+    Softmax,
+    factors_shape,
+)
 from engine.ir.ops.move import Concat, Gather, Opaque, Pad, PadMode, Resize, ResizeMode, ShapeTensor, Undefined
 from engine.ir.ops.recurrent import Cell, Recurrent
 from engine.ir.ops.running import Running, RunningKind
@@ -38,6 +49,7 @@ __all__ = [
     "Resize",
     "ResizeMode",
     "ResultTypes",
+    "RowFactors",
     "Running",
     "RunningKind",
     "Scatter",
@@ -50,4 +62,5 @@ __all__ = [
     "Undefined",
     "View",
     "broadcast_shapes",
+    "factors_shape",
 ]

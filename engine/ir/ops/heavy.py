@@ -12,6 +12,7 @@ from engine.ir import expr as ex
 from engine.ir.dim import Dim, floordiv
 from engine.ir.dtype import DType
 from engine.ir.ops.base import ConcreteShape, Op, OperandTypes, ResultTypes, broadcast_shapes
+from engine.ir.ops.light import factors_shape
 
 IDENTITY = (ex.Acc(),)
 
@@ -21,10 +22,21 @@ class Gemm(Op):
     """Matrix product `a[…, m, k] @ b[…, k, n]` → [..., m, n] with NumPy broadcasting of the leading axes.
 
     Transposed operands are `Transpose` views, not attributes. Accumulates in fp32 (fp64 for fp64 operands).
+
+    With `divided` rows of a are divided by their standard deviation, as a layer norm divides them: a third fixed
+    operand holds the factor of each row as `RowFactors` has them, and `Acc()` is (a @ b) · factor. With `factors`,
+    an epsilon, there is one more result, the last: the factors of the rows of the first one.
     """
 
     stores: tuple[ex.Expr, ...] = IDENTITY
+    divided: bool = False
+    factors: float | None = None
     arity: ClassVar[int] = 2
+
+    @property
+    def operands(self) -> int:
+        """Number of fixed operands: a, b and, with `divided`, the factors of a's rows."""
+        return 2 + self.divided
 
     def infer(self, inputs: OperandTypes) -> ResultTypes:
         a, b = inputs[0].shape, inputs[1].shape
@@ -33,7 +45,10 @@ class Gemm(Op):
         if isinstance(a[-1], int) and isinstance(b[-2], int) and a[-1] != b[-2]:
             raise ShapeError(f"Gemm: inner sizes differ: {list(a)} @ {list(b)}")
         shape = (*broadcast_shapes("Gemm", a[:-2], b[:-2]), a[-2], b[-1])
-        return tuple((store.dtype, shape) for store in self.stores)
+        if self.divided and tuple(inputs[2].shape) != factors_shape(a):
+            raise ShapeError(f"Gemm: factors {list(inputs[2].shape)} of rows {list(a)}")
+        results = tuple((store.dtype, shape) for store in self.stores)
+        return results if self.factors is None else (*results, (DType.F32, factors_shape(shape)))
 
     def flops(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:
         return outputs[0].elements * (2 * inputs[0].shape[-1] + ex.flops(*self.stores))

@@ -100,6 +100,24 @@ class Norm(Op):
         return _bytes(inputs, outputs, self.gathers)
 
 
+def factors_shape(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    """The shape of the factors of rows along the last axis of `shape`."""
+    return (*shape[:-1], 1)
+
+
+@dataclass(frozen=True)
+class RowFactors(Op):
+    """`x[…, k]` → fp32 [..., 1]: 1 / √(variance + epsilon) of each row, by which a layer norm multiplies it."""
+
+    epsilon: float
+
+    def infer(self, inputs: OperandTypes) -> ResultTypes:
+        return ((DType.F32, factors_shape(inputs[0].shape)),)
+
+    def flops(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:
+        return 4 * inputs[0].elements  # sum; subtract, square, sum
+
+
 @dataclass(frozen=True)
 class Softmax(Op):
     """Softmax (or, with `log`, its logarithm) of `source` along `axis` (non-negative), in fp32."""

@@ -22,6 +22,7 @@ from engine.ir.ops import (
     Pointwise,
     Reduce,
     Reshape,
+    RowFactors,
     Slice,
     Softmax,
     Transpose,
@@ -87,6 +88,10 @@ def _packed(rows: Rows, node: Node) -> _Made:
             return _gemm(rows, node, op)
         case Conv():
             return _conv(rows, node, op)
+        case RowFactors():
+            found = rows.in_packed(node.inputs[0])
+            _demand(node.inputs[0].rank - 1 not in found.axes.all, node, "goes over positions or sequences")
+            return _Made(op, (found.value,), found.axes)
         case Reshape():
             return _reshape(rows, node, op)
         case Transpose():
@@ -201,8 +206,10 @@ def _gemm(rows: Rows, node: Node, op: Gemm) -> _Made:
     _demand(b not in rows.dependent or b not in rows.packed, node, "multiplies tokens with tokens")
     lead = [b.shape[axis - rank + b.rank] for axis in axes.all if axis < rank - 2 and axis >= rank - b.rank]
     _demand(all(dim == 1 for dim in lead), node, "has another matrix for every position or sequence")
-    others = _adapted(rows, node, range(fixed_operands(op), len(node.inputs)), rank, axes)
-    return _Made(op, (found.value, rows.in_plain(b), *others), axes)
+    factors = [rows.in_packed(value) for value in node.inputs[2 : op.operands]]
+    _demand(all(one.axes == found.axes for one in factors), node, "divides rows of another order")
+    others = _adapted(rows, node, range(op.operands, len(node.inputs)), rank, axes)
+    return _Made(op, (found.value, rows.in_plain(b), *(one.value for one in factors), *others), axes)
 
 
 def _conv(rows: Rows, node: Node, op: Conv) -> _Made:
@@ -283,7 +290,8 @@ def _fills(rows: Rows, node: Node, axes: Axes) -> tuple[Element, ...]:
             value = node.inputs[i]
             own = broadcast(indices, value.shape) if value.rank <= len(indices) else None
             arguments[i] = None if own is None or i in tables else rows.padded.at(value, own)
-        return tuple(rows.padded.of(store, arguments) for store in stores)
+        known = (rows.padded.of(store, arguments) for store in stores)
+        return (*known, *(None,) * (len(node.outputs) - len(stores)))
     if isinstance(op, Reshape | Transpose | Slice | Expand) and node.inputs[0] in rows.packed:
         return (rows.packed[node.inputs[0]].fill,)
     return (None,) * len(node.outputs)

@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 _KERNELS = (
     "conv_cluster.cuh", "conv_cluster_staged.cuh",
     "gemm_wgmma.cuh", "gemm_staged.cuh", "gemm_cluster.cuh", "gemm_cluster_staged.cuh", "gemm_batch.cuh",
-    "gemm_mma.cuh", "gemm_stream.cuh", "gemm_rows.cuh", "align_rows.cuh", "split_rows.cuh", "conv_wgmma.cuh",
-    "conv_staged.cuh", "conv_joined.cuh", "conv_halo.cuh", "conv_halo_deep.cuh", "conv_mma.cuh", "conv_stem.cuh",
-    "depthwise_mma.cuh", "depthwise_rows.cuh", "excitation.cuh",
+    "gemm_mma.cuh", "gemm_stream.cuh", "gemm_rows.cuh", "row_factors.cuh", "align_rows.cuh", "split_rows.cuh",
+    "conv_wgmma.cuh", "conv_staged.cuh", "conv_joined.cuh", "conv_halo.cuh", "conv_halo_deep.cuh", "conv_mma.cuh",
+    "conv_stem.cuh", "depthwise_mma.cuh", "depthwise_rows.cuh", "excitation.cuh",
 )  # fmt: skip
 _TILES = (
     PRODUCT_TILES, STAGED_TILES, CLUSTER_TILES, BATCHED_TILES, MMA_TILES, ROWS_TILES, conv_wgmma.TILES,

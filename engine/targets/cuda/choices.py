@@ -32,7 +32,8 @@ def key_of(product: Product, operands: Operands, epilogue: Functor) -> str:
             for name, x, access in (("a", a, product.a_access), ("b", b, product.b_access))]  # fmt: skip
     size = f"{product.batch.count}x{product.m}x{product.n}x{product.k}"
     stores = hashlib.sha256(epilogue.code.encode()).hexdigest()[:8]
-    return " ".join([operands.name.lower(), product.dtype.value, size, *lies, stores])
+    rows = [name for name, has in (("divided", product.divisors), ("factors", product.factors)) if has is not None]
+    return " ".join([operands.name.lower(), product.dtype.value, size, *lies, *rows, stores])
 
 
 def choice_of(tile: AnyTile, us: float) -> Choice:
@@ -68,6 +69,12 @@ def tile_text(tile: AnyTile) -> str:
     return f"{kernel} {tile.m}×{tile.n}{turns}{f', k in {tile.splits}' if tile.splits > 1 else ''}{copied}{staged}"
 
 
+def divides(product: Product, tile: AnyTile) -> bool:
+    """Whether rows of the first operand are divided in a tile, if they have to be: in all but some of wgmma; elsewhere
+    the epilogue does it."""
+    return product.divisors is None or not isinstance(tile, WgmmaTile) or tile.divides_rows
+
+
 def tile_of(choice: Choice, product: Product, operands: Operands) -> AnyTile | None:
     """The tile that a choice names, if it is one for such a product."""
     kernel, splits, aligns = choice.get("kernel"), choice.get("splits"), choice.get("aligns")
@@ -82,8 +89,11 @@ def tile_of(choice: Choice, product: Product, operands: Operands) -> AnyTile | N
     tile = next((t for t in fitting if [getattr(t, name, None) for name in _FORM] == named), None)
     if tile is None or type(splits) is not int or not 1 <= splits <= tile.most_splits:
         return None
+    tile = replace(tile, splits=splits)
+    if not divides(product, tile):
+        return None
     if not isinstance(tile, WgmmaTile):
-        return replace(tile, splits=splits)
+        return tile
     if type(aligns) is not bool:
         return None
     if tile.batched:

@@ -24,6 +24,7 @@ from engine.ir.ops import (
     Recurrent,
     Reduce,
     Resize,
+    RowFactors,
     Running,
     Scatter,
     Softmax,
@@ -47,6 +48,7 @@ from engine.targets.cuda import (
     recurrent,
     reduce,
     resize,
+    row_factors,
     running,
     scatter,
     top_k,
@@ -70,6 +72,7 @@ FAMILIES: dict[type[Op], Family] = {
     Recurrent: recurrent,
     Reduce: reduce,
     Resize: resize,
+    RowFactors: row_factors,
     Running: running,
     Scatter: scatter,
     Softmax: normalize,
@@ -102,7 +105,7 @@ def traits_of(architecture: Architecture) -> Traits:
     803 µs instead of 780 at batch 32; all together 718)."""
     if not architecture.wgmma:
         return TRAITS
-    return replace(TRAITS, packed=PACKED, conv_means=True, excitations=True, scaled_weights=True)
+    return replace(TRAITS, packed=PACKED, conv_means=True, excitations=True, scaled_weights=True, divided_rows=True)
 
 
 def family_of(op: Op) -> Family:

@@ -12,12 +12,13 @@ from itertools import islice
 from engine.errors import UnsupportedOp
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
+from engine.ir.expr import PointOp
 from engine.ir.ops import Gemm, Op
 from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Tensor
-from engine.targets.cuda import codegen
+from engine.targets.cuda import codegen, row_factors
 from engine.targets.cuda.align_rows import aligned, aligned_bytes, split, split_bytes
-from engine.targets.cuda.choices import key_of, tile_of
+from engine.targets.cuda.choices import divides, key_of, tile_of
 from engine.targets.cuda.gemm_rows import AnyTile, RowsTile, launch_rows
 from engine.targets.cuda.gemm_stream import (
     StreamTile,
@@ -25,7 +26,7 @@ from engine.targets.cuda.gemm_stream import (
     stream_tile,
     streams_faster,
 )
-from engine.targets.cuda.gemm_wgmma import launch_batched, launch_wgmma, split_arguments
+from engine.targets.cuda.gemm_wgmma import launch_batched, launch_wgmma, scratch_bytes, split_arguments
 from engine.targets.cuda.kernel import (
     ALIGNMENT,
     I64,
@@ -41,7 +42,7 @@ from engine.targets.cuda.kernel import (
     pointer_to,
     workspace,
 )
-from engine.targets.cuda.product import Product, is_weight, product_of, rows_inner, rows_of
+from engine.targets.cuda.product import Found, Product, is_weight, product_of, rows_inner, rows_of
 from engine.targets.cuda.product_cost import (
     CHOSEN_BY_MODEL,
     Ranked,
@@ -60,6 +61,9 @@ from engine.targets.cuda.staging import staged_epilogue
 from engine.targets.cuda.tiles import NOTHING, Operands, WgmmaTile
 
 _MATRIX_TYPES = (DType.F16, DType.BF16, DType.F8E4M3, DType.I8, DType.F32)
+_MOST_INSTRUCTIONS = 2
+"""Of epilogues beside which tiles find moments: a bias and a residual. With a scale, GELU or a sigmoid full tiles would
+spill (the gate shows it)."""
 
 
 def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]:
@@ -75,10 +79,21 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
         b_need = Requirement() if is_weight(b) else _inner(b, narrow or (b.strides[-2] == 1 and b.strides[-1] != 1))
         needs = (_inner(a, rows_inner(a) and not narrow), b_need)
     output = len(op.infer(inputs)[0][1])
-    return (
-        (*needs, *(Requirement() for _ in inputs[2:])),
-        tuple(Requirement(Access.INNER, tuple(range(output))) for _ in op.stores),
-    )
+    factors: tuple[Requirement, ...] = ()
+    if op.divided:
+        narrow = a.dtype in (DType.F16, DType.BF16) and _on_matrix_units(op, a, b)
+        if not narrow or not is_weight(b):
+            raise UnsupportedOp(f"Gemm of divided rows of {a.dtype.value} and {b.dtype.value}, or without a weight")
+        if op.factors is not None:
+            raise UnsupportedOp("Gemm of divided rows that finds factors of others: registers do not hold both")
+        dense = row_factors.dense(len(a.shape))
+        needs, factors = (dense, needs[1]), (dense,)
+    given = (*needs, *factors, *(Requirement() for _ in inputs[op.operands :]))
+    if op.factors is not None:
+        if len(op.stores) != 1 or op.stores[0].dtype not in (DType.F16, DType.BF16) or not _on_matrix_units(op, a, b):
+            raise UnsupportedOp("Gemm with factors of a result that is not one of 16 bits, from the matrix units")
+        return given, (row_factors.dense(output), row_factors.dense(output))
+    return given, tuple(Requirement(Access.INNER, tuple(range(output))) for _ in op.stores)
 
 
 def _on_matrix_units(op: Gemm, a: Tensor, b: Tensor) -> bool:
@@ -113,9 +128,19 @@ def parts_of(step: Step, context: Context) -> tuple[Product, Functor] | None:
     op, shape = step.op, step.outputs[0].shape
     if not isinstance(op, Gemm) or not _on_matrix_units(op, *step.inputs[:2]):
         return None
-    return product_of(step, context), epilogue_of(
-        step, op.stores, tuple(range(len(shape))), shape[-1], _accumulator(op)
-    )
+    product, order, accumulator = product_of(step, context), tuple(range(len(shape))), _accumulator(op)
+    results = replace(step, outputs=step.outputs[: len(op.stores)])
+    epilogue = epilogue_of(results, op.stores, order, shape[-1], accumulator)
+    if op.factors is not None:
+        result, factors = step.outputs
+        place, short = row_factors.pointer_of(factors), epilogue.reads.instructions <= _MOST_INSTRUCTIONS
+        product = replace(product, factors=Found(pointer_to(result), place, result.dtype, op.factors, short))
+    if op.divided:
+        quotient = ex.apply(PointOp.MUL, ex.Acc(accumulator), ex.cast(ex.Arg(2, DType.F32), accumulator))
+        stores = [ex.replace_acc(store, quotient) for store in op.stores]
+        product = replace(product, divisors=row_factors.pointer_of(step.inputs[2]))
+        epilogue = replace(epilogue, dividing=epilogue_of(results, stores, order, shape[-1], accumulator))
+    return product, epilogue
 
 
 def epilogue_of(
@@ -168,10 +193,13 @@ def needs_staged(tile: AnyTile) -> bool:
 def ranked_tiles(product: Product, context: Context, reads: Reads = NOTHING) -> list[Ranked]:
     """The tiles that can take a product, with k in one part or in several, from what should be the fastest on."""
     operands, multiprocessors = operands_of(product, context), context.multiprocessors
-    every = [*ranked_mma(product, operands, context.architecture, multiprocessors, reads)]
+    factor = product.divisors is not None  # for one more operand, where the epilogue divides rows
+    others = replace(reads, varying=reads.varying + factor)
+    every = [*ranked_mma(product, operands, context.architecture, multiprocessors, others)]
     if context.architecture.wgmma and product.suits_tma_aligned and operands is not Operands.EXACT:
-        every += ranked_wgmma(product, operands, multiprocessors, reads)
-    every += ranked_rows(product, operands, multiprocessors, reads)
+        tiles = ranked_wgmma(product, operands, multiprocessors, reads)
+        every += (one for one in tiles if divides(product, one.tile))
+    every += ranked_rows(product, operands, multiprocessors, others)
     every.sort(key=lambda ranked: ranked.estimate.cycles)
     slices, best = stream_tile(product, operands), every[0].tile
     if slices is not None:
@@ -199,7 +227,7 @@ def ranked_in(way: Way, product: Product, epilogue: Functor, context: Context) -
         found = ranked_cluster(product, operands, multiprocessors, epilogue.reads, epilogue.staged is not None)
     elif way is Way.BATCHED and product.suits_tma_batched:
         found = ranked_batched(product, operands, multiprocessors, epilogue.reads)
-    return sorted(found, key=lambda ranked: ranked.estimate.cycles)
+    return sorted((one for one in found if divides(product, one.tile)), key=lambda ranked: ranked.estimate.cycles)
 
 
 _NARROW = {
@@ -219,28 +247,44 @@ def operands_of(product: Product, context: Context) -> Operands:
 
 def launches_of(product: Product, epilogue: Functor, tile: AnyTile, context: Context, taken: int = 0) -> list[Launch]:
     """The launches of a product in the given tile. `taken`: the bytes of the workspace in which a lies."""
+    launches, apart = _launches_of_product(product, epilogue, tile, context, taken), found_apart(product, tile)
+    if apart is not None:
+        launches.append(row_factors.launch_factors(apart, product.m * product.batch.count, product.n))
+    return launches
+
+
+def found_apart(product: Product, tile: AnyTile) -> Found | None:
+    """The factors of the result's rows, if they are asked for, where they take a launch of their own after the tile's;
+    else None."""
+    return None if isinstance(tile, WgmmaTile) and product.found_in(tile) is not None else product.factors
+
+
+def _launches_of_product(
+    product: Product, epilogue: Functor, tile: AnyTile, context: Context, taken: int
+) -> list[Launch]:
     in_parts = operands_of(product, context) is Operands.REFINED
     if not (isinstance(tile, WgmmaTile) and (tile.aligns or in_parts)):
         return [launch_product(product, epilogue, tile, context)]
-    tiles = ceildiv(product.m, tile.m) * ceildiv(product.n, tile.n)
     begin = ceildiv(taken, ALIGNMENT) * ALIGNMENT
     nbytes = split_bytes(product) if in_parts else aligned_bytes(product)
     end = begin + ceildiv(nbytes, ALIGNMENT) * ALIGNMENT
-    scratch = workspace(end + (tiles * tile.splits * tile.m * tile.n * 4 if tile.splits > 1 else 0))
+    scratch = workspace(end + scratch_bytes(product, tile))
     place, multiprocessors = Pointer(scratch, begin), context.multiprocessors
     copy, product = (
         split(product, place, context.weights, multiprocessors)
         if in_parts
         else aligned(product, place, multiprocessors)
     )
-    return [copy, launch_product(product, epilogue, tile, context, Pointer(scratch, end, "float"))]
+    return [copy, launch_product(product, epilogue, tile, context, Pointer(scratch, end))]
 
 
 def launch_product(
-    product: Product, epilogue: Functor, tile: AnyTile, context: Context, partials: Pointer | None = None
+    product: Product, epilogue: Functor, tile: AnyTile, context: Context, scratch: Pointer | None = None
 ) -> Launch:
-    """The launch of a product in the given tile, whose operands lie as it reads them. `partials`: where a split product
-    leaves its sums, if not in a workspace of its own."""
+    """The launch of a product in the given tile, whose operands lie as it reads them. `scratch`: where blocks leave
+    each other `scratch_bytes`, if not in a workspace of its own."""
+    if epilogue.dividing is not None and not isinstance(tile, WgmmaTile):
+        epilogue = epilogue.dividing
     if isinstance(tile, StreamTile):
         return launch_stream(product, epilogue, tile, context)
     if isinstance(tile, RowsTile):
@@ -250,7 +294,7 @@ def launch_product(
     if isinstance(tile, WgmmaTile) and tile.batched:
         return launch_batched(product, epilogue, tile, tiles, context)
     if isinstance(tile, WgmmaTile):
-        return launch_wgmma(product, epilogue, tile, context, partials)
+        return launch_wgmma(product, epilogue, tile, context, scratch)
     operands = operands_of(product, context)
     return launch(
         "gemm",

@@ -18,9 +18,9 @@ MOST_ROWS = 16
 _LEAST_K = 128  # below, warps have nothing to divide
 _STEP = 64  # of k, that a warp takes at once: a line of the cache
 _SPLITS = (1, 2, 4)
-_EARLY_REGISTERS = 16
-"""For what the epilogue reads of eight columns of a row, held while the block multiplies. Of 16 warps there are half as
-many, and none with more than 8 rows (the gate shows spills)."""
+_EARLY_REGISTERS, _FEWER_EARLY_REGISTERS = 16, 9
+"""For what the epilogue reads of eight columns of a row, held while the block multiplies. The second number: of 16
+warps, a bias of fp32 and the factor of a row; there are none with more than 8 rows (the gate shows spills)."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class RowsTile:
 
     def early_registers(self, rows: int) -> int:
         """The registers for what the epilogue reads while the block multiplies."""
-        return _EARLY_REGISTERS if self.warps <= 8 else _EARLY_REGISTERS // 2 if rows <= VECTOR else 0
+        return _EARLY_REGISTERS if self.warps <= 8 else _FEWER_EARLY_REGISTERS if rows <= VECTOR else 0
 
     def resident(self, rows: int) -> int:
         """The blocks that a multiprocessor has room for: of its registers where rows take few, else of its shared

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from engine.targets.cuda.kernel import (
     Launch,
     Pointer,
     TensorMap,
+    ceildiv,
     launch,
     workspace,
 )
@@ -41,12 +43,35 @@ def split_arguments(
     }  # fmt: skip
 
 
+def scratch_bytes(product: Product, tile: WgmmaTile) -> int:
+    """What blocks leave each other in a workspace: partial sums of a split product, or moments of rows (two of fp32
+    for each row and column of tiles)."""
+    if tile.splits > 1:
+        return tile.tiles(product.m, product.n) * tile.splits * tile.m * tile.n * 4
+    return ceildiv(product.n, tile.n) * product.m * 8 if product.found_in(tile) is not None else 0
+
+
+def _factor_arguments(product: Product, tile: WgmmaTile, scratch: Pointer | None) -> dict[str, Argument]:
+    """What the kernel takes for factors of rows of a and of the result (kernels/scheduler/row_moments.cuh)."""
+    arguments: dict[str, Argument] = {} if product.divisors is None else {"row_factors": product.divisors}
+    found = product.found_in(tile)
+    if found is None:
+        return arguments
+    moments = scratch or Pointer(workspace(scratch_bytes(product, tile)))
+    groups = ceildiv(product.m, tile.m * tile.cluster_m) * tile.m * tile.cluster_m // 16
+    arrived = Buffer("arrived tiles", BufferKind.PLAN, groups * 4, np.zeros(groups, np.uint32))
+    return arguments | {
+        "result_factors": found.factors, "epsilon": found.epsilon,
+        "moments": replace(moments, ctype="float2"), "arrived_tiles": Pointer(arrived, ctype="u32"),
+    }  # fmt: skip
+
+
 def launch_wgmma(
     product: Product,
     epilogue: Functor,
     tile: WgmmaTile,
     context: Context,
-    partials: Pointer | None,
+    scratch: Pointer | None,
 ) -> Launch:
     """The launch of one product, with results staged or not, by blocks in pairs or each on its own."""
     a, b, columns = product.a, product.b, 128 // product.dtype.itemsize
@@ -54,7 +79,9 @@ def launch_wgmma(
     k = columns_in_parts(product.k) if product.in_parts else product.k  # as it lies
     config: dict[str, int | bool | str] = {
         "operand": STORAGE[product.dtype], "grouped": False, "in_parts": product.in_parts,
+        "divided": product.divisors is not None, "moments": product.found_in(tile) is not None,
     }  # fmt: skip
+    partials = replace(scratch, ctype="float") if scratch is not None else None
     body, maps = "gemm_cluster.cuh" if tile.cluster > 1 else "gemm_wgmma.cuh", dict[str, Argument]()
     if tile.slots:
         body = "gemm_cluster_staged.cuh" if tile.cluster > 1 else "gemm_staged.cuh"
@@ -67,6 +94,7 @@ def launch_wgmma(
         [epilogue],
         {
             **maps,
+            **_factor_arguments(product, tile, scratch),
             "map_a": TensorMap(a.pointer, product.m, k, a.stride, tile.m // tile.cluster_n, columns),
             "map_b": TensorMap(b.pointer, product.n, k, b.stride, tile.n // tile.cluster_m, columns),
             "m": product.m,

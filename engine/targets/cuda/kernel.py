@@ -424,12 +424,14 @@ def _without_stages() -> None:
 @dataclass(frozen=True, eq=False)
 class Functor:
     """Generated device code (a struct) and the arguments it reads. Made by `codegen.py`. `stage` makes the staged form
-    of an epilogue, which few products ask for."""
+    of an epilogue, which few products ask for. `dividing`: what an epilogue of divided rows is in kernels that leave
+    the division to it."""
 
     code: str
     arguments: tuple[tuple[str, Argument], ...]
     reads: Reads
     stage: Callable[[], Staged | None] = _without_stages
+    dividing: Functor | None = None
 
     @cached_property
     def staged(self) -> Staged | None:

@@ -24,6 +24,7 @@ from engine.targets.cuda.kernel import (
     pointer_to,
 )
 from engine.targets.cuda.spaces import operand, space
+from engine.targets.cuda.tiles import WgmmaTile
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +79,18 @@ class Batch:
         }  # fmt: skip
 
 
+@dataclass(frozen=True, eq=False)
+class Found:
+    """1 / √(variance + `epsilon`) of each row of the `result`, found beside it and left at `factors`. `short`: the
+    result's epilogue leaves registers for moments."""
+
+    result: Pointer
+    factors: Pointer
+    dtype: DType
+    epsilon: float
+    short: bool = True
+
+
 _MOST_INTEGERS = (2**31 - 1) // 128**2
 """Products of two integers of 8 bits whose sum fits 32."""
 
@@ -95,6 +108,10 @@ class Product:
     batch: Batch = Batch()
     in_parts: bool = False
     """Both operands are sums of two matrices of bf16, whose columns lie by turns (`in_parts`)."""
+    divisors: Pointer | None = None
+    """The factors of the rows of a, if these are divided by their deviations (row_factors.py)."""
+    factors: Found | None = None
+    """Those of the rows of the result, where they are asked for."""
 
     @property
     def a_access(self) -> int:
@@ -105,6 +122,10 @@ class Product:
     def b_access(self) -> int:
         """The bytes that can be read at once along b's lines."""
         return self.b.access(self.k if self.b.k_inner else self.n, self.batch.b, self.dtype.itemsize)
+
+    def found_in(self, tile: WgmmaTile) -> Found | None:
+        """The factors of the result's rows, if a tile finds them: one with staged results, beside a short epilogue."""
+        return self.factors if self.factors is not None and self.factors.short and tile.finds_moments else None
 
     @property
     def suits_wgmma(self) -> bool:

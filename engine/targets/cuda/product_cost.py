@@ -77,11 +77,13 @@ class Estimate:
     busy: float
     memory: float
     limit: str
+    after: float = 0
+    """Finding the factors of the result's rows afterwards."""
 
     @property
     def cycles(self) -> float:
         """Small products hide little of one behind the other, and large ones have little but products."""
-        return self.launch + self.copy + self.busy + self.memory
+        return self.launch + self.copy + self.busy + self.memory + self.after
 
     @property
     def us(self) -> float:
@@ -91,7 +93,10 @@ class Estimate:
     @property
     def bound(self) -> str:
         """What the time mostly is."""
-        parts = {"launch": self.launch, "copied rows": self.copy, "memory": self.memory, self.limit: self.busy}
+        parts = {
+            "launch": self.launch, "copied rows": self.copy, "memory": self.memory, "row factors": self.after,
+            self.limit: self.busy,
+        }  # fmt: skip
         return max(parts, key=lambda name: parts[name])
 
 
@@ -138,6 +143,16 @@ of so high an order. Fitted to 171 timings of 27 products (1 to 16 rows, 2 to 10
 and the best of the estimates took 1 % longer than the best tile."""
 _FEW_ROWS_MEMORY_RATE = 2050
 """The memory rate of tiles of wgmma with so few rows, which took 3 to 7 % longer than with the others' rate."""
+
+_MOMENTS_ELEMENT = 2.5
+"""Instructions of a lane for each of its accumulators whose moments it finds: counted, not measured."""
+_MOMENTS_JOIN = 2800
+"""Until the last tile of a row has joined what the others found: what five products of 768 columns and 17 to 1379 rows
+took longer on an H100 than estimated without it, to 4 %."""
+_MOMENTS_LAUNCH = 3500
+"""What finding moments in a launch of its own takes beside its bytes, which come as fast as those of rows that are
+copied: 2.0 µs, the least that pools of EfficientNet-B0 at batch 1 took on an H100 (docs/performance.md). Norms of 4096
+rows in the suite `light` took 2.4 µs and 1610 bytes a cycle, from memory, where rows that were just stored are not."""
 
 _MMA_LAUNCH, _MMA_MEMORY_RATE = 755, 2290
 _MMA_SHARE, _TALL = 1.08, 1.13
@@ -204,6 +219,8 @@ def _wgmma_estimate(
     else:
         fixed, element = _FINISH, _FINISH_ELEMENT + _SHIFT_ELEMENT.get(_alignment(n * itemsize), 0)
     element += _INSTRUCTION * reads.instructions + (_TILE_ELEMENT if reads.varying else 0)
+    if product.found_in(tile) is not None:
+        element += _INSTRUCTION * _MOMENTS_ELEMENT
     finish = fixed + tile.m * tile.n * element * (_HALVED if tile.cooperative else 1)
     if tile.splits > 1:
         finish += _ARRIVAL + (tile.splits + 1) * tile.m * tile.n * 4 / _PARTIAL_RATE
@@ -214,13 +231,21 @@ def _wgmma_estimate(
     if not tile.slots:  # where others bring what the epilogue reads
         busy += waiting_cycles(tile, reads, rounds)
     copy = _COPY_LAUNCH + 2 * m * k * itemsize / _COPY_RATE if tile.aligns else 0
+    after = _MOMENTS_JOIN if product.found_in(tile) is not None else _moments_cycles(product)
     rate = _FEW_ROWS_MEMORY_RATE if m <= MOST_ROWS else _MEMORY_RATE
-    return Estimate(_LAUNCH, copy, busy, _touched(product, operands, reads, _PARTIAL_SECTORS) / rate, limit)
+    return Estimate(_LAUNCH, copy, busy, _touched(product, operands, reads, _PARTIAL_SECTORS) / rate, limit, after)
 
 
 def _alignment(row_bytes: int) -> int:
     """What the beginnings of rows so far apart are multiples of."""
     return row_bytes & -row_bytes
+
+
+def _moments_cycles(product: Product) -> float:
+    """Of finding the factors of the result's rows in a launch of its own (row_factors.cuh), if they are asked for."""
+    if product.factors is None:
+        return 0
+    return _MOMENTS_LAUNCH + product.m * product.n * product.batch.count * product.factors.dtype.itemsize / _COPY_RATE
 
 
 def _cut(stride_bytes: int) -> float:
@@ -251,7 +276,7 @@ def ranked_mma(
         busy += ceildiv(blocks, multiprocessors) * tile.m * tile.n * shift
         if reads.fixed or reads.varying:
             busy += ceildiv(blocks, multiprocessors * tile.blocks) * _MMA_READ
-        yield Ranked(tile, Estimate(_MMA_LAUNCH, 0, busy, memory, "products"))
+        yield Ranked(tile, Estimate(_MMA_LAUNCH, 0, busy, memory, "products", _moments_cycles(product)))
 
 
 def ranked_rows(product: Product, operands: Operands, multiprocessors: int, reads: Reads = NOTHING) -> Iterator[Ranked]:
@@ -265,10 +290,11 @@ def ranked_rows(product: Product, operands: Operands, multiprocessors: int, read
         memory = _touched(product, operands, reads, 1) / _ROWS_MEMORY_RATE
         delivery = (memory**_ROWS_MEET + rings**_ROWS_MEET) ** (1 / _ROWS_MEET)
         rows = m * _ROWS_ROW + blocks * m * k * itemsize / tile.splits / _ROWS_RATE
-        yield Ranked(tile, Estimate(_ROWS_LAUNCH, 0, rows + _ROWS_ARRIVAL * (tile.splits > 1), delivery, "rows"))
+        busy = rows + _ROWS_ARRIVAL * (tile.splits > 1)
+        yield Ranked(tile, Estimate(_ROWS_LAUNCH, 0, busy, delivery, "rows", _moments_cycles(product)))
 
 
 def ranked_stream(product: Product, tile: StreamTile, operands: Operands, multiprocessors: int) -> Ranked:
     """The product in slices of rows."""
     cycles = stream_cycles(product, tile, multiprocessors, operands.itemsize)
-    return Ranked(tile, Estimate(0, 0, 0, cycles, "slices"))
+    return Ranked(tile, Estimate(0, 0, 0, cycles, "slices", _moments_cycles(product)))

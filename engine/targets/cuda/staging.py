@@ -85,20 +85,23 @@ def _code(
         for half, word in enumerate(("tile", "tile >> 16"))
     ]
     lines = [
-        "Inputs inputs{fixed, {}};", *words, "float out0[WIDTH];",
-        *loop_over({"out0[i]": (store, result)}, gelu=f"gelu_for<{STORAGE[result]}>").lines,
-        f"return pack_pair<{STORAGE[result]}>(out0[0], out0[1]);",
+        "Inputs inputs{fixed, {}};", *words,
+        *loop_over({"result[i]": (store, result)}, gelu=f"gelu_for<{STORAGE[result]}>").lines,
+        f"return pack_pair<{STORAGE[result]}>(result[0], result[1]);",
     ]  # fmt: skip
     return (
         '#include "epilogue/gelu.cuh"\n#include "ptx/pack.cuh"\n'
         "struct Epilogue {\n"
+        f"  using Result = {STORAGE[result]};\n"
         f"  static constexpr bool READS_TILE = {'true' if tiles else 'false'};\n"
         f"  struct Fixed {{ {members(fixed)} }};\n"
         f"  struct Tile {{ {members(tiles)} }};\n"
         "  struct Inputs : Fixed, Tile {};\n"
         "  DEVICE static Fixed fetch_fixed(const Params& p, u32 column, u32 count) {\n"
         f"{indented(['Fixed fixed;', *fetches, 'return fixed;'])}\n  }}\n"
-        "  DEVICE static u32 results(const float (&acc)[WIDTH], const Fixed& fixed, u32 tile) {\n"
+        "  // Both rounded, and as they are before.\n"
+        "  DEVICE static u32 results(\n"
+        "    const float (&acc)[WIDTH], const Fixed& fixed, u32 tile, float (&result)[WIDTH]) {\n"
         f"{indented(lines)}\n  }}\n"
         "};\n"
     )

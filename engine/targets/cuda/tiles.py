@@ -188,6 +188,17 @@ class WgmmaTile:
         }  # fmt: skip
 
     @property
+    def divides_rows(self) -> bool:
+        """Whether rows of the first operand can be divided in it (kernels/mma/divided_rows.cuh): 128 accumulators leave
+        no registers for that beside partial sums (the gate shows spills)."""
+        return not self.batched and (self.splits == 1 or self.consumer_rows * self.n < 128 * 128)
+
+    @property
+    def finds_moments(self) -> bool:
+        """Whether a product in it finds the moments of its rows (kernels/mma/staging.cuh)."""
+        return self.slots > 0
+
+    @property
     def most_splits(self) -> int:
         """128 rows of a consumer leave it no registers to add partial sums beside 128 accumulators, nor do 224
         columns (the gate shows spills). Staged results, those of several matrices, and those of clusters and of three
@@ -230,6 +241,7 @@ STAGED_TILES = (
     WgmmaTile(128, 64, 8, slots=1),
     WgmmaTile(192, 192, 4, cooperative=True, slots=1),
     WgmmaTile(192, 128, 4, cooperative=True, slots=2),
+    WgmmaTile(128, 160, 5, cooperative=True, slots=3),
     WgmmaTile(64, 128, 8, slots=2),
 )
 """Tiles of products whose results go through shared memory."""

@@ -16,7 +16,15 @@ from engine.targets.cuda.conv_choices import ConvTile, kernel_of
 from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.conv_tiles import summed_tiles, taken
 from engine.targets.cuda.depthwise_rows import RowsTile
-from engine.targets.cuda.gemm import estimated_best, launches_of, operands_of, other_tiles, pick_tile, ranked_tiles
+from engine.targets.cuda.gemm import (
+    estimated_best,
+    found_apart,
+    launches_of,
+    operands_of,
+    other_tiles,
+    pick_tile,
+    ranked_tiles,
+)
 from engine.targets.cuda.gemm_rows import AnyTile
 from engine.targets.cuda.kernel import Choice, Context, Functor, Launch
 from engine.targets.cuda.product import Product
@@ -120,7 +128,12 @@ class _Product:
 
     @property
     def candidates(self) -> list[Candidate]:
-        return [Candidate(choices.tile_text(one.tile), one.estimate.us, one.estimate.bound) for one in self.ranked]
+        return [Candidate(self._text(one.tile), one.estimate.us, one.estimate.bound) for one in self.ranked]
+
+    def _text(self, tile: AnyTile) -> str:
+        """The estimate and the time are those of all launches."""
+        after = ", then factors of rows" if found_apart(self.product, tile) is not None else ""
+        return choices.tile_text(tile) + after
 
     def launches(self, i: int, context: Context) -> list[Launch]:
         return launches_of(self.product, self.epilogue, self.ranked[i].tile, context)

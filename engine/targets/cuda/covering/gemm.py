@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from engine.ir.dtype import DType
@@ -11,6 +11,7 @@ from engine.ir.ops import (
 )
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind
+from engine.targets.cuda.choices import divides
 from engine.targets.cuda.covering.build import (
     ACC,
     BIAS_RESIDUAL,
@@ -26,8 +27,8 @@ from engine.targets.cuda.covering.build import (
     stored,
     weight,
 )
-from engine.targets.cuda.gemm import epilogue_of, launch_product, launches_of, operands_of
-from engine.targets.cuda.gemm_rows import ROWS_TILES
+from engine.targets.cuda.gemm import epilogue_of, launch_product, launches_of, operands_of, parts_of
+from engine.targets.cuda.gemm_rows import ROWS_TILES, RowsTile
 from engine.targets.cuda.gemm_stream import stream_tile
 from engine.targets.cuda.kernel import Context, Launch
 from engine.targets.cuda.product import product_of
@@ -39,6 +40,7 @@ from engine.targets.cuda.tiles import (
     STAGED_TILES,
     WGMMA_TILES,
     Tile,
+    WgmmaTile,
 )
 
 
@@ -53,10 +55,11 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
     three = [tile for tile in PRODUCT_TILES if tile.consumers == 3] if architecture.wgmma else []
     three_staged = [tile for tile in staged if tile.consumers == 3]
     divisible: list[Tile] = [*portable, *(tile for tile in wgmma if tile.most_splits > 1)]
+    thirds = [replace(tile, splits=3) for tile in divisible]
     rounding = replace(context, tf32=True)
     chosen: list[tuple[Step, Context, Sequence[Tile]]] = [
         (fp16, context, (*portable, *wgmma)),
-        (residual, context, [replace(tile, splits=3) for tile in divisible]),
+        (residual, context, thirds),
         (_product(DType.BF16), context, (portable[0], *wgmma[:1])),
         (_product(F32), rounding, (*portable, *wgmma[:1], *wgmma[7:8])),
         (computed(_product(F32)), rounding, (portable[0], portable[-1], *wgmma[:1], *wgmma[7:8])),
@@ -76,12 +79,12 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         (_product(F32), rounding, clusters[:1]),
         (fp8, context, (*portable, *wgmma)),
         (scaled, context, (portable[0], *wgmma[:1], *wgmma[7:8])),
-        (_product(F8, result=F16, residual=True), context, [replace(tile, splits=3) for tile in divisible[::2]]),
+        (_product(F8, result=F16, residual=True), context, thirds[::2]),
         (_product(F8, k=387, n=401, result=F16), context, (portable[1], *(replace(t, aligns=True) for t in wgmma[:2]))),
         (_product(F8, k=388, n=401, result=F8), context, (portable[1],)),
         (_product(I8, result=F16), context, (*portable, *wgmma)[::2]),  # the two types of 8 bits take turns
         (_product(I8, result=I8), context, (portable[0], *wgmma[:1], *wgmma[7:8])),
-        (_product(I8, result=F16, residual=True), context, [replace(tile, splits=3) for tile in divisible[1::2]]),
+        (_product(I8, result=F16, residual=True), context, thirds[1::2]),
         (_product(I8, k=387, n=401, result=F16), context, (portable[1], *(replace(t, aligns=True) for t in wgmma[:2]))),
         (fp16, context, three),
         (_product(DType.BF16, residual=True), context, three[-1:]),
@@ -89,6 +92,11 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         (_product(I8, result=F16), context, three[:1]),
         (_product(I8, result=F16, residual=True), context, three_staged[:1]),
         (computed(_product(F32)), rounding, three[:1]),
+        # Of divided rows what takes the most registers; moments in every tile that finds them.
+        (_divided(residual=False), context, (*portable[:1], *wgmma[:1], *wgmma[7:9], *staged[:1], *clusters[:1])),
+        (_divided(residual=True), context, [tile for tile in thirds if _is_wide(tile)]),
+        (_divided(residual=True, dtype=DType.BF16), context, (*wgmma[3:4], *staged[-1:], *clusters[2:3])),
+        (_finding(residual), context, (*portable[:1], *staged, *(tile for tile in clusters if tile.slots))),
         (_matrices(k_inner=True, dtype=I8), context, batched[:2]),
         (_matrices(k_inner=True, dtype=F8), context, (*portable[:1], *batched)),
         (_matrices(k_inner=False), context, batched[:-1]),
@@ -96,9 +104,10 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
     ]
     for step, how, tiles in chosen:
         assert isinstance(step.op, Gemm)
-        product = product_of(step, how)
-        epilogue = epilogue_of(step, step.op.stores, range(len(step.outputs[0].shape)), product.n)
-        for tile in tiles:
+        found = parts_of(step, how)
+        assert found is not None
+        product, epilogue = found
+        for tile in (tile for tile in tiles if divides(product, tile)):
             for launch in launches_of(product, epilogue, tile, how):
                 yield f"gemm {tile}", launch
     short: list[Step] = [
@@ -115,16 +124,40 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         yield f"gemm {slices}", launch_product(product, epilogue, slices, rounding)
 
 
+def _is_wide(tile: Tile) -> bool:
+    """Whether a lane has 64 accumulators in it, or more."""
+    return isinstance(tile, WgmmaTile) and tile.consumer_rows * tile.n >= 128 * 64
+
+
+def _divided(residual: bool, dtype: DType = F16, m: int = 300, k: int = 384) -> Step:
+    """A product of divided rows with a weight, and a bias of fp32."""
+    biased = add(ACC, arg(3, F32))
+    store = stored(add(biased, arg(4, dtype)) if residual else gelu(biased), dtype)
+    inputs: list[Given] = [(dtype, (m, k)), weight(k, 400, dtype=dtype), (F32, (m, 1)), weight(400, dtype=F32)]
+    return make_step(Gemm((store,), divided=True), [*inputs, *([(dtype, (m, 400))] if residual else [])])
+
+
+def _finding(step: Step) -> Step:
+    """The same product, finding the factors of its rows."""
+    assert isinstance(step.op, Gemm)
+    return make_step(replace(step.op, factors=1e-5), step.inputs)
+
+
 def few_rows(context: Context) -> Iterator[tuple[str, Launch]]:
-    """Products of up to 8 and up to 16 rows, with a weight and with computed columns."""
+    """Products of up to 8 and up to 16 rows, with a weight and with computed columns; and of divided rows."""
+    split = [replace(tile, splits=2) for tile in ROWS_TILES]
     for m, dtype, residual in ((5, F16, False), (16, F16, True), (16, DType.BF16, False)):
         step = _product(dtype, m, 3000, 400, residual)
         for one in (step, computed(step)):
-            assert isinstance(one.op, Gemm)
-            product = product_of(one, context)
-            epilogue = epilogue_of(one, one.op.stores, (0, 1), product.n)
-            for tile in (*ROWS_TILES, *(replace(tile, splits=2) for tile in ROWS_TILES)):
-                yield f"gemm {tile}", launch_product(product, epilogue, tile, context)
+            yield from _of_few_rows(one, (*ROWS_TILES, *split), context)
+    yield from _of_few_rows(_divided(residual=False, m=5, k=3000), ROWS_TILES[::2], context)
+
+
+def _of_few_rows(step: Step, tiles: Iterable[RowsTile], context: Context) -> Iterator[tuple[str, Launch]]:
+    found = parts_of(step, context)
+    assert found is not None
+    for tile in tiles:
+        yield f"gemm {tile}", launch_product(*found, tile, context)
 
 
 def computed(step: Step) -> Step:

@@ -25,6 +25,7 @@ from engine.ir.ops import (
     ReduceKind,
     Resize,
     ResizeMode,
+    RowFactors,
     Running,
     RunningKind,
     Scatter,
@@ -69,6 +70,8 @@ def steps() -> Iterator[Step]:
         Gemm((BIAS_RESIDUAL,)), [(F16, (77, 384)), weight(384, 384), weight(384), (F16, (77, 384))], "gemm residual"
     )
     yield make_step(Gemm((BIAS,)), [(F16, (5, 63)), weight(63, 37), weight(37)], "gemm odd")
+    for dtype, columns in ((F16, 768), (DType.BF16, 333)):
+        yield make_step(RowFactors(1e-5), [(dtype, (200, columns))], f"row factors of {columns}")
     yield make_step(Gemm((stored(ACC),)), [(F16, (2, 3, 40, 64)), (F16, (2, 3, 64, 72))], "gemm batch")
     yield make_step(Gemm((ACC,)), [(F16, (2, 40, 33)), (F16, (2, 33, 17))], "gemm batch odd")
     for dtype in (F16, F32):

@@ -3,5 +3,5 @@
 #include "mma/row_load.cuh"
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Params p) {
-  run_pipeline<RowLoad>(p);
+  run_pipeline<RowLoad, OwnStores, ProductRows>(p);
 }

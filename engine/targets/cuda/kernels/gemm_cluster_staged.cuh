@@ -4,5 +4,5 @@
 #include "mma/staging.cuh"
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Params p) {
-  run_pipeline<RowLoad, StagedStores>(p);
+  run_pipeline<RowLoad, StagedStores, ProductRows>(p);
 }

@@ -4,4 +4,4 @@
 #include "mma/row_load.cuh"
 #include "mma/staging.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Params p) { run_pipeline<RowLoad, StagedStores>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Params p) { run_pipeline<RowLoad, StagedStores, ProductRows>(p); }

@@ -2,4 +2,4 @@
 #pragma once
 #include "mma/row_load.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Params p) { run_pipeline<RowLoad>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Params p) { run_pipeline<RowLoad, OwnStores, ProductRows>(p); }

@@ -18,6 +18,7 @@ _NAMES: Mapping[type[ops.Op], str] = {
     ops.Gemm: "gemm",
     ops.Attention: "attention",
     ops.Norm: "norm",
+    ops.RowFactors: "norm",
     ops.Softmax: "softmax",
     ops.Reduce: "reduction",
     ops.Pool: "pool",

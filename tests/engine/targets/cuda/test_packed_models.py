@@ -11,8 +11,8 @@ import pytest
 
 from engine import frontend, passes
 from engine.ir.dtype import DType
-from engine.ir.graph import Graph
-from engine.ir.ops import Attention
+from engine.ir.graph import Graph, Node
+from engine.ir.ops import Attention, Gemm, RowFactors
 from engine.model import Model
 from engine.packing import Packer
 from engine.passes.unpad import Unpadded, unpad
@@ -100,6 +100,29 @@ def test_packed_encoders_match_the_padded_graph(runner: Runner, name: str, kind:
     wide = got[mask == 1].astype(np.float64)
     assert np.linalg.norm(wide - want[mask == 1]) / np.linalg.norm(want[mask == 1]) <= tolerance
     assert graph.outputs[0].dtype is DType.of(got.dtype)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_divided_rows_are_packed_with_their_factors(apart: bool) -> None:
+    """Those that a product finds, and those of nodes of their own."""
+    graph = passes.run(frontend.read(FIXTURES / "gpt2_dynamo.onnx"), TRAITS)
+    for node in list(graph.nodes) if apart else []:
+        if isinstance(node.op, Gemm) and node.op.factors is not None:
+            (x, factors), epsilon = node.outputs, node.op.factors
+            node.op, node.outputs = replace(node.op, factors=None), (x,)
+            graph.nodes.insert(graph.nodes.index(node) + 1, Node(RowFactors(epsilon), (x,), (factors,)))
+    graph.validate()
+    result = unpad(graph, TRAITS)
+    assert isinstance(result, Unpadded), result
+    found = [node.op for node in result.graph.nodes]
+    assert sum(isinstance(op, Gemm) and op.divided for op in found) == 3
+    assert sum(isinstance(op, RowFactors) for op in found) == (3 if apart else 0)
+    mask = lengths_mask([3, 13, 1, 7], 13)
+    feeds = {"ids": np.random.default_rng(0).integers(2, 24, mask.shape), "mask": mask}
+    batch = Packer(result, PACKED).batch(feeds, {"batch": 4, "sequence": 13})
+    (got,) = run(result.graph, batch.arrays, batch.sizes).values()
+    (want,) = run(graph, feeds).values()
+    np.testing.assert_allclose(got[mask == 1], want[mask == 1], rtol=0, atol=2e-2)
 
 
 def execute(runner: Runner, plan: Plan, feeds: dict[str, Array]) -> dict[str, Array]:

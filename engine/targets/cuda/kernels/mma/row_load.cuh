@@ -1,11 +1,15 @@
 // How a product's operands reach shared memory on wgmma (mma/wgmma_pipeline.cuh): as rows of matrices.
 // IN_PARTS: both are sums of two matrices of bf16, big + small, of which the columns of a step lie in turn. Three steps multiply them:
 // big · big, big · small, small · big; the product of the small parts is below the rounding of the others. p.k counts all steps.
-// config: in_parts.
+// DIVIDED: rows of the first one are divided by their standard deviation.
+// config: in_parts, divided.
 #pragma once
+#include "mma/divided_rows.cuh"
 #include "mma/wgmma_pipeline.cuh"
 
-constexpr bool IN_PARTS = config::in_parts;
+constexpr bool IN_PARTS = config::in_parts, DIVIDED = config::divided;
+using ProductRows = typename choose<DIVIDED, DividedRows, WholeRows>::type;
+static_assert(!IN_PARTS || !DIVIDED, "p.k counts columns");
 
 // The columns of a step where in the one of three that is `small` the operand's small part is wanted.
 DEVICE u32 column_of(u32 step, u32 small) { return (IN_PARTS ? step / 3 * 2 + (step % 3 == small) : step) * TILE_K; }
@@ -13,7 +17,8 @@ DEVICE u32 column_of(u32 step, u32 small) { return (IN_PARTS ? step / 3 * 2 + (s
 struct RowLoad {
   static constexpr bool BATCHED = false;
   static constexpr int UNROLL = 4, PIECES = TILE_N / 16;
-  static constexpr int AHEAD = PARTS * TILE_N <= 128 ? PIECES : PARTS * TILE_N > 256 ? 1 : PIECES % 4 == 0 ? 4 : 2;
+  // Factors of rows take some of the registers that a bias of fp32 and a residual would fill.
+  static constexpr int AHEAD = PARTS * TILE_N < (DIVIDED ? 128 : 129) ? PIECES : PARTS * TILE_N > 256 ? 1 : PIECES % 4 == 0 ? 4 : 2;
   u32 row;
   DEVICE RowLoad(const Params&, u32 row, u32) : row(row) {}
   DEVICE void operator()(const Params& p, u32 destination, u32 barrier, u32 step) {

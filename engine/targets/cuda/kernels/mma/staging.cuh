@@ -5,11 +5,15 @@
 // producer's warpgroup, brings the operand's panel into a place as soon as that is free, several panels and a tile ahead; the
 // consumer turns it into the result where it lies; the courier sends the result off while the consumer goes on.
 // A lane's accumulators are two neighbouring columns of each block of eight, so the epilogue works on two columns (WIDTH).
+//
+// MOMENTS: the consumer also adds up the results of each row and their squares, before they are rounded, two instructions an element, from
+// which the factors follow that a product of these rows divides them by (scheduler/row_moments.cuh).
 #pragma once
 #include "mma/wgmma_pipeline.cuh"
 #include "ptx/matrix_store.cuh"
 #include "ptx/pack.cuh"
 #include "ptx/tma_store.cuh"
+#include "scheduler/row_moments.cuh"
 
 static_assert(WIDTH == 2, "what a lane has of a block");
 static_assert(!SPLIT && !GROUPED, "");  // nor are there several matrices
@@ -18,6 +22,7 @@ constexpr int STAGED_COLUMNS = TILE_N % 64 == 0 ? 64 : 32, STAGED_ROW = 2 * STAG
 constexpr int STAGED_PANELS = TILE_N / STAGED_COLUMNS, SLOT_BYTES = CONSUMER_M * STAGED_ROW;
 constexpr int STAGING_BARRIERS = RING_BYTES;  // of each consumer: ready[SLOTS], written[SLOTS]
 constexpr int STAGING = (STAGING_BARRIERS + 8 * 2 * CONSUMERS * SLOTS + 1023) / 1024 * 1024;  // places start at a swizzle atom
+constexpr bool MOMENTS = config::moments;
 static_assert(TILE_N % STAGED_COLUMNS == 0, "");
 static_assert(registers_of<Epilogue::Fixed>() < 4, "operands that are the same in every row fit beside the accumulators");
 
@@ -44,11 +49,14 @@ struct StagedResults {
   }
   DEVICE void begin(const Params&, const Layout&) {}
   // `count`: the tiles that this consumer has stored before.
-  template <class PLACES> DEVICE void store(const Params& p, const Layout& layout, const float (&d)[PARTS][TILE_N / 2], const PLACES& places, u32 count) {
+  template <class DIVISORS, class PLACES>
+  DEVICE void store(const Params& p, const Layout& layout, const float (&d)[PARTS][TILE_N / 2], const DIVISORS& divisors, const PLACES& places, u32 count) {
     const u32 lane = threadIdx.x & 31, warp = threadIdx.x / 32 & 3;
     // The lane's row of the matrices that move at once, and its chunk of 16 bytes: the first or the second of a pair of blocks.
     const u32 phase = STAGED_ROW == 128 ? lane & 7 : lane >> 1 & 3;
     const u32 own = places.slots + (16 * warp + (lane & 15)) * STAGED_ROW + ((lane >> 4 ^ phase) << 4);
+    RowSums rows[2 * PARTS] = {};  // of this lane's columns
+    const u32 columns = layout.first < layout.columns ? layout.columns - layout.first : 0;  // of the result from here on
 #pragma unroll
     for (int panel = 0; panel < STAGED_PANELS; ++panel) {
       const u32 use = count * STAGED_PANELS + panel;
@@ -66,8 +74,16 @@ struct StagedResults {
 #pragma unroll
           for (int j = 0; j < 4; ++j) {  // rows r and r + 8 of a block, then of the next
             const int element = 4 * (panel * BLOCKS + block + j / 2) + 2 * (j % 2);
-            const float acc[2] = {d[i][element], d[i][element + 1]};
-            r[j] = Epilogue::results(acc, fixed[(HELD ? panel * BLOCKS + block : 0) + j / 2], r[j]);
+            const int row = 2 * i + j % 2;
+            const float acc[2] = {divisors.quotient(d[i][element], row), divisors.quotient(d[i][element + 1], row)};
+            float made[2];
+            r[j] = Epilogue::results(acc, fixed[(HELD ? panel * BLOCKS + block : 0) + j / 2], r[j], made);
+            if constexpr (MOMENTS) {
+              if (8 * (panel * BLOCKS + block + j / 2) < columns) {  // which end with a block
+                add(rows[row], made[0]);
+                add(rows[row], made[1]);
+              }
+            }
           }
           store_matrix_x4(address, r);
         }
@@ -75,6 +91,10 @@ struct StagedResults {
       shared_writes_fence();
       __syncwarp();
       if (lane == 0) barrier_arrive(places.written + 8 * slot);
+    }
+    if constexpr (MOMENTS) {
+      const u32 tiles = (p.n + TILE_N - 1) / TILE_N, tile = layout.first / TILE_N;
+      if (tile < tiles) leave_row_factors<PARTS>(p, rows, layout.first_row - lane / 4, tile, tiles);  // one of a cluster may lie outside
     }
   }
 

@@ -74,12 +74,24 @@ struct OwnStores {
   using Results = EarlyEpilogue<Epilogue, Layout, CONSUMER_REGISTERS - RESERVED - ACCUMULATORS>;
 };
 
+// Rows of the first operand as they are; the other way is mma/divided_rows.cuh.
+struct WholeRows {
+  DEVICE void begin(const Params&, const Layout&) {}
+  DEVICE float quotient(float d, int) const { return d; }
+};
+template <class DIVISORS> DEVICE void divide(const DIVISORS& divisors, float (&d)[PARTS][TILE_N / 2]) {
+#pragma unroll
+  for (int i = 0; i < PARTS; ++i)
+#pragma unroll
+    for (int j = 0; j < TILE_N / 2; ++j) d[i][j] = divisors.quotient(d[i][j], 2 * i + j / 2 % 2);
+}
+
 // LOAD(p, row, step) is made for each tile of a, by its first row and first step; its call (p, destination, barrier, step) copies
 // the panels of a step of a, whose b begins at column LOAD::column_of_b(step). Steps come one after the other; UNROLL of them fit the
 // producer's registers at once. AHEAD rows of 32 columns of epilogue operands fit a consumer's, beside the accumulators, where partial
 // sums have been added.
-// STORES: who stores the results; the other way is mma/staging.cuh.
-template <class LOAD, class STORES = OwnStores> DEVICE void run_pipeline(const Params& p) {
+// STORES: who stores the results; the other way is mma/staging.cuh. DIVISORS: by what rows of accumulators are divided.
+template <class LOAD, class STORES = OwnStores, class DIVISORS = WholeRows> DEVICE void run_pipeline(const Params& p) {
   constexpr int READERS = CLUSTER * (COOPERATIVE ? CONSUMERS : 1);  // that a stage waits for
   static_assert(CLUSTER * CLUSTER_K == 1 || !LOAD::BATCHED, "");
   static_assert(CLUSTER_K == 1 || !STORES::STAGED, "");
@@ -155,14 +167,16 @@ template <class LOAD, class STORES = OwnStores> DEVICE void run_pipeline(const P
       const u32 column = first_column + tile.n * TILE_N, columns = first_column + p.n, row = tile.m * TILE_M + row0 + 16 * warp + lane / 4;
       const Layout layout(column, columns, first_row + row, first_row + p.m);
       typename STORES::Results epilogue;
+      DIVISORS divisors;
       if constexpr (!SPLIT && CLUSTER_K == 1) {  // while the other consumer multiplies
+        divisors.begin(p, layout);
         epilogue.begin_columns(p, layout);
         epilogue.begin(p, layout);
       }
+      Sum sums[PARTS][TILE_N / 2];
       // A barrier's parity says nothing two phases later: wait until the other consumer is through with the stages before.
       if (!COOPERATIVE && ordinal > 0) barrier_wait(turn + 8 * consumer, (ordinal - 1) / CONSUMERS & 1);
 
-      Sum sums[PARTS][TILE_N / 2];
       for (u32 step = 0; step < steps; ++step) {
         barrier_wait(full + 8 * stage, parity);
         const u64 offset = stage * (STAGE_BYTES >> 4);
@@ -208,12 +222,16 @@ template <class LOAD, class STORES = OwnStores> DEVICE void run_pipeline(const P
         // Partial sums need the registers first: a few operands at a time, of a place that is found again.
         const TileIndex again = own_tile(unknown(t), tiles_m, tiles_n);
         const u32 first = again.m * TILE_M + row0 + 16 * warp + lane / 4, first_of_columns = first_column + again.n * TILE_N;
+        const Layout found(first_of_columns, columns, first, p.m);
+        divisors.begin(p, found);
+        divide(divisors, d);
 #pragma unroll
         for (int i = 0; i < PARTS; ++i)
           emit_fragment<Epilogue, TILE_N / 8, LOAD::AHEAD>(p, d[i], 0, first + 64 * i, p.m, first_of_columns, columns);
       } else if constexpr (STORES::STAGED) {
-        epilogue.store(p, layout, d, STORES(ring, consumer), ordinal / TURNS);
+        epilogue.store(p, layout, d, divisors, STORES(ring, consumer), ordinal / TURNS);
       } else {
+        divide(divisors, d);
         epilogue.store(p, layout, d);
       }
     }

@@ -58,6 +58,12 @@ DEVICE float4 load_global_16(const float* p) {
   asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
   return v;
 }
+// The same for 8 bytes.
+DEVICE float2 load_global_8(const float2* p) {
+  float2 v;
+  asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
+  return v;
+}
 // Two words, a word, or half of one, where `condition` holds; without a branch, so that stores before and behind stay side by side.
 DEVICE void store_global_8_if(bool condition, u32* p, u32 v, u32 w) {
   asm volatile("{.reg .pred c; setp.ne.u32 c, %0, 0; @c st.global.v2.u32 [%1], {%2, %3};}"

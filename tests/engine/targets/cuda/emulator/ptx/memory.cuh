@@ -40,4 +40,8 @@ inline float4 load_global_16(const float* p) {
   if (reinterpret_cast<u64>(p) % 16) emulator::fail("a vector load from a misaligned address");
   return *reinterpret_cast<const float4*>(p);
 }
+inline float2 load_global_8(const float2* p) {
+  if (reinterpret_cast<u64>(p) % 8) emulator::fail("a vector load from a misaligned address");
+  return *p;
+}
 inline void fence_gpu() {}
