@@ -147,12 +147,19 @@ def execute(runner: Runner, plan: Plan, feeds: dict[str, Array]) -> dict[str, Ar
             memory[twins[tensor.buffer]] = memory[tensor.buffer]
         return replace(tensor, buffer=twins[tensor.buffer])
 
-    for step in (replace(step, inputs=tuple(map(handed_in, step.inputs))) for step in plan.steps):
+    def handed_out(tensor: Tensor) -> Tensor:
+        """A result that lies alone: what runs a single step has no arena."""
+        return replace(tensor, buffer=Buffer(tensor.buffer.name, BufferKind.OUTPUT, tensor.buffer.nbytes))
+
+    for planned in plan.steps:
+        step = replace(
+            planned, inputs=tuple(map(handed_in, planned.inputs)), outputs=tuple(map(handed_out, planned.outputs))
+        )
         lowered = family_of(step.op).lower(step, runner.context)
         for launch in lowered:
             assert runner.prepare(launch.kernel) is None
         results = runner.run(step, lowered, [np.ascontiguousarray(window(t, memory)) for t in step.inputs])
-        for tensor, array in zip(step.outputs, results, strict=True):
+        for tensor, array in zip(planned.outputs, results, strict=True):
             window(tensor, memory)[...] = array.reshape(tensor.shape)
     return {name: window(tensor, memory).copy() for name, tensor in plan.outputs.items()}
 
