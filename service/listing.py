@@ -29,7 +29,11 @@ class Listing:
 
     def unknown(self) -> list[str]:
         """Names of folders in the repository that nobody had loaded. Reads the disk."""
-        return [name for name in self._repository.names() if name not in self._models and name not in self._broken]
+        try:
+            names = self._repository.names()
+        except OSError as error:
+            raise NotServed(f"the repository's folder cannot be read: {error.strerror}; bring it back") from None
+        return [name for name in names if name not in self._models and name not in self._broken]
 
     def versions(self, name: str) -> list[ServedModel]:
         """The versions of one model, lowest first. Raises NotFound, or NotServed for a broken folder."""

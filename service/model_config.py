@@ -132,6 +132,8 @@ def read_model_config(path: Path) -> ModelConfig:
     """Read a model.toml; a missing file is all defaults. Raises ModelConfigError."""
     if not path.exists():
         return ModelConfig()
+    if not path.is_file():  # to open a pipe would wait for its writer
+        raise ModelConfigError(f"{path.name}: not a file; write the model's settings there or remove it")
     try:
         if path.stat().st_size > _MAX_TOML_BYTES:
             raise ModelConfigError(

@@ -173,6 +173,8 @@ def _only_onnx(folder: Path) -> Path:
 def _read_labels(path: Path) -> tuple[str, ...]:
     if not path.exists():
         return ()
+    if not path.is_file():  # to open a pipe would wait for its writer
+        raise ModelConfigError(f"{path.name}: not a file; write one label a line")
     if path.stat().st_size > _MAX_LABELS_BYTES:
         raise ModelConfigError(
             f"{path.name}: the file is over {_MAX_LABELS_BYTES} bytes; it should have a label a line"

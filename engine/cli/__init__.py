@@ -23,7 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = commands.add_parser(module.NAME, help=module.HELP, description=module.HELP)
         command.add_argument("model", help="the .onnx file")
         command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-        command.add_argument("--precision", default="auto", help="auto, fp32, tf32, fp16 or bf16; what a device has (default: %(default)s)")
+        command.add_argument(
+            "--precision",
+            default="auto",
+            help="auto, fp32, tf32, fp16 or bf16; what a device has (default: %(default)s)",
+        )
         command.add_argument("--threads", type=int, default=None, help="CPU threads (default: all cores)")
         command.add_argument(
             "--packed",

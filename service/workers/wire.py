@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import ml_dtypes  # noqa: F401 (names bfloat16 to NumPy; a front end has no engine to do so)
 import numpy as np
 import orjson
 from numpy.typing import NDArray

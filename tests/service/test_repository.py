@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from service.model import ServedModel
+from service.repository import Repository
 from tests.service.conftest import Client, Process, Running, Start, add_model, error_of, get, sample, wait_for
 from tests.service.fakes import FakeModel
 
@@ -307,3 +308,23 @@ def test_a_change_ends_when_the_engine_process_does(start: Start, tmp_path: Path
     assert change(server, "identity", "load").status_code == 200
     assert server.identity([1, 2, 3, 4]).status_code == 200
     assert sample(server.client.get("/metrics").text, "engine_process_restarts_total") == 1
+
+
+@pytest.mark.parametrize("name", ["model.toml", "labels.txt"])
+def test_a_pipe_in_a_model_folder_is_refused(tmp_path: Path, name: str) -> None:
+    """To open one waits until somebody writes: nobody may."""
+    folder = tmp_path / "piped"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(b"x")
+    os.mkfifo(folder / name)
+    found = Repository(tmp_path).find("piped")
+    assert found is not None
+    assert found.problem.startswith(f"{name}: not a file")
+
+
+def test_a_repository_that_is_gone_is_no_internal_error(start: Start, repository: Path) -> None:
+    server = start(repository)
+    repository.rename(repository.with_name("away"))
+    answer = server.client.post("/v2/repository/index")
+    assert answer.status_code == 503
+    assert "folder cannot be read" in answer.json()["error"]

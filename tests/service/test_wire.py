@@ -6,6 +6,8 @@ import contextlib
 import os
 import random
 import struct
+import subprocess
+import sys
 from typing import Any, get_args
 
 import ml_dtypes
@@ -276,3 +278,10 @@ def test_counters_go_on_where_the_last_process_ended() -> None:
     assert counters.report(StatsReport(4, (counted(1),))).models[0].kernels[0].launches == 15
     counters.forget(KEY)
     assert counters.report(StatsReport(5, (counted(1),))).models[0].kernels[0].launches == 1
+
+
+def test_a_process_without_an_engine_knows_every_type() -> None:
+    """NumPy knows bfloat16 once somebody has imported ml_dtypes; a front end has no engine that does."""
+    code = "import numpy, service.frontend, service.workers.wire; print(numpy.dtype('bfloat16').name)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "bfloat16\n", done.stderr
