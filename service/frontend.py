@@ -57,7 +57,7 @@ class FrontEnd:
 
     def __init__(self, number: int, end: socket.socket, connections: socket.socket) -> None:
         self.number = number
-        self.transport: Transport = GuestTransport(connections)
+        self.transport: Transport = GuestTransport(connections, self._reconnect)
         self._end = end
         self._peer = Peer(self._answer)
         self.siblings: Siblings = Others(self._peer)
@@ -81,6 +81,10 @@ class FrontEnd:
             await serving.apply(Action.of(region))
         self._started.set()
         await serving.models.wait_for(served, _LATEST_S)
+
+    def _reconnect(self, connection: int) -> None:
+        """A connection to the engine process has ended."""
+        self._peer.tell("reconnect", connection)
 
     def settled(self) -> None:
         """No model is loading any more, or one is gone: what is served now is what a front end to come waits for."""

@@ -50,6 +50,7 @@ class _Slot:
     peer: Peer | None = None
     connections: socket.socket | None = None
     connected_to: socket.socket | None = None
+    connection: int = 0
     has_served: bool = False
     last: Snapshot | None = None
 
@@ -150,11 +151,12 @@ class Supervisor:
         if self._attach is None or slot.connections is None or slot.connected_to is self._attach:
             return
         slot.connected_to = self._attach
+        slot.connection += 1
         near, far = socket.socketpair()
         regions = [create_region(self._settings.transfer_bytes) for _ in range(2)]
         try:
             socket.send_fds(self._attach, [b"%d" % slot.number], [far.fileno(), *regions])
-            socket.send_fds(slot.connections, [b"0"], [near.fileno(), *regions])
+            socket.send_fds(slot.connections, [b"%d" % slot.connection], [near.fileno(), *regions])
         except OSError as error:  # one of both has just ended, and its successor will be connected
             log.info("front end %d is not connected: %s", slot.number, error)
         finally:
@@ -233,6 +235,11 @@ class Supervisor:
             return {"unloaded": sorted(self._changes.unloaded), "regions": regions, "served": self._served}
         if kind == "served":
             self._served, slot.has_served = content, True
+            return None
+        if kind == "reconnect":
+            if content == slot.connection:  # else there is a later one already
+                slot.connected_to = None
+                self._connect(slot)
             return None
         others = [other for other in self._slots if other is not slot and other.peer is not None]
         if kind == "describe":

@@ -117,17 +117,25 @@ class Child:
 
     def _take_in(self) -> None:
         """Connections of front ends, as they come."""
+        threads: dict[int, threading.Thread] = {}
         while True:
             data, descriptors, _, _ = socket.recv_fds(self._attach, 64, 3)
             if not data:
                 return
             client = Client(int(data), Connection(*descriptors))
-            with self._lock:
-                self._books.clients[client.number] = client
-            threading.Thread(target=self._serve, args=(client,), name=f"client {client.number}", daemon=True).start()
+            threads = {number: thread for number, thread in threads.items() if thread.is_alive()}
+            before = threads.get(client.number)
+            arguments, name = (client, before), f"client {client.number}"
+            threads[client.number] = threading.Thread(target=self._serve, args=arguments, name=name, daemon=True)
+            threads[client.number].start()
 
-    def _serve(self, client: Client) -> None:
-        """One front end to its end: what it asked for is dropped, what it held is let go."""
+    def _serve(self, client: Client, before: threading.Thread | None) -> None:
+        """One front end's connection to its end: what it asked for is dropped, what it held is let go. The thread of
+        its connection before, if any, does so first."""
+        if before is not None:
+            before.join()
+        with self._lock:
+            self._books.clients[client.number] = client
         releasing = threading.Thread(target=self._release, args=(client,), name="release", daemon=True)
         releasing.start()
         try:

@@ -1,5 +1,6 @@
 """A worker that several front ends share: this end's connections come from the supervisor, one after the other as
-engine processes live and die. Event loop only; what is said to the worker is in remote.py.
+engine processes live and die, or as this end asks for another one. Event loop only; what is said to the worker is in
+remote.py.
 """
 
 import asyncio
@@ -12,13 +13,18 @@ from service.workers.messages import Report
 from service.workers.remote import RemoteTransport
 from service.workers.shared_memory import map_region
 
+_PAUSE_S = 0.1  # before another connection is asked for: an engine process that dies takes a moment to be seen to
+
 
 class GuestTransport(RemoteTransport):
-    """One front end's way to the engine process. `connections` is where the supervisor's descriptors arrive."""
+    """One front end's way to the engine process. `connections` is where the supervisor's descriptors arrive, with the
+    number of the connection, which `on_end` gets when it has ended. Where the engine process lives on (it said what
+    this process cannot read, or could not read what this one said), nobody else can know that another is needed."""
 
-    def __init__(self, connections: socket.socket) -> None:
+    def __init__(self, connections: socket.socket, on_end: Callable[[int], None]) -> None:
         super().__init__()
         self._connections = connections
+        self._on_end = on_end
         self._waiter: asyncio.Task[None] | None = None
 
     def start(self, receive: Callable[[Report], None]) -> None:
@@ -37,10 +43,8 @@ class GuestTransport(RemoteTransport):
     async def _wait(self) -> None:
         """One connection after the other."""
         loop = asyncio.get_running_loop()
-        while True:
-            connection = await self._next()
-            if connection is None:  # the supervisor is gone, and this process goes, too
-                return
+        while (found := await self._next()) is not None:  # None: the supervisor is gone, and this process goes, too
+            number, connection = found
             requests, answers = map_region(connection.requests), map_region(connection.answers)
             for descriptor in (connection.requests, connection.answers):
                 os.close(descriptor)
@@ -54,8 +58,9 @@ class GuestTransport(RemoteTransport):
             finally:
                 watch.cancel()
                 self._lost()
+            loop.call_later(_PAUSE_S, self._on_end, number)
 
-    async def _next(self) -> Connection | None:
+    async def _next(self) -> tuple[int, Connection] | None:
         loop = asyncio.get_running_loop()
         readable = asyncio.Event()
         loop.add_reader(self._connections.fileno(), readable.set)
@@ -64,4 +69,4 @@ class GuestTransport(RemoteTransport):
         finally:
             loop.remove_reader(self._connections.fileno())
         data, descriptors, _, _ = socket.recv_fds(self._connections, 64, 3)
-        return Connection(*descriptors) if data else None
+        return (int(data), Connection(*descriptors)) if data else None

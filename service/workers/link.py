@@ -31,6 +31,8 @@ class Link(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._read: deque[int] = deque()
+        self.fault = ""
+        """What of the other side's could not be read, where that has ended the connection."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """The socket is ours."""
@@ -42,7 +44,7 @@ class Link(asyncio.Protocol):
             for text, payload in self._frames.feed(data):
                 self._on_message(decode_report(text, payload, self._leases))
         except WireError as error:
-            log.error("the engine process sends nonsense: %s", error)
+            self.fault = f"what it says cannot be read: {error}"
             self.close()
 
     def connection_lost(self, error: Exception | None) -> None:

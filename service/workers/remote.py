@@ -95,7 +95,7 @@ class RemoteTransport:
     def _answer_alone(self, command: Command) -> None:
         match command:
             case Infer():
-                reason = "the engine process is being restarted"
+                reason = f"the engine process is being {'restarted' if self._begun else 'started'}"
                 self._deliver(InferFailed(command.id, FailureCode.WORKER_LOST, reason, 1.0))
             case Stats():
                 self._deliver(self._counters.report(StatsReport(command.id, ())))
@@ -204,13 +204,15 @@ class RemoteTransport:
         """The worker lives; one batch has been running for so long."""
 
     def _lost(self) -> None:
-        """The socket has ended, and the worker with it or soon."""
+        """The socket has ended, and the worker with it or soon, unless it is shared."""
+        fault = self._link.fault if self._link is not None else ""
         self._link = self._blocks = None
         self._counters.retire()
         if self._stopped:
             return
-        cause = f": {self._last_words}" if self._last_words else ""
-        reason = f"the engine process ended unexpectedly{cause}"
+        what = "the connection to the engine process broke" if fault else "the engine process ended unexpectedly"
+        cause = fault or self._last_words
+        reason = f"{what}: {cause}" if cause else what
         next_ = "the server is shutting down" if self._stopping else "it is being restarted"
         for request in sorted(self._in_flight):
             self._deliver(InferFailed(request, FailureCode.WORKER_LOST, f"{reason}; {next_}", 1.0))

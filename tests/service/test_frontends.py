@@ -411,6 +411,27 @@ def test_an_engine_process_that_stands_still_makes_every_front_end_unready(fleet
     assert fleet.engine() == engine
 
 
+def test_an_answer_that_cannot_be_read_costs_a_front_end_its_connection_and_no_process(
+    fleet: Fleet, root: Path
+) -> None:
+    """The engine process lives on; the front end asks the supervisor for another connection."""
+    engine, front_ends = fleet.engine(), fleet.front_ends()
+    add_model(root, "garbling", "garbling")
+    try:
+        assert fleet.ask("POST", "/v2/repository/models/garbling/load").status_code == 200
+        fleet.wait_everywhere("/v2/models/garbling/ready", 200)
+        for _ in range(4):
+            lost = fleet.identity([13.0] * 4, None, "garbling")
+            assert lost.status_code == 503 and "cannot be read" in lost.json()["error"], lost.text
+            fleet.wait_everywhere("/v2/health/ready", 200)
+            fleet.wait_everywhere("/v2/models/garbling/ready", 200)
+            assert {fleet.identity([1.0] * 4).status_code for _ in range(12)} == {200}
+        assert (fleet.engine(), fleet.front_ends()) == (engine, front_ends)
+    finally:
+        shutil.rmtree(root / "garbling")
+        fleet.ask("POST", "/v2/repository/models/garbling/unload")
+
+
 def test_a_front_end_that_dies_has_its_queued_work_dropped(fleet: Fleet) -> None:
     """What waits for a client of it is dropped before compute; the others' requests go on."""
     victims = fleet.front_ends()

@@ -25,6 +25,7 @@ import pytest
 
 from service import app
 from service.settings import Settings
+from service.workers.clients import first_id
 from service.workers.engine_api import import_path, real_engine
 from service.workers.guest import GuestTransport
 from service.workers.messages import (
@@ -32,6 +33,8 @@ from service.workers.messages import (
     FailureCode,
     Infer,
     InferFailed,
+    InferResult,
+    LoadFailed,
     LoadModel,
     LocalTensor,
     ModelKey,
@@ -46,6 +49,7 @@ from service.workers.messages import (
 from service.workers.process import ProcessOptions, ProcessTransport
 from service.workers.shared_memory import create_region
 from service.workers.transport import LocalTransport
+from service.workers.wire import WireError, decode_report
 from tests.service.conftest import Process, Running, Start, add_model, error_of, get, post, wait_for
 from tests.service.fakes import WIDTH, FakeEngine
 
@@ -462,17 +466,28 @@ def children(parent: int) -> list[int]:
 
 
 def connect(attach: socket.socket, number: int) -> tuple[GuestTransport, socket.socket]:
-    """A front end's transport to the process behind `attach`, and the end that keeps it there."""
+    """A front end's transport to the process behind `attach`, and the end that keeps it there. It has another
+    connection whenever one has ended, as long as there is that end."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def again(connection: int) -> None:
+        if ours.fileno() != -1:
+            join(attach, number, ours, connection + 1)
+
+    join(attach, number, ours, 1)
+    return GuestTransport(theirs, again), ours
+
+
+def join(attach: socket.socket, number: int, end: socket.socket, connection: int) -> None:
+    """Bring the process behind `attach` and the front end behind `end` together, as the supervisor does."""
     near, far = socket.socketpair()
     regions = [create_region(1 << 20) for _ in range(2)]
     socket.send_fds(attach, [b"%d" % number], [far.fileno(), *regions])
-    socket.send_fds(ours, [b"0"], [near.fileno(), *regions])
-    for end in (near, far):
-        end.close()
+    socket.send_fds(end, [b"%d" % connection], [near.fileno(), *regions])
+    for side in (near, far):
+        side.close()
     for region in regions:
         os.close(region)
-    return GuestTransport(theirs), ours
 
 
 def test_a_front_end_has_a_model_back_that_others_held_meanwhile(tmp_path: Path) -> None:
@@ -505,6 +520,70 @@ def test_a_front_end_has_a_model_back_that_others_held_meanwhile(tmp_path: Path)
             for transport, kept in connected:
                 transport.close()
                 kept.close()
+            process.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_front_end_that_cannot_read_what_a_model_says_serves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine process lives on and knows nothing of it. A model that always does so is given up; an answer that
+    does so once costs what was in flight."""
+    commands = {
+        name: LoadModel(ModelKey(name, 1), str(add_model(tmp_path, name, "identity") / "1" / "model.onnx"), "cpu",
+                        "auto", None, BatchingOptions(), None)
+        for name in ("good", "odd")
+    }  # fmt: skip
+    unreadable: list[type[Report]] = []
+
+    def decode(text: bytes, payload: bytes, leases: Any) -> Any:
+        report = decode_report(text, payload, leases)
+        if isinstance(report, ModelReady) and report.key.name == "odd":
+            raise WireError("no such type")
+        if type(report) in unreadable:
+            unreadable.remove(type(report))
+            raise WireError("no such type")
+        return report
+
+    monkeypatch.setattr("service.workers.link.decode_report", decode)
+
+    async def scenario() -> None:
+        async with asyncio.timeout(60):
+            attached: asyncio.Future[socket.socket] = asyncio.get_running_loop().create_future()
+            process = ProcessTransport(ProcessOptions(import_path(FakeEngine), 1 << 20), attached.set_result)
+            process.start(lambda report: None)
+            reports: asyncio.Queue[Report] = asyncio.Queue()
+            transport, kept = connect(await attached, 1)
+            transport.start(reports.put_nowait)
+            pid = process.pid
+
+            async def until(*kinds: type[Report]) -> Report:
+                while not isinstance(report := await reports.get(), kinds):
+                    pass
+                return report
+
+            async def answer(number: int) -> Report:
+                row, now = LocalTensor(np.ones((1, 4), np.float32)), time.monotonic()
+                key = commands["good"].key
+                transport.send(Infer(first_id(1) + number, key, (("input", row),), ("output",), (), now, now + 60, 50))
+                return await until(InferResult, InferFailed)
+
+            transport.send(commands["good"])
+            await until(ModelReady)
+            transport.send(commands["odd"])
+            given_up = await until(LoadFailed)
+            assert isinstance(given_up, LoadFailed) and given_up.key.name == "odd"
+            await until(ModelReady)
+            unreadable.append(InferResult)
+            failed = await answer(1)
+            assert isinstance(failed, InferFailed) and failed.code is FailureCode.WORKER_LOST
+            assert "cannot be read" in failed.reason
+            await until(ModelReady)
+            assert isinstance(await answer(2), InferResult)
+            assert process.pid == pid, "which has not ended"
+            kept.close()
+            transport.close()
             process.close()
 
     asyncio.run(scenario())
