@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,6 +22,9 @@ LATE = (1, 2)
 """What latecomers are chosen by."""
 
 
+Item = TypeVar("Item")
+
+
 def check(runner: Runner, cases: list[Case]) -> None:
     failures = run_cases(runner, cases)
     assert not failures, f"{len(failures)} of {len(cases)} failed\n" + "\n".join(failures[:12])
@@ -32,6 +37,11 @@ def check_late(runner: Runner, cases: list[Case]) -> None:
         for number in LATE:
             with runner.with_latecomers(number):
                 check(runner, cases)
+
+
+def thinned(runner: Runner, items: Sequence[Item], every: int = 2, first: int = 0) -> Sequence[Item]:
+    """All of the items on a GPU; some of them in the emulator, where each is a kernel to compile for seconds."""
+    return items[first % every :: every] if isinstance(runner, EmulatedRunner) else items
 
 
 def rng_of(name: str) -> np.random.Generator:

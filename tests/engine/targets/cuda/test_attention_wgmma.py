@@ -20,7 +20,7 @@ from engine.targets.cuda.attention_wgmma_tiles import candidates, cycles
 from engine.targets.cuda.covering import ACC, F16, F32, make_step
 from engine.targets.cuda.kernel import Context, Instruction, WeightStore, workspace
 from tests.engine.targets.cuda.attention_cases import ROUNDING, operand, result
-from tests.engine.targets.cuda.cases import check, ragged, rng_of
+from tests.engine.targets.cuda.cases import check, ragged, rng_of, thinned
 from tests.engine.targets.cuda.harness import Case, Runner
 
 KINDS = {"f16": F16, "bf16": DType.BF16}
@@ -72,7 +72,7 @@ def test_rings_wrap_around(hopper: Runner, count: int) -> None:
     for head, causal in ((32, False), (64, True), (64, False), (80, False), (128, True), (192, False), (256, True)):
         heads: tuple[DType, tuple[int, ...]] = (F16, (1, 2, 450, head))
         step = make_step(Attention(head**-0.5, causal, stores=(cv.stored(ACC),)), [heads, heads, heads])
-        for tile in candidates(work_of(step)):
+        for tile in thinned(hopper, candidates(work_of(step)), first=len(cases)):
             case = Case(f"{head} {causal=} {tile}", step, 450, lowered=[launch_attention(step, tile, context)])
             cases.append(case)
     check(hopper, cases)
@@ -83,7 +83,7 @@ def test_maxima_that_grow_from_tile_to_tile(hopper: Runner) -> None:
     some or in none; rows whose first tiles are hidden altogether."""
     cases = []
     rng = rng_of("growth")
-    for head, dtype in ((64, F16), (128, F16), (128, DType.BF16), (256, F16)):
+    for head, dtype in thinned(hopper, ((64, F16), (128, F16), (128, DType.BF16), (256, F16))):
         shape = (1, 2, 530, head)
         for i, (rises, most, biased) in enumerate(product((False, True), (30.0, 300.0), (False, True))):
             slope = np.linspace(0.0, most, 530)[:: 1 if rises else -1]
@@ -312,7 +312,7 @@ def test_rings_wrap_around_in_windows(hopper: Runner) -> None:
         step = make_step(op, [heads, heads, heads])
         cases += [
             Case(f"{head} {causal=} {window=} {tile}", step, 450, lowered=[launch_attention(step, tile, context)])
-            for tile in candidates(work_of(step))
+            for tile in thinned(hopper, candidates(work_of(step)), first=len(cases))
         ]
     check(hopper, cases)
 

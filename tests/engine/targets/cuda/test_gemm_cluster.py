@@ -14,7 +14,7 @@ from engine.targets.cuda.gemm import needs_staged, operands_of, other_tiles, pic
 from engine.targets.cuda.kernel import TensorMap
 from engine.targets.cuda.product_cost import Way
 from engine.targets.cuda.tiles import CLUSTER_TILES, PRODUCT_TILES, STAGED_TILES, Operands, WgmmaTile
-from tests.engine.targets.cuda.cases import check, check_late
+from tests.engine.targets.cuda.cases import check, check_late, thinned
 from tests.engine.targets.cuda.emulator.runner import EmulatedRunner
 from tests.engine.targets.cuda.harness import Case, Runner
 from tests.engine.targets.cuda.test_gemm import EXACT, launched
@@ -33,7 +33,7 @@ def test_products_of_several_tiles_a_block_in_pairs(hopper: Runner, k: int) -> N
     if isinstance(hopper, EmulatedRunner):
         sizes = ((300, 264),) if k < 600 else ((130, 8),)
     cases = []
-    for i, tile in enumerate(CLUSTER_TILES):
+    for i, tile in enumerate(thinned(hopper, CLUSTER_TILES, first=k // 200)):
         for m, n in sizes:
             name = ("residual", "bias gelu", "plain")[i % 3]
             step = step_of(m, n, k, name)
