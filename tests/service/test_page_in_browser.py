@@ -118,7 +118,7 @@ def test_a_picture_gets_its_label_and_sentences_their_matrix(tab: Tab, photos: M
     first = page.locator("#image-answer li").first
     expect(first.locator(".name")).to_have_text("espresso")
     share = first.locator(".share").inner_text()
-    assert 80 <= int(share.removesuffix(" %")) <= 100
+    assert 80 <= int(share.removesuffix("\N{NO-BREAK SPACE}%")) <= 100
     widths = page.locator(".labels .bar > span").evaluate_all("bars => bars.map(bar => bar.offsetWidth)")
     assert widths == sorted(widths, reverse=True) and widths[0] > 10 * widths[1]
     expect(page.locator("#image-answer .note")).to_contain_text("compute")
@@ -331,6 +331,41 @@ def test_nobody_is_kept_from_using_it(tab: Tab, photos: Mapping[str, Path]) -> N
     page.click("#key-open")
     expect(page.locator("#key-value")).to_be_focused()
     assert_accessible(page)
+
+
+@pytest.mark.parametrize("tab", [{"viewport": PHONE}, {}], ids=["phone", "wide"], indirect=True)
+def test_a_matrix_of_many_sentences_can_be_read(tab: Tab) -> None:
+    page = tab.open()
+    compare_sentences(page, ["A very long sentence. " * 15, *(f"This is sentence number {i}." for i in range(11))])
+    wider = "cells => cells.filter(cell => cell.scrollWidth > cell.clientWidth).map(cell => cell.textContent)"
+    assert page.locator(".matrix td, .matrix th").evaluate_all(wider) == [], "numbers lie over their neighbours"
+    assert page.evaluate(_TOO_WIDE) == []
+    left, width, height = "e => e.getBoundingClientRect().left", "e => e.clientWidth", "e => e.offsetHeight"
+    place, names = page.locator(".matrix-scroll"), page.locator(".matrix tbody th")
+    assert names.first.evaluate(height) < 4.5 * names.nth(1).evaluate(height), "a long one takes a part of the table"
+    assert names.first.inner_text().count("A very long sentence.") == 15, "and is read aloud as it is"
+    place.evaluate("e => e.scrollLeft = 10_000")
+    assert names.first.evaluate(left) == pytest.approx(place.evaluate(left), abs=1), "sentences stay"
+    assert page.locator(".matrix caption span").evaluate(width) <= place.evaluate(width)
+    last = page.locator(".matrix tbody tr").first.locator("td").last.bounding_box()
+    assert last is not None and last["x"] + last["width"] <= place.evaluate("e => e.getBoundingClientRect().right") + 1
+    assert_accessible(page)
+
+
+@pytest.mark.parametrize("tab", [{"viewport": PHONE}, {}], ids=["phone", "wide"], indirect=True)
+@pytest.mark.parametrize("model", [CLASSIFIER, ENCODER])
+def test_nothing_lies_over_the_names_of_ceilings_and_plans(tab: Tab, model: str) -> None:
+    page = tab.open()
+    page.select_option("#kernels-model", model)
+    expect(page.locator("#plan-caption")).to_contain_text(model)
+    boxes = "nodes => nodes.map(n => n.getBoundingClientRect()).map(b => [b.left, b.right, b.top, b.bottom])"
+    dots = page.locator(".dot").evaluate_all(boxes)
+    for name in page.locator(".ceiling-text").evaluate_all(boxes):
+        hidden = [d for d in dots if d[0] < name[1] and name[0] < d[1] and d[2] < name[3] and name[2] < d[3]]
+        assert hidden == []
+    (caption,) = page.locator("#plan-caption").evaluate_all(boxes)
+    (place,) = page.locator(".table-scroll").evaluate_all(boxes)
+    assert place[0] <= caption[0] + 1 and caption[1] <= place[1] + 1
 
 
 def test_a_profile_without_times_or_ceilings_is_said_and_drawn(tab: Tab) -> None:
