@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         "--settle", type=float, default=1.5, help="seconds before a stage counts (default: %(default)s)"
     )
     parser.add_argument(
-        "--most-users", type=int, default=64, help="where a ramp ends at the latest (default: %(default)s)"
+        "--most-users", type=int, default=256, help="where a ramp ends at the latest (default: %(default)s)"
     )
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "load", help="a folder (default: build/load)")
     return parser

@@ -82,7 +82,10 @@ def _verdict(stages: Sequence[Stage], point: Stage) -> str:
     users, latency = _users(point.users), f"p50 {_ms(point.percentile(50))}, p99 {_ms(point.percentile(99))}"
     found = f"{_rate(point.rate)} requests/s with {users}, {latency}"
     if not is_saturated(stages):
-        return f"**Not saturated** by {_users(last.users)}: {found}, and more users might get more."
+        rest = ", and more users might get more."
+        if last is not most:
+            rest = f". {_users(last.users)} get {_rate(last.rate)}/s, no more; the ramp ended before it was sure."
+        return f"**Not saturated** by {_users(last.users)}: {found}{rest}"
     return (
         f"**Saturated at {users}**: {found}. That is {ENOUGH:.0%} or more of the most seen, {_rate(most.rate)}/s with "
         f"{most.users}. Beyond it users wait for each other: {last.users} get {_rate(last.rate)}/s with a p99 of "

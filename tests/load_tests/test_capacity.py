@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from xml.etree import ElementTree
@@ -129,6 +129,21 @@ def test_the_report_names_the_saturation_point(written: Path) -> None:
     assert "| conv | Conv | m | 12.5 | 100% | 50 G | 5 G | 50% |" in text
     assert "**Failed 3 times:** wrong <label>" in text
     assert "after **4.0 s**" in text  # every answer after the burst took longer than before
+
+
+@pytest.mark.parametrize(
+    ("rates", "said"),
+    [
+        ((50, 90, 120), "and more users might get more."),
+        ((50, 90, 100, 95), "100 requests/s with 4 users, p50 10.0 ms, p99 10.0 ms. 8 users get 95.0/s, no more; the"),
+    ],
+)
+def test_a_ramp_that_ended_early_says_what_it_saw(tmp_path: Path, rates: Sequence[float], said: str) -> None:
+    stages = [stage(2**i, rate) for i, rate in enumerate(rates)]
+    write(blocks("Title", [], [Scenario("images", "Photos.", stages)], {"m": CEILINGS}), tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert f"**Not saturated** by {2 ** (len(rates) - 1)} users: " in text and said in text
+    assert f"| images | not by {2 ** (len(rates) - 1)} users |" in text
 
 
 def test_both_forms_of_the_report_say_the_same(written: Path) -> None:
