@@ -227,7 +227,7 @@ function ceilings(scale, device, spots) {
 function covers(spot, [x, y], width) {
   const beside = spot.x - Math.min(Math.max(spot.x, x), x + width);
   const above = spot.y - Math.min(Math.max(spot.y, y - 12), y + 4);
-  return Math.hypot(beside, above) < spot.r + 2;
+  return Math.max(Math.abs(beside), Math.abs(above)) < spot.r + 2;
 }
 
 function share({ series, step }) {

@@ -359,8 +359,11 @@ def test_nothing_lies_over_the_names_of_ceilings_and_plans(tab: Tab, model: str)
     page.select_option("#kernels-model", model)
     expect(page.locator("#plan-caption")).to_contain_text(model)
     boxes = "nodes => nodes.map(n => n.getBoundingClientRect()).map(b => [b.left, b.right, b.top, b.bottom])"
-    dots = page.locator(".dot").evaluate_all(boxes)
-    for name in page.locator(".ceiling-text").evaluate_all(boxes):
+    # Together: the plot is drawn anew when there are new times.
+    both = f"() => ['.dot', '.ceiling-text'].map(one => ({boxes})([...document.querySelectorAll(one)]))"
+    dots, names = page.evaluate(both)
+    assert len(dots) > 40 and len(names) == 3
+    for name in names:
         hidden = [d for d in dots if d[0] < name[1] and name[0] < d[1] and d[2] < name[3] and name[2] < d[3]]
         assert hidden == []
     (caption,) = page.locator("#plan-caption").evaluate_all(boxes)
@@ -401,6 +404,18 @@ def test_a_profile_without_times_or_ceilings_is_said_and_drawn(tab: Tab) -> None
     page.select_option("#kernels-version", "1")
     expect(page.locator("#plan-caption")).to_contain_text("version 1")
     tab.complaints.clear()  # the 404s
+
+
+@pytest.mark.parametrize(
+    "tab", [{}, {"color_scheme": "dark", "viewport": PHONE}], ids=["wide and light", "phone and dark"], indirect=True
+)
+def test_nobody_is_kept_from_the_api_s_page(tab: Tab) -> None:
+    page = tab.page
+    page.goto(f"{tab.origin}/docs")
+    assert page.locator("details").count() > 30
+    page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
+    assert page.evaluate(_TOO_WIDE) == []
+    assert_accessible(page)
 
 
 def test_everything_is_reached_by_keyboard(tab: Tab) -> None:
