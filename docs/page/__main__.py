@@ -129,7 +129,7 @@ def _compare(page: Page) -> None:
 def _phone(page: Page) -> None:
     _choose_model(page)
     page.locator("#plan-table tbody tr").first.click()
-    _store(page, "phone", _part(page, 1000))
+    _store(page, "phone", _part(page, 955))
 
 
 def _choose_model(page: Page) -> None:
