@@ -54,7 +54,7 @@ def kernels() -> dashboard.Dashboard:
         lines("Time by kernel", "Seconds in kernels a second.", [(_done("seconds"), _EACH)], units.PercentUnit,
               stacked=True, span=12),
         lines("Time above the floor", "Seconds a second that the ceilings do not ask for: what a better kernel would "
-              "win.", [(f"{_TIME} - {_FLOOR}", _EACH)], units.PercentUnit, stacked=True, span=12),
+              "win.", [(f"clamp_min({_TIME} - {_FLOOR}, 0)", _EACH)], units.PercentUnit, stacked=True, span=12),
         lines("FLOP rate", "Over the time it ran.", [(f"{_done('flops')} / {_SECONDS}", _EACH)],
               units.FlopsPerSecond),
         lines("Byte rate", "Over the time it ran.", [(f"{_done('bytes')} / {_SECONDS}", _EACH)],

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,18 +65,22 @@ def _ask(url: str, path: str, body: bytes, kind: str) -> None:
 
 @contextmanager
 def _load(url: str, photo: Path) -> Iterator[None]:
-    """Two users, one for pictures and one for sentences, who pause between requests."""
+    """Two users, one for pictures and one for sentences, who pause between requests. Pictures go to both versions in
+    turn, which are compared afterwards: under the same load."""
     done = threading.Event()
 
-    def ask(path: str, body: bytes, kind: str) -> None:
-        while not done.wait(0.05):
+    def ask(paths: Sequence[str], body: bytes, kind: str) -> None:
+        for path in itertools.cycle(paths):
+            if done.wait(0.05):
+                return
             _ask(url, path, body, kind)
 
     texts = json.dumps({"text": SENTENCES[:2]}).encode()
+    versions = [f"{_CLASSIFIER}/images?version={version}" for version in (2, 1)]
     with ThreadPoolExecutor(2) as pool:
         users = [
-            pool.submit(ask, f"{_CLASSIFIER}/images", photo.read_bytes(), "image/jpeg"),
-            pool.submit(ask, f"{_ENCODER}/tokens", texts, "application/json"),
+            pool.submit(ask, versions, photo.read_bytes(), "image/jpeg"),
+            pool.submit(ask, [f"{_ENCODER}/tokens"], texts, "application/json"),
         ]
         try:
             yield
@@ -125,7 +129,7 @@ def _compare(page: Page) -> None:
 def _phone(page: Page) -> None:
     _choose_model(page)
     page.locator("#plan-table tbody tr").first.click()
-    _store(page, "phone", _part(page, 1000))
+    _store(page, "phone", _part(page, 955))
 
 
 def _choose_model(page: Page) -> None:

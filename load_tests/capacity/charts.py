@@ -64,7 +64,8 @@ def line_chart(title: str, x: str, y: str, lines: Sequence[Line], log_y: bool = 
     highs = [py for _, py in points if py > 0] or [1.0]
     across = _Scale(0.0, high_x, _LEFT, _WIDTH - _RIGHT, log=False)
     low = _below(min(highs)) if log_y else 0.0
-    up = _Scale(low, _above(max(highs)) if log_y else max(highs) * 1.08, _HEIGHT - _BOTTOM, _TOP, log_y)
+    high = max(_above(max(highs)), 2 * low) if log_y else max(highs) * 1.08  # all values may be the same
+    up = _Scale(low, high, _HEIGHT - _BOTTOM, _TOP, log_y)
     parts = _frame(title, x, y, up)
     parts += [_text(across(tick), _HEIGHT - _BOTTOM + 16, _number(tick), "middle", "soft") for tick in across.ticks()]
     if mark is not None:

@@ -48,6 +48,11 @@ class Driver:
     def stage(self, users: int, seconds: float, settle: float) -> Stage:
         """Have so many users, wait until they have settled, and look at what they get. Raises OSError where the server
         does not say what it does."""
+        while self._runner.user_count > users:  # who is too many goes at once; locust would let them go one by one
+            self._runner.start(max(users, self._runner.user_count - _MOST_SPAWNED), _MOST_SPAWNED)
+            going = self._runner.spawning_greenlet
+            assert going is not None
+            going.join()
         self._runner.start(users, spawn_rate=min(users, _MOST_SPAWNED))
         gevent.sleep(settle)
         before, asked = self._scrape()

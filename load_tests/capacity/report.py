@@ -82,7 +82,10 @@ def _verdict(stages: Sequence[Stage], point: Stage) -> str:
     users, latency = _users(point.users), f"p50 {_ms(point.percentile(50))}, p99 {_ms(point.percentile(99))}"
     found = f"{_rate(point.rate)} requests/s with {users}, {latency}"
     if not is_saturated(stages):
-        return f"**Not saturated** by {_users(last.users)}: {found}, and more users might get more."
+        rest = ", and more users might get more."
+        if last is not most:
+            rest = f". {_users(last.users)} get {_rate(last.rate)}/s, no more; the ramp ended before it was sure."
+        return f"**Not saturated** by {_users(last.users)}: {found}{rest}"
     return (
         f"**Saturated at {users}**: {found}. That is {ENOUGH:.0%} or more of the most seen, {_rate(most.rate)}/s with "
         f"{most.users}. Beyond it users wait for each other: {last.users} get {_rate(last.rate)}/s with a p99 of "
@@ -166,12 +169,14 @@ def _burst(scenario: Scenario) -> list[Block]:
     before, burst, after = scenario.stages
     usual = before.percentile(99)
     # The answers that were asked for during the burst are slow; the next ones show whether it left anything behind.
-    late = [at for at, latency in after.timeline if latency > 2 * usual]
-    recovered = f"{max(late, default=0.0):.1f} s"
+    late = max((at for at, latency in after.timeline if latency > 2 * usual), default=0.0)
+    recovered = f"are as fast as before (at most twice that p99) after **{late:.1f} s**"
+    if not any(at > late for at, _ in after.timeline):
+        recovered = f"are **not as fast as before** (at most twice that p99) within {after.seconds:.0f} s"
     text = (
         f"{before.users} users, then {burst.users} for {burst.seconds:.0f} s, then {after.users} again. p99 goes from "
-        f"{_ms(usual)} to {_ms(burst.percentile(99))}; {burst.refused} requests are refused, {burst.failed} fail. "
-        f"Answers are as fast as before (at most twice that p99) after **{recovered}**."
+        f"{_ms(usual)} to {_ms(burst.percentile(99))}; requests refused: {burst.refused}, failed: {burst.failed}. "
+        f"Answers {recovered}."
     )
     lines = [Line(f"p{percent}", _timeline(scenario.stages, percent)) for percent in (50, 99)]
     svg = line_chart(f"{scenario.name}: latency in each second", "s", "ms", lines, log_y=True)

@@ -1,5 +1,7 @@
 // Requests to this server: the API key, answers, and in words what went wrong.
 
+import { SPACE } from "./format.js";
+
 const KEY = "tilewave-api-key";
 
 /** Dispatches "needed" (detail: why) when the server asks for a key, and "changed" when there is another. */
@@ -88,7 +90,7 @@ export function timingOf(answer) {
   const parts = (answer.headers.get("server-timing") ?? "").split(",").map((part) => part.trim().split(";dur="));
   return parts
     .filter(([, milliseconds]) => milliseconds !== undefined)
-    .map(([name, milliseconds]) => `${name} ${Number(milliseconds).toFixed(1)} ms`)
+    .map(([name, milliseconds]) => `${name} ${Number(milliseconds).toFixed(1)}${SPACE}ms`)
     .join(", ");
 }
 

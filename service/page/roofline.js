@@ -14,6 +14,8 @@ const GUTTER = 44; // for steps without FLOPs, where there are any
 const LEAST_RADIUS = 3.5;
 const MOST_RADIUS = 15;
 const REACH = 24; // pixels from a finger to the dot that is meant
+const LETTER = 8; // pixels, of a ceiling's name
+const ALONG = [0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8, 0.1, 0.9]; // where its name may stand, parts of the line; best first
 
 /** A plot in `place`. `onChoose` gets the dot, { series, step }, that is pointed at or has the focus. */
 export function makeRoofline(place, onChoose) {
@@ -83,7 +85,7 @@ export function makeRoofline(place, onChoose) {
       "aria-labelledby": "roofline-caption",
       role: "group",
     };
-    place.replaceChildren(svg("svg", box, axes(scale), ceilings(scale, device), list, ring));
+    place.replaceChildren(svg("svg", box, axes(scale), ceilings(scale, device, dots.map((dot) => spot(dot, scale))), list, ring));
     at = 0;
     const again = kept ? dots.findIndex((dot) => dot.series.name === kept.series && dot.step.step === kept.step) : -1;
     if (again >= 0 && kept.chosen) choose(again, kept.focused);
@@ -178,7 +180,8 @@ function* decades(from, to) {
   for (let i = 0, value = from; value <= to * 1.001; i += 1, value *= 10) yield [value, i];
 }
 
-function ceilings(scale, device) {
+/** Lines with their names, which stand where they hide behind the fewest `spots` of dots. */
+function ceilings(scale, device, spots) {
   const group = svg("g", { "aria-hidden": "true" });
   const { narrow } = scale;
   const { peak_flops: flops } = device;
@@ -207,13 +210,24 @@ function ceilings(scale, device) {
     ];
     const line = (from === scale.x0 ? points : points.slice(1)).map((point) => point.join(",")).join(" ");
     group.append(svg("polyline", { class: `ceiling ${kind}`, points: line }));
-    const middle = Math.sqrt(from * end);
-    const [x, y] = [scale.x(middle), scale.y(rate * middle)];
     const words = narrow ? kind : `${kind} ${quantity(rate, "B/s")}`;
-    if (kind === "memory") label(x + 8, y + 14, "start", words);
-    else label(Math.max(x - 8, scale.left + 7 * words.length), y - 6, "end", words);
+    const width = LETTER * words.length;
+    const places = ALONG.map((part) => {
+      const at = from * (end / from) ** part;
+      const [x, y] = [scale.x(at), scale.y(rate * at)];
+      return kind === "memory" ? [x + 8, y + 14] : [Math.max(x - 8 - width, scale.left + 4), y - 6];
+    });
+    const hidden = places.map((place) => spots.filter((spot) => covers(spot, place, width)).length);
+    label(...places[hidden.indexOf(Math.min(...hidden))], "start", words);
   }
   return group;
+}
+
+/** Whether a dot lies over words of a width that begin at [x, y], their line. */
+function covers(spot, [x, y], width) {
+  const beside = spot.x - Math.min(Math.max(spot.x, x), x + width);
+  const above = spot.y - Math.min(Math.max(spot.y, y - 12), y + 4);
+  return Math.max(Math.abs(beside), Math.abs(above)) < spot.r + 2;
 }
 
 function share({ series, step }) {
@@ -225,11 +239,17 @@ function radius(dot, { zoom }) {
   return Math.max(LEAST_RADIUS, zoom * Math.min(MOST_RADIUS, 44 * Math.sqrt(share(dot))));
 }
 
-function makeDot(dot, scale) {
-  const { series, step } = dot;
+/** Where a dot is. */
+function spot(dot, scale) {
+  const { step } = dot;
   const x = step.flops ? scale.x(intensity(step)) : LEFT + scale.gutter / 2;
   const y = scale.y(step.flops ? step.flops_per_second : step.bytes_per_second * scale.x0);
-  const r = radius(dot, scale);
+  return { x, y, r: radius(dot, scale) };
+}
+
+function makeDot(dot, scale) {
+  const { series, step } = dot;
+  const { x, y, r } = spot(dot, scale);
   const shape = series.diamond
     ? `M0 ${-r}L${r} 0L0 ${r}L${-r} 0Z`
     : `M${-r} 0a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0Z`;

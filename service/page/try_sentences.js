@@ -74,9 +74,12 @@ function showMatrix(sentences, matrix, timing) {
       cell.style.setProperty("--alike", Math.max(value, 0).toFixed(3));
       return cell;
     });
-    return element("tr", {}, element("th", { scope: "row" }, `${i + 1}. ${sentences[i]}`), ...cells);
+    // Long ones are cut after some lines, to the eye only.
+    const words = element("span", {}, `${i + 1}. ${sentences[i]}`);
+    return element("tr", {}, element("th", { scope: "row" }, words), ...cells);
   });
-  const caption = element("caption", {}, "Cosine of each pair: 1 means the same, 0 nothing in common");
+  const words = element("span", {}, "Cosine of each pair: 1 means the same, 0 nothing in common");
+  const caption = element("caption", { id: "matrix-caption" }, words);
   const table = element(
     "table",
     { class: "matrix" },
@@ -84,5 +87,10 @@ function showMatrix(sentences, matrix, timing) {
     element("thead", {}, head),
     element("tbody", {}, ...rows),
   );
-  byId("sentences-answer").replaceChildren(table, element("p", { class: "note" }, `In the server: ${timing}`));
+  table.style.setProperty("--columns", sentences.length);
+  const region = { class: "matrix-scroll", role: "region", "aria-labelledby": "matrix-caption", tabindex: "0" };
+  byId("sentences-answer").replaceChildren(
+    element("div", region, table),
+    element("p", { class: "note" }, `In the server: ${timing}`),
+  );
 }

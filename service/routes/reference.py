@@ -68,7 +68,7 @@ def _operation(method: str, path: str, operation: Node) -> str:
         rows = (
             (p["name"], p["in"], "yes" if p["required"] else "no", _text(p), _json(p["schema"])) for p in parameters
         )
-        parts.append(_table("Parameters", ("name", "in", "required", "", "schema"), rows))
+        parts.append(_table("Parameters", ("name", "in", "required", "meaning", "schema"), rows))
     body = operation.get("requestBody")
     if body is not None:
         parts.append(_table("Body", ("type", "schema"), _forms(body)))
@@ -77,7 +77,7 @@ def _operation(method: str, path: str, operation: Node) -> str:
         for status, answer in operation["responses"].items()
         for kind, schema in _forms(answer) or [("", "")]
     )
-    parts.append(_table("Answers", ("status", "", "type", "schema"), answers))
+    parts.append(_table("Answers", ("status", "meaning", "type", "schema"), answers))
     return f"<details><summary>{summary}</summary>{''.join(parts)}</details>"
 
 
@@ -103,4 +103,6 @@ def _table(caption: str, head: Iterable[str], rows: Iterable[Iterable[str]]) -> 
     """Cells are HTML already."""
     header = "".join(f'<th scope="col">{name}</th>' for name in head)
     lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><caption>{caption}</caption><thead><tr>{header}</tr></thead>{lines}</table></div>'
+    table = f"<table><caption>{caption}</caption><thead><tr>{header}</tr></thead>{lines}</table>"
+    # On a phone it is scrolled: by keyboard, too.
+    return f'<div class="wide" role="group" aria-label="{caption}" tabindex="0">{table}</div>'

@@ -6,6 +6,7 @@ there is neither, tests that need it are skipped and say so.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
@@ -25,6 +26,10 @@ from load_tests.servers import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = ROOT / "deploy"
+TIMES = 200.0
+"""How much faster time runs in the tests that scrape: five minutes are a second and a half."""
+
+BOARDS = sorted((DEPLOY / "grafana" / "dashboards").glob("*.json"))
 RULES = sorted((DEPLOY / "prometheus" / "rules").glob("*.yml"))
 _PACKAGE = Path(sys.prefix) / "prometheus" / "usr" / "bin"
 _DURATION = re.compile(r"(?<![\w.])(\d+)(ms|s|m|h|d)\b")
@@ -153,3 +158,36 @@ def expressions(board: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(where, PromQL) of everything that a dashboard asks, its variables left in."""
     targets = [(panel["title"], target["expr"]) for panel in board["panels"] for target in panel.get("targets", ())]
     return targets + [(a["name"], a["expr"]) for a in board["annotations"]["list"] if "expr" in a]
+
+
+def empty_queries(prometheus: Prometheus, ignored: str = "") -> list[tuple[str, str, str]]:
+    """The queries of dashboards without a finite value, after every query of a variable has given it its values. Those
+    of the metric `ignored` are left out."""
+    empty = []
+    asked = 0
+    for path in BOARDS:
+        board = json.loads(path.read_text())
+        values = {"__rate_interval": "5m", "datasource": "prometheus"}
+        for variable in board["templating"]["list"]:
+            if variable["type"] == "query":
+                series, label = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]).groups()  # type: ignore[union-attr]
+                found = {one["metric"].get(label) for one in prometheus.query(_filled(series, values))}
+                assert found and None not in found, f"{path.name}: variable {variable['name']} has no values"
+                values[variable["name"]] = "|".join(sorted(found))
+        for where, expression in expressions(board):
+            asked += 1
+            if ignored and ignored in expression:
+                continue
+            filled = _filled(expression, values)
+            try:
+                wait(lambda filled=filled: prometheus.query(filled), "it has data", 5)
+            except AssertionError:
+                empty.append((path.name, where, filled))
+    assert asked > 50
+    return empty
+
+
+def _filled(expression: str, values: dict[str, str]) -> str:
+    filled = re.sub(r"\$\{?(\w+)\}?", lambda found: values[found[1]], expression)
+    assert "$" not in filled
+    return filled

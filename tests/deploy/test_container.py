@@ -4,8 +4,10 @@ service's settings and the files here. `python -m deploy.container` builds and r
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,21 @@ def test_one_variant_is_started_by_default() -> None:
     assert line == "COMPOSE_PROFILES=cpu"
     profiles = {name: service.get("profiles") for name, service in compose()["services"].items()}
     assert profiles == {"cpu": ["cpu"], "gpu": ["gpu"], "load": ["load"], "prometheus": None, "grafana": None}
+
+
+def test_the_documents_run_an_image_as_compose_does() -> None:
+    """And mount nothing over the models that it has: those of a clone are not built."""
+    text = (ROOT / "docs" / "operations.md").read_text()
+    (command,) = re.findall(r"^docker run (.+?)\n```", text, re.MULTILINE | re.DOTALL)
+    words = shlex.split(command.replace("\\\n", ""))
+    service = compose()["services"]["cpu"]
+    assert words[-1] == service["image"] and {"--read-only", "--init"} <= set(words)
+    values = {name: [value for one, value in pairwise(words) if one == name] for name in words if name.startswith("-")}
+    assert (values["--tmpfs"], values["--cap-drop"]) == (service["tmpfs"], service["cap_drop"])
+    assert values["--security-opt"] == [one.removesuffix(":true") for one in service["security_opt"]]
+    assert values["-p"] == service["ports"]
+    assert values["-e"] == [f"{name}={value}" for name, value in service["environment"].items()]
+    assert [volume.split(":")[1] for volume in values["-v"]] == [one.split(":")[1] for one in service["volumes"]]
 
 
 def test_what_is_not_understood_of_a_dockerfile_is_an_error() -> None:

@@ -6,19 +6,15 @@ Time in the rules and the queries runs 200 times faster: five minutes are a seco
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 import uvicorn
 
@@ -28,11 +24,11 @@ from service.serving import Serving
 from service.settings import Settings
 from service.tracing import Tracer
 from service.workers.transport import LocalTransport
+from tests.deploy import traffic
 from tests.deploy.prometheus import (
-    DEPLOY,
-    ROOT,
+    TIMES,
     Prometheus,
-    expressions,
+    empty_queries,
     needs_prometheus,
     promtool,
     running,
@@ -42,9 +38,6 @@ from tests.deploy.slow_kernel import slow_kernel
 
 pytestmark = needs_prometheus
 
-TIMES = 200.0
-FIXTURES = ROOT / "tests" / "fixtures"
-BOARDS = sorted((DEPLOY / "grafana" / "dashboards").glob("*.json"))
 DESIGN = """
 inference_requests_total inference_request_duration_seconds_bucket inference_queue_duration_seconds_bucket
 inference_preprocess_duration_seconds_bucket inference_compute_duration_seconds_bucket inference_batch_size_bucket
@@ -74,10 +67,7 @@ class Loaded:
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
-    repository = tmp_path_factory.mktemp("models")
-    for name, file in (("convnet", "convnet_dynamo.onnx"), ("bert", "bert_dynamo.onnx")):
-        (repository / name / "1").mkdir(parents=True)
-        shutil.copy(FIXTURES / file, repository / name / "1" / "model.onnx")
+    repository = traffic.repository(tmp_path_factory.mktemp("models"))
     exporter = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter").InMemorySpanExporter()
     app = create_app(Settings(models=repository, device="cpu", threads=2), tracer=Tracer("", exporter))
     listener = socket.create_server(("127.0.0.1", 0))
@@ -85,41 +75,16 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loaded]:
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    done = threading.Event()
     try:
         wait(lambda: httpx.get(f"http://{place}/v2/health/ready").status_code == 200, "the models are loaded", 60)
-        with ThreadPoolExecutor(3) as pool, running(tmp_path_factory.mktemp("prometheus"), place, TIMES) as prometheus:
-            load = [pool.submit(send, f"http://{place}", done) for send in (_pictures, _tokens, _nonsense)]
+        with (
+            traffic.flowing(f"http://{place}"),
+            running(tmp_path_factory.mktemp("prometheus"), place, TIMES) as prometheus,
+        ):
             yield Loaded(prometheus, app.state.serving, f"http://{place}")
-            done.set()
-            for one in load:
-                one.result(20)
     finally:
-        done.set()
         server.should_exit = True
         thread.join(20)
-
-
-def _pictures(url: str, done: threading.Event) -> None:
-    pixels = np.random.default_rng(0).standard_normal((2, 3, 16, 16)).astype(np.float32)
-    tensor = {"name": "x", "shape": pixels.shape, "datatype": "FP32", "data": pixels.reshape(-1).tolist()}
-    with httpx.Client(base_url=url, timeout=20) as client:
-        while not done.wait(0.02):
-            assert client.post("/v2/models/convnet/infer", json={"inputs": [tensor]}).status_code == 200
-
-
-def _tokens(url: str, done: threading.Event) -> None:
-    ids = [[1, 2, 3, 4, 5, 6, 7], [1, 2, 3]]
-    with httpx.Client(base_url=url, timeout=20) as client:
-        while not done.wait(0.02):
-            assert client.post("/v1/models/bert/tokens", json={"ids": ids}).status_code == 200
-
-
-def _nonsense(url: str, done: threading.Event) -> None:
-    with httpx.Client(base_url=url, timeout=20) as client:
-        while not done.wait(0.1):
-            assert client.post("/v2/models/convnet/infer", content=b"{").status_code == 400
-            assert client.get("/nothing").status_code == 404
 
 
 def test_prometheus_scrapes_and_evaluates_every_rule(loaded: Loaded) -> None:
@@ -172,6 +137,7 @@ def test_a_slow_kernel_shows_fires_its_alert_and_no_query_of_a_dashboard_is_empt
     others = '{model="convnet", op="Conv", kernel="gemm"}'
     others_before = prometheus.value(f"{level}_roofline:ratio_rate5m{others}")
     assert before > 0 and gauge > 0 and others_before > 0
+    wait(lambda: not _names(prometheus.alerts("TilewaveKernelSlow"), "Attention"), "no alert fires before", 20)
     with slow_kernel(loaded.model("bert"), "Attention", 2e-3):
         wait(lambda: _names(prometheus.alerts("TilewaveKernelSlow"), "Attention"), "the alert fires", 40)
         (alert,) = [a for a in prometheus.alerts("TilewaveKernelSlow") if a["labels"]["op"] == "Attention"]
@@ -188,38 +154,9 @@ def test_a_slow_kernel_shows_fires_its_alert_and_no_query_of_a_dashboard_is_empt
         # Beside the fall of attention: this machine may have become slower for everyone meanwhile.
         assert prometheus.value(f"{level}_roofline:ratio_rate5m{others}") / others_before > 3 * left
         wait(lambda: prometheus.value(f"engine_kernel_roofline_ratio{attention}") < gauge / 2, "the gauge falls", 20)
-        assert _empty(prometheus) == []
+        assert empty_queries(prometheus) == []
+    wait(lambda: not _names(prometheus.alerts("TilewaveKernelSlow"), "Attention"), "the alert ends", 40)
 
 
 def _names(alerts: list[dict[str, Any]], op: str) -> bool:
     return any(alert["labels"]["op"] == op for alert in alerts)
-
-
-def _empty(prometheus: Prometheus) -> list[tuple[str, str, str]]:
-    """The queries of dashboards without a finite value, after every query of a variable has given it its values."""
-    empty = []
-    asked = 0
-    for path in BOARDS:
-        board = json.loads(path.read_text())
-        values = {"__rate_interval": "5m", "datasource": "prometheus"}
-        for variable in board["templating"]["list"]:
-            if variable["type"] == "query":
-                series, label = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]).groups()  # type: ignore[union-attr]
-                found = {one["metric"].get(label) for one in prometheus.query(_filled(series, values))}
-                assert found and None not in found, f"{path.name}: variable {variable['name']} has no values"
-                values[variable["name"]] = "|".join(sorted(found))
-        for where, expression in expressions(board):
-            asked += 1
-            filled = _filled(expression, values)
-            try:
-                wait(lambda filled=filled: prometheus.query(filled), "it has data", 5)
-            except AssertionError:
-                empty.append((path.name, where, filled))
-    assert asked > 50
-    return empty
-
-
-def _filled(expression: str, values: dict[str, str]) -> str:
-    filled = re.sub(r"\$\{?(\w+)\}?", lambda found: values[found[1]], expression)
-    assert "$" not in filled
-    return filled

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from xml.etree import ElementTree
@@ -128,7 +129,29 @@ def test_the_report_names_the_saturation_point(written: Path) -> None:
     assert "| 2 | 10.00 ms | 5.00 ms | 20.00 ms | 5.00 ms | 2.00 | 10% | 50% of the time |" in text
     assert "| conv | Conv | m | 12.5 | 100% | 50 G | 5 G | 50% |" in text
     assert "**Failed 3 times:** wrong <label>" in text
-    assert "after **4.0 s**" in text  # every answer after the burst took longer than before
+    assert "Answers are **not as fast as before** (at most twice that p99) within 4 s." in text
+
+
+def test_the_report_says_when_a_burst_is_over(tmp_path: Path) -> None:
+    after = replace(stage(2, 50), timeline=[(0.5, 0.3), (1.25, 0.03), (1.5, 0.02), (2.0, 0.01)])
+    burst = Scenario("burst", "All at once.", [stage(2, 50), stage(32, 80, 0.4), after], is_burst=True)
+    write(blocks("Title", [], [burst], {"m": CEILINGS}), tmp_path)
+    assert "as fast as before (at most twice that p99) after **1.2 s**." in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("rates", "said"),
+    [
+        ((50, 90, 120), "and more users might get more."),
+        ((50, 90, 100, 95), "100 requests/s with 4 users, p50 10.0 ms, p99 10.0 ms. 8 users get 95.0/s, no more; the"),
+    ],
+)
+def test_a_ramp_that_ended_early_says_what_it_saw(tmp_path: Path, rates: Sequence[float], said: str) -> None:
+    stages = [stage(2**i, rate) for i, rate in enumerate(rates)]
+    write(blocks("Title", [], [Scenario("images", "Photos.", stages)], {"m": CEILINGS}), tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert f"**Not saturated** by {2 ** (len(rates) - 1)} users: " in text and said in text
+    assert f"| images | not by {2 ** (len(rates) - 1)} users |" in text
 
 
 def test_both_forms_of_the_report_say_the_same(written: Path) -> None:

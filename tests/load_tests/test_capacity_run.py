@@ -45,6 +45,34 @@ def test_every_scenario_gets_right_answers_and_is_reported(model_repository: Pat
     assert "**Not saturated** by 1 user:" in text
 
 
+_GO = """
+import gevent.monkey
+gevent.monkey.patch_all()
+from locust import User, constant, task
+from load_tests.capacity import drive
+class Waits(User):
+    wait_time = constant(0.01)
+    @task
+    def nothing(self):
+        self.environment.events.request.fire(
+            request_type="", name="", response_time=1.0, response_length=0, exception=None, context={})
+drive.fetch = lambda target, headers: {}
+drive.split = lambda before, after, seconds: None
+driver = drive.Driver([Waits], "http://127.0.0.1:1", {})
+driver.stage(150, 0.2, 2.5)
+assert driver._runner.user_count == 150, driver._runner.user_count
+driver.stage(2, 0.2, 0.0)
+assert driver._runner.user_count == 2, driver._runner.user_count
+driver.close()
+"""
+
+
+def test_users_who_are_too_many_go_at_once() -> None:
+    """Locust takes as many away in a second as it is told to bring."""
+    done = subprocess.run([sys.executable, "-c", _GO], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("target", ["http://127.0.0.1:1", "127.0.0.1:8000"], ids=["nobody listens", "no URL"])
 def test_a_server_that_cannot_be_read_is_named_before_anything_is_measured(target: str) -> None:
     command = [sys.executable, "-m", "load_tests.capacity", "--target", target]

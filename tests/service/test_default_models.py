@@ -6,6 +6,7 @@ import random
 import socket
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -163,3 +164,31 @@ def test_kernels_of_both_models_are_in_the_metrics(client: httpx.Client, photos:
             assert sample(text, f"engine_kernel_{field}_total", model=model) > 0
         assert sample(text, "engine_fallback_ops", model=model) == 0
         assert sample(text, "engine_kernel_roofline_ratio", model=model) > 0
+
+
+def test_the_profile_and_the_metrics_count_the_same(client: httpx.Client, photos: Mapping[str, Path]) -> None:
+    photo = photos["chelsea"].read_bytes()
+
+    def counted() -> tuple[dict[tuple[str, str, str], float], dict[tuple[str, str, str], float]]:
+        """By kernel, op and what is counted: of one plan's steps, and of /metrics."""
+        client.post(IMAGES, content=photo).raise_for_status()
+        profile = client.get("/v2/models/efficientnet-lite0/profile", params={"plan": "batch=1"}).json()
+        text = client.get("/metrics").text
+        steps: defaultdict[tuple[str, str, str], float] = defaultdict(float)
+        for step in profile["steps"]:
+            of = step["kernel"], step["op"]
+            steps[*of, "launches"] += step["calls"]
+            for what in ("seconds", "flops", "bytes", "cached_bytes"):
+                steps[*of, what] += step["calls"] * step[what]
+        labels = {"model": "efficientnet-lite0", "version": "1"}
+        metrics = {
+            (kernel, op, what): sample(text, f"engine_kernel_{what}_total", **labels, kernel=kernel, op=op)
+            for kernel, op, what in steps
+        }
+        return dict(steps), metrics
+
+    (steps, metrics), (steps_after, metrics_after) = counted(), counted()
+    assert len(steps) == 25, "five kernels and ops, five counters each"
+    for key in steps:
+        grown = steps_after[key] - steps[key]
+        assert grown > 0 and metrics_after[key] - metrics[key] == pytest.approx(grown, rel=1e-6), key

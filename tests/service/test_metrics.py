@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
 
 from service.kernel_metrics import WINDOW_S, EngineCollector, LoadedModel
 from service.metrics import Metrics
@@ -19,6 +20,7 @@ from service.workers.messages import BatchDone, Device, KernelCounters, ModelKey
 from tests.deploy.prometheus import needs_prometheus, promtool
 from tests.service.conftest import Running, Start, add_model, sample
 
+DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "metrics.md"
 KEY = ModelKey("m", 1)
 DEVICE = Device("cpu", "Test CPU", "x", 2, peak_flops=1e9, peak_bytes=1e8, peak_cache_bytes=4e8)
 
@@ -46,8 +48,34 @@ def test_every_promised_metric_is_there_after_load(server: Running) -> None:
     text = server.client.get("/metrics").text
     declared = set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
     assert set(NAMES) <= declared
-    promised = (Path(__file__).parent.parent.parent / "docs" / "metrics.md").read_text()
-    assert [name for name in NAMES if name not in promised] == []
+    rows = re.findall(r"^\| `((?:inference|engine|http)_\w+)` \| ([a-z]+)", DOCUMENT.read_text(), re.MULTILINE)
+    of_client_library = {name for name in declared if name.startswith(("process_", "python_"))}
+    assert sorted(name for name, _ in rows) == sorted(declared - of_client_library)
+    types = dict(re.findall(r"^# TYPE (\S+) (\S+)", text, re.MULTILINE))
+    assert [name for name, kind in rows if types[name] != kind.replace("info", "gauge")] == []
+
+
+def test_labels_are_those_of_the_documents(server: Running) -> None:
+    """Of every sample: what a series is told apart by, and so how many there can be."""
+    load(server)
+    labels = {"engine_kernel": {"model", "version", "kernel", "op"}, "inference": {"model", "version"}}
+    expected = {
+        "inference_requests_total": {"model", "version", "outcome"},
+        "http_responses_total": {"route", "status"},
+        "engine_device_peak_flops_per_second": {"device"},
+        "engine_device_peak_bytes_per_second": {"device", "level"},
+        "engine_device_memory_bytes": {"device", "kind"},
+        "engine_model_load_seconds": {"model", "version"},
+        "engine_fallback_ops": {"model", "version"},
+        "engine_process_restarts_total": set(),
+        "engine_info": {"device", "name", "arch", "threads"},
+    }
+    for family in text_string_to_metric_families(server.client.get("/metrics").text):
+        for one in family.samples:
+            if one.name.startswith(("process_", "python_")):
+                continue
+            prefix = next((prefix for prefix in labels if one.name.startswith(f"{prefix}_")), "")
+            assert set(one.labels) - {"le"} == (expected.get(one.name) or labels.get(prefix, set())), one.name
 
 
 @needs_prometheus

@@ -118,7 +118,7 @@ def test_a_picture_gets_its_label_and_sentences_their_matrix(tab: Tab, photos: M
     first = page.locator("#image-answer li").first
     expect(first.locator(".name")).to_have_text("espresso")
     share = first.locator(".share").inner_text()
-    assert 80 <= int(share.removesuffix(" %")) <= 100
+    assert 80 <= int(share.removesuffix("\N{NO-BREAK SPACE}%")) <= 100
     widths = page.locator(".labels .bar > span").evaluate_all("bars => bars.map(bar => bar.offsetWidth)")
     assert widths == sorted(widths, reverse=True) and widths[0] > 10 * widths[1]
     expect(page.locator("#image-answer .note")).to_contain_text("compute")
@@ -333,6 +333,44 @@ def test_nobody_is_kept_from_using_it(tab: Tab, photos: Mapping[str, Path]) -> N
     assert_accessible(page)
 
 
+@pytest.mark.parametrize("tab", [{"viewport": PHONE}, {}], ids=["phone", "wide"], indirect=True)
+def test_a_matrix_of_many_sentences_can_be_read(tab: Tab) -> None:
+    page = tab.open()
+    compare_sentences(page, ["A very long sentence. " * 15, *(f"This is sentence number {i}." for i in range(11))])
+    wider = "cells => cells.filter(cell => cell.scrollWidth > cell.clientWidth).map(cell => cell.textContent)"
+    assert page.locator(".matrix td, .matrix th").evaluate_all(wider) == [], "numbers lie over their neighbours"
+    assert page.evaluate(_TOO_WIDE) == []
+    left, width, height = "e => e.getBoundingClientRect().left", "e => e.clientWidth", "e => e.offsetHeight"
+    place, names = page.locator(".matrix-scroll"), page.locator(".matrix tbody th")
+    assert names.first.evaluate(height) < 4.5 * names.nth(1).evaluate(height), "a long one takes a part of the table"
+    assert names.first.inner_text().count("A very long sentence.") == 15, "and is read aloud as it is"
+    place.evaluate("e => e.scrollLeft = 10_000")
+    assert names.first.evaluate(left) == pytest.approx(place.evaluate(left), abs=1), "sentences stay"
+    assert page.locator(".matrix caption span").evaluate(width) <= place.evaluate(width)
+    last = page.locator(".matrix tbody tr").first.locator("td").last.bounding_box()
+    assert last is not None and last["x"] + last["width"] <= place.evaluate("e => e.getBoundingClientRect().right") + 1
+    assert_accessible(page)
+
+
+@pytest.mark.parametrize("tab", [{"viewport": PHONE}, {}], ids=["phone", "wide"], indirect=True)
+@pytest.mark.parametrize("model", [CLASSIFIER, ENCODER])
+def test_nothing_lies_over_the_names_of_ceilings_and_plans(tab: Tab, model: str) -> None:
+    page = tab.open()
+    page.select_option("#kernels-model", model)
+    expect(page.locator("#plan-caption")).to_contain_text(model)
+    boxes = "nodes => nodes.map(n => n.getBoundingClientRect()).map(b => [b.left, b.right, b.top, b.bottom])"
+    # Together: the plot is drawn anew when there are new times.
+    both = f"() => ['.dot', '.ceiling-text'].map(one => ({boxes})([...document.querySelectorAll(one)]))"
+    dots, names = page.evaluate(both)
+    assert len(dots) > 40 and len(names) == 3
+    for name in names:
+        hidden = [d for d in dots if d[0] < name[1] and name[0] < d[1] and d[2] < name[3] and name[2] < d[3]]
+        assert hidden == []
+    (caption,) = page.locator("#plan-caption").evaluate_all(boxes)
+    (place,) = page.locator(".table-scroll").evaluate_all(boxes)
+    assert place[0] <= caption[0] + 1 and caption[1] <= place[1] + 1
+
+
 def test_a_profile_without_times_or_ceilings_is_said_and_drawn(tab: Tab) -> None:
     page = tab.open()
     expect(page.locator(".dot").first).to_be_visible()
@@ -366,6 +404,18 @@ def test_a_profile_without_times_or_ceilings_is_said_and_drawn(tab: Tab) -> None
     page.select_option("#kernels-version", "1")
     expect(page.locator("#plan-caption")).to_contain_text("version 1")
     tab.complaints.clear()  # the 404s
+
+
+@pytest.mark.parametrize(
+    "tab", [{}, {"color_scheme": "dark", "viewport": PHONE}], ids=["wide and light", "phone and dark"], indirect=True
+)
+def test_nobody_is_kept_from_the_api_s_page(tab: Tab) -> None:
+    page = tab.page
+    page.goto(f"{tab.origin}/docs")
+    assert page.locator("details").count() > 30
+    page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
+    assert page.evaluate(_TOO_WIDE) == []
+    assert_accessible(page)
 
 
 def test_everything_is_reached_by_keyboard(tab: Tab) -> None:
