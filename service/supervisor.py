@@ -21,11 +21,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from service.errors import Overloaded
 from service.frontend import FrontEndArguments
 from service.merging import Snapshot, lasting, merge
 from service.peer import Peer, PeerGone
 from service.settings import Settings
 from service.siblings import Action, Change
+from service.turns import Turns
 from service.workers.messages import Report, Stop, Stopped, WorkerLost
 from service.workers.process import ProcessOptions, ProcessTransport, said, search_path
 from service.workers.shared_memory import create_region
@@ -51,6 +53,7 @@ class _Slot:
     connections: socket.socket | None = None
     connected_to: socket.socket | None = None
     connection: int = 0
+    turns: list[str] = field(default_factory=list)  # what it is changing
     has_served: bool = False
     last: Snapshot | None = None
 
@@ -85,6 +88,7 @@ class Supervisor:
         self._slots = [_Slot(listener) for listener in listeners]
         self._numbers = itertools.count(1)
         self._changes = _Changes()
+        self._turns = Turns()
         self._served: list[list[Any]] = []  # the keys of the models that front ends were last known to serve
         self._retired: list[Snapshot] = []
         self._waiting = ThreadPoolExecutor(len(listeners), "wait")  # each waits for its front end all the time
@@ -208,6 +212,8 @@ class Supervisor:
             slot.peer.close()
             slot.connections.close()
             slot.peer = slot.connections = None
+            while slot.turns:
+                self._turns.give_back(slot.turns.pop())
             if slot.last is not None:
                 self._retired = [merge([*self._retired, lasting(slot.last)])]
                 slot.last = None
@@ -241,6 +247,12 @@ class Supervisor:
                 slot.connected_to = None
                 self._connect(slot)
             return None
+        if kind == "turn":
+            return await self._grant(slot, content)
+        if kind == "done":
+            slot.turns.remove(content)
+            self._turns.give_back(content)
+            return None
         others = [other for other in self._slots if other is not slot and other.peer is not None]
         if kind == "describe":
             return await self._describe([other for other in others if other.has_served], content)
@@ -253,6 +265,19 @@ class Supervisor:
             await asyncio.gather(*(self._take(other) for other in others))
             return [*self._retired, *(other.last for other in others if other.last is not None)]
         raise ValueError(f"unknown question {kind!r}")
+
+    async def _grant(self, slot: _Slot, subject: str) -> str:
+        """A front end's turn to change something, which it has until it is done or gone; else why not."""
+        peer = slot.peer
+        try:
+            await self._turns.take(subject)
+        except Overloaded as error:
+            return str(error)
+        if slot.peer is peer:
+            slot.turns.append(subject)
+        else:  # it ended while it waited
+            self._turns.give_back(subject)
+        return ""
 
     async def _describe(self, slots: list[_Slot], names: list[str]) -> list[Any]:
         """What a front end that serves models of these names has of them; nothing where none answers."""
