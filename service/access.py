@@ -71,8 +71,12 @@ class Access:
             raise Forbidden(f"this API key has not the right '{needed}'")
 
     def reload(self) -> None:
-        """Read the file again; one that cannot be used changes nothing."""
+        """Read the file again; one that cannot be used changes nothing. A pipe, from which a start may read, is not
+        read a second time: that would wait for its writer."""
         if self._file is None:
+            return
+        if self._file.exists() and not self._file.is_file():
+            log.error("the API keys stay as they were: %s is not a regular file any more", self._file)
             return
         try:
             self._rights = _read(self._file)

@@ -316,6 +316,8 @@ class Catalog(Listing):
         if model is None:
             return
         model.metrics.settle()
+        if report.unread:  # a disk that comes back has the same files on it
+            self._tried.pop(report.key.name, None)
         self._refuse(model, report.reason)
         log.warning("model %s cannot be loaded: %s", model.key, model.reason)
         self._settle(report.key)

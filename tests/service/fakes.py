@@ -430,7 +430,11 @@ class FakeEngine:
         assert self.behind.active, "a load that does not give way"
         self.loading.release()
         assert self.load_gate.wait(60), "the test never opened the load gate"
-        with open(path, "rb") as file:
+        try:
+            opened = open(path, "rb")
+        except OSError as error:
+            raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+        with opened as file:
             try:
                 arguments = json.load(file)
                 time.sleep(arguments.get("load_sleep", 0))

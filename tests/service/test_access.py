@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from pathlib import Path
 
@@ -200,6 +201,15 @@ def test_sighup_reads_the_keys_again(repository: Path, keys: Path, processes: li
     process.process.send_signal(signal.SIGHUP)
     wait_for(lambda: status("user") == 401)
     assert status("admin") == 200
+
+
+def test_a_pipe_in_the_place_of_the_keys_stops_nothing(keys: Path, caplog: pytest.LogCaptureFixture) -> None:
+    access = Access(keys)
+    keys.unlink()
+    os.mkfifo(keys)
+    access.reload()  # nobody writes: reading it would never end
+    assert "not a regular file" in caplog.text
+    access.check("/v1/models", bearer("user")["authorization"])
 
 
 def test_settings_name_the_file(tmp_path: Path, keys: Path) -> None:
