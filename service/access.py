@@ -10,7 +10,7 @@ import ipaddress
 import logging
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
 
@@ -54,6 +54,21 @@ class Access:
         self._rights: Mapping[bytes, frozenset[Right]] = _read(file) if file is not None else {}
         self.asks = file is not None
         """Whether there is anything to ask for."""
+
+    @classmethod
+    def awaiting(cls, file: Path | None) -> "Access":
+        """With the keys that another process has, whatever is in the file now; none is known before `take`."""
+        access = cls(None)
+        access._file, access.asks = file, file is not None
+        return access
+
+    def take(self, given: Mapping[str, Iterable[str]]) -> None:
+        """The keys of another process."""
+        self._rights = {bytes.fromhex(digest): frozenset(map(Right, rights)) for digest, rights in given.items()}
+
+    def give(self) -> dict[str, list[str]]:
+        """The keys for another process, as JSON: by their SHA-256 the rights."""
+        return {digest.hex(): sorted(rights) for digest, rights in self._rights.items()}
 
     def check(self, path: str, authorization: str) -> None:
         """Raises Unauthorized or Forbidden unless a request to `path` with this header may go on."""

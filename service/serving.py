@@ -55,6 +55,7 @@ class Serving:
         self.engine = EngineClient(transport, self._on_report, first_id(client))
         self.models = Catalog(settings, self.metrics, self.engine.send, on_settled)
         self.draining = False
+        self._started = asyncio.Event()
         self._refusal = ""  # why no request may begin, whatever the model
         self.finished = False
         self._drain_began = 0.0
@@ -68,6 +69,7 @@ class Serving:
         `handed_over` just that."""
         self.engine.start()
         self.models.begin(unloaded, handed_over)
+        self._started.set()
         if self.settings.poll_models:
             self._watch = asyncio.get_running_loop().create_task(self._poll(self.settings.poll_models))
 
@@ -88,6 +90,7 @@ class Serving:
         self._refreshing = loop.create_task(in_turn())
 
     async def _refresh(self) -> None:
+        await self._started.wait()  # a front end's start may wait for what others say, a signal does not
         if self.draining:
             return
         try:

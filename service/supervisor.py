@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from service.access import Access
 from service.errors import Overloaded
 from service.frontend import FrontEndArguments
 from service.merging import Snapshot, lasting, merge
@@ -83,8 +84,9 @@ class _Changes:
 class Supervisor:
     """All processes of one server. Event loop only."""
 
-    def __init__(self, settings: Settings, engine: str, listeners: list[socket.socket]) -> None:
+    def __init__(self, settings: Settings, access: Access, engine: str, listeners: list[socket.socket]) -> None:
         self._settings = settings
+        self._access = access  # what front ends to come ask for, as those do that are there
         self._slots = [_Slot(listener) for listener in listeners]
         self._numbers = itertools.count(1)
         self._changes = _Changes()
@@ -104,7 +106,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop, number)
-        loop.add_signal_handler(signal.SIGHUP, self._forward, signal.SIGHUP)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         self._engine.start(self._hear)
         tasks = [loop.create_task(self._keep(slot)) for slot in self._slots]
         await asyncio.wait(tasks)
@@ -128,6 +130,10 @@ class Supervisor:
         for slot in self._slots:
             slot.listener.close()
         self._forward(signal.SIGTERM)
+
+    def _reload(self) -> None:
+        self._access.reload()
+        self._forward(signal.SIGHUP)
 
     def _forward(self, number: signal.Signals) -> None:
         for slot in self._slots:
@@ -238,7 +244,8 @@ class Supervisor:
         """What a front end asks."""
         if kind == "hello":
             regions = [action.document() for action in self._changes.regions.values()]
-            return {"unloaded": sorted(self._changes.unloaded), "regions": regions, "served": self._served}
+            unloaded, keys = sorted(self._changes.unloaded), self._access.give()
+            return {"unloaded": unloaded, "regions": regions, "served": self._served, "keys": keys}
         if kind == "served":
             self._served, slot.has_served = content, True
             return None
@@ -315,9 +322,9 @@ def _spawn(arguments: FrontEndArguments) -> "subprocess.Popen[bytes]":
     )
 
 
-def supervise(settings: Settings, engine: str, listeners: list[socket.socket]) -> int:
+def supervise(settings: Settings, access: Access, engine: str, listeners: list[socket.socket]) -> int:
     """Run all processes until SIGTERM or SIGINT; the exit status."""
     for listener in listeners:
         listener.listen(2048)  # what comes before a front end is ready waits
-    asyncio.run(Supervisor(settings, engine, listeners).run())
+    asyncio.run(Supervisor(settings, access, engine, listeners).run())
     return 0

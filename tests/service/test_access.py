@@ -13,7 +13,7 @@ import tritonclient.http as triton
 
 from service.access import Access, Right, read_access, right_for
 from service.settings import Settings, SettingsError, read_settings
-from tests.service.conftest import Process, Running, Start, error_of, get, wait_for
+from tests.service.conftest import Process, Running, Start, children, error_of, get, wait_for
 
 KEYS = {
     "user": ("inference", "u" * 16),
@@ -201,6 +201,28 @@ def test_sighup_reads_the_keys_again(repository: Path, keys: Path, processes: li
     process.process.send_signal(signal.SIGHUP)
     wait_for(lambda: status("user") == 401)
     assert status("admin") == 200
+
+
+def test_a_front_end_to_come_knows_the_keys_of_the_others_whatever_the_file_has(
+    repository: Path, keys: Path, processes: list[Process]
+) -> None:
+    process = Process(repository, "--api-keys", str(keys), "--frontends", "2")
+    processes.append(process)
+    process.wait_ready()
+    before = children(process.process.pid, "service.frontend")
+
+    def statuses(who: str) -> set[int]:
+        return {get(f"{process.url}/v1/models", headers=bearer(who)).status_code for _ in range(16)}
+
+    keys.write_text("nonsense\n")
+    process.process.send_signal(signal.SIGHUP)
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not {*before} & {*(now := children(process.process.pid, "service.frontend"))} and len(now) == 2)
+    assert (statuses("user"), statuses("admin")) == ({200}, {403})
+    keys.write_text(f"inference {KEYS['admin'][1]}\n")
+    process.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: (statuses("user"), statuses("admin")) == ({401}, {200}))
 
 
 def test_a_pipe_in_the_place_of_the_keys_stops_nothing(keys: Path, caplog: pytest.LogCaptureFixture) -> None:

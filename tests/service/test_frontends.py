@@ -28,22 +28,11 @@ from prometheus_client.samples import Exemplar
 from service.frontend import FrontEndArguments
 from service.merging import Merged, lasting, merge
 from service.settings import Settings
-from tests.service.conftest import ROOT, Process, add_model, common_models, sample, wait_for
+from tests.service.conftest import ROOT, Process, add_model, children, common_models, sample, wait_for
 from tests.service.fakes import WIDTH
 
 FRONTENDS = 3
 EVERY_S = 0.05  # between two looks at many processes, each of which takes them time that they need
-
-
-def children(pid: int, module: str) -> list[int]:
-    """Process ids of the processes that `pid` started and that run a module."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            command = (folder / "cmdline").read_bytes().split(b"\0") if folder.name.isdigit() else []
-            if module.encode() in command and int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append(int(folder.name))
-    return sorted(found)
 
 
 class Fleet:
