@@ -103,6 +103,25 @@ def test_a_model_that_was_unloaded_stays_unloaded(start: Start, tmp_path: Path, 
     assert server.identity([1, 2, 3, 4]).status_code == 200
 
 
+def test_a_model_that_was_unloaded_and_removed_is_not_listed_and_comes_back_unloaded(
+    start: Start, tmp_path: Path
+) -> None:
+    root, away = tmp_path / "models", tmp_path / "away"
+    add_model(root, "identity", "identity")
+    add_model(root, "witness", "identity")
+    server = start(root, poll_models=0.02)
+    assert change(server, "unload") == (200, "")
+    (root / "identity").rename(away)
+    wait_for(lambda: index(server) == {})
+    assert server.client.get("/v2/models/identity").status_code == 404
+    assert [entry["id"] for entry in server.client.get("/v1/models").json()["data"]] == ["witness"]
+    away.rename(root / "identity")
+    time.sleep(0.2)
+    assert index(server) == {"": ("UNAVAILABLE", "it is not loaded")}
+    assert change(server, "load") == (200, "")
+    assert server.identity([1, 2, 3, 4]).status_code == 200
+
+
 def test_a_new_model_with_a_broken_version_is_not_served_in_part(start: Start, repository: Path) -> None:
     server = start(repository)
     opened = open_models(server)
