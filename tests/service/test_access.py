@@ -176,6 +176,26 @@ def test_keys_are_not_needed_where_only_this_machine_reaches(tmp_path: Path, hos
         read_access(Settings(models=tmp_path, host=host, authentication="required"))
 
 
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "same-origin", "none"])
+@pytest.mark.parametrize("expect", [{}, {"expect": "100-continue"}], ids=["direct", "through ASGI"])
+def test_pages_of_other_sites_may_send_nothing(
+    start: Start, repository: Path, site: str, expect: dict[str, str]
+) -> None:
+    server = start(repository)
+    headers, status = {"sec-fetch-site": site, **expect}, 403 if site == "cross-site" else 200
+    tensor = {"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}
+    for path, body in (
+        ("/v2/models/identity/infer", {"inputs": [tensor]}),
+        ("/v2/repository/index", {}),
+        ("/v2/repository/models/colours/unload", {}),
+    ):
+        answer = server.client.post(path, json=body, headers=headers)
+        assert answer.status_code == status, answer.text
+    assert server.client.get("/v2/models/colours/ready").status_code == (200 if status == 403 else 503)
+    for path in ("/", "/v2/health/ready", "/v1/models"):
+        assert server.client.get(path, headers=headers).status_code == 200
+
+
 def test_the_process_says_what_is_missing(repository: Path, processes: list[Process]) -> None:
     process = Process(repository, "--host", "0.0.0.0")
     processes.append(process)
