@@ -155,6 +155,11 @@ class DirectConnection(Connection):
         if is_alone and len(header) <= _LARGEST_KNOWN:
             self._known = _Known.of(header, request.again())  # which holds neither tensors nor an answer
 
+    def begin_body(self) -> None:
+        """The header's time is over, and the pause that began with the answer to a request that came with this one."""
+        self._idle_since = 0.0
+        super().begin_body()
+
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""
         if self._held is None:

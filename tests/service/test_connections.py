@@ -420,6 +420,26 @@ def test_requests_that_were_sent_in_one_go_are_answered_in_order(start: Start, r
         assert [int(text) for text in ids] == list(range(400))
 
 
+def test_a_connection_is_not_idle_after_the_first_of_two_requests(start: Start, repository: Path) -> None:
+    """The first one, which is refused at once, leaves no pause before the second, which came with it."""
+    server = start(repository, max_connections=2)
+    server.engine.gate.clear()
+    with connect(server.url) as raw, connect(server.url) as idle:
+        raw.sendall(INFER.replace(b"identity", b"nobody") + INFER)
+        wait_for(lambda: server.serving.models.find("identity").metrics.inflight == 1)
+        idle.sendall(LIVE)
+        assert statuses(answer(idle)) == [200]
+        with connect(server.url) as new:  # for which one has to go
+            new.sendall(LIVE)
+            assert statuses(answer(new)) == [200]
+            assert idle.recv(1) == b""
+            server.engine.gate.set()
+            received = b""
+            while len(statuses(received)) < 2 and (data := raw.recv(65536)):
+                received += data
+    assert statuses(received) == [404, 200]
+
+
 def test_requests_that_wait_for_others_are_few_and_what_is_behind_them_is_not_read(
     start: Start, repository: Path
 ) -> None:
