@@ -46,7 +46,7 @@ def serve(settings: Settings, engine: Callable[[], EngineModule] = real_engine) 
     for name, closest in unknown_variables(os.environ).items():
         hint = f"did you mean {closest}?" if closest else "see --help"
         log.warning("environment variable %s is no setting of this service; %s", name, hint)
-    read_access(settings)
+    access = read_access(settings)
     if settings.frontends and settings.traces_endpoint:
         Tracer(settings.traces_endpoint).close()  # or every front end would find out that packages are missing
     problem = why_unusable(settings.device, engine)
@@ -64,7 +64,7 @@ def serve(settings: Settings, engine: Callable[[], EngineModule] = real_engine) 
     host, port = listeners[0].getsockname()[:2]
     if settings.frontends:
         log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-        return supervise(settings, import_path(engine), listeners)
+        return supervise(settings, access, import_path(engine), listeners)
     app = create_app(settings, engine, spare_the_collector)
     log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     run_server(app, settings, listeners[0])

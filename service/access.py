@@ -10,7 +10,7 @@ import ipaddress
 import logging
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
 
@@ -55,6 +55,21 @@ class Access:
         self.asks = file is not None
         """Whether there is anything to ask for."""
 
+    @classmethod
+    def awaiting(cls, file: Path | None) -> "Access":
+        """With the keys that another process has, whatever is in the file now; none is known before `take`."""
+        access = cls(None)
+        access._file, access.asks = file, file is not None
+        return access
+
+    def take(self, given: Mapping[str, Iterable[str]]) -> None:
+        """The keys of another process."""
+        self._rights = {bytes.fromhex(digest): frozenset(map(Right, rights)) for digest, rights in given.items()}
+
+    def give(self) -> dict[str, list[str]]:
+        """The keys for another process, as JSON: by their SHA-256 the rights."""
+        return {digest.hex(): sorted(rights) for digest, rights in self._rights.items()}
+
     def check(self, path: str, authorization: str) -> None:
         """Raises Unauthorized or Forbidden unless a request to `path` with this header may go on."""
         if self._file is None:
@@ -71,8 +86,12 @@ class Access:
             raise Forbidden(f"this API key has not the right '{needed}'")
 
     def reload(self) -> None:
-        """Read the file again; one that cannot be used changes nothing."""
+        """Read the file again; one that cannot be used changes nothing. A pipe, from which a start may read, is not
+        read a second time: that would wait for its writer."""
         if self._file is None:
+            return
+        if self._file.exists() and not self._file.is_file():
+            log.error("the API keys stay as they were: %s is not a regular file any more", self._file)
             return
         try:
             self._rights = _read(self._file)

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from service import __version__
-from service.access import read_access
+from service.access import Access, read_access
 from service.direct import Direct
 from service.errors import InvalidRequest, ServiceError, describe
 from service.exchange import Requests
@@ -51,6 +51,7 @@ class Place(Protocol):
     number: int
     transport: Transport
     siblings: Siblings
+    access: Access
 
     async def join(self, serving: Serving) -> None:
         """Start serving."""
@@ -67,7 +68,7 @@ def create_app(
     """The app. `engine` returns the module that loads models, and is first called on the loading thread, or in the
     engine's process; `on_settled` is called whenever no model is loading any more, and after each
     unloading. Raises SettingsError for settings that contradict each other."""
-    access = read_access(settings)
+    access = read_access(settings) if front_end is None else front_end.access
     if tracer is None and settings.traces_endpoint:
         tracer = Tracer(settings.traces_endpoint)
     if front_end is None:

@@ -125,12 +125,15 @@ class Catalog(Listing):
 
     async def refresh(self) -> None:
         """Follow the disk: load what is new or has changed, unload what is gone. What an administrator unloaded stays
-        unloaded, and what failed to load is tried again only when it has changed."""
+        unloaded, and is not listed when it is gone; what failed to load is tried again only when it has changed, or if
+        it could not be read."""
         names = await asyncio.to_thread(self._repository.names)
         for name in sorted({*names, *self._models, *self._broken}):
             async with self._turns.turn(name, bounded=False):
                 if name not in self._unloaded:
                     await self._follow(name)
+                elif await asyncio.to_thread(self._repository.find, name) is None:
+                    await self._forget(name)
 
     async def _follow(self, name: str) -> None:
         folder = await asyncio.to_thread(self._repository.find, name)
@@ -140,6 +143,10 @@ class Catalog(Listing):
                 self._tried[name] = contents
                 await self._try(folder, contents)
             return
+        await self._forget(name)
+
+    async def _forget(self, name: str) -> None:
+        """The model is gone from the disk."""
         log.info("model %s is no longer in the repository", name)
         await self._wait_for_loads(name)
         await self._retire(self._models.pop(name, {}).values(), "it is no longer in the repository")
@@ -316,6 +323,8 @@ class Catalog(Listing):
         if model is None:
             return
         model.metrics.settle()
+        if report.unread:  # a disk that comes back has the same files on it
+            self._tried.pop(report.key.name, None)
         self._refuse(model, report.reason)
         log.warning("model %s cannot be loaded: %s", model.key, model.reason)
         self._settle(report.key)

@@ -14,6 +14,10 @@ So where a request is refused before all of it is there, only our sending side i
 away. Answers come in the order of the requests: bytes that are no request are refused when those before them have
 theirs.
 
+Requests may be sent before the answers to those before them are there. Each that is parsed takes some kilobytes, a
+hundred times what it may have on the wire, and parsing all that can be read at once takes a second. So bytes behind
+requests that wait are kept as they came, and nothing more is read meanwhile.
+
 What a connection answers by itself is counted, logged and given an id like any answer: as that of the request whose
 body is broken, else under the route `connection`.
 """
@@ -26,6 +30,7 @@ from typing import cast
 import httptools
 import orjson
 from starlette.types import Scope
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from service.errors import ErrorRow, Outcome, document
@@ -38,12 +43,35 @@ _FIRST_QUESTION_S, _NEXT_QUESTION_S, _RESET_S = 0.01, 1.0, 0.02
 _OFFER = (b"upgrade", b"http2-settings")
 _QUIET_S = 2.0  # a refused client that sends nothing for so long has stopped
 _STILL_THERE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_SHORT = 2048  # bytes that are parsed at once, however many requests they are
+_END_OF_HEADER = b"\r\n\r\n"
 _ROUTE = "connection"  # of answers to what is no request
 _MOST_REFUSED = 256  # connections over the limit that may read why; more are closed at once
 
 
 class _HeaderTooLarge(Exception):
     """Ends the parser; `send_400_response` makes the answer."""
+
+
+class _Flow(FlowControl):
+    """uvicorn's, which reads on with every answer and whenever a request asks for its body; not while it is `held`."""
+
+    held = False
+
+    def hold(self) -> None:
+        """Read no more for now."""
+        self.pause_reading()
+        self.held = True
+
+    def let_go(self) -> None:
+        """Read on."""
+        self.held = False
+        self.resume_reading()
+
+    def resume_reading(self) -> None:
+        """Read on, unless held."""
+        if not self.held:
+            super().resume_reading()
 
 
 class _AnswerTransport(asyncio.Transport):
@@ -88,12 +116,17 @@ class Connection(KeptConnection):
     _lingering: asyncio.TimerHandle | None = None  # a request was refused: until the connection is closed
     _linger_end = 0.0  # of the loop's time
     _thrown_away = 0
+    flow: _Flow
+    _backlog = b""  # came behind requests that wait
+    _taking = False
+    _body_bytes = 0  # of the body that is coming
     _refusal: tuple[HTTPStatus, str] | None = None  # of what follows on the requests that have no answer yet
     _half_closed: asyncio.TimerHandle | None = None  # until the client is asked, or looked at, the next time
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The header's time begins: a client that connects and says nothing goes too."""
         super().connection_made(transport)
+        self.flow = _Flow(transport)
         if len(self.connections) > self.max_connections and not self.make_room():
             self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, f"the server has its {self.max_connections} connections")
             return
@@ -102,6 +135,7 @@ class Connection(KeptConnection):
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing more will come."""
         self._stop_timer()
+        self._backlog = b""
         for timer in (self._half_closed, self._lingering):
             if timer is not None:
                 timer.cancel()
@@ -146,8 +180,48 @@ class Connection(KeptConnection):
             return
         if self._refusal is not None:
             return
-        self._unread += len(data)
+        if self._backlog:
+            self._backlog += data
+        else:
+            self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        """Parse what has come, up to the first request that has to wait for others."""
         self._unset_keepalive_if_required()
+        self._taking = True
+        begin = 0
+        while begin < len(data) and not self.pipeline and not self._is_over():
+            end = len(data)
+            if end - begin > _SHORT and not self._is_of_body(end - begin):
+                found = data.find(_END_OF_HEADER, begin)
+                end = found + len(_END_OF_HEADER) if found >= 0 else end
+            self._feed(data[begin:end])
+            begin = end
+        self._taking = False
+        self._backlog = b"" if self._is_over() else data[begin:]
+        if self._backlog:
+            self.flow.hold()
+
+    def _go_on(self) -> None:
+        """Parse what has come behind requests that are answered now."""
+        if not self._backlog or self._taking or self.pipeline or self._is_over():
+            return
+        data, self._backlog = self._backlog, b""
+        self.flow.let_go()
+        self._take(data)
+
+    def _is_over(self) -> bool:
+        return self.transport.is_closing() or self._is_ending()
+
+    def _is_of_body(self, count: int) -> bool:
+        """Whether so many bytes to come are all of one body."""
+        if self._in_header:
+            return False
+        length = next((value for name, value in self.headers if name == b"content-length"), b"0")
+        return int(length) - self._body_bytes >= count
+
+    def _feed(self, data: bytes) -> None:
+        self._unread += len(data)
         try:
             self._parse(data)
         except httptools.HttpParserError:
@@ -169,7 +243,8 @@ class Connection(KeptConnection):
         self._linger_end = self.loop.time() + self.linger_timeout
         self._lingering = self.loop.call_later(min(_QUIET_S, self.linger_timeout), self.transport.close)
         self.transport.write_eof()
-        self.flow.resume_reading()
+        self._backlog = b""
+        self.flow.let_go()
 
     def on_response_complete(self) -> None:
         """The answer is written. Where the request is not all there, the rest of it gets the time of a body; the time
@@ -182,6 +257,7 @@ class Connection(KeptConnection):
             self._unset_keepalive_if_required()
         elif self.cycle.more_body and self._timer is None:
             self._start_timer(self.linger_timeout)
+        self._go_on()
 
     def _throw_away(self, count: int) -> None:
         assert self._lingering is not None
@@ -256,13 +332,14 @@ class Connection(KeptConnection):
 
     def begin_body(self) -> None:
         """The header's time is over."""
-        self._unread = 0
+        self._unread = self._body_bytes = 0
         self._in_header = False
         self._stop_timer()
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""
         self._unread = 0
+        self._body_bytes += len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:

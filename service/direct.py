@@ -131,7 +131,7 @@ class DirectRequest:
         direct.open.add(self)
         token = request_id.set(exchange.identity)
         try:
-            direct.requests.check(self._path, self._headers)
+            direct.requests.check("POST", self._path, self._headers)
             served = direct.serving.accepting(*self._names)
             inference = open_request(direct.serving, served, self._headers)
             inference.begin()

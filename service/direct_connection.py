@@ -120,9 +120,12 @@ class DirectConnection(Connection):
             if body is not None:
                 self._begin_again(known, body)
                 return
-        self._data = b"" if self._begun else data
+        self._data = b"" if self._begun or self._backlog else data
         super().data_received(data)
         self._data = b""
+
+    def _take(self, data: bytes) -> None:
+        super()._take(data)
         if self._held is not None and self._patience is None:
             self._patience = self.loop.call_later(_BODY_S, self._let_go)
 
@@ -136,7 +139,9 @@ class DirectConnection(Connection):
     def _is_free(self) -> bool:
         """Whether the connection is between two requests, and nothing is known that would make the next one another
         than the one before."""
-        if self._begun or self.shutting_down or self.flow.write_paused or self.transport.is_closing():
+        if self._begun or self._backlog or self.shutting_down:
+            return False
+        if self.flow.write_paused or self.transport.is_closing():
             return False
         if self._timer is not None or self._is_ending():
             return False
@@ -150,12 +155,18 @@ class DirectConnection(Connection):
         if is_alone and len(header) <= _LARGEST_KNOWN:
             self._known = _Known.of(header, request.again())  # which holds neither tensors nor an answer
 
+    def begin_body(self) -> None:
+        """The header's time is over, and the pause that began with the answer to a request that came with this one."""
+        self._idle_since = 0.0
+        super().begin_body()
+
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""
         if self._held is None:
             super().on_body(body)
         else:
             self._unread = 0
+            self._body_bytes += len(body)
             self._body.append(body)
 
     def on_message_complete(self) -> None:
@@ -210,7 +221,7 @@ class DirectConnection(Connection):
         cycle.response_started = cycle.response_complete = True
         if not cycle.keep_alive:
             transport.close()
-        if self.pipeline or self.has_refused():
+        if self.pipeline or self.has_refused() or self._backlog:
             self.on_response_complete()
         else:
             self.server_state.total_requests += 1

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 from service.access import Access
+from service.errors import Forbidden
 from service.metrics import Metrics
 from service.numbers import Number
 from service.tracing import RequestSpan, Tracer
@@ -104,10 +105,16 @@ class Requests:
         exchange.started -= waited
         return exchange
 
-    def check(self, path: str, headers: Headers) -> None:
-        """Raises Unauthorized or Forbidden unless the request may go on."""
+    def check(self, method: str, path: str, headers: Headers) -> None:
+        """Raises Unauthorized or Forbidden unless the request may go on. Where no key is asked for, whoever reaches the
+        server may do everything; but a page of another site, which somebody on this machine looks at, sends its
+        requests from here, too. Browsers say so, and pages cannot keep them from it."""
         if self.access.asks:
             self.access.check(path, headers.get(b"authorization", b"").decode("latin-1"))
+        elif method == "POST" and headers.get(b"sec-fetch-site") == b"cross-site":
+            raise Forbidden(
+                "pages of other sites may send nothing here; ask from a program, or from a page of this site"
+            )
 
     def new_id(self) -> str:
         """For a request that brings none."""

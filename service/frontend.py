@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
+from service.access import Access
 from service.app import create_app
 from service.handover import describe, hand_over
 from service.logs import configure
@@ -17,7 +18,7 @@ from service.model import ModelState
 from service.peer import Peer
 from service.server import run_server, spare_the_collector
 from service.serving import Serving
-from service.settings import Settings
+from service.settings import Authentication, Settings
 from service.siblings import Action, Others, Siblings
 from service.workers.guest import GuestTransport
 from service.workers.messages import ModelKey
@@ -55,8 +56,9 @@ class FrontEndArguments:
 class FrontEnd:
     """This process's place among the others. Event loop only, once it has joined."""
 
-    def __init__(self, number: int, end: socket.socket, connections: socket.socket) -> None:
+    def __init__(self, number: int, access: Access, end: socket.socket, connections: socket.socket) -> None:
         self.number = number
+        self.access = access
         self.transport: Transport = GuestTransport(connections, self._reconnect)
         self._end = end
         self._peer = Peer(self._answer)
@@ -73,6 +75,7 @@ class FrontEnd:
         await self._peer.connect(self._end)
         self._talking = asyncio.get_running_loop().create_task(self._talk())
         state = await self._peer.ask("hello")
+        self.access.take(state["keys"])
         served = [ModelKey(*key) for key in state["served"]]
         changed = serving.models.changed(served)
         documents = await self._peer.ask("describe", changed) if changed else []
@@ -125,7 +128,8 @@ def main() -> None:
     peer, connections, listener = (
         socket.socket(fileno=descriptor) for descriptor in (arguments.peer, arguments.connections, arguments.listener)
     )
-    front_end = FrontEnd(arguments.number, peer, connections)
+    keys = settings.api_keys if settings.authentication is not Authentication.OFF else None
+    front_end = FrontEnd(arguments.number, Access.awaiting(keys), peer, connections)
     app = create_app(settings, on_settled=front_end.settled, front_end=front_end)
     run_server(app, settings, listener)
 

@@ -39,8 +39,7 @@ class RequestMiddleware:
             await send(message)
 
         try:
-            if self._requests.access.asks:
-                self._requests.check(scope["path"], headers_of(scope["headers"]))
+            self._requests.check(scope["method"], scope["path"], headers_of(scope["headers"]))
             await self._app(scope, receive, send_with_id)
         except (Unauthorized, Forbidden) as refused:
             await refusal(refused, scope["path"])(scope, receive, send_with_id)

@@ -18,6 +18,7 @@ from service.merging import Snapshot, merge, take
 from service.metrics import Metrics
 from service.model import ModelState, ServedModel
 from service.preprocess import PreprocessPool
+from service.repository import check_name
 from service.settings import Settings
 from service.siblings import Action, Alone, Change, Siblings
 from service.workers.client import EngineClient
@@ -54,6 +55,7 @@ class Serving:
         self.engine = EngineClient(transport, self._on_report, first_id(client))
         self.models = Catalog(settings, self.metrics, self.engine.send, on_settled)
         self.draining = False
+        self._started = asyncio.Event()
         self._refusal = ""  # why no request may begin, whatever the model
         self.finished = False
         self._drain_began = 0.0
@@ -67,6 +69,7 @@ class Serving:
         `handed_over` just that."""
         self.engine.start()
         self.models.begin(unloaded, handed_over)
+        self._started.set()
         if self.settings.poll_models:
             self._watch = asyncio.get_running_loop().create_task(self._poll(self.settings.poll_models))
 
@@ -87,6 +90,7 @@ class Serving:
         self._refreshing = loop.create_task(in_turn())
 
     async def _refresh(self) -> None:
+        await self._started.wait()  # a front end's start may wait for what others say, a signal does not
         if self.draining:
             return
         try:
@@ -159,14 +163,22 @@ class Serving:
 
     async def change(self, action: Action) -> None:
         """Do it, and have it done by the other front ends. Raises what the catalogue or the shared memory raises."""
+        self._check(action)
+        async with self.siblings.turn(action):
+            self._check(action)  # it may have waited long
+            if action.change is Change.UNLOAD:  # its memory is back when all have let it go
+                await asyncio.gather(self.apply(action), self.siblings.tell(action))
+            else:  # what fails here changes nothing elsewhere
+                await self.apply(action)
+                await self.siblings.tell(action)
+
+    def _check(self, action: Action) -> None:
         if action.change in (Change.LOAD, Change.UNLOAD):
             self.check_not_draining()
-        if action.change is Change.UNLOAD:  # its memory is back when all have let it go
+        if action.change is Change.LOAD:
+            check_name(str(action.name))
+        elif action.change is Change.UNLOAD:
             self.models.check_known(str(action.name))
-            await asyncio.gather(self.apply(action), self.siblings.tell(action))
-        else:  # what fails here changes nothing elsewhere
-            await self.apply(action)
-            await self.siblings.tell(action)
 
     async def apply(self, action: Action) -> None:
         """Do it here. Raises what the catalogue or the shared memory raises."""

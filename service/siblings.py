@@ -3,15 +3,18 @@ what is counted there is added to what is counted here. Event loop only.
 """
 
 import contextlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
-from service.errors import Unavailable
+from service.errors import Overloaded, Unavailable
 from service.merging import Snapshot
 from service.peer import Peer, PeerGone
 
 _COLLECT_S = 3.0
+_REGIONS = "/regions"  # no model is called so
 
 
 class Change(StrEnum):
@@ -33,6 +36,11 @@ class Action:
     offset: int = 0
     nbytes: int = 0
 
+    @property
+    def subject(self) -> str:
+        """What it is a change of: a model, or shared memory, whichever region."""
+        return str(self.name) if self.change in (Change.LOAD, Change.UNLOAD) else _REGIONS
+
     def document(self) -> dict[str, Any]:
         """As JSON."""
         return asdict(self)
@@ -45,6 +53,11 @@ class Action:
 
 class Siblings(Protocol):
     """The other front ends."""
+
+    def turn(self, action: Action) -> contextlib.AbstractAsyncContextManager[None]:
+        """No other front end begins a change of the same model meanwhile: all of them see changes in one order, and are
+        alike after them. Raises Overloaded where too many wait, Unavailable where nobody keeps the order any more."""
+        ...
 
     async def tell(self, action: Action) -> None:
         """Have an action done everywhere else; returns when it is."""
@@ -59,6 +72,11 @@ class Siblings(Protocol):
 class Alone:
     """There are none."""
 
+    @asynccontextmanager
+    async def turn(self, action: Action) -> AsyncIterator[None]:
+        """The catalogue has its own order."""
+        yield
+
     async def tell(self, action: Action) -> None:
         """Nothing to do."""
 
@@ -72,6 +90,20 @@ class Others:
 
     def __init__(self, peer: Peer) -> None:
         self._peer = peer
+
+    @asynccontextmanager
+    async def turn(self, action: Action) -> AsyncIterator[None]:
+        """This front end's turn among all. Raises Overloaded, Unavailable."""
+        try:
+            refusal = await self._peer.ask("turn", action.subject)
+        except PeerGone:  # this process ends then
+            raise Unavailable("the other front ends cannot be told now") from None
+        if refusal:
+            raise Overloaded(refusal)
+        try:
+            yield
+        finally:
+            self._peer.tell("done", action.subject)
 
     async def tell(self, action: Action) -> None:
         """Have an action done everywhere else."""

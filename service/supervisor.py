@@ -21,11 +21,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from service.access import Access
+from service.errors import Overloaded
 from service.frontend import FrontEndArguments
 from service.merging import Snapshot, lasting, merge
 from service.peer import Peer, PeerGone
 from service.settings import Settings
 from service.siblings import Action, Change
+from service.turns import Turns
 from service.workers.messages import Report, Stop, Stopped, WorkerLost
 from service.workers.process import ProcessOptions, ProcessTransport, said, search_path
 from service.workers.shared_memory import create_region
@@ -51,6 +54,7 @@ class _Slot:
     connections: socket.socket | None = None
     connected_to: socket.socket | None = None
     connection: int = 0
+    turns: list[str] = field(default_factory=list)  # what it is changing
     has_served: bool = False
     last: Snapshot | None = None
 
@@ -80,11 +84,13 @@ class _Changes:
 class Supervisor:
     """All processes of one server. Event loop only."""
 
-    def __init__(self, settings: Settings, engine: str, listeners: list[socket.socket]) -> None:
+    def __init__(self, settings: Settings, access: Access, engine: str, listeners: list[socket.socket]) -> None:
         self._settings = settings
+        self._access = access  # what front ends to come ask for, as those do that are there
         self._slots = [_Slot(listener) for listener in listeners]
         self._numbers = itertools.count(1)
         self._changes = _Changes()
+        self._turns = Turns()
         self._served: list[list[Any]] = []  # the keys of the models that front ends were last known to serve
         self._retired: list[Snapshot] = []
         self._waiting = ThreadPoolExecutor(len(listeners), "wait")  # each waits for its front end all the time
@@ -100,7 +106,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop, number)
-        loop.add_signal_handler(signal.SIGHUP, self._forward, signal.SIGHUP)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         self._engine.start(self._hear)
         tasks = [loop.create_task(self._keep(slot)) for slot in self._slots]
         await asyncio.wait(tasks)
@@ -124,6 +130,10 @@ class Supervisor:
         for slot in self._slots:
             slot.listener.close()
         self._forward(signal.SIGTERM)
+
+    def _reload(self) -> None:
+        self._access.reload()
+        self._forward(signal.SIGHUP)
 
     def _forward(self, number: signal.Signals) -> None:
         for slot in self._slots:
@@ -208,6 +218,8 @@ class Supervisor:
             slot.peer.close()
             slot.connections.close()
             slot.peer = slot.connections = None
+            while slot.turns:
+                self._turns.give_back(slot.turns.pop())
             if slot.last is not None:
                 self._retired = [merge([*self._retired, lasting(slot.last)])]
                 slot.last = None
@@ -232,7 +244,8 @@ class Supervisor:
         """What a front end asks."""
         if kind == "hello":
             regions = [action.document() for action in self._changes.regions.values()]
-            return {"unloaded": sorted(self._changes.unloaded), "regions": regions, "served": self._served}
+            unloaded, keys = sorted(self._changes.unloaded), self._access.give()
+            return {"unloaded": unloaded, "regions": regions, "served": self._served, "keys": keys}
         if kind == "served":
             self._served, slot.has_served = content, True
             return None
@@ -240,6 +253,12 @@ class Supervisor:
             if content == slot.connection:  # else there is a later one already
                 slot.connected_to = None
                 self._connect(slot)
+            return None
+        if kind == "turn":
+            return await self._grant(slot, content)
+        if kind == "done":
+            slot.turns.remove(content)
+            self._turns.give_back(content)
             return None
         others = [other for other in self._slots if other is not slot and other.peer is not None]
         if kind == "describe":
@@ -253,6 +272,19 @@ class Supervisor:
             await asyncio.gather(*(self._take(other) for other in others))
             return [*self._retired, *(other.last for other in others if other.last is not None)]
         raise ValueError(f"unknown question {kind!r}")
+
+    async def _grant(self, slot: _Slot, subject: str) -> str:
+        """A front end's turn to change something, which it has until it is done or gone; else why not."""
+        peer = slot.peer
+        try:
+            await self._turns.take(subject)
+        except Overloaded as error:
+            return str(error)
+        if slot.peer is peer:
+            slot.turns.append(subject)
+        else:  # it ended while it waited
+            self._turns.give_back(subject)
+        return ""
 
     async def _describe(self, slots: list[_Slot], names: list[str]) -> list[Any]:
         """What a front end that serves models of these names has of them; nothing where none answers."""
@@ -290,9 +322,9 @@ def _spawn(arguments: FrontEndArguments) -> "subprocess.Popen[bytes]":
     )
 
 
-def supervise(settings: Settings, engine: str, listeners: list[socket.socket]) -> int:
+def supervise(settings: Settings, access: Access, engine: str, listeners: list[socket.socket]) -> int:
     """Run all processes until SIGTERM or SIGINT; the exit status."""
     for listener in listeners:
         listener.listen(2048)  # what comes before a front end is ready waits
-    asyncio.run(Supervisor(settings, engine, listeners).run())
+    asyncio.run(Supervisor(settings, access, engine, listeners).run())
     return 0

@@ -160,7 +160,7 @@ class EngineWorker:
             log.warning("model %s could not be loaded: %s", command.key, reason)
             if model is not None:
                 model.close()
-            self._report(LoadFailed(command.key, reason))
+            self._report(LoadFailed(command.key, reason, isinstance(error.__cause__, OSError)))
             return
         if self._stopping.is_set():
             model.close()

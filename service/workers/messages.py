@@ -196,10 +196,12 @@ class ModelReady:
 
 @dataclass(frozen=True, slots=True)
 class LoadFailed:
-    """A model could not be loaded; nothing of it is left in memory."""
+    """A model could not be loaded; nothing of it is left in memory. `unread` where its files could not be read: the
+    same ones may be read another time."""
 
     key: ModelKey
     reason: str
+    unread: bool = False
 
 
 @record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -257,6 +258,17 @@ class Process:
         """Until `count` requests of the identity model have been accepted."""
         url = f"{self.url}/metrics"
         wait_for(lambda: sample(get(url).text, "inference_inflight", model="identity") == count)
+
+
+def children(pid: int, module: str) -> list[int]:
+    """Process ids of the processes that `pid` started and that run a module."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            command = (folder / "cmdline").read_bytes().split(b"\0") if folder.name.isdigit() else []
+            if module.encode() in command and int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(folder.name))
+    return sorted(found)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes  # noqa: F401 (names its types to NumPy)
@@ -430,16 +431,19 @@ class FakeEngine:
         assert self.behind.active, "a load that does not give way"
         self.loading.release()
         assert self.load_gate.wait(60), "the test never opened the load gate"
-        with open(path, "rb") as file:
-            try:
-                arguments = json.load(file)
-                time.sleep(arguments.get("load_sleep", 0))
-                if arguments.get("fatal"):
-                    os.kill(os.getpid(), signal.SIGKILL)
-                if arguments.get("bug"):
-                    raise LookupError("oops")
-                model = FakeModel(self, path, arguments["kind"], arguments, packed)
-            except (ValueError, KeyError, TypeError) as error:
-                raise ModelError(f"{path.rsplit('/', 1)[-1]} is no ONNX model: {error}") from None
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise ModelError(f"{path}: cannot be read: {error.strerror}") from error
+        try:
+            arguments = json.loads(content)
+            time.sleep(arguments.get("load_sleep", 0))
+            if arguments.get("fatal"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if arguments.get("bug"):
+                raise LookupError("oops")
+            model = FakeModel(self, path, arguments["kind"], arguments, packed)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{path.rsplit('/', 1)[-1]} is no ONNX model: {error}") from None
         self.models.append(model)
         return model

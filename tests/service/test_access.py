@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import tritonclient.http as triton
 
 from service.access import Access, Right, read_access, right_for
 from service.settings import Settings, SettingsError, read_settings
-from tests.service.conftest import Process, Running, Start, error_of, get, wait_for
+from tests.service.conftest import Process, Running, Start, children, error_of, get, wait_for
 
 KEYS = {
     "user": ("inference", "u" * 16),
@@ -175,6 +176,26 @@ def test_keys_are_not_needed_where_only_this_machine_reaches(tmp_path: Path, hos
         read_access(Settings(models=tmp_path, host=host, authentication="required"))
 
 
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "same-origin", "none"])
+@pytest.mark.parametrize("expect", [{}, {"expect": "100-continue"}], ids=["direct", "through ASGI"])
+def test_pages_of_other_sites_may_send_nothing(
+    start: Start, repository: Path, site: str, expect: dict[str, str]
+) -> None:
+    server = start(repository)
+    headers, status = {"sec-fetch-site": site, **expect}, 403 if site == "cross-site" else 200
+    tensor = {"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}
+    for path, body in (
+        ("/v2/models/identity/infer", {"inputs": [tensor]}),
+        ("/v2/repository/index", {}),
+        ("/v2/repository/models/colours/unload", {}),
+    ):
+        answer = server.client.post(path, json=body, headers=headers)
+        assert answer.status_code == status, answer.text
+    assert server.client.get("/v2/models/colours/ready").status_code == (200 if status == 403 else 503)
+    for path in ("/", "/v2/health/ready", "/v1/models"):
+        assert server.client.get(path, headers=headers).status_code == 200
+
+
 def test_the_process_says_what_is_missing(repository: Path, processes: list[Process]) -> None:
     process = Process(repository, "--host", "0.0.0.0")
     processes.append(process)
@@ -200,6 +221,37 @@ def test_sighup_reads_the_keys_again(repository: Path, keys: Path, processes: li
     process.process.send_signal(signal.SIGHUP)
     wait_for(lambda: status("user") == 401)
     assert status("admin") == 200
+
+
+def test_a_front_end_to_come_knows_the_keys_of_the_others_whatever_the_file_has(
+    repository: Path, keys: Path, processes: list[Process]
+) -> None:
+    process = Process(repository, "--api-keys", str(keys), "--frontends", "2")
+    processes.append(process)
+    process.wait_ready()
+    before = children(process.process.pid, "service.frontend")
+
+    def statuses(who: str) -> set[int]:
+        return {get(f"{process.url}/v1/models", headers=bearer(who)).status_code for _ in range(16)}
+
+    keys.write_text("nonsense\n")
+    process.process.send_signal(signal.SIGHUP)
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not {*before} & {*(now := children(process.process.pid, "service.frontend"))} and len(now) == 2)
+    assert (statuses("user"), statuses("admin")) == ({200}, {403})
+    keys.write_text(f"inference {KEYS['admin'][1]}\n")
+    process.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: (statuses("user"), statuses("admin")) == ({401}, {200}))
+
+
+def test_a_pipe_in_the_place_of_the_keys_stops_nothing(keys: Path, caplog: pytest.LogCaptureFixture) -> None:
+    access = Access(keys)
+    keys.unlink()
+    os.mkfifo(keys)
+    access.reload()  # nobody writes: reading it would never end
+    assert "not a regular file" in caplog.text
+    access.check("/v1/models", bearer("user")["authorization"])
 
 
 def test_settings_name_the_file(tmp_path: Path, keys: Path) -> None:

@@ -103,6 +103,25 @@ def test_a_model_that_was_unloaded_stays_unloaded(start: Start, tmp_path: Path, 
     assert server.identity([1, 2, 3, 4]).status_code == 200
 
 
+def test_a_model_that_was_unloaded_and_removed_is_not_listed_and_comes_back_unloaded(
+    start: Start, tmp_path: Path
+) -> None:
+    root, away = tmp_path / "models", tmp_path / "away"
+    add_model(root, "identity", "identity")
+    add_model(root, "witness", "identity")
+    server = start(root, poll_models=0.02)
+    assert change(server, "unload") == (200, "")
+    (root / "identity").rename(away)
+    wait_for(lambda: index(server) == {})
+    assert server.client.get("/v2/models/identity").status_code == 404
+    assert [entry["id"] for entry in server.client.get("/v1/models").json()["data"]] == ["witness"]
+    away.rename(root / "identity")
+    time.sleep(0.2)
+    assert index(server) == {"": ("UNAVAILABLE", "it is not loaded")}
+    assert change(server, "load") == (200, "")
+    assert server.identity([1, 2, 3, 4]).status_code == 200
+
+
 def test_a_new_model_with_a_broken_version_is_not_served_in_part(start: Start, repository: Path) -> None:
     server = start(repository)
     opened = open_models(server)
@@ -251,3 +270,16 @@ def test_a_version_that_ends_the_engine_process_changes_nothing(start: Start, tm
     assert index(server) == {"1": ("READY", "")}
     assert server.identity([1, 2, 3, 4]).json()["model_version"] == "1"
     assert index(server, "other")["1"][0] == "READY"
+
+
+def test_what_could_not_be_read_is_tried_again_when_the_disk_is_back(start: Start, tmp_path: Path) -> None:
+    root, away = tmp_path / "models", tmp_path / "away"
+    add_model(root, "identity", "identity")
+    add_model(root, "other", "identity")
+    server = start(root, engine_process="always", poll_models=0.2)
+    root.rename(away)
+    os.kill(transport_pid(server), signal.SIGKILL)
+    wait_for(lambda: "no model can be served" in server.client.get("/v2/health/ready").text)
+    away.rename(root)
+    wait_for(lambda: server.client.get("/v2/health/ready").status_code == 200)
+    wait_for(lambda: index(server) == index(server, "other") == {"1": ("READY", "")})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import resource
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from service.connection import Connection
 from service.logs import request_id
@@ -390,3 +392,80 @@ def test_a_client_that_asks_as_the_server_shuts_down_is_answered(tmp_path: Path,
             assert raw.recv(1) == b""
         assert raws[3].recv(1) == b"", "within the 10 s that `connect` waits, far less than an idle connection is kept"
     assert process.process.wait(60) == 0
+
+
+# ---- requests that do not wait for answers
+
+
+def test_requests_that_were_sent_in_one_go_are_answered_in_order(start: Start, repository: Path) -> None:
+    """Short and long ones, with bodies and in chunks, some of them refused; far more than are parsed at once."""
+    server = start(repository)
+    long_body = BODY[:-1] + b" " * 5000 + b"}"
+    chunked = HEAD.replace(b"Content-Length: %d", b"Transfer-Encoding: chunked") + b"%x\r\n%b\r\n0\r\n\r\n" % (
+        len(BODY),
+        BODY,
+    )
+    unknown = INFER.replace(b"identity", b"nobody")
+    kinds = [(LIVE, 200), (INFER, 200), (HEAD % len(long_body) + long_body, 200), (chunked, 200), (unknown, 404)]
+    given = [(index, *kinds[index % 5 if index % 7 else 0]) for index in range(400)]
+    sent = b"".join(what.replace(b"Host: x", b"Host: x\r\nX-Request-Id: n%d" % index) for index, what, _ in given)
+    for pieces in (len(sent), 1 << 16, 997):
+        with connect(server.url) as raw:
+            for begin in range(0, len(sent), pieces):
+                raw.sendall(sent[begin : begin + pieces])
+            raw.shutdown(socket.SHUT_WR)
+            received = everything(raw)
+        assert statuses(received) == [status for _, _, status in given]
+        ids = [line[len(b"x-request-id: n") :] for line in received.split(b"\r\n") if line.startswith(b"x-request-id")]
+        assert [int(text) for text in ids] == list(range(400))
+
+
+def test_a_connection_is_not_idle_after_the_first_of_two_requests(start: Start, repository: Path) -> None:
+    """The first one, which is refused at once, leaves no pause before the second, which came with it."""
+    server = start(repository, max_connections=2)
+    server.engine.gate.clear()
+    with connect(server.url) as raw, connect(server.url) as idle:
+        raw.sendall(INFER.replace(b"identity", b"nobody") + INFER)
+        wait_for(lambda: server.serving.models.find("identity").metrics.inflight == 1)
+        idle.sendall(LIVE)
+        assert statuses(answer(idle)) == [200]
+        with connect(server.url) as new:  # for which one has to go
+            new.sendall(LIVE)
+            assert statuses(answer(new)) == [200]
+            assert idle.recv(1) == b""
+            server.engine.gate.set()
+            received = b""
+            while len(statuses(received)) < 2 and (data := raw.recv(65536)):
+                received += data
+    assert statuses(received) == [404, 200]
+
+
+def test_requests_that_wait_for_others_are_few_and_what_is_behind_them_is_not_read(
+    start: Start, repository: Path
+) -> None:
+    server = start(repository)
+
+    def waiting() -> int:
+        return sum(isinstance(each, RequestResponseCycle) for each in gc.get_objects())
+
+    before = waiting()
+    server.engine.gate.clear()
+    with connect(server.url) as raw:
+        raw.sendall(INFER)
+        wait_for(lambda: server.metric("inference_inflight", model="identity") == 1)
+        raw.setblocking(False)
+        sent = 0
+        with contextlib.suppress(BlockingIOError):
+            while sent < 64 << 20:
+                sent += raw.send(LIVE * 5000)
+                time.sleep(0.01)
+        assert sent < 64 << 20, "the server reads no more"
+        assert waiting() - before < 100
+        server.engine.gate.set()
+        raw.setblocking(True)
+        raw.settimeout(10)
+        received = b""
+        while len(statuses(received)) < 1000:
+            received += raw.recv(1 << 20)
+            assert waiting() - before < 100
+    assert set(statuses(received)) == {200}

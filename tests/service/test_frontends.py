@@ -28,22 +28,11 @@ from prometheus_client.samples import Exemplar
 from service.frontend import FrontEndArguments
 from service.merging import Merged, lasting, merge
 from service.settings import Settings
-from tests.service.conftest import ROOT, Process, add_model, common_models, sample, wait_for
+from tests.service.conftest import ROOT, Process, add_model, children, common_models, sample, wait_for
 from tests.service.fakes import WIDTH
 
 FRONTENDS = 3
 EVERY_S = 0.05  # between two looks at many processes, each of which takes them time that they need
-
-
-def children(pid: int, module: str) -> list[int]:
-    """Process ids of the processes that `pid` started and that run a module."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            command = (folder / "cmdline").read_bytes().split(b"\0") if folder.name.isdigit() else []
-            if module.encode() in command and int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append(int(folder.name))
-    return sorted(found)
 
 
 class Fleet:
@@ -93,7 +82,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fleet(root: Path) -> Iterator[Fleet]:
-    process = Process(root, "--frontends", str(FRONTENDS), "--shared-memory-prefixes", "/tilewave_fleet_")
+    # Nobody reads what they log before the end, and a pipe that is full stops them.
+    quiet = ("--log-level", "warning")
+    process = Process(root, "--frontends", str(FRONTENDS), "--shared-memory-prefixes", "/tilewave_fleet_", *quiet)
     try:
         made = Fleet(process)
         process.wait_ready()
@@ -185,6 +176,60 @@ def test_a_change_through_one_front_end_is_a_change_of_all(fleet: Fleet, root: P
     shutil.rmtree(root / "later")
     os.kill(fleet.pid, signal.SIGHUP)
     fleet.wait_everywhere("/v2/models/later/ready", 404)
+
+
+def test_changes_through_several_front_ends_at_once_leave_all_of_them_alike(fleet: Fleet) -> None:
+    def change(what: str) -> int:
+        return fleet.ask("POST", f"/v2/repository/models/colours/{what}").status_code
+
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(8):
+            assert set(pool.map(change, ["load", "unload"] * 3)) == {200}
+            assert len(fleet.everywhere("/v2/models/colours/ready")) == 1
+    assert change("load") == 200
+
+
+def test_a_change_that_is_refused_because_too_many_wait_changes_nothing(fleet: Fleet, root: Path) -> None:
+    add_model(root, "sleepy", "identity", load_sleep=1.0)
+
+    def change(what: str) -> int:
+        return fleet.ask("POST", f"/v2/repository/models/sleepy/{what}").status_code
+
+    assert change("load") == 200
+    add_model(root, "sleepy", "identity", load_sleep=1.0, flops=3)
+    with ThreadPoolExecutor(16) as pool:
+        loads = [pool.submit(change, "load") for _ in range(8)]
+        time.sleep(0.3)
+        assert {pool.submit(change, "unload").result() for _ in range(4)} == {429}
+        assert {load.result() for load in loads} == {200}
+    assert fleet.everywhere("/v2/models/sleepy/ready") == {200}
+    shutil.rmtree(root / "sleepy")
+    os.kill(fleet.pid, signal.SIGHUP)
+    fleet.wait_everywhere("/v2/models/sleepy/ready", 404)
+
+
+def test_a_front_end_that_dies_while_it_changes_a_model_leaves_the_turn_to_the_next(fleet: Fleet, root: Path) -> None:
+    add_model(root, "sleepy", "identity", load_sleep=1.0)
+
+    def load() -> int:
+        try:
+            return fleet.ask("POST", "/v2/repository/models/sleepy/load").status_code
+        except httpx.TransportError:
+            return 0
+
+    before = fleet.front_ends()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(load)
+        time.sleep(0.3)
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        assert first.result() == 0
+    wait_for(lambda: len(fleet.front_ends()) == FRONTENDS and not {*fleet.front_ends()} & {*before}, 30, EVERY_S)
+    fleet.wait_everywhere("/v2/health/ready", 200)
+    assert load() == 200
+    shutil.rmtree(root / "sleepy")
+    os.kill(fleet.pid, signal.SIGHUP)
+    fleet.wait_everywhere("/v2/models/sleepy/ready", 404)
 
 
 def test_reloading_under_load_loses_no_request(fleet: Fleet, root: Path) -> None:

@@ -111,6 +111,7 @@ MESSAGES = [
         "because",
     ),
     LoadFailed(KEY, "no"),
+    LoadFailed(KEY, "no disk", unread=True),
     InferFailed(1, FailureCode.OVERLOADED, "full", 1.5),
     InferFailed(1, FailureCode.ENGINE, "bad"),
     BatchDone(KEY, 4, 0, 0, 1e-3, 7),
