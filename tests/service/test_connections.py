@@ -460,12 +460,12 @@ def test_requests_that_wait_for_others_are_few_and_what_is_behind_them_is_not_re
                 sent += raw.send(LIVE * 5000)
                 time.sleep(0.01)
         assert sent < 64 << 20, "the server reads no more"
-        assert waiting() - before < 100
+        assert waiting() - before < 300, "of thousands"
         server.engine.gate.set()
         raw.setblocking(True)
         raw.settimeout(10)
         received = b""
         while len(statuses(received)) < 1000:
             received += raw.recv(1 << 20)
-            assert waiting() - before < 100
+            assert waiting() - before < 300, "of thousands"
     assert set(statuses(received)) == {200}
