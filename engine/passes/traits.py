@@ -36,6 +36,8 @@ class Traits:
     block at once (`fuse_excitations`). `scaled_weights`: its products with weights of every image's own are as fast as
     others (`scale_weights`). `divided_rows`: its products with constant weights divide the rows of their first operand
     by their standard deviation, by factors that cost less than a pass that normalises (`divide_rows`).
+    `gathered_norms`: a norm costs what it reads and writes, so that one of looked-up rows, some of them in vain, is
+    cheaper than a norm and a lookup (`unpack_in_norms`).
     """
 
     channels_last: bool = True
@@ -50,3 +52,4 @@ class Traits:
     excitations: bool = False
     scaled_weights: bool = False
     divided_rows: bool = False
+    gathered_norms: bool = False

@@ -105,6 +105,9 @@ def test_the_table_has_lengths_and_ratios_and_says_what_is_behind(tmp_path: Path
         f"| {first.name} | 12,800 | 60.3 | 128 | 2.80 | 1.32 | 1.32 | 2,500 | 6,400 | 8,000 | 7,000 | – | 3,300 | "
         "6,000 | 13,000 | 2,000 | 1.1e-03 | 2.0e-03 |"
     )
+    assert next(packed.cells([replace(rows[0], figures={**rows[0].figures, "worst_token_padded": 3e-3})]))[-1] == (
+        "2.0e-03 (padded 3.0e-03)"
+    )
     assert lines[5].startswith(f"| {fourth.name} **failed** | – | 242.4 | 512 | – | – | – | – | 6,400 | – | – |")
     behind = f"{second.name} (÷ (max ÷ mean) 0.98), {second.name} (jagged 1.00)"
     assert f"Under 1.2 × max ÷ mean or under 1.1 × jagged: 2: {behind}." in lines[7]

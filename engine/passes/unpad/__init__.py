@@ -36,6 +36,7 @@ from engine.passes.pipeline import print_after
 from engine.passes.prologues import fuse_gathers
 from engine.passes.traits import PackedAttention, Traits
 from engine.passes.unpad.elements import Index, broadcast
+from engine.passes.unpad.last_norms import unpack_in_norms
 from engine.passes.unpad.masks import Refused
 from engine.passes.unpad.rows import Rows
 from engine.passes.unpad.rules import pack, pack_attention
@@ -237,6 +238,7 @@ def _finished(graph: Graph, rows: Rows, outputs: list[Value], traits: Traits, co
     new.remove_dead()
     merge_views(new, traits)
     fuse_gathers(new, traits)
+    unpack_in_norms(new, traits)
     merge_views(new, traits)
     choose_orders(new, traits)
     print_after("unpad", new)

@@ -1,5 +1,6 @@
 """Attention in one kernel: the scores never reach memory. Picks between the portable kernel (attention_mma.cuh) and, on
-sm_90a, TMA and wgmma: for many queries (attention_wgmma.py), and for few over many keys (attention_decode.py)."""
+sm_90a, TMA and wgmma: for many queries (attention_wgmma.py), for packed sequences of about a tile
+(attention_short.py), and for few queries over many keys (attention_decode.py)."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from engine.plan.tensor import Tensor
 from engine.targets.cuda import (
     attention_decode,
     attention_decode_tiles,
+    attention_short,
     attention_tiles,
     attention_wgmma,
     attention_wgmma_tiles,
@@ -59,6 +61,8 @@ def lower(step: Step, context: Context) -> list[Launch]:
         decoding = decoding_of(step, context)
         if decoding is not None:
             return attention_decode.launch_attention(step, decoding.tile, decoding.splits)
+        if short_is_faster(step, context):
+            return [attention_short.launch_attention(step, attention_short.pick(step), context)]
         if attention_wgmma.suits(step):
             return [attention_wgmma.launch_attention(step, attention_wgmma.pick(step, context), context)]
     if Attended(step).op.packed:
@@ -69,6 +73,15 @@ def lower(step: Step, context: Context) -> list[Launch]:
     heads, sizes = heads_of(step, context), sizes_of(step)
     portable, splits = pick(heads, sizes, context.architecture, context.multiprocessors)
     return launch_attention(step, heads, portable, splits)
+
+
+def short_is_faster(step: Step, context: Context) -> bool:
+    """Whether attention_short.cuh runs a step: by its model it should take less time than attention_wgmma.cuh."""
+    if not attention_short.suits(step):
+        return False
+    work, count = attention_wgmma.work_of(step), context.multiprocessors
+    other = attention_wgmma_tiles.cycles(attention_wgmma.pick(step, context), work, count)
+    return attention_short.cycles(work, count) < other
 
 
 @dataclass(frozen=True)

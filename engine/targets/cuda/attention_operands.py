@@ -10,7 +10,7 @@ from math import e, log2
 from engine.ir import expr as ex
 from engine.ir.ops import Attention
 from engine.plan.plan import Step
-from engine.plan.tensor import Tensor
+from engine.plan.tensor import BufferKind, Tensor
 from engine.targets.cuda import codegen
 from engine.targets.cuda.kernel import I64, Argument, Functor, I64s, pointer_to
 from engine.targets.cuda.spaces import operand, operands, space
@@ -80,6 +80,11 @@ class Attended:
     def sequences(self) -> int:
         """How many sequences lie one after the other, where they are packed."""
         return self.step.inputs[3].shape[0] - 1 if self.op.packed else 0
+
+    @property
+    def starts_are_fed(self) -> bool:
+        """Whether the starts of packed sequences are there before the first kernel of the plan: an input."""
+        return self.op.packed and self.step.inputs[3].buffer.kind is BufferKind.INPUT
 
     def sequences_code(self) -> str:
         """The struct `Sequences` that says where packed sequences begin."""

@@ -133,7 +133,7 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
         "masked_rows_zero": op.masked_rows_zero, "producer_registers": tile.producer_registers,
         "consumer_registers": tile.consumer_registers, "blocks": tile.blocks, "shared_bytes": shared,
         "q_stages": tile.q_stages, "turns": tile.turns, "band": BAND, "dynamic": dynamic, "packed": op.packed,
-        "single": single, "places": work.places, "window": op.window is not None,
+        "single": single, "places": work.places, "early": attended.starts_are_fed, "window": op.window is not None,
         "skips": attended.bias is BiasKind.PER_KEY and not ordered and 1 < key_tiles <= _MASK_TILES,
     }  # fmt: skip
     arguments: dict[str, Argument] = {

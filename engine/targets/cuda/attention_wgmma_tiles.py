@@ -14,8 +14,9 @@ BAND = 32  # heads whose causal tiles are dealt from the longest to the shortest
 _BINS = 32  # of lengths, 4 bytes each, that packed sequences are sorted into
 LAUNCH = 4250  # cycles from a launch to the first product, and behind the last store
 MEMORY_BYTES = 13  # a cycle and multiprocessor
+_ORDER, _LOOKED_UP = 3400, 425  # cycles until packed sequences are in order, and for every item of a multiprocessor
 _ROUNDS = 8  # items a block, up to which the cost model deals them one by one
-_SHARES = (0.4, 0.8, 1.2, 1.6)  # lengths of packed sequences beside their mean, which is all that the host knows
+_SHARES = (0.4, 0.8, 1.2, 1.6)  # lengths of packed sequences beside their mean
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def cycles(tile: WgmmaAttentionTile, work: Work, multiprocessors: int) -> float:
     """Estimated cycles, at about 1.7 GHz. The constants are fitted to a sweep on an H100 (fp16, heads of 64 and 128,
     128 to 16384 tokens, one to four consumers): 3 % root mean square, 10 % at most. Those of the exponentials were
     lowered later, by what leaving out the maxima of scores gained in nine cases in two or three tiles each."""
-    kinds = [work] if not work.places else [_as_long(work, share) for share in _SHARES]
+    kinds = as_long(work) if work.places else [work]
     items = sum(ceildiv(kind.queries, tile.queries) * kind.groups for kind in kinds)
     blocks = min(tile.blocks, ceildiv(items, multiprocessors))  # on a multiprocessor
     slots = multiprocessors * blocks
@@ -142,7 +143,10 @@ def cycles(tile: WgmmaAttentionTile, work: Work, multiprocessors: int) -> float:
     floor = moved / (multiprocessors * MEMORY_BYTES)
     dealt = [(_items(tile, kind, blocks), kind.groups) for kind in kinds]
     longest = max(max(lengths) for lengths, _ in dealt)
-    if work.places or items > _ROUNDS * slots:
+    if work.places:
+        busy = sum(sum(one) * groups for one, groups in dealt) / slots + longest / 2
+        return LAUNCH + _ORDER + _LOOKED_UP * items / multiprocessors + max(floor, longest, busy)
+    if items > _ROUNDS * slots:
         return LAUNCH + max(floor, longest, sum(sum(one) * groups for one, groups in dealt) / slots + longest / 2)
     band = BAND if work.causal and work.window is None else 1
     free = [0.0] * slots
@@ -153,10 +157,14 @@ def cycles(tile: WgmmaAttentionTile, work: Work, multiprocessors: int) -> float:
     return LAUNCH + max(floor, *free)
 
 
-def _as_long(work: Work, share: float) -> Work:
-    """The packed sequences that are so long beside the mean."""
-    length = max(1, round(work.queries * share))
-    return replace(work, queries=length, keys=length, groups=ceildiv(work.groups, len(_SHARES)))
+def as_long(work: Work) -> list[Work]:
+    """Packed sequences by how long they are beside their mean, which is all that the host knows."""
+
+    def part(share: float) -> Work:
+        length = max(1, round(work.queries * share))
+        return replace(work, queries=length, keys=length, groups=ceildiv(work.groups, len(_SHARES)))
+
+    return [part(share) for share in _SHARES]
 
 
 def warpgroup_cycles(head: int, value: int, keys: int, bias: BiasKind) -> tuple[float, float]:

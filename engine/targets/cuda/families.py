@@ -86,6 +86,7 @@ TRAITS = Traits(
     product_types=frozenset({DType.F8E4M3, DType.I8}),
     permuted_rows=True,
     windows=True,
+    gathered_norms=True,
 )
 
 PACKED = PackedAttention(

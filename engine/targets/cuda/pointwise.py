@@ -87,11 +87,16 @@ def _launch(
     rows = space(shape, order[: len(order) - len(columns)], columns, every)
     placed = dict(zip(reads, rows.operands, strict=False))
     epilogue = codegen.epilogue(stores, rows, placed, rows.operands[len(reads) :], rows.columns)
+    looked_up = any(read.index is not None for read in reads.values())
     width = VECTOR if rows.columns >= VECTOR else 1
+    if looked_up and width == VECTOR and min(write.dtype.itemsize for write in writes) >= 4:
+        width //= 2  # so that neighbouring threads store neighbouring 16 bytes
     chunks = rows.rows * ceildiv(rows.columns, width)
-    grid = min(ceildiv(chunks, _THREADS), context.multiprocessors * _BLOCKS_PER_MULTIPROCESSOR)
+    most = context.multiprocessors * _BLOCKS_PER_MULTIPROCESSOR
+    grid = min(ceildiv(chunks, _THREADS), most)
+    ahead = 2 if looked_up and chunks > _THREADS * most else 1  # of a thread that has several
     config: dict[str, int | bool | str] = {
-        "width": width, "threads": _THREADS, "count_t": "u32" if chunks <= MAX_COUNT else "u64",
+        "width": width, "threads": _THREADS, "ahead": ahead, "count_t": "u32" if chunks <= MAX_COUNT else "u64",
     }  # fmt: skip
     arguments: dict[str, Argument] = {"rows": rows.rows, "columns": rows.columns}
     return launch(family, "pointwise.cuh", config, [epilogue], arguments, (grid, 1, 1), _THREADS)

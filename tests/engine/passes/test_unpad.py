@@ -14,7 +14,7 @@ from engine.ir import ops
 from engine.ir.dtype import DType
 from engine.ir.graph import Graph
 from engine.packing import Packer
-from engine.passes.traits import PackedAttention
+from engine.passes.traits import PackedAttention, Traits
 from engine.passes.unpad import Unpadded, unpad
 from tests.engine import ir_interpreter
 from tests.engine.passes.encoders import (
@@ -141,10 +141,10 @@ TAILS = {
 }  # fmt: skip
 
 
-def unpadded(proto: onnx.ModelProto) -> tuple[Graph, Unpadded | str]:
-    graph = rewritten(proto, traits=PACKED)
+def unpadded(proto: onnx.ModelProto, traits: Traits = PACKED) -> tuple[Graph, Unpadded | str]:
+    graph = rewritten(proto, traits=traits)
     before = [(node.op, node.inputs, node.outputs) for node in graph.nodes]
-    result = unpad(graph, PACKED)
+    result = unpad(graph, traits)
     assert before == [(node.op, node.inputs, node.outputs) for node in graph.nodes], "the padded graph was changed"
     if isinstance(result, Unpadded):
         result.graph.validate()
@@ -157,10 +157,11 @@ def compare(
     sequence: int,
     seed: int = 0,
     surplus: int = 0,
+    traits: Traits = PACKED,
 ) -> Unpadded:
     """The packed graph's outputs beside those of onnx.reference: the same at real positions and where there are none, 0
     or the number the model puts there at padded ones; the same again with other tokens in the padding."""
-    _, result = unpadded(proto)
+    _, result = unpadded(proto, traits)
     assert isinstance(result, Unpadded), result
     rng = np.random.default_rng(seed)
     mask = lengths_mask(lengths, sequence)
@@ -232,6 +233,46 @@ def test_tails_that_are_done_token_by_token_or_look_at_real_ones(name: str) -> N
     if "variance" in tail:
         proto.graph.initializer.append(onnx.numpy_helper.from_array(np.abs(WEIGHTS["g"]) + 0.5, "variance"))
     compare(proto, [3, 7, 1, 5], 7, surplus=3)
+
+
+NORMS = {
+    "tokens": ("y = LayerNormalization(h, g, bv)", "double[b,s,n] y"),
+    "tokens, flat": ("n = LayerNormalization(h, g, bv) y = Reshape(n, flat)", "double[t,n] y"),
+    "a residual of each": ("hx = Add(h, x) y = LayerNormalization(hx, g, bv)", "double[b,s,n] y"),
+    "a factor of each": (
+        "a = ReduceMax<keepdims=1>(h, axes_last) ea = Sigmoid(a) n = LayerNormalization(h, g, bv) y = Mul(n, ea)",
+        "double[b,s,n] y",
+    ),
+    "a masked mean": (
+        "n = LayerNormalization(h, g, bv) mu = Unsqueeze(mask, axes_1) mc = Cast<to=11>(mu) a = MatMul(mc, n)"
+        " y = Squeeze(a, axes_1)", "double[b,n] y",
+    ),
+}  # fmt: skip
+OTHER_NORMS = {
+    "read packed, too": (
+        "n = LayerNormalization(h, g, bv) y = Identity(n) z = ReduceMax<keepdims=0>(n, axes_last)",
+        "double[b,s,n] y, double[b,s] z",
+    ),
+    "not the last": ("n = LayerNormalization(h, g, bv) y = MatMul(n, wq)", "double[b,s,n] y"),
+}
+
+
+@pytest.mark.parametrize("name", [*NORMS, *OTHER_NORMS])
+def test_last_norms_write_where_their_rows_are_unpacked_to(name: str) -> None:
+    tail, outputs = (NORMS | OTHER_NORMS)[name]
+    for gathered in (True, False):
+        traits = replace(PACKED, gathered_norms=gathered)
+        result = compare(encoder(tail=tail, outputs=outputs), [3, 7, 1, 5], 7, surplus=3, traits=traits)
+        found = [node for node in result.graph.nodes if isinstance(node.op, ops.Norm)]
+        padded = [node for node in found if node.output.shape[0] != 1]
+        assert len(padded) == (gathered and name in NORMS), found
+
+
+@pytest.mark.parametrize("name", TAILS)
+def test_tails_where_norms_are_looked_up(name: str) -> None:
+    tail, outputs = TAILS[name]
+    if "variance" not in tail:
+        compare(encoder(tail=tail, outputs=outputs), [3, 7, 1, 5], 7, traits=replace(PACKED, gathered_norms=True))
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -11,7 +11,7 @@ from engine.ir.ops import (
     Attention,
 )
 from engine.plan.plan import Step
-from engine.targets.cuda import attention_decode, attention_wgmma
+from engine.targets.cuda import attention_decode, attention_short, attention_wgmma
 from engine.targets.cuda.attention import heads_of, launch_attention
 from engine.targets.cuda.attention_decode_tiles import tile_of
 from engine.targets.cuda.attention_tiles import Heads, candidates
@@ -104,6 +104,10 @@ def attentions(context: Context) -> Iterator[tuple[str, Launch]]:
             step = packed_attention(head, causal)
             for wgmma_tile in candidates_on_warpgroups(attention_wgmma.work_of(step)):
                 yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, context)
+        for head, causal in ((64, False), (64, True), (32, False), (48, True)):
+            step = packed_attention(head, causal)
+            for short_tile in attention_short.candidates(step):
+                yield step.name, attention_short.launch_attention(step, short_tile, context)
         # One sequence, of as many items as blocks and of more.
         singles = ((64, False, 200), (96, True, 200), (128, False, 20000), (192, True, 20000), (256, False, 200))
         for head, causal, tokens in singles:

@@ -23,7 +23,13 @@ DEVICE void produce(const Params& p, const Memory& memory) {
   const u32 end = (p.queries + QUERIES - 1) / QUERIES * p.groups;
   u32 index = blockIdx.x;
   const Item first = PACKED && !SINGLE ? Item{} : item_of(p, index);
+  Place* const places = reinterpret_cast<Place*>(shared + PLACES);
+  const auto sort = [&] {
+    if (PACKED && !SINGLE && warp == 2) sort_sequences(p, places, reinterpret_cast<u32*>(places + config::places));
+  };
+  if (config::early) sort();
   wait_for_previous_kernel();
+  if (!config::early) sort();
   const u32 length = SINGLE ? min(Sequences::start(p, 1), p.queries) : 0;
   // The next item, for the copier and the warp of the biases. Without a scout the one behind it is asked for at once.
   const auto take = [&](u32 item_turn) -> Item {
@@ -147,8 +153,6 @@ DEVICE void produce(const Params& p, const Memory& memory) {
   }
   if (SCOUT && warp == 2) {
     u32 place = 0;
-    Place* const places = reinterpret_cast<Place*>(shared + PLACES);
-    if (PACKED && !SINGLE) sort_sequences(p, places, reinterpret_cast<u32*>(places + config::places));
 #pragma unroll 1
     for (u32 item_turn = 0;; ++item_turn) {
       // An item is taken only when the one before it has been begun: who takes them too early leaves others without.

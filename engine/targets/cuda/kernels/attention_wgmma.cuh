@@ -9,6 +9,7 @@
 // has beyond the end of its sequence: its probabilities are 0, but 0 · NaN is NaN, and what one sequence holds must not reach another.
 // NOTES: what a warpgroup does to the rings must not depend on which one it is, or descriptors leave the uniform registers.
 // SINGLE: there is one sequence, and nothing to find out but its length: items are those of as many padded tokens.
+// EARLY: no kernel writes the starts of sequences, which are put in order while the kernel before ends.
 // The two sides are attention_producer.cuh and attention_consumer.cuh; attention_memory.cuh is what lies between them.
 // `Bias`, `Window` and `FullBias` come from attention_operands.py and attention_wgmma.py.
 #pragma once

@@ -241,6 +241,25 @@ def test_gathers_of_every_index_type(runner: Runner) -> None:
     check(runner, cases)
 
 
+def test_threads_have_several_looked_up_vectors_under_way(runner: Runner) -> None:
+    """More of them than a launch has threads: rows where a mask says so, zeros elsewhere."""
+    rng, cases = rng_of("unpacked"), []
+    few = replace(runner.context, multiprocessors=1)
+    for dtype in (F16, F32, DType.F64):
+        for columns in (40, 37):
+            real = ex.apply(PointOp.NOT, ex.apply(PointOp.EQ, ex.Arg(2, I64), ex.const(0, I64)))
+            store = ex.apply(PointOp.WHERE, real, ex.Arg(0, dtype), ex.const(0.0, dtype))
+            step = make_step(
+                Pointwise((store,), ((0, 1),)),
+                [(dtype, (50, columns)), (I64, (29, 67)), (I64, (29, 67, 1))],
+            )
+            feeds = {1: rng.integers(0, 50, (29, 67)), 2: rng.integers(0, 2, (29, 67, 1))}
+            launches = lower(step, few)
+            assert "ahead2" in launches[0].kernel.source.name
+            cases.append(Case(f"{dtype} {columns}", step, 1, feeds, launches))
+    check(runner, cases)
+
+
 def test_an_empty_table_has_no_rows_to_select(runner: Runner) -> None:
     step = make_step(Pointwise((ex.Arg(0, F16),), ((0, 1),)), [(F16, (0, 8)), (I64, (2,))])
     with pytest.raises(ShapeError, match="size 0"):

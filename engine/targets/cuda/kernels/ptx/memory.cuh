@@ -64,7 +64,11 @@ DEVICE float2 load_global_8(const float2* p) {
   asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
   return v;
 }
-// Two words, a word, or half of one, where `condition` holds; without a branch, so that stores before and behind stay side by side.
+// Four words, two, one, or half of one, where `condition` holds; without a branch, so that stores before and behind stay side by side.
+DEVICE void store_global_16_if(bool condition, void* p, const u32 (&v)[4]) {
+  asm volatile("{.reg .pred c; setp.ne.u32 c, %0, 0; @c st.global.v4.u32 [%1], {%2, %3, %4, %5};}"
+               ::"r"(static_cast<u32>(condition)), "l"(p), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+}
 DEVICE void store_global_8_if(bool condition, u32* p, u32 v, u32 w) {
   asm volatile("{.reg .pred c; setp.ne.u32 c, %0, 0; @c st.global.v2.u32 [%1], {%2, %3};}"
                ::"r"(static_cast<u32>(condition)), "l"(p), "r"(v), "r"(w) : "memory");

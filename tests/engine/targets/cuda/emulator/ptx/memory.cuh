@@ -25,6 +25,10 @@ inline void store_global_16(float* p, float4 v) {
   if (reinterpret_cast<u64>(p) % 16) emulator::fail("a vector store to a misaligned address");
   *reinterpret_cast<float4*>(p) = v;
 }
+inline void store_global_16_if(bool condition, void* p, const u32 (&v)[4]) {
+  if (condition && reinterpret_cast<u64>(p) % 16) emulator::fail("a vector store to a misaligned address");
+  if (condition) *reinterpret_cast<uint4*>(p) = make_uint4(v[0], v[1], v[2], v[3]);
+}
 inline void store_global_8_if(bool condition, u32* p, u32 v, u32 w) {
   if (condition && reinterpret_cast<u64>(p) % 8) emulator::fail("a vector store to a misaligned address");
   if (condition) p[0] = v, p[1] = w;
