@@ -1,9 +1,12 @@
-"""The pass `divide_rows`: a layer norm that only products with constant weights read becomes part of them.
+"""The pass `divide_rows`: a layer norm that only products read, as rows to multiply or as a residual, becomes part of
+them.
 
 With scale γ, shift β and weights W, norm(x) · W = (x · C) / σ + β · W, where C is γ ⊙ W less the mean of each of its
 columns: the columns of C sum to 0, which takes the mean of a row out of the product. So a product needs of a row its
-standard deviation σ alone, as the factor 1 / σ (`RowFactors`), and the normalised rows are neither written nor read. It
-comes last: to all other passes a norm and its products are nodes of their own.
+standard deviation σ alone, as the factor 1 / σ (`RowFactors`), and the normalised rows are neither written nor read. A
+product that adds norm(x) to its result (as where norms come after residuals, in BERT) reads x instead, with that factor
+and the offset mean / σ of each row (`residual_norms.py`). The pass comes last: to all others a norm and its products
+are nodes of their own.
 
 C is rounded so that the sums stay 0 (`_rounded`), or a row whose mean is many times its deviation would meet what
 rounding has left of them.
@@ -21,6 +24,7 @@ from engine.ir.expr import Apply, Expr, PointOp
 from engine.ir.graph import Graph, Node, Value, constant
 from engine.ir.ops import Gemm, Norm, NormKind, Reshape, RowFactors, View, factors_shape
 from engine.passes.editor import Editor, joined_origin
+from engine.passes.residual_norms import Residual, normalise_residual, residual_of
 from engine.passes.traits import Traits
 
 _VECTOR = 8  # features come in multiples of it: rows that begin at multiples of 16 bytes
@@ -46,22 +50,35 @@ def divide_rows(graph: Graph, traits: Traits) -> None:
     computes what is normalised find their factors, too."""
     if not traits.divided_rows:
         return
-    editor, made = Editor(graph), _Made()
+    editor, made, normalising = Editor(graph), _Made(), set[Node]()
     for node in editor.nodes():
         found = _scaled(node)
         users = editor.users(node.outputs[0])
         if found is None or not users or editor.is_output(node.output) or _lies_apart(editor, found.x):
             continue
-        weights = [_centred(user, node.output, found) for user in users]
-        if all(weight is not None for weight in weights):
-            factors = _factors(editor, found.x, found.epsilon, node.origin)
-            if factors is None:
-                continue
-            for user, weight in zip(users, weights, strict=True):
-                assert weight is not None
-                _rewrite(editor, node, user, (found, factors), weight, made)
-            editor.remove(node)
+        uses = [_use(user, node.output, found) for user in users]
+        # A product that divides rows has no registers to normalise a residual beside.
+        both = any(user in normalising and not isinstance(use, Residual) for user, use in zip(users, uses, strict=True))
+        if both or any(use is None for use in uses):
+            continue
+        as_residual = any(isinstance(use, Residual) for use in uses)
+        factors = _factors(editor, found.x, found.epsilon, as_residual, node.origin)
+        if factors is None:
+            continue
+        for user, use in zip(users, uses, strict=True):
+            if isinstance(use, Residual):
+                normalise_residual(editor, node, user, use, (found.x, *factors))
+                normalising.add(user)
+            elif use is not None:
+                _rewrite(editor, node, user, (found, factors[0]), use, made)
+        editor.remove(node)
     editor.finish()
+
+
+def _use(user: Node, normalised: Value, found: _Scaled) -> _Array | Residual | None:
+    """What a product needs that reads the norm's result: its weights, centred, or its residual; None for others."""
+    centred = _centred(user, normalised, found)
+    return residual_of(user, normalised, found.scale, found.shift) if centred is None else centred
 
 
 def _lies_apart(editor: Editor, x: Value) -> bool:
@@ -73,20 +90,24 @@ def _lies_apart(editor: Editor, x: Value) -> bool:
     return producer is not None and isinstance(producer.op, View)
 
 
-def _factors(editor: Editor, x: Value, epsilon: float, origin: str) -> Value | None:
-    """The factors of the rows of `x`: a second result of the product with a weight that computes it, else of a node;
-    a product that divides rows itself has no registers for moments. None where it has factors of another epsilon."""
+def _factors(editor: Editor, x: Value, epsilon: float, offsets: bool, origin: str) -> tuple[Value, ...] | None:
+    """The factors of the rows of `x` and, if asked for, their offsets: results of the product with a weight that
+    computes it, else of a node; a product that divides rows itself has no registers for moments. None where it has
+    factors of another epsilon."""
     host = editor.producer(x)
     if host is not None and isinstance(host.op, Gemm):
         a, b = host.inputs[:2]
-        if host.op.factors is not None:
-            return host.outputs[-1] if host.op.factors == epsilon else None
+        found = host.outputs[1:] if host.op.factors is not None else ()
+        if found and host.op.factors != epsilon:
+            return None
         narrow = a.dtype is b.dtype is x.dtype and _accumulators(host.op) == {DType.F32}
-        if len(host.outputs) == 1 and b.is_constant and b.rank == 2 and narrow and not host.op.divided:
-            factors = Value(f"{x.name}/factors", DType.F32, factors_shape(x.shape))
-            editor.update(host, replace(host.op, factors=epsilon), outputs=(x, factors))
-            return factors
-    return editor.add(RowFactors(epsilon), (x,), f"{x.name}/factors", origin).output
+        alone = len(host.op.stores) == 1 and b.is_constant and b.rank == 2
+        if found or (alone and narrow and not host.op.divided):
+            names = ("factors", "offsets")[len(found) : 1 + offsets]
+            found += tuple(Value(f"{x.name}/{name}", DType.F32, factors_shape(x.shape)) for name in names)
+            editor.update(host, replace(host.op, factors=epsilon, offsets=len(found) > 1), outputs=(x, *found))
+            return found
+    return editor.add(RowFactors(epsilon, offsets), (x,), f"{x.name}/factors", origin).outputs
 
 
 def _scaled(node: Node) -> _Scaled | None:

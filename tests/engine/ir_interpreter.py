@@ -100,17 +100,19 @@ def _gemm(op: ops.Gemm, inputs: Sequence[Array], sizes: Sizes, node: Node) -> li
     if op.divided:
         acc *= _wide(inputs[2])
     results = _stores(op.stores, inputs, acc)
-    return results if op.factors is None else [*results, _factors(results[0], op.factors)]
+    return results if op.factors is None else [*results, *_factors(results[0], op.factors, op.offsets)]
 
 
 def _row_factors(op: ops.RowFactors, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
-    return [_factors(inputs[0], op.epsilon)]
+    return _factors(inputs[0], op.epsilon, op.offsets)
 
 
-def _factors(x: Array, epsilon: float) -> Array:
-    """1 / √(variance + epsilon) of rows."""
-    result: Array = (1 / np.sqrt(_wide(x).var(axis=-1, keepdims=True) + epsilon)).astype(np.float32)
-    return result
+def _factors(x: Array, epsilon: float, offsets: bool) -> list[Array]:
+    """1 / √(variance + epsilon) of rows, and with `offsets` their mean times that."""
+    wide = _wide(x)
+    factors = 1 / np.sqrt(wide.var(axis=-1, keepdims=True) + epsilon)
+    found = [factors, factors * wide.mean(axis=-1, keepdims=True)]
+    return [one.astype(np.float32) for one in found[: 1 + offsets]]
 
 
 def _conv(op: ops.Conv, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:

@@ -25,12 +25,14 @@ class Gemm(Op):
 
     With `divided` rows of a are divided by their standard deviation, as a layer norm divides them: a third fixed
     operand holds the factor of each row as `RowFactors` has them, and `Acc()` is (a @ b) · factor. With `factors`,
-    an epsilon, there is one more result, the last: the factors of the rows of the first one.
+    an epsilon, there is one more result behind the stores: the factors of the rows of the first one; with `offsets` a
+    second one behind it, their offsets (`RowFactors`).
     """
 
     stores: tuple[ex.Expr, ...] = IDENTITY
     divided: bool = False
     factors: float | None = None
+    offsets: bool = False
     arity: ClassVar[int] = 2
 
     @property
@@ -48,7 +50,8 @@ class Gemm(Op):
         if self.divided and tuple(inputs[2].shape) != factors_shape(a):
             raise ShapeError(f"Gemm: factors {list(inputs[2].shape)} of rows {list(a)}")
         results = tuple((store.dtype, shape) for store in self.stores)
-        return results if self.factors is None else (*results, (DType.F32, factors_shape(shape)))
+        found = (1 + self.offsets) * ((DType.F32, factors_shape(shape)),)
+        return results if self.factors is None else (*results, *found)
 
     def flops(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:
         return outputs[0].elements * (2 * inputs[0].shape[-1] + ex.flops(*self.stores))

@@ -107,12 +107,14 @@ def factors_shape(shape: tuple[Dim, ...]) -> tuple[Dim, ...]:
 
 @dataclass(frozen=True)
 class RowFactors(Op):
-    """`x[…, k]` → fp32 [..., 1]: 1 / √(variance + epsilon) of each row, by which a layer norm multiplies it."""
+    """`x[…, k]` → fp32 [..., 1]: 1 / √(variance + epsilon) of each row, by which a layer norm multiplies it; with
+    `offsets` then also the mean of each row times that, which the norm subtracts: it makes x · factor − offset of x."""
 
     epsilon: float
+    offsets: bool = False
 
     def infer(self, inputs: OperandTypes) -> ResultTypes:
-        return ((DType.F32, factors_shape(inputs[0].shape)),)
+        return ((DType.F32, factors_shape(inputs[0].shape)),) * (1 + self.offsets)
 
     def flops(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:
         return 4 * inputs[0].elements  # sum; subtract, square, sum

@@ -229,7 +229,8 @@ class _Writer:
             registers = ceildiv(columns * operand.dtype.itemsize, 4)
             fixed = operand.index is None and not any(operand.strides[:-1])
             if not fixed:
-                self.reads = replace(self.reads, varying=self.reads.varying + registers)
+                by_row = self.reads.by_row + registers * (columns == 1 and operand.index is None)
+                self.reads = replace(self.reads, varying=self.reads.varying + registers, by_row=by_row)
             if operand.index is not None:
                 self.declare(f"{name}_index", operand.index)
                 self.arguments[f"{name}_rows"] = operand.table_rows

@@ -241,7 +241,7 @@ def launch_conv(step: Step, geometry: Geometry, filters: Pointer, tile: WgmmaTil
     epilogue, maps, width = epilogue_for(step, geometry.n), dict[str, Argument](), dict[str, int | bool | str]()
     body = "conv_joined.cuh" if tile.cluster_k > 1 else "conv_wgmma.cuh"
     if tile.slots:
-        body, width = "conv_staged.cuh", {"width": STAGED_WIDTH, "moments": False}
+        body, width = "conv_staged.cuh", {"width": STAGED_WIDTH, "moments": False, "offsets": False}
         epilogue, maps = staged(epilogue, tile, geometry.rows, geometry.n)
     if tile.cluster > 1:
         body = "conv_cluster_staged.cuh" if tile.slots else "conv_cluster.cuh"

@@ -62,8 +62,8 @@ from engine.targets.cuda.tiles import NOTHING, Operands, WgmmaTile
 
 _MATRIX_TYPES = (DType.F16, DType.BF16, DType.F8E4M3, DType.I8, DType.F32)
 _MOST_INSTRUCTIONS = 2
-"""Of epilogues beside which tiles find moments: a bias and a residual. With a scale, GELU or a sigmoid full tiles would
-spill (the gate shows it)."""
+"""Of epilogues beside which tiles find moments: a bias and a residual; or a residual that is normalised (`reads_rows`).
+With a scale, GELU or a sigmoid full tiles would spill (the gate shows it)."""
 
 
 def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]:
@@ -92,7 +92,7 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
     if op.factors is not None:
         if len(op.stores) != 1 or op.stores[0].dtype not in (DType.F16, DType.BF16) or not _on_matrix_units(op, a, b):
             raise UnsupportedOp("Gemm with factors of a result that is not one of 16 bits, from the matrix units")
-        return given, (row_factors.dense(output), row_factors.dense(output))
+        return given, (row_factors.dense(output),) * len(op.infer(inputs))
     return given, tuple(Requirement(Access.INNER, tuple(range(output))) for _ in op.stores)
 
 
@@ -132,15 +132,27 @@ def parts_of(step: Step, context: Context) -> tuple[Product, Functor] | None:
     results = replace(step, outputs=step.outputs[: len(op.stores)])
     epilogue = epilogue_of(results, op.stores, order, shape[-1], accumulator)
     if op.factors is not None:
-        result, factors = step.outputs
-        place, short = row_factors.pointer_of(factors), epilogue.reads.instructions <= _MOST_INSTRUCTIONS
-        product = replace(product, factors=Found(pointer_to(result), place, result.dtype, op.factors, short))
+        result, *factors = step.outputs
+        short = reads_rows(epilogue) or epilogue.reads.instructions <= _MOST_INSTRUCTIONS
+        product = replace(product, factors=row_factors.found_at(result, factors, op.factors, short))
     if op.divided:
         quotient = ex.apply(PointOp.MUL, ex.Acc(accumulator), ex.cast(ex.Arg(2, DType.F32), accumulator))
         stores = [ex.replace_acc(store, quotient) for store in op.stores]
         product = replace(product, divisors=row_factors.pointer_of(step.inputs[2]))
-        epilogue = replace(epilogue, dividing=epilogue_of(results, stores, order, shape[-1], accumulator))
+        dividing = epilogue_of(results, stores, order, shape[-1], accumulator)
+        # Registers do not hold factors of rows beside what a staged epilogue reads of them.
+        stage = _without_stages if reads_rows(epilogue) else epilogue.stage
+        epilogue = replace(epilogue, dividing=dividing, stage=stage)
     return product, epilogue
+
+
+def reads_rows(epilogue: Functor) -> bool:
+    """Whether its staged form reads operands that are the same in every column (it normalises a residual)."""
+    return epilogue.staged is not None and epilogue.staged.reads_rows
+
+
+def _without_stages() -> None:
+    return None
 
 
 def epilogue_of(
@@ -194,7 +206,7 @@ def ranked_tiles(product: Product, context: Context, reads: Reads = NOTHING) -> 
     """The tiles that can take a product, with k in one part or in several, from what should be the fastest on."""
     operands, multiprocessors = operands_of(product, context), context.multiprocessors
     factor = product.divisors is not None  # for one more operand, where the epilogue divides rows
-    others = replace(reads, varying=reads.varying + factor)
+    others = replace(reads, varying=reads.varying + factor, by_row=reads.by_row + factor)
     every = [*ranked_mma(product, operands, context.architecture, multiprocessors, others)]
     if context.architecture.wgmma and product.suits_tma_aligned and operands is not Operands.EXACT:
         tiles = ranked_wgmma(product, operands, multiprocessors, reads)

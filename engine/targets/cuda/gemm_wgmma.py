@@ -61,7 +61,7 @@ def _factor_arguments(product: Product, tile: WgmmaTile, scratch: Pointer | None
     groups = ceildiv(product.m, tile.m * tile.cluster_m) * tile.m * tile.cluster_m // 16
     arrived = Buffer("arrived tiles", BufferKind.PLAN, groups * 4, np.zeros(groups, np.uint32))
     return arguments | {
-        "result_factors": found.factors, "epsilon": found.epsilon,
+        **found.arguments(),
         "moments": replace(moments, ctype="float2"), "arrived_tiles": Pointer(arrived, ctype="u32"),
     }  # fmt: skip
 
@@ -77,9 +77,11 @@ def launch_wgmma(
     a, b, columns = product.a, product.b, 128 // product.dtype.itemsize
     tiles = tile.tiles(product.m, product.n)
     k = columns_in_parts(product.k) if product.in_parts else product.k  # as it lies
+    found = product.found_in(tile)
     config: dict[str, int | bool | str] = {
         "operand": STORAGE[product.dtype], "grouped": False, "in_parts": product.in_parts,
-        "divided": product.divisors is not None, "moments": product.found_in(tile) is not None,
+        "divided": product.divisors is not None, "moments": found is not None,
+        "offsets": found is not None and found.offsets is not None,
     }  # fmt: skip
     partials = replace(scratch, ctype="float") if scratch is not None else None
     body, maps = "gemm_cluster.cuh" if tile.cluster > 1 else "gemm_wgmma.cuh", dict[str, Argument]()

@@ -410,11 +410,13 @@ def _ctype(value: int | bool) -> str:
 @dataclass(frozen=True)
 class Reads:
     """What a functor costs: registers that eight columns of a row of all that it reads take, of what is the same in
-    every row, and of what varies from row to row; and about how many instructions it computes an element in."""
+    every row, and of what varies from row to row, `by_row` of them a number for all columns of one; and about how many
+    instructions it computes an element in."""
 
     fixed: int = 0
     varying: int = 0
     instructions: int = 0
+    by_row: int = 0
 
 
 def _without_stages() -> None:
@@ -454,13 +456,14 @@ class RowMatrix:
 @dataclass(frozen=True, eq=False)
 class Staged:
     """The same epilogue for results that go through shared memory (kernels/mma/staging.cuh): `code` computes two
-    neighbouring columns of the one `result`, from operands that are the same in every row and one full tile, if any.
-    Made by `staging.py`."""
+    neighbouring columns of the one `result`, from operands that are the same in every row, others that are the same in
+    every column (`reads_rows`), and one full tile, if any. Made by `staging.py`."""
 
     code: str
     arguments: tuple[tuple[str, Argument], ...]
     result: RowMatrix
     tile: RowMatrix | None
+    reads_rows: bool = False
 
 
 def ceildiv(a: int, b: int) -> int:

@@ -81,14 +81,20 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """1 / √(variance + `epsilon`) of each row of the `result`, found beside it and left at `factors`. `short`: the
-    result's epilogue leaves registers for moments."""
+    """1 / √(variance + `epsilon`) of each row of the `result`, found beside it and left at `factors`; at `offsets`, if
+    they are asked for, the mean of each row times that. `short`: the result's epilogue leaves registers for moments."""
 
     result: Pointer
     factors: Pointer
     dtype: DType
     epsilon: float
+    offsets: Pointer | None = None
     short: bool = True
+
+    def arguments(self) -> dict[str, Argument]:
+        """What a kernel that finds them is told (kernels/scheduler/row_moments.cuh)."""
+        offsets: dict[str, Argument] = {} if self.offsets is None else {"result_offsets": self.offsets}
+        return {"result_factors": self.factors, **offsets, "epsilon": self.epsilon}
 
 
 _MOST_INTEGERS = (2**31 - 1) // 128**2

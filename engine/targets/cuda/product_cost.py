@@ -257,7 +257,7 @@ def _touched(product: Product, operands: Operands, reads: Reads, partial: float)
     """The bytes that come from memory and go there; `partial`: what those of results count in partial sectors."""
     m, n, k = product.m, product.n, product.k
     result = m * n * (partial if n * operands.itemsize % 32 else 1)
-    more = m * n * reads.varying / 2  # registers of eight columns
+    more = m * n * (reads.varying - reads.by_row) / 2  # registers of eight columns
     return product.batch.count * (operands.itemsize * (m * k + k * n + result) + more)
 
 

@@ -1,8 +1,9 @@
-"""Factors of rows, 1 / √(variance + ε), by which products divide these (kernels/mma/divided_rows.cuh), in a launch of
-their own (row_factors.cuh)."""
+"""Factors of rows, 1 / √(variance + ε), by which products divide these (kernels/mma/divided_rows.cuh), and their
+offsets, in a launch of their own (row_factors.cuh)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 from engine.errors import UnsupportedOp
@@ -24,7 +25,7 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
     if inputs[0].dtype not in _TYPES:
         raise UnsupportedOp(f"{op.name} of {inputs[0].dtype.value}")
     rank = len(inputs[0].shape)
-    return (dense(rank),), (dense(rank),)
+    return (dense(rank),), (dense(rank),) * (1 + op.offsets)
 
 
 def dense(rank: int) -> Requirement:
@@ -33,10 +34,16 @@ def dense(rank: int) -> Requirement:
 
 
 def lower(step: Step, context: Context) -> list[Launch]:
-    op, x, factors = step.op, step.inputs[0], step.outputs[0]
+    op, x = step.op, step.inputs[0]
     assert isinstance(op, RowFactors)
-    found = Found(pointer_to(x), pointer_of(factors), x.dtype, op.epsilon)
+    found = found_at(x, step.outputs, op.epsilon)
     return [launch_factors(found, prod(x.shape[:-1]), x.shape[-1])]
+
+
+def found_at(result: Tensor, places: Sequence[Tensor], epsilon: float, short: bool = True) -> Found:
+    """Factors of a `result`, and offsets if there is a second one of the `places`."""
+    factors, offsets = pointer_of(places[0]), pointer_of(places[1]) if len(places) > 1 else None
+    return Found(pointer_to(result), factors, result.dtype, epsilon, offsets, short)
 
 
 def pointer_of(factors: Tensor) -> Pointer:
@@ -50,9 +57,12 @@ def launch_factors(found: Found, rows: int, columns: int) -> Launch:
     return launch(
         "factors",
         "row_factors.cuh",
-        {"operand": STORAGE[found.dtype], "threads": _THREADS, "aligned": aligned},
+        {
+            "operand": STORAGE[found.dtype], "threads": _THREADS, "aligned": aligned,
+            "offsets": found.offsets is not None,
+        },
         [],
-        {"x": found.result, "rows": rows, "columns": columns, "factors": found.factors, "epsilon": found.epsilon},
+        {"x": found.result, "rows": rows, "columns": columns, **found.arguments()},
         (ceildiv(rows, _THREADS // 32), 1, 1),
         _THREADS,
-    )
+    )  # fmt: skip

@@ -1,7 +1,8 @@
 """Epilogues of products whose results go to memory through shared memory and the copy engine (kernels/mma/staging.cuh).
 
 There the engine brings and takes whole panels, so an epilogue has no addresses: it computes two neighbouring columns of
-a row from the accumulators, from operands that are the same in every row, and from at most one full tile.
+a row from the accumulators, from operands that are the same in every row or the same in every column, and from at most
+one full tile.
 """
 
 from __future__ import annotations
@@ -17,18 +18,29 @@ from engine.targets.cuda.spaces import Operand, Space
 
 STAGED_WIDTH = 2
 """Neighbouring columns that a lane's accumulators hold."""
-_FIXED_REGISTERS = 3
-"""Registers of two columns of all that is the same in every row; more would not fit beside the accumulators."""
+_FIXED_REGISTERS, _BESIDE_ROWS = 3, 4
+"""Registers of two columns of all that is the same in every row; more would not fit beside the accumulators. The second
+number: of what a residual is normalised and shifted by, and the bias."""
+_NORMALISING = 5
+"""Operations of such an epilogue at most: others are not staged."""
+_ROW_OPERANDS = 2
+"""What it reads of rows, a number of fp32 each: a factor and an offset."""
 
 
 def staged_epilogue(
     stores: Sequence[ex.Expr], space: Space, inputs: Mapping[int, Operand], outputs: Sequence[Operand], granularity: int
 ) -> Staged | None:
     """The staged form of an epilogue of fp32 accumulators; None where it has none: more than one result, or one that
-    the copy engine cannot write, an operand for every row, or one looked up in a table."""
+    the copy engine cannot write, rows in several levels, more operands than there are registers for, or one looked up
+    in a table."""
     fixed = {i: operand for i, operand in inputs.items() if operand.index is None and not any(operand.strides[:-1])}
-    tiles = {i: operand for i, operand in inputs.items() if i not in fixed}
-    if len(outputs) != 1 or len(tiles) > 1 or _registers(fixed) > _FIXED_REGISTERS or prod(space.levels[:-1]) != 1:
+    rows = {i: operand for i, operand in inputs.items() if i not in fixed and _is_of_rows(operand)}
+    tiles = {i: operand for i, operand in inputs.items() if i not in fixed and i not in rows}
+    if len(outputs) != 1 or len(tiles) > 1 or prod(space.levels[:-1]) != 1:
+        return None
+    if _registers(fixed) > (_BESIDE_ROWS if rows else _FIXED_REGISTERS):
+        return None
+    if rows and (len(rows) > _ROW_OPERANDS or not tiles or ex.flops(*stores) > _NORMALISING):
         return None
     (output,) = outputs
     if not all(_as_rows(operand, space, granularity) for operand in (output, *tiles.values())):
@@ -39,9 +51,15 @@ def staged_epilogue(
         f"epilogue_{i}": TensorArgument(operand.pointer, operand.strides[:-1], operand.strides[-1])
         for i, operand in fixed.items()
     }
-    code = _code(stores[0], space, fixed, tiles, output.dtype, granularity)
+    arguments |= {f"epilogue_{i}": operand.pointer for i, operand in rows.items()}
+    code = _code(stores[0], space, fixed, rows, tiles, output.dtype, granularity)
     read = next((_rows(operand, space) for operand in tiles.values()), None)
-    return Staged(code, tuple(arguments.items()), _rows(output, space), read)
+    return Staged(code, tuple(arguments.items()), _rows(output, space), read, bool(rows))
+
+
+def _is_of_rows(operand: Operand) -> bool:
+    """Whether it is a number of fp32 for each row, one after the other."""
+    return operand.dtype is DType.F32 and operand.index is None and operand.strides[-2:] == (1, 0)
 
 
 def _as_rows(operand: Operand, space: Space, granularity: int) -> bool:
@@ -64,6 +82,7 @@ def _code(
     store: ex.Expr,
     space: Space,
     fixed: Mapping[int, Operand],
+    rows: Mapping[int, Operand],
     tiles: Mapping[int, Operand],
     result: DType,
     granularity: int,
@@ -84,24 +103,43 @@ def _code(
         for i, o in tiles.items()
         for half, word in enumerate(("tile", "tile >> 16"))
     ]
+    places = [
+        f"static_cast<const {STORAGE[o.dtype]}*>(p.epilogue_{i}.data) + column"
+        for i, o in fixed.items()
+        if o.strides[-1] == 1
+    ]
+    chosen = [f"if (which == {number}) place = {place};" for number, place in enumerate(places) if number]
+    touches = [f"const void* place = {places[0]};", *chosen, "touch(place);"] if places else []
+    shuffles = [f"row.a{i}.element = __shfl_sync(~0u, row.a{i}.element, lane, 4);" for i in rows]
     lines = [
-        "Inputs inputs{fixed, {}};", *words,
+        "Inputs inputs{fixed, row, {}};", *words,
         *loop_over({"result[i]": (store, result)}, gelu=f"gelu_for<{STORAGE[result]}>").lines,
         f"return pack_pair<{STORAGE[result]}>(result[0], result[1]);",
     ]  # fmt: skip
     return (
-        '#include "epilogue/gelu.cuh"\n#include "ptx/pack.cuh"\n'
+        '#include "epilogue/gelu.cuh"\n#include "ptx/pack.cuh"\n#include "ptx/prefetch.cuh"\n'
         "struct Epilogue {\n"
         f"  using Result = {STORAGE[result]};\n"
         f"  static constexpr bool READS_TILE = {'true' if tiles else 'false'};\n"
+        f"  static constexpr bool READS_ROWS = {'true' if rows else 'false'};\n"
         f"  struct Fixed {{ {members(fixed)} }};\n"
+        f"  struct OfRow {{ {members(rows)} }};\n"
         f"  struct Tile {{ {members(tiles)} }};\n"
-        "  struct Inputs : Fixed, Tile {};\n"
+        "  struct Inputs : Fixed, OfRow, Tile {};\n"
         "  DEVICE static Fixed fetch_fixed(const Params& p, u32 column, u32 count) {\n"
         f"{indented(['Fixed fixed;', *fetches, 'return fixed;'])}\n  }}\n"
+        "  // Of an operand that lies along the columns, by its number, or of the first.\n"
+        f"  DEVICE static void touch_fixed(const Params& p, u32 which, u32 column) {{\n{indented(touches)}\n  }}\n"
+        "  DEVICE static OfRow fetch_row(const Params& p, u32 row) {\n"
+        f"{indented(['OfRow found;', *(f'found.a{i}.element = p.epilogue_{i}[row];' for i in rows), 'return found;'])}"
+        "\n  }\n"
+        "  // That of one of four lanes.\n"
+        "  DEVICE static OfRow shuffled(OfRow row, u32 lane) {\n"
+        f"{indented([*shuffles, 'return row;'])}"
+        "\n  }\n"
         "  // Both rounded, and as they are before.\n"
         "  DEVICE static u32 results(\n"
-        "    const float (&acc)[WIDTH], const Fixed& fixed, u32 tile, float (&result)[WIDTH]) {\n"
+        "    const float (&acc)[WIDTH], const Fixed& fixed, const OfRow& row, u32 tile, float (&result)[WIDTH]) {\n"
         f"{indented(lines)}\n  }}\n"
         "};\n"
     )

@@ -174,13 +174,13 @@ def test_small_weights_keep_their_bits() -> None:
 @pytest.mark.parametrize(
     ("tail", "norm"),
     [
-        ("m = MatMul(n, w) r = MatMul(m, u) q = Add(r, n) y = MatMul(q, v)", NORM),
+        ("m = MatMul(n, w) r = MatMul(m, u) t1 = Tanh(r) q = Add(t1, n) y = MatMul(q, v)", NORM),
         ("t1 = Tanh(n) y = MatMul(t1, w)", NORM),
         ("y = MatMul(n, w)", "LayerNormalization<axis=-1, epsilon=0.00001>(f, g, s)"),
         ("y = MatMul(n, wo)", "LayerNormalization<axis=-1, epsilon=0.00001>(h, odd)"),
     ],
     ids=[
-        "a residual reads it",
+        "a residual of what is no sum reads it",
         "no product reads it",
         "the first of several rows",
         "features that are no multiple of 8",

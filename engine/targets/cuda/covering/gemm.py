@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
+from engine.ir import expr as ex
 from engine.ir.dtype import DType
+from engine.ir.expr import PointOp
 from engine.ir.ops import (
     Gemm,
 )
@@ -24,6 +26,7 @@ from engine.targets.cuda.covering.build import (
     arg,
     gelu,
     make_step,
+    mul,
     stored,
     weight,
 )
@@ -97,6 +100,11 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         (_divided(residual=True), context, [tile for tile in thirds if _is_wide(tile)]),
         (_divided(residual=True, dtype=DType.BF16), context, (*wgmma[3:4], *staged[-1:], *clusters[2:3])),
         (_finding(residual), context, (*portable[:1], *staged, *(tile for tile in clusters if tile.slots))),
+        # Normalised residuals beside moments, and in the other kernels what takes the most registers.
+        (_normalising(finds=True), context, (*staged, *(tile for tile in clusters if tile.slots))),
+        (_normalising(), context, (*portable[:1], *wgmma[:1], *wgmma[7:9], *three, *staged[3:5], *clusters[:1])),
+        (_normalising(), context, [tile for tile in thirds if _is_wide(tile)]),
+        (_normalising(dtype=DType.BF16, finds=True), context, (*staged[:1], *staged[4:5], *clusters[-1:])),
         (_matrices(k_inner=True, dtype=I8), context, batched[:2]),
         (_matrices(k_inner=True, dtype=F8), context, (*portable[:1], *batched)),
         (_matrices(k_inner=False), context, batched[:-1]),
@@ -137,6 +145,22 @@ def _divided(residual: bool, dtype: DType = F16, m: int = 300, k: int = 384) -> 
     return make_step(Gemm((store,), divided=True), [*inputs, *([(dtype, (m, 400))] if residual else [])])
 
 
+def _normalising(dtype: DType = F16, finds: bool = False, m: int = 300, k: int = 384) -> Step:
+    """A product with a weight and a bias that normalises the residual which it adds, and `finds` factors and offsets
+    of its own rows."""
+    centred = ex.apply(PointOp.SUB, mul(arg(2, dtype), arg(3, F32)), arg(4, F32))
+    store = stored(add(add(ACC, arg(6, F32)), mul(arg(5, F32), centred)), dtype)
+    inputs: list[Given] = [
+        (dtype, (m, k)),
+        weight(k, 400, dtype=dtype),
+        (dtype, (m, 400)),
+        (F32, (m, 1)),
+        (F32, (m, 1)),
+    ]
+    op = Gemm((store,), factors=1e-5 if finds else None, offsets=finds)
+    return make_step(op, [*inputs, weight(400, dtype=F32), weight(400, dtype=F32)])
+
+
 def _finding(step: Step) -> Step:
     """The same product, finding the factors of its rows."""
     assert isinstance(step.op, Gemm)
@@ -144,13 +168,15 @@ def _finding(step: Step) -> Step:
 
 
 def few_rows(context: Context) -> Iterator[tuple[str, Launch]]:
-    """Products of up to 8 and up to 16 rows, with a weight and with computed columns; and of divided rows."""
+    """Products of up to 8 and up to 16 rows, with a weight and with computed columns; of divided rows, and with
+    residuals that are normalised."""
     split = [replace(tile, splits=2) for tile in ROWS_TILES]
     for m, dtype, residual in ((5, F16, False), (16, F16, True), (16, DType.BF16, False)):
         step = _product(dtype, m, 3000, 400, residual)
         for one in (step, computed(step)):
             yield from _of_few_rows(one, (*ROWS_TILES, *split), context)
     yield from _of_few_rows(_divided(residual=False, m=5, k=3000), ROWS_TILES[::2], context)
+    yield from _of_few_rows(_normalising(m=16, k=3000), ROWS_TILES[::2], context)
 
 
 def _of_few_rows(step: Step, tiles: Iterable[RowsTile], context: Context) -> Iterator[tuple[str, Launch]]:

@@ -1,6 +1,6 @@
-// What a layer norm multiplies rows by, 1 / √(variance + ε): a warp has a row, and lanes eight columns at once of it, in one load where
-// rows are aligned. Each row is read once: its squares are added up around its first element, which is about as far from its mean as
-// the others are.
+// What a layer norm multiplies rows by, 1 / √(variance + ε), and with `offsets` what it then subtracts: a warp has a row, and lanes eight
+// columns at once of it, in one load where rows are aligned. Each row is read once: its squares are added up around its first element,
+// which is about as far from its mean as the others are.
 #pragma once
 #include "epilogue/access.cuh"
 #include "ptx/grid.cuh"
@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) kernel(const __grid_consta
           if (begin + 32 * WIDTH * i + j < p.columns) add(sums, widen(pack[i].element[j]) - pivot);
     }
     sums = {reduce_group<Sum, 32>(sums.sum), reduce_group<Sum, 32>(sums.squares)};
-    if (lane == 0) p.factors[row] = row_factor(sums, 1.0f / static_cast<float>(p.columns), p.epsilon);
+    store_factors_if<config::offsets>(lane == 0, p, row, sums, 1.0f / static_cast<float>(p.columns), pivot);
   }
   stamp_end(p.stamp);
 }

@@ -47,8 +47,8 @@ def test_every_step_of_minilm_has_a_kernel(all_minilm_l6_v2: Path, storage: DTyp
     assert launches(plan)
     assert copies(plan) == []
     assert sum(isinstance(step.op, Attention) and step.op.packed for step in plan.steps) == 6
-    # Ids and types looked up, then as many steps as padded, the last norm of the rows as they lie in the padded result.
-    assert len(plan.steps) == 45
+    # Ids and types looked up, a norm, the layers of five steps, the last norm of the rows as they lie in the padded result.
+    assert len(plan.steps) == 34
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,9 @@ def test_a_bias_is_the_same_in_every_row_and_a_residual_is_not(store: ex.Expr, e
 
 def test_a_number_for_each_row_takes_one_register() -> None:
     step = make_step(Gemm((stored(mul(ACC, arg(2, F32))),)), [(F16, (32, 64)), weight(64, 72), (F32, (32, 1))])
-    assert epilogue_of(step, (stored(mul(ACC, arg(2, F32))),), (0, 1), 72).reads == Reads(varying=1, instructions=1)
+    assert epilogue_of(step, (stored(mul(ACC, arg(2, F32))),), (0, 1), 72).reads == Reads(
+        varying=1, by_row=1, instructions=1
+    )
 
 
 def test_what_fits_registers_is_never_waited_for() -> None:

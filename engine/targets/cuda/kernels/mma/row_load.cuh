@@ -17,8 +17,11 @@ DEVICE u32 column_of(u32 step, u32 small) { return (IN_PARTS ? step / 3 * 2 + (s
 struct RowLoad {
   static constexpr bool BATCHED = false;
   static constexpr int UNROLL = 4, PIECES = TILE_N / 16;
-  // Factors of rows take some of the registers that a bias of fp32 and a residual would fill.
-  static constexpr int AHEAD = PARTS * TILE_N < (DIVIDED ? 128 : 129) ? PIECES : PARTS * TILE_N > 256 ? 1 : PIECES % 4 == 0 ? 4 : 2;
+  // Registers for what the epilogue reads, which of a piece are those of a bias of fp32 and a residual, or more; factors of rows take some.
+  static constexpr int READ = registers_of<Epilogue::Inputs>();
+  static constexpr int ROOM = PARTS * TILE_N < (DIVIDED ? 128 : 129) ? 96 : PARTS * TILE_N > (READ > 12 ? 192 : 256) ? 12 : 48;
+  static constexpr int FITTING = ROOM / (READ > 12 ? READ : 12);
+  static constexpr int AHEAD = FITTING >= PIECES ? PIECES : FITTING >= 4 && PIECES % 4 == 0 ? 4 : FITTING >= 2 && PIECES % 2 == 0 ? 2 : 1;
   u32 row;
   DEVICE RowLoad(const Params&, u32 row, u32) : row(row) {}
   DEVICE void operator()(const Params& p, u32 destination, u32 barrier, u32 step) {

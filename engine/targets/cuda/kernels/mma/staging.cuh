@@ -6,12 +6,16 @@
 // consumer turns it into the result where it lies; the courier sends the result off while the consumer goes on.
 // A lane's accumulators are two neighbouring columns of each block of eight, so the epilogue works on two columns (WIDTH).
 //
+// What is the same in every column of a row (factor and offset of a residual that is to be normalised) comes when a tile begins. Where there
+// are registers for it a lane has that of all its rows, elsewhere that of one of the rows that four lanes share, and gets the others' by shuffles.
+//
 // MOMENTS: the consumer also adds up the results of each row and their squares, before they are rounded, two instructions an element, from
-// which the factors follow that a product of these rows divides them by (scheduler/row_moments.cuh).
+// which the factors follow that a product of these rows divides them by (scheduler/row_moments.cuh), and with OFFSETS what a norm subtracts.
 #pragma once
 #include "mma/wgmma_pipeline.cuh"
 #include "ptx/matrix_store.cuh"
 #include "ptx/pack.cuh"
+#include "ptx/prefetch.cuh"
 #include "ptx/tma_store.cuh"
 #include "scheduler/row_moments.cuh"
 
@@ -22,9 +26,9 @@ constexpr int STAGED_COLUMNS = TILE_N % 64 == 0 ? 64 : 32, STAGED_ROW = 2 * STAG
 constexpr int STAGED_PANELS = TILE_N / STAGED_COLUMNS, SLOT_BYTES = CONSUMER_M * STAGED_ROW;
 constexpr int STAGING_BARRIERS = RING_BYTES;  // of each consumer: ready[SLOTS], written[SLOTS]
 constexpr int STAGING = (STAGING_BARRIERS + 8 * 2 * CONSUMERS * SLOTS + 1023) / 1024 * 1024;  // places start at a swizzle atom
-constexpr bool MOMENTS = config::moments;
+constexpr bool MOMENTS = config::moments, OFFSETS = config::offsets;
 static_assert(TILE_N % STAGED_COLUMNS == 0, "");
-static_assert(registers_of<Epilogue::Fixed>() < 4, "operands that are the same in every row fit beside the accumulators");
+static_assert(registers_of<Epilogue::Fixed>() < (Epilogue::READS_ROWS ? 5 : 4), "operands that are the same in every row fit beside the accumulators");
 
 // The next panel of a consumer's tiles, as the courier counts them.
 struct StagedPanel {
@@ -38,16 +42,34 @@ struct StagedPanel {
 // What a consumer does with a tile of accumulators.
 struct StagedResults {
   using Fixed = Epilogue::Fixed;
+  using OfRow = Epilogue::OfRow;
   static constexpr int BLOCKS = STAGED_COLUMNS / 8;  // of a panel
   // What is the same in every row is fetched before the products, where registers are left for all of it. Elsewhere two blocks at a
-  // time: the other consumer multiplies meanwhile, and only the first of them are not in the cache.
-  static constexpr bool HELD = registers_of<Fixed>() * TILE_N / 8 <= CONSUMER_REGISTERS - RESERVED - ACCUMULATORS;
+  // time, which come to the L1 cache before the products, while the other consumer multiplies or the first stages are on their way:
+  // else each would be a round trip to the L2 cache that nothing hides. A warp touches all of one operand.
+  static constexpr int ROOM = CONSUMER_REGISTERS - RESERVED - ACCUMULATORS, ROWS = 2 * PARTS, OF_ROWS = ROWS * registers_of<OfRow>();
+  static constexpr bool HELD = registers_of<Fixed>() * TILE_N / 8 + OF_ROWS <= ROOM;
+  // Half of the room is for what the epilogue computes with, and pairs along n take some of it.
+  static constexpr bool SHARED_ROWS = Epilogue::READS_ROWS && 2 * (OF_ROWS + (MOMENTS ? 2 * ROWS : 0)) + (CLUSTER_N > 1 ? 16 : 0) >= ROOM;
+  static_assert(ROWS <= 4, "one for each of four lanes");
+  static constexpr u32 SECTOR = 8, SECTORS = TILE_N / SECTOR;  // the columns of four bytes that the cache gets at once
   Fixed fixed[HELD ? TILE_N / 8 : 2];
+  OfRow of_row[SHARED_ROWS ? 1 : ROWS];
 
   DEVICE void begin_columns(const Params& p, const Layout& layout) {
     if constexpr (HELD) fetch(p, layout, 0, TILE_N / 8);
   }
-  DEVICE void begin(const Params&, const Layout&) {}
+  DEVICE void begin(const Params& p, const Layout& layout) {  // of rows that do not exist the last one's
+#pragma unroll
+    for (int i = 0; i < (SHARED_ROWS ? 1 : ROWS); ++i) {
+      const u32 row = SHARED_ROWS ? threadIdx.x % ROWS : i;
+      of_row[i] = Epilogue::fetch_row(p, min(layout.first_row + 8 * (row % 2) + 64 * (row / 2), p.m - 1));
+    }
+    if constexpr (!HELD) {
+      // All lanes touch something: a branch would make the compiler keep what products read in ordinary registers.
+      Epilogue::touch_fixed(p, threadIdx.x / 32 & 3, min(layout.first + SECTOR * min(threadIdx.x & 31, SECTORS - 1), layout.columns - 1));
+    }
+  }
   // `count`: the tiles that this consumer has stored before.
   template <class DIVISORS, class PLACES>
   DEVICE void store(const Params& p, const Layout& layout, const float (&d)[PARTS][TILE_N / 2], const DIVISORS& divisors, const PLACES& places, u32 count) {
@@ -71,13 +93,14 @@ struct StagedResults {
           const u32 address = (place ^ 16 * block) + i * 64 * STAGED_ROW;
           u32 r[4] = {};
           if constexpr (Epilogue::READS_TILE) load_matrix_x4(r, address);
+          const OfRow rows_own[2] = {of(2 * i), of(2 * i + 1)};
 #pragma unroll
           for (int j = 0; j < 4; ++j) {  // rows r and r + 8 of a block, then of the next
             const int element = 4 * (panel * BLOCKS + block + j / 2) + 2 * (j % 2);
             const int row = 2 * i + j % 2;
             const float acc[2] = {divisors.quotient(d[i][element], row), divisors.quotient(d[i][element + 1], row)};
             float made[2];
-            r[j] = Epilogue::results(acc, fixed[(HELD ? panel * BLOCKS + block : 0) + j / 2], r[j], made);
+            r[j] = Epilogue::results(acc, fixed[(HELD ? panel * BLOCKS + block : 0) + j / 2], rows_own[j % 2], r[j], made);
             if constexpr (MOMENTS) {
               if (8 * (panel * BLOCKS + block + j / 2) < columns) {  // which end with a block
                 add(rows[row], made[0]);
@@ -94,11 +117,16 @@ struct StagedResults {
     }
     if constexpr (MOMENTS) {
       const u32 tiles = (p.n + TILE_N - 1) / TILE_N, tile = layout.first / TILE_N;
-      if (tile < tiles) leave_row_factors<PARTS>(p, rows, layout.first_row - lane / 4, tile, tiles);  // one of a cluster may lie outside
+      if (tile < tiles) leave_row_factors<PARTS, OFFSETS>(p, rows, layout.first_row - lane / 4, tile, tiles);  // one of a cluster may lie outside
     }
   }
 
  private:
+  // What is the same in all of the lane's row number `row`.
+  DEVICE OfRow of(int row) const {
+    if constexpr (SHARED_ROWS) return Epilogue::shuffled(of_row[0], row);
+    else return of_row[row];
+  }
   DEVICE void fetch(const Params& p, const Layout& layout, int first, int blocks) {
 #pragma unroll
     for (int i = 0; i < blocks; ++i) {

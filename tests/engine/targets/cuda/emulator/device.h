@@ -95,7 +95,9 @@ template <class T> T emulator_shuffle(T value, int source) {
   __builtin_memcpy(&value, &bits, sizeof value);
   return value;
 }
-template <class T> T __shfl_sync(unsigned, T v, int lane) { return emulator_shuffle(v, lane & 31); }
+template <class T> T __shfl_sync(unsigned, T v, int lane, int width = 32) {
+  return emulator_shuffle(v, (emulator::current & (32 - width)) | (lane & (width - 1)));
+}
 template <class T> T __shfl_xor_sync(unsigned, T v, int mask) { return emulator_shuffle(v, (emulator::current & 31) ^ mask); }
 template <class T> T __shfl_up_sync(unsigned, T v, unsigned by) {
   const int lane = emulator::current & 31, from = lane - static_cast<int>(by);

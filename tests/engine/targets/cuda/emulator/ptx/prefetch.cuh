@@ -4,3 +4,4 @@ inline void prefetch_l2(const void* address) {
   const volatile unsigned char* byte = static_cast<const unsigned char*>(address);
   (void)*byte;
 }
+inline void touch(const void* address) { prefetch_l2(address); }
