@@ -10,7 +10,8 @@ from engine.targets.cuda.kernel import I64, STORAGE, Launch, Pointer, WeightStor
 from engine.targets.cuda.product import PART_COLUMNS, Matrix, Product, columns_in_parts, in_parts, line_elements
 
 _THREADS = 256
-_BATCH = 2  # chunks of 16 bytes that a thread loads before it stores the first
+_BATCH = 2  # rows of which a thread loads a chunk before it stores the first
+_CHUNK, _MOST_LANES = 16, 32  # bytes, and the threads that share a row
 _BLOCKS = 8  # of a multiprocessor: all of its threads
 _PIECES = {1: "u8", 2: "u16", 4: "u32", 16: "uint4"}
 
@@ -25,13 +26,13 @@ def aligned(product: Product, scratch: Pointer, multiprocessors: int) -> tuple[L
     there is one matrix of it."""
     a, stride = product.a, line_elements(product.k, product.dtype)
     copied = replace(scratch, ctype=STORAGE[product.dtype])
-    access = product.a_access
-    chunks = product.m * ceildiv(product.k * product.dtype.itemsize, 16)
-    blocks = min(ceildiv(chunks, _THREADS * _BATCH), _BLOCKS * multiprocessors)
+    chunks = ceildiv(product.k * product.dtype.itemsize, _CHUNK)  # of a row
+    lanes = min(_MOST_LANES, 1 << (chunks - 1).bit_length())
+    blocks = min(ceildiv(product.m * lanes, _THREADS * _BATCH), _BLOCKS * multiprocessors)
     copy = launch(
         "gemm",
         "align_rows.cuh",
-        {"operand": STORAGE[product.dtype], "piece": _PIECES[access], "threads": _THREADS, "batch": _BATCH},
+        {"operand": STORAGE[product.dtype], "lanes": lanes, "threads": _THREADS, "batch": _BATCH},
         [],
         {
             "source": a.pointer, "source_stride": I64(a.stride), "rows_out": copied, "out_stride": I64(stride),

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 
 from engine.targets.cuda.gemm_rows import AnyTile, RowsTile, rows_tiles
 from engine.targets.cuda.gemm_stream import StreamTile, stream_tile
+from engine.targets.cuda.joined_tiles import JOINED_PRODUCTS
 from engine.targets.cuda.kernel import Choice, Functor
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.tiles import (
@@ -21,7 +22,7 @@ from engine.targets.cuda.tiles import (
     WgmmaTile,
 )
 
-_FORM = ("cooperative", "slots", "batched", "cluster_m", "cluster_n")
+_FORM = ("cooperative", "slots", "batched", "cluster_m", "cluster_n", "cluster_k")
 """What tells tiles of wgmma of the same size apart."""
 
 
@@ -66,7 +67,10 @@ def tile_text(tile: AnyTile) -> str:
     staged = ", results staged" if isinstance(tile, WgmmaTile) and tile.slots else ""
     if isinstance(tile, WgmmaTile) and tile.cluster > 1:
         staged += f", in pairs along {'m' if tile.cluster_m > 1 else 'n'}"
-    return f"{kernel} {tile.m}×{tile.n}{turns}{f', k in {tile.splits}' if tile.splits > 1 else ''}{copied}{staged}"
+    parts = f", k in {tile.splits}" if tile.splits > 1 else ""
+    if isinstance(tile, WgmmaTile) and tile.cluster_k > 1:
+        parts = f", k in a cluster of {tile.cluster_k}"
+    return f"{kernel} {tile.m}×{tile.n}{turns}{parts}{copied}{staged}"
 
 
 def divides(product: Product, tile: AnyTile) -> bool:
@@ -82,7 +86,7 @@ def tile_of(choice: Choice, product: Product, operands: Operands) -> AnyTile | N
         return stream_tile(product, operands)
     if kernel == "rows":
         return next((tile for tile in rows_tiles(product) if asdict(tile).items() <= choice.items()), None)
-    wgmma = (*PRODUCT_TILES, *STAGED_TILES, *CLUSTER_TILES, *BATCHED_TILES)
+    wgmma = (*PRODUCT_TILES, *STAGED_TILES, *CLUSTER_TILES, *BATCHED_TILES, *JOINED_PRODUCTS)
     tiles: tuple[Tile, ...] = wgmma if kernel == "wgmma" else MMA_TILES if kernel == "mma" else ()
     fitting = [t for t in tiles if (t.m, t.n) == (choice.get("m"), choice.get("n"))]
     named = [choice.get(name) for name in _FORM]

@@ -43,7 +43,8 @@ def implicit_tiles(step: Step, geometry: Geometry, operands: Operands, context: 
 
 
 def _is_pair(tile: ImplicitTile) -> bool:
-    return isinstance(tile, WgmmaTile) and tile.cluster > 1
+    """Those of two blocks, whose gain the estimates do not know."""
+    return isinstance(tile, WgmmaTile) and tile.cluster > 1 and tile.cluster_k == 1
 
 
 def depthwise_tiles(step: Step, geometry: Geometry, context: Context) -> list[Choice[DepthwiseTile | RowsTile]]:

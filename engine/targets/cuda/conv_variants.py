@@ -61,9 +61,10 @@ def _products(step: Step, geometry: Geometry, context: Context, most: int) -> It
     kernels: list[list[tuple[float, ConvTile]]] = [
         [(cycles, tile) for cycles, tile in gathered if not tile.slots and tile.cluster * tile.cluster_k == 1],
         [(cycles, tile) for cycles, tile in gathered if tile.slots and tile.cluster == 1],
-        [(cycles, tile) for cycles, tile in gathered if tile.cluster > 1 and not tile.slots],
+        [(cycles, tile) for cycles, tile in gathered if tile.cluster > 1 and not tile.slots and tile.cluster_k == 1],
         [(cycles, tile) for cycles, tile in gathered if tile.cluster > 1 and tile.slots],
-        [(cycles, tile) for cycles, tile in gathered if tile.cluster_k > 1],
+        [(cycles, tile) for cycles, tile in gathered if tile.cluster_k > 1 and tile.cluster == 1],
+        [(cycles, tile) for cycles, tile in gathered if tile.cluster_k > 1 and tile.cluster > 1],
         [(choice.cycles, choice.tile) for choice in conv_halo.estimates(step, geometry, operands, context)],
         [(choice.cycles, choice.tile) for choice in conv_halo_deep.estimates(step, geometry, operands, context)],
     ]

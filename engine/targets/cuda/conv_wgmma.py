@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import product
 from math import gcd
 
 from engine.plan.plan import Step
-from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.conv_geometry import AXES, Geometry, padded_k, row_length
 from engine.targets.cuda.conv_simt import epilogue_for
 from engine.targets.cuda.gemm_wgmma import split_arguments, staged, wgmma_function
+from engine.targets.cuda.joined_tiles import JOINED_PAIRS, JOINED_TILES, has_steps
 from engine.targets.cuda.kernel import (
     STORAGE,
     Argument,
@@ -40,6 +39,7 @@ from engine.targets.cuda.tiles import (
     Choice,
     Operands,
     WgmmaTile,
+    clusters_at_once,
     wgmma_cycles,
     wgmma_tiles,
 )
@@ -52,26 +52,6 @@ TILES = (
 )
 """Of 160 and 320 channels the other widths leave a sixth to a third empty. Of 128 the widest tile is half empty; one of
 256 pixels is as large."""
-_JOINING = (
-    WgmmaTile(128, 128, 5, cooperative=True),
-    WgmmaTile(128, 96, 6, cooperative=True),
-    WgmmaTile(128, 64, 8, cooperative=True),
-    WgmmaTile(64, 192, 5),
-    WgmmaTile(64, 128, 8),
-    WgmmaTile(64, 64, 12),
-)
-
-
-def _joined(tile: WgmmaTile, blocks: int) -> WgmmaTile:
-    """The tile of a cluster, with as long a ring as the sums leave room for."""
-    joined = replace(tile, cluster_k=blocks)
-    while joined.shared_bytes > SM_90A.shared_bytes:
-        joined = replace(joined, stages=joined.stages - 1)
-    return joined
-
-
-JOINED_TILES = tuple(_joined(tile, blocks) for tile, blocks in product(_JOINING, (2, 3, 4, 5, 6, 8)))
-"""Tiles of clusters that share k."""
 STAGED = (
     *(tile for tile in STAGED_TILES if tile.consumers == 2),
     WgmmaTile(128, 128, 5, cooperative=True, slots=2),
@@ -91,10 +71,13 @@ PAIRS = (
     WgmmaTile(256, 128, 4, cooperative=True, slots=1, cluster_n=2),
     WgmmaTile(128, 192, 4, slots=2, cluster_m=2),
     WgmmaTile(128, 128, 5, slots=2, cluster_m=2),
+    WgmmaTile(64, 128, 8, cluster_m=2),
+    WgmmaTile(64, 128, 8, cluster_n=2),
 )
 """Tiles of two blocks that share filters (`cluster_m`) or pixels (`cluster_n`), with results staged or not. A step of
 128 × 256, of 16 KB of pixels and 32 KB of filters, takes 47 bytes a cycle and multiprocessor from the L2 cache where
 blocks share nothing, and 31 in pairs."""
+_BUSY = 0.7  # of the multiprocessors, at least, of layers that pairs are timed for
 _PANELS = (128, 64, 32)  # bytes of channels that a copy can bring of each pixel
 _LINE_BYTES = 128  # of the L2 cache
 _MOST_STEP = 8  # pixels between neighbours of the walk
@@ -169,7 +152,7 @@ def estimates(
         lines = _lines(geometry, panel_bytes)
         tiles = wgmma_tiles(m, n, k, operands, most_splits, groups, panel_bytes, TILES)
         others = _other_tiles(epilogue, operands.wgmma_steps(k), groups, panel_bytes)
-        pairs = _pairs(m, n, epilogue, groups, panel_bytes, context.multiprocessors)
+        pairs = _pairs(m, n, operands.wgmma_steps(k), epilogue, groups, panel_bytes, context.multiprocessors)
         for tile in (*tiles, *others, *pairs):
             if not has_registers(tile, geometry):
                 continue
@@ -183,20 +166,28 @@ def estimates(
 def _other_tiles(epilogue: Functor, steps: int, groups: int, panel_bytes: int) -> Iterator[WgmmaTile]:
     """The tiles of clusters that share so many steps of k, and those with staged results."""
     for tile in JOINED_TILES:
-        if 2 * tile.cluster_k <= steps and (tile.cluster_k - 1) * ceildiv(steps, tile.cluster_k) < steps:
+        if has_steps(tile, steps):
             yield replace(tile, panel_bytes=panel_bytes)
-    if groups == 1 and epilogue.staged is not None:
+    if groups == 1 and _is_staged(epilogue):
         yield from (replace(tile, panel_bytes=panel_bytes) for tile in STAGED)
 
 
+def _is_staged(epilogue: Functor) -> bool:
+    """Whether the copy engine can take the results."""
+    return epilogue.staged is not None and not epilogue.staged.ragged
+
+
 def _pairs(
-    m: int, n: int, epilogue: Functor, groups: int, panel_bytes: int, multiprocessors: int
+    m: int, n: int, steps: int, epilogue: Functor, groups: int, panel_bytes: int, multiprocessors: int
 ) -> Iterator[WgmmaTile]:
-    """The tiles of blocks in pairs, of layers that keep all multiprocessors, and with them the L2 cache, busy, and that
-    have more than half of a pair's columns."""
-    for tile in PAIRS if groups == 1 else ():
-        fills = tile.tiles(m, n) >= multiprocessors and tile.n * tile.cluster_n < 2 * n
-        if fills and (not tile.slots or epilogue.staged is not None):
+    """The tiles of blocks in pairs, of layers that keep most multiprocessors, and with them the L2 cache, busy, and
+    that have more than half of a pair's columns; and of pairs that share k, of which all clusters have room at once."""
+    for tile in (*PAIRS, *JOINED_PAIRS) if groups == 1 else ():
+        if tile.cluster_k > 1:
+            fills = has_steps(tile, steps) and tile.tiles(m, n) <= clusters_at_once(tile, multiprocessors)
+        else:
+            fills = tile.tiles(m, n) >= _BUSY * multiprocessors
+        if fills and tile.n * tile.cluster_n < 2 * n and (not tile.slots or _is_staged(epilogue)):
             yield replace(tile, panel_bytes=panel_bytes)
 
 
@@ -243,7 +234,7 @@ def launch_conv(step: Step, geometry: Geometry, filters: Pointer, tile: WgmmaTil
     if tile.slots:
         body, width = "conv_staged.cuh", {"width": STAGED_WIDTH, "moments": False, "offsets": False}
         epilogue, maps = staged(epilogue, tile, geometry.rows, geometry.n)
-    if tile.cluster > 1:
+    if tile.cluster > 1 and tile.cluster_k == 1:
         body = "conv_cluster_staged.cuh" if tile.slots else "conv_cluster.cuh"
     blocks = tile.blocks(tiles, context.multiprocessors // groups)
     return launch(

@@ -49,6 +49,7 @@ from engine.targets.cuda.product_cost import (
     Way,
     ranked_batched,
     ranked_cluster,
+    ranked_joined,
     ranked_mma,
     ranked_rows,
     ranked_staged,
@@ -178,7 +179,7 @@ def pick_tile(product: Product, epilogue: Functor, context: Context) -> AnyTile:
     operands = operands_of(product, context)
     timed = context.choices.get(key_of(product, operands, epilogue)) if context.choices else None
     chosen = None if timed is None else tile_of(timed, product, operands)
-    if chosen is not None and not (needs_staged(chosen) and epilogue.staged is None):
+    if chosen is not None and stages(product, epilogue, chosen):
         return chosen
     return estimated_best(product, epilogue, context).tile
 
@@ -195,6 +196,18 @@ def estimated_best(product: Product, epilogue: Functor, context: Context) -> Ran
         return best
     rivals = (best, *(one for way in CHOSEN_BY_MODEL for one in trusted(ranked_in(way, product, epilogue, context))))
     return min(rivals, key=lambda ranked: ranked.estimate.cycles)
+
+
+def stages(product: Product, epilogue: Functor, tile: AnyTile) -> bool:
+    """Whether a product's results can go through shared memory, if they do in a tile. Those whose rows begin anywhere
+    can in tiles of single blocks, where no factors are asked for, and divided rows in those that leave registers."""
+    if not isinstance(tile, WgmmaTile) or not tile.slots:
+        return True
+    form = epilogue.staged
+    if form is None or not form.ragged:
+        return form is not None
+    full = product.divisors is not None and tile.accumulators > 128
+    return product.factors is None and tile.cluster == 1 and not full
 
 
 def needs_staged(tile: AnyTile) -> bool:
@@ -233,13 +246,16 @@ def ranked_in(way: Way, product: Product, epilogue: Functor, context: Context) -
     found: Iterable[Ranked] = ()
     if not context.architecture.wgmma:
         return []
-    if way is Way.STAGED and single and epilogue.staged is not None:
+    if way is Way.STAGED and single:
         found = ranked_staged(product, operands, multiprocessors, epilogue.reads)
     elif way is Way.CLUSTER and single:
-        found = ranked_cluster(product, operands, multiprocessors, epilogue.reads, epilogue.staged is not None)
+        found = ranked_cluster(product, operands, multiprocessors, epilogue.reads)
+    elif way is Way.JOINED and single:
+        found = ranked_joined(product, operands, multiprocessors, epilogue.reads)
     elif way is Way.BATCHED and product.suits_tma_batched:
         found = ranked_batched(product, operands, multiprocessors, epilogue.reads)
-    return sorted((one for one in found if divides(product, one.tile)), key=lambda ranked: ranked.estimate.cycles)
+    fitting = (one for one in found if divides(product, one.tile) and stages(product, epilogue, one.tile))
+    return sorted(fitting, key=lambda ranked: ranked.estimate.cycles)
 
 
 _NARROW = {

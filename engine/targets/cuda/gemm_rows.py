@@ -15,7 +15,7 @@ from engine.targets.cuda.spaces import VECTOR
 from engine.targets.cuda.tiles import Tile
 
 MOST_ROWS = 16
-_LEAST_K = 128  # below, warps have nothing to divide
+_LEAST_K, _SHORTEST_K = 128, 33  # below, the warps of large blocks have nothing to divide, and slices take it
 _STEP = 64  # of k, that a warp takes at once: a line of the cache
 _SPLITS = (1, 2, 4)
 _EARLY_REGISTERS, _FEWER_EARLY_REGISTERS = 16, 9
@@ -49,6 +49,8 @@ class RowsTile:
     def resident(self, rows: int) -> int:
         """The blocks that a multiprocessor has room for: of its registers where rows take few, else of its shared
         memory."""
+        if self.warps == 2:
+            return 8
         return 3 if self.columns * self.warps == 128 and rows <= VECTOR else 2
 
 
@@ -66,9 +68,16 @@ and the copy engine bringing long pieces of a column to the L2 cache ahead. Weig
 would take up to 10 % less, but for rows of another number they would lie in memory twice."""
 
 
+SHORT_ROWS_TILES = (RowsTile(32, 2, 1, 1),)
+"""For a k of up to two lines, of which all is under way at once: small blocks, of which many fit."""
+
+
 def rows_tiles(product: Product) -> Iterator[RowsTile]:
     """The tiles that can take a product: few rows of 16 bits, single matrices that are read 16 bytes at once."""
-    if product.m <= MOST_ROWS and product.dtype.itemsize == 2 and product.k >= _LEAST_K and product.suits_tma:
+    if product.m <= MOST_ROWS and product.dtype.itemsize == 2 and product.suits_tma:
+        if product.k < _LEAST_K:
+            yield from SHORT_ROWS_TILES if product.k >= _SHORTEST_K else ()
+            return
         lines = ceildiv(product.k, _STEP)
         for tile in ROWS_TILES:
             for splits in _SPLITS:

@@ -1,6 +1,7 @@
 """Launches of products on TMA and wgmma: of one product (gemm_wgmma.cuh), of one whose results are staged
-(gemm_staged.cuh), of either by blocks in pairs (gemm_cluster.cuh, gemm_cluster_staged.cuh), of several matrices
-(gemm_batch.cuh). Called by `gemm.py`."""
+(gemm_staged.cuh; where their rows begin anywhere gemm_ragged.cuh), of either by blocks in pairs (gemm_cluster.cuh,
+gemm_cluster_staged.cuh), by clusters that share k (gemm_joined.cuh), of several matrices (gemm_batch.cuh). Called by
+`gemm.py`."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import numpy as np
 from engine.ir.dtype import DType
 from engine.plan.tensor import Buffer, BufferKind
 from engine.targets.cuda.kernel import (
+    I64,
     STORAGE,
     Argument,
     Context,
@@ -19,6 +21,7 @@ from engine.targets.cuda.kernel import (
     Instruction,
     Launch,
     Pointer,
+    RowMatrix,
     TensorMap,
     ceildiv,
     launch,
@@ -85,7 +88,15 @@ def launch_wgmma(
     }  # fmt: skip
     partials = replace(scratch, ctype="float") if scratch is not None else None
     body, maps = "gemm_cluster.cuh" if tile.cluster > 1 else "gemm_wgmma.cuh", dict[str, Argument]()
-    if tile.slots:
+    if tile.cluster_k > 1:
+        body = "gemm_joined.cuh"
+    form = epilogue.staged if tile.slots else None
+    if form is not None and form.ragged:
+        body, config["width"], config["words"] = "gemm_ragged.cuh", STAGED_WIDTH, form.result.in_words
+        config["dense"] = is_dense(form.result, product.n, tile)
+        maps = {"result": form.result.pointer, "result_stride": I64(form.result.stride)}
+        epilogue = Functor(form.code, form.arguments, epilogue.reads)
+    elif form is not None:
         body = "gemm_cluster_staged.cuh" if tile.cluster > 1 else "gemm_staged.cuh"
         config["width"] = STAGED_WIDTH
         epilogue, maps = staged(epilogue, tile, product.m, product.n)
@@ -104,13 +115,20 @@ def launch_wgmma(
             "k": k // 2 * PART_STEPS if product.in_parts else k,
             **split_arguments(tiles, tile.m * tile.n, tile.m // tile.consumer_rows * 4, tile.splits, partials),
         },
-        (tile.blocks(tiles, context.multiprocessors), tile.splits, 1),
+        (tiles * tile.cluster_k if tile.cluster_k > 1 else tile.blocks(tiles, context.multiprocessors), tile.splits, 1),
         tile.threads,
         tile.shared_bytes,
         _instruction(product.dtype),
         helpers=f'#include "ptx/wgmma.cuh"\n{wgmma_function(tile.n, product.dtype)}',
-        cluster=tile.cluster,
+        cluster=tile.cluster * tile.cluster_k,
     )
+
+
+def is_dense(result: RowMatrix, n: int, tile: WgmmaTile) -> bool:
+    """Whether 16 rows of the result, of one tile, are one piece of memory, and have room in a warp's shared memory
+    (kernels/mma/ragged_stores.cuh). Beside 128 accumulators there are no registers for it (the gate shows spills)."""
+    room = tile.slots * tile.consumer_rows * tile.staged_columns * 2 // 4
+    return n <= tile.n and result.stride == n and 32 * n + 32 <= room and tile.accumulators < 128
 
 
 def staged(epilogue: Functor, tile: WgmmaTile, m: int, n: int) -> tuple[Functor, dict[str, Argument]]:

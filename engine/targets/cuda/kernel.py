@@ -443,10 +443,15 @@ class Functor:
 
 @dataclass(frozen=True)
 class RowMatrix:
-    """Rows of 16-bit elements that the copy engine can read and write, `stride` elements apart."""
+    """Rows of 16-bit elements, `stride` elements apart. `map`: where the copy engine can read and write them."""
 
     pointer: Pointer
     stride: int
+
+    @property
+    def in_words(self) -> bool:
+        """Whether every row begins at a multiple of 4 bytes."""
+        return self.pointer.offset % 4 == 0 and self.stride % 2 == 0
 
     def map(self, rows: int, columns: int, box_rows: int, box_columns: int) -> TensorMap:
         """The descriptor of so many rows and columns."""
@@ -464,6 +469,8 @@ class Staged:
     result: RowMatrix
     tile: RowMatrix | None
     reads_rows: bool = False
+    ragged: bool = False
+    """Rows of the result begin anywhere: consumers store them themselves (kernels/mma/ragged_stores.cuh)."""
 
 
 def ceildiv(a: int, b: int) -> int:

@@ -30,9 +30,9 @@ _ROW_OPERANDS = 2
 def staged_epilogue(
     stores: Sequence[ex.Expr], space: Space, inputs: Mapping[int, Operand], outputs: Sequence[Operand], granularity: int
 ) -> Staged | None:
-    """The staged form of an epilogue of fp32 accumulators; None where it has none: more than one result, or one that
-    the copy engine cannot write, rows in several levels, more operands than there are registers for, or one looked up
-    in a table."""
+    """The staged form of an epilogue of fp32 accumulators; None where it has none: more than one result, or one that is
+    not of 16 bits, rows in several levels, more operands than there are registers for, or one looked up in a table, or
+    a full tile beside rows that the copy engine cannot write."""
     fixed = {i: operand for i, operand in inputs.items() if operand.index is None and not any(operand.strides[:-1])}
     rows = {i: operand for i, operand in inputs.items() if i not in fixed and _is_of_rows(operand)}
     tiles = {i: operand for i, operand in inputs.items() if i not in fixed and i not in rows}
@@ -43,7 +43,10 @@ def staged_epilogue(
     if rows and (len(rows) > _ROW_OPERANDS or not tiles or ex.flops(*stores) > _NORMALISING):
         return None
     (output,) = outputs
-    if not all(_as_rows(operand, space, granularity) for operand in (output, *tiles.values())):
+    if not all(_as_rows(operand, space, granularity) for operand in tiles.values()):
+        return None
+    ragged = not _as_rows(output, space, granularity)
+    if ragged and (tiles or not _as_ragged_rows(output)):
         return None
     if any(leaf.dtype is not DType.F32 for leaf in ex.walk(*stores) if isinstance(leaf, ex.Acc)):
         return None
@@ -54,7 +57,7 @@ def staged_epilogue(
     arguments |= {f"epilogue_{i}": operand.pointer for i, operand in rows.items()}
     code = _code(stores[0], space, fixed, rows, tiles, output.dtype, granularity)
     read = next((_rows(operand, space) for operand in tiles.values()), None)
-    return Staged(code, tuple(arguments.items()), _rows(output, space), read, bool(rows))
+    return Staged(code, tuple(arguments.items()), _rows(output, space), read, bool(rows), ragged)
 
 
 def _is_of_rows(operand: Operand) -> bool:
@@ -66,6 +69,11 @@ def _as_rows(operand: Operand, space: Space, granularity: int) -> bool:
     """Whether the copy engine can read or write it in whole rows of 16-bit elements."""
     aligned = operand.dtype in (DType.F16, DType.BF16) and space.is_aligned(operand, granularity)
     return aligned and operand.index is None
+
+
+def _as_ragged_rows(operand: Operand) -> bool:
+    """Whether consumers can store it: neighbouring 16-bit elements, in rows that begin anywhere."""
+    return operand.dtype in (DType.F16, DType.BF16) and operand.strides[-1] == 1 and operand.index is None
 
 
 def _rows(operand: Operand, space: Space) -> RowMatrix:

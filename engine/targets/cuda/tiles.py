@@ -105,7 +105,7 @@ class WgmmaTile:
     `slots` results go to memory through shared memory, where so many panels of each consumer's tile have room
     (kernels/mma/staging.cuh). `batched`: of several matrices, or across the lines of b (kernels/mma/batch_load.cuh).
     `cluster_m`, `cluster_n`: how many blocks with neighbouring tiles along m or n form a cluster, two or none, and load
-    what their tiles share once (kernels/mma/cluster.cuh). `cluster_k`: the blocks of a cluster that
+    what their tiles share once (kernels/mma/cluster.cuh). `cluster_k`: the blocks, or pairs of them, of a cluster that
     share the k of a single tile (kernels/scheduler/joined_k.cuh).
     """
 
@@ -269,6 +269,8 @@ CLUSTER_TILES = (
     WgmmaTile(192, 128, 4, cooperative=True, slots=2, cluster_n=2),
     WgmmaTile(192, 128, 4, cooperative=True, slots=2, cluster_m=2),
     WgmmaTile(128, 128, 5, slots=2, cluster_m=2),
+    WgmmaTile(192, 192, 4, cooperative=True, cluster_m=2),
+    WgmmaTile(192, 192, 4, cooperative=True, slots=1, cluster_m=2),
 )
 """Tiles of clusters of two blocks, with results staged or not."""
 
@@ -299,11 +301,12 @@ _PARTIAL_RATE = 39
 """Bytes of partial sums that a multiprocessor writes or reads in a cycle (fitted with the others)."""
 
 
-_JOINING, _JOINED_RATE, _JOINED_SHARE, _CLUSTERED = 440, 13, 0.9, 0.86
+_JOINING, _JOINED_RATE, _JOINED_SHARE = 440, 13, 0.9
 """Sums that blocks of a cluster send each other: cycles until they are there; the bytes that each gets in a cycle where
-few blocks do so, and how much longer it takes where all do; the part of the multiprocessors that clusters can have at
-once. Fitted to 250 timings of 11 layers at batch 1 on an H100 (11 % off), which says that it has room for 66, 39, 30,
-22, 17 and 15 clusters of 2, 3, 4, 5, 6 and 8 blocks."""
+few blocks do so, and how much longer it takes where all do. Fitted to 250 timings of 11 layers at batch 1 on an H100
+(11 % off)."""
+_CLUSTERS = {2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 8: 15}
+"""The clusters of so many blocks that 132 multiprocessors have room for at once, as an H100 says."""
 _STAGED_FINISH, _STAGED_ELEMENT, _STAGED_DRAIN = 300, 0.02, 900
 """Cycles to hand on a tile of staged results, as `product_cost` has them, and until the last ones have left: layers of
 one round took 0.2 µs longer staged, larger ones 2 to 8 % less."""
@@ -477,10 +480,8 @@ def wgmma_cycles(
     if tile.slots:
         epilogue, start = _STAGED_FINISH + tile.m * tile.n * _STAGED_ELEMENT, start + _STAGED_DRAIN
     if tile.cluster_k > 1:  # every block finishes its part of the tile
-        rounds = ceildiv(tiles * groups, max(1, int(_CLUSTERED * multiprocessors / tile.cluster_k)))
-        sent = tile.m * tile.n * 4 * (1 - 1 / tile.cluster_k)
-        share = min(1, tiles * groups * tile.cluster_k / multiprocessors)
-        epilogue = epilogue / tile.cluster_k + _JOINING + sent / _JOINED_RATE * (1 + _JOINED_SHARE * share)
+        rounds = ceildiv(tiles * groups, clusters_at_once(tile, multiprocessors))
+        epilogue = epilogue / tile.cluster_k + joining_cycles(tile, tiles * groups, multiprocessors)
         time = rounds * (steps * step + epilogue)
     elif tile.cooperative:
         time = rounds * (steps * step + rates.beside * epilogue)
@@ -491,6 +492,18 @@ def wgmma_cycles(
         time += _ARRIVAL + (tile.splits + 1) * tile.m * tile.n * 4 / _PARTIAL_RATE
     touched = nbytes or operands.itemsize * groups * (m * k + k * n + m * n)
     return start + hypot(time, touched / rates.memory) + waiting_cycles(tile, reads, rounds)
+
+
+def clusters_at_once(tile: WgmmaTile, multiprocessors: int) -> int:
+    """The tiles whose clusters have room beside each other, where these share k."""
+    return tile.cluster * max(1, _CLUSTERS[tile.cluster * tile.cluster_k] * multiprocessors // 132)
+
+
+def joining_cycles(tile: WgmmaTile, tiles: int, multiprocessors: int) -> float:
+    """Until the blocks that share the k of a tile have each other's sums, where there are so many tiles."""
+    sent = tile.m * tile.n * 4 * (1 - 1 / tile.cluster_k)
+    share = min(1, tiles * tile.cluster_k / multiprocessors)
+    return _JOINING + sent / _JOINED_RATE * (1 + _JOINED_SHARE * share)
 
 
 def waiting_cycles(tile: WgmmaTile, reads: Reads, rounds: int) -> int:

@@ -29,6 +29,7 @@ from engine.targets.cuda.covering.build import (
     weight,
 )
 from engine.targets.cuda.families import family_of
+from engine.targets.cuda.joined_tiles import JOINED_PAIRS, JOINED_TILES
 from engine.targets.cuda.kernel import Context, Launch
 from engine.targets.cuda.tiles import MMA_TILES, MmaTile, Tile, WgmmaTile
 
@@ -78,7 +79,8 @@ def _gathered_convolutions(context: Context, rounding: Context) -> Iterator[tupl
     ]
     split = [replace(tile, splits=3) for tile in wgmma if tile.most_splits > 1]
     every = [replace(tile, panel_bytes=128) for tile in wgmma]
-    joined = conv_wgmma.JOINED_TILES if context.architecture.wgmma else ()
+    joined = JOINED_TILES if context.architecture.wgmma else ()
+    joined_pairs = JOINED_PAIRS if context.architecture.wgmma else ()
     staged = conv_wgmma.STAGED if context.architecture.wgmma else ()
     pairs = [
         replace(tile, panel_bytes=128 >> i % 3)
@@ -98,6 +100,8 @@ def _gathered_convolutions(context: Context, rounding: Context) -> Iterator[tupl
         (_residual(F16), context, joined[1::2]),
         (_residual(DType.BF16, axes=3), context, joined[::5]),
         (_residual(F32, channels=128, groups=2), rounding, joined[2::5]),
+        (_residual(F16), context, joined_pairs),
+        (_residual(DType.BF16, axes=3), context, joined_pairs),
         (_residual(F16), context, staged),
         (_residual(DType.BF16, axes=3), context, staged[:4]),
         (_conv(F16), context, staged[::3]),

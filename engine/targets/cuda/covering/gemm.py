@@ -30,9 +30,10 @@ from engine.targets.cuda.covering.build import (
     stored,
     weight,
 )
-from engine.targets.cuda.gemm import epilogue_of, launch_product, launches_of, operands_of, parts_of
-from engine.targets.cuda.gemm_rows import ROWS_TILES, RowsTile
+from engine.targets.cuda.gemm import epilogue_of, launch_product, launches_of, operands_of, parts_of, stages
+from engine.targets.cuda.gemm_rows import ROWS_TILES, SHORT_ROWS_TILES, RowsTile
 from engine.targets.cuda.gemm_stream import stream_tile
+from engine.targets.cuda.joined_tiles import JOINED_PRODUCTS
 from engine.targets.cuda.kernel import Context, Launch
 from engine.targets.cuda.product import product_of
 from engine.targets.cuda.tiles import (
@@ -55,6 +56,7 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
     portable = [tile for tile in MMA_TILES if tile.shared_bytes <= architecture.shared_bytes]
     wgmma, staged, batched = (WGMMA_TILES, STAGED_TILES, BATCHED_TILES) if architecture.wgmma else ((), (), ())
     clusters = CLUSTER_TILES if architecture.wgmma else ()
+    joined = JOINED_PRODUCTS if architecture.wgmma else ()
     three = [tile for tile in PRODUCT_TILES if tile.consumers == 3] if architecture.wgmma else []
     three_staged = [tile for tile in staged if tile.consumers == 3]
     divisible: list[Tile] = [*portable, *(tile for tile in wgmma if tile.most_splits > 1)]
@@ -75,8 +77,19 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         (_product(DType.BF16, residual=True), context, staged[-1:]),
         (fp16, context, staged[2:3]),
         (_product(F32, result=F16, residual=True), rounding, staged[:1]),
+        # Rows that begin anywhere, in halves of words and in words; divided rows, of which some tiles are full.
+        (_product(F16, n=401), context, staged),
+        (_product(DType.BF16, n=402), context, (*staged[:1], *staged[4:5])),
+        (_product(F16, n=65), context, staged[1::2]),
+        (_product(DType.BF16, n=66), context, staged[2:3]),
+        (_divided(residual=False, n=401), context, (*staged[:1], *staged[3:4])),
         (fp8, context, (*staged[:1], *staged[3:4], *clusters[:1])),
         (_product(I8, result=F16, residual=True), context, (*staged[:1], *staged[3:4])),
+        (residual, context, joined[::6]),
+        (fp16, context, joined[1::9]),
+        (_product(F16, k=387, n=401), context, [replace(tile, aligns=True) for tile in joined[2:4]]),
+        (_product(I8, result=F16), context, joined[1:2]),
+        (_product(F32), rounding, joined[1:2]),
         (residual, context, clusters[:-1]),
         (_product(DType.BF16, residual=True), context, clusters[-1:]),
         (_product(F32), rounding, clusters[:1]),
@@ -98,6 +111,7 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         # Of divided rows what takes the most registers; moments in every tile that finds them.
         (_divided(residual=False), context, (*portable[:1], *wgmma[:1], *wgmma[7:9], *staged[:1], *clusters[:1])),
         (_divided(residual=True), context, [tile for tile in thirds if _is_wide(tile)]),
+        (_divided(residual=True), context, joined[1::11]),
         (_divided(residual=True, dtype=DType.BF16), context, (*wgmma[3:4], *staged[-1:], *clusters[2:3])),
         (_finding(residual), context, (*portable[:1], *staged, *(tile for tile in clusters if tile.slots))),
         # Normalised residuals beside moments, and in the other kernels what takes the most registers.
@@ -115,7 +129,7 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         found = parts_of(step, how)
         assert found is not None
         product, epilogue = found
-        for tile in (tile for tile in tiles if divides(product, tile)):
+        for tile in (tile for tile in tiles if divides(product, tile) and stages(product, epilogue, tile)):
             for launch in launches_of(product, epilogue, tile, how):
                 yield f"gemm {tile}", launch
     short: list[Step] = [
@@ -137,12 +151,12 @@ def _is_wide(tile: Tile) -> bool:
     return isinstance(tile, WgmmaTile) and tile.consumer_rows * tile.n >= 128 * 64
 
 
-def _divided(residual: bool, dtype: DType = F16, m: int = 300, k: int = 384) -> Step:
+def _divided(residual: bool, dtype: DType = F16, m: int = 300, k: int = 384, n: int = 400) -> Step:
     """A product of divided rows with a weight, and a bias of fp32."""
     biased = add(ACC, arg(3, F32))
     store = stored(add(biased, arg(4, dtype)) if residual else gelu(biased), dtype)
-    inputs: list[Given] = [(dtype, (m, k)), weight(k, 400, dtype=dtype), (F32, (m, 1)), weight(400, dtype=F32)]
-    return make_step(Gemm((store,), divided=True), [*inputs, *([(dtype, (m, 400))] if residual else [])])
+    inputs: list[Given] = [(dtype, (m, k)), weight(k, n, dtype=dtype), (F32, (m, 1)), weight(n, dtype=F32)]
+    return make_step(Gemm((store,), divided=True), [*inputs, *([(dtype, (m, n))] if residual else [])])
 
 
 def _normalising(dtype: DType = F16, finds: bool = False, m: int = 300, k: int = 384) -> Step:
@@ -174,7 +188,7 @@ def few_rows(context: Context) -> Iterator[tuple[str, Launch]]:
     for m, dtype, residual in ((5, F16, False), (16, F16, True), (16, DType.BF16, False)):
         step = _product(dtype, m, 3000, 400, residual)
         for one in (step, computed(step)):
-            yield from _of_few_rows(one, (*ROWS_TILES, *split), context)
+            yield from _of_few_rows(one, (*ROWS_TILES, *split, *SHORT_ROWS_TILES), context)
     yield from _of_few_rows(_divided(residual=False, m=5, k=3000), ROWS_TILES[::2], context)
     yield from _of_few_rows(_normalising(m=16, k=3000), ROWS_TILES[::2], context)
 

@@ -81,7 +81,7 @@ DEVICE void store_rows(const Params& p, const Piece& piece, u32 row, const float
       }
       transpose_words(v, quad);
       const bool present = row + 8 * h < piece.rows && 32 * i + 8 * quad < p.value_size;
-      store_global_16_if(present, first + 8 * h * p.out_stride[1] + 32 * i, v);
+      store_global_16_if(present, first + 8 * h * p.out_stride[1] + 32 * i, make_uint4(v[0], v[1], v[2], v[3]));
     }
   }
 }

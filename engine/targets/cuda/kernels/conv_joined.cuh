@@ -2,6 +2,6 @@
 #pragma once
 #include "mma/patch_load.cuh"
 
-extern "C" __global__ void __cluster_dims__(CLUSTER_K, 1, 1) __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Params p) {
+extern "C" __global__ void __cluster_dims__(CLUSTER * CLUSTER_K, 1, 1) __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Params p) {
   run_pipeline<PatchLoad>(p);
 }

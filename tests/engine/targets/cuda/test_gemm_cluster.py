@@ -95,8 +95,8 @@ WRONG = {
         "if constexpr (CLUSTER * CLUSTER_K > 1) __syncthreads();",
     ),
     "a block ends before its neighbour": ("      wait_for_readers<STAGES>(empty, stage, parity);\n", ""),
-    "a block brings all to itself": ("(1 << SHARERS) - 1);", "1 << cluster_rank());"),
-    "both bring the same half": ("const u32 first = cluster_rank() * PART;", "const u32 first = 0;"),
+    "a block brings all to itself": ("all_sharers<SHARERS>());", "1 << cluster_rank());"),
+    "both bring the same half": ("const u32 first = rank_of_sharer() * PART;", "const u32 first = 0;"),
 }
 """Kernels that are wrong: what stands in their source, and instead of it."""
 

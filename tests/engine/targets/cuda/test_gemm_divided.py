@@ -36,6 +36,7 @@ from engine.targets.cuda.gemm import (
 )
 from engine.targets.cuda.gemm_rows import MOST_ROWS, ROWS_TILES, AnyTile, RowsTile
 from engine.targets.cuda.gemm_stream import stream_tile
+from engine.targets.cuda.joined_tiles import JOINED_PRODUCTS
 from engine.targets.cuda.kernel import Context, Functor, Launch, WeightStore, content, is_constant
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.product_cost import CHOSEN_BY_MODEL
@@ -144,7 +145,7 @@ def case(
 def test_products_of_divided_rows_match_float64(hopper: Runner, count: int) -> None:
     """In tiles of every form, ragged."""
     rng, cases = rng_of("divided"), []
-    forms = [*PRODUCT_TILES, *STAGED_TILES, *CLUSTER_TILES]
+    forms = [*PRODUCT_TILES, *STAGED_TILES, *CLUSTER_TILES, *JOINED_PRODUCTS[::5]]
     for i in range(2 * count):
         tile = forms[(7 * i) % len(forms)]
         if tile.most_splits > 1 and i % 3 == 0:

@@ -15,6 +15,7 @@ from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import SM_80, SM_90A
 from engine.targets.cuda.covering import ACC, F16, F32, make_step
 from engine.targets.cuda.gemm import launches_of, lower, ranked_tiles
+from engine.targets.cuda.joined_tiles import JOINED_PRODUCTS
 from engine.targets.cuda.kernel import Context, Instruction, WeightStore
 from engine.targets.cuda.tiles import BATCHED_TILES, PRODUCT_TILES, MmaTile, WgmmaTile
 from tests.engine.targets.cuda.cases import broadcast_of, check, fed, ragged, rng_of
@@ -78,9 +79,10 @@ def test_sums_of_the_largest_products_are_rounded_once(hopper: Runner) -> None:
     a[:, 7], b[7] = 1, 3
     store = ex.apply(ex.PointOp.SUB, ACC, cv.constant((k - 1) * 2.0**14))
     step = make_step(Gemm((store,)), [fed(I8, a.shape, -1, 0), b])
-    for splits in (1, 3):
-        tile = next(tile for tile in PRODUCT_TILES if (tile.m, tile.n) == (64, 32))
-        launches = parts_in(step, replace(tile, splits=splits), hopper.context)
+    small = next(tile for tile in PRODUCT_TILES if (tile.m, tile.n) == (64, 32))
+    joined = next(tile for tile in JOINED_PRODUCTS if (tile.m, tile.n, tile.cluster_k) == (64, 32, 3))
+    for tile in (small, replace(small, splits=3), joined):
+        launches = parts_in(step, tile, hopper.context)
         assert all(hopper.prepare(launch.kernel) is None for launch in launches)
         (got,) = hopper.run(step, launches, [a, b])
         assert (got == np.float32((k - 1) * 2.0**14 + 3) - np.float32((k - 1) * 2.0**14)).all()

@@ -17,7 +17,7 @@ from engine.targets.cuda.architecture import ARCHITECTURES, SM_80, SM_90A
 from engine.targets.cuda.choices import choice_of, key_of, tile_of, tile_text
 from engine.targets.cuda.covering import ACC, F16, F32, add, arg, make_step, mul, stored, weight
 from engine.targets.cuda.gemm import launches_of, lower, operands_of, parts_of, pick_tile, ranked_tiles
-from engine.targets.cuda.gemm_rows import MOST_ROWS, ROWS_TILES, RowsTile, rows_tiles
+from engine.targets.cuda.gemm_rows import MOST_ROWS, ROWS_TILES, SHORT_ROWS_TILES, RowsTile, rows_tiles
 from engine.targets.cuda.kernel import Context, WeightStore, content
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.tiles import Operands
@@ -28,7 +28,7 @@ from tests.engine.targets.cuda.test_gemm_staged import parts, step_of
 
 BF16 = DType.BF16
 HOPPER = Context(SM_90A, 132, WeightStore())
-TILES = [*ROWS_TILES, *(replace(tile, splits=2 + i) for i, tile in enumerate(ROWS_TILES))]
+TILES = [*ROWS_TILES, *(replace(tile, splits=2 + i) for i, tile in enumerate(ROWS_TILES)), *SHORT_ROWS_TILES]
 
 
 def product(m: int, n: int, k: int, dtype: DType = F16) -> Product:
@@ -110,12 +110,13 @@ def test_warps_may_be_late(runner: Runner) -> None:
 
 def test_which_products_have_few_rows() -> None:
     assert list(rows_tiles(product(16, 100, 128))) == list(ROWS_TILES)
+    assert list(rows_tiles(product(16, 100, 120))) == list(rows_tiles(product(1, 100, 40))) == list(SHORT_ROWS_TILES)
     assert list(rows_tiles(product(1, 100, 136, BF16))) == list(ROWS_TILES)
     assert {tile.splits for tile in rows_tiles(product(1, 100, 8192))} == {1, 2, 4}
     narrow = make_step(Gemm((ACC,)), [(F32, (4, 4096)), weight(4096, 4096, dtype=F32)])
     across = make_step(Gemm((ACC,)), [(F16, (4, 4096)), (F16, (4096, 4096))])
     several = make_step(Gemm((ACC,)), [(F16, (3, 4, 4096)), (F16, (3, 4096, 64))])
-    others = [product(17, 100, 128), product(16, 100, 120), product(16, 100, 132)]
+    others = [product(17, 100, 128), product(16, 100, 32), product(16, 100, 132)]
     others += [parts(step, HOPPER)[0] for step in (narrow, across, several)]
     assert not any(list(rows_tiles(one)) for one in others)
     assert all(

@@ -151,7 +151,7 @@ def test_which_epilogues_can_be_staged() -> None:
         ("two tiles", (stored(add(add(ACC, arg(2)), arg(3))),), [a, b, rows, rows]),
         ("a number for each row", (stored(mul(ACC, arg(2, F32))),), [a, b, (F32, (m, 1))]),
         ("a tile of fp32", (stored(add(ACC, arg(2, F32))),), [a, b, (F32, (m, n))]),
-        ("rows that are not aligned", (stored(ACC),), [a, weight(k, n + 1)]),
+        ("a tile of rows that are not aligned", (stored(add(ACC, arg(2))),), [a, weight(k, n + 1), (F16, (m, n + 1))]),
         (
             "many biases",
             (stored(add(add(ACC, arg(2, F32)), arg(3, F32))),),

@@ -16,6 +16,7 @@ from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import ARCHITECTURES, SM_80, SM_90A, for_capability
 from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
 from engine.targets.cuda.families import family_of
+from engine.targets.cuda.gemm import launches_of, parts_of
 from engine.targets.cuda.kernel import (
     I64,
     Context,
@@ -30,7 +31,7 @@ from engine.targets.cuda.kernel import (
 )
 from engine.targets.cuda.product import line_elements, pack_weight
 from engine.targets.cuda.spaces import operand, space
-from engine.targets.cuda.tiles import MMA_TILES, PRODUCT_TILES, WGMMA_TILES
+from engine.targets.cuda.tiles import MMA_TILES, PRODUCT_TILES, WGMMA_TILES, WgmmaTile
 
 
 def lower(step, architecture=SM_90A) -> Launch:
@@ -53,8 +54,10 @@ def test_hopper_takes_wgmma_where_the_copy_engine_can_read() -> None:
 
 def test_copied_rows_and_partial_sums_lie_side_by_side() -> None:
     """A step has one workspace."""
-    step = make_step(Gemm((ACC,)), [(F16, (64, 8191)), weight(8191, 64)])
-    launches = family_of(step.op).lower(step, Context(SM_90A, 132, WeightStore()))
+    step, context = make_step(Gemm((ACC,)), [(F16, (64, 8191)), weight(8191, 64)]), Context(SM_90A, 132, WeightStore())
+    found = parts_of(step, context)
+    assert found is not None
+    launches = launches_of(*found, WgmmaTile(64, 64, 12, aligns=True, splits=8), context)
     copy, product = (dict(launch.arguments) for launch in launches)
     rows, partials, splits = copy["rows_out"], product["partials"], product["splits"]
     assert rows.buffer is partials.buffer is product["map_a"].pointer.buffer
@@ -79,9 +82,11 @@ def test_fp32_takes_wgmma_only_where_it_may_be_rounded() -> None:
         assert len(split) == tf32, "its rows are brought into two parts before"
 
 
-@pytest.mark.parametrize("architecture", [SM_80, SM_90A])
-def test_few_tiles_of_a_long_product_share_its_k(architecture) -> None:
-    launch = lower(make_step(Gemm((ACC,)), [(F16, (64, 8192)), weight(8192, 64)]), architecture)
+def test_few_tiles_of_a_long_product_share_its_k() -> None:
+    """Through global memory, on Hopper in clusters."""
+    step, architecture = make_step(Gemm((ACC,)), [(F16, (64, 8192)), weight(8192, 64)]), SM_80
+    assert lower(step, SM_90A).kernel.cluster > 1 and workspace_bytes([lower(step, SM_90A)]) == 0
+    launch = lower(step, architecture)
     arguments = dict(launch.arguments)
     assert launch.grid[1] == arguments["splits"] > 1
     assert not arguments["arrived"].buffer.data.any()

@@ -47,7 +47,7 @@ def test_every_step_of_minilm_has_a_kernel(all_minilm_l6_v2: Path, storage: DTyp
     assert launches(plan)
     assert copies(plan) == []
     assert sum(isinstance(step.op, Attention) and step.op.packed for step in plan.steps) == 6
-    # Ids and types looked up, a norm, the layers of five steps, the last norm of the rows as they lie in the padded result.
+    # Ids and types looked up, a norm, the layers of five steps, the last norm of the rows as they lie padded.
     assert len(plan.steps) == 34
 
 

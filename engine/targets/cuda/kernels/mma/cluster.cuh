@@ -6,7 +6,8 @@
 // producer writes to both; a tile wholly outside the result (the neighbour of the last) is loaded, as zeros, and multiplied like any.
 // No block ends before all arrivals at its barriers have come: its producer waits for them. By then its own consumers have seen all that
 // was sent to it.
-// Or the blocks of a cluster, CLUSTER_K of them, share the k of a tile (scheduler/joined_k.cuh): then each loads what it multiplies.
+// Or the blocks of a cluster, CLUSTER_K of them, share the k of a tile (scheduler/joined_k.cuh): then each loads what it multiplies. Or
+// CLUSTER_K pairs do, each as above, with a part of k; then the blocks of a pair are neighbours in their cluster.
 // config: cluster_m, cluster_n, cluster_k.
 #pragma once
 #include "ptx/barrier.cuh"
@@ -15,7 +16,13 @@
 
 constexpr int CLUSTER_M = config::cluster_m, CLUSTER_N = config::cluster_n, CLUSTER = CLUSTER_M * CLUSTER_N;
 constexpr int CLUSTER_K = config::cluster_k;
-static_assert(CLUSTER == 1 || (CLUSTER == 2 && CLUSTER_K == 1), "");
+static_assert(CLUSTER <= 2, "");
+
+// This block's number among those that share an operand, and the part of k that these have.
+DEVICE u32 rank_of_sharer() { return CLUSTER_K > 1 ? cluster_rank() % CLUSTER : cluster_rank(); }
+DEVICE u32 rank_of_part() { return cluster_rank() / CLUSTER; }
+// The blocks of the cluster, as bits, that share an operand with this one.
+template <int SHARERS> DEVICE u16 all_sharers() { return ((1 << SHARERS) - 1) << (CLUSTER_K > 1 ? rank_of_part() * CLUSTER : 0); }
 
 // What a block takes in turn, counted in tiles of its cluster: where CLUSTER is 1, in tiles.
 DEVICE u32 first_turn() { return blockIdx.x / (CLUSTER * CLUSTER_K); }
@@ -23,8 +30,8 @@ DEVICE u32 turns() { return gridDim.x / (CLUSTER * CLUSTER_K); }
 // This block's tile of the cluster's tile `index`, of so many along m and n.
 DEVICE TileIndex own_tile(u32 index, u32 clusters_m, u32 clusters_n) {
   TileIndex tile = tile_of<16 / CLUSTER_M>(index, clusters_m, clusters_n);
-  if constexpr (CLUSTER_M > 1) tile.m = CLUSTER_M * tile.m + cluster_rank();
-  if constexpr (CLUSTER_N > 1) tile.n = CLUSTER_N * tile.n + cluster_rank();
+  if constexpr (CLUSTER_M > 1) tile.m = CLUSTER_M * tile.m + rank_of_sharer();
+  if constexpr (CLUSTER_N > 1) tile.n = CLUSTER_N * tile.n + rank_of_sharer();
   return tile;
 }
 
@@ -35,8 +42,8 @@ template <int ROWS, int SHARERS> DEVICE void copy_shared_box(u32 destination, co
   } else {
     constexpr u32 PART = ROWS / SHARERS;
     static_assert(ROWS % SHARERS == 0 && PART % 8 == 0, "parts start at a swizzle atom");
-    const u32 first = cluster_rank() * PART;
-    copy_box_to_blocks(destination + first * 128, map, barrier, column, row + first, (1 << SHARERS) - 1);
+    const u32 first = rank_of_sharer() * PART;
+    copy_box_to_blocks(destination + first * 128, map, barrier, column, row + first, all_sharers<SHARERS>());
   }
 }
 

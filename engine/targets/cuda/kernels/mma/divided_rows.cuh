@@ -4,6 +4,7 @@
 #include "mma/wgmma_pipeline.cuh"
 
 struct DividedRows {
+  static constexpr bool DIVIDES = true;
   float factor[2 * PARTS];  // of a lane's rows, eight apart
 
   // Of rows that do not exist the last one's. P: Params, which has `row_factors` only here.
@@ -11,6 +12,8 @@ struct DividedRows {
 #pragma unroll
     for (int r = 0; r < 2 * PARTS; ++r) factor[r] = p.row_factors[min(layout.first_row + 8 * (r % 2) + 64 * (r / 2), p.m - 1)];
   }
+  // Of one row.
+  template <class P> DEVICE static float factor_of(const P& p, u32 row) { return p.row_factors[min(row, p.m - 1)]; }
   // An accumulator of the lane's row number `row`.
   DEVICE float quotient(float d, int row) const { return d * factor[row]; }
 };

@@ -15,12 +15,12 @@ static_assert(TILE_M % CLUSTER_N == 0 && OWN_PIXELS % 8 == 0, "they start at a s
 
 // The first of them in the tile.
 DEVICE u32 first_pixel() {
-  if constexpr (CLUSTER_N > 1) return cluster_rank() * OWN_PIXELS;
+  if constexpr (CLUSTER_N > 1) return rank_of_sharer() * OWN_PIXELS;
   else return 0;
 }
 // Brings OWN_PIXELS to all blocks that share them. `place`: as `copy_pixels` has it.
 template <class... PLACE> DEVICE void copy_shared_pixels(u32 destination, const TensorMap& map, u32 barrier, PLACE... place) {
-  if constexpr (CLUSTER_N > 1) copy_pixels_to_blocks(destination, map, barrier, (1 << CLUSTER_N) - 1, place...);
+  if constexpr (CLUSTER_N > 1) copy_pixels_to_blocks(destination, map, barrier, all_sharers<CLUSTER_N>(), place...);
   else copy_pixels(destination, map, barrier, place...);
 }
 

@@ -4,7 +4,7 @@
 // Two take output tiles in turn (ping-pong), so that one multiplies while the other runs its epilogue; or, COOPERATIVE, all of them
 // have as many rows of every tile, which is faster where a block has a single tile, and allows wider and taller ones.
 // The grid is blocks × splits × groups: the blocks along y share the k of a tile; each group has its own columns of b and of the result.
-// Blocks may form clusters of two that share an operand's tile (mma/cluster.cuh), or clusters that share the k of a single tile.
+// Blocks may form clusters of two that share an operand's tile (mma/cluster.cuh), or clusters that share the k of a single tile, or both.
 #pragma once
 #include "epilogue/early.cuh"
 #include "mma/cluster.cuh"
@@ -40,7 +40,7 @@ constexpr int A_BYTES = TILE_M * 128, B_BYTES = TILE_N * 128, STAGE_BYTES = A_BY
 constexpr int BARRIERS = STAGES * STAGE_BYTES;  // full[STAGES], empty[STAGES], turn[CONSUMERS]
 constexpr int RING_BYTES = BARRIERS + 8 * (2 * STAGES + CONSUMERS);
 // Of clusters that share k: a barrier, and what they send each other.
-using Joined = JoinedSums<Epilogue, CLUSTER_K, PARTS, TILE_N, COOPERATIVE ? 128 * CONSUMERS : 128>;
+using Joined = JoinedSums<Epilogue, CLUSTER_K, CLUSTER, PARTS, TILE_N, COOPERATIVE ? 128 * CONSUMERS : 128>;
 constexpr int LANDED = RING_BYTES, JOINED_SUMS = (LANDED + 8 + 15) / 16 * 16;
 static_assert(A_BYTES % 1024 == 0 && B_BYTES % 1024 == 0, "operands start at a swizzle atom");
 static_assert(CLUSTER == 1 || (!SPLIT && !GROUPED), "");
@@ -76,6 +76,7 @@ struct OwnStores {
 
 // Rows of the first operand as they are; the other way is mma/divided_rows.cuh.
 struct WholeRows {
+  static constexpr bool DIVIDES = false;
   DEVICE void begin(const Params&, const Layout&) {}
   DEVICE float quotient(float d, int) const { return d; }
 };
@@ -124,7 +125,7 @@ template <class LOAD, class STORES = OwnStores, class DIVISORS = WholeRows> DEVI
   const u32 group = GROUPED ? blockIdx.z : 0, first_column = group * p.n;
   // The blocks that share tiles take as many steps each; beyond k they read zeros.
   const u32 splits = CLUSTER_K > 1 ? CLUSTER_K : splits_of<SPLIT>(p), steps = ((p.k + TILE_K - 1) / TILE_K + splits - 1) / splits;
-  const u32 first_step = (CLUSTER_K > 1 ? cluster_rank() : blockIdx.y) * steps;
+  const u32 first_step = (CLUSTER_K > 1 ? rank_of_part() : blockIdx.y) * steps;
   if (warpgroup == 0) {
     give_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x == 0) {
@@ -213,7 +214,7 @@ template <class LOAD, class STORES = OwnStores, class DIVISORS = WholeRows> DEVI
       if constexpr (CLUSTER_K > 1) {  // the cluster's only tile
         const u32 thread = COOPERATIVE ? threadIdx.x - 128 : threadIdx.x % 128;
         Joined::send(sums, ring + JOINED_SUMS, ring + LANDED, thread);
-        Joined::template finish<Sum>(p, ring + JOINED_SUMS, ring + LANDED, thread, row, p.m, column, columns);
+        Joined::template finish<Sum, DIVISORS>(p, ring + JOINED_SUMS, ring + LANDED, thread, row, p.m, column, columns);
         break;
       }
       typename choose<same<Sum, float>::value, None, float[PARTS][TILE_N / 2]>::type values;

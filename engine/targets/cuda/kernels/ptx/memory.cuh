@@ -30,6 +30,7 @@ DEVICE uint4 load_shared_16(u32 address) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(address) : "memory");
   return r;
 }
+DEVICE void store_shared_2(u32 address, u16 v) { asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(v) : "memory"); }
 DEVICE void store_shared_4(u32 address, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory"); }
 DEVICE void store_shared_16(u32 address, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
@@ -64,10 +65,10 @@ DEVICE float2 load_global_8(const float2* p) {
   asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
   return v;
 }
-// Four words, two, one, or half of one, where `condition` holds; without a branch, so that stores before and behind stay side by side.
-DEVICE void store_global_16_if(bool condition, void* p, const u32 (&v)[4]) {
+// 16 bytes, two words, a word, or half of one, where `condition` holds; without a branch, so that stores before and behind stay side by side.
+DEVICE void store_global_16_if(bool condition, void* p, uint4 v) {
   asm volatile("{.reg .pred c; setp.ne.u32 c, %0, 0; @c st.global.v4.u32 [%1], {%2, %3, %4, %5};}"
-               ::"r"(static_cast<u32>(condition)), "l"(p), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+               ::"r"(static_cast<u32>(condition)), "l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 DEVICE void store_global_8_if(bool condition, u32* p, u32 v, u32 w) {
   asm volatile("{.reg .pred c; setp.ne.u32 c, %0, 0; @c st.global.v2.u32 [%1], {%2, %3};}"

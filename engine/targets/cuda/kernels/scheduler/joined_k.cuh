@@ -4,14 +4,14 @@
 //
 // The tile is THREADS / 128 warpgroups' fragments of PARTS × 64 rows and N / 2 accumulators a lane each (epilogue/fragment.cuh). A piece is
 // eight columns of a row of a lane; block r finishes pieces r · OWN on of each lane, in the lane of the same number. The last blocks may
-// have fewer, or none.
+// have fewer, or none. Those that share a tile are APART numbers apart in their cluster.
 #pragma once
 #include "epilogue/fragment.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/cluster.cuh"
 #include "scheduler/split_k.cuh"
 
-template <class EPILOGUE, int BLOCKS, int PARTS, int N, int THREADS> struct JoinedSums {
+template <class EPILOGUE, int BLOCKS, int APART, int PARTS, int N, int THREADS> struct JoinedSums {
   static constexpr int PIECES = N / 16, TOTAL = PARTS * PIECES, OWN = (TOTAL + BLOCKS - 1) / BLOCKS;
   static_assert(N % 32 == 0, "");
   static constexpr u32 PIECE_BYTES = 2 * THREADS * 16, FROM_BLOCK = OWN * PIECE_BYTES;
@@ -19,15 +19,16 @@ template <class EPILOGUE, int BLOCKS, int PARTS, int N, int THREADS> struct Join
 
   // The bytes that the others send to this block.
   DEVICE static u32 expected() {
-    const u32 first = cluster_rank() * OWN;
+    const u32 first = own_rank() * OWN;
     return first < TOTAL ? (BLOCKS - 1) * min(static_cast<u32>(OWN), TOTAL - first) * PIECE_BYTES : 0;
   }
   // thread: of the THREADS, this one's number. `landed`: a barrier that expects these bytes.
   template <class T> DEVICE static void send(const T (&d)[PARTS][N / 2], u32 region, u32 landed, u32 thread) {
-    const u32 rank = cluster_rank(), place = region + rank * FROM_BLOCK + 16 * thread;
+    const u32 rank = own_rank(), place = region + rank * FROM_BLOCK + 16 * thread;
 #pragma unroll
     for (int block = 0; block < BLOCKS; ++block) {
-      const u32 there = address_in_cluster(place, block), barrier = address_in_cluster(landed, block);
+      const u32 number = block * APART + cluster_rank() % APART;
+      const u32 there = address_in_cluster(place, number), barrier = address_in_cluster(landed, number);
 #pragma unroll
       for (int vector = 0; vector < 2 * OWN; ++vector) {
         const int piece = block * OWN + vector / 2, within = piece % PIECES, first = (within / 2 * 4 + vector % 2 * 2) * 4 + within % 2 * 2;
@@ -39,13 +40,16 @@ template <class EPILOGUE, int BLOCKS, int PARTS, int N, int THREADS> struct Join
       }
     }
   }
-  // Adds up this block's pieces when they have landed and hands them to the epilogue. `row` is the lane's first one, `column` the tile's.
-  template <class T> DEVICE static void finish(const Params& p, u32 region, u32 landed, u32 thread, u32 row, u32 rows, u32 column, u32 columns) {
-    const u32 quad = threadIdx.x & 3, rank = cluster_rank();
+  // Adds up this block's pieces when they have landed and hands them to the epilogue, divided where DIVISORS says so. `row` is the lane's
+  // first one, `column` the tile's.
+  template <class T, class DIVISORS> DEVICE static void finish(const Params& p, u32 region, u32 landed, u32 thread, u32 row, u32 rows, u32 column, u32 columns) {
+    const u32 quad = threadIdx.x & 3, rank = own_rank();
     typename EPILOGUE::Inputs inputs[OWN];
+    float factor[OWN];
 #pragma unroll
     for (int i = 0; i < OWN; ++i) {
       const Place at(rank * OWN + i, row, column, quad);
+      if constexpr (DIVISORS::DIVIDES) factor[i] = DIVISORS::factor_of(p, at.row);
       if (at.piece < TOTAL && at.row < rows && at.column < columns) inputs[i] = EPILOGUE::fetch(p, at.row, at.column, min(8u, columns - at.column));
     }
     barrier_wait(landed, 0);
@@ -66,13 +70,17 @@ template <class EPILOGUE, int BLOCKS, int PARTS, int N, int THREADS> struct Join
         }
       float v[8];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) v[j] = static_cast<float>(sums[j]);
+      for (int j = 0; j < 8; ++j) {
+        v[j] = static_cast<float>(sums[j]);
+        if constexpr (DIVISORS::DIVIDES) v[j] *= factor[i];
+      }
       transpose_quad(v, quad);
       if (at.row < rows && at.column < columns) EPILOGUE::store(p, at.row, at.column, min(8u, columns - at.column), v, inputs[i]);
     }
   }
 
  private:
+  DEVICE static u32 own_rank() { return cluster_rank() / APART; }
   struct Place {
     u32 piece, row, column;
     DEVICE Place(u32 piece, u32 first_row, u32 first_column, u32 quad) : piece(piece) {

@@ -16,6 +16,7 @@ EMULATED uint4 load_shared_16(u32 address) {
   emulator::load_shared(&r, address, 16, EMULATOR_HERE);
   return r;
 }
+EMULATED void store_shared_2(u32 address, u16 v) { emulator::store_shared(address, &v, 2, EMULATOR_HERE); }
 EMULATED void store_shared_4(u32 address, u32 v) { emulator::store_shared(address, &v, 4, EMULATOR_HERE); }
 EMULATED void store_shared_16(u32 address, uint4 v) { emulator::store_shared(address, &v, 16, EMULATOR_HERE); }
 EMULATED void store_shared_16(u32 address, float4 v) { emulator::store_shared(address, &v, 16, EMULATOR_HERE); }
@@ -25,9 +26,9 @@ inline void store_global_16(float* p, float4 v) {
   if (reinterpret_cast<u64>(p) % 16) emulator::fail("a vector store to a misaligned address");
   *reinterpret_cast<float4*>(p) = v;
 }
-inline void store_global_16_if(bool condition, void* p, const u32 (&v)[4]) {
+inline void store_global_16_if(bool condition, void* p, uint4 v) {
   if (condition && reinterpret_cast<u64>(p) % 16) emulator::fail("a vector store to a misaligned address");
-  if (condition) *reinterpret_cast<uint4*>(p) = make_uint4(v[0], v[1], v[2], v[3]);
+  if (condition) *reinterpret_cast<uint4*>(p) = v;
 }
 inline void store_global_8_if(bool condition, u32* p, u32 v, u32 w) {
   if (condition && reinterpret_cast<u64>(p) % 8) emulator::fail("a vector store to a misaligned address");

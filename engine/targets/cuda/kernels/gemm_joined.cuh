@@ -1,0 +1,7 @@
+// Matrix product for sm_90a as gemm_wgmma.cuh, by clusters of blocks that share the k of a tile (scheduler/joined_k.cuh).
+#pragma once
+#include "mma/row_load.cuh"
+
+extern "C" __global__ void __cluster_dims__(CLUSTER * CLUSTER_K, 1, 1) __launch_bounds__(THREADS, 1) kernel(const __grid_constant__ Params p) {
+  run_pipeline<RowLoad, OwnStores, ProductRows>(p);
+}
