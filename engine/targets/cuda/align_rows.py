@@ -11,7 +11,7 @@ from engine.targets.cuda.product import PART_COLUMNS, Matrix, Product, columns_i
 
 _THREADS = 256
 _BATCH = 2  # rows of which a thread loads a chunk before it stores the first
-_CHUNK, _MOST_LANES = 16, 32  # bytes, and the threads that share a row
+_CHUNK, _MOST_LANES = 16, 32  # bytes, and the threads that share a row where there are more rows than blocks
 _BLOCKS = 8  # of a multiprocessor: all of its threads
 _PIECES = {1: "u8", 2: "u16", 4: "u32", 16: "uint4"}
 
@@ -27,18 +27,21 @@ def aligned(product: Product, scratch: Pointer, multiprocessors: int) -> tuple[L
     a, stride = product.a, line_elements(product.k, product.dtype)
     copied = replace(scratch, ctype=STORAGE[product.dtype])
     chunks = ceildiv(product.k * product.dtype.itemsize, _CHUNK)  # of a row
-    lanes = min(_MOST_LANES, 1 << (chunks - 1).bit_length())
-    blocks = min(ceildiv(product.m * lanes, _THREADS * _BATCH), _BLOCKS * multiprocessors)
+    most = _BLOCKS * multiprocessors
+    few = product.m <= most
+    batch, lanes = 1 if few else _BATCH, min(_THREADS if few else _MOST_LANES, 1 << (chunks - 1).bit_length())
+    blocks = min(ceildiv(product.m * lanes, _THREADS * batch), most)
+    beside = min(ceildiv(chunks, lanes), max(1, most // blocks))
     copy = launch(
         "gemm",
         "align_rows.cuh",
-        {"operand": STORAGE[product.dtype], "lanes": lanes, "threads": _THREADS, "batch": _BATCH},
+        {"operand": STORAGE[product.dtype], "lanes": lanes, "threads": _THREADS, "batch": batch},
         [],
         {
             "source": a.pointer, "source_stride": I64(a.stride), "rows_out": copied, "out_stride": I64(stride),
             "rows": product.m, "k": product.k,
         },
-        (blocks, 1, 1),
+        (blocks, beside, 1),
         _THREADS,
     )  # fmt: skip
     return copy, replace(product, a=Matrix(copied, stride, padded=True))

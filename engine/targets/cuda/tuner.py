@@ -35,7 +35,7 @@ _FINAL_ROUNDS = 9
 _FINAL_SECONDS = 3e-3  # long enough for the clock to fall to what it is under load
 _CHALLENGERS = 3
 _POOL = 1 << 20  # random numbers that the operands repeat
-_GAIN = 0.99  # of the cost model's tile: what is faster by less than the noise of long rounds does not take its place
+_GAIN = 0.98  # of the cost model's tile: what is faster by less than the noise does not take its place
 
 
 def trials(
@@ -84,18 +84,18 @@ def _load(target: CudaTarget, found: Mapping[str, Tunable], keys: Sequence[str])
 
 
 def _decided(target: CudaTarget, one: Tunable) -> tuple[list[float], int]:
-    """Microseconds of the candidates, and which of them to take: the fastest one of the cost model's own, the first,
-    and of a few that beat it, timed once more in longer rounds of these alone; its own where the others gain no more
-    than noise. Short rounds of many mislead where what ran before decides the clock."""
+    """Microseconds of the candidates, and which of them to take: the cost model's own, the first, unless another one
+    beats it by more than noise once more, in longer rounds of the two alone. Short rounds of many mislead where what
+    ran before decides the clock."""
     rows = _rows(one, target.context)
     measured = timed_launches(target, one.step, rows)
-    faster = [i for i in sorted(range(len(rows)), key=measured.__getitem__) if measured[i] < measured[0]]
-    final = [0, *faster[:_CHALLENGERS]]
-    if len(final) == 1:
-        return measured, 0
-    again = timed_launches(target, one.step, [rows[i] for i in final], _FINAL_ROUNDS, _FINAL_SECONDS)
-    fastest = min(range(len(final)), key=again.__getitem__)
-    return measured, final[fastest] if again[fastest] < _GAIN * again[0] else 0
+    for i in sorted(range(1, len(rows)), key=measured.__getitem__)[:_CHALLENGERS]:
+        if measured[i] >= _GAIN * measured[0]:
+            break
+        own, other = timed_launches(target, one.step, [rows[0], rows[i]], _FINAL_ROUNDS, _FINAL_SECONDS)
+        if other < _GAIN * own:
+            return measured, i
+    return measured, 0
 
 
 def timed_launches(

@@ -1,7 +1,7 @@
 // Rows of an operand copied to where each begins at a multiple of 128 bytes, for the copy engine: it takes no rows that do not begin
 // at a multiple of 16 bytes, and reads rows whose 128 bytes lie in two lines of the cache at half the rate or less. A thread makes
 // chunks of 16 bytes, each of the two chunks of memory that it lies across, which neighbouring threads share through the cache, and
-// shifts them to where they belong. LANES threads have a row, as far as it reaches.
+// shifts them to where they belong. LANES threads of a block have a row, or a part of it as large as theirs where rows are few (blockIdx.y).
 #pragma once
 #include "ptx/grid.cuh"
 #include "scheduler/stamp.cuh"
@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) kernel(const __grid_consta
   stamp_begin(p.stamp);
   const u32 bytes = p.k * sizeof(Element), lane = threadIdx.x % LANES, stride = gridDim.x * ROWS;
   for (u32 first = blockIdx.x * ROWS + threadIdx.x / LANES; first < p.rows; first += BATCH * stride)
-    for (u32 at = 16 * lane; at < bytes; at += 16 * LANES) {
+    for (u32 at = 16 * (LANES * blockIdx.y + lane); at < bytes; at += 16 * LANES * gridDim.y) {
       Unaligned chunk[BATCH];  // all loads before the first store
 #pragma unroll
       for (u32 b = 0; b < BATCH; ++b) {

@@ -99,18 +99,16 @@ def test_convolutions_are_timed_beside_products(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_was_faster_once_has_to_be_so_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last candidate wins beside all others, but not in long rounds of the first few; the one before it does."""
+    """The last candidate wins beside all others, but not beside the estimate's own alone; the one before it does."""
     step = pixels(taps=3)
     found = tunables.tunable(step, HOPPER)
     assert found is not None
     rows = [found.launches(i, HOPPER) for i in range(len(found.candidates))]
 
     def times(target: object, one: Step, now: Sequence[list[Launch]], *rounds: float) -> list[float]:
-        if not rounds:
+        if len(now) > 2:
             return [10.0] * (len(now) - 2) + [9.0, 8.0]
-        names = [row[0].kernel for row in now]
-        assert names == [rows[i][0].kernel for i in (0, -1, -2)]
-        return [10.0, 9.9, 9.0]
+        return [10.0, 9.9 if now[1][0].kernel == rows[-1][0].kernel else 9.0]
 
     assert len(rows) > 3
     monkeypatch.setattr(tuner, "timed_launches", times)
@@ -120,13 +118,11 @@ def test_what_was_faster_once_has_to_be_so_again(monkeypatch: pytest.MonkeyPatch
 
 def test_products_are_timed_until_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fifteen kinds of products, one of them twice; the clock goes on by a second for each that is timed."""
-    clock, short = [0.0], dict[int, float]()
+    clock = [0.0]
 
     def times(target: object, step: object, rows: Sequence[object], *rounds: float) -> list[float]:
         clock[0] += not rounds
-        if not rounds:
-            short.update((id(row), 99.0 - 3 * i) for i, row in enumerate(rows))  # the last tile is the fastest
-        return [short[id(row)] for row in rows]
+        return [99.0 - 3 * i for i in range(len(rows))]  # the last tile is the fastest
 
     monkeypatch.setattr(tuner, "timed_launches", times)
     monkeypatch.setattr(tuner.time, "monotonic", lambda: clock[0])
