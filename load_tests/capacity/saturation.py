@@ -15,6 +15,11 @@ GROWTH = 1.05
 """Two levels that do not raise the best throughput by so much end a ramp."""
 
 
+LEAST_USERS = 32
+"""No ramp ends with fewer: while users are fewer than the rows of a full batch, throughput may stay level and grow
+again with the batches."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """What so many users got in so many seconds. `latencies` are those of good answers, in seconds, sorted."""
@@ -52,9 +57,9 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
 
 
 def is_saturated(stages: Sequence[Stage]) -> bool:
-    """Whether the last two levels have brought nothing more."""
+    """Whether the last two levels have brought nothing more, with users enough to tell."""
     rates = [stage.rate for stage in stages]
-    return len(rates) > 2 and max(rates[-2:]) < GROWTH * max(rates[:-2])
+    return len(rates) > 2 and stages[-1].users >= LEAST_USERS and max(rates[-2:]) < GROWTH * max(rates[:-2])
 
 
 def saturation_point(stages: Sequence[Stage]) -> Stage:

@@ -36,17 +36,25 @@ def stage(users: int, rate: float, latency: float = 0.01, failures: Mapping[str,
 
 
 def test_the_saturation_point_is_the_fewest_users_with_nearly_all_there_is() -> None:
-    ramp = [stage(users, rate) for users, rate in ((1, 50), (2, 90), (4, 120), (8, 124), (16, 122))]
+    ramp = [stage(users, rate) for users, rate in ((4, 50), (8, 90), (16, 120), (32, 124), (64, 122))]
     assert not is_saturated(ramp[:3])
     assert not is_saturated(ramp[:4])
     assert is_saturated(ramp)
-    assert saturation_point(ramp).users == 4
-    assert saturation_point(ramp[:2]).users == 2
+    assert saturation_point(ramp).users == 16
+    assert saturation_point(ramp[:2]).users == 8
 
 
 def test_growth_after_a_dip_is_no_saturation() -> None:
-    assert not is_saturated([stage(users, rate) for users, rate in ((1, 50), (2, 40), (4, 100))])
-    assert not is_saturated([stage(1, 50), stage(2, 50)])
+    assert not is_saturated([stage(users, rate) for users, rate in ((16, 50), (32, 40), (64, 100))])
+    assert not is_saturated([stage(32, 50), stage(64, 50)])
+
+
+def test_a_few_users_that_get_the_same_are_no_saturation() -> None:
+    """Batches are not full yet: 16 of them got a quarter more from a server that gave 1, 2 and 4 the same."""
+    ramp = [stage(users, rate) for users, rate in ((1, 140), (2, 141), (4, 142), (8, 160), (16, 180), (32, 184))]
+    assert not any(is_saturated(ramp[:count]) for count in range(1, len(ramp)))
+    assert not is_saturated(ramp)
+    assert is_saturated([*ramp, stage(64, 185)])
 
 
 def test_percentiles_are_by_the_nearest_rank() -> None:
