@@ -123,7 +123,7 @@ def starter() -> Iterator[Starter]:
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
-    stages = [stage(1, 50), stage(2, 90), stage(4, 91, 0.03, {"wrong <label>": 3}), stage(8, 90)]
+    stages = [stage(8, 50), stage(16, 90), stage(32, 91, 0.03, {"wrong <label>": 3}), stage(64, 90)]
     ramp = Scenario("images", "Photos.", stages)
     burst = Scenario("burst", "All at once.", [stage(2, 50), stage(32, 80, 0.4), stage(2, 50, 0.05)], is_burst=True)
     write(blocks("Title", ["A fact about `make load`."], [ramp, burst], {"m": CEILINGS}), tmp_path)
@@ -132,9 +132,9 @@ def written(tmp_path: Path) -> Path:
 
 def test_the_report_names_the_saturation_point(written: Path) -> None:
     text = (written / "report.md").read_text()
-    assert "**Saturated at 2 users**: 90.0 requests/s with 2 users, p50 10.0 ms, p99 10.0 ms" in text
-    assert "| images | 2 users | 90.0 | 10.0 ms | 10.0 ms | 10.0 ms |" in text
-    assert "| 2 | 10.00 ms | 5.00 ms | 20.00 ms | 5.00 ms | 2.00 | 10% | 50% of the time |" in text
+    assert "**Saturated at 16 users**: 90.0 requests/s with 16 users, p50 10.0 ms, p99 10.0 ms" in text
+    assert "| images | 16 users | 90.0 | 10.0 ms | 10.0 ms | 10.0 ms |" in text
+    assert "| 16 | 10.00 ms | 5.00 ms | 20.00 ms | 5.00 ms | 2.00 | 10% | 50% of the time |" in text
     assert "| conv | Conv | m | 12.5 | 100% | 50 G | 5 G | 50% |" in text
     assert "**Failed 3 times:** wrong <label>" in text
     assert "Answers are **not as fast as before** (at most twice that p99) within 4 s." in text
@@ -168,7 +168,7 @@ def test_both_forms_of_the_report_say_the_same(written: Path) -> None:
     assert len(rows) == 18 and all(f">{escape(cell)}<" in html for row in rows for cell in row.split(" | "))
     assert "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |" in markdown, "names of kernels begin at the left"
     assert html.count('<td class="text">conv</td><td class="text">Conv</td><td class="text">m</td><td>') == 1
-    assert "wrong &lt;label&gt;" in html and "<strong>Saturated at 2 users</strong>" in html
+    assert "wrong &lt;label&gt;" in html and "<strong>Saturated at 16 users</strong>" in html
     figures = re.findall(r"\]\(([^)]+\.svg)\)", markdown)
     assert figures == ["images-curve.svg", "images-time.svg", "burst.svg"]
     for name in figures:
