@@ -38,7 +38,7 @@ WORST_TOKEN = 2.0
 """Times the error of the padded graph's worst token, up to which a packed one's may be. Rounding every stored tensor to
 fp16 moves all tokens of MiniLM together by 1.4e-3 (1.7e-3 at 512 tokens), which is the relative error of one rounding,
 2⁻¹¹ / √3, times the root of the 50 of six layers less what norms take back; but one of 7,539 tokens by 5.8e-3 and one
-of 7,928 by 8.0e-3, padded and packed alike (NumPy, nothing else rounded; with probabilities rounded, too, 4.2e-3 and
+of 7,928 by 8.0e-3 (packed, in NumPy, nothing else rounded; with probabilities rounded, too, 4.2e-3 and
 8.0e-3). Which token that is depends on how each rounding falls out, so kernels that add in another order have another
 one: of the same distribution, in which the worst of so many differ by less than two times. A token that reads another
 sequence's is off by about 1."""
