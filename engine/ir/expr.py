@@ -224,6 +224,19 @@ def rewrite(root: Expr, leaf: Callable[[Expr], Expr]) -> Expr:
     return done[root]
 
 
+def replaced(root: Expr, part: Expr, new: Expr, leaf: Callable[[Expr], Expr] = lambda leaf: leaf) -> Expr:
+    """`root` with the sub-expression `part` replaced by `new`, and every leaf that is not in it by `leaf(leaf)`."""
+    done: dict[Expr, Expr] = {}
+    for node in walk(root):
+        if node == part:
+            done[node] = new
+        elif isinstance(node, Apply):
+            done[node] = Apply(node.op, tuple(done[arg] for arg in node.args), node.dtype)
+        else:
+            done[node] = leaf(node)
+    return done[root]
+
+
 def substitute(root: Expr, replacements: Mapping[int, Expr]) -> Expr:
     """`root` with `Arg(i)` replaced by `replacements[i]` where there is one."""
     return rewrite(root, lambda leaf: replacements.get(leaf.index, leaf) if isinstance(leaf, Arg) else leaf)

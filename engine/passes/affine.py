@@ -60,7 +60,7 @@ def _fold_after(editor: Editor, node: Node) -> None:
     shifted = _shifted(node, operands, acc, found.shift)
     stores = []
     for store in stores_of(node.op):
-        bare = operands.adopt(_replaced(store, found.whole, acc), node)
+        bare = operands.adopt(ex.replaced(store, found.whole, acc), node)
         stores.append(simplified(ex.replace_acc(bare, shifted)))
     editor.update(node, with_expressions(node.op, tuple(stores)), operands.inputs)
 
@@ -72,19 +72,6 @@ def _shifted(node: Node, operands: Operands, acc: Expr, shift: _Array) -> Expr:
     channels = (-1, *[1] * (node.outputs[0].rank - 2)) if isinstance(node.op, Conv) else (-1,)
     bias = constant(f"{node.inputs[1].name}.bias", shift.reshape(channels).astype(acc.dtype.numpy))
     return ex.apply(ADD, acc, operands.arg(bias))
-
-
-def _replaced(root: Expr, part: Expr, new: Expr) -> Expr:
-    """`root` with the sub-expression `part` replaced."""
-    done: dict[Expr, Expr] = {}
-    for e in ex.walk(root):
-        if e == part:
-            done[e] = new
-        elif isinstance(e, Apply):
-            done[e] = Apply(e.op, tuple(done[arg] for arg in e.args), e.dtype)
-        else:
-            done[e] = e
-    return done[root]
 
 
 def _after_accumulator(node: Node) -> _Affine | None:

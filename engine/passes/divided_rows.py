@@ -24,7 +24,7 @@ from engine.ir.expr import Apply, Expr, PointOp
 from engine.ir.graph import Graph, Node, Value, constant
 from engine.ir.ops import Gemm, Norm, NormKind, Reshape, RowFactors, View, factors_shape
 from engine.passes.editor import Editor, joined_origin
-from engine.passes.residual_norms import Residual, normalise_residual, residual_of
+from engine.passes.residual_norms import Residual, normalise_residual, of_columns, residual_of
 from engine.passes.traits import Traits
 
 _VECTOR = 8  # features come in multiples of it: rows that begin at multiples of 16 bytes
@@ -135,10 +135,8 @@ def _affine(e: Expr, node: Node, features: int) -> tuple[_Array, _Array] | None:
         case ex.Const():
             return none, np.full(features, float(e.value))
         case ex.Arg():
-            data = node.inputs[e.index].data
-            if data is None or data.size not in (1, features) or data.shape[-1:] not in ((), (1,), (features,)):
-                return None
-            return none, np.broadcast_to(data.reshape(-1).astype(np.float64), (features,))
+            shift = of_columns(node.inputs[e.index], features)
+            return None if shift is None else (none, shift)
     parts = [_affine(part, node, features) for part in e.args]
     if e.op is PointOp.CAST and e.dtype.is_float:
         return parts[0]
@@ -219,8 +217,9 @@ def _rewrite(
     if np.any(bias):
         product = ex.apply(PointOp.ADD, product, ex.Arg(len(inputs), acc.dtype))
         inputs.append(constant(f"{weight.name}.bias", bias.astype(np.float32)))
-    later = {i: i + 1 for i in ex.arguments(*op.stores)}
-    stores = tuple(_replaced(store, biased, product, later) for store in op.stores)
+    # Operands of the epilogue come one place later, behind the factors.
+    later = lambda leaf: ex.Arg(leaf.index + 1, leaf.dtype) if isinstance(leaf, ex.Arg) else leaf  # noqa: E731
+    stores = tuple(ex.replaced(store, biased, product, later) for store in op.stores)
     read = ex.arguments(*stores)
     places = {old: 3 + i for i, old in enumerate(read)}
     editor.update(
@@ -248,20 +247,5 @@ def _bias(node: Node, acc: Expr) -> tuple[Expr, _Array]:
         return acc, np.zeros(columns)
     other = sum_.args[1 - sum_.args.index(acc)]
     other = other.args[0] if isinstance(other, Apply) and other.op is PointOp.CAST else other
-    data = node.inputs[other.index].data if isinstance(other, ex.Arg) else None
-    if data is None or data.size not in (1, columns) or data.shape[-1:] not in ((), (1,), (columns,)):
-        return acc, np.zeros(columns)
-    return sum_, np.broadcast_to(data.reshape(-1).astype(np.float64), (columns,))
-
-
-def _replaced(root: Expr, part: Expr, new: Expr, later: dict[int, int]) -> Expr:
-    """`root` with the sub-expression `part` replaced by `new`, and the other arguments renumbered."""
-    done: dict[Expr, Expr] = {}
-    for e in ex.walk(root):
-        if e == part:
-            done[e] = new
-        elif isinstance(e, Apply):
-            done[e] = Apply(e.op, tuple(done[arg] for arg in e.args), e.dtype)
-        else:
-            done[e] = ex.Arg(later[e.index], e.dtype) if isinstance(e, ex.Arg) else e
-    return done[root]
+    bias = of_columns(node.inputs[other.index], columns) if isinstance(other, ex.Arg) else None
+    return (acc, np.zeros(columns)) if bias is None else (sum_, bias)

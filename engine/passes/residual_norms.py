@@ -42,7 +42,7 @@ def residual_of(user: Node, normalised: Value, scale: np.ndarray, shift: np.ndar
     bias, found = shift.copy(), [0, 0]  # accumulators and residuals
     for term in _terms(store):
         value = user.inputs[term.index] if isinstance(term, ex.Arg) else None
-        added = _columns(term, value, len(shift))
+        added = _added(term, value, len(shift))
         if isinstance(term, ex.Acc) and term.dtype is DType.F32:
             found[0] += 1
         elif value is normalised:
@@ -63,11 +63,16 @@ def _terms(e: Expr) -> list[Expr]:
     return [e]
 
 
-def _columns(term: Expr, value: Value | None, columns: int) -> np.ndarray | None:
+def _added(term: Expr, value: Value | None, columns: int) -> np.ndarray | None:
     """A term that is a constant for each column."""
     if isinstance(term, ex.Const):
         return np.full(columns, float(term.value))
-    data = None if value is None else value.data
+    return None if value is None else of_columns(value, columns)
+
+
+def of_columns(value: Value, columns: int) -> np.ndarray | None:
+    """A constant that has a number for each column, or one for all, as float64; None for other values."""
+    data = value.data
     if data is None or data.size not in (1, columns) or data.shape[-1:] not in ((), (1,), (columns,)):
         return None
     return np.broadcast_to(data.reshape(-1).astype(np.float64), (columns,))

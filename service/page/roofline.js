@@ -15,7 +15,9 @@ const LEAST_RADIUS = 3.5;
 const MOST_RADIUS = 15;
 const REACH = 24; // pixels from a finger to the dot that is meant
 const LETTER = 8; // pixels, of a ceiling's name
-const ALONG = [0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8, 0.1, 0.9]; // where its name may stand, parts of the line; best first
+// Where its name may stand, parts of the line, best first: the middle, then ever further from it.
+const ALONG = Array.from({ length: 45 }, (_, i) => 0.5 + 0.02 * (i % 2 ? -1 : 1) * Math.ceil(i / 2));
+const [ABOVE, BELOW] = [[-6, -20], [14, 28]]; // pixels from the line to the words, where dots leave room or farther
 
 /** A plot in `place`. `onChoose` gets the dot, { series, step }, that is pointed at or has the focus. */
 export function makeRoofline(place, onChoose) {
@@ -193,9 +195,19 @@ function ceilings(scale, device, spots) {
   const level = (kind, x1, x2) => group.append(svg("line", { class: `ceiling ${kind}`, x1, y1: flat, x2, y2: flat }));
   if (first < second) level("cache", scale.x(first), scale.x(second));
   level("compute", scale.x(second), scale.right);
-  const label = (x, y, anchor, words) =>
+  /** Words that begin or end, by the anchor, at the best of the places where the fewest dots lie over them. */
+  const label = (places, anchor, words) => {
+    const width = LETTER * words.length;
+    const begin = anchor === "end" ? width : 0;
+    const inside = places.map(([x, y]) => [x, Math.max(y, TOP)]);
+    const hidden = inside.map(([x, y]) => spots.filter((spot) => covers(spot, [x - begin, y], width)).length);
+    const [x, y] = inside[hidden.indexOf(Math.min(...hidden))];
     group.append(svg("text", { class: "ceiling-text", x, y, "text-anchor": anchor }, words));
-  label(scale.right - 2, flat - 6, "end", narrow ? "compute" : `compute ${quantity(flops, "FLOP/s")}`);
+  };
+  const [last, length] = [scale.right - 2, Math.max(scale.right - scale.x(second), 0)];
+  const ends = ALONG.map((_, i) => last - (length * i) / ALONG.length);
+  const computing = narrow ? "compute" : `compute ${quantity(flops, "FLOP/s")}`;
+  label([...ABOVE, ...BELOW].flatMap((down) => ends.map((x) => [x, flat + down])), "end", computing);
   for (const [kind, rate] of [
     ["cache", device.peak_cache_bytes],
     ["memory", device.peak_bytes],
@@ -212,13 +224,11 @@ function ceilings(scale, device, spots) {
     group.append(svg("polyline", { class: `ceiling ${kind}`, points: line }));
     const words = narrow ? kind : `${kind} ${quantity(rate, "B/s")}`;
     const width = LETTER * words.length;
-    const places = ALONG.map((part) => {
-      const at = from * (end / from) ** part;
-      const [x, y] = [scale.x(at), scale.y(rate * at)];
-      return kind === "memory" ? [x + 8, y + 14] : [Math.max(x - 8 - width, scale.left + 4), y - 6];
-    });
-    const hidden = places.map((place) => spots.filter((spot) => covers(spot, place, width)).length);
-    label(...places[hidden.indexOf(Math.min(...hidden))], "start", words);
+    const spread = ALONG.map((part) => from * (end / from) ** part).map((at) => [scale.x(at), scale.y(rate * at)]);
+    const places = (kind === "memory" ? BELOW : ABOVE).flatMap((down) =>
+      spread.map(([x, y]) => [kind === "memory" ? x + 8 : Math.max(x - 8 - width, scale.left + 4), y + down]),
+    );
+    label(places, "start", words);
   }
   return group;
 }

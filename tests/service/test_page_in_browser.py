@@ -365,7 +365,7 @@ def test_nothing_lies_over_the_names_of_ceilings_and_plans(tab: Tab, model: str)
     assert len(dots) > 40 and len(names) == 3
     for name in names:
         hidden = [d for d in dots if d[0] < name[1] and name[0] < d[1] and d[2] < name[3] and name[2] < d[3]]
-        assert len(hidden) <= 1, "where dots are everywhere, a name has the place with the fewest"
+        assert hidden == []
     (caption,) = page.locator("#plan-caption").evaluate_all(boxes)
     (place,) = page.locator(".table-scroll").evaluate_all(boxes)
     assert place[0] <= caption[0] + 1 and caption[1] <= place[1] + 1

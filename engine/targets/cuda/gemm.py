@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from typing import TypeGuard
 
 from engine.errors import UnsupportedOp
 from engine.ir import expr as ex
@@ -40,6 +41,7 @@ from engine.targets.cuda.kernel import (
     ceildiv,
     launch,
     pointer_to,
+    without_stages,
     workspace,
 )
 from engine.targets.cuda.product import Found, Product, is_weight, product_of, rows_inner, rows_of
@@ -142,7 +144,7 @@ def parts_of(step: Step, context: Context) -> tuple[Product, Functor] | None:
         product = replace(product, divisors=row_factors.pointer_of(step.inputs[2]))
         dividing = epilogue_of(results, stores, order, shape[-1], accumulator)
         # Registers do not hold factors of rows beside what a staged epilogue reads of them.
-        stage = _without_stages if reads_rows(epilogue) else epilogue.stage
+        stage = without_stages if reads_rows(epilogue) else epilogue.stage
         epilogue = replace(epilogue, dividing=dividing, stage=stage)
     return product, epilogue
 
@@ -150,10 +152,6 @@ def parts_of(step: Step, context: Context) -> tuple[Product, Functor] | None:
 def reads_rows(epilogue: Functor) -> bool:
     """Whether its staged form reads operands that are the same in every column (it normalises a residual)."""
     return epilogue.staged is not None and epilogue.staged.reads_rows
-
-
-def _without_stages() -> None:
-    return None
 
 
 def epilogue_of(
@@ -203,7 +201,7 @@ def estimated_best(product: Product, epilogue: Functor, context: Context) -> Ran
 def stages(product: Product, epilogue: Functor, tile: AnyTile) -> bool:
     """Whether a product's results can go through shared memory, if they do in a tile. Those whose rows begin anywhere
     can in tiles of single blocks, where no factors are asked for, and divided rows in those that leave registers."""
-    if not isinstance(tile, WgmmaTile) or not tile.slots:
+    if not needs_staged(tile):
         return True
     form = epilogue.staged
     if form is None or not form.ragged:
@@ -212,7 +210,7 @@ def stages(product: Product, epilogue: Functor, tile: AnyTile) -> bool:
     return product.factors is None and tile.cluster == 1 and not full
 
 
-def needs_staged(tile: AnyTile) -> bool:
+def needs_staged(tile: AnyTile) -> TypeGuard[WgmmaTile]:
     """Whether a tile is for epilogues that have a staged form."""
     return isinstance(tile, WgmmaTile) and tile.slots > 0
 

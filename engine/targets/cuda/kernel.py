@@ -419,8 +419,8 @@ class Reads:
     by_row: int = 0
 
 
-def _without_stages() -> None:
-    return None
+def without_stages() -> None:
+    """`stage` of a functor without a staged form."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -432,7 +432,7 @@ class Functor:
     code: str
     arguments: tuple[tuple[str, Argument], ...]
     reads: Reads
-    stage: Callable[[], Staged | None] = _without_stages
+    stage: Callable[[], Staged | None] = without_stages
     dividing: Functor | None = None
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,14 @@ from engine.targets.cuda.kernel import Context
 from tests.engine.targets.cuda.attention_cases import ROUNDING, operand
 from tests.engine.targets.cuda.cases import check, ragged, rng_of
 from tests.engine.targets.cuda.harness import Case, Runner
-from tests.engine.targets.cuda.test_attention_packed import packed, starts_of
+from tests.engine.targets.cuda.packed_cases import (
+    Lowering,
+    check_other_lengths,
+    check_sequences_apart,
+    packed,
+    run_senseless_starts,
+    starts_of,
+)
 
 KINDS = {"f16": F16, "bf16": DType.BF16}
 HEADS = (8, 16, 24, 32, 48, 64)
@@ -71,41 +79,19 @@ def test_blocks_take_many_pieces(hopper: Runner) -> None:
 
 
 def test_a_launch_serves_other_lengths(hopper: Runner) -> None:
-    """One launch, as a graph replays it, whatever the lengths."""
-    sequences, tokens = 6, 300
-    step = packed(F16, tokens, 2, 64, sequences)
-    launches = [launch_attention(step, candidates(step)[0], hopper.context)]
-    rows = ([300, 0, 0, 0, 0, 0], [1] * 6, [0] * 6, [50] * 6, [0, 0, 0, 0, 0, 299], [7, 120, 0, 63, 64, 1])
-    check(hopper, [Case(str(lengths), step, 300, {3: starts_of(lengths)}, launches) for lengths in rows])
+    check_other_lengths(hopper, lambda step: [launch_attention(step, candidates(step)[0], hopper.context)])
 
 
 def test_no_sequence_reaches_another(hopper: Runner) -> None:
-    """Not even infinities and NaN: neither of a neighbour nor of the tokens that belong to none."""
-    lengths = [100, 60, 77, 3]
-    step = packed(F16, 290, 2, 64, 4)
-    rng = np.random.default_rng(3)
-    arrays = [rng.standard_normal((1, 2, 290, 64)).astype(np.float16) for _ in range(3)]
-    for tile in candidates(step):
-        launches = [launch_attention(step, tile, replace(hopper.context, multiprocessors=1))]
-        (want,) = hopper.run(step, launches, [*arrays, starts_of(lengths)])
-        dirty = [array.copy() for array in arrays]
-        for array in dirty:
-            array[:, :, 100:160] = np.nan
-            array[:, :, 240:] = np.inf
-        (got,) = hopper.run(step, launches, [*dirty, starts_of(lengths)])
-        kept = np.r_[0:100, 160:290]
-        assert np.isfinite(want).all() and np.array_equal(got[:, :, kept], want[:, :, kept]), tile
-        assert not got[:, :, 240:].any()
+    def lowerings(step: Step) -> Iterator[Lowering]:
+        for tile in candidates(step):
+            yield lambda step, tile=tile: [launch_attention(step, tile, replace(hopper.context, multiprocessors=1))]
+
+    check_sequences_apart(hopper, [100, 60, 77, 3], lowerings)
 
 
 def test_starts_that_make_no_sense_reach_no_foreign_memory(hopper: Runner) -> None:
-    """They fall, are negative, or lie beyond the tokens: the runner finds stores outside the results."""
-    step = packed(F16, 150, 2, 64, 4)
-    rng = np.random.default_rng(4)
-    arrays = [rng.standard_normal((1, 2, 150, 64)).astype(np.float16) for _ in range(3)]
-    launches = [launch_attention(step, candidates(step)[0], hopper.context)]
-    for starts in ([0, 900, 20, -5, 140], [-3, -2, -1, 0, 2**31 - 1], [150, 0, 150, 0, 7]):
-        hopper.run(step, launches, [*arrays, np.array(starts, np.int32)])
+    run_senseless_starts(hopper, lambda step: [launch_attention(step, candidates(step)[0], hopper.context)])
 
 
 def test_what_it_takes() -> None:
