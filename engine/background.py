@@ -74,6 +74,16 @@ class Turns:
             self._due = time.monotonic() + _SLICE_EVERY_S
         self._lock.release()
 
+    @contextmanager
+    def kept_from_background(self) -> Iterator[None]:
+        """For work that does not need the lock, but the processors: who is in the background waits meanwhile, as for a
+        holder, and whoever is not does not."""
+        self._count(1)
+        try:
+            yield
+        finally:
+            self._count(-1)
+
     def _enter_last(self) -> None:
         while (left := self._due - time.monotonic()) > 0:
             if self._calm.wait(left) and self._lock.acquire(timeout=max(0.0, self._due - time.monotonic())):

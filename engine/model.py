@@ -119,11 +119,14 @@ class Model:
 
     # Running
 
-    def run(self, feeds: Mapping[str, Any], on_start: Callable[[], None] = lambda: None) -> dict[str, np.ndarray]:
+    def run(
+        self, feeds: Mapping[str, Any], on_start: Callable[[], None] = lambda: None, side_by_side: bool = False
+    ) -> dict[str, np.ndarray]:
         """Run the model. `feeds` maps every input name to an array of the input's dtype and shape (NumPy or CuPy).
 
         `on_start` is called once all is ready and the device is about to compute; not where something raises before.
         What it sets off in other threads then has the interpreter for itself, and does not hold up the run.
+        `side_by_side`: another run goes on, or begins, meanwhile; see `divides_threads`.
 
         Returns NumPy arrays with the ONNX dtypes and shapes, by output name. Where the model runs on packed tokens (see
         `packed_mask`) outputs that show positions are 0 at those of padding, if the mask is ones and then zeros. Raises
@@ -139,7 +142,7 @@ class Model:
             try:
                 outputs = {name: np.empty(shape, dtype) for name, (shape, dtype) in ready.outputs.items()}
                 on_start()
-                ready.bound.run(batch.arrays, outputs)
+                ready.bound.run(batch.arrays, outputs, side_by_side)
             finally:
                 self._leave(ready)
         except (ShapeError, MemoryError) as error:
@@ -310,8 +313,15 @@ class Model:
     @property
     def concurrent_runs(self) -> int:
         """How many threads should call `run` at a time: with 2, the copies of one run overlap with the computing of the
-        other; with 1, runs take turns."""
+        other, or each has its part of the threads; with 1, runs take turns."""
         return self._target.concurrent_runs
+
+    @property
+    def divides_threads(self) -> bool:
+        """Whether a run that is told to be `side_by_side` takes half of the threads (a CPU with two or more), and any
+        other all of them, which should be alone then. Two halves compute more than one whole: nobody waits at the end
+        of each step, and what a core computed is still in its cache."""
+        return self._target.divides_threads
 
     @property
     def device_info(self) -> DeviceInfo:

@@ -23,8 +23,11 @@ class Executable(Protocol):
         changes."""
         ...
 
-    def run(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
-        """Run once. All arrays are C-contiguous, of the plan's dtypes and shapes. Raises ShapeError for an index out of
+    def run(
+        self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray], side_by_side: bool = False
+    ) -> None:
+        """Run once. All arrays are C-contiguous, of the plan's dtypes and shapes. `side_by_side`: another run goes on
+        meanwhile, which a target that divides its threads leaves some of them. Raises ShapeError for an index out of
         range found on the way, DeviceError where the device failed."""
         ...
 
@@ -64,7 +67,13 @@ class Target(Protocol):
     @property
     def concurrent_runs(self) -> int:
         """How many runs it is worth having under way: 1 where they take turns, more where copies of one overlap with
-        the computing of another. Any number of threads may run; what is beyond this waits."""
+        the computing of another, or where they divide the threads. Any number of threads may run; what is beyond this
+        waits."""
+        ...
+
+    @property
+    def divides_threads(self) -> bool:
+        """Whether runs `side_by_side` get a part of the threads each, and others all of them: those should be alone."""
         ...
 
     @property

@@ -6,7 +6,9 @@ Whoever may run light batches itself takes them with `take_at_once`. Models shar
 the one with the least goes next, and one that was idle starts level with the others.
 
 A batch is formed when it may start: where nothing runs, or where what runs and the model itself overlap so many runs.
-While k batches run, a second of the clock is 1/k of an engine second for each.
+While k batches run, a second of the clock is 1/k of an engine second for each. Models that divide the threads run side
+by side while there is work for two: a batch that starts when nothing runs, and when not as much again waits, gets all
+threads, and nothing starts beside it.
 """
 
 import math
@@ -33,6 +35,7 @@ class _Lane:
     key: ModelKey
     queue: ModelQueue
     concurrent_runs: int
+    divides_threads: bool
     light: LightRuns
     running: int = 0
     untold: int = 0
@@ -44,11 +47,13 @@ class _Lane:
 
 @record
 class Work:
-    """A batch and the model it belongs to; `began` is of the engine seconds."""
+    """A batch and the model it belongs to; `began` is of the engine seconds, `side_by_side` where another may run
+    meanwhile that divides the threads with it."""
 
     lane: _Lane
     batch: Batch
     began: float
+    side_by_side: bool
 
     @property
     def key(self) -> ModelKey:
@@ -77,6 +82,7 @@ class Scheduler:
         self._handed: deque[Work] = deque()
         self._stopping = False
         self._running = 0  # batches of all lanes
+        self._has_all_threads = False  # one that runs, which others would divide with
         self._engine_seconds = 0.0
         self._counted_until = clock()
 
@@ -87,13 +93,13 @@ class Scheduler:
         axes: BatchAxes,
         concurrent_runs: int = 1,
         light_s: float = 0.0,
+        divides_threads: bool = False,
     ) -> None:
         """Accept requests for a model from now on, and run so many batches of it at once; a light one takes less than
         `light_s`."""
         with self._lock:
-            self._lanes[key] = _Lane(
-                key, ModelQueue(options, axes), concurrent_runs, LightRuns(light_s), used=self._level()
-            )
+            queue, light = ModelQueue(options, axes), LightRuns(light_s)
+            self._lanes[key] = _Lane(key, queue, concurrent_runs, divides_threads, light, used=self._level())
 
     def remove(self, key: ModelKey) -> None:
         """Accept no more requests for a model and wait until what it accepted is done."""
@@ -212,9 +218,15 @@ class Scheduler:
         if batch is None:
             return None
         self._count_seconds(now)
+        side_by_side = lane.divides_threads and (self._running > 0 or self._has_as_much(lane, batch))
+        self._has_all_threads = lane.divides_threads and not side_by_side
         lane.running += 1
         self._running += 1
-        return Work(lane, batch, self._engine_seconds)
+        return Work(lane, batch, self._engine_seconds, side_by_side)
+
+    def _has_as_much(self, lane: _Lane, batch: Batch) -> bool:
+        """Whether there is a batch beside this one of a model: as large a one of its own, or any of another."""
+        return any(other.queue.cost >= (_cost(batch) if other is lane else 1) for other in self._lanes.values())
 
     def _waits(self, now: float) -> bool:
         return any(lane.queue.due(now) is not None for lane in self._lanes.values())
@@ -227,11 +239,12 @@ class Scheduler:
             lane = work.lane
             lane.running -= 1
             self._running -= 1
+            self._has_all_threads = False
             lane.untold += 1
             seconds = self._engine_seconds - work.began
             lane.used += seconds
             if succeeded and seconds > 0:
-                rate = (work.batch.tokens or work.batch.rows) / seconds
+                rate = _cost(work.batch) / seconds
                 lane.rate = rate if not lane.rate else lane.rate + _RATE_WEIGHT * (rate - lane.rate)
             return seconds
 
@@ -283,6 +296,8 @@ class Scheduler:
         return best, soonest
 
     def _may_start(self, lane: _Lane) -> bool:
+        if self._has_all_threads:
+            return False
         running = [other for other in self._lanes.values() if other.running]
         return self._running < min(other.concurrent_runs for other in (lane, *running))
 
@@ -294,3 +309,8 @@ class Scheduler:
         """Seconds until what waits now is done at the measured rates; at least one."""
         waiting = sum(lane.queue.cost / lane.rate for lane in self._lanes.values() if lane.rate)
         return float(max(1, math.ceil(waiting)))
+
+
+def _cost(batch: Batch) -> int:
+    """Tokens, or rows of a model without them."""
+    return batch.tokens or batch.rows

@@ -168,7 +168,9 @@ class EngineWorker:
         device = self._devices[command.key] = describe_device(model.device_info)
         self._models[command.key] = model
         self._start_threads(model.concurrent_runs)
-        self._scheduler.add(command.key, command.batching, axes, model.concurrent_runs, self._light_s)
+        self._scheduler.add(
+            command.key, command.batching, axes, model.concurrent_runs, self._light_s, model.divides_threads
+        )
         self._report(
             ModelReady(
                 key=command.key,
@@ -293,7 +295,8 @@ class EngineWorker:
         before that)."""
         started = time.monotonic()
         try:
-            outputs = self._models[work.key].run(assemble(batch), partial(self._tell, untold))
+            model = self._models[work.key]
+            outputs = model.run(assemble(batch), partial(self._tell, untold), work.side_by_side)
             seconds = time.monotonic() - started
             with self._scattering:
                 finished = scatter(batch, outputs, work.axes)

@@ -43,6 +43,7 @@ class FakeTarget:
     gpu: FakeGpu
     traits: Traits = field(default_factory=Traits)
     concurrent_runs: int = 1
+    divides_threads: bool = False
     device_info: DeviceInfo = field(
         default_factory=lambda: DeviceInfo("cuda:0", "fake", "sm_90a", 0, 1.0, 1.0, 1 << 20, 4.0)
     )
@@ -71,7 +72,9 @@ class FakeExecutable:
     plan: Plan
     nbytes: int = 0
 
-    def run(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
+    def run(
+        self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray], side_by_side: bool = False
+    ) -> None:
         storage = next((step.inputs[1].dtype for step in self.plan.steps if isinstance(step.op, Gemm)), DType.F32)
         self.gpu.runs.append(storage)
         self.gpu.sizes.append(self.plan.sizes)

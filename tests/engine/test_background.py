@@ -68,6 +68,30 @@ def test_the_holder_is_told_when_it_is_wanted_and_when_no_longer() -> None:
     assert told == [True, False]
 
 
+def test_the_background_waits_for_work_that_it_is_kept_from_and_others_do_not() -> None:
+    told: list[bool] = []
+    turns = Turns(told.append)
+    with background(), turns:
+        pass  # the first slice: the next one is due later
+    order: list[str] = []
+
+    def wait() -> None:
+        with background(), turns:
+            order.append("background")
+
+    with turns.kept_from_background():
+        thread = threading.Thread(target=wait)
+        thread.start()
+        time.sleep(0.002)
+        with turns:
+            order.append("other")
+        assert told == [True]
+        order.append("work")
+    thread.join(10)
+    assert order == ["other", "work", "background"]
+    assert told == [True, False]
+
+
 def test_nobody_is_told_where_nobody_waits() -> None:
     told: list[bool] = []
     turns = Turns(told.append)

@@ -14,21 +14,49 @@ import pytest
 import engine
 
 
-def load(plan_cache_bytes: int = 64 << 20) -> engine.Model:
+def load(plan_cache_bytes: int = 64 << 20, threads: int | None = None) -> engine.Model:
     graph = onnx.parser.parse_graph("g (float[n,64] x) => (float[n,64] y) { h = MatMul(x, w) y = Relu(h) }")
     w = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
     graph.initializer.append(onnx.numpy_helper.from_array(w, "w"))
     data = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)]).SerializeToString()
-    return engine.load(data, device="cpu", plan_cache_bytes=plan_cache_bytes)
+    return engine.load(data, device="cpu", plan_cache_bytes=plan_cache_bytes, threads=threads)
 
 
 def feeds(n: int) -> dict[str, np.ndarray]:
     return {"x": np.random.default_rng(n).standard_normal((n, 64)).astype(np.float32)}
 
 
-def test_runs_on_a_cpu_take_turns() -> None:
-    with load() as model:
-        assert model.concurrent_runs == 1
+def test_runs_on_a_cpu_take_turns_or_divide_the_threads() -> None:
+    for threads, runs in ((1, 1), (2, 2), (5, 2)):
+        with load(threads=threads) as model:
+            assert (model.concurrent_runs, model.divides_threads) == (runs, runs > 1)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_runs_side_by_side_give_exactly_what_runs_alone_give(threads: int) -> None:
+    with load(threads=threads) as model:
+        expected = {n: model.run(feeds(n))["y"] for n in range(1, 200, 40)}
+        before = sum(stat.launches for stat in model.kernel_stats())
+
+        def run(i: int) -> bool:
+            n = 1 + 40 * (i % 5)
+            return np.array_equal(model.run(feeds(n), side_by_side=i % 4 > 0)["y"], expected[n])
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(run, range(300)))
+        steps = len(model.plan({"n": 1}).steps)
+        assert sum(stat.launches for stat in model.kernel_stats()) == before + 300 * steps
+
+
+def test_a_plan_has_the_memory_that_it_takes_once_it_has_run_everywhere() -> None:
+    with load(threads=1) as alone, load(threads=2) as divided:
+        for model in (alone, divided):
+            model.run(feeds(100))
+        before = divided.memory()
+        assert alone.memory()["plans"] < before["plans"]
+        for _ in range(3):
+            divided.run(feeds(100), side_by_side=True)
+        assert divided.memory() == before
 
 
 @pytest.mark.parametrize("plan_cache_bytes", [0, 64 << 20])

@@ -265,6 +265,7 @@ class FakeModel:
         self.fallback_ops = 0
         self.load_seconds = 0.01
         self.concurrent_runs = arguments.get("concurrent_runs", 1)
+        self.divides_threads = arguments.get("divides_threads", False)
         self.size_limits: dict[str, int] = arguments.get("limits", {})
         self.packed_mask = "attention_mask" if "token_step" in arguments and packed != "off" else None
         self.closed = False
@@ -274,7 +275,9 @@ class FakeModel:
         self._runs: Counter[tuple[tuple[str, int], ...]] = Counter()
         self._lock = threading.Lock()
 
-    def run(self, feeds: Mapping[str, Array], /, on_start: Callable[[], None] = lambda: None) -> dict[str, Array]:
+    def run(
+        self, feeds: Mapping[str, Array], /, on_start: Callable[[], None] = lambda: None, side_by_side: bool = False
+    ) -> dict[str, Array]:
         """Check like the real engine, wait for the gate, compute."""
         assert not self.closed, "run after close"
         sizes = self._check(feeds)
@@ -283,6 +286,7 @@ class FakeModel:
             first = next(iter(feeds.values()))
             self._owner.threads.append(threading.current_thread().name)
             self._owner.calls.append((self.kind, first.shape))
+            self._owner.side_by_side.append(side_by_side)
             self._owner.running.release()
             assert self._owner.gate.wait(60), "the test never opened the gate"
             if "sleep" in self._arguments:
@@ -385,6 +389,7 @@ class FakeEngine:
     each load."""
 
     calls: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    side_by_side: list[bool] = field(default_factory=list)
     threads: list[str] = field(default_factory=list)
     probes: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     behind: Behind = field(default_factory=Behind)

@@ -235,7 +235,7 @@ def test_answers_are_told_when_the_next_batch_starts_or_fails_before(
     model = harness.engine.models[0]
     run, first_may_compute = model.run, threading.Event()
 
-    def watched(feeds: Any, on_start: Callable[[], None]) -> Any:
+    def watched(feeds: Any, on_start: Callable[[], None], side_by_side: bool) -> Any:
         value = feeds["input"][0, 0]
         if value == 2:
             raise harness.engine.ShapeError("before it has started")
@@ -244,7 +244,7 @@ def test_answers_are_told_when_the_next_batch_starts_or_fails_before(
             on_start()
             assert value != 1 or first_may_compute.wait(30)
 
-        return run(feeds, start)
+        return run(feeds, start, side_by_side)
 
     monkeypatch.setattr(model, "run", watched)
     harness.hold()
@@ -442,10 +442,10 @@ def test_a_request_whose_last_rows_are_done_first_waits_for_the_others(
     model = harness.engine.models[0]
     run, first_may_end, calls = model.run, threading.Event(), itertools.count()
 
-    def slow_first(feeds: Any, on_start: Callable[[], None]) -> Any:
+    def slow_first(*arguments: Any) -> Any:
         if next(calls) == 0:
             assert first_may_end.wait(60)
-        return run(feeds, on_start)
+        return run(*arguments)
 
     monkeypatch.setattr(model, "run", slow_first)
     rows = np.arange(16, dtype=np.float32).reshape(4, 4)
@@ -480,6 +480,19 @@ def test_a_model_that_takes_turns_runs_beside_no_other_and_is_not_overtaken_for_
         if isinstance(report, InferResult):
             order.append(report.id)
     assert order.index(100) <= 4
+
+
+def test_threads_are_divided_only_while_there_is_work_for_two(harness: Harness) -> None:
+    harness.load("identity", BatchingOptions(max_batch=2), concurrent_runs=2, divides_threads=True)
+    harness.hold()
+    for number in range(1, 5):
+        harness.infer(number, float(number))
+    assert not harness.engine.running.acquire(timeout=0.1), "a batch is formed beside one that has all threads"
+    harness.engine.gate.set()
+    answers = harness.answers(5)
+    assert {number: value_of(answer) for number, answer in answers.items()} == {n: float(n) for n in range(5)}
+    # The first had the engine for itself; of the two that waited, the first left as much as it took.
+    assert harness.engine.side_by_side[:2] == [False, True]
 
 
 def test_a_lost_device_fails_both_batches(harness: Harness) -> None:

@@ -1,7 +1,8 @@
 """The thread pool of the process and the programs that run on it. `codegen/executor.py` is the native half.
 
 One pool serves all models of the process; one program runs at a time, and a program in the background gives way to
-others between two tasks (`engine.background`). Workers are Python threads that never leave native code: they sleep on a
+others between two tasks (`engine.background`). Where two programs are to run side by side, each gets a part of the pool
+(`Pool.part`), which is a pool of its own. Workers are Python threads that never leave native code: they sleep on a
 condition variable when there is nothing to do and use no CPU time then.
 After a fork, the child starts a pool of its own when it first runs something; the parent's is untouched.
 """
@@ -9,10 +10,13 @@ After a fork, the child starts a pool of its own when it first runs something; t
 from __future__ import annotations
 
 import atexit
+import copy
 import ctypes
 import os
+import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +32,10 @@ from engine.targets.cpu.kernel import SLOT_BYTES, Launch, Pointer, StatusWord
 _RUN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
 _WORKER = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
 _WORD = 8
+
+PARTS = 2
+"""Of a pool. Two runs side by side need no barrier between their threads, and each finds its data in its own cores'
+caches; what more of them would gain where there are many cores is not measured."""
 
 
 def available_cores() -> int:
@@ -76,6 +84,12 @@ def _aligned_words(count: int) -> np.ndarray:
     return words
 
 
+def _copied(words: np.ndarray) -> np.ndarray:
+    copied = _aligned_words(words.size).reshape(words.shape)
+    copied[:] = words
+    return copied
+
+
 def address(array: np.ndarray) -> int:
     """Where the array's first element lies."""
     flags = array.flags
@@ -90,7 +104,8 @@ def address(array: np.ndarray) -> int:
 class Pool:
     """Worker threads and their scratch memory. Get the process's pool with `pool()`."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: int = 0) -> None:
+        """`parts`: how many programs may run side by side, each in a part."""
         if os.name != "posix":
             raise DeviceError("the CPU target needs POSIX threads, which this system does not have")
         isa = host_isa()
@@ -111,6 +126,10 @@ class Pool:
         self._scratch_address = address(self._scratch)
         self._scratch_stride = 0
         self._turns = Turns(self._set_wanted)
+        self._parts = [Pool() for _ in range(parts)]
+        self._free_parts: queue.LifoQueue[int] = queue.LifoQueue()
+        for number in range(parts):
+            self._free_parts.put(number)
 
     def _set_wanted(self, wanted: bool) -> None:
         self._block[native.POOL_WANTED // _WORD] = wanted
@@ -126,6 +145,17 @@ class Pool:
         mode = native.BACKGROUND
         while not self._turn(program, mode):
             mode = native.CONTINUED
+
+    @contextmanager
+    def part(self) -> Iterator[tuple[int, Pool]]:
+        """A part, with its number, that nobody else has meanwhile; waits until one is free. What runs in the background
+        gives way to it, as to a program that has the whole pool; a program of the foreground does not."""
+        number = self._free_parts.get()
+        try:
+            with self._turns.kept_from_background():
+                yield number, self._parts[number]
+        finally:
+            self._free_parts.put(number)
 
     def _turn(self, program: Program, mode: int) -> bool:
         """Run a program until it is done or gives way; whether it is done."""
@@ -149,7 +179,7 @@ class Pool:
 
     @property
     def scratch_bytes(self) -> int:
-        return self._scratch.nbytes
+        return self._scratch.nbytes + sum(part.scratch_bytes for part in self._parts)
 
     def _start_worker(self) -> None:
         number = len(self._threads) + 1
@@ -172,6 +202,8 @@ class Pool:
         for thread in self._threads:
             thread.join()
         self._threads = []
+        for part in self._parts:
+            part.stop()
 
 
 @dataclass
@@ -189,7 +221,7 @@ def pool() -> Pool:
     """The process's pool."""
     with _cache.lock:
         if _cache.pool is None:
-            _cache.pool = Pool()
+            _cache.pool = Pool(PARTS)
         return _cache.pool
 
 
@@ -244,18 +276,21 @@ class Program:
         owners = [number for number, step in enumerate(self._steps) for launch in step for _ in launch.args]
         self.slots = _aligned_words(max(1, len(values)))
         positions: list[int] = []
+        statuses: list[int] = []
         for i, slot in enumerate(values):
             if isinstance(slot, Pointer):
                 self.pointers.append(slot)
                 positions.append(i)
             elif isinstance(slot, StatusWord):
                 self.slots[i] = address(self.status) + _WORD * owners[i]
+                statuses.append(i)
             elif isinstance(slot, float):
                 # Both halves hold what kernels may read: the single in the lower, which is all they load of it.
                 self.slots[i] = int(np.float32(slot).view(np.uint32))
             else:
                 self.slots[i] = slot
         self.pointer_slots = np.asarray(positions, np.intp)
+        self._status_slots = np.asarray(statuses, np.intp)
 
     def prepare(self) -> None:
         """Compile and lay out the program. Needed once before the first run."""
@@ -285,11 +320,27 @@ class Program:
                 argument += len(launch.args) * SLOT_BYTES
                 row += 1
         self._table = table
+        self._make_job(len(self._launches))
+
+    def on(self, threads: int) -> Program:
+        """A prepared program once more, which may run beside this one, on at most so many threads. Its statistics begin
+        at 0; its moving pointers are those that this one has now."""
+        other = copy.copy(self)
+        other.threads = min(threads, self.threads)
+        other.slots, other._table = _copied(self.slots), _copied(self._table)
+        other.status, other.statistics = _aligned_words(len(self.status)), _aligned_words(len(self.statistics))
+        other.slots[self._status_slots] += address(other.status) - address(self.status)
+        other._table[:, native.ENTRY_ARGS // _WORD] += address(other.slots) - address(self.slots)
+        other._make_job(int(self.job[native.JOB_COUNT // _WORD]))
+        return other
+
+    def _make_job(self, launches: int) -> None:
+        """The counters, and what the native half is handed of this program."""
         words = native.LINE // _WORD
-        self._counters = _aligned_words(max(1, len(self._launches)) * (self.threads + 1) * words)
+        self._counters = _aligned_words(max(1, launches) * (self.threads + 1) * words)
         self.job = _aligned_words(native.JOB_BYTES // _WORD)
-        self.job[native.JOB_PROGRAM // _WORD] = address(table)
-        self.job[native.JOB_COUNT // _WORD] = len(self._launches)
+        self.job[native.JOB_PROGRAM // _WORD] = address(self._table)
+        self.job[native.JOB_COUNT // _WORD] = launches
         self.job[native.JOB_THREADS // _WORD] = self.threads
         self.job[native.JOB_COUNTERS // _WORD] = address(self._counters)
         self.job[native.JOB_STATISTICS // _WORD] = address(self.statistics)

@@ -1,11 +1,13 @@
 """The CPU target: binds plans to kernels and memory, and runs them.
 
-A `CpuTarget` belongs to one model: it owns the arena that its plans share and the packed weights. The thread pool and
-the compiled kernels are the process's.
+A `CpuTarget` belongs to one model: it owns the arenas that its plans share and the packed weights. The thread pool and
+the compiled kernels are the process's. A run has the whole pool and the model's arena for itself, or, side by side with
+another, a part of the pool and the arena that belongs to that part.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +17,7 @@ from itertools import groupby
 
 import numpy as np
 
+from engine.background import in_background
 from engine.errors import DeviceError, OutOfMemory, ShapeError
 from engine.ir.dtype import DType
 from engine.ir.ops import Cost, Op, Opaque
@@ -28,7 +31,7 @@ from engine.targets.cpu.codegen.isa import host_isa
 from engine.targets.cpu.families import family_of
 from engine.targets.cpu.kernel import Context, Launch, Pointer, WeightStore, aligned_copy
 from engine.targets.cpu.pieces import in_pieces
-from engine.targets.cpu.runtime import Pool, Program, address, aligned_bytes, available_cores, pool
+from engine.targets.cpu.runtime import PARTS, Pool, Program, address, aligned_bytes, available_cores, pool
 from engine.targets.cpu.system import cache_bytes, return_free_memory, usable_memory_bytes
 from engine.targets.host import HostOperator, HostResident
 
@@ -67,7 +70,6 @@ class CpuTarget:
         attention_types=frozenset({DType.F32}),
         packed=PackedAttention(frozenset({DType.F32})),
     )
-    concurrent_runs = 1
 
     def __init__(self, threads: int | None = None) -> None:
         if threads is not None and threads < 1:
@@ -76,7 +78,19 @@ class CpuTarget:
         self.threads = threads or available_cores()
         self.weights = WeightStore()
         self.arena = Arena()
-        self.lock = threading.Lock()  # of the arena: one plan of a model runs at a time
+        self.lock = threading.Lock()  # of the arena: one plan of a model runs at a time with the whole pool
+        self.part_arenas = _arenas_of_parts()
+        self.part_threads = max(1, self.threads // PARTS)
+
+    @property
+    def concurrent_runs(self) -> int:
+        """As many as there are parts of the pool, where there are threads for them."""
+        return PARTS if self.threads >= PARTS else 1
+
+    @property
+    def divides_threads(self) -> bool:
+        """Where there are several."""
+        return self.concurrent_runs > 1
 
     @cached_property
     def cache_bytes(self) -> int:
@@ -112,20 +126,26 @@ class CpuTarget:
 
     def memory(self) -> Mapping[str, int]:
         """Bytes by kind."""
-        return {"weights": self.weights.nbytes, "arena": self.arena.memory.nbytes}
+        arenas = (self.arena, *self.part_arenas)
+        return {"weights": self.weights.nbytes, "arena": sum(arena.memory.nbytes for arena in arenas)}
 
     def close(self) -> None:
-        """Give arena and packed weights back. Executables of this target must not run afterwards."""
+        """Give arenas and packed weights back. Executables of this target must not run afterwards."""
         self.weights = WeightStore()
-        self.arena = Arena()
+        self.arena, self.part_arenas = Arena(), _arenas_of_parts()
         return_free_memory()
+
+
+def _arenas_of_parts() -> tuple[Arena, ...]:
+    return tuple(Arena() for _ in range(PARTS))
 
 
 _FEW = 16  # pointers that are filled in faster one by one than by NumPy
 
 
 class CpuExecutable:
-    """A plan with its kernels, ready to run. Safe to use from many threads: one run at a time."""
+    """A plan with its kernels, ready to run. Safe to use from many threads: one run at a time, or one in each part of
+    the pool. Steps on the host run one at a time in any case."""
 
     def __init__(self, target: CpuTarget, plan: Plan) -> None:
         self._target = target
@@ -137,56 +157,93 @@ class CpuExecutable:
         self._cached_bytes = cached_bytes(plan, target.cache_bytes)
         context = Context(target.isa, target.threads, target.weights)
         self._kernels: list[str] = []
-        self._parts: list[_Native | _Host] = []
+        self._sections: list[_Native | _Host] = []
         for on_host, steps in groupby(plan.steps, _is_on_host):
             if on_host:
                 for step in steps:
                     self._kernels.append("host")
-                    self._parts.append(_Host(step, self._places))
+                    self._sections.append(_Host(step, self._places))
                 continue
             group = list(steps)
             launches = [family_of(step.op).lower(step, context) for step in group]
             self._kernels.extend(row[0].spec.family if row else "none" for row in launches)
-            self._parts.append(_Native(group, launches, target.threads, self._places))
+            self._sections.append(_Native(group, launches, target.threads, self._places))
+        self._is_native = all(isinstance(section, _Native) for section in self._sections)
+        self._in_parts: dict[int, list[_Native]] = {}
+        """The sections for a part of the pool by its number, from the first run in it on."""
 
-    def run(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
+    def run(
+        self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray], side_by_side: bool = False
+    ) -> None:
         """Compute the plan's outputs into the arrays of `outputs`. All arrays are C-contiguous, of the plan's shapes
         and dtypes. Raises ShapeError otherwise, and for an index out of range."""
-        workers = pool()
-        with self._target.lock:
-            arena = self._target.arena.at_least(self._arena_bytes)
-            arrays = self._places.bases(arena, inputs, outputs)
-            addresses = [self._target.arena.address, *map(address, arrays[1:])]
-            self._run_parts(workers, arrays, addresses)
-            for _ in range(1, self._pieces):
-                # From piece to piece the inputs and outputs move on; the arena is used again.
+        if side_by_side and self._is_native and self._target.divides_threads and not in_background():
+            with pool().part() as (number, workers):
+                self._run(self._for_part(number), workers, self._target.part_arenas[number], inputs, outputs)
+        else:
+            with self._target.lock:
+                self._run(self._sections, pool(), self._target.arena, inputs, outputs)
+
+    def _for_part(self, number: int) -> Sequence[_Native]:
+        if number not in self._in_parts:
+            threads = self._target.part_threads
+            self._in_parts[number] = [section.on(threads) for section in self._sections if isinstance(section, _Native)]
+        return self._in_parts[number]
+
+    def _run(
+        self,
+        sections: Sequence[_Native | _Host],
+        workers: Pool,
+        arena: Arena,
+        inputs: Mapping[str, np.ndarray],
+        outputs: Mapping[str, np.ndarray],
+    ) -> None:
+        arrays = self._places.bases(arena.at_least(self._arena_bytes), inputs, outputs)
+        addresses = [arena.address, *map(address, arrays[1:])]
+        for piece in range(self._pieces):
+            if piece:  # from piece to piece the inputs and outputs move on; the arena is used again
                 for i in range(1, len(arrays)):
                     addresses[i] += arrays[i].nbytes // self._pieces
-                self._run_parts(workers, arrays, addresses)
-
-    def _run_parts(self, workers: Pool, arrays: Sequence[np.ndarray], addresses: Sequence[int]) -> None:
-        for part in self._parts:
-            if isinstance(part, _Native):
-                part.run(workers, addresses)
-            else:
-                part.run(arrays)
+            for section in sections:
+                if isinstance(section, _Native):
+                    section.run(workers, addresses)
+                else:
+                    section.run(arrays)
 
     def step_stats(self) -> Sequence[StepStat]:
-        """Runs and time of every step since it was bound, in the plan's order."""
-        rows = [row for part in self._parts for row in part.rows()]
+        """Runs and time of every step since it was bound, in the plan's order. Time is that of the whole pool: a run in
+        a part of it, which leaves the rest to others, counts as much less as it has fewer threads."""
+        share = self._target.part_threads / self._target.threads
+        rows = _rows(self._sections)
+        runs, nanoseconds = [count for _, count, _ in rows], [float(spent) for _, _, spent in rows]
+        for sections in list(self._in_parts.values()):
+            for i, (_, count, spent) in enumerate(_rows(sections)):
+                runs[i] += count
+                nanoseconds[i] += share * spent
         return [
-            StepStat(step.name, kernel, step.op, runs, nanoseconds * 1e-9, step.cost.flops, step.cost.bytes, cached)
-            for (step, runs, nanoseconds), kernel, cached in zip(rows, self._kernels, self._cached_bytes, strict=True)
+            StepStat(step.name, kernel, step.op, count, spent * 1e-9, step.cost.flops, step.cost.bytes, cached)
+            for (step, _, _), count, spent, kernel, cached in zip(
+                rows, runs, nanoseconds, self._kernels, self._cached_bytes, strict=True
+            )
         ]
 
     @property
     def nbytes(self) -> int:
-        """Memory of this executable beside weights and arena."""
-        return sum(part.nbytes for part in self._parts if isinstance(part, _Native)) + self._places.nbytes + _BASE_BYTES
+        """Memory of this executable beside weights and arenas, once it has run in every part."""
+        native = [section for section in self._sections if isinstance(section, _Native)]
+        tables = sum(section.table_bytes for section in native)
+        if self._is_native and self._target.divides_threads:
+            tables *= 1 + PARTS
+        return tables + sum(section.facts_bytes for section in native) + self._places.nbytes + _BASE_BYTES
 
     def close(self) -> None:
         """Give its memory back."""
-        self._parts = []
+        self._sections, self._in_parts = [], {}
+
+
+def _rows(sections: Sequence[_Native | _Host]) -> list[tuple[_Facts, int, int]]:
+    """Facts, runs and nanoseconds of every step."""
+    return [row for section in sections for row in section.rows()]
 
 
 def _check_memory(plan: Plan) -> None:
@@ -302,6 +359,13 @@ class _Native:
         self._all_well = bytes(self.program.status.nbytes)
         self.program.forget_sources()
 
+    def on(self, threads: int) -> _Native:
+        """The same steps on at most so many threads; may run beside this one."""
+        other = copy.copy(self)
+        other.program = self.program.on(threads)
+        other._addresses = None
+        return other
+
     def run(self, workers: Pool, addresses: Sequence[int]) -> None:
         """Run with arena, inputs and outputs at `addresses`."""
         current = tuple(addresses)
@@ -319,10 +383,15 @@ class _Native:
             raise ShapeError(f"step {wrong!r}: an index is out of range for the table that it looks up")
 
     @property
-    def nbytes(self) -> int:
-        """Memory of tables, of what says which addresses move, and of the facts of the steps."""
+    def table_bytes(self) -> int:
+        """Memory of the program's tables."""
+        return self.program.nbytes
+
+    @property
+    def facts_bytes(self) -> int:
+        """Memory of what says which addresses move, and of the facts of the steps."""
         moving = self._slots.nbytes + self._bases.nbytes + self._offsets.nbytes
-        return self.program.nbytes + moving + _FACTS_BYTES * len(self.steps)
+        return moving + _FACTS_BYTES * len(self.steps)
 
     def rows(self) -> Iterable[tuple[_Facts, int, int]]:
         statistics = self.program.statistics.reshape(-1, 2)

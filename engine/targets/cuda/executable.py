@@ -90,10 +90,12 @@ class Executable:
 
     # Running
 
-    def run(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
+    def run(
+        self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray], side_by_side: bool = False
+    ) -> None:
         """Compute the plan's outputs into the arrays of `outputs`. All arrays are C-contiguous, of the plan's shapes
-        and dtypes. Raises ShapeError otherwise and for an index out of range, OutOfMemory, DeviceError where the device
-        fails."""
+        and dtypes. Runs side by side need no word. Raises ShapeError for other arrays and for an index out of range,
+        OutOfMemory, DeviceError where the device fails."""
         _check_arrays(self.plan.inputs, inputs)
         _check_arrays(self.plan.outputs, outputs)
         target, layout, program = self._target, self._layout, self._program

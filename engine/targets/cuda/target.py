@@ -47,6 +47,7 @@ class CudaTarget:
 
     traits: Traits = TRAITS
     concurrent_runs = SLOTS
+    divides_threads = False
 
     def __init__(self, index: int = 0, cache: Path | None = None, overlap: bool = True, tf32: bool = False) -> None:
         self.device = Device(index, cache)

@@ -142,6 +142,50 @@ def test_a_status_word_belongs_to_its_step() -> None:
     assert made.status.tolist() == [0, 1, 0]
 
 
+def test_a_program_runs_beside_itself_in_the_parts_of_the_pool() -> None:
+    """With statistics, status words and arguments of its own each, on as many threads as it is given."""
+    tasks = 16
+    data, buffer = words(tasks)
+    more, other_buffer = words(tasks)
+    made = program([[count_launch(buffer, tasks, turns=500)], [count_launch(buffer, tasks, turns=500)]], 4)
+    beside = made.on(2)
+    assert (made.threads, beside.threads, made.on(8).threads) == (4, 2, 4)
+    for slot in beside.pointer_slots:
+        beside.slots[slot] = address(more)
+    with pool().part() as (first, one), pool().part() as (second, another):
+        assert {first, second} == {0, 1}
+        jobs = [(one, made), (another, beside)]
+        threads = [threading.Thread(target=lambda p=p, j=j: [p.run(j) for _ in range(50)]) for p, j in jobs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert (data == 50_000).all()
+    assert (more == 50_000).all()
+    for one_of_them in (made, beside):
+        assert one_of_them.statistics.reshape(-1, 2)[:, 0].tolist() == [50, 50]
+    wrong = program([[count_launch(other_buffer, 4)], [count_launch(other_buffer, 4, turns=2000)]], 2)
+    again = wrong.on(1)
+    run(again)
+    assert (again.status.tolist(), wrong.status.tolist()) == ([0, 1], [0, 0])
+
+
+def test_a_program_in_the_background_gives_way_to_one_in_a_part() -> None:
+    data, buffer = words(64)
+    long = program([[count_launch(buffer, 64, turns=3_000_000)]], 2)
+    thread = in_the_background(long)
+    while not data.any():
+        time.sleep(0.0005)
+    with pool().part():
+        time.sleep(0.05)  # until the tasks that were under way are done
+        before = data.sum()
+        time.sleep(0.02)
+        assert thread.is_alive()
+        assert data.sum() - before <= 0.25 * data.size * 3_000_000, "more than the slice that it has now and then"
+    thread.join(60)
+    assert (data == 3_000_000).all()
+
+
 def test_runs_from_many_python_threads() -> None:
     data = [words(16) for _ in range(8)]
     programs = [program([[count_launch(buffer, 16)]] * 5, 2) for _, buffer in data]

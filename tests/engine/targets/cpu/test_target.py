@@ -57,9 +57,9 @@ def image(seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((4, 3, 16, 16)).astype(np.float32)
 
 
-def run(executable: CpuExecutable, x: np.ndarray) -> np.ndarray:
+def run(executable: CpuExecutable, x: np.ndarray, side_by_side: bool = False) -> np.ndarray:
     out = np.full((4, 10), np.nan, np.float32)
-    executable.run({"image": x}, {"logits": out})
+    executable.run({"image": x}, {"logits": out}, side_by_side)
     return out
 
 
@@ -141,6 +141,27 @@ def test_statistics_name_steps_and_kernels() -> None:
     assert {row.launches for row in stats} == {5}
     assert all(row.seconds > 0 for row in stats)
     assert executable.nbytes > 0
+
+
+def test_a_part_of_the_pool_has_an_arena_of_its_own_and_the_weights_of_all() -> None:
+    target, executable = bound(network())
+    results = [run(executable, image())]
+    before = target.memory()
+    results += [run(executable, image(), side_by_side=True) for _ in range(3)]
+    assert all(np.array_equal(result, results[0]) for result in results)
+    assert target.memory() == {"weights": before["weights"], "arena": 2 * before["arena"]}
+
+
+def test_time_in_a_part_of_the_pool_counts_as_much_less_as_it_has_fewer_threads() -> None:
+    _, executable = bound(network(), threads=4)
+    for side_by_side in (False, True, True):
+        run(executable, image(), side_by_side)
+    part = executable._in_parts[0][0].rows()
+    whole = executable._sections[0].rows()
+    assert [runs for _, runs, _ in part] == [2] * 4
+    for stat, (_, _, alone), (_, _, beside) in zip(executable.step_stats(), whole, part, strict=True):
+        assert stat.launches == 3
+        assert stat.seconds == pytest.approx(1e-9 * (alone + beside / 2))
 
 
 @pytest.mark.parametrize("wrong", ["shape", "dtype", "layout"])
