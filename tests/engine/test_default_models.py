@@ -61,7 +61,7 @@ def test_efficientnet_matches_onnx_runtime(efficientnet: Pair, batch: int) -> No
         assert relative_error(logits[row : row + 1], alone) <= TOLERANCE
 
 
-@pytest.mark.parametrize(("batch", "sequence"), itertools.product([1, 3, 8], [1, 7, 64, 512]))
+@pytest.mark.parametrize(("batch", "sequence"), list(itertools.product([1, 3, 8], [1, 7, 64, 512])))
 def test_minilm_matches_onnx_runtime(minilm: Pair, batch: int, sequence: int) -> None:
     model, session = minilm
     feeds = token_feeds(batch, sequence)
