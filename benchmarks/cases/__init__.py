@@ -23,7 +23,8 @@ class Case(Protocol):
 AnyCase = TypeVar("AnyCase", bound=Case)
 
 AnyAttention = attention.AttentionCase | attention.WindowCase | attention.DecodeCase
-KernelCase = gemm.GemmCase | gemm.Fp8Case | gemm.MatricesCase | conv.ConvCase | AnyAttention | light.LightCase
+AnyProduct = gemm.GemmCase | gemm.Fp8Case | gemm.MatricesCase
+KernelCase = AnyProduct | conv.ConvCase | AnyAttention | attention.VarlenCase | light.LightCase
 
 KERNELS: Mapping[str, Sequence[KernelCase]] = {
     "gemm": gemm.CASES,
@@ -33,6 +34,7 @@ KERNELS: Mapping[str, Sequence[KernelCase]] = {
     "conv": conv.CASES,
     "attention": attention.CASES,
     "windows": attention.WINDOW_CASES,
+    "varlen": attention.VARLEN_CASES,
     "decode": attention.DECODE_CASES,
     "light": light.CASES,
 }

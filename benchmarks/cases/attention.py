@@ -1,5 +1,5 @@
-"""Attention in fp16: long sequences, full, causal and in windows; short ones with a padding mask; and few queries over
-many keys, as of a decoder."""
+"""Attention in fp16: long sequences, full, causal and in windows; short ones with a padding mask; sequences of
+different lengths that lie one after the other; and few queries over many keys, as of a decoder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
+
+import numpy as np
+
+from benchmarks.cases.lengths import CORPUS_OF, corpora
 
 
 class Mask(Enum):
@@ -50,6 +54,30 @@ class WindowCase:
 
 
 @dataclass(frozen=True)
+class VarlenCase:
+    """Sequences that lie one after the other, none longer than `longest`, which attend to themselves. q, k and v lie as
+    one projection of all three writes them, [tokens, 3, heads, head]."""
+
+    batch: int
+    heads: int
+    longest: int
+    head: int
+    causal: bool = False
+    suite: ClassVar[str] = "varlen"
+
+    @property
+    def name(self) -> str:
+        return f"b{self.batch} h{self.heads} s{self.longest} d{self.head} {'causal' if self.causal else 'full'}"
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [batch], in random order: those of a corpus; beyond 512 tokens the stories', so many times as long."""
+        width = self.longest if self.longest in CORPUS_OF else max(CORPUS_OF)
+        drawn = corpora()[CORPUS_OF[width]].batch(self.batch, width) * (self.longest // width)
+        return np.random.default_rng(self.batch + self.longest).permutation(drawn)
+
+
+@dataclass(frozen=True)
 class DecodeCase:
     """q is [batch, heads, queries, head], k and v are [batch, kv_heads, keys, head]; every query sees all keys."""
 
@@ -90,6 +118,17 @@ WINDOW_CASES = tuple(
     for heads, head in ((32, 64), (16, 128))
     for sequence in (4096, 16384)
     for window in (512, 1024)
+)
+VARLEN_CASES = (
+    *(VarlenCase(batch, 12, longest, 64) for longest in (128, 512) for batch in (32, 128)),  # BERT-base
+    *(VarlenCase(batch, 12, longest, 32) for longest in (128, 512) for batch in (32, 128)),  # all-MiniLM-L6-v2
+    *(VarlenCase(batch, 12, longest, 64, True) for batch, longest in ((128, 128), (32, 512), (16, 1024))),  # GPT-2
+    *(VarlenCase(16, 16, 2048, 64, causal) for causal in (False, True)),
+    *(
+        VarlenCase(batch, 16, longest, 128, causal)
+        for causal in (False, True)
+        for batch, longest in ((32, 512), (16, 2048), (8, 4096))
+    ),
 )
 DECODE_CASES = tuple(
     DecodeCase(batch, 32, kv_heads, queries, keys, head)

@@ -15,13 +15,15 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 FILE = Path(__file__).with_name("lengths.json")
+CORPUS_OF: Mapping[int, str] = {128: "pairs", 512: "stories"}
+"""What the rows are, by the width of the batch: the mean is 0.46 and 0.47 of it."""
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 

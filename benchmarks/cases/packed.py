@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from benchmarks.cases.lengths import corpora
+from benchmarks.cases.lengths import CORPUS_OF, corpora
 from benchmarks.cases.models import BERT, MINILM, ModelCase
-
-CORPUS_OF: Mapping[int, str] = {128: "pairs", 512: "stories"}
-"""What the rows are, by the width of the batch: the mean is 0.46 and 0.47 of it."""
 
 
 @dataclass(frozen=True)

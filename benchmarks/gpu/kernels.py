@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 
 from benchmarks.cases import KernelCase
-from benchmarks.cases.attention import AttentionCase, Mask
+from benchmarks.cases.attention import AttentionCase, Mask, VarlenCase
 from benchmarks.gpu import peers
 from benchmarks.gpu.operands import Fill, Operands, our_contender
 from benchmarks.gpu.predictions import predicted_us
@@ -125,9 +126,12 @@ def peer_contender(peer: peers.Peer, operands: Operands) -> GraphContender:
 
 
 def fills_of(case: KernelCase) -> Mapping[int, Fill]:
-    """The inputs that are not random numbers: a padding mask."""
+    """The inputs that are not random numbers: a padding mask, and where sequences start."""
     if isinstance(case, AttentionCase) and case.mask is Mask.PADDING:
         return {3: _ragged}
+    if isinstance(case, VarlenCase):
+        starts = torch.from_numpy(np.concatenate([[0], np.cumsum(case.lengths)]))
+        return {3: lambda given: given.copy_(starts)}
     return {}
 
 

@@ -25,7 +25,12 @@ from engine.targets.cuda.target import CudaTarget
 ROTATE_BYTES = 160 << 20
 MOST_SETS = 1000  # nodes of a graph, a few for each: capturing more takes longer than anything else in a case
 _POISON = 0xFF  # every float type reads NaN
-_TORCH = {DType.F16: torch.float16, DType.F32: torch.float32, DType.F8E4M3: torch.float8_e4m3fn}
+_TORCH = {
+    DType.F16: torch.float16,
+    DType.F32: torch.float32,
+    DType.F8E4M3: torch.float8_e4m3fn,
+    DType.I32: torch.int32,
+}
 
 Reference = Callable[..., torch.Tensor]
 Fill = Callable[[torch.Tensor], None]
@@ -36,7 +41,8 @@ class Operands:
     """`count` sets of the step's inputs and outputs, and of the packed weights of `launches`; what these only leave to
     each other or to their next run has one place, as in a plan.
 
-    Inputs are normally distributed; constants have their content. `fills` are the inputs that want another content.
+    Inputs are normally distributed, integers 0; constants have their content. `fills` are the inputs that want another
+    content.
     """
 
     def __init__(
@@ -52,7 +58,8 @@ class Operands:
         self.count = min(MOST_SETS, max(1, ceildiv(ROTATE_BYTES, max(1, step.cost.bytes))))
         self._memory: dict[int, torch.Tensor] = {}
         for tensor in (*step.inputs, *step.outputs):
-            self._memory[id(tensor.buffer)] = self._allocated(tensor.buffer, tensor.dtype)
+            if id(tensor.buffer) not in self._memory:
+                self._memory[id(tensor.buffer)] = self._allocated(tensor.buffer, tensor.dtype)
         for launch in launches:
             for _, argument in launch.arguments:
                 pointer = getattr(argument, "pointer", argument)
@@ -89,6 +96,8 @@ class Operands:
             if dtype is DType.F8E4M3:  # of which PyTorch draws none
                 for row in memory.view(_TORCH[dtype]):
                     row.copy_(torch.randn(row.shape, device=self._device))
+            elif dtype is DType.I32:
+                memory.zero_()
             else:
                 memory.view(_TORCH[dtype]).normal_()
         return memory

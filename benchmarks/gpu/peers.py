@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cases import AnyAttention, KernelCase
-from benchmarks.cases.attention import AttentionCase, DecodeCase, Mask, WindowCase
+from benchmarks.cases.attention import AttentionCase, DecodeCase, Mask, VarlenCase, WindowCase
 from benchmarks.cases.conv import ConvCase, Tail
 from benchmarks.cases.gemm import Epilogue, Fp8Case, GemmCase, MatricesCase
 from benchmarks.cases.light import Kind, LightCase
@@ -56,6 +57,8 @@ def peers(case: KernelCase) -> list[Peer]:
             return list(_conv(case))
         case AttentionCase() | WindowCase() | DecodeCase():
             return list(_attention(case))
+        case VarlenCase():
+            return list(_varlen(case))
         case LightCase():
             return [Peer("eager", _light(case))]
 
@@ -73,6 +76,8 @@ def reference(case: KernelCase) -> Function:
             return _without_search(_convolution(case))
         case AttentionCase() | WindowCase() | DecodeCase():
             return lambda *inputs: exact_attention(case, *inputs)
+        case VarlenCase():
+            return lambda *inputs: exact_varlen(case, *inputs)
         case LightCase():
             return _light(case)
 
@@ -262,6 +267,74 @@ def exact_attention(
             if mask is not None:
                 scores += mask[image]
             result[image, asking] = torch.softmax(scores, -1) @ shown
+    return result
+
+
+# Packed sequences: q, k and v are [tokens, heads, head], in memory as one projection writes all three, or each dense
+# ("apart").
+
+
+def _varlen(case: VarlenCase) -> Iterator[Peer]:
+    longest = int(case.lengths.max())
+
+    def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        """What `varlen_attn` calls, which has a launch beside it."""
+        arguments = (q, k, v, starts, starts, longest, longest, 0.0, case.causal, False)
+        return _as_heads(torch.ops.aten._flash_attention_forward(*arguments)[0])
+
+    def public(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        window = (-1, 0 if case.causal else -1)
+        return _as_heads(varlen_attn(q, k, v, starts, starts, longest, longest, window_size=window))
+
+    def nested(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return _as_heads(F.scaled_dot_product_attention(q, k, v, is_causal=case.causal).transpose(1, 2).values())
+
+    def apart(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(part.contiguous() for part in _as_tokens(*inputs))
+
+    def jagged(lay_out: LayOut) -> LayOut:
+        """The same as nested tensors, whose longest length is said: looking it up would wait for the device."""
+
+        def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            *parts, starts = lay_out(*inputs)
+            limits = {"min_seqlen": int(case.lengths.min()), "max_seqlen": longest}
+            offsets = starts.long()
+            made = (torch.nested.nested_tensor_from_jagged(part, offsets, **limits) for part in parts)
+            return tuple(part.transpose(1, 2) for part in made)
+
+        return run
+
+    yield Peer("varlen_attn", public, _as_tokens)
+    yield Peer("flash", flash, _as_tokens)
+    yield Peer("flash, apart", flash, apart)
+    yield Peer("jagged", nested, jagged(_as_tokens))
+    yield Peer("jagged, apart", nested, jagged(apart))
+
+
+def _as_tokens(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """[1, heads, tokens, head] as [tokens, heads, head]; what follows q, k and v as it is."""
+    return (*(part[0].transpose(0, 1) for part in inputs[:3]), *inputs[3:])
+
+
+def _as_heads(result: torch.Tensor) -> torch.Tensor:
+    """[tokens, heads, head] as [1, heads, tokens, head]."""
+    return result.transpose(0, 1)[None]
+
+
+def exact_varlen(
+    case: VarlenCase, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor
+) -> torch.Tensor:
+    """Each sequence on its own, in float64."""
+    result = torch.empty_like(q, dtype=torch.float64)
+    for begin, end in pairwise(starts.tolist()):
+        given, shown, asking = (part[0, :, begin:end].double() for part in (k, v, q))
+        scores = (asking * case.head**-0.5) @ given.transpose(-1, -2)
+        if case.causal:
+            hidden = torch.ones(end - begin, end - begin, dtype=torch.bool, device=q.device).triu_(1)
+            scores.masked_fill_(hidden, float("-inf"))
+        result[0, :, begin:end] = torch.softmax(scores, -1) @ shown
     return result
 
 

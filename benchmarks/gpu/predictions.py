@@ -9,7 +9,7 @@ from __future__ import annotations
 from engine.ir.dtype import DType
 from engine.ir.ops import Attention, Gemm
 from engine.plan.plan import Step
-from engine.targets.cuda import attention, attention_wgmma, attention_wgmma_tiles
+from engine.targets.cuda import attention, attention_short, attention_wgmma, attention_wgmma_tiles
 from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.attention import heads_of, sizes_of
 from engine.targets.cuda.attention_tiles import cycles as portable_cycles
@@ -45,6 +45,8 @@ def _attention_cycles(step: Step, context: Context) -> float:
     decoding = attention.decoding_of(step, context)
     if decoding is not None:
         return decoding.cycles + attention_wgmma_tiles.LAUNCH
+    if attention.short_is_faster(step, context):
+        return attention_short.cycles(attention_wgmma.work_of(step), context.multiprocessors)
     if attention_wgmma.suits(step):
         tile = attention_wgmma.pick(step, context)
         return attention_wgmma_tiles.cycles(tile, attention_wgmma.work_of(step), context.multiprocessors)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 
 import numpy as np
 
 from benchmarks.cases import KernelCase
-from benchmarks.cases.attention import AttentionCase, DecodeCase, Mask, WindowCase
+from benchmarks.cases.attention import AttentionCase, DecodeCase, Mask, VarlenCase, WindowCase
 from benchmarks.cases.conv import ConvCase, Tail
 from benchmarks.cases.gemm import Epilogue, Fp8Case, GemmCase, MatricesCase
 from benchmarks.cases.light import Kind, LightCase
@@ -26,7 +27,9 @@ from engine.targets.cuda.families import family_of
 from engine.targets.cuda.kernel import Context, WeightStore
 from engine.targets.cuda.source import expand
 
-KERNEL_CASES = (GemmCase, Fp8Case, MatricesCase, ConvCase, AttentionCase, WindowCase, DecodeCase, LightCase)
+KERNEL_CASES = (
+    GemmCase, Fp8Case, MatricesCase, ConvCase, AttentionCase, WindowCase, VarlenCase, DecodeCase, LightCase
+)  # fmt: skip
 F16, F32, F8 = DType.F16, DType.F32, DType.F8E4M3
 
 Constants = Callable[..., np.ndarray]
@@ -76,6 +79,8 @@ def step_of(case: KernelCase, weight: Constants = random_weight) -> Step:
             heads = F16, (case.batch, case.heads, case.sequence, case.head)
             op = Attention(case.head**-0.5, causal=True, stores=(cv.stored(cv.ACC),), window=case.window)
             return cv.make_step(op, [heads] * 3)
+        case VarlenCase():
+            return _varlen(case)
         case DecodeCase():
             q = F16, (case.batch, case.heads, case.queries, case.head)
             kv = F16, (case.batch, case.kv_heads, case.keys, case.head)
@@ -156,6 +161,20 @@ def _attention(case: AttentionCase) -> Step:
         inputs.append((F16, (case.batch, 1, 1, case.sequence)))
     op = Attention(case.head**-0.5, causal=case.mask is Mask.CAUSAL, has_bias=padding, stores=(cv.stored(cv.ACC),))
     return cv.make_step(op, inputs)
+
+
+def _varlen(case: VarlenCase) -> Step:
+    """The result lies as the next product reads it, [tokens, heads, head]. The starts of sequences are an input, as in
+    a packed plan."""
+    tokens, row = int(case.lengths.sum()), case.heads * case.head
+    projected = Buffer("projected", BufferKind.INPUT, 3 * tokens * row * F16.itemsize)
+    shape, strides = (1, case.heads, tokens, case.head), (3 * tokens * row, case.head, 3 * row, 1)
+    parts = [Tensor(projected, F16, shape, strides, part * row) for part in range(3)]
+    op = Attention(case.head**-0.5, case.causal, stores=(cv.stored(cv.ACC),), packed=True)
+    step = cv.results_in(cv.make_step(op, [*parts, (DType.I32, (case.batch + 1,))]), (0, 2, 1, 3))
+    # The operator does not know the lengths, and counts them as equal.
+    scores = case.heads * sum(n * (n + 1) // 2 if case.causal else n * n for n in map(int, case.lengths))
+    return replace(step, cost=replace(step.cost, flops=scores * (4 * case.head + 5)))
 
 
 def _light(case: LightCase, weight: Constants) -> Step:

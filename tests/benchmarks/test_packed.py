@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import cases, packed
+from benchmarks.cases.attention import VarlenCase
 from benchmarks.cases.lengths import Corpus, corpora, counted
 from benchmarks.cases.models import BERT, MINILM
 from benchmarks.cases.packed import PackedCase
@@ -55,6 +56,17 @@ def test_batches_are_half_padding_and_as_wide_as_their_longest_row(case: PackedC
     assert sorted(lengths) == list(case.lengths) != list(lengths), "in random order"
     assert all(np.array_equal(array, case.feeds()[name]) for name, array in feeds.items())
     assert feeds["input_ids"].shape == (case.batch, case.sequence)
+
+
+@pytest.mark.parametrize("case", cases.KERNELS["varlen"], ids=lambda case: case.name)
+def test_packed_attention_has_the_lengths_of_a_corpus_too(case: VarlenCase) -> None:
+    lengths = case.lengths
+    assert lengths.shape == (case.batch,)
+    assert lengths.max() == case.longest
+    assert lengths.min() > 0
+    assert 0.4 <= lengths.mean() / case.longest <= 0.6
+    assert list(lengths) != sorted(lengths)
+    assert np.array_equal(lengths, case.lengths)
 
 
 def test_the_cases_are_two_encoders_at_two_widths_and_two_batches() -> None:

@@ -12,7 +12,7 @@ pytest.importorskip("cuda.bindings.nvrtc")
 import torch
 
 from benchmarks.cases import KernelCase
-from benchmarks.cases.attention import AttentionCase, DecodeCase, Mask, WindowCase
+from benchmarks.cases.attention import AttentionCase, DecodeCase, Mask, VarlenCase, WindowCase
 from benchmarks.cases.conv import ConvCase, Tail
 from benchmarks.cases.gemm import Epilogue, Fp8Case, GemmCase, MatricesCase
 from benchmarks.cases.light import Kind, LightCase
@@ -25,7 +25,9 @@ from engine.ir.dtype import DType
 from engine.ir.graph import Node, Value
 from tests.engine import ir_interpreter
 
-ONLY_ON_A_GPU = {"cuDNN", "cuDNN fused", "flash", "memory-efficient"}
+ONLY_ON_A_GPU = {
+    "cuDNN", "cuDNN fused", "flash", "flash, apart", "memory-efficient", "varlen_attn", "jagged", "jagged, apart"
+}  # fmt: skip
 SMALL: tuple[KernelCase, ...] = (
     *(GemmCase(33, 24, 48, epilogue) for epilogue in Epilogue),
     Fp8Case(48, 32, 64),
@@ -41,6 +43,8 @@ SMALL: tuple[KernelCase, ...] = (
     ConvCase(2, 24, 24, 14, 5, 2, 24, Tail.RELU6),
     *(AttentionCase(3, 2, 20, 16, mask) for mask in Mask),
     WindowCase(3, 2, 20, 16, 6),
+    VarlenCase(3, 2, 128, 16),
+    VarlenCase(3, 2, 128, 16, causal=True),
     DecodeCase(3, 4, 2, 5, 40, 16),
     DecodeCase(3, 4, 4, 1, 40, 16),
     LightCase(Kind.LAYER_NORM_RESIDUAL, (9, 64)),

@@ -18,7 +18,7 @@ def predicted(case: cases.KernelCase) -> float | None:
     return predicted_us(step_of(case, zeros), H100)
 
 
-@pytest.mark.parametrize("suite", ["gemm", "random", "fp8", "attention", "windows", "decode"])
+@pytest.mark.parametrize("suite", ["gemm", "random", "fp8", "attention", "windows", "varlen", "decode"])
 def test_products_and_attentions_have_a_prediction(suite: str) -> None:
     for case in cases.KERNELS[suite]:
         found = predicted(case)

@@ -105,6 +105,8 @@ def _without_full_bias(work: Work) -> Iterator[WgmmaAttentionTile]:
             yield WgmmaAttentionTile(3, 96, 3, 1, 40, 152)
         yield WgmmaAttentionTile(2, 128, 3 if widest <= 96 else 2, 1, 40, 232)
         yield WgmmaAttentionTile(1, 64, 2, 2, 40, 208, turns=False)
+        if work.places and widest > 96:  # 3 to 9 % faster in six cases on an H100; elsewhere not tried
+            yield WgmmaAttentionTile(3, 64, 3, 1, 32, 160)
     elif widest <= 192:
         yield WgmmaAttentionTile(2, 96, 2, 1, 40, 232, q_stages=1)
         yield WgmmaAttentionTile(2, 64, 2, 1, 40, 232)

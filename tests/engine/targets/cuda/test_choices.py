@@ -16,10 +16,11 @@ from engine.targets.cuda.architecture import ARCHITECTURES
 from engine.targets.cuda.choice_file import ChoiceFile
 from engine.targets.cuda.choices import choice_of, key_of, tile_of, tile_text
 from engine.targets.cuda.covering import ACC, F16, make_step, stored, weight
-from engine.targets.cuda.gemm import parts_of, pick_tile, ranked_tiles
+from engine.targets.cuda.gemm import parts_of, pick_tile, ranked_in, ranked_tiles
 from engine.targets.cuda.gemm_stream import StreamTile
 from engine.targets.cuda.kernel import Context, Functor, WeightStore
 from engine.targets.cuda.product import Product
+from engine.targets.cuda.product_cost import Way
 from engine.targets.cuda.tiles import MMA_TILES, PRODUCT_TILES, Operands, WgmmaTile
 
 HOPPER = Context(ARCHITECTURES["sm_90a"], 132, WeightStore())
@@ -90,6 +91,14 @@ def test_a_product_takes_what_was_timed() -> None:
     timed = replace(HOPPER, choices={key(4096, 768, 768): choice_of(ranked[4].tile, 9.0)})
     assert pick_tile(one, epilogue, timed) == ranked[4].tile != ranked[0].tile
     assert pick_tile(*parts(4096, 768, 776), timed) == pick_tile(*parts(4096, 768, 776), HOPPER)
+
+
+@pytest.mark.parametrize(("m", "n", "k", "shares"), [(128, 768, 3072, True), (1384, 360, 8000, False)])
+def test_clusters_share_k_where_that_should_be_clearly_faster(m: int, n: int, k: int, shares: bool) -> None:
+    one, epilogue = parts(m, n, k)
+    (joined, *_), (single, *_) = ranked_in(Way.JOINED, one, epilogue, HOPPER), ranked_tiles(one, HOPPER)
+    assert joined.estimate.cycles < single.estimate.cycles
+    assert pick_tile(one, epilogue, HOPPER) == (joined if shares else single).tile
 
 
 def test_rows_are_copied_where_the_copy_engine_cannot_read_them() -> None:
