@@ -7,7 +7,7 @@ import hashlib
 from dataclasses import asdict, replace
 
 from engine.targets.cuda.gemm_rows import AnyTile, RowsTile, rows_tiles
-from engine.targets.cuda.gemm_stream import StreamTile, stream_tile
+from engine.targets.cuda.gemm_stream import StreamTile, stream_tiles
 from engine.targets.cuda.joined_tiles import JOINED_PRODUCTS
 from engine.targets.cuda.kernel import Choice, Functor
 from engine.targets.cuda.product import Product
@@ -40,7 +40,7 @@ def key_of(product: Product, operands: Operands, epilogue: Functor) -> str:
 def choice_of(tile: AnyTile, us: float) -> Choice:
     """A tile as the file has it, with the time that it took."""
     if isinstance(tile, StreamTile):
-        return {"kernel": "stream", "us": us}
+        return {"kernel": "stream", **asdict(tile), "us": us}
     if isinstance(tile, RowsTile):
         return {"kernel": "rows", **asdict(tile), "us": us}
     kernel = "wgmma" if isinstance(tile, WgmmaTile) else "mma"
@@ -55,7 +55,8 @@ def choice_of(tile: AnyTile, us: float) -> Choice:
 def tile_text(tile: AnyTile) -> str:
     """A tile for people."""
     if isinstance(tile, StreamTile):
-        return f"slices of {32 * tile.groups} columns"
+        parts = f", {tile.parts} times" if tile.parts > 1 else ""
+        return f"slices of {32 * tile.groups} columns{parts}"
     if isinstance(tile, RowsTile):
         parts = f", k in {tile.splits}" if tile.splits > 1 else ""
         return f"rows, {tile.columns} columns, {tile.warps} warps, {tile.stages} steps under way{parts}"
@@ -83,7 +84,7 @@ def tile_of(choice: Choice, product: Product, operands: Operands) -> AnyTile | N
     """The tile that a choice names, if it is one for such a product."""
     kernel, splits, aligns = choice.get("kernel"), choice.get("splits"), choice.get("aligns")
     if kernel == "stream":
-        return stream_tile(product, operands)
+        return next((tile for tile in stream_tiles(product, operands) if asdict(tile).items() <= choice.items()), None)
     if kernel == "rows":
         return next((tile for tile in rows_tiles(product) if asdict(tile).items() <= choice.items()), None)
     wgmma = (*PRODUCT_TILES, *STAGED_TILES, *CLUSTER_TILES, *BATCHED_TILES, *JOINED_PRODUCTS)

@@ -12,7 +12,7 @@ line to `_FLOAT` or `_INTEGER`, and a device function to kernels/epilogue/math.c
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from engine.ir import expr as ex
@@ -298,16 +298,39 @@ class Loop:
     instructions: int
 
 
-def loop_over(results: Mapping[str, tuple[ex.Expr, DType]], gelu: str = "gelu_narrow") -> Loop:
-    """Computes the results of all columns: what is assigned, and (expression, type) of its value. `gelu`: the function
-    that is good enough where all results have 16 bits."""
-    body = _expression_lines([root for root, _ in results.values()], gelu)
-    loop = [
-        *body.lines,
-        *(f"{target} = {_stored(body.names[root], root.dtype, to)};" for target, (root, to) in results.items()),
-    ]
-    lines = ["#pragma unroll", "for (int i = 0; i < WIDTH; ++i) {", *(f"  {line}" for line in loop), "}"]
-    return Loop(lines, body.instructions)
+def loop_over(
+    results: Mapping[str, tuple[ex.Expr, DType]], gelu: str = "gelu_narrow", joint_silu: bool = False
+) -> Loop:
+    """Computes the results of all columns: what is assigned, and (expression, type) of its value. Where all results
+    have 16 bits `gelu` is the function that is good enough, and with `joint_silu` columns share some of SiLU's work."""
+    roots, lines, given = [root for root, _ in results.values()], list[str](), dict[ex.Expr, str]()
+    instructions = _expression_lines(roots, gelu, given).instructions
+    for j, (node, x) in enumerate(_silus(roots) if joint_silu else ()):
+        name = f"silu{j}"
+        before = _expression_lines([x], gelu, given)
+        lines += [
+            f"float {name}[WIDTH];", *_each_column([*before.lines, f"{name}[i] = {before.names[x]};"]),
+            f"silu_all({name});",
+        ]  # fmt: skip
+        given[node] = f"{name}[i]"
+    body = _expression_lines(roots, gelu, given)
+    ends = (f"{target} = {_stored(body.names[root], root.dtype, to)};" for target, (root, to) in results.items())
+    return Loop([*lines, *_each_column([*body.lines, *ends])], instructions)
+
+
+def _each_column(lines: Iterable[str]) -> list[str]:
+    return ["#pragma unroll", "for (int i = 0; i < WIDTH; ++i) {", *(f"  {line}" for line in lines), "}"]
+
+
+def _silus(roots: Sequence[ex.Expr]) -> Iterator[tuple[ex.Expr, ex.Expr]]:
+    """Every x · sigmoid(x) in fp32 where all results have 16 bits, inner ones first, and its x."""
+    if all(root.dtype in (DType.F16, DType.BF16) for root in roots):
+        for node in ex.walk(*roots):
+            if isinstance(node, ex.Apply) and node.op is PointOp.MUL and node.dtype is DType.F32:
+                for x, gate in (node.args, node.args[::-1]):
+                    if isinstance(gate, ex.Apply) and gate.op is PointOp.SIGMOID and gate.args[0] == x:
+                        yield node, x
+                        break
 
 
 def _stored(text: str, source: DType, target: DType) -> str:
@@ -338,10 +361,11 @@ class _Lines:
         self.instructions = 0
 
 
-def _expression_lines(roots: Sequence[ex.Expr], gelu: str) -> _Lines:
-    """One statement per operation, shared sub-expressions once. Where all results have 16 bits, GELU is computed as
-    well as these need."""
+def _expression_lines(roots: Sequence[ex.Expr], gelu: str, given: Mapping[ex.Expr, str]) -> _Lines:
+    """One statement per operation, shared sub-expressions once, none for what is `given` by name. Where all results
+    have 16 bits, GELU is computed as well as these need."""
     result = _Lines()
+    result.names |= given
     narrow = all(root.dtype in (DType.F16, DType.BF16) for root in roots)
     short = {node: x for node in ex.walk(*roots) if (x := _gelu_of(node)) is not None} if narrow else {}
     used, pending = set[ex.Expr](), list(roots)
@@ -349,9 +373,10 @@ def _expression_lines(roots: Sequence[ex.Expr], gelu: str) -> _Lines:
         node = pending.pop()
         if node not in used:
             used.add(node)
-            pending += [short[node]] if node in short else node.args if isinstance(node, ex.Apply) else ()
+            if isinstance(node, ex.Apply) and node not in given:
+                pending += [short[node]] if node in short else node.args
     for node in ex.walk(*roots):
-        if node not in used:
+        if node not in used or node in given:
             continue
         if isinstance(node, ex.Arg):
             result.names[node] = f"inputs.a{node.index}[i]"

@@ -21,12 +21,7 @@ from engine.targets.cuda import codegen, row_factors
 from engine.targets.cuda.align_rows import aligned, aligned_bytes, split, split_bytes
 from engine.targets.cuda.choices import divides, key_of, tile_of
 from engine.targets.cuda.gemm_rows import AnyTile, RowsTile, launch_rows
-from engine.targets.cuda.gemm_stream import (
-    StreamTile,
-    launch_stream,
-    stream_tile,
-    streams_faster,
-)
+from engine.targets.cuda.gemm_stream import StreamTile, launch_stream, tile_cycles
 from engine.targets.cuda.gemm_wgmma import launch_batched, launch_wgmma, scratch_bytes, split_arguments
 from engine.targets.cuda.kernel import (
     ALIGNMENT,
@@ -63,6 +58,7 @@ from engine.targets.cuda.spaces import operand, operands, space
 from engine.targets.cuda.staging import staged_epilogue
 from engine.targets.cuda.tiles import NOTHING, Operands, WgmmaTile
 
+_MOST_SLICES = 3  # ways of slicing a product that are worth timing
 _MATRIX_TYPES = (DType.F16, DType.BF16, DType.F8E4M3, DType.I8, DType.F32)
 _MOST_INSTRUCTIONS = 2
 """Of epilogues beside which tiles find moments: a bias and a residual; or a residual that is normalised (`reads_rows`).
@@ -236,11 +232,11 @@ def ranked_tiles(product: Product, context: Context, reads: Reads = NOTHING) -> 
         every += (one for one in tiles if divides(product, one.tile))
     every += ranked_rows(product, operands, multiprocessors, others)
     every.sort(key=lambda ranked: ranked.estimate.cycles)
-    slices, best = stream_tile(product, operands), every[0].tile
-    if slices is not None:
-        assert not isinstance(best, StreamTile | RowsTile), "slices are for a short k, rows for a long one"
-        faster = streams_faster(product, slices, best, operands, multiprocessors)
-        every.insert(0 if faster else 1, ranked_stream(product, slices, operands, multiprocessors))
+    slices, best = ranked_stream(product, operands, multiprocessors, reads), every[0].tile
+    if slices and not isinstance(best, RowsTile):
+        assert not isinstance(best, StreamTile), "they are not among the others yet"
+        first = 0 if slices[0].estimate.memory < tile_cycles(product, best, multiprocessors, operands) else 1
+        every[first:first] = slices[:_MOST_SLICES]
     return every
 
 

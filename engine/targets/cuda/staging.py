@@ -121,7 +121,7 @@ def _code(
     shuffles = [f"row.a{i}.element = __shfl_sync(~0u, row.a{i}.element, lane, 4);" for i in rows]
     lines = [
         "Inputs inputs{fixed, row, {}};", *words,
-        *loop_over({"result[i]": (store, result)}, gelu=f"gelu_for<{STORAGE[result]}>").lines,
+        *loop_over({"result[i]": (store, result)}, gelu=f"gelu_for<{STORAGE[result]}>", joint_silu=True).lines,
         f"return pack_pair<{STORAGE[result]}>(result[0], result[1]);",
     ]  # fmt: skip
     return (

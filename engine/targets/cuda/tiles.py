@@ -271,6 +271,7 @@ CLUSTER_TILES = (
     WgmmaTile(128, 128, 5, slots=2, cluster_m=2),
     WgmmaTile(192, 192, 4, cooperative=True, cluster_m=2),
     WgmmaTile(192, 192, 4, cooperative=True, slots=1, cluster_m=2),
+    WgmmaTile(128, 96, 7, cooperative=True, cluster_m=2),
 )
 """Tiles of clusters of two blocks, with results staged or not."""
 

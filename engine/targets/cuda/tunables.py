@@ -26,6 +26,7 @@ from engine.targets.cuda.gemm import (
     ranked_tiles,
 )
 from engine.targets.cuda.gemm_rows import AnyTile
+from engine.targets.cuda.gemm_stream import StreamTile
 from engine.targets.cuda.kernel import Choice, Context, Functor, Launch
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.product_cost import CLOCK_MHZ, Ranked
@@ -95,11 +96,13 @@ def product_of(step: Step, context: Context) -> tuple[Product, Functor] | None:
 
 
 def candidates(product: Product, epilogue: Functor, context: Context, most: int = CANDIDATES) -> list[Ranked]:
-    """The tiles worth timing, that which should be the fastest first: the first ones by their estimates, the best of
-    every other kernel, whose estimates compare less well, and the first ones of every other way."""
+    """The tiles worth timing, that which should be the fastest first: the first ones by their estimates, those of every
+    other kernel whose estimates compare less well (ways of slicing, the best of each), and the first ones of every
+    other way."""
     ranked = ranked_tiles(product, context, epilogue.reads)
-    chosen = ranked[:most]
-    for one in ranked[most:]:
+    slices = sum(isinstance(one.tile, StreamTile) for one in ranked)  # among the first
+    chosen = ranked[: most + slices]
+    for one in ranked[most + slices :]:
         if all(type(one.tile) is not type(other.tile) for other in chosen):
             chosen.append(one)
     others = other_tiles(product, epilogue, context)

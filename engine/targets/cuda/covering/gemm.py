@@ -32,7 +32,7 @@ from engine.targets.cuda.covering.build import (
 )
 from engine.targets.cuda.gemm import epilogue_of, launch_product, launches_of, operands_of, parts_of, stages
 from engine.targets.cuda.gemm_rows import ROWS_TILES, SHORT_ROWS_TILES, RowsTile
-from engine.targets.cuda.gemm_stream import stream_tile
+from engine.targets.cuda.gemm_stream import stream_tiles
 from engine.targets.cuda.joined_tiles import JOINED_PRODUCTS
 from engine.targets.cuda.kernel import Context, Launch
 from engine.targets.cuda.product import product_of
@@ -134,16 +134,18 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
                 yield f"gemm {tile}", launch
     short: list[Step] = [
         *(_product(dtype, 5000, k, 96 + k) for dtype, k in ((F16, 16), (DType.BF16, 32), (F32, 8), (F32, 16))),
-        _product(F16, 5000, 32, 128, residual=True),
+        *(_product(F16, 5000, k, n, residual=True) for k, n in ((32, 128), (40, 240), (64, 96))),
+        *(_product(dtype, 5000, k, n) for dtype, k, n in ((DType.BF16, 64, 256), (F32, 32, 96))),
     ]
     for step in (*short, *(computed(step) for step in short[2:4])):
         assert isinstance(step.op, Gemm)
         product = product_of(step, rounding)
         operands = operands_of(product, rounding)
-        slices = stream_tile(product, operands)
-        assert slices is not None
         epilogue = epilogue_of(step, step.op.stores, (0, 1), product.n)
-        yield f"gemm {slices}", launch_product(product, epilogue, slices, rounding)
+        slices = stream_tiles(product, operands)
+        pairs = (one for one in slices if one.groups == 2)
+        for one in dict.fromkeys((slices[0], *pairs, slices[-1])):
+            yield f"gemm {one}", launch_product(product, epilogue, one, rounding)
 
 
 def _is_wide(tile: Tile) -> bool:

@@ -1,9 +1,9 @@
-// Matrix product of many rows with few columns and a short k, which is bound by memory: a[m, k] · b[n, k]ᵀ of fp16, bf16 or fp32
-// rounded to tf32 (`refined`: only a is, b is split in two such numbers). b lies in shared memory as fragments; warps walk over slices of 16 rows of a, whose next slice is under way from
-// memory to registers while this one is multiplied. No barrier but the first, so that many warps of a multiprocessor load,
-// multiply and store at once.
-// The sum runs over k in an order of its own: a lane's words of k lie side by side, so that it loads up to 16 bytes of a row at once,
-// and the four lanes of a row 64; b is arranged alike. Nor are the columns of a matrix instruction neighbours: a lane ends up with
+// Matrix product of many rows and a short k, which is bound by memory: a[m, k] · b[n, k]ᵀ of fp16, bf16 or fp32 rounded to tf32
+// (`refined`: only a is, b is split in two such numbers). b lies in shared memory as fragments; warps walk over slices of 16 rows of a,
+// whose next slice is under way from memory to registers while this one is multiplied. No barrier but the first, so that many warps of a
+// multiprocessor load, multiply and store at once. Blocks along y have columns of their own.
+// The sum runs over k in an order of its own: of 64 bytes of a row each of four lanes loads 16 at once, and of the last 32, where there
+// are no 64, 8; b is arranged alike. Nor are the columns of a matrix instruction neighbours: a lane ends up with
 // eight that are, without an exchange.
 #pragma once
 #include "epilogue/access.cuh"
@@ -15,17 +15,21 @@
 
 using Element = config::operand;
 constexpr int WORDS = config::words;  // of a row that a lane loads: 32 bits each
+constexpr int WHOLE = WORDS / 4;      // times 64 bytes of k
+constexpr bool REST = WORDS % 4 != 0;  // 32 bytes more
 constexpr int GROUPS = config::groups, THREADS = config::threads, WARPS = THREADS / 32;
-constexpr int LANE_K = WORDS * 4 / sizeof(Element);
+constexpr int WHOLE_K = 64 / sizeof(Element), LANE_K = 16 / sizeof(Element), REST_K = 8 / sizeof(Element);  // the last two: of a lane
 constexpr int CHUNKS = WORDS;  // 16-byte chunks that a lane has of a group of 32 columns of b
-static_assert(WORDS == 2 || WORDS == 4, "8 or 16 bytes");
+static_assert(WORDS % 4 == 0 || WORDS % 4 == 2, "16 or 8 bytes");
 constexpr bool REFINED = config::refined;
 constexpr u32 FRAGMENT_BYTES = GROUPS * CHUNKS * 32 * 16;  // of b, or of each of its parts
 static_assert((REFINED ? 2 : 1) * FRAGMENT_BYTES == config::shared_bytes, "the host asks for the fragments of b");
 static_assert(!REFINED || same<Element, float>::value, "only fp32 is rounded");
 static_assert(WIDTH == 8, "a lane has eight columns");
+constexpr bool HELD = config::held;  // what the epilogue reads that is the same in every row stays in registers
+constexpr int UNROLL = HELD ? GROUPS : 1;
 
-struct alignas(WORDS * 4) Words { u32 word[WORDS]; };
+struct Words { u32 word[WORDS]; };
 
 DEVICE void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   if constexpr (same<Element, half>::value) mma_f16_16816(d, a, b0, b1);
@@ -33,11 +37,14 @@ DEVICE void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   else mma_tf32_1688(d, a, b0, b1);
 }
 
-// A lane's words of `row`, from element k on; zeros beyond the rows and beyond k.
-DEVICE Words load_words(const Element* matrix, i64 stride, u32 row, u32 rows, u32 k, u32 ks) {
-  Words words = {};
-  if (row < rows && k < ks) words = *reinterpret_cast<const Words*>(matrix + row * stride + k);
-  return words;
+// A lane's 16 bytes of 64 of a row, or 8 of the last 32; zeros where `present` says that there is no such row, and beyond k, which
+// only the last 32 bytes can be.
+template <int PIECE> DEVICE auto load_piece(const Element* row, bool present, u32 quad, u32 ks) {
+  constexpr bool IS_REST = PIECE == WHOLE, LAST = 64 * (PIECE + 1) > 16 * WORDS - 32;
+  typename choose<IS_REST, uint2, uint4>::type piece = {};
+  const u32 own = (IS_REST ? REST_K : LANE_K) * quad;
+  if (present && (!LAST || WHOLE_K * PIECE + own < ks)) piece = *reinterpret_cast<const decltype(piece)*>(row + own + WHOLE_K * PIECE);
+  return piece;
 }
 // What the matrix instruction takes of a word in memory: pairs of halves as they are.
 DEVICE u32 rounded(u32 word) {
@@ -47,25 +54,34 @@ DEVICE u32 rounded(u32 word) {
 // What rounding leaves of a number, rounded.
 DEVICE u32 rest(u32 word) { return round_to_tf32(__uint_as_float(word) - __uint_as_float(round_to_tf32(__uint_as_float(word)))); }
 
-// The fragments of b, chunk by chunk: of 16 bytes that belong to a lane. With four words a chunk is one block of eight columns for
-// two instructions along k, with two words it is two blocks for one. This thread's share, on its way before any of it is stored.
+// Chunk i of the fragments of b from column `base` on: 16 bytes that belong to a lane. Of 64 bytes of k a chunk is one block of eight
+// columns for two instructions along k, of the rest it is two blocks for one.
+template <int PIECE = 0> DEVICE uint4 load_chunk(const Params& p, u32 chunk, u32 first, u32 quad) {
+  if constexpr (PIECE < WHOLE) {
+    const u32 row = first + chunk % 4;
+    if (chunk / 4 == PIECE) return load_piece<PIECE>(p.b + row * p.b_stride, row < p.n, quad, p.k);
+    return load_chunk<PIECE + 1>(p, chunk, first, quad);
+  } else if constexpr (REST) {
+    const u32 row = first + 2 * (chunk - 4 * WHOLE);
+    const uint2 v = load_piece<WHOLE>(p.b + row * p.b_stride, row < p.n, quad, p.k);
+    const uint2 w = load_piece<WHOLE>(p.b + (row + 1) * p.b_stride, row + 1 < p.n, quad, p.k);
+    return make_uint4(v.x, v.y, w.x, w.y);
+  } else {
+    return {};
+  }
+}
+DEVICE uint4 load_chunk(const Params& p, u32 i, u32 base) {
+  const u32 lane = i % 32, group = i / (32 * CHUNKS);
+  return load_chunk(p, i / 32 % CHUNKS, base + 32 * group + 4 * (lane / 4), lane & 3);  // beyond the last group are no columns
+}
+
+// This thread's share of them, on its way before any of it is stored.
 struct Share { uint4 chunk[(GROUPS * CHUNKS * 32 + THREADS - 1) / THREADS]; };
 
-DEVICE Share load_share(const Params& p) {
+DEVICE Share load_share(const Params& p, u32 base) {
   Share share;
 #pragma unroll
-  for (int pass = 0; pass < sizeof(Share) / 16; ++pass) {
-    const u32 i = pass * THREADS + threadIdx.x, lane = i % 32, chunk = i / 32 % CHUNKS, group = i / (32 * CHUNKS);
-    const u32 k = (lane & 3) * LANE_K, first = 32 * group + 4 * (lane / 4);  // beyond the last group are no columns
-    if constexpr (WORDS == 4) {
-      const Words w = load_words(p.b, p.b_stride, first + chunk, p.n, k, p.k);
-      share.chunk[pass] = make_uint4(w.word[0], w.word[1], w.word[2], w.word[3]);
-    } else {
-      const Words w = load_words(p.b, p.b_stride, first + 2 * chunk, p.n, k, p.k);
-      const Words v = load_words(p.b, p.b_stride, first + 2 * chunk + 1, p.n, k, p.k);
-      share.chunk[pass] = make_uint4(w.word[0], w.word[1], v.word[0], v.word[1]);
-    }
-  }
+  for (int pass = 0; pass < sizeof(Share) / 16; ++pass) share.chunk[pass] = load_chunk(p, pass * THREADS + threadIdx.x, base);
   return share;
 }
 
@@ -82,32 +98,50 @@ DEVICE void store_share(u32 fragments, const Share& share) {
 
 struct Slice { Words upper, lower; };  // rows r and r + 8, r = lane / 4
 
-DEVICE Slice load_slice(const Params& p, u32 row, u32 quad) {
-  const u32 k = quad * LANE_K;
-  Slice slice;
-  slice = {load_words(p.a, p.a_stride, row, p.m, k, p.k), load_words(p.a, p.a_stride, row + 8, p.m, k, p.k)};
-#pragma unroll
-  for (int i = 0; i < WORDS; ++i) {
-    slice.upper.word[i] = rounded(slice.upper.word[i]);
-    slice.lower.word[i] = rounded(slice.lower.word[i]);
+template <int PIECE = 0> DEVICE void load_pieces(Words& words, const Element* row, bool present, u32 quad, u32 ks) {
+  if constexpr (PIECE < WHOLE) {
+    const uint4 v = load_piece<PIECE>(row, present, quad, ks);
+    words.word[4 * PIECE] = rounded(v.x);
+    words.word[4 * PIECE + 1] = rounded(v.y);
+    words.word[4 * PIECE + 2] = rounded(v.z);
+    words.word[4 * PIECE + 3] = rounded(v.w);
+    load_pieces<PIECE + 1>(words, row, present, quad, ks);
+  } else if constexpr (REST) {
+    const uint2 v = load_piece<WHOLE>(row, present, quad, ks);
+    words.word[4 * WHOLE] = rounded(v.x);
+    words.word[4 * WHOLE + 1] = rounded(v.y);
   }
-  return slice;
 }
+DEVICE Words load_row(const Params& p, u32 row, u32 quad) {
+  Words words;
+  load_pieces(words, p.a + row * p.a_stride, row < p.m, quad, p.k);
+  return words;
+}
+DEVICE Slice load_slice(const Params& p, u32 row, u32 quad) { return {load_row(p, row, quad), load_row(p, row + 8, quad)}; }
 
 // Columns 32 group … of a slice. Column c of block b of d is column 4c + b of the group.
 DEVICE void multiply_group(float (&d)[16], const Slice& a, u32 fragments, u32 group, u32 lane) {
+  const u32 place = fragments + (group * CHUNKS * 32 + lane) * 16;
 #pragma unroll
-  for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-    const uint4 b = load_shared_16(fragments + ((group * CHUNKS + chunk) * 32 + lane) * 16);
-    const u32 first[4] = {a.upper.word[0], a.lower.word[0], a.upper.word[1], a.lower.word[1]};
-    if constexpr (WORDS == 4) {
-      const u32 second[4] = {a.upper.word[2], a.lower.word[2], a.upper.word[3], a.lower.word[3]};
+  for (int i = 0; i < WHOLE; ++i) {
+    const u32(&u)[WORDS] = a.upper.word, (&l)[WORDS] = a.lower.word;
+    const u32 first[4] = {u[4 * i], l[4 * i], u[4 * i + 1], l[4 * i + 1]}, second[4] = {u[4 * i + 2], l[4 * i + 2], u[4 * i + 3], l[4 * i + 3]};
+#pragma unroll
+    for (int chunk = 0; chunk < 4; ++chunk) {
+      const uint4 b = load_shared_16(place + (4 * i + chunk) * 32 * 16);
       float(&block)[4] = *reinterpret_cast<float(*)[4]>(&d[4 * chunk]);
       multiply(block, first, b.x, b.y);
       multiply(block, second, b.z, b.w);
-    } else {
-      multiply(*reinterpret_cast<float(*)[4]>(&d[8 * chunk]), first, b.x, b.y);
-      multiply(*reinterpret_cast<float(*)[4]>(&d[8 * chunk + 4]), first, b.z, b.w);
+    }
+  }
+  if constexpr (REST) {
+    constexpr int W = 4 * WHOLE;
+    const u32 last[4] = {a.upper.word[W], a.lower.word[W], a.upper.word[W + 1], a.lower.word[W + 1]};
+#pragma unroll
+    for (int chunk = 0; chunk < 2; ++chunk) {
+      const uint4 b = load_shared_16(place + (W + chunk) * 32 * 16);
+      multiply(*reinterpret_cast<float(*)[4]>(&d[8 * chunk]), last, b.x, b.y);
+      multiply(*reinterpret_cast<float(*)[4]>(&d[8 * chunk + 4]), last, b.z, b.w);
     }
   }
 }
@@ -119,10 +153,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
   wait_for_previous_kernel();
   stamp_begin(p.stamp);
 
-  const u32 lane = threadIdx.x & 31, quad = lane & 3, stride = 16 * WARPS * gridDim.x;
+  const u32 lane = threadIdx.x & 31, quad = lane & 3, stride = 16 * WARPS * gridDim.x, base = 32 * GROUPS * blockIdx.y;
+  const auto column_of = [&](u32 group) { return base + 32 * group + 8 * quad; };
+  const auto count_of = [&](u32 group) { return column_of(group) < p.n ? min(8u, p.n - column_of(group)) : 0; };
   u32 row = 16 * (blockIdx.x * WARPS + threadIdx.x / 32) + lane / 4;
-  const Share share = load_share(p);
+  const Share share = load_share(p, base);
   Slice slice = load_slice(p, row, quad);
+  Epilogue::Fixed held[HELD ? GROUPS : 1];
+  if constexpr (HELD) {
+#pragma unroll
+    for (int group = 0; group < GROUPS; ++group)
+      if (count_of(group) > 0) held[group] = Epilogue::fetch_fixed(p, column_of(group), count_of(group));
+  }
   store_share(fragments, share);
   __syncthreads();
 
@@ -132,13 +174,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
     const u32 rows[2] = {min(row, p.m - 1), min(row + 8, p.m - 1)};
     const Epilogue::Rows sources[2] = {Epilogue::at(p, rows[0]), Epilogue::at(p, rows[1])};
     const Epilogue::Targets targets[2] = {Epilogue::to(p, rows[0]), Epilogue::to(p, rows[1])};
-#pragma unroll 1
-    for (u32 group = 0; group < GROUPS; ++group) {
-      const u32 column = 32 * group + 8 * quad, count = column < p.n ? min(8u, p.n - column) : 0;
-      Epilogue::Inputs inputs[2];
+#pragma unroll UNROLL
+    for (int group = 0; group < GROUPS; ++group) {
+      const u32 column = column_of(group), count = count_of(group);
+      Epilogue::Fixed fixed;
+      Epilogue::Varying varying[2];
       if (count > 0) {
-        inputs[0] = Epilogue::fetch(p, sources[0], column, count);
-        inputs[1] = Epilogue::fetch(p, sources[1], column, count);
+        if constexpr (HELD) fixed = held[group];
+        else fixed = Epilogue::fetch_fixed(p, column, count);
+        varying[0] = Epilogue::fetch_varying(p, sources[0], column, count);
+        varying[1] = Epilogue::fetch_varying(p, sources[1], column, count);
       }
       float d[16] = {};
       if constexpr (REFINED) multiply_group(d, slice, fragments + FRAGMENT_BYTES, group, lane);
@@ -151,7 +196,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
           v[j] = d[4 * j + 2 * half_of];
           v[j + 4] = d[4 * j + 2 * half_of + 1];
         }
-        if (count > 0 && row + 8 * half_of < p.m) Epilogue::store(p, targets[half_of], column, count, v, inputs[half_of]);
+        if (count > 0 && row + 8 * half_of < p.m)
+          Epilogue::store(p, targets[half_of], column, count, v, Epilogue::Inputs{fixed, varying[half_of]});
       }
     }
     slice = next;

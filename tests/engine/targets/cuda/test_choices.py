@@ -17,7 +17,7 @@ from engine.targets.cuda.choice_file import ChoiceFile
 from engine.targets.cuda.choices import choice_of, key_of, tile_of, tile_text
 from engine.targets.cuda.covering import ACC, F16, make_step, stored, weight
 from engine.targets.cuda.gemm import parts_of, pick_tile, ranked_in, ranked_tiles
-from engine.targets.cuda.gemm_stream import StreamTile
+from engine.targets.cuda.gemm_stream import StreamTile, stream_tiles
 from engine.targets.cuda.kernel import Context, Functor, WeightStore
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.product_cost import Way
@@ -53,13 +53,22 @@ def test_a_choice_names_its_tile() -> None:
     assert len(texts) == len(PRODUCT_TILES) + len(MMA_TILES) + 1
 
 
+def test_a_choice_names_slices() -> None:
+    wide = product(9000, 384, 32)
+    tiles = stream_tiles(wide, HALF)
+    assert [(tile.groups, tile.parts) for tile in tiles] == [(6, 2), (4, 3), (3, 4), (2, 6), (1, 12)]
+    assert all(tile_of(choice_of(tile, 1.0), wide, HALF) == tile for tile in tiles)
+    assert len({tile_text(tile) for tile in tiles}) == len(tiles)
+    assert all(tile_of(choice_of(tile, 1.0), product(9000, 384, 72), HALF) is None for tile in tiles)
+
+
 def test_a_choice_for_another_product_is_not_taken() -> None:
     odd, aligned = product(100, 100, 511), product(100, 100, 512)
     as_it_lies, copied = PRODUCT_TILES[0], replace(PRODUCT_TILES[0], aligns=True)
     assert tile_of(choice_of(as_it_lies, 1.0), odd, HALF) is None
     assert tile_of(choice_of(copied, 1.0), odd, HALF) == copied
     assert tile_of({"kernel": "stream", "us": 1.0}, aligned, HALF) is None
-    assert isinstance(tile_of({"kernel": "stream", "us": 1.0}, product(9000, 64, 32), HALF), StreamTile)
+    assert tile_of({"kernel": "stream", "us": 1.0}, product(9000, 64, 32), HALF) is None
     for damaged in (
         {}, {"kernel": "wgmma"}, {**choice_of(as_it_lies, 1.0), "splits": 99}, {**choice_of(as_it_lies, 1.0), "n": 7},
         {**choice_of(as_it_lies, 1.0), "aligns": "no"},
