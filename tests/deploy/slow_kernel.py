@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from engine.model import Model
 from engine.targets.cpu.codegen import executor
+from engine.targets.cpu.runtime import PARTS
 from engine.targets.cpu.target import CpuExecutable, _Native
 
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
@@ -38,10 +39,12 @@ def slow_kernel(model: Model, op: str, seconds: float) -> Iterator[None]:
 
     for ready in model._plans.values():
         assert isinstance(ready.bound, CpuExecutable)
-        for part in ready.bound._parts:
-            if isinstance(part, _Native):
-                for row in part.program._table:
-                    if part.steps[int(row[_STEP])].op == op:
+        # All of them now: a table that is copied while the kernel is slow would not be mended.
+        copies = [section for number in range(PARTS) for section in ready.bound._for_part(number)]
+        for section in (*ready.bound._sections, *copies):
+            if isinstance(section, _Native):
+                for row in section.program._table:
+                    if section.steps[int(row[_STEP])].op == op:
                         restore.append((row, int(row[_FUNCTION])))
                         row[_FUNCTION] = slowed(int(row[_FUNCTION]))
     assert restore, f"no plan that is ready has a {op}"

@@ -17,7 +17,7 @@ from engine.targets.cuda.tiles import Tile
 MOST_ROWS = 16
 _LEAST_K, _SHORTEST_K = 128, 33  # below, the warps of large blocks have nothing to divide, and slices take it
 _STEP = 64  # of k, that a warp takes at once: a line of the cache
-_SPLITS = (1, 2, 4)
+_SPLITS = (1, 2, 4, 8)
 _EARLY_REGISTERS, _FEWER_EARLY_REGISTERS = 16, 9
 """For what the epilogue reads of eight columns of a row, held while the block multiplies. The second number: of 16
 warps, a bias of fp32 and the factor of a row; there are none with more than 8 rows (the gate shows spills)."""

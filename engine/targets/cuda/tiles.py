@@ -158,7 +158,7 @@ class WgmmaTile:
         if not self.slots:
             return ring
         return (
-            ceildiv(ring + 8 * 2 * self.consumers * self.slots, 1024) * 1024
+            ceildiv(ring + 8 * (2 * self.slots + 1) * self.consumers, 1024) * 1024
             + self.consumers * self.slots * self.consumer_rows * self.staged_columns * 2
         )
 

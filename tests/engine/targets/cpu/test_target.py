@@ -156,7 +156,8 @@ def test_time_in_a_part_of_the_pool_counts_as_much_less_as_it_has_fewer_threads(
     _, executable = bound(network(), threads=4)
     for side_by_side in (False, True, True):
         run(executable, image(), side_by_side)
-    part = executable._in_parts[0][0].rows()
+    ((section,),) = executable._in_parts.values()
+    part = section.rows()
     whole = executable._sections[0].rows()
     assert [runs for _, runs, _ in part] == [2] * 4
     for stat, (_, _, alone), (_, _, beside) in zip(executable.step_stats(), whole, part, strict=True):

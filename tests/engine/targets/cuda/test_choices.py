@@ -17,7 +17,7 @@ from engine.targets.cuda.choice_file import ChoiceFile
 from engine.targets.cuda.choices import choice_of, key_of, tile_of, tile_text
 from engine.targets.cuda.covering import ACC, F16, make_step, stored, weight
 from engine.targets.cuda.gemm import parts_of, pick_tile, ranked_in, ranked_tiles
-from engine.targets.cuda.gemm_stream import StreamTile, stream_tiles
+from engine.targets.cuda.gemm_stream import stream_tiles
 from engine.targets.cuda.kernel import Context, Functor, WeightStore
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.product_cost import Way

@@ -14,7 +14,7 @@ from engine.ir.dtype import DType
 from engine.ir.expr import PointOp
 from engine.ir.ops import Gemm
 from engine.plan.plan import Step
-from engine.plan.tensor import Buffer, Tensor
+from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda import conv
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import SM_80, SM_90A
@@ -33,7 +33,7 @@ from engine.targets.cuda.kernel import Context, Functor, WeightStore
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.product_cost import Way
 from engine.targets.cuda.tiles import PRODUCT_TILES, STAGED_TILES, Operands, WgmmaTile
-from tests.engine.targets.cuda.cases import check, ragged, rng_of, thinned
+from tests.engine.targets.cuda.cases import check, check_late, ragged, rng_of, thinned
 from tests.engine.targets.cuda.emulator.runner import EmulatedRunner
 from tests.engine.targets.cuda.harness import Case, Runner
 from tests.engine.targets.cuda.test_gemm import EXACT, KINDS, context_of, launched, rounding, stores_of
@@ -89,6 +89,33 @@ def test_staged_products_of_more_tiles_than_multiprocessors(hopper: Runner, coun
     if isinstance(hopper, EmulatedRunner):
         with hopper.in_reverse():
             check(hopper, cases)
+
+
+def test_residuals_are_brought_behind_the_first_products_whoever_comes_late(hopper: Runner) -> None:
+    cases = []
+    for tile in (WgmmaTile(128, 64, 8, slots=1), WgmmaTile(128, 96, 7, cooperative=True, slots=3)):
+        step = step_of(300, 200, 136, "residual")
+        launches = launched(step, tile, replace(hopper.context, multiprocessors=2))
+        cases.append(Case(f"{tile}", step, 136, lowered=launches, rounding=EXACT))
+    check_late(hopper, cases)
+
+
+def test_constant_columns_are_asked_for_before_the_kernel_before_has_ended() -> None:
+    """As many steps as the ring holds where the grid leaves a half of the device to the next one, else a few; none of
+    what a kernel before may compute."""
+
+    def early(step: Step, tile: WgmmaTile) -> object:
+        *_, launch = launched(step, tile, HOPPER)
+        return dict(launch.arguments)["early"]
+
+    small, wide = WgmmaTile(64, 64, 12), WgmmaTile(128, 192, 4, slots=2)
+    assert early(step_of(128, 768, 768, "plain"), small) == 12
+    assert early(step_of(128, 768, 768, "plain"), replace(small, aligns=True)) == 12
+    assert early(step_of(128, 3072, 768, "plain"), small) == 5
+    assert early(step_of(4096, 768, 768, "plain"), wide) == 3
+    columns = Tensor(Buffer("columns", BufferKind.INPUT, 768 * 768 * 2), F16, (768, 768), (1, 768))
+    computed = make_step(Gemm((stored(ACC),)), [(F16, (128, 768)), columns])
+    assert early(computed, small) == 0
 
 
 def test_staged_rows_may_lie_apart(hopper: Runner, count: int) -> None:

@@ -44,6 +44,7 @@ struct PatchLoad {
     q = tap_plane;
   }
   DEVICE static u32 column_of_b(u32 step) { return step * TILE_K; }
+  DEVICE static constexpr u32 early(const Params&) { return 0; }
   DEVICE void operator()(const Params& p, u32 destination, u32 barrier, u32) {
     const u32 own = destination + first_pixel() * PANEL_BYTES;
 #pragma unroll

@@ -28,4 +28,5 @@ struct RowLoad {
     copy_shared_box<TILE_M, CLUSTER_N>(destination, p.map_a, barrier, column_of(step, 2), row);
   }
   DEVICE static u32 column_of_b(u32 step) { return column_of(step, 1); }
+  DEVICE static u32 early(const Params& p) { return p.early; }
 };

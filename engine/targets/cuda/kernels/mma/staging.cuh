@@ -24,8 +24,8 @@ static_assert(!SPLIT && !GROUPED, "");  // nor are there several matrices
 constexpr int SLOTS = config::slots;
 constexpr int STAGED_COLUMNS = TILE_N % 64 == 0 ? 64 : 32, STAGED_ROW = 2 * STAGED_COLUMNS;  // bytes, under the swizzle of the same name
 constexpr int STAGED_PANELS = TILE_N / STAGED_COLUMNS, SLOT_BYTES = CONSUMER_M * STAGED_ROW;
-constexpr int STAGING_BARRIERS = RING_BYTES;  // of each consumer: ready[SLOTS], written[SLOTS]
-constexpr int STAGING = (STAGING_BARRIERS + 8 * 2 * CONSUMERS * SLOTS + 1023) / 1024 * 1024;  // places start at a swizzle atom
+constexpr int STAGING_BARRIERS = RING_BYTES;  // of each consumer: ready[SLOTS], written[SLOTS], then begun of each
+constexpr int STAGING = (STAGING_BARRIERS + 8 * (2 * SLOTS + 1) * CONSUMERS + 1023) / 1024 * 1024;  // places start at a swizzle atom
 constexpr bool MOMENTS = config::moments, OFFSETS = config::offsets;
 static_assert(TILE_N % STAGED_COLUMNS == 0, "");
 static_assert(registers_of<Epilogue::Fixed>() < (Epilogue::READS_ROWS ? 5 : 4), "operands that are the same in every row fit beside the accumulators");
@@ -138,18 +138,20 @@ struct StagedResults {
 
 // The places and barriers of one consumer, and what its courier does.
 struct StagedStores {
-  static constexpr bool STAGED = true;
+  static constexpr bool STAGED = true, BRINGS = Epilogue::READS_TILE;
   static constexpr int SHARED_BYTES = STAGING + CONSUMERS * SLOTS * SLOT_BYTES;
   using Results = StagedResults;
-  u32 consumer, ready, written, slots;
+  u32 consumer, ready, written, begun, slots;
   DEVICE StagedStores(u32 ring, u32 consumer)
       : consumer(consumer), ready(ring + STAGING_BARRIERS + 8 * 2 * SLOTS * consumer), written(ready + 8 * SLOTS),
+        begun(ring + STAGING_BARRIERS + 8 * (2 * SLOTS * CONSUMERS + consumer)),
         slots(ring + STAGING + consumer * SLOTS * SLOT_BYTES) {}
 
   DEVICE static void init(const Params& p, u32 ring) {  // by one thread
     prefetch_tensor_map(p.map_result);
     for (u32 consumer = 0; consumer < CONSUMERS; ++consumer) {
       const StagedStores places(ring, consumer);
+      barrier_init(places.begun, 1);
       for (int slot = 0; slot < SLOTS; ++slot) {
         barrier_init(places.ready + 8 * slot, 1);
         barrier_init(places.written + 8 * slot, 4);  // one of each warp
@@ -157,10 +159,15 @@ struct StagedStores {
     }
   }
 
+  // By one thread of the consumer, when its first product begins.
+  DEVICE void begin() const { barrier_arrive(begun); }
+
   // By one thread of the producer's warpgroup.
   DEVICE void carry(const Params& p, u32 tiles_m, u32 tiles_n) const {
     const u32 tiles = tiles_m * tiles_n;
     StagedPanel brought{first_turn() + (COOPERATIVE ? 0 : consumer) * turns(), 0}, sent = brought;
+    // What the products wait for comes first: all multiprocessors begin at once, and memory is what they wait for.
+    if (BRINGS && brought.t < tiles) barrier_wait(begun, 0);
 #pragma unroll 1
     for (u32 slot = 0; slot < SLOTS && brought.t < tiles; ++slot) bring(p, brought, slot, tiles_m, tiles_n);
     u32 slot = 0, parity = 0;

@@ -69,7 +69,7 @@ template <int N> DEVICE float (&as_floats(i32 (&d)[PARTS][N], float (&values)[PA
 
 // Consumers store their results themselves: they keep what the epilogue reads in registers.
 struct OwnStores {
-  static constexpr bool STAGED = false;
+  static constexpr bool STAGED = false, BRINGS = false;
   static constexpr int SHARED_BYTES = CLUSTER_K > 1 ? JOINED_SUMS + static_cast<int>(Joined::BYTES) : RING_BYTES;
   using Results = EarlyEpilogue<Epilogue, Layout, CONSUMER_REGISTERS - RESERVED - ACCUMULATORS>;
 };
@@ -91,6 +91,7 @@ template <class DIVISORS> DEVICE void divide(const DIVISORS& divisors, float (&d
 // the panels of a step of a, whose b begins at column LOAD::column_of_b(step). Steps come one after the other; UNROLL of them fit the
 // producer's registers at once. AHEAD rows of 32 columns of epilogue operands fit a consumer's, beside the accumulators, where partial
 // sums have been added.
+// Of b, LOAD::early(p) steps do not wait for the kernel before to end: those of a constant, as many as the ring holds at most.
 // STORES: who stores the results; the other way is mma/staging.cuh. DIVISORS: by what rows of accumulators are divided.
 template <class LOAD, class STORES = OwnStores, class DIVISORS = WholeRows> DEVICE void run_pipeline(const Params& p) {
   constexpr int READERS = CLUSTER * (COOPERATIVE ? CONSUMERS : 1);  // that a stage waits for
@@ -115,8 +116,6 @@ template <class LOAD, class STORES = OwnStores, class DIVISORS = WholeRows> DEVI
   }
   start_together();
   let_next_kernel_start();
-  wait_for_previous_kernel();
-  stamp_begin(p.stamp);
 
   // Of a cluster, where blocks form clusters.
   constexpr u32 ROWS = CLUSTER_M * TILE_M, COLUMNS = CLUSTER_N * TILE_N;
@@ -126,6 +125,20 @@ template <class LOAD, class STORES = OwnStores, class DIVISORS = WholeRows> DEVI
   // The blocks that share tiles take as many steps each; beyond k they read zeros.
   const u32 splits = CLUSTER_K > 1 ? CLUSTER_K : splits_of<SPLIT>(p), steps = ((p.k + TILE_K - 1) / TILE_K + splits - 1) / splits;
   const u32 first_step = (CLUSTER_K > 1 ? rank_of_part() : blockIdx.y) * steps;
+  u32 asked = 0;  // steps of the first tile whose b is on its way
+  if constexpr (!LOAD::BATCHED) {
+    if (threadIdx.x == 0) {
+      const TileIndex tile = own_tile(first_turn(), tiles_m, tiles_n);
+      for (; asked < min(LOAD::early(p), steps); ++asked) {
+        const u32 landed = full + 8 * asked, b = ring + asked * STAGE_BYTES + A_BYTES;
+        barrier_arrive_expect(landed, STAGE_BYTES);
+        copy_shared_box<TILE_N, CLUSTER_M>(b, p.map_b, landed, LOAD::column_of_b(first_step + asked), first_column + tile.n * TILE_N);
+      }
+    }
+  }
+  wait_for_previous_kernel();
+  stamp_begin(p.stamp);
+
   if (warpgroup == 0) {
     give_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x == 0) {
@@ -135,8 +148,12 @@ template <class LOAD, class STORES = OwnStores, class DIVISORS = WholeRows> DEVI
         const TileIndex tile = own_tile(t - matrix * tiles, tiles_m, tiles_n);
         LOAD load(p, tile.m * TILE_M, first_step);
         if constexpr (LOAD::BATCHED) load.turn_to(p, matrix, tile.n * TILE_N);
+        u32 step = first_step;
+        // A loop of its own, since the other one has to be short: small tiles wait for it.
+        for (; asked > 0; --asked, ++step, ++stage) load(p, ring + stage * STAGE_BYTES, full + 8 * stage, step);
+        if (stage == STAGES) { stage = 0; parity ^= 1; }
 #pragma unroll LOAD::UNROLL
-        for (u32 step = first_step; step < first_step + steps; ++step) {
+        for (; step < first_step + steps; ++step) {
           const u32 a = ring + stage * STAGE_BYTES, landed = full + 8 * stage;
           barrier_wait(empty + 8 * stage, parity);
           barrier_arrive_expect(landed, STAGE_BYTES);
@@ -178,6 +195,12 @@ template <class LOAD, class STORES = OwnStores, class DIVISORS = WholeRows> DEVI
       // A barrier's parity says nothing two phases later: wait until the other consumer is through with the stages before.
       if (!COOPERATIVE && ordinal > 0) barrier_wait(turn + 8 * consumer, (ordinal - 1) / CONSUMERS & 1);
 
+      if constexpr (STORES::BRINGS) {
+        if (ordinal < TURNS) {  // the first tile
+          barrier_wait(full + 8 * stage, parity);
+          if (leader) STORES(ring, consumer).begin();
+        }
+      }
       for (u32 step = 0; step < steps; ++step) {
         barrier_wait(full + 8 * stage, parity);
         const u64 offset = stage * (STAGE_BYTES >> 4);
