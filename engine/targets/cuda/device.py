@@ -148,12 +148,15 @@ class Device:
         self, launches: Iterable[Launch], address: Callable[[Pointer], int], stamp: int = 0, status: int = 0
     ) -> list[Packed]:
         """Launches with their parameters. `address` places what they point to, `stamp` and `status` are the addresses
-        of their stamp slot (0: none) and status word."""
+        of their stamp slot (0: none) and status word. Those that write stamps do nothing ahead: what overlaps with the
+        kernel before would be in no stamp."""
 
         def encode(map_: AnyMap) -> bytes:
             return self.encode(map_, address(map_.pointer))
 
-        return [Packed(launch, pack(launch.arguments, address, encode, stamp, status)) for launch in launches]
+        return [
+            Packed(launch, pack(launch.arguments, address, encode, stamp, status, stamp != 0)) for launch in launches
+        ]
 
     def launch_all(
         self, packed: Iterable[Packed], stream: cupy.cuda.Stream, overlap: bool, follows: bool = False

@@ -15,6 +15,7 @@ from engine.plan.tensor import Buffer, BufferKind
 from engine.targets.cuda.kernel import (
     I64,
     STORAGE,
+    Ahead,
     Argument,
     Context,
     Functor,
@@ -120,7 +121,7 @@ def launch_wgmma(
             "m": product.m,
             "n": product.n,
             "k": k // 2 * PART_STEPS if product.in_parts else k,
-            "early": early_steps(product, tile, blocks * tile.splits, context),
+            "early": Ahead(early_steps(product, tile, blocks * tile.splits, context)),
             **split_arguments(tiles, tile.m * tile.n, tile.m // tile.consumer_rows * 4, tile.splits, partials),
         },
         (blocks, tile.splits, 1),

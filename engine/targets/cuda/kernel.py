@@ -129,7 +129,16 @@ class F64:
     value: float
 
 
-Argument: TypeAlias = Pointer | TensorArgument | LevelSizes | AnyMap | I64 | I64s | StatusWord | F64 | int | float
+@dataclass(frozen=True)
+class Ahead:
+    """How many steps of a loop a kernel asks for before the kernel before has ended: a 32-bit integer, 0 where the
+    launch is to tell its own time, all of which lies behind that end."""
+
+    steps: int
+
+
+Number: TypeAlias = I64 | I64s | F64 | Ahead | int | float
+Argument: TypeAlias = Pointer | TensorArgument | LevelSizes | AnyMap | StatusWord | Number
 
 
 class Instruction(Enum):
@@ -227,9 +236,10 @@ def pack(
     encode: Callable[[AnyMap], bytes],
     stamp: int,
     status: int = 0,
+    alone: bool = False,
 ) -> bytes:
     """The bytes of `Params`. `address` places pointers, `encode` makes the 128 bytes of a tensor map; `stamp` and
-    `status` are the addresses of stamp slot and status word."""
+    `status` are the addresses of stamp slot and status word. `alone`: nothing is done ahead (see `Ahead`)."""
     ordered, levels = _ordered(arguments), max_levels(arguments)
     fields = [(name, _declaration(name, argument, levels)[1]) for name, argument in ordered]
     record = np.zeros(1, np.dtype([*fields, ("stamp", "u8")], align=True))
@@ -249,6 +259,8 @@ def pack(
                 record[name] = value
             case I64s(values=values):
                 record[name] = values
+            case Ahead(steps=steps):
+                record[name] = 0 if alone else steps
             case StatusWord():
                 record[name] = status
             case _:

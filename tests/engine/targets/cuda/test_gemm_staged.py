@@ -29,7 +29,7 @@ from engine.targets.cuda.gemm import (
     pick_tile,
     ranked_tiles,
 )
-from engine.targets.cuda.kernel import Context, Functor, WeightStore
+from engine.targets.cuda.kernel import Ahead, Context, Functor, WeightStore
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.product_cost import Way
 from engine.targets.cuda.tiles import PRODUCT_TILES, STAGED_TILES, Operands, WgmmaTile
@@ -104,9 +104,11 @@ def test_constant_columns_are_asked_for_before_the_kernel_before_has_ended() -> 
     """As many steps as the ring holds where the grid leaves a half of the device to the next one, else a few; none of
     what a kernel before may compute."""
 
-    def early(step: Step, tile: WgmmaTile) -> object:
+    def early(step: Step, tile: WgmmaTile) -> int:
         *_, launch = launched(step, tile, HOPPER)
-        return dict(launch.arguments)["early"]
+        argument = dict(launch.arguments)["early"]
+        assert isinstance(argument, Ahead)
+        return argument.steps
 
     small, wide = WgmmaTile(64, 64, 12), WgmmaTile(128, 192, 4, slots=2)
     assert early(step_of(128, 768, 768, "plain"), small) == 12

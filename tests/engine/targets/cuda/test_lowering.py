@@ -19,6 +19,7 @@ from engine.targets.cuda.families import family_of
 from engine.targets.cuda.gemm import launches_of, parts_of
 from engine.targets.cuda.kernel import (
     I64,
+    Ahead,
     Context,
     Instruction,
     Launch,
@@ -27,6 +28,7 @@ from engine.targets.cuda.kernel import (
     TensorArgument,
     WeightStore,
     pack,
+    params_struct,
     workspace_bytes,
 )
 from engine.targets.cuda.product import line_elements, pack_weight
@@ -159,6 +161,14 @@ def test_parameters_lie_as_a_c_compiler_lays_them() -> None:
     assert words[10] == -1
     assert np.float32(0.5) == words[11:12].view(np.float32)[0]
     assert words[12] == 99
+
+
+def test_a_launch_that_tells_its_own_time_does_nothing_ahead() -> None:
+    arguments = (("m", 7), ("early", Ahead(5)))
+    for alone, steps in ((False, 5), (True, 0)):
+        words = np.frombuffer(pack(arguments, lambda _: 0, lambda _: b"", 99, alone=alone), np.uint32)
+        assert words.tolist() == [7, steps, 99, 0]
+    assert params_struct(arguments) == params_struct((("m", 7), ("early", 5)))
 
 
 def test_what_looks_up_tables_has_a_status_word_and_nothing_else_has() -> None:
