@@ -54,6 +54,7 @@ class Turns:
         self._claiming = threading.Lock()
         self._due = 0.0  # when the background may claim its next slice
         self._firm_until = 0.0  # the end of its slice
+        self._ending = False  # somebody will tell the holder of that
 
     def __enter__(self) -> None:
         if in_background():
@@ -72,12 +73,13 @@ class Turns:
     def __exit__(self, *_: object) -> None:
         if in_background():
             self._due = time.monotonic() + _SLICE_EVERY_S
+            self._firm_until = 0.0
         self._lock.release()
 
     @contextmanager
     def kept_from_background(self) -> Iterator[None]:
-        """For work that does not need the lock, but the processors: who is in the background waits meanwhile, as for a
-        holder, and whoever is not does not."""
+        """For work that does not need the lock, but the processors: who is in the background waits meanwhile, but for
+        its slices, as for a holder; whoever is not does not."""
         self._count(1)
         try:
             yield
@@ -97,6 +99,8 @@ class Turns:
             finally:
                 self._open.set()
         self._firm_until = time.monotonic() + _SLICE_S
+        if self._waiting:
+            self._count(0)
 
     def _count(self, change: int) -> None:
         with self._counting:
@@ -105,7 +109,17 @@ class Turns:
                 self._calm.clear()
             else:
                 self._calm.set()
-            self._on_wanted(self._waiting > 0)
+            left = self._firm_until - time.monotonic()
+            self._on_wanted(self._waiting > 0 and left <= 0)
+            if self._waiting and left > 0 and not self._ending:  # work that does without the lock looks at no clock
+                self._ending = True
+                end = threading.Timer(left, self._end_slice)
+                end.daemon = True
+                end.start()
+
+    def _end_slice(self) -> None:
+        self._ending = False
+        self._count(0)
 
 
 def _set_event() -> threading.Event:

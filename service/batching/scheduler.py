@@ -218,15 +218,21 @@ class Scheduler:
         if batch is None:
             return None
         self._count_seconds(now)
-        side_by_side = lane.divides_threads and (self._running > 0 or self._has_as_much(lane, batch))
+        side_by_side = lane.divides_threads and (self._running > 0 or self._has_as_much(lane, batch, now))
         self._has_all_threads = lane.divides_threads and not side_by_side
         lane.running += 1
         self._running += 1
         return Work(lane, batch, self._engine_seconds, side_by_side)
 
-    def _has_as_much(self, lane: _Lane, batch: Batch) -> bool:
-        """Whether there is a batch beside this one of a model: as large a one of its own, or any of another."""
-        return any(other.queue.cost >= (_cost(batch) if other is lane else 1) for other in self._lanes.values())
+    def _has_as_much(self, lane: _Lane, batch: Batch, now: float) -> bool:
+        """Whether there is a batch that may start beside this one of a model: as large a one of its own, or any of
+        another that divides the threads, too."""
+        for other in self._lanes.values():
+            if other.divides_threads and other.queue.cost >= (_cost(batch) if other is lane else 1):
+                due = other.queue.due(now)
+                if due is not None and due <= now:
+                    return True
+        return False
 
     def _waits(self, now: float) -> bool:
         return any(lane.queue.due(now) is not None for lane in self._lanes.values())

@@ -78,6 +78,18 @@ def test_what_comes_while_a_batch_has_its_part_gets_the_other_part_at_once() -> 
     assert started(requests.take()) == (1, True)
 
 
+def test_what_may_not_start_beside_a_batch_takes_no_threads_from_it() -> None:
+    requests = Requests()
+    axes = BatchAxes(BatchingMode.ROWS, None, {}, "")
+    alone, later = ModelKey("alone", 1), ModelKey("later", 1)
+    requests.scheduler.add(alone, BatchingOptions(max_batch=4), axes)
+    requests.scheduler.add(later, BatchingOptions(max_batch=4, max_delay_s=5.0), axes, 2, divides_threads=True)
+    requests.come(4)
+    requests.come(1, alone)
+    requests.come(1, later)
+    assert started(requests.take()) == (4, False)
+
+
 def test_all_threads_again_once_nothing_runs() -> None:
     requests = Requests()
     requests.come(4)

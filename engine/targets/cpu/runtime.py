@@ -15,6 +15,7 @@ import ctypes
 import os
 import queue
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -130,6 +131,7 @@ class Pool:
         self._free_parts: queue.LifoQueue[int] = queue.LifoQueue()
         for number in range(parts):
             self._free_parts.put(number)
+        self._clock = _SharedClock()
 
     def _set_wanted(self, wanted: bool) -> None:
         self._block[native.POOL_WANTED // _WORD] = wanted
@@ -147,13 +149,19 @@ class Pool:
             mode = native.CONTINUED
 
     @contextmanager
-    def part(self) -> Iterator[tuple[int, Pool]]:
-        """A part, with its number, that nobody else has meanwhile; waits until one is free. What runs in the background
-        gives way to it, as to a program that has the whole pool; a program of the foreground does not."""
+    def part(self) -> Iterator[Part]:
+        """A part that nobody else has meanwhile; waits until one is free. What runs in the background gives way to it,
+        as to a program that has the whole pool; a program of the foreground does not."""
         number = self._free_parts.get()
         try:
             with self._turns.kept_from_background():
-                yield number, self._parts[number]
+                part = Part(number, self._parts[number])
+                began = time.monotonic(), self._clock.count(1)
+                try:
+                    yield part
+                finally:
+                    seconds, shared = time.monotonic() - began[0], self._clock.count(-1) - began[1]
+                    part.share = min(1.0, shared / seconds) if seconds > 0 else 1.0
         finally:
             self._free_parts.put(number)
 
@@ -204,6 +212,36 @@ class Pool:
         self._threads = []
         for part in self._parts:
             part.stop()
+
+
+@dataclass
+class Part:
+    """A part of a pool, by number, that somebody has; `share`, once it is given back: how much of that time counts as
+    the whole pool's, 1 where nobody had another part, a half where somebody did all along."""
+
+    number: int
+    pool: Pool
+    share: float = 1.0
+
+
+class _SharedClock:
+    """Seconds that pass more slowly the more parts are in use: 1/k of a second while k are."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._used = 0
+        self._seconds = 0.0
+        self._counted_until = time.monotonic()
+
+    def count(self, change: int) -> float:
+        """The seconds until now; from now on so many more parts are in use."""
+        with self._lock:
+            now = time.monotonic()
+            if self._used:
+                self._seconds += (now - self._counted_until) / self._used
+            self._counted_until = now
+            self._used += change
+            return self._seconds
 
 
 @dataclass

@@ -80,7 +80,10 @@ class CpuTarget:
         self.arena = Arena()
         self.lock = threading.Lock()  # of the arena: one plan of a model runs at a time with the whole pool
         self.part_arenas = _arenas_of_parts()
-        self.part_threads = max(1, self.threads // PARTS)
+
+    def part_threads(self, number: int) -> int:
+        """Of a part of the pool: together the parts have all."""
+        return max(1, self.threads // PARTS + (number < self.threads % PARTS))
 
     @property
     def concurrent_runs(self) -> int:
@@ -178,15 +181,19 @@ class CpuExecutable:
         """Compute the plan's outputs into the arrays of `outputs`. All arrays are C-contiguous, of the plan's shapes
         and dtypes. Raises ShapeError otherwise, and for an index out of range."""
         if side_by_side and self._is_native and self._target.divides_threads and not in_background():
-            with pool().part() as (number, workers):
-                self._run(self._for_part(number), workers, self._target.part_arenas[number], inputs, outputs)
+            with pool().part() as part:
+                sections = self._for_part(part.number)
+                before = [section.nanoseconds for section in sections]
+                self._run(sections, part.pool, self._target.part_arenas[part.number], inputs, outputs)
+            for section, spent in zip(sections, before, strict=True):
+                section.shared += part.share * (section.nanoseconds - spent)
         else:
             with self._target.lock:
                 self._run(self._sections, pool(), self._target.arena, inputs, outputs)
 
     def _for_part(self, number: int) -> Sequence[_Native]:
         if number not in self._in_parts:
-            threads = self._target.part_threads
+            threads = self._target.part_threads(number)
             self._in_parts[number] = [section.on(threads) for section in self._sections if isinstance(section, _Native)]
         return self._in_parts[number]
 
@@ -211,15 +218,15 @@ class CpuExecutable:
                     section.run(arrays)
 
     def step_stats(self) -> Sequence[StepStat]:
-        """Runs and time of every step since it was bound, in the plan's order. Time is that of the whole pool: a run in
-        a part of it, which leaves the rest to others, counts as much less as it has fewer threads."""
-        share = self._target.part_threads / self._target.threads
+        """Runs and time of every step since it was bound, in the plan's order. Time is that of the whole pool: while
+        two runs go on, each in its part, a second counts half for either."""
         rows = _rows(self._sections)
         runs, nanoseconds = [count for _, count, _ in rows], [float(spent) for _, _, spent in rows]
         for sections in list(self._in_parts.values()):
-            for i, (_, count, spent) in enumerate(_rows(sections)):
+            shared = [spent for section in sections for spent in section.shared]
+            for i, (_, count, _) in enumerate(_rows(sections)):
                 runs[i] += count
-                nanoseconds[i] += share * spent
+                nanoseconds[i] += float(shared[i])
         return [
             StepStat(step.name, kernel, step.op, count, spent * 1e-9, step.cost.flops, step.cost.bytes, cached)
             for (step, _, _), count, spent, kernel, cached in zip(
@@ -358,13 +365,21 @@ class _Native:
         self._addresses: tuple[int, ...] | None = None
         self._all_well = bytes(self.program.status.nbytes)
         self.program.forget_sources()
+        self.shared = np.zeros(len(self.steps))
+        """In a part of the pool: what each step's nanoseconds count of the whole pool's."""
 
     def on(self, threads: int) -> _Native:
         """The same steps on at most so many threads; may run beside this one."""
         other = copy.copy(self)
         other.program = self.program.on(threads)
         other._addresses = None
+        other.shared = np.zeros(len(self.steps))
         return other
+
+    @property
+    def nanoseconds(self) -> np.ndarray:
+        """What each step has taken so far."""
+        return self.program.statistics.reshape(-1, 2)[: len(self.steps), 1].copy()
 
     def run(self, workers: Pool, addresses: Sequence[int]) -> None:
         """Run with arena, inputs and outputs at `addresses`."""

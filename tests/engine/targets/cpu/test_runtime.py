@@ -152,9 +152,9 @@ def test_a_program_runs_beside_itself_in_the_parts_of_the_pool() -> None:
     assert (made.threads, beside.threads, made.on(8).threads) == (4, 2, 4)
     for slot in beside.pointer_slots:
         beside.slots[slot] = address(more)
-    with pool().part() as (first, one), pool().part() as (second, another):
-        assert {first, second} == {0, 1}
-        jobs = [(one, made), (another, beside)]
+    with pool().part() as first, pool().part() as second:
+        assert {first.number, second.number} == {0, 1}
+        jobs = [(first.pool, made), (second.pool, beside)]
         threads = [threading.Thread(target=lambda p=p, j=j: [p.run(j) for _ in range(50)]) for p, j in jobs]
         for thread in threads:
             thread.start()
@@ -171,19 +171,52 @@ def test_a_program_runs_beside_itself_in_the_parts_of_the_pool() -> None:
 
 
 def test_a_program_in_the_background_gives_way_to_one_in_a_part() -> None:
-    data, buffer = words(64)
-    long = program([[count_launch(buffer, 64, turns=3_000_000)]], 2)
+    tasks = 20_000
+    data, buffer = words(tasks)
+    long = program([[count_launch(buffer, tasks, turns=200_000)]], 2)
     thread = in_the_background(long)
     while not data.any():
         time.sleep(0.0005)
+
+    def done_in(seconds: float) -> int:
+        before = np.count_nonzero(data)
+        time.sleep(seconds)
+        return int(np.count_nonzero(data) - before)
+
+    alone = done_in(0.15)
     with pool().part():
-        time.sleep(0.05)  # until the tasks that were under way are done
-        before = data.sum()
-        time.sleep(0.02)
-        assert thread.is_alive()
-        assert data.sum() - before <= 0.25 * data.size * 3_000_000, "more than the slice that it has now and then"
+        done_in(0.02)  # what was under way
+        beside = done_in(0.15)
+        assert thread.is_alive(), "too little work to tell"
+    assert beside <= 0.5 * alone, "more than the slices that it has now and then"
     thread.join(60)
-    assert (data == 3_000_000).all()
+    assert (data == 200_000).all()
+
+
+def test_a_program_in_the_background_has_its_slices_while_parts_are_always_in_use() -> None:
+    data, buffer = words(64)
+    long = program([[count_launch(buffer, 64, turns=1_000_000)]], 2)
+    ended = threading.Event()
+
+    def use(delay: float) -> None:
+        time.sleep(delay)
+        while not ended.is_set():
+            with pool().part():
+                time.sleep(0.02)
+
+    users = [threading.Thread(target=use, args=(delay,)) for delay in (0.0, 0.01)]
+    for user in users:
+        user.start()
+    try:
+        time.sleep(0.03)
+        thread = in_the_background(long)
+        thread.join(30)
+        assert not thread.is_alive(), f"{data.astype(bool).sum()} of 64 tasks in half a minute"
+    finally:
+        ended.set()
+        for user in users:
+            user.join()
+    assert (data == 1_000_000).all()
 
 
 def test_runs_from_many_python_threads() -> None:

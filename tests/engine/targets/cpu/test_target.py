@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import threading
 import tracemalloc
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from engine.ir.ops import Conv, Gemm, Op, Reduce, ReduceKind
 from engine.plan.build import Constants, build
 from engine.targets.cpu import pieces
 from engine.targets.cpu import target as target_module
+from engine.targets.cpu.runtime import pool
 from engine.targets.cpu.target import CpuExecutable, CpuTarget
 from tests.engine import ir_interpreter
 
@@ -152,17 +154,27 @@ def test_a_part_of_the_pool_has_an_arena_of_its_own_and_the_weights_of_all() -> 
     assert target.memory() == {"weights": before["weights"], "arena": 2 * before["arena"]}
 
 
-def test_time_in_a_part_of_the_pool_counts_as_much_less_as_it_has_fewer_threads() -> None:
+@pytest.mark.parametrize(("others", "share"), [(0, 1.0), (1, 0.5)])
+def test_time_in_a_part_of_the_pool_counts_half_while_somebody_has_the_other(others: int, share: float) -> None:
     _, executable = bound(network(), threads=4)
-    for side_by_side in (False, True, True):
-        run(executable, image(), side_by_side)
+    run(executable, image())
+    with ExitStack() as held:
+        for _ in range(others):
+            held.enter_context(pool().part())
+        for _ in range(2):
+            run(executable, image(), side_by_side=True)
     ((section,),) = executable._in_parts.values()
     part = section.rows()
     whole = executable._sections[0].rows()
     assert [runs for _, runs, _ in part] == [2] * 4
     for stat, (_, _, alone), (_, _, beside) in zip(executable.step_stats(), whole, part, strict=True):
         assert stat.launches == 3
-        assert stat.seconds == pytest.approx(1e-9 * (alone + beside / 2))
+        assert stat.seconds == pytest.approx(1e-9 * (alone + share * beside), rel=1e-2)
+
+
+def test_the_parts_of_the_pool_have_all_threads_together() -> None:
+    for threads in range(2, 9):
+        assert sum(CpuTarget(threads).part_threads(number) for number in range(2)) == threads
 
 
 @pytest.mark.parametrize("wrong", ["shape", "dtype", "layout"])
