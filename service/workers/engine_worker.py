@@ -1,7 +1,8 @@
 """One engine instance: takes commands, runs batches, sends reports.
 
 Threads: `engine` alone runs batches (so the cores are shared fairly between models and nothing waits for a lock inside
-the engine); where a model overlaps several runs, as on a GPU, there are as many engine threads, each with one batch.
+the engine); where a model overlaps several runs, as on a GPU, or they divide the processors, there are as many engine
+threads, each with one batch.
 `loader` loads, warms up, unloads, and gives way to `engine` in all of it; `statistics` reads counters, so that a scrape
 never waits for either. `handle` may be called by one receiving thread and returns at once; one that has many requests
 calls `accept` for each and then `work_off`, which runs what is light (`batching/light.py`) itself.

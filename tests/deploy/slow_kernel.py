@@ -40,7 +40,7 @@ def slow_kernel(model: Model, op: str, seconds: float) -> Iterator[None]:
     for ready in model._plans.values():
         assert isinstance(ready.bound, CpuExecutable)
         # All of them now: a table that is copied while the kernel is slow would not be mended.
-        copies = [section for number in range(PARTS) for section in ready.bound._for_part(number)]
+        copies = [section for number in range(PARTS) for section in ready.bound._in_part(number).sections]
         for section in (*ready.bound._sections, *copies):
             if isinstance(section, _Native):
                 for row in section.program._table:

@@ -15,12 +15,12 @@ ONE, OTHER = ModelKey("one", 1), ModelKey("other", 1)
 class Requests:
     """A scheduler with two models that divide the threads, batches of at most four rows, and requests to them."""
 
-    def __init__(self, concurrent_runs: int = 2) -> None:
+    def __init__(self) -> None:
         self.scheduler = Scheduler(lambda: 0.0)
         self._count = 0
         for key in (ONE, OTHER):
             axes = BatchAxes(BatchingMode.ROWS, None, {}, "")
-            self.scheduler.add(key, BatchingOptions(max_batch=4), axes, concurrent_runs, divides_threads=True)
+            self.scheduler.add(key, BatchingOptions(max_batch=4), axes, 2, divides_threads=True)
 
     def come(self, rows: int, key: ModelKey = ONE) -> None:
         self._count += 1

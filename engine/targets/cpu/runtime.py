@@ -155,13 +155,11 @@ class Pool:
         number = self._free_parts.get()
         try:
             with self._turns.kept_from_background():
-                part = Part(number, self._parts[number])
-                began = time.monotonic(), self._clock.count(1)
+                began = self._clock.count(1)
                 try:
-                    yield part
+                    yield Part(number, self._parts[number], self._clock, began)
                 finally:
-                    seconds, shared = time.monotonic() - began[0], self._clock.count(-1) - began[1]
-                    part.share = min(1.0, shared / seconds) if seconds > 0 else 1.0
+                    self._clock.count(-1)
         finally:
             self._free_parts.put(number)
 
@@ -214,18 +212,9 @@ class Pool:
             part.stop()
 
 
-@dataclass
-class Part:
-    """A part of a pool, by number, that somebody has; `share`, once it is given back: how much of that time counts as
-    the whole pool's, 1 where nobody had another part, a half where somebody did all along."""
-
-    number: int
-    pool: Pool
-    share: float = 1.0
-
-
 class _SharedClock:
-    """Seconds that pass more slowly the more parts are in use: 1/k of a second while k are."""
+    """Two clocks: seconds as they are, and such that pass more slowly the more parts are in use, 1/k of one while k
+    are."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -233,15 +222,32 @@ class _SharedClock:
         self._seconds = 0.0
         self._counted_until = time.monotonic()
 
-    def count(self, change: int) -> float:
-        """The seconds until now; from now on so many more parts are in use."""
+    def count(self, change: int = 0) -> tuple[float, float]:
+        """What both show now; from now on so many more parts are in use."""
         with self._lock:
             now = time.monotonic()
             if self._used:
                 self._seconds += (now - self._counted_until) / self._used
             self._counted_until = now
             self._used += change
-            return self._seconds
+            return now, self._seconds
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a pool, by number, that somebody has."""
+
+    number: int
+    pool: Pool
+    _clock: _SharedClock
+    _began: tuple[float, float]
+
+    def share(self) -> float:
+        """How much of the time since it was taken counts as the whole pool's: 1 where nobody had another part, a half
+        where somebody did all along."""
+        now, shared = self._clock.count()
+        seconds = now - self._began[0]
+        return (shared - self._began[1]) / seconds if seconds else 1.0
 
 
 @dataclass

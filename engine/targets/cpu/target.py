@@ -11,6 +11,7 @@ import copy
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -31,7 +32,7 @@ from engine.targets.cpu.codegen.isa import host_isa
 from engine.targets.cpu.families import family_of
 from engine.targets.cpu.kernel import Context, Launch, Pointer, WeightStore, aligned_copy
 from engine.targets.cpu.pieces import in_pieces
-from engine.targets.cpu.runtime import PARTS, Pool, Program, address, aligned_bytes, available_cores, pool
+from engine.targets.cpu.runtime import PARTS, Part, Pool, Program, address, aligned_bytes, available_cores, pool
 from engine.targets.cpu.system import cache_bytes, return_free_memory, usable_memory_bytes
 from engine.targets.host import HostOperator, HostResident
 
@@ -172,8 +173,8 @@ class CpuExecutable:
             self._kernels.extend(row[0].spec.family if row else "none" for row in launches)
             self._sections.append(_Native(group, launches, target.threads, self._places))
         self._is_native = all(isinstance(section, _Native) for section in self._sections)
-        self._in_parts: dict[int, list[_Native]] = {}
-        """The sections for a part of the pool by its number, from the first run in it on."""
+        self._in_parts: dict[int, _InPart] = {}
+        """By the number of the part of the pool, from the first run in it on."""
 
     def run(
         self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray], side_by_side: bool = False
@@ -181,20 +182,17 @@ class CpuExecutable:
         """Compute the plan's outputs into the arrays of `outputs`. All arrays are C-contiguous, of the plan's shapes
         and dtypes. Raises ShapeError otherwise, and for an index out of range."""
         if side_by_side and self._is_native and self._target.divides_threads and not in_background():
-            with pool().part() as part:
-                sections = self._for_part(part.number)
-                before = [section.nanoseconds for section in sections]
+            with pool().part() as part, self._in_part(part.number).counted(part) as sections:
                 self._run(sections, part.pool, self._target.part_arenas[part.number], inputs, outputs)
-            for section, spent in zip(sections, before, strict=True):
-                section.shared += part.share * (section.nanoseconds - spent)
         else:
             with self._target.lock:
                 self._run(self._sections, pool(), self._target.arena, inputs, outputs)
 
-    def _for_part(self, number: int) -> Sequence[_Native]:
+    def _in_part(self, number: int) -> _InPart:
         if number not in self._in_parts:
             threads = self._target.part_threads(number)
-            self._in_parts[number] = [section.on(threads) for section in self._sections if isinstance(section, _Native)]
+            native = (section for section in self._sections if isinstance(section, _Native))
+            self._in_parts[number] = _InPart([section.on(threads) for section in native])
         return self._in_parts[number]
 
     def _run(
@@ -222,11 +220,10 @@ class CpuExecutable:
         two runs go on, each in its part, a second counts half for either."""
         rows = _rows(self._sections)
         runs, nanoseconds = [count for _, count, _ in rows], [float(spent) for _, _, spent in rows]
-        for sections in list(self._in_parts.values()):
-            shared = [spent for section in sections for spent in section.shared]
-            for i, (_, count, _) in enumerate(_rows(sections)):
+        for part in list(self._in_parts.values()):
+            for i, ((_, count, _), spent) in enumerate(zip(_rows(part.sections), part.nanoseconds, strict=True)):
                 runs[i] += count
-                nanoseconds[i] += float(shared[i])
+                nanoseconds[i] += float(spent)
         return [
             StepStat(step.name, kernel, step.op, count, spent * 1e-9, step.cost.flops, step.cost.bytes, cached)
             for (step, _, _), count, spent, kernel, cached in zip(
@@ -365,21 +362,18 @@ class _Native:
         self._addresses: tuple[int, ...] | None = None
         self._all_well = bytes(self.program.status.nbytes)
         self.program.forget_sources()
-        self.shared = np.zeros(len(self.steps))
-        """In a part of the pool: what each step's nanoseconds count of the whole pool's."""
 
     def on(self, threads: int) -> _Native:
         """The same steps on at most so many threads; may run beside this one."""
         other = copy.copy(self)
         other.program = self.program.on(threads)
         other._addresses = None
-        other.shared = np.zeros(len(self.steps))
         return other
 
     @property
     def nanoseconds(self) -> np.ndarray:
         """What each step has taken so far."""
-        return self.program.statistics.reshape(-1, 2)[: len(self.steps), 1].copy()
+        return self.program.statistics.reshape(-1, 2)[: len(self.steps), 1]
 
     def run(self, workers: Pool, addresses: Sequence[int]) -> None:
         """Run with arena, inputs and outputs at `addresses`."""
@@ -411,6 +405,27 @@ class _Native:
     def rows(self) -> Iterable[tuple[_Facts, int, int]]:
         statistics = self.program.statistics.reshape(-1, 2)
         return [(step, int(runs), int(spent)) for step, (runs, spent) in zip(self.steps, statistics, strict=False)]
+
+
+class _InPart:
+    """The sections of a plan for a part of the pool, and what each step's `nanoseconds` in it count of the whole
+    pool's. Whoever has the part runs them."""
+
+    def __init__(self, sections: Sequence[_Native]) -> None:
+        self.sections = sections
+        self.nanoseconds = np.zeros(sum(len(section.steps) for section in sections))
+
+    @contextmanager
+    def counted(self, part: Part) -> Iterator[Sequence[_Native]]:
+        """The sections, for one run."""
+        before = self._spent()
+        try:
+            yield self.sections
+        finally:
+            self.nanoseconds += part.share() * (self._spent() - before)
+
+    def _spent(self) -> np.ndarray:
+        return np.concatenate([np.zeros(0, np.int64), *(section.nanoseconds for section in self.sections)])
 
 
 def _place(pointer: Pointer, places: _Places) -> tuple[int | None, int]:
