@@ -65,8 +65,12 @@ class Fleet:
         """Statuses of a path over many connections."""
         return {self.ask("GET", path).status_code for _ in range(24)}
 
-    def wait_everywhere(self, path: str, status: int) -> None:
-        wait_for(lambda: self.everywhere(path) == {status}, 60, EVERY_S)
+    def wait_everywhere(self, path: str, status: int, seconds: float = 60.0) -> None:
+        end, seen = time.monotonic() + seconds, self.everywhere(path)
+        while seen != {status}:
+            assert time.monotonic() < end, f"{path} is answered with {seen}, not {status} everywhere"
+            time.sleep(EVERY_S)
+            seen = self.everywhere(path)
 
     def metric(self, name: str, **labels: str) -> float:
         return sample(self.ask("GET", "/metrics").text, name, **labels)
