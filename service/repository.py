@@ -113,7 +113,7 @@ class Repository:
         except OSError as error:
             problem = f"the folder cannot be read: {error}"
         mark = file_mark(tokenizer)
-        return ModelFolder(path.name, path, config, versions, labels, tokenizer, problem, broken, mark)
+        return ModelFolder(path.name, path, config, versions, labels, tokenizer, printable(problem), broken, mark)
 
 
 def file_mark(path: Path | None) -> str:
@@ -163,11 +163,23 @@ def _only_onnx(folder: Path) -> Path:
     named = folder / "model.onnx"
     files = [named] if named.exists() else sorted(folder.glob("*.onnx"))
     if len(files) == 1:
-        return files[0]
+        return _with_plain_name(files[0])
     where = "the model folder" if not _VERSION.fullmatch(folder.name) else f"version folder '{folder.name}'"
     if files:
         raise ModelConfigError(f"{where} has several .onnx files; name one of them model.onnx")
     raise ModelConfigError(f"{where} has no model.onnx; build or copy the model there")
+
+
+def _with_plain_name(file: Path) -> Path:
+    """The file itself. Raises ModelConfigError where no JSON can carry its path, as those of other encodings."""
+    if printable(str(file)) != str(file):
+        raise ModelConfigError(f"the name of {printable(str(file))} is not UTF-8; rename it, a file to model.onnx")
+    return file
+
+
+def printable(text: str) -> str:
+    """The text; bytes of file names that are not UTF-8, which are lone surrogates in it, as escapes like '\\udce8'."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _read_labels(path: Path) -> tuple[str, ...]:

@@ -74,27 +74,31 @@ def spare_the_collector() -> None:
     gc.freeze()
 
 
-def allow_connections(count: int) -> None:
-    """Raise this process's limit on open files, which is often 1,024, to what `count` connections need; said aloud
-    where the system does not allow that."""
+def allow_connections(count: int) -> int:
+    """Raise this process's limit on open files, which is often 1,024, to what `count` connections need. How many it can
+    have; where those are fewer than `count`, that is said aloud."""
     needed = count + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
+        return count
     allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-    if allowed < needed:
+    possible = max(allowed - _OTHER_FILES, allowed // 2)
+    if possible < count:
         log.warning(
-            "this process may open %d files, too few for --max-connections %d; raise the limit (ulimit -Hn)",
+            "this process may open %d files, too few for --max-connections %d: it takes %d connections; raise the "
+            "limit (ulimit -Hn)",
             allowed,
             count,
+            possible,
         )
+    return min(count, possible)
 
 
 def run_server(app: FastAPI, settings: Settings, listener: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT. Does not return where a run of the engine outlasts the drain."""
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    allow_connections(settings.max_connections)
+    settings = settings.model_copy(update={"max_connections": allow_connections(settings.max_connections)})
     gc.set_threshold(_YOUNG_OBJECTS, *gc.get_threshold()[1:])
     config = uvicorn.Config(
         app,

@@ -111,7 +111,10 @@ class Settings(BaseSettings):
         default=0, ge=0, le=256, description="HTTP processes before one engine process; 0: one, as engine-process says"
     )
     transfer_bytes: int = Field(
-        default=1 << 30, ge=1 << 20, description="shared memory for tensors to the engine's process, and as much back"
+        default=1 << 30,
+        ge=1 << 20,
+        le=1 << 40,
+        description="shared memory for tensors to the engine's process, and as much back",
     )
     light_run_us: int = Field(
         default=200, ge=0, description="batches that take less, in microseconds, run on the HTTP thread; 0: none"

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.descriptor import FieldDescriptor  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 
 from engine.errors import ModelError
 from engine.frontend.tensors import Source, check_tensor
@@ -93,6 +94,7 @@ def _contents(source: str | os.PathLike[str] | bytes) -> tuple[bytes, Source]:
 def _check_model(model: onnx.ModelProto, label: str) -> None:
     if not model.HasField("graph") or not model.ir_version:
         raise ModelError(f"{label}: not an ONNX model, or truncated: it has no graph")
+    _check_texts(model, label)
     if model.ir_version > onnx.IR_VERSION:
         raise ModelError(
             f"{label}: IR version {model.ir_version} is newer than the installed onnx knows ({onnx.IR_VERSION}); "
@@ -103,6 +105,21 @@ def _check_model(model: onnx.ModelProto, label: str) -> None:
         raise ModelError(f"{label}: the graph has no outputs; the file is truncated or damaged")
     for tensor in model.graph.initializer:
         check_tensor(tensor, f"{label}: initializer {tensor.name!r}")
+
+
+def _check_texts(message: Message, label: str) -> None:
+    """Raises ModelError for a name or another text that is not UTF-8, which protobuf hands out as bytes."""
+    for about, value in message.ListFields():
+        if about.type not in (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_MESSAGE):
+            continue
+        for item in value if about.is_repeated else (value,):
+            if isinstance(item, Message):
+                _check_texts(item, label)
+            elif not isinstance(item, str):
+                raise ModelError(
+                    f"{label}: a {about.name} is not UTF-8: {item!r:.80}; the file is damaged, or export the model "
+                    "again with names that are"
+                )
 
 
 def check_opsets(opsets: dict[str, int], label: str) -> None:

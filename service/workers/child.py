@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from service.workers.clients import FIRST_CLIENT, Client, Connection, client_of
+from service.workers.counters import LastingCounters
 from service.workers.engine_api import EngineModule
 from service.workers.engine_worker import EngineWorker
 from service.workers.messages import (
@@ -42,7 +43,7 @@ from service.workers.messages import (
     Unload,
     Unloaded,
 )
-from service.workers.wire import Beat, Dying, FromEngine, LogLine, Release, ToEngine
+from service.workers.wire import Beat, Counted, Dying, FromEngine, LogLine, Release, ToEngine
 
 BEAT_S = 1.0
 EXIT_LOST = 70  # EX_SOFTWARE
@@ -102,6 +103,7 @@ class Child:
         self._first = Client(FIRST_CLIENT, arguments.connection)
         self._attach = socket.socket(fileno=arguments.attach)
         self._lock = threading.RLock()
+        self._counters = LastingCounters()
         self._books = _Books(clients={FIRST_CLIENT: self._first})
         self._worker = EngineWorker(_named(arguments.engine), self._report, self._lost, arguments.light_run_us / 1e6)
 
@@ -109,8 +111,7 @@ class Child:
         """Serve until the first socket ends."""
         logging.getLogger().addHandler(_Forward(self._first.send))
         self._worker.start()
-        for name, target in (("pulse", self._pulse), ("attach", self._take_in)):
-            threading.Thread(target=target, name=name, daemon=True).start()
+        threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
         self._first.serve(self._handle, self._worker.work_off)
 
     # ---- clients
@@ -122,7 +123,11 @@ class Child:
             data, descriptors, _, _ = socket.recv_fds(self._attach, 64, 3)
             if not data:
                 return
-            client = Client(int(data), Connection(*descriptors))
+            try:
+                client = Client(int(data), Connection.of(descriptors))
+            except OSError as error:  # the front end sees the connection end, and asks for another one
+                log.error("front end %d is not connected: %s", int(data), error)
+                continue
             threads = {number: thread for number, thread in threads.items() if thread.is_alive()}
             before = threads.get(client.number)
             arguments, name = (client, before), f"client {client.number}"
@@ -186,6 +191,9 @@ class Child:
                 self._finish(client)
             case Infer():
                 self._worker.accept(command)
+            case Counted():  # before anybody else can ask
+                self._counters.begin(command.models)
+                threading.Thread(target=self._take_in, name="attach", daemon=True).start()
             case Release():
                 raise TypeError("the client's own business")
             case _:
@@ -232,10 +240,10 @@ class Child:
         with self._lock:
             clients = dict(self._books.clients)
             sorted_: defaultdict[int, list[Report]] = defaultdict(list)
-            for report in reports:
+            for report in map(self._lasting, reports):
                 for number in self._addressees(report):
                     sorted_[number].append(report)
-        for number, own in sorted_.items():
+        for number, own in sorted(sorted_.items()):  # the first client knows of every count before others do
             client = clients.get(number)
             if client is None:
                 continue
@@ -243,12 +251,20 @@ class Child:
             client.settle(own)
             self._finish(client)
 
+    def _lasting(self, report: Report) -> Report:
+        """The report, counts with those of the processes before. Called with the lock."""
+        if isinstance(report, Unloaded):
+            self._counters.forget(report.key)
+        return self._counters.report(report) if isinstance(report, StatsReport) else report
+
     def _addressees(self, report: Report) -> list[int]:
         """Who a report is for. Called with the lock."""
         books = self._books
         match report:
-            case InferResult() | InferFailed() | StatsReport() | ProfileReport():
+            case InferResult() | InferFailed() | ProfileReport():
                 return [client_of(report.id)]
+            case StatsReport():
+                return sorted({FIRST_CLIENT, client_of(report.id)})
             case BatchDone():
                 return [client_of(report.request)]
             case ModelReady():

@@ -4,13 +4,14 @@ The process that started the engine is client 0; further front ends have numbers
 of their requests' ids (`client_of`), so that every report finds its way back.
 """
 
+import errno
 import os
 import queue
 import socket
 import struct
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from service.workers.messages import Cancel, FailureCode, Infer, InferFailed, InferResult, Report
 from service.workers.shared_memory import Blocks, Leases, RegionFull, map_region
@@ -41,6 +42,16 @@ class Connection:
     requests: int
     answers: int
 
+    @classmethod
+    def of(cls, received: Sequence[int]) -> "Connection":
+        """That of the descriptors that have come. Raises OSError where some could not: this process may open no more
+        files. Then those that did are closed."""
+        if len(received) == len(fields(cls)):
+            return cls(*received)
+        for descriptor in received:
+            os.close(descriptor)
+        raise OSError(errno.EMFILE, "no file descriptors are left for a connection; raise the limit (ulimit -Hn)")
+
 
 @dataclass(slots=True)
 class _State:
@@ -60,10 +71,12 @@ class Client:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_S, 0))
         self._sending = threading.Lock()
         self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()  # its put() is safe wherever an array dies
-        self._leases = Leases(map_region(connection.requests), self._ended.put)
-        self._blocks = Blocks(map_region(connection.answers))
-        os.close(connection.requests)
-        os.close(connection.answers)
+        try:
+            self._leases = Leases(map_region(connection.requests), self._ended.put)
+            self._blocks = Blocks(map_region(connection.answers))
+        finally:
+            os.close(connection.requests)
+            os.close(connection.answers)
         self._clogged = False
         self._lock = threading.Lock()
         self._state = _State()

@@ -4,6 +4,7 @@ remote.py.
 """
 
 import asyncio
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from service.workers.messages import Report
 from service.workers.remote import RemoteTransport
 from service.workers.shared_memory import map_region
 
+log = logging.getLogger(__name__)
+
+_LONG_PAUSE_S = 1.0
 _PAUSE_S = 0.1  # before another connection is asked for: an engine process that dies takes a moment to be seen to
 
 
@@ -41,26 +45,51 @@ class GuestTransport(RemoteTransport):
             self._link.close()
 
     async def _wait(self) -> None:
-        """One connection after the other."""
+        """One connection after the other. One that cannot be used, whatever the reason, costs a pause."""
         loop = asyncio.get_running_loop()
         while (found := await self._next()) is not None:  # None: the supervisor is gone, and this process goes, too
-            number, connection = found
+            number, descriptors = found
+            pause = _PAUSE_S
+            try:
+                await self._use(Connection.of(descriptors))
+            except OSError as error:
+                log.error("there is no connection to the engine process: %s", error)
+                pause = _LONG_PAUSE_S
+            except Exception:  # a bug must not leave this process without a connection for ever
+                log.exception("the connection to the engine process is given up")
+                pause = _LONG_PAUSE_S
+            loop.call_later(pause, self._on_end, number)
+
+    async def _use(self, connection: Connection) -> None:
+        """One connection to its end. Raises OSError where this process may open no more files."""
+        end = socket.socket(fileno=connection.socket)
+        try:
             requests, answers = map_region(connection.requests), map_region(connection.answers)
+        except OSError:
+            end.close()
+            raise
+        finally:
             for descriptor in (connection.requests, connection.answers):
                 os.close(descriptor)
-            ended = asyncio.Event()
-            link = self._make_link(requests, answers, ended.set)
-            await loop.create_unix_connection(lambda link=link: link, sock=socket.socket(fileno=connection.socket))  # type: ignore[misc]
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        link = self._make_link(requests, answers, ended.set)
+        await loop.create_unix_connection(lambda: link, sock=end)
+        watch = loop.create_task(self._watch())
+        try:
             self._begin(link)
-            watch = loop.create_task(self._watch())
-            try:
-                await ended.wait()
-            finally:
-                watch.cancel()
-                self._lost()
-            loop.call_later(_PAUSE_S, self._on_end, number)
+            await ended.wait()
+        finally:
+            watch.cancel()
+            link.close()
+            self._lost()
 
-    async def _next(self) -> tuple[int, Connection] | None:
+    def _lost(self) -> None:
+        super()._lost()
+        self._counted = ()  # others may have heard of more since; the next engine process knows
+
+    async def _next(self) -> tuple[int, list[int]] | None:
+        """The next connection's number and the descriptors that have come of it."""
         loop = asyncio.get_running_loop()
         readable = asyncio.Event()
         loop.add_reader(self._connections.fileno(), readable.set)
@@ -69,4 +98,4 @@ class GuestTransport(RemoteTransport):
         finally:
             loop.remove_reader(self._connections.fileno())
         data, descriptors, _, _ = socket.recv_fds(self._connections, 64, 3)
-        return (int(data), Connection(*descriptors)) if data else None
+        return (int(data), descriptors) if data else None

@@ -18,9 +18,11 @@ from pathlib import Path
 
 from service.workers.child import ChildArguments
 from service.workers.clients import Connection
+from service.workers.link import Link
 from service.workers.messages import Report
 from service.workers.remote import RemoteTransport
 from service.workers.shared_memory import create_region, map_region
+from service.workers.wire import Counted
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +78,11 @@ class ProcessTransport(RemoteTransport):
         """The child's process id; None while there is none."""
         return self._process.pid if self._process is not None and self._link is not None else None
 
+    def _begin(self, link: Link) -> None:
+        """The first thing that a child is told is what those before it have counted."""
+        link.send(Counted(self._counted))
+        super()._begin(link)
+
     def _beat(self, busy_seconds: float) -> None:
         if busy_seconds > self._options.stuck_s:
             self._kill(f"one batch has been computing for {busy_seconds:.0f} s")
@@ -102,6 +109,8 @@ class ProcessTransport(RemoteTransport):
                 await self._live()
             except OSError as error:
                 log.error("the engine process cannot be started: %s", error)
+            except Exception:  # a bug must not leave the server without an engine process
+                log.exception("the engine process is given up and another one is started")
             failures = 1 if time.monotonic() - began > _HEALTHY_S else failures + 1
             if not self._stopped:
                 await asyncio.sleep(min(_FIRST_PAUSE_S * 2 ** (failures - 1), _LONGEST_PAUSE_S))
@@ -126,14 +135,15 @@ class ProcessTransport(RemoteTransport):
         await loop.create_unix_connection(lambda: link, sock=near)
         threading.Thread(target=_log_output, args=(process,), name="engine output", daemon=True).start()
         log.info("engine process %d started", process.pid)
-        self._begin(link)
-        self._on_started(ours)
         watch = loop.create_task(self._watch())
         try:
+            self._begin(link)
+            self._on_started(ours)
             await ended.wait()
         finally:
             watch.cancel()
             ours.close()
+            link.close()
             self._lost()
             await loop.run_in_executor(None, self._reap, process)
             self._tell_end(process)

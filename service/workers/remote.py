@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from service.workers.counters import LastingCounters
+from service.workers.counters import retired
 from service.workers.link import Link
 from service.workers.messages import (
     Cancel,
@@ -26,6 +26,7 @@ from service.workers.messages import (
     LoadModel,
     ModelKey,
     ModelReady,
+    ModelStats,
     Profile,
     ProfileReport,
     Report,
@@ -60,7 +61,7 @@ class RemoteTransport:
         self._unloading: dict[ModelKey, None] = {}
         self._crashes: dict[ModelKey, int] = {}
         self._in_flight: set[int] = set()
-        self._counters = LastingCounters()
+        self._counted: tuple[ModelStats, ...] = ()
         self._heard = self._begun = 0.0
         self._is_silent = False
         self._last_words = ""
@@ -77,7 +78,7 @@ class RemoteTransport:
             case Unload():
                 self._models.pop(command.key, None)
                 self._crashes.pop(command.key, None)
-                self._counters.forget(command.key)
+                self._forget(command.key)
             case Stop():
                 self._stopping = True
             case Cancel():
@@ -98,7 +99,7 @@ class RemoteTransport:
                 reason = f"the engine process is being {'restarted' if self._begun else 'started'}"
                 self._deliver(InferFailed(command.id, FailureCode.WORKER_LOST, reason, 1.0))
             case Stats():
-                self._deliver(self._counters.report(StatsReport(command.id, ())))
+                self._deliver(StatsReport(command.id, self._counted))
             case Profile():
                 self._deliver(ProfileReport(command.id, (), None, ()))
             case Unload():
@@ -106,6 +107,10 @@ class RemoteTransport:
             case Stop():
                 self._stopped = True
                 self._deliver(Stopped())
+
+    def _forget(self, key: ModelKey) -> None:
+        """A model is unloaded on purpose: its counters end."""
+        self._counted = tuple(stats for stats in self._counted if stats.key != key)
 
     def _forward(self, link: Link, command: Command) -> None:
         if isinstance(command, Infer):
@@ -174,9 +179,9 @@ class RemoteTransport:
                 self._models.pop(message.key, None)
             case Unloaded():
                 self._unloading.pop(message.key, None)
-                self._counters.forget(message.key)
+                self._forget(message.key)
             case StatsReport():
-                message = self._counters.report(message)
+                self._counted = message.models
             case Stopped():
                 self._stopped = True
         self._deliver(message)
@@ -184,14 +189,15 @@ class RemoteTransport:
     async def _watch(self) -> None:
         """Tell the service when the worker falls silent, and when it speaks again; as long as there is a connection.
         One that has just been started has to come up first."""
-        looked = time.monotonic()
+        looked, heard, silent_s = time.monotonic(), self._heard, 0.0
         while True:
             await asyncio.sleep(_WATCH_EVERY_S)
             before, looked = looked, time.monotonic()
-            if looked - before > 2 * _WATCH_EVERY_S:
-                continue  # this process stood still itself: it has not read yet what it was told
-            silent_s = looked - self._heard
-            is_silent = silent_s > _SILENT_S and self._heard > self._begun
+            # Of a time that this process stood still itself, it has not read yet what it was told in it.
+            silent_s += min(looked - before, 2 * _WATCH_EVERY_S)
+            if self._heard > heard:
+                heard, silent_s = self._heard, min(looked - self._heard, 2 * _WATCH_EVERY_S)
+            is_silent = silent_s > _SILENT_S and heard > self._begun
             if is_silent is not self._is_silent:
                 self._is_silent = is_silent
                 self._deliver(WorkerSilent(silent_s if is_silent else 0.0))
@@ -207,7 +213,7 @@ class RemoteTransport:
         """The socket has ended, and the worker with it or soon, unless it is shared."""
         fault = self._link.fault if self._link is not None else ""
         self._link = self._blocks = None
-        self._counters.retire()
+        self._counted = retired(self._counted)
         if self._stopped:
             return
         what = "the connection to the engine process broke" if fault else "the engine process ended unexpectedly"

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _TOLERANCE = 2e-2  # relative L2: wide enough for fp16 and for another tile order, far below a mixed-up row
 _SHORT, _LONG = 5, 8  # tokens of the probe's rows
 _MAGNITUDE = 8.0  # of the probe's rows beside each other
+_LARGE = 255  # the largest integer that is tried
 _GUESS = 8  # extent of a symbolic dim that nothing says more about
 _LONG_S = 1.0  # seconds of one row's arithmetic at the device's ceiling
 
@@ -70,6 +71,9 @@ def probe(model: EngineModel, command: LoadModel, engine_error: type[Exception])
         if seconds > _LONG_S:
             return axes.without_batching(f"one row computes for {seconds:.1f} s or more, so rows together gain nothing")
         rows = _rows(one)
+        large = _large(one) if axes.sequence is None else None
+        if large is not None and _runs(model, large, engine_error):
+            rows.insert(1, large)
         together = model.run({name: np.concatenate([row[name] for row in rows]) for name in one})
         alone = [first, *(model.run(row) for row in rows[1:-1]), first]
     except engine_error as error:
@@ -157,6 +161,29 @@ def _rows(one: Mapping[str, Array]) -> list[Mapping[str, Array]]:
     dynamic quantisation does, or treats later rows otherwise gives them other answers than alone."""
     other = {name: _other(array) for name, array in one.items()}
     return [one, other, _scaled(one, _MAGNITUDE), _scaled(other, 1 / _MAGNITUDE), one]
+
+
+def _large(one: Mapping[str, Array]) -> dict[str, Array] | None:
+    """A row with integers up to 255, as pixels are, beside which those of the others, 0 and 1, are small; None where
+    the model has no integers. It may have none that may be so large, such as places in a table."""
+    generator = np.random.default_rng(1)
+    large = {
+        name: generator.integers(0, min(_LARGE, np.iinfo(array.dtype).max), array.shape, endpoint=True).astype(
+            array.dtype
+        )
+        for name, array in one.items()
+        if array.dtype.kind in "iu" and name not in MASK_NAMES
+    }
+    return {**one, **large} if large else None
+
+
+def _runs(model: EngineModel, row: Mapping[str, Array], engine_error: type[Exception]) -> bool:
+    """Whether a row is one that the model can compute."""
+    try:
+        model.run(row)
+    except engine_error:
+        return False
+    return True
 
 
 def _scaled(row: Mapping[str, Array], factor: float) -> dict[str, Array]:

@@ -17,7 +17,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from service.workers.messages import Command, LocalTensor, Report
+from service.workers.messages import Command, LocalTensor, ModelStats, Report
 from service.workers.shared_memory import Blocks, Leases
 
 INLINE_BYTES = 32 << 10
@@ -64,7 +64,14 @@ class Dying:
     reason: str
 
 
-ToEngine = Command | Release
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What the engine processes before this one had counted: the first thing that one is told."""
+
+    models: tuple[ModelStats, ...]
+
+
+ToEngine = Command | Release | Counted
 FromEngine = Report | Release | Beat | Starved | LogLine | Dying
 
 
@@ -227,7 +234,8 @@ _CODECS: Mapping[str, _Codec] = {**_TO_ENGINE, **_FROM_ENGINE}
 
 
 def encode(message: ToEngine | FromEngine, blocks: Blocks, wait: float = 0.0) -> bytes:
-    """The frame of a message; large tensors are copied to a new block. Raises RegionFull (see `Blocks.take`)."""
+    """The frame of a message; large tensors are copied to a new block. Raises RegionFull (see `Blocks.take`). Texts
+    that are not UTF-8, like names of some files, arrive with escapes in them."""
     name = type(message).__name__
     writer = _Writer()
     body = _CODECS[name][0](message, writer)
@@ -239,8 +247,20 @@ def encode(message: ToEngine | FromEngine, blocks: Blocks, wait: float = 0.0) ->
         start, target = blocks.take(writer.nbytes, wait)
         writer.copy_to(target)
         payload, block = bytearray(), (start, writer.nbytes)
-    text = orjson.dumps((name, body, block), option=orjson.OPT_SERIALIZE_NUMPY)
+    try:
+        text = orjson.dumps((name, body, block), option=orjson.OPT_SERIALIZE_NUMPY)
+    except TypeError:
+        text = orjson.dumps((name, _escaped(body), block), option=orjson.OPT_SERIALIZE_NUMPY)
     return b"".join((_HEAD.pack(len(text), len(payload)), text, payload))
+
+
+def _escaped(body: Any) -> Any:
+    """The same with escapes for what is not UTF-8."""
+    if isinstance(body, str):
+        return body.encode(errors="backslashreplace").decode()
+    if isinstance(body, dict):
+        return {_escaped(key): _escaped(value) for key, value in body.items()}
+    return [_escaped(value) for value in body] if isinstance(body, list | tuple) else body
 
 
 def decode_command(text: bytes, payload: bytes, leases: Leases) -> ToEngine:

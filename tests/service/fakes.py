@@ -189,8 +189,15 @@ def _mixing(feeds: Mapping[str, Array]) -> dict[str, Array]:
 
 def _quantised(feeds: Mapping[str, Array]) -> dict[str, Array]:
     """As dynamic quantisation does: one scale of 8 bits for the whole batch, by its largest number."""
-    scale = np.abs(feeds["input"]).max() / np.float32(127)
+    scale = max(1e-9, np.abs(feeds["input"]).max() / np.float32(127))
     return {"output": (np.rint(feeds["input"] / scale) * scale).astype(np.float32)}
+
+
+def _places(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """Rows of a table of two."""
+    if feeds["input"].max(initial=0) > 1:
+        raise ShapeError("input 'input': the table has two rows")
+    return {"output": feeds["input"].astype(np.float32)}
 
 
 def _third(feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -223,6 +230,12 @@ KINDS: dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], Runner]] 
     "fixed": ((_spec("input", "float32", 2, 4),), (_spec("output", "float32", 2, 4),), _identity),
     "mixing": ((_VECTOR,), (_spec("output", "float32", "batch", 4),), _mixing),
     "quantised": ((_VECTOR,), (_spec("output", "float32", "batch", 4),), _quantised),
+    "quantised_pixels": (
+        (_spec("input", "uint8", "batch", 4),),
+        (_spec("output", "float32", "batch", 4),),
+        _quantised,
+    ),
+    "places": ((_spec("input", "int32", "batch", 4),), (_spec("output", "float32", "batch", 4),), _places),
     "third": ((_VECTOR,), (_spec("output", "float32", "batch", 4),), _third),
     "half": ((_spec("input", "float16", "batch", 2),), (_spec("output", "float16", "batch", 2),), _halves),
     "fp8": ((_spec("input", "float8_e4m3fn", "n", 2),), (_spec("output", "float32", "n", 2),), _identity),

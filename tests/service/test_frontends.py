@@ -432,6 +432,11 @@ def test_a_front_end_to_come_serves_what_the_others_do_whatever_the_disk_has(fle
 def test_an_engine_process_that_dies_is_503_at_once_and_comes_back(fleet: Fleet) -> None:
     restarts = fleet.metric("engine_process_restarts_total")
     counted = fleet.metric("inference_requests_total", model="identity", outcome="success")
+
+    def launches() -> float:
+        return fleet.metric("engine_kernel_launches_total", model="identity", kernel="gemm_f32")
+
+    before = launches()
     with ThreadPoolExecutor(8) as pool:
         waiting = [pool.submit(fleet.identity, [float(i)] * 4, None, "slow") for i in range(8)]
         wait_for(lambda: fleet.metric("inference_inflight", model="slow") > 0)
@@ -445,6 +450,8 @@ def test_an_engine_process_that_dies_is_503_at_once_and_comes_back(fleet: Fleet)
     assert fleet.identity([1.0] * 4).status_code == 200
     assert fleet.metric("engine_process_restarts_total") == restarts + 1
     assert fleet.metric("inference_requests_total", model="identity", outcome="success") > counted
+    (after,) = {launches() for _ in range(24)}  # whichever front end is asked, those that never were before, too
+    assert after > before > 0
 
 
 def test_an_engine_process_that_stands_still_makes_every_front_end_unready(fleet: Fleet) -> None:

@@ -25,6 +25,7 @@ import pytest
 
 from service import app
 from service.settings import Settings
+from service.workers import remote
 from service.workers.clients import first_id
 from service.workers.engine_api import import_path, real_engine
 from service.workers.guest import GuestTransport
@@ -40,11 +41,14 @@ from service.workers.messages import (
     ModelKey,
     ModelReady,
     Report,
+    Stats,
+    StatsReport,
     Stop,
     Stopped,
     Unload,
     Unloaded,
     WorkerLost,
+    WorkerSilent,
 )
 from service.workers.process import ProcessOptions, ProcessTransport
 from service.workers.shared_memory import create_region
@@ -155,6 +159,7 @@ def test_kill_9_under_load_loses_only_what_was_in_flight(start: Start, repositor
             future.result(90)
     assert not wrong
     assert count[503] > 0
+    wait_for(lambda: ready(server), 60)  # all clients may have ended before the second kill
     assert server.identity([1, 2, 3, 4]).status_code == 200
 
 
@@ -717,3 +722,85 @@ def test_an_engine_for_another_process_must_have_a_name() -> None:
     unnamed: Callable[[], Any] = lambda: FakeEngine()  # noqa: E731  (a lambda is the point)
     with pytest.raises(ValueError, match="cannot be imported"):
         import_path(unnamed)
+
+
+def test_a_bug_at_the_start_of_a_process_costs_that_process(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Another one is started."""
+    path = add_model(tmp_path, "identity", "identity") / "1" / "model.onnx"
+    key = ModelKey("identity", 1)
+    started: list[socket.socket] = []
+
+    def on_started(attach: socket.socket) -> None:
+        started.append(attach)
+        if len(started) == 1:
+            raise RuntimeError("a bug")
+
+    async def scenario() -> None:
+        async with asyncio.timeout(60):
+            process = ProcessTransport(ProcessOptions(import_path(FakeEngine), 1 << 20), on_started)
+            reports: asyncio.Queue[Report] = asyncio.Queue()
+            process.start(reports.put_nowait)
+            process.send(LoadModel(key, str(path), "cpu", "auto", None, BatchingOptions(), None))
+            while not isinstance(await reports.get(), ModelReady):
+                pass
+            process.close()
+
+    asyncio.run(scenario())
+    assert len(started) == 2 and "a bug" in caplog.text
+
+
+def test_a_front_end_without_files_for_a_connection_asks_for_another(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with asyncio.timeout(60):
+            attached: asyncio.Future[socket.socket] = asyncio.get_running_loop().create_future()
+            process = ProcessTransport(ProcessOptions(import_path(FakeEngine), 1 << 20), attached.set_result)
+            process.start(lambda report: None)
+            attach = await attached
+            theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            asked: asyncio.Queue[int] = asyncio.Queue()
+            guest = GuestTransport(theirs, asked.put_nowait)
+            reports: asyncio.Queue[Report] = asyncio.Queue()
+            guest.start(reports.put_nowait)
+            near, far = socket.socketpair()
+            socket.send_fds(ours, [b"7"], [near.fileno()])  # as where the others could not be opened
+            socket.send_fds(attach, [b"1"], [far.fileno()])
+            assert await asked.get() == 7
+            near.close()
+            far.close()
+            near, far = socket.socketpair()
+            regions = [create_region(1 << 20) for _ in range(2)]
+            socket.send_fds(attach, [b"1"], [far.fileno(), *regions])
+            socket.send_fds(ours, [b"8"], [near.fileno(), *regions])
+            guest.send(Stats(first_id(1)))
+            while not isinstance(report := await reports.get(), StatsReport):
+                pass
+            assert report.models == ()
+            guest.close()
+            process.close()
+            for end in (near, far, ours, theirs):
+                end.close()
+            for region in regions:
+                os.close(region)
+
+    asyncio.run(scenario())
+
+
+def test_silence_shows_to_a_process_that_is_late_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its looks comes late, but an engine process that never says anything is silent all the same."""
+    monkeypatch.setattr(remote, "_WATCH_EVERY_S", 0.02)
+    monkeypatch.setattr(remote, "_SILENT_S", 0.3)
+    reports: list[Report] = []
+
+    async def scenario() -> None:
+        found = GuestTransport(socket.socket(), lambda number: None)
+        found._receive = reports.append
+        found._heard = time.monotonic()
+        watch = asyncio.get_running_loop().create_task(found._watch())
+        async with asyncio.timeout(30):
+            while not reports:
+                time.sleep(0.06)
+                await asyncio.sleep(0.001)
+        watch.cancel()
+
+    asyncio.run(scenario())
+    assert isinstance(reports[0], WorkerSilent) and reports[0].seconds > 0.3

@@ -328,3 +328,19 @@ def test_a_repository_that_is_gone_is_no_internal_error(start: Start, repository
     answer = server.client.post("/v2/repository/index")
     assert answer.status_code == 503
     assert "folder cannot be read" in answer.json()["error"]
+
+
+def test_a_file_whose_name_no_json_can_carry_is_refused_and_harms_no_other(start: Start, repository: Path) -> None:
+    server = start(repository, engine_process="always")
+    folder = repository / "accent"
+    folder.mkdir()
+    (folder / os.fsdecode(b"mod\xe8le.onnx")).write_bytes((repository / "identity" / "1" / "model.onnx").read_bytes())
+    for _ in range(2):
+        answer = change(server, "accent", "load")
+        assert answer.status_code == 400 and "mod\\udce8le.onnx is not UTF-8; rename it" in error_of(answer)
+    assert server.client.post("/v2/repository/index").status_code == 200
+    assert server.identity([1, 2, 3, 4]).status_code == 200
+    again = start(repository, engine_process="always")
+    again.wait_ready()
+    assert states(again)["identity", "1"] == "READY"
+    assert [state for (name, _), state in states(again).items() if name == "accent"] == ["UNAVAILABLE"]

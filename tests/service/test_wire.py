@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import socket
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any, get_args
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from service.workers.counters import LastingCounters
+from service.workers.clients import Connection
+from service.workers.counters import LastingCounters, retired
 from service.workers.messages import (
     BatchDone,
     BatchingMode,
@@ -50,6 +53,7 @@ from service.workers.shared_memory import Blocks, Leases, RegionFull, create_reg
 from service.workers.wire import (
     INLINE_BYTES,
     Beat,
+    Counted,
     Dying,
     FrameReader,
     FromEngine,
@@ -97,6 +101,7 @@ MESSAGES = [
     Cancel(2**40),
     Unload(KEY),
     Stats(1),
+    Counted((ModelStats(KEY, COUNTERS, (), 0, 2),)),
     Profile(1, KEY, None),
     Profile(1, KEY, "batch=1,sequence=16"),
     Stop(),
@@ -257,6 +262,26 @@ def test_a_full_region_says_whether_waiting_helps() -> None:
     assert pair.blocks.take(1)[0] == 0
 
 
+def test_texts_that_are_not_utf_8_arrive_escaped() -> None:
+    pair = Pair()
+    path = os.fsdecode(b"/m/mod\xe8le.onnx")
+    command = LoadModel(KEY, path, "cpu", "auto", None, BatchingOptions(), None)
+    assert pair.through(command) == replace(command, path="/m/mod\\udce8le.onnx")
+    assert pair.through(LoadFailed(KEY, path)).reason == "/m/mod\\udce8le.onnx"
+
+
+# ---- connections
+
+
+def test_a_connection_of_which_not_all_came_is_none() -> None:
+    """The kernel drops descriptors where a process may open no more files."""
+    ends = socket.socketpair()
+    with pytest.raises(OSError, match="ulimit"):
+        Connection.of([ends[0].detach()])
+    assert ends[1].recv(1) == b""  # and what did come is closed
+    ends[1].close()
+
+
 # ---- counters
 
 
@@ -268,14 +293,14 @@ def counted(launches: int, dropped: int = 0) -> ModelStats:
 def test_counters_go_on_where_the_last_process_ended() -> None:
     counters = LastingCounters()
     assert counters.report(StatsReport(1, (counted(10, 1),))).models == (counted(10, 1),)
-    counters.retire()
-    (between,) = counters.report(StatsReport(2, ())).models
+    (between,) = retired([counted(10, 1)])
     assert between.kernels[0].launches == 10 and between.memory == () and between.queued == 0
+    counters.begin([between])
+    assert counters.report(StatsReport(2, ())).models == (between,)
     (after,) = counters.report(StatsReport(3, (counted(4, 2),))).models
     assert after.kernels == (KernelCounters("gemm", "Gemm", 14, 7.0, 28.0, 42.0, 14.0, 3.5, 1.75),)
     assert after.dropped == 3 and after.memory == (("weights", 5),)
-    counters.retire()
-    counters.retire()
+    counters.begin(retired(retired([after])))
     assert counters.report(StatsReport(4, (counted(1),))).models[0].kernels[0].launches == 15
     counters.forget(KEY)
     assert counters.report(StatsReport(5, (counted(1),))).models[0].kernels[0].launches == 1

@@ -298,11 +298,16 @@ def test_two_busy_models_share_the_engine_by_time(harness: Harness) -> None:
     assert 1 <= len(slow_before_fast_ended) <= 8
 
 
-@pytest.mark.parametrize("model", ["mixing", "quantised", "third"])
+@pytest.mark.parametrize("model", ["mixing", "quantised", "quantised_pixels", "third"])
 def test_a_model_whose_rows_see_each_other_is_found_out_and_never_batched(harness: Harness, model: str) -> None:
     ready = harness.load(model)
     assert ready.batching is BatchingMode.NONE
     assert "rows together" in ready.batching_reason
+
+
+@pytest.mark.parametrize("model", ["int32", "places"])
+def test_integers_are_batched_whether_large_ones_are_errors_or_not(harness: Harness, model: str) -> None:
+    assert harness.load(model).batching is BatchingMode.ROWS
 
 
 def test_a_model_whose_padding_shows_is_batched_without_padding(harness: Harness) -> None:

@@ -62,10 +62,12 @@ def test_flipped_bytes(build: Any, seed: int) -> None:
         read_or_refuse(bytes(damaged))
 
 
-def test_names_that_are_not_text() -> None:
-    data = model([node("Relu", "x", "yyyy")], [tensor("x", [2])], ["yyyy"]).SerializeToString()
-    with pytest.raises(ModelError):
-        read(data.replace(b"yyyy", b"\xff\xfe\xff\xfe"))
+@pytest.mark.parametrize("what", ["xxxx", "yyyy", "nnnn", "Relu"])
+def test_names_that_are_not_text(what: str) -> None:
+    data = model([node("Relu", "xxxx", "yyyy")], [tensor("xxxx", ["nnnn"])], ["yyyy"]).SerializeToString()
+    read(data)
+    with pytest.raises(ModelError, match=r"is not UTF-8: b'mod\\xe8"):
+        read(data.replace(what.encode(), b"mod\xe8"))
 
 
 @pytest.mark.parametrize("data", [b"", b"\0", b"this is no model", b"\x89PNG\r\n\x1a\n" + bytes(100), bytes(4096)])
