@@ -8,7 +8,7 @@ from engine.ir.dtype import DType
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda.attention_operands import Attended, BiasKind, four, strides
-from engine.targets.cuda.attention_wgmma_tiles import BAND, WgmmaAttentionTile, Work, candidates, cycles
+from engine.targets.cuda.attention_wgmma_tiles import BAND, WgmmaAttentionTile, Work, candidates, cycles, streams
 from engine.targets.cuda.gemm_wgmma import wgmma_function
 from engine.targets.cuda.kernel import (
     STORAGE,
@@ -84,13 +84,14 @@ def width(tensor: Tensor) -> int:
 def pick(step: Step, context: Context) -> WgmmaAttentionTile:
     """The tile with the least estimated time; of equal ones, as where memory binds, the one with fewest queries beyond
     the end. A mask by key hides tiles that the host does not know of: then of equal ones the smallest, with which
-    blocks even that out."""
+    blocks even that out. Of those that are still equal the one with most keys under way, where that is what counts."""
     work = work_of(step)
 
-    def rank(tile: WgmmaAttentionTile) -> tuple[float, int, int]:
+    def rank(tile: WgmmaAttentionTile) -> tuple[float, int, int, int]:
         estimated = cycles(tile, work, context.multiprocessors)
         padded = ceildiv(work.queries, tile.queries) * tile.queries
-        return estimated, padded, tile.queries if work.bias is BiasKind.PER_KEY else 0
+        under_way = tile.stages * tile.keys if streams(tile, work, context.multiprocessors) else 0
+        return estimated, padded, tile.queries if work.bias is BiasKind.PER_KEY else 0, -under_way
 
     return min(candidates(work), key=rank)
 

@@ -15,6 +15,8 @@ _BINS = 32  # of lengths, 4 bytes each, that packed sequences are sorted into
 LAUNCH = 4250  # cycles from a launch to the first product, and behind the last store
 MEMORY_BYTES = 13  # a cycle and multiprocessor
 _ORDER, _LOOKED_UP = 3400, 425  # cycles until packed sequences are in order, and for every item of a multiprocessor
+_FEW_KEYS = 512  # up to which, on an H100, one consumer of 128 keys took less in each of 14 cases than two blocks of 64
+_THIRD = 750  # an item's, of three consumers and 64 keys: fitted to 34 cases of heads of 128 features on an H100
 _ROUNDS = 8  # items a block, up to which the cost model deals them one by one
 _SHARES = (0.4, 0.8, 1.2, 1.6)  # lengths of packed sequences beside their mean
 
@@ -100,13 +102,19 @@ def _without_full_bias(work: Work) -> Iterator[WgmmaAttentionTile]:
         yield WgmmaAttentionTile(1, 128, 2, 2, 40, 208, turns=False)
         if work.places:  # short sequences fill no larger tile
             yield WgmmaAttentionTile(1, 64, 3, 3, 24, 136, turns=False)
-    elif widest <= 128:
-        if widest <= 96:
-            yield WgmmaAttentionTile(3, 96, 3, 1, 40, 152)
-        yield WgmmaAttentionTile(2, 128, 3 if widest <= 96 else 2, 1, 40, 232)
+    elif widest <= 96:
+        yield WgmmaAttentionTile(3, 96, 3, 1, 40, 152)
+        yield WgmmaAttentionTile(2, 128, 3, 1, 40, 232)
         yield WgmmaAttentionTile(1, 64, 2, 2, 40, 208, turns=False)
-        if work.places and widest > 96:  # 3 to 9 % faster in six cases on an H100; elsewhere not tried
-            yield WgmmaAttentionTile(3, 64, 3, 1, 32, 160)
+    elif widest <= 128:
+        yield WgmmaAttentionTile(2, 128, 2, 1, 40, 232)
+        thirds = (WgmmaAttentionTile(3, 64, stages, 1, 32, 160) for stages in (4, 3))
+        yield next(tile for tile in thirds if tile.shared_bytes(work) <= shared_limit(tile.blocks))
+        if work.places or work.bias is not BiasKind.NONE or work.keys > _FEW_KEYS:
+            yield WgmmaAttentionTile(1, 64, 2, 2, 40, 208, turns=False)
+        else:
+            yield WgmmaAttentionTile(2, 128, 3, 1, 40, 232, q_stages=1)
+            yield WgmmaAttentionTile(1, 128, 2, 1, 40, 232, turns=False)
     elif widest <= 192:
         yield WgmmaAttentionTile(2, 96, 2, 1, 40, 232, q_stages=1)
         yield WgmmaAttentionTile(2, 64, 2, 1, 40, 232)
@@ -159,6 +167,15 @@ def cycles(tile: WgmmaAttentionTile, work: Work, multiprocessors: int) -> float:
     return LAUNCH + max(floor, *free)
 
 
+def streams(tile: WgmmaAttentionTile, work: Work, multiprocessors: int) -> bool:
+    """Whether blocks have many items that meet one and a half tiles of keys on average or fewer. On an H100 a third
+    stage of keys in place of the second of queries took 2 % less then, and more otherwise."""
+    first = range(0, work.queries, tile.queries)
+    seen = (work.seen(query, min(work.queries, query + tile.queries) - 1) for query in first)
+    met = sum(ceildiv(end, tile.keys) - begin // tile.keys for begin, end in seen)
+    return 2 * met <= 3 * len(first) and len(first) * work.groups > _ROUNDS * multiprocessors
+
+
 def as_long(work: Work) -> list[Work]:
     """Packed sequences by how long they are beside their mean, which is all that the host knows."""
 
@@ -195,6 +212,8 @@ def _items(tile: WgmmaAttentionTile, work: Work, blocks: int) -> list[float]:
         return max(active * busy + exposed, feed)
 
     around = alone + blocks * tile.queries * (work.head + work.value) * 2 / 32
+    if tile.consumers == 3 and tile.keys == 64 and not work.places:
+        around += _THIRD
 
     def item(query0: int) -> float:
         """A tile of queries: its warpgroups start together on the last tile that each of them sees."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from engine.targets.cuda import conv_halo, conv_halo_deep, conv_wgmma
-from engine.targets.cuda.gemm_rows import ROWS_TILES, SHORT_ROWS_TILES
+from engine.targets.cuda.gemm_rows import CLUSTER_ROWS_TILES, ROWS_TILES, SHORT_ROWS_TILES
 from engine.targets.cuda.joined_tiles import JOINED_PAIRS, JOINED_PRODUCTS
 from engine.targets.cuda.kernel import Choice
 from engine.targets.cuda.source import expand
@@ -24,14 +24,15 @@ log = logging.getLogger(__name__)
 _KERNELS = (
     "conv_cluster.cuh", "conv_cluster_staged.cuh", "gemm_ragged.cuh", "gemm_joined.cuh",
     "gemm_wgmma.cuh", "gemm_staged.cuh", "gemm_cluster.cuh", "gemm_cluster_staged.cuh", "gemm_batch.cuh",
-    "gemm_mma.cuh", "gemm_stream.cuh", "gemm_rows.cuh", "row_factors.cuh", "align_rows.cuh", "split_rows.cuh",
+    "gemm_mma.cuh", "gemm_stream.cuh", "gemm_rows.cuh", "gemm_rows_joined.cuh", "row_factors.cuh", "align_rows.cuh",
+    "split_rows.cuh",
     "conv_wgmma.cuh", "conv_staged.cuh", "conv_joined.cuh", "conv_halo.cuh", "conv_halo_deep.cuh", "conv_mma.cuh",
     "conv_stem.cuh", "depthwise_mma.cuh", "depthwise_rows.cuh", "excitation.cuh",
 )  # fmt: skip
 _TILES = (
     PRODUCT_TILES, STAGED_TILES, CLUSTER_TILES, BATCHED_TILES, MMA_TILES, ROWS_TILES, SHORT_ROWS_TILES,
-    conv_wgmma.TILES, conv_wgmma.STAGED, JOINED_PRODUCTS, JOINED_PAIRS, conv_wgmma.PAIRS, conv_halo.TILES,
-    conv_halo_deep.SHAPES,
+    CLUSTER_ROWS_TILES, conv_wgmma.TILES, conv_wgmma.STAGED, JOINED_PRODUCTS, JOINED_PAIRS, conv_wgmma.PAIRS,
+    conv_halo.TILES, conv_halo_deep.SHAPES,
 )  # fmt: skip
 
 

@@ -59,6 +59,7 @@ def tile_text(tile: AnyTile) -> str:
         return f"slices of {32 * tile.groups} columns{parts}"
     if isinstance(tile, RowsTile):
         parts = f", k in {tile.splits}" if tile.splits > 1 else ""
+        parts += f" of clusters of {tile.cluster}" if tile.cluster > 1 else ""
         return f"rows, {tile.columns} columns, {tile.warps} warps, {tile.stages} steps under way{parts}"
     kernel = "wgmma" if isinstance(tile, WgmmaTile) else "mma"
     turns = " cooperative" if isinstance(tile, WgmmaTile) and tile.cooperative else ""

@@ -230,7 +230,7 @@ def ranked_tiles(product: Product, context: Context, reads: Reads = NOTHING) -> 
     if context.architecture.wgmma and product.suits_tma_aligned and operands is not Operands.EXACT:
         tiles = ranked_wgmma(product, operands, multiprocessors, reads)
         every += (one for one in tiles if divides(product, one.tile))
-    every += ranked_rows(product, operands, multiprocessors, others)
+    every += ranked_rows(product, operands, context.architecture.wgmma, multiprocessors, others)
     every.sort(key=lambda ranked: ranked.estimate.cycles)
     slices, best = ranked_stream(product, operands, multiprocessors, reads), every[0].tile
     if slices and not isinstance(best, RowsTile):

@@ -17,7 +17,15 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from engine.targets.cuda.architecture import Architecture
-from engine.targets.cuda.gemm_rows import MOST_ROWS, AnyTile, rows_tiles
+from engine.targets.cuda.gemm_rows import (
+    LEAST_K,
+    MOST_COLUMNS,
+    MOST_ROWS,
+    SHORT_ROWS_TILES,
+    AnyTile,
+    RowsTile,
+    rows_tiles,
+)
 from engine.targets.cuda.gemm_stream import StreamTile, stream_cycles, stream_tiles
 from engine.targets.cuda.joined_tiles import JOINED_PRODUCTS, has_steps
 from engine.targets.cuda.kernel import Reads, ceildiv
@@ -32,6 +40,7 @@ from engine.targets.cuda.tiles import (
     Operands,
     WgmmaTile,
     clusters_at_once,
+    clusters_on,
     joining_cycles,
     mma_cycles,
     mma_tiles,
@@ -159,6 +168,21 @@ _ROWS_ROUND, _ROWS_MEET = 1520, 1.7
 """Until what a ring holds has come, and how the time of a multiprocessor's rings adds to that of memory: as in a norm
 of so high an order. Fitted to 171 timings of 27 products (1 to 16 rows, 2 to 100 million weights) on an H100: 7 % off,
 and the best of the estimates took 1 % longer than the best tile."""
+_SEVERAL_OF_ROOM = 5 / 6
+"""Of the clusters that have room, where several share k: 28 of 30 took 2 to 6 % longer than 28 of 39 smaller ones."""
+_ROWS_ALONE = 1.04
+"""Blocks without a cluster took 5 to 13 % longer than estimated in six products of 2000 to 3000 columns that were not
+among those, and those of clusters 1 to 6 %."""
+_SHORT_ROWS_LAUNCH = 1000
+"""That of small blocks: 12 timings of four products of 17 million weights on an H100 to 3 %; two of 1 million, with a k
+of 48 and 88, took 8 and 12 % longer."""
+_JOINED_ROWS_LAUNCH, _JOINED_ROWS_MEMORY_RATE, _JOINED_ROWS_RATE = 1500, 1600, 8970
+_JOINED_ROWS_SPREAD, _JOINED_ROWS_LOSS = 1.455, 0.23
+_JOINED_ROWS_AHEAD, _JOINED_ROWS_SEVERAL = 0.16, 1400
+"""The same in clusters that share k: the rates of memory and of rows; how many blocks a multiprocessor should have on
+average, and the power with which fewer cost; what of its first rings a launch finds there; and adding up what several
+clusters have. Fitted to 417 timings of 27 products of 17 to 25 million weights on an H100: 4 % off, and the best of the
+estimates took 1 % longer than the best tile."""
 _FEW_ROWS_MEMORY_RATE = 2050
 """The memory rate of tiles of wgmma with so few rows, which took 3 to 7 % longer than with the others' rate."""
 
@@ -313,19 +337,47 @@ def ranked_mma(
         yield Ranked(tile, Estimate(_MMA_LAUNCH, 0, busy, memory, "products", _moments_cycles(product)))
 
 
-def ranked_rows(product: Product, operands: Operands, multiprocessors: int, reads: Reads = NOTHING) -> Iterator[Ranked]:
-    """Every tile of the kernel for few rows."""
+def ranked_rows(
+    product: Product, operands: Operands, clusters: bool, multiprocessors: int, reads: Reads = NOTHING
+) -> Iterator[Ranked]:
+    """Every tile of the kernel for few rows; those of clusters, which have room at once, where there are `clusters`."""
     m, n, k, itemsize = product.m, product.n, product.k, operands.itemsize
+    touched, after = _touched(product, operands, reads, 1), _moments_cycles(product)
+    alone = _ROWS_ALONE if clusters and n <= MOST_COLUMNS else 1
     for tile in rows_tiles(product):
-        blocks = ceildiv(n, tile.columns) * tile.splits
-        waves = blocks / (multiprocessors * tile.resident(m))
-        waves = ceildiv(blocks, multiprocessors * tile.resident(m)) if waves <= 2 else waves
-        rings = waves * tile.columns * k * itemsize / tile.splits / tile.shared_bytes * _ROWS_ROUND
-        memory = _touched(product, operands, reads, 1) / _ROWS_MEMORY_RATE
-        delivery = (memory**_ROWS_MEET + rings**_ROWS_MEET) ** (1 / _ROWS_MEET)
-        rows = m * _ROWS_ROW + blocks * m * k * itemsize / tile.splits / _ROWS_RATE
-        busy = rows + _ROWS_ARRIVAL * (tile.splits > 1)
-        yield Ranked(tile, Estimate(_ROWS_LAUNCH, 0, busy, delivery, "rows", _moments_cycles(product)))
+        groups, resident = ceildiv(n, tile.columns), tile.resident(m)
+        blocks, slots = groups * tile.splits, multiprocessors * resident
+        share = tile.columns * k * itemsize / tile.splits / tile.ring_bytes  # a block's bytes, in rings
+        copied = blocks * m * k * itemsize / tile.splits
+        if tile.cluster > 1:
+            parts = tile.splits // tile.cluster
+            most = clusters_on(ceildiv(tile.cluster, resident), multiprocessors)
+            if clusters and groups * parts <= (most if parts == 1 else _SEVERAL_OF_ROOM * most):
+                estimate = _joined_rows(tile, blocks, slots, max(1, share), touched, copied, multiprocessors)
+                yield Ranked(tile, replace(estimate, after=after))
+            continue
+        small = tile in SHORT_ROWS_TILES
+        if small and k >= LEAST_K and 2 * blocks < slots:  # they have little under way each
+            continue
+        waves = blocks / slots
+        waves = ceildiv(blocks, slots) if waves <= 2 else waves
+        rings = waves * max(1, share) * _ROWS_ROUND
+        memory = touched / _ROWS_MEMORY_RATE
+        delivery = alone * (memory**_ROWS_MEET + rings**_ROWS_MEET) ** (1 / _ROWS_MEET)
+        busy = m * _ROWS_ROW + copied / _ROWS_RATE + _ROWS_ARRIVAL * (tile.splits > 1)
+        yield Ranked(tile, Estimate(_SHORT_ROWS_LAUNCH if small else _ROWS_LAUNCH, 0, busy, delivery, "rows", after))
+
+
+def _joined_rows(
+    tile: RowsTile, blocks: int, slots: int, rings: float, touched: float, copied: float, multiprocessors: int
+) -> Estimate:
+    """Of blocks in clusters, `slots` of which would have room; `rings`: how often each fills its rings. Where there is
+    room left, the next launch fills its own before this one ends."""
+    room = min(1, (slots - blocks) / blocks)
+    spread = min(1, blocks / (multiprocessors * _JOINED_ROWS_SPREAD))
+    memory = touched / _JOINED_ROWS_MEMORY_RATE * (1 - _JOINED_ROWS_AHEAD * room / rings) / spread**_JOINED_ROWS_LOSS
+    busy = copied / _JOINED_ROWS_RATE + _JOINED_ROWS_SEVERAL * (tile.splits > tile.cluster)
+    return Estimate(_JOINED_ROWS_LAUNCH, 0, busy, memory, "rows")
 
 
 def ranked_stream(product: Product, operands: Operands, multiprocessors: int, reads: Reads = NOTHING) -> list[Ranked]:

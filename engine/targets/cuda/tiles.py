@@ -500,6 +500,13 @@ def clusters_at_once(tile: WgmmaTile, multiprocessors: int) -> int:
     return tile.cluster * max(1, _CLUSTERS[tile.cluster * tile.cluster_k] * multiprocessors // 132)
 
 
+def clusters_on(size: int, multiprocessors: int) -> int:
+    """How many clusters have room at once that take so many multiprocessors each."""
+    if size == 1:
+        return multiprocessors
+    return _CLUSTERS[min(known for known in _CLUSTERS if known >= size)] * multiprocessors // 132
+
+
 def joining_cycles(tile: WgmmaTile, tiles: int, multiprocessors: int) -> float:
     """Until the blocks that share the k of a tile have each other's sums, where there are so many tiles."""
     sent = tile.m * tile.n * 4 * (1 - 1 / tile.cluster_k)

@@ -31,7 +31,7 @@ from engine.targets.cuda.covering.build import (
     weight,
 )
 from engine.targets.cuda.gemm import epilogue_of, launch_product, launches_of, operands_of, parts_of, stages
-from engine.targets.cuda.gemm_rows import ROWS_TILES, SHORT_ROWS_TILES, RowsTile
+from engine.targets.cuda.gemm_rows import CLUSTER_ROWS_TILES, ROWS_TILES, SHORT_ROWS_TILES, RowsTile
 from engine.targets.cuda.gemm_stream import stream_tiles
 from engine.targets.cuda.joined_tiles import JOINED_PRODUCTS
 from engine.targets.cuda.kernel import Context, Launch
@@ -187,12 +187,15 @@ def few_rows(context: Context) -> Iterator[tuple[str, Launch]]:
     """Products of up to 8 and up to 16 rows, with a weight and with computed columns; of divided rows, and with
     residuals that are normalised."""
     split = [replace(tile, splits=2) for tile in ROWS_TILES]
+    if context.architecture.wgmma:  # alone, and several beside each other
+        split += [replace(tile, splits=s, cluster=c) for tile in CLUSTER_ROWS_TILES for s, c in ((6, 6), (6, 3))]
     for m, dtype, residual in ((5, F16, False), (16, F16, True), (16, DType.BF16, False)):
         step = _product(dtype, m, 3000, 400, residual)
         for one in (step, computed(step)):
             yield from _of_few_rows(one, (*ROWS_TILES, *split, *SHORT_ROWS_TILES), context)
-    yield from _of_few_rows(_divided(residual=False, m=5, k=3000), ROWS_TILES[::2], context)
-    yield from _of_few_rows(_normalising(m=16, k=3000), ROWS_TILES[::2], context)
+    some = (*ROWS_TILES[::2], *split[-1:])
+    yield from _of_few_rows(_divided(residual=False, m=5, k=3000), some, context)
+    yield from _of_few_rows(_normalising(m=16, k=3000), some, context)
 
 
 def _of_few_rows(step: Step, tiles: Iterable[RowsTile], context: Context) -> Iterator[tuple[str, Launch]]:

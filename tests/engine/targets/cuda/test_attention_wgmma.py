@@ -348,3 +348,19 @@ def test_a_window_costs_what_it_shows() -> None:
 
     assert estimated(16384, 512) < 0.2 * estimated(16384, None)
     assert 3 < estimated(16384, 512) / estimated(4096, 512) < 4.5
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "causal", "expected"),
+    [
+        (32, 512, True, (3, 64, 4)), (32, 512, False, (3, 64, 4)), (8, 2048, True, (3, 64, 4)),
+        (64, 256, False, (2, 128, 2)), (1, 2048, False, (2, 128, 2)), (4, 512, True, (2, 128, 2)),
+        (128, 128, False, (2, 128, 3)), (64, 256, True, (2, 128, 3)), (1, 512, False, (1, 128, 2)),
+    ],
+)  # fmt: skip
+def test_tiles_of_heads_of_128_features(batch: int, tokens: int, causal: bool, expected: tuple[int, int, int]) -> None:
+    """Consumers, keys and stages of what was the fastest of them on an H100."""
+    heads: tuple[DType, tuple[int, ...]] = (F16, (batch, 16, tokens, 128))
+    step = make_step(Attention(0.1, causal, stores=(cv.stored(ACC),)), [heads, heads, heads])
+    tile = pick(step, Context(SM_90A, 132, WeightStore()))
+    assert (tile.consumers, tile.keys, tile.stages) == expected

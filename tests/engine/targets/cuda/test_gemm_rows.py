@@ -17,7 +17,14 @@ from engine.targets.cuda.architecture import ARCHITECTURES, SM_80, SM_90A
 from engine.targets.cuda.choices import choice_of, key_of, tile_of, tile_text
 from engine.targets.cuda.covering import ACC, F16, F32, add, arg, make_step, mul, stored, weight
 from engine.targets.cuda.gemm import launches_of, lower, operands_of, parts_of, pick_tile, ranked_tiles
-from engine.targets.cuda.gemm_rows import MOST_ROWS, ROWS_TILES, SHORT_ROWS_TILES, RowsTile, rows_tiles
+from engine.targets.cuda.gemm_rows import (
+    CLUSTER_ROWS_TILES,
+    MOST_ROWS,
+    ROWS_TILES,
+    SHORT_ROWS_TILES,
+    RowsTile,
+    rows_tiles,
+)
 from engine.targets.cuda.kernel import Context, WeightStore, content
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.tiles import Operands
@@ -28,7 +35,13 @@ from tests.engine.targets.cuda.test_gemm_staged import parts, step_of
 
 BF16 = DType.BF16
 HOPPER = Context(SM_90A, 132, WeightStore())
-TILES = [*ROWS_TILES, *(replace(tile, splits=2 + i) for i, tile in enumerate(ROWS_TILES)), *SHORT_ROWS_TILES]
+IN_CLUSTERS = [  # a cluster, and several that share k
+    replace(tile, splits=parts * (3 + 2 * i), cluster=3 + 2 * i)
+    for i, tile in enumerate(CLUSTER_ROWS_TILES)
+    for parts in (1, 2)
+]
+SPLIT = [replace(tile, splits=2 + i) for i, tile in enumerate(ROWS_TILES)]
+TILES = [*ROWS_TILES, *SPLIT, *IN_CLUSTERS, *SHORT_ROWS_TILES]
 
 
 def product(m: int, n: int, k: int, dtype: DType = F16) -> Product:
@@ -38,7 +51,7 @@ def product(m: int, n: int, k: int, dtype: DType = F16) -> Product:
 def test_few_rows_match_float64(runner: Runner, count: int) -> None:
     """Every tile, every epilogue, ragged rows, columns and k; weights of less than a step of a warp, and of many."""
     rng, cases = rng_of("few rows"), []
-    for i in range(2 * count):
+    for i in range(max(2 * count, len(TILES))):
         tile, dtype = TILES[i % len(TILES)], (F16, BF16)[i // 2 % 2]
         name = list(stores_of(F16))[int(rng.integers(0, 4))]
         m, n, k = int(rng.integers(1, MOST_ROWS + 1)), ragged(rng, 200), ragged(rng, 6000, 8)
@@ -101,7 +114,7 @@ def test_epilogues_of_any_kind(runner: Runner, count: int) -> None:
 def test_warps_may_be_late(runner: Runner) -> None:
     """Sums take the place of rings, whose warp alone knows when it is through with its own."""
     cases = []
-    for tile in ROWS_TILES:
+    for tile in (*ROWS_TILES, *IN_CLUSTERS):
         step = step_of(9, 2 * tile.columns + 3, 4000, "residual")
         launches = launched(step, tile, runner.context)
         cases.append(Case(f"{tile}", step, 4000, lowered=launches, rounding=EXACT))
@@ -109,10 +122,13 @@ def test_warps_may_be_late(runner: Runner) -> None:
 
 
 def test_which_products_have_few_rows() -> None:
-    assert list(rows_tiles(product(16, 100, 128))) == list(ROWS_TILES)
-    assert list(rows_tiles(product(16, 100, 120))) == list(rows_tiles(product(1, 100, 40))) == list(SHORT_ROWS_TILES)
-    assert list(rows_tiles(product(1, 100, 136, BF16))) == list(ROWS_TILES)
-    assert {tile.splits for tile in rows_tiles(product(1, 100, 8192))} == {1, 2, 4, 8}
+    short = list(SHORT_ROWS_TILES)
+    assert list(rows_tiles(product(16, 100, 128))) == [*short[:1], *ROWS_TILES]
+    assert list(rows_tiles(product(16, 100, 120))) == list(rows_tiles(product(1, 100, 40))) == short[:1]
+    assert list(rows_tiles(product(1, 4000, 264, BF16))) == [*short[1:2], *ROWS_TILES]
+    assert next(rows_tiles(product(1, 4000, 1024))) == short[2]
+    alone = [tile for tile in rows_tiles(product(1, 100, 8192)) if tile.cluster == 1]
+    assert {tile.splits for tile in alone} == {1, 2, 4, 8}
     narrow = make_step(Gemm((ACC,)), [(F32, (4, 4096)), weight(4096, 4096, dtype=F32)])
     across = make_step(Gemm((ACC,)), [(F16, (4, 4096)), (F16, (4096, 4096))])
     several = make_step(Gemm((ACC,)), [(F16, (3, 4, 4096)), (F16, (3, 4096, 64))])
@@ -120,7 +136,9 @@ def test_which_products_have_few_rows() -> None:
     others += [parts(step, HOPPER)[0] for step in (narrow, across, several)]
     assert not any(list(rows_tiles(one)) for one in others)
     assert all(
-        tile.shared_bytes <= architecture.shared_bytes for tile in ROWS_TILES for architecture in ARCHITECTURES.values()
+        tile.shared_bytes(MOST_ROWS) <= architecture.shared_bytes
+        for tile in (*ROWS_TILES, *SHORT_ROWS_TILES)
+        for architecture in ARCHITECTURES.values()
     )
 
 
@@ -132,14 +150,14 @@ def test_they_are_chosen_where_weights_are_many(m: int, n: int, k: int) -> None:
         one, epilogue = parts(step, context)
         assert isinstance(pick_tile(one, epilogue, context), RowsTile)
         (launch,) = lower(step, context)
-        assert '#include "gemm_rows.cuh"' in launch.kernel.source.text
+        assert '#include "gemm_rows' in launch.kernel.source.text
 
 
 def test_a_tile_that_was_fastest_is_taken() -> None:
     one, epilogue = parts(step_of(4, 1000, 2048, "bias"), HOPPER)
     assert len({tile_text(tile) for tile in TILES}) == len(TILES)
     key = key_of(one, operands_of(one, HOPPER), epilogue)
-    for tile in ROWS_TILES:
+    for tile in (*ROWS_TILES, replace(CLUSTER_ROWS_TILES[0], splits=2, cluster=2)):
         assert tile_of(choice_of(tile, 1.0), one, Operands.HALF) == tile
         assert pick_tile(one, epilogue, replace(HOPPER, choices={key: choice_of(tile, 1.0)})) == tile
         assert tile_of(choice_of(tile, 1.0), product(17, 1000, 2048), Operands.HALF) is None
@@ -153,6 +171,27 @@ def test_blocks_divide_k_where_columns_are_few() -> None:
         return best.splits
 
     assert splits(1024, 16384) > 1 == splits(4096, 4096)
+
+
+def test_clusters_divide_k_only_where_there_are_such_and_all_have_room() -> None:
+    """Two blocks share a multiprocessor; of an H100's 132 those of eight find room for 30 clusters (tiles.py)."""
+    for m, n, k in ((1, 512, 32768), (16, 256, 65536), (8, 1000, 25088), (16, 64, 262144), (3, 3000, 6000)):
+        ranked = [one.tile for one in ranked_tiles(product(m, n, k), HOPPER) if isinstance(one.tile, RowsTile)]
+        assert ranked[0].cluster > 1
+        for tile in ranked:
+            if tile.cluster > 1:
+                assert tile.shared_bytes(m) <= (228 << 10) // 2 - (1 << 10)
+                assert -(-n // tile.columns) * tile.splits <= 2 * HOPPER.multiprocessors
+        older = ranked_tiles(product(m, n, k), replace(HOPPER, architecture=SM_80))
+        assert not any(isinstance(one.tile, RowsTile) and one.tile.cluster > 1 for one in older)
+    largest = [tile for tile in rows_tiles(product(16, 64, 262144)) if tile.cluster > 1]
+    assert max(tile.splits for tile in largest) == 48 and {tile.cluster for tile in largest} == set(range(2, 9))
+
+
+@pytest.mark.parametrize(("n", "k"), [(65536, 256), (33000, 512), (16384, 1024)])
+def test_small_blocks_take_a_short_k(n: int, k: int) -> None:
+    for m in (1, 8, 16):
+        assert ranked_tiles(product(m, n, k), HOPPER)[0].tile in SHORT_ROWS_TILES
 
 
 def test_the_estimate_is_no_less_than_the_time_of_memory() -> None:

@@ -36,7 +36,8 @@ DEVICE bool add_partial_sums(T (&d)[ROWS][N], float* partials, u32* arrived, u32
   for (int i = 0; i < ROWS; ++i)
 #pragma unroll
     for (int j = 0; j < N; ++j) d[i][j] = 0;
-#pragma unroll 1  // the loads of one part fill the registers
+  constexpr int TOGETHER = ROWS * N < 32 ? 32 / (ROWS * N) : 1;  // parts whose loads fill the registers
+#pragma unroll TOGETHER
   for (u32 s = 0; s < splits; ++s)
 #pragma unroll
     for (int i = 0; i < ROWS; ++i)
