@@ -17,7 +17,14 @@ from engine.targets.cuda.gemm_rows import CLUSTER_ROWS_TILES, ROWS_TILES, SHORT_
 from engine.targets.cuda.joined_tiles import JOINED_PAIRS, JOINED_PRODUCTS
 from engine.targets.cuda.kernel import Choice
 from engine.targets.cuda.source import expand
-from engine.targets.cuda.tiles import BATCHED_TILES, CLUSTER_TILES, MMA_TILES, PRODUCT_TILES, STAGED_TILES
+from engine.targets.cuda.tiles import (
+    BATCHED_TILES,
+    CLUSTER_TILES,
+    MMA_TILES,
+    PRODUCT_TILES,
+    SHORT_TILES,
+    STAGED_TILES,
+)
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +37,7 @@ _KERNELS = (
     "conv_stem.cuh", "depthwise_mma.cuh", "depthwise_rows.cuh", "excitation.cuh",
 )  # fmt: skip
 _TILES = (
-    PRODUCT_TILES, STAGED_TILES, CLUSTER_TILES, BATCHED_TILES, MMA_TILES, ROWS_TILES, SHORT_ROWS_TILES,
+    PRODUCT_TILES, STAGED_TILES, SHORT_TILES, CLUSTER_TILES, BATCHED_TILES, MMA_TILES, ROWS_TILES, SHORT_ROWS_TILES,
     CLUSTER_ROWS_TILES, conv_wgmma.TILES, conv_wgmma.STAGED, JOINED_PRODUCTS, JOINED_PAIRS, conv_wgmma.PAIRS,
     conv_halo.TILES, conv_halo_deep.SHAPES,
 )  # fmt: skip

@@ -16,6 +16,7 @@ from engine.targets.cuda.tiles import (
     CLUSTER_TILES,
     MMA_TILES,
     PRODUCT_TILES,
+    SHORT_TILES,
     STAGED_TILES,
     Operands,
     Tile,
@@ -88,7 +89,7 @@ def tile_of(choice: Choice, product: Product, operands: Operands) -> AnyTile | N
         return next((tile for tile in stream_tiles(product, operands) if asdict(tile).items() <= choice.items()), None)
     if kernel == "rows":
         return next((tile for tile in rows_tiles(product) if asdict(tile).items() <= choice.items()), None)
-    wgmma = (*PRODUCT_TILES, *STAGED_TILES, *CLUSTER_TILES, *BATCHED_TILES, *JOINED_PRODUCTS)
+    wgmma = (*PRODUCT_TILES, *STAGED_TILES, *SHORT_TILES, *CLUSTER_TILES, *BATCHED_TILES, *JOINED_PRODUCTS)
     tiles: tuple[Tile, ...] = wgmma if kernel == "wgmma" else MMA_TILES if kernel == "mma" else ()
     fitting = [t for t in tiles if (t.m, t.n) == (choice.get("m"), choice.get("n"))]
     named = [choice.get(name) for name in _FORM]

@@ -36,6 +36,7 @@ from engine.targets.cuda.tiles import (
     MOST_SPLITS,
     NOTHING,
     PRODUCT_TILES,
+    SHORT_TILES,
     STAGED_TILES,
     Operands,
     WgmmaTile,
@@ -53,6 +54,7 @@ class Way(Enum):
     """What a product can also run in, beside the tiles that the cost model chooses from."""
 
     STAGED = "results through shared memory (kernels/mma/staging.cuh)"
+    SHORT = "small tiles with staged results, many of them and of one step each"
     BATCHED = "several matrices, or across the lines of b, on wgmma (kernels/mma/batch_load.cuh)"
     CLUSTER = "blocks in pairs that share an operand's tile (kernels/mma/cluster.cuh)"
     JOINED = "clusters of blocks that share the k of a tile (kernels/scheduler/joined_k.cuh)"
@@ -67,11 +69,19 @@ CLOCK_MHZ = 1755
 
 
 _FILLED, _LONG_K = 0.95, 512
-"""Where estimates of tiles of three consumers are trusted: in one round that is nearly full, and over a long k. Of
-thirteen products that they were the best for, an H100 ran the four like that 9 to 15 % faster than in the tile that was
-the best before, and the others from 3 % faster to 15 % slower."""
+"""Where estimates of tiles of three consumers are trusted: in one round that is nearly full, of full columns, and over
+a long k. Of thirteen products that they were the best for, an H100 ran the four like that 9 to 15 % faster than in the
+tile that was the best before, and the others from 3 % faster to 15 % slower. 96 and 112 columns of 128 (576→96 and
+672→112 at 14 × 14, batch 128) took 6 and 8 % longer than in 64 × 96 and 64 × 128."""
 
 
+_SHORT_BYTES = 256
+"""Of k, up to which staged tiles of 128 × 192 in turn are not taken by their estimates: 64→384@14 and 112→672@14 at
+batch 128 took 10.4 and 22.1 µs in them on an H100, and 9.8 and 20.1 in the next best estimates'; 64→320@56 at batch 32
+and 128 is 2 and 0.4 % slower for it."""
+_MANY_ROUNDS = 40
+"""Tiles of one step a multiprocessor from which small staged ones are worth timing: on an H100 the fastest where there
+are 190 and 238, of two products with 48 one 1 % faster and one 11 % slower, with 18 a quarter slower."""
 _STEP_WORDS = 8  # of a row that each of four lanes has of a step of wgmma
 
 
@@ -80,10 +90,14 @@ def trusts(product: Product, tile: AnyTile, multiprocessors: int) -> bool:
     level with its tiles (64→256 at batch 128: 98.8 and 98.4 µs on an H100)."""
     if isinstance(tile, StreamTile):
         return tile.words < _STEP_WORDS
-    if not isinstance(tile, WgmmaTile) or tile.consumers == 2:
+    if not isinstance(tile, WgmmaTile):
         return True
+    if tile.consumers == 2:
+        in_turn = tile.slots > 0 and not tile.cooperative
+        return not (in_turn and tile.n == 192 and product.k * product.dtype.itemsize <= _SHORT_BYTES)
     tiles = ceildiv(product.m, tile.m) * ceildiv(product.n, tile.n) * product.batch.count
-    return _FILLED * multiprocessors <= tiles <= multiprocessors and product.k >= _LONG_K
+    filled = _FILLED * multiprocessors <= tiles <= multiprocessors and product.n % tile.n == 0
+    return filled and product.k >= _LONG_K
 
 
 @dataclass(frozen=True)
@@ -228,6 +242,15 @@ def ranked_staged(product: Product, operands: Operands, multiprocessors: int, re
     for tile in STAGED_TILES:
         chosen = replace(tile, aligns=operands is Operands.REFINED or not product.suits_tma)
         yield Ranked(chosen, _wgmma_estimate(product, chosen, operands, multiprocessors, reads))
+
+
+def ranked_short(product: Product, operands: Operands, multiprocessors: int, reads: Reads) -> Iterator[Ranked]:
+    """Every tile for many rounds of a single step, of a product that has them."""
+    for tile in SHORT_TILES:
+        chosen = replace(tile, aligns=operands is Operands.REFINED or not product.suits_tma)
+        rounds = tile.tiles(product.m, product.n) / multiprocessors
+        if operands.wgmma_steps(product.k) == 1 and rounds >= _MANY_ROUNDS:
+            yield Ranked(chosen, _wgmma_estimate(product, chosen, operands, multiprocessors, reads))
 
 
 def ranked_cluster(product: Product, operands: Operands, multiprocessors: int, reads: Reads) -> Iterator[Ranked]:

@@ -41,6 +41,7 @@ from engine.targets.cuda.tiles import (
     CLUSTER_TILES,
     MMA_TILES,
     PRODUCT_TILES,
+    SHORT_TILES,
     STAGED_TILES,
     WGMMA_TILES,
     Tile,
@@ -55,6 +56,7 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
     residual = make_step(Gemm((BIAS_RESIDUAL,)), [*fp16.inputs, (F16, (300, 400))])
     portable = [tile for tile in MMA_TILES if tile.shared_bytes <= architecture.shared_bytes]
     wgmma, staged, batched = (WGMMA_TILES, STAGED_TILES, BATCHED_TILES) if architecture.wgmma else ((), (), ())
+    short_k = SHORT_TILES if architecture.wgmma else ()
     clusters = CLUSTER_TILES if architecture.wgmma else ()
     joined = JOINED_PRODUCTS if architecture.wgmma else ()
     three = [tile for tile in PRODUCT_TILES if tile.consumers == 3] if architecture.wgmma else []
@@ -76,6 +78,8 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         (residual, context, (*staged[:2], *staged[3:-1])),
         (_product(DType.BF16, residual=True), context, staged[-1:]),
         (fp16, context, staged[2:3]),
+        (residual, context, short_k),
+        (_product(DType.BF16, n=402), context, short_k),
         (_product(F32, result=F16, residual=True), rounding, staged[:1]),
         # Rows that begin anywhere, in halves of words and in words; divided rows, of which some tiles are full.
         (_product(F16, n=401), context, staged),
@@ -113,9 +117,9 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         (_divided(residual=True), context, [tile for tile in thirds if _is_wide(tile)]),
         (_divided(residual=True), context, joined[1::11]),
         (_divided(residual=True, dtype=DType.BF16), context, (*wgmma[3:4], *staged[-1:], *clusters[2:3])),
-        (_finding(residual), context, (*portable[:1], *staged, *(tile for tile in clusters if tile.slots))),
+        (_finding(residual), context, (*portable[:1], *staged, *short_k, *(tile for tile in clusters if tile.slots))),
         # Normalised residuals beside moments, and in the other kernels what takes the most registers.
-        (_normalising(finds=True), context, (*staged, *(tile for tile in clusters if tile.slots))),
+        (_normalising(finds=True), context, (*staged, *short_k, *(tile for tile in clusters if tile.slots))),
         (_normalising(), context, (*portable[:1], *wgmma[:1], *wgmma[7:9], *three, *staged[3:5], *clusters[:1])),
         (_normalising(), context, [tile for tile in thirds if _is_wide(tile)]),
         (_normalising(dtype=DType.BF16, finds=True), context, (*staged[:1], *staged[4:5], *clusters[-1:])),

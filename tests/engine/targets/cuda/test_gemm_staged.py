@@ -32,7 +32,7 @@ from engine.targets.cuda.gemm import (
 from engine.targets.cuda.kernel import Ahead, Context, Functor, WeightStore
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.product_cost import Way
-from engine.targets.cuda.tiles import PRODUCT_TILES, STAGED_TILES, Operands, WgmmaTile
+from engine.targets.cuda.tiles import PRODUCT_TILES, SHORT_TILES, STAGED_TILES, Operands, WgmmaTile
 from tests.engine.targets.cuda.cases import check, check_late, ragged, rng_of, thinned
 from tests.engine.targets.cuda.emulator.runner import EmulatedRunner
 from tests.engine.targets.cuda.harness import Case, Runner
@@ -40,6 +40,7 @@ from tests.engine.targets.cuda.test_gemm import EXACT, KINDS, context_of, launch
 
 BF16 = DType.BF16
 HOPPER = Context(SM_90A, 132, WeightStore())
+EVERY = (*STAGED_TILES, *SHORT_TILES)
 
 
 def step_of(m: int, n: int, k: int, name: str, dtype: DType = F16, operand: DType | None = None) -> Step:
@@ -72,7 +73,7 @@ def random_products(
 
 
 def test_staged_products_match_float64(hopper: Runner, count: int) -> None:
-    check(hopper, random_products(hopper, "staged", STAGED_TILES, 2 * count, (500, 400)))
+    check(hopper, random_products(hopper, "staged", EVERY, 2 * count, (500, 400)))
 
 
 def test_staged_products_of_more_tiles_than_multiprocessors(hopper: Runner, count: int) -> None:
@@ -80,7 +81,7 @@ def test_staged_products_of_more_tiles_than_multiprocessors(hopper: Runner, coun
     cases = []
     large, small = ((3000, 1512, 200), (5000, 1000, 1096), (20000, 200, 40)), ((420, 264, 200), (900, 40, 40))
     for i, (m, n, k) in enumerate(small if isinstance(hopper, EmulatedRunner) else large):
-        for j, tile in enumerate(thinned(hopper, STAGED_TILES, first=i)):
+        for j, tile in enumerate(thinned(hopper, EVERY, first=i)):
             for name in ("residual", ("bias gelu", "plain")[(i + j) % 2]):
                 step = step_of(m, n, k, name)
                 launches = launched(step, tile, hopper.context)
@@ -123,7 +124,7 @@ def test_constant_columns_are_asked_for_before_the_kernel_before_has_ended() -> 
 def test_staged_rows_may_lie_apart(hopper: Runner, count: int) -> None:
     """The result and the residual are windows of wider matrices."""
     cases = []
-    for i, tile in enumerate(STAGED_TILES):
+    for i, tile in enumerate(EVERY):
         m, n, k, dtype = 150, 72 + 8 * i, 72, (F16, BF16)[i % 2]
         step = step_of(m, n, k, "residual", dtype)
 
@@ -233,13 +234,46 @@ def test_staged_tiles_are_chosen_by_their_estimates() -> None:
     assert not other_tiles(*parts(step_of(16384, 768, 768, "residual"), older), older)[Way.STAGED]
 
 
+@pytest.mark.parametrize(("m", "n", "k"), [(6272, 160, 960), (100352, 40, 240)])
+def test_of_equal_estimates_results_beside_residuals_are_not_staged(m: int, n: int, k: int) -> None:
+    product, epilogue = parts(step_of(m, n, k, "residual"))
+    tile, best = pick_tile(product, epilogue, HOPPER), other_tiles(product, epilogue, HOPPER)[Way.STAGED][0]
+    single = ranked_tiles(product, HOPPER, epilogue.reads)[0]
+    assert best.estimate.cycles < single.estimate.cycles < 1.01 * best.estimate.cycles
+    assert tile == single.tile and not needs_staged(tile)
+
+
+@pytest.mark.parametrize(("n", "k"), [(384, 64), (672, 112)])
+def test_wide_staged_tiles_in_turn_are_not_taken_unmeasured_for_a_short_k(n: int, k: int) -> None:
+    wide = WgmmaTile(128, 192, 4, slots=2)
+    short, long = (parts(step_of(25088, n, each, "plain")) for each in (k, 768))
+    assert wide in [ranked.tile for ranked in other_tiles(*short, HOPPER)[Way.STAGED]]
+    assert pick_tile(*short, HOPPER) != wide and pick_tile(*long, HOPPER) == wide
+
+
+def test_small_staged_tiles_are_timed_where_many_have_one_step_each() -> None:
+    for m, n, k, name, offered in (
+        (401408, 256, 64, "bias", True),
+        (401408, 320, 40, "residual", True),
+        (401408, 256, 72, "bias", False),
+        (25088, 256, 64, "bias", False),
+    ):
+        product, epilogue = parts(step_of(m, n, k, name))
+        found = [ranked.tile for ranked in other_tiles(product, epilogue, HOPPER)[Way.SHORT]]
+        assert found == (list(SHORT_TILES) if offered else [])
+        assert pick_tile(product, epilogue, HOPPER) not in SHORT_TILES
+    product, epilogue = parts(step_of(401408, 256, 64, "bias"))
+    bare = replace(epilogue, stage=lambda: None)
+    assert not other_tiles(product, bare, HOPPER)[Way.SHORT]
+
+
 def test_a_staged_tile_that_was_fastest_is_taken() -> None:
     product, epilogue = parts(step_of(4096, 768, 768, "residual"))
-    for tile in STAGED_TILES:
+    for tile in EVERY:
         assert tile_of(choice_of(tile, 1.0), product, Operands.HALF) == tile
         assert "staged" in tile_text(tile)
         assert tile.shared_bytes <= SM_90A.shared_bytes and tile.most_splits == 1
-    assert len({tile_text(tile) for tile in (*STAGED_TILES, *PRODUCT_TILES)}) == len(STAGED_TILES) + len(PRODUCT_TILES)
+    assert len({tile_text(tile) for tile in (*EVERY, *PRODUCT_TILES)}) == len(EVERY) + len(PRODUCT_TILES)
     key = key_of(product, operands_of(product, HOPPER), epilogue)
     context = replace(HOPPER, choices={key: choice_of(STAGED_TILES[1], 9.0)})
     assert pick_tile(product, epilogue, context) == STAGED_TILES[1]
@@ -268,7 +302,7 @@ def test_a_convolution_that_is_a_product_can_be_staged() -> None:
 
 def test_a_staged_convolution_matches_float64(hopper: Runner, count: int) -> None:
     cases = []
-    for tile in STAGED_TILES:
+    for tile in EVERY:
         pixels, more = cv.channels_inner(2, 64, 9, 13), cv.channels_inner(2, 136, 9, 13)
         inputs = [pixels, weight(136, 64, 1, 1), weight(136, 1, 1), more]
         step = make_step(cv.conv_op(1, store=cv.BIAS_RESIDUAL), inputs)

@@ -50,6 +50,14 @@ def test_they_fill_every_multiprocessor_once(m: int, n: int, k: int, name: str, 
     assert estimated_best(product, epilogue, HOPPER).estimate.limit == "products"
 
 
+@pytest.mark.parametrize(("n", "k"), [(96, 576), (112, 672)])
+def test_they_are_not_taken_unmeasured_where_columns_are_missing(n: int, k: int) -> None:
+    """131 tiles of 192 × 128 would be one full round."""
+    product, epilogue = parts(step_of(25088, n, k, "residual"))
+    tile = pick_tile(product, epilogue, HOPPER)
+    assert isinstance(tile, WgmmaTile) and tile.consumers == 2
+
+
 def test_a_pointwise_convolution_takes_them() -> None:
     """1×1, 1024 → 512 channels at 14 × 14, batch 32."""
     pixels = cv.channels_inner(32, 1024, 14, 14)
