@@ -185,6 +185,8 @@ def printable(text: str) -> str:
 def _read_labels(path: Path) -> tuple[str, ...]:
     if not path.exists():
         return ()
+    if not path.resolve().is_relative_to(path.parent.resolve()):
+        raise ModelConfigError(f"{path.name}: it leaves the model's folder; copy the file there")
     if not path.is_file():  # to open a pipe would wait for its writer
         raise ModelConfigError(f"{path.name}: not a file; write one label a line")
     if path.stat().st_size > _MAX_LABELS_BYTES:

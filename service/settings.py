@@ -130,7 +130,7 @@ class Settings(BaseSettings):
         default=75, ge=1, description="time that an idle connection is kept; load balancers keep theirs for 60 seconds"
     )
     drain_timeout: int = Field(
-        default=25, ge=0, description="time for accepted requests to finish after SIGTERM, seconds"
+        default=20, ge=0, description="time for accepted requests to finish after SIGTERM, seconds"
     )
 
     max_header_bytes: int = Field(default=64 << 10, ge=256, description="largest request line and header together")

@@ -117,8 +117,8 @@ def _check_texts(message: Message, label: str) -> None:
                 _check_texts(item, label)
             elif not isinstance(item, str):
                 raise ModelError(
-                    f"{label}: a {about.name} is not UTF-8: {item!r:.80}; the file is damaged, or export the model "
-                    "again with names that are"
+                    f"{label}: what a field '{about.name}' holds is not UTF-8: {item!r:.80}; the file is damaged, or "
+                    "export the model again with names that are"
                 )
 
 

@@ -322,6 +322,17 @@ def test_a_pipe_in_a_model_folder_is_refused(tmp_path: Path, name: str) -> None:
     assert found.problem.startswith(f"{name}: not a file")
 
 
+def test_labels_of_another_folder_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "linked"
+    folder.mkdir(parents=True)
+    (folder / "model.onnx").write_bytes(b"x")
+    (tmp_path / "secret").write_text("red\n")
+    (folder / "labels.txt").symlink_to(tmp_path / "secret")
+    found = Repository(tmp_path / "models").find("linked")
+    assert found is not None
+    assert found.problem == "labels.txt: it leaves the model's folder; copy the file there" and found.labels == ()
+
+
 def test_a_repository_that_is_gone_is_no_internal_error(start: Start, repository: Path) -> None:
     server = start(repository)
     repository.rename(repository.with_name("away"))
