@@ -292,44 +292,58 @@ class _Writer:
 
 @dataclass(frozen=True)
 class Loop:
-    """Code that computes results, and in about how many instructions an element of each."""
+    """Code that computes results, in about how many instructions an element of each; `is_long`: with a GELU of several
+    places at once."""
 
     lines: list[str]
     instructions: int
+    is_long: bool = False
 
 
-def loop_over(
-    results: Mapping[str, tuple[ex.Expr, DType]], gelu: str = "gelu_narrow", joint_silu: bool = False
-) -> Loop:
-    """Computes the results of all columns: what is assigned, and (expression, type) of its value. Where all results
-    have 16 bits `gelu` is the function that is good enough, and with `joint_silu` columns share some of SiLU's work."""
+def loop_over(results: Mapping[str, tuple[ex.Expr, DType]], together: str = "") -> Loop:
+    """Computes the results of all columns: what is assigned, and (expression, type) of its value. Where all results are
+    of the 16-bit type `together`, those of PAIRS places are computed by functions that are good enough for it: GELU of
+    all places at once, since the chip can work on one element while another waits, and SiLU of a place's columns, which
+    share some of the work. Then `acc`, `inputs` and what is assigned are arrays of places."""
     roots, lines, given = [root for root, _ in results.values()], list[str](), dict[ex.Expr, str]()
-    instructions = _expression_lines(roots, gelu, given).instructions
-    for j, (node, x) in enumerate(_silus(roots) if joint_silu else ()):
-        name = f"silu{j}"
-        before = _expression_lines([x], gelu, given)
+    at, is_long = "[place]" if together else "", False
+    instructions = _expression_lines(roots, given, at).instructions
+    for j, (node, x, is_gelu) in enumerate(_joint(roots) if together else ()):
+        name = f"joint{j}"
+        before = _expression_lines([x], given, at)
+        silu = [] if is_gelu else [f"silu_all({name}[place]);"]
         lines += [
-            f"float {name}[WIDTH];", *_each_column([*before.lines, f"{name}[i] = {before.names[x]};"]),
-            f"silu_all({name});",
+            f"float {name}[PAIRS][WIDTH];",
+            *_each_column([*before.lines, f"{name}[place][i] = {before.names[x]};"], together, silu),
+            *([f"gelu_all<{together}>({name});"] if is_gelu else []),
         ]  # fmt: skip
-        given[node] = f"{name}[i]"
-    body = _expression_lines(roots, gelu, given)
+        given[node] = f"{name}[place][i]"
+        is_long |= is_gelu
+    body = _expression_lines(roots, given, at)
     ends = (f"{target} = {_stored(body.names[root], root.dtype, to)};" for target, (root, to) in results.items())
-    return Loop([*lines, *_each_column([*body.lines, *ends])], instructions)
+    return Loop([*lines, *_each_column([*body.lines, *ends], together)], instructions, is_long)
 
 
-def _each_column(lines: Iterable[str]) -> list[str]:
-    return ["#pragma unroll", "for (int i = 0; i < WIDTH; ++i) {", *(f"  {line}" for line in lines), "}"]
+def _each_column(lines: Iterable[str], together: str = "", then: Sequence[str] = ()) -> list[str]:
+    """`lines` for every column, and `then` after those of a place."""
+    loop = ["#pragma unroll", "for (int i = 0; i < WIDTH; ++i) {", *(f"  {line}" for line in lines), "}"]
+    if not together:
+        return loop
+    return ["#pragma unroll", "for (int place = 0; place < PAIRS; ++place) {", *loop, *then, "}"]
 
 
-def _silus(roots: Sequence[ex.Expr]) -> Iterator[tuple[ex.Expr, ex.Expr]]:
-    """Every x · sigmoid(x) in fp32 where all results have 16 bits, inner ones first, and its x."""
+def _joint(roots: Sequence[ex.Expr]) -> Iterator[tuple[ex.Expr, ex.Expr, bool]]:
+    """Every GELU and every x · sigmoid(x) in fp32 where all results have 16 bits, inner ones first: itself, its x, and
+    whether it is a GELU."""
     if all(root.dtype in (DType.F16, DType.BF16) for root in roots):
         for node in ex.walk(*roots):
-            if isinstance(node, ex.Apply) and node.op is PointOp.MUL and node.dtype is DType.F32:
+            x = _gelu_of(node)
+            if x is not None:
+                yield node, x, True
+            elif isinstance(node, ex.Apply) and node.op is PointOp.MUL and node.dtype is DType.F32:
                 for x, gate in (node.args, node.args[::-1]):
                     if isinstance(gate, ex.Apply) and gate.op is PointOp.SIGMOID and gate.args[0] == x:
-                        yield node, x
+                        yield node, x, False
                         break
 
 
@@ -361,7 +375,7 @@ class _Lines:
         self.instructions = 0
 
 
-def _expression_lines(roots: Sequence[ex.Expr], gelu: str, given: Mapping[ex.Expr, str]) -> _Lines:
+def _expression_lines(roots: Sequence[ex.Expr], given: Mapping[ex.Expr, str], at: str) -> _Lines:
     """One statement per operation, shared sub-expressions once, none for what is `given` by name. Where all results
     have 16 bits, GELU is computed as well as these need."""
     result = _Lines()
@@ -379,15 +393,15 @@ def _expression_lines(roots: Sequence[ex.Expr], gelu: str, given: Mapping[ex.Exp
         if node not in used or node in given:
             continue
         if isinstance(node, ex.Arg):
-            result.names[node] = f"inputs.a{node.index}[i]"
+            result.names[node] = f"inputs{at}.a{node.index}[i]"
         elif isinstance(node, ex.Acc):
-            result.names[node] = "acc[i]"
+            result.names[node] = f"acc{at}[i]"
         elif isinstance(node, ex.Const):
             result.names[node] = literal(node.value, node.dtype)
         else:
             name = f"t{len(result.lines)}"
             if node in short:
-                value = f"{gelu}({result.names[short[node]]})"
+                value = f"gelu_narrow({result.names[short[node]]})"
                 result.instructions += _GELU
             else:
                 value = _apply(node, [result.names[arg] for arg in node.args])

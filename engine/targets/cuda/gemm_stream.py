@@ -20,17 +20,21 @@ _THREADS = 256
 @dataclass(frozen=True)
 class StreamTile:
     """A slice of rows and `groups` of 32 columns, of which the product has `parts` times as many; a lane has `words` of
-    4 bytes of a row. `refined`: the columns are multiplied in two parts."""
+    4 bytes of a row, which come one by one where rows are `narrow`. `refined`: the columns are multiplied in two
+    parts. `shifted`: rows of the result begin anywhere."""
 
     groups: int
     words: int
     refined: bool = False
     parts: int = 1
+    narrow: bool = False
+    shifted: bool = False
 
     @property
     def blocks(self) -> int:
-        """Resident beside each other: three, but where a lane holds so much that registers would not do."""
-        return 2 if self.words > 4 or (self.refined and self.words == 4) else 3
+        """Resident beside each other: three, but where a lane holds so much that registers would not do (the gate shows
+        spills)."""
+        return 2 if self.words > 4 or (self.words == 4 and self.refined) or self.shifted else 3
 
     @property
     def held(self) -> bool:
@@ -47,16 +51,18 @@ class StreamTile:
         return {
             "groups": self.groups, "words": self.words, "threads": _THREADS, "blocks": self.blocks,
             "shared_bytes": self.shared_bytes, "refined": self.refined, "held": self.held,
+            "narrow": self.narrow,
         }  # fmt: skip
 
 
 def stream_tiles(product: Product, operands: Operands) -> list[StreamTile]:
-    """The ways in which the kernel takes a product, if it can: operands that are read 16 bytes at once, and a k that
-    registers hold. Blocks have as many columns each: where some had none to multiply it took up to 40 % longer on an
-    H100 (16→96 at batch 128). fp32 is rounded to tf32, or split."""
+    """The ways in which the kernel takes a product, if it can: rows that begin at multiples of 4 bytes, columns that
+    are read 16 bytes at once, and a k that registers hold. Blocks have as many columns each: where some had none to
+    multiply it took up to 40 % longer on an H100 (16→96 at batch 128). fp32 is rounded to tf32, or split."""
     k_bytes, groups = product.k * operands.itemsize, ceildiv(product.n, _GROUP)
     if (
-        not product.suits_tma
+        not product.suits_tma_aligned
+        or product.a_access < 4
         or operands is Operands.EXACT
         or operands.itemsize == 1
         or k_bytes > _MOST_BYTES
@@ -65,7 +71,8 @@ def stream_tiles(product: Product, operands: Operands) -> list[StreamTile]:
         return []
     words, refined = ceildiv(k_bytes, 32) * 2, operands is Operands.REFINED
     counts = [count for count in range(_MOST_GROUPS, 0, -1) if groups % count == 0]
-    return [StreamTile(count, words, refined, groups // count) for count in counts]
+    narrow, shifted = product.a_access < 16, product.n % 8 != 0
+    return [StreamTile(count, words, refined, groups // count, narrow, shifted) for count in counts]
 
 
 _LAUNCH = 1900
@@ -87,6 +94,9 @@ batch 1 took 5.0 µs in blocks of three groups on an H100, and 3.2 in those of o
 _CACHE_RATE = 5000  # bytes a cycle from the L2 cache, where rows come again for other columns
 _SHARED_RATE = 128  # bytes a cycle from shared memory
 _WAIT = 900  # cycles until a slice has come from memory
+_SHIFTED = 2.2
+"""What rows of the result that begin anywhere make of the time: 18 ways of nine products took 1.2 to 3.2 times as long
+on an H100 as estimated without it."""
 _ELEMENT = 0.29
 """Cycles an element of a tile of wgmma whose k is one step, so that there is little but its epilogue: 0.27 to 0.31 in
 1×1 convolutions 16→96 and 24→144 of batch 128 on an H100 (242 and 120 µs)."""
@@ -110,7 +120,7 @@ def stream_cycles(
     memory = (_touched(product, itemsize) + more) / _MEMORY_RATE
     memory += (tile.parts - 1) * product.m * product.k * itemsize / _CACHE_RATE
     steady: float = (max(issue, wait) ** _MEET + memory**_MEET) ** (1 / _MEET)
-    return _LAUNCH + cold + steady
+    return (_LAUNCH + cold + steady) * (_SHIFTED if tile.shifted else 1)
 
 
 def _blocks(product: Product, tile: StreamTile, multiprocessors: int) -> int:

@@ -242,6 +242,7 @@ STAGED_TILES = (
     WgmmaTile(192, 192, 4, cooperative=True, slots=1),
     WgmmaTile(192, 128, 4, cooperative=True, slots=2),
     WgmmaTile(128, 160, 5, cooperative=True, slots=3),
+    WgmmaTile(128, 96, 5, slots=3),
     WgmmaTile(64, 128, 8, slots=2),
 )
 """Tiles of products whose results go through shared memory."""

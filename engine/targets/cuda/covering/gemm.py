@@ -120,6 +120,9 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         (_finding(residual), context, (*portable[:1], *staged, *short_k, *(tile for tile in clusters if tile.slots))),
         # Normalised residuals beside moments, and in the other kernels what takes the most registers.
         (_normalising(finds=True), context, (*staged, *short_k, *(tile for tile in clusters if tile.slots))),
+        # GELU of staged results, which is computed of many at once.
+        (_activated(), context, (*staged, *(tile for tile in clusters if tile.slots))),
+        (_activated(dtype=DType.BF16, n=402), context, (*staged[:1], *staged[3:4])),
         (_normalising(), context, (*portable[:1], *wgmma[:1], *wgmma[7:9], *three, *staged[3:5], *clusters[:1])),
         (_normalising(), context, [tile for tile in thirds if _is_wide(tile)]),
         (_normalising(dtype=DType.BF16, finds=True), context, (*staged[:1], *staged[4:5], *clusters[-1:])),
@@ -140,6 +143,9 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         *(_product(dtype, 5000, k, 96 + k) for dtype, k in ((F16, 16), (DType.BF16, 32), (F32, 8), (F32, 16))),
         *(_product(F16, 5000, k, n, residual=True) for k, n in ((32, 128), (40, 240), (64, 96))),
         *(_product(dtype, 5000, k, n) for dtype, k, n in ((DType.BF16, 64, 256), (F32, 32, 96))),
+        # Rows that begin at multiples of 4 bytes, and rows of the result that begin anywhere.
+        *(_product(F16, 5000, k, n, residual=True) for k, n in ((14, 81), (26, 81), (62, 250), (32, 90))),
+        *(_product(dtype, 5000, k, n) for dtype, k, n in ((DType.BF16, 46, 130), (F32, 7, 90))),
     ]
     for step in (*short, *(computed(step) for step in short[2:4])):
         assert isinstance(step.op, Gemm)
@@ -163,6 +169,12 @@ def _divided(residual: bool, dtype: DType = F16, m: int = 300, k: int = 384, n: 
     store = stored(add(biased, arg(4, dtype)) if residual else gelu(biased), dtype)
     inputs: list[Given] = [(dtype, (m, k)), weight(k, n, dtype=dtype), (F32, (m, 1)), weight(n, dtype=F32)]
     return make_step(Gemm((store,), divided=True), [*inputs, *([(dtype, (m, n))] if residual else [])])
+
+
+def _activated(dtype: DType = F16, n: int = 400) -> Step:
+    """A product with a weight, a bias and GELU."""
+    inputs: list[Given] = [(dtype, (300, 384)), weight(384, n, dtype=dtype), weight(n, dtype=dtype)]
+    return make_step(Gemm((stored(gelu(add(ACC, arg(2, dtype))), dtype),)), inputs)
 
 
 def _normalising(dtype: DType = F16, finds: bool = False, m: int = 300, k: int = 384) -> Step:

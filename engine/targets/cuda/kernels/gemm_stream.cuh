@@ -4,7 +4,8 @@
 // multiprocessor load, multiply and store at once. Blocks along y have columns of their own.
 // The sum runs over k in an order of its own: of 64 bytes of a row each of four lanes loads 16 at once, and of the last 32, where there
 // are no 64, 8; b is arranged alike. Nor are the columns of a matrix instruction neighbours: a lane ends up with
-// eight that are, without an exchange.
+// eight that are, without an exchange. `narrow`: rows of a begin at multiples of 4 bytes only, and come in words. Results of 16 bits whose
+// rows are not aligned pass from lane to lane (`store_shifted` of epilogue/access.cuh).
 #pragma once
 #include "epilogue/access.cuh"
 #include "epilogue/math.cuh"
@@ -26,6 +27,7 @@ constexpr u32 FRAGMENT_BYTES = GROUPS * CHUNKS * 32 * 16;  // of b, or of each o
 static_assert((REFINED ? 2 : 1) * FRAGMENT_BYTES == config::shared_bytes, "the host asks for the fragments of b");
 static_assert(!REFINED || same<Element, float>::value, "only fp32 is rounded");
 static_assert(WIDTH == 8, "a lane has eight columns");
+constexpr bool NARROW = config::narrow;
 constexpr bool HELD = config::held;  // what the epilogue reads that is the same in every row stays in registers
 constexpr int UNROLL = HELD ? GROUPS : 1;
 
@@ -38,12 +40,22 @@ DEVICE void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 }
 
 // A lane's 16 bytes of 64 of a row, or 8 of the last 32; zeros where `present` says that there is no such row, and beyond k, which
-// only the last 32 bytes can be.
-template <int PIECE> DEVICE auto load_piece(const Element* row, bool present, u32 quad, u32 ks) {
+// only the last 32 bytes can be. BY_WORD: rows are no multiple of 16 bytes long, and behind them is something else.
+template <int PIECE, bool BY_WORD> DEVICE auto load_piece(const Element* row, bool present, u32 quad, u32 ks) {
   constexpr bool IS_REST = PIECE == WHOLE, LAST = 64 * (PIECE + 1) > 16 * WORDS - 32;
   typename choose<IS_REST, uint2, uint4>::type piece = {};
-  const u32 own = (IS_REST ? REST_K : LANE_K) * quad;
-  if (present && (!LAST || WHOLE_K * PIECE + own < ks)) piece = *reinterpret_cast<const decltype(piece)*>(row + own + WHOLE_K * PIECE);
+  const u32 own = WHOLE_K * PIECE + (IS_REST ? REST_K : LANE_K) * quad;
+  if constexpr (BY_WORD) {
+    constexpr u32 COUNT = sizeof(piece) / 4, PER_WORD = 4 / sizeof(Element);
+    u32 word[4] = {};
+#pragma unroll
+    for (u32 i = 0; i < COUNT; ++i)
+      if (present && (!LAST || own + PER_WORD * i < ks)) word[i] = reinterpret_cast<const u32*>(row + own)[i];
+    if constexpr (IS_REST) piece = make_uint2(word[0], word[1]);
+    else piece = make_uint4(word[0], word[1], word[2], word[3]);
+  } else if (present && (!LAST || own < ks)) {
+    piece = *reinterpret_cast<const decltype(piece)*>(row + own);
+  }
   return piece;
 }
 // What the matrix instruction takes of a word in memory: pairs of halves as they are.
@@ -59,12 +71,12 @@ DEVICE u32 rest(u32 word) { return round_to_tf32(__uint_as_float(word) - __uint_
 template <int PIECE = 0> DEVICE uint4 load_chunk(const Params& p, u32 chunk, u32 first, u32 quad) {
   if constexpr (PIECE < WHOLE) {
     const u32 row = first + chunk % 4;
-    if (chunk / 4 == PIECE) return load_piece<PIECE>(p.b + row * p.b_stride, row < p.n, quad, p.k);
+    if (chunk / 4 == PIECE) return load_piece<PIECE, false>(p.b + row * p.b_stride, row < p.n, quad, p.k);
     return load_chunk<PIECE + 1>(p, chunk, first, quad);
   } else if constexpr (REST) {
     const u32 row = first + 2 * (chunk - 4 * WHOLE);
-    const uint2 v = load_piece<WHOLE>(p.b + row * p.b_stride, row < p.n, quad, p.k);
-    const uint2 w = load_piece<WHOLE>(p.b + (row + 1) * p.b_stride, row + 1 < p.n, quad, p.k);
+    const uint2 v = load_piece<WHOLE, false>(p.b + row * p.b_stride, row < p.n, quad, p.k);
+    const uint2 w = load_piece<WHOLE, false>(p.b + (row + 1) * p.b_stride, row + 1 < p.n, quad, p.k);
     return make_uint4(v.x, v.y, w.x, w.y);
   } else {
     return {};
@@ -100,14 +112,14 @@ struct Slice { Words upper, lower; };  // rows r and r + 8, r = lane / 4
 
 template <int PIECE = 0> DEVICE void load_pieces(Words& words, const Element* row, bool present, u32 quad, u32 ks) {
   if constexpr (PIECE < WHOLE) {
-    const uint4 v = load_piece<PIECE>(row, present, quad, ks);
+    const uint4 v = load_piece<PIECE, NARROW>(row, present, quad, ks);
     words.word[4 * PIECE] = rounded(v.x);
     words.word[4 * PIECE + 1] = rounded(v.y);
     words.word[4 * PIECE + 2] = rounded(v.z);
     words.word[4 * PIECE + 3] = rounded(v.w);
     load_pieces<PIECE + 1>(words, row, present, quad, ks);
   } else if constexpr (REST) {
-    const uint2 v = load_piece<WHOLE>(row, present, quad, ks);
+    const uint2 v = load_piece<WHOLE, NARROW>(row, present, quad, ks);
     words.word[4 * WHOLE] = rounded(v.x);
     words.word[4 * WHOLE + 1] = rounded(v.y);
   }
@@ -146,6 +158,28 @@ DEVICE void multiply_group(float (&d)[16], const Slice& a, u32 fragments, u32 gr
   }
 }
 
+// A row of results in the block's columns, of which a lane has eight neighbouring ones of each group, one group after the other.
+template <class EPILOGUE, bool SHIFTED = EPILOGUE::SHIFTED> struct Line {
+  typename EPILOGUE::Targets targets;
+  bool present;
+  DEVICE Line(const Params& p, u32 row, u32, u32, bool present) : targets(EPILOGUE::to(p, row)), present(present) {}
+  DEVICE void store(const Params& p, u32 column, u32 count, const float (&v)[8], const typename EPILOGUE::Inputs& inputs) const {
+    if (count > 0 && present) EPILOGUE::store(p, targets, column, count, v, inputs);
+  }
+  DEVICE void end(const Params&, u32) const {}
+};
+template <class EPILOGUE> struct Line<EPILOGUE, true> {  // all lanes of the warp take part
+  typename EPILOGUE::Carries carries;
+  u32 row, first, last;
+  bool present;
+  DEVICE Line(const Params&, u32 row, u32 first, u32 last, bool present) : carries{}, row(row), first(first), last(last), present(present) {}
+  DEVICE void store(const Params& p, u32 column, u32, const float (&v)[8], const typename EPILOGUE::Inputs& inputs) {
+    const Along at = column < first + 32 ? Along::FIRST : Along::WITHIN;
+    EPILOGUE::store_shifted(p, row, column, first, last, present, at, v, inputs, carries);
+  }
+  DEVICE void end(const Params& p, u32 beyond) { EPILOGUE::template store_rest<8>(p, row, beyond, first, last, present, carries); }
+};
+
 extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 fragments = shared_address(shared);
@@ -153,7 +187,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
   wait_for_previous_kernel();
   stamp_begin(p.stamp);
 
-  const u32 lane = threadIdx.x & 31, quad = lane & 3, stride = 16 * WARPS * gridDim.x, base = 32 * GROUPS * blockIdx.y;
+  const u32 lane = threadIdx.x & 31, quad = lane & 3, stride = 16 * WARPS * gridDim.x;
+  const u32 base = 32 * GROUPS * blockIdx.y, end = min(p.n, base + 32 * GROUPS);
   const auto column_of = [&](u32 group) { return base + 32 * group + 8 * quad; };
   const auto count_of = [&](u32 group) { return column_of(group) < p.n ? min(8u, p.n - column_of(group)) : 0; };
   u32 row = 16 * (blockIdx.x * WARPS + threadIdx.x / 32) + lane / 4;
@@ -173,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
     const Slice next = load_slice(p, row + stride, quad);
     const u32 rows[2] = {min(row, p.m - 1), min(row + 8, p.m - 1)};
     const Epilogue::Rows sources[2] = {Epilogue::at(p, rows[0]), Epilogue::at(p, rows[1])};
-    const Epilogue::Targets targets[2] = {Epilogue::to(p, rows[0]), Epilogue::to(p, rows[1])};
+    Line<Epilogue> lines[2] = {{p, rows[0], base, end, row < p.m}, {p, rows[1], base, end, row + 8 < p.m}};
 #pragma unroll UNROLL
     for (int group = 0; group < GROUPS; ++group) {
       const u32 column = column_of(group), count = count_of(group);
@@ -196,10 +231,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
           v[j] = d[4 * j + 2 * half_of];
           v[j + 4] = d[4 * j + 2 * half_of + 1];
         }
-        if (count > 0 && row + 8 * half_of < p.m)
-          Epilogue::store(p, targets[half_of], column, count, v, Epilogue::Inputs{fixed, varying[half_of]});
+        lines[half_of].store(p, column, count, v, Epilogue::Inputs{fixed, varying[half_of]});
       }
     }
+#pragma unroll
+    for (int half_of = 0; half_of < 2; ++half_of) lines[half_of].end(p, column_of(GROUPS));
     slice = next;
   }
   stamp_end(p.stamp);

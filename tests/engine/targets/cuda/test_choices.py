@@ -62,6 +62,19 @@ def test_a_choice_names_slices() -> None:
     assert all(tile_of(choice_of(tile, 1.0), product(9000, 384, 72), HALF) is None for tile in tiles)
 
 
+def test_slices_take_rows_that_begin_at_multiples_of_four_bytes() -> None:
+    """One word at a time, and results whose rows begin anywhere; rows at odd elements they leave to others."""
+
+    def kinds(n: int, k: int) -> set[tuple[bool, bool]]:
+        return {(tile.narrow, tile.shifted) for tile in stream_tiles(product(9000, n, k), HALF)}
+
+    assert kinds(96, 32) == {(False, False)}
+    assert kinds(81, 32) == {(False, True)}
+    assert kinds(96, 26) == {(True, False)}
+    assert kinds(81, 26) == {(True, True)}
+    assert not kinds(81, 27)
+
+
 def test_a_choice_for_another_product_is_not_taken() -> None:
     odd, aligned = product(100, 100, 511), product(100, 100, 512)
     as_it_lies, copied = PRODUCT_TILES[0], replace(PRODUCT_TILES[0], aligns=True)

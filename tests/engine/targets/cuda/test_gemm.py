@@ -161,12 +161,13 @@ def test_rows_in_two_parts_keep_what_is_not_finite(runner: Runner) -> None:
 
 def test_gemm_in_slices_matches_float64(runner: Runner, count: int) -> None:
     """Every kind of operands, steps of k and columns, in every number of parts; rows of several slices a warp, some of
-    them beyond the last."""
+    them beyond the last; rows that begin at multiples of 16 bytes, and of 4."""
     rng, cases = rng_of("slices"), []
     for i in range(2 * count):
         kind = list(KINDS)[i % 3]
         dtype, chunk = KINDS[kind][0], 16 // KINDS[kind][0].itemsize
-        m, k, n = ragged(rng, 4000), chunk * int(rng.integers(1, 9)), int(rng.integers(1, 400))
+        least = chunk // 4 if i % 4 in (1, 2) else chunk
+        m, k, n = ragged(rng, 4000), least * int(rng.integers(1, 8 * chunk // least + 1)), int(rng.integers(1, 400))
         name = list(stores_of(F16))[i % 4]
         inputs: list[cv.Given] = [fed(dtype, (m, k), -1, 0), weight(k, n, dtype=dtype)]
         inputs += [] if name == "plain" else [weight(n, dtype=dtype)]

@@ -141,13 +141,13 @@ def test_staged_rows_may_lie_apart(hopper: Runner, count: int) -> None:
 @pytest.mark.parametrize("dtype", [F16, BF16])
 def test_gelu_of_staged_results_is_good_to_their_rounding(hopper: Runner, dtype: DType) -> None:
     """Of every finite number, which a product with the unit matrix leaves as it is: half a unit in the last place, and
-    the bound of `gelu_for` in kernels/epilogue/gelu.cuh."""
+    the bound of `gelu_all` in kernels/epilogue/gelu.cuh."""
     n = 64
     x = np.arange(2**16, dtype=np.uint32).astype(np.uint16).view(dtype.numpy)
     x = np.where(np.isfinite(x.astype(np.float32)), x, np.zeros_like(x)).reshape(-1, n)
     step = make_step(Gemm((stored(cv.gelu(ACC), dtype),)), [(dtype, x.shape), np.eye(n).astype(dtype.numpy)])
     (launch,) = launched(step, STAGED_TILES[0], hopper.context)
-    assert f"= gelu_for<{'half' if dtype is F16 else 'bfloat16'}>(" in launch.kernel.source.text
+    assert f"gelu_all<{'half' if dtype is F16 else 'bfloat16'}>(" in launch.kernel.source.text
     assert hopper.prepare(launch.kernel) is None
     got = hopper.run(step, [launch], [x, np.eye(n).astype(dtype.numpy)])[0].astype(np.float64)
     x = x.astype(np.float64)
