@@ -45,12 +45,13 @@ struct StagedResults {
   using OfRow = Epilogue::OfRow;
   static constexpr int BLOCKS = STAGED_COLUMNS / 8;  // of a panel
   // What is the same in every row is fetched before the products, where registers are left for all of it. Elsewhere two blocks at a
-  // time, and where that is little two blocks ahead. They come to the L1 cache before the products, while the other consumer multiplies
+  // time, and beside a long epilogue, if that is little, two blocks ahead. They come to the L1 cache before the products, while the other consumer multiplies
   // or the first stages are on their way: else each would be a round trip to the L2 cache that nothing hides. A warp touches all of one
   // operand.
   static constexpr int ROOM = CONSUMER_REGISTERS - RESERVED - ACCUMULATORS, ROWS = 2 * PARTS, OF_ROWS = ROWS * registers_of<OfRow>();
   static constexpr bool HELD = registers_of<Fixed>() * TILE_N / 8 + OF_ROWS <= ROOM;
-  static constexpr bool AHEAD = !HELD && registers_of<Fixed>() <= 2;
+  static constexpr bool AHEAD = Epilogue::LONG && !HELD && registers_of<Fixed>() <= 2;
+  static constexpr int PAIRS = Epilogue::LONG ? 4 : 1;  // of results that are made together: more take registers, too
   // Half of the room is for what the epilogue computes with, and pairs along n take some of it.
   static constexpr bool SHARED_ROWS = Epilogue::READS_ROWS && 2 * (OF_ROWS + (MOMENTS ? 2 * ROWS : 0)) + (CLUSTER_N > 1 ? 16 : 0) >= ROOM;
   static_assert(ROWS <= 4, "one for each of four lanes");
@@ -102,22 +103,30 @@ struct StagedResults {
           u32 r[4] = {};
           if constexpr (Epilogue::READS_TILE) load_matrix_x4(r, address);
           const OfRow upper = of(2 * i), lower = of(2 * i + 1);
-          const Fixed of_columns[4] = {left, left, right, right};
-          const OfRow of_rows[4] = {upper, lower, upper, lower};
-          float acc[4][2], made[4][2];
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {  // rows r and r + 8 of a block, then of the next
-            const int element = 4 * (first + j / 2) + 2 * (j % 2), row = 2 * i + j % 2;
-            acc[j][0] = divisors.quotient(d[i][element], row);
-            acc[j][1] = divisors.quotient(d[i][element + 1], row);
-          }
-          Epilogue::results(acc, of_columns, of_rows, r, made);
-          if constexpr (MOMENTS) {
+          for (int from = 0; from < 4; from += PAIRS) {
+            Fixed of_columns[PAIRS];
+            OfRow of_rows[PAIRS];
+            float acc[PAIRS][2], made[PAIRS][2];
+            u32 words[PAIRS];
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-              if (8 * (first + j / 2) < columns) {  // which end with a block
-                add(rows[2 * i + j % 2], made[j][0]);
-                add(rows[2 * i + j % 2], made[j][1]);
+            for (int j = 0; j < PAIRS; ++j) {  // rows r and r + 8 of a block, then of the next
+              const int pair = from + j, element = 4 * (first + pair / 2) + 2 * (pair % 2), row = 2 * i + pair % 2;
+              of_columns[j] = pair < 2 ? left : right;
+              of_rows[j] = pair % 2 == 0 ? upper : lower;
+              acc[j][0] = divisors.quotient(d[i][element], row);
+              acc[j][1] = divisors.quotient(d[i][element + 1], row);
+              words[j] = r[pair];
+            }
+            Epilogue::results(acc, of_columns, of_rows, words, made);
+#pragma unroll
+            for (int j = 0; j < PAIRS; ++j) {
+              r[from + j] = words[j];
+              if constexpr (MOMENTS) {
+                if (8 * (first + (from + j) / 2) < columns) {  // which end with a block
+                  add(rows[2 * i + (from + j) % 2], made[j][0]);
+                  add(rows[2 * i + (from + j) % 2], made[j][1]);
+                }
               }
             }
           }
