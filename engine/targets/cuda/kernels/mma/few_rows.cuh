@@ -85,6 +85,16 @@ DEVICE void multiply_step(float (&d)[GROUPS][ROW_TILES][4], u32 stage, const Act
     }
 }
 
+// What of the results a thread finishes: eight columns of a row. Worked out anew where it is needed, so that it takes no registers meanwhile.
+struct Share {
+  u32 row, octet, own, count;
+  bool finishes;
+  DEVICE Share(const Params& p, u32 column0) : row(threadIdx.x / OCTETS), octet(threadIdx.x % OCTETS), own(column0 + 8 * octet) {
+    finishes = row < p.m && own < p.n;
+    count = finishes ? min(8u, p.n - own) : 0;
+  }
+};
+
 DEVICE void multiply_rows(const Params& p) {
   extern __shared__ __align__(1024) u8 shared[];
   const u32 warp = threadIdx.x / 32, lane = threadIdx.x & 31, tile = blockIdx.x / CLUSTER, column0 = tile * COLUMNS;
@@ -93,7 +103,8 @@ DEVICE void multiply_rows(const Params& p) {
   const u32 turn = splits_of<SPLIT>(p) * CLUSTER * WARPS;  // the lines that all warps take in a step
   const u32 lines = (p.k + STEP - 1) / STEP, first_line = split * WARPS + warp, steps = lines > first_line ? (lines - first_line + turn - 1) / turn : 0;
   const u32 column = column0 + lane / 4;
-  const auto k_of = [=](u32 step) { return (step * turn + first_line) * STEP + (lane & 3) * CHUNK; };
+  const u32 k0 = first_line * STEP + (lane & 3) * CHUNK;
+  const auto k_of = [=](u32 step) { return step * (turn * STEP) + k0; };
 
   const auto copy_step = [&](u32 step, int stage) {
     if (step < steps) copy_weights(slot + stage * STAGE_BYTES, p, column, k_of(step));
@@ -108,16 +119,15 @@ DEVICE void multiply_rows(const Params& p) {
   if constexpr (config::constant_b) wait_for_previous_kernel();
   stamp_begin(p.stamp);
 
-  const u32 row = threadIdx.x / OCTETS, octet = threadIdx.x % OCTETS, own = column0 + 8 * octet;
-  const bool finishes = row < p.m && own < p.n;
-  const u32 count = finishes ? min(8u, p.n - own) : 0;
   Epilogue::Inputs inputs;
   Activations a[AHEAD];
 #pragma unroll
   for (int i = 0; i < AHEAD; ++i)
     if (i < steps) load_activations(a[i], p, k_of(i));
-  if constexpr (config::early)
-    if (finishes) inputs = Epilogue::fetch(p, row, own, count);
+  if constexpr (config::early) {
+    const Share mine(p, column0);
+    if (mine.finishes) inputs = Epilogue::fetch(p, mine.row, mine.own, mine.count);
+  }
 
   float d[GROUPS][ROW_TILES][4] = {};
   for (u32 first = 0; first < steps; first += STAGES) {
@@ -131,8 +141,9 @@ DEVICE void multiply_rows(const Params& p) {
       if (step + AHEAD < steps) load_activations(a[stage % AHEAD], p, k_of(step + AHEAD));
     }
   }
+  const Share mine(p, column0);
   if constexpr (!config::early)
-    if (finishes) inputs = Epilogue::fetch(p, row, own, count);
+    if (mine.finishes) inputs = Epilogue::fetch(p, mine.row, mine.own, mine.count);
 
   __syncwarp();  // the warp's sums take the place of its ring, from which all lanes have read
   float* const sums = reinterpret_cast<float*>(shared + warp * RING_BYTES);
@@ -146,14 +157,14 @@ DEVICE void multiply_rows(const Params& p) {
   if (warp < FINISHERS) {
     float v[1][8] = {};
 #pragma unroll
-    for (int w = 0; w < WARPS && row < ROWS; ++w) {
-      const float4* const eight = reinterpret_cast<const float4*>(shared + w * RING_BYTES + (row * ROW + octet * 8) * 4);
+    for (int w = 0; w < WARPS && mine.row < ROWS; ++w) {
+      const float4* const eight = reinterpret_cast<const float4*>(shared + w * RING_BYTES + (mine.row * ROW + mine.octet * 8) * 4);
       const float4 left = eight[0], right = eight[1];
       v[0][0] += left.x, v[0][1] += left.y, v[0][2] += left.z, v[0][3] += left.w;
       v[0][4] += right.x, v[0][5] += right.y, v[0][6] += right.z, v[0][7] += right.w;
     }
     const bool last = joined.add(v[0]) && add_splits<SPLIT>(p, v, tile * FINISHERS + warp, blockIdx.y);
-    if (last && finishes) Epilogue::store(p, row, own, count, v[0], inputs);
+    if (last && mine.finishes) Epilogue::store(p, mine.row, mine.own, mine.count, v[0], inputs);
   }
   stamp_end(p.stamp);
 }
