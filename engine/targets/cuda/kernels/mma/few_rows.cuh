@@ -85,7 +85,8 @@ DEVICE void multiply_step(float (&d)[GROUPS][ROW_TILES][4], u32 stage, const Act
     }
 }
 
-// What of the results a thread finishes: eight columns of a row. Worked out anew where it is needed, so that it takes no registers meanwhile.
+// What of the results a thread finishes: eight columns of a row. Where its inputs are not fetched early, it is worked out only after the
+// products, so that it takes no registers meanwhile.
 struct Share {
   u32 row, octet, own, count;
   bool finishes;
@@ -103,8 +104,7 @@ DEVICE void multiply_rows(const Params& p) {
   const u32 turn = splits_of<SPLIT>(p) * CLUSTER * WARPS;  // the lines that all warps take in a step
   const u32 lines = (p.k + STEP - 1) / STEP, first_line = split * WARPS + warp, steps = lines > first_line ? (lines - first_line + turn - 1) / turn : 0;
   const u32 column = column0 + lane / 4;
-  const u32 k0 = first_line * STEP + (lane & 3) * CHUNK;
-  const auto k_of = [=](u32 step) { return step * (turn * STEP) + k0; };
+  const auto k_of = [=](u32 step) { return (step * turn + first_line) * STEP + (lane & 3) * CHUNK; };
 
   const auto copy_step = [&](u32 step, int stage) {
     if (step < steps) copy_weights(slot + stage * STAGE_BYTES, p, column, k_of(step));
@@ -124,10 +124,9 @@ DEVICE void multiply_rows(const Params& p) {
 #pragma unroll
   for (int i = 0; i < AHEAD; ++i)
     if (i < steps) load_activations(a[i], p, k_of(i));
-  if constexpr (config::early) {
-    const Share mine(p, column0);
+  Share mine(p, column0);
+  if constexpr (config::early)
     if (mine.finishes) inputs = Epilogue::fetch(p, mine.row, mine.own, mine.count);
-  }
 
   float d[GROUPS][ROW_TILES][4] = {};
   for (u32 first = 0; first < steps; first += STAGES) {
@@ -141,9 +140,10 @@ DEVICE void multiply_rows(const Params& p) {
       if (step + AHEAD < steps) load_activations(a[stage % AHEAD], p, k_of(step + AHEAD));
     }
   }
-  const Share mine(p, column0);
-  if constexpr (!config::early)
+  if constexpr (!config::early) {
+    mine = Share(p, column0);
     if (mine.finishes) inputs = Epilogue::fetch(p, mine.row, mine.own, mine.count);
+  }
 
   __syncwarp();  // the warp's sums take the place of its ring, from which all lanes have read
   float* const sums = reinterpret_cast<float*>(shared + warp * RING_BYTES);
