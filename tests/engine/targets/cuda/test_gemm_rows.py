@@ -28,7 +28,7 @@ from engine.targets.cuda.gemm_rows import (
 from engine.targets.cuda.kernel import Context, WeightStore, content
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.tiles import Operands
-from tests.engine.targets.cuda.cases import check, check_late, fed, ragged, rng_of, wiped
+from tests.engine.targets.cuda.cases import check, check_late, fed, ragged, rng_of, thinned, wiped
 from tests.engine.targets.cuda.harness import Case, Runner
 from tests.engine.targets.cuda.test_gemm import EXACT, launched, stores_of
 from tests.engine.targets.cuda.test_gemm_staged import parts, step_of
@@ -50,9 +50,9 @@ def product(m: int, n: int, k: int, dtype: DType = F16) -> Product:
 
 def test_few_rows_match_float64(runner: Runner, count: int) -> None:
     """Every tile, every epilogue, ragged rows, columns and k; weights of less than a step of a warp, and of many."""
-    rng, cases = rng_of("few rows"), []
-    for i in range(max(2 * count, len(TILES))):
-        tile, dtype = TILES[i % len(TILES)], (F16, BF16)[i // 2 % 2]
+    rng, cases, tiles = rng_of("few rows"), [], thinned(runner, TILES)
+    for i in range(max(2 * count, len(tiles))):
+        tile, dtype = tiles[i % len(tiles)], (F16, BF16)[i // 2 % 2]
         name = list(stores_of(F16))[int(rng.integers(0, 4))]
         m, n, k = int(rng.integers(1, MOST_ROWS + 1)), ragged(rng, 200), ragged(rng, 6000, 8)
         step = step_of(m, n, k, name, dtype)
@@ -114,7 +114,7 @@ def test_epilogues_of_any_kind(runner: Runner, count: int) -> None:
 def test_warps_may_be_late(runner: Runner) -> None:
     """Sums take the place of rings, whose warp alone knows when it is through with its own."""
     cases = []
-    for tile in (*ROWS_TILES, *IN_CLUSTERS):
+    for tile in thinned(runner, (*ROWS_TILES, *IN_CLUSTERS), first=1):
         step = step_of(9, 2 * tile.columns + 3, 4000, "residual")
         launches = launched(step, tile, runner.context)
         cases.append(Case(f"{tile}", step, 4000, lowered=launches, rounding=EXACT))
