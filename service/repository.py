@@ -13,6 +13,7 @@ from pathlib import Path
 from service.errors import InvalidRequest
 from service.model_config import ModelConfig, ModelConfigError, read_model_config
 from service.workers.messages import ModelKey
+from service.workers.wire import printable
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
@@ -175,11 +176,6 @@ def _with_plain_name(file: Path) -> Path:
     if printable(str(file)) != str(file):
         raise ModelConfigError(f"the name of {printable(str(file))} is not UTF-8; rename it, a file to model.onnx")
     return file
-
-
-def printable(text: str) -> str:
-    """The text; bytes of file names that are not UTF-8, which are lone surrogates in it, as escapes like '\\udce8'."""
-    return text.encode(errors="backslashreplace").decode()
 
 
 def _read_labels(path: Path) -> tuple[str, ...]:

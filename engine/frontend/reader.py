@@ -108,10 +108,14 @@ def _check_model(model: onnx.ModelProto, label: str) -> None:
 
 
 def _check_texts(message: Message, label: str) -> None:
-    """Raises ModelError for a name or another text that is not UTF-8, which protobuf hands out as bytes."""
-    for about, value in message.ListFields():
+    """Raises ModelError for a name or another text that is not UTF-8, which protobuf hands out as bytes. Looks at no
+    field of another kind: to ask for a weight's bytes copies them."""
+    for about in message.DESCRIPTOR.fields:
         if about.type not in (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_MESSAGE):
             continue
+        if not about.is_repeated and not message.HasField(about.name):
+            continue
+        value = getattr(message, about.name)
         for item in value if about.is_repeated else (value,):
             if isinstance(item, Message):
                 _check_texts(item, label)

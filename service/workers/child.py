@@ -240,7 +240,9 @@ class Child:
         with self._lock:
             clients = dict(self._books.clients)
             sorted_: defaultdict[int, list[Report]] = defaultdict(list)
-            for report in map(self._lasting, reports):
+            if isinstance(reports[0], StatsReport | Unloaded):  # results come by many, these alone
+                reports = [self._lasting(report) for report in reports]
+            for report in reports:
                 for number in self._addressees(report):
                     sorted_[number].append(report)
         for number, own in sorted(sorted_.items()):  # the first client knows of every count before others do

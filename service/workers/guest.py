@@ -51,7 +51,7 @@ class GuestTransport(RemoteTransport):
             number, descriptors = found
             pause = _PAUSE_S
             try:
-                await self._use(Connection.of(descriptors))
+                await self._join(Connection.of(descriptors))
             except OSError as error:
                 log.error("there is no connection to the engine process: %s", error)
                 pause = _LONG_PAUSE_S
@@ -60,7 +60,7 @@ class GuestTransport(RemoteTransport):
                 pause = _LONG_PAUSE_S
             loop.call_later(pause, self._on_end, number)
 
-    async def _use(self, connection: Connection) -> None:
+    async def _join(self, connection: Connection) -> None:
         """One connection to its end. Raises OSError where this process may open no more files."""
         end = socket.socket(fileno=connection.socket)
         try:
@@ -71,18 +71,10 @@ class GuestTransport(RemoteTransport):
         finally:
             for descriptor in (connection.requests, connection.answers):
                 os.close(descriptor)
-        loop = asyncio.get_running_loop()
         ended = asyncio.Event()
         link = self._make_link(requests, answers, ended.set)
-        await loop.create_unix_connection(lambda: link, sock=end)
-        watch = loop.create_task(self._watch())
-        try:
-            self._begin(link)
-            await ended.wait()
-        finally:
-            watch.cancel()
-            link.close()
-            self._lost()
+        await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=end)
+        await self._use(link, ended)
 
     def _lost(self) -> None:
         super()._lost()

@@ -135,16 +135,10 @@ class ProcessTransport(RemoteTransport):
         await loop.create_unix_connection(lambda: link, sock=near)
         threading.Thread(target=_log_output, args=(process,), name="engine output", daemon=True).start()
         log.info("engine process %d started", process.pid)
-        watch = loop.create_task(self._watch())
         try:
-            self._begin(link)
-            self._on_started(ours)
-            await ended.wait()
+            await self._use(link, ended, lambda: self._on_started(ours))
         finally:
-            watch.cancel()
             ours.close()
-            link.close()
-            self._lost()
             await loop.run_in_executor(None, self._reap, process)
             self._tell_end(process)
 

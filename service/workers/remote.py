@@ -138,7 +138,7 @@ class RemoteTransport:
     # ---- the worker's side
 
     def _make_link(self, requests: Bytes, answers: Bytes, on_end: Callable[[], object]) -> Link:
-        """A protocol for the connection over these regions; `_begin` has to follow."""
+        """A protocol for the connection over these regions; `_use` has to follow."""
         self._blocks = Blocks(requests)
         return Link(self._blocks, answers, self._hear, on_end)
 
@@ -148,6 +148,18 @@ class RemoteTransport:
         self._heard, self._is_silent, self._last_words = self._begun, False, ""
         for command in self._models.values():
             self._forward(link, command)
+
+    async def _use(self, link: Link, ended: asyncio.Event, on_begun: Callable[[], object] = lambda: None) -> None:
+        """The connection from its beginning until `ended`."""
+        watch = asyncio.get_running_loop().create_task(self._watch())
+        try:
+            self._begin(link)
+            on_begun()
+            await ended.wait()
+        finally:
+            watch.cancel()
+            link.close()
+            self._lost()
 
     def _hear(self, message: FromEngine) -> None:
         """A message of the worker."""

@@ -71,11 +71,14 @@ def probe(model: EngineModel, command: LoadModel, engine_error: type[Exception])
         if seconds > _LONG_S:
             return axes.without_batching(f"one row computes for {seconds:.1f} s or more, so rows together gain nothing")
         rows = _rows(one)
+        alone = [first]
         large = _large(one) if axes.sequence is None else None
-        if large is not None and _runs(model, large, engine_error):
+        answers = None if large is None else _answers(model, large, engine_error)
+        if large is not None and answers is not None:
             rows.insert(1, large)
+            alone.append(answers)
         together = model.run({name: np.concatenate([row[name] for row in rows]) for name in one})
-        alone = [first, *(model.run(row) for row in rows[1:-1]), first]
+        alone += [*(model.run(row) for row in rows[len(alone) : -1]), first]
     except engine_error as error:
         if not strings and (not open_dims or command.image_size is not None):
             raise
@@ -177,13 +180,12 @@ def _large(one: Mapping[str, Array]) -> dict[str, Array] | None:
     return {**one, **large} if large else None
 
 
-def _runs(model: EngineModel, row: Mapping[str, Array], engine_error: type[Exception]) -> bool:
-    """Whether a row is one that the model can compute."""
+def _answers(model: EngineModel, row: Mapping[str, Array], engine_error: type[Exception]) -> Mapping[str, Array] | None:
+    """What the model makes of a row; None where it is none that it can compute."""
     try:
-        model.run(row)
+        return model.run(row)
     except engine_error:
-        return False
-    return True
+        return None
 
 
 def _scaled(row: Mapping[str, Array], factor: float) -> dict[str, Array]:

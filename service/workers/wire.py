@@ -254,10 +254,15 @@ def encode(message: ToEngine | FromEngine, blocks: Blocks, wait: float = 0.0) ->
     return b"".join((_HEAD.pack(len(text), len(payload)), text, payload))
 
 
+def printable(text: str) -> str:
+    """The text; bytes of file names that are not UTF-8, which are lone surrogates in it, as escapes like '\\udce8'."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def _escaped(body: Any) -> Any:
     """The same with escapes for what is not UTF-8."""
     if isinstance(body, str):
-        return body.encode(errors="backslashreplace").decode()
+        return printable(body)
     if isinstance(body, dict):
         return {_escaped(key): _escaped(value) for key, value in body.items()}
     return [_escaped(value) for value in body] if isinstance(body, list | tuple) else body
