@@ -7,7 +7,9 @@ import argparse
 import asyncio
 from collections.abc import Callable
 from contextlib import ExitStack
+from operator import methodcaller
 from pathlib import Path
+from statistics import median
 
 from load_tests import peers
 from load_tests.http_client import Results, closed_loop
@@ -35,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this program."""
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--seconds", type=float, default=10.0, help="of each turn")
-    parser.add_argument("--turns", type=int, default=3, help="of all servers, one after the other; the best counts")
+    parser.add_argument("--turns", type=int, default=3, help="of all servers, one after the other; medians count")
     parser.add_argument(
         "--peers", nargs="*", default=["echo", "litserve", "mosec"], choices=["echo", "litserve", "mosec"]
     )
@@ -64,41 +66,48 @@ def measure(options: argparse.Namespace, folder: Path) -> Report:
                 server = opened.enter_context(running(peers.mosec(kind, folder)))
                 cases["mosec", form] = (server, make("/inference"))
         for connections in options.connections:
-            best = _turns(cases, connections, options.seconds, options.turns)
-            for (name, form), (results, cpu) in best.items():
-                report.add(server=name, form=form, connections=connections, cpu_us=round(cpu * 1e6), **results.row())
-            _judge(report, {case: results for case, (results, _) in best.items()}, connections)
+            turns = _turns(cases, connections, options.seconds, options.turns)
+            for (name, form), own in turns.items():
+                total, cpu = Results(), 0.0
+                for results, used in own:
+                    total.extend(results)
+                    cpu += used
+                of_request = round(cpu / max(total.statuses.total(), 1) * 1e6)
+                report.add(server=name, form=form, connections=connections, cpu_us=of_request, **total.row())
+            _judge(report, {case: [results for results, _ in own] for case, own in turns.items()}, connections)
     return report
 
 
-def _turns(cases: Cases, connections: int, seconds: float, turns: int) -> dict[tuple[str, str], tuple[Results, float]]:
-    """The best turn of each case, and the CPU seconds of its server for a request in it."""
-    best: dict[tuple[str, str], tuple[Results, float]] = {}
-    for _ in range(turns):
-        for case, (server, make) in cases.items():
+def _turns(
+    cases: Cases, connections: int, seconds: float, turns: int
+) -> dict[tuple[str, str], list[tuple[Results, float]]]:
+    """Every turn of each case, with the CPU seconds of its server."""
+    done: dict[tuple[str, str], list[tuple[Results, float]]] = {case: [] for case in cases}
+    for number in range(turns):
+        for case, (server, make) in list(cases.items())[:: -1 if number % 2 else 1]:
             before = server.cpu_seconds()
             results = asyncio.run(closed_loop(server.port, make, connections, seconds))
-            cpu = (server.cpu_seconds() - before) / max(results.statuses.total(), 1)
-            if case not in best or results.rate > best[case][0].rate:
-                best[case] = results, cpu
-    return best
+            done[case].append((results, server.cpu_seconds() - before))
+    return done
 
 
-def _judge(report: Report, best: dict[tuple[str, str], Results], connections: int) -> None:
-    wrong = sum(len(results.problems) for results in best.values())
-    failed = sum(sum(results.statuses.values()) - results.statuses[200] for results in best.values())
+def _judge(report: Report, turns: dict[tuple[str, str], list[Results]], connections: int) -> None:
+    every = [results for own in turns.values() for results in own]
+    wrong = sum(len(results.problems) for results in every)
+    failed = sum(results.statuses.total() - results.statuses[200] for results in every)
     report.check(f"{connections} connections: every answer is 200 and right", wrong + failed == 0, wrong + failed)
     for form in ("JSON", "binary"):
-        ours = best["tilewave", form]
-        if ("litserve", form) in best:
-            ratio = ours.rate / best["litserve", form].rate
+        ours = turns["tilewave", form]
+        if ("litserve", form) in turns:
+            ratio = median_ratio(ours, turns["litserve", form], lambda results: results.rate)
             report.check(f"{connections} connections, {form}: ahead of LitServe", ratio > 1, f"{ratio:.2f} times")
-        if ("bare echo", form) in best:
-            reads: dict[str, Callable[[Results], float]] = {
-                "p50": lambda results: results.percentile(50),
-                "p99": lambda results: results.percentile(99),
-            }
-            for name, read in reads.items():
-                ratio = read(ours) / read(best["bare echo", form])
-                what = f"{connections} connections, {form}: {name} at most {MOST_RATIO} times the bare echo's"
+        if ("bare echo", form) in turns:
+            for percent in (50, 99):
+                ratio = median_ratio(ours, turns["bare echo", form], methodcaller("percentile", percent))
+                what = f"{connections} connections, {form}: p{percent} at most {MOST_RATIO} times the bare echo's"
                 report.check(what, ratio <= MOST_RATIO, f"{ratio:.2f} times")
+
+
+def median_ratio(ours: list[Results], others: list[Results], read: Callable[[Results], float]) -> float:
+    """The median over the turns of what is read of ours over that of the others' in the same turn."""
+    return median(read(one) / read(other) for one, other in zip(ours, others, strict=True))
