@@ -12,12 +12,13 @@ line to `_FLOAT` or `_INTEGER`, and a device function to kernels/epilogue/math.c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.expr import PointOp
+from engine.targets.cuda.gates import gated_nodes, gelu_of
 from engine.targets.cuda.kernel import (
     I64,
     STORAGE,
@@ -38,7 +39,6 @@ COMPUTE = {
 }  # fmt: skip
 """The types in which elements are computed (`compute_t` of kernels/types.cuh)."""
 
-_ROUNDED = 2.0**-22  # a constant of a model beside the number that it stands for
 _SMALL = frozenset({DType.I16, DType.I8, DType.U16, DType.U8})
 
 _FLOAT = {
@@ -292,59 +292,42 @@ class _Writer:
 
 @dataclass(frozen=True)
 class Loop:
-    """Code that computes results, in about how many instructions an element of each; `is_long`: with a GELU of several
-    places at once."""
+    """Code that computes results, in about how many instructions an element of each; `word`: what has the last one of
+    two columns as it is stored, where that comes so."""
 
     lines: list[str]
     instructions: int
-    is_long: bool = False
+    word: str = ""
 
 
-def loop_over(results: Mapping[str, tuple[ex.Expr, DType]], together: str = "") -> Loop:
-    """Computes the results of all columns: what is assigned, and (expression, type) of its value. Where all results are
-    of the 16-bit type `together`, those of PAIRS places are computed by functions that are good enough for it: GELU of
-    all places at once, since the chip can work on one element while another waits, and SiLU of a place's columns, which
-    share some of the work. Then `acc`, `inputs` and what is assigned are arrays of places."""
-    roots, lines, given = [root for root, _ in results.values()], list[str](), dict[ex.Expr, str]()
-    at, is_long = "[place]" if together else "", False
-    instructions = _expression_lines(roots, given, at).instructions
-    for j, (node, x, is_gelu) in enumerate(_joint(roots) if together else ()):
-        name = f"joint{j}"
-        before = _expression_lines([x], given, at)
-        silu = [] if is_gelu else [f"silu_all({name}[place]);"]
+def loop_over(results: Mapping[str, tuple[ex.Expr, DType]], halves: str = "") -> Loop:
+    """Computes the results of all columns: what is assigned, and (expression, type) of its value. Where columns are two
+    and all results of the 16-bit type `halves`, smooth activations are computed as these need (`gated` of
+    kernels/epilogue/gated.cuh)."""
+    roots, lines, given, word = [root for root, _ in results.values()], list[str](), dict[ex.Expr, str](), ""
+    instructions = _expression_lines(roots, given).instructions
+    for j, (node, gated) in enumerate(gated_nodes(roots) if halves else ()):
+        before = _expression_lines([gated.x], given)
         lines += [
-            f"float {name}[PAIRS][WIDTH];",
-            *_each_column([*before.lines, f"{name}[place][i] = {before.names[x]};"], together, silu),
-            *([f"gelu_all<{together}>({name});"] if is_gelu else []),
-        ]  # fmt: skip
-        given[node] = f"{name}[place][i]"
-        is_long |= is_gelu
-    body = _expression_lines(roots, given, at)
+            f"float gated{j}[WIDTH];",
+            *_each_column([*before.lines, f"gated{j}[i] = {before.names[gated.x]};"]),
+            f"const u32 word{j} = gated<{halves}, {', '.join(gated.words)}>(gated{j});",
+        ]
+        given[node] = f"gated{j}[i]"
+        if _before_rounding(roots[-1]) == node:
+            word = f"word{j}"
+    body = _expression_lines(roots, given)
     ends = (f"{target} = {_stored(body.names[root], root.dtype, to)};" for target, (root, to) in results.items())
-    return Loop([*lines, *_each_column([*body.lines, *ends], together)], instructions, is_long)
+    return Loop([*lines, *_each_column([*body.lines, *ends])], instructions, word)
 
 
-def _each_column(lines: Iterable[str], together: str = "", then: Sequence[str] = ()) -> list[str]:
-    """`lines` for every column, and `then` after those of a place."""
-    loop = ["#pragma unroll", "for (int i = 0; i < WIDTH; ++i) {", *(f"  {line}" for line in lines), "}"]
-    if not together:
-        return loop
-    return ["#pragma unroll", "for (int place = 0; place < PAIRS; ++place) {", *loop, *then, "}"]
+def _each_column(lines: Iterable[str]) -> list[str]:
+    return ["#pragma unroll", "for (int i = 0; i < WIDTH; ++i) {", *(f"  {line}" for line in lines), "}"]
 
 
-def _joint(roots: Sequence[ex.Expr]) -> Iterator[tuple[ex.Expr, ex.Expr, bool]]:
-    """Every GELU and every x · sigmoid(x) in fp32 where all results have 16 bits, inner ones first: itself, its x, and
-    whether it is a GELU."""
-    if all(root.dtype in (DType.F16, DType.BF16) for root in roots):
-        for node in ex.walk(*roots):
-            x = _gelu_of(node)
-            if x is not None:
-                yield node, x, True
-            elif isinstance(node, ex.Apply) and node.op is PointOp.MUL and node.dtype is DType.F32:
-                for x, gate in (node.args, node.args[::-1]):
-                    if isinstance(gate, ex.Apply) and gate.op is PointOp.SIGMOID and gate.args[0] == x:
-                        yield node, x, False
-                        break
+def _before_rounding(root: ex.Expr) -> ex.Expr:
+    """What a root rounds, where it does that."""
+    return root.args[0] if isinstance(root, ex.Apply) and root.op is PointOp.CAST else root
 
 
 def _stored(text: str, source: DType, target: DType) -> str:
@@ -375,13 +358,13 @@ class _Lines:
         self.instructions = 0
 
 
-def _expression_lines(roots: Sequence[ex.Expr], given: Mapping[ex.Expr, str], at: str) -> _Lines:
+def _expression_lines(roots: Sequence[ex.Expr], given: Mapping[ex.Expr, str]) -> _Lines:
     """One statement per operation, shared sub-expressions once, none for what is `given` by name. Where all results
     have 16 bits, GELU is computed as well as these need."""
     result = _Lines()
     result.names |= given
     narrow = all(root.dtype in (DType.F16, DType.BF16) for root in roots)
-    short = {node: x for node in ex.walk(*roots) if (x := _gelu_of(node)) is not None} if narrow else {}
+    short = {node: x for node in ex.walk(*roots) if (x := gelu_of(node)) is not None} if narrow else {}
     used, pending = set[ex.Expr](), list(roots)
     while pending:
         node = pending.pop()
@@ -393,9 +376,9 @@ def _expression_lines(roots: Sequence[ex.Expr], given: Mapping[ex.Expr, str], at
         if node not in used or node in given:
             continue
         if isinstance(node, ex.Arg):
-            result.names[node] = f"inputs{at}.a{node.index}[i]"
+            result.names[node] = f"inputs.a{node.index}[i]"
         elif isinstance(node, ex.Acc):
-            result.names[node] = f"acc{at}[i]"
+            result.names[node] = "acc[i]"
         elif isinstance(node, ex.Const):
             result.names[node] = literal(node.value, node.dtype)
         else:
@@ -409,28 +392,6 @@ def _expression_lines(roots: Sequence[ex.Expr], given: Mapping[ex.Expr, str], at
             result.lines.append(f"const {COMPUTE[node.dtype]} {name} = {value};")
             result.names[node] = name
     return result
-
-
-def _gelu_of(node: ex.Expr) -> ex.Expr | None:
-    """x where `node` is (x · ½) · (erf(x · √½) + 1) in fp32, as the pass `canonicalise_activations` writes it."""
-    if not isinstance(node, ex.Apply) or node.op is not PointOp.MUL or node.dtype is not DType.F32:
-        return None
-    for half, more in (node.args, node.args[::-1]):
-        x, erf = _scaled(half, PointOp.MUL, 0.5), _scaled(more, PointOp.ADD, 1.0)
-        if x is None or not isinstance(erf, ex.Apply) or erf.op is not PointOp.ERF:
-            continue
-        if x.dtype is DType.F32 and _scaled(erf.args[0], PointOp.MUL, math.sqrt(0.5)) == x:
-            return x
-    return None
-
-
-def _scaled(node: ex.Expr, op: PointOp, by: float) -> ex.Expr | None:
-    """The other operand where `node` is `op` of anything and the constant `by`."""
-    if isinstance(node, ex.Apply) and node.op is op:
-        for value, other in (node.args, node.args[::-1]):
-            if isinstance(value, ex.Const) and math.isclose(float(value.value), by, rel_tol=_ROUNDED):
-                return other
-    return None
 
 
 def _apply(node: ex.Apply, operands: Sequence[str]) -> str:

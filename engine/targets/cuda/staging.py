@@ -107,9 +107,9 @@ def _code(
     ]
     # The two elements of a word of the tile.
     words = [
-        f"inputs[place].a{i}.pack.element[{half}] = {STORAGE[o.dtype]}{{static_cast<u16>({word})}};"
+        f"inputs.a{i}.pack.element[{half}] = {STORAGE[o.dtype]}{{static_cast<u16>({word})}};"
         for i, o in tiles.items()
-        for half, word in enumerate(("word[place]", "word[place] >> 16"))
+        for half, word in enumerate(("tile", "tile >> 16"))
     ]
     places = [
         f"static_cast<const {STORAGE[o.dtype]}*>(p.epilogue_{i}.data) + column"
@@ -119,19 +119,13 @@ def _code(
     chosen = [f"if (which == {number}) place = {place};" for number, place in enumerate(places) if number]
     touches = [f"const void* place = {places[0]};", *chosen, "touch(place);"] if places else []
     shuffles = [f"row.a{i}.element = __shfl_sync(~0u, row.a{i}.element, lane, 4);" for i in rows]
-    loop = loop_over({"result[place][i]": (store, result)}, together=STORAGE[result])
-    each = ["#pragma unroll", "for (int place = 0; place < PAIRS; ++place) {"]
-    lines = [
-        "Inputs inputs[PAIRS];", *each,
-        "  inputs[place] = {fixed[place], row[place], {}};", *(f"  {word}" for word in words), "}",
-        *loop.lines,
-        *each, f"  word[place] = pack_pair<{STORAGE[result]}>(result[place][0], result[place][1]);", "}",
-    ]  # fmt: skip
+    loop = loop_over({"result[i]": (store, result)}, halves=STORAGE[result])
+    word = loop.word or f"pack_pair<{STORAGE[result]}>(result[0], result[1])"
+    lines = ["Inputs inputs{fixed, row, {}};", *words, *loop.lines, f"return {word};"]
     return (
-        '#include "epilogue/gelu.cuh"\n#include "ptx/pack.cuh"\n#include "ptx/prefetch.cuh"\n'
+        '#include "epilogue/gated.cuh"\n#include "ptx/pack.cuh"\n#include "ptx/prefetch.cuh"\n'
         "struct Epilogue {\n"
         f"  using Result = {STORAGE[result]};\n"
-        f"  static constexpr bool LONG = {'true' if loop.is_long else 'false'};  // many elements at once\n"
         f"  static constexpr bool READS_TILE = {'true' if tiles else 'false'};\n"
         f"  static constexpr bool READS_ROWS = {'true' if rows else 'false'};\n"
         f"  struct Fixed {{ {members(fixed)} }};\n"
@@ -149,10 +143,9 @@ def _code(
         "  DEVICE static OfRow shuffled(OfRow row, u32 lane) {\n"
         f"{indented([*shuffles, 'return row;'])}"
         "\n  }\n"
-        "  // Of several pairs of columns: rounded, in words, which bring those of the tile; and as they are before.\n"
-        "  template <int PAIRS> DEVICE static void results(\n"
-        "    const float (&acc)[PAIRS][WIDTH], const Fixed (&fixed)[PAIRS], const OfRow (&row)[PAIRS],\n"
-        "    u32 (&word)[PAIRS], float (&result)[PAIRS][WIDTH]) {\n"
+        "  // Both rounded, and as they are before.\n"
+        "  DEVICE static u32 results(\n"
+        "    const float (&acc)[WIDTH], const Fixed& fixed, const OfRow& row, u32 tile, float (&result)[WIDTH]) {\n"
         f"{indented(lines)}\n  }}\n"
         "};\n"
     )

@@ -210,7 +210,7 @@ class WgmmaTile:
 WGMMA_TILES = (
     WgmmaTile(128, 128, 6),
     WgmmaTile(128, 64, 8),
-    WgmmaTile(128, 32, 10),
+    WgmmaTile(128, 32, 5),
     WgmmaTile(64, 192, 6),
     WgmmaTile(64, 128, 8),
     WgmmaTile(64, 64, 12),

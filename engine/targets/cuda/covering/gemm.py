@@ -120,7 +120,7 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         (_finding(residual), context, (*portable[:1], *staged, *short_k, *(tile for tile in clusters if tile.slots))),
         # Normalised residuals beside moments, and in the other kernels what takes the most registers.
         (_normalising(finds=True), context, (*staged, *short_k, *(tile for tile in clusters if tile.slots))),
-        # GELU of staged results, which is computed of many at once.
+        # GELU of staged results, which is computed in halves.
         (_activated(), context, (*staged, *(tile for tile in clusters if tile.slots))),
         (_activated(dtype=DType.BF16, n=402), context, (*staged[:1], *staged[3:4])),
         (_normalising(), context, (*portable[:1], *wgmma[:1], *wgmma[7:9], *three, *staged[3:5], *clusters[:1])),

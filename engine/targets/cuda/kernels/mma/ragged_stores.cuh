@@ -99,9 +99,13 @@ struct RaggedResults {
           if constexpr (!HELD) {
             if (block % 2 == 0) fetch(p, layout, panel * BLOCKS + block, 2);
           }
-          const Words2 pairs = results(d[i], 4 * (panel * BLOCKS + block), fixed[HELD ? panel * BLOCKS + block : block % 2], divisors, i);
 #pragma unroll
-          for (int j = 0; j < 2; ++j) put(own[j] + 16 * block, pairs.word[j]);
+          for (int j = 0; j < 2; ++j) {  // rows r and r + 8
+            const int element = 4 * (panel * BLOCKS + block) + 2 * j;
+            const float acc[2] = {divisors.quotient(d[i][element], 2 * i + j), divisors.quotient(d[i][element + 1], 2 * i + j)};
+            float made[2];
+            put(own[j] + 16 * block, Epilogue::results(acc, fixed[HELD ? panel * BLOCKS + block : block % 2], Epilogue::OfRow{}, 0, made));
+          }
         }
         __syncwarp();
         store_panel(p, layout, columns, first_row, panel_place, panel);
@@ -110,22 +114,6 @@ struct RaggedResults {
   }
 
  private:
-  struct Words2 { u32 word[2]; };
-  // Of rows r and r + 8 of a block.
-  template <class DIVISORS>
-  DEVICE static Words2 results(const float (&d)[TILE_N / 2], int element, const Fixed& fixed, const DIVISORS& divisors, int part) {
-    const Fixed of_columns[2] = {fixed, fixed};
-    const Epilogue::OfRow of_rows[2] = {};
-    float acc[2][2], made[2][2];
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      acc[j][0] = divisors.quotient(d[element + 2 * j], 2 * part + j);
-      acc[j][1] = divisors.quotient(d[element + 2 * j + 1], 2 * part + j);
-    }
-    Words2 pairs = {};
-    Epilogue::results(acc, of_columns, of_rows, pairs.word, made);
-    return pairs;
-  }
   // Two neighbouring results, or as many of them as there are.
   DEVICE static void put(u32 address, u32 pair, u32 count = 2) {
     if constexpr (WORDS) {
@@ -149,9 +137,13 @@ struct RaggedResults {
           if (block % 2 == 0) fetch(p, layout, block, 2);
         }
         const u32 c = 8 * block + 2 * (lane & 3), count = c < columns ? columns - c : 0;
-        const Words2 pairs = results(d[i], 4 * block, fixed[HELD ? block : block % 2], divisors, i);
 #pragma unroll
-        for (int j = 0; j < 2; ++j) put(own + 8 * j * pitch + 16 * block, pairs.word[j], count);
+        for (int j = 0; j < 2; ++j) {  // rows r and r + 8
+          const int element = 4 * block + 2 * j;
+          const float acc[2] = {divisors.quotient(d[i][element], 2 * i + j), divisors.quotient(d[i][element + 1], 2 * i + j)};
+          float made[2];
+          put(own + 8 * j * pitch + 16 * block, Epilogue::results(acc, fixed[HELD ? block : block % 2], Epilogue::OfRow{}, 0, made), count);
+        }
       }
       __syncwarp();
 #pragma unroll 4
@@ -205,7 +197,7 @@ struct RaggedResults {
 
 // Consumers store their results themselves, each warp through shared memory of its own.
 struct RaggedStores {
-  static constexpr bool STAGED = true, BRINGS = false, LONG = Epilogue::LONG;
+  static constexpr bool STAGED = true, BRINGS = false;
   static constexpr int SHARED_BYTES = RAGGED + CONSUMERS * 4 * WARP_BYTES;
   using Results = RaggedResults;
   u32 first;

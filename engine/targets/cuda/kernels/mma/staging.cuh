@@ -45,13 +45,10 @@ struct StagedResults {
   using OfRow = Epilogue::OfRow;
   static constexpr int BLOCKS = STAGED_COLUMNS / 8;  // of a panel
   // What is the same in every row is fetched before the products, where registers are left for all of it. Elsewhere two blocks at a
-  // time, and beside a long epilogue, if that is little, two blocks ahead. They come to the L1 cache before the products, while the other consumer multiplies
-  // or the first stages are on their way: else each would be a round trip to the L2 cache that nothing hides. A warp touches all of one
-  // operand.
+  // time, which come to the L1 cache before the products, while the other consumer multiplies or the first stages are on their way:
+  // else each would be a round trip to the L2 cache that nothing hides. A warp touches all of one operand.
   static constexpr int ROOM = CONSUMER_REGISTERS - RESERVED - ACCUMULATORS, ROWS = 2 * PARTS, OF_ROWS = ROWS * registers_of<OfRow>();
   static constexpr bool HELD = registers_of<Fixed>() * TILE_N / 8 + OF_ROWS <= ROOM;
-  static constexpr bool AHEAD = Epilogue::LONG && !HELD && registers_of<Fixed>() <= 2;
-  static constexpr int PAIRS = Epilogue::LONG ? 4 : 1;  // of results that are made together: more take registers, too
   // Half of the room is for what the epilogue computes with, and pairs along n take some of it.
   static constexpr bool SHARED_ROWS = Epilogue::READS_ROWS && 2 * (OF_ROWS + (MOMENTS ? 2 * ROWS : 0)) + (CLUSTER_N > 1 ? 16 : 0) >= ROOM;
   static_assert(ROWS <= 4, "one for each of four lanes");
@@ -82,7 +79,6 @@ struct StagedResults {
     const u32 own = places.slots + (16 * warp + (lane & 15)) * STAGED_ROW + ((lane >> 4 ^ phase) << 4);
     RowSums rows[2 * PARTS] = {};  // of this lane's columns
     const u32 columns = layout.first < layout.columns ? layout.columns - layout.first : 0;  // of the result from here on
-    if constexpr (AHEAD) fetch(p, layout, 0, 2);
 #pragma unroll
     for (int panel = 0; panel < STAGED_PANELS; ++panel) {
       const u32 use = count * STAGED_PANELS + panel;
@@ -91,42 +87,24 @@ struct StagedResults {
       const u32 place = own + slot * SLOT_BYTES;
 #pragma unroll
       for (int block = 0; block < BLOCKS; block += 2) {
-        const int first = panel * BLOCKS + block;
-        if constexpr (!HELD && !AHEAD) fetch(p, layout, first, 2);
-        const Fixed left = fixed[HELD ? first : 0], right = fixed[HELD ? first + 1 : 1];
-        if constexpr (AHEAD) {
-          if (first + 2 < TILE_N / 8) fetch(p, layout, first + 2, 2);
-        }
+        if constexpr (!HELD) fetch(p, layout, panel * BLOCKS + block, 2);
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
           const u32 address = (place ^ 16 * block) + i * 64 * STAGED_ROW;
           u32 r[4] = {};
           if constexpr (Epilogue::READS_TILE) load_matrix_x4(r, address);
-          const OfRow upper = of(2 * i), lower = of(2 * i + 1);
+          const OfRow rows_own[2] = {of(2 * i), of(2 * i + 1)};
 #pragma unroll
-          for (int from = 0; from < 4; from += PAIRS) {
-            Fixed of_columns[PAIRS];
-            OfRow of_rows[PAIRS];
-            float acc[PAIRS][2], made[PAIRS][2];
-            u32 words[PAIRS];
-#pragma unroll
-            for (int j = 0; j < PAIRS; ++j) {  // rows r and r + 8 of a block, then of the next
-              const int pair = from + j, element = 4 * (first + pair / 2) + 2 * (pair % 2), row = 2 * i + pair % 2;
-              of_columns[j] = pair < 2 ? left : right;
-              of_rows[j] = pair % 2 == 0 ? upper : lower;
-              acc[j][0] = divisors.quotient(d[i][element], row);
-              acc[j][1] = divisors.quotient(d[i][element + 1], row);
-              words[j] = r[pair];
-            }
-            Epilogue::results(acc, of_columns, of_rows, words, made);
-#pragma unroll
-            for (int j = 0; j < PAIRS; ++j) {
-              r[from + j] = words[j];
-              if constexpr (MOMENTS) {
-                if (8 * (first + (from + j) / 2) < columns) {  // which end with a block
-                  add(rows[2 * i + (from + j) % 2], made[j][0]);
-                  add(rows[2 * i + (from + j) % 2], made[j][1]);
-                }
+          for (int j = 0; j < 4; ++j) {  // rows r and r + 8 of a block, then of the next
+            const int element = 4 * (panel * BLOCKS + block + j / 2) + 2 * (j % 2);
+            const int row = 2 * i + j % 2;
+            const float acc[2] = {divisors.quotient(d[i][element], row), divisors.quotient(d[i][element + 1], row)};
+            float made[2];
+            r[j] = Epilogue::results(acc, fixed[(HELD ? panel * BLOCKS + block : 0) + j / 2], rows_own[j % 2], r[j], made);
+            if constexpr (MOMENTS) {
+              if (8 * (panel * BLOCKS + block + j / 2) < columns) {  // which end with a block
+                add(rows[row], made[0]);
+                add(rows[row], made[1]);
               }
             }
           }
@@ -160,7 +138,7 @@ struct StagedResults {
 
 // The places and barriers of one consumer, and what its courier does.
 struct StagedStores {
-  static constexpr bool STAGED = true, BRINGS = Epilogue::READS_TILE, LONG = Epilogue::LONG;
+  static constexpr bool STAGED = true, BRINGS = Epilogue::READS_TILE;
   static constexpr int SHARED_BYTES = STAGING + CONSUMERS * SLOTS * SLOT_BYTES;
   using Results = StagedResults;
   u32 consumer, ready, written, begun, slots;

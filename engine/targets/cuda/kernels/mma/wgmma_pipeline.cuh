@@ -56,8 +56,6 @@ template <class LOAD> DEVICE u64 second_descriptor(u32 address) {
   else return operand_descriptor<128>(address);
 }
 
-template <bool IS_FIRST> struct Step { static constexpr bool FIRST = IS_FIRST; };
-
 // The accumulators as fp32: themselves, or their values in registers of which the compiler makes the same ones.
 struct None {};
 template <int N> DEVICE float (&as_floats(float (&d)[PARTS][N], None&))[PARTS][N] { return d; }
@@ -71,7 +69,7 @@ template <int N> DEVICE float (&as_floats(i32 (&d)[PARTS][N], float (&values)[PA
 
 // Consumers store their results themselves: they keep what the epilogue reads in registers.
 struct OwnStores {
-  static constexpr bool STAGED = false, BRINGS = false, LONG = false;
+  static constexpr bool STAGED = false, BRINGS = false;
   static constexpr int SHARED_BYTES = CLUSTER_K > 1 ? JOINED_SUMS + static_cast<int>(Joined::BYTES) : RING_BYTES;
   using Results = EarlyEpilogue<Epilogue, Layout, CONSUMER_REGISTERS - RESERVED - ACCUMULATORS>;
 };
@@ -203,35 +201,28 @@ template <class LOAD, class STORES = OwnStores, class DIVISORS = WholeRows> DEVI
           if (leader) STORES(ring, consumer).begin();
         }
       }
-      // Before a long epilogue the first step is apart, whose first products add to nothing, as the compiler has to know. Else it keeps what
-      // accumulators hold from tile to tile, so that an epilogue has only the registers beside them, too few to compute several elements
-      // at once. Others are as fast or faster (small ones by up to 5 %) in one loop.
-      constexpr bool APART = STORES::LONG;
-      const auto multiply = [&](auto which, u32 step) {
+      for (u32 step = 0; step < steps; ++step) {
         barrier_wait(full + 8 * stage, parity);
         const u64 offset = stage * (STAGE_BYTES >> 4);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 128 / 32; ++k) {
           const u64 a_k = k / PANEL_STEPS * (PANEL >> 4) + 2 * (k % PANEL_STEPS);
-          const u32 adds = APART ? !which.FIRST || k > 0 : step | k;
 #pragma unroll
           for (int i = 0; i < PARTS; ++i) {
             const u64 a = a0 + offset + (64 * PANEL_BYTES >> 4) * i + a_k;
-            if constexpr (LOAD::BATCHED) LOAD::multiply(sums[i], a, b0 + offset + LOAD::STEP * k, adds);
-            else wgmma<TILE_N, Element>(sums[i], a, b0 + offset + 2 * k, adds);
+            if constexpr (LOAD::BATCHED) LOAD::multiply(sums[i], a, b0 + offset + LOAD::STEP * k, step | k);
+            else wgmma<TILE_N, Element>(sums[i], a, b0 + offset + 2 * k, step | k);
           }
         }
         wgmma_commit();
-        if (APART ? !which.FIRST : step > 0) {
+        if (step > 0) {
           wgmma_wait<1>();
           if (leader) read.arrive(previous);
         }
         previous = stage;
         if (++stage == STAGES) { stage = 0; parity ^= 1; }
-      };
-      if constexpr (APART) multiply(Step<true>{}, 0);
-      for (u32 step = APART; step < steps; ++step) multiply(Step<false>{}, step);
+      }
       // Each warp hands the turn on. Where a tile is a single step the leader comes here before its product has waited for the
       // consumer's other warps: one that is still busy with the tile before would see its own turn two phases late, and wait for ever.
       if (!COOPERATIVE && lane == 0) barrier_arrive(turn + 8 * (consumer ^ 1));

@@ -1,0 +1,16 @@
+// Emulates kernels/ptx/halves.cuh.
+#pragma once
+#include "ptx/convert.cuh"
+inline float low_half(u32 x) { return to_float(half{static_cast<u16>(x)}); }
+inline float high_half(u32 x) { return to_float(half{static_cast<u16>(x >> 16)}); }
+template <class F> u32 each_half(u32 a, u32 b, u32 c, F f) {
+  return pack_half2(f(low_half(a), low_half(b), low_half(c)), f(high_half(a), high_half(b), high_half(c)));
+}
+// Products of halves are exact in fp32, and sums of them with a half in fp64.
+inline u32 mul_halves(u32 a, u32 b) { return each_half(a, b, 0, [](float a, float b, float) { return a * b; }); }
+inline u32 mul_halves_to_one(u32 a, u32 b) {
+  return each_half(a, b, 0, [](float a, float b, float) { return a * b > 0 ? a * b < 1 ? a * b : 1.0f : 0.0f; });
+}
+inline u32 fma_halves(u32 a, u32 b, u32 c) { return each_half(a, b, c, [](float a, float b, float c) { return static_cast<float>(static_cast<double>(a) * b + c); }); }
+inline u32 tanh_halves(u32 x) { return each_half(x, 0, 0, [](float x, float, float) { return tanhf(x); }); }
+inline u32 max_halves(u32 a, u32 b) { return each_half(a, b, 0, [](float a, float b, float) { return fmaxf(a, b); }); }
