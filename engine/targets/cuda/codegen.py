@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.expr import PointOp
-from engine.targets.cuda.gates import gated_nodes, gelu_of
+from engine.targets.cuda.gelu import gelu_of, silu_of
 from engine.targets.cuda.kernel import (
     I64,
     STORAGE,
@@ -302,20 +302,25 @@ class Loop:
 
 def loop_over(results: Mapping[str, tuple[ex.Expr, DType]], halves: str = "") -> Loop:
     """Computes the results of all columns: what is assigned, and (expression, type) of its value. Where columns are two
-    and all results of the 16-bit type `halves`, smooth activations are computed as these need (`gated` of
-    kernels/epilogue/gated.cuh)."""
+    and all results of the 16-bit type `halves`, GELU is computed in these (`gelu_of_two` of kernels/epilogue/gelu.cuh),
+    and SiLU of both columns, which share some of the work."""
     roots, lines, given, word = [root for root, _ in results.values()], list[str](), dict[ex.Expr, str](), ""
     instructions = _expression_lines(roots, given).instructions
-    for j, (node, gated) in enumerate(gated_nodes(roots) if halves else ()):
-        before = _expression_lines([gated.x], given)
-        lines += [
-            f"float gated{j}[WIDTH];",
-            *_each_column([*before.lines, f"gated{j}[i] = {before.names[gated.x]};"]),
-            f"const u32 word{j} = gated<{halves}, {', '.join(gated.words)}>(gated{j});",
-        ]
-        given[node] = f"gated{j}[i]"
-        if _before_rounding(roots[-1]) == node:
-            word = f"word{j}"
+    narrow = halves and all(root.dtype in (DType.F16, DType.BF16) for root in roots)
+    for node in ex.walk(*roots) if narrow else ():
+        gelu = gelu_of(node)
+        x, name = gelu.x if gelu else silu_of(node), f"joint{len(given)}"
+        if x is None:
+            continue
+        before = _expression_lines([x], given)
+        lines += [f"float {name}[WIDTH];", *_each_column([*before.lines, f"{name}[i] = {before.names[x]};"])]
+        if gelu:
+            lines.append(f"const u32 {name}_word = gelu_of_two<{halves}, {', '.join(gelu.words)}>({name});")
+            if _before_rounding(roots[-1]) == node:
+                word = f"{name}_word"
+        else:
+            lines.append(f"silu_all({name});")
+        given[node] = f"{name}[i]"
     body = _expression_lines(roots, given)
     ends = (f"{target} = {_stored(body.names[root], root.dtype, to)};" for target, (root, to) in results.items())
     return Loop([*lines, *_each_column([*body.lines, *ends])], instructions, word)
@@ -364,14 +369,14 @@ def _expression_lines(roots: Sequence[ex.Expr], given: Mapping[ex.Expr, str]) ->
     result = _Lines()
     result.names |= given
     narrow = all(root.dtype in (DType.F16, DType.BF16) for root in roots)
-    short = {node: x for node in ex.walk(*roots) if (x := gelu_of(node)) is not None} if narrow else {}
+    gelus = {node: gelu.x for node in ex.walk(*roots) if (gelu := gelu_of(node)) and gelu.with_erf} if narrow else {}
     used, pending = set[ex.Expr](), list(roots)
     while pending:
         node = pending.pop()
         if node not in used:
             used.add(node)
             if isinstance(node, ex.Apply) and node not in given:
-                pending += [short[node]] if node in short else node.args
+                pending += [gelus[node]] if node in gelus else node.args
     for node in ex.walk(*roots):
         if node not in used or node in given:
             continue
@@ -383,8 +388,8 @@ def _expression_lines(roots: Sequence[ex.Expr], given: Mapping[ex.Expr, str]) ->
             result.names[node] = literal(node.value, node.dtype)
         else:
             name = f"t{len(result.lines)}"
-            if node in short:
-                value = f"gelu_narrow({result.names[short[node]]})"
+            if node in gelus:
+                value = f"gelu_narrow({result.names[gelus[node]]})"
                 result.instructions += _GELU
             else:
                 value = _apply(node, [result.names[arg] for arg in node.args])

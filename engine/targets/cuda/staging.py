@@ -123,7 +123,7 @@ def _code(
     word = loop.word or f"pack_pair<{STORAGE[result]}>(result[0], result[1])"
     lines = ["Inputs inputs{fixed, row, {}};", *words, *loop.lines, f"return {word};"]
     return (
-        '#include "epilogue/gated.cuh"\n#include "ptx/pack.cuh"\n#include "ptx/prefetch.cuh"\n'
+        '#include "epilogue/gelu.cuh"\n#include "ptx/pack.cuh"\n#include "ptx/prefetch.cuh"\n'
         "struct Epilogue {\n"
         f"  using Result = {STORAGE[result]};\n"
         f"  static constexpr bool READS_TILE = {'true' if tiles else 'false'};\n"

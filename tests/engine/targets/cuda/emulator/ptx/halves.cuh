@@ -8,9 +8,9 @@ template <class F> u32 each_half(u32 a, u32 b, u32 c, F f) {
 }
 // Products of halves are exact in fp32, and sums of them with a half in fp64.
 inline u32 mul_halves(u32 a, u32 b) { return each_half(a, b, 0, [](float a, float b, float) { return a * b; }); }
-inline u32 mul_halves_to_one(u32 a, u32 b) {
-  return each_half(a, b, 0, [](float a, float b, float) { return a * b > 0 ? a * b < 1 ? a * b : 1.0f : 0.0f; });
-}
 inline u32 fma_halves(u32 a, u32 b, u32 c) { return each_half(a, b, c, [](float a, float b, float c) { return static_cast<float>(static_cast<double>(a) * b + c); }); }
-inline u32 tanh_halves(u32 x) { return each_half(x, 0, 0, [](float x, float, float) { return tanhf(x); }); }
-inline u32 max_halves(u32 a, u32 b) { return each_half(a, b, 0, [](float a, float b, float) { return fmaxf(a, b); }); }
+inline u32 abs_halves(u32 x) { return x & 0x7fff7fff; }
+inline u32 neg_halves(u32 x) { return x ^ 0x80008000; }
+inline u32 min_halves(u32 a, u32 b) { return each_half(a, b, 0, [](float a, float b, float) { return fminf(a, b); }); }
+inline u32 max_nan_halves(u32 a, u32 b) { return each_half(a, b, 0, [](float a, float b, float) { return a > b || a != a ? a : b; }); }
+inline u32 exp2_halves(u32 x) { return each_half(x, 0, 0, [](float x, float, float) { return exp2f(x); }); }
