@@ -28,7 +28,7 @@ from engine.targets.cpu.kernel import KernelBuilder, KernelSpec, Launch, Pointer
 from engine.targets.cpu.runtime import Program, address, aligned_bytes, available_cores, pool
 
 _SUMS = 12  # in flight at once: more than latency times rate of any processor we know
-_TURNS = 20_000
+_TURNS = 1_000_000  # milliseconds: a processor that was idle takes one to raise its clock
 _MEMORY_BYTES = 64 << 20  # beyond the caches of most machines
 _CACHED_BYTES = 64 << 10  # a task's two together leave the first level and stay in the second
 _CACHED_TURNS = 100
