@@ -18,7 +18,7 @@ from benchmarks.tables import problem_of, regenerated
 CPU = Device("Some CPU, 2 threads")
 RUN = Run("2026-01-01T10:00:00", "abc1234", "2026-01-01", "", {"onnxruntime": "1.32"}, None)
 BERT = ExportCase("bert-sdpa-legacy-14")
-COMMITTED = FOLDER / "cpu-amd-epyc-znver4-2-threads.json"
+COMMITTED = FOLDER / "cpu-amd-epyc-znver5-2-threads.json"
 
 
 @pytest.fixture

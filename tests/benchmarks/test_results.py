@@ -27,7 +27,7 @@ def results(run: Run, *rows: Row) -> Results:
 
 def test_a_file_is_named_after_its_device() -> None:
     assert GPU.stem == "nvidia-h100-80gb-hbm3"
-    assert Device("AMD EPYC znver4, 2 threads").stem == "cpu-amd-epyc-znver4-2-threads"
+    assert Device("AMD EPYC znver5, 2 threads").stem == "cpu-amd-epyc-znver5-2-threads"
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
