@@ -17,7 +17,7 @@ from engine.ir.ops import Gemm, Opaque
 from engine.plan.plan import Plan
 from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.families import family_of
-from engine.targets.cuda.kernel import Context, WeightStore
+from engine.targets.cuda.kernel import Context, WeightStore, workspace_bytes
 from engine.targets.cuda.product import product_of
 from tests.engine.frontend import test_onnx_cases as onnx_cases
 from tests.engine.targets.cuda.planning import copies, cuda_plan, launches
@@ -237,3 +237,18 @@ def test_a_step_of_a_decoder_reads_its_keys_once() -> None:
     sources = attention_sources(plan_of(text, {}, DType.F16, 24, b=1, p=8191))
     assert ['"attention_decode.cuh"' in source for source in sources] == [True, False]
     assert '"attention_join.cuh"' in sources[1]
+
+
+def test_a_sequence_of_32k_tokens_has_no_matrix_of_scores() -> None:
+    """One step, which has nothing in memory but its operands and its result: 537 MB, where scores take 34 GB."""
+    tokens, heads = 32 * 1024, "float16[1,16,n,128]"
+    text = f"""({heads} q, {heads} k, {heads} v) => ({heads} y) {{
+        t = Transpose<perm=[0,1,3,2]>(k) s = MatMul(q, t) w = Mul(s, scale)
+        p = Softmax<axis=-1>(w) y = MatMul(p, v) }}"""
+    plan = plan_of(text, {"scale": np.float16(128**-0.5)}, DType.F16, n=tokens)
+    assert kinds(plan) == {"Attention": 1}
+    assert plan.arena_bytes == 0
+    assert workspace_bytes(launches(plan)) <= 1 << 20
+    (step,) = plan.steps
+    tensors = {tensor.buffer for tensor in (*step.inputs, *step.outputs)}
+    assert sum(buffer.nbytes for buffer in tensors) == 4 * 16 * tokens * 128 * 2
