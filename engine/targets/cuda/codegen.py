@@ -302,22 +302,21 @@ class Loop:
 
 def loop_over(results: Mapping[str, tuple[ex.Expr, DType]], halves: str = "") -> Loop:
     """Computes the results of all columns: what is assigned, and (expression, type) of its value. Where columns are two
-    and all results of the 16-bit type `halves`, GELU is computed in these (`gelu_of_two` of kernels/epilogue/gelu.cuh),
-    and SiLU of both columns, which share some of the work."""
+    and all results of the 16-bit type `halves`, a GELU that nothing is done to but rounding is computed in these
+    (`gelu_of_two` of kernels/epilogue/gelu.cuh), and SiLU of both columns, which share some of the work."""
     roots, lines, given, word = [root for root, _ in results.values()], list[str](), dict[ex.Expr, str](), ""
     instructions = _expression_lines(roots, given).instructions
     narrow = halves and all(root.dtype in (DType.F16, DType.BF16) for root in roots)
     for node in ex.walk(*roots) if narrow else ():
-        gelu = gelu_of(node)
+        gelu = gelu_of(node) if node == _before_rounding(roots[-1]) else None
         x, name = gelu.x if gelu else silu_of(node), f"joint{len(given)}"
         if x is None:
             continue
         before = _expression_lines([x], given)
         lines += [f"float {name}[WIDTH];", *_each_column([*before.lines, f"{name}[i] = {before.names[x]};"])]
         if gelu:
-            lines.append(f"const u32 {name}_word = gelu_of_two<{halves}, {', '.join(gelu.words)}>({name});")
-            if _before_rounding(roots[-1]) == node:
-                word = f"{name}_word"
+            word = f"{name}_word"
+            lines.append(f"const u32 {word} = gelu_of_two<{halves}, {', '.join(gelu.words)}>({name});")
         else:
             lines.append(f"silu_all({name});")
         given[node] = f"{name}[i]"

@@ -20,6 +20,7 @@ from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import SM_80, SM_90A
 from engine.targets.cuda.choices import choice_of, key_of, tile_of, tile_text
 from engine.targets.cuda.covering import ACC, F16, F32, add, arg, make_step, mul, stored, weight
+from engine.targets.cuda.gelu import gelu_of
 from engine.targets.cuda.gemm import (
     launches_of,
     needs_staged,
@@ -177,8 +178,44 @@ def test_gelu_of_staged_results(hopper: Runner, name: str, dtype: DType) -> None
     digits, smallest = (11, 2.0**-24) if dtype is F16 else (8, 2.0**-126)
     half_unit = np.maximum(2.0 ** (np.floor(np.log2(np.maximum(np.abs(want), 1e-300))) - digits), smallest / 2)
     taken = np.abs(np.maximum(x, 0) - want)  # t Φ(−t); of it halves have no less than 2^-24
-    off = np.minimum(2.0**-11.3, 2.0**-6 * taken) + 6 * 2.0**-24
+    off = np.minimum(2.0**-11, 2.0**-6 * taken) + 6 * 2.0**-24
     assert np.all(np.abs(got - want) <= half_unit * (1 + 2.0**-9) + off)
+
+
+def test_gelu_that_something_is_done_to_is_computed_in_fp32(hopper: Runner) -> None:
+    """What halves cannot hold may come back: 70,000 · 0.01."""
+    n = 64
+    ones, weights = np.ones((128, n), F16.numpy), np.diag(np.linspace(-1000, 1100, n)).astype(F16.numpy)
+    value = mul(cv.gelu(mul(ACC, ex.const(70.0, F32))), ex.const(0.01, F32))
+    step = make_step(Gemm((stored(value, F16),)), [(F16, ones.shape), weights])
+    (launch,) = launched(step, STAGED_TILES[0], hopper.context)
+    assert "gelu_of_two<" not in launch.kernel.source.text
+    check(hopper, [Case("scaled", step, n, {0: ones}, lowered=[launch], rounding=EXACT)])
+
+
+def test_what_is_gelu() -> None:
+    x, other = add(ACC, arg(2)), add(ACC, arg(3))
+    for spelled, (expression, _) in _GELU.items():
+        found = gelu_of(expression(x))
+        assert found is not None
+        assert (found.x, found.with_erf) == (x, spelled == "with erf")
+
+    def with_erf(a: ex.Expr, b: ex.Expr, half: float = 0.5, root: float = sqrt(0.5), one: float = 1.0) -> ex.Expr:
+        erf = ex.apply(PointOp.ERF, mul(b, ex.const(root, F32)))
+        return mul(mul(a, ex.const(half, F32)), add(erf, ex.const(one, F32)))
+
+    def by_tanh(a: ex.Expr, b: ex.Expr, c: ex.Expr, cubic: float = _CUBIC, linear: float = _LINEAR) -> ex.Expr:
+        terms = add(mul(mul(c, c), ex.const(cubic, F32)), ex.const(linear, F32))
+        return mul(a, ex.apply(PointOp.SIGMOID, mul(b, terms)))
+
+    assert gelu_of(with_erf(x, x)) is not None
+    assert gelu_of(by_tanh(x, x, x)) is not None
+    others = [
+        with_erf(x, other), with_erf(x, x, half=0.501), with_erf(x, x, root=0.7), with_erf(x, x, one=1.001),
+        by_tanh(other, x, x), by_tanh(x, other, x), by_tanh(x, x, other), by_tanh(x, x, x, cubic=1.01 * _CUBIC),
+        by_tanh(x, x, x, linear=1.01 * _LINEAR), mul(x, ex.apply(PointOp.SIGMOID, x)),
+    ]  # fmt: skip
+    assert [gelu_of(each) for each in others] == [None] * len(others)
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])
