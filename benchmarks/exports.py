@@ -100,6 +100,8 @@ def _failure(case: ExportCase, errors: Mapping[str, float], facts: Mapping[str, 
         bound = LARGEST_CHANGE if name == "PyTorch" and "fast_gelu" in case.name else LARGEST_ERROR
         if not error <= bound:
             return f"{error:.1e} from {name}"
+    if facts["attentions"] != case.attentions:
+        return f"{facts['attentions']} attentions recognised, of {case.attentions}"
     return f"{facts['opaque']} operators without a kernel" if facts["opaque"] else ""
 
 

@@ -65,6 +65,11 @@ def test_wrong_numbers_fail(copied: Path) -> None:
     assert found.measurement.errors["ONNX Runtime"] < 1e-6
 
 
+def test_a_lost_attention_fails() -> None:
+    found = exports.measure(replace(BERT, attentions=3))
+    assert found.measurement.failure == "2 attentions recognised, of 3"
+
+
 def test_padded_positions_are_not_compared(copied: Path) -> None:
     with np.load(copied / f"{BERT.name}.npz") as file:
         arrays = dict(file)
