@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from load_tests import peers
@@ -28,6 +27,7 @@ from load_tests.http_client import Results, closed_loop
 from load_tests.model_cases import ALONE, CASES, DECODING, Case
 from load_tests.report import Report
 from load_tests.servers import Server, running, tilewave
+from load_tests.turns import in_turn, ratio_of_turns
 from load_tests.workloads import Make, default_repository
 
 LEAST_OF_ENGINE = 0.9
@@ -112,9 +112,8 @@ def _measure(name: str, case: Case, options: argparse.Namespace, folder: Path, r
         if case.goal == DECODING:
             contenders[DECODING] = lambda seconds: alone.decoded_photos(seconds, round(ours.batch))
         turns: dict[str, list[Turn]] = {key: [] for key in contenders}
-        for number in range(options.turns):
-            for key in list(contenders)[:: -1 if number % 2 else 1]:
-                turns[key].append(contenders[key](options.seconds))
+        for key in in_turn(contenders, options.turns):
+            turns[key].append(contenders[key](options.seconds))
     _report(name, case, turns, {key: one.results for key, one in served.items()}, ours.batch, report)
 
 
@@ -144,11 +143,6 @@ def _report(
         report.check(f"{name}: throughput above {peer}'s", ratios[peer] > 1, f"{ratios[peer]:.2f} times")
     ratio = ratios[case.goal]
     report.check(f"{name}: at least {LEAST_OF_ENGINE} of the {case.goal}", ratio >= LEAST_OF_ENGINE, f"{ratio:.2f}")
-
-
-def ratio_of_turns(ours: list[Turn], others: list[Turn]) -> float:
-    """The median over the turns of one rate over the other in the same turn."""
-    return median(one.rate / other.rate for one, other in zip(ours, others, strict=True))
 
 
 def cpu_of_request(turns: list[Turn]) -> float:

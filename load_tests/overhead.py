@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Callable
 from contextlib import ExitStack
 from operator import methodcaller
 from pathlib import Path
-from statistics import median
 
 from load_tests import peers
 from load_tests.http_client import Results, closed_loop
 from load_tests.report import Report
 from load_tests.servers import Server, running, tilewave
+from load_tests.turns import in_turn, ratio_of_turns
 from load_tests.workloads import (
     Make,
     echo,
@@ -83,11 +82,11 @@ def _turns(
 ) -> dict[tuple[str, str], list[tuple[Results, float]]]:
     """Every turn of each case, with the CPU seconds of its server."""
     done: dict[tuple[str, str], list[tuple[Results, float]]] = {case: [] for case in cases}
-    for number in range(turns):
-        for case, (server, make) in list(cases.items())[:: -1 if number % 2 else 1]:
-            before = server.cpu_seconds()
-            results = asyncio.run(closed_loop(server.port, make, connections, seconds))
-            done[case].append((results, server.cpu_seconds() - before))
+    for case in in_turn(cases, turns):
+        server, make = cases[case]
+        before = server.cpu_seconds()
+        results = asyncio.run(closed_loop(server.port, make, connections, seconds))
+        done[case].append((results, server.cpu_seconds() - before))
     return done
 
 
@@ -99,15 +98,10 @@ def _judge(report: Report, turns: dict[tuple[str, str], list[Results]], connecti
     for form in ("JSON", "binary"):
         ours = turns["tilewave", form]
         if ("litserve", form) in turns:
-            ratio = median_ratio(ours, turns["litserve", form], lambda results: results.rate)
+            ratio = ratio_of_turns(ours, turns["litserve", form])
             report.check(f"{connections} connections, {form}: ahead of LitServe", ratio > 1, f"{ratio:.2f} times")
         if ("bare echo", form) in turns:
             for percent in (50, 99):
-                ratio = median_ratio(ours, turns["bare echo", form], methodcaller("percentile", percent))
+                ratio = ratio_of_turns(ours, turns["bare echo", form], methodcaller("percentile", percent))
                 what = f"{connections} connections, {form}: p{percent} at most {MOST_RATIO} times the bare echo's"
                 report.check(what, ratio <= MOST_RATIO, f"{ratio:.2f} times")
-
-
-def median_ratio(ours: list[Results], others: list[Results], read: Callable[[Results], float]) -> float:
-    """The median over the turns of what is read of ours over that of the others' in the same turn."""
-    return median(read(one) / read(other) for one, other in zip(ours, others, strict=True))

@@ -14,9 +14,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from load_tests.baselines import Alone, Turn
-from load_tests.end_to_end import cpu_of_request, ratio_of_turns, totals
+from load_tests.end_to_end import cpu_of_request, totals
 from load_tests.http_client import Answer, Results
 from load_tests.payloads import PIXELS, photos
+from load_tests.turns import ratio_of_turns
 from load_tests.workloads import pixel_tensors
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
