@@ -31,8 +31,8 @@ _PACKED_COMPILE_SECONDS, _PACKED_TUNE_SECONDS = 100.0, 20.0
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     commands = {
-        "kernels": kernels, "tiles": tiles, "models": models, "packed": packed, "accuracy": accuracy, "ready": ready,
-        "metrics": metrics, "cpu": cpu, "exports": exports, "merge": merge, "tables": tables,
+        "kernels": kernels, "tiles": tiles, "models": models, "packed": packed, "accuracy": accuracy, "memory": memory,
+        "ready": ready, "metrics": metrics, "cpu": cpu, "exports": exports, "merge": merge, "tables": tables,
     }  # fmt: skip
     run = commands[options.command]
     try:
@@ -132,6 +132,19 @@ def accuracy(options: argparse.Namespace) -> int:
         for case, found in accuracy.measure_all(chosen, files, deadline, options.workers):
             recorder.add(case, found.measurement, kernel_hash(device, case), facts=found.facts)
         return recorder.end(len(chosen))
+
+
+def memory(options: argparse.Namespace) -> int:
+    """What attention over one very long sequence takes of a GPU's memory."""
+    deadline = _deadline(options)
+    from benchmarks.gpu import memory, session
+
+    device = session.present()
+    chosen = _chosen(options, cases.MEMORY, device)
+    recorder = Recorder(device, new_run("gpu", options.commit, None, gpu_driver(session.GPU)), options.results)
+    for case, measurement, facts in memory.measure_all(chosen, deadline):
+        recorder.add(case, measurement, kernel_hash(device, case), facts=facts)
+    return recorder.end(len(chosen))
 
 
 def metrics(options: argparse.Namespace) -> int:
@@ -344,6 +357,7 @@ def _parser() -> argparse.ArgumentParser:
         "accuracy", parents=[measuring, repository], help="errors, steps and memory of models on the GPU"
     )
     _add_workers(command)
+    commands.add_parser("memory", parents=[measuring], help="memory that a long sequence takes on the GPU")
     command = commands.add_parser("ready", parents=[results, repository], help="seconds until the server answers")
     command.add_argument("--device", choices=("cpu", "cuda"), required=True, help="of the server")
     _add_threads(command, "of the engine on the CPU")

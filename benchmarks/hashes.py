@@ -19,7 +19,10 @@ FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
 _SHARED = ("ir", "passes", "plan")
 _INSPECTS = ("gate.py", "machine_code.py")  # what is compiled, and makes none of it
 _DIGITS = 16
-_WHOLE = (cases.models.ModelCase, cases.accuracy.AccuracyCase, cases.ready.ReadyCase, cases.metrics.MetricsCase)
+_WHOLE = (
+    cases.models.ModelCase, cases.accuracy.AccuracyCase, cases.memory.MemoryCase, cases.ready.ReadyCase,
+    cases.metrics.MetricsCase,
+)  # fmt: skip
 
 
 def kernel_hash(device: Device, case: cases.Case) -> str:

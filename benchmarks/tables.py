@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from benchmarks import cases, convolutions, packed
+from benchmarks import attentions, cases, convolutions, packed
 from benchmarks.cases.accuracy import BOUNDS, AccuracyCase
+from benchmarks.cases.attention import AttentionCase
 from benchmarks.cases.conv import ConvCase
 from benchmarks.cases.exports import ExportCase
+from benchmarks.cases.memory import MemoryCase
 from benchmarks.cases.metrics import BANDS, MetricsCase
 from benchmarks.cases.packed import PackedCase
 from benchmarks.cases.ready import ReadyCase
@@ -66,16 +68,12 @@ def suite_rows(results: Results, stem: str, suite: str) -> list[Row]:
 
 def render(results: Results, rows: Sequence[Row]) -> str:
     """Rows as a Markdown table with a line that says where they come from. Times in µs."""
-    if all(row.suite == AccuracyCase.suite for row in rows):
-        return _accuracy(results, rows)
-    if all(row.suite == ReadyCase.suite for row in rows):
-        return _ready(results, rows)
-    if all(row.suite == MetricsCase.suite for row in rows):
-        return _metrics(results, rows)
-    if all(row.suite == ExportCase.suite for row in rows):
-        return _exports(results, rows)
-    if all(row.suite == PackedCase.suite for row in rows):
-        return _packed(results, rows)
+    (suite,) = {row.suite for row in rows}
+    return _OWN.get(suite, _timed)(results, rows)
+
+
+def _timed(results: Results, rows: Sequence[Row]) -> str:
+    """Rows of times beside peers as a Markdown table."""
     is_convolution = all(row.suite == ConvCase.suite for row in rows)
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("ours", lambda row: "**failed**" if row.failure else _us(row.ours_us))
@@ -90,6 +88,8 @@ def render(results: Results, rows: Sequence[Row]) -> str:
         columns.append(("floor", lambda row: _us(row.floor_us)))
     if is_convolution:
         columns.append(("of floor", lambda row: _two_digits(convolutions.floor_share(row))))
+    if all(row.suite == AttentionCase.suite for row in rows):
+        columns += [(name, partial(_rate, figure)) for name, figure in _ATTENTION_RATES.items()]
     if any(row.predicted_us is not None for row in rows):
         columns.append(("predicted", lambda row: _us(row.predicted_us)))
     if any(row.run_us is not None for row in rows):
@@ -102,11 +102,17 @@ def render(results: Results, rows: Sequence[Row]) -> str:
     return "\n".join([*lines, "", *said, _origin(results, rows), ""])
 
 
+_ATTENTION_RATES = {"TFLOP/s": attentions.tflops, "FlashAttention-3's, published": attentions.flash3_tflops}
 _CONVOLUTION_RATIOS = {"× eager": convolutions.eager_ratio, "× cuDNN": convolutions.cudnn_ratio}
 
 
 def _figure(figure: Callable[[Row], float | None], row: Row) -> str:
     return _two_digits(figure(row))
+
+
+def _rate(figure: Callable[[Row], float | None], row: Row) -> str:
+    value = figure(row)
+    return "–" if value is None else f"{value:.0f}"
 
 
 def _two_digits(value: float | None) -> str:
@@ -231,6 +237,18 @@ def _deviation(figures: Mapping[str, float], band: str) -> str:
     return f"{middle:+.1%}, {worst:+.1%} ({kernels:.0f}{f', {beyond:.0f} beyond' if beyond else ''}); {raw:+.1%}"
 
 
+def _memory(results: Results, rows: Sequence[Row]) -> str:
+    """Rows of what a long sequence takes as a Markdown table."""
+    sizes = {"tensors_bytes": "q, k, v, result", "arena_bytes": "arena", "model_bytes": "the engine's, all",
+             "device_bytes": "the device's, all", "scores_bytes": "scores, were they kept"}  # fmt: skip
+    lines = [_row(["case", "error", *sizes.values()]), _row(["---", *["---:"] * (1 + len(sizes))])]
+    for row in rows:
+        error = "–" if row.rel_err is None else f"{row.rel_err:.1e}"
+        taken = [f"{row.facts[name] / 1e6:,.0f}" if name in row.facts else "–" for name in sizes]
+        lines.append(_row([f"{row.case} **failed**" if row.failure else row.case, error, *taken]))
+    return "\n".join([*lines, "", f"MB (10⁶ bytes). {_source(results, rows)}.", ""])
+
+
 _COUNTS = ("steps", "opaque", "kernels")
 _MEGABYTES = {"activations_bytes": "activations", "arena_bytes": "arena", "weights_bytes": "weights",
               "buckets_bytes": "8 plans, all"}  # fmt: skip
@@ -267,6 +285,13 @@ def _exports(results: Results, rows: Sequence[Row]) -> str:
         case = f"{row.case} **failed**" if row.failure else row.case
         lines.append(_row([case, row.producer, str(row.facts.get("opset", "–")), fused, packed, *errors]))
     return "\n".join([*lines, "", f"{_source(results, rows)}.", ""])
+
+
+_OWN = {
+    AccuracyCase.suite: _accuracy, ReadyCase.suite: _ready, MetricsCase.suite: _metrics, ExportCase.suite: _exports,
+    PackedCase.suite: _packed, MemoryCase.suite: _memory,
+}  # fmt: skip
+"""How rows without the usual times become a table, by their suite."""
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -8,7 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
-from benchmarks.cases import accuracy, attention, conv, cpu, exports, gemm, light, metrics, models, packed, ready
+from benchmarks.cases import (
+    accuracy,
+    attention,
+    conv,
+    cpu,
+    exports,
+    gemm,
+    light,
+    memory,
+    metrics,
+    models,
+    packed,
+    ready,
+)
 
 
 class Case(Protocol):
@@ -41,6 +54,7 @@ KERNELS: Mapping[str, Sequence[KernelCase]] = {
 GPU_MODELS: Sequence[models.ModelCase] = models.GPU_CASES
 PACKED: Sequence[packed.PackedCase] = packed.CASES
 ACCURACY: Sequence[accuracy.AccuracyCase] = accuracy.CASES
+MEMORY: Sequence[memory.MemoryCase] = memory.CASES
 METRICS: Sequence[metrics.MetricsCase] = metrics.CASES
 CPU_MODELS: Sequence[models.ModelCase] = models.CPU_CASES
 CPU_LAYERS: Sequence[cpu.LayerCase] = cpu.CASES
@@ -49,6 +63,7 @@ GPU: Mapping[str, Sequence[Case]] = {
     "models": GPU_MODELS,
     "packed": PACKED,
     "accuracy": ACCURACY,
+    "memory": MEMORY,
     "ready": ready.GPU_CASES,
     "metrics": METRICS,
     **KERNELS,

@@ -127,8 +127,8 @@ def peer_contender(peer: peers.Peer, operands: Operands) -> GraphContender:
 
 def fills_of(case: KernelCase) -> Mapping[int, Fill]:
     """The inputs that are not random numbers: a padding mask, and where sequences start."""
-    if isinstance(case, AttentionCase) and case.mask is Mask.PADDING:
-        return {3: _ragged}
+    if isinstance(case, AttentionCase) and case.mask.is_tensor:
+        return {3: _without_keys if case.mask is Mask.EMPTY else _ragged}
     if isinstance(case, VarlenCase):
         starts = torch.from_numpy(np.concatenate([[0], np.cumsum(case.lengths)]))
         return {3: lambda given: given.copy_(starts)}
@@ -141,6 +141,13 @@ def _ragged(mask: torch.Tensor) -> None:
     lengths = torch.randint(max(1, sequence // 2), sequence + 1, (batch, 1, 1, 1), device=mask.device)
     positions = torch.arange(sequence, device=mask.device)
     mask.copy_(torch.where(positions < lengths, 0.0, -65504.0))
+
+
+def _without_keys(mask: torch.Tensor) -> None:
+    """The same with −∞; every fourth sequence has no key."""
+    _ragged(mask)
+    mask[3::4] = -65504.0
+    mask.masked_fill_(mask < 0, float("-inf"))
 
 
 @dataclass(frozen=True)

@@ -76,11 +76,11 @@ class Operands:
         return self._view(self.step.outputs[0], i)
 
     def check(self, i: int, result: torch.Tensor) -> float:
-        """The relative error of a result of set `i` against the reference in fp32 on the same operands."""
+        """The relative error of a result of set `i` against the reference in float64 on the same operands."""
         return relative_error(result, self.reference(i))
 
     def check_against(self, part: Reference) -> Check:
-        """The same against something else that is computed from the operands in fp32."""
+        """The same against something else that is computed from the operands in float64."""
         return lambda i, result: relative_error(result, part(*map(_wide, self.inputs[i])))
 
     def _allocated(self, buffer: Buffer, dtype: DType | None) -> torch.Tensor:
@@ -115,7 +115,7 @@ class Operands:
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def our_contender(target: CudaTarget, launches: Sequence[Launch], operands: Operands) -> GraphContender:

@@ -64,7 +64,7 @@ def peers(case: KernelCase) -> list[Peer]:
 
 
 def reference(case: KernelCase) -> Function:
-    """The expression on the step's inputs in fp32: what results are checked against."""
+    """The expression on the step's inputs in float64: what results are checked against."""
     match case:
         case GemmCase():
             return _PRODUCTS[case.epilogue]
@@ -214,7 +214,7 @@ _BACKENDS = {
     "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 _SCORES = 1 << 28
-"""Scores that `exact_attention` holds at once: 1 GiB in fp32."""
+"""Scores that `exact_attention` holds at once: 2 GiB in float64."""
 
 
 def _attention(case: AnyAttention) -> Iterator[Peer]:
@@ -253,7 +253,7 @@ def _seen(case: AnyAttention, queries: int, keys: int, device: torch.device) -> 
 def exact_attention(
     case: AnyAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Attention with its scores in memory, a few heads at a time."""
+    """Attention with its scores in memory, a few heads at a time; 0 where every key is masked by −∞."""
     result = torch.empty_like(q)
     queries, keys, sharing = q.shape[-2], k.shape[-2], q.shape[1] // k.shape[1]
     hidden = ~_seen(case, queries, keys, q.device)
@@ -266,7 +266,10 @@ def exact_attention(
             scores.masked_fill_(hidden, float("-inf"))
             if mask is not None:
                 scores += mask[image]
-            result[image, asking] = torch.softmax(scores, -1) @ shown
+            weights = torch.softmax(scores, -1)
+            if mask is not None:
+                weights.masked_fill_(scores.amax(-1, keepdim=True) == float("-inf"), 0.0)
+            result[image, asking] = weights @ shown
     return result
 
 

@@ -155,11 +155,16 @@ def _nhwc(shape: tuple[int, ...], name: str = "image") -> Tensor:
 
 def _attention(case: AttentionCase) -> Step:
     heads = (F16, (case.batch, case.heads, case.sequence, case.head))
-    padding = case.mask is Mask.PADDING
     inputs: list[cv.Given] = [heads, heads, heads]
-    if padding:
+    if case.mask.is_tensor:
         inputs.append((F16, (case.batch, 1, 1, case.sequence)))
-    op = Attention(case.head**-0.5, causal=case.mask is Mask.CAUSAL, has_bias=padding, stores=(cv.stored(cv.ACC),))
+    op = Attention(
+        case.head**-0.5,
+        causal=case.mask is Mask.CAUSAL,
+        has_bias=case.mask.is_tensor,
+        masked_rows_zero=case.mask is Mask.EMPTY,
+        stores=(cv.stored(cv.ACC),),
+    )
     return cv.make_step(op, inputs)
 
 

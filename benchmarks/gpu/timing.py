@@ -85,8 +85,8 @@ def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
     """‖result − reference‖₂ / ‖reference‖₂; infinite where the shapes differ."""
     if result.shape != reference.shape:
         return float("inf")
-    wide = reference.float()
-    return float((result.float() - wide).norm() / wide.norm())
+    wide = reference.double()
+    return float((result.double() - wide).norm() / wide.norm())
 
 
 def full_precision() -> None:

@@ -6,7 +6,7 @@
 
 // x Φ(x) = max(x, 0) − t Φ(−t) with t = |x|, and log2 Φ(−t) close to a parabola: a polynomial and an exponential. TERMS of it, the least
 // power first, each twice in its word; beyond t = 6 nothing is left of Φ(−t). Returns the results as T, which `x` becomes, too.
-// Beside rounding x to a half it is off by up to 2^-11.3, and by up to 2^-6 of t Φ(−t).
+// Beside rounding x to a half it is off by up to 2^-11, and by up to 2^-6 of t Φ(−t) and six steps of 2^-24 (gelu.py).
 template <class T, u32... TERMS> DEVICE u32 gelu_of_two(float (&x)[2]) {
   constexpr u32 SIX = 0x46004600, C[] = {TERMS...};
   constexpr int COUNT = sizeof...(TERMS);
