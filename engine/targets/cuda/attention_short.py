@@ -26,7 +26,7 @@ from engine.targets.cuda.kernel import (
 from engine.targets.cuda.spaces import VECTOR
 
 MAX_SEQUENCES = 256  # whose order fits beside the tiles of four blocks
-WIDEST = 64  # features of a head
+WIDEST = 128  # features of a head
 _THREADS = 128
 _ROWS = 64  # of a tile of queries or keys
 _BOX = 32  # rows that are copied at once
@@ -79,8 +79,10 @@ def places_of(sequences: int) -> int:
 def candidates(step: Step) -> list[ShortTile]:
     """Tiles for a step that `suits`, the one that was fastest on an H100 first. Where heads are narrow the registers of
     five blocks are enough."""
-    narrow = max(depth(step.inputs[0]), width(step.inputs[2])) <= 32
-    return [ShortTile(2, 5), ShortTile(3, 4)] if narrow else [ShortTile(2, 4)]
+    widest = max(depth(step.inputs[0]), width(step.inputs[2]))
+    if widest <= 32:
+        return [ShortTile(2, 5), ShortTile(3, 4)]
+    return [ShortTile(2, 4)] if widest <= 64 else [ShortTile(2, 2), ShortTile(1, 3)]
 
 
 def pick(step: Step) -> ShortTile:

@@ -1,7 +1,6 @@
 // Attention of packed sequences for sm_90a, most of which fit a tile or two: softmax(scale · q kᵀ) v with fp16 or bf16 operands that the
-// copy engine can read, heads of up to 64 features, fp32 sums. What attention_wgmma.cuh takes for an item there is latency, not work. So a
-// block is one warpgroup with up to 128 registers a thread, four to a multiprocessor, and whatever one waits for the others hide: no
-// warp only produces, pieces (64 queries of one head) are dealt beforehand, and what is copied next is known before it is asked for.
+// copy engine can read, heads of up to 128 features, fp32 sums. What attention_wgmma.cuh takes for an item there is latency, not work. So
+// a block is one warpgroup, two (wide heads) to five to a multiprocessor, and whatever one waits for the others hide: no warp only produces, pieces (64 queries of one head) are dealt beforehand, and what is copied next is known before it is asked for.
 // The warp whose rows are empty most often starts copies, STAGES steps (a tile of keys of a piece) ahead.
 // Rows of v beyond the end of a sequence become zeros while the scores are computed: their probabilities are 0, but 0 · NaN is NaN,
 // and what one sequence holds must not reach another. Copies end with the boxes of BOX rows that a sequence needs.
@@ -23,7 +22,6 @@ constexpr u32 COPIER = 3;  // the warp
 using QTile = Tile<QUERIES, HEAD_PANELS>;
 using KTile = Tile<KEYS, HEAD_PANELS>;
 using VTile = Tile<KEYS, VALUE>;
-static_assert(QTile::PANELS == 1 && VTile::PANELS == 1, "a box is as wide as a head");
 
 #include "attention_order.cuh"
 #include "attention_products.cuh"
@@ -47,7 +45,7 @@ DEVICE u32 boxed(u32 rows) { return (min(rows, 64u) + BOX - 1) / BOX * BOX; }
 template <class TILE> DEVICE void copy_rows(u32 tile, const TensorMap& map, u32 landed, u32 row, u32 rows, u32 head) {
 #pragma unroll
   for (u32 i = 0; i < 64; i += BOX)
-    if (i < rows) copy_box(tile + i * TILE::ROW_BYTES, map, landed, 0, row + i, head, 0);
+    if (i < rows) TILE::copy(tile + i * TILE::ROW_BYTES, map, landed, row + i, head, 0);
 }
 
 // Four words of each of four neighbouring lanes: v[j] becomes what lane j had for this one.
@@ -134,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(128, config::blocks) kernel(const _
         barrier_arrive(barrier);
       } else {
         const u32 key0 = next_tile * KEYS, keys = boxed(coming.keys - key0), rows = next_tile == 0 ? boxed(coming.rows - coming.query0) : 0;
-        barrier_arrive_expect(barrier, rows * QTile::ROW_BYTES + keys * (KTile::ROW_BYTES + VTile::ROW_BYTES));
+        barrier_arrive_expect(barrier, rows * (QTile::BYTES / QUERIES) + keys * ((KTile::BYTES + VTile::BYTES) / KEYS));
         copy_rows<QTile>(base + (begun - 1) % STAGES * QTile::BYTES, p.map_q, barrier, coming.begin + coming.query0, rows, coming.head);
         copy_rows<KTile>(base + K_RING + stage * KTile::BYTES, p.map_k, barrier, coming.begin + key0, keys, coming.k_head);
         copy_rows<VTile>(base + V_RING + stage * VTile::BYTES, p.map_v, barrier, coming.begin + key0, keys, coming.v_head);
@@ -178,7 +176,11 @@ extern "C" __global__ void __launch_bounds__(128, config::blocks) kernel(const _
 #pragma unroll
           for (u32 i = 0; i < VTile::PITCH; i += 2048) {
             const u32 at = kept * VTile::ROW_BYTES + 16 * threadIdx.x + i;
-            if (at < VTile::PITCH) *reinterpret_cast<uint4*>(shared + V_RING + stage * VTile::BYTES + at) = uint4{0, 0, 0, 0};
+            if (at < VTile::PITCH) {
+#pragma unroll
+              for (int panel = 0; panel < VTile::PANELS; ++panel)
+                *reinterpret_cast<uint4*>(shared + V_RING + stage * VTile::BYTES + panel * VTile::PITCH + at) = uint4{0, 0, 0, 0};
+            }
           }
           shared_writes_fence();
         }

@@ -28,7 +28,7 @@ from tests.engine.targets.cuda.packed_cases import (
 )
 
 KINDS = {"f16": F16, "bf16": DType.BF16}
-HEADS = (8, 16, 24, 32, 48, 64)
+HEADS = (8, 16, 24, 32, 48, 64, 72, 96, 104, 128)
 
 
 def random_case(rng: np.random.Generator, kind: str, context: Context, i: int) -> Case:
@@ -69,7 +69,7 @@ def test_blocks_take_many_pieces(hopper: Runner) -> None:
     """More than are looked up at once, of sequences whose lengths differ by two orders of magnitude."""
     lengths = [3, 300, 64, 0, 129, 17, 65, 1, 90] + [5] * 30
     cases = []
-    for head, causal in ((64, False), (32, True)):
+    for head, causal in ((64, False), (32, True), (96, False), (128, True)):
         step = packed(F16, sum(lengths) + 40, 2, head, len(lengths), causal)
         for tile in candidates(step):
             launches = [launch_attention(step, tile, replace(hopper.context, multiprocessors=1))]
@@ -99,7 +99,7 @@ def test_what_it_takes() -> None:
     others: list[Step] = [
         packed(F32, 100, 2, 64, 3),
         packed(F16, 100, 2, 60, 3),
-        packed(F16, 100, 2, 72, 3),
+        packed(F16, 100, 2, 136, 3),
         packed(F16, 100, 2, 64, 1),
         packed(F16, 5000, 2, 64, MAX_SEQUENCES + 1),
     ]
