@@ -33,8 +33,10 @@ _BOX = 32  # rows that are copied at once
 _PIECES = 64  # that are looked up, 32 bytes each
 
 # Cycles of a multiprocessor: for a piece, by its features of q and v together, for each of its tiles of keys, and until
-# the first copy. `ALONE`: from the first copy to the last store.
+# the first copy. Of what is beyond `NARROW` features, a tile takes more and a piece less. `ALONE`: from the first copy
+# to the last store.
 _FEATURE, _PIECE, _TILE = 12.5, -500, 540
+_NARROW, _WIDE_FEATURE, _WIDE_TILE = 128, 4.7, 5.2
 _ALONE, _TILE_ALONE = 2000, 900
 _ORDER = 2600
 
@@ -78,11 +80,11 @@ def places_of(sequences: int) -> int:
 
 def candidates(step: Step) -> list[ShortTile]:
     """Tiles for a step that `suits`, the one that was fastest on an H100 first. Where heads are narrow the registers of
-    five blocks are enough."""
+    five blocks are enough; three blocks of wide heads with a stage each were 2 to 16 % slower than two with two."""
     widest = max(depth(step.inputs[0]), width(step.inputs[2]))
     if widest <= 32:
         return [ShortTile(2, 5), ShortTile(3, 4)]
-    return [ShortTile(2, 4)] if widest <= 64 else [ShortTile(2, 2), ShortTile(1, 3)]
+    return [ShortTile(2, 4 if widest <= 64 else 2)]
 
 
 def pick(step: Step) -> ShortTile:
@@ -92,15 +94,19 @@ def pick(step: Step) -> ShortTile:
 
 def cycles(work: Work, multiprocessors: int) -> float:
     """Estimated cycles of packed attention, at about 1.7 GHz. The constants are fitted to eight cases on an H100 (fp16,
-    heads of 32 and 64, 32 and 128 sequences of 60 and 245 tokens on average)."""
+    heads of 32 and 64, 32 and 128 sequences of 60 and 245 tokens on average), those of wide heads to twelve (heads of
+    128, 30 to 245 tokens)."""
     work_cycles, longest = 0.0, 0.0
-    piece = max(0, _PIECE + _FEATURE * (work.head + work.value))
+    features = work.head + work.value
+    wide = max(0, features - _NARROW)
+    piece = max(0, _PIECE + _FEATURE * (features - wide) + _WIDE_FEATURE * wide)
+    tile = _TILE + _WIDE_TILE * wide
     for kind in as_long(work):
         of_queries = ceildiv(kind.queries, _ROWS)
         of_keys = [
             ceildiv(min(kind.keys, (i + 1) * _ROWS), _ROWS) if work.causal else of_queries for i in range(of_queries)
         ]
-        work_cycles += kind.groups * sum(piece + _TILE * count for count in of_keys)
+        work_cycles += kind.groups * sum(piece + tile * count for count in of_keys)
         longest = max(longest, _ALONE + _TILE_ALONE * max(of_keys))
     moved = work.groups * (work.queries + work.keys) * (work.head + work.value) * 2
     floor = moved / (multiprocessors * MEMORY_BYTES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 import numpy as np
 
 from engine.ir.dtype import DType
@@ -25,6 +27,7 @@ from engine.targets.cuda.kernel import (
 from engine.targets.cuda.spaces import VECTOR
 
 MAX_WIDTH = 256  # features of a head
+_BOX = 32  # rows that are copied at once where sequences end within tiles
 _MASK_TILES = 32  # tiles of keys, up to which those that a padding mask hides are left out: a bit each
 MAX_SEQUENCES = 1023  # packed ones whose order fits beside the tiles
 _MIN_QUERIES = 17  # up to 16 the portable kernel wastes fewer rows, and deals the keys to several blocks
@@ -126,6 +129,8 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
     blocks = min(items, context.multiprocessors * tile.blocks)
     dynamic = items > blocks
     key_tiles = ceildiv(k.shape[-2], tile.keys)
+    # Of a sequence that ends within a tile only whole boxes up to its end are copied.
+    box = gcd(_BOX, tile.keys) if op.packed and not single else 0
     ordered = op.causal or op.window is not None  # not every query sees every key
     config: dict[str, int | bool | str] = {
         "operand": STORAGE[q.dtype], "head_padded": head, "value_padded": value, "keys": tile.keys,
@@ -134,7 +139,8 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
         "masked_rows_zero": op.masked_rows_zero, "producer_registers": tile.producer_registers,
         "consumer_registers": tile.consumer_registers, "blocks": tile.blocks, "shared_bytes": shared,
         "q_stages": tile.q_stages, "turns": tile.turns, "band": BAND, "dynamic": dynamic, "packed": op.packed,
-        "single": single, "places": work.places, "early": attended.starts_are_fed, "window": op.window is not None,
+        "single": single, "places": work.places, "early": attended.starts_are_fed, "box": box,
+        "window": op.window is not None,
         "skips": attended.bias is BiasKind.PER_KEY and not ordered and 1 < key_tiles <= _MASK_TILES,
     }  # fmt: skip
     arguments: dict[str, Argument] = {
@@ -144,6 +150,9 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
         # 0 where all of the batch read the same.
         "q_batches": int(q.shape[0] > 1), "k_batches": int(k.shape[0] > 1), "v_batches": int(v.shape[0] > 1),
     }  # fmt: skip
+    if box:
+        maps = {"q": map_of(q, box, head), "k": map_of(k, box, head), "v": map_of(v, box, value)}
+        arguments |= {f"ends_{name}": ends for name, ends in maps.items()}
     arguments |= {"bias_heads": 0, "bias_batches": 0}
     full = attended.bias is BiasKind.FULL
     if full:
@@ -151,13 +160,14 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
     if dynamic:
         arguments["counters"] = Pointer(Buffer("taken items", BufferKind.PLAN, 8, np.zeros(2, np.uint32)), ctype="u32")
     full_bias = _FULL_BIAS.format("map_bias" if full else "map_k")
+    ends = _ENDS.replace("maps", "ends" if box else "map")
     products = wgmma_function(tile.keys, q.dtype) + register_product(value, q.dtype)
     return launch(
         "attention", "attention_wgmma.cuh", config, [attended.epilogue()], arguments,
         (blocks, 1, 1), 128 * (tile.consumers + 1), shared,
         Instruction.WGMMA, helpers="".join(
             ('#include "ptx/wgmma_panels.cuh"\n', products, attended.bias_code(), attended.window_code(), full_bias,
-             attended.sequences_code())
+             ends, attended.sequences_code())
         ),
     )  # fmt: skip
 
@@ -167,6 +177,14 @@ _FULL_BIAS = """struct FullBias {{
 }};
 """
 """What the kernel reads a full bias through; without one it is not called."""
+
+_ENDS = """struct Ends {
+  DEVICE static const TensorMap& q(const Params& p) { return p.maps_q; }
+  DEVICE static const TensorMap& k(const Params& p) { return p.maps_k; }
+  DEVICE static const TensorMap& v(const Params& p) { return p.maps_v; }
+};
+"""
+"""What it reads the boxes at the ends of packed sequences through; without those it is not called."""
 
 
 def _bias_arguments(attended: Attended, tile: WgmmaAttentionTile) -> dict[str, Argument]:

@@ -101,7 +101,7 @@ def _without_full_bias(work: Work) -> Iterator[WgmmaAttentionTile]:
         yield WgmmaAttentionTile(2, 128, 4, 1, 40, 232)
         yield WgmmaAttentionTile(1, 128, 2, 2, 40, 208, turns=False)
         if work.places:  # short sequences fill no larger tile
-            yield WgmmaAttentionTile(1, 64, 3, 3, 24, 136, turns=False)
+            yield WgmmaAttentionTile(1, 64, 3, 3, 32, 128, turns=False)
     elif widest <= 96:
         yield WgmmaAttentionTile(3, 96, 3, 1, 40, 152)
         yield WgmmaAttentionTile(2, 128, 3, 1, 40, 232)

@@ -104,7 +104,7 @@ def attentions(context: Context) -> Iterator[tuple[str, Launch]]:
             step = packed_attention(head, causal)
             for wgmma_tile in candidates_on_warpgroups(attention_wgmma.work_of(step)):
                 yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, context)
-        for head, causal in ((64, False), (64, True), (32, False), (48, True)):
+        for head, causal in ((64, False), (64, True), (32, False), (48, True), (96, True), (128, False)):
             step = packed_attention(head, causal)
             for short_tile in attention_short.candidates(step):
                 yield step.name, attention_short.launch_attention(step, short_tile, context)

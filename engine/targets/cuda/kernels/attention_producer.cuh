@@ -45,12 +45,22 @@ DEVICE void produce(const Params& p, const Memory& memory) {
   if (warp == 0 && lane == 0) {
     const auto copy_q = [&](const Item& item) {
       const u32 batch = item.group / p.heads, head = item.group - batch * p.heads;
-      barrier_arrive_expect(q_ring.landed(q_turn), QTile::BYTES);
-      QTile::copy(q_ring.tile(q_turn), p.map_q, q_ring.landed(q_turn), begin_of(item) + item.query0, head, batch * p.q_batches);
+      const u32 tile = q_ring.tile(q_turn), landed = q_ring.landed(q_turn), row0 = begin_of(item) + item.query0;
+      if constexpr (ENDS) {
+        QTile::bring_up_to<config::box>(item.rows - item.query0, tile, p.map_q, Ends::q(p), landed, row0, head);
+      } else {
+        barrier_arrive_expect(landed, QTile::BYTES);
+        QTile::copy(tile, p.map_q, landed, row0, head, batch * p.q_batches);
+      }
     };
     const auto copy_k = [&](const Item& item, u32 tile) {
       const u32 batch = item.group / p.heads, head = item.group - batch * p.heads, key0 = begin_of(item) + tile * KEYS;
       k_ring.wait_empty(turn);
+      if constexpr (ENDS) {
+        const u32 keys = item.keys - tile * KEYS, k_head = head / p.heads_per_k;
+        KTile::bring_up_to<config::box>(keys, k_ring.tile(turn), p.map_k, Ends::k(p), k_ring.landed(turn), key0, k_head);
+        return;
+      }
       barrier_arrive_expect(k_ring.landed(turn), KTile::BYTES + BiasTile::BYTES);
       if (FULL) {
         const u32 biases_of_tile = base + BIASES + turn % STAGES * BiasTile::BYTES;
@@ -66,8 +76,13 @@ DEVICE void produce(const Params& p, const Memory& memory) {
         barrier_arrive(landed);
         landed = cut_landed + 8 * (turn % STAGES);
       }
-      barrier_arrive_expect(landed, VTile::BYTES);
-      VTile::copy(v_ring.tile(turn), p.map_v, landed, key0, head / p.heads_per_v, batch * p.v_batches);
+      if constexpr (ENDS) {
+        const u32 keys = item.keys - tile * KEYS;
+        VTile::bring_up_to<config::box>(keys, v_ring.tile(turn), p.map_v, Ends::v(p), landed, key0, head / p.heads_per_v);
+      } else {
+        barrier_arrive_expect(landed, VTile::BYTES);
+        VTile::copy(v_ring.tile(turn), p.map_v, landed, key0, head / p.heads_per_v, batch * p.v_batches);
+      }
       ++turn;
     };
     const auto copy_keys = [&](const Item& item, u32 tile) {

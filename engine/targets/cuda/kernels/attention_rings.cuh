@@ -14,6 +14,23 @@ template <int ROWS, int FEATURES> struct Tile {
 #pragma unroll
     for (int i = 0; i < PANELS; ++i) copy_box(tile + i * PITCH, map, landed, i * PANEL, row, head, batch);
   }
+
+  // Of a tile in which a sequence may end: the boxes of BOX rows that hold its first `rows`, what they take, and copies of so many.
+  template <int BOX> static constexpr u32 BOX_BYTES = BOX * BYTES / ROWS;
+  template <int BOX> DEVICE static u32 boxes_up_to(u32 rows) { return (min(rows, static_cast<u32>(ROWS)) + BOX - 1) / BOX; }
+  template <int BOX> DEVICE static void copy_boxes(u32 boxes, u32 tile, const TensorMap& map, u32 landed, u32 row, u32 head) {
+    static_assert(ROWS % BOX == 0 && BOX * ROW_BYTES % 1024 == 0, "boxes start at a swizzle atom");
+#pragma unroll 1
+    while (boxes-- > 0) copy(tile + boxes * BOX * ROW_BYTES, map, landed, row + boxes * BOX, head, 0);
+  }
+  // The same and what `landed` waits for; the whole tile at once by a map of its own.
+  template <int BOX>
+  DEVICE static void bring_up_to(u32 rows, u32 tile, const TensorMap& whole, const TensorMap& box, u32 landed, u32 row, u32 head) {
+    const u32 boxes = boxes_up_to<BOX>(rows);
+    barrier_arrive_expect(landed, boxes * BOX_BYTES<BOX>);
+    if (boxes == ROWS / BOX) copy(tile, whole, landed, row, head, 0);
+    else copy_boxes<BOX>(boxes, tile, box, landed, row, head);
+  }
 };
 
 // A ring of tiles: which is `turn`'s, and the parity of its phase. A fresh barrier counts as completed in the phase before its first.

@@ -40,14 +40,6 @@ DEVICE Piece uniform(const Piece& piece) {
           first(piece.begin), first(piece.rows), first(piece.keys), first(piece.tiles)};
 }
 
-// The first `rows` rows of a tile, whole boxes of them.
-DEVICE u32 boxed(u32 rows) { return (min(rows, 64u) + BOX - 1) / BOX * BOX; }
-template <class TILE> DEVICE void copy_rows(u32 tile, const TensorMap& map, u32 landed, u32 row, u32 rows, u32 head) {
-#pragma unroll
-  for (u32 i = 0; i < 64; i += BOX)
-    if (i < rows) TILE::copy(tile + i * TILE::ROW_BYTES, map, landed, row + i, head, 0);
-}
-
 // Four words of each of four neighbouring lanes: v[j] becomes what lane j had for this one.
 DEVICE void transpose_words(u32 (&v)[4], u32 quad) {
   const bool odd = quad & 1, upper = quad & 2;
@@ -131,11 +123,12 @@ extern "C" __global__ void __launch_bounds__(128, config::blocks) kernel(const _
       if (coming.tiles == 0) {
         barrier_arrive(barrier);
       } else {
-        const u32 key0 = next_tile * KEYS, keys = boxed(coming.keys - key0), rows = next_tile == 0 ? boxed(coming.rows - coming.query0) : 0;
-        barrier_arrive_expect(barrier, rows * (QTile::BYTES / QUERIES) + keys * ((KTile::BYTES + VTile::BYTES) / KEYS));
-        copy_rows<QTile>(base + (begun - 1) % STAGES * QTile::BYTES, p.map_q, barrier, coming.begin + coming.query0, rows, coming.head);
-        copy_rows<KTile>(base + K_RING + stage * KTile::BYTES, p.map_k, barrier, coming.begin + key0, keys, coming.k_head);
-        copy_rows<VTile>(base + V_RING + stage * VTile::BYTES, p.map_v, barrier, coming.begin + key0, keys, coming.v_head);
+        const u32 key0 = next_tile * KEYS, keys = KTile::boxes_up_to<BOX>(coming.keys - key0);
+        const u32 rows = next_tile == 0 ? QTile::boxes_up_to<BOX>(coming.rows - coming.query0) : 0;
+        barrier_arrive_expect(barrier, rows * QTile::BOX_BYTES<BOX> + keys * (KTile::BOX_BYTES<BOX> + VTile::BOX_BYTES<BOX>));
+        QTile::copy_boxes<BOX>(rows, base + (begun - 1) % STAGES * QTile::BYTES, p.map_q, barrier, coming.begin + coming.query0, coming.head);
+        KTile::copy_boxes<BOX>(keys, base + K_RING + stage * KTile::BYTES, p.map_k, barrier, coming.begin + key0, coming.k_head);
+        VTile::copy_boxes<BOX>(keys, base + V_RING + stage * VTile::BYTES, p.map_v, barrier, coming.begin + key0, coming.v_head);
       }
     }
     ++copied;
