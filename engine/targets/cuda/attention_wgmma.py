@@ -28,6 +28,7 @@ from engine.targets.cuda.spaces import VECTOR
 
 MAX_WIDTH = 256  # features of a head
 _BOX = 32  # rows that are copied at once where sequences end within tiles
+_DEALT = 4  # items a block
 _MASK_TILES = 32  # tiles of keys, up to which those that a padding mask hides are left out: a bit each
 MAX_SEQUENCES = 1023  # packed ones whose order fits beside the tiles
 _MIN_QUERIES = 17  # up to 16 the portable kernel wastes fewer rows, and deals the keys to several blocks
@@ -127,11 +128,13 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
     single = attended.sequences == 1
     items = (ceildiv(queries, tile.queries) + (0 if single else attended.sequences)) * heads * batch
     blocks = min(items, context.multiprocessors * tile.blocks)
-    dynamic = items > blocks
     key_tiles = ceildiv(k.shape[-2], tile.keys)
     # Of a sequence that ends within a tile only whole boxes up to its end are copied.
     box = gcd(_BOX, tile.keys) if op.packed and not single else 0
     ordered = op.causal or op.window is not None  # not every query sees every key
+    skips = attended.bias is BiasKind.PER_KEY and not ordered and 1 < key_tiles <= _MASK_TILES
+    equal = not (ordered or op.packed or skips)  # items are: dealt beforehand a few a block take 1 to 6 % less
+    dynamic = items > (_DEALT if equal else 1) * blocks
     config: dict[str, int | bool | str] = {
         "operand": STORAGE[q.dtype], "head_padded": head, "value_padded": value, "keys": tile.keys,
         "consumers": tile.consumers, "stages": tile.stages, "causal": op.causal, "bias": attended.bias,
@@ -141,7 +144,7 @@ def launch_attention(step: Step, tile: WgmmaAttentionTile, context: Context) -> 
         "q_stages": tile.q_stages, "turns": tile.turns, "band": BAND, "dynamic": dynamic, "packed": op.packed,
         "single": single, "places": work.places, "early": attended.starts_are_fed, "box": box,
         "window": op.window is not None,
-        "skips": attended.bias is BiasKind.PER_KEY and not ordered and 1 < key_tiles <= _MASK_TILES,
+        "skips": skips,
     }  # fmt: skip
     arguments: dict[str, Argument] = {
         "map_q": map_of(q, tile.queries, head), "map_k": map_of(k, tile.keys, head),

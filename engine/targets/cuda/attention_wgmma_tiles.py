@@ -17,6 +17,7 @@ MEMORY_BYTES = 13  # a cycle and multiprocessor
 _ORDER, _LOOKED_UP = 3400, 425  # cycles until packed sequences are in order, and for every item of a multiprocessor
 _FEW_KEYS = 512  # up to which, on an H100, one consumer of 128 keys took less in each of 14 cases than two blocks of 64
 _THIRD = 750  # an item's, of three consumers and 64 keys: fitted to 34 cases of heads of 128 features on an H100
+_MASKED = 1.3  # of three or four consumers and heads of up to 64 with a mask by key: nine cases on an H100, 1.2 to 1.3
 _ROUNDS = 8  # items a block, up to which the cost model deals them one by one
 _SHARES = (0.4, 0.8, 1.2, 1.6)  # lengths of packed sequences beside their mean
 
@@ -100,7 +101,7 @@ def _without_full_bias(work: Work) -> Iterator[WgmmaAttentionTile]:
         yield WgmmaAttentionTile(4, 64, 8, 1, 32, 112)
         yield WgmmaAttentionTile(2, 128, 4, 1, 40, 232)
         yield WgmmaAttentionTile(1, 128, 2, 2, 40, 208, turns=False)
-        if work.places:  # short sequences fill no larger tile
+        if work.places or work.keys <= 64:  # short sequences fill no larger tile
             yield WgmmaAttentionTile(1, 64, 3, 3, 32, 128, turns=False)
     elif widest <= 96:
         yield WgmmaAttentionTile(3, 96, 3, 1, 40, 152)
@@ -214,12 +215,13 @@ def _items(tile: WgmmaAttentionTile, work: Work, blocks: int) -> list[float]:
     around = alone + blocks * tile.queries * (work.head + work.value) * 2 / 32
     if tile.consumers == 3 and tile.keys == 64 and not work.places:
         around += _THIRD
+    more = _MASKED if work.bias is BiasKind.PER_KEY and tile.consumers >= 3 and max(work.head, work.value) <= 64 else 1
 
     def item(query0: int) -> float:
         """A tile of queries: its warpgroups start together on the last tile that each of them sees."""
         rows = range(query0, min(work.queries, query0 + tile.queries), 64)
         ends = (work.seen(row, row + 63) for row in rows)
         seen = [ceildiv(end, tile.keys) - begin // tile.keys for begin, end in ends]
-        return around + sum(step(blocks * sum(count > i for count in seen)) for i in range(max(seen)))
+        return more * (around + sum(step(blocks * sum(count > i for count in seen)) for i in range(max(seen))))
 
     return [item(i * tile.queries) for i in reversed(range(ceildiv(work.queries, tile.queries)))]

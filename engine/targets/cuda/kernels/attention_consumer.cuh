@@ -29,12 +29,6 @@ DEVICE void consume(const Params& p, const Memory& memory, u32 warpgroup) {
   };
   const auto round_probabilities = [&] { round_pairs(probabilities, s); };
 
-  // A place of the keys has their biases, too, which every lane has read; the keys themselves are read by the warp's products.
-  const auto leave_keys = [&](u32 turn) {
-    if constexpr (BIAS) k_ring.leave_each(turn);
-    else k_ring.leave(turn);
-  };
-
   // Consumers take turns to start products, so that one computes exponentials while another multiplies.
   const auto take_turn = [&] { if constexpr (TURNS) meet_at<256>(1 + warpgroup); };
   const auto pass_turn = [&] { if constexpr (TURNS) pass_by<256>(warpgroup + 1 == CONSUMERS ? 1 : 2 + warpgroup); };
@@ -59,7 +53,7 @@ DEVICE void consume(const Params& p, const Memory& memory, u32 warpgroup) {
       k_ring.wait_full(t);
       take_turn();
       pass_turn();
-      leave_keys(t);
+      k_ring.leave(t);
       v_ring.wait_full(t);
       v_ring.leave(t);
     };
@@ -86,9 +80,9 @@ DEVICE void consume(const Params& p, const Memory& memory, u32 warpgroup) {
       pass_turn();
       wgmma_wait<0>();
       wgmma_settle(s);
-      if constexpr (!BIAS && !FULL) leave_keys(first);
+      if constexpr (!BIAS && !FULL) k_ring.leave(first);
       prepare(first);
-      if constexpr (BIAS || FULL) leave_keys(first);  // a place of the ring has the biases of its keys, too
+      if constexpr (BIAS || FULL) k_ring.leave(first);  // a place of the ring has the biases of its keys, too
       running_exponentials<SCALED>(s, scale_of(p), maximum, sum, correction);
       round_probabilities();
       // Of a row without a key so far no exponential would be right: they are not tried. NOTES: tried all the same, they would be found
@@ -105,9 +99,9 @@ DEVICE void consume(const Params& p, const Memory& memory, u32 warpgroup) {
         pass_turn();
         wgmma_wait<1>();
         wgmma_settle(s);
-        if constexpr (!BIAS && !FULL) leave_keys(t);
+        if constexpr (!BIAS && !FULL) k_ring.leave(t);
         prepare(t);
-        if constexpr (BIAS || FULL) leave_keys(t);
+        if constexpr (BIAS || FULL) k_ring.leave(t);
         wgmma_wait<0>();
         wgmma_settle(out);
         wgmma_keep(probabilities);

@@ -47,7 +47,7 @@ struct Memory {
     }
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(k_ring.full + 8 * i, BIAS ? 33 : 1);  // each lane that brings biases arrives for what it wrote
-      barrier_init(k_ring.empty + 8 * i, BIAS ? 32 * WARPS : WARPS);
+      barrier_init(k_ring.empty + 8 * i, WARPS);
       barrier_init(v_ring.full + 8 * i, PACKED ? 33 : 1);
       if constexpr (PACKED) barrier_init(cut_landed + 8 * i, 1);
       barrier_init(v_ring.empty + 8 * i, WARPS);
