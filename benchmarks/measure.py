@@ -1,7 +1,8 @@
 """Checking, then timing, one case beside its peers. Knows neither devices nor files.
 
-Every contender takes its turn in every round, so that a change of clocks or a neighbour's work meets all of them; a
-figure is the median of a contender's rounds. Ours is checked first: where it is wrong, nothing is timed. A peer whose
+Every contender takes its turn in every round, so that a change of clocks or a neighbour's work meets all of them, and
+in another order each time, so that each follows every other one: what ran before decides how much of its power limit a
+GPU has used up. A figure is the median of a contender's rounds. Ours is checked first: where it is wrong, nothing is timed. A peer whose
 own result is wrong, or which cannot run the case, does not count, and the row says why.
 """
 
@@ -90,22 +91,31 @@ def measure(
         except Exception as problem:
             reasons[entry.name] = reason(problem)
     times: dict[str, list[float]] = {name: [] for name in right}
-    own: list[float] = []
-    try:
-        for _ in range(rounds):
-            own.append(ours.round_us())
-            for name in [name for name in right if name not in reasons]:
-                try:
-                    times[name].append(right[name].round_us())
-                except Exception as problem:
-                    reasons[name] = reason(problem)
-    except Exception as problem:
-        traceback.print_exc()
-        return Measurement(rel_err=error, failure=reason(problem))
+    names, own = list(right), list[float]()
+    for number in range(rounds):
+        for turn in order_of(number, 1 + len(names)):
+            try:
+                if turn == 0:
+                    own.append(ours.round_us())
+                elif names[turn - 1] not in reasons:
+                    times[names[turn - 1]].append(right[names[turn - 1]].round_us())
+            except Exception as problem:
+                if turn == 0:
+                    traceback.print_exc()
+                    return Measurement(rel_err=error, failure=reason(problem))
+                reasons[names[turn - 1]] = reason(problem)
     found = {name: None if name in reasons else round(median(times[name]), 2) for name in (e.name for e in entries)}
     return Measurement(
         round(median(own), 2), _of(found, entries, False), _of(found, entries, True), reasons, float(f"{error:.1e}")
     )
+
+
+def order_of(number: int, count: int) -> list[int]:
+    """The order of `count` contenders in round `number`: over `count` rounds, or twice as many where it is odd, each
+    comes equally often in every place and behind every other one (Williams 1949, balanced for residual effects)."""
+    ends = [i // 2 + 1 if i % 2 else -(i // 2) for i in range(count)]  # 0, 1, -1, 2, -2, …
+    order = [(end + number) % count for end in ends]
+    return order[::-1] if count % 2 and number % 2 else order
 
 
 def _checked(contender: Contender) -> Contender:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from benchmarks.cases.gemm import GemmCase
 from benchmarks.environment import new_run
-from benchmarks.measure import Contender, Entry, measure
+from benchmarks.measure import Contender, Entry, measure, order_of
 from benchmarks.recorder import Recorder
 from benchmarks.results import Ceilings, Device, Results
 from tests.benchmarks.fakes import Fake, Stuck
@@ -46,7 +48,15 @@ def test_contenders_take_turns() -> None:
             return 1.0
 
     measure(lambda: Turn("ours"), [Entry("a", lambda: Turn("a")), Entry("b", lambda: Turn("b"))], 1e-2, rounds=2)
-    assert turns == ["ours", "a", "b"] * 2
+    assert turns == ["ours", "a", "b", "ours", "b", "a"]
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_every_contender_follows_every_other_one(count: int) -> None:
+    orders = [order_of(number, count) for number in range(count * (1 + count % 2))]
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    follows = Counter(pair for order in orders for pair in pairwise(order))
+    assert len(follows) == count * (count - 1) and len(set(follows.values())) <= 1
 
 
 @pytest.mark.parametrize("error", [2e-2, float("nan"), float("inf")])

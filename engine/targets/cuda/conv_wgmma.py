@@ -246,7 +246,7 @@ def launch_conv(step: Step, geometry: Geometry, filters: Pointer, tile: WgmmaTil
             **maps,
             "map_a": _pixels(geometry, panel, tile.m // tile.cluster_n),
             "map_b": TensorMap(filters, groups * geometry.n, k, k, tile.n // tile.cluster_m, 128 // dtype.itemsize),
-            "m": geometry.rows, "n": geometry.n, "k": k,
+            "m": geometry.rows, "n": geometry.n, "k": k, "band": tile.band(geometry.n * k * dtype.itemsize),
             "channels": geometry.channels,
             # A copy begins at channels that lie at a multiple of 16 bytes, where there are none, too.
             "all_channels": row_length(groups * geometry.channels, 16 // dtype.itemsize),

@@ -120,6 +120,7 @@ def launch_wgmma(
             "map_b": TensorMap(b.pointer, product.n, k, b.stride, tile.n // tile.cluster_m, columns),
             "m": product.m,
             "n": product.n,
+            "band": tile.band(product.n * k * product.dtype.itemsize),
             "k": k // 2 * PART_STEPS if product.in_parts else k,
             "early": Ahead(early_steps(product, tile, blocks * tile.splits, context)),
             **split_arguments(tiles, tile.m * tile.n, tile.m // tile.consumer_rows * 4, tile.splits, partials),
@@ -187,6 +188,7 @@ def launch_batched(product: Product, epilogue: Functor, tile: WgmmaTile, tiles: 
         {
             "map_a": map_a, "map_b": map_b,
             "m": product.m, "n": product.n, "k": product.k, "matrices": batch.count, "inner": sizes[1],
+            "band": tile.band(product.n * product.k * product.dtype.itemsize),
             "a_inner": int(a_along[1] != 0), "a_outer": int(a_along[0] != 0),
             "b_inner": int(b_along[1] != 0), "b_outer": int(b_along[0] != 0),
         },

@@ -14,6 +14,7 @@ from engine.ir.ops import Gemm
 from engine.plan.plan import Step
 from engine.plan.tensor import Tensor, row_major
 from engine.targets.cuda import covering as cv
+from engine.targets.cuda import tiles
 from engine.targets.cuda.architecture import ARCHITECTURES
 from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
 from engine.targets.cuda.gemm import epilogue_of, launches_of, lower, operands_of, parts_of, pick_tile
@@ -306,8 +307,11 @@ def window(rng: np.random.Generator, dtype: DType, shape: tuple[int, ...], numbe
     return Tensor(whole.buffer, dtype, shape, tuple(strides[axis] for axis in range(len(shape))))
 
 
-def test_gemm_of_more_tiles_than_multiprocessors(runner: Runner, count: int) -> None:
-    """A persistent block takes several tiles: its rings and turns wrap around."""
+@pytest.mark.parametrize("band", [1, 4])
+def test_gemm_of_more_tiles_than_multiprocessors(runner: Runner, band: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A persistent block takes several tiles, in bands of one or more: its rings and turns wrap around."""
+    monkeypatch.setattr(tiles, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(tiles, "_BAND", band)
     cases = []
     large, small = ((3000, 1512, 200), (5000, 1000, 1096), (20000, 200, 40)), ((420, 264, 200), (900, 40, 40))
     for i, (m, n, k) in enumerate(small if isinstance(runner, EmulatedRunner) else large):
