@@ -2,8 +2,8 @@
 
 Every contender takes its turn in every round, so that a change of clocks or a neighbour's work meets all of them, and
 in another order each time, so that each follows every other one: what ran before decides how much of its power limit a
-GPU has used up. A figure is the median of a contender's rounds. Ours is checked first: where it is wrong, nothing is timed. A peer whose
-own result is wrong, or which cannot run the case, does not count, and the row says why.
+GPU has used up. A figure is the median of a contender's rounds. Ours is checked first: where it is wrong, nothing is
+timed. A peer whose own result is wrong, or which cannot run the case, does not count, and the row says why.
 """
 
 from __future__ import annotations

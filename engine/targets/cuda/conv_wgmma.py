@@ -73,6 +73,7 @@ PAIRS = (
     WgmmaTile(128, 128, 5, slots=2, cluster_m=2),
     WgmmaTile(64, 128, 8, cluster_m=2),
     WgmmaTile(64, 128, 8, cluster_n=2),
+    WgmmaTile(128, 96, 7, cooperative=True, cluster_n=2),
 )
 """Tiles of two blocks that share filters (`cluster_m`) or pixels (`cluster_n`), with results staged or not. A step of
 128 × 256, of 16 KB of pixels and 32 KB of filters, takes 47 bytes a cycle and multiprocessor from the L2 cache where
@@ -240,13 +241,16 @@ def launch_conv(step: Step, geometry: Geometry, filters: Pointer, tile: WgmmaTil
     return launch(
         "conv",
         body,
-        {**tile.config, "operand": STORAGE[dtype], "grouped": groups > 1, "depth": geometry.axes == len(AXES), **width},
+        {
+            **tile.config, "operand": STORAGE[dtype], "grouped": groups > 1, "depth": geometry.axes == len(AXES),
+            "band": tile.band(geometry.n * k * dtype.itemsize), **width,
+        },
         [epilogue],
         {
             **maps,
             "map_a": _pixels(geometry, panel, tile.m // tile.cluster_n),
             "map_b": TensorMap(filters, groups * geometry.n, k, k, tile.n // tile.cluster_m, 128 // dtype.itemsize),
-            "m": geometry.rows, "n": geometry.n, "k": k, "band": tile.band(geometry.n * k * dtype.itemsize),
+            "m": geometry.rows, "n": geometry.n, "k": k,
             "channels": geometry.channels,
             # A copy begins at channels that lie at a multiple of 16 bytes, where there are none, too.
             "all_channels": row_length(groups * geometry.channels, 16 // dtype.itemsize),

@@ -93,6 +93,7 @@ def launch_wgmma(
         "operand": STORAGE[product.dtype], "grouped": False, "in_parts": product.in_parts,
         "divided": product.divisors is not None, "moments": found is not None,
         "offsets": found is not None and found.offsets is not None,
+        "band": tile.band(product.n * k * product.dtype.itemsize),
     }  # fmt: skip
     partials = replace(scratch, ctype="float") if scratch is not None else None
     body, maps = "gemm_cluster.cuh" if tile.cluster > 1 else "gemm_wgmma.cuh", dict[str, Argument]()
@@ -120,7 +121,6 @@ def launch_wgmma(
             "map_b": TensorMap(b.pointer, product.n, k, b.stride, tile.n // tile.cluster_m, columns),
             "m": product.m,
             "n": product.n,
-            "band": tile.band(product.n * k * product.dtype.itemsize),
             "k": k // 2 * PART_STEPS if product.in_parts else k,
             "early": Ahead(early_steps(product, tile, blocks * tile.splits, context)),
             **split_arguments(tiles, tile.m * tile.n, tile.m // tile.consumer_rows * 4, tile.splits, partials),
@@ -183,12 +183,14 @@ def launch_batched(product: Product, epilogue: Functor, tile: WgmmaTile, tiles: 
     return launch(
         "gemm",
         "gemm_batch.cuh",
-        {**tile.config, "operand": STORAGE[product.dtype], "grouped": False, "across": across},
+        {
+            **tile.config, "operand": STORAGE[product.dtype], "grouped": False, "across": across,
+            "band": tile.band(product.n * product.k * product.dtype.itemsize),
+        },
         [epilogue],
         {
             "map_a": map_a, "map_b": map_b,
             "m": product.m, "n": product.n, "k": product.k, "matrices": batch.count, "inner": sizes[1],
-            "band": tile.band(product.n * product.k * product.dtype.itemsize),
             "a_inner": int(a_along[1] != 0), "a_outer": int(a_along[0] != 0),
             "b_inner": int(b_along[1] != 0), "b_outer": int(b_along[0] != 0),
         },

@@ -289,6 +289,10 @@ CLUSTER_TILES = (
     WgmmaTile(192, 192, 4, cooperative=True, cluster_m=2),
     WgmmaTile(192, 192, 4, cooperative=True, slots=1, cluster_m=2),
     WgmmaTile(128, 96, 7, cooperative=True, cluster_m=2),
+    WgmmaTile(128, 96, 7, cooperative=True, cluster_n=2),
+    WgmmaTile(128, 96, 7, cooperative=True, slots=2, cluster_n=2),
+    WgmmaTile(64, 128, 8, cluster_n=2),
+    WgmmaTile(64, 160, 7, cluster_n=2),
 )
 """Tiles of clusters of two blocks, with results staged or not."""
 

@@ -101,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
   const u32 rows = p.images * window.out_d * window.out_h * window.out_w, group = blockIdx.y;
   const u32 tiles_m = (rows + TILE_M - 1) / TILE_M, tiles_n = (p.n + TILE_N - 1) / TILE_N;
   if (!PHASED || blockIdx.x < tiles_m * tiles_n) {  // phases differ in size
-    const TileIndex tile = tile_of(blockIdx.x, tiles_m, tiles_n, 8);
+    const TileIndex tile = tile_of<8>(blockIdx.x, tiles_m, tiles_n);
     const u32 row0 = tile.m * TILE_M, column0 = tile.n * TILE_N;
     const u32 chunk = threadIdx.x % CHUNKS, local_row = threadIdx.x / CHUNKS;
     const config::x_t* x = p.x + static_cast<i64>(group) * p.channels * p.x_channel;

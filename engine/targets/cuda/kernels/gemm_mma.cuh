@@ -34,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
   stamp_begin(p.stamp);
 
   const u32 tiles_m = (p.m + TILE_M - 1) / TILE_M, tiles_n = (p.n + TILE_N - 1) / TILE_N, z = blockIdx.x / (tiles_m * tiles_n);
-  const TileIndex tile = tile_of(blockIdx.x - z * (tiles_m * tiles_n), tiles_m, tiles_n, 8);
+  const TileIndex tile = tile_of<8>(blockIdx.x - z * (tiles_m * tiles_n), tiles_m, tiles_n);
   const u32 row0 = tile.m * TILE_M, column0 = tile.n * TILE_N;
   const RowIndex<BATCH_LEVELS> index = split_row<BATCH_LEVELS>(p.batch, z);
   const Element *a = p.a, *b = p.b;

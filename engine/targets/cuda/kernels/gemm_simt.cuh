@@ -29,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) kernel(const __grid_con
   stamp_begin(p.stamp);
 
   const u32 tiles_m = (p.m + TILE - 1) / TILE, tiles_n = (p.n + TILE - 1) / TILE, z = blockIdx.x / (tiles_m * tiles_n);
-  const TileIndex tile = tile_of(blockIdx.x - z * (tiles_m * tiles_n), tiles_m, tiles_n, 8);
+  const TileIndex tile = tile_of<8>(blockIdx.x - z * (tiles_m * tiles_n), tiles_m, tiles_n);
   const u32 row0 = tile.m * TILE, column0 = tile.n * TILE;
   const RowIndex<BATCH_LEVELS> index = split_row<BATCH_LEVELS>(p.batch, z);
   auto a = p.a;

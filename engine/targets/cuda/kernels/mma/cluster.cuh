@@ -8,7 +8,7 @@
 // was sent to it.
 // Or the blocks of a cluster, CLUSTER_K of them, share the k of a tile (scheduler/joined_k.cuh): then each loads what it multiplies. Or
 // CLUSTER_K pairs do, each as above, with a part of k; then the blocks of a pair are neighbours in their cluster.
-// config: cluster_m, cluster_n, cluster_k.
+// config: cluster_m, cluster_n, cluster_k; band, the rows of clusters that are taken column by column.
 #pragma once
 #include "ptx/barrier.cuh"
 #include "ptx/cluster.cuh"
@@ -27,9 +27,9 @@ template <int SHARERS> DEVICE u16 all_sharers() { return ((1 << SHARERS) - 1) <<
 // What a block takes in turn, counted in tiles of its cluster: where CLUSTER is 1, in tiles.
 DEVICE u32 first_turn() { return blockIdx.x / (CLUSTER * CLUSTER_K); }
 DEVICE u32 turns() { return gridDim.x / (CLUSTER * CLUSTER_K); }
-// This block's tile of the cluster's tile `index`, of so many along m and n, in bands of p.band tiles of a cluster.
-template <class P> DEVICE TileIndex own_tile(const P& p, u32 index, u32 clusters_m, u32 clusters_n) {
-  TileIndex tile = tile_of(index, clusters_m, clusters_n, p.band);
+// This block's tile of the cluster's tile `index`, of so many along m and n.
+DEVICE TileIndex own_tile(u32 index, u32 clusters_m, u32 clusters_n) {
+  TileIndex tile = tile_of<config::band>(index, clusters_m, clusters_n);
   if constexpr (CLUSTER_M > 1) tile.m = CLUSTER_M * tile.m + rank_of_sharer();
   if constexpr (CLUSTER_N > 1) tile.n = CLUSTER_N * tile.n + rank_of_sharer();
   return tile;

@@ -174,7 +174,7 @@ struct StagedStores {
 #pragma unroll 1
     while (sent.t < tiles) {
       barrier_wait(written + 8 * slot, parity);
-      const TileIndex tile = own_tile(p, sent.t, tiles_m, tiles_n);
+      const TileIndex tile = own_tile(sent.t, tiles_m, tiles_n);
       if (is_inside(p, tile, sent)) store_box(p.map_result, slots + slot * SLOT_BYTES, column_of(tile, sent), row_of(tile));
       store_box_commit();
       sent.advance();
@@ -198,7 +198,7 @@ struct StagedStores {
     const u32 landed = ready + 8 * slot;
     bool brings = false;
     if constexpr (Epilogue::READS_TILE) {
-      const TileIndex tile = own_tile(p, next.t, tiles_m, tiles_n);
+      const TileIndex tile = own_tile(next.t, tiles_m, tiles_n);
       brings = is_inside(p, tile, next);
       if (brings) {
         barrier_arrive_expect(landed, SLOT_BYTES);

@@ -128,7 +128,7 @@ template <class LOAD, class STORES = OwnStores, class DIVISORS = WholeRows> DEVI
   u32 asked = 0;  // steps of the first tile whose b is on its way
   if constexpr (!LOAD::BATCHED) {
     if (threadIdx.x == 0) {
-      const TileIndex tile = own_tile(p, first_turn(), tiles_m, tiles_n);
+      const TileIndex tile = own_tile(first_turn(), tiles_m, tiles_n);
       for (; asked < min(LOAD::early(p), steps); ++asked) {
         const u32 landed = full + 8 * asked, b = ring + asked * STAGE_BYTES + A_BYTES;
         barrier_arrive_expect(landed, STAGE_BYTES);
@@ -145,7 +145,7 @@ template <class LOAD, class STORES = OwnStores, class DIVISORS = WholeRows> DEVI
       u32 stage = 0, parity = 1;  // a fresh barrier counts as completed in the phase before its first
       for (u32 t = first_turn(); t < all; t += turns()) {
         const u32 matrix = LOAD::BATCHED ? t / tiles : 0;
-        const TileIndex tile = own_tile(p, t - matrix * tiles, tiles_m, tiles_n);
+        const TileIndex tile = own_tile(t - matrix * tiles, tiles_m, tiles_n);
         LOAD load(p, tile.m * TILE_M, first_step);
         if constexpr (LOAD::BATCHED) load.turn_to(p, matrix, tile.n * TILE_N);
         u32 step = first_step;
@@ -181,7 +181,7 @@ template <class LOAD, class STORES = OwnStores, class DIVISORS = WholeRows> DEVI
     for (u32 t = first_turn() + ordinal * turns(); t < all; t += TURNS * turns(), ordinal += TURNS) {
       u32 stage = ordinal * steps % STAGES, parity = ordinal * steps / STAGES & 1, previous = stage;
       const u32 matrix = LOAD::BATCHED ? t / tiles : 0, first_row = matrix * p.m;
-      const TileIndex tile = own_tile(p, t - matrix * tiles, tiles_m, tiles_n);
+      const TileIndex tile = own_tile(t - matrix * tiles, tiles_m, tiles_n);
       const u32 column = first_column + tile.n * TILE_N, columns = first_column + p.n, row = tile.m * TILE_M + row0 + 16 * warp + lane / 4;
       const Layout layout(column, columns, first_row + row, first_row + p.m);
       typename STORES::Results epilogue;
@@ -244,7 +244,7 @@ template <class LOAD, class STORES = OwnStores, class DIVISORS = WholeRows> DEVI
       float (&d)[PARTS][TILE_N / 2] = as_floats(sums, values);
       if constexpr (SPLIT) {
         // Partial sums need the registers first: a few operands at a time, of a place that is found again.
-        const TileIndex again = own_tile(p, unknown(t), tiles_m, tiles_n);
+        const TileIndex again = own_tile(unknown(t), tiles_m, tiles_n);
         const u32 first = again.m * TILE_M + row0 + 16 * warp + lane / 4, first_of_columns = first_column + again.n * TILE_N;
         const Layout found(first_of_columns, columns, first, p.m);
         divisors.begin(p, found);
