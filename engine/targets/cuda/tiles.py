@@ -151,8 +151,9 @@ class WgmmaTile:
 
     def band(self, b_bytes: int) -> int:
         """Tiles (of a cluster) in a band (kernels/scheduler/tiles.cuh). A second operand that the L2 cache keeps is
-        read whole for every row of tiles: then rows of the first come once, and what is stored lies together."""
-        return 1 if b_bytes <= _KEPT_BYTES else _BAND // self.cluster_m
+        read whole for every row of tiles: then rows of the first come once, and what is stored lies together. Those
+        whose k is split, which are few, have no registers for another order (the gate shows spills)."""
+        return 1 if b_bytes <= _KEPT_BYTES and self.splits == 1 else _BAND // self.cluster_m
 
     def blocks(self, tiles: int, multiprocessors: int) -> int:
         """The persistent blocks that share so many tiles: one a multiprocessor, in whole clusters."""
