@@ -133,6 +133,20 @@ def test_the_table_of_convolutions_compares_with_cudnn_pytorch_and_the_floor(tmp
     ]
 
 
+def test_the_table_of_attention_has_rates_and_what_was_published(tmp_path: Path) -> None:
+    long, masked = (
+        next(case for case in cases.KERNELS["attention"] if case.name == name)
+        for name in ("b2 h32 s8192 d64 causal", "b1 h12 s128 d64 padding")
+    )
+    rows = [replace(row(long, ""), ours_us=1000.0), replace(row(masked, ""), ours_us=3.5)]
+    Results(GPU, [RUN], rows).save(tmp_path)
+    text = regenerated(f"<!-- table: {GPU.stem} attention -->\n<!-- end -->\n", tmp_path)
+    assert "| floor | TFLOP/s | FlashAttention-3's, published | error |" in text
+    # 2 · 32 · 4 · 8192² · 64 / 2 FLOPs
+    assert "| b2 h32 s8192 d64 causal | 1,000 | 2,469 | 2.00 | 99.1 | 550 | 460 | 2e-06 |" in text
+    assert "| b1 h12 s128 d64 padding | 3.5 | 2,469 | 2.00 | 99.1 | – | – | 2e-06 |" in text
+
+
 def test_a_table_has_the_hosts_part_of_a_run(tmp_path: Path) -> None:
     first = cases.GPU_MODELS[0]
     bare = replace(row(first, ""), run_us=2000.0, host_us={"Executable.launch": 4.25, "BoundModel.launch": 12.5})
