@@ -21,7 +21,7 @@ import onnxruntime
 import engine
 from benchmarks.cases.exports import ExportCase
 from benchmarks.hashes import FIXTURES
-from benchmarks.measure import Measurement, reason
+from benchmarks.measure import Measurement, reason, worst
 from engine.frontend import read_model
 from engine.ir.ops import Attention
 
@@ -85,13 +85,13 @@ def measure(case: ExportCase, folder: Path = FIXTURES) -> Found:
         errors["PyTorch"] = _largest_error(packed, padded, feeds, torchs)
         try:
             session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-            errors["ONNX Runtime"] = max(
+            errors["ONNX Runtime"] = worst(
                 _largest_error(packed, padded, some, session.run(None, some)) for some in (feeds, other_feeds(feeds))
             )
         except onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument as problem:
             reasons["ONNX Runtime"] = reason(problem)
     failure = _failure(case, errors, facts)
-    measurement = Measurement(rel_err=max(errors.values()), errors=errors, reasons=reasons, failure=failure)
+    measurement = Measurement(rel_err=worst(errors.values()), errors=errors, reasons=reasons, failure=failure)
     return Found(measurement, facts, f"{info.producer} {info.producer_version}".strip())
 
 
@@ -141,7 +141,7 @@ def _largest_error(
                 raise ValueError(f"an output is {list(got.shape)} instead of {list(want.shape)}")
             shown = mask == 1 if mask is not None and want.shape[:2] == mask.shape else ...
             errors.append(float(np.linalg.norm(got[shown] - want[shown]) / np.linalg.norm(want[shown])))
-    return max(errors)
+    return worst(errors)
 
 
 def _run_packed(model: engine.Model, feeds: Mapping[str, Array]) -> Mapping[str, Array]:

@@ -8,6 +8,7 @@ timed. A peer whose own result is wrong, or which cannot run the case, does not 
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -127,6 +128,12 @@ def _checked(contender: Contender) -> Contender:
 
 def _of(found: Mapping[str, float | None], entries: Iterable[Entry], part: bool) -> dict[str, float | None]:
     return {entry.name: found[entry.name] for entry in entries if entry.part is part}
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest error; not a number where one is none, which `max` passes over behind another."""
+    found = list(errors)
+    return math.nan if any(map(math.isnan, found)) else max(found)
 
 
 def reason(problem: Exception) -> str:

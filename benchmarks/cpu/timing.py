@@ -8,6 +8,7 @@ from statistics import median
 
 import numpy as np
 
+from benchmarks.measure import worst
 from engine.cli.check import relative_error
 
 Outputs = Mapping[str, np.ndarray]
@@ -26,7 +27,7 @@ class CpuContender:
     def error(self) -> float:
         """The largest relative L2 error of an output. Outputs are fresh arrays: there is nothing to poison."""
         found = self._call()
-        return max(relative_error(found[name], wanted) for name, wanted in self._expected.items())
+        return worst(relative_error(found[name], wanted) for name, wanted in self._expected.items())
 
     def round_us(self) -> float:
         """Microseconds per run: the median of at least five, after two to warm up."""

@@ -16,7 +16,7 @@ from benchmarks.cases import accuracy
 from benchmarks.cases.accuracy import BOUNDS, AccuracyCase
 from benchmarks.cases.models import ModelCase
 from benchmarks.gpu.executables import compile_threads, distinct_kernels, executable, limit_compiler
-from benchmarks.measure import Measurement, reason
+from benchmarks.measure import Measurement, reason, worst
 from benchmarks.workers import all_at_once, groups
 from engine.ir.ops import Opaque
 
@@ -103,11 +103,11 @@ class AccuracyBench:
 
 def judged(errors: Mapping[str, float], bound: float) -> Measurement:
     """The worst of the errors by size; which sizes are beyond the bound is a failure."""
-    worst = max(errors.values())
+    largest = worst(errors.values())
     beyond = [f"{size}: {found:.1e}" for size, found in errors.items() if not found <= bound]
     failure = f"relative error above {bound:g} at {', '.join(beyond)}" if beyond else ""
     rounded = {size.partition(" ")[2]: float(f"{found:.1e}") for size, found in errors.items()}
-    return Measurement(rel_err=float(f"{worst:.1e}"), errors=rounded, failure=failure)
+    return Measurement(rel_err=float(f"{largest:.1e}"), errors=rounded, failure=failure)
 
 
 def references(name: str, path: Path, threads: int = 0) -> dict[str, Outputs]:
@@ -126,7 +126,7 @@ def references(name: str, path: Path, threads: int = 0) -> dict[str, Outputs]:
 def error(model: engine.Model, sizes: ModelCase, expected: Outputs) -> float:
     """The largest relative L2 distance of an output from the reference; infinite where shapes differ."""
     found = model.run(sizes.feeds())
-    return max(_distance(found[name], array) for name, array in expected.items())
+    return worst(_distance(found[name], array) for name, array in expected.items())
 
 
 def _distance(found: np.ndarray, expected: np.ndarray) -> float:

@@ -28,7 +28,7 @@ from benchmarks.gpu.networks import network
 from benchmarks.gpu.preparing import Compilations, outcomes, references, told
 from benchmarks.gpu.references import free
 from benchmarks.gpu.timing import CallContender, Check, GraphContender, full_precision, relative_error
-from benchmarks.measure import Contender, Entry, Measurement, measure
+from benchmarks.measure import Contender, Entry, Measurement, measure, worst
 from benchmarks.results import Ceilings
 from benchmarks.workers import groups
 from engine.plan.plan import Plan
@@ -267,7 +267,7 @@ class _OurContender(CallContender):
         shapes = {name: (tensor.shape, tensor.dtype.numpy) for name, tensor in self._plan.outputs.items()}
         outputs = {name: np.full(shape, np.nan, dtype) for name, (shape, dtype) in shapes.items()}
         self._executable.run(self._feeds, outputs)
-        return max(check_of(self._expected[name])(0, torch.from_numpy(array)) for name, array in outputs.items())
+        return worst(check_of(self._expected[name])(0, torch.from_numpy(array)) for name, array in outputs.items())
 
     def _queue(self) -> None:
         self._executable.launch(cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from benchmarks.cases.gemm import GemmCase
 from benchmarks.environment import new_run
-from benchmarks.measure import Contender, Entry, measure, order_of
+from benchmarks.measure import Contender, Entry, measure, order_of, worst
 from benchmarks.recorder import Recorder
 from benchmarks.results import Ceilings, Device, Results
 from tests.benchmarks.fakes import Fake, Stuck
@@ -33,6 +34,11 @@ def test_figures_are_medians_of_rounds_and_the_ratio_is_to_the_best_peer() -> No
     assert found.ratio == 2
     assert found.rel_err == 1e-4
     assert not found.failure
+
+
+def test_of_errors_one_that_is_not_a_number_is_the_worst() -> None:
+    assert worst([1e-3, 2e-3]) == 2e-3
+    assert math.isnan(worst([1e-3, float("nan")])) and math.isnan(worst([float("nan"), 1e-3]))
 
 
 def test_contenders_take_turns() -> None:

@@ -17,6 +17,7 @@ import pytest
 import engine
 from benchmarks.cases.accuracy import BOUNDS
 from benchmarks.cases.models import ARCHITECTURES, DEFAULTS
+from benchmarks.measure import worst
 from benchmarks.models.store import build_here, model_file
 from tests.gpu.conftest import Figures
 
@@ -90,7 +91,7 @@ def test_a_model_in_a_precision(subject: Subject, precision: str, figures: Figur
         errors = {}
         for sizes in accuracy.compared(subject.name):
             errors[sizes.name] = error(model, sizes, subject.expected[sizes.name])
-        row["error"] = max(errors.values())
+        row["error"] = worst(errors.values())
         assert all(found <= BOUNDS[precision] for found in errors.values()), errors
     if precision == BUCKETS_PRECISION:
         row |= memory_of_buckets(subject.path, subject.name, os.cpu_count() or 1)
