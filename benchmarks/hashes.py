@@ -1,8 +1,8 @@
 """Hashes of the sources that a row's kernels depend on. A row with another hash than the present sources is stale.
 
 A GPU kernel's row depends on the complete sources of the kernels that the case launches, which hold their tiles, types
-and expressions; a row of a model or of the server on all kernels and passes; a row of the CPU on the code generators
-and passes; a row of an export on its file, the frontend and the packer as well.
+and expressions; a row of a model or of the server on all kernels and passes, and on packed tokens on the packer as well;
+a row of the CPU on the code generators and passes; a row of an export on its file, the frontend and the packer as well.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ def kernel_hash(device: Device, case: cases.Case) -> str:
         return export_hash(case)
     if not device.architecture:
         return tree_hash("targets/cpu")
+    if isinstance(case, cases.packed.PackedCase):
+        return hash_texts([tree_hash("targets/cuda"), _packer()])
     if isinstance(case, _WHOLE):
         return tree_hash("targets/cuda")
     from benchmarks.gpu import steps  # which needs NVRTC's bindings
@@ -44,8 +46,11 @@ def export_hash(case: cases.exports.ExportCase, folder: Path = FIXTURES) -> str:
     """The hash of what an export's row depends on. Where its file is missing, another than any row has."""
     files = [folder / f"{case.name}{suffix}" for suffix in (".onnx", ".npz")]
     content = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()]
-    packing = (_ENGINE / "packing.py").read_text(encoding="utf-8")
-    return hash_texts([tree_hash("targets/cpu"), tree_hash("frontend"), packing, *content])
+    return hash_texts([tree_hash("targets/cpu"), tree_hash("frontend"), _packer(), *content])
+
+
+def _packer() -> str:
+    return (_ENGINE / "packing.py").read_text(encoding="utf-8")
 
 
 @cache

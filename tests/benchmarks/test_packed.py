@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import cases, packed
+from benchmarks import cases, hashes, packed
 from benchmarks.cases.attention import VarlenCase
 from benchmarks.cases.lengths import Corpus, corpora, counted
 from benchmarks.cases.models import BERT, MINILM
@@ -73,7 +73,13 @@ def test_the_cases_are_two_encoders_at_two_widths_and_two_batches() -> None:
     assert {(case.model, case.batch, case.sequence) for case in cases.PACKED} == {
         (model, batch, sequence) for model in (BERT, MINILM) for batch in (32, 128) for sequence in (128, 512)
     }
-    assert kernel_hash(GPU, CASE) == tree_hash("targets/cuda")
+
+
+def test_the_packer_is_part_of_the_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = kernel_hash(GPU, CASE)
+    assert before != tree_hash("targets/cuda")
+    monkeypatch.setattr(hashes, "_packer", lambda: "another packer")
+    assert kernel_hash(GPU, CASE) != before
 
 
 def test_figures_compare_with_the_best_of_either_kind() -> None:
