@@ -1,8 +1,9 @@
 """Hashes of the sources that a row's kernels depend on. A row with another hash than the present sources is stale.
 
 A GPU kernel's row depends on the complete sources of the kernels that the case launches, which hold their tiles, types
-and expressions; a row of a model or of the server on all kernels and passes, and on packed tokens on the packer as well;
-a row of the CPU on the code generators and passes; a row of an export on its file, the frontend and the packer as well.
+and expressions; a row of a model or of the server on all kernels and passes, and one on packed tokens on the packer as
+well; a row of the CPU on the code generators and passes; a row of an export on its file, the frontend and the packer,
+too.
 """
 
 from __future__ import annotations
