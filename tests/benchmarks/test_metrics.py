@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("cupy")
 
-from benchmarks import tables
+from benchmarks import rendering, tables
 from benchmarks.__main__ import main
 from benchmarks.cases import METRICS
 from benchmarks.cases.metrics import MetricsCase
@@ -350,7 +350,7 @@ def test_rows_become_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert recorder.end(2) == 1
     assert "FAILED over 10 µs" in capsys.readouterr().out
     results = Results.load(tmp_path / f"{device.stem}.json")
-    rendered = tables.render(results, tables.suite_rows(results, device.stem, "metrics")).splitlines()
+    rendered = rendering.render(results, tables.suite_rows(results, device.stem, "metrics")).splitlines()
     assert rendered[2] == (
         "| resnet50 batch=1 **failed** | 0.9950 (0.9930–0.9970) | 68 | 0.9500 (0.9400–0.9600) | 1.0000 (0.9900–1.0100) "
         "| 15 | 16 | 19 | 4 | 14 | 17 | 2.05 (1.90–2.30) | +1.1%, -7.0% (3, 1 beyond); -20.4% | – |"
