@@ -1,4 +1,4 @@
-"""Attention of packed sequences of about a tile or two on sm_90a (attention_short.cuh): small blocks, four to a
+"""Attention of packed sequences of about a tile or two on sm_90a (attention_short.cuh): small blocks, two to five to a
 multiprocessor, that hide each other's latency."""
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from engine.targets.cuda.kernel import (
 )
 from engine.targets.cuda.spaces import VECTOR
 
-MAX_SEQUENCES = 256  # whose order fits beside the tiles of four blocks
+MAX_SEQUENCES = 256  # whose order fits beside the tiles of all blocks
 WIDEST = 128  # features of a head
 _THREADS = 128
 _ROWS = 64  # of a tile of queries or keys

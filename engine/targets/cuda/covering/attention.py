@@ -108,6 +108,18 @@ def attentions(context: Context) -> Iterator[tuple[str, Launch]]:
             step = packed_attention(head, causal)
             for short_tile in attention_short.candidates(step):
                 yield step.name, attention_short.launch_attention(step, short_tile, context)
+        # Sequences of up to a tile of 64 keys; items that are alike, a few a block, and more, and many of other kinds.
+        for head, (causal, bias) in product((32, 64), kinds[:3]):
+            turn += 1
+            step = attention(DType.BF16 if turn % 4 == 0 else F16, head, causal, bias, tokens=64)
+            tile = candidates_on_warpgroups(attention_wgmma.work_of(step))[-1]
+            yield step.name, attention_wgmma.launch_attention(step, tile, context)
+        for head, tokens, (causal, bias) in product((64, 128), (128, 600), kinds):
+            step = attention(F16, head, causal, bias, tokens=tokens)
+            few = replace(context, multiprocessors=1)
+            for wgmma_tile in list(candidates_on_warpgroups(attention_wgmma.work_of(step)))[turn % 3 :: 3]:
+                yield step.name, attention_wgmma.launch_attention(step, wgmma_tile, few)
+            turn += 1
         # One sequence, of as many items as blocks and of more.
         singles = ((64, False, 200), (96, True, 200), (128, False, 20000), (192, True, 20000), (256, False, 200))
         for head, causal, tokens in singles:

@@ -69,7 +69,7 @@ def products(context: Context) -> Iterator[tuple[str, Launch]]:
         (residual, context, thirds),
         # Tiles in bands of several rows.
         (_product(F16, k=4096, n=2176, residual=True), context, (*wgmma[:1], *wgmma[7:8], *staged[:2], *clusters[:1])),
-        (_product(F16, k=4096, n=2176, residual=True), context, thirds[-4:]),
+        (_product(F16, k=4096, n=2176), context, (*three[:1], *three_staged[:1], *clusters[3:4], *clusters[-4:])),
         (_product(DType.BF16), context, (portable[0], *wgmma[:1])),
         (_product(F32), rounding, (*portable, *wgmma[:1], *wgmma[7:8])),
         (computed(_product(F32)), rounding, (portable[0], portable[-1], *wgmma[:1], *wgmma[7:8])),

@@ -93,7 +93,7 @@ def check(runner: Runner, case: Case, launches: list[Launch], rng: np.random.Gen
         outputs = runner.run(step, launches, arrays)
     except RunError as error:
         return inf, str(error)
-    # GELU in halves rounds what it is applied to, and is off by up to 2^-11.3 (kernels/epilogue/gelu.cuh).
+    # GELU in halves rounds what it is applied to, and is off by up to 2^-11 (kernels/epilogue/gelu.cuh).
     in_halves = any("gelu_of_two<" in launch.kernel.source.text for launch in launches)
     compared = [
         compare(got, want, case.length, max(case.rounding, 2.0**-11 if in_halves else 0.0), case.computed)
