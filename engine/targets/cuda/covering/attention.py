@@ -112,8 +112,8 @@ def attentions(context: Context) -> Iterator[tuple[str, Launch]]:
         for head, (causal, bias) in product((32, 64), kinds[:3]):
             turn += 1
             step = attention(DType.BF16 if turn % 4 == 0 else F16, head, causal, bias, tokens=64)
-            tile = candidates_on_warpgroups(attention_wgmma.work_of(step))[-1]
-            yield step.name, attention_wgmma.launch_attention(step, tile, context)
+            smallest = candidates_on_warpgroups(attention_wgmma.work_of(step))[-1]
+            yield step.name, attention_wgmma.launch_attention(step, smallest, context)
         for head, tokens, (causal, bias) in product((64, 128), (128, 600), kinds):
             step = attention(F16, head, causal, bias, tokens=tokens)
             few = replace(context, multiprocessors=1)
