@@ -17,6 +17,7 @@ from typing import Protocol
 
 PEER_TOLERANCE = 1e-2
 ROUNDS = 7
+_OURS = ""  # no peer's name
 _REASON_LENGTH = 160
 
 
@@ -84,7 +85,7 @@ def measure(
     except Exception as problem:
         traceback.print_exc()
         return Measurement(failure=reason(problem))
-    right: dict[str, Contender] = {}
+    right: dict[str, Contender] = {_OURS: ours}
     reasons: dict[str, str] = {}
     for entry in entries:
         try:
@@ -92,22 +93,25 @@ def measure(
         except Exception as problem:
             reasons[entry.name] = reason(problem)
     times: dict[str, list[float]] = {name: [] for name in right}
-    names, own = list(right), list[float]()
+    names = list(right)
     for number in range(rounds):
-        for turn in order_of(number, 1 + len(names)):
+        for name in (names[turn] for turn in order_of(number, len(names))):
+            if name in reasons:
+                continue
             try:
-                if turn == 0:
-                    own.append(ours.round_us())
-                elif names[turn - 1] not in reasons:
-                    times[names[turn - 1]].append(right[names[turn - 1]].round_us())
+                times[name].append(right[name].round_us())
             except Exception as problem:
-                if turn == 0:
+                if name == _OURS:
                     traceback.print_exc()
                     return Measurement(rel_err=error, failure=reason(problem))
-                reasons[names[turn - 1]] = reason(problem)
+                reasons[name] = reason(problem)
     found = {name: None if name in reasons else round(median(times[name]), 2) for name in (e.name for e in entries)}
     return Measurement(
-        round(median(own), 2), _of(found, entries, False), _of(found, entries, True), reasons, float(f"{error:.1e}")
+        round(median(times[_OURS]), 2),
+        _of(found, entries, False),
+        _of(found, entries, True),
+        reasons,
+        float(f"{error:.1e}"),
     )
 
 

@@ -28,7 +28,8 @@ def render(results: Results, rows: Sequence[Row]) -> str:
 
 def _timed(results: Results, rows: Sequence[Row]) -> str:
     """Rows of times beside peers as a Markdown table."""
-    is_convolution = all(row.suite == ConvCase.suite for row in rows)
+    suite = rows[0].suite
+    is_convolution = suite == ConvCase.suite
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("ours", lambda row: "**failed**" if row.failure else _us(row.ours_us))
     ]
@@ -42,7 +43,7 @@ def _timed(results: Results, rows: Sequence[Row]) -> str:
         columns.append(("floor", lambda row: _us(row.floor_us)))
     if is_convolution:
         columns.append(("of floor", lambda row: _two_digits(convolutions.floor_share(row))))
-    if all(row.suite == AttentionCase.suite for row in rows):
+    if suite == AttentionCase.suite:
         columns += [(name, partial(_rate, figure)) for name, figure in _ATTENTION_RATES.items()]
     if any(row.predicted_us is not None for row in rows):
         columns.append(("predicted", lambda row: _us(row.predicted_us)))

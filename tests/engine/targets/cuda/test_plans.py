@@ -11,6 +11,8 @@ import onnx
 import onnx.parser
 import pytest
 
+from benchmarks.cases.memory import MemoryCase
+from benchmarks.gpu.memory import attention
 from engine import frontend
 from engine.ir.dtype import DType
 from engine.ir.ops import Gemm, Opaque
@@ -241,11 +243,8 @@ def test_a_step_of_a_decoder_reads_its_keys_once() -> None:
 
 def test_a_sequence_of_32k_tokens_has_no_matrix_of_scores() -> None:
     """One step, which has nothing in memory but its operands and its result: 537 MB, where scores take 34 GB."""
-    tokens, heads = 32 * 1024, "float16[1,16,n,128]"
-    text = f"""({heads} q, {heads} k, {heads} v) => ({heads} y) {{
-        t = Transpose<perm=[0,1,3,2]>(k) s = MatMul(q, t) w = Mul(s, scale)
-        p = Softmax<axis=-1>(w) y = MatMul(p, v) }}"""
-    plan = plan_of(text, {"scale": np.float16(128**-0.5)}, DType.F16, n=tokens)
+    tokens = 32 * 1024
+    plan = cuda_plan(frontend.read(attention(MemoryCase(16, tokens, 128))), {"n": tokens}, DType.F16)
     assert kinds(plan) == {"Attention": 1}
     assert plan.arena_bytes == 0
     assert workspace_bytes(launches(plan)) <= 1 << 20
