@@ -3,8 +3,9 @@
 #include "types.cuh"
 
 // A tile of queries of one head (`group` counts batch and heads), how many tiles of keys it meets, and `live`: a bit for each of them
-// where some are skipped; in a window the first of them; where they ascend the next one. Of packed sequences, too: where the sequence begins, its queries and its keys. The last item of a block says that there
-// is nothing more: it is empty; others meet a tile of keys or have, packed, queries without any.
+// where some are skipped; in a window the first of them; where they ascend the next one. Of packed sequences, too: where the sequence
+// begins, its queries and its keys. The last item of a block says that there is nothing more: it is empty; others meet a tile of keys or
+// have, packed, queries without any.
 struct alignas(16) Item { u32 query0, group, tiles, live, begin, rows, keys; };
 DEVICE bool nothing_more(const Item& item) { return (PACKED ? item.rows : item.tiles) == 0; }
 
@@ -73,5 +74,5 @@ DEVICE u32 hidden_before(const Params& p, const Item& item, u32 first_query, u32
   return min(keys_from(p, first_query) / KEYS - first_tile(item), item.tiles - hidden - 1);
 }
 
-// Whether the tile holds keys of other sequences.
+// Whether the keys of its sequence end within the tile: what is behind becomes zeros.
 DEVICE bool is_cut(const Params& p, const Item& item, u32 tile) { return (tile + 1) * KEYS > keys_of(p, item); }

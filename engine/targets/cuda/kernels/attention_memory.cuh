@@ -24,7 +24,7 @@ struct Memory {
   Ring<Q_STAGES> q_ring;
   Ring<1> scouted;  // the item behind those of q
   Ring<STAGES> k_ring, v_ring;
-  u32 cut_landed;  // a tile of v of which the end belongs to others, before it is zeros
+  u32 cut_landed;  // a tile of v whose end is still to become zeros
   float* biases;
   Item* items;
 

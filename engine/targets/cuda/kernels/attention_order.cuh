@@ -115,8 +115,8 @@ DEVICE void order_sequences(const Params& p, Order& order, u32* scratch) {
 }
 
 // A tile of queries of one head, the heads of k and v that it reads, and how many tiles of keys it meets: none where they belong to no
-// sequence. Counted from the first token of its sequence. One without rows: there is nothing more. NOTES: nothing here branches by lane, or NVRTC 13 keeps descriptors of
-// products in ordinary registers.
+// sequence. Counted from the first token of its sequence. One without rows: there is nothing more. NOTES: nothing here branches by lane,
+// or NVRTC 13 keeps descriptors of products in ordinary registers.
 struct alignas(16) Piece { u32 query0, head, k_head, v_head, begin, rows, keys, tiles; };
 
 DEVICE Piece piece_at(const Params& p, const Order& order, u32 index) {

@@ -59,14 +59,14 @@ DEVICE void produce(const Params& p, const Memory& memory) {
       if constexpr (ENDS) {
         const u32 keys = item.keys - tile * KEYS, k_head = head / p.heads_per_k;
         KTile::bring_up_to<config::box>(keys, k_ring.tile(turn), p.map_k, Ends::k(p), k_ring.landed(turn), key0, k_head);
-        return;
+      } else {
+        barrier_arrive_expect(k_ring.landed(turn), KTile::BYTES + BiasTile::BYTES);
+        if (FULL) {
+          const u32 biases_of_tile = base + BIASES + turn % STAGES * BiasTile::BYTES;
+          BiasTile::copy(biases_of_tile, p, k_ring.landed(turn), tile * KEYS, item.query0, head * p.bias_heads, batch * p.bias_batches);
+        }
+        KTile::copy(k_ring.tile(turn), p.map_k, k_ring.landed(turn), key0, head / p.heads_per_k, batch * p.k_batches);
       }
-      barrier_arrive_expect(k_ring.landed(turn), KTile::BYTES + BiasTile::BYTES);
-      if (FULL) {
-        const u32 biases_of_tile = base + BIASES + turn % STAGES * BiasTile::BYTES;
-        BiasTile::copy(biases_of_tile, p, k_ring.landed(turn), tile * KEYS, item.query0, head * p.bias_heads, batch * p.bias_batches);
-      }
-      KTile::copy(k_ring.tile(turn), p.map_k, k_ring.landed(turn), key0, head / p.heads_per_k, batch * p.k_batches);
     };
     const auto copy_v = [&](const Item& item, u32 tile) {
       const u32 batch = item.group / p.heads, head = item.group - batch * p.heads, key0 = begin_of(item) + tile * KEYS;

@@ -1,6 +1,7 @@
 // Attention of packed sequences for sm_90a, most of which fit a tile or two: softmax(scale · q kᵀ) v with fp16 or bf16 operands that the
 // copy engine can read, heads of up to 128 features, fp32 sums. What attention_wgmma.cuh takes for an item there is latency, not work. So
-// a block is one warpgroup, two (wide heads) to five to a multiprocessor, and whatever one waits for the others hide: no warp only produces, pieces (64 queries of one head) are dealt beforehand, and what is copied next is known before it is asked for.
+// a block is one warpgroup, two (wide heads) to five to a multiprocessor, and whatever one waits for the others hide: no warp only
+// produces, pieces (64 queries of one head) are dealt beforehand, and what is copied next is known before it is asked for.
 // The warp whose rows are empty most often starts copies, STAGES steps (a tile of keys of a piece) ahead.
 // Rows of v beyond the end of a sequence become zeros while the scores are computed: their probabilities are 0, but 0 · NaN is NaN,
 // and what one sequence holds must not reach another. Copies end with the boxes of BOX rows that a sequence needs.
@@ -126,17 +127,20 @@ extern "C" __global__ void __launch_bounds__(128, config::blocks) kernel(const _
         const u32 key0 = next_tile * KEYS, keys = KTile::boxes_up_to<BOX>(coming.keys - key0);
         const u32 rows = next_tile == 0 ? QTile::boxes_up_to<BOX>(coming.rows - coming.query0) : 0;
         barrier_arrive_expect(barrier, rows * QTile::BOX_BYTES<BOX> + keys * (KTile::BOX_BYTES<BOX> + VTile::BOX_BYTES<BOX>));
-        QTile::copy_boxes<BOX>(rows, base + (begun - 1) % STAGES * QTile::BYTES, p.map_q, barrier, coming.begin + coming.query0, coming.head);
-        KTile::copy_boxes<BOX>(keys, base + K_RING + stage * KTile::BYTES, p.map_k, barrier, coming.begin + key0, coming.k_head);
-        VTile::copy_boxes<BOX>(keys, base + V_RING + stage * VTile::BYTES, p.map_v, barrier, coming.begin + key0, coming.v_head);
+        const u32 q = base + (begun - 1) % STAGES * QTile::BYTES, row0 = coming.begin + key0;
+        const u32 k = base + K_RING + stage * KTile::BYTES, v = base + V_RING + stage * VTile::BYTES;
+        QTile::copy_boxes<BOX>(rows, q, p.map_q, barrier, coming.begin + coming.query0, coming.head);
+        KTile::copy_boxes<BOX>(keys, k, p.map_k, barrier, row0, coming.k_head);
+        VTile::copy_boxes<BOX>(keys, v, p.map_v, barrier, row0, coming.v_head);
       }
     }
     ++copied;
     ++next_tile;
   };
-  // Looks up the next pieces.
+  // Looks up the next pieces. They are dealt forwards and backwards in turn, so that no block has the longest of each round.
   const auto deal = [&](u32 number) {
-    pieces[(number + lane) % (2 * DEALT)] = piece_at(p, order, blockIdx.x + (number + lane) * gridDim.x);
+    const u32 round = number + lane, place = round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    pieces[round % (2 * DEALT)] = piece_at(p, order, place + round * gridDim.x);
     __syncwarp();
   };
   if (warp == COPIER) {

@@ -24,7 +24,7 @@ constexpr int CONSUMERS = config::consumers, QUERIES = 64 * CONSUMERS, STAGES = 
 // BIAS: one number a key. FULL: one a score.
 constexpr bool CAUSAL = config::causal, BIAS = config::bias == 1, FULL = config::bias == 2, TURNS = config::turns && CONSUMERS > 1;
 constexpr bool PACKED = config::packed, SINGLE = config::single;
-constexpr bool ENDS = PACKED && !SINGLE;  // sequences do within tiles: what is behind is not copied
+constexpr bool ENDS = PACKED && !SINGLE;  // sequences end within tiles: only boxes up to their end are copied
 // WINDOW: a query sees the keys less than so many positions from its own only.
 constexpr bool WINDOW = config::window;
 static_assert(!PACKED || !WINDOW, "packed sequences have no window");
