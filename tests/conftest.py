@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,13 @@ hypothesis.settings.load_profile("tilewave")
 
 ROOT = Path(__file__).parent.parent
 MODEL_REPOSITORY = ROOT / "models"
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which need not be there
+def pytest_xdist_auto_num_workers() -> int:
+    """What ``-n auto`` means: three workers for two processors, because many tests wait for a server or a clock."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, 3 * usable // 2)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
