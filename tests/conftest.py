@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,8 +24,9 @@ MODEL_REPOSITORY = ROOT / "models"
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which need not be there
 def pytest_xdist_auto_num_workers() -> int:
     """What ``-n auto`` means: three workers for two processors, because many tests wait for a server or a clock."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, 3 * usable // 2)
+    from engine.targets.cpu.runtime import available_cores
+
+    return max(1, 3 * available_cores() // 2)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
