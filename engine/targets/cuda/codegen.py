@@ -133,10 +133,31 @@ def epilogue(
     signature = f"void store(const Params& p, const Targets& targets, {more}, const Inputs& inputs)"
     head += f"  struct Carries {{{''.join(carried)} }};\n"
     head += f"  static constexpr bool SHIFTED = {'true' if carried else 'false'};\n"
+    head += _rounding(stores, outputs, acc, writer)
     if carried:
         declared = [line.replace("WIDTH", "N") for line in writer.prepare]
         tail += _shifted_stores([*declared, *loop_over(results).lines], shifting, rest, COMPUTE[acc])
     return writer.functor("Epilogue", signature, results, head, tail)
+
+
+def _rounding(stores: Sequence[ex.Expr], outputs: Sequence[Operand], acc: DType, writer: _Writer) -> str:
+    """`ROUNDS`: the epilogue does no more than round to 16 bits, and where the results go (`place`)."""
+    output = outputs[0]
+    rounds = (
+        list(stores) == [ex.cast(ex.Acc(), output.dtype)]
+        and acc is DType.F32
+        and output.dtype in (DType.F16, DType.BF16)
+        and column_kind(output) == "Column::UNIT"
+        and writer.aligned(output) == "true"
+    )
+    if not rounds:
+        return "  static constexpr bool ROUNDS = false;\n"
+    storage = STORAGE[output.dtype]
+    return (
+        f"  static constexpr bool ROUNDS = true;\n  using Rounded = {storage};\n"
+        "  DEVICE static Rounded* place(const Params& p, const Targets& targets, u32 column) "
+        f"{{ return static_cast<{storage}*>(p.epilogue_out0.data) + targets.out0 + column; }}\n"
+    )
 
 
 def _shifted_stores(values: Sequence[str], stores: Sequence[str], rest: Sequence[str], acc: str) -> str:

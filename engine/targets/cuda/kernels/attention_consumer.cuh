@@ -4,6 +4,7 @@
 #include "attention_products.cuh"
 #include "attention_softmax.cuh"
 #include "epilogue/fragment.cuh"
+#include "ptx/arithmetic.cuh"
 #include "ptx/grid.cuh"
 #include "scheduler/stamp.cuh"
 
@@ -124,7 +125,7 @@ DEVICE void consume(const Params& p, const Memory& memory, u32 warpgroup) {
         sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
         sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
         // With every key masked 0 / 0 gives the NaN that the softmax gives, unless the operator asks for zeros.
-        sum[h] = config::masked_rows_zero && sum[h] == 0.0f ? 0.0f : 1.0f / sum[h];
+        sum[h] = config::masked_rows_zero && sum[h] == 0.0f ? 0.0f : reciprocal_approx(sum[h]);
       }
       wgmma_wait<0>();
       wgmma_settle(out);

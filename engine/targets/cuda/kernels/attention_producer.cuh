@@ -98,12 +98,15 @@ DEVICE void produce(const Params& p, const Memory& memory) {
         else copy_keys(first, 0);
       }
       Item item = take(q_turn);
-      if constexpr (SCOUT) barrier_arrive(scouted.empty);
+      // What packed sequences take next is asked for only when the copies of this item are under way: who holds items that wait leaves
+      // others without.
+      if constexpr (SCOUT && !ENDS) barrier_arrive(scouted.empty);
       q_ring.wait_empty(q_turn);
       items[q_turn % Q_STAGES] = item;
       barrier_arrive(q_ring.landed(q_turn));
       if (item.tiles == 0) {
         barrier_arrive(q_ring.landed(q_turn));
+        if constexpr (ENDS) barrier_arrive(scouted.empty);
         if (nothing_more(item)) break;
         continue;
       }
@@ -111,7 +114,10 @@ DEVICE void produce(const Params& p, const Memory& memory) {
       if (begun) next_tile(item, item.tiles--);
       else copy_q(item);
 #pragma unroll 1
-      for (u32 left = item.tiles; left > 0; --left) copy_keys(item, next_tile(item, left));
+      for (u32 left = item.tiles; left > 0; --left) {
+        if (ENDS && left == 1) barrier_arrive(scouted.empty);
+        copy_keys(item, next_tile(item, left));
+      }
     }
     if (!SCOUT) no_more_items<config::dynamic>(p);
   }

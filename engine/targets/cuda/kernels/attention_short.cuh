@@ -10,6 +10,7 @@
 #pragma once
 #include "attention_rings.cuh"
 #include "attention_running.cuh"
+#include "epilogue/fragment.cuh"
 #include "ptx/grid.cuh"
 #include "ptx/memory.cuh"
 #include "scheduler/stamp.cuh"
@@ -39,21 +40,6 @@ DEVICE Piece uniform(const Piece& piece) {
   const auto first = [](u32 x) { return __shfl_sync(~0u, x, 0); };
   return {first(piece.query0), first(piece.head), first(piece.k_head), first(piece.v_head),
           first(piece.begin), first(piece.rows), first(piece.keys), first(piece.tiles)};
-}
-
-// Four words of each of four neighbouring lanes: v[j] becomes what lane j had for this one.
-DEVICE void transpose_words(u32 (&v)[4], u32 quad) {
-  const bool odd = quad & 1, upper = quad & 2;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    const u32 x = __shfl_xor_sync(~0u, odd ? v[i] : v[i + 1], 1);
-    if (odd) v[i] = x; else v[i + 1] = x;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const u32 x = __shfl_xor_sync(~0u, upper ? v[i] : v[i + 2], 2);
-    if (upper) v[i] = x; else v[i + 2] = x;
-  }
 }
 
 // The lane's part of rows `row` and row + 8 of a piece, 16 bytes at a time.

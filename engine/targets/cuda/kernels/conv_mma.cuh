@@ -62,7 +62,9 @@ DEVICE Pixel pixel_of(const Window& window, u32 row) {
 struct PhaseEpilogue {
   using Inputs = Epilogue::Inputs;
   using Carries = Epilogue::Carries;
-  static constexpr bool SHIFTED = Epilogue::SHIFTED;
+  using Rows = Epilogue::Rows;
+  using Targets = Epilogue::Targets;
+  static constexpr bool SHIFTED = Epilogue::SHIFTED, ROUNDS = false;
   template <class PARAMS> DEVICE static u32 place(const PARAMS& p, u32 row) {
     if constexpr (PHASED) {
       const Phase& f = p.phases[blockIdx.z / splits_of<SPLIT>(p)];
@@ -73,11 +75,11 @@ struct PhaseEpilogue {
       return row;
     }
   }
-  DEVICE static Inputs fetch(const Params& p, u32 row, u32 column, u32 count) {
-    return Epilogue::fetch(p, place(p, row), column, count);
-  }
-  DEVICE static void store(const Params& p, u32 row, u32 column, u32 count, const float (&acc)[8], const Inputs& inputs) {
-    Epilogue::store(p, place(p, row), column, count, acc, inputs);
+  DEVICE static Rows at(const Params& p, u32 row) { return Epilogue::at(p, place(p, row)); }
+  DEVICE static Targets to(const Params& p, u32 row) { return Epilogue::to(p, place(p, row)); }
+  DEVICE static Inputs fetch(const Params& p, const Rows& rows, u32 column, u32 count) { return Epilogue::fetch(p, rows, column, count); }
+  DEVICE static void store(const Params& p, const Targets& targets, u32 column, u32 count, const float (&acc)[8], const Inputs& inputs) {
+    Epilogue::store(p, targets, column, count, acc, inputs);
   }
   template <int N, class EPILOGUE = Epilogue>  // which has these only where results are not aligned
   DEVICE static void store_shifted(const Params& p, u32 row, u32 column, u32 first, u32 end, bool present, Along at, const float (&acc)[N],

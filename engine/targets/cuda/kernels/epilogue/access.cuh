@@ -81,13 +81,18 @@ template <class T, Column COLUMN, bool ALIGNED> DEVICE Fetched<T, COLUMN> fetch_
   return result;
 }
 
+template <class T> DEVICE void store_pack(Pack<T>* place, const Pack<T>& pack) {
+  if constexpr (sizeof(Pack<T>) == 16) store_global_16(place, reinterpret_cast<const uint4&>(pack));
+  else *place = pack;
+}
+
 template <class T, Column COLUMN, bool ALIGNED, class V>
 DEVICE void store_columns(const Tensor& t, i64 offset, u32 column, u32 count, const V (&v)[WIDTH]) {
   T* p = static_cast<T*>(t.data) + offset;
   if constexpr (COLUMN == Column::UNIT && ALIGNED) {
     Pack<T> pack;
     narrow_all<T>(pack, v);
-    *reinterpret_cast<Pack<T>*>(p + column) = pack;
+    store_pack(reinterpret_cast<Pack<T>*>(p + column), pack);
   } else {
     const i64 stride = COLUMN == Column::UNIT ? 1 : t.column;
 #pragma unroll

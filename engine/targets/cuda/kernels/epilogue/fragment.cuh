@@ -1,6 +1,8 @@
 // From the accumulator layout of the matrix instructions (mma.sync and wgmma share it) to rows of eight neighbouring
 // columns, which is what an epilogue reads and writes with 16-byte accesses. No shared memory, safe on ragged edges.
 #pragma once
+#include "ptx/memory.cuh"
+#include "ptx/pack.cuh"
 #include "types.cuh"
 
 // A 4×4 transpose of pairs within four neighbouring lanes: v[2j], v[2j+1] are this lane's two columns of 8-column block j;
@@ -22,7 +24,22 @@ DEVICE void transpose_quad(float (&v)[8], int quad) {
   }
 }
 
-// The same for accumulators whose rows are columns of the result: v[8h + j] is column `octet` + 8h of 16, of row j of 8, in the eight
+// Four words of each of four neighbouring lanes: v[j] becomes what lane j had for this one.
+DEVICE void transpose_words(u32 (&v)[4], u32 quad) {
+  const bool odd = quad & 1, upper = quad & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const u32 x = __shfl_xor_sync(~0u, odd ? v[i] : v[i + 1], 1);
+    if (odd) v[i] = x; else v[i + 1] = x;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const u32 x = __shfl_xor_sync(~0u, upper ? v[i] : v[i + 2], 2);
+    if (upper) v[i] = x; else v[i + 2] = x;
+  }
+}
+
+// As `transpose_quad`, for accumulators whose rows are columns of the result: v[8h + j] is column `octet` + 8h of 16, of row j of 8, in the eight
 // lanes that differ in `octet` (bits 2 to 4 of the lane). After it v[8k + c] is column c + 8 · (octet & 1) of row 4k + octet / 2: two
 // lanes hold 16 columns of a row, a whole sector of memory.
 DEVICE void transpose_octet(float (&v)[16], int octet) {
@@ -55,16 +72,26 @@ enum class Arrangement {
 // row i % 2 of blocks 4 (i / 2) on. `rows` are the lane's rows of the iteration space, `stored` whether they are there; columns start
 // at `column` of `columns`.
 
+// Where the epilogue finds and puts what belongs to a lane's two rows. A row may be split by division into batch, head and position: that is
+// done once, not for each piece. Of a row that is not there nothing is looked up.
+template <class EPILOGUE> struct Places {
+  typename EPILOGUE::Rows sources[2];
+  typename EPILOGUE::Targets targets[2];
+  DEVICE Places(const Params& p, const u32 (&rows)[2], const bool (&stored)[2])
+      : sources{EPILOGUE::at(p, stored[0] ? rows[0] : 0), EPILOGUE::at(p, stored[1] ? rows[1] : 0)},
+        targets{EPILOGUE::to(p, rows[0]), EPILOGUE::to(p, rows[1])} {}
+};
+
 // Fetches what the epilogue reads for COUNT pieces from `first` on.
 template <class EPILOGUE, int COUNT>
-DEVICE void fetch_pieces(const Params& p, typename EPILOGUE::Inputs (&inputs)[COUNT], int first, const u32 (&rows)[2], const bool (&stored)[2],
-                         u32 column, u32 columns) {
+DEVICE void fetch_pieces(const Params& p, typename EPILOGUE::Inputs (&inputs)[COUNT], int first, const Places<EPILOGUE>& places,
+                         const bool (&stored)[2], u32 column, u32 columns) {
   const int quad = threadIdx.x & 3;
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
     const int group = (first + i) / 2, lower = (first + i) % 2;
     const u32 c = column + 32 * group + 8 * quad;
-    if (stored[lower] && c < columns) inputs[i] = EPILOGUE::fetch(p, rows[lower], c, min(8u, columns - c));
+    if (stored[lower] && c < columns) inputs[i] = EPILOGUE::fetch(p, places.sources[lower], c, min(8u, columns - c));
   }
 }
 
@@ -80,18 +107,16 @@ template <Arrangement ARRANGEMENT, int SIZE> DEVICE void piece_of(float (&v)[8],
   if constexpr (ARRANGEMENT == Arrangement::BLOCKS) transpose_quad(v, threadIdx.x & 3);
 }
 
-// Stores the results of pieces whose `inputs` have been fetched.
-template <class EPILOGUE, Arrangement ARRANGEMENT, int COUNT, int SIZE>
-DEVICE void store_pieces(const Params& p, const float (&d)[SIZE], const typename EPILOGUE::Inputs (&inputs)[COUNT], int first,
-                         const u32 (&rows)[2], const bool (&stored)[2], u32 column, u32 columns) {
+// Stores the results of pieces whose `inputs` have been fetched, `v[0]` those of the first.
+template <class EPILOGUE, int COUNT>
+DEVICE void store_pieces(const Params& p, const float (*v)[8], const typename EPILOGUE::Inputs (&inputs)[COUNT], int first,
+                         const Places<EPILOGUE>& places, const bool (&stored)[2], u32 column, u32 columns) {
   const int quad = threadIdx.x & 3;
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
     const int group = (first + i) / 2, lower = (first + i) % 2;
-    float v[8];
-    piece_of<ARRANGEMENT>(v, d, first + i);
     const u32 c = column + 32 * group + 8 * quad;
-    if (stored[lower] && c < columns) EPILOGUE::store(p, rows[lower], c, min(8u, columns - c), v, inputs[i]);
+    if (stored[lower] && c < columns) EPILOGUE::store(p, places.targets[lower], c, min(8u, columns - c), v[i], inputs[i]);
   }
 }
 
@@ -102,6 +127,7 @@ DEVICE void emit_rows(const Params& p, const float (&d)[BLOCKS * 4], const u32 (
   static_assert(BLOCKS % 4 == 0, "four lanes hold the columns of four blocks");
   constexpr int PIECES = BLOCKS / 2;
   static_assert(PIECES % AHEAD == 0, "");
+  const Places<EPILOGUE> places(p, rows, stored);
   if constexpr (EPILOGUE::SHIFTED) {  // a row after the other: each carries registers along
     constexpr int GROUPS = BLOCKS / 4, GROUPS_AHEAD = AHEAD == PIECES ? GROUPS : 1;
     const u32 own = column + 8 * (threadIdx.x & 3), end = min(columns, column + 8 * BLOCKS);
@@ -115,7 +141,7 @@ DEVICE void emit_rows(const Params& p, const float (&d)[BLOCKS * 4], const u32 (
 #pragma unroll
         for (int i = 0; i < GROUPS_AHEAD; ++i) {
           const u32 c = own + 32 * (first + i);
-          if (present && c < end) inputs[i] = EPILOGUE::fetch(p, rows[lower], c, min(8u, end - c));
+          if (present && c < end) inputs[i] = EPILOGUE::fetch(p, places.sources[lower], c, min(8u, end - c));
         }
 #pragma unroll
         for (int i = 0; i < GROUPS_AHEAD; ++i) {
@@ -127,12 +153,35 @@ DEVICE void emit_rows(const Params& p, const float (&d)[BLOCKS * 4], const u32 (
       }
       EPILOGUE::template store_rest<8>(p, rows[lower], own + 8 * BLOCKS, column, end, present, carries);
     }
-  } else {
+  } else if constexpr (EPILOGUE::ROUNDS && ARRANGEMENT == Arrangement::BLOCKS) {  // half as many words pass from lane to lane
+    const u32 quad = threadIdx.x & 3;
 #pragma unroll
-    for (int first = 0; first < PIECES; first += AHEAD) {
-      typename EPILOGUE::Inputs inputs[AHEAD];
-      fetch_pieces<EPILOGUE>(p, inputs, first, rows, stored, column, columns);
-      store_pieces<EPILOGUE, ARRANGEMENT>(p, d, inputs, first, rows, stored, column, columns);
+    for (int i = 0; i < PIECES; ++i) {
+      const int group = i / 2, lower = i % 2;
+      u32 v[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int element = (4 * group + j) * 4 + 2 * lower;
+        v[j] = pack_pair<typename EPILOGUE::Rounded>(d[element], d[element + 1]);
+      }
+      transpose_words(v, quad);
+      const u32 c = column + 32 * group + 8 * quad;
+      store_global_16_if(stored[lower] && c < columns, EPILOGUE::place(p, places.targets[lower], c), make_uint4(v[0], v[1], v[2], v[3]));
+    }
+  } else {
+    // Up to 16 blocks are rearranged before the first piece is stored: nothing is exchanged between lanes from one branch to the next.
+    constexpr int TOGETHER = BLOCKS <= 16 ? PIECES : AHEAD;
+#pragma unroll
+    for (int begin = 0; begin < PIECES; begin += TOGETHER) {
+      float v[TOGETHER][8];
+#pragma unroll
+      for (int i = 0; i < TOGETHER; ++i) piece_of<ARRANGEMENT>(v[i], d, begin + i);
+#pragma unroll
+      for (int first = 0; first < TOGETHER; first += AHEAD) {
+        typename EPILOGUE::Inputs inputs[AHEAD];
+        fetch_pieces<EPILOGUE>(p, inputs, begin + first, places, stored, column, columns);
+        store_pieces<EPILOGUE>(p, v + first, inputs, begin + first, places, stored, column, columns);
+      }
     }
   }
 }
