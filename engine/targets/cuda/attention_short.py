@@ -35,10 +35,10 @@ _PIECES = 64  # that are looked up, 32 bytes each
 # Cycles of a multiprocessor: for a piece, by its features of q and v together, for each of its tiles of keys, and until
 # the first copy. Of what is beyond `NARROW` features, a tile takes more and a piece less. `ALONE`: from the first copy
 # to the last store.
-_FEATURE, _PIECE, _TILE = 12.5, -500, 540
-_NARROW, _WIDE_FEATURE, _WIDE_TILE = 128, 4.7, 5.2
-_ALONE, _TILE_ALONE = 2000, 900
-_ORDER = 2600
+_FEATURE, _PIECE, _TILE = 11.7, -700, 650
+_NARROW, _WIDE_FEATURE, _WIDE_TILE = 128, 4.2, 5.5
+_ALONE, _TILE_ALONE = 130, 370
+_ORDER = 2420
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def candidates(step: Step) -> list[ShortTile]:
     five blocks are enough; three blocks of wide heads with a stage each were 2 to 16 % slower than two with two."""
     widest = max(depth(step.inputs[0]), width(step.inputs[2]))
     if widest <= 32:
-        return [ShortTile(2, 5), ShortTile(3, 4)]
+        return [ShortTile(3, 4), ShortTile(2, 5)]
     return [ShortTile(2, 4 if widest <= 64 else 2)]
 
 
@@ -93,9 +93,9 @@ def pick(step: Step) -> ShortTile:
 
 
 def cycles(work: Work, multiprocessors: int) -> float:
-    """Estimated cycles of packed attention, at about 1.7 GHz. The constants are fitted to eight cases on an H100 (fp16,
-    heads of 32 and 64, 32 and 128 sequences of 60 and 245 tokens on average), those of wide heads to twelve (heads of
-    128, 30 to 245 tokens)."""
+    """Estimated cycles of packed attention, at about 1.7 GHz. The constants are fitted, together with those of
+    packed attention in attention_wgmma_tiles.py, to 38 cases on an H100 (fp16, heads of 32, 64 and 128, 30 to 2000
+    tokens on average)."""
     work_cycles, longest = 0.0, 0.0
     features = work.head + work.value
     wide = max(0, features - _NARROW)

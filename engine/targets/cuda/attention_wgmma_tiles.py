@@ -14,7 +14,8 @@ BAND = 32  # heads whose causal tiles are dealt from the longest to the shortest
 _BINS = 32  # of lengths, 4 bytes each, that packed sequences are sorted into
 LAUNCH = 4250  # cycles from a launch to the first product, and behind the last store
 MEMORY_BYTES = 13  # a cycle and multiprocessor
-_ORDER, _LOOKED_UP = 3400, 425  # cycles until packed sequences are in order, and for every item of a multiprocessor
+_ORDER, _LOOKED_UP = 1430, 410  # cycles until packed sequences are in order, and for every item of a multiprocessor
+_PACKED, _PLACED = 0.72, 250  # an item's beside its tiles of keys, of packed sequences: fitted to 38 cases on an H100
 _FEW_KEYS = 512  # up to which, on an H100, one consumer of 128 keys took less in each of 14 cases than two blocks of 64
 _THIRD = 750  # an item's, of three consumers and 64 keys: fitted to 34 cases of heads of 128 features on an H100
 _MASKED = 1.3  # of three or four consumers and heads of up to 64 with a mask by key: nine cases on an H100, 1.2 to 1.3
@@ -144,7 +145,9 @@ def _with_full_bias(work: Work) -> Iterator[WgmmaAttentionTile]:
 def cycles(tile: WgmmaAttentionTile, work: Work, multiprocessors: int) -> float:
     """Estimated cycles, at about 1.7 GHz. The constants are fitted to a sweep on an H100 (fp16, heads of 64 and 128,
     128 to 16384 tokens, one to four consumers): 3 % root mean square, 10 % at most. Those of the exponentials were
-    lowered later, by what leaving out the maxima of scores gained in nine cases in two or three tiles each."""
+    lowered later, by what leaving out the maxima of scores gained in nine cases in two or three tiles each. Finding the
+    places of results once took 10 to 30 % off short items: of packed sequences that is fitted anew (9 % root mean
+    square over 38 cases), of others the order of tiles is as it was, and the estimates are that much too long."""
     kinds = as_long(work) if work.places else [work]
     items = sum(ceildiv(kind.queries, tile.queries) * kind.groups for kind in kinds)
     blocks = min(tile.blocks, ceildiv(items, multiprocessors))  # on a multiprocessor
@@ -213,7 +216,9 @@ def _items(tile: WgmmaAttentionTile, work: Work, blocks: int) -> list[float]:
         return max(active * busy + exposed, feed)
 
     around = alone + blocks * tile.queries * (work.head + work.value) * 2 / 32
-    if tile.consumers == 3 and tile.keys == 64 and not work.places:
+    if work.places:
+        around = _PACKED * around - _PLACED
+    elif tile.consumers == 3 and tile.keys == 64:
         around += _THIRD
     more = _MASKED if work.bias is BiasKind.PER_KEY and tile.consumers >= 3 and max(work.head, work.value) <= 64 else 1
 
