@@ -195,9 +195,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
     const u32 lane = threadIdx.x & 31, column_base = group * p.n;
     const u32 fragment = ((blockIdx.z / splits * gridDim.y + group) * gridDim.x + blockIdx.x) * (THREADS / 32) + warp;
     if (add_splits<SPLIT>(p, d, fragment, split)) {
+      constexpr int AHEAD = sizeof(Epilogue::Inputs) > 16 ? 1 : WARP_N / 16;  // a bias and a residual leave no registers for the next ones
 #pragma unroll
       for (int i = 0; i < WARP_M / 16; ++i)
-        emit_fragment<PhaseEpilogue, WARP_N / 8>(
+        emit_fragment<PhaseEpilogue, WARP_N / 8, AHEAD>(
             p, d[i], 0, row0 + warp_row + 16 * i + lane / 4, rows, column_base + column0 + warp_column, column_base + p.n);
     }
   }

@@ -164,7 +164,7 @@ template <class EPILOGUE, bool SHIFTED = EPILOGUE::SHIFTED> struct Line {
   bool present;
   DEVICE Line(const Params& p, u32 row, u32, u32, bool present) : targets(EPILOGUE::to(p, row)), present(present) {}
   DEVICE void store(const Params& p, u32 column, u32 count, const float (&v)[8], const typename EPILOGUE::Inputs& inputs) const {
-    if (count > 0 && present) EPILOGUE::store(p, targets, column, count, v, inputs);
+    EPILOGUE::store(p, targets, column, present ? count : 0, v, inputs);
   }
   DEVICE void end(const Params&, u32) const {}
 };
@@ -191,6 +191,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
   const u32 base = 32 * GROUPS * blockIdx.y, end = min(p.n, base + 32 * GROUPS);
   const auto column_of = [&](u32 group) { return base + 32 * group + 8 * quad; };
   const auto count_of = [&](u32 group) { return column_of(group) < p.n ? min(8u, p.n - column_of(group)) : 0; };
+  const auto fetch_fixed = [&](u32 column) {
+    const u32 c = column_there(column, p.n);
+    return Epilogue::fetch_fixed(p, c, min(8u, p.n - c));
+  };
   u32 row = 16 * (blockIdx.x * WARPS + threadIdx.x / 32) + lane / 4;
   const Share share = load_share(p, base);
   Slice slice = load_slice(p, row, quad);
@@ -198,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
   if constexpr (HELD) {
 #pragma unroll
     for (int group = 0; group < GROUPS; ++group)
-      if (count_of(group) > 0) held[group] = Epilogue::fetch_fixed(p, column_of(group), count_of(group));
+      held[group] = fetch_fixed(column_of(group));
   }
   store_share(fragments, share);
   __syncthreads();
@@ -214,11 +218,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
       const u32 column = column_of(group), count = count_of(group);
       Epilogue::Fixed fixed;
       Epilogue::Varying varying[2];
-      if (count > 0) {
-        if constexpr (HELD) fixed = held[group];
-        else fixed = Epilogue::fetch_fixed(p, column, count);
-        varying[0] = Epilogue::fetch_varying(p, sources[0], column, count);
-        varying[1] = Epilogue::fetch_varying(p, sources[1], column, count);
+      if constexpr (HELD) fixed = held[group];
+      else fixed = fetch_fixed(column);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const u32 c = column_there(column, p.n);
+        varying[i] = Epilogue::fetch_varying(p, sources[i], c, min(8u, p.n - c));
       }
       float d[16] = {};
       if constexpr (REFINED) multiply_group(d, slice, fragments + FRAGMENT_BYTES, group, lane);

@@ -81,18 +81,24 @@ template <class T, Column COLUMN, bool ALIGNED> DEVICE Fetched<T, COLUMN> fetch_
   return result;
 }
 
-template <class T> DEVICE void store_pack(Pack<T>* place, const Pack<T>& pack) {
-  if constexpr (sizeof(Pack<T>) == 16) store_global_16(place, reinterpret_cast<const uint4&>(pack));
-  else *place = pack;
+// The eight columns from `column` on of which operands are fetched: the last ones, where that is beyond `columns`. A load that always
+// happens needs no merging: NVRTC 13.0 moves what others bring, and with that waits for it.
+DEVICE u32 column_there(u32 column, u32 columns) { return column < columns ? column : (columns - 1) / 8 * 8; }
+
+// WIDTH elements, if there are any.
+template <class T> DEVICE void store_pack(bool any, Pack<T>* place, const Pack<T>& pack) {
+  if constexpr (sizeof(Pack<T>) == 16) store_global_16_if(any, place, reinterpret_cast<const uint4&>(pack));
+  else if (any) *place = pack;
 }
 
+// With a `count` of 0 nothing is stored.
 template <class T, Column COLUMN, bool ALIGNED, class V>
 DEVICE void store_columns(const Tensor& t, i64 offset, u32 column, u32 count, const V (&v)[WIDTH]) {
   T* p = static_cast<T*>(t.data) + offset;
   if constexpr (COLUMN == Column::UNIT && ALIGNED) {
     Pack<T> pack;
     narrow_all<T>(pack, v);
-    store_pack(reinterpret_cast<Pack<T>*>(p + column), pack);
+    store_pack(count > 0, reinterpret_cast<Pack<T>*>(p + column), pack);
   } else {
     const i64 stride = COLUMN == Column::UNIT ? 1 : t.column;
 #pragma unroll

@@ -73,7 +73,7 @@ enum class Arrangement {
 // at `column` of `columns`.
 
 // Where the epilogue finds and puts what belongs to a lane's two rows. A row may be split by division into batch, head and position: that is
-// done once, not for each piece. Of a row that is not there nothing is looked up.
+// done once, not for each piece. Of a row that is not there the first one is looked up.
 template <class EPILOGUE> struct Places {
   typename EPILOGUE::Rows sources[2];
   typename EPILOGUE::Targets targets[2];
@@ -84,14 +84,13 @@ template <class EPILOGUE> struct Places {
 
 // Fetches what the epilogue reads for COUNT pieces from `first` on.
 template <class EPILOGUE, int COUNT>
-DEVICE void fetch_pieces(const Params& p, typename EPILOGUE::Inputs (&inputs)[COUNT], int first, const Places<EPILOGUE>& places,
-                         const bool (&stored)[2], u32 column, u32 columns) {
+DEVICE void fetch_pieces(const Params& p, typename EPILOGUE::Inputs (&inputs)[COUNT], int first, const Places<EPILOGUE>& places, u32 column,
+                         u32 columns) {
   const int quad = threadIdx.x & 3;
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
-    const int group = (first + i) / 2, lower = (first + i) % 2;
-    const u32 c = column + 32 * group + 8 * quad;
-    if (stored[lower] && c < columns) inputs[i] = EPILOGUE::fetch(p, places.sources[lower], c, min(8u, columns - c));
+    const u32 c = column_there(column + 32 * ((first + i) / 2) + 8 * quad, columns);
+    inputs[i] = EPILOGUE::fetch(p, places.sources[(first + i) % 2], c, min(8u, columns - c));
   }
 }
 
@@ -106,6 +105,18 @@ template <Arrangement ARRANGEMENT, int SIZE> DEVICE void piece_of(float (&v)[8],
   }
   if constexpr (ARRANGEMENT == Arrangement::BLOCKS) transpose_quad(v, threadIdx.x & 3);
 }
+// The same rounded to 16 bits: half as many words pass from lane to lane.
+template <class T, int SIZE> DEVICE uint4 rounded_piece(const float (&d)[SIZE], int piece) {
+  const int group = piece / 2, lower = piece % 2;
+  u32 v[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int element = (4 * group + j) * 4 + 2 * lower;
+    v[j] = pack_pair<T>(d[element], d[element + 1]);
+  }
+  transpose_words(v, threadIdx.x & 3);
+  return make_uint4(v[0], v[1], v[2], v[3]);
+}
 
 // Stores the results of pieces whose `inputs` have been fetched, `v[0]` those of the first.
 template <class EPILOGUE, int COUNT>
@@ -114,9 +125,9 @@ DEVICE void store_pieces(const Params& p, const float (*v)[8], const typename EP
   const int quad = threadIdx.x & 3;
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
-    const int group = (first + i) / 2, lower = (first + i) % 2;
-    const u32 c = column + 32 * group + 8 * quad;
-    if (stored[lower] && c < columns) EPILOGUE::store(p, places.targets[lower], c, min(8u, columns - c), v[i], inputs[i]);
+    const int lower = (first + i) % 2;
+    const u32 c = column + 32 * ((first + i) / 2) + 8 * quad;
+    EPILOGUE::store(p, places.targets[lower], c, stored[lower] && c < columns ? min(8u, columns - c) : 0, v[i], inputs[i]);
   }
 }
 
@@ -153,23 +164,14 @@ DEVICE void emit_rows(const Params& p, const float (&d)[BLOCKS * 4], const u32 (
       }
       EPILOGUE::template store_rest<8>(p, rows[lower], own + 8 * BLOCKS, column, end, present, carries);
     }
-  } else if constexpr (EPILOGUE::ROUNDS && ARRANGEMENT == Arrangement::BLOCKS) {  // half as many words pass from lane to lane
-    const u32 quad = threadIdx.x & 3;
+  } else if constexpr (EPILOGUE::ROUNDS && ARRANGEMENT == Arrangement::BLOCKS) {
 #pragma unroll
     for (int i = 0; i < PIECES; ++i) {
-      const int group = i / 2, lower = i % 2;
-      u32 v[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int element = (4 * group + j) * 4 + 2 * lower;
-        v[j] = pack_pair<typename EPILOGUE::Rounded>(d[element], d[element + 1]);
-      }
-      transpose_words(v, quad);
-      const u32 c = column + 32 * group + 8 * quad;
-      store_global_16_if(stored[lower] && c < columns, EPILOGUE::place(p, places.targets[lower], c), make_uint4(v[0], v[1], v[2], v[3]));
+      const u32 c = column + 32 * (i / 2) + 8 * (threadIdx.x & 3);
+      store_global_16_if(stored[i % 2] && c < columns, EPILOGUE::place(p, places.targets[i % 2], c), rounded_piece<typename EPILOGUE::Rounded>(d, i));
     }
   } else {
-    // Up to 16 blocks are rearranged before the first piece is stored: nothing is exchanged between lanes from one branch to the next.
+    // Up to 16 blocks are rearranged before the first piece is stored: lanes wait for each other once.
     constexpr int TOGETHER = BLOCKS <= 16 ? PIECES : AHEAD;
 #pragma unroll
     for (int begin = 0; begin < PIECES; begin += TOGETHER) {
@@ -179,7 +181,7 @@ DEVICE void emit_rows(const Params& p, const float (&d)[BLOCKS * 4], const u32 (
 #pragma unroll
       for (int first = 0; first < TOGETHER; first += AHEAD) {
         typename EPILOGUE::Inputs inputs[AHEAD];
-        fetch_pieces<EPILOGUE>(p, inputs, begin + first, places, stored, column, columns);
+        fetch_pieces<EPILOGUE>(p, inputs, begin + first, places, column, columns);
         store_pieces<EPILOGUE>(p, v + first, inputs, begin + first, places, stored, column, columns);
       }
     }

@@ -15,6 +15,7 @@ DEVICE u32 pixel_at(const Params& p, u32 place) {
 
 // PARTS fragments of 64 places each, of WIDE columns.
 template <int PARTS, int WIDE> struct PlaceRows : FragmentPieces<PARTS, WIDE / 8> {
+  static constexpr int TOGETHER = PARTS * WIDE <= 128 ? PARTS * WIDE / 16 : 1;  // finding pixels takes registers
   u32 place;  // the lane's first
   DEVICE PlaceRows(u32 column, u32 columns) : FragmentPieces<PARTS, WIDE / 8>{column, columns} {}
   // `first`: the warpgroup's first place.
@@ -33,6 +34,8 @@ template <int PARTS, int WIDE> struct PlaceRows : FragmentPieces<PARTS, WIDE / 8
 // beside each other.
 template <int PARTS, int WIDE> struct PlaceColumns {
   static constexpr int PIECES = WIDE / 16, TOTAL = PARTS * PIECES, CHUNK = 2, FIXED = PARTS;
+  static constexpr int TOGETHER = CHUNK;
+  static constexpr bool BLOCKS_OF_ROWS = false;
   static_assert(PIECES % CHUNK == 0, "");
   u32 place, first, columns;
   DEVICE PlaceColumns(u32 column, u32 columns) : columns(columns) {

@@ -65,11 +65,8 @@ DEVICE float2 load_global_8(const float2* p) {
   asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
   return v;
 }
-// 16 bytes in one store. NOTES: of a plain copy ptxas 13.0 makes four where the registers do not follow each other.
-DEVICE void store_global_16(void* p, uint4 v) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
 // 16 bytes, two words, a word, or half of one, where `condition` holds; without a branch, so that stores before and behind stay side by side.
+// NOTES: of a plain copy of 16 bytes ptxas 13.0 makes four where the registers do not follow each other.
 DEVICE void store_global_16_if(bool condition, void* p, uint4 v) {
   asm volatile("{.reg .pred c; setp.ne.u32 c, %0, 0; @c st.global.v4.u32 [%1], {%2, %3, %4, %5};}"
                ::"r"(static_cast<u32>(condition)), "l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");

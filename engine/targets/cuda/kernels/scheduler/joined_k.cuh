@@ -50,7 +50,8 @@ template <class EPILOGUE, int BLOCKS, int APART, int PARTS, int N, int THREADS> 
     for (int i = 0; i < OWN; ++i) {
       const Place at(rank * OWN + i, row, column, quad);
       if constexpr (DIVISORS::DIVIDES) factor[i] = DIVISORS::factor_of(p, at.row);
-      if (at.piece < TOTAL && at.row < rows && at.column < columns) inputs[i] = EPILOGUE::fetch(p, at.row, at.column, min(8u, columns - at.column));
+      const u32 c = column_there(at.column, columns);
+      inputs[i] = EPILOGUE::fetch(p, at.row < rows ? at.row : 0, c, min(8u, columns - c));
     }
     barrier_wait(landed, 0);
 #pragma unroll
@@ -75,7 +76,7 @@ template <class EPILOGUE, int BLOCKS, int APART, int PARTS, int N, int THREADS> 
         if constexpr (DIVISORS::DIVIDES) v[j] *= factor[i];
       }
       transpose_quad(v, quad);
-      if (at.row < rows && at.column < columns) EPILOGUE::store(p, at.row, at.column, min(8u, columns - at.column), v, inputs[i]);
+      EPILOGUE::store(p, at.row, at.column, at.row < rows && at.column < columns ? min(8u, columns - at.column) : 0, v, inputs[i]);
     }
   }
 

@@ -26,10 +26,6 @@ inline void store_global_16(float* p, float4 v) {
   if (reinterpret_cast<u64>(p) % 16) emulator::fail("a vector store to a misaligned address");
   *reinterpret_cast<float4*>(p) = v;
 }
-inline void store_global_16(void* p, uint4 v) {
-  if (reinterpret_cast<u64>(p) % 16) emulator::fail("a vector store to a misaligned address");
-  *reinterpret_cast<uint4*>(p) = v;
-}
 inline void store_global_16_if(bool condition, void* p, uint4 v) {
   if (condition && reinterpret_cast<u64>(p) % 16) emulator::fail("a vector store to a misaligned address");
   if (condition) *reinterpret_cast<uint4*>(p) = v;
