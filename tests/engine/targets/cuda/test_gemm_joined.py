@@ -40,6 +40,16 @@ def test_clusters_that_share_k_match_float64(hopper: Runner, count: int) -> None
     check(hopper, cases)
 
 
+def test_the_largest_cluster_with_the_deepest_ring_matches_float64(hopper: Runner) -> None:
+    tile = max(JOINED_PRODUCTS, key=lambda one: (one.cluster_k * one.stages, one.cluster_k))
+    cases = []
+    for name in ("bias", "residual"):
+        step = step_of(129, 72, 64 * 9 + 24, name)
+        launches = launched(step, tile, hopper.context)
+        cases.append(Case(f"{name} {tile}", step, 64 * 9 + 24, lowered=launches, rounding=EXACT))
+    check(hopper, cases)
+
+
 def test_clusters_follow_each_other_in_one_run(hopper: Runner) -> None:
     """Launches may overlap: the sums of one are not those of the next."""
     cases = []

@@ -10,7 +10,7 @@
 
 namespace emulator::races {
 
-constexpr u32 ENGINES = 256;  // mbarriers a cluster may have
+constexpr u32 ENGINES = 288;  // mbarriers a cluster may have
 
 // Blocks of clusters have no static shared memory.
 void begin_cluster(int blocks, int block_threads, u32 dynamic_bytes, unsigned char* static_begin, unsigned char* static_end);
