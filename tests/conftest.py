@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,8 +23,11 @@ MODEL_REPOSITORY = ROOT / "models"
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which need not be there
-def pytest_xdist_auto_num_workers() -> int:
-    """What ``-n auto`` means: three workers for two processors, because many tests wait for a server or a clock."""
+def pytest_xdist_auto_num_workers() -> int | None:
+    """What ``-n auto`` means where pytest-xdist's own variable does not say: three workers for two processors, because
+    many tests wait for a server or a clock."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
     from engine.targets.cpu.runtime import available_cores
 
     return max(1, 3 * available_cores() // 2)
