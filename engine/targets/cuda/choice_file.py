@@ -34,7 +34,8 @@ _KERNELS = (
     "gemm_mma.cuh", "gemm_stream.cuh", "gemm_rows.cuh", "gemm_rows_joined.cuh", "row_factors.cuh", "align_rows.cuh",
     "split_rows.cuh",
     "conv_wgmma.cuh", "conv_staged.cuh", "conv_joined.cuh", "conv_halo.cuh", "conv_halo_deep.cuh", "conv_mma.cuh",
-    "conv_stem.cuh", "depthwise_mma.cuh", "depthwise_rows.cuh", "excitation.cuh",
+    "conv_stem.cuh", "depthwise_mma.cuh", "depthwise_rows.cuh", "depthwise_bands.cuh",
+    "excitation.cuh",
 )  # fmt: skip
 _TILES = (
     PRODUCT_TILES, STAGED_TILES, SHORT_TILES, CLUSTER_TILES, BATCHED_TILES, MMA_TILES, ROWS_TILES, SHORT_ROWS_TILES,

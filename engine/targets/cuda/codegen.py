@@ -15,6 +15,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.expr import PointOp
@@ -95,16 +97,21 @@ def epilogue(
     """`Epilogue`: the stores of a node. `inputs` and `outputs` are operands of `space`; `granularity` as in
     `Space.is_aligned`."""
     writer, targets = _Writer("epilogue", space, granularity), list[str]()
-    shifting, rest, carried = list[str](), list[str](), list[str]()
+    shifting, rest, carried, values = list[str](), list[str](), list[str](), list[ex.Expr]()
     writer.read(inputs)
     for j, output in enumerate(outputs):
         writer.declare(f"epilogue_out{j}", output)
         writer.prepare.append(f"{COMPUTE[output.dtype]} out{j}[WIDTH];")
         targets.append(f"targets.out{j} = row_offset(p.epilogue_out{j}, r);")
-        store = (
-            f"store_columns<{STORAGE[output.dtype]}, {column_kind(output)}, {writer.aligned(output)}>"
-            f"(p.epilogue_out{j}, targets.out{j}, column, count, out{j});"
-        )
+        place = f"(p.epilogue_out{j}, targets.out{j}, column, count, out{j});"
+        bounds = bounds_of(stores[j]) if writer.stores_packs(output) else None
+        if bounds:
+            values.append(bounds.bounded)
+            store = f"store_bounded<{STORAGE[output.dtype]}, {bounds.most:#x}>{place}"
+        else:
+            values.append(stores[j])
+            kind = f"{STORAGE[output.dtype]}, {column_kind(output)}, {writer.aligned(output)}"
+            store = f"store_columns<{kind}>{place}"
         writer.finish.append(store)
         if writer.shifted(output):
             place = f"p.epilogue_out{j}, targets.out{j}, column, first, end, present"
@@ -116,7 +123,7 @@ def epilogue(
             shifting.append(f"if (count > 0) {store}")
     results = {
         f"out{j}[i]": (_unrounded(store, output.dtype), output.dtype)
-        for j, (store, output) in enumerate(zip(stores, outputs, strict=True))
+        for j, (store, output) in enumerate(zip(values, outputs, strict=True))
     }
     places = "".join(f" i64 out{j};" for j in range(len(outputs)))
     more = f"u32 column, u32 count, const {COMPUTE[acc]} (&acc)[WIDTH]"
@@ -137,7 +144,49 @@ def epilogue(
     if carried:
         declared = [line.replace("WIDTH", "N") for line in writer.prepare]
         tail += _shifted_stores([*declared, *loop_over(results).lines], shifting, rest, COMPUTE[acc])
-    return writer.functor("Epilogue", signature, results, head, tail)
+    functor = writer.functor("Epilogue", signature, results, head, tail)
+    return replace(functor, code=BOUNDED + functor.code) if values != list(stores) else functor
+
+
+BOUNDED = '#include "epilogue/bounded.cuh"\n'
+"""What the code of an epilogue begins with that stores bounded results."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What is stored between zero and, unless `most` is 0, the number with these 16 bits: `bounded`, rounded."""
+
+    bounded: ex.Expr
+    most: int
+
+
+def bounds_of(store: ex.Expr) -> Bounds | None:
+    """How kernels/epilogue/bounded.cuh stores a result of 16 bits: what ReLU and a clamp from zero to a number of the
+    type are the last step of; None of others."""
+    if store.dtype not in (DType.F16, DType.BF16) or not isinstance(store, ex.Apply) or store.op is not PointOp.CAST:
+        return None
+    value, most = store.args[0], 0
+    if value.dtype is not DType.F32:
+        return None
+    upper = _with_constant(value, PointOp.MIN)
+    if upper is not None:
+        value, bound = upper
+        rounded = np.float32(bound).astype(store.dtype.numpy)
+        if float(rounded) != bound or not 0 < bound < math.inf:
+            return None
+        most = int(rounded.view(np.uint16))
+    lower = _with_constant(value, PointOp.MAX)
+    return None if lower is None or lower[1] != 0 else Bounds(ex.cast(lower[0], store.dtype), most)
+
+
+def _with_constant(value: ex.Expr, op: PointOp) -> tuple[ex.Expr, float] | None:
+    """The other operand of an operation with a constant, and that."""
+    if not isinstance(value, ex.Apply) or value.op is not op:
+        return None
+    for x, bound in (value.args, reversed(value.args)):
+        if isinstance(bound, ex.Const):
+            return x, float(bound.value)
+    return None
 
 
 def _rounding(stores: Sequence[ex.Expr], outputs: Sequence[Operand], acc: DType, writer: _Writer) -> str:
@@ -236,6 +285,11 @@ class _Writer:
         """Whether lanes complete each other's 16 bytes of it (`store_shifted` of kernels/epilogue/access.cuh)."""
         narrow = COMPUTE[operand.dtype] == "float" and operand.dtype.itemsize == 2
         return narrow and operand.strides[-1] == 1 and not self.space.is_aligned(operand, self.granularity)
+
+    def stores_packs(self, operand: Operand) -> bool:
+        """Whether all columns of a row of 16-bit floats are stored at once."""
+        narrow = operand.dtype in (DType.F16, DType.BF16)
+        return narrow and operand.strides[-1] == 1 and self.space.is_aligned(operand, self.granularity)
 
     def declare(self, name: str, operand: Operand) -> None:
         self.arguments[name] = TensorArgument(operand.pointer, operand.strides[:-1], operand.strides[-1])

@@ -42,7 +42,7 @@ from engine.targets.cuda.conv_simt import (
 from engine.targets.cuda.conv_stem import StemTile, is_stem, launch_stem
 from engine.targets.cuda.conv_tiles import depthwise_tiles, implicit_tiles, stem_tiles, taken
 from engine.targets.cuda.depthwise import DepthwiseTile, is_depthwise_product, launch_depthwise_product
-from engine.targets.cuda.depthwise_rows import RowsTile
+from engine.targets.cuda.depthwise_tiles import RowsTile
 from engine.targets.cuda.gemm import launches_of, pick_tile
 from engine.targets.cuda.gemm_wgmma import split_arguments
 from engine.targets.cuda.kernel import (

@@ -17,7 +17,9 @@ from engine.targets.cuda.conv_halo_deep import DeepTile
 from engine.targets.cuda.conv_simt import epilogue_for
 from engine.targets.cuda.conv_stem import StemTile
 from engine.targets.cuda.depthwise import DepthwiseTile
-from engine.targets.cuda.depthwise_rows import RowsTile
+from engine.targets.cuda.depthwise_bands import BandedRows
+from engine.targets.cuda.depthwise_diagonal import DiagonalRows
+from engine.targets.cuda.depthwise_tiles import RowsTile
 from engine.targets.cuda.kernel import Choice, Context, is_constant
 from engine.targets.cuda.tiles import MmaTile, WgmmaTile
 
@@ -26,7 +28,7 @@ T = TypeVar("T", bound=ConvTile)
 
 _KINDS: dict[str, type[ConvTile]] = {
     "mma": MmaTile, "gathered": WgmmaTile, "halo": HaloTile, "deep halo": DeepTile, "stem": StemTile,
-    "depthwise": DepthwiseTile, "depthwise rows": RowsTile,
+    "depthwise": DepthwiseTile, "depthwise rows": DiagonalRows, "depthwise bands": BandedRows,
 }  # fmt: skip
 """The kernels, by what a choice calls them."""
 
@@ -101,8 +103,9 @@ def tile_text(tile: ConvTile) -> str:
             images = f" of {tile.images} images" if tile.images > 1 else ""
             return f"depthwise {pixels}{images} × {tile.channels}, {tile.stages} windows"
         case RowsTile():
-            ring = f"{tile.stages}·{tile.rows} rows of {8 * tile.units} pixels × {tile.panel}"
-            return f"depthwise {ring}, {tile.streams} streams, {tile.blocks} blocks"
+            ring = f"{tile.stages}·{tile.rows} rows of {tile.pixels} pixels × {tile.panel}"
+            bands = " bands" if isinstance(tile, BandedRows) else ""
+            return f"depthwise{bands} {ring}, {tile.streams} streams, {tile.blocks} blocks"
 
 
 def _splits(splits: int) -> str:

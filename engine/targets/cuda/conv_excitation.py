@@ -12,7 +12,8 @@ from engine.plan.tensor import Tensor, row_major
 from engine.targets.cuda import conv_mean, depthwise_rows, excitation
 from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.conv_tiles import summed_tiles, taken
-from engine.targets.cuda.depthwise_rows import ImageSums, RowsTile
+from engine.targets.cuda.depthwise_rows import ImageSums
+from engine.targets.cuda.depthwise_tiles import RowsTile
 from engine.targets.cuda.kernel import Context, Launch, workspace
 
 

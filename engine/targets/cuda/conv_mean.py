@@ -15,7 +15,8 @@ from engine.plan.tensor import BufferKind, Tensor
 from engine.targets.cuda import conv, depthwise_rows, reduce
 from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.conv_tiles import summed_tiles, taken
-from engine.targets.cuda.depthwise_rows import ImageSums, RowsTile
+from engine.targets.cuda.depthwise_rows import ImageSums
+from engine.targets.cuda.depthwise_tiles import RowsTile
 from engine.targets.cuda.kernel import Context, Launch
 
 

@@ -15,7 +15,7 @@ from engine.targets.cuda.conv_halo import HaloTile
 from engine.targets.cuda.conv_halo_deep import DeepTile
 from engine.targets.cuda.conv_stem import StemTile
 from engine.targets.cuda.depthwise import DepthwiseTile
-from engine.targets.cuda.depthwise_rows import RowsTile
+from engine.targets.cuda.depthwise_tiles import RowsTile
 from engine.targets.cuda.kernel import Context, is_constant
 from engine.targets.cuda.tiles import MOST_SPLITS, Choice, Operands, Tile, WgmmaTile, mma_cycles, mma_tiles
 

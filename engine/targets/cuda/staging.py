@@ -12,7 +12,7 @@ from math import prod
 
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
-from engine.targets.cuda.codegen import column_kind, indented, loop_over
+from engine.targets.cuda.codegen import BOUNDED, bounds_of, column_kind, indented, loop_over
 from engine.targets.cuda.kernel import STORAGE, Argument, RowMatrix, Staged, TensorArgument, ceildiv
 from engine.targets.cuda.spaces import Operand, Space
 
@@ -119,10 +119,17 @@ def _code(
     chosen = [f"if (which == {number}) place = {place};" for number, place in enumerate(places) if number]
     touches = [f"const void* place = {places[0]};", *chosen, "touch(place);"] if places else []
     shuffles = [f"row.a{i}.element = __shfl_sync(~0u, row.a{i}.element, lane, 4);" for i in rows]
-    loop = loop_over({"result[i]": (store, result)}, halves=STORAGE[result])
+    bounds, values = bounds_of(store), {"result[i]": (store, result)}
+    if bounds:
+        values = {"unbounded[i]": (bounds.bounded, result), **values}
+    loop = loop_over(values, halves=STORAGE[result])
     word = loop.word or f"pack_pair<{STORAGE[result]}>(result[0], result[1])"
-    lines = ["Inputs inputs{fixed, row, {}};", *words, *loop.lines, f"return {word};"]
+    if bounds:
+        word = f"bounded_pair<{STORAGE[result]}, {bounds.most:#x}>(unbounded[0], unbounded[1])"
+    declared = ["float unbounded[WIDTH];"] if bounds else []
+    lines = ["Inputs inputs{fixed, row, {}};", *words, *declared, *loop.lines, f"return {word};"]
     return (
+        f"{BOUNDED if bounds else ''}"
         '#include "epilogue/gelu.cuh"\n#include "ptx/pack.cuh"\n#include "ptx/prefetch.cuh"\n'
         "struct Epilogue {\n"
         f"  using Result = {STORAGE[result]};\n"

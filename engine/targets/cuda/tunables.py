@@ -15,7 +15,7 @@ from engine.targets.cuda import choices, conv, conv_choices, conv_excitation, co
 from engine.targets.cuda.conv_choices import ConvTile, kernel_of
 from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.conv_tiles import summed_tiles, taken
-from engine.targets.cuda.depthwise_rows import RowsTile
+from engine.targets.cuda.depthwise_tiles import RowsTile
 from engine.targets.cuda.gemm import (
     estimated_best,
     found_apart,

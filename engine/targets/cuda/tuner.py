@@ -31,8 +31,9 @@ _ROTATE_BYTES = 160 << 20  # several times the L2 cache: operands come from memo
 _MOST_SETS = 32
 _ROUNDS = 5
 _ROUND_SECONDS = 1e-3
-_FINAL_ROUNDS = 9
-_FINAL_SECONDS = 3e-3  # long enough for the clock to fall to what it is under load
+_FINAL_ROUNDS = 5
+_FINAL_SECONDS = 3e-3
+_FINAL_WARM_SECONDS = 5e-3  # of its own work before a round: at the power limit the clock is that of who ran before
 _CHALLENGERS = 3
 _POOL = 1 << 20  # random numbers that the operands repeat
 _GAIN = 0.98  # of the cost model's tile: what is faster by less than the noise does not take its place
@@ -92,7 +93,8 @@ def _decided(target: CudaTarget, one: Tunable) -> tuple[list[float], int]:
     for i in sorted(range(1, len(rows)), key=measured.__getitem__)[:_CHALLENGERS]:
         if measured[i] >= _GAIN * measured[0]:
             break
-        own, other = timed_launches(target, one.step, [rows[0], rows[i]], _FINAL_ROUNDS, _FINAL_SECONDS)
+        finalists = [rows[0], rows[i]]
+        own, other = timed_launches(target, one.step, finalists, _FINAL_ROUNDS, _FINAL_SECONDS, _FINAL_WARM_SECONDS)
         if other < _GAIN * own:
             return measured, i
     return measured, 0
@@ -104,16 +106,20 @@ def timed_launches(
     rows: Sequence[list[Launch]],
     rounds: int = _ROUNDS,
     round_seconds: float = _ROUND_SECONDS,
+    warm_seconds: float = 0.0,
 ) -> list[float]:
-    """Microseconds of each row of launches, whose kernels are loaded: the median of rounds that take turns."""
+    """Microseconds of each row of launches, whose kernels are loaded: the median of rounds that take turns, each behind
+    `warm_seconds` of the same work."""
     count = min(_MOST_SETS, max(1, ceildiv(_ROTATE_BYTES, max(1, step.cost.bytes))))
     memory = _Memory(count)
     stream = cupy.cuda.Stream(non_blocking=True)
     graphs = [_captured(target, row, memory, stream) for row in rows]
     cupy.cuda.get_current_stream().synchronize()  # on which the operands were written
-    repeats = [max(1, int(round_seconds / max(_seconds(graph, stream, 2) / 2, 1e-7))) for graph in graphs]
+    once = [max(_seconds(graph, stream, 2) / 2, 1e-7) for graph in graphs]
+    repeats = [max(1, int(round_seconds / seconds)) for seconds in once]
+    before = [int(warm_seconds / seconds) for seconds in once]
     times = [
-        [_seconds(graph, stream, repeat) / repeat / count for graph, repeat in zip(graphs, repeats, strict=True)]
+        [_seconds(*one) / one[2] / count for one in zip(graphs, [stream] * len(graphs), repeats, before, strict=True)]
         for _ in range(rounds)
     ]
     return [median(one) * 1e6 for one in zip(*times, strict=True)]
@@ -176,9 +182,13 @@ def _captured(target: CudaTarget, row: Sequence[Launch], memory: _Memory, stream
     return device.capture(packed, stream, target.overlap)
 
 
-def _seconds(graph: cupy.cuda.Graph, stream: cupy.cuda.Stream, repeats: int) -> float:
+def _seconds(graph: cupy.cuda.Graph, stream: cupy.cuda.Stream, repeats: int, before: int = 0) -> float:
+    """Of so many runs, behind others that do not count."""
+
     def work() -> None:
         for _ in range(repeats):
             graph.launch(stream)
 
+    for _ in range(before):
+        graph.launch(stream)
     return elapsed_seconds(stream, work)

@@ -8,6 +8,7 @@ from itertools import product
 
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
+from engine.targets.cuda import depthwise_bands, depthwise_diagonal
 from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.covering.build import (
     ACC,
@@ -21,7 +22,7 @@ from engine.targets.cuda.covering.build import (
     weight,
 )
 from engine.targets.cuda.depthwise import is_depthwise_product, launch_depthwise_product, window_of
-from engine.targets.cuda.depthwise_rows import ImageSums, candidates, has_rows, launch_rows
+from engine.targets.cuda.depthwise_rows import ImageSums, has_rows, launch_rows
 from engine.targets.cuda.kernel import Context, Launch, ceildiv
 
 
@@ -63,12 +64,11 @@ def _rows(context: Context) -> Iterator[tuple[str, Launch]]:
         step = make_step(op, [image, filters, bias, *([results] if residual else [])])
         geometry = Geometry(step)
         assert has_rows(step, geometry, context)
-        for summed in (False, True):
-            fitting = candidates(window_of(geometry), context.architecture.shared_bytes, summed)
-            most = max(tile.blocks * ceildiv(tile.warps, 4) for tile in fitting)
-            dense = [tile for tile in fitting if tile.blocks * ceildiv(tile.warps, 4) == most]
-            longest = max(tile.rows for tile in dense)
-            tile = next(tile for tile in dense if (tile.rows == longest) == residual)
+        for kind, summed in product((depthwise_diagonal, depthwise_bands), (False, True)):
+            fitting = kind.candidates(window_of(geometry), context.architecture.shared_bytes, summed)
+            longest = max(tile.rows for tile in fitting)
+            wanted = [tile for tile in fitting if (tile.rows == longest) == residual]
+            tile = max(wanted, key=lambda tile: tile.threads)
             sums = ImageSums.of(geometry, tile, context) if summed else None
             name = f"depthwise rows{' with sums' if summed else ''} {kernel}/{stride} {tile}"
             yield name, launch_rows(step, geometry, tile, context, sums)

@@ -177,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
           const Epilogue::Inputs inputs = Epilogue::fetch(p, row, column, 8);  // a load that always happens needs no merging
           float v[8] = {d[o][0][0], d[o][0][1], d[o][1][0], d[o][1][1], d[o][0][2], d[o][0][3], d[o][1][2], d[o][1][3]};
           transpose_quad(v, quad);
-          Epilogue::store(p, row, column, whole ? 8 : 0, v, inputs);
+          if (whole) Epilogue::store(p, row, column, 8, v, inputs);
         }
       }
     }

@@ -20,6 +20,7 @@
 #pragma once
 #include "epilogue/access.cuh"
 #include "epilogue/image_sums.cuh"
+#include "mma/column_bias.cuh"
 #include "mma/diagonal.cuh"
 #include "ptx/arithmetic.cuh"
 #include "ptx/barrier.cuh"
@@ -139,7 +140,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
   u32 store_place = unknown(16 * (lane / 4) + 4 * ((lane >> 1 & 1) ^ (lane >> 3 & 1) * 3) + 2 * (lane & 1));
   u32 load_place = unknown(16 * (lane / 2) + 4 * ((lane & 1) * 2 ^ (lane >> 2 & 1) * 3));
 
-  ImageSums<config::sums> pixels;
+  ColumnBias<config::bias> bias[2];
+#pragma unroll
+  for (int g = 0; g < 2; ++g) bias[g].load(p, channel0 + 8 * (group0 + g) + 2 * (lane & 3));
+
+  ImageSums<config::sums, 8, 2> pixels;
   float d[LIVE][2][4] = {};
   u32 stage = 0, parity = 0;
   for (u32 row = 0; row < rows; row += PERIOD) {
@@ -160,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
               const int under = i % STRIDE_H + age * STRIDE_H, r = under / DILATION_H;
               if (under % DILATION_H != 0 || r >= KERNEL_H) continue;
               float (&sum)[4] = d[(i / STRIDE_H + LIVE - age) % LIVE][g];
-              if (under == 0 && j == 0) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+              if (under == 0 && j == 0) bias[g].begin(sum);
               weights[g].multiply(sum, a, r * TAP_PAIRS + j);
             }
           }

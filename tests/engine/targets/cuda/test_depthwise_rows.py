@@ -14,25 +14,20 @@ from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda import covering as cv
 from engine.targets.cuda import depthwise, depthwise_rows
+from engine.targets.cuda import depthwise_bands as bands
 from engine.targets.cuda.architecture import SM_80, SM_90A
 from engine.targets.cuda.conv import lower
 from engine.targets.cuda.conv_geometry import Geometry, channels_last
 from engine.targets.cuda.conv_mean import lower_rows, without_mean
 from engine.targets.cuda.conv_variants import variants
 from engine.targets.cuda.covering import ACC, F16, make_step, weight
-from engine.targets.cuda.depthwise import window_of
-from engine.targets.cuda.depthwise_rows import (
-    Column,
-    ImageSums,
-    RowsTile,
-    candidates,
-    has_rows,
-    launch_rows,
-    pick,
-    ranked,
-)
+from engine.targets.cuda.depthwise import Window, window_of
+from engine.targets.cuda.depthwise_bands import BandedRows
+from engine.targets.cuda.depthwise_diagonal import DiagonalRows
+from engine.targets.cuda.depthwise_rows import ImageSums, candidates, has_rows, launch_rows, pick, ranked
+from engine.targets.cuda.depthwise_tiles import Column, RowsTile
 from engine.targets.cuda.families import family_of
-from engine.targets.cuda.kernel import Context, Launch, WeightStore, workspace_bytes
+from engine.targets.cuda.kernel import Context, Launch, WeightStore, ceildiv, workspace_bytes
 from tests.engine.targets.cuda.cases import check, ragged, rng_of
 from tests.engine.targets.cuda.harness import Case, Runner
 from tests.engine.targets.cuda.test_conv import BF16_, EPILOGUES, FP16, Kind, Shape, case, random_shape, random_step
@@ -105,7 +100,10 @@ def test_an_image_does_not_see_the_next_one(hopper: Runner, count: int) -> None:
             step = make_step(op, [(F16, (4, 16, 6, 9)), weight(16, 1, 5, 5)])
             image = rng_of("edges").standard_normal((4, 16, 6, 9)).astype(np.float16)
             image[1, :, 0] = image[1, :, 5] = 1000.0
-            for tile in (RowsTile(32, 1, 2, stride, 2, 1), RowsTile(32, 2, 1, stride, 3, 1)):
+            for tile in (
+                DiagonalRows(32, 1, 2, stride, 2, 1), DiagonalRows(32, 2, 1, stride, 3, 1),
+                BandedRows(32, 1, 16, stride, 2, 1), BandedRows(32, 3, 5, stride, 3, 1),
+            ):  # fmt: skip
                 launches = [launch_rows(step, Geometry(step), tile, hopper.context)]
                 cases.append(Case(f"{pads}/{stride} {tile}", step, 25, {0: image}, launches, rounding=FP16.rounding))
     check(hopper, cases)
@@ -175,7 +173,10 @@ def test_every_part_of_an_image_is_added_up(hopper: Runner, count: int) -> None:
         ones = np.ones((images, 24, size, size), np.float16)
         for multiprocessors in (1, 2, 5, 9, 40):
             few = replace(hopper.context, multiprocessors=multiprocessors)
-            for tile in (RowsTile(32, 1, 2, stride, 2, 1), RowsTile(32, 2, 1, stride, 3, 1)):
+            for tile in (
+                DiagonalRows(32, 1, 2, stride, 2, 1), DiagonalRows(32, 2, 1, stride, 3, 1),
+                BandedRows(32, 1, 16, stride, 2, 1), BandedRows(32, 3, 5, stride, 3, 1),
+            ):  # fmt: skip
                 launches = lower_rows(step, tile, few)
                 label = f"{size}/{stride} {multiprocessors} {tile}"
                 cases.append(Case(label, step, 1, {0: ones}, launches, rounding=0.0))
@@ -200,8 +201,7 @@ def test_a_mean_is_taken_of_the_result_where_no_kernel_adds_it_up(
     for context in (streaming, portable):
         convolution, mean = family_of(step.op).lower(step, context)
         streams = taken and context is streaming
-        expected = "depthwise_rows.cuh" if streams else "depthwise_mma.cuh"
-        assert body_of([convolution]) == f'#include "{expected}"'
+        assert (body_of([convolution]) != '#include "depthwise_mma.cuh"') == streams
         assert ("sums" in dict(convolution.arguments)) == streams
         assert body_of([mean]) == '#include "reduce_columns.cuh"'
         assert "partial" not in dict(mean.arguments)
@@ -226,8 +226,8 @@ def test_nothing_else_of_the_step_lies_in_the_sums_workspace() -> None:
     rows, join = lower_rows(step, tile, CONTEXT)
     sums = ImageSums.of(Geometry(step_alone), tile, CONTEXT)
     assert sums.parts > 1
-    assert sums.tensor.shape == (1, sums.parts * 14, 32)
-    assert workspace_bytes([rows, join]) == sums.tensor.nbytes == 4 * sums.parts * 14 * 32
+    assert sums.tensor.shape == (1, sums.parts * (112 // tile.unit), 32)
+    assert workspace_bytes([rows, join]) == sums.tensor.nbytes == 4 * sums.parts * (112 // tile.unit) * 32
 
 
 # Which convolutions, and how they lie
@@ -272,11 +272,45 @@ def body_of(launches: list[Launch]) -> str:
 
 
 def test_it_is_taken_where_it_should_be_faster() -> None:
-    """Measured: 97 µs beside 117 of 144 channels at 56 pixels; 16.9 beside 12.7 of 16 channels at stride 2."""
-    assert body_of(lower(depthwise_step(128, 16, 56, 3, 2), CONTEXT)) == '#include "depthwise_mma.cuh"'
-    step = depthwise_step(128, 144, 56, 3)
-    assert body_of(lower(step, CONTEXT)) == '#include "depthwise_rows.cuh"'
-    assert body_of(lower(step, replace(CONTEXT, architecture=SM_80))) == '#include "depthwise_mma.cuh"'
+    """Measured with bands, with diagonals and in windows: 46, 53 and 71 µs of 240 channels 5×5 at 28 pixels; 102, 98
+    and 117 of 144 channels 3×3 at 56."""
+    for (channels, size, kernel), expected in (
+        ((240, 28, 5), "depthwise_bands.cuh"),
+        ((144, 56, 3), "depthwise_rows.cuh"),
+    ):
+        step = depthwise_step(128, channels, size, kernel)
+        assert body_of(lower(step, CONTEXT)) == f'#include "{expected}"'
+        assert body_of(lower(step, replace(CONTEXT, architecture=SM_80))) == '#include "depthwise_mma.cuh"'
+
+
+@pytest.mark.parametrize("summed", [False, True])
+def test_tiles_fill_the_places_of_a_warp_and_fit(summed: bool) -> None:
+    """Of widths that networks have, a warp of depthwise_bands.cuh has results for most of its places in some tile, and
+    no tile asks for more than a multiprocessor has."""
+    for size, kernel, stride in ((7, 5, 1), (14, 5, 1), (28, 5, 2), (56, 3, 1), (112, 3, 2), (14, 7, 1)):
+        window = window_of(Geometry(depthwise_step(4, 96, size * stride, kernel, stride)))
+        fitting = bands.candidates(window, SM_90A.shared_bytes, summed)
+        used = [tile.units * tile.streams / (16 * ceildiv(tile.units * tile.streams, 16)) for tile in fitting]
+        assert max(used) >= 0.875
+        assert all(tile.blocks * (tile.shared_bytes(window) + 1024) <= SM_90A.shared_bytes + 1024 for tile in fitting)
+        assert all(32 * tile.warps <= 1024 and tile.met(window) <= 256 for tile in fitting)
+
+
+def test_bands_hold_every_tap_between_its_pixels() -> None:
+    """What a lane multiplies a pixel of a step with is the tap between it and the lane's pixel of the results."""
+    rng = rng_of("bands")
+    for kernel, stride, dilation in ((3, 1, 1), (5, 1, 1), (5, 2, 1), (2, 3, 1), (3, 1, 3)):
+        window = Window((2, kernel), (1, stride), (1, dilation), (9, 9), 1, 8)
+        filters = rng.standard_normal((8, 2, kernel)).astype(np.float16)
+        steps = ceildiv(3 * stride + (kernel - 1) * dilation + 1, 4)
+        packed = bands.pack_bands(filters, window).reshape(2, -1, 32, 8).transpose(0, 2, 1, 3).reshape(2, 32, -1)
+        for lane in range(32):
+            pixel, channel, result = lane % 4, lane // 4 % 2, lane // 8
+            for group, row, pair, step in np.ndindex(2, 2, 2, steps):
+                tap, rest = divmod(4 * step + pixel - result * stride, dilation)
+                there = rest == 0 and 0 <= tap < kernel
+                expected = filters[4 * group + 2 * pair + channel, row, tap] if there else 0
+                assert packed[group, lane, (row * 2 + pair) * steps + step] == expected
 
 
 def test_sweeps_get_the_present_way_and_tiles_from_the_whole_ranking() -> None:

@@ -15,6 +15,7 @@ from engine.ir.expr import PointOp
 from engine.ir.ops import Pointwise
 from engine.plan.tensor import row_major
 from engine.targets.cuda import covering as cv
+from engine.targets.cuda.codegen import bounds_of
 from engine.targets.cuda.covering import F16, F32, I64, make_step
 from engine.targets.cuda.pointwise import lower
 from tests.engine.targets.cuda.cases import (
@@ -66,6 +67,54 @@ def test_gelu_of_16_bits_is_good_to_its_rounding(runner: Runner, dtype: DType) -
     half_unit = np.maximum(2.0 ** (np.floor(np.log2(np.maximum(np.abs(want), 1e-300))) - digits), smallest / 2)
     bound = half_unit * (1 + 2.0**-10) + np.where(x > -5.7, 2.0**-14 * np.abs(want), 2.0**-37)
     assert np.all(np.abs(got - want) <= bound)
+
+
+def clamped(low: float | None, high: float | None, dtype: DType) -> ex.Expr:
+    value: ex.Expr = ex.Arg(0, F32)
+    value = value if low is None else ex.apply(PointOp.MAX, value, ex.const(low, F32))
+    value = value if high is None else ex.apply(PointOp.MIN, ex.const(high, F32), value)
+    return cv.stored(value, dtype)
+
+
+@pytest.mark.parametrize("dtype", [F16, DType.BF16])
+def test_what_has_been_rounded_is_bounded(runner: Runner, dtype: DType) -> None:
+    """Exactly what is rounded after the bounds: numbers around them, which round to them or past them, NaN, infinity."""
+    rng = rng_of("bounded")
+    special = [np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-9, -1e-9, 6.0, 1e30, -1e30, 65519.9, 65520.0, 3e38]
+    around = [edge * (1 + step * 2.0**-13) for edge in (0.5, 5.0, 6.0, 96.0) for step in range(-40, 41)]
+    values = np.concatenate([special, around, rng.standard_normal(3006) * 5]).astype(np.float32)
+    for low, high, most in ((0.0, None, 0), (0.0, 6.0, 6), (0.0, 0.5, 0.5), (0.0, 96.0, 96)):
+        store = clamped(low, high, dtype)
+        bits = int(np.array(most, dtype.numpy).view(np.uint16))
+        found = bounds_of(store)
+        assert found is not None and found.most == bits
+        step = make_step(Pointwise((store,)), [(F32, values.shape)])
+        (launch,) = lower(step, runner.context)
+        assert f"store_bounded<{'half' if dtype is F16 else 'bfloat16'}, {bits:#x}>" in launch.kernel.source.text
+        (got,) = runner.run(step, [launch], [values])
+        with np.errstate(over="ignore"):
+            want = np.clip(values, low, high).astype(dtype.numpy)
+        assert np.array_equal(got.astype(np.float32), want.astype(np.float32), equal_nan=True), (low, high)
+
+
+def test_other_bounds_are_met_before_rounding() -> None:
+    """Zero is not the lower one, the upper one is no number of the type, none of a float or infinite."""
+    for low, high in (
+        (-1.0, None),
+        (None, 6.0),
+        (0.0, 0.1),
+        (0.0, -2.0),
+        (0.0, 0.0),
+        (0.0, np.inf),
+        (0.0, 7e4),
+        (0.5, 6.0),
+    ):
+        assert bounds_of(clamped(low, high, F16)) is None
+    relu = clamped(0.0, None, F16)
+    assert bounds_of(relu) is not None
+    assert bounds_of(ex.cast(relu, F32)) is None
+    assert bounds_of(clamped(0.0, None, F32)) is None
+    assert bounds_of(cv.stored(cv.add(cv.relu6(cv.arg(0)), cv.constant(1.0)))) is None
 
 
 def test_gelu_of_32_bits_is_computed_with_erf(runner: Runner) -> None:

@@ -3,7 +3,8 @@
 // more whenever a piece has been stored: a lane then has DEPTH loads under way all the time, and none of them waits for a product.
 //
 // A piece is eight neighbouring columns of a row, as in epilogue/fragment.cuh. LAYOUT says what a lane has of a tile:
-//   TOTAL pieces, CHUNK of them rearranged at once, TOGETHER before the first of these is stored; FIXED groups of columns, fixed_of(piece) the one that a piece lies in;
+//   TOTAL pieces, CHUNK of them rearranged at once, TOGETHER before the first of these is stored; FIXED groups of columns,
+//   fixed_of(piece) the one that a piece lies in;
 //   column(group), columns: where a group starts, and the end of all columns;
 //   row(p, piece, row): finds the row of the iteration space, false where there is none;
 //   gather(d, first, v): CHUNK pieces of the accumulators; where they are BLOCKS_OF_ROWS, as in epilogue/fragment.cuh,

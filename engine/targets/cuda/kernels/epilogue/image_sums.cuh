@@ -1,5 +1,6 @@
 // Sums over the pixels of an image of what a warp stores, for a mean beside the result: a lane adds up the rows that it stores of eight
-// channels; where an image or the warp's part of it ends, lanes of one unit (eight pixels side by side) join theirs. Sums lie in
+// channels; where an image or the warp's part of it ends, lanes of one unit (UNIT pixels
+// side by side, DISTANCE lanes apart) join theirs. Sums lie in
 // [image][part][unit][channel], the parts of an image in the order of its rows; every place is written, always by the same lane, so that
 // whoever joins them gets the same bits in every run.
 #pragma once
@@ -12,12 +13,12 @@ struct EndOfRow {
   u32 row, pitch, stream, unit, channel;
 };
 
-template <bool ON> struct ImageSums {
+template <bool ON, int UNIT, int DISTANCE> struct ImageSums {
   DEVICE void add(const float (&)[8], const Epilogue::Inputs&) {}
   template <class PARAMS> DEVICE void end_row(const PARAMS&, const EndOfRow&) {}
 };
 
-template <> struct ImageSums<true> {
+template <int UNIT, int DISTANCE> struct ImageSums<true, UNIT, DISTANCE> {
   float total[8] = {};
 
   // Adds what the epilogue makes of eight sums.
@@ -28,19 +29,19 @@ template <> struct ImageSums<true> {
     for (int i = 0; i < 8; ++i) total[i] += value[i];
   }
 
-  // For all lanes of a warp. Bits 1 to 3 of a lane are its pixel in the unit; what ends is the same for all 16 lanes of one.
+  // For all lanes of a warp. What ends is the same for all lanes of a unit.
   template <class PARAMS> DEVICE void end_row(const PARAMS& p, const EndOfRow& at) {
     if (!__any_sync(~0u, at.ends)) return;
     float joined[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       joined[i] = total[i];
-      for (int distance = 2; distance <= 8; distance *= 2) joined[i] += __shfl_xor_sync(~0u, joined[i], distance);
+      for (int distance = DISTANCE; distance < UNIT * DISTANCE; distance *= 2) joined[i] += __shfl_xor_sync(~0u, joined[i], distance);
     }
     if (!at.ends) return;
 #pragma unroll
     for (int i = 0; i < 8; ++i) total[i] = 0.0f;
-    if ((threadIdx.x >> 1 & 7) != 0 || at.unit >= p.sum_units || at.channel >= p.channels) return;
+    if (threadIdx.x / DISTANCE % UNIT != 0 || at.unit >= p.sum_units || at.channel >= p.channels) return;
     const u32 image = at.row / at.pitch, part = at.stream - image * at.pitch / p.outputs;
     float* place = p.sums + ((static_cast<i64>(image) * p.sum_parts + part) * p.sum_units + at.unit) * p.channels + at.channel;
     reinterpret_cast<float4*>(place)[0] = make_float4(joined[0], joined[1], joined[2], joined[3]);

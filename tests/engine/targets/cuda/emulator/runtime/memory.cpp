@@ -185,7 +185,7 @@ void arrive(u32 barrier, const void* where) {
 void bring_box(u32 destination, const Map& map, u32 barrier, u32 column, u32 row, u32 inner, u32 outer, const void* where) {
   const u64 row_bytes = map.box_columns * map.element_bytes;
   if (row_bytes != 64 && row_bytes != 128) fail("only boxes of 64 and 128 bytes are emulated");
-  if (destination % (8 * row_bytes)) fail("a box starts at a swizzle atom");
+  if (destination % 128) fail("a box starts at a multiple of 128 bytes");  // the swizzle is one of addresses, not of rows of a box
   if (destination % SHARED_BYTES + map.box_rows * row_bytes > SHARED_BYTES) fail("a box lands outside shared memory");
   races::engine_writes(barrier, shared_memory + destination, static_cast<u32>(map.box_rows * row_bytes), where);
   const auto signed_row = static_cast<int>(row), signed_column = static_cast<int>(column);

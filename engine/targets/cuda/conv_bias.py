@@ -1,0 +1,51 @@
+"""A convolution's bias as what its sums begin with, which costs nothing, instead of an addition in its epilogue."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from engine.ir import expr as ex
+from engine.ir.expr import PointOp
+from engine.ir.ops import Conv
+from engine.plan.plan import Step
+from engine.plan.tensor import Buffer, Tensor
+from engine.targets.cuda.kernel import Context, is_constant
+
+
+def without_bias(step: Step) -> tuple[Step, Tensor | None]:
+    """A convolution whose stores take sums that have begun with a constant for each channel, and these constants; the
+    step as it is and None where its stores do anything else with its sums."""
+    assert isinstance(step.op, Conv)
+    uses = {node for node in ex.walk(*step.op.stores) if isinstance(node, ex.Apply) and _takes_sums(node)}
+    if len(uses) != 1 or any(isinstance(store, ex.Acc) for store in step.op.stores):
+        return step, None
+    (sum_,) = uses
+    rest = [arg for arg in sum_.args if not isinstance(arg, ex.Acc)]
+    if sum_.op is not PointOp.ADD or len(rest) != 1:
+        return step, None
+    added = rest[0].args[0] if isinstance(rest[0], ex.Apply) and rest[0].op is PointOp.CAST else rest[0]
+    if not isinstance(added, ex.Arg) or not added.dtype.is_float:
+        return step, None
+    bias, result = step.inputs[added.index], step.outputs[0].shape
+    channels = (result[1], *(1 for _ in result[2:]))
+    if not is_constant(bias) or tuple(bias.shape) not in (channels, (1, *channels)):
+        return step, None
+    stores = tuple(ex.replaced(store, sum_, ex.Acc()) for store in step.op.stores)
+    return replace(step, op=replace(step.op, stores=stores)), bias
+
+
+def packed_bias(bias: Tensor, channels: int, context: Context) -> Buffer:
+    """fp32 [channels], zeros behind those that there are."""
+
+    def pack(b: np.ndarray) -> np.ndarray:
+        padded = np.zeros(channels, np.float32)
+        padded[: b.size] = b.reshape(-1)
+        return padded
+
+    return context.weights.packed(bias, f"fp32 c{channels}", pack)
+
+
+def _takes_sums(node: ex.Apply) -> bool:
+    return any(isinstance(arg, ex.Acc) for arg in node.args)

@@ -1,0 +1,97 @@
+"""Tiles of depthwise convolutions whose rows stream through shared memory by the copy engine of sm_90a: what those of
+depthwise_rows.cuh (depthwise_diagonal.py) and of depthwise_bands.cuh (depthwise_bands.py) have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from engine.targets.cuda.conv_geometry import Geometry
+from engine.targets.cuda.depthwise import Window, window_of
+from engine.targets.cuda.kernel import ceildiv
+
+REGISTERS = 65536  # of a multiprocessor
+MEMORY_BYTES = 14.1  # of memory in a cycle of a multiprocessor, fitted to timings of an H100 (depthwise_diagonal.py)
+LARGEST_BOX = 256  # pixels of one copy
+MOST_WARPS = 16
+SUM_REGISTERS = 16  # of a thread that adds up the pixels of eight channels
+
+
+@dataclass(frozen=True)
+class Column:
+    """All images of a convolution, of `size` (height, width), on top of each other: `pitch` rows of inputs from one to
+    the next, `lines` rows of results from the first image's first one to the last image's last one."""
+
+    size: tuple[int, int]
+    pitch: int
+    lines: int
+
+    @classmethod
+    def of(cls, geometry: Geometry) -> Column:
+        window, pad = window_of(geometry), geometry.pads[1]
+        size, stride, out = (geometry.input[1], geometry.input[2]), window.stride[0], window.output[0]
+        # The next image's padding begins behind this one, and behind the last row that this one's results meet.
+        met = window.span(out, 0) - pad
+        pitch = ceildiv(max(size[0] + max(pad, 0), met, out * stride), stride) * stride
+        return cls(size, pitch, (window.images - 1) * (pitch // stride) + out)
+
+
+@dataclass(frozen=True)
+class RowsTile(ABC):
+    """A block's tile: `panel` channels, `units` of pixels of the width, `streams` parts of the column; a ring of
+    `stages` of `rows` rows. `blocks` share a multiprocessor."""
+
+    panel: int
+    units: int
+    streams: int
+    rows: int
+    stages: int
+    blocks: int
+
+    kernel: ClassVar[str]
+    unit: ClassVar[int]
+    """Pixels side by side that a warp has together."""
+
+    @property
+    def pixels(self) -> int:
+        """Of the width."""
+        return self.units * self.unit
+
+    @property
+    def threads(self) -> int:
+        """Whose registers a multiprocessor gives away: to a block in four equal parts, one for each scheduler."""
+        return self.blocks * ceildiv(self.warps, 4) * 128
+
+    @property
+    @abstractmethod
+    def warps(self) -> int: ...
+
+    @abstractmethod
+    def met(self, window: Window) -> int:
+        """Pixels of a row of inputs that a stream brings."""
+
+    @abstractmethod
+    def shared_bytes(self, window: Window) -> int: ...
+
+    @abstractmethod
+    def cycles(self, window: Window, column: Column, multiprocessors: int, sums: bool = False) -> float:
+        """Estimated time of the convolution. `sums`: with those over the pixels of images."""
+
+    def reads_lines_twice(self, window: Window) -> bool:
+        """Whether blocks of neighbouring panels meet in lines of the L2 cache: panels of half a line, where pixels do
+        not begin at multiples of them."""
+        return self.panel == 32 < window.channels and window.channels % 32 > 0
+
+
+def live_rows(window: Window) -> int:
+    """Rows of results that a row of inputs belongs to, at most."""
+    return (window.kernel[0] - 1) * window.dilation[0] // window.stride[0] + 1
+
+
+def parts_of(window: Window, tile: RowsTile, lines: int, multiprocessors: int) -> tuple[int, int, int]:
+    """Panels and pieces of the width, blocks that share the column of each, and the rows of results of a stream."""
+    wide = ceildiv(window.channels, tile.panel) * ceildiv(window.output[1], tile.pixels)
+    sharing = max(1, max(1, multiprocessors) * tile.blocks // wide)
+    outputs = ceildiv(lines, sharing * tile.streams)
+    return wide, ceildiv(lines, outputs * tile.streams), outputs
