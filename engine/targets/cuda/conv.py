@@ -306,13 +306,16 @@ def launch_conv(step: Step, geometry: Geometry, filters: Pointer, tile: MmaTile,
     assert operands is not None
     per_chunk = 16 // element.itemsize
     tiles, phases = ceildiv(geometry.rows, tile.m) * ceildiv(geometry.n, tile.n), len(geometry.phases)
+    vector = geometry.reads_chunks(per_chunk, element) and geometry.channels % per_chunk == 0
+    depth, config = geometry.axes == len(AXES), tile.config(operands)
+    if depth and not vector:  # to find elements one by one along three axes takes more registers
+        config["blocks"] = max(1, tile.blocks - 1)
     return launch(
         "conv",
         "conv_mma.cuh",
         {
-            **tile.config(operands), "operand": STORAGE[element], "x_t": geometry.x.ctype,
-            "x_vector": geometry.reads_chunks(per_chunk, element) and geometry.channels % per_chunk == 0,
-            "depth": geometry.axes == len(AXES), "phased": phases > 1,
+            **config, "operand": STORAGE[element], "x_t": geometry.x.ctype, "x_vector": vector, "depth": depth,
+            "phased": phases > 1,
         },
         [epilogue_for(step, geometry.n)],
         {

@@ -23,7 +23,7 @@ from engine.targets.cuda.covering.build import (
 )
 from engine.targets.cuda.depthwise import is_depthwise_product, launch_depthwise_product, window_of
 from engine.targets.cuda.depthwise_rows import ImageSums, has_rows, launch_rows
-from engine.targets.cuda.kernel import Context, Launch, ceildiv
+from engine.targets.cuda.kernel import Context, Launch
 
 
 def depthwise_products(context: Context) -> Iterator[tuple[str, Launch]]:
