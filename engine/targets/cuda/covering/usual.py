@@ -94,8 +94,8 @@ def steps() -> Iterator[Step]:
         yield make_step(
             conv_op(kernel, stride, 64), [image, w, weight(64, 1, 1)], f"depthwise {kernel} stride {stride}"
         )
-    many = [(F16, (4, 64, 28, 28)), weight(64, 1, 7, 7), weight(64, 1, 1)]
-    yield make_step(conv_op(7, 1, 64), many, "depthwise 7, four images")
+    four, w = (F16, (4, 64, 28, 28)), weight(64, 1, 7, 7)
+    yield make_step(conv_op(7, 1, 64), [four, w, weight(64, 1, 1)], "depthwise 7, four images")
     yield from excitation_steps()
     for head, causal in ((32, False), (64, True), (128, False)):
         yield attention(F16, head, causal, bias=1)

@@ -78,7 +78,7 @@ def clamped(low: float | None, high: float | None, dtype: DType) -> ex.Expr:
 
 @pytest.mark.parametrize("dtype", [F16, DType.BF16])
 def test_what_has_been_rounded_is_bounded(runner: Runner, dtype: DType) -> None:
-    """Exactly what is rounded after the bounds: numbers around them, which round to them or past them, NaN, infinity."""
+    """Exactly what is rounded after the bounds: numbers around them that round to them or past them, NaN, infinity."""
     rng = rng_of("bounded")
     special = [np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-9, -1e-9, 6.0, 1e30, -1e30, 65519.9, 65520.0, 3e38]
     around = [edge * (1 + step * 2.0**-13) for edge in (0.5, 5.0, 6.0, 96.0) for step in range(-40, 41)]
