@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from math import inf
 from statistics import median
 from typing import TYPE_CHECKING
@@ -34,9 +33,6 @@ _ROUNDS = 5
 _ROUND_SECONDS = 1e-3
 _FINAL_ROUNDS = 9
 _FINAL_SECONDS = 3e-3  # long enough for the clock to fall to what it is under load
-_LONG_US = 50.0  # from here on a step may bring the chip to the limit of its power
-_HEAT_SECONDS = 0.25  # until it is there: 0.1 s of a convolution went 8 % faster than a second of it
-_LONG_ROUNDS, _WARM_SECONDS = 3, 5e-3  # of a tile's own work before a round: at the limit each has a clock of its own
 _CHALLENGERS = 3
 _POOL = 1 << 20  # random numbers that the operands repeat
 _GAIN = 0.98  # of the cost model's tile: what is faster by less than the noise does not take its place
@@ -90,42 +86,24 @@ def _load(target: CudaTarget, found: Mapping[str, Tunable], keys: Sequence[str])
 def _decided(target: CudaTarget, one: Tunable) -> tuple[list[float], int]:
     """Microseconds of the candidates, and which of them to take: the cost model's own, the first, unless another one
     beats it by more than noise once more, in longer rounds of the two alone. Short rounds of many mislead where what
-    ran before decides the clock. Of a long step each candidate has the clock that it leaves itself in the long run."""
+    ran before decides the clock."""
     rows = _rows(one, target.context)
-    if one.candidates[0].estimate_us >= _LONG_US:
-        lasting = Pace(_LONG_ROUNDS, _FINAL_SECONDS, _WARM_SECONDS, _HEAT_SECONDS)
-        measured = timed_launches(target, one.step, rows, lasting)
-        best = min(range(len(rows)), key=measured.__getitem__)
-        return measured, best if measured[best] < _GAIN * measured[0] else 0
     measured = timed_launches(target, one.step, rows)
     for i in sorted(range(1, len(rows)), key=measured.__getitem__)[:_CHALLENGERS]:
         if measured[i] >= _GAIN * measured[0]:
             break
-        own, other = timed_launches(target, one.step, [rows[0], rows[i]], Pace(_FINAL_ROUNDS, _FINAL_SECONDS))
+        own, other = timed_launches(target, one.step, [rows[0], rows[i]], _FINAL_ROUNDS, _FINAL_SECONDS)
         if other < _GAIN * own:
             return measured, i
     return measured, 0
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How launches are timed: rounds of so many seconds each, each behind `warm_seconds` of the same work, all of them
-    behind `heat_seconds` of the first one's."""
-
-    rounds: int
-    seconds: float
-    warm_seconds: float = 0.0
-    heat_seconds: float = 0.0
-
-
-SHORT = Pace(_ROUNDS, _ROUND_SECONDS)
 
 
 def timed_launches(
     target: CudaTarget,
     step: Step,
     rows: Sequence[list[Launch]],
-    pace: Pace = SHORT,
+    rounds: int = _ROUNDS,
+    round_seconds: float = _ROUND_SECONDS,
 ) -> list[float]:
     """Microseconds of each row of launches, whose kernels are loaded: the median of rounds that take turns."""
     count = min(_MOST_SETS, max(1, ceildiv(_ROTATE_BYTES, max(1, step.cost.bytes))))
@@ -133,15 +111,11 @@ def timed_launches(
     stream = cupy.cuda.Stream(non_blocking=True)
     graphs = [_captured(target, row, memory, stream) for row in rows]
     cupy.cuda.get_current_stream().synchronize()  # on which the operands were written
-    once = [max(_seconds(graph, stream, 2) / 2, 1e-7) for graph in graphs]
-    _launch(graphs[0], stream, int(pace.heat_seconds / once[0]))
-
-    def round_of(graph: cupy.cuda.Graph, seconds: float) -> float:
-        _launch(graph, stream, int(pace.warm_seconds / seconds))
-        repeats = max(1, int(pace.seconds / seconds))
-        return _seconds(graph, stream, repeats) / repeats / count
-
-    times = [[round_of(*one) for one in zip(graphs, once, strict=True)] for _ in range(pace.rounds)]
+    repeats = [max(1, int(round_seconds / max(_seconds(graph, stream, 2) / 2, 1e-7))) for graph in graphs]
+    times = [
+        [_seconds(graph, stream, repeat) / repeat / count for graph, repeat in zip(graphs, repeats, strict=True)]
+        for _ in range(rounds)
+    ]
     return [median(one) * 1e6 for one in zip(*times, strict=True)]
 
 
@@ -203,9 +177,8 @@ def _captured(target: CudaTarget, row: Sequence[Launch], memory: _Memory, stream
 
 
 def _seconds(graph: cupy.cuda.Graph, stream: cupy.cuda.Stream, repeats: int) -> float:
-    return elapsed_seconds(stream, lambda: _launch(graph, stream, repeats))
+    def work() -> None:
+        for _ in range(repeats):
+            graph.launch(stream)
 
-
-def _launch(graph: cupy.cuda.Graph, stream: cupy.cuda.Stream, repeats: int) -> None:
-    for _ in range(repeats):
-        graph.launch(stream)
+    return elapsed_seconds(stream, work)

@@ -82,7 +82,7 @@ def test_convolutions_are_timed_beside_products(monkeypatch: pytest.MonkeyPatch)
     assert found is not None
     rows = [found.launches(i, HOPPER) for i in range(len(found.candidates))]
 
-    def times(target: object, one: Step, rows: Sequence[object], *pace: tuner.Pace) -> list[float]:
+    def times(target: object, one: Step, rows: Sequence[object], *rounds: float) -> list[float]:
         return [10.0] * (len(rows) - 1) + [9.7 if one is step else 9.9]
 
     monkeypatch.setattr(tuner, "timed_launches", times)
@@ -105,7 +105,7 @@ def test_what_was_faster_once_has_to_be_so_again(monkeypatch: pytest.MonkeyPatch
     assert found is not None
     rows = [found.launches(i, HOPPER) for i in range(len(found.candidates))]
 
-    def times(target: object, one: Step, now: Sequence[list[Launch]], *pace: tuner.Pace) -> list[float]:
+    def times(target: object, one: Step, now: Sequence[list[Launch]], *rounds: float) -> list[float]:
         if len(now) > 2:
             return [10.0] * (len(now) - 2) + [9.0, 8.0]
         return [10.0, 9.9 if now[1][0].kernel == rows[-1][0].kernel else 9.0]
@@ -116,30 +116,12 @@ def test_what_was_faster_once_has_to_be_so_again(monkeypatch: pytest.MonkeyPatch
     assert [trial.chosen for trial in trials] == [False] * (len(rows) - 2) + [True, False]
 
 
-def test_a_long_step_is_timed_as_it_goes_in_the_long_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All candidates once, each behind work of its own on a chip that is hot: no short rounds come before."""
-    step = make_step(Gemm((ACC,)), [(F16, (65536, 768)), weight(768, 3072)])
-    found = tunables.tunable(step, HOPPER)
-    assert found is not None and found.candidates[0].estimate_us > 100
-    paces = list[tuner.Pace]()
-
-    def times(target: object, one: Step, rows: Sequence[object], *pace: tuner.Pace) -> list[float]:
-        paces.extend(pace)
-        return [300.0] * (len(rows) - 1) + [290.0]
-
-    monkeypatch.setattr(tuner, "timed_launches", times)
-    trials = list(tuner.trials(cast(CudaTarget, FakeTarget()), [step], timed=True))
-    assert [trial.chosen for trial in trials] == [False] * (len(trials) - 1) + [True]
-    (pace,) = paces
-    assert pace.heat_seconds >= 0.1 and pace.warm_seconds >= pace.seconds
-
-
 def test_products_are_timed_until_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fifteen kinds of products, one of them twice; the clock goes on by a second for each that is timed."""
     clock = [0.0]
 
-    def times(target: object, step: object, rows: Sequence[object], *pace: tuner.Pace) -> list[float]:
-        clock[0] += not pace
+    def times(target: object, step: object, rows: Sequence[object], *rounds: float) -> list[float]:
+        clock[0] += not rounds
         return [99.0 - 3 * i for i in range(len(rows))]  # the last tile is the fastest
 
     monkeypatch.setattr(tuner, "timed_launches", times)
