@@ -15,14 +15,12 @@ from engine.targets.cuda.architecture import share_of
 from engine.targets.cuda.depthwise import Window
 from engine.targets.cuda.depthwise_tiles import (
     LARGEST_BOX,
-    MEMORY_BYTES,
     MOST_WARPS,
     REGISTERS,
     SUM_REGISTERS,
-    Column,
+    Rates,
     RowsTile,
     live_rows,
-    parts_of,
 )
 from engine.targets.cuda.kernel import ceildiv
 
@@ -34,19 +32,11 @@ _MOST_REGISTERS = 255  # of a thread
 _OTHERS = 50  # registers of a thread for addresses and what changes from row to row
 
 # Instructions of a warp for a row of inputs beside products, for a stage and for a row of results, and how many a
-# multiprocessor issues a cycle.
-_READ, _STAGE, _STORED, _ISSUED = 8.6, 47.0, 48.0, 2.77
+# multiprocessor issues a cycle; cycles for a product with k of two steps. With the rates fitted to 1,812 timings of 161
+# convolutions on an H100: 13 % off in the root mean square, and the tile picked takes 3 % longer than the best one
+# timed, on average.
+_READ, _STAGE, _STORED, _ISSUED, _PRODUCT = 8.6, 47.0, 48.0, 2.77, 1.28
 _SUMMED = 24.0  # for a row whose pixels are added up, too
-# Cycles of a multiprocessor, beside the bytes of memory in one: a product with k of two steps; a row of a box in the
-# copy engine; the way of a row from memory; what one warp that waits for nobody takes for a row of inputs, a product,
-# and a row of results; a launch with its first row. Fitted to 1,812 timings of 161 convolutions on an H100: 13 % off in
-# the root mean square, and the tile picked takes 3 % longer than the best one timed, on average.
-_PRODUCT, _COPY = 1.28, 3.87
-_LATENCY, _ALONE_READ, _ALONE_PRODUCT, _ALONE_ROW, _START = 2022.0, 496.0, 3.04, 349.0, 2231.0
-_SHARPNESS = 2.41
-# Where blocks of neighbouring panels meet in lines, these come from memory twice once a ring lets the blocks drift
-# apart by more than some rows.
-_TWICE, _DRIFT = 1.16, 28.0
 
 
 @dataclass(frozen=True)
@@ -55,13 +45,17 @@ class BandedRows(RowsTile):
 
     kernel: ClassVar[str] = "depthwise_bands.cuh"
     unit: ClassVar[int] = _UNIT
+    leaves: ClassVar[bool] = True
+    rates: ClassVar[Rates] = Rates(
+        copy=3.87, latency=2022.0, alone_read=496.0, alone_product=3.04, alone_row=349.0, start=2231.0, sharpness=2.41,
+        twice=1.16, drift=28.0,
+    )  # fmt: skip
 
     @property
     def warps(self) -> int:
         return ceildiv(self.units * self.streams, _PLACES) * (self.panel // _GROUP)
 
     def met(self, window: Window) -> int:
-        """Pixels of a row of inputs that a stream brings."""
         return _UNIT * ((self.units - 1) * window.stride[1] + _steps(window))
 
     def row_bytes(self, window: Window) -> int:
@@ -81,36 +75,15 @@ class BandedRows(RowsTile):
         share = REGISTERS // self.threads // 8 * 8  # given in eights
         return _registers(window, sums) + _weight_registers(window) <= min(share, _MOST_REGISTERS)
 
-    def cycles(self, window: Window, column: Column, multiprocessors: int, sums: bool = False) -> float:
-        wide, sharing, outputs = parts_of(window, self, column.lines, multiprocessors)
-        stride, across, steps = window.stride[0], self.pixels, _steps(window)
-        inputs = window.span(outputs, 0)  # rows that a stream goes through
-        blocks, most = wide * sharing, max(1, multiprocessors) * self.blocks
-        resident = min(self.blocks, ceildiv(blocks, max(1, multiprocessors)))
-        products = inputs * 4 * steps / 2 * window.kernel[0] / stride  # of two steps each
-        each = 3 * products + inputs * (_READ + 2 * steps) + outputs * (_STORED + (_SUMMED if sums else 0.0))
-        each += inputs / self.rows * _STAGE
-        streams, width = resident * self.streams, self.met(window)
-        # Of pixels that a block goes through, those that there are.
-        read = inputs * column.size[0] / column.pitch * min(width, column.size[1])
-        written = (
-            outputs * stride * window.output[0] / column.pitch * window.output[1] / ceildiv(window.output[1], across)
-        )
-        if self.reads_lines_twice(window):
-            read *= 1 + _TWICE * max(0.0, 1 - _DRIFT / (self.rows * self.stages))
-        share = window.channels / (ceildiv(window.channels, self.panel) * self.panel)
-        warps = resident * self.warps * share
-        alone = inputs * _ALONE_READ + products * _ALONE_PRODUCT + outputs * _ALONE_ROW
-        limits = (
-            warps * each / _ISSUED,
-            warps * products * _PRODUCT,
-            streams * inputs * width * _COPY,
-            streams * 2 * self.panel * share * (read + written) / MEMORY_BYTES,
-            inputs / (self.rows * (self.stages - 1)) * _LATENCY,
-            alone,
-        )
-        # What is far from being the limit costs nothing, what is close to it something.
-        return _START + ceildiv(blocks, most) * float(np.linalg.norm(limits, _SHARPNESS))
+    def products(self, window: Window) -> float:
+        """Of two steps each."""
+        return 4 * _steps(window) / 2 * window.kernel[0] / window.stride[0]
+
+    def busy(self, window: Window, inputs: int, outputs: int, warps: float, sums: bool) -> tuple[float, ...]:
+        products = inputs * self.products(window)
+        each = 3 * products + inputs * (_READ + 2 * _steps(window) + _STAGE / self.rows)
+        each += outputs * (_STORED + (_SUMMED if sums else 0.0))
+        return warps * each / _ISSUED, warps * products * _PRODUCT
 
 
 def _steps(window: Window) -> int:

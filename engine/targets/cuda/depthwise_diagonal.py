@@ -8,38 +8,26 @@ from functools import lru_cache
 from itertools import product
 from typing import ClassVar
 
-import numpy as np
-
 from engine.targets.cuda.architecture import share_of
 from engine.targets.cuda.depthwise import Window
 from engine.targets.cuda.depthwise_tiles import (
     LARGEST_BOX,
-    MEMORY_BYTES,
     MOST_WARPS,
     REGISTERS,
     SUM_REGISTERS,
-    Column,
+    Rates,
     RowsTile,
     live_rows,
-    parts_of,
 )
 from engine.targets.cuda.kernel import ceildiv
 
 _SUMS_BYTES = 2048  # that a warp passes its sums through
 
-# Instructions of a warp for a pair of taps and for a stage, and how many a multiprocessor issues a cycle.
+# Instructions of a warp for a pair of taps and for a stage, and how many a multiprocessor issues a cycle. With the
+# rates fitted to 888 timings of 111 convolutions on an H100: 11 % off in the root mean square, and the tile picked
+# takes 4 % longer than the best one timed, on average.
 _READ, _STAGE, _ISSUED = 3.5, 23.0, 1.1
 _SUMMED = 4.0  # for a row whose pixels are added up, too: eight additions, and whether an image ends
-# Cycles of a multiprocessor, beside the bytes of memory in one: a row of a box in the copy engine; the way of a row
-# from memory; what one warp that waits for nobody takes for a row of inputs, a product, and a row of results; a launch
-# with its first row. Fitted to 888 timings of 111 convolutions on an H100: 11 % off in the root mean square, and the
-# tile picked takes 4 % longer than the best one timed, on average.
-_COPY = 3.7
-_LATENCY, _ALONE_READ, _ALONE_PRODUCT, _ALONE_ROW, _START = 1663.0, 137.0, 7.34, 341.0, 3158.0
-_SHARPNESS = 2.3
-# Where blocks of neighbouring panels meet in lines, these come from memory twice once a ring lets the blocks drift
-# apart by more than some rows.
-_TWICE, _DRIFT = 1.12, 9.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +36,11 @@ class DiagonalRows(RowsTile):
 
     kernel: ClassVar[str] = "depthwise_rows.cuh"
     unit: ClassVar[int] = 8
+    leaves: ClassVar[bool] = False
+    rates: ClassVar[Rates] = Rates(
+        copy=3.7, latency=1663.0, alone_read=137.0, alone_product=7.34, alone_row=341.0, start=3158.0, sharpness=2.3,
+        twice=1.12, drift=9.0,
+    )  # fmt: skip
 
     @property
     def warps(self) -> int:
@@ -64,34 +57,17 @@ class DiagonalRows(RowsTile):
         """The ring, what warps pass their sums through, and the barriers `full` and `empty` of each stage."""
         return self.stages * self.rows * self.row_bytes(window) + self.warps * _SUMS_BYTES + 2 * 8 * self.stages
 
-    def cycles(self, window: Window, column: Column, multiprocessors: int, sums: bool = False) -> float:
-        wide, sharing, outputs = parts_of(window, self, column.lines, multiprocessors)
-        stride, across = window.stride[0], self.pixels
-        inputs = window.span(outputs, 0)  # rows that a stream goes through
-        blocks, most = wide * sharing, max(1, multiprocessors) * self.blocks
-        resident = min(self.blocks, ceildiv(blocks, max(1, multiprocessors)))
-        reads = inputs * 2 * window.tap_pairs
-        products = reads * window.kernel[0] / stride
-        each = products + reads * _READ + (outputs * _SUMMED if sums else 0.0) + inputs / self.rows * _STAGE
-        streams, width = resident * self.streams, window.span(across, 1)
-        # Of pixels that a block goes through, those that there are.
-        read = inputs * column.size[0] / column.pitch * min(width, column.size[1])
-        written = (
-            outputs * stride * window.output[0] / column.pitch * window.output[1] / ceildiv(window.output[1], across)
-        )
-        if self.reads_lines_twice(window):
-            read *= 1 + _TWICE * max(0.0, 1 - _DRIFT / (self.rows * self.stages))
-        share = window.channels / (ceildiv(window.channels, self.panel) * self.panel)
-        alone = inputs * _ALONE_READ + products * _ALONE_PRODUCT + outputs * _ALONE_ROW
-        limits = (
-            resident * self.warps * each / _ISSUED,
-            streams * inputs * width * _COPY,
-            streams * 2 * self.panel * share * (read + written) / MEMORY_BYTES,
-            inputs / (self.rows * (self.stages - 1)) * _LATENCY,
-            alone,
-        )
-        # What is far from being the limit costs nothing, what is close to it something.
-        return _START + ceildiv(blocks, most) * float(np.linalg.norm(limits, _SHARPNESS))
+    def products(self, window: Window) -> float:
+        return _reads(window) * window.kernel[0] / window.stride[0]
+
+    def busy(self, window: Window, inputs: int, outputs: int, warps: float, sums: bool) -> tuple[float, ...]:
+        each = self.products(window) + _reads(window) * _READ + _STAGE / self.rows
+        return (warps * (inputs * each + (outputs * _SUMMED if sums else 0.0)) / _ISSUED,)
+
+
+def _reads(window: Window) -> int:
+    """Of a warp from shared memory, for a row of inputs."""
+    return 2 * window.tap_pairs
 
 
 def _registers(window: Window, sums: bool) -> int:

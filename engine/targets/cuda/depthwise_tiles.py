@@ -7,12 +7,14 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.depthwise import Window, window_of
 from engine.targets.cuda.kernel import ceildiv
 
 REGISTERS = 65536  # of a multiprocessor
-MEMORY_BYTES = 14.1  # of memory in a cycle of a multiprocessor, fitted to timings of an H100 (depthwise_diagonal.py)
+MEMORY_BYTES = 14.1  # of memory in a cycle of a multiprocessor, fitted to timings of an H100
 LARGEST_BOX = 256  # pixels of one copy
 MOST_WARPS = 16
 SUM_REGISTERS = 16  # of a thread that adds up the pixels of eight channels
@@ -38,6 +40,25 @@ class Column:
 
 
 @dataclass(frozen=True)
+class Rates:
+    """What a kernel's estimate is made of, in cycles of a multiprocessor: a row of a box in the copy engine (`copy`),
+    the way of a row from memory; what one warp that waits for nobody takes for a row of inputs, a product, and a row of
+    results; a launch with its first row. What is far from being the limit costs nothing, what is close to it something
+    (`sharpness`). Where blocks of neighbouring panels meet in lines of the L2 cache, a share `twice` of what is read
+    comes from memory again once a ring lets the blocks drift apart by more than `drift` rows."""
+
+    copy: float
+    latency: float
+    alone_read: float
+    alone_product: float
+    alone_row: float
+    start: float
+    sharpness: float
+    twice: float
+    drift: float
+
+
+@dataclass(frozen=True)
 class RowsTile(ABC):
     """A block's tile: `panel` channels, `units` of pixels of the width, `streams` parts of the column; a ring of
     `stages` of `rows` rows. `blocks` share a multiprocessor."""
@@ -52,6 +73,9 @@ class RowsTile(ABC):
     kernel: ClassVar[str]
     unit: ClassVar[int]
     """Pixels side by side that a warp has together."""
+    leaves: ClassVar[bool]
+    """Whether warps whose channels are not there do next to nothing."""
+    rates: ClassVar[Rates]
 
     @property
     def pixels(self) -> int:
@@ -75,10 +99,38 @@ class RowsTile(ABC):
     def shared_bytes(self, window: Window) -> int: ...
 
     @abstractmethod
+    def products(self, window: Window) -> float:
+        """Instructions of a warp that multiply, for a row of inputs."""
+
+    @abstractmethod
+    def busy(self, window: Window, inputs: int, outputs: int, warps: float, sums: bool) -> tuple[float, ...]:
+        """Cycles for which a multiprocessor's units are busy, where so many `warps` go through so many rows each."""
+
     def cycles(self, window: Window, column: Column, multiprocessors: int, sums: bool = False) -> float:
         """Estimated time of the convolution. `sums`: with those over the pixels of images."""
+        wide, sharing, outputs = parts_of(window, self, column.lines, multiprocessors)
+        stride, rates = window.stride[0], self.rates
+        inputs = window.span(outputs, 0)  # rows that a stream goes through
+        blocks, most = wide * sharing, max(1, multiprocessors) * self.blocks
+        resident = min(self.blocks, ceildiv(blocks, max(1, multiprocessors)))
+        streams, met, across = resident * self.streams, self.met(window), ceildiv(window.output[1], self.pixels)
+        # Of pixels that a block goes through, those that there are.
+        read = inputs * column.size[0] / column.pitch * min(met, column.size[1])
+        written = outputs * stride * window.output[0] / column.pitch * window.output[1] / across
+        if self._reads_lines_twice(window):
+            read *= 1 + rates.twice * max(0.0, 1 - rates.drift / (self.rows * self.stages))
+        share = window.channels / (ceildiv(window.channels, self.panel) * self.panel)
+        alone = rates.alone_read + self.products(window) * rates.alone_product
+        limits = (
+            *self.busy(window, inputs, outputs, resident * self.warps * (share if self.leaves else 1.0), sums),
+            streams * inputs * met * rates.copy,
+            streams * 2 * self.panel * share * (read + written) / MEMORY_BYTES,
+            inputs / (self.rows * (self.stages - 1)) * rates.latency,
+            inputs * alone + outputs * rates.alone_row,
+        )
+        return rates.start + ceildiv(blocks, most) * float(np.linalg.norm(limits, rates.sharpness))
 
-    def reads_lines_twice(self, window: Window) -> bool:
+    def _reads_lines_twice(self, window: Window) -> bool:
         """Whether blocks of neighbouring panels meet in lines of the L2 cache: panels of half a line, where pixels do
         not begin at multiples of them."""
         return self.panel == 32 < window.channels and window.channels % 32 > 0

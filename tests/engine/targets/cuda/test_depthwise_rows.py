@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from engine.ir import expr as ex
+from engine.ir.dtype import DType
 from engine.ir.ops import Conv, ConvMean
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
@@ -28,7 +29,7 @@ from engine.targets.cuda.depthwise_rows import ImageSums, candidates, has_rows, 
 from engine.targets.cuda.depthwise_tiles import Column, RowsTile
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.kernel import Context, Launch, WeightStore, ceildiv, workspace_bytes
-from tests.engine.targets.cuda.cases import check, ragged, rng_of
+from tests.engine.targets.cuda.cases import check, check_late, ragged, rng_of
 from tests.engine.targets.cuda.harness import Case, Runner
 from tests.engine.targets.cuda.test_conv import BF16_, EPILOGUES, FP16, Kind, Shape, case, random_shape, random_step
 from tests.engine.targets.cuda.test_conv_wgmma import conv_step
@@ -126,6 +127,28 @@ def test_a_ring_goes_round_many_times(hopper: Runner, count: int) -> None:
             label = f"{kernel}/{stride} {multiprocessors} {tile}"
             cases.append(Case(label, step, kernel**2, lowered=launches, rounding=FP16.rounding))
     check(hopper, cases)
+
+
+def test_warps_that_come_late_take_turns_with_the_others(hopper: Runner, count: int) -> None:
+    """Rings of two stages and of more than there are rows, a last panel that has some of its channels, one and two warps
+    of places: warps pass each other sums, and one of them asks for everybody's rows."""
+    cases = []
+    for kernel, stride, dtype in ((3, 1, F16), (5, 2, F16), (7, 1, DType.BF16)):
+        filters = [weight(40, 1, kernel, kernel, dtype=dtype), weight(40, 1, 1, dtype=dtype)]
+        op = replace(cv.conv_op(kernel, stride, 40), stores=(cv.stored(cv.add(ACC, cv.arg(2, dtype)), dtype),))
+        step = make_step(op, [(dtype, (3, 40, 9, 11)), *filters])
+        geometry = Geometry(step)
+        fitting = candidates(window_of(geometry), hopper.context.architecture.shared_bytes)
+        banded = [tile for tile in fitting if isinstance(tile, BandedRows) and tile.panel == 32]
+        for stages, wide in ((2, True), (2, False), (6, False)):
+            tile = next(t for t in banded if t.stages == stages and (t.warps > 8) == wide and t.rows == stride)
+            for multiprocessors in (1, 5):
+                few = replace(hopper.context, multiprocessors=multiprocessors)
+                launches = [launch_rows(step, geometry, tile, few)]
+                label = f"{kernel}/{stride} {multiprocessors} {tile}"
+                rounding = (FP16 if dtype is F16 else BF16_).rounding
+                cases.append(Case(label, step, kernel**2, lowered=launches, rounding=rounding))
+    check_late(hopper, cases)
 
 
 # With the mean of every image
