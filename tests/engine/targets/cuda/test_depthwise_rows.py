@@ -130,7 +130,7 @@ def test_a_ring_goes_round_many_times(hopper: Runner, count: int) -> None:
 
 
 def test_warps_that_come_late_take_turns_with_the_others(hopper: Runner, count: int) -> None:
-    """Rings of two stages and of more than there are rows, a last panel that has some of its channels, one and two warps
+    """Rings of two stages and of more than there are rows, a last panel that lacks some channels, one and two warps
     of places: warps pass each other sums, and one of them asks for everybody's rows."""
     cases = []
     for kernel, stride, dtype in ((3, 1, F16), (5, 2, F16), (7, 1, DType.BF16)):
