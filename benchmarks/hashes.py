@@ -1,4 +1,5 @@
 """Hashes of the sources that a row's kernels depend on. A row with another hash than the present sources is stale.
+Comments and line breaks of kernels count for nothing.
 
 A GPU kernel's row depends on the complete sources of the kernels that the case launches, which hold their tiles, types
 and expressions; a row of a model or of the server on all kernels and passes, and one on packed tokens on the packer as
@@ -9,6 +10,7 @@ too.
 from __future__ import annotations
 
 import hashlib
+import re
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +22,7 @@ FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
 _SHARED = ("ir", "passes", "plan")
 _INSPECTS = ("gate.py", "machine_code.py")  # what is compiled, and makes none of it
 _DIGITS = 16
+_COMMENT = re.compile(r"//[^\n]*")
 _WHOLE = (
     cases.models.ModelCase, cases.accuracy.AccuracyCase, cases.memory.MemoryCase, cases.ready.ReadyCase,
     cases.metrics.MetricsCase,
@@ -40,7 +43,8 @@ def kernel_hash(device: Device, case: cases.Case) -> str:
     from benchmarks.gpu import steps  # which needs NVRTC's bindings
 
     assert isinstance(case, steps.KERNEL_CASES)
-    return hash_texts(steps.kernel_sources(case, steps.context(device.architecture, device.multiprocessors)))
+    sources = steps.kernel_sources(case, steps.context(device.architecture, device.multiprocessors))
+    return hash_texts([code_of(text) for text in sources])
 
 
 def export_hash(case: cases.exports.ExportCase, folder: Path = FIXTURES) -> str:
@@ -63,7 +67,17 @@ def tree_hash(target: str, engine: Path = _ENGINE) -> str:
         for path in sorted((engine / folder).rglob("*"))
         if path.suffix in (".py", ".cuh") and path.name not in _INSPECTS
     ]
-    return hash_texts([f"{path.relative_to(engine).as_posix()}\0{path.read_text(encoding='utf-8')}" for path in files])
+    return hash_texts([f"{path.relative_to(engine).as_posix()}\0{_content(path)}" for path in files])
+
+
+def _content(path: Path) -> str:
+    text = path.read_text(encoding="utf-8")
+    return code_of(text) if path.suffix == ".cuh" else text
+
+
+def code_of(kernel: str) -> str:
+    """A kernel's text without comments, all white space a blank. No string of a kernel has two slashes."""
+    return " ".join(_COMMENT.sub("", kernel).split())
 
 
 def hash_texts(texts: list[str]) -> str:

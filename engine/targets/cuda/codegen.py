@@ -171,7 +171,8 @@ def bounds_of(store: ex.Expr) -> Bounds | None:
     upper = _with_constant(value, PointOp.MIN)
     if upper is not None:
         value, bound = upper
-        rounded = np.float32(bound).astype(store.dtype.numpy)
+        with np.errstate(over="ignore"):  # of a bound that the type has no number for
+            rounded = np.float32(bound).astype(store.dtype.numpy)
         if float(rounded) != bound or not 0 < bound < math.inf:
             return None
         most = int(rounded.view(np.uint16))

@@ -1,4 +1,5 @@
-"""A convolution's bias as what its sums begin with, which costs nothing, instead of an addition in its epilogue."""
+"""A depthwise convolution's bias as what its sums begin with, instead of an addition in its epilogue
+(depthwise_rows.py). Sums in fp32 are then rounded beside the bias, not before it."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from engine.ir import expr as ex
+from engine.ir.dtype import DType
 from engine.ir.expr import PointOp
 from engine.ir.ops import Conv
 from engine.plan.plan import Step
@@ -21,9 +23,9 @@ def without_bias(step: Step) -> tuple[Step, Tensor | None]:
     uses = {node for node in ex.walk(*step.op.stores) if isinstance(node, ex.Apply) and _takes_sums(node)}
     if len(uses) != 1 or any(isinstance(store, ex.Acc) for store in step.op.stores):
         return step, None
-    (sum_,) = uses
-    rest = [arg for arg in sum_.args if not isinstance(arg, ex.Acc)]
-    if sum_.op is not PointOp.ADD or len(rest) != 1:
+    (addition,) = uses
+    rest = [arg for arg in addition.args if not isinstance(arg, ex.Acc)]
+    if addition.op is not PointOp.ADD or len(rest) != 1 or not addition.dtype is rest[0].dtype is DType.F32:
         return step, None
     added = rest[0].args[0] if isinstance(rest[0], ex.Apply) and rest[0].op is PointOp.CAST else rest[0]
     if not isinstance(added, ex.Arg) or not added.dtype.is_float:
@@ -32,7 +34,7 @@ def without_bias(step: Step) -> tuple[Step, Tensor | None]:
     channels = (result[1], *(1 for _ in result[2:]))
     if not is_constant(bias) or tuple(bias.shape) not in (channels, (1, *channels)):
         return step, None
-    stores = tuple(ex.replaced(store, sum_, ex.Acc()) for store in step.op.stores)
+    stores = tuple(ex.replaced(store, addition, ex.Acc()) for store in step.op.stores)
     return replace(step, op=replace(step.op, stores=stores)), bias
 
 

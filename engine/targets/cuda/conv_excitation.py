@@ -1,5 +1,5 @@
-"""Depthwise convolutions with the squeeze-and-excite layers on their mean: `ConvExcitation`. What depthwise_rows.cuh
-leaves of an image's pixels, excitation.cuh adds up itself."""
+"""Depthwise convolutions with the squeeze-and-excite layers on their mean: `ConvExcitation`. What a kernel of
+rows (depthwise_rows.py) leaves of an image's pixels, excitation.cuh adds up itself."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def with_mean(step: Step) -> Step:
 
 
 def lower_rows(step: Step, tile: RowsTile, context: Context) -> list[Launch]:
-    """The launches of a step in the given tile of depthwise_rows.cuh, which `has_rows`."""
+    """The launches of a step that `has_rows` in the given tile."""
     bare = conv_mean.without_mean(with_mean(step))
     geometry = Geometry(bare)
     sums = ImageSums.of(geometry, tile, context)

@@ -1,6 +1,6 @@
-"""Depthwise convolutions that compute the mean over their pixels, too: `ConvMean`. In depthwise_rows.cuh sums come
-beside the result, a few for each image, and a small reduction joins them; elsewhere the mean is taken of the stored
-result."""
+"""Depthwise convolutions that compute the mean over their pixels, too: `ConvMean`. In the kernels of rows
+(depthwise_rows.py) sums come beside the result, a few for each image, and a small reduction joins them; elsewhere the
+mean is taken of the stored result."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def without_mean(step: Step) -> Step:
 
 
 def lower_rows(step: Step, tile: RowsTile, context: Context) -> list[Launch]:
-    """The launches of a step in the given tile of depthwise_rows.cuh, which `has_rows`."""
+    """The launches of a step that `has_rows` in the given tile."""
     assert isinstance(step.op, ConvMean)
     bare, mean = without_mean(step), step.outputs[-1]
     geometry = Geometry(bare)

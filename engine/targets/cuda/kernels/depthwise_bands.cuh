@@ -6,10 +6,10 @@
 // `outputs` rows of results, run through it side by side. Rows lie in a ring of STAGES, ROWS rows each; the copy engine brings a row at
 // a time and fills in what lies outside the image. Rows of results that lie between two images are computed and not stored.
 //
-// A warp has four channels and 16 places: units of four pixels, those of all streams at the same place of the width side by side. It reads a row from shared
-// memory once, adds it to all LIVE rows of results that it belongs to, and finishes at most one of them. The loop over rows is unrolled
-// over PERIOD of them, after which the accumulators have the same roles again. The first warp asks for a stage's next rows when it is
-// itself through with the stage behind, so that it seldom waits for the others.
+// A warp has four channels and 16 places: units of four pixels, those of all streams at the same place of the width side by side. It
+// reads a row from shared memory once, adds it to all LIVE rows of results that it belongs to, and finishes at most one of them. The
+// loop over rows is unrolled over PERIOD of them, after which the accumulators have the same roles again. The first warp asks for a
+// stage's next rows when it is itself through with the stage behind, so that it seldom waits for the others.
 //
 // What a warp has of a pixel is a quarter of a sector of memory, and such stores take twice the time. So the warps of a panel pass each
 // other their sums through shared memory, and a lane stores eight channels of a pixel, beside those that have the others. Sums of a row
@@ -19,8 +19,8 @@
 // With `sums`, what is stored is added up image by image, too (epilogue/image_sums.cuh): an image lies in as many parts as streams have
 // rows of it.
 //
-// NOTES: an infinite input meets weights of zero, so it turns its neighbours in the row, up to 4 · STEPS pixels, and the other channel of
-// its pair to NaN.
+// NOTES: an input that is infinite or NaN meets weights of zero, so it turns to NaN what a unit whose row has it, up to 4 · STEPS pixels,
+// has of both channels of its pair, and with `sums` the other channel's mean, too.
 #pragma once
 #include "epilogue/access.cuh"
 #include "epilogue/image_sums.cuh"
@@ -67,7 +67,9 @@ DEVICE constexpr u32 sums_of(u32 cell, u32 chunk, u32 pair) {
   return cell * CELL_BYTES + ((16 * CHUNKS * pair + 16 * chunk) ^ 16 * turned);
 }
 // The same of another pair, where `first` is that of the first one, and of the one after an even one.
-DEVICE constexpr u32 pair_of(u32 first, u32 pair) { return CHUNKS == 8 ? first + 128 * pair : (first ^ 64 * (pair & 1)) + 128 * (pair / 2); }
+DEVICE constexpr u32 pair_of(u32 first, u32 pair) {
+  return CHUNKS == 8 ? first + 128 * pair : (first ^ 64 * (pair & 1)) + 128 * (pair / 2);
+}
 
 // What the warp that asks the copy engine for rows knows: each of its first lanes the place of a stream's next row.
 struct Feeder {
@@ -248,7 +250,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
             const float (&sum)[2][4] = d[(i / STRIDE_H + 1) % LIVE];
 #pragma unroll
             for (int pair = 0; pair < 2; ++pair)
-              store_shared_16(pair_of(given, pair) + finished % 2 * SLOT_BYTES, make_float4(sum[pair][0], sum[pair][1], sum[pair][2], sum[pair][3]));
+              store_shared_16(pair_of(given, pair) + finished % 2 * SLOT_BYTES,
+                              make_float4(sum[pair][0], sum[pair][1], sum[pair][2], sum[pair][3]));
           }
           __syncwarp();
           if (lane == 0) barrier_arrive(ready + 8 * (finished % 2));

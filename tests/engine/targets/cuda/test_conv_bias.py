@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from engine.ir import expr as ex
+from engine.ir.dtype import DType
 from engine.ir.expr import PointOp
 from engine.plan.plan import Step
 from engine.targets.cuda import covering as cv
@@ -43,6 +44,11 @@ def test_what_uses_the_sums_in_another_way_keeps_its_addition() -> None:
         step_of(cv.add(ACC, ACC), channels),
         step_of(cv.mul(BIASED, ACC), channels),
         step_of(BIASED, channels, cv.stored(ACC)),  # a second result without it
+        step_of(
+            ex.cast(ex.apply(PointOp.ADD, ex.cast(ACC, DType.F64), ex.cast(ex.Arg(2, F16), DType.F64)), F32), channels
+        ),
+        step_of(cv.add(ACC, ex.cast(ex.cast(ex.Arg(2, F16), DType.F8E4M3), F32)), channels),  # rounded on its way
+        step_of(cv.add(ACC, ex.cast(ex.cast(ex.Arg(2, F16), DType.I32), F32)), channels),
         step_of(cv.add(ACC, cv.constant(2.0)), channels),
         step_of(BIASED, (F16, (24, 1, 1))),  # known only when the plan runs
         step_of(BIASED, weight(24, 9, 9)),  # of pixels

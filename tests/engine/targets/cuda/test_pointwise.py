@@ -97,6 +97,7 @@ def test_what_has_been_rounded_is_bounded(runner: Runner, dtype: DType) -> None:
         assert np.array_equal(got.astype(np.float32), want.astype(np.float32), equal_nan=True), (low, high)
 
 
+@pytest.mark.filterwarnings("error")
 def test_other_bounds_are_met_before_rounding() -> None:
     """Zero is not the lower one, the upper one is no number of the type, none of a float or infinite."""
     for low, high in (

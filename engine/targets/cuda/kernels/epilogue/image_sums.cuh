@@ -1,8 +1,7 @@
 // Sums over the pixels of an image of what a warp stores, for a mean beside the result: a lane adds up the rows that it stores of eight
-// channels; where an image or the warp's part of it ends, lanes of one unit (UNIT pixels
-// side by side, DISTANCE lanes apart) join theirs. Sums lie in
-// [image][part][unit][channel], the parts of an image in the order of its rows; every place is written, always by the same lane, so that
-// whoever joins them gets the same bits in every run.
+// channels; where an image or the warp's part of it ends, lanes of one unit (UNIT pixels side by side, DISTANCE lanes apart) join theirs.
+// Sums lie in [image][part][unit][channel], the parts of an image in the order of its rows; every place is written, always by the same
+// lane, so that whoever joins them gets the same bits in every run.
 #pragma once
 #include "epilogue/access.cuh"
 

@@ -1,6 +1,6 @@
 // Rows of a depthwise filter as operand B of mma.sync. k is pixels of an input row that lie side by side, of two channels each; n is four
 // neighbouring pixels of the result, of the same two channels. Where the channels agree and the filter's row has a tap between the two
-// pixels, its weight stands: a band down the diagonal. With kernels of three and five, 9 and 5 products of 16 are with zero.
+// pixels, its weight stands: a band down the diagonal. With three and five taps, 13 and 11 products of 16 are with zero.
 //
 // Pixels come in steps of four. A step is a register of B, of which one half is zero, as the lane has one of two channels; unless they
 // are EXPANDED, what may be not zero of two registers lies in one.
