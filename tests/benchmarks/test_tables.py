@@ -302,3 +302,9 @@ class TestKernelHashes:
 
 def test_hashes_do_not_depend_on_order() -> None:
     assert hashes.hash_texts(["a", "b", "a"]) == hashes.hash_texts(["b", "a"]) != hashes.hash_texts(["ab"])
+
+
+def test_comments_and_lines_of_kernels_count_for_nothing() -> None:
+    code = hashes.code_of("// what it does\n#pragma once\nint a = b  // why\n    + c / d;\n\n")
+    assert code == "#pragma once int a = b + c / d;"
+    assert code != hashes.code_of("#pragma once\nint a = b + c * d;")
