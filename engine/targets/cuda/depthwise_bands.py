@@ -11,16 +11,16 @@ from typing import ClassVar
 
 import numpy as np
 
-from engine.targets.cuda.architecture import share_of
 from engine.targets.cuda.depthwise import Window
 from engine.targets.cuda.depthwise_tiles import (
-    LARGEST_BOX,
-    MOST_WARPS,
+    BLOCKS,
+    PANELS,
     REGISTERS,
-    SUM_REGISTERS,
+    STAGES,
     Rates,
     RowsTile,
     live_rows,
+    rows_of_stages,
 )
 from engine.targets.cuda.kernel import ceildiv
 
@@ -73,7 +73,10 @@ class BandedRows(RowsTile):
     def expanded(self, window: Window, sums: bool) -> bool:
         """Whether a thread has registers for weights as operands."""
         share = REGISTERS // self.threads // 8 * 8  # given in eights
-        return _registers(window, sums) + _weight_registers(window) <= min(share, _MOST_REGISTERS)
+        return self.registers_with(window, sums) + _weight_registers(window) <= min(share, _MOST_REGISTERS)
+
+    def registers(self, window: Window) -> int:
+        return 8 * live_rows(window) + _weight_registers(window) + _OTHERS
 
     def products(self, window: Window) -> float:
         """Of two steps each."""
@@ -89,11 +92,6 @@ class BandedRows(RowsTile):
 def _steps(window: Window) -> int:
     """Of four pixels, what a unit of results meets of a row of inputs."""
     return ceildiv(window.span(_UNIT, 1), _UNIT)
-
-
-def _registers(window: Window, sums: bool) -> int:
-    """What a thread is known to need: sums, weights, pixels, addresses."""
-    return 8 * live_rows(window) + _weight_registers(window) + _OTHERS + (SUM_REGISTERS if sums else 0)
 
 
 def _weight_registers(window: Window) -> int:
@@ -113,20 +111,13 @@ def _spreads(every: int, warps: int) -> Iterator[tuple[int, int]]:
 @lru_cache(maxsize=1024)
 def candidates(window: Window, shared_bytes: int, sums: bool = False) -> tuple[BandedRows, ...]:
     """The tiles that registers and shared memory have room for. `sums`: while they add up the pixels of images."""
-    live, stride, every = live_rows(window), window.stride[0], ceildiv(window.output[1], _UNIT)
-    found = []
-    for panel, warps, rows, stages, blocks in product(
-        (64, 32), (1, 2), sorted({stride, stride * live}), (2, 3, 4, 6), (1, 2, 3, 4)
-    ):
-        if panel > 32 and window.channels <= panel // 2:
-            continue
-        for units, streams in _spreads(every, warps):
-            tile = BandedRows(panel, units, streams, rows, stages, blocks)
-            registers = tile.threads * _registers(window, sums)
-            fits = registers <= REGISTERS and tile.shared_bytes(window) <= share_of(shared_bytes, blocks)
-            if fits and tile.warps <= MOST_WARPS and tile.met(window) <= LARGEST_BOX:
-                found.append(tile)
-    return tuple(found)
+    every = ceildiv(window.output[1], _UNIT)
+    every_tile = (
+        BandedRows(panel, units, streams, rows, stages, blocks)
+        for panel, warps, rows, stages, blocks in product(PANELS, (1, 2), rows_of_stages(window), STAGES, BLOCKS)
+        for units, streams in _spreads(every, warps)
+    )
+    return tuple(tile for tile in every_tile if tile.fits(window, shared_bytes, sums))
 
 
 def pack_bands(w: np.ndarray, window: Window) -> np.ndarray:

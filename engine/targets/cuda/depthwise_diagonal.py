@@ -8,20 +8,12 @@ from functools import lru_cache
 from itertools import product
 from typing import ClassVar
 
-from engine.targets.cuda.architecture import share_of
 from engine.targets.cuda.depthwise import Window
-from engine.targets.cuda.depthwise_tiles import (
-    LARGEST_BOX,
-    MOST_WARPS,
-    REGISTERS,
-    SUM_REGISTERS,
-    Rates,
-    RowsTile,
-    live_rows,
-)
+from engine.targets.cuda.depthwise_tiles import BLOCKS, PANELS, STAGES, Rates, RowsTile, live_rows, rows_of_stages
 from engine.targets.cuda.kernel import ceildiv
 
 _SUMS_BYTES = 2048  # that a warp passes its sums through
+_OTHERS = 64  # registers of a thread for addresses and what changes from row to row
 
 # Instructions of a warp for a pair of taps and for a stage, and how many a multiprocessor issues a cycle. With the
 # rates fitted to 888 timings of 111 convolutions on an H100: 11 % off in the root mean square, and the tile picked
@@ -57,6 +49,9 @@ class DiagonalRows(RowsTile):
         """The ring, what warps pass their sums through, and the barriers `full` and `empty` of each stage."""
         return self.stages * self.rows * self.row_bytes(window) + self.warps * _SUMS_BYTES + 2 * 8 * self.stages
 
+    def registers(self, window: Window) -> int:
+        return 8 * live_rows(window) + 4 * window.kernel[0] * window.tap_pairs + _OTHERS
+
     def products(self, window: Window) -> float:
         return _reads(window) * window.kernel[0] / window.stride[0]
 
@@ -70,28 +65,17 @@ def _reads(window: Window) -> int:
     return 2 * window.tap_pairs
 
 
-def _registers(window: Window, sums: bool) -> int:
-    """What a thread is known to need: sums, weights, addresses."""
-    return 8 * live_rows(window) + 4 * window.kernel[0] * window.tap_pairs + 64 + (SUM_REGISTERS if sums else 0)
-
-
 @lru_cache(maxsize=1024)
 def candidates(window: Window, shared_bytes: int, sums: bool = False) -> tuple[DiagonalRows, ...]:
     """The tiles that registers and shared memory have room for. `sums`: while they add up the pixels of images."""
-    live, stride, every = live_rows(window), window.stride[0], ceildiv(window.output[1], 8)
+    every = ceildiv(window.output[1], DiagonalRows.unit)
     across = sorted({ceildiv(every, part) for part in range(1, every + 1)})
-    found = []
-    for panel, units, streams, rows, stages, blocks in product(
-        (64, 32), across, (1, 2), sorted({stride, stride * live}), (2, 3, 4, 6), (1, 2, 3, 4)
-    ):
-        tile = DiagonalRows(panel, units, streams, rows, stages, blocks)
-        if (panel > 32 and window.channels <= panel // 2) or tile.met(window) > LARGEST_BOX:
-            continue
-        # Several streams only where a unit would have no partner.
-        if tile.warps > MOST_WARPS or (streams > 1 and units % 2 == 0):
-            continue
-        if tile.threads * _registers(window, sums) > REGISTERS:
-            continue
-        if tile.shared_bytes(window) <= share_of(shared_bytes, blocks):
-            found.append(tile)
-    return tuple(found)
+    # Several streams only where a unit would have no partner.
+    spreads = [(units, streams) for units in across for streams in ((1, 2) if units % 2 else (1,))]
+    every_tile = (
+        DiagonalRows(panel, units, streams, rows, stages, blocks)
+        for panel, (units, streams), rows, stages, blocks in product(
+            PANELS, spreads, rows_of_stages(window), STAGES, BLOCKS
+        )
+    )
+    return tuple(tile for tile in every_tile if tile.fits(window, shared_bytes, sums))

@@ -9,15 +9,19 @@ from typing import ClassVar
 
 import numpy as np
 
+from engine.targets.cuda.architecture import share_of
 from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.depthwise import Window, window_of
 from engine.targets.cuda.kernel import ceildiv
 
+PANELS = (64, 32)
+NARROW = PANELS[-1]
+STAGES, BLOCKS = (2, 3, 4, 6), (1, 2, 3, 4)
 REGISTERS = 65536  # of a multiprocessor
 MEMORY_BYTES = 14.1  # of memory in a cycle of a multiprocessor, fitted to timings of an H100
-LARGEST_BOX = 256  # pixels of one copy
-MOST_WARPS = 16
-SUM_REGISTERS = 16  # of a thread that adds up the pixels of eight channels
+_LARGEST_BOX = 256  # pixels of one copy
+_MOST_WARPS = 16
+_SUM_REGISTERS = 16  # of a thread that adds up the pixels of eight channels
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,24 @@ class RowsTile(ABC):
     def shared_bytes(self, window: Window) -> int: ...
 
     @abstractmethod
+    def registers(self, window: Window) -> int:
+        """Of a thread, as far as they are known: sums, weights, addresses."""
+
+    def registers_with(self, window: Window, sums: bool) -> int:
+        """The same. `sums`: while it adds up the pixels of images."""
+        return self.registers(window) + (_SUM_REGISTERS if sums else 0)
+
+    def fits(self, window: Window, shared_bytes: int, sums: bool) -> bool:
+        """Whether there are channels for it, and registers and shared memory of a multiprocessor."""
+        return (
+            (self.panel == NARROW or window.channels > self.panel // 2)
+            and self.warps <= _MOST_WARPS
+            and self.met(window) <= _LARGEST_BOX
+            and self.threads * self.registers_with(window, sums) <= REGISTERS
+            and self.shared_bytes(window) <= share_of(shared_bytes, self.blocks)
+        )
+
+    @abstractmethod
     def products(self, window: Window) -> float:
         """Instructions of a warp that multiply, for a row of inputs."""
 
@@ -133,7 +155,12 @@ class RowsTile(ABC):
     def _reads_lines_twice(self, window: Window) -> bool:
         """Whether blocks of neighbouring panels meet in lines of the L2 cache: panels of half a line, where pixels do
         not begin at multiples of them."""
-        return self.panel == 32 < window.channels and window.channels % 32 > 0
+        return self.panel == NARROW < window.channels and window.channels % NARROW > 0
+
+
+def rows_of_stages(window: Window) -> list[int]:
+    """How many rows a stage may have: those of one row of results, or of a whole turn of the accumulators."""
+    return sorted({window.stride[0], window.stride[0] * live_rows(window)})
 
 
 def live_rows(window: Window) -> int:
