@@ -2,9 +2,10 @@
 code.
 
 Needs no GPU. A kernel fails that does not compile cleanly, spills registers, uses local memory, asks for more shared
-memory than its architecture has, lacks the matrix instruction it is built around, or keeps moving descriptors to
-uniform registers between products of a whole warpgroup. The last line gives the counts; the exit status is 1 where
-anything failed or where there was nothing to compile, 2 for an architecture that is not in the table.
+memory than its architecture has, lacks the matrix instruction it is built around, keeps moving descriptors to uniform
+registers between products of a whole warpgroup, or arrives at a barrier while its own reads of shared memory are under
+way, which a copy that waits for the barrier may then overwrite. The last line gives the counts; the exit status is 1
+where anything failed or where there was nothing to compile, 2 for an architecture that is not in the table.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ _MOST_MOVES = 2
 # ask for.
 _SYSTEM_SHARED = 1024
 _TOGETHER = 16  # kernels that are disassembled at once
+_CONTROL_BIT = 105  # of an instruction, from where on it says how it is scheduled
+_NO_COUNTER = 7  # that its result comes with
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ def inspect(architecture: Architecture, kernel: Kernel, code: bytes, machine: st
         f"local memory {local}" if local or used & _LOCAL_ACCESS else "",
         "" if shared <= architecture.shared_bytes else f"{shared} bytes of shared memory",
         *_wrong_instructions(kernel, used, machine),
+        *_early_arrivals(kernel, function_code(code, _FUNCTION), machine),
     ]
     failure = ", ".join(filter(None, failures))
     return Verdict(architecture.name, kernel.source.name, registers, shared, failure)
@@ -88,6 +92,30 @@ def _wrong_instructions(kernel: Kernel, used: frozenset[str], machine: str) -> I
         moves = moves_between_products(machine)
         if moves > _MOST_MOVES:
             yield f"{moves} R2UR in the loop of {kernel.instruction.value}"
+
+
+def _early_arrivals(kernel: Kernel, code: bytes, machine: str) -> Iterator[str]:
+    """Of kernels whose threads read the operands of their products themselves."""
+    if kernel.instruction is Instruction.MMA:
+        early = arrivals_before_reads_end(code, machine)
+        if early:
+            yield f"{early} arrivals at barriers while reads of shared memory are under way"
+
+
+def arrivals_before_reads_end(code: bytes, machine: str) -> int:
+    """How often a thread arrives at a barrier in shared memory before all that it has read from there has come. Each
+    instruction of `code` says in its last bits which of six counters its result comes with, if any, and which ones it
+    waits for; `machine` is the same as text, in order."""
+    under_way, early = set[int](), 0
+    for i, (_, text) in enumerate(_MACHINE_INSTRUCTION.findall(machine)):
+        control = int.from_bytes(code[16 * i : 16 * (i + 1)], "little") >> _CONTROL_BIT
+        comes_with, waits_for = control >> 5 & 7, control >> 11 & 63
+        under_way -= {counter for counter in range(6) if waits_for >> counter & 1}
+        opcode = next(word for word in text.split() if not word.startswith("@"))
+        early += opcode.startswith("SYNCS.ARRIVE") and bool(under_way)
+        if opcode.startswith(("LDS", "LDSM")) and comes_with != _NO_COUNTER:
+            under_way.add(comes_with)
+    return early
 
 
 def moves_between_products(machine: str) -> int:

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("cuda.bindings.nvrtc")
 
 from engine.targets.cuda import covering, gate
-from engine.targets.cuda.architecture import SM_80
+from engine.targets.cuda.architecture import SM_80, SM_90A
 from engine.targets.cuda.compiler import Compiler
 from engine.targets.cuda.kernel import Instruction, Kernel, Launch
 from engine.targets.cuda.machine_code import disassembled, function_code
@@ -52,6 +52,27 @@ def test_too_much_shared_memory_fails() -> None:
 
 def test_a_missing_matrix_instruction_fails() -> None:
     assert "no HMMA" in verdict(PLAIN, instruction=Instruction.MMA).failure
+
+
+def ring(early: bool) -> str:
+    """Reads from shared memory and arrives at a barrier, before what it read is used or behind that."""
+    arrive = 'asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");'
+    use = "x[threadIdx.x] = v;"
+    return (
+        'extern "C" __global__ void kernel(float* x) {\n  __shared__ __align__(8) float s[66];\n'
+        "  const unsigned barrier = static_cast<unsigned>(__cvta_generic_to_shared(s + 64));\n"
+        "  const unsigned place = static_cast<unsigned>(__cvta_generic_to_shared(s + (threadIdx.x ^ 1)));\n"
+        "  s[threadIdx.x] = x[threadIdx.x];\n  __syncthreads();\n  float v;\n"
+        '  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(place) : "memory");\n'
+        f"  {arrive if early else use}\n  {use if early else arrive}\n}}\n"
+    )
+
+
+def test_no_arrival_may_come_before_what_was_read() -> None:
+    for early in (True, False):
+        kernel = Kernel("test", Source("test", ring(early)), 32, 0, Instruction.MMA)
+        (found,) = gate.check(SM_90A, {kernel.source: kernel}, 1)
+        assert ("1 arrivals at barriers while reads" in found.failure) == early
 
 
 def test_moves_count_in_the_innermost_loops_with_products() -> None:
