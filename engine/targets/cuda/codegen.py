@@ -193,14 +193,8 @@ def _with_constant(value: ex.Expr, op: PointOp) -> tuple[ex.Expr, float] | None:
 def _rounding(stores: Sequence[ex.Expr], outputs: Sequence[Operand], acc: DType, writer: _Writer) -> str:
     """`ROUNDS`: the epilogue does no more than round to 16 bits, and where the results go (`place`)."""
     output = outputs[0]
-    rounds = (
-        list(stores) == [ex.cast(ex.Acc(), output.dtype)]
-        and acc is DType.F32
-        and output.dtype in (DType.F16, DType.BF16)
-        and column_kind(output) == "Column::UNIT"
-        and writer.aligned(output) == "true"
-    )
-    if not rounds:
+    rounds = list(stores) == [ex.cast(ex.Acc(), output.dtype)] and acc is DType.F32
+    if not (rounds and writer.stores_packs(output)):
         return "  static constexpr bool ROUNDS = false;\n"
     storage = STORAGE[output.dtype]
     return (
@@ -284,13 +278,11 @@ class _Writer:
 
     def shifted(self, operand: Operand) -> bool:
         """Whether lanes complete each other's 16 bytes of it (`store_shifted` of kernels/epilogue/access.cuh)."""
-        narrow = COMPUTE[operand.dtype] == "float" and operand.dtype.itemsize == 2
-        return narrow and operand.strides[-1] == 1 and not self.space.is_aligned(operand, self.granularity)
+        return _is_narrow_run(operand) and not self.space.is_aligned(operand, self.granularity)
 
     def stores_packs(self, operand: Operand) -> bool:
         """Whether all columns of a row of 16-bit floats are stored at once."""
-        narrow = operand.dtype in (DType.F16, DType.BF16)
-        return narrow and operand.strides[-1] == 1 and self.space.is_aligned(operand, self.granularity)
+        return _is_narrow_run(operand) and self.space.is_aligned(operand, self.granularity)
 
     def declare(self, name: str, operand: Operand) -> None:
         self.arguments[name] = TensorArgument(operand.pointer, operand.strides[:-1], operand.strides[-1])
@@ -364,6 +356,11 @@ class _Writer:
         lines = [*self.prepare, *loop.lines, *self.finish]
         code = f"struct {name} {{\n{head}  DEVICE static {signature} {{\n{indented(lines)}\n  }}\n{tail}}};\n"
         return Functor(code, tuple(self.arguments.items()), replace(self.reads, instructions=loop.instructions))
+
+
+def _is_narrow_run(operand: Operand) -> bool:
+    """Whether its columns are neighbouring 16-bit floats."""
+    return operand.dtype in (DType.F16, DType.BF16) and operand.strides[-1] == 1
 
 
 @dataclass(frozen=True)

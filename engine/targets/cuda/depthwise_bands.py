@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from typing import ClassVar
 
@@ -108,7 +107,6 @@ def _spreads(every: int, warps: int) -> Iterator[tuple[int, int]]:
             yield units, streams
 
 
-@lru_cache(maxsize=1024)
 def candidates(window: Window, shared_bytes: int, sums: bool = False) -> tuple[BandedRows, ...]:
     """The tiles that registers and shared memory have room for. `sums`: while they add up the pixels of images."""
     every = ceildiv(window.output[1], _UNIT)

@@ -4,7 +4,6 @@ convolution, and what they should take."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from typing import ClassVar
 
@@ -65,7 +64,6 @@ def _reads(window: Window) -> int:
     return 2 * window.tap_pairs
 
 
-@lru_cache(maxsize=1024)
 def candidates(window: Window, shared_bytes: int, sums: bool = False) -> tuple[DiagonalRows, ...]:
     """The tiles that registers and shared memory have room for. `sums`: while they add up the pixels of images."""
     every = ceildiv(window.output[1], DiagonalRows.unit)

@@ -72,7 +72,7 @@ def inspect(architecture: Architecture, kernel: Kernel, code: bytes, machine: st
         f"local memory {local}" if local or used & _LOCAL_ACCESS else "",
         "" if shared <= architecture.shared_bytes else f"{shared} bytes of shared memory",
         *_wrong_instructions(kernel, used, machine),
-        *_early_arrivals(kernel, function_code(code, _FUNCTION), machine),
+        *_early_arrivals(kernel, code, machine),
     ]
     failure = ", ".join(filter(None, failures))
     return Verdict(architecture.name, kernel.source.name, registers, shared, failure)
@@ -97,7 +97,7 @@ def _wrong_instructions(kernel: Kernel, used: frozenset[str], machine: str) -> I
 def _early_arrivals(kernel: Kernel, code: bytes, machine: str) -> Iterator[str]:
     """Of kernels whose threads read the operands of their products themselves."""
     if kernel.instruction is Instruction.MMA:
-        early = arrivals_before_reads_end(code, machine)
+        early = arrivals_before_reads_end(function_code(code, _FUNCTION), machine)
         if early:
             yield f"{early} arrivals at barriers while reads of shared memory are under way"
 
@@ -113,7 +113,7 @@ def arrivals_before_reads_end(code: bytes, machine: str) -> int:
         under_way -= {counter for counter in range(6) if waits_for >> counter & 1}
         opcode = next(word for word in text.split() if not word.startswith("@"))
         early += opcode.startswith("SYNCS.ARRIVE") and bool(under_way)
-        if opcode.startswith(("LDS", "LDSM")) and comes_with != _NO_COUNTER:
+        if opcode.startswith("LDS") and comes_with != _NO_COUNTER:  # of matrices, too: LDSM
             under_way.add(comes_with)
     return early
 
