@@ -122,7 +122,7 @@ def peer_contender(peer: peers.Peer, operands: Operands) -> GraphContender:
     """A peer on the same operands."""
     laid_out = [peer.lay_out(*inputs) for inputs in operands.inputs]
     check = operands.check if peer.part is None else operands.check_against(peer.part)
-    return GraphContender(lambda i: peer.run(*laid_out[i]), operands.count, check)
+    return GraphContender(lambda i: peer.run(*laid_out[i]), operands.count, check, operands.pace)
 
 
 def fills_of(case: KernelCase) -> Mapping[int, Fill]:

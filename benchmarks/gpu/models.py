@@ -25,6 +25,7 @@ import engine
 from benchmarks.cases.models import ModelCase
 from benchmarks.gpu.executables import compile_threads, executable, host_us, limit_compiler
 from benchmarks.gpu.networks import network
+from benchmarks.gpu.pace import COOL, Pace, pace_of
 from benchmarks.gpu.preparing import Compilations, outcomes, references, told
 from benchmarks.gpu.references import free
 from benchmarks.gpu.timing import CallContender, Check, GraphContender, full_precision, relative_error
@@ -142,12 +143,12 @@ class ModelBench:
             return Outcome(Measurement(failure=self._failures[name]), floor_us)
         expected = self._expected[name]
         arguments = self._net.arguments(case.feeds())
-        check = check_of(expected[self._net.output])
-        entries = [Entry(EAGER, lambda: GraphContender(lambda _: self._net.call(*arguments), 1, check))]
+        check, pace = check_of(expected[self._net.output]), self._ours.pace(case)
+        entries = [Entry(EAGER, lambda: GraphContender(lambda _: self._net.call(*arguments), 1, check, pace))]
         if name in self._recipe.compiled:
             self._record(name, arguments)
-            entries.append(Entry(COMPILE, partial(self._called, name, arguments, check)))
-            entries.append(Entry(COMPILE_IN_GRAPH, partial(self._in_graph, name, arguments, check)))
+            entries.append(Entry(COMPILE, partial(self._called, name, arguments, check, pace)))
+            entries.append(Entry(COMPILE_IN_GRAPH, partial(self._in_graph, name, arguments, check, pace)))
         measurement = measure(lambda: self._ours.contender(case, expected), entries, TOLERANCE)
         free()
         if measurement.failure:
@@ -164,15 +165,15 @@ class ModelBench:
                     compiled(*arguments)
                 torch.cuda.synchronize()
 
-    def _called(self, name: str, arguments: tuple[torch.Tensor, ...], check: Check) -> Contender:
+    def _called(self, name: str, arguments: tuple[torch.Tensor, ...], check: Check, pace: Pace) -> Contender:
         """As a user would: mode reduce-overhead, which makes CUDA graphs of its own, called from Python."""
         compiled = self._compiled.found(name, COMPILE)
-        return CallContender(lambda: compiled(*arguments), check)
+        return CallContender(lambda: compiled(*arguments), check, pace)
 
-    def _in_graph(self, name: str, arguments: tuple[torch.Tensor, ...], check: Check) -> Contender:
+    def _in_graph(self, name: str, arguments: tuple[torch.Tensor, ...], check: Check, pace: Pace) -> Contender:
         """In a CUDA graph of ours, without the host's part of a call."""
         compiled = self._compiled.found(name, COMPILE_IN_GRAPH)
-        return GraphContender(lambda _: compiled(*arguments), 1, check)
+        return GraphContender(lambda _: compiled(*arguments), 1, check, pace)
 
 
 def settle(threads: int) -> None:
@@ -226,6 +227,11 @@ class _OurModel:
         plan, bound = found
         return _OurContender(bound, plan, case.feeds(), expected)
 
+    def pace(self, case: ModelCase) -> Pace:
+        """That of all contenders of a case."""
+        found = self._ready[case.name]
+        return COOL if isinstance(found, Exception) else pace_of(found[0].steps)
+
     def floor(self, case: ModelCase, ceilings: Ceilings) -> float | None:
         """Microseconds that the steps take at least; None without a plan."""
         found = self._ready[case.name]
@@ -256,7 +262,7 @@ class _OurContender(CallContender):
         feeds: Mapping[str, np.ndarray],
         expected: Mapping[str, np.ndarray],
     ) -> None:
-        super().__init__(self._queue, lambda i, result: 0.0)
+        super().__init__(self._queue, lambda i, result: 0.0, pace_of(plan.steps))
         self._executable = executable
         self._plan = plan
         self._feeds = feeds

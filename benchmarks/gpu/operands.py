@@ -15,6 +15,7 @@ import cupy
 import numpy as np
 import torch
 
+from benchmarks.gpu.pace import pace_of
 from benchmarks.gpu.timing import Check, GraphContender, relative_error
 from engine.ir.dtype import DType
 from engine.plan.plan import Step
@@ -54,6 +55,7 @@ class Operands:
         device: str = "cuda",
     ) -> None:
         self.step = step
+        self.pace = pace_of([step])
         self._device = device
         self.count = min(MOST_SETS, max(1, ceildiv(ROTATE_BYTES, max(1, step.cost.bytes))))
         self._memory: dict[int, torch.Tensor] = {}
@@ -130,4 +132,4 @@ def our_contender(target: CudaTarget, launches: Sequence[Launch], operands: Oper
         target.device.launch_all(target.device.pack(launches, address), stream, target.overlap, follows=i > 0)
         return operands.output(i)
 
-    return GraphContender(work, operands.count, operands.check)
+    return GraphContender(work, operands.count, operands.check, operands.pace)

@@ -23,6 +23,7 @@ from benchmarks.gpu.executables import compile_threads
 from benchmarks.gpu.jagged import JaggedBert, jagged, without_waiting
 from benchmarks.gpu.models import TOLERANCE, run_us, settle
 from benchmarks.gpu.networks import network
+from benchmarks.gpu.pace import Pace
 from benchmarks.gpu.packed_ours import OurContender, OurModels
 from benchmarks.gpu.preparing import Compilations, Network, outcomes, references, told
 from benchmarks.gpu.real_tokens import Real
@@ -175,31 +176,32 @@ class PackedBench:
     def _peers(self, name: str, real: Real) -> Iterator[Entry]:
         """PyTorch padded, then on jagged tensors: in a CUDA graph as it is, as a user would call it, and compiled."""
         padded, nested = (self._arguments[name][kind] for kind in (COMPILE, JAGGED_COMPILE))
+        pace = self._ours.pace(self._cases[name])
         network, on_nested = self._networks[COMPILE], self._networks[JAGGED_COMPILE]
         compiles = self._recipe.compile_until is not None
-        yield Entry(EAGER, partial(_in_graph, lambda: network(*padded), real.of_padded))
+        yield Entry(EAGER, partial(_in_graph, lambda: network(*padded), real.of_padded, pace))
         if compiles:
             compiled = partial(self._compiled.found, name, COMPILE)
-            yield Entry(COMPILE, lambda: _in_graph(partial(compiled(), *padded), real.of_padded))
-        yield Entry(JAGGED_CALLED, lambda: CallContender(lambda: on_nested(*nested).values(), real.of_tokens))
-        yield Entry(JAGGED, partial(_jagged_in_graph, lambda: on_nested(*nested).values(), real))
+            yield Entry(COMPILE, lambda: _in_graph(partial(compiled(), *padded), real.of_padded, pace))
+        yield Entry(JAGGED_CALLED, lambda: CallContender(lambda: on_nested(*nested).values(), real.of_tokens, pace))
+        yield Entry(JAGGED, partial(_jagged_in_graph, lambda: on_nested(*nested).values(), real, pace))
         if compiles:
-            yield Entry(JAGGED_COMPILE, partial(self._compiled_jagged, name, nested, real))
+            yield Entry(JAGGED_COMPILE, partial(self._compiled_jagged, name, nested, real, pace))
 
-    def _compiled_jagged(self, name: str, nested: tuple[torch.Tensor, ...], real: Real) -> Contender:
+    def _compiled_jagged(self, name: str, nested: tuple[torch.Tensor, ...], real: Real, pace: Pace) -> Contender:
         compiled = self._compiled.found(name, JAGGED_COMPILE)
-        return _jagged_in_graph(lambda: compiled(*nested).values(), real)
+        return _jagged_in_graph(lambda: compiled(*nested).values(), real, pace)
 
 
-def _in_graph(call: Callable[[], torch.Tensor], check: Check) -> Contender:
+def _in_graph(call: Callable[[], torch.Tensor], check: Check, pace: Pace) -> Contender:
     """In a CUDA graph, without the host's part of a call."""
-    return GraphContender(lambda _: call(), 1, check)
+    return GraphContender(lambda _: call(), 1, check, pace)
 
 
-def _jagged_in_graph(call: Callable[[], torch.Tensor], real: Real) -> Contender:
+def _jagged_in_graph(call: Callable[[], torch.Tensor], real: Real, pace: Pace) -> Contender:
     """The same on jagged tensors, whose operators look at lengths. Raises RuntimeError for what cannot be captured."""
     without_waiting(call)
-    return _in_graph(call, real.of_tokens)
+    return _in_graph(call, real.of_tokens, pace)
 
 
 def judged(found: Measurement, worst: float, padded: float | None) -> Measurement:

@@ -12,6 +12,7 @@ import torch
 import engine
 from benchmarks.cases.packed import PackedCase
 from benchmarks.gpu.executables import limit_compiler
+from benchmarks.gpu.pace import Pace, pace_of
 from benchmarks.gpu.real_tokens import Real
 from benchmarks.gpu.timing import CallContender
 from benchmarks.results import Ceilings
@@ -53,7 +54,11 @@ class OurModels:
         bound = self._bound[case.name, is_packed]
         if isinstance(bound, Exception):
             raise bound
-        return OurContender(bound, real, is_packed)
+        return OurContender(bound, real, is_packed, self.pace(case))
+
+    def pace(self, case: PackedCase) -> Pace:
+        """That of all contenders of a case: of the padded plan, which takes the most."""
+        return pace_of(self.padded.plan(case.sizes).steps)
 
     def tokens(self, case: PackedCase) -> int:
         """How many tokens the packed plan computes."""
@@ -78,8 +83,8 @@ def packed_of(model: Model, feeds: Mapping[str, np.ndarray]) -> tuple[Mapping[st
 class OurContender(CallContender):
     """A bound model on its inputs as they lie in device memory."""
 
-    def __init__(self, bound: BoundModel, real: Real, is_packed: bool) -> None:
-        super().__init__(self._queue, real.of_padded)
+    def __init__(self, bound: BoundModel, real: Real, is_packed: bool, pace: Pace) -> None:
+        super().__init__(self._queue, real.of_padded, pace)
         self._bound = bound
         self._real = real
         self._is_packed = is_packed

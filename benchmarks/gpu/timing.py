@@ -8,12 +8,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.pace import COOL, Pace
 from benchmarks.measure import worst
 
-ROUND_MS = 3.0
-WARM_MS = 5.0
-"""Of a contender's own work before a round, with no gap between: a GPU that has rested for 4 ms runs a product of
-16384×3072×768 in 109 µs, and in 122 once it is at its power limit. What others did before is not to count."""
 Check = Callable[[int, torch.Tensor], float]
 """The relative error of a result on operand set number so-and-so."""
 
@@ -24,9 +21,10 @@ class CallContender:
     runs = 1
     """Runs in one call of `_queue`."""
 
-    def __init__(self, call: Callable[[], torch.Tensor], check: Check) -> None:
+    def __init__(self, call: Callable[[], torch.Tensor], check: Check, pace: Pace = COOL) -> None:
         self._call = call
         self._check = check
+        self._pace = pace
         self._repeats = self._before = 0
 
     def error(self) -> float:
@@ -36,11 +34,12 @@ class CallContender:
         return self._check(0, result)
 
     def round_us(self) -> float:
-        """Microseconds per run over about `ROUND_MS`, after `WARM_MS` of the same."""
+        """Microseconds per run in a round, behind as much of the same as the pace asks for: what others did before is
+        not to count."""
         if not self._repeats:
             self._elapsed_ms(1)
             once = max(self._elapsed_ms(1), 1e-3)
-            self._repeats, self._before = max(1, int(ROUND_MS / once)), ceil(WARM_MS / once)
+            self._repeats, self._before = max(1, int(self._pace.round_ms / once)), ceil(self._pace.warm_ms / once)
         return self._elapsed_ms(self._repeats, self._before) * 1e3 / self._repeats / self.runs
 
     def _queue(self) -> Any:
@@ -65,8 +64,8 @@ class GraphContender(CallContender):
     All results stay alive while the graph is captured, so that each has memory of its own.
     """
 
-    def __init__(self, work: Callable[[int], torch.Tensor], runs: int, check: Check) -> None:
-        super().__init__(lambda: work(0), check)
+    def __init__(self, work: Callable[[int], torch.Tensor], runs: int, check: Check, pace: Pace = COOL) -> None:
+        super().__init__(lambda: work(0), check, pace)
         self.runs = runs
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

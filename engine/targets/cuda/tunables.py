@@ -36,7 +36,8 @@ CANDIDATES = 6
 """Tiles that are timed of each product or convolution."""
 OTHER_CANDIDATES = 3
 """Those of each `Way` of a product, and of each kernel of a convolution, that are timed at least."""
-_RATE = 2 * 2048  # operations of fp16 that a multiprocessor finishes in a cycle (NVIDIA's architecture paper)
+RATE = 2 * 2048
+"""Operations of fp16 that a multiprocessor finishes in a cycle (NVIDIA's architecture paper)."""
 _MEMORY_RATE = 1700  # bytes in a cycle of all of them: 3 TB/s
 
 
@@ -175,7 +176,7 @@ class _Convolution:
     def _bound(self, cycles: float) -> str:
         """The models of convolutions give one figure: the longest of the two that no tile changes, and of what comes on
         top."""
-        products = self.step.cost.flops / (_RATE * self.context.multiprocessors)
+        products = self.step.cost.flops / (RATE * self.context.multiprocessors)
         memory = self.step.cost.bytes / _MEMORY_RATE
         parts = {"products": products, "memory": memory, "copies and launch": cycles - max(products, memory)}
         return max(parts, key=lambda name: parts[name])

@@ -6,20 +6,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf
-from statistics import median
 from typing import TYPE_CHECKING
 
-import cupy
-import numpy as np
-
-from engine.ir.dtype import DType
 from engine.plan.plan import Step
-from engine.plan.tensor import Buffer, BufferKind
 from engine.specs import TileTrial
-from engine.targets.cuda.device import Packed
-from engine.targets.cuda.kernel import ALIGNMENT, Context, Launch, Pointer, ceildiv
-from engine.targets.cuda.timing import elapsed_seconds
-from engine.targets.cuda.tunables import CANDIDATES, Tunable, tunable
+from engine.targets.cuda.kernel import Context, Launch
+from engine.targets.cuda.launch_timing import Rounds, timed_launches
+from engine.targets.cuda.product_cost import CLOCK_MHZ
+from engine.targets.cuda.tunables import CANDIDATES, RATE, Tunable, tunable
 
 if TYPE_CHECKING:
     from engine.targets.cuda.target import CudaTarget
@@ -27,14 +21,14 @@ if TYPE_CHECKING:
 _LOADED_TOGETHER = (
     12  # products and convolutions whose kernels are compiled side by side, before the first of them is timed
 )
-_ROTATE_BYTES = 160 << 20  # several times the L2 cache: operands come from memory
-_MOST_SETS = 32
-_ROUNDS = 5
-_ROUND_SECONDS = 1e-3
-_FINAL_ROUNDS = 9
-_FINAL_SECONDS = 3e-3  # long enough for the clock to fall to what it is under load
+_FIRST = Rounds(5, 1e-3)
+_FINAL = Rounds(9, 3e-3)
 _CHALLENGERS = 3
-_POOL = 1 << 20  # random numbers that the operands repeat
+_HOT = Rounds(2, 15e-3, before=40e-3)
+"""Of what brings the chip to its power limit, to which the clock answers after 30 to 60 ms: until then it is what the
+tile before has left (docs/performance.md)."""
+_HOT_SHARE = 0.2  # of the tensor cores' rate, from which on a product does so
+_HOT_CHALLENGERS, _NEAR = 5, 1.1  # those that took at most so much longer than the fastest when the chip was cool
 _GAIN = 0.98  # of the cost model's tile: what is faster by less than the noise does not take its place
 
 
@@ -85,100 +79,32 @@ def _load(target: CudaTarget, found: Mapping[str, Tunable], keys: Sequence[str])
 
 def _decided(target: CudaTarget, one: Tunable) -> tuple[list[float], int]:
     """Microseconds of the candidates, and which of them to take: the cost model's own, the first, unless another one
-    beats it by more than noise once more, in longer rounds of the two alone. Short rounds of many mislead where what
-    ran before decides the clock."""
+    beats it by more than noise once more, in longer rounds. Short rounds of many mislead where what ran before decides
+    the clock."""
     rows = _rows(one, target.context)
-    measured = timed_launches(target, one.step, rows)
-    for i in sorted(range(1, len(rows)), key=measured.__getitem__)[:_CHALLENGERS]:
+    measured = timed_launches(target, one.step, rows, _FIRST)
+    others = sorted(range(1, len(rows)), key=measured.__getitem__)
+    if _is_hot(one.step, min(measured), target.context):
+        near = [i for i in others[:_HOT_CHALLENGERS] if measured[i] <= _NEAR * min(measured)]
+        return measured, _fastest(target, one.step, rows, [0, *near])
+    for i in others[:_CHALLENGERS]:
         if measured[i] >= _GAIN * measured[0]:
             break
-        own, other = timed_launches(target, one.step, [rows[0], rows[i]], _FINAL_ROUNDS, _FINAL_SECONDS)
+        own, other = timed_launches(target, one.step, [rows[0], rows[i]], _FINAL)
         if other < _GAIN * own:
             return measured, i
     return measured, 0
 
 
-def timed_launches(
-    target: CudaTarget,
-    step: Step,
-    rows: Sequence[list[Launch]],
-    rounds: int = _ROUNDS,
-    round_seconds: float = _ROUND_SECONDS,
-) -> list[float]:
-    """Microseconds of each row of launches, whose kernels are loaded: the median of rounds that take turns."""
-    count = min(_MOST_SETS, max(1, ceildiv(_ROTATE_BYTES, max(1, step.cost.bytes))))
-    memory = _Memory(count)
-    stream = cupy.cuda.Stream(non_blocking=True)
-    graphs = [_captured(target, row, memory, stream) for row in rows]
-    cupy.cuda.get_current_stream().synchronize()  # on which the operands were written
-    repeats = [max(1, int(round_seconds / max(_seconds(graph, stream, 2) / 2, 1e-7))) for graph in graphs]
-    times = [
-        [_seconds(graph, stream, repeat) / repeat / count for graph, repeat in zip(graphs, repeats, strict=True)]
-        for _ in range(rounds)
-    ]
-    return [median(one) * 1e6 for one in zip(*times, strict=True)]
+def _is_hot(step: Step, us: float, context: Context) -> bool:
+    """Whether a step that takes so long brings the chip to its power limit."""
+    return step.cost.flops >= _HOT_SHARE * RATE * context.multiprocessors * CLOCK_MHZ * us
 
 
-class _Memory:
-    """Device memory of every buffer that launches name: a copy for each set, but for what launches leave to each other
-    or to their next run, which has one place."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._pieces: dict[int, tuple[Buffer, cupy.ndarray]] = {}
-        self._pool = cupy.asarray(np.random.default_rng(0).standard_normal(_POOL).astype(np.float32))
-
-    def address(self, pointer: Pointer, i: int) -> int:
-        buffer = pointer.buffer
-        if id(buffer) not in self._pieces:
-            self._pieces[id(buffer)] = (buffer, self._allocated(buffer, pointer.ctype))
-        memory = self._pieces[id(buffer)][1]
-        return int(memory[i % len(memory)].data.ptr) + pointer.offset
-
-    def _allocated(self, buffer: Buffer, ctype: str) -> cupy.ndarray:
-        shared = buffer.kind in (BufferKind.WORKSPACE, BufferKind.PLAN)
-        padded = ceildiv(max(1, buffer.nbytes), ALIGNMENT) * ALIGNMENT
-        memory = cupy.zeros((1 if shared else self.count, padded), cupy.uint8)
-        if shared:  # counters and partial sums; counters begin at zero
-            return memory
-        numbers = self._numbers(ctype)
-        if numbers is not None:
-            flat = memory.reshape(-1)
-            for start in range(0, flat.size, numbers.size):
-                flat[start : start + numbers.size] = numbers[: flat.size - start]
-        return memory
-
-    def _numbers(self, ctype: str) -> cupy.ndarray | None:
-        """Random numbers of a type as bytes; None for integers, which may be indices."""
-        match ctype:
-            case "half":
-                return self._pool.astype(cupy.float16).view(cupy.uint8)
-            case "bfloat16":
-                return (self._pool.view(cupy.uint32) >> 16).astype(cupy.uint16).view(cupy.uint8)
-            case "e4m3":
-                return cupy.asarray(DType.F8E4M3.convert(self._pool.get()).view(np.uint8))
-            case "i8":
-                return cupy.clip(cupy.rint(self._pool * 32), -128, 127).astype(cupy.int8).view(cupy.uint8)
-            case "float":
-                return self._pool.view(cupy.uint8)
-        return None
-
-
-def _captured(target: CudaTarget, row: Sequence[Launch], memory: _Memory, stream: cupy.cuda.Stream) -> cupy.cuda.Graph:
-    """A graph that runs the launches on every set."""
-    device, packed = target.device, list[Packed]()
-    for i in range(memory.count):
-
-        def address(pointer: Pointer, i: int = i) -> int:
-            return memory.address(pointer, i)
-
-        packed += device.pack(row, address)
-    return device.capture(packed, stream, target.overlap)
-
-
-def _seconds(graph: cupy.cuda.Graph, stream: cupy.cuda.Stream, repeats: int) -> float:
-    def work() -> None:
-        for _ in range(repeats):
-            graph.launch(stream)
-
-    return elapsed_seconds(stream, work)
+def _fastest(target: CudaTarget, step: Step, rows: Sequence[list[Launch]], finalists: Sequence[int]) -> int:
+    """The one that takes the least on a hot chip, or the first of them if none is faster by more than noise."""
+    if len(finalists) == 1:
+        return finalists[0]
+    times = timed_launches(target, step, [rows[i] for i in finalists], _HOT)
+    best = min(range(len(times)), key=times.__getitem__)
+    return finalists[best if times[best] < _GAIN * times[0] else 0]

@@ -100,14 +100,13 @@ struct Feeder {
 
 // A lane's pixel in every row of results: what it stores of it, and where.
 struct Results {
-  u32 stream, unit, own, mine, begin, y, output;
+  u32 stream, unit, mine, begin, y, output;
   DEVICE Results(const Params& p, u32 place, u32 pixel, u32 tile, u32 first, u32 end, bool there) {
     stream = place % STREAMS;
     unit = tile * UNITS + place / STREAMS;
     begin = first + stream * p.outputs;
-    own = there && place < PLACES && begin < end ? min(p.outputs, end - begin) : 0;  // rows of the stream
     const u32 x = 4 * unit + pixel, pitch = p.pitch / STRIDE_H, image = begin / pitch;
-    mine = x < p.out_w ? own : 0;
+    mine = there && place < PLACES && x < p.out_w && begin < end ? min(p.outputs, end - begin) : 0;  // rows
     y = begin - image * pitch;
     output = (image * p.out_h + y) * p.out_w + x;
   }
@@ -185,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
       Epilogue::store(p, at.output, column, 8, v, fixed, varying);
       pixels.add(v, {fixed, varying});
     }
-    const bool whole = at.y + 1 == p.out_h, ends = done < at.own && at.y < p.out_h && (whole || done + 1 == at.own);
+    const bool whole = at.y + 1 == p.out_h, ends = done < at.mine && at.y < p.out_h && (whole || done + 1 == at.mine);
     pixels.end_row(p, {ends, whole, at.begin + done, out_pitch, blockIdx.y * STREAMS + at.stream, at.unit, column});
     at.output += p.out_w;
     if (++at.y == out_pitch) { at.y = 0; at.output += between; }

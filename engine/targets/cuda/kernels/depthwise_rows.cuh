@@ -151,7 +151,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
 #pragma unroll
     for (int i = 0; i < PERIOD; ++i) {
       if (row + i >= rows) break;
-      if (i % ROWS == 0) barrier_wait(full + 8 * stage, parity);
+      if (i % ROWS == 0) {
+        barrier_wait(full + 8 * stage, parity);
+        // What was read of the stage before this one has been used by now: a stage given back as soon as its reads are under way may be
+        // overwritten before they come, as they may be held up by stores, and barriers not.
+        __syncwarp();
+        if (lane == 0 && row + i > 0) barrier_arrive(empty + 8 * (stage == 0 ? STAGES - 1 : stage - 1));
+      }
       const u32 offset = stage * STAGE_BYTES + i % ROWS * ROW_BYTES;
       if (i % STRIDE_H <= REACH) {  // else no filter meets it
 #pragma unroll
@@ -171,11 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
           }
       }
       if (i % ROWS == ROWS - 1) {
-        __syncwarp();  // all lanes have read the stage
-        if (lane == 0) {
-          barrier_arrive(empty + 8 * stage);
-          if (warp == 0 && row + i >= ROWS) feeder.next(p);  // the stage behind this one
-        }
+        if (threadIdx.x == 0 && row + i >= ROWS) feeder.next(p);  // the stage behind this one
         if (++stage == STAGES) { stage = 0; parity ^= 1; }
       }
       if (i % STRIDE_H == REACH % STRIDE_H) {  // the last input of a row of results

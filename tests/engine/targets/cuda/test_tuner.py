@@ -20,6 +20,7 @@ from engine.targets.cuda.choices import choice_of, key_of
 from engine.targets.cuda.covering import ACC, F16, channels_inner, make_step, stored, weight
 from engine.targets.cuda.gemm import launches_of, pick_tile, ranked_tiles
 from engine.targets.cuda.kernel import Choice, Context, Launch, WeightStore
+from engine.targets.cuda.launch_timing import Rounds
 from engine.targets.cuda.target import CudaTarget
 from engine.targets.cuda.tiles import Operands
 
@@ -82,7 +83,7 @@ def test_convolutions_are_timed_beside_products(monkeypatch: pytest.MonkeyPatch)
     assert found is not None
     rows = [found.launches(i, HOPPER) for i in range(len(found.candidates))]
 
-    def times(target: object, one: Step, rows: Sequence[object], *rounds: float) -> list[float]:
+    def times(target: object, one: Step, rows: Sequence[object], rounds: Rounds) -> list[float]:
         return [10.0] * (len(rows) - 1) + [9.7 if one is step else 9.9]
 
     monkeypatch.setattr(tuner, "timed_launches", times)
@@ -105,7 +106,7 @@ def test_what_was_faster_once_has_to_be_so_again(monkeypatch: pytest.MonkeyPatch
     assert found is not None
     rows = [found.launches(i, HOPPER) for i in range(len(found.candidates))]
 
-    def times(target: object, one: Step, now: Sequence[list[Launch]], *rounds: float) -> list[float]:
+    def times(target: object, one: Step, now: Sequence[list[Launch]], rounds: Rounds) -> list[float]:
         if len(now) > 2:
             return [10.0] * (len(now) - 2) + [9.0, 8.0]
         return [10.0, 9.9 if now[1][0].kernel == rows[-1][0].kernel else 9.0]
@@ -116,12 +117,34 @@ def test_what_was_faster_once_has_to_be_so_again(monkeypatch: pytest.MonkeyPatch
     assert [trial.chosen for trial in trials] == [False] * (len(rows) - 2) + [True, False]
 
 
+@pytest.mark.parametrize(("hot", "taken"), [([80.0, 79.0, 90.0], 0), ([80.0, 82.0, 78.0], 2), ([80.0, 70.0, 75.0], 1)])
+def test_products_that_heat_the_chip_are_decided_on_a_hot_one(
+    hot: list[float], taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that were near the fastest on a cool chip take turns, each behind its own work; what was far off does not."""
+    step = pixels(batch=128, taps=3)  # 14.8 GFLOP
+    found = tunables.tunable(step, HOPPER)
+    assert found is not None
+    count = len(found.candidates)
+    asked: list[tuple[int, Rounds]] = []
+
+    def times(target: object, one: Step, rows: Sequence[object], rounds: Rounds) -> list[float]:
+        asked.append((len(rows), rounds))
+        return hot if rounds.before else [51.0, 50.0, 50.5] + [56.0] * (count - 3)
+
+    monkeypatch.setattr(tuner, "timed_launches", times)
+    trials = list(tuner.trials(cast(CudaTarget, FakeTarget()), [step], timed=True))
+    assert [number for number, _ in asked] == [count, 3]
+    assert asked[1][1].before >= 0.04
+    assert [trial.chosen for trial in trials].index(True) == taken
+
+
 def test_products_are_timed_until_the_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fifteen kinds of products, one of them twice; the clock goes on by a second for each that is timed."""
     clock = [0.0]
 
-    def times(target: object, step: object, rows: Sequence[object], *rounds: float) -> list[float]:
-        clock[0] += not rounds
+    def times(target: object, step: object, rows: Sequence[object], rounds: Rounds) -> list[float]:
+        clock[0] += len(rows) > 2
         return [99.0 - 3 * i for i in range(len(rows))]  # the last tile is the fastest
 
     monkeypatch.setattr(tuner, "timed_launches", times)
