@@ -97,7 +97,8 @@ def tile_text(tile: ConvTile) -> str:
             rings = f"{tile.halos} halos, {tile.stages} filters"
             return f"deep halo {size}{_first(tile.swapped)}, {rings}{_panels(tile.panel_bytes)}"
         case StemTile():
-            return f"stem {tile.rows}×{8 * tile.units} pixels × {tile.columns}, {tile.fragments} fragments"
+            size = f"{tile.rows}×{8 * tile.units} pixels × {tile.columns}"
+            return f"stem {size}, {tile.blocks} blocks a multiprocessor"
         case DepthwiseTile():
             pixels = f"{tile.bands}·{tile.rows}×{8 * tile.units} pixels"
             images = f" of {tile.images} images" if tile.images > 1 else ""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 
@@ -30,7 +30,11 @@ _MOST_CHANNELS = 4
 _MOST_SLABS = 6  # of output channels: each of them reads the whole image
 _MOST_TABLE = 20  # half steps whose places a lane has registers for
 _WARPS = 4
-BLOCKS = 3  # that share a multiprocessor: one brings its window while the others multiply
+_FRAGMENTS = 2  # of 16 pixels, that a warp takes at a time
+_BLOCKS = {8: 4, 4: 5}
+"""How many blocks share a multiprocessor at most, by the 8-column blocks of their tiles, as registers allow: some bring
+their windows while others multiply. On an H100 five images take 3 to 5 % less than with three blocks and 64 columns, 7
+to 16 less than with three blocks, 32 columns and four fragments."""
 _MOST_UNITS = 28  # of eight pixels side by side in a tile
 _LINE_BYTES = 128
 
@@ -67,13 +71,13 @@ def pairs_of(geometry: Geometry) -> Pairs | None:
 
 @dataclass(frozen=True)
 class StemTile:
-    """A block's tile: `rows` × `units` · 8 output pixels, 8 · `n_blocks` output channels. A warp takes `fragments` of
-    16 pixels at a time."""
+    """A block's tile: `rows` × `units` · 8 output pixels, 8 · `n_blocks` output channels. `blocks` blocks share a
+    multiprocessor."""
 
     rows: int
     units: int
     n_blocks: int
-    fragments: int
+    blocks: int
 
     @property
     def columns(self) -> int:
@@ -82,7 +86,7 @@ class StemTile:
     @property
     def items(self) -> int:
         """What its warps take, one at a time."""
-        return ceildiv(self.rows * self.units, 2 * self.fragments)
+        return ceildiv(self.rows * self.units, 2 * _FRAGMENTS)
 
     def window(self, geometry: Geometry, pairs: Pairs) -> tuple[int, int]:
         """The rows and pixels of input that it meets, with what the padded pairs read; whole pairs of pixels."""
@@ -107,24 +111,24 @@ def candidates(geometry: Geometry, pairs: Pairs, architecture: Architecture) -> 
     height, width = geometry.output[1:]
     every = ceildiv(width, 8)
     n_blocks = _columns(geometry.n)
-    fragments = 2 if n_blocks == 8 else 4
     across = ceildiv(every, _MOST_UNITS)
     tiles = [
-        StemTile(rows, ceildiv(every, parts), n_blocks, fragments)
+        StemTile(rows, ceildiv(every, parts), n_blocks, _BLOCKS[n_blocks])
         for parts, rows in product((across, 2 * across, 4 * across), (8, 4, 2, 1))
         if rows < 2 * height and parts <= every
     ]
-    for blocks in range(BLOCKS, 0, -1):
+    for blocks in range(_BLOCKS[n_blocks], 0, -1):
         room = share_of(architecture.shared_bytes, blocks)
-        fitting = [tile for tile in tiles if tile.shared_bytes(geometry, pairs) <= room]
+        fitting = [replace(tile, blocks=blocks) for tile in tiles if tile.shared_bytes(geometry, pairs) <= room]
         if fitting:
             return fitting
     return []
 
 
-# Of an H100, in cycles of a multiprocessor: a step of mma.sync for a 16×8 block (62 % of the rate of wgmma), its share
-# of the memory's 3 TB/s in bytes a cycle, loading and converting an input, and the way of a first input from memory.
-_MMA, _BYTES, _INPUT, _LATENCY = 1.6, 13, 0.15, 1800
+# Of an H100, in cycles of a multiprocessor: a step of mma.sync for a 16×8 block, with the reads of its operands; its
+# share of the memory's 3 TB/s in bytes a cycle; loading and converting an input; the way of a first input from memory.
+# Fitted to 45 timings of five images (8 % off; the best estimate's tile took 4 % longer than the best one).
+_MMA, _BYTES, _INPUT, _LATENCY = 2.4, 13, 0.15, 3400
 
 
 def _cycles(geometry: Geometry, pairs: Pairs, tile: StemTile, multiprocessors: int) -> float:
@@ -133,15 +137,15 @@ def _cycles(geometry: Geometry, pairs: Pairs, tile: StemTile, multiprocessors: i
     tiles = geometry.images * ceildiv(height, tile.rows) * ceildiv(ceildiv(width, 8), tile.units)
     count = tiles * ceildiv(geometry.n, tile.columns)
     pixels = 8 * tile.rows * tile.units
-    item = tile.fragments * (pairs.steps * tile.n_blocks * _MMA + 4 * tile.n_blocks)
+    item = _FRAGMENTS * (pairs.steps * tile.n_blocks * _MMA + 4 * tile.n_blocks)
     inputs = prod(tile.window(geometry, pairs)) * geometry.channels
     copied = inputs * (_INPUT + geometry.x_dtype.itemsize / (3 * _BYTES))
     stored = pixels * min(tile.columns, geometry.n) * 2 / _BYTES
     share = max(tile.items * item, stored) + copied  # of the multiprocessor's time
     alone = ceildiv(tile.items, _WARPS) * _WARPS * item + copied + _LATENCY
     slabs = ceildiv(geometry.n, tile.columns)
-    rounds = ceildiv(tiles, max(1, multiprocessors * BLOCKS // slabs))
-    resident = min(BLOCKS, ceildiv(count, multiprocessors))
+    rounds = ceildiv(tiles, max(1, multiprocessors * tile.blocks // slabs))
+    resident = min(tile.blocks, ceildiv(count, multiprocessors))
     return rounds * max(resident * share, alone) + alone / 2
 
 
@@ -188,8 +192,8 @@ def launch_stem(step: Step, geometry: Geometry, context: Context, tile: StemTile
         "operand": STORAGE[element], "x_t": geometry.x.ctype, "channels": geometry.channels,
         "padded_channels": pairs.channels, "kernel_h": geometry.kernel[1], "stride_h": geometry.strides[1],
         "stride_w": geometry.strides[2], "dilation_h": geometry.dilations[1], "dilation_w": geometry.dilations[2],
-        "rows": tile.rows, "units": tile.units, "window_w": window_w, "fragments": tile.fragments,
-        "n_blocks": tile.n_blocks, "warps": _WARPS, "blocks": BLOCKS, "row_pairs": pairs.row,
+        "rows": tile.rows, "units": tile.units, "window_w": window_w, "fragments": _FRAGMENTS,
+        "n_blocks": tile.n_blocks, "warps": _WARPS, "blocks": tile.blocks, "row_pairs": pairs.row,
         "steps": pairs.steps, "regular": pairs.regular, **_steps(geometry),
         "exact": False, "shared_bytes": tile.shared_bytes(geometry, pairs),
     }  # fmt: skip
@@ -203,7 +207,7 @@ def launch_stem(step: Step, geometry: Geometry, context: Context, tile: StemTile
         "w": Pointer(packed, ctype=STORAGE[element]), "tiles": tiles,
     }  # fmt: skip
     # Blocks take turns as evenly as the tiles allow, all of them resident at once.
-    rounds = ceildiv(tiles, max(1, max(1, context.multiprocessors) * BLOCKS // slabs))
+    rounds = ceildiv(tiles, max(1, max(1, context.multiprocessors) * tile.blocks // slabs))
     return launch(
         "conv", "conv_stem.cuh", config, [epilogue_for(step, geometry.n)], arguments,
         (ceildiv(tiles, rounds), slabs, 1), 32 * _WARPS, tile.shared_bytes(geometry, pairs), Instruction.MMA,

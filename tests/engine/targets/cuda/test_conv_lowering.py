@@ -18,7 +18,7 @@ from engine.targets.cuda import covering as cv
 from engine.targets.cuda.architecture import ARCHITECTURES, SM_80, SM_90A
 from engine.targets.cuda.conv import filters_of, launch_conv, lower
 from engine.targets.cuda.conv_geometry import Geometry, pack_filter, pack_taps
-from engine.targets.cuda.conv_stem import BLOCKS, StemTile, is_stem, launch_stem
+from engine.targets.cuda.conv_stem import StemTile, is_stem, launch_stem
 from engine.targets.cuda.covering import ACC, F16, F32, make_step, weight
 from engine.targets.cuda.depthwise import candidates, is_depthwise_product, launch_depthwise_product, window_of
 from engine.targets.cuda.kernel import Context, Launch, Pointer, WeightStore
@@ -210,6 +210,6 @@ def test_blocks_that_take_several_tiles_are_resident_at_once(channels: int, kern
 def test_blocks_of_a_wide_stem_are_resident_at_once() -> None:
     context = Context(SM_90A, 132, WeightStore())
     step = conv_step((128, 3, 64, 64), (200, 3, 3, 3), pad=1)
-    across, slabs, _ = launch_stem(step, Geometry(step), context, StemTile(8, 8, 8, 2)).grid
+    across, slabs, _ = launch_stem(step, Geometry(step), context, StemTile(8, 8, 8, 4)).grid
     assert slabs == 4
-    assert 132 < across * slabs <= 132 * BLOCKS
+    assert 132 < across * slabs <= 132 * 4

@@ -117,12 +117,12 @@ def test_what_was_faster_once_has_to_be_so_again(monkeypatch: pytest.MonkeyPatch
     assert [trial.chosen for trial in trials] == [False] * (len(rows) - 2) + [True, False]
 
 
-@pytest.mark.parametrize(("hot", "taken"), [([80.0, 79.0, 90.0], 0), ([80.0, 82.0, 78.0], 2), ([80.0, 70.0, 75.0], 1)])
+@pytest.mark.parametrize(("hot", "taken"), [([8.0, 7.9, 9.0], 0), ([8.0, 8.2, 7.8], 2), ([8.0, 7.0, 7.5], 1)])
 def test_products_that_heat_the_chip_are_decided_on_a_hot_one(
     hot: list[float], taken: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that were near the fastest on a cool chip take turns, each behind its own work; what was far off does not."""
-    step = pixels(batch=128, taps=3)  # 14.8 GFLOP
+    step = pixels(batch=128, taps=3)  # 1.9 GFLOP
     found = tunables.tunable(step, HOPPER)
     assert found is not None
     count = len(found.candidates)
@@ -130,7 +130,7 @@ def test_products_that_heat_the_chip_are_decided_on_a_hot_one(
 
     def times(target: object, one: Step, rows: Sequence[object], rounds: Rounds) -> list[float]:
         asked.append((len(rows), rounds))
-        return hot if rounds.before else [51.0, 50.0, 50.5] + [56.0] * (count - 3)
+        return hot if rounds.before else [5.1, 5.0, 5.05] + [5.6] * (count - 3)
 
     monkeypatch.setattr(tuner, "timed_launches", times)
     trials = list(tuner.trials(cast(CudaTarget, FakeTarget()), [step], timed=True))
