@@ -135,6 +135,7 @@ def launch_rows(product: Product, epilogue: Functor, tile: RowsTile) -> Launch:
             "blocks": tile.resident(product.m), "split": parts > 1, "shared_bytes": shared,
             "cluster": tile.cluster, "operand": STORAGE[product.dtype], "row_tiles": row_tiles,
             "constant_b": product.b.is_constant, "early": early,
+            "short_end": 0 < product.k % (2 * _STEP) <= 3 * _STEP // 2,
         },
         [epilogue],
         {

@@ -6,8 +6,8 @@
 // an order of its own, so that a lane's part of a fragment is 16 neighbouring bytes: of b they wait in shared memory, in places that only
 // this lane reads and writes (registers would hold a third of that), without a barrier; of a in registers.
 // The kernels around it are gemm_rows.cuh and, for clusters, gemm_rows_joined.cuh.
-// config: operand; columns, warps, stages; ahead, the steps for which a is loaded; row_tiles, of 8 rows; cluster; split; constant_b;
-// early, whether registers hold what the epilogue reads.
+// config: operand; columns, warps, stages; ahead, the steps for which a is loaded; row_tiles, of 8 rows; cluster; split; constant_b; short_end,
+// whether the last two lines of a row are such ones; early, whether registers hold what the epilogue reads.
 #pragma once
 #include "epilogue/access.cuh"
 #include "epilogue/math.cuh"
@@ -57,7 +57,8 @@ DEVICE void load_activations(Activations& a, const Params& p, u32 k) {
   }
 }
 
-// A lane's 16 bytes of every eighth column, for every chunk of a step; zeros beyond the columns and beyond k.
+// A lane's 16 bytes of every eighth column, for every chunk of a step; zeros beyond the columns and beyond k. The cache is asked for two
+// lines ahead, but not where a row has three quarters of them or less.
 DEVICE void copy_weights(u32 stage, const Params& p, u32 column, u32 k) {
 #pragma unroll
   for (int octet = 0; octet < OCTETS; ++octet)
@@ -65,7 +66,10 @@ DEVICE void copy_weights(u32 stage, const Params& p, u32 column, u32 k) {
     for (int i = 0; i < CHUNKS; ++i) {
       const u32 c = column + 8 * octet, first = k + 4 * CHUNK * i;
       const bool valid = c < p.n && first < p.k;
-      copy_async_16_ahead(stage + (octet * CHUNKS + i) * SLOT_BYTES, p.b + (valid ? c * p.b_stride + first : 0), valid);
+      const u32 slot = stage + (octet * CHUNKS + i) * SLOT_BYTES;
+      const Element* from = p.b + (valid ? c * p.b_stride + first : 0);
+      if (config::short_end && (k & ~(2u * STEP - 1)) + 3 * STEP / 2 >= p.k) copy_async_16(slot, from, valid);
+      else copy_async_16_ahead(slot, from, valid);
     }
 }
 
