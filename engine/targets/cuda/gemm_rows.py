@@ -17,6 +17,9 @@ from engine.targets.cuda.tiles import Tile
 MOST_ROWS = 16
 LEAST_K, _SHORTEST_K = 128, 33  # below, the warps of large blocks have nothing to divide, and slices take it
 _STEP = 64  # of k, that a warp takes at once: a line of the cache
+_SHORT_END_WARPS = 2
+"""Of blocks for a k so short that the end of a row counts; larger ones have no registers to tell it from the rest (the
+gate shows spills)."""
 _SPLITS = (1, 2, 4, 8)
 _CLUSTERS = (2, 3, 4, 5, 6, 7, 8)
 _CLUSTERS_SIDE_BY_SIDE, _PARTS_OF_SEVERAL = (6, 8), (2, 3, 4, 6)
@@ -135,7 +138,7 @@ def launch_rows(product: Product, epilogue: Functor, tile: RowsTile) -> Launch:
             "blocks": tile.resident(product.m), "split": parts > 1, "shared_bytes": shared,
             "cluster": tile.cluster, "operand": STORAGE[product.dtype], "row_tiles": row_tiles,
             "constant_b": product.b.is_constant, "early": early,
-            "short_end": 0 < product.k % (2 * _STEP) <= 3 * _STEP // 2,
+            "short_end": tile.warps <= _SHORT_END_WARPS and 0 < product.k % (2 * _STEP) <= 3 * _STEP // 2,
         },
         [epilogue],
         {
