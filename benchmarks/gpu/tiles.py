@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from benchmarks.cases.conv import ConvCase
 from benchmarks.gpu.steps import step_of
 from engine.targets.cuda.conv_variants import Variant, variants
-from engine.targets.cuda.launch_timing import Rounds, timed_launches
+from engine.targets.cuda.launch_timing import SHORT_ROUNDS, timed_launches
 from engine.targets.cuda.product_cost import CLOCK_MHZ
 from engine.targets.cuda.target import CudaTarget
-
-_ROUNDS = Rounds(5, 1e-3)
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ def measure_all(
         found = variants(step, target.context, most)
         target.device.load(launch.kernel for variant in found for launch in variant.launches)
         with target.lock, target.device.errors(), target.device.current():
-            measured = timed_launches(target, step, [list(variant.launches) for variant in found], _ROUNDS)
+            measured = timed_launches(target, step, [list(variant.launches) for variant in found], SHORT_ROUNDS)
         timed = [
             TimedVariant(variant, us, None if variant.cycles is None else variant.cycles / CLOCK_MHZ)
             for variant, us in zip(found, measured, strict=True)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from math import prod
 
@@ -112,14 +112,15 @@ def candidates(geometry: Geometry, pairs: Pairs, architecture: Architecture) -> 
     every = ceildiv(width, 8)
     n_blocks = _columns(geometry.n)
     across = ceildiv(every, _MOST_UNITS)
-    tiles = [
-        StemTile(rows, ceildiv(every, parts), n_blocks, _BLOCKS[n_blocks])
+    shapes = [
+        (rows, ceildiv(every, parts))
         for parts, rows in product((across, 2 * across, 4 * across), (8, 4, 2, 1))
         if rows < 2 * height and parts <= every
     ]
     for blocks in range(_BLOCKS[n_blocks], 0, -1):
         room = share_of(architecture.shared_bytes, blocks)
-        fitting = [replace(tile, blocks=blocks) for tile in tiles if tile.shared_bytes(geometry, pairs) <= room]
+        tiles = [StemTile(rows, units, n_blocks, blocks) for rows, units in shapes]
+        fitting = [tile for tile in tiles if tile.shared_bytes(geometry, pairs) <= room]
         if fitting:
             return fitting
     return []

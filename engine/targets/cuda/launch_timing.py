@@ -35,6 +35,10 @@ class Rounds:
     before: float = 0.0
 
 
+SHORT_ROUNDS = Rounds(5, 1e-3)
+"""To find which of many contenders are worth longer ones."""
+
+
 def timed_launches(target: CudaTarget, step: Step, rows: Sequence[list[Launch]], rounds: Rounds) -> list[float]:
     """Microseconds of each row of launches, whose kernels are loaded: the median of rounds that take turns, every other
     one backwards."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from engine.plan.plan import Step
 from engine.specs import TileTrial
 from engine.targets.cuda.kernel import Context, Launch
-from engine.targets.cuda.launch_timing import Rounds, timed_launches
+from engine.targets.cuda.launch_timing import SHORT_ROUNDS, Rounds, timed_launches
 from engine.targets.cuda.product_cost import CLOCK_MHZ
 from engine.targets.cuda.tunables import CANDIDATES, RATE, Tunable, tunable
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 _LOADED_TOGETHER = (
     12  # products and convolutions whose kernels are compiled side by side, before the first of them is timed
 )
-_FIRST = Rounds(5, 1e-3)
 _FINAL = Rounds(9, 3e-3)
 _CHALLENGERS = 3
 _HOT = Rounds(2, 15e-3, before=40e-3)
@@ -82,7 +81,7 @@ def _decided(target: CudaTarget, one: Tunable) -> tuple[list[float], int]:
     beats it by more than noise once more, in longer rounds. Short rounds of many mislead where what ran before decides
     the clock."""
     rows = _rows(one, target.context)
-    measured = timed_launches(target, one.step, rows, _FIRST)
+    measured = timed_launches(target, one.step, rows, SHORT_ROUNDS)
     others = sorted(range(1, len(rows)), key=measured.__getitem__)
     if _is_hot(one.step, min(measured), target.context):
         near = [i for i in others[:_HOT_CHALLENGERS] if measured[i] <= _NEAR * min(measured)]

@@ -55,7 +55,7 @@ def stems(context: Context) -> Iterator[tuple[str, Launch]]:
         pairs = pairs_of(geometry)
         assert pairs is not None
         tiles = conv_stem.candidates(geometry, pairs, context.architecture)
-        for tile in dict.fromkeys((tiles[0], tiles[1], tiles[-1])):
+        for tile in (tiles[0], tiles[-1]):
             yield f"stem {filters} {tile}", launch_stem(step, geometry, context, tile)
     for image, dtype in ((photo, F16), (inner, F16), (photo, bf16), (photo, F32)):
         op = Conv((16, 16), ((0, 0), (0, 0)), (1, 1), stores=(ex.cast(add(ACC, arg(2, dtype)), dtype),))
