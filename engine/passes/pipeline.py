@@ -25,6 +25,7 @@ from engine.passes.excitation import fuse_excitations
 from engine.passes.flatten import flatten_gemms, sink_views, spread_rows
 from engine.passes.fold import fold
 from engine.passes.layout import choose_orders, permute_flattened
+from engine.passes.maxima import fuse_maxima
 from engine.passes.means import fuse_means
 from engine.passes.narrow import narrow_floats
 from engine.passes.norms import recognise_norms, split_norm_groups
@@ -84,6 +85,7 @@ PASSES: tuple[Pass, ...] = (
     narrow_floats,
     fold,
     choose_orders,
+    fuse_maxima,
     fuse_means,
     fuse_excitations,
     scale_weights,

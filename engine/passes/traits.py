@@ -32,12 +32,13 @@ class Traits:
     tensors are made floats first. `permuted_rows`: a product writes its rows in any order of several axes as fast as
     one after the other. `windows`: its attention takes a `window`; else that stays a bias. `packed`: its attention on
     packed sequences, None where it has none. `conv_means`: its depthwise convolutions add up the pixels of their result
-    for less than a pass over it costs (`fuse_means`). `excitations`: it runs the two layers of a squeeze-and-excite
-    block at once (`fuse_excitations`). `scaled_weights`: its products with weights of every image's own are as fast as
-    others (`scale_weights`). `divided_rows`: its products with constant weights divide the rows of their first operand
-    by their standard deviation, by factors that cost less than a pass that normalises (`divide_rows`).
-    `gathered_norms`: a norm costs what it reads and writes, so that one of looked-up rows, some of them in vain, is
-    cheaper than a norm and a lookup (`unpack_in_norms`).
+    for less than a pass over it costs (`fuse_means`). `conv_maxima`: its convolutions store only the maxima of windows
+    of their sums (`fuse_maxima`). `excitations`: it runs the two layers of a squeeze-and-excite block at once
+    (`fuse_excitations`). `scaled_weights`: its products with weights of every image's own are as fast as others
+    (`scale_weights`). `divided_rows`: its products with constant weights divide the rows of their first operand by
+    their standard deviation, by factors that cost less than a pass that normalises (`divide_rows`). `gathered_norms`: a
+    norm costs what it reads and writes, so that one of looked-up rows, some of them in vain, is cheaper than a norm and
+    a lookup (`unpack_in_norms`).
     """
 
     channels_last: bool = True
@@ -49,6 +50,7 @@ class Traits:
     windows: bool = False
     packed: PackedAttention | None = None
     conv_means: bool = False
+    conv_maxima: bool = False
     excitations: bool = False
     scaled_weights: bool = False
     divided_rows: bool = False

@@ -129,6 +129,13 @@ def _conv_mean(op: ops.ConvMean, inputs: Sequence[Array], sizes: Sizes, node: No
     return [*results, *_stores((op.mean,), (), mean)]
 
 
+def _conv_max(op: ops.ConvMax, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    sums = _conv_forward(op.conv, _wide(inputs[0]), _wide(inputs[1]))
+    pool = replace(op.pool, stores=(ex.Acc(DType.F64),))
+    (acc,) = _pool(pool, (sums,), sizes, node)
+    return _stores(op.stores, inputs, acc)
+
+
 def _excitation(op: ops.Excitation, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
     x, w1, w2 = (_wide(array).reshape(array.shape[:2]) for array in inputs[:3])
     pixel = (1,) * (inputs[0].ndim - 2)
@@ -541,6 +548,7 @@ _RUNNERS: dict[type[ops.Op], Callable[[Any, Sequence[Array], Sizes, Node], list[
     ops.Gemm: _gemm,
     ops.Conv: _conv,
     ops.ConvExcitation: _conv_excitation,
+    ops.ConvMax: _conv_max,
     ops.ConvMean: _conv_mean,
     ops.Excitation: _excitation,
     ops.Recurrent: _recurrent,

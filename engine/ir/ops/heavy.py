@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from engine.errors import ShapeError
 from engine.ir import expr as ex
 from engine.ir.dim import Dim, floordiv
 from engine.ir.dtype import DType
 from engine.ir.ops.base import ConcreteShape, Op, OperandTypes, ResultTypes, broadcast_shapes
-from engine.ir.ops.light import factors_shape
+from engine.ir.ops.light import Pool, factors_shape
 
 IDENTITY = (ex.Acc(),)
 
@@ -156,6 +156,35 @@ class ConvMean(Op):
 
     def bytes(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:
         return self.conv.bytes(inputs, outputs)
+
+
+@dataclass(frozen=True)
+class ConvMax(Op):
+    """A convolution and the maximum of its sums over each window of `pool`, a maximum: [n, o, *windows]. The stores are
+    those of the convolution, over `Acc()`, that maximum, and further inputs that broadcast against the result. What
+    lies in the pool's padding does not count.
+    """
+
+    conv: Conv
+    pool: Pool
+    arity: ClassVar[int] = 2
+
+    @property
+    def stores(self) -> tuple[ex.Expr, ...]:
+        """The convolution's, one."""
+        return self.conv.stores
+
+    def infer(self, inputs: OperandTypes) -> ResultTypes:
+        sums = self.conv.infer(inputs)
+        windows = self.pool.infer([_Typed(*result) for result in sums])
+        return tuple((dtype, shape) for (dtype, _), (_, shape) in zip(sums, windows, strict=True))
+
+    def flops(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:
+        """A comparison counts as one, as in a pool."""
+        ((_, sums),) = self.conv.infer(inputs)
+        taps = prod(inputs[1].shape[1:])
+        compared = outputs[0].elements * (prod(self.pool.kernel) + ex.flops(*self.stores))
+        return 2 * taps * prod(cast(tuple[int, ...], sums)) + compared
 
 
 @dataclass(frozen=True)

@@ -198,6 +198,7 @@ def lower_in(step: Step, geometry: Geometry, tile: ConvTile, context: Context) -
     if isinstance(tile, WgmmaTile):
         filters, packing = filters_of(step, geometry, context, conv_wgmma.panel_channels(tile, step))
         return [*packing, conv_wgmma.launch_conv(step, geometry, filters, tile, context)]
+    assert isinstance(tile, MmaTile), "lines store maxima"
     filters, packing = filters_of(step, geometry, context)
     return [*packing, launch_conv(step, geometry, filters, tile, context)]
 

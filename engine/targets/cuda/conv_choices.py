@@ -14,6 +14,7 @@ from engine.plan.plan import Step
 from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.conv_halo import HaloTile
 from engine.targets.cuda.conv_halo_deep import DeepTile
+from engine.targets.cuda.conv_lines import LinesTile
 from engine.targets.cuda.conv_simt import epilogue_for
 from engine.targets.cuda.conv_stem import StemTile
 from engine.targets.cuda.depthwise import DepthwiseTile
@@ -23,12 +24,12 @@ from engine.targets.cuda.depthwise_tiles import RowsTile
 from engine.targets.cuda.kernel import Choice, Context, is_constant
 from engine.targets.cuda.tiles import MmaTile, WgmmaTile
 
-ConvTile: TypeAlias = MmaTile | WgmmaTile | HaloTile | DeepTile | StemTile | DepthwiseTile | RowsTile
+ConvTile: TypeAlias = MmaTile | WgmmaTile | HaloTile | DeepTile | LinesTile | StemTile | DepthwiseTile | RowsTile
 T = TypeVar("T", bound=ConvTile)
 
 _KINDS: dict[str, type[ConvTile]] = {
-    "mma": MmaTile, "gathered": WgmmaTile, "halo": HaloTile, "deep halo": DeepTile, "stem": StemTile,
-    "depthwise": DepthwiseTile, "depthwise rows": DiagonalRows, "depthwise bands": BandedRows,
+    "mma": MmaTile, "gathered": WgmmaTile, "halo": HaloTile, "deep halo": DeepTile, "lines": LinesTile,
+    "stem": StemTile, "depthwise": DepthwiseTile, "depthwise rows": DiagonalRows, "depthwise bands": BandedRows,
 }  # fmt: skip
 """The kernels, by what a choice calls them."""
 
@@ -81,7 +82,7 @@ def kernel_of(tile: ConvTile) -> str:
 
 def tile_text(tile: ConvTile) -> str:
     """A tile for people."""
-    size = "" if isinstance(tile, StemTile | DepthwiseTile | RowsTile) else f"{tile.m}×{tile.n}"
+    size = "" if isinstance(tile, LinesTile | StemTile | DepthwiseTile | RowsTile) else f"{tile.m}×{tile.n}"
     match tile:
         case MmaTile():
             return f"mma {size}{_splits(tile.splits)}"
@@ -96,6 +97,8 @@ def tile_text(tile: ConvTile) -> str:
         case DeepTile():
             rings = f"{tile.halos} halos, {tile.stages} filters"
             return f"deep halo {size}{_first(tile.swapped)}, {rings}{_panels(tile.panel_bytes)}"
+        case LinesTile():
+            return f"lines 2×{tile.wide} pixels × 64, {tile.stages} tiles' pixels"
         case StemTile():
             size = f"{tile.rows}×{8 * tile.units} pixels × {tile.columns}"
             return f"stem {size}, {tile.blocks} blocks a multiprocessor"

@@ -6,7 +6,7 @@ from __future__ import annotations
 from math import prod
 
 from engine.ir.dtype import DType
-from engine.ir.ops import Conv
+from engine.ir.ops import Conv, ConvMax
 from engine.plan.plan import Step
 from engine.targets.cuda.conv_geometry import (
     AXES,
@@ -40,7 +40,7 @@ _DIRECT_PIXELS = 2  # neighbouring outputs that a thread of it computes
 def epilogue_for(step: Step, granularity: int, acc: DType = DType.F32) -> Functor:
     """The epilogue of a convolution: columns are channels. `granularity` divides every one at which the kernel starts
     or ends; `acc` is the type of the sums."""
-    assert isinstance(step.op, Conv)
+    assert isinstance(step.op, Conv | ConvMax)
     return epilogue_of(step, step.op.stores, channels_last(len(step.outputs[0].shape)), granularity, acc)
 
 

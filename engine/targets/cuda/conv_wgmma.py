@@ -150,7 +150,7 @@ def estimates(
         if geometry.channels % panel and (groups > 1 or not is_constant(w)):
             continue
         k = padded_k(geometry, panel)
-        lines = _lines(geometry, panel_bytes)
+        lines = lines_of(geometry, panel_bytes)
         tiles = wgmma_tiles(m, n, k, operands, most_splits, groups, panel_bytes, TILES)
         others = _other_tiles(epilogue, operands.wgmma_steps(k), groups, panel_bytes)
         pairs = _pairs(m, n, operands.wgmma_steps(k), epilogue, groups, panel_bytes, context.multiprocessors)
@@ -192,7 +192,7 @@ def _pairs(
             yield replace(tile, panel_bytes=panel_bytes)
 
 
-def _lines(geometry: Geometry, panel_bytes: int) -> float:
+def lines_of(geometry: Geometry, panel_bytes: int) -> float:
     """The lines of the L2 cache that a panel of a pixel lies in, on average over dense pixels and their panels."""
     pixel = geometry.groups * geometry.channels * geometry.x_dtype.itemsize
     panels = range(0, geometry.channels * geometry.x_dtype.itemsize, panel_bytes)

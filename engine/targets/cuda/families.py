@@ -12,6 +12,7 @@ from engine.ir.ops import (
     Concat,
     Conv,
     ConvExcitation,
+    ConvMax,
     ConvMean,
     Excitation,
     Gather,
@@ -37,6 +38,7 @@ from engine.targets.cuda import (
     concat,
     conv,
     conv_excitation,
+    conv_max,
     conv_mean,
     excitation,
     gather,
@@ -61,6 +63,7 @@ FAMILIES: dict[type[Op], Family] = {
     Concat: concat,
     Conv: conv,
     ConvExcitation: conv_excitation,
+    ConvMax: conv_max,
     ConvMean: conv_mean,
     Excitation: excitation,
     Gather: gather,
@@ -107,7 +110,8 @@ def traits_of(architecture: Architecture) -> Traits:
     803 µs instead of 780 at batch 32; all together 718)."""
     if not architecture.wgmma:
         return TRAITS
-    return replace(TRAITS, packed=PACKED, conv_means=True, excitations=True, scaled_weights=True, divided_rows=True)
+    joined = replace(TRAITS, conv_means=True, conv_maxima=True, excitations=True)
+    return replace(joined, packed=PACKED, scaled_weights=True, divided_rows=True)
 
 
 def family_of(op: Op) -> Family:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from engine.ir.ops import Conv, ConvExcitation, ConvMean, Gemm
+from engine.ir.ops import Conv, ConvExcitation, ConvMax, ConvMean, Gemm
 from engine.plan.plan import Step
-from engine.targets.cuda import choices, conv, conv_choices, conv_excitation, conv_mean, gemm
+from engine.targets.cuda import choices, conv, conv_choices, conv_excitation, conv_max, conv_mean, gemm
 from engine.targets.cuda.conv_choices import ConvTile, kernel_of
 from engine.targets.cuda.conv_geometry import Geometry
+from engine.targets.cuda.conv_lines import LinesTile
 from engine.targets.cuda.conv_tiles import summed_tiles, taken
 from engine.targets.cuda.depthwise_tiles import RowsTile
 from engine.targets.cuda.gemm import (
@@ -31,6 +32,7 @@ from engine.targets.cuda.kernel import Choice, Context, Functor, Launch
 from engine.targets.cuda.product import Product
 from engine.targets.cuda.product_cost import CLOCK_MHZ, Ranked
 from engine.targets.cuda.tiles import Choice as Estimated
+from engine.targets.cuda.tiles import WgmmaTile
 
 CANDIDATES = 6
 """Tiles that are timed of each product or convolution."""
@@ -199,6 +201,8 @@ def _bare(step: Step) -> Step:
             return conv_mean.without_mean(conv_excitation.with_mean(step))
         case ConvMean():
             return conv_mean.without_mean(step)
+        case ConvMax():
+            return conv_max.unpooled(step)
     return step
 
 
@@ -207,6 +211,8 @@ def _conv_tiles(step: Step, context: Context) -> Sequence[Estimated[ConvTile]]:
     match step.op:
         case Conv():
             return conv.tiles_of(step, context)
+        case ConvMax():
+            return conv_max.tiles_of(step, context)
         case ConvMean() | ConvExcitation():
             bare = _bare(step)
             return summed_tiles(bare, Geometry(bare), context)
@@ -216,6 +222,9 @@ def _conv_tiles(step: Step, context: Context) -> Sequence[Estimated[ConvTile]]:
 def _conv_launches(step: Step, tile: ConvTile, context: Context) -> list[Launch]:
     if isinstance(step.op, Conv):
         return conv.lower_in(step, Geometry(step), tile, context)
+    if isinstance(step.op, ConvMax):
+        assert isinstance(tile, WgmmaTile | LinesTile)
+        return conv_max.lower_in(step, tile, context)
     assert isinstance(tile, RowsTile)
     if isinstance(step.op, ConvMean):
         return conv_mean.lower_rows(step, tile, context)

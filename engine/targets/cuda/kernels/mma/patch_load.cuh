@@ -24,14 +24,14 @@ template <class... PLACE> DEVICE void copy_shared_pixels(u32 destination, const 
   else copy_pixels(destination, map, barrier, place...);
 }
 
-struct PatchLoad {
+// Where the patch of a tile's pixel number `row` begins, and the panel that comes next.
+struct PatchWalk {
   static constexpr bool BATCHED = false;
   static constexpr int UNROLL = 1, AHEAD = PARTS * TILE_N <= 128 ? TILE_N / 32 : PARTS * TILE_N <= 256 ? 2 : 1;
   int x, y, z;            // where the patch of the first pixel begins; it may lie outside
   u32 image;
   u32 q, r, s, block;     // of the panel that comes next
-  DEVICE PatchLoad(const Params& p, u32 first_row, u32 step) {
-    const u32 row = first_row + first_pixel();
+  DEVICE PatchWalk(const Params& p, u32 row, u32 step) {
     const u32 line = row / p.out_w, plane = line / p.out_h;
     image = DEPTH ? plane / p.out_d : plane;
     x = static_cast<int>((row - line * p.out_w) * p.stride_w) - p.pad_w;
@@ -45,6 +45,19 @@ struct PatchLoad {
   }
   DEVICE static u32 column_of_b(u32 step) { return step * TILE_K; }
   DEVICE static constexpr u32 early(const Params&) { return 0; }
+  DEVICE void advance(const Params& p) {
+    if (++block == p.blocks) {
+      block = 0;
+      if (++s == p.kernel_w) {
+        s = 0;
+        if (++r == p.kernel_h) { r = 0; ++q; }
+      }
+    }
+  }
+};
+
+struct PatchLoad : PatchWalk {
+  DEVICE PatchLoad(const Params& p, u32 first_row, u32 step) : PatchWalk(p, first_row + first_pixel(), step) {}
   DEVICE void operator()(const Params& p, u32 destination, u32 barrier, u32) {
     const u32 own = destination + first_pixel() * PANEL_BYTES;
 #pragma unroll
@@ -59,13 +72,7 @@ struct PatchLoad {
       } else {
         copy_shared_pixels(own + i * PANEL, p.map_a, barrier, channel, x, y, image, offset_x, offset_y);
       }
-      if (++block == p.blocks) {
-        block = 0;
-        if (++s == p.kernel_w) {
-          s = 0;
-          if (++r == p.kernel_h) { r = 0; ++q; }
-        }
-      }
+      advance(p);
     }
   }
 };

@@ -198,6 +198,7 @@ struct RaggedResults {
 // Consumers store their results themselves, each warp through shared memory of its own.
 struct RaggedStores {
   static constexpr bool STAGED = true, BRINGS = false;
+  static constexpr int PART_ROWS = 64;
   static constexpr int SHARED_BYTES = RAGGED + CONSUMERS * 4 * WARP_BYTES;
   using Results = RaggedResults;
   u32 first;

@@ -139,6 +139,7 @@ struct StagedResults {
 // The places and barriers of one consumer, and what its courier does.
 struct StagedStores {
   static constexpr bool STAGED = true, BRINGS = Epilogue::READS_TILE;
+  static constexpr int PART_ROWS = 64;
   static constexpr int SHARED_BYTES = STAGING + CONSUMERS * SLOTS * SLOT_BYTES;
   using Results = StagedResults;
   u32 consumer, ready, written, begun, slots;

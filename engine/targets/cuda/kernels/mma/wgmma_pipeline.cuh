@@ -70,6 +70,7 @@ template <int N> DEVICE float (&as_floats(i32 (&d)[PARTS][N], float (&values)[PA
 // Consumers store their results themselves: they keep what the epilogue reads in registers.
 struct OwnStores {
   static constexpr bool STAGED = false, BRINGS = false;
+  static constexpr int PART_ROWS = 64;  // of the tile, from a consumer's part to its next
   static constexpr int SHARED_BYTES = CLUSTER_K > 1 ? JOINED_SUMS + static_cast<int>(Joined::BYTES) : RING_BYTES;
   using Results = EarlyEpilogue<Epilogue, Layout, CONSUMER_REGISTERS - RESERVED - ACCUMULATORS>;
 };
@@ -173,7 +174,7 @@ template <class LOAD, class STORES = OwnStores, class DIVISORS = WholeRows> DEVI
     take_registers<CONSUMER_REGISTERS>();
     const u32 consumer = warpgroup - 1, lane = threadIdx.x & 31, warp = threadIdx.x / 32 & 3;
     const bool leader = threadIdx.x % 128 == 0;
-    const u32 row0 = COOPERATIVE ? consumer * CONSUMER_M : 0;  // within the tile
+    const u32 row0 = COOPERATIVE ? consumer * (STORES::PART_ROWS == 64 ? CONSUMER_M : 64) : 0;  // within the tile
     const u64 a0 = operand_descriptor<PANEL_BYTES>(ring + row0 * PANEL_BYTES), b0 = second_descriptor<LOAD>(ring + A_BYTES);
     const EmptyBarriers read(empty);
     constexpr u32 TURNS = COOPERATIVE ? 1 : CONSUMERS;
@@ -210,7 +211,7 @@ template <class LOAD, class STORES = OwnStores, class DIVISORS = WholeRows> DEVI
           const u64 a_k = k / PANEL_STEPS * (PANEL >> 4) + 2 * (k % PANEL_STEPS);
 #pragma unroll
           for (int i = 0; i < PARTS; ++i) {
-            const u64 a = a0 + offset + (64 * PANEL_BYTES >> 4) * i + a_k;
+            const u64 a = a0 + offset + (STORES::PART_ROWS * PANEL_BYTES >> 4) * i + a_k;
             if constexpr (LOAD::BATCHED) LOAD::multiply(sums[i], a, b0 + offset + LOAD::STEP * k, step | k);
             else wgmma<TILE_N, Element>(sums[i], a, b0 + offset + 2 * k, step | k);
           }
