@@ -7,15 +7,14 @@ from dataclasses import replace
 
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
-from engine.ir.ops import (
-    Conv,
-)
+from engine.ir.ops import Conv, ConvMax, Pool, PoolKind
 from engine.plan.plan import Step
 from engine.plan.tensor import row_major
-from engine.targets.cuda import conv_halo, conv_wgmma
+from engine.targets.cuda import conv_halo, conv_max, conv_wgmma
 from engine.targets.cuda.conv import filters_of, launch_conv, lower_in
 from engine.targets.cuda.conv_geometry import Geometry, channels_last
 from engine.targets.cuda.conv_halo_deep import DeepTile
+from engine.targets.cuda.conv_lines import LinesTile
 from engine.targets.cuda.covering.build import (
     ACC,
     F16,
@@ -117,6 +116,7 @@ def _gathered_convolutions(context: Context, rounding: Context) -> Iterator[tupl
     if context.architecture.wgmma:
         yield from _halos(context, rounding)
         yield from _deep_halos(context, rounding)
+        yield from _maxima(context)
 
 
 def _halos(context: Context, rounding: Context) -> Iterator[tuple[str, Launch]]:
@@ -140,6 +140,24 @@ def _deep_halos(context: Context, rounding: Context) -> Iterator[tuple[str, Laun
     ):
         for launch in lower_in(step, Geometry(step), tile, how):
             yield f"conv {tile}", launch
+
+
+def _maxima(context: Context) -> Iterator[tuple[str, Launch]]:
+    """Maxima of windows in every tile of gathered patches, panels of each width in turn, of wide and narrow lines."""
+    gathered = [replace(tile, panel_bytes=128 >> i % 3) for i, tile in enumerate(conv_max.TILES)]
+    lines = (LinesTile(128, 2), LinesTile(112, 2), LinesTile(64, 3), LinesTile(32, 4))
+    for turn, tile in enumerate((*gathered, *lines)):
+        step = max_step(DType.BF16 if turn % 3 == 0 else F16)
+        for launch in conv_max.lower_in(step, tile, context):
+            yield f"conv maxima {tile}", launch
+
+
+def max_step(dtype: DType, channels: int = 64) -> Step:
+    """A convolution with a bias and a clamp, of which only the maxima of windows are stored."""
+    convolution = _conv(dtype, channels)
+    halving = Pool(PoolKind.MAX, (2, 2), (2, 2), ((0, 0), (0, 0)), (1, 1), stores=(ex.Acc(dtype),))
+    assert isinstance(convolution.op, Conv)
+    return make_step(ConvMax(convolution.op, halving), list(convolution.inputs), f"conv maxima of {channels}")
 
 
 def _residual(dtype: DType, channels: int = 0, groups: int = 1, axes: int = 2) -> Step:

@@ -59,6 +59,7 @@ from engine.targets.cuda.covering.build import (
     stored,
     weight,
 )
+from engine.targets.cuda.covering.conv import max_step
 from engine.targets.cuda.covering.excitation import excitation_steps
 from engine.targets.cuda.covering.light import light_steps
 
@@ -89,6 +90,8 @@ def steps() -> Iterator[Step]:
     yield make_step(conv_op(3), [image, weight(64, 64, 3, 3), weight(64, 1, 1)], "conv 3x3")
     yield make_step(conv_op(3, 2), [(F16, (2, 3, 32, 32)), weight(32, 3, 3, 3), weight(32, 1, 1)], "conv stem")
     yield make_step(conv_op(3, groups=4), [image, weight(64, 16, 3, 3), weight(64, 1, 1)], "conv grouped")
+    yield max_step(F16)
+    yield max_step(DType.BF16, 128)
     for kernel, stride in ((3, 1), (3, 2), (5, 1), (5, 2)):
         w = weight(64, 1, kernel, kernel)
         yield make_step(

@@ -126,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
       barrier_init(full + 8 * i, 1);
       barrier_init(empty + 8 * i, groups * PLACE_WARPS);
     }
-    for (int i = 0; i < SLOTS; ++i) barrier_init(ready + 8 * i, GROUPS);
+    for (int i = 0; i < SLOTS; ++i) barrier_init(ready + 8 * i, 32 * GROUPS);
     barrier_init_fence();
   }
   __syncthreads();
@@ -252,8 +252,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
               store_shared_16(pair_of(given, pair) + finished % 2 * SLOT_BYTES,
                               make_float4(sum[pair][0], sum[pair][1], sum[pair][2], sum[pair][3]));
           }
-          __syncwarp();
-          if (lane == 0) barrier_arrive(ready + 8 * (finished % 2));
+          barrier_arrive(ready + 8 * (finished % 2));
         }
         ++finished;
       }
