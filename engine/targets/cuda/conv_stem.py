@@ -12,6 +12,7 @@ import numpy as np
 from engine.ir.dtype import DType
 from engine.plan.plan import Step
 from engine.targets.cuda.architecture import Architecture, share_of
+from engine.targets.cuda.attention_wgmma import register_product
 from engine.targets.cuda.conv_geometry import AXES, Geometry
 from engine.targets.cuda.conv_simt import epilogue_for
 from engine.targets.cuda.kernel import (
@@ -55,8 +56,9 @@ class Pairs:
         return ceildiv(self.kernel_h * self.row, 8)
 
 
-def pairs_of(geometry: Geometry) -> Pairs | None:
-    """How k of a convolution runs, if some order suits the kernel."""
+def pairs_of(geometry: Geometry, wgmma: bool = False) -> Pairs | None:
+    """How k of a convolution runs in a kind of tile, if some order suits its kernel. On wgmma a step more costs less
+    than the registers of a table."""
     kernel_h, taps = geometry.kernel[1:]
     stride, dilation, channels = geometry.strides[2], geometry.dilations[2], geometry.channels
     # A pair is read as a word: pixels, and taps that do not touch, lie whole words apart.
@@ -66,18 +68,19 @@ def pairs_of(geometry: Geometry) -> Pairs | None:
     whole = Pairs(padded, ceildiv(row, 4) * 4, kernel_h, regular=True)
     if dilation > 1:
         return table if 2 * table.steps <= _MOST_TABLE else None
-    return whole if whole.steps == table.steps or 2 * table.steps > _MOST_TABLE else table
+    return whole if whole.steps <= table.steps + wgmma or 2 * table.steps > _MOST_TABLE else table
 
 
 @dataclass(frozen=True)
 class StemTile:
     """A block's tile: `rows` × `units` · 8 output pixels, 8 · `n_blocks` output channels. `blocks` blocks share a
-    multiprocessor."""
+    multiprocessor. `wgmma`: its warps multiply as one."""
 
     rows: int
     units: int
     n_blocks: int
     blocks: int
+    wgmma: bool = False
 
     @property
     def columns(self) -> int:
@@ -106,8 +109,17 @@ def _columns(n: int) -> int:
     return 4 if n <= 32 or 64 < n <= 96 else 8
 
 
-def candidates(geometry: Geometry, pairs: Pairs, architecture: Architecture) -> list[StemTile]:
-    """The tiles that fit, as many to a multiprocessor as it can have of any."""
+def candidates(geometry: Geometry, architecture: Architecture) -> list[StemTile]:
+    """The tiles that fit."""
+    kinds = (False, True) if architecture.wgmma else (False,)
+    return [tile for wgmma in kinds for tile in _fitting(geometry, architecture, wgmma)]
+
+
+def _fitting(geometry: Geometry, architecture: Architecture, wgmma: bool) -> list[StemTile]:
+    """The tiles of a kind that fit, as many to a multiprocessor as it can have of any."""
+    pairs = pairs_of(geometry, wgmma)
+    if pairs is None:
+        return []
     height, width = geometry.output[1:]
     every = ceildiv(width, 8)
     n_blocks = _columns(geometry.n)
@@ -119,7 +131,7 @@ def candidates(geometry: Geometry, pairs: Pairs, architecture: Architecture) -> 
     ]
     for blocks in range(_BLOCKS[n_blocks], 0, -1):
         room = share_of(architecture.shared_bytes, blocks)
-        tiles = [StemTile(rows, units, n_blocks, blocks) for rows, units in shapes]
+        tiles = [StemTile(rows, units, n_blocks, blocks, wgmma) for rows, units in shapes]
         fitting = [tile for tile in tiles if tile.shared_bytes(geometry, pairs) <= room]
         if fitting:
             return fitting
@@ -132,8 +144,10 @@ def candidates(geometry: Geometry, pairs: Pairs, architecture: Architecture) -> 
 _MMA, _BYTES, _INPUT, _LATENCY = 2.4, 13, 0.15, 3400
 
 
-def _cycles(geometry: Geometry, pairs: Pairs, tile: StemTile, multiprocessors: int) -> float:
+def _cycles(geometry: Geometry, tile: StemTile, multiprocessors: int) -> float:
     """Estimated time of the convolution in a tile."""
+    pairs = pairs_of(geometry, tile.wgmma)
+    assert pairs is not None
     height, width = geometry.output[1:]
     tiles = geometry.images * ceildiv(height, tile.rows) * ceildiv(ceildiv(width, 8), tile.units)
     count = tiles * ceildiv(geometry.n, tile.columns)
@@ -152,11 +166,8 @@ def _cycles(geometry: Geometry, pairs: Pairs, tile: StemTile, multiprocessors: i
 
 def ranked(geometry: Geometry, context: Context) -> list[tuple[float, StemTile]]:
     """The tiles that fit with their estimated cycles, from what should be the fastest on."""
-    pairs = pairs_of(geometry)
-    if pairs is None:
-        return []
-    fitting = candidates(geometry, pairs, context.architecture)
-    estimates = ((_cycles(geometry, pairs, tile, context.multiprocessors), tile) for tile in fitting)
+    fitting = candidates(geometry, context.architecture)
+    estimates = ((_cycles(geometry, tile, context.multiprocessors), tile) for tile in fitting)
     return sorted(estimates, key=lambda one: one[0])
 
 
@@ -184,22 +195,24 @@ def is_stem(step: Step, geometry: Geometry, context: Context) -> bool:
 
 def launch_stem(step: Step, geometry: Geometry, context: Context, tile: StemTile | None = None) -> Launch:
     """The launch of a convolution that `is_stem`, in a given tile or the one that should be fastest."""
-    pairs, tile = pairs_of(geometry), tile or pick_tile(geometry, context)
-    assert pairs is not None
+    tile = tile or pick_tile(geometry, context)
     assert tile is not None
+    pairs = pairs_of(geometry, tile.wgmma)
+    assert pairs is not None
     element = step.inputs[1].dtype
     _, window_w = tile.window(geometry, pairs)
     config: dict[str, int | bool | str] = {
         "operand": STORAGE[element], "x_t": geometry.x.ctype, "channels": geometry.channels,
         "padded_channels": pairs.channels, "kernel_h": geometry.kernel[1], "stride_h": geometry.strides[1],
         "stride_w": geometry.strides[2], "dilation_h": geometry.dilations[1], "dilation_w": geometry.dilations[2],
-        "rows": tile.rows, "units": tile.units, "window_w": window_w, "fragments": _FRAGMENTS,
-        "n_blocks": tile.n_blocks, "warps": _WARPS, "blocks": tile.blocks, "row_pairs": pairs.row,
-        "steps": pairs.steps, "regular": pairs.regular, **_steps(geometry),
+        "rows": tile.rows, "units": tile.units, "window_w": window_w,
+        **({} if tile.wgmma else {"fragments": _FRAGMENTS}),
+        "n_blocks": tile.n_blocks, "warps": _WARPS, "blocks": tile.blocks, "row_pairs": pairs.row, "steps": pairs.steps,
+         "regular": pairs.regular, **_steps(geometry),
         "exact": False, "shared_bytes": tile.shared_bytes(geometry, pairs),
     }  # fmt: skip
-    layout = f"stem n{tile.columns} {pairs}"
-    packed = context.weights.packed(step.inputs[1], layout, lambda w: pack_stem(w, pairs, tile.columns))
+    layout = f"stem n{tile.columns} {pairs}{' wgmma' if tile.wgmma else ''}"
+    packed = context.weights.packed(step.inputs[1], layout, lambda w: pack_stem(w, pairs, tile.columns, tile.wgmma))
     tiles = geometry.images * ceildiv(geometry.output[1], tile.rows) * ceildiv(geometry.output[2], 8 * tile.units)
     slabs = ceildiv(geometry.n, tile.columns)
     known = {f"{name}_{axis}" for name in ("stride", "dilation") for axis in AXES}
@@ -210,8 +223,10 @@ def launch_stem(step: Step, geometry: Geometry, context: Context, tile: StemTile
     # Blocks take turns as evenly as the tiles allow, all of them resident at once.
     rounds = ceildiv(tiles, max(1, max(1, context.multiprocessors) * tile.blocks // slabs))
     return launch(
-        "conv", "conv_stem.cuh", config, [epilogue_for(step, geometry.n)], arguments,
-        (ceildiv(tiles, rounds), slabs, 1), 32 * _WARPS, tile.shared_bytes(geometry, pairs), Instruction.MMA,
+        "conv", "conv_stem_wgmma.cuh" if tile.wgmma else "conv_stem.cuh", config,
+        [epilogue_for(step, geometry.n)], arguments, (ceildiv(tiles, rounds), slabs, 1), 32 * _WARPS,
+        tile.shared_bytes(geometry, pairs), Instruction.WGMMA if tile.wgmma else Instruction.MMA,
+        helpers=f'#include "ptx/wgmma_panels.cuh"\n{register_product(tile.columns, element)}' if tile.wgmma else "",
     )  # fmt: skip
 
 
@@ -228,9 +243,10 @@ def _steps(geometry: Geometry) -> dict[str, int | bool | str]:
     }  # fmt: skip
 
 
-def pack_stem(w: np.ndarray, pairs: Pairs, columns: int) -> np.ndarray:
+def pack_stem(w: np.ndarray, pairs: Pairs, columns: int, wgmma: bool = False) -> np.ndarray:
     """A filter [n, c, *kernel] as conv_stem.cuh reads it: [slab of `columns`][step][32 columns][two 8-column blocks]
-    [lane][4 words of two elements], with zeros behind n, the channels, the rows of the filter and k."""
+    [lane][4 words of two elements], with zeros behind n, the channels, the rows of the filter and k; or as
+    conv_stem_wgmma.cuh does: [slab][k][columns], swizzled."""
     n, channels, kernel_h, taps = w.shape[0], w.shape[1], prod(w.shape[2:-1]), w.shape[-1]
     slabs = ceildiv(n, columns)
     table = np.zeros((slabs * columns, kernel_h, taps, pairs.channels), w.dtype)
@@ -239,6 +255,18 @@ def pack_stem(w: np.ndarray, pairs: Pairs, columns: int) -> np.ndarray:
     rows[..., : taps * pairs.channels] = table.reshape(slabs * columns, kernel_h, -1)
     k = np.zeros((slabs * columns, 16 * pairs.steps), w.dtype)
     k[:, : kernel_h * 2 * pairs.row] = rows.reshape(slabs * columns, -1)
+    if wgmma:
+        return _swizzled(k.reshape(slabs, columns // 32, 8, 4, -1).transpose(0, 4, 1, 3, 2).reshape(slabs, -1, columns))
     # Column 4 g + 2 i + j of 32 is column g of block 2 i + j; a lane is (g, quad).
     parts = k.reshape(slabs, columns // 32, 8, 2, 2, pairs.steps, 2, 4, 2)  # slab, 32s, g, i, j, step, half, quad, pair
     return np.ascontiguousarray(parts.transpose(0, 5, 1, 3, 2, 7, 4, 6, 8)).reshape(-1)
+
+
+def _swizzled(w: np.ndarray) -> np.ndarray:
+    """Rows of 32 or 64 elements [slab, k, columns] as wgmma finds them in shared memory: the chunks of 16 bytes of
+    eight rows of 128 bytes, or of four pairs of rows of 64, change places (PTX, "Swizzling modes")."""
+    slabs, rows, columns = w.shape
+    chunks = w.reshape(slabs, rows, columns // 8, 8)
+    row, place = np.arange(rows)[:, None], np.arange(columns // 8)[None]
+    turned = place ^ (row % 8 if columns == 64 else row // 2 % 4)
+    return np.ascontiguousarray(np.take_along_axis(chunks, turned[None, :, :, None], axis=2)).reshape(-1)

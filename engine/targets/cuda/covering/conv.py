@@ -145,8 +145,9 @@ def _deep_halos(context: Context, rounding: Context) -> Iterator[tuple[str, Laun
 def _maxima(context: Context) -> Iterator[tuple[str, Launch]]:
     """Maxima of windows in every tile of gathered patches, panels of each width in turn, of wide and narrow lines."""
     gathered = [replace(tile, panel_bytes=128 >> i % 3) for i, tile in enumerate(conv_max.TILES)]
-    lines = (LinesTile(128, 2), LinesTile(112, 2), LinesTile(64, 3), LinesTile(32, 4))
-    for turn, tile in enumerate((*gathered, *lines)):
+    lines = [LinesTile(128, 2), LinesTile(112, 2), LinesTile(64, 3), LinesTile(32, 4)]
+    tiles: list[conv_max.PooledTile] = [*gathered, *lines]
+    for turn, tile in enumerate(tiles):
         step = max_step(DType.BF16 if turn % 3 == 0 else F16)
         for launch in conv_max.lower_in(step, tile, context):
             yield f"conv maxima {tile}", launch

@@ -11,7 +11,7 @@ from engine.ir.ops import (
 )
 from engine.targets.cuda import conv_stem
 from engine.targets.cuda.conv_geometry import Geometry
-from engine.targets.cuda.conv_stem import is_stem, launch_stem, pairs_of
+from engine.targets.cuda.conv_stem import is_stem, launch_stem
 from engine.targets.cuda.covering.build import (
     ACC,
     F16,
@@ -52,10 +52,9 @@ def stems(context: Context) -> Iterator[tuple[str, Launch]]:
         step = make_step(op, [image, weight(*filters, dtype=dtype), weight(filters[0], 1, 1, dtype=dtype)])
         geometry = Geometry(step)
         assert is_stem(step, geometry, context), filters
-        pairs = pairs_of(geometry)
-        assert pairs is not None
-        tiles = conv_stem.candidates(geometry, pairs, context.architecture)
-        for tile in (tiles[0], tiles[-1]):
+        tiles = conv_stem.candidates(geometry, context.architecture)
+        kinds = [[tile for tile in tiles if tile.wgmma is wgmma] for wgmma in (False, True)]
+        for tile in (kind[i] for kind in kinds if kind for i in (0, -1)):
             yield f"stem {filters} {tile}", launch_stem(step, geometry, context, tile)
     for image, dtype in ((photo, F16), (inner, F16), (photo, bf16), (photo, F32)):
         op = Conv((16, 16), ((0, 0), (0, 0)), (1, 1), stores=(ex.cast(add(ACC, arg(2, dtype)), dtype),))

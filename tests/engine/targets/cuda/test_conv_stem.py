@@ -12,7 +12,7 @@ from engine.plan.tensor import Tensor, row_major
 from engine.targets.cuda.conv import operands_of
 from engine.targets.cuda.conv_geometry import Geometry, channels_last
 from engine.targets.cuda.conv_patch import is_patches, launch_patches
-from engine.targets.cuda.conv_stem import candidates, is_stem, launch_stem, pairs_of
+from engine.targets.cuda.conv_stem import candidates, is_stem, launch_stem
 from engine.targets.cuda.covering import F16, F32
 from tests.engine.targets.cuda.cases import check, ragged, rng_of
 from tests.engine.targets.cuda.harness import Runner
@@ -43,9 +43,7 @@ def test_stem_matches_float64(runner: Runner, count: int) -> None:
         geometry, context = Geometry(step), kind.context(runner)
         if not is_stem(step, geometry, context):
             continue
-        pairs = pairs_of(geometry)
-        assert pairs is not None
-        tiles = candidates(geometry, pairs, context.architecture)
+        tiles = candidates(geometry, context.architecture)
         tile = tiles[int(rng.integers(len(tiles)))]
         launches = [launch_stem(step, geometry, context, tile)]
         cases.append(case(rng, kind, shape, step, launches, f"{EPILOGUES[i // 2 % 4]} {tile}"))
