@@ -27,21 +27,22 @@ _RISING = {
     ex.PointOp.SIGMOID,
     ex.PointOp.ERF,
 }
-_HALVING = ((2, 2), (2, 2), ((0, 0), (0, 0)))
+_MOST_STEM_CHANNELS = 4
 
 
 def fuse_maxima(graph: Graph, traits: Traits) -> None:
-    """Join every max pool over 2 × 2 pixels that do not overlap with the convolution that nobody else reads."""
+    """Join every max pool over 2 × 2 pixels that do not overlap with the convolution that nobody else reads, and every
+    one over 3 × 3 pixels, two apart, with such a convolution of an image with few channels."""
     if not traits.conv_maxima:
         return
     editor = Editor(graph)
     for node in editor.nodes():
         op = node.op
-        if not isinstance(op, Pool) or not _is_halving(op):
+        if not isinstance(op, Pool) or op.kind is not PoolKind.MAX:
             continue
         value = node.inputs[0]
         host = editor.producer(value)
-        if host is None or editor.only_user(value) is not node or not _stores_rising(host):
+        if host is None or editor.only_user(value) is not node or not _stores_rising(host) or not _fits(op, host):
             continue
         assert isinstance(host.op, Conv)
         operands = Operands(host.inputs[: fixed_operands(host.op)])
@@ -53,10 +54,14 @@ def fuse_maxima(graph: Graph, traits: Traits) -> None:
     editor.finish()
 
 
-def _is_halving(op: Pool) -> bool:
-    """Whether windows of 2 × 2 pixels lie side by side."""
-    whole = set(op.dilations) == {1} and not op.ceil_mode and len(op.stores) == 1
-    return op.kind is PoolKind.MAX and whole and (op.kernel, op.strides, op.pads) == _HALVING
+def _fits(op: Pool, host: Node) -> bool:
+    """Whether the windows of a pool are those of a kernel for such convolutions."""
+    if set(op.dilations) != {1} or op.ceil_mode or len(op.stores) != 1 or op.strides != (2, 2):
+        return False
+    if op.kernel == (2, 2):
+        return not any(pad for along in op.pads for pad in along)
+    channels, padded = host.inputs[1].shape[1], all(pad in (0, 1) for along in op.pads for pad in along)
+    return op.kernel == (3, 3) and padded and isinstance(channels, int) and channels <= _MOST_STEM_CHANNELS
 
 
 def _stores_rising(node: Node) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TypeAlias, TypeVar
 
 from engine.ir.dtype import DType
-from engine.ir.ops import Conv
+from engine.ir.ops import Conv, ConvMax
 from engine.plan.plan import Step
 from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.conv_halo import HaloTile
@@ -17,6 +17,7 @@ from engine.targets.cuda.conv_halo_deep import DeepTile
 from engine.targets.cuda.conv_lines import LinesTile
 from engine.targets.cuda.conv_simt import epilogue_for
 from engine.targets.cuda.conv_stem import StemTile
+from engine.targets.cuda.conv_stem_pooled import PooledStemTile
 from engine.targets.cuda.depthwise import DepthwiseTile
 from engine.targets.cuda.depthwise_bands import BandedRows
 from engine.targets.cuda.depthwise_diagonal import DiagonalRows
@@ -24,12 +25,15 @@ from engine.targets.cuda.depthwise_tiles import RowsTile
 from engine.targets.cuda.kernel import Choice, Context, is_constant
 from engine.targets.cuda.tiles import MmaTile, WgmmaTile
 
-ConvTile: TypeAlias = MmaTile | WgmmaTile | HaloTile | DeepTile | LinesTile | StemTile | DepthwiseTile | RowsTile
+ConvTile: TypeAlias = (
+    MmaTile | WgmmaTile | HaloTile | DeepTile | LinesTile | StemTile | PooledStemTile | DepthwiseTile | RowsTile
+)
 T = TypeVar("T", bound=ConvTile)
 
 _KINDS: dict[str, type[ConvTile]] = {
     "mma": MmaTile, "gathered": WgmmaTile, "halo": HaloTile, "deep halo": DeepTile, "lines": LinesTile,
-    "stem": StemTile, "depthwise": DepthwiseTile, "depthwise rows": DiagonalRows, "depthwise bands": BandedRows,
+    "stem": StemTile, "pooled stem": PooledStemTile, "depthwise": DepthwiseTile, "depthwise rows": DiagonalRows,
+    "depthwise bands": BandedRows,
 }  # fmt: skip
 """The kernels, by what a choice calls them."""
 
@@ -40,6 +44,8 @@ def key_of(step: Step, bare: Step, context: Context) -> str:
     op, geometry, weights = bare.op, Geometry(bare), bare.inputs[1]
     assert isinstance(op, Conv)
     kind = type(step.op).__name__.lower() + (" transposed" if op.transposed else "")
+    if isinstance(step.op, ConvMax):
+        kind += f" {step.op.pool.kernel} {step.op.pool.pads}"
     rounding = " tf32" if context.tf32 and weights.dtype is DType.F32 else ""
     known = "" if is_constant(weights) else " computed"
     sizes = {
@@ -82,7 +88,11 @@ def kernel_of(tile: ConvTile) -> str:
 
 def tile_text(tile: ConvTile) -> str:
     """A tile for people."""
-    size = "" if isinstance(tile, LinesTile | StemTile | DepthwiseTile | RowsTile) else f"{tile.m}×{tile.n}"
+    size = (
+        ""
+        if isinstance(tile, LinesTile | StemTile | PooledStemTile | DepthwiseTile | RowsTile)
+        else f"{tile.m}×{tile.n}"
+    )
     match tile:
         case MmaTile():
             return f"mma {size}{_splits(tile.splits)}"
@@ -101,7 +111,10 @@ def tile_text(tile: ConvTile) -> str:
             return f"lines 2×{tile.wide} pixels × 64, {tile.stages} tiles' pixels"
         case StemTile():
             size = f"{tile.rows}×{8 * tile.units} pixels × {tile.columns}"
-            return f"stem {size}, {tile.blocks} blocks a multiprocessor"
+            warps = ", on wgmma" if tile.wgmma else ""
+            return f"stem {size}, {tile.blocks} blocks a multiprocessor{warps}"
+        case PooledStemTile():
+            return f"pooled stem {tile.windows}×28 windows × {8 * tile.n_blocks}, {tile.blocks} blocks a multiprocessor"
         case DepthwiseTile():
             pixels = f"{tile.bands}·{tile.rows}×{8 * tile.units} pixels"
             images = f" of {tile.images} images" if tile.images > 1 else ""

@@ -1,6 +1,7 @@
-"""Convolutions that store only the maxima over windows of 2 × 2 pixels of their sums: `ConvMax`, by tiles whose rows
-lie in pairs of lines (conv_pooled.cuh, conv_cluster_pooled.cuh, conv_lines.cuh). Where the convolution and a pool
-should be faster apart, or no such kernel can run it, the result between them lies in the step's workspace."""
+"""Convolutions that store only the maxima over windows of their sums: `ConvMax`. Those of 2 × 2 pixels lie in tiles
+whose rows are pairs of lines (conv_pooled.cuh, conv_cluster_pooled.cuh, conv_lines.cuh), those of 3 × 3 behind the
+first layer of a network in conv_stem_pooled.cuh. Where the convolution and a pool should be faster apart, or no such
+kernel can run it, the result between them lies in the step's workspace."""
 
 from __future__ import annotations
 
@@ -12,11 +13,12 @@ from typing import TypeAlias
 from engine.ir.ops import ConvMax, Op
 from engine.plan.plan import Requirement, Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
-from engine.targets.cuda import conv, conv_lines, conv_wgmma, pool
+from engine.targets.cuda import conv, conv_lines, conv_stem_pooled, conv_wgmma, pool
 from engine.targets.cuda.conv_geometry import AXES, Geometry, channels_last, padded_k, row_length
 from engine.targets.cuda.conv_halo import panel_channels
 from engine.targets.cuda.conv_lines import LinesTile
 from engine.targets.cuda.conv_simt import epilogue_for
+from engine.targets.cuda.conv_stem_pooled import PooledStemTile, is_threes, launch_pooled
 from engine.targets.cuda.conv_tiles import taken
 from engine.targets.cuda.gemm_wgmma import wgmma_function
 from engine.targets.cuda.kernel import (
@@ -34,7 +36,7 @@ from engine.targets.cuda.kernel import (
 )
 from engine.targets.cuda.tiles import GATHERED, Choice, Operands, WgmmaTile, wgmma_cycles
 
-PooledTile: TypeAlias = WgmmaTile | LinesTile
+PooledTile: TypeAlias = WgmmaTile | LinesTile | PooledStemTile
 
 TILES = (
     WgmmaTile(128, 128, 6),
@@ -98,7 +100,7 @@ def tiles_of(step: Step, context: Context) -> Sequence[Choice[PooledTile]]:
     faster apart."""
     bare = unpooled(step)
     geometry = Geometry(bare)
-    if not step.outputs[0].elements or not conv_wgmma.suits(geometry) or not context.architecture.wgmma:
+    if not step.outputs[0].elements or not context.architecture.wgmma:
         return ()
     ranked = sorted(estimates(step, geometry, context), key=lambda choice: choice.cycles)
     apart = min((choice.cycles for choice in conv.tiles_of(bare, context)), default=0.0)
@@ -108,6 +110,11 @@ def tiles_of(step: Step, context: Context) -> Sequence[Choice[PooledTile]]:
 
 def estimates(step: Step, geometry: Geometry, context: Context) -> Iterator[Choice[PooledTile]]:
     """What each tile that can run the step should take."""
+    assert isinstance(step.op, ConvMax)
+    if is_threes(step.op):
+        yield from conv_stem_pooled.estimates(step, unpooled(step), geometry, context)
+    if step.op.pool.kernel != (2, 2) or not conv_wgmma.suits(geometry):
+        return
     yield from conv_lines.estimates(step, geometry, context)
     if not _gathers(geometry):
         return
@@ -158,6 +165,8 @@ def lower_in(step: Step, tile: PooledTile, context: Context) -> list[Launch]:
     """The launch of a step in one of its `tiles_of`."""
     bare = unpooled(step)
     geometry = Geometry(bare)
+    if isinstance(tile, PooledStemTile):
+        return [launch_pooled(step, geometry, tile, context)]
     if isinstance(tile, LinesTile):
         filters, _ = conv.filters_of(bare, geometry, context, panel_channels(bare))
         return [conv_lines.launch_lines(step, geometry, filters, tile, context)]

@@ -15,6 +15,7 @@ from engine.targets.cuda import choices, conv, conv_choices, conv_excitation, co
 from engine.targets.cuda.conv_choices import ConvTile, kernel_of
 from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.conv_lines import LinesTile
+from engine.targets.cuda.conv_stem_pooled import PooledStemTile
 from engine.targets.cuda.conv_tiles import summed_tiles, taken
 from engine.targets.cuda.depthwise_tiles import RowsTile
 from engine.targets.cuda.gemm import (
@@ -223,7 +224,7 @@ def _conv_launches(step: Step, tile: ConvTile, context: Context) -> list[Launch]
     if isinstance(step.op, Conv):
         return conv.lower_in(step, Geometry(step), tile, context)
     if isinstance(step.op, ConvMax):
-        assert isinstance(tile, WgmmaTile | LinesTile)
+        assert isinstance(tile, WgmmaTile | LinesTile | PooledStemTile)
         return conv_max.lower_in(step, tile, context)
     assert isinstance(tile, RowsTile)
     if isinstance(step.op, ConvMean):

@@ -62,6 +62,7 @@ from engine.targets.cuda.covering.build import (
 from engine.targets.cuda.covering.conv import max_step
 from engine.targets.cuda.covering.excitation import excitation_steps
 from engine.targets.cuda.covering.light import light_steps
+from engine.targets.cuda.covering.stem import pooled_stem
 
 
 def steps() -> Iterator[Step]:
@@ -92,6 +93,7 @@ def steps() -> Iterator[Step]:
     yield make_step(conv_op(3, groups=4), [image, weight(64, 16, 3, 3), weight(64, 1, 1)], "conv grouped")
     yield max_step(F16)
     yield max_step(DType.BF16, 128)
+    yield pooled_stem((F32, (2, 3, 60, 64)), (64, 3, 7, 7))
     for kernel, stride in ((3, 1), (3, 2), (5, 1), (5, 2)):
         w = weight(64, 1, kernel, kernel)
         yield make_step(

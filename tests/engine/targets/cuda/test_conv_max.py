@@ -18,6 +18,7 @@ from engine.targets.cuda.architecture import SM_80, SM_90A
 from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.conv_lines import LinesTile
 from engine.targets.cuda.conv_max import TILES, PooledTile, lower_apart, lower_in, tiles_of, unpooled
+from engine.targets.cuda.conv_stem_pooled import PooledStemTile
 from engine.targets.cuda.covering import F16, F32, make_step, weight
 from engine.targets.cuda.families import family_of, traits_of
 from engine.targets.cuda.kernel import Context, WeightStore
@@ -25,6 +26,7 @@ from engine.targets.cuda.tiles import WgmmaTile
 from tests.engine.targets.cuda.cases import check, check_late, ragged, rng_of
 from tests.engine.targets.cuda.harness import Case, Runner
 from tests.engine.targets.cuda.test_conv import BF16_, FP16, Kind, Shape, random_shape, random_step, stored
+from tests.engine.targets.cuda.test_conv_stem import in_nhwc
 
 KINDS = (FP16, BF16_)
 EPILOGUES = ("relu6", "bias", "plain")
@@ -32,9 +34,12 @@ CONTEXT = Context(SM_90A, 132, WeightStore())
 HALVING = Pool(PoolKind.MAX, (2, 2), (2, 2), ((0, 0), (0, 0)), (1, 1))
 
 
-def pooled(step: Step) -> Step:
-    """A convolution's step, of whose sums the maxima of 2 × 2 are stored."""
-    pool = replace(HALVING, stores=(ex.Acc(step.outputs[0].dtype),))
+THREES = Pool(PoolKind.MAX, (3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1))
+
+
+def pooled(step: Step, pool: Pool = HALVING) -> Step:
+    """A convolution's step, of whose sums the maxima of windows are stored."""
+    pool = replace(pool, stores=(ex.Acc(step.outputs[0].dtype),))
     return make_step(ConvMax(step.op, pool), list(step.inputs))  # type: ignore[arg-type]  # it is a convolution's
 
 
@@ -60,7 +65,7 @@ def _sums(kind: Kind, shape: Shape) -> tuple[int, ...]:
 
 def kinds_of(step: Step) -> dict[type, list[PooledTile]]:
     """The tiles that a step can run in, whatever should be faster, by their kernel."""
-    found: dict[type, list[PooledTile]] = {WgmmaTile: [], LinesTile: []}
+    found: dict[type, list[PooledTile]] = {WgmmaTile: [], LinesTile: [], PooledStemTile: []}
     for choice in conv_max.estimates(step, Geometry(unpooled(step)), CONTEXT):
         found[type(choice.tile)].append(choice.tile)
     return found
@@ -80,6 +85,31 @@ def test_maxima_match_float64(hopper: Runner, count: int, kernel: type) -> None:
         launches = lower_in(step, tile, hopper.context)
         label = f"{kind} {name} {step.op} {step.inputs[0].shape} {step.inputs[1].shape} {tile}"
         cases.append(Case(label, step, terms, lowered=launches, rounding=kind.rounding))
+    check(hopper, cases)
+
+
+def test_maxima_behind_a_first_layer_match_float64(hopper: Runner, count: int) -> None:
+    """Images in any layout and type, as they come, asymmetric and negative pads, even kernels, dilation; pools with
+    padding or without on every side, lines and pixels that no window reaches."""
+    rng, cases, kinds = rng_of("pooled stem"), [], (Kind(F32, F16), FP16, BF16_, Kind(F32, BF16_.w))
+    while len(cases) < 2 * count:
+        i = len(cases)
+        kind, name = kinds[i % 4], EPILOGUES[i // 2 % 3]
+        shape = random_shape(rng, 2, 1, int(rng.integers(1, 5)), ragged(rng, 150, int(rng.choice([1, 8]))), kernels=8)
+        shape = replace(shape, x=(*shape.x[:2], *(int(rng.integers(1, 8)) * size for size in shape.x[2:])))
+        pads = tuple((int(begin), int(end)) for begin, end in rng.integers(0, 2, (2, 2)))
+        if min(size + sum(pad) for size, pad in zip(_sums(kind, shape)[2:], pads, strict=True)) < 3:
+            continue
+        bare = random_step(rng, kind, shape, name, strided=i % 3 == 2)
+        step = pooled(in_nhwc(bare) if i % 3 == 1 else bare, replace(THREES, pads=pads))
+        tiles = kinds_of(step)[PooledStemTile]
+        if not tiles:
+            continue
+        tile = tiles[int(rng.integers(len(tiles)))]
+        launches = lower_in(step, tile, hopper.context)
+        label = f"{kind} {name} {step.op} {shape.x} {shape.w} {tile}"
+        feeds = {0: rng.standard_normal(shape.x).astype(kind.w.numpy).astype(kind.x.numpy)}
+        cases.append(Case(label, step, shape.terms, feeds, launches, rounding=kind.rounding))
     check(hopper, cases)
 
 
