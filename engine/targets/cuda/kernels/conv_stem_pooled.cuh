@@ -12,6 +12,14 @@
 constexpr int STRIP_WINDOWS = 7, ACROSS = config::warps * STRIP_WINDOWS;  // of a tile in a line
 static_assert(ROWS == 2 * config::windows + 1, "");
 
+// The first window of a tile, and its first pixel, which may lie outside.
+DEVICE Tile windows_of(const Params& p, u32 index) {
+  const u32 across = (p.windows_w + ACROSS - 1) / ACROSS, down = (p.windows_h + config::windows - 1) / config::windows;
+  const u32 line = index / across, image = line / down;
+  return {image, (line - image * down) * config::windows, (index - line * across) * ACROSS};
+}
+DEVICE Tile pixels_of(const Params& p, const Tile& windows) { return {windows.image, 2 * windows.y - p.above, 2 * windows.x - p.before}; }
+
 // Sums outside the image become −∞. `there`: whether the lane's two pixels are in the line; `whole`: whether all of the warp's are.
 DEVICE void leave_inside(float (&d)[4 * BLOCKS], bool line_there, const bool (&there)[2], bool whole) {
   if (line_there && whole) return;
@@ -43,14 +51,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
   const u32 first_pixel = 2 * STRIP_WINDOWS * warp + octet, own_window = octet % 2 ? 4 + octet / 2 : octet / 2;
   const PairTable table(lane & 3);
   const u64 b = panel_descriptor<WEIGHT_ROW>(weights, 0);
-  const u32 across = (p.windows_w + ACROSS - 1) / ACROSS, down = (p.windows_h + config::windows - 1) / config::windows;
   for (u32 index = blockIdx.x; index < p.tiles; index += gridDim.x) {
-    const u32 line = index / across, image = line / down, y = (line - image * down) * config::windows, x = (index - line * across) * ACROSS;
-    const Tile tile{image, 2 * y - p.above, 2 * x - p.before};  // its first pixel; it may lie outside
+    const Tile first = windows_of(p, index), tile = pixels_of(p, first);
     load_window(p, tile, window);
     copy_async_wait<0>();
     shared_writes_fence();
     __syncthreads();  // window and weights are complete for all threads
+    if (config::planes > 0 && index + gridDim.x < p.tiles) prefetch_window(p, pixels_of(p, windows_of(p, index + gridDim.x)));
 
     u32 source[2];
     bool there[2];
@@ -67,10 +74,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
     };
     float last[4 * BLOCKS];
     multiply_line(last, 0);
-    const u32 ahead = x + STRIP_WINDOWS * warp + own_window;
+    const u32 ahead = first.x + STRIP_WINDOWS * warp + own_window;
     const bool stored = own_window < STRIP_WINDOWS && ahead < p.windows_w;
 #pragma unroll 1
-    for (u32 i = 0; i < config::windows && y + i < p.windows_h; ++i) {
+    for (u32 i = 0; i < config::windows && first.y + i < p.windows_h; ++i) {
       float middle[4 * BLOCKS];
       multiply_line(middle, 2 * i + 1);
 #pragma unroll
@@ -80,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
       for (int j = 0; j < 4 * BLOCKS; ++j) middle[j] = max_nan(middle[j], last[j]);
       float maxima[2 * BLOCKS];
       strip_maxima(middle, maxima);
-      const u32 output = (image * p.windows_h + y + i) * p.windows_w + ahead;
+      const u32 output = (first.image * p.windows_h + first.y + i) * p.windows_w + ahead;
 #pragma unroll
       for (int group = 0; group < BLOCKS / 4; ++group) {
         const u32 column = column0 + 32 * group + 8 * (lane & 3);

@@ -58,33 +58,42 @@ DEVICE void store_pixels(u32 address, const Image (&value)[2][CHANNELS]) {
   }
 }
 
-// Brings the window of a tile, a warp a row and a lane two pixels; what lies outside the image becomes zero.
+// Brings the window of a tile, a warp a row and a lane two pixels, of narrow windows several rows at once; what lies outside the image
+// becomes zero.
 DEVICE void load_window(const Params& p, const Tile& tile, u32 window) {
-  constexpr int ROW_ITEMS = WINDOW_W / 2, PASSES = (ROW_ITEMS + 31) / 32, AHEAD = PASSES < 4 ? PASSES : 4;
+  constexpr int ROW_ITEMS = WINDOW_W / 2, PASSES = (ROW_ITEMS + 31) / 32, AHEAD = PASSES < 4 ? PASSES : 4, AT_ONCE = 4 / AHEAD;
   const u32 lane = threadIdx.x & 31;
   const i64 pixel_step = config::pixel_step ? config::pixel_step : p.x_pixel, channel_step = config::channel_step ? config::channel_step : p.x_channel;
   const int y0 = static_cast<int>(tile.y * STRIDE_H) - p.pad_h, x0 = static_cast<int>(tile.x * STRIDE_W) - p.pad_w;
   const Image* image = p.x + tile.image * p.x_image;
 #pragma unroll 1
-  for (u32 row = threadIdx.x / 32; row < WINDOW_H; row += config::warps) {
-    const int y = y0 + static_cast<int>(row);
-    const bool row_inside = static_cast<u32>(y) < p.in_h;
+  for (u32 first_row = threadIdx.x / 32; first_row < WINDOW_H; first_row += AT_ONCE * config::warps) {
 #pragma unroll 1
     for (int first = 0; first < PASSES; first += AHEAD) {
       const int pair = 32 * first + lane, x = x0 + 2 * pair;
-      const Image* pixel = image + y * p.x_row + x * pixel_step;
-      Image value[AHEAD][2][CHANNELS] = {};
+      Image value[AT_ONCE][AHEAD][2][CHANNELS] = {};
 #pragma unroll
-      for (int a = 0; a < AHEAD; ++a)
+      for (int j = 0; j < AT_ONCE; ++j) {
+        const u32 row = first_row + j * config::warps;
+        const int y = y0 + static_cast<int>(row);
+        const bool row_inside = row < WINDOW_H && static_cast<u32>(y) < p.in_h;
+        const Image* pixel = image + y * p.x_row + x * pixel_step;
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-          if (row_inside && static_cast<u32>(x + 64 * a + i) < p.in_w && pair + 32 * a < ROW_ITEMS) {
+        for (int a = 0; a < AHEAD; ++a)
 #pragma unroll
-            for (int c = 0; c < CHANNELS; ++c) value[a][i][c] = pixel[(64 * a + i) * pixel_step + c * channel_step];
-          }
+          for (int i = 0; i < 2; ++i)
+            if (row_inside && static_cast<u32>(x + 64 * a + i) < p.in_w && pair + 32 * a < ROW_ITEMS) {
 #pragma unroll
-      for (int a = 0; a < AHEAD; ++a)
-        if (pair + 32 * a < ROW_ITEMS) store_pixels(window + row * ROW_BYTES + (pair + 32 * a) * (4 * PADDED), value[a]);
+              for (int c = 0; c < CHANNELS; ++c) value[j][a][i][c] = pixel[(64 * a + i) * pixel_step + c * channel_step];
+            }
+      }
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; ++j) {
+        const u32 row = first_row + j * config::warps;
+#pragma unroll
+        for (int a = 0; a < AHEAD; ++a)
+          if (row < WINDOW_H && pair + 32 * a < ROW_ITEMS) store_pixels(window + row * ROW_BYTES + (pair + 32 * a) * (4 * PADDED), value[j][a]);
+      }
     }
   }
 }
