@@ -57,20 +57,22 @@ class Summary:
 
 
 def summaries(rows: Sequence[Row]) -> list[Summary]:
-    """By group and batch, then all of each batch, then all; those without rows are left out."""
+    """By group and batch, then all of each batch, then all, but for those with a pool, whose convolutions are among the
+    others; those without rows are left out."""
     measured = [row for row in rows if row.ours_us]
     found = [
         _summary(group.value, batch, [row for row in measured if _is_of(row, group, batch)])
         for group in Group
         for batch in BATCHES
     ]
-    found += [_summary("all", batch, [row for row in measured if _is_of(row, None, batch)]) for batch in BATCHES]
-    return [one for one in (*found, _summary("all", None, measured)) if one.rows]
+    every = [row for row in measured if _CASES[row.case].group is not Group.POOLED]
+    found += [_summary("all", batch, [row for row in every if _CASES[row.case].batch == batch]) for batch in BATCHES]
+    return [one for one in (*found, _summary("all", None, every)) if one.rows]
 
 
-def _is_of(row: Row, group: Group | None, batch: int) -> bool:
+def _is_of(row: Row, group: Group, batch: int) -> bool:
     case = _CASES[row.case]
-    return case.batch == batch and group in (None, case.group)
+    return case.batch == batch and case.group is group
 
 
 def _summary(group: str, batch: int | None, rows: Sequence[Row]) -> Summary:

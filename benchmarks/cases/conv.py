@@ -34,6 +34,7 @@ class Group(Enum):
     SPATIAL = "3×3"
     POINTWISE = "1×1"
     GATE = "1×1 of one pixel"
+    POOLED = "with the max pool behind it"
     DEPTHWISE = "depthwise"
 
 
@@ -42,7 +43,8 @@ class ConvCase:
     """A square image of `size` pixels a side, "same" padding, but none where kernel and stride are equal. `groups`
     above 1: depthwise.
 
-    With `fp32_image` the image is a model's input: fp32 in NCHW, rounded to fp16 as part of the work.
+    With `fp32_image` the image is a model's input: fp32 in NCHW, rounded to fp16 as part of the work. `pool`: pixels a
+    side of the windows of a max pool behind it, two apart: 2, or 3 with padding of one pixel; 0 where there is none.
     """
 
     batch: int
@@ -54,6 +56,7 @@ class ConvCase:
     groups: int = 1
     tail: Tail = Tail.RELU
     fp32_image: bool = False
+    pool: int = 0
     suite: ClassVar[str] = "conv"
 
     @property
@@ -61,7 +64,8 @@ class ConvCase:
         kind = " depthwise" if self.groups > 1 else ""
         image = " fp32 image" if self.fp32_image else ""
         shape = f"{self.channels}->{self.outputs}@{self.size} {self.kernel}x{self.kernel}/{self.stride}"
-        return f"b{self.batch} {shape}{kind} {self.tail.value}{image}"
+        pool = f" max pool {self.pool}x{self.pool}" if self.pool else ""
+        return f"b{self.batch} {shape}{kind} {self.tail.value}{image}{pool}"
 
     @property
     def pad(self) -> int:
@@ -69,12 +73,14 @@ class ConvCase:
 
     @property
     def output_size(self) -> int:
-        """Pixels a side of the result."""
+        """Pixels a side of the convolution's result."""
         return (self.size + 2 * self.pad - self.kernel) // self.stride + 1
 
     @property
     def group(self) -> Group:
         """Stems are those of images, three channels deep; gates those of squeeze-and-excite."""
+        if self.pool:
+            return Group.POOLED
         if self.channels == 3:
             return Group.STEM
         if self.groups > 1:
@@ -181,6 +187,13 @@ def _anchors() -> Iterator[ConvCase]:
         yield _depthwise(channels, size, kernel, 1, Tail.RELU)
 
 
+def _pooled() -> Iterator[ConvCase]:
+    """The layers of ResNet-50 and VGG-16 whose results only a max pool reads."""
+    yield replace(_layer(3, 64, 224, 7, 2, fp32=True), pool=3)
+    for channels, size in ((64, 224), (128, 112), (256, 56), (512, 28), (512, 14)):
+        yield replace(_layer(channels, channels, size, 3), pool=2)
+
+
 def _others() -> Iterator[ConvCase]:
     """A residual block of two 3×3 layers (ResNet-34), a stem of an fp16 image, patches of a vision transformer."""
     yield _layer(64, 64, 56, 3, tail=Tail.RESIDUAL_RELU)
@@ -196,5 +209,7 @@ NETWORKS = {
 }
 """The distinct layers of each network at batch 1, those of ResNet-50 as they are before and after siblings merge."""
 
-LAYERS = tuple(dict.fromkeys((*(layer for each in NETWORKS.values() for layer in each), *_anchors(), *_others())))
+LAYERS = tuple(
+    dict.fromkeys((*(layer for each in NETWORKS.values() for layer in each), *_anchors(), *_others(), *_pooled()))
+)
 CASES = tuple(replace(layer, batch=batch) for batch in BATCHES for layer in LAYERS)

@@ -159,10 +159,14 @@ def _narrow(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == w.dtype else x.to(w.dtype, memory_format=torch.channels_last)
 
 
+def _pooled(case: ConvCase, y: torch.Tensor) -> torch.Tensor:
+    return F.max_pool2d(y, case.pool, 2, case.pool == 3) if case.pool else y
+
+
 def _convolution(case: ConvCase) -> Function:
     def run(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         y = F.conv2d(_narrow(x, w), w, bias.reshape(-1), case.stride, case.pad, 1, case.groups)
-        return _TAILS[case.tail](y, *others)
+        return _pooled(case, _TAILS[case.tail](y, *others))
 
     return run
 
@@ -181,7 +185,7 @@ def _conv(case: ConvCase) -> Iterator[Peer]:
     if case.tail is Tail.RELU:
         yield Peer(
             "cuDNN fused",
-            lambda x, w, c: torch.cudnn_convolution_relu(_narrow(x, w), w, c.reshape(-1), *steps),
+            lambda x, w, c: _pooled(case, torch.cudnn_convolution_relu(_narrow(x, w), w, c.reshape(-1), *steps)),
             _channels_last,
         )
     if case.tail is Tail.RESIDUAL_RELU:
@@ -190,6 +194,8 @@ def _conv(case: ConvCase) -> Iterator[Peer]:
             lambda x, w, c, r: torch.cudnn_convolution_add_relu(x, w, r, 1.0, c.reshape(-1), *steps),
             _channels_last,
         )
+    if case.pool:
+        return
     alone: Function = lambda x, w, *_: F.conv2d(x, w, None, case.stride, case.pad, 1, case.groups)  # noqa: E731
     yield Peer("cuDNN alone", alone, _fp16_image, part=_without_search(alone))
     if case.groups > 1:  # bound by memory: what a plain copy of as many bytes takes

@@ -17,7 +17,20 @@ from benchmarks.cases.light import Kind, LightCase
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.expr import PointOp
-from engine.ir.ops import Attention, Conv, Gemm, Norm, NormKind, Pointwise, Pool, PoolKind, Reduce, ReduceKind, Softmax
+from engine.ir.ops import (
+    Attention,
+    Conv,
+    ConvMax,
+    Gemm,
+    Norm,
+    NormKind,
+    Pointwise,
+    Pool,
+    PoolKind,
+    Reduce,
+    ReduceKind,
+    Softmax,
+)
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda import covering as cv
@@ -144,7 +157,11 @@ def _conv(case: ConvCase, weight: Constants) -> Step:
         inputs.append(_nhwc((case.batch, case.outputs, case.output_size, case.output_size), "residual"))
     pads = ((case.pad, case.pad),) * 2
     op = Conv((case.stride, case.stride), pads, (1, 1), case.groups, stores=(_CONV_STORES[case.tail],))
-    return cv.make_step(op, inputs)
+    if not case.pool:
+        return cv.make_step(op, inputs)
+    around = int(case.pool == 3)
+    pool = Pool(PoolKind.MAX, (case.pool,) * 2, (2, 2), ((around, around),) * 2, (1, 1), stores=(ex.Acc(F16),))
+    return cv.make_step(ConvMax(op, pool), inputs)
 
 
 def _nhwc(shape: tuple[int, ...], name: str = "image") -> Tensor:

@@ -47,11 +47,16 @@ def fuse_maxima(graph: Graph, traits: Traits) -> None:
         assert isinstance(host.op, Conv)
         operands = Operands(host.inputs[: fixed_operands(host.op)])
         rising = operands.adopt(host.op.stores[0], host)
-        store = ex.replace_acc(operands.adopt(op.stores[0], node), rising)
-        joined = ConvMax(replace(host.op, stores=(store,)), replace(op, stores=(ex.Acc(value.dtype),)))
+        store = _over(operands.adopt(op.stores[0], node), rising)
+        joined = ConvMax(replace(host.op, stores=(store,)), replace(op, stores=(ex.Acc(store.dtype),)))
         editor.remove(node)
         editor.update(host, joined, operands.inputs, node.outputs, joined_origin(host, node))
     editor.finish()
+
+
+def _over(store: ex.Expr, value: ex.Expr) -> ex.Expr:
+    """The store of a pool over what its windows hold, in the type that it takes that in."""
+    return ex.rewrite(store, lambda leaf: ex.cast(value, leaf.dtype) if isinstance(leaf, ex.Acc) else leaf)
 
 
 def _fits(op: Pool, host: Node) -> bool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from onnx import TensorProto
 
@@ -18,8 +19,11 @@ from engine.ir import expr as ex
 from engine.ir import ops
 from engine.ir.dtype import DType
 from engine.ir.expr import PointOp
-from engine.ir.graph import Graph, Node
+from engine.ir.graph import Graph, Node, Value
+from engine.targets.cuda.architecture import SM_90A
+from engine.targets.cuda.families import traits_of
 from models.onnx_writer import GraphWriter
+from models.weights import FloatArray
 from tests.engine.targets.cuda.planning import cuda_traits
 
 _ACTIVATIONS = {
@@ -31,10 +35,18 @@ _WITH_RESIDUAL = {Tail.LINEAR: Tail.RESIDUAL, Tail.RELU: Tail.RESIDUAL_RELU}
 _NO_ACTIVATION = {PointOp.ADD, PointOp.MUL, PointOp.CAST}  # a shift, a scale, a residual, types
 
 
-def graph_of(name: str) -> Graph:
+class _Positive(RandomWeights):
+    """With variances that batch norms can be folded by."""
+
+    def _drawn(self, name: str, shape: tuple[int, ...]) -> FloatArray:
+        drawn: FloatArray = np.abs(super()._drawn(name, shape))
+        return drawn
+
+
+def graph_of(name: str, weights: type[RandomWeights] = RandomWeights) -> Graph:
     """A network with any statistics: they decide nothing of its layers' shapes."""
     writer = GraphWriter(name)
-    logits = CONVNETS[name](Layers(writer, RandomWeights()), Map("input", 3))
+    logits = CONVNETS[name](Layers(writer, weights()), Map("input", 3))
     writer.result(logits.value, "logits")
     inputs = {"input": (TensorProto.FLOAT, ("batch", 3, 224, 224))}
     return frontend.read(writer.model(inputs, {"logits": ("batch", CLASSES)}).SerializeToString())
@@ -88,6 +100,19 @@ def test_every_distinct_layer_of_a_network_is_listed_and_no_other(name: str) -> 
     merged = listed - fused
     assert {shape_of(case) for case in merged} <= written
     assert len(merged) == (2 if name == "resnet50" else 0), "two siblings that the passes merge"
+
+
+def test_layers_with_the_pool_behind_them_are_those_that_store_maxima() -> None:
+    fused = set()
+    for name in NETWORKS:
+        graph = passes.run(graph_of(name, _Positive), replace(traits_of(SM_90A), storage_type=DType.F16))
+        for node in graph.nodes:
+            if isinstance(node.op, ops.ConvMax):
+                sums = ops.Conv.infer(node.op.conv, node.inputs)
+                values = tuple(Value("", dtype, shape) for dtype, shape in sums)
+                bare = Node(node.op.conv, node.inputs, values)
+                fused.add(replace(case_of(bare, Tail.RELU), pool=node.op.pool.kernel[0]))
+    assert fused == {layer for layer in LAYERS if layer.group is Group.POOLED}
 
 
 def test_every_layer_is_listed_once_at_every_batch() -> None:

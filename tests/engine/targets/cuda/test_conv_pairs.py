@@ -112,7 +112,7 @@ def test_pairs_follow_each_other_in_one_run(hopper: Runner) -> None:
 
 WRONG = {
     "a block brings its pixels to itself": ("all_sharers<CLUSTER_N>(), place...", "1 << cluster_rank(), place..."),
-    "both bring the same pixels": ("row = first_row + first_pixel();", "row = first_row;"),
+    "both bring the same pixels": ("PatchWalk(p, first_row + first_pixel(), step)", "PatchWalk(p, first_row, step)"),
     "both halves land in one place": ("destination + first_pixel() * PANEL_BYTES", "destination"),
 }
 """Kernels that are wrong: what stands in their source, and instead of it."""
