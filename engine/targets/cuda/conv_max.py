@@ -103,9 +103,14 @@ def tiles_of(step: Step, context: Context) -> Sequence[Choice[PooledTile]]:
     if not step.outputs[0].elements or not context.architecture.wgmma:
         return ()
     ranked = sorted(estimates(step, geometry, context), key=lambda choice: choice.cycles)
-    apart = min((choice.cycles for choice in conv.tiles_of(bare, context)), default=0.0)
-    apart += _POOL + (bare.outputs[0].nbytes + step.outputs[0].nbytes) / _POOL_RATE
-    return ranked if ranked and (not apart or ranked[0].cycles <= apart) else ()
+    return ranked if ranked and ranked[0].cycles <= cycles_apart(step, context) else ()
+
+
+def cycles_apart(step: Step, context: Context) -> float:
+    """What the convolution and a pool should take."""
+    bare = unpooled(step)
+    convolution = min((choice.cycles for choice in conv.tiles_of(bare, context)), default=0.0)
+    return convolution + _POOL + (bare.outputs[0].nbytes + step.outputs[0].nbytes) / _POOL_RATE
 
 
 def estimates(step: Step, geometry: Geometry, context: Context) -> Iterator[Choice[PooledTile]]:

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from engine.ir.ops import Conv
+from engine.ir.ops import Conv, ConvMax
 from engine.plan.plan import Step
-from engine.targets.cuda import conv_halo, conv_halo_deep, conv_wgmma, depthwise, depthwise_rows
+from engine.targets.cuda import conv_halo, conv_halo_deep, conv_max, conv_wgmma, depthwise, depthwise_rows
 from engine.targets.cuda.conv import lower, lower_in, operands_of
 from engine.targets.cuda.conv_choices import ConvTile
 from engine.targets.cuda.conv_geometry import Geometry
@@ -31,12 +31,26 @@ class Variant:
 def variants(step: Step, context: Context, most: int) -> list[Variant]:
     """The present way first, then up to `most` tiles of each kernel: half of them what its model ranks first, the
     others from the whole ranking, so that a model can be fitted to their times."""
+    if isinstance(step.op, ConvMax):
+        return [Variant("present", None, tuple(conv_max.lower(step, context))), *_maxima(step, context, most)]
     assert isinstance(step.op, Conv)
     geometry = Geometry(step)
     present = Variant("present", None, tuple(lower(step, context)))
     if depthwise.is_depthwise_product(step, geometry, context):
         return [present, *_depthwise(step, geometry, context, most)]
     return [present, *_products(step, geometry, context, most)]
+
+
+def _maxima(step: Step, context: Context, most: int) -> Iterator[Variant]:
+    """Maxima of windows, and the convolution and the pool apart."""
+    geometry = Geometry(conv_max.unpooled(step))
+    ranked = sorted(conv_max.estimates(step, geometry, context), key=lambda choice: choice.cycles)
+    for kind in dict.fromkeys(type(choice.tile) for choice in ranked):
+        for choice in _spread([choice for choice in ranked if type(choice.tile) is kind], most):
+            launches = conv_max.lower_in(step, choice.tile, context)
+            yield Variant(f"maxima {choice.tile}", choice.cycles, tuple(launches))
+    apart = conv_max.cycles_apart(step, context)
+    yield Variant("apart", apart, tuple(conv_max.lower_apart(step, context)))
 
 
 def _depthwise(step: Step, geometry: Geometry, context: Context, most: int) -> Iterator[Variant]:
