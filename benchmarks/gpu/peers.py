@@ -160,7 +160,7 @@ def _narrow(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 def _pooled(case: ConvCase, y: torch.Tensor) -> torch.Tensor:
-    return F.max_pool2d(y, case.pool, 2, case.pool == 3) if case.pool else y
+    return F.max_pool2d(y, case.pool, 2, case.pool // 3) if case.pool else y
 
 
 def _convolution(case: ConvCase) -> Function:
