@@ -104,7 +104,7 @@ def has_halo(step: Step, geometry: Geometry) -> bool:
 
 def lies_alike(step: Step, geometry: Geometry) -> bool:
     """Whether the pixels of a step's image lie alike around every output, in a grid that the copy engine walks over."""
-    if not suits(geometry) or geometry.axes > 2 or geometry.groups > 1 or not is_constant(step.inputs[1]):
+    if not suits(step, geometry) or geometry.axes > 2 or geometry.groups > 1 or not is_constant(step.inputs[1]):
         return False
     (phase,), grid = geometry.phases, Grid.of(geometry)
     lowest, highest, _ = REACH[2]

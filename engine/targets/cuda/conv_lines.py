@@ -84,7 +84,7 @@ def _takes(step: Step, geometry: Geometry) -> bool:
     (phase,) = geometry.phases
     lowest, _, _ = REACH[2]
     return (
-        suits(geometry)
+        suits(step, geometry)
         and geometry.axes == 2
         and geometry.channels <= panel_channels(step)
         and geometry.strides == (1, 1, 1)

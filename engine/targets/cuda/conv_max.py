@@ -118,7 +118,7 @@ def estimates(step: Step, geometry: Geometry, context: Context) -> Iterator[Choi
     assert isinstance(step.op, ConvMax)
     if is_threes(step.op):
         yield from conv_stem_pooled.estimates(step, unpooled(step), geometry, context)
-    if step.op.pool.kernel != (2, 2) or not conv_wgmma.suits(geometry):
+    if step.op.pool.kernel != (2, 2) or not conv_wgmma.suits(step, geometry):
         return
     yield from conv_lines.estimates(step, geometry, context)
     if not _gathers(geometry):

@@ -86,10 +86,13 @@ REACH = {2: (-128, 127, 255), 3: (-16, 15, 31)}
 """By spatial axes: corners of the bounding box, and the largest offset of a copy."""
 
 
-def suits(geometry: Geometry) -> bool:
-    """Whether the copy engine can gather the patches, of an image that has the type of its weights."""
+def suits(step: Step, geometry: Geometry) -> bool:
+    """Whether the copy engine can gather the patches of a step's image, which it takes as it is: in the type of the
+    weights."""
     first, *others = geometry.phases
-    if others or not first.k or not geometry.reads_chunks(16 // geometry.x_dtype.itemsize, geometry.x_dtype):
+    if others or not first.k or geometry.x_dtype is not step.inputs[1].dtype:
+        return False
+    if not geometry.reads_chunks(16 // geometry.x_dtype.itemsize, geometry.x_dtype):
         return False
     lowest, highest, reach = REACH[_spatial(geometry)]
     along = [_Axis.of(geometry, axis) for axis in range(3)[-_spatial(geometry) :]]
@@ -139,9 +142,7 @@ def estimates(
 ) -> Iterator[Choice[WgmmaTile]]:
     """What each tile, whole and split, should take; nothing where no kernel of these can run the step."""
     w = step.inputs[1]
-    if not context.architecture.wgmma or operands is Operands.EXACT or geometry.x_dtype is not w.dtype:
-        return
-    if not suits(geometry):
+    if not context.architecture.wgmma or operands is Operands.EXACT or not suits(step, geometry):
         return
     m, n, groups, epilogue = geometry.rows, geometry.n, geometry.groups, epilogue_for(step, geometry.n)
     for panel_bytes in _PANELS:

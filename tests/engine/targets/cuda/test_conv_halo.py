@@ -31,6 +31,7 @@ from tests.engine.targets.cuda.test_conv import (
     random_step,
     window_step,
 )
+from tests.engine.targets.cuda.test_conv_stem import in_nhwc
 from tests.engine.targets.cuda.test_conv_wgmma import conv_step
 
 KINDS = (FP16, BF16_, TF32)
@@ -95,6 +96,18 @@ def test_windows_of_an_image_match_float64(hopper: Runner, count: int) -> None:
         assert has_halo(step, Geometry(step))
         launches = lower_in(step, Geometry(step), tile, kind.context(hopper))
         cases.append(case(rng, kind, shape, step, launches, f"window {tile}"))
+    check(hopper, cases)
+
+
+def test_wide_images_beside_narrow_weights_run_elsewhere(hopper: Runner) -> None:
+    """A model's input in fp32, whose pixels the copy engine could bring, but not round."""
+    cases = []
+    for channels in (8, 16, 32, 72):
+        step = make_step(cv.conv_op(3), [(F32, (2, channels, 9, 10)), weight(64, channels, 3, 3), weight(64, 1, 1)])
+        step = in_nhwc(step)
+        assert not has_halo(step, Geometry(step))
+        image = rng_of("wide").standard_normal((2, channels, 9, 10)).astype(np.float16).astype(np.float32)
+        cases.append(Case(f"{channels}", step, 9 * channels, {0: image}, rounding=2.0**-21))
     check(hopper, cases)
 
 

@@ -145,6 +145,19 @@ def test_apart_they_match_float64(hopper: Runner, count: int) -> None:
     check(hopper, cases)
 
 
+def test_wide_images_beside_narrow_weights_are_apart(hopper: Runner) -> None:
+    """A model's input in fp32, which the copy engine could gather, but not round."""
+    cases = []
+    for channels in (8, 16):
+        op = replace(cv.conv_op(3), stores=(stored(FP16, "bias"),))
+        step = make_step(op, [(F32, (2, channels, 9, 10)), weight(32, channels, 3, 3), weight(32, 1, 1)])
+        step = pooled(in_nhwc(step))
+        assert not tiles_of(step, CONTEXT)
+        image = rng_of("wide").standard_normal((2, channels, 9, 10)).astype(np.float16).astype(np.float32)
+        cases.append(Case(f"{channels}", step, 9 * channels, {0: image}))
+    check(hopper, cases)
+
+
 def test_what_is_no_number_stays_none(hopper: Runner) -> None:
     """Of a NaN and numbers the maximum is NaN, as a pool has it; what lies in no window is not looked at."""
     cases = []

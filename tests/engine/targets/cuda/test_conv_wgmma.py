@@ -50,7 +50,8 @@ def described(rng: np.random.Generator, axes: int, groups: int, c: int, n: int, 
     while True:
         shape = random_shape(rng, axes, groups, c, n, transposed)
         shape = replace(shape, x=(int(rng.integers(1, 6)), *shape.x[1:]))
-        if suits(Geometry(random_step(rng, kind, shape, "plain"))):
+        step = random_step(rng, kind, shape, "plain")
+        if suits(step, Geometry(step)):
             return shape
 
 
@@ -102,7 +103,7 @@ def test_windows_of_an_image_match_float64(hopper: Runner, count: int) -> None:
         chunk = 16 // kind.w.itemsize
         shape = described(rng, 2, 1, ragged(rng, 100, chunk if i % 2 else 1), ragged(rng, 80), False, kind)
         step = window_step(rng, kind, shape)
-        assert suits(Geometry(step))
+        assert suits(step, Geometry(step))
         launches = lower_in(step, Geometry(step), tile, kind.context(hopper))
         cases.append(case(rng, kind, shape, step, launches, f"window {tile}"))
     check(hopper, cases)
@@ -201,7 +202,8 @@ def test_the_kernel_follows_the_shape(step: Step, expected: list[Instruction]) -
 
 def test_a_sum_of_nothing_is_not_gathered() -> None:
     """The only output of this one meets no tap."""
-    assert not suits(Geometry(conv_step((2, 64, 2, 2), (64, 64, 1, 1), strides=2, pad=1, transposed=True)))
+    step = conv_step((2, 64, 2, 2), (64, 64, 1, 1), strides=2, pad=1, transposed=True)
+    assert not suits(step, Geometry(step))
 
 
 def test_fp32_is_not_rounded_unless_the_context_says_so() -> None:
