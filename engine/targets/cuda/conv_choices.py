@@ -88,11 +88,7 @@ def kernel_of(tile: ConvTile) -> str:
 
 def tile_text(tile: ConvTile) -> str:
     """A tile for people."""
-    size = (
-        ""
-        if isinstance(tile, LinesTile | StemTile | PooledStemTile | DepthwiseTile | RowsTile)
-        else f"{tile.m}×{tile.n}"
-    )
+    size = f"{tile.m}×{tile.n}" if isinstance(tile, MmaTile | WgmmaTile | HaloTile | DeepTile) else ""
     match tile:
         case MmaTile():
             return f"mma {size}{_splits(tile.splits)}"

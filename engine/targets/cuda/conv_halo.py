@@ -30,7 +30,7 @@ from engine.targets.cuda.tiles import ROUND_TRIP, Choice, Operands, late_fetches
 
 PANEL_BYTES = 128  # of channels, what there is of a pixel
 _MOST_PIXELS = 1024  # of one copy
-_MOST_BYTES = (1 << 20) - 1  # that a barrier counts
+MOST_BYTES = (1 << 20) - 1  # that a barrier counts
 _MOST_PLACES = (1 << 30) - _MOST_PIXELS  # that `divisor_arguments` divides
 
 
@@ -124,7 +124,7 @@ def candidates(step: Step, geometry: Geometry, context: Context) -> Iterator[Hal
     grid, taps = Grid.of(geometry), prod(geometry.phases[0].kernel)
     for tile in TILES:
         fits = grid.shared_bytes(tile, taps) <= context.architecture.shared_bytes
-        useful = (tile.n == 32 or tile.n // 2 < geometry.n) and taps * tile.n * PANEL_BYTES <= _MOST_BYTES
+        useful = (tile.n == 32 or tile.n // 2 < geometry.n) and taps * tile.n * PANEL_BYTES <= MOST_BYTES
         if fits and useful and grid.halo(tile) <= _MOST_PIXELS:
             yield tile
 

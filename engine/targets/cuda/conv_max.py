@@ -50,8 +50,6 @@ TILES = (
     WgmmaTile(128, 128, 6, cluster_n=2),
 )
 """Tiles of gathered patches: a consumer has 64 pixels of the upper lines of windows, and the 64 below them."""
-_PANELS = (128, 64, 32)  # bytes of channels that a copy can bring of each pixel
-_MOST_STEP, _MOST_CORNER, _MOST_OFFSET = 8, 127, 255  # of the walk, as conv_wgmma.py has them
 _POOL, _POOL_RATE = 2500, 1700
 """Cycles of a pool apart: its launch and end, and the bytes that all multiprocessors move in one."""
 
@@ -125,7 +123,7 @@ def estimates(step: Step, geometry: Geometry, context: Context) -> Iterator[Choi
         return
     epilogue, operands, size = epilogue_for(step, geometry.n), Operands.HALF, step.inputs[1].dtype.itemsize
     rows = _rows(step)
-    for panel_bytes in _PANELS:
+    for panel_bytes in conv_wgmma.PANELS:
         k = padded_k(geometry, panel_bytes // size)
         for tile in TILES:
             if tile.n * tile.cluster_n >= 2 * geometry.n and tile.n > 32:
@@ -141,12 +139,12 @@ def _gathers(geometry: Geometry) -> bool:
     """Whether the copy engine can walk through upper lines alone, and reach the lower ones by its offset."""
     (phase,) = geometry.phases
     reach = (phase.kernel[1] - 1) * geometry.dilations[1] + geometry.strides[1]
-    corners = (abs(corner) for axis in _corners(geometry) for corner in axis)
+    lowest, highest, farthest = conv_wgmma.REACH[2]
     return (
         geometry.axes == 2
-        and 2 * geometry.strides[1] <= _MOST_STEP
-        and reach <= _MOST_OFFSET
-        and max(corners) <= _MOST_CORNER
+        and 2 * geometry.strides[1] <= conv_wgmma.MOST_STEP
+        and reach <= farthest
+        and all(lowest <= corner <= highest for axis in _corners(geometry) for corner in axis)
     )
 
 

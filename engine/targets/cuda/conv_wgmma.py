@@ -79,9 +79,9 @@ PAIRS = (
 128 × 256, of 16 KB of pixels and 32 KB of filters, takes 47 bytes a cycle and multiprocessor from the L2 cache where
 blocks share nothing, and 31 in pairs."""
 _BUSY = 0.7  # of the multiprocessors, at least, of layers that pairs are timed for
-_PANELS = (128, 64, 32)  # bytes of channels that a copy can bring of each pixel
+PANELS = (128, 64, 32)  # bytes of channels that a copy can bring of each pixel
 _LINE_BYTES = 128  # of the L2 cache
-_MOST_STEP = 8  # pixels between neighbours of the walk
+MOST_STEP = 8  # pixels between neighbours of the walk
 REACH = {2: (-128, 127, 255), 3: (-16, 15, 31)}
 """By spatial axes: corners of the bounding box, and the largest offset of a copy."""
 
@@ -98,7 +98,7 @@ def suits(step: Step, geometry: Geometry) -> bool:
     along = [_Axis.of(geometry, axis) for axis in range(3)[-_spatial(geometry) :]]
     lies = zip((geometry.images, *geometry.input), geometry.x_strides, strict=True)
     return (
-        all(axis.step <= _MOST_STEP and axis.reach <= reach for axis in along)
+        all(axis.step <= MOST_STEP and axis.reach <= reach for axis in along)
         and all(lowest <= corner <= highest for axis in along for corner in (axis.lower, axis.upper))
         and all(stride > 0 for size, stride in lies if size > 1)
     )
@@ -145,7 +145,7 @@ def estimates(
     if not context.architecture.wgmma or operands is Operands.EXACT or not suits(step, geometry):
         return
     m, n, groups, epilogue = geometry.rows, geometry.n, geometry.groups, epilogue_for(step, geometry.n)
-    for panel_bytes in _PANELS:
+    for panel_bytes in PANELS:
         panel = panel_bytes // w.dtype.itemsize
         # Filters that are packed on the device have no padding, and a panel must not reach into the next group.
         if geometry.channels % panel and (groups > 1 or not is_constant(w)):
