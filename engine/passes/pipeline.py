@@ -17,6 +17,7 @@ from engine.ir.printer import graph_text
 from engine.passes.activations import canonicalise_activations
 from engine.passes.affine import fold_affine
 from engine.passes.attention import recognise_attention
+from engine.passes.blocks import fuse_blocks
 from engine.passes.causal import recognise_causal
 from engine.passes.constant_parts import select_constant_parts
 from engine.passes.divided_rows import divide_rows
@@ -86,6 +87,7 @@ PASSES: tuple[Pass, ...] = (
     fold,
     choose_orders,
     fuse_maxima,
+    fuse_blocks,
     fuse_means,
     fuse_excitations,
     scale_weights,

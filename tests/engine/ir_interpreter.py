@@ -136,6 +136,13 @@ def _conv_max(op: ops.ConvMax, inputs: Sequence[Array], sizes: Sizes, node: Node
     return _stores(op.stores, inputs, acc)
 
 
+def _conv_block(op: ops.ConvBlock, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
+    x = inputs[0]
+    for conv, w in zip((op.expand, op.depthwise, op.project), inputs[1:4], strict=True):
+        (x,) = _conv(conv, (x, w, *inputs[2:]), sizes, node)  # stores count the inputs of the whole
+    return [x]
+
+
 def _excitation(op: ops.Excitation, inputs: Sequence[Array], sizes: Sizes, node: Node) -> list[Array]:
     x, w1, w2 = (_wide(array).reshape(array.shape[:2]) for array in inputs[:3])
     pixel = (1,) * (inputs[0].ndim - 2)
@@ -548,6 +555,7 @@ _RUNNERS: dict[type[ops.Op], Callable[[Any, Sequence[Array], Sizes, Node], list[
     ops.Gemm: _gemm,
     ops.Conv: _conv,
     ops.ConvExcitation: _conv_excitation,
+    ops.ConvBlock: _conv_block,
     ops.ConvMax: _conv_max,
     ops.ConvMean: _conv_mean,
     ops.Excitation: _excitation,

@@ -1,7 +1,7 @@
 """The operator set of the IR: small and closed. One module per family; import from here."""
 
 from engine.ir.ops.base import Cost, Op, OperandTypes, ResultTypes, broadcast_shapes
-from engine.ir.ops.heavy import Attention, Conv, ConvExcitation, ConvMax, ConvMean, Excitation, Gemm
+from engine.ir.ops.heavy import Attention, Conv, ConvBlock, ConvExcitation, ConvMax, ConvMean, Excitation, Gemm
 from engine.ir.ops.light import (
     Norm,
     NormKind,
@@ -25,6 +25,7 @@ __all__ = [
     "Cell",
     "Concat",
     "Conv",
+    "ConvBlock",
     "ConvExcitation",
     "ConvMax",
     "ConvMean",

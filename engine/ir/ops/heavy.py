@@ -188,6 +188,46 @@ class ConvMax(Op):
 
 
 @dataclass(frozen=True)
+class ConvBlock(Op):
+    """A 1×1 convolution, a depthwise one of its result, and a 1×1 convolution of that: an inverted residual (Sandler et
+    al. 2018). `x[n, c, h, w]`, `w1[e, c, 1, 1]`, `w2[e, 1, *kernel]`, `w3[o, e, 1, 1]` → [n, o, h', w'].
+
+    Each convolution has one store, whose arguments are numbered as the inputs of the whole.
+    """
+
+    expand: Conv
+    depthwise: Conv
+    project: Conv
+    arity: ClassVar[int] = 4
+
+    @property
+    def stores(self) -> tuple[ex.Expr, ...]:
+        """Those of the last convolution, one."""
+        return self.project.stores
+
+    def between(self, inputs: OperandTypes) -> tuple[ResultTypes, ResultTypes]:
+        """What the first and the second convolution give."""
+        expanded = self.expand.infer([inputs[0], inputs[1]])
+        return expanded, self.depthwise.infer([_Typed(*expanded[0]), inputs[2]])
+
+    def infer(self, inputs: OperandTypes) -> ResultTypes:
+        _, filtered = self.between(inputs)
+        return self.project.infer([_Typed(*filtered[0]), inputs[3]])
+
+    def flops(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:
+        total = 0
+        for conv, w, results in zip(
+            (self.expand, self.depthwise, self.project),
+            inputs[1:4],
+            (*self.between(inputs), self.infer(inputs)),
+            strict=True,
+        ):
+            elements = prod(cast(tuple[int, ...], results[0][1]))
+            total += elements * (2 * prod(w.shape[1:]) + ex.flops(*conv.stores))
+        return total
+
+
+@dataclass(frozen=True)
 class Excitation(Op):
     """Two layers on the channels of single pixels, as squeeze-and-excite has them on pooled ones (Hu et al. 2018):
     `x[n, c, 1, …]`, `w1[s, c, 1, …]`, `w2[o, s, 1, …]` → [n, o, 1, …].

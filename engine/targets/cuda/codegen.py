@@ -227,6 +227,13 @@ def result(store: ex.Expr) -> Functor:
     return Functor(f"struct Result {{\n  DEVICE static {signature} {{\n{indented(lines)}\n  }}\n}};\n", (), Reads())
 
 
+def of_sums(name: str, value: ex.Expr) -> Functor:
+    """`name`: a function of a sum alone, in fp32."""
+    lines = _expression_lines([value], {ex.Acc(): "acc"})
+    body = indented([*lines.lines, f"return {lines.names[value]};"])
+    return Functor(f"struct {name} {{\n  DEVICE static float of(float acc) {{\n{body}\n  }}\n}};\n", (), Reads())
+
+
 def hidden(value: ex.Expr, space: Space, inputs: Mapping[int, Operand], granularity: int) -> Functor:
     """`Hidden`: what a layer makes of its sums that is not stored. Its inputs are the same in every row."""
     writer = _Writer("hidden", space, granularity)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.covering.attention import attention, attentions
+from engine.targets.cuda.covering.block import block_step, blocks
 from engine.targets.cuda.covering.build import (
     ACC,
     BIAS,
@@ -60,6 +61,8 @@ __all__ = [
     "arg",
     "attention",
     "attentions",
+    "block_step",
+    "blocks",
     "channels_inner",
     "constant",
     "conv_op",
@@ -98,6 +101,7 @@ def launches(architecture: Architecture) -> Iterator[tuple[str, Launch]]:
     yield from few_rows(context)
     yield from attentions(context)
     yield from convolutions(context)
+    yield from blocks(context)
     yield from stems(context)
     yield from depthwise_products(context)
     yield from excitations(context)

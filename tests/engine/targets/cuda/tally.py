@@ -23,6 +23,7 @@ _NAMES: Mapping[type[ops.Op], str] = {
     ops.Reduce: "reduction",
     ops.Pool: "pool",
     ops.ConvExcitation: "depthwise convolution",
+    ops.ConvBlock: "convolution",
     ops.ConvMax: "convolution",
     ops.ConvMean: "depthwise convolution",
     ops.Excitation: "convolution",

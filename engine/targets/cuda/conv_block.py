@@ -1,0 +1,275 @@
+"""Inverted residuals in one launch (conv_block.cuh): which can be, in which tile; elsewhere their three convolutions,
+with what lies between them in the step's workspace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+
+import numpy as np
+
+from engine.ir import expr as ex
+from engine.ir.dtype import DType
+from engine.ir.expr import PointOp
+from engine.ir.ops import Conv, ConvBlock, Op
+from engine.plan.plan import Access, Requirement, Step
+from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
+from engine.targets.cuda import codegen, conv
+from engine.targets.cuda.codegen import bounds_of
+from engine.targets.cuda.conv_bias import packed_bias, without_bias
+from engine.targets.cuda.conv_geometry import channels_last
+from engine.targets.cuda.gemm import epilogue_of
+from engine.targets.cuda.kernel import (
+    ALIGNMENT,
+    I64,
+    STORAGE,
+    Argument,
+    Context,
+    Instruction,
+    Launch,
+    Pointer,
+    ceildiv,
+    is_constant,
+    launch,
+    pointer_to,
+    workspace_bytes,
+)
+from engine.targets.cuda.spaces import VECTOR
+
+_WARPS, _ROWS = 8, 128  # of a block: each warp has 16 of its results
+_FRAGMENT, _BLOCK_COLUMNS = 16, 32  # rows of a product, and columns that four lanes exchange
+_MOST_COLUMNS = 192  # of results, whose sums a lane has registers for
+_HELD = 88  # registers of a thread for sums, filters and results, of 128
+_RESERVED = 1024  # bytes of shared memory that the system takes for each block
+_TYPES = (DType.F16, DType.BF16)
+
+
+@dataclass(frozen=True)
+class BlockTile:
+    """Results of a tile: `images` × `rows` × `columns`. `panel`: expanded channels at a time; `strip`: neighbouring
+    results that a thread filters at once."""
+
+    images: int
+    rows: int
+    columns: int
+    panel: int
+    strip: int
+
+    def halo(self, kernel: int, stride: int) -> int:
+        """The pixels under it."""
+        return self.images * ((self.rows - 1) * stride + kernel) * ((self.columns - 1) * stride + kernel)
+
+    def shared_bytes(self, sizes: Sizes) -> int:
+        """What it takes of shared memory."""
+        halo = ceildiv(self.halo(sizes.kernel, sizes.stride), _FRAGMENT) * _FRAGMENT
+        wide, narrow = 2 * sizes.channels + 16, 2 * self.panel + 16
+        weights = self.panel * wide + sizes.columns * narrow + (sizes.kernel**2 + 2) * 4 * self.panel
+        return halo * (wide + narrow) + _ROWS * narrow + 2 * weights
+
+    def blocks(self, sizes: Sizes, shared_bytes: int) -> int:
+        """A multiprocessor's, of so much shared memory: two where a thread does with half of the registers (the gate
+        shows it)."""
+        held = 8 * self.strip + 8 * sizes.kernel + sizes.columns // 2
+        return 2 if held <= _HELD and 2 * (self.shared_bytes(sizes) + _RESERVED) <= shared_bytes else 1
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Kernel and stride of the filter, and the channels before and the columns behind, filled up."""
+
+    kernel: int
+    stride: int
+    channels: int
+    columns: int
+
+    @classmethod
+    def of(cls, step: Step) -> Sizes:
+        assert isinstance(step.op, ConvBlock)
+        channels, outputs = step.inputs[1].shape[1], step.inputs[3].shape[0]
+        padded = ceildiv(channels, _FRAGMENT) * _FRAGMENT, ceildiv(outputs, _BLOCK_COLUMNS) * _BLOCK_COLUMNS
+        return cls(step.inputs[2].shape[2], step.op.depthwise.strides[0], *padded)
+
+
+_SHAPES = ((1, 8, 16), (1, 8, 8), (1, 4, 16), (1, 7, 14), (1, 14, 7), (2, 7, 7), (1, 7, 7))
+TILES = tuple(
+    BlockTile(*shape, panel, strip)
+    for shape in _SHAPES
+    for panel in (32, 48, 64, 96)
+    for strip in (7, 4, 2, 1)
+    if shape[-1] % strip == 0
+)
+
+
+def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]:
+    """Channels side by side; constant weights in any layout."""
+    assert isinstance(op, ConvBlock)
+    image = Requirement(Access.INNER, channels_last(len(inputs[0].shape)))
+    return (image, *(Requirement() for _ in inputs[1:])), (image,)
+
+
+def lower(step: Step, context: Context) -> list[Launch]:
+    return lower_apart(step, context) if step.outputs[0].elements else []
+
+
+def lower_apart(step: Step, context: Context) -> list[Launch]:
+    """The three convolutions. What lies between them in the workspace is behind what they leave there themselves."""
+    own = max(workspace_bytes(conv.lower(one, context)) for one in _convolutions(step, 0))
+    return [launch for one in _convolutions(step, own) for launch in conv.lower(one, context)]
+
+
+def _convolutions(step: Step, own: int) -> list[Step]:
+    """The convolutions as steps, with their results `own` bytes into the workspace, one behind the other."""
+    op, x, end = step.op, step.inputs[0], ceildiv(own, ALIGNMENT) * ALIGNMENT
+    assert isinstance(op, ConvBlock)
+    places = list[tuple[DType, tuple[int, ...], int]]()
+    for ((dtype, shape),) in op.between(step.inputs):
+        sizes = tuple(size for size in shape if isinstance(size, int))
+        places.append((dtype, sizes, end // dtype.itemsize))
+        end += ceildiv(prod(sizes) * dtype.itemsize, ALIGNMENT) * ALIGNMENT
+    scratch = Buffer("between", BufferKind.WORKSPACE, end)
+    results = [
+        Tensor(scratch, dtype, sizes, row_major(sizes, channels_last(len(sizes))), begin)
+        for dtype, sizes, begin in places
+    ]
+    images, each = (x, *results), (op.expand, op.depthwise, op.project)
+    return [
+        replace(step, op=one, inputs=(image, w, *step.inputs[2:]), outputs=(result,))
+        for one, image, w, result in zip(each, images, step.inputs[1:4], (*results, step.outputs[0]), strict=True)
+    ]
+
+
+def suits(step: Step) -> bool:
+    """Whether the kernel can run a step, in some tile."""
+    op, (x, *weights) = step.op, step.inputs[:4]
+    assert isinstance(op, ConvBlock)
+    if len(x.shape) != 4 or x.dtype not in _TYPES or any(w.dtype is not x.dtype for w in weights):
+        return False
+    (expanded, channels), outputs = weights[0].shape[:2], weights[2].shape[0]
+    pointwise = all(each.is_pointwise and each.groups == 1 for each in (op.expand, op.project))
+    small = all(prod(w.shape[2:]) == 1 for w in (weights[0], weights[2]))
+    kernel, depthwise = weights[1].shape[2:], op.depthwise
+    filters = depthwise.groups == expanded and weights[1].shape[:2] == (expanded, 1) and kernel[0] == kernel[1]
+    steady = depthwise.strides[0] == depthwise.strides[1] and depthwise.dilations == (1, 1)
+    return (
+        pointwise and small and filters and steady
+        and not any(each.transposed for each in (op.expand, depthwise, op.project))
+        and kernel[0] <= 5 and depthwise.strides[0] <= 2
+        and channels % VECTOR == expanded % VECTOR == 0 and outputs <= _MOST_COLUMNS
+        and all(map(is_constant, weights)) and _in_vectors(x)
+        and all(_Between.of(each) is not None for each in _convolutions(step, 0)[:2])
+    )  # fmt: skip
+
+
+def _in_vectors(x: Tensor) -> bool:
+    """Whether pixels lie at multiples of 16 bytes, with their channels side by side."""
+    outer = [stride for size, stride in zip(x.shape, x.strides, strict=True) if size > 1 and stride != 1]
+    return x.strides[1] == 1 and x.offset % VECTOR == 0 and all(stride % VECTOR == 0 for stride in outer)
+
+
+@dataclass(frozen=True)
+class _Between:
+    """What a convolution that is not the last one makes of its sums, which begin with `bias`: `value`, then rounded,
+    and bounded as kernels/epilogue/bounded.cuh does that (`most`: None where it is not)."""
+
+    bias: Tensor | None
+    value: ex.Expr
+    most: int | None
+
+    @classmethod
+    def of(cls, step: Step) -> _Between | None:
+        """None where it is not a function of the sums alone, or not of the type of the images."""
+        rest, bias = without_bias(step)
+        assert isinstance(rest.op, Conv)
+        (store,) = rest.op.stores
+        bounds = bounds_of(store)
+        rounded = store if bounds is None else bounds.bounded
+        if ex.arguments(store) or not isinstance(rounded, ex.Apply) or rounded.op is not PointOp.CAST:
+            return None
+        if rounded.dtype is not step.inputs[0].dtype or rounded.args[0].dtype is not DType.F32:
+            return None
+        return cls(bias, rounded.args[0], None if bounds is None else bounds.most)
+
+
+def tiles_of(step: Step, context: Context) -> list[BlockTile]:
+    """The tiles that a step can run in."""
+    if not suits(step):
+        return []
+    sizes, most = Sizes.of(step), context.architecture.shared_bytes
+    return [tile for tile in TILES if tile.shared_bytes(sizes) <= most]
+
+
+def lower_in(step: Step, tile: BlockTile, context: Context) -> list[Launch]:
+    """The launch of a step in one of its `tiles_of`."""
+    op, (x, w1, w2, w3), result, sizes = step.op, step.inputs[:4], step.outputs[0], Sizes.of(step)
+    assert isinstance(op, ConvBlock)
+    (expanded, channels), outputs, taps = w1.shape[:2], w3.shape[0], sizes.kernel**2
+    panels = ceildiv(expanded, tile.panel)
+    every, element = panels * tile.panel, STORAGE[x.dtype]
+    first, second = map(_Between.of, _convolutions(step, 0)[:2])
+    assert first is not None, "the caller has looked"
+    assert second is not None, "the caller has looked"
+
+    def packed(w: Tensor, rows: int, line: int, matrix: tuple[int, int]) -> Pointer:
+        """[rows, line] of a weight's matrix, filled up with zeros."""
+
+        def pack(values: np.ndarray) -> np.ndarray:
+            filled = np.zeros((rows, line), values.dtype)
+            filled[: matrix[0], : matrix[1]] = values.reshape(matrix)
+            return filled
+
+        return Pointer(context.weights.packed(w, f"block {rows} {line}", pack), ctype=element)
+
+    def pack_taps(values: np.ndarray) -> np.ndarray:
+        filled = np.zeros((taps, every), np.float32)
+        filled[:, :expanded] = values.reshape(expanded, taps).T
+        return filled
+
+    def bias_of(one: _Between) -> Pointer:
+        none = partial(np.zeros, every, np.float32)
+        buffer = (
+            context.weights.packed(w2, f"block zeros {every}", lambda _: none())
+            if one.bias is None
+            else packed_bias(one.bias, every, context)
+        )
+        return Pointer(buffer, ctype="float")
+
+    (images, _, height, width), (_, _, out_h, out_w) = x.shape, result.shape
+    across, down = ceildiv(out_w, tile.columns), ceildiv(out_h, tile.rows)
+    (pad_h, _), (pad_w, _) = op.depthwise.pads
+    strides = [stride if size > 1 else 0 for size, stride in zip(x.shape, x.strides, strict=True)]
+    arguments: dict[str, Argument] = {
+        "x": pointer_to(x), "x_image": I64(strides[0]), "x_row": I64(strides[2]), "x_pixel": I64(strides[3]),
+        "w1": packed(w1, every, sizes.channels, (expanded, channels)),
+        "w2": Pointer(context.weights.packed(w2, f"block taps {every}", pack_taps), ctype="float"),
+        "w3": packed(w3, sizes.columns, every, (outputs, expanded)),
+        "expanded_bias": bias_of(first), "filtered_bias": bias_of(second),
+        "channels": channels, "outputs": outputs, "panels": panels, "images": images,
+        "in_h": height, "in_w": width, "out_h": out_h, "out_w": out_w, "pad_h": pad_h, "pad_w": pad_w,
+        "tiles_x": across, "tiles_y": down,
+    }  # fmt: skip
+    return [
+        launch(
+            "conv",
+            "conv_block.cuh",
+            {
+                "operand": element, "kernel": sizes.kernel, "stride": sizes.stride, "images": tile.images,
+                "tile_h": tile.rows, "tile_w": tile.columns, "panel": tile.panel, "strip": tile.strip,
+                "c_in": sizes.channels, "n_blocks": sizes.columns // VECTOR,
+                "expanded_bounded": first.most is not None, "expanded_most": first.most or 0,
+                "filtered_bounded": second.most is not None, "filtered_most": second.most or 0,
+                "blocks": tile.blocks(sizes, context.architecture.shared_bytes),
+                "shared_bytes": tile.shared_bytes(sizes),
+            },
+            [
+                codegen.of_sums("Expanded", first.value),
+                codegen.of_sums("Filtered", second.value),
+                epilogue_of(step, op.stores, channels_last(4), outputs),
+            ],
+            arguments,
+            (ceildiv(images, tile.images) * down * across, 1, 1),
+            32 * _WARPS,
+            tile.shared_bytes(sizes),
+            Instruction.MMA,
+        )
+    ]  # fmt: skip

@@ -1,0 +1,63 @@
+"""Inverted residuals in one launch against float64, on random ragged shapes (conftest.py says on what), and which
+convolutions can be one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engine.ir.dtype import DType
+from engine.ir.ops import ConvBlock
+from engine.targets.cuda import conv_block
+from engine.targets.cuda.architecture import SM_90A
+from engine.targets.cuda.conv_block import lower_in, tiles_of
+from engine.targets.cuda.covering import F16, block_step
+from engine.targets.cuda.kernel import Context, WeightStore
+from tests.engine.targets.cuda.cases import check, ragged, rng_of
+from tests.engine.targets.cuda.harness import Case, Runner
+
+CONTEXT = Context(SM_90A, 132, WeightStore())
+
+
+def test_blocks_match_float64(runner: Runner, count: int) -> None:
+    """Every tile, kernels of 3 and 5, both strides, ragged channels and sizes, pads on either side, residuals, both
+    types, images that are smaller than a tile."""
+    rng, cases = rng_of("blocks"), list[Case]()
+    while len(cases) < count:
+        dtype = F16 if rng.random() < 0.7 else DType.BF16
+        kernel, stride = int(rng.choice([3, 5])), int(rng.choice([1, 2]))
+        channels, expanded = 8 * int(rng.integers(1, 13)), 8 * int(rng.integers(1, 20))
+        residual = stride == 1 and rng.random() < 0.4
+        outputs = channels if residual else ragged(rng, 192, 8)
+        pad = kernel // 2
+        down, across = ((int(rng.integers(0, kernel)), int(rng.integers(0, kernel))) for _ in range(2))
+        pads = ((pad, pad), (pad, pad)) if residual else (down, across)
+        x = (int(rng.integers(1, 4)), channels, int(rng.integers(kernel, 20)), int(rng.integers(kernel, 20)))
+        activation = str(rng.choice(["relu6", "silu", "none"]))
+        step = block_step(x, expanded, outputs, kernel, stride, pads, residual, dtype, activation)
+        tiles = tiles_of(step, runner.context)
+        if not tiles:
+            continue
+        tile = tiles[int(rng.integers(len(tiles)))]
+        label = f"{x} {expanded} {outputs} {kernel} {stride} {pads} {tile}"
+        lowered = lower_in(step, tile, runner.context)
+        cases.append(Case(label, step, channels + expanded, lowered=lowered))
+    check(runner, cases)
+
+
+def test_apart_they_match_float64(runner: Runner) -> None:
+    steps = [block_step((2, 16, 9, 11), 96, 24, stride=2), block_step((1, 24, 7, 7), 144, 24, 5, residual=True)]
+    apart = [conv_block.lower_apart(step, runner.context) for step in steps]
+    check(runner, [Case("apart", step, 200, lowered=lowered) for step, lowered in zip(steps, apart, strict=True)])
+
+
+def test_what_the_kernel_takes() -> None:
+    usual = block_step((2, 24, 14, 14), 144, 24, residual=True)
+    assert tiles_of(usual, CONTEXT)
+    op = usual.op
+    assert isinstance(op, ConvBlock)
+    wide = block_step((2, 24, 14, 14), 144, 320)
+    odd = block_step((2, 12, 14, 14), 72, 24)
+    large = block_step((2, 24, 14, 14), 144, 24, 7)
+    dilated = replace(usual, op=replace(op, depthwise=replace(op.depthwise, dilations=(2, 2), pads=((2, 2), (2, 2)))))
+    for step in (wide, odd, large, dilated):
+        assert not tiles_of(step, CONTEXT)
