@@ -42,6 +42,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     # Loading a model ends with a collection of garbage, which would walk through ten thousand collected tests.
+    _freeze()
+
+
+@pytest.hookimpl(trylast=True)  # once its fixtures are gone
+def pytest_runtest_teardown() -> None:
+    # Nor through what thousands of tests leave alive: reports, caches, the fixtures of a module.
+    _freeze()
+
+
+def _freeze() -> None:
     gc.collect()
     gc.freeze()
 

@@ -30,7 +30,7 @@ from engine.targets.cuda.source import Source, expand
 _HERE = Path(__file__).parent
 _MESSAGE_BYTES = 512  # as runtime/threads.h has it
 _COMMON = ("-std=c++17", "-march=native", "-fno-strict-aliasing", "-shared", "-fPIC", "-w")
-_RUNTIME_FLAGS = (*_COMMON, "-O2")
+_RUNTIME_FLAGS = (*_COMMON, "-O3", "-fno-semantic-interposition", "-fno-plt")
 # -fsanitize=thread makes every access to memory a call of the runtime, -fsanitize=bounds every index beyond an array.
 # The sanitizers' own libraries are left out, as all others are: what a kernel needs of them the runtime has brought
 # into the process.

@@ -2,6 +2,7 @@
 #include <math.h>
 #include <string.h>
 
+#include <type_traits>
 #include <vector>
 
 #include "races.h"
@@ -109,13 +110,6 @@ struct Operand {
     return swizzled(start + column / per_row * pitch + k / 8 * stride + k % 8 * row_bytes + column % per_row * bytes);
   }
 };
-template <class T> float value_at(u32 address) {
-  typename T::Bits bits;
-  if (address + sizeof bits > SHARED_BYTES) fail("an operand lies outside shared memory");
-  memcpy(&bits, own_shared_memory() + address, sizeof bits);
-  return T::of(bits);
-}
-
 // Calls `visit(bytes, how many)` for what a product reads of shared memory. The four warps read it together: the first thread of a
 // warpgroup stands for all.
 template <class VISIT> void operands_of(const Product& p, VISIT visit) {
@@ -153,33 +147,92 @@ float aligned_sum(float accumulator, const float* products, u32 count) {
   return static_cast<float>(ldexp(trunc(ldexp(result, -last)), last));
 }
 
+// The columns of operand B, read once for all threads of the warpgroup that multiplies by them. Those of a thread are its place in a
+// quad's: `values[place][k][column of them]`.
+constexpr u32 MOST_COLUMNS = 256, MOST_DEPTH = 32;
+struct Columns {
+  Element element;
+  int n;
+  u64 descriptor;
+  bool across;
+  float values[4][MOST_DEPTH][MOST_COLUMNS / 4];
+};
+// Of the products that a warpgroup waits for, in order, as far as it has come.
+std::vector<Columns> columns_read[MAX_THREADS / (4 * WARP)];
+size_t finished[MAX_THREADS];  // of these, by each thread
+
+template <class T> float value_at(const unsigned char* memory, u32 address) {
+  typename T::Bits bits;
+  if (address + sizeof bits > SHARED_BYTES) fail("an operand lies outside shared memory");
+  memcpy(&bits, memory + address, sizeof bits);
+  return T::of(bits);
+}
+
+template <class T> void read_columns(Columns& to) {
+  constexpr u32 BYTES = sizeof(typename T::Bits), DEPTH = 32 / BYTES;
+  const unsigned char* memory = own_shared_memory();
+  const Operand b(to.descriptor);
+  for (u32 column = 0; column < static_cast<u32>(to.n); ++column)
+    for (u32 k = 0; k < DEPTH; ++k)
+      to.values[column % 8 / 2][k][column / 8 * 2 + column % 2] =
+          value_at<T>(memory, to.across ? b.across(k, column, BYTES) : b.along(column, k, BYTES));
+}
+
+// Operand B of the product that the present thread finishes next.
+template <class T> const Columns& next_columns(const Product& p) {
+  auto& read = columns_read[current / (4 * WARP)];
+  const size_t number = finished[current]++;
+  if (read.size() <= number) read.resize(number + 1);
+  Columns& b = read[number];
+  if (b.n != p.n || b.descriptor != p.b || b.element != p.element || b.across != p.across) {
+    b.element = p.element;
+    b.n = p.n;
+    b.descriptor = p.b;
+    b.across = p.across;
+    read_columns<T>(b);
+  }
+  return b;
+}
+
+// Two rows, eight below each other, times the columns of one thread of a quad.
+template <class T> void multiply_rows(const Product& p, const float (&rows)[2][32 / sizeof(typename T::Bits)]) {
+  constexpr u32 BYTES = sizeof(typename T::Bits), DEPTH = 32 / BYTES;
+  using Sum = std::conditional_t<same<T, I8>::value, u32, float>;  // u32 wraps
+  const auto& columns = next_columns<T>(p).values[current % 4];
+  const auto count = static_cast<u32>(p.n) / 4;
+  auto* d = static_cast<Sum*>(p.d);
+  for (u32 half = 0; half < 2; ++half) {
+    Sum sums[MOST_COLUMNS / 4];
+    const auto place = [half](u32 column) { return column / 2 * 4 + 2 * half + column % 2; };
+    for (u32 i = 0; i < count; ++i) sums[i] = p.accumulate ? d[place(i)] : Sum(0);
+    if constexpr (same<T, E4m3>::value) {
+      for (u32 i = 0; i < count; ++i) {
+        float products[DEPTH];
+        for (u32 k = 0; k < DEPTH; ++k) products[k] = rows[half][k] * columns[k][i];
+        sums[i] = aligned_sum(sums[i], products, DEPTH);
+      }
+    } else {
+      for (u32 k = 0; k < DEPTH; ++k)
+        for (u32 i = 0; i < count; ++i) {
+          const float product = rows[half][k] * columns[k][i];
+          if constexpr (same<T, I8>::value) sums[i] += static_cast<u32>(static_cast<int>(product));
+          else sums[i] += product;
+        }
+    }
+    for (u32 i = 0; i < count; ++i) d[place(i)] = sums[i];
+  }
+}
+
 template <class T> void multiply(const Product& p) {
   constexpr u32 BYTES = sizeof(typename T::Bits), DEPTH = 32 / BYTES;
   const auto thread_in_group = static_cast<u32>(current % (4 * WARP));
-  const u32 first_row = thread_in_group / 32 * 16 + thread_in_group % 32 / 4, first_column = thread_in_group % 4 * 2;
-  const Operand a(p.a), b(p.b);
+  const u32 first_row = thread_in_group / 32 * 16 + thread_in_group % 32 / 4;
+  const unsigned char* memory = own_shared_memory();
+  const Operand a(p.a);
   float rows[2][DEPTH];
   for (u32 half = 0; half < 2; ++half)
-    for (u32 k = 0; k < DEPTH; ++k) rows[half][k] = value_at<T>(a.along(first_row + 8 * half, k, BYTES));
-  for (u32 i = 0; i < static_cast<u32>(p.n) / 2; ++i) {
-    const u32 column = i / 4 * 8 + first_column + (i & 1);
-    float products[DEPTH];
-    for (u32 k = 0; k < DEPTH; ++k)
-      products[k] = rows[i & 2 ? 1 : 0][k] * value_at<T>(p.across ? b.across(k, column, BYTES) : b.along(column, k, BYTES));
-    if constexpr (same<T, I8>::value) {
-      u32& sum = static_cast<u32*>(p.d)[i];  // wraps
-      if (!p.accumulate) sum = 0;
-      for (u32 k = 0; k < DEPTH; ++k) sum += static_cast<u32>(static_cast<int>(products[k]));
-    } else {
-      float& sum = static_cast<float*>(p.d)[i];
-      if (!p.accumulate) sum = 0.0f;
-      if constexpr (BYTES == 1) {
-        sum = aligned_sum(sum, products, DEPTH);
-      } else {
-        for (u32 k = 0; k < DEPTH; ++k) sum += products[k];
-      }
-    }
-  }
+    for (u32 k = 0; k < DEPTH; ++k) rows[half][k] = value_at<T>(memory, a.along(first_row + 8 * half, k, BYTES));
+  multiply_rows<T>(p, rows);
 }
 
 // A thread needs the registers of its quad: each publishes its own, and computes once all of its warp have.
@@ -187,17 +240,11 @@ template <class T> void multiply_registers(const Product& p) {
   static_assert(sizeof(typename T::Bits) == 2, "");
   memcpy(register_operands[current], p.registers, sizeof register_operands[current]);
   meet_warp();
-  const Operand b(p.b);
   float rows[2][16];
   for (u32 half = 0; half < 2; ++half)
     for (u32 k = 0; k < 16; ++k)
       rows[half][k] = part<T>(register_operands[current / 4 * 4 + static_cast<int>(k % 8 / 2)][half + 2 * (k / 8)], k & 1);
-  for (u32 i = 0; i < static_cast<u32>(p.n) / 2; ++i) {
-    const u32 column = i / 4 * 8 + static_cast<u32>(current) % 4 * 2 + (i & 1);
-    float& sum = static_cast<float*>(p.d)[i];
-    if (!p.accumulate) sum = 0.0f;
-    for (u32 k = 0; k < 16; ++k) sum += rows[i & 2 ? 1 : 0][k] * value_at<T>(b.across(k, column, 2));
-  }
+  multiply_rows<T>(p, rows);
   meet_warp();
 }
 
@@ -266,6 +313,8 @@ void wgmma_wait(int pending) {
   auto& groups = products[current].committed;
   if (groups.size() <= static_cast<size_t>(pending)) return;
   // A product is the warpgroup's: nobody is through before all of its threads have come to it and have their results.
+  columns_read[current / (4 * WARP)].clear();
+  finished[current] = 0;
   meet_warpgroup();
   while (groups.size() > static_cast<size_t>(pending)) {
     for (const Product& p : groups.front()) finish(p);
