@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+
+import pytest
 
 from engine.background import Turns, background, in_background
 
@@ -68,7 +71,12 @@ def test_the_holder_is_told_when_it_is_wanted_and_when_no_longer() -> None:
     assert told == [True, False]
 
 
-def test_the_background_waits_for_work_that_it_is_kept_from_and_others_do_not() -> None:
+def test_the_background_waits_for_work_that_it_is_kept_from_and_others_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        sys.modules[Turns.__module__], "_SLICE_EVERY_S", 60.0
+    )  # none becomes due, however late a thread comes
     told: list[bool] = []
     turns = Turns(told.append)
     with background(), turns:
