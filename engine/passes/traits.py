@@ -25,21 +25,20 @@ class Traits:
     """The capability table of a target, as far as graph rewrites are concerned.
 
     `channels_last`: image kernels want the channel innermost in memory. `float_types`: the floating-point types the
-    target computes and stores; tensors of other float types are carried in fp32 inside the graph.
-    `attention_types`: the types for which it has a fused attention; in others scores and probabilities stay apart.
-    `storage_type`: what fp32 activations and weights are kept in between operators, which compute in fp32 all the
-    same (`narrow_floats`). `product_types`: types beside its floats whose products it makes itself
-    (`multiply_quantised`); of others quantised tensors are made floats first. `permuted_rows`: a product writes its
-    rows in any order of several axes as fast as one after the other. `windows`: its attention takes a `window`;
-    else that stays a bias. `packed`: its attention on packed sequences, None where it has none. `conv_means`: its
-    depthwise convolutions add up the pixels of their result for less than a pass over it costs (`fuse_means`).
-    `conv_maxima`: its convolutions store only the maxima of windows of their sums (`fuse_maxima`). `conv_blocks`:
-    it runs inverted residuals at once (`fuse_blocks`). `excitations`: it runs the two layers of a squeeze-and-
-    excite block at once (`fuse_excitations`). `scaled_weights`: its products with weights of every image's own are
-    as fast as others (`scale_weights`). `divided_rows`: its products with constant weights divide the rows of their
-    first operand by their standard deviation, by factors that cost less than a pass that normalises
-    (`divide_rows`). `gathered_norms`: a norm costs what it reads and writes, so that one of looked-up rows, some of
-    them in vain, is cheaper than a norm and a lookup (`unpack_in_norms`).
+    target computes and stores; tensors of other float types are carried in fp32 inside the graph. `attention_types`:
+    the types for which it has a fused attention; in others scores and probabilities stay apart. `storage_type`: what
+    fp32 activations and weights are kept in between operators, which compute in fp32 all the same (`narrow_floats`).
+    `product_types`: types beside its floats whose products it makes itself (`multiply_quantised`); of others quantised
+    tensors are made floats first. `permuted_rows`: a product writes its rows in any order of several axes as fast as
+    one after the other. `windows`: its attention takes a `window`; else that stays a bias. `packed`: its attention on
+    packed sequences, None where it has none. `conv_means`: its depthwise convolutions add up the pixels of their result
+    for less than a pass over it costs (`fuse_means`). `conv_maxima`: its convolutions store only the maxima of windows
+    of their sums (`fuse_maxima`). `conv_blocks`: it runs inverted residuals at once (`fuse_blocks`). `excitations`: it
+    runs the two layers of a squeeze-and-excite block at once (`fuse_excitations`). `scaled_weights`: its products with
+    weights of every image's own are as fast as others (`scale_weights`). `divided_rows`: its products with constant
+    weights divide the rows of their first operand by their standard deviation, by factors that cost less than a pass
+    that normalises (`divide_rows`). `gathered_norms`: a norm costs what it reads and writes, so that one of looked-up
+    rows, some of them in vain, is cheaper than a norm and a lookup (`unpack_in_norms`).
     """
 
     channels_last: bool = True

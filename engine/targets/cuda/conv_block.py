@@ -223,7 +223,7 @@ def lower_in(step: Step, tile: BlockTile, context: Context) -> list[Launch]:
     def pack_taps(values: np.ndarray) -> np.ndarray:
         filled = np.zeros((taps, every), np.float32)
         filled[:, :expanded] = values.reshape(expanded, taps).T
-        return filled
+        return filled.reshape(taps, panels, -1, 2, VECTOR // 2).transpose(0, 1, 3, 2, 4)
 
     def bias_of(one: _Between) -> Pointer:
         none = partial(np.zeros, every, np.float32)
@@ -241,7 +241,7 @@ def lower_in(step: Step, tile: BlockTile, context: Context) -> list[Launch]:
     arguments: dict[str, Argument] = {
         "x": pointer_to(x), "x_image": I64(strides[0]), "x_row": I64(strides[2]), "x_pixel": I64(strides[3]),
         "w1": packed(w1, every, sizes.channels, (expanded, channels)),
-        "w2": Pointer(context.weights.packed(w2, f"block taps {every}", pack_taps), ctype="float"),
+        "w2": Pointer(context.weights.packed(w2, f"block taps {panels} {tile.panel}", pack_taps), ctype="float"),
         "w3": packed(w3, sizes.columns, every, (outputs, expanded)),
         "expanded_bias": bias_of(first), "filtered_bias": bias_of(second),
         "channels": channels, "outputs": outputs, "panels": panels, "images": images,

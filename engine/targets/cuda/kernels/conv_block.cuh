@@ -8,8 +8,8 @@
 //
 // Sums begin with their biases; `Expanded` and `Filtered` are what is made of them then, but for bounds of what is rounded
 // (epilogue/bounded.cuh). Rows in shared memory are an odd number of 16-byte pieces, so that eight of them meet in no bank.
-// w1 is packed [panels · PANEL][C_IN], w3 [COLUMNS][panels · PANEL], and in fp32 w2 [taps][panels · PANEL] and the biases of both, all
-// filled up with zeros.
+// w1 is packed [panels · PANEL][C_IN], w3 [COLUMNS][panels · PANEL], and in fp32 the biases of both and w2 [taps][panels][2][PANEL / 8][4],
+// the first four of every eight channels and then the others, all filled up with zeros.
 #pragma once
 #include "epilogue/bounded.cuh"
 #include "epilogue/fragment.cuh"
@@ -166,12 +166,12 @@ DEVICE void expand(const Params& p, const Tile& tile, u32 x, u32 w1, u32 bias, u
 // The same filtered: a thread has eight channels of STRIP neighbouring results at a time.
 DEVICE void filter(u32 e, u32 w2, u32 to) {
   constexpr u32 VECTORS = PANEL / 8, STRIPS = OUT / STRIP, TOGETHER = THREADS / VECTORS, WINDOW = (STRIP - 1) * STRIDE + KERNEL;
-  const u32 own = threadIdx.x / VECTORS, vector = threadIdx.x - own * VECTORS, weights = w2 + 32 * vector;
+  const u32 own = threadIdx.x / VECTORS, vector = threadIdx.x - own * VECTORS, bias = w2 + (TAPS + 1) * TAP_ROW + 32 * vector;
   for (u32 strip = own < TOGETHER ? own : STRIPS; strip < STRIPS; strip += TOGETHER) {
     const u32 line = strip / (TILE_W / STRIP), x = (strip - line * (TILE_W / STRIP)) * STRIP, i = line / TILE_H, y = line - i * TILE_H;
     const u32 first = e + ((i * HALO_H + y * STRIDE) * HALO_W + x * STRIDE) * E_ROW + 16 * vector;
     float sums[STRIP][8];
-    const float4 low = load_four(weights + (TAPS + 1) * TAP_ROW), high = load_four(weights + (TAPS + 1) * TAP_ROW + 16);
+    const float4 low = load_four(bias), high = load_four(bias + 16);
 #pragma unroll
     for (int s = 0; s < STRIP; ++s) {
       sums[s][0] = low.x; sums[s][1] = low.y; sums[s][2] = low.z; sums[s][3] = low.w;
@@ -182,7 +182,8 @@ DEVICE void filter(u32 e, u32 w2, u32 to) {
       float w[KERNEL][8];
 #pragma unroll
       for (int c = 0; c < KERNEL; ++c) {
-        const float4 a = load_four(weights + (r * KERNEL + c) * TAP_ROW), b = load_four(weights + (r * KERNEL + c) * TAP_ROW + 16);
+        const u32 tap = w2 + (r * KERNEL + c) * TAP_ROW + 16 * vector;
+        const float4 a = load_four(tap), b = load_four(tap + TAP_ROW / 2);
         w[c][0] = a.x; w[c][1] = a.y; w[c][2] = a.z; w[c][3] = a.w;
         w[c][4] = b.x; w[c][5] = b.y; w[c][6] = b.z; w[c][7] = b.w;
       }
