@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from engine.ir.dtype import DType
 from engine.ir.ops import ConvBlock
 from engine.targets.cuda import conv_block
@@ -12,10 +14,25 @@ from engine.targets.cuda.architecture import SM_90A
 from engine.targets.cuda.conv_block import lower_in, tiles_of
 from engine.targets.cuda.covering import F16, block_step
 from engine.targets.cuda.kernel import Context, WeightStore
-from tests.engine.targets.cuda.cases import check, ragged, rng_of
+from tests.engine.targets.cuda.cases import check, check_late, ragged, rng_of
 from tests.engine.targets.cuda.harness import Case, Runner
+from tests.engine.targets.cuda.wrong_kernels import check_is_caught, emulator_or_skip
 
 CONTEXT = Context(SM_90A, 132, WeightStore())
+WRONG = {
+    "weights that have not all come": ("copy_async_wait<1>();", "copy_async_wait<2>();"),
+    "a panel is filtered before all have expanded it": (
+        "TAPS * TAP_ROW, e);\n    __syncthreads();", "TAPS * TAP_ROW, e);",
+    ),
+    "a panel is added before all have filtered it": (
+        "own + W1_BYTES + W3_BYTES, d);\n    __syncthreads();", "own + W1_BYTES + W3_BYTES, d);",
+    ),
+    "the next panel's weights while others read this one's": (
+        "    __syncthreads();  // all are through with the panel before\n", "",
+    ),
+    "pixels beside the image are not zeros": ("there ? word : 0", "word"),
+}  # fmt: skip
+"""What takes the place of what."""
 
 
 def test_blocks_match_float64(runner: Runner, count: int) -> None:
@@ -41,7 +58,17 @@ def test_blocks_match_float64(runner: Runner, count: int) -> None:
         label = f"{x} {expanded} {outputs} {kernel} {stride} {pads} {tile}"
         lowered = lower_in(step, tile, runner.context)
         cases.append(Case(label, step, channels + expanded, lowered=lowered))
-    check(runner, cases)
+    check_late(runner, cases)
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_the_emulator_shows_a_wrong_kernel(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = emulator_or_skip()
+    step = block_step((2, 24, 9, 11), 136, 40)
+    tile = next(tile for tile in tiles_of(step, runner.context) if tile.panel == 32 and tile.columns == 16)
+    case = Case(what, step, 160, lowered=lower_in(step, tile, runner.context))
+    check(runner, [case])
+    check_is_caught(runner, case, WRONG[what], monkeypatch)
 
 
 def test_apart_they_match_float64(runner: Runner) -> None:
