@@ -4,12 +4,14 @@ is stored. To all passes before they are three nodes."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.graph import Graph, Node
 from engine.ir.ops import Conv, ConvBlock
 from engine.passes.editor import Editor, joined_origin
-from engine.passes.operands import Operands, is_matrix_product
+from engine.passes.operands import Operands, is_alike, is_matrix_product
 from engine.passes.traits import Traits
 
 _HALVES = (DType.F16, DType.BF16)
@@ -22,7 +24,7 @@ def fuse_blocks(graph: Graph, traits: Traits) -> None:
         return
     editor = Editor(graph)
     for node in editor.nodes():
-        if not editor.alive(node) or not _is_pointwise(node):
+        if not _is_pointwise(node):
             continue
         middle = _host(editor, node)
         first = _host(editor, middle) if middle is not None and _is_depthwise(middle) else None
@@ -30,17 +32,16 @@ def fuse_blocks(graph: Graph, traits: Traits) -> None:
             continue
         every = (first, middle, node)
         operands = Operands([first.inputs[0], *(one.inputs[1] for one in every)])
-        convs = [_with(one, operands.adopt(one.op.stores[0], one)) for one in every]  # type: ignore[attr-defined]
+        convs = [_renumbered(one, operands) for one in every]
         editor.remove(first)
         editor.remove(middle)
         editor.update(node, ConvBlock(*convs), operands.inputs, node.outputs, joined_origin(*every))
     editor.finish()
 
 
-def _with(node: Node, store: ex.Expr) -> Conv:
-    op = node.op
-    assert isinstance(op, Conv)
-    return Conv(op.strides, op.pads, op.dilations, op.groups, stores=(store,))
+def _renumbered(node: Node, operands: Operands) -> Conv:
+    assert isinstance(node.op, Conv)
+    return replace(node.op, stores=(operands.adopt(node.op.stores[0], node),))
 
 
 def _host(editor: Editor, node: Node) -> Node | None:
@@ -50,8 +51,7 @@ def _host(editor: Editor, node: Node) -> Node | None:
     if host is None or editor.only_user(image) is not node or not isinstance(host.op, Conv):
         return None
     read = [host.inputs[i] for i in ex.arguments(*host.op.stores)]
-    alike = all(value.is_constant and all(size == 1 for size in value.shape[-2:]) for value in read)
-    return host if alike else None
+    return host if all(value.is_constant and is_alike(value) for value in read) else None
 
 
 def _is_pointwise(node: Node) -> bool:

@@ -12,10 +12,10 @@ from dataclasses import replace
 
 from engine.ir import expr as ex
 from engine.ir.dtype import DType
-from engine.ir.graph import Graph, Node, Value
+from engine.ir.graph import Graph, Node
 from engine.ir.ops import Conv, ConvMax, Pool, PoolKind
 from engine.passes.editor import Editor, joined_origin
-from engine.passes.operands import Operands, fixed_operands
+from engine.passes.operands import Operands, fixed_operands, is_alike
 from engine.passes.traits import Traits
 
 _RISING = {
@@ -78,12 +78,7 @@ def _stores_rising(node: Node) -> bool:
     weight, half = node.inputs[1], (DType.F16, DType.BF16)
     if not weight.is_constant or weight.dtype not in half or node.output.dtype not in half:
         return False
-    return _rises(op.stores[0]) and all(_is_alike(node.inputs[i]) for i in ex.arguments(op.stores[0]))
-
-
-def _is_alike(value: Value) -> bool:
-    """Whether an operand of an epilogue is the same for all pixels."""
-    return all(size == 1 for size in value.shape[-2:])
+    return _rises(op.stores[0]) and all(is_alike(node.inputs[i]) for i in ex.arguments(op.stores[0]))
 
 
 def _rises(e: ex.Expr) -> bool:

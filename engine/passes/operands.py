@@ -36,6 +36,11 @@ def is_matrix_product(node: Node) -> bool:
     return all(size == 1 for size in node.inputs[1].shape[2:])
 
 
+def is_alike(value: Value) -> bool:
+    """Whether an operand of an image's epilogue is the same for all pixels."""
+    return all(size == 1 for size in value.shape[-2:])
+
+
 def stores_of(op: Op) -> tuple[ex.Expr, ...]:
     """The epilogue of a fused operator (empty for the others)."""
     stores: tuple[ex.Expr, ...] = getattr(op, "stores", ())

@@ -74,9 +74,8 @@ def test_the_holder_is_told_when_it_is_wanted_and_when_no_longer() -> None:
 def test_the_background_waits_for_work_that_it_is_kept_from_and_others_do_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        sys.modules[Turns.__module__], "_SLICE_EVERY_S", 60.0
-    )  # none becomes due, however late a thread comes
+    # No slice becomes due, however late a thread comes.
+    monkeypatch.setattr(sys.modules[Turns.__module__], "_SLICE_EVERY_S", 60.0)
     told: list[bool] = []
     turns = Turns(told.append)
     with background(), turns:

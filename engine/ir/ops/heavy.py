@@ -205,25 +205,23 @@ class ConvBlock(Op):
         """Those of the last convolution, one."""
         return self.project.stores
 
-    def between(self, inputs: OperandTypes) -> tuple[ResultTypes, ResultTypes]:
-        """What the first and the second convolution give."""
-        expanded = self.expand.infer([inputs[0], inputs[1]])
-        return expanded, self.depthwise.infer([_Typed(*expanded[0]), inputs[2]])
+    def results(self, inputs: OperandTypes) -> tuple[ResultTypes, ...]:
+        """What each of the convolutions gives."""
+        found, image = list[ResultTypes](), inputs[0]
+        for conv, w in zip((self.expand, self.depthwise, self.project), inputs[1:4], strict=True):
+            found.append(conv.infer([image, w]))
+            image = _Typed(*found[-1][0])
+        return tuple(found)
 
     def infer(self, inputs: OperandTypes) -> ResultTypes:
-        _, filtered = self.between(inputs)
-        return self.project.infer([_Typed(*filtered[0]), inputs[3]])
+        return self.results(inputs)[-1]
 
     def flops(self, inputs: Sequence[ConcreteShape], outputs: Sequence[ConcreteShape]) -> int:
         total = 0
-        for conv, w, results in zip(
-            (self.expand, self.depthwise, self.project),
-            inputs[1:4],
-            (*self.between(inputs), self.infer(inputs)),
-            strict=True,
+        for conv, w, ((_, shape),) in zip(
+            (self.expand, self.depthwise, self.project), inputs[1:4], self.results(inputs), strict=True
         ):
-            elements = prod(cast(tuple[int, ...], results[0][1]))
-            total += elements * (2 * prod(w.shape[1:]) + ex.flops(*conv.stores))
+            total += prod(cast(tuple[int, ...], shape)) * (2 * prod(w.shape[1:]) + ex.flops(*conv.stores))
         return total
 
 

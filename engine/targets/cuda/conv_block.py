@@ -4,7 +4,6 @@ with what lies between them in the step's workspace."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from math import prod
 
 import numpy as np
@@ -14,11 +13,11 @@ from engine.ir.dtype import DType
 from engine.ir.expr import PointOp
 from engine.ir.ops import Conv, ConvBlock, Op
 from engine.plan.plan import Access, Requirement, Step
-from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
+from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda import codegen, conv
 from engine.targets.cuda.codegen import bounds_of
 from engine.targets.cuda.conv_bias import packed_bias, without_bias
-from engine.targets.cuda.conv_geometry import channels_last
+from engine.targets.cuda.conv_geometry import Geometry, channels_last, image_at, sizes_of
 from engine.targets.cuda.gemm import epilogue_of
 from engine.targets.cuda.kernel import (
     ALIGNMENT,
@@ -32,7 +31,6 @@ from engine.targets.cuda.kernel import (
     ceildiv,
     is_constant,
     launch,
-    pointer_to,
     workspace_bytes,
 )
 from engine.targets.cuda.spaces import VECTOR
@@ -123,15 +121,12 @@ def _convolutions(step: Step, own: int) -> list[Step]:
     op, x, end = step.op, step.inputs[0], ceildiv(own, ALIGNMENT) * ALIGNMENT
     assert isinstance(op, ConvBlock)
     places = list[tuple[DType, tuple[int, ...], int]]()
-    for ((dtype, shape),) in op.between(step.inputs):
-        sizes = tuple(size for size in shape if isinstance(size, int))
-        places.append((dtype, sizes, end // dtype.itemsize))
+    for ((dtype, shape),) in op.results(step.inputs)[:2]:
+        sizes = sizes_of(shape)
+        places.append((dtype, sizes, end))
         end += ceildiv(prod(sizes) * dtype.itemsize, ALIGNMENT) * ALIGNMENT
     scratch = Buffer("between", BufferKind.WORKSPACE, end)
-    results = [
-        Tensor(scratch, dtype, sizes, row_major(sizes, channels_last(len(sizes))), begin)
-        for dtype, sizes, begin in places
-    ]
+    results = [image_at(scratch, *place) for place in places]
     images, each = (x, *results), (op.expand, op.depthwise, op.project)
     return [
         replace(step, op=one, inputs=(image, w, *step.inputs[2:]), outputs=(result,))
@@ -156,15 +151,9 @@ def suits(step: Step) -> bool:
         and not any(each.transposed for each in (op.expand, depthwise, op.project))
         and kernel[0] <= 5 and depthwise.strides[0] <= 2
         and channels % VECTOR == expanded % VECTOR == 0 and outputs <= _MOST_COLUMNS
-        and all(map(is_constant, weights)) and _in_vectors(x)
-        and all(_Between.of(each) is not None for each in _convolutions(step, 0)[:2])
+        and all(map(is_constant, weights))
+        and Geometry(_convolutions(step, 0)[0]).reads_chunks(VECTOR, x.dtype) and _between(step) is not None
     )  # fmt: skip
-
-
-def _in_vectors(x: Tensor) -> bool:
-    """Whether pixels lie at multiples of 16 bytes, with their channels side by side."""
-    outer = [stride for size, stride in zip(x.shape, x.strides, strict=True) if size > 1 and stride != 1]
-    return x.strides[1] == 1 and x.offset % VECTOR == 0 and all(stride % VECTOR == 0 for stride in outer)
 
 
 @dataclass(frozen=True)
@@ -191,6 +180,12 @@ class _Between:
         return cls(bias, rounded.args[0], None if bounds is None else bounds.most)
 
 
+def _between(step: Step) -> tuple[_Between, _Between] | None:
+    """Those of the first two convolutions, if both are."""
+    first, second = map(_Between.of, _convolutions(step, 0)[:2])
+    return None if first is None or second is None else (first, second)
+
+
 def tiles_of(step: Step, context: Context) -> list[BlockTile]:
     """The tiles that a step can run in."""
     if not suits(step):
@@ -206,9 +201,9 @@ def lower_in(step: Step, tile: BlockTile, context: Context) -> list[Launch]:
     (expanded, channels), outputs, taps = w1.shape[:2], w3.shape[0], sizes.kernel**2
     panels = ceildiv(expanded, tile.panel)
     every, element = panels * tile.panel, STORAGE[x.dtype]
-    first, second = map(_Between.of, _convolutions(step, 0)[:2])
-    assert first is not None, "the caller has looked"
-    assert second is not None, "the caller has looked"
+    image, between = Geometry(_convolutions(step, 0)[0]), _between(step)
+    assert between is not None, "the caller has looked"
+    first, second = between
 
     def packed(w: Tensor, rows: int, line: int, matrix: tuple[int, int]) -> Pointer:
         """[rows, line] of a weight's matrix, filled up with zeros."""
@@ -226,20 +221,17 @@ def lower_in(step: Step, tile: BlockTile, context: Context) -> list[Launch]:
         return filled.reshape(taps, panels, -1, 2, VECTOR // 2).transpose(0, 1, 3, 2, 4)
 
     def bias_of(one: _Between) -> Pointer:
-        none = partial(np.zeros, every, np.float32)
-        buffer = (
-            context.weights.packed(w2, f"block zeros {every}", lambda _: none())
-            if one.bias is None
-            else packed_bias(one.bias, every, context)
-        )
-        return Pointer(buffer, ctype="float")
+        if one.bias is not None:
+            return Pointer(packed_bias(one.bias, every, context), ctype="float")
+        zeros = context.weights.packed(w2, f"block zeros {every}", lambda _: np.zeros(every, np.float32))
+        return Pointer(zeros, ctype="float")
 
     (images, _, height, width), (_, _, out_h, out_w) = x.shape, result.shape
     across, down = ceildiv(out_w, tile.columns), ceildiv(out_h, tile.rows)
     (pad_h, _), (pad_w, _) = op.depthwise.pads
-    strides = [stride if size > 1 else 0 for size, stride in zip(x.shape, x.strides, strict=True)]
+    x_image, _, x_row, x_pixel = map(I64, image.x_strides)
     arguments: dict[str, Argument] = {
-        "x": pointer_to(x), "x_image": I64(strides[0]), "x_row": I64(strides[2]), "x_pixel": I64(strides[3]),
+        "x": image.x, "x_image": x_image, "x_row": x_row, "x_pixel": x_pixel,
         "w1": packed(w1, every, sizes.channels, (expanded, channels)),
         "w2": Pointer(context.weights.packed(w2, f"block taps {panels} {tile.panel}", pack_taps), ctype="float"),
         "w3": packed(w3, sizes.columns, every, (outputs, expanded)),

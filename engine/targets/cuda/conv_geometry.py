@@ -15,10 +15,11 @@ from math import gcd, prod
 
 import numpy as np
 
+from engine.ir.dim import Dim
 from engine.ir.dtype import DType
 from engine.ir.ops import Conv
 from engine.plan.plan import Step
-from engine.plan.tensor import Buffer, BufferKind, Tensor
+from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
 from engine.targets.cuda.kernel import I64, Argument, Pointer, ceildiv, pointer_to
 from engine.targets.cuda.spaces import operand
 
@@ -150,6 +151,16 @@ class Geometry:
             "x_channel": I64(self.x_channel), "images": self.images, "n": self.n, "channels": self.channels,
             **{f"{name}_{axis}": values[i] for name, values in sizes.items() for i, axis in enumerate(AXES)},
         }  # fmt: skip
+
+
+def sizes_of(shape: Sequence[Dim]) -> tuple[int, ...]:
+    """Those of a result of a step, of which all are known."""
+    return tuple(size for size in shape if isinstance(size, int))
+
+
+def image_at(buffer: Buffer, dtype: DType, sizes: tuple[int, ...], begin: int) -> Tensor:
+    """An image in NHWC, `begin` bytes into a buffer."""
+    return Tensor(buffer, dtype, sizes, row_major(sizes, channels_last(len(sizes))), begin // dtype.itemsize)
 
 
 def channels_last(rank: int) -> tuple[int, ...]:

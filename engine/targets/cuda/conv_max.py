@@ -12,9 +12,9 @@ from typing import TypeAlias
 
 from engine.ir.ops import ConvMax, Op
 from engine.plan.plan import Requirement, Step
-from engine.plan.tensor import Buffer, BufferKind, Tensor, row_major
+from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda import conv, conv_lines, conv_stem_pooled, conv_wgmma, pool
-from engine.targets.cuda.conv_geometry import AXES, Geometry, channels_last, padded_k, row_length
+from engine.targets.cuda.conv_geometry import AXES, Geometry, image_at, padded_k, row_length, sizes_of
 from engine.targets.cuda.conv_halo import panel_channels
 from engine.targets.cuda.conv_lines import LinesTile
 from engine.targets.cuda.conv_simt import epilogue_for
@@ -77,10 +77,9 @@ def _with_sums(step: Step, kind: BufferKind, offset: int) -> Step:
     op = step.op
     assert isinstance(op, ConvMax)
     ((dtype, shape),) = op.conv.infer(step.inputs)
-    sizes = tuple(size for size in shape if isinstance(size, int))
+    sizes = sizes_of(shape)
     buffer = Buffer(kind.value, kind, offset + prod(sizes) * dtype.itemsize)
-    strides = row_major(sizes, channels_last(len(sizes)))
-    return replace(step, op=op.conv, outputs=(Tensor(buffer, dtype, sizes, strides, offset // dtype.itemsize),))
+    return replace(step, op=op.conv, outputs=(image_at(buffer, dtype, sizes, offset),))
 
 
 def lower_apart(step: Step, context: Context) -> list[Launch]:

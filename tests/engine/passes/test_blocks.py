@@ -12,8 +12,7 @@ from engine.ir import ops
 from engine.ir.dtype import DType
 from engine.ir.graph import Graph
 from engine.passes import Traits
-from tests.engine import ir_interpreter
-from tests.engine.passes.toolkit import kinds, load, model, only, random, rewritten
+from tests.engine.passes.toolkit import check, kinds, model, only, random
 
 TRAITS = Traits(storage_type=DType.F16, conv_blocks=True)
 W = {
@@ -33,11 +32,7 @@ PROJECT = "g = Conv(f, p, pb)"
 def graph_of(body: str, traits: Traits = TRAITS) -> Graph:
     """The graph of `body`, from x to y, having compared it with fp32."""
     proto = model(f"(float[n,8,9,11] x) => (float[n,m,h,w] y) {{ {FIRST} {body} }}", W)
-    graph, feeds = rewritten(proto, traits=traits), {"x": random(3, 8, 9, 11, seed=10).astype(np.float32)}
-    (got,), (expected,) = (ir_interpreter.run(one, feeds).values() for one in (graph, load(proto)))
-    assert got.shape == expected.shape
-    assert np.linalg.norm(got - expected) <= 1e-2 * np.linalg.norm(expected)
-    return graph
+    return check(proto, {"x": random(3, 8, 9, 11, seed=10).astype(np.float32)}, traits=traits, tolerance=1e-2)
 
 
 @pytest.mark.parametrize(

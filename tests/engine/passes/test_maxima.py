@@ -13,8 +13,7 @@ from engine.ir.dtype import DType
 from engine.ir.graph import Graph
 from engine.ir.printer import graph_text
 from engine.passes import Traits
-from tests.engine import ir_interpreter
-from tests.engine.passes.toolkit import kinds, load, model, only, random, rewritten
+from tests.engine.passes.toolkit import check, kinds, model, only, random, rewritten
 
 TRAITS = Traits(storage_type=DType.F16, conv_maxima=True)
 W = {
@@ -31,13 +30,8 @@ def pooled(body: str, traits: Traits = TRAITS, image: dict[str, np.ndarray] = IM
     """The graph of `body`, from x to y, having compared it with fp32."""
     channels, height, width = next(iter(image.values())).shape[1:]
     text = f"(float[n,{channels},{height},{width}] x) => (float[n,m,h,w] y) {{ {body} }}"
-    proto = model(text, W)
-    graph = rewritten(proto, traits=traits)
     feeds = {name: array.astype(np.float32) for name, array in image.items()}
-    (got,), (expected,) = (ir_interpreter.run(one, feeds).values() for one in (graph, load(proto)))
-    assert got.shape == expected.shape
-    assert np.linalg.norm(got - expected) <= 5e-3 * np.linalg.norm(expected)
-    return graph
+    return check(model(text, W), feeds, traits=traits, tolerance=5e-3)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from engine.ir.graph import Graph
 from engine.ir.printer import graph_text
 from engine.passes import Traits
 from tests.engine import ir_interpreter
-from tests.engine.passes.toolkit import kinds, load, model, only, random, rewritten
+from tests.engine.passes.toolkit import check, kinds, load, model, only, random, rewritten
 
 TRAITS = Traits(storage_type=DType.F16, conv_means=True)
 W = {
@@ -31,11 +31,7 @@ DEPTHWISE = "Conv<pads=[1,1,1,1], group=8>"
 
 def excited(conv: str = DEPTHWISE, mean: str = "GlobalAveragePool(a)", k: str = "k", traits: Traits = TRAITS) -> Graph:
     """The graph of a squeeze-and-excite block, having compared it with fp32."""
-    proto = model(EXCITED.format(conv=conv, mean=mean, k=k), W)
-    graph = rewritten(proto, traits=traits)
-    (got,), (expected,) = (ir_interpreter.run(one, IMAGE).values() for one in (graph, load(proto)))
-    assert np.linalg.norm(got - expected) <= 5e-3 * np.linalg.norm(expected)
-    return graph
+    return check(model(EXCITED.format(conv=conv, mean=mean, k=k), W), IMAGE, traits=traits, tolerance=5e-3)
 
 
 @pytest.mark.parametrize("mean", ["GlobalAveragePool(a)", "ReduceMean<axes=[2,3], keepdims=1>(a)"])

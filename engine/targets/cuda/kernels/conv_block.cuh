@@ -13,8 +13,6 @@
 #pragma once
 #include "epilogue/bounded.cuh"
 #include "epilogue/fragment.cuh"
-#include "ptx/arithmetic.cuh"
-#include "ptx/convert.cuh"
 #include "ptx/grid.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/mma.cuh"
