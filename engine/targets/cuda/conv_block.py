@@ -35,41 +35,12 @@ from engine.targets.cuda.kernel import (
 )
 from engine.targets.cuda.spaces import VECTOR
 
-_WARPS, _ROWS = 8, 128  # of a block: each warp has 16 of its results
-_FRAGMENT, _BLOCK_COLUMNS = 16, 32  # rows of a product, and columns that four lanes exchange
+_WARPS = 8
+_FRAGMENT, _OCTET = 16, 8  # rows of a product; neighbouring results
 _MOST_COLUMNS = 192  # of results, whose sums a lane has registers for
-_HELD = 88  # registers of a thread for sums, filters and results, of 128
+_KEPT = 40  # registers of a lane for the weights that it keeps as it expands
 _RESERVED = 1024  # bytes of shared memory that the system takes for each block
 _TYPES = (DType.F16, DType.BF16)
-
-
-@dataclass(frozen=True)
-class BlockTile:
-    """Results of a tile: `images` × `rows` × `columns`. `panel`: expanded channels at a time; `strip`: neighbouring
-    results that a thread filters at once."""
-
-    images: int
-    rows: int
-    columns: int
-    panel: int
-    strip: int
-
-    def halo(self, kernel: int, stride: int) -> int:
-        """The pixels under it."""
-        return self.images * ((self.rows - 1) * stride + kernel) * ((self.columns - 1) * stride + kernel)
-
-    def shared_bytes(self, sizes: Sizes) -> int:
-        """What it takes of shared memory."""
-        halo = ceildiv(self.halo(sizes.kernel, sizes.stride), _FRAGMENT) * _FRAGMENT
-        wide, narrow = 2 * sizes.channels + 16, 2 * self.panel + 16
-        weights = self.panel * wide + sizes.columns * narrow + (sizes.kernel**2 + 2) * 4 * self.panel
-        return halo * (wide + narrow) + _ROWS * narrow + 2 * weights
-
-    def blocks(self, sizes: Sizes, shared_bytes: int) -> int:
-        """A multiprocessor's, of so much shared memory: two where a thread does with half of the registers (the gate
-        shows it)."""
-        held = 8 * self.strip + 8 * sizes.kernel + sizes.columns // 2
-        return 2 if held <= _HELD and 2 * (self.shared_bytes(sizes) + _RESERVED) <= shared_bytes else 1
 
 
 @dataclass(frozen=True)
@@ -85,17 +56,82 @@ class Sizes:
     def of(cls, step: Step) -> Sizes:
         assert isinstance(step.op, ConvBlock)
         channels, outputs = step.inputs[1].shape[1], step.inputs[3].shape[0]
-        padded = ceildiv(channels, _FRAGMENT) * _FRAGMENT, ceildiv(outputs, _BLOCK_COLUMNS) * _BLOCK_COLUMNS
+        padded = (ceildiv(count, _FRAGMENT) * _FRAGMENT for count in (channels, outputs))
         return cls(step.inputs[2].shape[2], step.op.depthwise.strides[0], *padded)
 
+    @property
+    def tap_words(self) -> int:
+        """Words of two taps of a channel, filled up to 16 bytes."""
+        return ceildiv(ceildiv(self.kernel**2, 2), 4) * 4
 
-_SHAPES = ((1, 8, 16), (1, 8, 8), (1, 4, 16), (1, 7, 14), (1, 14, 7), (2, 7, 7), (1, 7, 7))
+
+@dataclass(frozen=True)
+class BlockTile:
+    """Results of a tile: `images` × `rows` × `columns`, of which a warp has eight neighbours of `each` rows. `panel`:
+    expanded channels at a time."""
+
+    images: int
+    rows: int
+    columns: int
+    each: int
+    panel: int
+
+    @property
+    def octets(self) -> int:
+        """Warps that have results of their own; several share them where that is less than all."""
+        return self.images * ceildiv(self.rows, self.each) * ceildiv(self.columns, _OCTET)
+
+    def is_shared(self) -> bool:
+        """Whether its warps come out even."""
+        splits = _WARPS // self.octets
+        return self.octets * splits == _WARPS and self.panel // _FRAGMENT % splits == 0
+
+    def _line(self, sizes: Sizes) -> tuple[int, int]:
+        """Rows of pixels under an image's results, and the places that a row takes."""
+        across = (self.columns - 1) * sizes.stride + sizes.kernel
+        return (self.rows - 1) * sizes.stride + sizes.kernel, ceildiv(across, sizes.stride) * sizes.stride
+
+    def _fragments(self, sizes: Sizes) -> int:
+        return ceildiv(self.images * prod(self._line(sizes)), _FRAGMENT)
+
+    def unit(self, sizes: Sizes) -> int | None:
+        """Channels that a warp expands at a time: those that leave the warps the fewest turns, of what has registers
+        for its weights."""
+        steps, best = sizes.channels // _FRAGMENT, dict[int, int]()
+        for unit in range(_FRAGMENT, self.panel + 1, _FRAGMENT):
+            units = self.panel // unit
+            if self.panel % unit == _WARPS % units == 0 and steps * unit // 4 <= _KEPT:
+                best[unit] = unit * ceildiv(self._fragments(sizes), _WARPS // units)
+        return min(best, key=lambda unit: (best[unit], -unit), default=None)
+
+    def shared_bytes(self, sizes: Sizes) -> int:
+        """What it takes of shared memory (conv_block.cuh)."""
+        height, line = self._line(sizes)
+        phase, pixels = line // sizes.stride, self._fragments(sizes) * _FRAGMENT
+        lines = (self.images - 1) * height + (ceildiv(self.rows, self.each) * self.each - 1) * sizes.stride + sizes.kernel
+        first = max(0, self.columns - _OCTET)
+        end = (lines - 1) * line + (sizes.stride - 1) * phase + (sizes.kernel - 1) // sizes.stride + first + _OCTET
+        wide, narrow = 2 * sizes.channels + 16, 2 * self.panel + 16
+        weights = self.panel * (wide + 4 * sizes.tap_words + 8) + sizes.columns * narrow
+        left = (_WARPS - self.octets) * self.each // 2 * sizes.columns * 64  # of warps that share octets
+        return max(left, pixels * wide + max(end, pixels) * narrow + 2 * weights)
+
+    def blocks(self, sizes: Sizes, shared_bytes: int) -> int:
+        """A multiprocessor's, of so much shared memory: two where a thread does with half of the registers (the gate
+        shows it)."""
+        under = ((self.each - 1) * sizes.stride + sizes.kernel) * sizes.kernel
+        held = self.each // 2 * (sizes.columns // 2 + 8) + under + sizes.kernel**2 + 1
+        return 2 if held <= _HELD and 2 * (self.shared_bytes(sizes) + _RESERVED) <= shared_bytes else 1
+
+
+_HELD = 88  # registers of a thread for sums, pixels and filters, of 128
+_SHAPES = (
+    (1, 16, 16, 4), (1, 8, 28, 4), (1, 8, 32, 4), (1, 14, 14, 4), (4, 7, 7, 4), (1, 8, 16, 4), (1, 4, 28, 4),
+    (1, 7, 14, 4), (2, 7, 7, 4), (1, 8, 8, 4), (1, 4, 16, 4), (1, 7, 7, 4), (1, 8, 16, 2), (1, 4, 28, 2), (1, 7, 14, 2),
+    (2, 7, 7, 2), (1, 7, 7, 2), (1, 8, 8, 2), (1, 4, 16, 2), (1, 4, 8, 2), (1, 2, 28, 2),
+)  # fmt: skip
 TILES = tuple(
-    BlockTile(*shape, panel, strip)
-    for shape in _SHAPES
-    for panel in (32, 48, 64, 96)
-    for strip in (7, 4, 2, 1)
-    if shape[-1] % strip == 0
+    tile for shape in _SHAPES for panel in (32, 48, 64) if (tile := BlockTile(*shape, panel)).is_shared()
 )
 
 
@@ -191,7 +227,7 @@ def tiles_of(step: Step, context: Context) -> list[BlockTile]:
     if not suits(step):
         return []
     sizes, most = Sizes.of(step), context.architecture.shared_bytes
-    return [tile for tile in TILES if tile.shared_bytes(sizes) <= most]
+    return [tile for tile in TILES if tile.unit(sizes) is not None and tile.shared_bytes(sizes) <= most]
 
 
 def lower_in(step: Step, tile: BlockTile, context: Context) -> list[Launch]:
@@ -216,9 +252,9 @@ def lower_in(step: Step, tile: BlockTile, context: Context) -> list[Launch]:
         return Pointer(context.weights.packed(w, f"block {rows} {line}", pack), ctype=element)
 
     def pack_taps(values: np.ndarray) -> np.ndarray:
-        filled = np.zeros((taps, every), np.float32)
-        filled[:, :expanded] = values.reshape(expanded, taps).T
-        return filled.reshape(taps, panels, -1, 2, VECTOR // 2).transpose(0, 1, 3, 2, 4)
+        filled = np.zeros((every, 2 * sizes.tap_words), values.dtype)
+        filled[:expanded, :taps] = values.reshape(expanded, taps)
+        return filled
 
     def bias_of(one: _Between) -> Pointer:
         if one.bias is not None:
@@ -233,7 +269,7 @@ def lower_in(step: Step, tile: BlockTile, context: Context) -> list[Launch]:
     arguments: dict[str, Argument] = {
         "x": image.x, "x_image": x_image, "x_row": x_row, "x_pixel": x_pixel,
         "w1": packed(w1, every, sizes.channels, (expanded, channels)),
-        "w2": Pointer(context.weights.packed(w2, f"block taps {panels} {tile.panel}", pack_taps), ctype="float"),
+        "w2": Pointer(context.weights.packed(w2, f"block taps {every}", pack_taps), ctype=element),
         "w3": packed(w3, sizes.columns, every, (outputs, expanded)),
         "expanded_bias": bias_of(first), "filtered_bias": bias_of(second),
         "channels": channels, "outputs": outputs, "panels": panels, "images": images,
@@ -246,8 +282,8 @@ def lower_in(step: Step, tile: BlockTile, context: Context) -> list[Launch]:
             "conv_block.cuh",
             {
                 "operand": element, "kernel": sizes.kernel, "stride": sizes.stride, "images": tile.images,
-                "tile_h": tile.rows, "tile_w": tile.columns, "panel": tile.panel, "strip": tile.strip,
-                "c_in": sizes.channels, "n_blocks": sizes.columns // VECTOR,
+                "tile_h": tile.rows, "tile_w": tile.columns, "each": tile.each, "panel": tile.panel,
+                "unit": tile.unit(sizes) or 0, "c_in": sizes.channels, "columns": sizes.columns,
                 "expanded_bounded": first.most is not None, "expanded_most": first.most or 0,
                 "filtered_bounded": second.most is not None, "filtered_most": second.most or 0,
                 "blocks": tile.blocks(sizes, context.architecture.shared_bytes),

@@ -1,75 +1,67 @@
 // An inverted residual in one launch: a 1×1 convolution, a depthwise one of its result, and a 1×1 convolution of that, of fp16 or bf16
 // images in NHWC, for every GPU from Ampere on. What lies between them never leaves the multiprocessor.
 //
-// A block has a tile of results: IMAGES · TILE_H · TILE_W pixels, and the pixels under them, which it reads once (HALO). It goes through the
-// expanded channels in panels: expands the halo to a panel (mma.sync), filters that (fp32, on the ordinary units), and adds the panel's
-// share to the results (mma.sync), whose sums stay in registers. Beside the image expanded pixels are zeros, not what zeros expand to.
-// Weights of the next panel are on their way meanwhile. Neighbouring tiles expand the pixels between them twice.
+// A block has a tile of results: IMAGES · TILE_H · TILE_W pixels, and the pixels under them, which it reads once. It goes through the
+// expanded channels in panels: expands the pixels to a panel in shared memory, then filters that and adds the panel's share to the results.
+// All three are mma.sync: of the filter two taps of eight channels are k, with diagonal matrices of weights (mma/diagonal.cuh), and as
+// its sums lie in registers they are, rounded, operand A of the last convolution, whose sums stay there too. Weights of the next panel are
+// on their way meanwhile. Beside the image expanded pixels are zeros, not what zeros expand to. Neighbouring tiles expand the pixels
+// between them twice.
+//
+// Results are taken in octets of eight neighbours of a row. A warp has an octet of EACH rows, two of which make the 16 rows of a product:
+// what lies under them is read once for all their taps. Where a tile has fewer octets than there are warps, several warps
+// share one, each with a part of the channels, and their sums meet in the end (SPLITS).
 //
 // Sums begin with their biases; `Expanded` and `Filtered` are what is made of them then, but for bounds of what is rounded
-// (epilogue/bounded.cuh). Rows in shared memory are an odd number of 16-byte pieces, so that eight of them meet in no bank.
-// w1 is packed [panels · PANEL][C_IN], w3 [COLUMNS][panels · PANEL], and in fp32 the biases of both and w2 [taps][panels][2][PANEL / 8][4],
-// the first four of every eight channels and then the others, all filled up with zeros.
+// (epilogue/bounded.cuh). Rows in shared memory are an odd number of 16-byte pieces, so that eight of them meet in no bank, and pixels that
+// lie STRIDE apart are side by side. w1 is packed [panels · PANEL][C_IN], w3 [COLUMNS][panels · PANEL], w2 [panels · PANEL][WORDS] of two
+// taps each, and in fp32 the biases of the first two, all filled up with zeros.
+// NOTES: an infinite expanded value meets weights of zero, so it turns the other seven channels of its group to NaN where its window is.
 #pragma once
 #include "epilogue/bounded.cuh"
 #include "epilogue/fragment.cuh"
+#include "mma/diagonal.cuh"
 #include "ptx/grid.cuh"
 #include "ptx/memory.cuh"
-#include "ptx/mma.cuh"
 #include "ptx/pack.cuh"
 #include "ptx/shared_pairs.cuh"
 #include "scheduler/stamp.cuh"
 
 using Element = config::operand;
-constexpr int KERNEL = config::kernel, STRIDE = config::stride, TAPS = KERNEL * KERNEL, STRIP = config::strip;
-constexpr int IMAGES = config::images, TILE_H = config::tile_h, TILE_W = config::tile_w, OUT = IMAGES * TILE_H * TILE_W;
-constexpr int HALO_H = (TILE_H - 1) * STRIDE + KERNEL, HALO_W = (TILE_W - 1) * STRIDE + KERNEL, HALO = IMAGES * HALO_H * HALO_W;
-constexpr int WARPS = 8, THREADS = 32 * WARPS, ROWS = 16 * WARPS;  // results of a tile, a warp has 16 of them
-constexpr int C_IN = config::c_in, PANEL = config::panel, BLOCKS = config::n_blocks, COLUMNS = 8 * BLOCKS;
-constexpr int FRAGMENTS = (HALO + 15) / 16;
-constexpr u32 X_ROW = 2 * C_IN + 16, E_ROW = 2 * PANEL + 16;
-constexpr int UNIT = PANEL % 32 == 0 ? 32 : 16, UNITS = PANEL / UNIT;  // columns that a warp expands at once
-constexpr u32 X_BYTES = 16 * FRAGMENTS * X_ROW, E_BYTES = 16 * FRAGMENTS * E_ROW, D_BYTES = ROWS * E_ROW;
-constexpr u32 TAP_ROW = 4 * PANEL, W1_BYTES = PANEL * X_ROW, W3_BYTES = COLUMNS * E_ROW, W2_BYTES = (TAPS + 2) * TAP_ROW;
-constexpr u32 W_BYTES = W1_BYTES + W3_BYTES + W2_BYTES;
-static_assert(OUT <= ROWS && C_IN % 16 == 0 && PANEL % 16 == 0 && BLOCKS % 4 == 0 && TILE_W % STRIP == 0, "");
-static_assert(X_BYTES + E_BYTES + D_BYTES + 2 * W_BYTES == config::shared_bytes, "what the host asks for");
+constexpr int KERNEL = config::kernel, STRIDE = config::stride, TAPS = KERNEL * KERNEL, TAP_PAIRS = (TAPS + 1) / 2;
+constexpr int IMAGES = config::images, TILE_H = config::tile_h, TILE_W = config::tile_w, EACH = config::each;
+constexpr int HALO_H = (TILE_H - 1) * STRIDE + KERNEL, HALO_W = (TILE_W - 1) * STRIDE + KERNEL;
+constexpr int PHASE = (HALO_W + STRIDE - 1) / STRIDE, LINE = STRIDE * PHASE;  // pixels of a row that lie STRIDE apart, and all
+constexpr int FRAGMENTS = (IMAGES * HALO_H * LINE + 15) / 16;
+constexpr int WARPS = 8, THREADS = 32 * WARPS;
+constexpr int OCTETS_X = (TILE_W + 7) / 8, OCTETS_Y = (TILE_H + EACH - 1) / EACH, OCTETS = IMAGES * OCTETS_Y * OCTETS_X, SPLITS = WARPS / OCTETS;
+constexpr int PRODUCTS = EACH / 2;  // of a warp, 16 results each
+constexpr int C_IN = config::c_in, PANEL = config::panel, UNIT = config::unit, COLUMNS = config::columns;
+constexpr int BLOCKS = (COLUMNS + 31) / 32 * 4, SUMS = 4 * BLOCKS;  // blocks of eight columns: four lanes exchange those of four
+constexpr u32 X_ROW = 2 * C_IN + 16, E_ROW = 2 * PANEL + 16, WORDS = (TAP_PAIRS + 3) / 4 * 4, TAP_ROW = 4 * WORDS;
+// Where octets reach beyond the tile they read beyond the pixels, up to END.
+constexpr int OCTET_X = TILE_W > 8 ? TILE_W - 8 : 0;  // the last octet's first column: it may have columns in common with the one before
+constexpr int LAST_LINE = (IMAGES - 1) * HALO_H + (EACH * OCTETS_Y - 1) * STRIDE + KERNEL - 1;
+constexpr int END = LAST_LINE * LINE + (STRIDE - 1) * PHASE + (KERNEL - 1) / STRIDE + OCTET_X + 8;
+constexpr int E_ROWS = END > 16 * FRAGMENTS ? END : 16 * FRAGMENTS;
+constexpr u32 X_BYTES = 16 * FRAGMENTS * X_ROW, E_BYTES = E_ROWS * E_ROW;
+constexpr u32 W1_BYTES = PANEL * X_ROW, W3_BYTES = COLUMNS * E_ROW, W2_BYTES = PANEL * TAP_ROW, BIAS_BYTES = 4 * PANEL;
+constexpr u32 W_BYTES = W1_BYTES + W3_BYTES + W2_BYTES + 2 * BIAS_BYTES;
+static_assert(OCTETS * SPLITS == WARPS && PANEL / 16 % SPLITS == 0 && WARPS % (PANEL / UNIT) == 0, "warps share octets, and units of a panel");
+static_assert(C_IN % 16 == 0 && PANEL % UNIT == 0 && UNIT % 16 == 0 && COLUMNS % 16 == 0 && EACH % 2 == 0, "");
+constexpr u32 SUM_BYTES = (SPLITS - 1) * OCTETS * PRODUCTS * COLUMNS * 64;  // that warps leave to the first of their octet
+constexpr u32 PANEL_BYTES = X_BYTES + E_BYTES + 2 * W_BYTES;
+static_assert(config::shared_bytes == (SUM_BYTES > PANEL_BYTES ? SUM_BYTES : PANEL_BYTES), "what the host asks for");
 
 DEVICE void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   if constexpr (same<Element, half>::value) mma_f16_16816(d, a, b0, b1);
   else mma_bf16_16816(d, a, b0, b1);
 }
 
-// d (16 × 32 of a warp) += rows of a · rows of b, K of both; both in rows of ROW bytes.
-template <int K, u32 ROW_A, u32 ROW_B, int N> DEVICE void multiply_rows(float (&d)[N], u32 a, u32 b) {
-  const u32 lane = threadIdx.x & 31;
-  const u32 own_a = a + (lane & 15) * ROW_A + 16 * (lane >> 4), own_b = b + ((lane & 7) + (lane >> 4) * 8) * ROW_B + 16 * (lane >> 3 & 1);
-#pragma unroll
-  for (int k = 0; k < K / 16; ++k) {
-    u32 x[4];
-    load_matrix_x4(x, own_a + 32 * k);
-#pragma unroll
-    for (int j = 0; j < N / 4; j += 2) {
-      u32 w[4];
-      load_matrix_x4(w, own_b + 8 * j * ROW_B + 32 * k);
-      multiply(reinterpret_cast<float (&)[4]>(d[4 * j]), x, w[0], w[1]);
-      multiply(reinterpret_cast<float (&)[4]>(d[4 * j + 4]), x, w[2], w[3]);
-    }
-  }
-}
-
 // What FUNCTION makes of two sums, rounded and bounded.
 template <class FUNCTION, bool BOUNDED, u32 MOST> DEVICE u32 pair_of(float low, float high) {
   if constexpr (BOUNDED) return bounded_pair<Element, MOST>(FUNCTION::of(low), FUNCTION::of(high));
   else return pack_pair<Element>(FUNCTION::of(low), FUNCTION::of(high));
-}
-DEVICE void widened(uint4 words, float (&v)[8]) {
-  const u32 w[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    v[2 * i] = to_float(Element{static_cast<u16>(w[i])});
-    v[2 * i + 1] = to_float(Element{static_cast<u16>(w[i] >> 16)});
-  }
 }
 
 // Where a tile lies: its first image, and its first row and column of results.
@@ -81,32 +73,25 @@ struct Tile {
     y = (row - group * p.tiles_y) * TILE_H;
     x = (blockIdx.x - row * p.tiles_x) * TILE_W;
   }
-  // Whether a pixel of the halo is one of an image, and which.
-  DEVICE bool source(const Params& p, u32 pixel, u32& n, int& row, int& column) const {
-    const u32 i = pixel / (HALO_H * HALO_W), within = pixel - i * (HALO_H * HALO_W), h = within / HALO_W;
+  // Whether a pixel under the results, by its place in shared memory, is one of an image, and which.
+  DEVICE bool source(const Params& p, u32 place, u32& n, int& row, int& column) const {
+    const u32 line = place / LINE, at = place - line * LINE, i = line / HALO_H, phase = at / PHASE, across = (at - phase * PHASE) * STRIDE + phase;
     n = image + i;
-    row = static_cast<int>(y * STRIDE + h) - p.pad_h;
-    column = static_cast<int>(x * STRIDE + (within - h * HALO_W)) - p.pad_w;
-    return pixel < HALO && n < p.images && row >= 0 && row < static_cast<int>(p.in_h) && column >= 0 && column < static_cast<int>(p.in_w);
-  }
-  // The same of a pixel of results, as the epilogue counts them.
-  DEVICE bool result(const Params& p, u32 pixel, u32& place) const {
-    const u32 i = pixel / (TILE_H * TILE_W), within = pixel - i * (TILE_H * TILE_W), h = within / TILE_W;
-    const u32 n = image + i, row = y + h, column = x + (within - h * TILE_W);
-    place = (n * p.out_h + row) * p.out_w + column;
-    return pixel < OUT && n < p.images && row < p.out_h && column < p.out_w;
+    row = static_cast<int>(y * STRIDE + (line - i * HALO_H)) - p.pad_h;
+    column = static_cast<int>(x * STRIDE + across) - p.pad_w;
+    return i < IMAGES && across < HALO_W && n < p.images && static_cast<u32>(row) < p.in_h && static_cast<u32>(column) < p.in_w;
   }
 };
 
-DEVICE void load_halo(const Params& p, const Tile& tile, u32 to) {
+DEVICE void load_pixels(const Params& p, const Tile& tile, u32 to) {
   constexpr u32 PIECES = C_IN / 8;
   for (u32 i = threadIdx.x; i < 16 * FRAGMENTS * PIECES; i += THREADS) {
-    const u32 pixel = i / PIECES, piece = i - pixel * PIECES;
+    const u32 place = i / PIECES, piece = i - place * PIECES;
     u32 n;
     int row, column;
-    const bool there = tile.source(p, pixel, n, row, column) && 8 * piece < p.channels;
+    const bool there = tile.source(p, place, n, row, column) && 8 * piece < p.channels;
     const i64 offset = n * p.x_image + row * p.x_row + column * p.x_pixel + 8 * piece;
-    copy_async_16(to + pixel * X_ROW + 16 * piece, p.x + (there ? offset : 0), there);
+    copy_async_16(to + place * X_ROW + 16 * piece, p.x + (there ? offset : 0), there);
   }
 }
 
@@ -119,125 +104,226 @@ template <u32 ROW, u32 BYTES, class T> DEVICE void load_rows(u32 to, const T* fr
   }
 }
 DEVICE void load_weights(const Params& p, u32 panel, u32 to) {
-  const u32 all = p.panels * PANEL;
   load_rows<X_ROW, 2 * C_IN>(to, p.w1 + panel * PANEL * C_IN, PANEL, C_IN);
-  load_rows<E_ROW, 2 * PANEL>(to + W1_BYTES, p.w3 + panel * PANEL, COLUMNS, all);
+  load_rows<E_ROW, 2 * PANEL>(to + W1_BYTES, p.w3 + panel * PANEL, COLUMNS, p.panels * PANEL);
   const u32 taps = to + W1_BYTES + W3_BYTES;
-  load_rows<TAP_ROW, TAP_ROW>(taps, p.w2 + panel * PANEL, TAPS, all);
-  load_rows<TAP_ROW, TAP_ROW>(taps + TAPS * TAP_ROW, p.expanded_bias + panel * PANEL, 1, all);
-  load_rows<TAP_ROW, TAP_ROW>(taps + (TAPS + 1) * TAP_ROW, p.filtered_bias + panel * PANEL, 1, all);
+  load_rows<TAP_ROW, TAP_ROW>(taps, p.w2 + panel * PANEL * 2 * WORDS, PANEL, 2 * WORDS);
+  load_rows<BIAS_BYTES, BIAS_BYTES>(taps + W2_BYTES, p.expanded_bias + panel * PANEL, 1, PANEL);
+  load_rows<BIAS_BYTES, BIAS_BYTES>(taps + W2_BYTES + BIAS_BYTES, p.filtered_bias + panel * PANEL, 1, PANEL);
 }
 
-DEVICE float4 load_four(u32 address) {
-  const uint4 v = load_shared_16(address);
-  return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w));
-}
-
-// A panel of the expanded halo. A lane has two neighbouring columns in each block of eight, of two rows.
-DEVICE void expand(const Params& p, const Tile& tile, u32 x, u32 w1, u32 bias, u32 to) {
-  const u32 lane = threadIdx.x & 31;
-  for (u32 unit = threadIdx.x / 32; unit < FRAGMENTS * UNITS; unit += WARPS) {
-    const u32 fragment = unit / UNITS, first = (unit - fragment * UNITS) * UNIT + 2 * (lane & 3);
-    float d[UNIT / 2];
+// The fragments of pixels that a warp expands, to UNIT columns of the panel, and which of a lane's two rows are pixels of an image.
+struct Share {
+  static constexpr int STEP = WARPS / (PANEL / UNIT), ROUNDS = (FRAGMENTS + STEP - 1) / STEP;
+  u32 first, column, there[(2 * ROUNDS + 31) / 32] = {};
+  DEVICE Share(const Params& p, const Tile& tile) : first(threadIdx.x / 32 % STEP), column(threadIdx.x / 32 / STEP * UNIT) {
 #pragma unroll
-    for (int j = 0; j < UNIT / 8; ++j) {
-      const float2 two = load_shared_8f(bias + 4 * (first + 8 * j));
-      d[4 * j] = d[4 * j + 2] = two.x;
-      d[4 * j + 1] = d[4 * j + 3] = two.y;
-    }
-    multiply_rows<C_IN, X_ROW, X_ROW>(d, x + 16 * fragment * X_ROW, w1 + (first - 2 * (lane & 3)) * X_ROW);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const u32 pixel = 16 * fragment + lane / 4 + 8 * i;
+    for (int i = 0; i < 2 * ROUNDS; ++i) {
       u32 n;
       int row, column;
-      const bool there = tile.source(p, pixel, n, row, column);
+      const u32 place = 16 * (first + i / 2 * STEP) + (threadIdx.x & 31) / 4 + 8 * (i & 1);
+      if (tile.source(p, place, n, row, column)) there[i / 32] |= 1u << i % 32;
+    }
+  }
+  DEVICE bool is_there(int round, int row) const { return there[round / 16] >> (2 * round + row) % 32 & 1; }
+};
+
+// A panel of the pixels. A lane has two neighbouring columns in each block of eight, of two rows; a warp keeps its weights.
+DEVICE void expand(const Share& share, u32 x, u32 w1, u32 bias, u32 to) {
+  const u32 lane = threadIdx.x & 31;
+  u32 w[C_IN / 16][UNIT / 8][2];
+#pragma unroll
+  for (int k = 0; k < C_IN / 16; ++k)
+#pragma unroll
+    for (int j = 0; j < UNIT / 8; j += 2) {
+      u32 r[4];
+      load_matrix_x4(r, w1 + (share.column + 8 * j + (lane & 7) + (lane >> 4) * 8) * X_ROW + 32 * k + 16 * (lane >> 3 & 1));
+      w[k][j][0] = r[0]; w[k][j][1] = r[1]; w[k][j + 1][0] = r[2]; w[k][j + 1][1] = r[3];
+    }
+  float2 biases[UNIT / 8];
+#pragma unroll
+  for (int j = 0; j < UNIT / 8; ++j) biases[j] = load_shared_8f(bias + 4 * (share.column + 8 * j + 2 * (lane & 3)));
+#pragma unroll
+  for (int round = 0; round < Share::ROUNDS; ++round) {
+    const u32 fragment = share.first + round * Share::STEP;
+    if (FRAGMENTS % Share::STEP != 0 && fragment >= FRAGMENTS) break;
+    float d[UNIT / 8][4];
+#pragma unroll
+    for (int j = 0; j < UNIT / 8; ++j) {
+      d[j][0] = d[j][2] = biases[j].x;
+      d[j][1] = d[j][3] = biases[j].y;
+    }
+#pragma unroll
+    for (int k = 0; k < C_IN / 16; ++k) {
+      u32 a[4];
+      load_matrix_x4(a, x + (16 * fragment + (lane & 15)) * X_ROW + 16 * (lane >> 4) + 32 * k);
+#pragma unroll
+      for (int j = 0; j < UNIT / 8; ++j) multiply(d[j], a, w[k][j][0], w[k][j][1]);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
 #pragma unroll
       for (int j = 0; j < UNIT / 8; ++j) {
-        const u32 word = pair_of<Expanded, config::expanded_bounded, config::expanded_most>(d[4 * j + 2 * i], d[4 * j + 2 * i + 1]);
-        store_shared_4(to + pixel * E_ROW + 2 * (first + 8 * j), there ? word : 0);
+        const u32 word = pair_of<Expanded, config::expanded_bounded, config::expanded_most>(d[j][2 * i], d[j][2 * i + 1]);
+        store_shared_4(to + (16 * fragment + lane / 4 + 8 * i) * E_ROW + 2 * (share.column + 8 * j + 2 * (lane & 3)), share.is_there(round, i) ? word : 0);
+      }
+  }
+}
+
+// A warp's octets: where they begin in the tile, the first column that no octet before has, and its part of the channels.
+struct Octet {
+  u32 image, y, x, own, split;
+  DEVICE Octet() {
+    const u32 warp = threadIdx.x / 32, octet = warp % OCTETS, line = octet / OCTETS_X, column = octet - line * OCTETS_X;
+    split = warp / OCTETS;
+    image = line / OCTETS_Y;
+    y = (line - image * OCTETS_Y) * EACH;
+    own = 8 * column;
+    x = min(own, static_cast<u32>(OCTET_X));
+  }
+  // Result `lane / 4` of row `row`, as the epilogue counts them, and whether it is there.
+  DEVICE bool result(const Params& p, const Tile& tile, u32 row, u32& place) const {
+    const u32 h = y + row, w = x + (threadIdx.x & 31) / 4, n = tile.image + image, out_y = tile.y + h, out_x = tile.x + w;
+    place = (n * p.out_h + out_y) * p.out_w + out_x;
+    return h < TILE_H && w >= own && w < TILE_W && n < p.images && out_y < p.out_h && out_x < p.out_w;
+  }
+};
+
+// What lies under a warp's octets, of eight channels: a matrix of eight pixels for each row and horizontal tap, four of them at a time.
+struct Under {
+  static constexpr int ROWS = (EACH - 1) * STRIDE + KERNEL, COUNT = ROWS * KERNEL, LOADS = (COUNT + 3) / 4;
+  u32 offset[LOADS];  // of this lane's row of each load
+  DEVICE explicit Under(const Octet& octet) {
+    const u32 lane = threadIdx.x & 31, row0 = octet.image * HALO_H + octet.y * STRIDE;
+#pragma unroll
+    for (int i = 0; i < LOADS; ++i) {
+      const u32 matrix = min(4 * i + lane / 8, static_cast<u32>(COUNT - 1)), row = matrix / KERNEL, tap = matrix - row * KERNEL;
+      offset[i] = ((row0 + row) * LINE + tap % STRIDE * PHASE + tap / STRIDE + octet.x + (lane & 7)) * E_ROW;
+    }
+  }
+};
+
+// The filter of eight channels from `e` on, to sums of the octets. An input row at a time: it is read, and all products whose last row it is follow.
+DEVICE void filter(float (&d)[PRODUCTS][4], const Under& under, u32 e, const DiagonalWeights<Element, WORDS, TAP_PAIRS>& weights) {
+  u32 m[4 * Under::LOADS];
+#pragma unroll
+  for (int row = 0; row < Under::ROWS; ++row) {
+#pragma unroll
+    for (int i = 0; i < Under::LOADS; ++i) {
+      if (4 * i / KERNEL == row) load_matrix_x4(reinterpret_cast<u32(&)[4]>(m[4 * i]), e + under.offset[i]);
+    }
+#pragma unroll
+    for (int product = 0; product < PRODUCTS; ++product)
+#pragma unroll
+      for (int i = 0; i < TAP_PAIRS; ++i) {
+        const int first = 2 * i, second = 2 * i + 1 < TAPS ? 2 * i + 1 : 2 * i;  // an odd last tap has a partner of weight zero
+        if ((2 * product + 1) * STRIDE + second / KERNEL != row) continue;
+        const int upper = 2 * product * STRIDE * KERNEL, lower = upper + STRIDE * KERNEL;
+        const u32 a[4] = {m[upper + first], m[lower + first], m[upper + second], m[lower + second]};
+        weights.multiply(d[product], a, i);
+      }
+  }
+}
+
+// Filters a warp's channels of a panel and adds their share to the results.
+DEVICE void filter_and_project(float (&sums)[PRODUCTS][SUMS], const Under& under, const DiagonalPlace& diagonal, u32 split, u32 e, u32 weights,
+                               const u8* taps) {
+  const u32 lane = threadIdx.x & 31, bias = weights + W1_BYTES + W3_BYTES + W2_BYTES + BIAS_BYTES;
+  const u32 w3 = weights + W1_BYTES + ((lane & 7) + (lane >> 4) * 8) * E_ROW + 16 * (lane >> 3 & 1);
+#pragma unroll
+  for (int turn = 0; turn < PANEL / 16 / SPLITS; ++turn) {
+    const u32 group = turn * SPLITS + split;
+    u32 a[PRODUCTS][4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const u32 channel = 16 * group + 8 * half;
+      DiagonalWeights<Element, WORDS, TAP_PAIRS> filters;
+      filters.load(reinterpret_cast<const Element*>(taps + (channel + lane / 4) * TAP_ROW), diagonal);
+      const float2 two = load_shared_8f(bias + 4 * (channel + 2 * (lane & 3)));
+      float d[PRODUCTS][4];
+#pragma unroll
+      for (int product = 0; product < PRODUCTS; ++product) {
+        d[product][0] = d[product][2] = two.x;
+        d[product][1] = d[product][3] = two.y;
+      }
+      filter(d, under, e + 2 * channel, filters);
+#pragma unroll
+      for (int product = 0; product < PRODUCTS; ++product)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          a[product][2 * half + i] = pair_of<Filtered, config::filtered_bounded, config::filtered_most>(d[product][2 * i], d[product][2 * i + 1]);
+    }
+#pragma unroll
+    for (int j = 0; j < COLUMNS / 8; j += 2) {
+      u32 w[4];
+      load_matrix_x4(w, w3 + 8 * j * E_ROW + 32 * group);
+#pragma unroll
+      for (int product = 0; product < PRODUCTS; ++product) {
+        multiply(reinterpret_cast<float (&)[4]>(sums[product][4 * j]), a[product], w[0], w[1]);
+        multiply(reinterpret_cast<float (&)[4]>(sums[product][4 * j + 4]), a[product], w[2], w[3]);
       }
     }
   }
 }
 
-// The same filtered: a thread has eight channels of STRIP neighbouring results at a time.
-DEVICE void filter(u32 e, u32 w2, u32 to) {
-  constexpr u32 VECTORS = PANEL / 8, STRIPS = OUT / STRIP, TOGETHER = THREADS / VECTORS, WINDOW = (STRIP - 1) * STRIDE + KERNEL;
-  const u32 own = threadIdx.x / VECTORS, vector = threadIdx.x - own * VECTORS, bias = w2 + (TAPS + 1) * TAP_ROW + 32 * vector;
-  for (u32 strip = own < TOGETHER ? own : STRIPS; strip < STRIPS; strip += TOGETHER) {
-    const u32 line = strip / (TILE_W / STRIP), x = (strip - line * (TILE_W / STRIP)) * STRIP, i = line / TILE_H, y = line - i * TILE_H;
-    const u32 first = e + ((i * HALO_H + y * STRIDE) * HALO_W + x * STRIDE) * E_ROW + 16 * vector;
-    float sums[STRIP][8];
-    const float4 low = load_four(bias), high = load_four(bias + 16);
+// The sums of warps that share octets, added up by the first of them.
+DEVICE void add_splits(float (&sums)[PRODUCTS][SUMS], u32 split, u32 shared) {
+  const u32 own = shared + (threadIdx.x % (32 * OCTETS)) * 16;
+  constexpr u32 EVERY = 32 * OCTETS * 16, PIECES = PRODUCTS * COLUMNS / 8;
+  __syncthreads();  // all are through with the last panel
 #pragma unroll
-    for (int s = 0; s < STRIP; ++s) {
-      sums[s][0] = low.x; sums[s][1] = low.y; sums[s][2] = low.z; sums[s][3] = low.w;
-      sums[s][4] = high.x; sums[s][5] = high.y; sums[s][6] = high.z; sums[s][7] = high.w;
-    }
-#pragma unroll
-    for (int r = 0; r < KERNEL; ++r) {
-      float w[KERNEL][8];
-#pragma unroll
-      for (int c = 0; c < KERNEL; ++c) {
-        const u32 tap = w2 + (r * KERNEL + c) * TAP_ROW + 16 * vector;
-        const float4 a = load_four(tap), b = load_four(tap + TAP_ROW / 2);
-        w[c][0] = a.x; w[c][1] = a.y; w[c][2] = a.z; w[c][3] = a.w;
-        w[c][4] = b.x; w[c][5] = b.y; w[c][6] = b.z; w[c][7] = b.w;
-      }
-#pragma unroll
-      for (int at = 0; at < WINDOW; ++at) {
-        float v[8];
-        widened(load_shared_16(first + (r * HALO_W + at) * E_ROW), v);
-#pragma unroll
-        for (int s = 0; s < STRIP; ++s) {
-          const int c = at - s * STRIDE;
-          if (c < 0 || c >= KERNEL) continue;
-#pragma unroll
-          for (int j = 0; j < 8; ++j) sums[s][j] = fmaf(v[j], w[c][j], sums[s][j]);
-        }
-      }
-    }
-#pragma unroll
-    for (int s = 0; s < STRIP; ++s) {
-      u32 words[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) words[j] = pair_of<Filtered, config::filtered_bounded, config::filtered_most>(sums[s][2 * j], sums[s][2 * j + 1]);
-      store_shared_16(to + (line * TILE_W + x + s) * E_ROW + 16 * vector, make_uint4(words[0], words[1], words[2], words[3]));
-    }
+  for (int i = 0; i < PIECES; ++i) {
+    float* const d = &sums[i / (COLUMNS / 8)][4 * (i % (COLUMNS / 8))];
+    if (split > 0) store_shared_16(own + ((split - 1) * PIECES + i) * EVERY, make_float4(d[0], d[1], d[2], d[3]));
   }
+  __syncthreads();
+  if (split > 0) return;
+#pragma unroll
+  for (int other = 0; other < SPLITS - 1; ++other)
+#pragma unroll
+    for (int i = 0; i < PIECES; ++i) {
+      float* const d = &sums[i / (COLUMNS / 8)][4 * (i % (COLUMNS / 8))];
+      const uint4 v = load_shared_16(own + (other * PIECES + i) * EVERY);
+      d[0] += __uint_as_float(v.x); d[1] += __uint_as_float(v.y); d[2] += __uint_as_float(v.z); d[3] += __uint_as_float(v.w);
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 shared[];
-  const u32 x = shared_address(shared), e = x + X_BYTES, d = e + E_BYTES, weights = d + D_BYTES;
-  const u32 lane = threadIdx.x & 31, row0 = threadIdx.x / 32 * 16;
+  const u32 x = shared_address(shared), e = x + X_BYTES, weights = e + E_BYTES;
   const Tile tile(p);
   let_next_kernel_start();
   load_weights(p, 0, weights);  // constants: no kernel before this one writes them
   wait_for_previous_kernel();
   stamp_begin(p.stamp);
-  load_halo(p, tile, x);
+  load_pixels(p, tile, x);
   copy_async_commit();
 
-  float sums[4 * BLOCKS] = {};
+  const Share share(p, tile);
+  const Octet octet;
+  const Under under(octet);
+  const DiagonalPlace diagonal(threadIdx.x & 31);
+  float sums[PRODUCTS][SUMS] = {};
   for (u32 panel = 0; panel < p.panels; ++panel) {
-    const u32 own = weights + (panel & 1) * W_BYTES;
-    __syncthreads();  // all are through with the panel before
-    if (panel + 1 < p.panels) load_weights(p, panel + 1, weights + (panel + 1 & 1) * W_BYTES);
+    const u32 buffer = (panel & 1) * W_BYTES, own = weights + buffer;
+    copy_async_wait<0>();
+    __syncthreads();  // the panel's weights have come, and all are through with the panel before
+    if (panel + 1 < p.panels) load_weights(p, panel + 1, weights + W_BYTES - buffer);
     copy_async_commit();
-    copy_async_wait<1>();
+    expand(share, x, own, own + W1_BYTES + W3_BYTES + W2_BYTES, e);
     __syncthreads();
-    expand(p, tile, x, own, own + W1_BYTES + W3_BYTES + TAPS * TAP_ROW, e);
-    __syncthreads();
-    filter(e, own + W1_BYTES + W3_BYTES, d);
-    __syncthreads();
-    if (row0 < OUT) multiply_rows<PANEL, E_ROW, E_ROW>(sums, d + row0 * E_ROW, own + W1_BYTES);
+    filter_and_project(sums, under, diagonal, octet.split, e, own, shared + X_BYTES + E_BYTES + buffer + W1_BYTES + W3_BYTES);
   }
-  u32 places[2];
-  bool stored[2];
+  if constexpr (SPLITS > 1) add_splits(sums, octet.split, x);
+  if (octet.split == 0) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) stored[i] = tile.result(p, row0 + lane / 4 + 8 * i, places[i]);
-  if (row0 < OUT) emit_rows<Epilogue, BLOCKS, 2>(p, sums, places, stored, 0, p.outputs);
+    for (int product = 0; product < PRODUCTS; ++product) {
+      u32 places[2];
+      bool stored[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) stored[i] = octet.result(p, tile, 2 * product + i, places[i]);
+      emit_rows<Epilogue, BLOCKS, 2>(p, sums[product], places, stored, 0, p.outputs);
+    }
+  }
   stamp_end(p.stamp);
 }

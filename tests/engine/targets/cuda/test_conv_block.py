@@ -20,17 +20,13 @@ from tests.engine.targets.cuda.wrong_kernels import check_is_caught, emulator_or
 
 CONTEXT = Context(SM_90A, 132, WeightStore())
 WRONG = {
-    "weights that have not all come": ("copy_async_wait<1>();", "copy_async_wait<2>();"),
-    "a panel is filtered before all have expanded it": (
-        "TAPS * TAP_ROW, e);\n    __syncthreads();", "TAPS * TAP_ROW, e);",
+    "weights that have not all come": ("copy_async_wait<0>();", "copy_async_wait<1>();"),
+    "a panel is filtered before all have expanded it": ("W2_BYTES, e);\n    __syncthreads();", "W2_BYTES, e);"),
+    "a panel is expanded while others filter the one before": ("    __syncthreads();  // the panel's weights", "    // "),
+    "pixels beside the image are not zeros": ("share.is_there(round, i) ? word : 0", "word"),
+    "sums that the warps of an octet have not all left": (
+        "  __syncthreads();\n  if (split > 0) return;", "  if (split > 0) return;",
     ),
-    "a panel is added before all have filtered it": (
-        "own + W1_BYTES + W3_BYTES, d);\n    __syncthreads();", "own + W1_BYTES + W3_BYTES, d);",
-    ),
-    "the next panel's weights while others read this one's": (
-        "    __syncthreads();  // all are through with the panel before\n", "",
-    ),
-    "pixels beside the image are not zeros": ("there ? word : 0", "word"),
 }  # fmt: skip
 """What takes the place of what."""
 
@@ -65,7 +61,7 @@ def test_blocks_match_float64(runner: Runner, count: int) -> None:
 def test_the_emulator_shows_a_wrong_kernel(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = emulator_or_skip()
     step = block_step((2, 24, 9, 11), 136, 40)
-    tile = next(tile for tile in tiles_of(step, runner.context) if tile.panel == 32 and tile.columns == 16)
+    tile = next(tile for tile in tiles_of(step, runner.context) if tile.panel == 32 and tile.octets == 4)
     case = Case(what, step, 160, lowered=lower_in(step, tile, runner.context))
     check(runner, [case])
     check_is_caught(runner, case, WRONG[what], monkeypatch)
