@@ -3,6 +3,7 @@ with what lies between them in the step's workspace."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -16,7 +17,7 @@ from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda import codegen, conv
 from engine.targets.cuda.codegen import bounds_of
-from engine.targets.cuda.conv_bias import packed_bias, without_bias
+from engine.targets.cuda.conv_bias import without_bias
 from engine.targets.cuda.conv_geometry import Geometry, channels_last, image_at, sizes_of
 from engine.targets.cuda.gemm import epilogue_of
 from engine.targets.cuda.kernel import (
@@ -56,13 +57,13 @@ class Sizes:
     def of(cls, step: Step) -> Sizes:
         assert isinstance(step.op, ConvBlock)
         channels, outputs = step.inputs[1].shape[1], step.inputs[3].shape[0]
-        padded = (ceildiv(count, _FRAGMENT) * _FRAGMENT for count in (channels, outputs))
+        padded = ceildiv(channels, _FRAGMENT) * _FRAGMENT, ceildiv(outputs, VECTOR) * VECTOR
         return cls(step.inputs[2].shape[2], step.op.depthwise.strides[0], *padded)
 
     @property
-    def tap_words(self) -> int:
-        """Words of two taps of a channel, filled up to 16 bytes."""
-        return ceildiv(ceildiv(self.kernel**2, 2), 4) * 4
+    def tap_pairs(self) -> int:
+        """Words of two taps of a channel."""
+        return ceildiv(self.kernel**2, 2)
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,12 @@ class BlockTile:
         """What it takes of shared memory (conv_block.cuh)."""
         height, line = self._line(sizes)
         phase, pixels = line // sizes.stride, self._fragments(sizes) * _FRAGMENT
-        lines = (self.images - 1) * height + (ceildiv(self.rows, self.each) * self.each - 1) * sizes.stride + sizes.kernel
+        rows = ceildiv(self.rows, self.each) * self.each
+        lines = (self.images - 1) * height + (rows - 1) * sizes.stride + sizes.kernel
         first = max(0, self.columns - _OCTET)
         end = (lines - 1) * line + (sizes.stride - 1) * phase + (sizes.kernel - 1) // sizes.stride + first + _OCTET
         wide, narrow = 2 * sizes.channels + 16, 2 * self.panel + 16
-        weights = self.panel * (wide + 4 * sizes.tap_words + 8) + sizes.columns * narrow
+        weights = self.panel * (wide + 4 * sizes.tap_pairs + 8) + sizes.columns * narrow
         left = (_WARPS - self.octets) * self.each // 2 * sizes.columns * 64  # of warps that share octets
         return max(left, pixels * wide + max(end, pixels) * narrow + 2 * weights)
 
@@ -230,37 +232,48 @@ def tiles_of(step: Step, context: Context) -> list[BlockTile]:
     return [tile for tile in TILES if tile.unit(sizes) is not None and tile.shared_bytes(sizes) <= most]
 
 
+def _packed_weights(
+    step: Step, tile: BlockTile, sizes: Sizes, biases: Sequence[Tensor | None], context: Context
+) -> Buffer:
+    """The weights and biases of all panels (conv_block.cuh): [panels, bytes of a panel]."""
+    weights, panel = step.inputs[1:4], tile.panel
+    expanded = weights[0].shape[0]
+    panels = ceildiv(expanded, panel)
+    every, padding = panels * panel, VECTOR  # of a row: 16 bytes
+
+    def pack(w1: np.ndarray, w2: np.ndarray, w3: np.ndarray, *given: np.ndarray) -> np.ndarray:
+        (_, channels), outputs, taps = w1.shape[:2], w3.shape[0], w2[0].size
+        wide = np.zeros((every, sizes.channels + padding), w1.dtype)
+        wide[:expanded, :channels] = w1.reshape(expanded, channels)
+        narrow = np.zeros((panels, sizes.columns, panel + padding), w3.dtype)
+        filled = np.zeros((sizes.columns, every), w3.dtype)
+        filled[:outputs, :expanded] = w3.reshape(outputs, expanded)
+        narrow[:, :, :panel] = filled.reshape(sizes.columns, panels, panel).swapaxes(0, 1)
+        pairs = np.zeros((every, 2 * sizes.tap_pairs), w2.dtype)
+        pairs[:expanded, :taps] = w2.reshape(expanded, taps)
+        pieces, tail = np.split(pairs.reshape(panels, panel, -1, 2), [sizes.tap_pairs // 4 * 4], axis=2)
+        pieces = pieces.reshape(panels, panel, sizes.tap_pairs // 4, VECTOR)
+        sums, left = np.zeros((2, every), np.float32), iter(given)
+        for row, bias in zip(sums, biases, strict=True):
+            if bias is not None:
+                row[:expanded] = next(left).reshape(-1)
+        parts = (wide, narrow, pieces.swapaxes(1, 2), tail.swapaxes(1, 2), *sums)
+        flat = [np.ascontiguousarray(part).reshape(panels, -1).view(np.uint8) for part in parts]
+        return np.concatenate(flat, axis=1)
+
+    there = [bias for bias in biases if bias is not None]
+    layout = f"block of {panel}, biases {[bias is not None for bias in biases]}"
+    return context.weights.packed_together([*weights, *there], layout, pack)
+
+
 def lower_in(step: Step, tile: BlockTile, context: Context) -> list[Launch]:
     """The launch of a step in one of its `tiles_of`."""
-    op, (x, w1, w2, w3), result, sizes = step.op, step.inputs[:4], step.outputs[0], Sizes.of(step)
+    op, x, result, sizes = step.op, step.inputs[0], step.outputs[0], Sizes.of(step)
     assert isinstance(op, ConvBlock)
-    (expanded, channels), outputs, taps = w1.shape[:2], w3.shape[0], sizes.kernel**2
-    panels = ceildiv(expanded, tile.panel)
-    every, element = panels * tile.panel, STORAGE[x.dtype]
+    (expanded, channels), outputs = step.inputs[1].shape[:2], step.inputs[3].shape[0]
     image, between = Geometry(_convolutions(step, 0)[0]), _between(step)
     assert between is not None, "the caller has looked"
     first, second = between
-
-    def packed(w: Tensor, rows: int, line: int, matrix: tuple[int, int]) -> Pointer:
-        """[rows, line] of a weight's matrix, filled up with zeros."""
-
-        def pack(values: np.ndarray) -> np.ndarray:
-            filled = np.zeros((rows, line), values.dtype)
-            filled[: matrix[0], : matrix[1]] = values.reshape(matrix)
-            return filled
-
-        return Pointer(context.weights.packed(w, f"block {rows} {line}", pack), ctype=element)
-
-    def pack_taps(values: np.ndarray) -> np.ndarray:
-        filled = np.zeros((every, 2 * sizes.tap_words), values.dtype)
-        filled[:expanded, :taps] = values.reshape(expanded, taps)
-        return filled
-
-    def bias_of(one: _Between) -> Pointer:
-        if one.bias is not None:
-            return Pointer(packed_bias(one.bias, every, context), ctype="float")
-        zeros = context.weights.packed(w2, f"block zeros {every}", lambda _: np.zeros(every, np.float32))
-        return Pointer(zeros, ctype="float")
 
     (images, _, height, width), (_, _, out_h, out_w) = x.shape, result.shape
     across, down = ceildiv(out_w, tile.columns), ceildiv(out_h, tile.rows)
@@ -268,11 +281,9 @@ def lower_in(step: Step, tile: BlockTile, context: Context) -> list[Launch]:
     x_image, _, x_row, x_pixel = map(I64, image.x_strides)
     arguments: dict[str, Argument] = {
         "x": image.x, "x_image": x_image, "x_row": x_row, "x_pixel": x_pixel,
-        "w1": packed(w1, every, sizes.channels, (expanded, channels)),
-        "w2": Pointer(context.weights.packed(w2, f"block taps {every}", pack_taps), ctype=element),
-        "w3": packed(w3, sizes.columns, every, (outputs, expanded)),
-        "expanded_bias": bias_of(first), "filtered_bias": bias_of(second),
-        "channels": channels, "outputs": outputs, "panels": panels, "images": images,
+        "weights": Pointer(_packed_weights(step, tile, sizes, [one.bias for one in between], context), ctype="u8"),
+        "channels": channels, "expanded": expanded, "outputs": outputs, "images": images,
+        "panels": ceildiv(expanded, tile.panel),
         "in_h": height, "in_w": width, "out_h": out_h, "out_w": out_w, "pad_h": pad_h, "pad_w": pad_w,
         "tiles_x": across, "tiles_y": down,
     }  # fmt: skip
@@ -281,7 +292,7 @@ def lower_in(step: Step, tile: BlockTile, context: Context) -> list[Launch]:
             "conv",
             "conv_block.cuh",
             {
-                "operand": element, "kernel": sizes.kernel, "stride": sizes.stride, "images": tile.images,
+                "operand": STORAGE[x.dtype], "kernel": sizes.kernel, "stride": sizes.stride, "images": tile.images,
                 "tile_h": tile.rows, "tile_w": tile.columns, "each": tile.each, "panel": tile.panel,
                 "unit": tile.unit(sizes) or 0, "c_in": sizes.channels, "columns": sizes.columns,
                 "expanded_bounded": first.most is not None, "expanded_most": first.most or 0,

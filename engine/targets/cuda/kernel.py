@@ -287,18 +287,26 @@ class WeightStore:
     `target.py` keeps the device's copy of each buffer.
     """
 
-    _packed: dict[tuple[object, ...], tuple[np.ndarray, Buffer]] = field(default_factory=dict)
+    _packed: dict[tuple[object, ...], tuple[list[np.ndarray], Buffer]] = field(default_factory=dict)
 
     def packed(self, tensor: Tensor, layout: str, transform: Callable[[np.ndarray], np.ndarray]) -> Buffer:
         """`transform(content of tensor)` as a buffer. `layout` names what `transform` does, completely."""
-        source = tensor.buffer.data
-        assert source is not None, f"{tensor.buffer.name} is not a constant"
-        key = (id(source), tensor.offset, tensor.shape, tensor.strides, tensor.dtype, layout)
+        return self.packed_together([tensor], layout, transform)
+
+    def packed_together(self, tensors: Sequence[Tensor], layout: str, transform: Callable[..., np.ndarray]) -> Buffer:
+        """The same of several tensors, whose contents `transform` takes in their order, in one buffer."""
+        sources, parts = list[np.ndarray](), list[object]()
+        for tensor in tensors:
+            source = tensor.buffer.data
+            assert source is not None, f"{tensor.buffer.name} is not a constant"
+            sources.append(source)
+            parts.append((id(source), tensor.offset, tensor.shape, tensor.strides, tensor.dtype))
+        key = (*parts, layout)
         if key not in self._packed:
-            data = np.ascontiguousarray(transform(content(tensor)))
-            buffer = Buffer(f"{tensor.buffer.name}:{layout}", BufferKind.CONSTANT, data.nbytes, data)
-            # The source is kept alive with its packed form, so that its id stays its own.
-            self._packed[key] = (source, buffer)
+            data = np.ascontiguousarray(transform(*map(content, tensors)))
+            buffer = Buffer(f"{tensors[0].buffer.name}:{layout}", BufferKind.CONSTANT, data.nbytes, data)
+            # The sources are kept alive with their packed form, so that their ids stay their own.
+            self._packed[key] = (sources, buffer)
         return self._packed[key][1]
 
 

@@ -14,8 +14,9 @@
 //
 // Sums begin with their biases; `Expanded` and `Filtered` are what is made of them then, but for bounds of what is rounded
 // (epilogue/bounded.cuh). Rows in shared memory are an odd number of 16-byte pieces, so that eight of them meet in no bank, and pixels that
-// lie STRIDE apart are side by side. w1 is packed [panels · PANEL][C_IN], w3 [COLUMNS][panels · PANEL], w2 [panels · PANEL][WORDS] of two
-// taps each, and in fp32 the biases of the first two, all filled up with zeros.
+// lie STRIDE apart are side by side. `weights` are those of the panels, one behind the other, as they lie in shared memory: w1 in rows of
+// X_ROW bytes, w3 of E_ROW, w2 in words of two taps, [PIECES][PANEL][4] and [TAIL][PANEL], and in fp32 the biases of the first two, all
+// filled up with zeros.
 // NOTES: an infinite expanded value meets weights of zero, so it turns the other seven channels of its group to NaN where its window is.
 #pragma once
 #include "epilogue/bounded.cuh"
@@ -38,17 +39,18 @@ constexpr int OCTETS_X = (TILE_W + 7) / 8, OCTETS_Y = (TILE_H + EACH - 1) / EACH
 constexpr int PRODUCTS = EACH / 2;  // of a warp, 16 results each
 constexpr int C_IN = config::c_in, PANEL = config::panel, UNIT = config::unit, COLUMNS = config::columns;
 constexpr int BLOCKS = (COLUMNS + 31) / 32 * 4, SUMS = 4 * BLOCKS;  // blocks of eight columns: four lanes exchange those of four
-constexpr u32 X_ROW = 2 * C_IN + 16, E_ROW = 2 * PANEL + 16, WORDS = (TAP_PAIRS + 3) / 4 * 4, TAP_ROW = 4 * WORDS;
+constexpr u32 X_ROW = 2 * C_IN + 16, E_ROW = 2 * PANEL + 16;
+constexpr int PIECES = TAP_PAIRS / 4, TAIL = TAP_PAIRS % 4;  // of a channel's pairs of taps: 16 bytes each, and the rest
 // Where octets reach beyond the tile they read beyond the pixels, up to END.
 constexpr int OCTET_X = TILE_W > 8 ? TILE_W - 8 : 0;  // the last octet's first column: it may have columns in common with the one before
 constexpr int LAST_LINE = (IMAGES - 1) * HALO_H + (EACH * OCTETS_Y - 1) * STRIDE + KERNEL - 1;
 constexpr int END = LAST_LINE * LINE + (STRIDE - 1) * PHASE + (KERNEL - 1) / STRIDE + OCTET_X + 8;
 constexpr int E_ROWS = END > 16 * FRAGMENTS ? END : 16 * FRAGMENTS;
 constexpr u32 X_BYTES = 16 * FRAGMENTS * X_ROW, E_BYTES = E_ROWS * E_ROW;
-constexpr u32 W1_BYTES = PANEL * X_ROW, W3_BYTES = COLUMNS * E_ROW, W2_BYTES = PANEL * TAP_ROW, BIAS_BYTES = 4 * PANEL;
+constexpr u32 W1_BYTES = PANEL * X_ROW, W3_BYTES = COLUMNS * E_ROW, W2_BYTES = PANEL * 4 * TAP_PAIRS, BIAS_BYTES = 4 * PANEL;
 constexpr u32 W_BYTES = W1_BYTES + W3_BYTES + W2_BYTES + 2 * BIAS_BYTES;
 static_assert(OCTETS * SPLITS == WARPS && PANEL / 16 % SPLITS == 0 && WARPS % (PANEL / UNIT) == 0, "warps share octets, and units of a panel");
-static_assert(C_IN % 16 == 0 && PANEL % UNIT == 0 && UNIT % 16 == 0 && COLUMNS % 16 == 0 && EACH % 2 == 0, "");
+static_assert(C_IN % 16 == 0 && PANEL % UNIT == 0 && UNIT % 16 == 0 && COLUMNS % 8 == 0 && EACH % 2 == 0, "");
 constexpr u32 SUM_BYTES = (SPLITS - 1) * OCTETS * PRODUCTS * COLUMNS * 64;  // that warps leave to the first of their octet
 constexpr u32 PANEL_BYTES = X_BYTES + E_BYTES + 2 * W_BYTES;
 static_assert(config::shared_bytes == (SUM_BYTES > PANEL_BYTES ? SUM_BYTES : PANEL_BYTES), "what the host asks for");
@@ -95,21 +97,10 @@ DEVICE void load_pixels(const Params& p, const Tile& tile, u32 to) {
   }
 }
 
-// `rows` of BYTES, which lie `stride` elements apart, to rows of ROW bytes.
-template <u32 ROW, u32 BYTES, class T> DEVICE void load_rows(u32 to, const T* from, u32 rows, u32 stride) {
-  constexpr u32 PIECES = BYTES / 16;
-  for (u32 i = threadIdx.x; i < rows * PIECES; i += THREADS) {
-    const u32 row = i / PIECES, piece = i - row * PIECES;
-    copy_async_16(to + row * ROW + 16 * piece, from + row * stride + 16 / sizeof(T) * piece, true);
-  }
-}
+// Those of a panel lie side by side as they are wanted in shared memory.
 DEVICE void load_weights(const Params& p, u32 panel, u32 to) {
-  load_rows<X_ROW, 2 * C_IN>(to, p.w1 + panel * PANEL * C_IN, PANEL, C_IN);
-  load_rows<E_ROW, 2 * PANEL>(to + W1_BYTES, p.w3 + panel * PANEL, COLUMNS, p.panels * PANEL);
-  const u32 taps = to + W1_BYTES + W3_BYTES;
-  load_rows<TAP_ROW, TAP_ROW>(taps, p.w2 + panel * PANEL * 2 * WORDS, PANEL, 2 * WORDS);
-  load_rows<BIAS_BYTES, BIAS_BYTES>(taps + W2_BYTES, p.expanded_bias + panel * PANEL, 1, PANEL);
-  load_rows<BIAS_BYTES, BIAS_BYTES>(taps + W2_BYTES + BIAS_BYTES, p.filtered_bias + panel * PANEL, 1, PANEL);
+  const u8* const from = p.weights + panel * W_BYTES;
+  for (u32 i = 16 * threadIdx.x; i < W_BYTES; i += 16 * THREADS) copy_async_16(to + i, from + i, true);
 }
 
 // The fragments of pixels that a warp expands, to UNIT columns of the panel, and which of a lane's two rows are pixels of an image.
@@ -128,6 +119,12 @@ struct Share {
   DEVICE bool is_there(int round, int row) const { return there[round / 16] >> (2 * round + row) % 32 & 1; }
 };
 
+constexpr bool KEEPS_BIASES = UNIT <= 32;  // in registers, of which wider units take too many
+DEVICE void load_biases(float2 (&biases)[UNIT / 8], const Share& share, u32 bias) {
+#pragma unroll
+  for (int j = 0; j < UNIT / 8; ++j) biases[j] = load_shared_8f(bias + 4 * (share.column + 8 * j + 2 * (threadIdx.x & 3)));
+}
+
 // A panel of the pixels. A lane has two neighbouring columns in each block of eight, of two rows; a warp keeps its weights.
 DEVICE void expand(const Share& share, u32 x, u32 w1, u32 bias, u32 to) {
   const u32 lane = threadIdx.x & 31;
@@ -141,12 +138,12 @@ DEVICE void expand(const Share& share, u32 x, u32 w1, u32 bias, u32 to) {
       w[k][j][0] = r[0]; w[k][j][1] = r[1]; w[k][j + 1][0] = r[2]; w[k][j + 1][1] = r[3];
     }
   float2 biases[UNIT / 8];
-#pragma unroll
-  for (int j = 0; j < UNIT / 8; ++j) biases[j] = load_shared_8f(bias + 4 * (share.column + 8 * j + 2 * (lane & 3)));
+  if constexpr (KEEPS_BIASES) load_biases(biases, share, bias);
 #pragma unroll
   for (int round = 0; round < Share::ROUNDS; ++round) {
     const u32 fragment = share.first + round * Share::STEP;
     if (FRAGMENTS % Share::STEP != 0 && fragment >= FRAGMENTS) break;
+    if constexpr (!KEEPS_BIASES) load_biases(biases, share, bias);
     float d[UNIT / 8][4];
 #pragma unroll
     for (int j = 0; j < UNIT / 8; ++j) {
@@ -203,8 +200,26 @@ struct Under {
   }
 };
 
+// The taps of eight channels, a lane those of one, which become operands as they are used: diagonal matrices of two taps.
+struct Filters {
+  u32 words[TAP_PAIRS];
+  DEVICE Filters(u32 taps, u32 channel) {
+    channel += (threadIdx.x & 31) / 4;
+#pragma unroll
+    for (int i = 0; i < PIECES; ++i) {
+      const uint4 v = load_shared_16(taps + 16 * (i * PANEL + channel));
+      words[4 * i] = v.x; words[4 * i + 1] = v.y; words[4 * i + 2] = v.z; words[4 * i + 3] = v.w;
+    }
+#pragma unroll
+    for (int i = 0; i < TAIL; ++i) words[4 * PIECES + i] = load_shared_4(taps + 16 * PIECES * PANEL + 4 * (i * PANEL + channel));
+  }
+  DEVICE void multiply(float (&d)[4], const u32 (&a)[4], int i, const DiagonalPlace& place) const {
+    ::multiply(d, a, permute_bytes(words[i], place.low), permute_bytes(words[i], place.high));
+  }
+};
+
 // The filter of eight channels from `e` on, to sums of the octets. An input row at a time: it is read, and all products whose last row it is follow.
-DEVICE void filter(float (&d)[PRODUCTS][4], const Under& under, u32 e, const DiagonalWeights<Element, WORDS, TAP_PAIRS>& weights) {
+DEVICE void filter(float (&d)[PRODUCTS][4], const Under& under, u32 e, const Filters& filters, const DiagonalPlace& diagonal) {
   u32 m[4 * Under::LOADS];
 #pragma unroll
   for (int row = 0; row < Under::ROWS; ++row) {
@@ -220,25 +235,25 @@ DEVICE void filter(float (&d)[PRODUCTS][4], const Under& under, u32 e, const Dia
         if ((2 * product + 1) * STRIDE + second / KERNEL != row) continue;
         const int upper = 2 * product * STRIDE * KERNEL, lower = upper + STRIDE * KERNEL;
         const u32 a[4] = {m[upper + first], m[lower + first], m[upper + second], m[lower + second]};
-        weights.multiply(d[product], a, i);
+        filters.multiply(d[product], a, i, diagonal);
       }
   }
 }
 
-// Filters a warp's channels of a panel and adds their share to the results.
+// Filters a warp's channels of a panel, which has `channels`, or more, and adds their share to the results.
 DEVICE void filter_and_project(float (&sums)[PRODUCTS][SUMS], const Under& under, const DiagonalPlace& diagonal, u32 split, u32 e, u32 weights,
-                               const u8* taps) {
-  const u32 lane = threadIdx.x & 31, bias = weights + W1_BYTES + W3_BYTES + W2_BYTES + BIAS_BYTES;
+                               u32 channels) {
+  const u32 lane = threadIdx.x & 31, taps = weights + W1_BYTES + W3_BYTES, bias = taps + W2_BYTES + BIAS_BYTES;
   const u32 w3 = weights + W1_BYTES + ((lane & 7) + (lane >> 4) * 8) * E_ROW + 16 * (lane >> 3 & 1);
 #pragma unroll
   for (int turn = 0; turn < PANEL / 16 / SPLITS; ++turn) {
     const u32 group = turn * SPLITS + split;
+    if (16 * group >= channels) break;
     u32 a[PRODUCTS][4];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const u32 channel = 16 * group + 8 * half;
-      DiagonalWeights<Element, WORDS, TAP_PAIRS> filters;
-      filters.load(reinterpret_cast<const Element*>(taps + (channel + lane / 4) * TAP_ROW), diagonal);
+      const Filters filters(taps, channel);
       const float2 two = load_shared_8f(bias + 4 * (channel + 2 * (lane & 3)));
       float d[PRODUCTS][4];
 #pragma unroll
@@ -246,7 +261,7 @@ DEVICE void filter_and_project(float (&sums)[PRODUCTS][SUMS], const Under& under
         d[product][0] = d[product][2] = two.x;
         d[product][1] = d[product][3] = two.y;
       }
-      filter(d, under, e + 2 * channel, filters);
+      filter(d, under, e + 2 * channel, filters, diagonal);
 #pragma unroll
       for (int product = 0; product < PRODUCTS; ++product)
 #pragma unroll
@@ -256,11 +271,11 @@ DEVICE void filter_and_project(float (&sums)[PRODUCTS][SUMS], const Under& under
 #pragma unroll
     for (int j = 0; j < COLUMNS / 8; j += 2) {
       u32 w[4];
-      load_matrix_x4(w, w3 + 8 * j * E_ROW + 32 * group);
+      load_matrix_x4(w, w3 + 8 * j * E_ROW + 32 * group);  // of an odd last block with the taps behind it, in vain
 #pragma unroll
       for (int product = 0; product < PRODUCTS; ++product) {
         multiply(reinterpret_cast<float (&)[4]>(sums[product][4 * j]), a[product], w[0], w[1]);
-        multiply(reinterpret_cast<float (&)[4]>(sums[product][4 * j + 4]), a[product], w[2], w[3]);
+        if (j + 1 < COLUMNS / 8) multiply(reinterpret_cast<float (&)[4]>(sums[product][4 * j + 4]), a[product], w[2], w[3]);
       }
     }
   }
@@ -305,14 +320,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
   const DiagonalPlace diagonal(threadIdx.x & 31);
   float sums[PRODUCTS][SUMS] = {};
   for (u32 panel = 0; panel < p.panels; ++panel) {
-    const u32 buffer = (panel & 1) * W_BYTES, own = weights + buffer;
+    const u32 own = weights + (panel & 1) * W_BYTES;
     copy_async_wait<0>();
     __syncthreads();  // the panel's weights have come, and all are through with the panel before
-    if (panel + 1 < p.panels) load_weights(p, panel + 1, weights + W_BYTES - buffer);
+    if (panel + 1 < p.panels) load_weights(p, panel + 1, weights + (panel + 1 & 1) * W_BYTES);
     copy_async_commit();
     expand(share, x, own, own + W1_BYTES + W3_BYTES + W2_BYTES, e);
     __syncthreads();
-    filter_and_project(sums, under, diagonal, octet.split, e, own, shared + X_BYTES + E_BYTES + buffer + W1_BYTES + W3_BYTES);
+    filter_and_project(sums, under, diagonal, octet.split, e, own, p.expanded - panel * PANEL);
   }
   if constexpr (SPLITS > 1) add_splits(sums, octet.split, x);
   if (octet.split == 0) {
