@@ -118,15 +118,29 @@ class BlockTile:
         left = (_WARPS - self.octets) * self.each // 2 * sizes.columns * 64  # of warps that share octets
         return max(left, pixels * wide + max(end, pixels) * narrow + 2 * weights)
 
+    def _held(self, sizes: Sizes, unit: int) -> int:
+        """Registers of a thread that the kernel cannot do without beside some that every tile takes, by the numbers
+        that it has in them: sums, places, and what it expands or filters with, whichever is more."""
+        kernel, products, steps = sizes.kernel, self.each // 2, sizes.channels // _FRAGMENT
+        loads = ceildiv(((self.each - 1) * sizes.stride + kernel) * kernel, 4)
+        expanding = steps * unit // 4 + unit // 2 + (unit // 4 if unit <= 32 else 0)
+        filtering = min(4 * loads, (sizes.stride + kernel) * kernel + 3) + sizes.tap_pairs + 8 * products
+        sharing = _SHARING if self.octets < _WARPS else 0
+        return products * sizes.columns // 2 + loads + sharing + max(expanding, filtering)
+
     def blocks(self, sizes: Sizes, shared_bytes: int) -> int:
-        """A multiprocessor's, of so much shared memory: two where a thread does with half of the registers (the gate
-        shows it)."""
-        under = ((self.each - 1) * sizes.stride + sizes.kernel) * sizes.kernel
-        held = self.each // 2 * (sizes.columns // 2 + 8) + under + sizes.kernel**2 + 1
-        return 2 if held <= _HELD and 2 * (self.shared_bytes(sizes) + _RESERVED) <= shared_bytes else 1
+        """A multiprocessor's, of so much shared memory: as many as there are registers for without spilling."""
+        unit = self.unit(sizes)
+        assert unit is not None
+        room = shared_bytes // (self.shared_bytes(sizes) + _RESERVED)
+        fitting = sum(self._held(sizes, unit) <= most for most in _HELD)
+        return max(1, min(room, fitting))
 
 
-_HELD = 88  # registers of a thread for sums, pixels and filters, of 128
+_HELD = (256, 95, 44)
+"""Most of `_held` where so many blocks, from one on, share the registers of a multiprocessor: of 298 tiles the first
+that spills has 96 of two blocks, and 45 of three."""
+_SHARING = 26  # registers that warps take which share octets
 _SHAPES = (
     (1, 16, 16, 4), (1, 8, 28, 4), (1, 8, 32, 4), (1, 14, 14, 4), (4, 7, 7, 4), (1, 8, 16, 4), (1, 4, 28, 4),
     (1, 7, 14, 4), (2, 7, 7, 4), (1, 8, 8, 4), (1, 4, 16, 4), (1, 7, 7, 4), (1, 8, 16, 2), (1, 4, 28, 2), (1, 7, 14, 2),
