@@ -125,12 +125,22 @@ DEVICE void load_biases(float2 (&biases)[UNIT / 8], const Share& share, u32 bias
   for (int j = 0; j < UNIT / 8; ++j) biases[j] = load_shared_8f(bias + 4 * (share.column + 8 * j + 2 * (threadIdx.x & 3)));
 }
 
+constexpr int STEPS = C_IN / 16, AHEAD = STEPS < 2 ? STEPS : 2;  // steps of k whose pixels are read before the results of others are stored
+
+DEVICE void load_pixels_of(u32 (&a)[4], u32 x, u32 fragment, int k) {
+  const u32 lane = threadIdx.x & 31;
+  load_matrix_x4(a, x + (16 * fragment + (lane & 15)) * X_ROW + 16 * (lane >> 4) + 32 * k);
+}
+
 // A panel of the pixels. A lane has two neighbouring columns in each block of eight, of two rows; a warp keeps its weights.
 DEVICE void expand(const Share& share, u32 x, u32 w1, u32 bias, u32 to) {
   const u32 lane = threadIdx.x & 31;
-  u32 w[C_IN / 16][UNIT / 8][2];
+  u32 ahead[AHEAD][4];
 #pragma unroll
-  for (int k = 0; k < C_IN / 16; ++k)
+  for (int k = 0; k < AHEAD; ++k) load_pixels_of(ahead[k], x, min(share.first, FRAGMENTS - 1u), k);
+  u32 w[STEPS][UNIT / 8][2];
+#pragma unroll
+  for (int k = 0; k < STEPS; ++k)
 #pragma unroll
     for (int j = 0; j < UNIT / 8; j += 2) {
       u32 r[4];
@@ -142,7 +152,7 @@ DEVICE void expand(const Share& share, u32 x, u32 w1, u32 bias, u32 to) {
 #pragma unroll
   for (int round = 0; round < Share::ROUNDS; ++round) {
     const u32 fragment = share.first + round * Share::STEP;
-    if (FRAGMENTS % Share::STEP != 0 && fragment >= FRAGMENTS) break;
+    if (FRAGMENTS % Share::STEP != 0 && round == Share::ROUNDS - 1 && fragment >= FRAGMENTS) break;
     if constexpr (!KEEPS_BIASES) load_biases(biases, share, bias);
     float d[UNIT / 8][4];
 #pragma unroll
@@ -151,11 +161,15 @@ DEVICE void expand(const Share& share, u32 x, u32 w1, u32 bias, u32 to) {
       d[j][1] = d[j][3] = biases[j].y;
     }
 #pragma unroll
-    for (int k = 0; k < C_IN / 16; ++k) {
-      u32 a[4];
-      load_matrix_x4(a, x + (16 * fragment + (lane & 15)) * X_ROW + 16 * (lane >> 4) + 32 * k);
+    for (int k = 0; k < STEPS; ++k) {
+      u32 rest[4];
+      if (k >= AHEAD) load_pixels_of(rest, x, fragment, k);
 #pragma unroll
-      for (int j = 0; j < UNIT / 8; ++j) multiply(d[j], a, w[k][j][0], w[k][j][1]);
+      for (int j = 0; j < UNIT / 8; ++j) multiply(d[j], k < AHEAD ? ahead[k < AHEAD ? k : 0] : rest, w[k][j][0], w[k][j][1]);
+    }
+    if (round + 1 < Share::ROUNDS) {
+#pragma unroll
+      for (int k = 0; k < AHEAD; ++k) load_pixels_of(ahead[k], x, min(fragment + Share::STEP, FRAGMENTS - 1u), k);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i)
@@ -218,25 +232,47 @@ struct Filters {
   }
 };
 
-// The filter of eight channels from `e` on, to sums of the octets. An input row at a time: it is read, and all products whose last row it is follow.
-DEVICE void filter(float (&d)[PRODUCTS][4], const Under& under, u32 e, const Filters& filters, const DiagonalPlace& diagonal) {
-  u32 m[4 * Under::LOADS];
+// The filter of 16 channels from `e` on, as operand A of the last convolution. An input row at a time: it is read, and all products whose
+// last row it is follow.
+DEVICE void filter(u32 (&a)[PRODUCTS][4], const Under& under, u32 e, const Filters (&filters)[2], const float2 (&biases)[2],
+                   const DiagonalPlace& diagonal) {
+  u32 m[2][4 * Under::LOADS];
+  float d[PRODUCTS][2][4];
 #pragma unroll
   for (int row = 0; row < Under::ROWS; ++row) {
 #pragma unroll
     for (int i = 0; i < Under::LOADS; ++i) {
-      if (4 * i / KERNEL == row) load_matrix_x4(reinterpret_cast<u32(&)[4]>(m[4 * i]), e + under.offset[i]);
+      if (4 * i / KERNEL != row) continue;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) load_matrix_x4(reinterpret_cast<u32(&)[4]>(m[half][4 * i]), e + under.offset[i] + 16 * half);
     }
 #pragma unroll
-    for (int product = 0; product < PRODUCTS; ++product)
+    for (int product = 0; product < PRODUCTS; ++product) {
 #pragma unroll
       for (int i = 0; i < TAP_PAIRS; ++i) {
         const int first = 2 * i, second = 2 * i + 1 < TAPS ? 2 * i + 1 : 2 * i;  // an odd last tap has a partner of weight zero
-        if ((2 * product + 1) * STRIDE + second / KERNEL != row) continue;
         const int upper = 2 * product * STRIDE * KERNEL, lower = upper + STRIDE * KERNEL;
-        const u32 a[4] = {m[upper + first], m[lower + first], m[upper + second], m[lower + second]};
-        filters.multiply(d[product], a, i, diagonal);
+        if ((2 * product + 1) * STRIDE + second / KERNEL != row) continue;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float(&sums)[4] = d[product][half];
+          if (i == 0) {
+            sums[0] = sums[2] = biases[half].x;
+            sums[1] = sums[3] = biases[half].y;
+          }
+          const u32 pixels[4] = {m[half][upper + first], m[half][lower + first], m[half][upper + second], m[half][lower + second]};
+          filters[half].multiply(sums, pixels, i, diagonal);
+        }
       }
+      if ((2 * product + 1) * STRIDE + KERNEL - 1 != row) continue;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float(&sums)[4] = d[product][half];
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          a[product][2 * half + i] = pair_of<Filtered, config::filtered_bounded, config::filtered_most>(sums[2 * i], sums[2 * i + 1]);
+      }
+    }
   }
 }
 
@@ -245,38 +281,27 @@ DEVICE void filter_and_project(float (&sums)[PRODUCTS][SUMS], const Under& under
                                u32 channels) {
   const u32 lane = threadIdx.x & 31, taps = weights + W1_BYTES + W3_BYTES, bias = taps + W2_BYTES + BIAS_BYTES;
   const u32 w3 = weights + W1_BYTES + ((lane & 7) + (lane >> 4) * 8) * E_ROW + 16 * (lane >> 3 & 1);
+  constexpr int LOADS = (COLUMNS + 15) / 16, EARLY = LOADS < 2 ? LOADS : 2;  // of w3, and those that come before they are due
 #pragma unroll
   for (int turn = 0; turn < PANEL / 16 / SPLITS; ++turn) {
     const u32 group = turn * SPLITS + split;
     if (16 * group >= channels) break;
-    u32 a[PRODUCTS][4];
+    const Filters filters[2] = {{taps, 16 * group}, {taps, 16 * group + 8}};
+    const float2 biases[2] = {load_shared_8f(bias + 4 * (16 * group + 2 * (lane & 3))), load_shared_8f(bias + 4 * (16 * group + 8 + 2 * (lane & 3)))};
+    u32 a[PRODUCTS][4], w[EARLY][4];
+    filter(a, under, e + 32 * group, filters, biases, diagonal);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const u32 channel = 16 * group + 8 * half;
-      const Filters filters(taps, channel);
-      const float2 two = load_shared_8f(bias + 4 * (channel + 2 * (lane & 3)));
-      float d[PRODUCTS][4];
+    for (int j = 0; j < EARLY; ++j) load_matrix_x4(w[j], w3 + 16 * j * E_ROW + 32 * group);
 #pragma unroll
-      for (int product = 0; product < PRODUCTS; ++product) {
-        d[product][0] = d[product][2] = two.x;
-        d[product][1] = d[product][3] = two.y;
-      }
-      filter(d, under, e + 2 * channel, filters, diagonal);
-#pragma unroll
-      for (int product = 0; product < PRODUCTS; ++product)
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          a[product][2 * half + i] = pair_of<Filtered, config::filtered_bounded, config::filtered_most>(d[product][2 * i], d[product][2 * i + 1]);
-    }
-#pragma unroll
-    for (int j = 0; j < COLUMNS / 8; j += 2) {
-      u32 w[4];
-      load_matrix_x4(w, w3 + 8 * j * E_ROW + 32 * group);  // of an odd last block with the taps behind it, in vain
+    for (int j = 0; j < LOADS; ++j) {
+      u32(&own)[4] = w[j % EARLY];
 #pragma unroll
       for (int product = 0; product < PRODUCTS; ++product) {
-        multiply(reinterpret_cast<float (&)[4]>(sums[product][4 * j]), a[product], w[0], w[1]);
-        if (j + 1 < COLUMNS / 8) multiply(reinterpret_cast<float (&)[4]>(sums[product][4 * j + 4]), a[product], w[2], w[3]);
+        multiply(reinterpret_cast<float (&)[4]>(sums[product][8 * j]), a[product], own[0], own[1]);
+        // Of an odd last block of columns the other half is the taps behind it.
+        if (2 * j + 1 < COLUMNS / 8) multiply(reinterpret_cast<float (&)[4]>(sums[product][8 * j + 4]), a[product], own[2], own[3]);
       }
+      if (j + EARLY < LOADS) load_matrix_x4(own, w3 + 16 * (j + EARLY) * E_ROW + 32 * group);
     }
   }
 }
