@@ -68,8 +68,8 @@ class Sizes:
 
 @dataclass(frozen=True)
 class BlockTile:
-    """Results of a tile: `images` × `rows` × `columns`, of which a warp has eight neighbours of `each` rows. `panel`:
-    expanded channels at a time."""
+    """Results of a tile: `images` × `rows` × `columns`, of which a warp has two times eight neighbours of `each` rows.
+    `panel`: expanded channels at a time."""
 
     images: int
     rows: int
@@ -78,19 +78,23 @@ class BlockTile:
     panel: int
 
     @property
-    def octets(self) -> int:
-        """Warps that have results of their own; several share them where that is less than all."""
-        return self.images * ceildiv(self.rows, self.each) * ceildiv(self.columns, _OCTET)
+    def pairs(self) -> int:
+        """Of octets: as many warps have results of their own; several share them where that is less than all."""
+        return self.images * ceildiv(self.rows, self.each) * ceildiv(self.columns, _OCTET) // 2
 
     def is_shared(self) -> bool:
         """Whether its warps come out even."""
-        splits = _WARPS // self.octets
-        return self.octets * splits == _WARPS and self.panel // _FRAGMENT % splits == 0
+        octets, splits = (
+            self.images * ceildiv(self.rows, self.each) * ceildiv(self.columns, _OCTET),
+            _WARPS // self.pairs,
+        )
+        return octets % 2 == 0 and self.pairs * splits == _WARPS and self.panel // _FRAGMENT % splits == 0
 
     def _line(self, sizes: Sizes) -> tuple[int, int]:
-        """Rows of pixels under an image's results, and the places that a row takes."""
+        """Lines of pixels of an image, and the places that each takes."""
         across = (self.columns - 1) * sizes.stride + sizes.kernel
-        return (self.rows - 1) * sizes.stride + sizes.kernel, ceildiv(across, sizes.stride) * sizes.stride
+        below = sizes.kernel % 2 if self.images > 1 else 0
+        return (self.rows - 1) * sizes.stride + sizes.kernel + below, ceildiv(across, sizes.stride) * sizes.stride
 
     def _fragments(self, sizes: Sizes) -> int:
         return ceildiv(self.images * prod(self._line(sizes)), _FRAGMENT)
@@ -110,23 +114,21 @@ class BlockTile:
         height, line = self._line(sizes)
         phase, pixels = line // sizes.stride, self._fragments(sizes) * _FRAGMENT
         rows = ceildiv(self.rows, self.each) * self.each
-        lines = (self.images - 1) * height + (rows - 1) * sizes.stride + sizes.kernel
+        lines = (self.images - 1) * height + (rows - 1) * sizes.stride + sizes.kernel + sizes.kernel % 2
         first = max(0, self.columns - _OCTET)
         end = (lines - 1) * line + (sizes.stride - 1) * phase + (sizes.kernel - 1) // sizes.stride + first + _OCTET
         wide, narrow = 2 * sizes.channels + 16, 2 * self.panel + 16
         weights = self.panel * (wide + 4 * sizes.tap_pairs + 8) + sizes.columns * narrow
-        left = (_WARPS - self.octets) * self.each // 2 * sizes.columns * 64  # of warps that share octets
+        left = (_WARPS - self.pairs) * self.each * sizes.columns * 64  # of warps that share octets
         return max(left, pixels * wide + max(end, pixels) * narrow + 2 * weights)
 
     def _held(self, sizes: Sizes, unit: int) -> int:
         """Registers of a thread that the kernel cannot do without beside some that every tile takes, by the numbers
-        that it has in them: sums, places, and what it expands or filters with, whichever is more."""
-        kernel, products, steps = sizes.kernel, self.each // 2, sizes.channels // _FRAGMENT
-        loads = ceildiv(((self.each - 1) * sizes.stride + kernel) * kernel, 4)
+        that it has in them: sums, and what it expands or filters with, whichever is more."""
+        kernel, steps = sizes.kernel, sizes.channels // _FRAGMENT
         expanding = steps * unit // 4 + unit // 2 + (unit // 4 if unit <= 32 else 0)
-        filtering = min(4 * loads, (sizes.stride + kernel) * kernel + 3) + sizes.tap_pairs + 8 * products
-        sharing = _SHARING if self.octets < _WARPS else 0
-        return products * sizes.columns // 2 + loads + sharing + max(expanding, filtering)
+        filtering = (kernel // 2 + 1) * 5 + sizes.tap_pairs * 3 // 2 + 6 * self.each
+        return self.each * sizes.columns // 2 + max(expanding, filtering)
 
     def blocks(self, sizes: Sizes, shared_bytes: int) -> int:
         """A multiprocessor's, of so much shared memory: as many as there are registers for without spilling."""
@@ -137,18 +139,16 @@ class BlockTile:
         return max(1, min(room, fitting))
 
 
-_HELD = (256, 95, 44)
-"""Most of `_held` where so many blocks, from one on, share the registers of a multiprocessor: of 298 tiles the first
-that spills has 96 of two blocks, and 45 of three."""
-_SHARING = 26  # registers that warps take which share octets
+_HELD = (256, 106, 60)
+"""Most of `_held` where so many blocks, from one on, share the registers of a multiprocessor."""
 _SHAPES = (
-    (1, 16, 16, 4), (1, 8, 28, 4), (1, 8, 32, 4), (1, 14, 14, 4), (4, 7, 7, 4), (1, 8, 16, 4), (1, 4, 28, 4),
-    (1, 7, 14, 4), (2, 7, 7, 4), (1, 8, 8, 4), (1, 4, 16, 4), (1, 7, 7, 4), (1, 8, 16, 2), (1, 4, 28, 2), (1, 7, 14, 2),
-    (2, 7, 7, 2), (1, 7, 7, 2), (1, 8, 8, 2), (1, 4, 16, 2), (1, 4, 8, 2), (1, 2, 28, 2),
+    (1, 16, 28, 4), (1, 16, 32, 4), (2, 14, 14, 4), (1, 8, 28, 4), (1, 8, 32, 4), (1, 16, 16, 4), (1, 14, 14, 4),
+    (4, 7, 7, 4), (1, 8, 16, 4), (1, 4, 28, 4), (1, 7, 14, 4), (2, 7, 7, 4),
+    (1, 8, 28, 2), (1, 8, 32, 2), (1, 16, 16, 2), (4, 7, 7, 2), (1, 8, 16, 2), (1, 4, 28, 2), (1, 7, 14, 2),
+    (2, 7, 7, 2), (1, 7, 7, 2), (1, 8, 8, 2), (1, 4, 16, 2),
+    (1, 8, 16, 1), (1, 4, 28, 1), (1, 4, 16, 1), (1, 8, 8, 1), (1, 4, 8, 1), (1, 2, 28, 1),
 )  # fmt: skip
-TILES = tuple(
-    tile for shape in _SHAPES for panel in (32, 48, 64) if (tile := BlockTile(*shape, panel)).is_shared()
-)
+TILES = tuple(tile for shape in _SHAPES for panel in (32, 48, 64) if (tile := BlockTile(*shape, panel)).is_shared())
 
 
 def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]:
@@ -246,6 +246,14 @@ def tiles_of(step: Step, context: Context) -> list[BlockTile]:
     return [tile for tile in TILES if tile.unit(sizes) is not None and tile.shared_bytes(sizes) <= most]
 
 
+def _order_of(kernel: int) -> list[int]:
+    """The taps in the order of their words: pairs of neighbours of every row, then those left over, a column."""
+    paired = kernel // 2 * 2
+    return [row * kernel + i for row in range(kernel) for i in range(paired)] + [
+        row * kernel + paired for row in range(kernel) if paired < kernel
+    ]
+
+
 def _packed_weights(
     step: Step, tile: BlockTile, sizes: Sizes, biases: Sequence[Tensor | None], context: Context
 ) -> Buffer:
@@ -256,7 +264,7 @@ def _packed_weights(
     every, padding = panels * panel, VECTOR  # of a row: 16 bytes
 
     def pack(w1: np.ndarray, w2: np.ndarray, w3: np.ndarray, *given: np.ndarray) -> np.ndarray:
-        (_, channels), outputs, taps = w1.shape[:2], w3.shape[0], w2[0].size
+        (_, channels), outputs, order = w1.shape[:2], w3.shape[0], _order_of(sizes.kernel)
         wide = np.zeros((every, sizes.channels + padding), w1.dtype)
         wide[:expanded, :channels] = w1.reshape(expanded, channels)
         narrow = np.zeros((panels, sizes.columns, panel + padding), w3.dtype)
@@ -264,7 +272,7 @@ def _packed_weights(
         filled[:outputs, :expanded] = w3.reshape(outputs, expanded)
         narrow[:, :, :panel] = filled.reshape(sizes.columns, panels, panel).swapaxes(0, 1)
         pairs = np.zeros((every, 2 * sizes.tap_pairs), w2.dtype)
-        pairs[:expanded, :taps] = w2.reshape(expanded, taps)
+        pairs[:expanded, : len(order)] = w2.reshape(expanded, -1)[:, order]
         pieces, tail = np.split(pairs.reshape(panels, panel, -1, 2), [sizes.tap_pairs // 4 * 4], axis=2)
         pieces = pieces.reshape(panels, panel, sizes.tap_pairs // 4, VECTOR)
         sums, left = np.zeros((2, every), np.float32), iter(given)

@@ -8,16 +8,17 @@
 // on their way meanwhile. Beside the image expanded pixels are zeros, not what zeros expand to. Neighbouring tiles expand the pixels
 // between them twice.
 //
-// Results are taken in octets of eight neighbours of a row. A warp has an octet of EACH rows, two of which make the 16 rows of a product:
-// what lies under them is read once for all their taps. Where a tile has fewer octets than there are warps, several warps
-// share one, each with a part of the channels, and their sums meet in the end (SPLITS).
+// Results are taken in octets of eight neighbours of a row. A warp has two octets, of EACH rows; those of a row are the 16 rows of a product.
+// It goes down the rows of pixels, reads each once, as operand A of two taps, and adds it to all results that it belongs to: taps are two
+// neighbours of a row, and where a row has an odd one, that and the one below it. Where a tile has fewer octets than two for each warp,
+// several warps share them, each with a part of the channels, and their sums meet in the end (SPLITS).
 //
 // Sums begin with their biases; `Expanded` and `Filtered` are what is made of them then, but for bounds of what is rounded
 // (epilogue/bounded.cuh). Rows in shared memory are an odd number of 16-byte pieces, so that eight of them meet in no bank, and pixels that
 // lie STRIDE apart are side by side. `weights` are those of the panels, one behind the other, as they lie in shared memory: w1 in rows of
-// X_ROW bytes, w3 of E_ROW, w2 in words of two taps, [PIECES][PANEL][4] and [TAIL][PANEL], and in fp32 the biases of the first two, all
+// X_ROW bytes, w3 of E_ROW, w2 in words of two taps (`Taps`), [PIECES][PANEL][4] and [TAIL][PANEL], and in fp32 the biases of the first two, all
 // filled up with zeros.
-// NOTES: an infinite expanded value meets weights of zero, so it turns the other seven channels of its group to NaN where its window is.
+// NOTES: an infinite expanded value meets weights of zero, so it turns eight channels to NaN in the results around it.
 #pragma once
 #include "epilogue/bounded.cuh"
 #include "epilogue/fragment.cuh"
@@ -33,25 +34,27 @@ constexpr int KERNEL = config::kernel, STRIDE = config::stride, TAPS = KERNEL * 
 constexpr int IMAGES = config::images, TILE_H = config::tile_h, TILE_W = config::tile_w, EACH = config::each;
 constexpr int HALO_H = (TILE_H - 1) * STRIDE + KERNEL, HALO_W = (TILE_W - 1) * STRIDE + KERNEL;
 constexpr int PHASE = (HALO_W + STRIDE - 1) / STRIDE, LINE = STRIDE * PHASE;  // pixels of a row that lie STRIDE apart, and all
-constexpr int FRAGMENTS = (IMAGES * HALO_H * LINE + 15) / 16;
+constexpr bool ODD = KERNEL % 2;  // the last tap of a row has no neighbour
+constexpr int LINES = HALO_H + (ODD && IMAGES > 1);  // of an image; zeros where an octet's last rows have a tap below them, of weight zero
+constexpr int FRAGMENTS = (IMAGES * LINES * LINE + 15) / 16;
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
-constexpr int OCTETS_X = (TILE_W + 7) / 8, OCTETS_Y = (TILE_H + EACH - 1) / EACH, OCTETS = IMAGES * OCTETS_Y * OCTETS_X, SPLITS = WARPS / OCTETS;
-constexpr int PRODUCTS = EACH / 2;  // of a warp, 16 results each
+constexpr int OCTETS_X = (TILE_W + 7) / 8, OCTETS_Y = (TILE_H + EACH - 1) / EACH, OCTETS = IMAGES * OCTETS_Y * OCTETS_X;
+constexpr int PAIRS = OCTETS / 2, SPLITS = WARPS / PAIRS;
 constexpr int C_IN = config::c_in, PANEL = config::panel, UNIT = config::unit, COLUMNS = config::columns;
 constexpr int BLOCKS = (COLUMNS + 31) / 32 * 4, SUMS = 4 * BLOCKS;  // blocks of eight columns: four lanes exchange those of four
 constexpr u32 X_ROW = 2 * C_IN + 16, E_ROW = 2 * PANEL + 16;
 constexpr int PIECES = TAP_PAIRS / 4, TAIL = TAP_PAIRS % 4;  // of a channel's pairs of taps: 16 bytes each, and the rest
-// Where octets reach beyond the tile they read beyond the pixels, up to END.
+// Where octets reach beyond the tile they read beyond the pixels, up to END: zeros.
 constexpr int OCTET_X = TILE_W > 8 ? TILE_W - 8 : 0;  // the last octet's first column: it may have columns in common with the one before
-constexpr int LAST_LINE = (IMAGES - 1) * HALO_H + (EACH * OCTETS_Y - 1) * STRIDE + KERNEL - 1;
+constexpr int LAST_LINE = (IMAGES - 1) * LINES + (EACH * OCTETS_Y - 1) * STRIDE + KERNEL - 1 + ODD;
 constexpr int END = LAST_LINE * LINE + (STRIDE - 1) * PHASE + (KERNEL - 1) / STRIDE + OCTET_X + 8;
 constexpr int E_ROWS = END > 16 * FRAGMENTS ? END : 16 * FRAGMENTS;
 constexpr u32 X_BYTES = 16 * FRAGMENTS * X_ROW, E_BYTES = E_ROWS * E_ROW;
 constexpr u32 W1_BYTES = PANEL * X_ROW, W3_BYTES = COLUMNS * E_ROW, W2_BYTES = PANEL * 4 * TAP_PAIRS, BIAS_BYTES = 4 * PANEL;
 constexpr u32 W_BYTES = W1_BYTES + W3_BYTES + W2_BYTES + 2 * BIAS_BYTES;
-static_assert(OCTETS * SPLITS == WARPS && PANEL / 16 % SPLITS == 0 && WARPS % (PANEL / UNIT) == 0, "warps share octets, and units of a panel");
-static_assert(C_IN % 16 == 0 && PANEL % UNIT == 0 && UNIT % 16 == 0 && COLUMNS % 8 == 0 && EACH % 2 == 0, "");
-constexpr u32 SUM_BYTES = (SPLITS - 1) * OCTETS * PRODUCTS * COLUMNS * 64;  // that warps leave to the first of their octet
+static_assert(OCTETS % 2 == 0 && PAIRS * SPLITS == WARPS && PANEL / 16 % SPLITS == 0 && WARPS % (PANEL / UNIT) == 0, "warps share octets, and units of a panel");
+static_assert(C_IN % 16 == 0 && PANEL % UNIT == 0 && UNIT % 16 == 0 && COLUMNS % 8 == 0, "");
+constexpr u32 SUM_BYTES = (SPLITS - 1) * PAIRS * EACH * COLUMNS * 64;  // that warps leave to the first of their octets
 constexpr u32 PANEL_BYTES = X_BYTES + E_BYTES + 2 * W_BYTES;
 static_assert(config::shared_bytes == (SUM_BYTES > PANEL_BYTES ? SUM_BYTES : PANEL_BYTES), "what the host asks for");
 
@@ -77,11 +80,11 @@ struct Tile {
   }
   // Whether a pixel under the results, by its place in shared memory, is one of an image, and which.
   DEVICE bool source(const Params& p, u32 place, u32& n, int& row, int& column) const {
-    const u32 line = place / LINE, at = place - line * LINE, i = line / HALO_H, phase = at / PHASE, across = (at - phase * PHASE) * STRIDE + phase;
+    const u32 line = place / LINE, at = place - line * LINE, i = line / LINES, h = line - i * LINES, phase = at / PHASE, across = (at - phase * PHASE) * STRIDE + phase;
     n = image + i;
-    row = static_cast<int>(y * STRIDE + (line - i * HALO_H)) - p.pad_h;
+    row = static_cast<int>(y * STRIDE + h) - p.pad_h;
     column = static_cast<int>(x * STRIDE + across) - p.pad_w;
-    return i < IMAGES && across < HALO_W && n < p.images && static_cast<u32>(row) < p.in_h && static_cast<u32>(column) < p.in_w;
+    return i < IMAGES && h < HALO_H && across < HALO_W && n < p.images && static_cast<u32>(row) < p.in_h && static_cast<u32>(column) < p.in_w;
   }
 };
 
@@ -181,12 +184,11 @@ DEVICE void expand(const Share& share, u32 x, u32 w1, u32 bias, u32 to) {
   }
 }
 
-// A warp's octets: where they begin in the tile, the first column that no octet before has, and its part of the channels.
+// One of a warp's octets: where it begins in the tile, and the first column that no octet before has.
 struct Octet {
-  u32 image, y, x, own, split;
-  DEVICE Octet() {
-    const u32 warp = threadIdx.x / 32, octet = warp % OCTETS, line = octet / OCTETS_X, column = octet - line * OCTETS_X;
-    split = warp / OCTETS;
+  u32 image, y, x, own;
+  DEVICE explicit Octet(u32 second) {
+    const u32 octet = threadIdx.x / 32 % PAIRS * 2 + second, line = octet / OCTETS_X, column = octet - line * OCTETS_X;
     image = line / OCTETS_Y;
     y = (line - image * OCTETS_Y) * EACH;
     own = 8 * column;
@@ -200,24 +202,28 @@ struct Octet {
   }
 };
 
-// What lies under a warp's octets, of eight channels: a matrix of eight pixels for each row and horizontal tap, four of them at a time.
+// Where this lane finds its pixel of operand A: of lanes 0 to 7 of the first octet under the first of two taps, 8 to 15 of the second
+// octet, the others under the second tap. Taps 2j and 2j + 1 of a row, and the last tap of a row and of the next.
 struct Under {
-  static constexpr int ROWS = (EACH - 1) * STRIDE + KERNEL, COUNT = ROWS * KERNEL, LOADS = (COUNT + 3) / 4;
-  u32 offset[LOADS];  // of this lane's row of each load
-  DEVICE explicit Under(const Octet& octet) {
-    const u32 lane = threadIdx.x & 31, row0 = octet.image * HALO_H + octet.y * STRIDE;
+  static constexpr int ROWS = (EACH - 1) * STRIDE + KERNEL;
+  u32 across[KERNEL / 2 + 1], down;
+  DEVICE explicit Under(u32 lane) {
+    const Octet octet(lane >> 3 & 1);
+    const u32 first = (octet.image * LINES + octet.y * STRIDE) * LINE + octet.x + (lane & 7), second = lane >> 4;
 #pragma unroll
-    for (int i = 0; i < LOADS; ++i) {
-      const u32 matrix = min(4 * i + lane / 8, static_cast<u32>(COUNT - 1)), row = matrix / KERNEL, tap = matrix - row * KERNEL;
-      offset[i] = ((row0 + row) * LINE + tap % STRIDE * PHASE + tap / STRIDE + octet.x + (lane & 7)) * E_ROW;
+    for (int j = 0; j < KERNEL / 2; ++j) {
+      const u32 tap = 2 * j + second;
+      across[j] = (first + tap % STRIDE * PHASE + tap / STRIDE) * E_ROW;
     }
+    down = (first + second * LINE + (KERNEL - 1) % STRIDE * PHASE + (KERNEL - 1) / STRIDE) * E_ROW;
   }
 };
 
-// The taps of eight channels, a lane those of one, which become operands as they are used: diagonal matrices of two taps.
-struct Filters {
+// The taps of eight channels, a lane those of one, which become operands as they are used: diagonal matrices. Words are the pairs of every
+// row, then those of the last column, two rows each.
+struct Taps {
   u32 words[TAP_PAIRS];
-  DEVICE Filters(u32 taps, u32 channel) {
+  DEVICE Taps(u32 taps, u32 channel) {
     channel += (threadIdx.x & 31) / 4;
 #pragma unroll
     for (int i = 0; i < PIECES; ++i) {
@@ -227,103 +233,102 @@ struct Filters {
 #pragma unroll
     for (int i = 0; i < TAIL; ++i) words[4 * PIECES + i] = load_shared_4(taps + 16 * PIECES * PANEL + 4 * (i * PANEL + channel));
   }
-  DEVICE void multiply(float (&d)[4], const u32 (&a)[4], int i, const DiagonalPlace& place) const {
-    ::multiply(d, a, permute_bytes(words[i], place.low), permute_bytes(words[i], place.high));
+  // Those of row `row` as operands of pair j of its taps.
+  DEVICE void multiply_pair(float (&d)[4], const u32 (&a)[4], int row, int j, const DiagonalPlace& place) const {
+    const u32 word = words[row * (KERNEL / 2) + j];
+    multiply(d, a, permute_bytes(word, place.low), permute_bytes(word, place.high));
+  }
+  // Those of the last column, of rows `row` and `row` + 1, zeros where there is none.
+  DEVICE void multiply_last(float (&d)[4], const u32 (&a)[4], int row, const DiagonalPlace& place) const {
+    multiply(d, a, last(row, place), last(row + 1, place));
+  }
+  DEVICE u32 last(int row, const DiagonalPlace& place) const {
+    if (row < 0 || row >= KERNEL) return 0;
+    return permute_bytes(words[KERNEL * (KERNEL / 2) + row / 2], row % 2 ? place.high : place.low);
   }
 };
 
-// The filter of 16 channels from `e` on, as operand A of the last convolution. An input row at a time: it is read, and all products whose
-// last row it is follow.
-DEVICE void filter(u32 (&a)[PRODUCTS][4], const Under& under, u32 e, const Filters (&filters)[2], const float2 (&biases)[2],
-                   const DiagonalPlace& diagonal) {
-  u32 m[2][4 * Under::LOADS];
-  float d[PRODUCTS][2][4];
+// The filter of the eight channels from `e` on, of all rows of the octets, as halves of operand A of the last convolution.
+DEVICE void filter(u32 (&a)[EACH][4], int half, const Under& under, u32 e, const Taps& taps, float2 bias, const DiagonalPlace& diagonal) {
+  float d[EACH][4];
+#pragma unroll
+  for (int o = 0; o < EACH; ++o) {
+    d[o][0] = d[o][2] = bias.x;
+    d[o][1] = d[o][3] = bias.y;
+  }
 #pragma unroll
   for (int row = 0; row < Under::ROWS; ++row) {
+    u32 pixels[KERNEL / 2 + 1][4];
 #pragma unroll
-    for (int i = 0; i < Under::LOADS; ++i) {
-      if (4 * i / KERNEL != row) continue;
+    for (int j = 0; j < KERNEL / 2; ++j) load_matrix_x4(pixels[j], e + under.across[j] + row * LINE * E_ROW);
+    if (ODD && row % 2 == 0) load_matrix_x4(pixels[KERNEL / 2], e + under.down + row * LINE * E_ROW);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) load_matrix_x4(reinterpret_cast<u32(&)[4]>(m[half][4 * i]), e + under.offset[i] + 16 * half);
+    for (int j = 0; j < KERNEL / 2; ++j)
+#pragma unroll
+      for (int o = 0; o < EACH; ++o)
+        if (row >= o * STRIDE && row < o * STRIDE + KERNEL) taps.multiply_pair(d[o], pixels[j], row - o * STRIDE, j, diagonal);
+    if (ODD && row % 2 == 0) {
+#pragma unroll
+      for (int o = 0; o < EACH; ++o)
+        if (row + 1 >= o * STRIDE && row < o * STRIDE + KERNEL) taps.multiply_last(d[o], pixels[KERNEL / 2], row - o * STRIDE, diagonal);
     }
 #pragma unroll
-    for (int product = 0; product < PRODUCTS; ++product) {
+    for (int o = 0; o < EACH; ++o) {
+      if (o * STRIDE + KERNEL - 1 != row) continue;  // the last one that it belongs to
 #pragma unroll
-      for (int i = 0; i < TAP_PAIRS; ++i) {
-        const int first = 2 * i, second = 2 * i + 1 < TAPS ? 2 * i + 1 : 2 * i;  // an odd last tap has a partner of weight zero
-        const int upper = 2 * product * STRIDE * KERNEL, lower = upper + STRIDE * KERNEL;
-        if ((2 * product + 1) * STRIDE + second / KERNEL != row) continue;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float(&sums)[4] = d[product][half];
-          if (i == 0) {
-            sums[0] = sums[2] = biases[half].x;
-            sums[1] = sums[3] = biases[half].y;
-          }
-          const u32 pixels[4] = {m[half][upper + first], m[half][lower + first], m[half][upper + second], m[half][lower + second]};
-          filters[half].multiply(sums, pixels, i, diagonal);
-        }
-      }
-      if ((2 * product + 1) * STRIDE + KERNEL - 1 != row) continue;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float(&sums)[4] = d[product][half];
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          a[product][2 * half + i] = pair_of<Filtered, config::filtered_bounded, config::filtered_most>(sums[2 * i], sums[2 * i + 1]);
-      }
+      for (int i = 0; i < 2; ++i)
+        a[o][2 * half + i] = pair_of<Filtered, config::filtered_bounded, config::filtered_most>(d[o][2 * i], d[o][2 * i + 1]);
     }
   }
 }
 
 // Filters a warp's channels of a panel, which has `channels`, or more, and adds their share to the results.
-DEVICE void filter_and_project(float (&sums)[PRODUCTS][SUMS], const Under& under, const DiagonalPlace& diagonal, u32 split, u32 e, u32 weights,
+DEVICE void filter_and_project(float (&sums)[EACH][SUMS], const Under& under, const DiagonalPlace& diagonal, u32 split, u32 e, u32 weights,
                                u32 channels) {
-  const u32 lane = threadIdx.x & 31, taps = weights + W1_BYTES + W3_BYTES, bias = taps + W2_BYTES + BIAS_BYTES;
+  const u32 lane = threadIdx.x & 31, w2 = weights + W1_BYTES + W3_BYTES, bias = w2 + W2_BYTES + BIAS_BYTES;
   const u32 w3 = weights + W1_BYTES + ((lane & 7) + (lane >> 4) * 8) * E_ROW + 16 * (lane >> 3 & 1);
-  constexpr int LOADS = (COLUMNS + 15) / 16, EARLY = LOADS < 2 ? LOADS : 2;  // of w3, and those that come before they are due
 #pragma unroll
   for (int turn = 0; turn < PANEL / 16 / SPLITS; ++turn) {
     const u32 group = turn * SPLITS + split;
     if (16 * group >= channels) break;
-    const Filters filters[2] = {{taps, 16 * group}, {taps, 16 * group + 8}};
-    const float2 biases[2] = {load_shared_8f(bias + 4 * (16 * group + 2 * (lane & 3))), load_shared_8f(bias + 4 * (16 * group + 8 + 2 * (lane & 3)))};
-    u32 a[PRODUCTS][4], w[EARLY][4];
-    filter(a, under, e + 32 * group, filters, biases, diagonal);
+    u32 a[EACH][4];
 #pragma unroll
-    for (int j = 0; j < EARLY; ++j) load_matrix_x4(w[j], w3 + 16 * j * E_ROW + 32 * group);
+    for (int half = 0; half < 2; ++half) {
+      const u32 channel = 16 * group + 8 * half;
+      filter(a, half, under, e + 2 * channel, {w2, channel}, load_shared_8f(bias + 4 * (channel + 2 * (lane & 3))), diagonal);
+    }
 #pragma unroll
-    for (int j = 0; j < LOADS; ++j) {
-      u32(&own)[4] = w[j % EARLY];
+    for (int j = 0; j < COLUMNS / 8; j += 2) {
+      u32 w[4];
+      load_matrix_x4(w, w3 + 8 * j * E_ROW + 32 * group);
 #pragma unroll
-      for (int product = 0; product < PRODUCTS; ++product) {
-        multiply(reinterpret_cast<float (&)[4]>(sums[product][8 * j]), a[product], own[0], own[1]);
+      for (int o = 0; o < EACH; ++o) {
+        multiply(reinterpret_cast<float (&)[4]>(sums[o][4 * j]), a[o], w[0], w[1]);
         // Of an odd last block of columns the other half is the taps behind it.
-        if (2 * j + 1 < COLUMNS / 8) multiply(reinterpret_cast<float (&)[4]>(sums[product][8 * j + 4]), a[product], own[2], own[3]);
+        if (j + 1 < COLUMNS / 8) multiply(reinterpret_cast<float (&)[4]>(sums[o][4 * j + 4]), a[o], w[2], w[3]);
       }
-      if (j + EARLY < LOADS) load_matrix_x4(own, w3 + 16 * (j + EARLY) * E_ROW + 32 * group);
     }
   }
 }
 
 // The sums of warps that share octets, added up by the first of them.
-DEVICE void add_splits(float (&sums)[PRODUCTS][SUMS], u32 split, u32 shared) {
-  const u32 own = shared + (threadIdx.x % (32 * OCTETS)) * 16;
-  constexpr u32 EVERY = 32 * OCTETS * 16, PIECES = PRODUCTS * COLUMNS / 8;
+DEVICE void add_splits(float (&sums)[EACH][SUMS], u32 split, u32 shared) {
+  const u32 own = shared + (threadIdx.x % (32 * PAIRS)) * 16;
+  constexpr u32 EVERY = 32 * PAIRS * 16, PARTS = EACH * COLUMNS / 8;
   __syncthreads();  // all are through with the last panel
 #pragma unroll
-  for (int i = 0; i < PIECES; ++i) {
+  for (int i = 0; i < PARTS; ++i) {
     float* const d = &sums[i / (COLUMNS / 8)][4 * (i % (COLUMNS / 8))];
-    if (split > 0) store_shared_16(own + ((split - 1) * PIECES + i) * EVERY, make_float4(d[0], d[1], d[2], d[3]));
+    if (split > 0) store_shared_16(own + ((split - 1) * PARTS + i) * EVERY, make_float4(d[0], d[1], d[2], d[3]));
   }
   __syncthreads();
   if (split > 0) return;
 #pragma unroll
   for (int other = 0; other < SPLITS - 1; ++other)
 #pragma unroll
-    for (int i = 0; i < PIECES; ++i) {
+    for (int i = 0; i < PARTS; ++i) {
       float* const d = &sums[i / (COLUMNS / 8)][4 * (i % (COLUMNS / 8))];
-      const uint4 v = load_shared_16(own + (other * PIECES + i) * EVERY);
+      const uint4 v = load_shared_16(own + (other * PARTS + i) * EVERY);
       d[0] += __uint_as_float(v.x); d[1] += __uint_as_float(v.y); d[2] += __uint_as_float(v.z); d[3] += __uint_as_float(v.w);
     }
 }
@@ -339,11 +344,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
   load_pixels(p, tile, x);
   copy_async_commit();
 
+  for (u32 i = 16 * (FRAGMENTS * E_ROW + threadIdx.x); i < E_BYTES; i += 16 * THREADS) store_shared_16(e + i, make_uint4(0, 0, 0, 0));
+
   const Share share(p, tile);
-  const Octet octet;
-  const Under under(octet);
+  const u32 split = threadIdx.x / 32 / PAIRS;
+  const Under under(threadIdx.x & 31);
   const DiagonalPlace diagonal(threadIdx.x & 31);
-  float sums[PRODUCTS][SUMS] = {};
+  float sums[EACH][SUMS] = {};
   for (u32 panel = 0; panel < p.panels; ++panel) {
     const u32 own = weights + (panel & 1) * W_BYTES;
     copy_async_wait<0>();
@@ -352,17 +359,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, config::blocks) kernel(con
     copy_async_commit();
     expand(share, x, own, own + W1_BYTES + W3_BYTES + W2_BYTES, e);
     __syncthreads();
-    filter_and_project(sums, under, diagonal, octet.split, e, own, p.expanded - panel * PANEL);
+    filter_and_project(sums, under, diagonal, split, e, own, p.expanded - panel * PANEL);
   }
-  if constexpr (SPLITS > 1) add_splits(sums, octet.split, x);
-  if (octet.split == 0) {
+  if constexpr (SPLITS > 1) add_splits(sums, split, x);
+  if (split == 0) {
+    const Octet octets[2] = {Octet(0), Octet(1)};
 #pragma unroll
-    for (int product = 0; product < PRODUCTS; ++product) {
+    for (int o = 0; o < EACH; ++o) {
       u32 places[2];
       bool stored[2];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) stored[i] = octet.result(p, tile, 2 * product + i, places[i]);
-      emit_rows<Epilogue, BLOCKS, 2>(p, sums[product], places, stored, 0, p.outputs);
+      for (int i = 0; i < 2; ++i) stored[i] = octets[i].result(p, tile, o, places[i]);
+      emit_rows<Epilogue, BLOCKS, 2>(p, sums[o], places, stored, 0, p.outputs);
     }
   }
   stamp_end(p.stamp);

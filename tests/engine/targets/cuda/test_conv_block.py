@@ -61,7 +61,7 @@ def test_blocks_match_float64(runner: Runner, count: int) -> None:
 def test_the_emulator_shows_a_wrong_kernel(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = emulator_or_skip()
     step = block_step((2, 24, 9, 11), 136, 40)
-    tile = next(tile for tile in tiles_of(step, runner.context) if tile.panel == 32 and tile.octets == 4)
+    tile = next(tile for tile in tiles_of(step, runner.context) if tile.panel == 32 and tile.pairs == 4)
     case = Case(what, step, 160, lowered=lower_in(step, tile, runner.context))
     check(runner, [case])
     check_is_caught(runner, case, WRONG[what], monkeypatch)
