@@ -1,11 +1,13 @@
-"""Inverted residuals in one launch (conv_block.cuh): which can be, in which tile; elsewhere their three convolutions,
+"""Inverted residuals: `ConvBlock`. In one launch (conv_block.cuh) where that is faster, else their three convolutions,
 with what lies between them in the step's workspace."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
+from typing import TypeAlias
 
 import numpy as np
 
@@ -18,8 +20,11 @@ from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda import codegen, conv
 from engine.targets.cuda.codegen import bounds_of
 from engine.targets.cuda.conv_bias import without_bias
+from engine.targets.cuda.conv_block_tiles import TILES, Apart, BlockTile, Sizes, Work
+from engine.targets.cuda.conv_choices import block_key
 from engine.targets.cuda.conv_geometry import Geometry, channels_last, image_at, sizes_of
-from engine.targets.cuda.gemm import epilogue_of
+from engine.targets.cuda.conv_tiles import chosen
+from engine.targets.cuda.gemm import epilogue_of, estimated_best
 from engine.targets.cuda.kernel import (
     ALIGNMENT,
     I64,
@@ -35,120 +40,16 @@ from engine.targets.cuda.kernel import (
     workspace_bytes,
 )
 from engine.targets.cuda.spaces import VECTOR
+from engine.targets.cuda.tiles import Choice
 
-_WARPS = 8
-_FRAGMENT, _OCTET = 16, 8  # rows of a product; neighbouring results
+Way: TypeAlias = BlockTile | Apart
+
 _MOST_COLUMNS = 192  # of results, whose sums a lane has registers for
-_KEPT = 40  # registers of a lane for the weights that it keeps as it expands
-_RESERVED = 1024  # bytes of shared memory that the system takes for each block
+_THREADS = 256
+_BELIEVED = 0.87
+"""The time of three convolutions beside the sum of their estimates: typical of 28 inverted residuals on an H100 (0.74 to
+1.05)."""
 _TYPES = (DType.F16, DType.BF16)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Kernel and stride of the filter, and the channels before and the columns behind, filled up."""
-
-    kernel: int
-    stride: int
-    channels: int
-    columns: int
-
-    @classmethod
-    def of(cls, step: Step) -> Sizes:
-        assert isinstance(step.op, ConvBlock)
-        channels, outputs = step.inputs[1].shape[1], step.inputs[3].shape[0]
-        padded = ceildiv(channels, _FRAGMENT) * _FRAGMENT, ceildiv(outputs, VECTOR) * VECTOR
-        return cls(step.inputs[2].shape[2], step.op.depthwise.strides[0], *padded)
-
-    @property
-    def tap_pairs(self) -> int:
-        """Words of two taps of a channel."""
-        return ceildiv(self.kernel**2, 2)
-
-
-@dataclass(frozen=True)
-class BlockTile:
-    """Results of a tile: `images` × `rows` × `columns`, of which a warp has two times eight neighbours of `each` rows.
-    `panel`: expanded channels at a time."""
-
-    images: int
-    rows: int
-    columns: int
-    each: int
-    panel: int
-
-    @property
-    def pairs(self) -> int:
-        """Of octets: as many warps have results of their own; several share them where that is less than all."""
-        return self.images * ceildiv(self.rows, self.each) * ceildiv(self.columns, _OCTET) // 2
-
-    def is_shared(self) -> bool:
-        """Whether its warps come out even."""
-        octets, splits = (
-            self.images * ceildiv(self.rows, self.each) * ceildiv(self.columns, _OCTET),
-            _WARPS // self.pairs,
-        )
-        return octets % 2 == 0 and self.pairs * splits == _WARPS and self.panel // _FRAGMENT % splits == 0
-
-    def _line(self, sizes: Sizes) -> tuple[int, int]:
-        """Lines of pixels of an image, and the places that each takes."""
-        across = (self.columns - 1) * sizes.stride + sizes.kernel
-        below = sizes.kernel % 2 if self.images > 1 else 0
-        return (self.rows - 1) * sizes.stride + sizes.kernel + below, ceildiv(across, sizes.stride) * sizes.stride
-
-    def _fragments(self, sizes: Sizes) -> int:
-        return ceildiv(self.images * prod(self._line(sizes)), _FRAGMENT)
-
-    def unit(self, sizes: Sizes) -> int | None:
-        """Channels that a warp expands at a time: those that leave the warps the fewest turns, of what has registers
-        for its weights."""
-        steps, best = sizes.channels // _FRAGMENT, dict[int, int]()
-        for unit in range(_FRAGMENT, self.panel + 1, _FRAGMENT):
-            units = self.panel // unit
-            if self.panel % unit == _WARPS % units == 0 and steps * unit // 4 <= _KEPT:
-                best[unit] = unit * ceildiv(self._fragments(sizes), _WARPS // units)
-        return min(best, key=lambda unit: (best[unit], -unit), default=None)
-
-    def shared_bytes(self, sizes: Sizes) -> int:
-        """What it takes of shared memory (conv_block.cuh)."""
-        height, line = self._line(sizes)
-        phase, pixels = line // sizes.stride, self._fragments(sizes) * _FRAGMENT
-        rows = ceildiv(self.rows, self.each) * self.each
-        lines = (self.images - 1) * height + (rows - 1) * sizes.stride + sizes.kernel + sizes.kernel % 2
-        first = max(0, self.columns - _OCTET)
-        end = (lines - 1) * line + (sizes.stride - 1) * phase + (sizes.kernel - 1) // sizes.stride + first + _OCTET
-        wide, narrow = 2 * sizes.channels + 16, 2 * self.panel + 16
-        weights = self.panel * (wide + 4 * sizes.tap_pairs + 8) + sizes.columns * narrow
-        left = (_WARPS - self.pairs) * self.each * sizes.columns * 64  # of warps that share octets
-        return max(left, pixels * wide + max(end, pixels) * narrow + 2 * weights)
-
-    def _held(self, sizes: Sizes, unit: int) -> int:
-        """Registers of a thread that the kernel cannot do without beside some that every tile takes, by the numbers
-        that it has in them: sums, and what it expands or filters with, whichever is more."""
-        kernel, steps = sizes.kernel, sizes.channels // _FRAGMENT
-        expanding = steps * unit // 4 + unit // 2 + (unit // 4 if unit <= 32 else 0)
-        filtering = (kernel // 2 + 1) * 5 + sizes.tap_pairs * 3 // 2 + 6 * self.each
-        return self.each * sizes.columns // 2 + max(expanding, filtering)
-
-    def blocks(self, sizes: Sizes, shared_bytes: int) -> int:
-        """A multiprocessor's, of so much shared memory: as many as there are registers for without spilling."""
-        unit = self.unit(sizes)
-        assert unit is not None
-        room = shared_bytes // (self.shared_bytes(sizes) + _RESERVED)
-        fitting = sum(self._held(sizes, unit) <= most for most in _HELD)
-        return max(1, min(room, fitting))
-
-
-_HELD = (256, 106, 60)
-"""Most of `_held` where so many blocks, from one on, share the registers of a multiprocessor."""
-_SHAPES = (
-    (1, 16, 28, 4), (1, 16, 32, 4), (2, 14, 14, 4), (1, 8, 28, 4), (1, 8, 32, 4), (1, 16, 16, 4), (1, 14, 14, 4),
-    (4, 7, 7, 4), (1, 8, 16, 4), (1, 4, 28, 4), (1, 7, 14, 4), (2, 7, 7, 4),
-    (1, 8, 28, 2), (1, 8, 32, 2), (1, 16, 16, 2), (4, 7, 7, 2), (1, 8, 16, 2), (1, 4, 28, 2), (1, 7, 14, 2),
-    (2, 7, 7, 2), (1, 7, 7, 2), (1, 8, 8, 2), (1, 4, 16, 2),
-    (1, 8, 16, 1), (1, 4, 28, 1), (1, 4, 16, 1), (1, 8, 8, 1), (1, 4, 8, 1), (1, 2, 28, 1),
-)  # fmt: skip
-TILES = tuple(tile for shape in _SHAPES for panel in (32, 48, 64) if (tile := BlockTile(*shape, panel)).is_shared())
 
 
 def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement, ...], tuple[Requirement, ...]]:
@@ -159,17 +60,35 @@ def requirements(op: Op, inputs: tuple[Tensor, ...]) -> tuple[tuple[Requirement,
 
 
 def lower(step: Step, context: Context) -> list[Launch]:
-    return lower_apart(step, context) if step.outputs[0].elements else []
+    if not step.outputs[0].elements:
+        return []
+    ways, key = tiles_of(step, context), block_key(convolutions(step), context)
+    return lower_in(step, chosen(ways, key, context), context)
+
+
+def lower_in(step: Step, way: Way, context: Context) -> list[Launch]:
+    """The launches of a step in one of its `tiles_of`."""
+    return lower_apart(step, context) if isinstance(way, Apart) else [launch_block(step, way, context)]
 
 
 def lower_apart(step: Step, context: Context) -> list[Launch]:
     """The three convolutions. What lies between them in the workspace is behind what they leave there themselves."""
-    own = max(workspace_bytes(conv.lower(one, context)) for one in _convolutions(step, 0))
-    return [launch for one in _convolutions(step, own) for launch in conv.lower(one, context)]
+    own = max(workspace_bytes(conv.lower(one, context)) for one in convolutions(step))
+    between = partial(_scratch, BufferKind.WORKSPACE)
+    return [launch for one in _convolutions(step, own, between) for launch in conv.lower(one, context)]
 
 
-def _convolutions(step: Step, own: int) -> list[Step]:
-    """The convolutions as steps, with their results `own` bytes into the workspace, one behind the other."""
+def convolutions(step: Step) -> list[Step]:
+    """The three convolutions as steps of their own."""
+    return _convolutions(step, 0, partial(_scratch, BufferKind.ARENA))
+
+
+def _scratch(kind: BufferKind, nbytes: int) -> Buffer:
+    return Buffer("between", kind, nbytes)
+
+
+def _convolutions(step: Step, own: int, buffer_of: Callable[[int], Buffer]) -> list[Step]:
+    """The convolutions as steps, with their results `own` bytes into a buffer, one behind the other."""
     op, x, end = step.op, step.inputs[0], ceildiv(own, ALIGNMENT) * ALIGNMENT
     assert isinstance(op, ConvBlock)
     places = list[tuple[DType, tuple[int, ...], int]]()
@@ -177,13 +96,15 @@ def _convolutions(step: Step, own: int) -> list[Step]:
         sizes = sizes_of(shape)
         places.append((dtype, sizes, end))
         end += ceildiv(prod(sizes) * dtype.itemsize, ALIGNMENT) * ALIGNMENT
-    scratch = Buffer("between", BufferKind.WORKSPACE, end)
-    results = [image_at(scratch, *place) for place in places]
+    scratch = buffer_of(end)
+    results = [*(image_at(scratch, *place) for place in places), step.outputs[0]]
     images, each = (x, *results), (op.expand, op.depthwise, op.project)
-    return [
-        replace(step, op=one, inputs=(image, w, *step.inputs[2:]), outputs=(result,))
-        for one, image, w, result in zip(each, images, step.inputs[1:4], (*results, step.outputs[0]), strict=True)
-    ]
+    found = list[Step]()
+    for one, image, w, result in zip(each, images, step.inputs[1:4], results, strict=False):
+        inputs = (image, w, *step.inputs[2:])
+        cost = one.cost((image, w), (result,))
+        found.append(replace(step, op=one, inputs=inputs, outputs=(result,), cost=cost))
+    return found
 
 
 def suits(step: Step) -> bool:
@@ -204,7 +125,7 @@ def suits(step: Step) -> bool:
         and kernel[0] <= 5 and depthwise.strides[0] <= 2
         and channels % VECTOR == expanded % VECTOR == 0 and outputs <= _MOST_COLUMNS
         and all(map(is_constant, weights))
-        and Geometry(_convolutions(step, 0)[0]).reads_chunks(VECTOR, x.dtype) and _between(step) is not None
+        and Geometry(convolutions(step)[0]).reads_chunks(VECTOR, x.dtype) and _between(step) is not None
     )  # fmt: skip
 
 
@@ -234,16 +155,47 @@ class _Between:
 
 def _between(step: Step) -> tuple[_Between, _Between] | None:
     """Those of the first two convolutions, if both are."""
-    first, second = map(_Between.of, _convolutions(step, 0)[:2])
+    first, second = map(_Between.of, convolutions(step)[:2])
     return None if first is None or second is None else (first, second)
 
 
-def tiles_of(step: Step, context: Context) -> list[BlockTile]:
-    """The tiles that a step can run in."""
-    if not suits(step):
-        return []
-    sizes, most = Sizes.of(step), context.architecture.shared_bytes
-    return [tile for tile in TILES if tile.unit(sizes) is not None and tile.shared_bytes(sizes) <= most]
+def tiles_of(step: Step, context: Context) -> list[Choice[Way]]:
+    """The ways that a step can run in, from what should be the fastest on: tiles of the kernel, and the three
+    convolutions."""
+    ways: list[Choice[Way]] = [Choice(Apart(), cycles_apart(step, context))]
+    ways += estimates(step, context)
+    return sorted(ways, key=lambda way: way.cycles)
+
+
+def cycles_apart(step: Step, context: Context) -> float:
+    """What the three convolutions should take."""
+
+    def cycles(one: Step) -> float:
+        found = conv.parts_of(one, context)
+        if found is not None:
+            return estimated_best(*found, context).estimate.cycles
+        return min((choice.cycles for choice in conv.tiles_of(one, context)), default=0.0)
+
+    return _BELIEVED * sum(map(cycles, convolutions(step)))
+
+
+def estimates(step: Step, context: Context) -> Iterator[Choice[BlockTile]]:
+    """The tiles of the kernel that a step can run in, with what they should take."""
+    if not step.outputs[0].elements or not suits(step):
+        return
+    sizes, expanded = Sizes.of(step), step.inputs[1].shape[0]
+    for tile in TILES:
+        work = Work(tile, sizes)
+        blocks = work.blocks(context.architecture.shared_bytes)
+        if blocks > 0:
+            cycles = work.cycles(prod(_tiles(step, tile)), expanded, context.multiprocessors, blocks)
+            yield Choice(tile, cycles)
+
+
+def _tiles(step: Step, tile: BlockTile) -> tuple[int, int, int]:
+    """Groups of images, and tiles down and across."""
+    images, _, height, width = step.outputs[0].shape
+    return ceildiv(images, tile.images), ceildiv(height, tile.rows), ceildiv(width, tile.columns)
 
 
 def _order_of(kernel: int) -> list[int]:
@@ -288,17 +240,18 @@ def _packed_weights(
     return context.weights.packed_together([*weights, *there], layout, pack)
 
 
-def lower_in(step: Step, tile: BlockTile, context: Context) -> list[Launch]:
-    """The launch of a step in one of its `tiles_of`."""
+def launch_block(step: Step, tile: BlockTile, context: Context) -> Launch:
+    """The launch of a step in a tile of the kernel."""
     op, x, result, sizes = step.op, step.inputs[0], step.outputs[0], Sizes.of(step)
     assert isinstance(op, ConvBlock)
     (expanded, channels), outputs = step.inputs[1].shape[:2], step.inputs[3].shape[0]
-    image, between = Geometry(_convolutions(step, 0)[0]), _between(step)
+    image, between = Geometry(convolutions(step)[0]), _between(step)
     assert between is not None, "the caller has looked"
     first, second = between
 
     (images, _, height, width), (_, _, out_h, out_w) = x.shape, result.shape
-    across, down = ceildiv(out_w, tile.columns), ceildiv(out_h, tile.rows)
+    work, shared = Work(tile, sizes), context.architecture.shared_bytes
+    groups, down, across = _tiles(step, tile)
     (pad_h, _), (pad_w, _) = op.depthwise.pads
     x_image, _, x_row, x_pixel = map(I64, image.x_strides)
     arguments: dict[str, Argument] = {
@@ -309,28 +262,36 @@ def lower_in(step: Step, tile: BlockTile, context: Context) -> list[Launch]:
         "in_h": height, "in_w": width, "out_h": out_h, "out_w": out_w, "pad_h": pad_h, "pad_w": pad_w,
         "tiles_x": across, "tiles_y": down,
     }  # fmt: skip
-    return [
-        launch(
-            "conv",
-            "conv_block.cuh",
-            {
-                "operand": STORAGE[x.dtype], "kernel": sizes.kernel, "stride": sizes.stride, "images": tile.images,
-                "tile_h": tile.rows, "tile_w": tile.columns, "each": tile.each, "panel": tile.panel,
-                "unit": tile.unit(sizes) or 0, "c_in": sizes.channels, "columns": sizes.columns,
-                "expanded_bounded": first.most is not None, "expanded_most": first.most or 0,
-                "filtered_bounded": second.most is not None, "filtered_most": second.most or 0,
-                "blocks": tile.blocks(sizes, context.architecture.shared_bytes),
-                "shared_bytes": tile.shared_bytes(sizes),
-            },
-            [
-                codegen.of_sums("Expanded", first.value),
-                codegen.of_sums("Filtered", second.value),
-                epilogue_of(step, op.stores, channels_last(4), outputs),
-            ],
-            arguments,
-            (ceildiv(images, tile.images) * down * across, 1, 1),
-            32 * _WARPS,
-            tile.shared_bytes(sizes),
-            Instruction.MMA,
-        )
-    ]  # fmt: skip
+    return launch(
+        "conv",
+        "conv_block.cuh",
+        {
+            "operand": STORAGE[x.dtype],
+            "kernel": sizes.kernel,
+            "stride": sizes.stride,
+            "images": tile.images,
+            "tile_h": tile.rows,
+            "tile_w": tile.columns,
+            "each": tile.each,
+            "panel": tile.panel,
+            "unit": work.unit or 0,
+            "c_in": sizes.channels,
+            "columns": sizes.columns,
+            "expanded_bounded": first.most is not None,
+            "expanded_most": first.most or 0,
+            "filtered_bounded": second.most is not None,
+            "filtered_most": second.most or 0,
+            "blocks": work.blocks(shared),
+            "shared_bytes": work.shared_bytes,
+        },
+        [
+            codegen.of_sums("Expanded", first.value),
+            codegen.of_sums("Filtered", second.value),
+            epilogue_of(step, op.stores, channels_last(4), outputs),
+        ],
+        arguments,
+        (groups * down * across, 1, 1),
+        _THREADS,
+        work.shared_bytes,
+        Instruction.MMA,
+    )

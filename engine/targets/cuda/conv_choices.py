@@ -11,6 +11,7 @@ from typing import TypeAlias, TypeVar
 from engine.ir.dtype import DType
 from engine.ir.ops import Conv, ConvMax
 from engine.plan.plan import Step
+from engine.targets.cuda.conv_block_tiles import Apart, BlockTile
 from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.conv_halo import HaloTile
 from engine.targets.cuda.conv_halo_deep import DeepTile
@@ -27,13 +28,14 @@ from engine.targets.cuda.tiles import MmaTile, WgmmaTile
 
 ConvTile: TypeAlias = (
     MmaTile | WgmmaTile | HaloTile | DeepTile | LinesTile | StemTile | PooledStemTile | DepthwiseTile | RowsTile
-)
+    | BlockTile | Apart
+)  # fmt: skip
 T = TypeVar("T", bound=ConvTile)
 
 _KINDS: dict[str, type[ConvTile]] = {
     "mma": MmaTile, "gathered": WgmmaTile, "halo": HaloTile, "deep halo": DeepTile, "lines": LinesTile,
     "stem": StemTile, "pooled stem": PooledStemTile, "depthwise": DepthwiseTile, "depthwise rows": DiagonalRows,
-    "depthwise bands": BandedRows,
+    "depthwise bands": BandedRows, "block": BlockTile, "apart": Apart,
 }  # fmt: skip
 """The kernels, by what a choice calls them."""
 
@@ -56,6 +58,11 @@ def key_of(step: Step, bare: Step, context: Context) -> str:
     shape = " ".join(name + "x".join(map(str, values)) for name, values in sizes.items())
     stores = hashlib.sha256(epilogue_for(bare, geometry.n).code.encode()).hexdigest()[:8]
     return f"{kind}{rounding}{known} {geometry.x_dtype.value} {weights.dtype.value} {shape} {stores}"
+
+
+def block_key(convolutions: Sequence[Step], context: Context) -> str:
+    """What names an inverted residual, by its convolutions."""
+    return f"block of {', '.join(key_of(one, one, context) for one in convolutions)}"
 
 
 def choice_of(tile: ConvTile, us: float) -> Choice:
@@ -115,6 +122,12 @@ def tile_text(tile: ConvTile) -> str:
             pixels = f"{tile.bands}·{tile.rows}×{8 * tile.units} pixels"
             images = f" of {tile.images} images" if tile.images > 1 else ""
             return f"depthwise {pixels}{images} × {tile.channels}, {tile.stages} windows"
+        case BlockTile():
+            images = f" of {tile.images} images" if tile.images > 1 else ""
+            rows = f"{tile.each} rows a warp, panels of {tile.panel} channels"
+            return f"block {tile.rows}×{tile.columns} pixels{images}, {rows}"
+        case Apart():
+            return "three convolutions"
         case RowsTile():
             ring = f"{tile.stages}·{tile.rows} rows of {tile.pixels} pixels × {tile.panel}"
             bands = " bands" if isinstance(tile, BandedRows) else ""

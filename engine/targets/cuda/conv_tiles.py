@@ -74,6 +74,11 @@ def stem_tiles(geometry: Geometry, context: Context) -> list[Choice[StemTile]]:
 
 def taken(ranked: Sequence[Choice[T]], step: Step, bare: Step, context: Context) -> T:
     """The tile that a step takes of those that it can run in, one at least. `bare`: see `key_of`."""
-    choice = context.choices.get(key_of(step, bare, context)) if context.choices else None
+    return chosen(ranked, key_of(step, bare, context), context)
+
+
+def chosen(ranked: Sequence[Choice[T]], key: str, context: Context) -> T:
+    """The same, by what names the step among the choices."""
+    choice = context.choices.get(key)
     timed = None if choice is None else chosen_among([one.tile for one in ranked], choice)
     return ranked[0].tile if timed is None else timed

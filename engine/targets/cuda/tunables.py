@@ -4,19 +4,20 @@ launches. Needs no GPU."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from engine.ir.ops import Conv, ConvExcitation, ConvMax, ConvMean, Gemm
+from engine.ir.ops import Conv, ConvBlock, ConvExcitation, ConvMax, ConvMean, Gemm
 from engine.plan.plan import Step
-from engine.targets.cuda import choices, conv, conv_choices, conv_excitation, conv_max, conv_mean, gemm
+from engine.targets.cuda import choices, conv, conv_block, conv_choices, conv_excitation, conv_max, conv_mean, gemm
+from engine.targets.cuda.conv_block_tiles import Apart, BlockTile
 from engine.targets.cuda.conv_choices import ConvTile, kernel_of
 from engine.targets.cuda.conv_geometry import Geometry
 from engine.targets.cuda.conv_lines import LinesTile
 from engine.targets.cuda.conv_stem_pooled import PooledStemTile
-from engine.targets.cuda.conv_tiles import summed_tiles, taken
+from engine.targets.cuda.conv_tiles import chosen, summed_tiles
 from engine.targets.cuda.depthwise_tiles import RowsTile
 from engine.targets.cuda.gemm import (
     estimated_best,
@@ -78,6 +79,17 @@ class Tunable(Protocol):
     def chosen(self, context: Context) -> int | None:
         """The candidate that plans take from now on; None where it is none of them."""
         ...
+
+
+def tunables(step: Step, context: Context, most: int = CANDIDATES) -> Iterator[Tunable]:
+    """What there is to choose of a step: of an inverted residual first the tiles of its three convolutions, which are
+    what its own candidates stand beside."""
+    if isinstance(step.op, ConvBlock):
+        for one in conv_block.convolutions(step):
+            yield from tunables(one, context, most)
+    found = tunable(step, context, most)
+    if found is not None:
+        yield found
 
 
 def tunable(step: Step, context: Context, most: int = CANDIDATES) -> Tunable | None:
@@ -163,6 +175,8 @@ class _Convolution:
 
     @cached_property
     def key(self) -> str:
+        if isinstance(self.step.op, ConvBlock):
+            return conv_choices.block_key(conv_block.convolutions(self.step), self.context)
         return conv_choices.key_of(self.step, _bare(self.step), self.context)
 
     @cached_property
@@ -191,7 +205,7 @@ class _Convolution:
         return conv_choices.choice_of(self.ranked[i].tile, us)
 
     def chosen(self, context: Context) -> int | None:
-        tile = taken(_conv_tiles(self.step, context), self.step, _bare(self.step), context)
+        tile = chosen(_conv_tiles(self.step, context), self.key, context)
         return next((i for i, one in enumerate(self.ranked) if one.tile == tile), None)
 
 
@@ -214,6 +228,8 @@ def _conv_tiles(step: Step, context: Context) -> Sequence[Estimated[ConvTile]]:
             return conv.tiles_of(step, context)
         case ConvMax():
             return conv_max.tiles_of(step, context)
+        case ConvBlock():
+            return conv_block.tiles_of(step, context) if step.outputs[0].elements else ()
         case ConvMean() | ConvExcitation():
             bare = _bare(step)
             return summed_tiles(bare, Geometry(bare), context)
@@ -226,6 +242,9 @@ def _conv_launches(step: Step, tile: ConvTile, context: Context) -> list[Launch]
     if isinstance(step.op, ConvMax):
         assert isinstance(tile, WgmmaTile | LinesTile | PooledStemTile)
         return conv_max.lower_in(step, tile, context)
+    if isinstance(step.op, ConvBlock):
+        assert isinstance(tile, BlockTile | Apart)
+        return conv_block.lower_in(step, tile, context)
     assert isinstance(tile, RowsTile)
     if isinstance(step.op, ConvMean):
         return conv_mean.lower_rows(step, tile, context)

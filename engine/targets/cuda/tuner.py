@@ -13,7 +13,7 @@ from engine.specs import TileTrial
 from engine.targets.cuda.kernel import Context, Launch
 from engine.targets.cuda.launch_timing import SHORT_ROUNDS, Rounds, timed_launches
 from engine.targets.cuda.product_cost import CLOCK_MHZ
-from engine.targets.cuda.tunables import CANDIDATES, RATE, Tunable, tunable
+from engine.targets.cuda.tunables import CANDIDATES, RATE, Tunable, tunables
 
 if TYPE_CHECKING:
     from engine.targets.cuda.target import CudaTarget
@@ -58,8 +58,7 @@ def _tunables(steps: Iterable[Step], context: Context, most: int) -> dict[str, T
     """What there is to choose among steps, by its key."""
     found = dict[str, Tunable]()
     for step in steps:
-        one = tunable(step, context, most)
-        if one is not None:
+        for one in tunables(step, context, most):
             found.setdefault(one.key, one)
     return found
 

@@ -11,7 +11,7 @@ from engine.ir.expr import PointOp
 from engine.ir.ops import Conv, ConvBlock
 from engine.plan.plan import Step
 from engine.plan.tensor import row_major
-from engine.targets.cuda.conv_block import TILES, lower_in, tiles_of
+from engine.targets.cuda.conv_block import estimates, launch_block
 from engine.targets.cuda.conv_geometry import channels_last
 from engine.targets.cuda.covering.build import ACC, F16, Given, add, arg, make_step, mul, relu6, stored, weight
 from engine.targets.cuda.kernel import Context, Launch
@@ -25,7 +25,6 @@ def _as_it_is(value: ex.Expr) -> ex.Expr:
     return value
 
 
-_EVERY = 3  # tile: they differ in constants
 _ACTIVATIONS: Mapping[str, Callable[[ex.Expr], ex.Expr]] = {"relu6": relu6, "silu": _silu, "none": _as_it_is}
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
@@ -75,8 +74,6 @@ def blocks(context: Context) -> Iterator[tuple[str, Launch]]:
         block_step((4, 96, 14, 14), 576, 160, activation="none"),
         block_step((4, 112, 14, 14), 672, 192, 5, residual=False, activation="silu"),
     )
-    for turn, tile in enumerate(TILES[::_EVERY]):
-        step = steps[turn % len(steps)]
-        if tile in tiles_of(step, context):
-            for launch in lower_in(step, tile, context):
-                yield f"{step.name} {tile}", launch
+    for turn, step in enumerate(steps):
+        for tile in [choice.tile for choice in estimates(step, context)][turn % 2 :: 2]:
+            yield f"{step.name} {tile}", launch_block(step, tile, context)

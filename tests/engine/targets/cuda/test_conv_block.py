@@ -9,9 +9,11 @@ import pytest
 
 from engine.ir.dtype import DType
 from engine.ir.ops import ConvBlock
+from engine.plan.plan import Step
 from engine.targets.cuda import conv_block
 from engine.targets.cuda.architecture import SM_90A
-from engine.targets.cuda.conv_block import lower_in, tiles_of
+from engine.targets.cuda.conv_block import estimates, lower_in
+from engine.targets.cuda.conv_block_tiles import BlockTile
 from engine.targets.cuda.covering import F16, block_step
 from engine.targets.cuda.kernel import Context, WeightStore
 from tests.engine.targets.cuda.cases import check, check_late, ragged, rng_of
@@ -22,13 +24,19 @@ CONTEXT = Context(SM_90A, 132, WeightStore())
 WRONG = {
     "weights that have not all come": ("copy_async_wait<0>();", "copy_async_wait<1>();"),
     "a panel is filtered before all have expanded it": ("W2_BYTES, e);\n    __syncthreads();", "W2_BYTES, e);"),
-    "a panel is expanded while others filter the one before": ("    __syncthreads();  // the panel's weights", "    // "),
+    "a panel is expanded while others filter the one before": (
+        "    __syncthreads();  // the panel's weights", "    // ",
+    ),
     "pixels beside the image are not zeros": ("share.is_there(round, i) ? word : 0", "word"),
     "sums that the warps of an octet have not all left": (
         "  __syncthreads();\n  if (split > 0) return;", "  if (split > 0) return;",
     ),
 }  # fmt: skip
 """What takes the place of what."""
+
+
+def tiles(step: Step, context: Context) -> list[BlockTile]:
+    return [choice.tile for choice in estimates(step, context)]
 
 
 def test_blocks_match_float64(runner: Runner, count: int) -> None:
@@ -47,10 +55,10 @@ def test_blocks_match_float64(runner: Runner, count: int) -> None:
         x = (int(rng.integers(1, 4)), channels, int(rng.integers(kernel, 20)), int(rng.integers(kernel, 20)))
         activation = str(rng.choice(["relu6", "silu", "none"]))
         step = block_step(x, expanded, outputs, kernel, stride, pads, residual, dtype, activation)
-        tiles = tiles_of(step, runner.context)
-        if not tiles:
+        fitting = tiles(step, runner.context)
+        if not fitting:
             continue
-        tile = tiles[int(rng.integers(len(tiles)))]
+        tile = fitting[int(rng.integers(len(fitting)))]
         label = f"{x} {expanded} {outputs} {kernel} {stride} {pads} {tile}"
         lowered = lower_in(step, tile, runner.context)
         cases.append(Case(label, step, channels + expanded, lowered=lowered))
@@ -61,7 +69,7 @@ def test_blocks_match_float64(runner: Runner, count: int) -> None:
 def test_the_emulator_shows_a_wrong_kernel(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = emulator_or_skip()
     step = block_step((2, 24, 9, 11), 136, 40)
-    tile = next(tile for tile in tiles_of(step, runner.context) if tile.panel == 32 and tile.pairs == 4)
+    tile = next(tile for tile in tiles(step, runner.context) if tile.panel == 32 and tile.pairs == 4)
     case = Case(what, step, 160, lowered=lower_in(step, tile, runner.context))
     check(runner, [case])
     check_is_caught(runner, case, WRONG[what], monkeypatch)
@@ -75,7 +83,7 @@ def test_apart_they_match_float64(runner: Runner) -> None:
 
 def test_what_the_kernel_takes() -> None:
     usual = block_step((2, 24, 14, 14), 144, 24, residual=True)
-    assert tiles_of(usual, CONTEXT)
+    assert tiles(usual, CONTEXT)
     op = usual.op
     assert isinstance(op, ConvBlock)
     wide = block_step((2, 24, 14, 14), 144, 320)
@@ -83,4 +91,4 @@ def test_what_the_kernel_takes() -> None:
     large = block_step((2, 24, 14, 14), 144, 24, 7)
     dilated = replace(usual, op=replace(op, depthwise=replace(op.depthwise, dilations=(2, 2), pads=((2, 2), (2, 2)))))
     for step in (wide, odd, large, dilated):
-        assert not tiles_of(step, CONTEXT)
+        assert not tiles(step, CONTEXT)
