@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 from benchmarks.cases import (
     accuracy,
     attention,
+    block,
     conv,
     cpu,
     exports,
@@ -37,7 +38,7 @@ AnyCase = TypeVar("AnyCase", bound=Case)
 
 AnyAttention = attention.AttentionCase | attention.WindowCase | attention.DecodeCase
 AnyProduct = gemm.GemmCase | gemm.Fp8Case | gemm.MatricesCase
-KernelCase = AnyProduct | conv.ConvCase | AnyAttention | attention.VarlenCase | light.LightCase
+KernelCase = AnyProduct | conv.ConvCase | block.BlockCase | AnyAttention | attention.VarlenCase | light.LightCase
 
 KERNELS: Mapping[str, Sequence[KernelCase]] = {
     "gemm": gemm.CASES,
@@ -45,6 +46,7 @@ KERNELS: Mapping[str, Sequence[KernelCase]] = {
     "fp8": gemm.FP8_CASES,
     "matrices": gemm.MATRICES_CASES,
     "conv": conv.CASES,
+    "block": block.CASES,
     "attention": attention.CASES,
     "windows": attention.WINDOW_CASES,
     "varlen": attention.VARLEN_CASES,

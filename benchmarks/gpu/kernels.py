@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.cases import KernelCase
 from benchmarks.cases.attention import AttentionCase, Mask, VarlenCase
+from benchmarks.cases.block import BlockCase
 from benchmarks.cases.gemm import Epilogue, GemmCase
 from benchmarks.gpu import peers
 from benchmarks.gpu.operands import Fill, Operands, our_contender
@@ -26,6 +27,7 @@ from benchmarks.results import Ceilings
 from engine.errors import EngineError
 from engine.ir.dtype import DType
 from engine.plan.plan import Step
+from engine.targets.cuda import conv_block
 from engine.targets.cuda.families import family_of
 from engine.targets.cuda.kernel import Launch
 from engine.targets.cuda.target import CudaTarget
@@ -34,6 +36,7 @@ from engine.targets.cuda.tuner import trials
 TOLERANCE = 1e-2
 COMPILE = "compile"
 ALONE = "ours alone"
+APART = "ours apart"
 
 
 def measure_all(
@@ -47,8 +50,8 @@ def measure_all(
     """(case, what came out, floor in µs, what the cost model predicts in µs), one after the other, as long as
     `deadline` (of `time.monotonic`) is not past. The tuner begins none after `tune_seconds`; then the kernels of
     all cases are compiled, in parallel. `compile_seconds` is how long torch.compile may take for a case; 0: it takes no
-    part. Our product without a case's epilogue is one of its parts (`ours alone`): what the epilogue adds shows only
-    in the same rounds."""
+    part. Our product without a case's epilogue is one of its parts (`ours alone`), and the three convolutions of an
+    inverted residual one after the other (`ours apart`): what is gained or added shows only in the same rounds."""
     begin = time.monotonic()
     full_precision()
     torch.backends.cudnn.benchmark = True
@@ -57,8 +60,10 @@ def measure_all(
     if tune_seconds:
         _tune(target, [*steps.values()], min(deadline, begin + tune_seconds))
     lowered = {case: _lowered(target, step) for case, step in steps.items()}
+    apart = {case: conv_block.lower_apart(steps[case], target.context) for case in cases if isinstance(case, BlockCase)}
     try:
-        target.device.load(launch.kernel for one in lowered.values() for launch in one.launches)
+        every = [*(one.launches for one in lowered.values()), *apart.values()]
+        target.device.load(launch.kernel for launches in every for launch in launches)
     except EngineError as error:
         print(f"not every kernel compiles; each case will say so: {reason(error)}")
     print(f"tuning, lowering and compiling: {time.monotonic() - begin:.0f} s", flush=True)
@@ -71,8 +76,13 @@ def measure_all(
         one, part = lowered[case], alone(case)
         with torch.inference_mode():
             floor = floor_us(one.step, ceilings)
-            with_part = None if part is None else (part, lowered[part])
-            measurement = _measure(target, case, one, with_part, compile_seconds)
+            parts = list[Entry]()
+            if part is not None:
+                parts.append(Entry(ALONE, partial(_part_contender, target, part, lowered[part]), part=True))
+            if case in apart:
+                launches = _Lowered(one.step, apart[case])
+                parts.append(Entry(APART, partial(_part_contender, target, case, launches), part=True))
+            measurement = _measure(target, case, one, parts, compile_seconds)
         yield case, measurement, floor, None if one.failure else predicted_us(one.step, target.context)
         gc.collect()
         torch.cuda.empty_cache()
@@ -120,7 +130,7 @@ def _measure(
     target: CudaTarget,
     case: KernelCase,
     lowered: _Lowered,
-    part: tuple[GemmCase, _Lowered] | None,
+    parts: Sequence[Entry],
     compile_seconds: float,
 ) -> Measurement:
     if lowered.failure:
@@ -129,8 +139,7 @@ def _measure(
     entries = [
         Entry(peer.name, partial(peer_contender, peer, operands), peer.part is not None) for peer in peers.peers(case)
     ]
-    if part is not None:
-        entries.append(Entry(ALONE, partial(_part_contender, target, *part), part=True))
+    entries += parts
     ours = partial(our_contender, target, lowered.launches, operands)
     if not compile_seconds:
         return measure(ours, entries, TOLERANCE)
@@ -139,7 +148,7 @@ def _measure(
         return measure(ours, entries, TOLERANCE)
 
 
-def _part_contender(target: CudaTarget, case: GemmCase, lowered: _Lowered) -> GraphContender:
+def _part_contender(target: CudaTarget, case: KernelCase, lowered: _Lowered) -> GraphContender:
     if lowered.failure:
         raise EngineError(lowered.failure)
     return our_contender(target, lowered.launches, Operands(lowered.step, peers.reference(case), lowered.launches))

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cases import AnyAttention, KernelCase
 from benchmarks.cases.attention import AttentionCase, DecodeCase, Mask, VarlenCase, WindowCase
+from benchmarks.cases.block import BlockCase
 from benchmarks.cases.conv import ConvCase, Tail
 from benchmarks.cases.gemm import Epilogue, Fp8Case, GemmCase, MatricesCase
 from benchmarks.cases.light import Kind, LightCase
@@ -56,6 +57,8 @@ def peers(case: KernelCase) -> list[Peer]:
             return [Peer("cuBLAS", _matrices)]
         case ConvCase():
             return list(_conv(case))
+        case BlockCase():
+            return list(_block(case))
         case AttentionCase() | WindowCase() | DecodeCase():
             return list(_attention(case))
         case VarlenCase():
@@ -75,6 +78,8 @@ def reference(case: KernelCase) -> Function:
             return _matrices
         case ConvCase():
             return _without_search(_convolution(case))
+        case BlockCase():
+            return _without_search(_residual(case))
         case AttentionCase() | WindowCase() | DecodeCase():
             return lambda *inputs: exact_attention(case, *inputs)
         case VarlenCase():
@@ -201,6 +206,32 @@ def _conv(case: ConvCase) -> Iterator[Peer]:
     if case.groups > 1:  # bound by memory: what a plain copy of as many bytes takes
         copy = partial(_copied, case)
         yield Peer("copy", copy, part=copy)
+
+
+def _residual(case: BlockCase) -> Function:
+    def run(
+        x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, w3: torch.Tensor, *biases: torch.Tensor
+    ) -> torch.Tensor:
+        first, second, third = (bias.reshape(-1) for bias in biases[:3])
+        y = F.conv2d(x, w1, first).clamp_(0, 6)
+        y = F.conv2d(y, w2, second, case.stride, case.kernel // 2, 1, case.expanded).clamp_(0, 6)
+        y = F.conv2d(y, w3, third)
+        return y.add_(x) if case.has_residual else y
+
+    return run
+
+
+def _block(case: BlockCase) -> Iterator[Peer]:
+    def lay_out(x: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        weights = (w.contiguous(memory_format=torch.channels_last) for w in others[:3])
+        return (x, *weights, *others[3:])
+
+    def alone(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, w3: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        y = F.conv2d(F.conv2d(x, w1), w2, None, case.stride, case.kernel // 2, 1, case.expanded)
+        return F.conv2d(y, w3)
+
+    yield Peer("eager", _residual(case), lay_out)
+    yield Peer("cuDNN alone", alone, lay_out, part=_without_search(alone))
 
 
 def _copied(case: ConvCase, x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 
 from benchmarks.cases import KernelCase
 from benchmarks.cases.attention import AttentionCase, DecodeCase, Mask, VarlenCase, WindowCase
+from benchmarks.cases.block import BlockCase
 from benchmarks.cases.conv import ConvCase, Tail
 from benchmarks.cases.gemm import Epilogue, Fp8Case, GemmCase, MatricesCase
 from benchmarks.cases.light import Kind, LightCase
@@ -20,6 +21,7 @@ from engine.ir.expr import PointOp
 from engine.ir.ops import (
     Attention,
     Conv,
+    ConvBlock,
     ConvMax,
     Gemm,
     Norm,
@@ -41,7 +43,7 @@ from engine.targets.cuda.kernel import Context, WeightStore
 from engine.targets.cuda.source import expand
 
 KERNEL_CASES = (
-    GemmCase, Fp8Case, MatricesCase, ConvCase, AttentionCase, WindowCase, VarlenCase, DecodeCase, LightCase
+    GemmCase, Fp8Case, MatricesCase, ConvCase, BlockCase, AttentionCase, WindowCase, VarlenCase, DecodeCase, LightCase
 )  # fmt: skip
 F16, F32, F8 = DType.F16, DType.F32, DType.F8E4M3
 
@@ -86,6 +88,8 @@ def step_of(case: KernelCase, weight: Constants = random_weight) -> Step:
             return cv.make_step(Gemm((cv.stored(cv.ACC),)), [(F16, shape) for shape in shapes])
         case ConvCase():
             return _conv(case, weight)
+        case BlockCase():
+            return _block(case, weight)
         case AttentionCase():
             return _attention(case)
         case WindowCase():
@@ -162,6 +166,29 @@ def _conv(case: ConvCase, weight: Constants) -> Step:
     around = int(case.pool == 3)
     pool = Pool(PoolKind.MAX, (case.pool,) * 2, (2, 2), ((around, around),) * 2, (1, 1), stores=(ex.Acc(F16),))
     return cv.make_step(ConvMax(op, pool), inputs)
+
+
+def _block(case: BlockCase, weight: Constants) -> Step:
+    """The image is the residual, where there is one."""
+    wide, narrow, pad = case.expanded, case.outputs, case.kernel // 2
+    filters = (wide, case.channels, 1, 1), (wide, 1, case.kernel, case.kernel), (narrow, wide, 1, 1)
+    image = _nhwc((case.batch, case.channels, case.size, case.size))
+    biases = [weight(channels, 1, 1) for channels in (wide, wide, narrow)]
+    stores = [_clamped(cv.add(cv.ACC, cv.arg(i))) for i in (4, 5)]
+    last = cv.add(cv.ACC, cv.arg(6))
+    stores.append(cv.stored(cv.add(last, cv.arg(7)) if case.has_residual else last))
+    one, none = (1, 1), ((0, 0), (0, 0))
+    op = ConvBlock(
+        Conv(one, none, one, stores=(stores[0],)),
+        Conv((case.stride,) * 2, ((pad, pad),) * 2, one, wide, stores=(stores[1],)),
+        Conv(one, none, one, stores=(stores[2],)),
+    )
+    residual: list[cv.Given] = [image] if case.has_residual else []
+    return cv.make_step(op, [image, *(weight(*shape) for shape in filters), *biases, *residual])
+
+
+def _clamped(value: ex.Expr) -> ex.Expr:
+    return cv.stored(cv.relu6(value))
 
 
 def _nhwc(shape: tuple[int, ...], name: str = "image") -> Tensor:

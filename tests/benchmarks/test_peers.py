@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.cases import KernelCase
 from benchmarks.cases.attention import AttentionCase, DecodeCase, Mask, VarlenCase, WindowCase
+from benchmarks.cases.block import BlockCase
 from benchmarks.cases.conv import ConvCase, Tail
 from benchmarks.cases.gemm import Epilogue, Fp8Case, GemmCase, MatricesCase
 from benchmarks.cases.light import Kind, LightCase
@@ -41,6 +42,8 @@ SMALL: tuple[KernelCase, ...] = (
     ConvCase(1, 3, 32, 28, 7, 2),
     ConvCase(2, 3, 32, 28, 3, 2, tail=Tail.RELU6, fp32_image=True),
     ConvCase(2, 24, 24, 14, 5, 2, 24, Tail.RELU6),
+    BlockCase(2, 16, 48, 16, 14),
+    BlockCase(2, 16, 48, 24, 14, 5, 2),
     *(AttentionCase(3, 2, 20, 16, mask) for mask in Mask),
     WindowCase(3, 2, 20, 16, 6),
     VarlenCase(3, 2, 128, 16),

@@ -47,8 +47,8 @@ Way: TypeAlias = BlockTile | Apart
 _MOST_COLUMNS = 192  # of results, whose sums a lane has registers for
 _THREADS = 256
 _BELIEVED = 0.87
-"""The time of three convolutions beside the sum of their estimates: typical of 28 inverted residuals on an H100 (0.74 to
-1.05)."""
+"""The time of three convolutions beside the sum of their estimates: typical of 28 inverted residuals on an H100 (0.74
+to 1.05)."""
 _TYPES = (DType.F16, DType.BF16)
 
 
