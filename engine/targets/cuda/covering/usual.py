@@ -37,6 +37,7 @@ from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda.conv_geometry import channels_last
 from engine.targets.cuda.covering.attention import attention
+from engine.targets.cuda.covering.block import block_step
 from engine.targets.cuda.covering.build import (
     ACC,
     BIAS,
@@ -101,6 +102,8 @@ def steps() -> Iterator[Step]:
         )
     four, w = (F16, (4, 64, 28, 28)), weight(64, 1, 7, 7)
     yield make_step(conv_op(7, 1, 64), [four, w, weight(64, 1, 1)], "depthwise 7, four images")
+    yield block_step((5, 24, 27, 29), 136, 24, residual=True)
+    yield block_step((5, 16, 30, 28), 96, 40, 5, 2, dtype=DType.BF16, activation="silu")
     yield from excitation_steps()
     for head, causal in ((32, False), (64, True), (128, False)):
         yield attention(F16, head, causal, bias=1)

@@ -3,6 +3,7 @@ convolutions can be one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,12 +11,16 @@ import pytest
 from engine.ir.dtype import DType
 from engine.ir.ops import ConvBlock
 from engine.plan.plan import Step
+from engine.plan.tensor import BufferKind
 from engine.targets.cuda import conv_block
-from engine.targets.cuda.architecture import SM_90A
-from engine.targets.cuda.conv_block import estimates, lower_in
-from engine.targets.cuda.conv_block_tiles import BlockTile
+from engine.targets.cuda.architecture import SM_80, SM_90A
+from engine.targets.cuda.conv_block import estimates, lower, lower_apart, lower_in, tiles_of
+from engine.targets.cuda.conv_block_tiles import TILES, Apart, BlockTile, Sizes, Work
+from engine.targets.cuda.conv_choices import block_key
 from engine.targets.cuda.covering import F16, block_step
-from engine.targets.cuda.kernel import Context, WeightStore
+from engine.targets.cuda.families import traits_of
+from engine.targets.cuda.kernel import Context, Launch, WeightStore
+from engine.targets.cuda.tunables import tunables
 from tests.engine.targets.cuda.cases import check, check_late, ragged, rng_of
 from tests.engine.targets.cuda.harness import Case, Runner
 from tests.engine.targets.cuda.wrong_kernels import check_is_caught, emulator_or_skip
@@ -92,3 +97,60 @@ def test_what_the_kernel_takes() -> None:
     dilated = replace(usual, op=replace(op, depthwise=replace(op.depthwise, dilations=(2, 2), pads=((2, 2), (2, 2)))))
     for step in (wide, odd, large, dilated):
         assert not tiles(step, CONTEXT)
+
+
+def test_what_should_be_the_fastest_is_taken_unless_another_way_was_timed() -> None:
+    large, deep = block_step((32, 24, 56, 56), 144, 24), block_step((1, 160, 7, 7), 960, 160)
+    assert [told(lower(step, CONTEXT)) == told(lower_apart(step, CONTEXT)) for step in (large, deep)] == [False, True]
+    for step in (large, deep):
+        ways = tiles_of(step, CONTEXT)
+        assert [way.cycles for way in ways] == sorted(way.cycles for way in ways)
+        assert sum(isinstance(way.tile, Apart) for way in ways) == 1
+        (*_, own) = tunables(step, CONTEXT)
+        for i, _ in enumerate(own.candidates):
+            timed = replace(CONTEXT, choices={own.key: own.choice(i, 1.0)})
+            assert told(lower(step, timed)) == told(own.launches(i, CONTEXT)) and own.chosen(timed) == i
+        assert "three convolutions" in [candidate.text for candidate in own.candidates]
+
+
+def test_the_three_convolutions_are_timed_first_and_stand_beside_the_tiles() -> None:
+    step = block_step((32, 24, 56, 56), 144, 24)
+    *inner, own = tunables(step, CONTEXT)
+    assert [one.step.op for one in inner] == [one.op for one in conv_block.convolutions(step)]
+    assert len({one.key for one in (*inner, own)}) == 4
+    for one in inner:
+        timed = replace(CONTEXT, choices={one.key: one.choice(1, 1.0)})
+        assert told(lower_apart(step, timed)) != told(lower_apart(step, CONTEXT))
+    flops = sum(one.step.cost.flops for one in inner)
+    assert flops == step.cost.flops
+    assert all(tensor.buffer.kind is BufferKind.ARENA for tensor in inner[1].step.inputs[:1])
+
+
+def test_blocks_of_other_convolutions_have_other_keys() -> None:
+    steps = [
+        block_step((32, 24, 56, 56), 144, 24), block_step((32, 24, 56, 56), 144, 24, residual=True),
+        block_step((32, 24, 56, 56), 144, 24, 5), block_step((32, 24, 56, 56), 144, 24, stride=2),
+        block_step((32, 24, 56, 56), 136, 24), block_step((32, 24, 56, 56), 144, 24, activation="silu"),
+        block_step((32, 24, 56, 56), 144, 24, dtype=DType.BF16), block_step((16, 24, 56, 56), 144, 24),
+    ]  # fmt: skip
+    assert len({block_key(conv_block.convolutions(step), CONTEXT) for step in steps}) == len(steps)
+
+
+def test_no_tile_takes_more_than_there_is() -> None:
+    """Shared memory of a block and of a multiprocessor, and warps that come out even."""
+    for sizes in (Sizes(3, 1, 32, 24), Sizes(5, 2, 16, 40), Sizes(3, 2, 96, 160), Sizes(5, 1, 112, 112)):
+        for work in (Work(tile, sizes) for tile in TILES):
+            blocks = work.blocks(SM_90A.shared_bytes)
+            assert blocks == 0 or blocks * work.shared_bytes <= SM_90A.shared_bytes
+    for tile in TILES:
+        assert tile.pairs * tile.splits == 8
+        assert tile.panel // 16 % tile.splits == 0
+
+
+def test_targets_with_warpgroups_fuse_blocks() -> None:
+    assert traits_of(SM_90A).conv_blocks
+    assert not traits_of(SM_80).conv_blocks
+
+
+def told(launches: Sequence[Launch]) -> list[str]:
+    return [launch.kernel.source.text for launch in launches]
