@@ -3,9 +3,8 @@ with what lies between them in the step's workspace."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import prod
 from typing import TypeAlias
 
@@ -37,7 +36,7 @@ from engine.targets.cuda.kernel import (
     ceildiv,
     is_constant,
     launch,
-    workspace_bytes,
+    with_scratch_behind,
 )
 from engine.targets.cuda.spaces import VECTOR
 from engine.targets.cuda.tiles import Choice
@@ -72,37 +71,27 @@ def lower_in(step: Step, way: Way, context: Context) -> list[Launch]:
 
 
 def lower_apart(step: Step, context: Context) -> list[Launch]:
-    """The three convolutions. What lies between them in the workspace is behind what they leave there themselves."""
-    own = max(workspace_bytes(conv.lower(one, context)) for one in convolutions(step))
-    between = partial(_scratch, BufferKind.WORKSPACE)
-    return [launch for one in _convolutions(step, own, between) for launch in conv.lower(one, context)]
+    """The three convolutions, with what lies between them in the workspace."""
+    every = convolutions(step)
+    launches = [launch for one in every for launch in conv.lower(one, context)]
+    return with_scratch_behind(launches, every[0].outputs[0].buffer)
 
 
 def convolutions(step: Step) -> list[Step]:
-    """The three convolutions as steps of their own."""
-    return _convolutions(step, 0, partial(_scratch, BufferKind.ARENA))
-
-
-def _scratch(kind: BufferKind, nbytes: int) -> Buffer:
-    return Buffer("between", kind, nbytes)
-
-
-def _convolutions(step: Step, own: int, buffer_of: Callable[[int], Buffer]) -> list[Step]:
-    """The convolutions as steps, with their results `own` bytes into a buffer, one behind the other."""
-    op, x, end = step.op, step.inputs[0], ceildiv(own, ALIGNMENT) * ALIGNMENT
+    """The three convolutions as steps of their own, with the results of the first two in a buffer of theirs."""
+    op, x, end = step.op, step.inputs[0], 0
     assert isinstance(op, ConvBlock)
     places = list[tuple[DType, tuple[int, ...], int]]()
     for ((dtype, shape),) in op.results(step.inputs)[:2]:
         sizes = sizes_of(shape)
         places.append((dtype, sizes, end))
         end += ceildiv(prod(sizes) * dtype.itemsize, ALIGNMENT) * ALIGNMENT
-    scratch = buffer_of(end)
-    results = [*(image_at(scratch, *place) for place in places), step.outputs[0]]
+    between = Buffer("between", BufferKind.ARENA, end)
+    results = [*(image_at(between, *place) for place in places), step.outputs[0]]
     images, each = (x, *results), (op.expand, op.depthwise, op.project)
     found = list[Step]()
     for one, image, w, result in zip(each, images, step.inputs[1:4], results, strict=False):
-        inputs = (image, w, *step.inputs[2:])
-        cost = one.cost((image, w), (result,))
+        inputs, cost = (image, w, *step.inputs[2:]), one.cost((image, w), (result,))
         found.append(replace(step, op=one, inputs=inputs, outputs=(result,), cost=cost))
     return found
 
@@ -266,23 +255,12 @@ def launch_block(step: Step, tile: BlockTile, context: Context) -> Launch:
         "conv",
         "conv_block.cuh",
         {
-            "operand": STORAGE[x.dtype],
-            "kernel": sizes.kernel,
-            "stride": sizes.stride,
-            "images": tile.images,
-            "tile_h": tile.rows,
-            "tile_w": tile.columns,
-            "each": tile.each,
-            "panel": tile.panel,
-            "unit": work.unit or 0,
-            "c_in": sizes.channels,
-            "columns": sizes.columns,
-            "expanded_bounded": first.most is not None,
-            "expanded_most": first.most or 0,
-            "filtered_bounded": second.most is not None,
-            "filtered_most": second.most or 0,
-            "blocks": work.blocks(shared),
-            "shared_bytes": work.shared_bytes,
+            "operand": STORAGE[x.dtype], "kernel": sizes.kernel, "stride": sizes.stride, "images": tile.images,
+            "tile_h": tile.rows, "tile_w": tile.columns, "each": tile.each, "panel": tile.panel,
+            "unit": work.unit or 0, "c_in": sizes.channels, "columns": sizes.columns,
+            "expanded_bounded": first.most is not None, "expanded_most": first.most or 0,
+            "filtered_bounded": second.most is not None, "filtered_most": second.most or 0,
+            "blocks": work.blocks(shared), "shared_bytes": work.shared_bytes,
         },
         [
             codegen.of_sums("Expanded", first.value),
@@ -294,4 +272,4 @@ def launch_block(step: Step, tile: BlockTile, context: Context) -> Launch:
         _THREADS,
         work.shared_bytes,
         Instruction.MMA,
-    )
+    )  # fmt: skip

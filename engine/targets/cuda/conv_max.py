@@ -22,7 +22,6 @@ from engine.targets.cuda.conv_stem_pooled import PooledStemTile, is_threes, laun
 from engine.targets.cuda.conv_tiles import taken
 from engine.targets.cuda.gemm_wgmma import wgmma_function
 from engine.targets.cuda.kernel import (
-    ALIGNMENT,
     STORAGE,
     Context,
     Instruction,
@@ -32,7 +31,7 @@ from engine.targets.cuda.kernel import (
     TensorMap,
     ceildiv,
     launch,
-    workspace_bytes,
+    with_scratch_behind,
 )
 from engine.targets.cuda.tiles import GATHERED, Choice, Operands, WgmmaTile, wgmma_cycles
 
@@ -68,28 +67,22 @@ def lower(step: Step, context: Context) -> list[Launch]:
 
 
 def unpooled(step: Step) -> Step:
-    """The convolution alone."""
-    return _with_sums(step, BufferKind.PLAN, 0)
-
-
-def _with_sums(step: Step, kind: BufferKind, offset: int) -> Step:
-    """The same, whose result lies `offset` bytes into a buffer of its own."""
+    """The convolution alone, whose result has a buffer of its own."""
     op = step.op
     assert isinstance(op, ConvMax)
     ((dtype, shape),) = op.conv.infer(step.inputs)
     sizes = sizes_of(shape)
-    buffer = Buffer(kind.value, kind, offset + prod(sizes) * dtype.itemsize)
-    return replace(step, op=op.conv, outputs=(image_at(buffer, dtype, sizes, offset),))
+    sums = Buffer("sums", BufferKind.ARENA, prod(sizes) * dtype.itemsize)
+    return replace(step, op=op.conv, outputs=(image_at(sums, dtype, sizes, 0),))
 
 
 def lower_apart(step: Step, context: Context) -> list[Launch]:
-    """The convolution, then the pool. Before what lies between them in the workspace is what the convolution leaves
-    there itself."""
+    """The convolution, then the pool, with what lies between them in the workspace."""
     assert isinstance(step.op, ConvMax)
-    own = workspace_bytes(conv.lower(unpooled(step), context))
-    convolution = _with_sums(step, BufferKind.WORKSPACE, ceildiv(own, ALIGNMENT) * ALIGNMENT)
+    convolution = unpooled(step)
     windows = replace(step, op=step.op.pool, inputs=convolution.outputs)
-    return [*conv.lower(convolution, context), *pool.lower(windows, context)]
+    launches = [*conv.lower(convolution, context), *pool.lower(windows, context)]
+    return with_scratch_behind(launches, convolution.outputs[0].buffer)
 
 
 def tiles_of(step: Step, context: Context) -> Sequence[Choice[PooledTile]]:

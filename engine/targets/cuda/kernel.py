@@ -10,7 +10,7 @@ buffers, and `program.py` turns them into addresses when it captures a plan.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 from typing import Protocol, TypeAlias
@@ -274,10 +274,31 @@ def pack(
 def workspace_bytes(launches: Iterable[Launch]) -> int:
     """The scratch memory that launches need which run one after the other and all find theirs at one address."""
     given = (argument for launch in launches for _, argument in launch.arguments)
-    used = (
-        a if isinstance(a, Pointer) else a.pointer for a in given if isinstance(a, Pointer | TensorArgument | TensorMap)
-    )
+    placed = (argument for argument in given if isinstance(argument, Pointer | TensorArgument | AnyMap))
+    used = (argument if isinstance(argument, Pointer) else argument.pointer for argument in placed)
     return max((p.buffer.nbytes for p in used if p.buffer.kind is BufferKind.WORKSPACE), default=0)
+
+
+def with_scratch_behind(launches: Sequence[Launch], scratch: Buffer) -> list[Launch]:
+    """The same launches, with what they leave to each other in `scratch` in their workspace, behind what they need of
+    that themselves."""
+    own = ceildiv(workspace_bytes(launches), ALIGNMENT) * ALIGNMENT
+    behind = Buffer(scratch.name, BufferKind.WORKSPACE, own + scratch.nbytes)
+
+    def moved(pointer: Pointer) -> Pointer:
+        return replace(pointer, buffer=behind, offset=own + pointer.offset) if pointer.buffer is scratch else pointer
+
+    def argument(given: Argument) -> Argument:
+        if isinstance(given, Pointer):
+            return moved(given)
+        if isinstance(given, TensorArgument | AnyMap):
+            return replace(given, pointer=moved(given.pointer))
+        return given
+
+    return [
+        replace(launch, arguments=tuple((name, argument(given)) for name, given in launch.arguments))
+        for launch in launches
+    ]
 
 
 @dataclass
