@@ -21,6 +21,19 @@ class PackedAttention:
 
 
 @dataclass(frozen=True)
+class ConvBlocks:
+    """The inverted residuals that a target runs at once: depthwise filters of `least` to `most` pixels a side, strides
+    up to `stride`, channels of a multiple of `multiple`, up to `channels` before and `results` behind."""
+
+    least: int
+    most: int
+    stride: int
+    multiple: int
+    channels: int
+    results: int
+
+
+@dataclass(frozen=True)
 class Traits:
     """The capability table of a target, as far as graph rewrites are concerned.
 
@@ -33,12 +46,13 @@ class Traits:
     one after the other. `windows`: its attention takes a `window`; else that stays a bias. `packed`: its attention on
     packed sequences, None where it has none. `conv_means`: its depthwise convolutions add up the pixels of their result
     for less than a pass over it costs (`fuse_means`). `conv_maxima`: its convolutions store only the maxima of windows
-    of their sums (`fuse_maxima`). `conv_blocks`: it runs inverted residuals at once (`fuse_blocks`). `excitations`: it
-    runs the two layers of a squeeze-and-excite block at once (`fuse_excitations`). `scaled_weights`: its products with
-    weights of every image's own are as fast as others (`scale_weights`). `divided_rows`: its products with constant
-    weights divide the rows of their first operand by their standard deviation, by factors that cost less than a pass
-    that normalises (`divide_rows`). `gathered_norms`: a norm costs what it reads and writes, so that one of looked-up
-    rows, some of them in vain, is cheaper than a norm and a lookup (`unpack_in_norms`).
+    of their sums (`fuse_maxima`). `conv_blocks`: the inverted residuals that it runs at once (`fuse_blocks`), None
+    where it has none. `excitations`: it runs the two layers of a squeeze-and-excite block at once (`fuse_excitations`).
+    `scaled_weights`: its products with weights of every image's own are as fast as others (`scale_weights`).
+    `divided_rows`: its products with constant weights divide the rows of their first operand by their standard
+    deviation, by factors that cost less than a pass that normalises (`divide_rows`). `gathered_norms`: a norm costs
+    what it reads and writes, so that one of looked-up rows, some of them in vain, is cheaper than a norm and a lookup
+    (`unpack_in_norms`).
     """
 
     channels_last: bool = True
@@ -51,7 +65,7 @@ class Traits:
     packed: PackedAttention | None = None
     conv_means: bool = False
     conv_maxima: bool = False
-    conv_blocks: bool = False
+    conv_blocks: ConvBlocks | None = None
     excitations: bool = False
     scaled_weights: bool = False
     divided_rows: bool = False

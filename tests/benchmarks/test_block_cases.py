@@ -32,12 +32,12 @@ def blocks_of(graph: Graph) -> set[BlockCase]:
     return found
 
 
-def test_every_inverted_residual_with_tiles_is_listed_and_no_other(efficientnet_lite0: Path) -> None:
+def test_every_inverted_residual_that_the_passes_find_is_listed_and_no_other(efficientnet_lite0: Path) -> None:
     lite0 = frontend.read((efficientnet_lite0 / "1" / "model.onnx").read_bytes())
     found = blocks_of(graph_of("mobilenet_v2")) | blocks_of(lite0)
-    fitting = {case for case in found if any(estimates(step_of(case, zeros), CONTEXT))}
-    assert fitting == {replace(case, batch=1) for case in CASES}
-    assert {(case.channels, case.outputs) for case in found - fitting} == {(160, 320), (192, 192), (192, 320)}
+    assert found == {replace(case, batch=1) for case in CASES}
+    for case in found:
+        assert any(estimates(step_of(case, zeros), CONTEXT)), f"{case.name} has no tile"
 
 
 def test_every_block_is_listed_once_at_every_batch() -> None:

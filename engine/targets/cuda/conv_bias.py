@@ -8,8 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from engine.ir import expr as ex
-from engine.ir.dtype import DType
-from engine.ir.expr import PointOp
+from engine.ir.leading_bias import leading_bias
 from engine.ir.ops import Conv
 from engine.plan.plan import Step
 from engine.plan.tensor import Buffer, Tensor
@@ -20,16 +19,10 @@ def without_bias(step: Step) -> tuple[Step, Tensor | None]:
     """A convolution whose stores take sums that have begun with a constant for each channel, and these constants; the
     step as it is and None where its stores do anything else with its sums."""
     assert isinstance(step.op, Conv)
-    uses = {node for node in ex.walk(*step.op.stores) if isinstance(node, ex.Apply) and _takes_sums(node)}
-    if len(uses) != 1 or any(isinstance(store, ex.Acc) for store in step.op.stores):
+    found = leading_bias(step.op.stores)
+    if found is None:
         return step, None
-    (addition,) = uses
-    rest = [arg for arg in addition.args if not isinstance(arg, ex.Acc)]
-    if addition.op is not PointOp.ADD or len(rest) != 1 or not addition.dtype is rest[0].dtype is DType.F32:
-        return step, None
-    added = rest[0].args[0] if isinstance(rest[0], ex.Apply) and rest[0].op is PointOp.CAST else rest[0]
-    if not isinstance(added, ex.Arg) or not added.dtype.is_float:
-        return step, None
+    addition, added = found
     bias, result = step.inputs[added.index], step.outputs[0].shape
     channels = (result[1], *(1 for _ in result[2:]))
     if not is_constant(bias) or tuple(bias.shape) not in (channels, (1, *channels)):
@@ -47,7 +40,3 @@ def packed_bias(bias: Tensor, channels: int, context: Context) -> Buffer:
         return padded
 
     return context.weights.packed(bias, f"fp32 c{channels}", pack)
-
-
-def _takes_sums(node: ex.Apply) -> bool:
-    return any(isinstance(arg, ex.Acc) for arg in node.args)

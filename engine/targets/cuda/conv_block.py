@@ -14,6 +14,7 @@ from engine.ir import expr as ex
 from engine.ir.dtype import DType
 from engine.ir.expr import PointOp
 from engine.ir.ops import Conv, ConvBlock, Op
+from engine.passes.traits import ConvBlocks
 from engine.plan.plan import Access, Requirement, Step
 from engine.plan.tensor import Buffer, BufferKind, Tensor
 from engine.targets.cuda import codegen, conv
@@ -43,7 +44,9 @@ from engine.targets.cuda.tiles import Choice
 
 Way: TypeAlias = BlockTile | Apart
 
-_MOST_COLUMNS = 192  # of results, whose sums a lane has registers for
+LIMITS = ConvBlocks(least=3, most=5, stride=2, multiple=VECTOR, channels=160, results=192)
+"""Of the kernel. Filters of one or two pixels leave no room behind the last weights that an odd block of columns reads
+past; more channels or results have no registers."""
 _THREADS = 256
 _BELIEVED = 0.87
 """The time of three convolutions beside the sum of their estimates: typical of 28 inverted residuals on an H100 (0.74
@@ -92,7 +95,8 @@ def convolutions(step: Step) -> list[Step]:
     found = list[Step]()
     for one, image, w, result in zip(each, images, step.inputs[1:4], results, strict=False):
         inputs, cost = (image, w, *step.inputs[2:]), one.cost((image, w), (result,))
-        found.append(replace(step, op=one, inputs=inputs, outputs=(result,), cost=cost))
+        name = f"{step.name}, {len(found) + 1} of 3"
+        found.append(replace(step, name=name, op=one, inputs=inputs, outputs=(result,), cost=cost))
     return found
 
 
@@ -111,8 +115,9 @@ def suits(step: Step) -> bool:
     return (
         pointwise and small and filters and steady
         and not any(each.transposed for each in (op.expand, depthwise, op.project))
-        and kernel[0] <= 5 and depthwise.strides[0] <= 2
-        and channels % VECTOR == expanded % VECTOR == 0 and outputs <= _MOST_COLUMNS
+        and LIMITS.least <= kernel[0] <= LIMITS.most and depthwise.strides[0] <= LIMITS.stride
+        and channels % LIMITS.multiple == expanded % LIMITS.multiple == 0
+        and channels <= LIMITS.channels and outputs <= LIMITS.results
         and all(map(is_constant, weights))
         and Geometry(convolutions(step)[0]).reads_chunks(VECTOR, x.dtype) and _between(step) is not None
     )  # fmt: skip
@@ -151,9 +156,9 @@ def _between(step: Step) -> tuple[_Between, _Between] | None:
 def tiles_of(step: Step, context: Context) -> list[Choice[Way]]:
     """The ways that a step can run in, from what should be the fastest on: tiles of the kernel, and the three
     convolutions."""
-    ways: list[Choice[Way]] = [Choice(Apart(), cycles_apart(step, context))]
-    ways += estimates(step, context)
-    return sorted(ways, key=lambda way: way.cycles)
+    tiles = list[Choice[Way]](estimates(step, context))
+    apart = Choice[Way](Apart(), cycles_apart(step, context) if tiles else 0.0)
+    return sorted([apart, *tiles], key=lambda way: way.cycles)
 
 
 def cycles_apart(step: Step, context: Context) -> float:
@@ -163,7 +168,7 @@ def cycles_apart(step: Step, context: Context) -> float:
         found = conv.parts_of(one, context)
         if found is not None:
             return estimated_best(*found, context).estimate.cycles
-        return min((choice.cycles for choice in conv.tiles_of(one, context)), default=0.0)
+        return min(choice.cycles for choice in conv.tiles_of(one, context))
 
     return _BELIEVED * sum(map(cycles, convolutions(step)))
 

@@ -229,7 +229,8 @@ def _conv_tiles(step: Step, context: Context) -> Sequence[Estimated[ConvTile]]:
         case ConvMax():
             return conv_max.tiles_of(step, context)
         case ConvBlock():
-            return conv_block.tiles_of(step, context) if step.outputs[0].elements else ()
+            ways = conv_block.tiles_of(step, context)
+            return ways if len(ways) > 1 else ()
         case ConvMean() | ConvExcitation():
             bare = _bare(step)
             return summed_tiles(bare, Geometry(bare), context)

@@ -18,7 +18,8 @@
 // lie STRIDE apart are side by side. `weights` are those of the panels, one behind the other, as they lie in shared memory: w1 in rows of
 // X_ROW bytes, w3 of E_ROW, w2 in words of two taps (`Taps`), [PIECES][PANEL][4] and [TAIL][PANEL], and in fp32 the biases of the first two, all
 // filled up with zeros.
-// NOTES: an infinite expanded value meets weights of zero, so it turns eight channels to NaN in the results around it.
+// NOTES: an infinite expanded value, or one that is no number, meets weights of zero: it turns eight channels to NaN where its window is,
+// and in the row of results above that.
 #pragma once
 #include "epilogue/bounded.cuh"
 #include "epilogue/fragment.cuh"

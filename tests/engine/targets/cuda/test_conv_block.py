@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from engine.ir.dtype import DType
-from engine.ir.ops import ConvBlock
+from engine.ir.ops import Conv, ConvBlock
 from engine.plan.plan import Step
 from engine.plan.tensor import BufferKind
 from engine.targets.cuda import conv_block
@@ -45,14 +45,14 @@ def tiles(step: Step, context: Context) -> list[BlockTile]:
 
 
 def test_blocks_match_float64(runner: Runner, count: int) -> None:
-    """Every tile, kernels of 3 and 5, both strides, ragged channels and sizes, pads on either side, residuals, both
+    """Every tile, kernels of 3, 4 and 5, both strides, ragged channels and sizes, pads on either side, residuals, both
     types, images that are smaller than a tile."""
     rng, cases = rng_of("blocks"), list[Case]()
     while len(cases) < count:
         dtype = F16 if rng.random() < 0.7 else DType.BF16
-        kernel, stride = int(rng.choice([3, 5])), int(rng.choice([1, 2]))
+        kernel, stride = int(rng.choice([3, 4, 5])), int(rng.choice([1, 2]))
         channels, expanded = 8 * int(rng.integers(1, 13)), 8 * int(rng.integers(1, 20))
-        residual = stride == 1 and rng.random() < 0.4
+        residual = stride == kernel % 2 == 1 and rng.random() < 0.4
         outputs = channels if residual else ragged(rng, 192, 8)
         pad = kernel // 2
         down, across = ((int(rng.integers(0, kernel)), int(rng.integers(0, kernel))) for _ in range(2))
@@ -95,8 +95,11 @@ def test_what_the_kernel_takes() -> None:
     odd = block_step((2, 12, 14, 14), 72, 24)
     large = block_step((2, 24, 14, 14), 144, 24, 7)
     dilated = replace(usual, op=replace(op, depthwise=replace(op.depthwise, dilations=(2, 2), pads=((2, 2), (2, 2)))))
-    for step in (wide, odd, large, dilated):
+    small = block_step((2, 24, 14, 14), 144, 24, 2)
+    deep = block_step((2, 168, 14, 14), 336, 24)
+    for step in (wide, odd, large, dilated, small, deep):
         assert not tiles(step, CONTEXT)
+        assert all(isinstance(one.step.op, Conv) for one in tunables(step, CONTEXT))
 
 
 def test_what_should_be_the_fastest_is_taken_unless_another_way_was_timed() -> None:
@@ -148,8 +151,8 @@ def test_no_tile_takes_more_than_there_is() -> None:
 
 
 def test_targets_with_warpgroups_fuse_blocks() -> None:
-    assert traits_of(SM_90A).conv_blocks
-    assert not traits_of(SM_80).conv_blocks
+    assert traits_of(SM_90A).conv_blocks is conv_block.LIMITS
+    assert traits_of(SM_80).conv_blocks is None
 
 
 def told(launches: Sequence[Launch]) -> list[str]:
