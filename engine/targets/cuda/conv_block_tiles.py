@@ -55,7 +55,7 @@ TILES = (
     BlockTile(1, 4, 28, 2, 32), BlockTile(1, 7, 14, 2, 32), BlockTile(1, 7, 14, 2, 64), BlockTile(1, 7, 7, 2, 64),
     BlockTile(1, 8, 8, 2, 64), BlockTile(1, 4, 28, 1, 48), BlockTile(1, 8, 8, 1, 64), BlockTile(1, 4, 8, 1, 64),
 )  # fmt: skip
-"""Of 99 those that are the fastest of some layer of MobileNetV2 and EfficientNet-lite0 at batch 1 or 128 on an H100, or
+"""Of 59 those that are the fastest of some layer of MobileNetV2 and EfficientNet-lite0 at batch 1 or 128 on an H100, or
 within 2 % of it, and a few for shared memory of other sizes."""
 
 
