@@ -7,6 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from benchmarks.cases.conv import BATCHES
+
 
 @dataclass(frozen=True)
 class BlockCase:
@@ -32,12 +34,6 @@ class BlockCase:
     def has_residual(self) -> bool:
         return self.channels == self.outputs and self.stride == 1
 
-    @property
-    def output_size(self) -> int:
-        return (self.size + 2 * (self.kernel // 2) - self.kernel) // self.stride + 1
-
-
-BATCHES = (1, 32, 128)
 
 _LAYERS = (
     BlockCase(1, 16, 96, 24, 112, 3, 2), BlockCase(1, 24, 144, 24, 56), BlockCase(1, 24, 144, 32, 56, 3, 2),

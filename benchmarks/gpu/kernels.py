@@ -29,7 +29,7 @@ from engine.ir.dtype import DType
 from engine.plan.plan import Step
 from engine.targets.cuda import conv_block
 from engine.targets.cuda.families import family_of
-from engine.targets.cuda.kernel import Launch
+from engine.targets.cuda.kernel import Context, Launch
 from engine.targets.cuda.target import CudaTarget
 from engine.targets.cuda.tuner import trials
 
@@ -60,10 +60,11 @@ def measure_all(
     if tune_seconds:
         _tune(target, [*steps.values()], min(deadline, begin + tune_seconds))
     lowered = {case: _lowered(target, step) for case, step in steps.items()}
-    apart = {case: conv_block.lower_apart(steps[case], target.context) for case in cases if isinstance(case, BlockCase)}
+    blocks = [case for case in cases if isinstance(case, BlockCase)]
+    apart = {case: _lowered(target, steps[case], conv_block.lower_apart) for case in blocks}
     try:
-        every = [*(one.launches for one in lowered.values()), *apart.values()]
-        target.device.load(launch.kernel for launches in every for launch in launches)
+        every = (*lowered.values(), *apart.values())
+        target.device.load(launch.kernel for one in every for launch in one.launches)
     except EngineError as error:
         print(f"not every kernel compiles; each case will say so: {reason(error)}")
     print(f"tuning, lowering and compiling: {time.monotonic() - begin:.0f} s", flush=True)
@@ -79,9 +80,8 @@ def measure_all(
             parts = list[Entry]()
             if part is not None:
                 parts.append(Entry(ALONE, partial(_part_contender, target, part, lowered[part]), part=True))
-            if case in apart:
-                launches = _Lowered(one.step, apart[case])
-                parts.append(Entry(APART, partial(_part_contender, target, case, launches), part=True))
+            if isinstance(case, BlockCase):
+                parts.append(Entry(APART, partial(_part_contender, target, case, apart[case]), part=True))
             measurement = _measure(target, case, one, parts, compile_seconds)
         yield case, measurement, floor, None if one.failure else predicted_us(one.step, target.context)
         gc.collect()
@@ -119,9 +119,10 @@ class _Lowered:
     failure: str = ""
 
 
-def _lowered(target: CudaTarget, step: Step) -> _Lowered:
+def _lowered(target: CudaTarget, step: Step, lower: Callable[[Step, Context], list[Launch]] | None = None) -> _Lowered:
+    """A step in the way of its family, or in another one."""
     try:
-        return _Lowered(step, family_of(step.op).lower(step, target.context))
+        return _Lowered(step, (lower or family_of(step.op).lower)(step, target.context))
     except EngineError as error:
         return _Lowered(step, (), reason(error))
 

@@ -21,7 +21,6 @@ from engine.ir.expr import PointOp
 from engine.ir.ops import (
     Attention,
     Conv,
-    ConvBlock,
     ConvMax,
     Gemm,
     Norm,
@@ -170,25 +169,12 @@ def _conv(case: ConvCase, weight: Constants) -> Step:
 
 def _block(case: BlockCase, weight: Constants) -> Step:
     """The image is the residual, where there is one."""
-    wide, narrow, pad = case.expanded, case.outputs, case.kernel // 2
+    wide, narrow = case.expanded, case.outputs
     filters = (wide, case.channels, 1, 1), (wide, 1, case.kernel, case.kernel), (narrow, wide, 1, 1)
     image = _nhwc((case.batch, case.channels, case.size, case.size))
-    biases = [weight(channels, 1, 1) for channels in (wide, wide, narrow)]
-    stores = [_clamped(cv.add(cv.ACC, cv.arg(i))) for i in (4, 5)]
-    last = cv.add(cv.ACC, cv.arg(6))
-    stores.append(cv.stored(cv.add(last, cv.arg(7)) if case.has_residual else last))
-    one, none = (1, 1), ((0, 0), (0, 0))
-    op = ConvBlock(
-        Conv(one, none, one, stores=(stores[0],)),
-        Conv((case.stride,) * 2, ((pad, pad),) * 2, one, wide, stores=(stores[1],)),
-        Conv(one, none, one, stores=(stores[2],)),
-    )
-    residual: list[cv.Given] = [image] if case.has_residual else []
-    return cv.make_step(op, [image, *(weight(*shape) for shape in filters), *biases, *residual])
-
-
-def _clamped(value: ex.Expr) -> ex.Expr:
-    return cv.stored(cv.relu6(value))
+    constants = [weight(*shape) for shape in (*filters, *((channels, 1, 1) for channels in (wide, wide, narrow)))]
+    op = cv.block_op(wide, case.kernel, case.stride, residual=case.has_residual)
+    return cv.make_step(op, [image, *constants, *([image] if case.has_residual else [])])
 
 
 def _nhwc(shape: tuple[int, ...], name: str = "image") -> Tensor:

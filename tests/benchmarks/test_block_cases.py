@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.cases.block import BATCHES, CASES, BlockCase
+from benchmarks.cases.block import CASES, BlockCase
+from benchmarks.cases.conv import BATCHES
 from benchmarks.gpu.steps import step_of, zeros
 from engine import frontend, passes
 from engine.ir import ops

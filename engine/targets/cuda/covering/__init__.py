@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from engine.targets.cuda.architecture import Architecture
 from engine.targets.cuda.covering.attention import attention, attentions
-from engine.targets.cuda.covering.block import block_step, blocks
+from engine.targets.cuda.covering.block import block_op, block_step, blocks
 from engine.targets.cuda.covering.build import (
     ACC,
     BIAS,
@@ -61,6 +61,7 @@ __all__ = [
     "arg",
     "attention",
     "attentions",
+    "block_op",
     "block_step",
     "blocks",
     "channels_inner",

@@ -29,6 +29,30 @@ _ACTIVATIONS: Mapping[str, Callable[[ex.Expr], ex.Expr]] = {"relu6": relu6, "sil
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
 
+def block_op(
+    expanded: int,
+    kernel: int = 3,
+    stride: int = 1,
+    pads: Pads | None = None,
+    residual: bool = False,
+    dtype: DType = F16,
+    activation: str = "relu6",
+) -> ConvBlock:
+    """An inverted residual with biases, inputs 4 to 6, and a residual, input 7; `activation`: relu6, silu or none,
+    behind the first two convolutions. Without `pads` those that keep the size at stride 1."""
+    act = _ACTIVATIONS[activation]
+    one, half = (1, 1), kernel // 2
+    last = add(ACC, arg(6, dtype))
+    return ConvBlock(
+        Conv(one, ((0, 0), (0, 0)), one, stores=(stored(act(add(ACC, arg(4, dtype))), dtype),)),
+        Conv(
+            (stride, stride), pads or ((half, half), (half, half)), one, expanded,
+            stores=(stored(act(add(ACC, arg(5, dtype))), dtype),),
+        ),
+        Conv(one, ((0, 0), (0, 0)), one, stores=(stored(add(last, arg(7, dtype)) if residual else last, dtype),)),
+    )  # fmt: skip
+
+
 def block_step(
     image: tuple[int, int, int, int],
     expanded: int,
@@ -40,19 +64,8 @@ def block_step(
     dtype: DType = F16,
     activation: str = "relu6",
 ) -> Step:
-    """An inverted residual with biases of an image in NHWC; `activation`: relu6, silu or none, behind the first two
-    convolutions. Without `pads` those that keep the size at stride 1."""
-    act = _ACTIVATIONS[activation]
-    one, half = (1, 1), kernel // 2
-    last = add(ACC, arg(6, dtype))
-    op = ConvBlock(
-        Conv(one, ((0, 0), (0, 0)), one, stores=(stored(act(add(ACC, arg(4, dtype))), dtype),)),
-        Conv(
-            (stride, stride), pads or ((half, half), (half, half)), one, expanded,
-            stores=(stored(act(add(ACC, arg(5, dtype))), dtype),),
-        ),
-        Conv(one, ((0, 0), (0, 0)), one, stores=(stored(add(last, arg(7, dtype)) if residual else last, dtype),)),
-    )  # fmt: skip
+    """The step of a `block_op` on an image in NHWC."""
+    op = block_op(expanded, kernel, stride, pads, residual, dtype, activation)
     filters = ((expanded, image[1], 1, 1), (expanded, 1, kernel, kernel), (outputs, expanded, 1, 1))
     biases = ((size, 1, 1) for size in (expanded, expanded, outputs))
     inputs: list[Given] = [(dtype, image), *(weight(*shape, dtype=dtype) for shape in (*filters, *biases))]

@@ -3,7 +3,6 @@ convolutions can be one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -19,9 +18,9 @@ from engine.targets.cuda.conv_block_tiles import TILES, Apart, BlockTile, Sizes,
 from engine.targets.cuda.conv_choices import block_key
 from engine.targets.cuda.covering import F16, block_step
 from engine.targets.cuda.families import traits_of
-from engine.targets.cuda.kernel import Context, Launch, WeightStore
+from engine.targets.cuda.kernel import Context, WeightStore
 from engine.targets.cuda.tunables import tunables
-from tests.engine.targets.cuda.cases import check, check_late, ragged, rng_of
+from tests.engine.targets.cuda.cases import check, check_late, ragged, rng_of, told
 from tests.engine.targets.cuda.harness import Case, Runner
 from tests.engine.targets.cuda.wrong_kernels import check_is_caught, emulator_or_skip
 
@@ -153,7 +152,3 @@ def test_no_tile_takes_more_than_there_is() -> None:
 def test_targets_with_warpgroups_fuse_blocks() -> None:
     assert traits_of(SM_90A).conv_blocks is conv_block.LIMITS
     assert traits_of(SM_80).conv_blocks is None
-
-
-def told(launches: Sequence[Launch]) -> list[str]:
-    return [launch.kernel.source.text for launch in launches]

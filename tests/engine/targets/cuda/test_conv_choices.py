@@ -21,9 +21,10 @@ from engine.targets.cuda.conv_choices import ConvTile, choice_of, chosen_among, 
 from engine.targets.cuda.conv_tiles import taken
 from engine.targets.cuda.covering import ACC, F16, channels_inner, make_step, stored, weight
 from engine.targets.cuda.families import family_of
-from engine.targets.cuda.kernel import Context, Launch, WeightStore
+from engine.targets.cuda.kernel import Context, WeightStore
 from engine.targets.cuda.tiles import Choice, WgmmaTile
 from engine.targets.cuda.tunables import CANDIDATES, OTHER_CANDIDATES, tunable
+from tests.engine.targets.cuda.cases import told
 from tests.engine.targets.cuda.test_excitation import excited
 
 HOPPER = Context(ARCHITECTURES["sm_90a"], 132, WeightStore())
@@ -52,11 +53,6 @@ def tiles(step: Step, context: Context = HOPPER) -> Sequence[Choice[ConvTile]]:
 def kept(step: Step, tile: ConvTile, bare: Step | None = None) -> Context:
     """The context with a tile that was timed of a step."""
     return replace(HOPPER, choices={key_of(step, bare or step, HOPPER): choice_of(tile, 1.0)})
-
-
-def told(launches: Sequence[Launch]) -> list[tuple[str, object, int]]:
-    """What tells launches apart."""
-    return [(launch.kernel.source.text, launch.grid, launch.kernel.shared_bytes) for launch in launches]
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
